@@ -1,0 +1,154 @@
+"""Checkpoint -> model, tokenizer, optimizer: the one module that knows both sides."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import models
+from ckpt.record import Checkpoint, CheckpointError
+from data import tokenization
+
+SHOWN = 10  # names and shapes that one message lists
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What an optimizer got back: parameters whose state came, parameters in all, and the names of those without."""
+
+    restored: int
+    total: int
+    missing: tuple[str, ...]
+
+
+def build_model(
+    record: Checkpoint, *, device: torch.device, block_size: int | None = None, dropout: float | None = None
+) -> models.Model:
+    """The record's model with its weights, in float32 on `device`. A smaller `block_size` crops learned positions.
+
+    Raises CheckpointError listing names and shapes if the weights are not exactly those of the recorded settings.
+    """
+    settings = dict(record.model_settings)
+    state = dict(record.model_state)
+    if block_size is not None and block_size != settings["block_size"]:
+        state = _crop_positions(state, settings, block_size, where=_where(record))
+        settings["block_size"] = block_size
+    if dropout is not None and "dropout" in settings:
+        settings["dropout"] = dropout
+    _check_sizes(settings, state, where=_where(record))
+    try:
+        with torch.device("meta"):  # no memory and no random draws for weights that are replaced at once
+            model = models.build(record.model_type, settings)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{_where(record)}: {error}") from error
+    _check_shapes(model.state_dict(), state, where=_where(record))
+    model.to_empty(device=device)
+    model.load_state_dict(state)
+    return model
+
+
+def _crop_positions(
+    state: dict[str, Tensor], settings: dict[str, Any], block_size: int, *, where: str
+) -> dict[str, Tensor]:
+    if block_size > settings["block_size"]:
+        raise CheckpointError(
+            f"{where}: BLOCK_SIZE={block_size} is more than its {settings['block_size']} positions; set BLOCK_SIZE={settings['block_size']} or less"
+        )
+    return state | {name: state[name][:block_size] for name in ("wpe.weight",) if name in state}
+
+
+def _check_sizes(settings: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str) -> None:
+    """No size can exceed the number of weights: checked before a model of a billion layers is begun."""
+    weights = sum(tensor.numel() for tensor in state.values())
+    for name, value in settings.items():
+        if isinstance(value, int) and value > weights:
+            raise CheckpointError(
+                f"{where}: {name} is {value}, but it holds only {weights} weights: its settings are damaged"
+            )
+
+
+def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
+    problems = [f"{name} {tuple(tensor.shape)} is missing" for name, tensor in wanted.items() if name not in found]
+    problems += [
+        f"{name} {tuple(tensor.shape)} is not expected" for name, tensor in found.items() if name not in wanted
+    ]
+    problems += [
+        f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise CheckpointError(f"{where}: its weights do not fit its settings: {'; '.join(problems[:SHOWN])}{more}")
+
+
+def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
+    """The record's own tokenizer. Raises CheckpointError if it has none, or one with more tokens than the model has rows."""
+    if record.tokenizer is None:
+        raise CheckpointError(f"{_where(record)}: carries no tokenizer")
+    try:
+        tokenizer = tokenization.from_dict(record.tokenizer)
+    except ValueError as error:
+        raise CheckpointError(f"{_where(record)}: its tokenizer cannot be rebuilt ({error})") from error
+    rows = record.model_settings["vocab_size"]
+    if tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"{_where(record)}: its tokenizer has {tokenizer.vocab_size} tokens, but its model only {rows} rows"
+        )
+    return tokenizer
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> Restored:
+    """Gives `optimizer` the record's moments, matched by parameter name and shape.
+
+    Its own learning rate, weight decay and betas stay: torch's `load_state_dict` would overwrite them, and checks almost nothing itself.
+    """
+    current = optimizer.state_dict()
+    shapes = {
+        name: parameter.shape
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    saved = _state_by_name(record)
+    names = {
+        index: name
+        for group in current["param_groups"]
+        for index, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    state = {index: saved[name] for index, name in names.items() if name in saved and _fits(saved[name], shapes[name])}
+    # A copy: the record's tensors are mapped from the file, and the optimizer writes into what it is given.
+    copied = {
+        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in moments.items()}
+        for index, moments in state.items()
+    }
+    optimizer.load_state_dict({"state": copied, "param_groups": current["param_groups"]})
+    missing = tuple(name for index, name in names.items() if index not in state)
+    return Restored(len(state), len(names), missing)
+
+
+def _state_by_name(record: Checkpoint) -> dict[str, dict[str, Any]]:
+    values = record.optimizer_state or {"state": {}, "param_groups": []}
+    try:
+        return {
+            name: values["state"][index]
+            for group in values["param_groups"]
+            for index, name in zip(group["params"], group["param_names"], strict=True)
+            if index in values["state"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{_where(record)}: its optimizer state is not in torch's form with param_names ({error})"
+        ) from error
+
+
+def _fits(moments: Any, shape: torch.Size) -> bool:
+    """Whether every moment has the parameter's shape; Adam's step counter is a scalar."""
+    return isinstance(moments, dict) and all(
+        value.dim() == 0 or value.shape == shape for value in moments.values() if isinstance(value, Tensor)
+    )
+
+
+def _where(record: Checkpoint) -> str:
+    return str(record.path or "checkpoint")

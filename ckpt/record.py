@@ -1,0 +1,126 @@
+"""Checkpoint: the one in-memory form between every layout on disk and every user of a checkpoint."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FORMAT_VERSION = 1
+VERSION = "0.1.0"
+
+Json = Any  # dict, list, str, int, float, bool or None: what json.dumps takes
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged or does not fit. Exit code 3 at the door."""
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """Tensors and JSON values, nothing else, so that `torch.load(weights_only=True)` always suffices to read one.
+
+    `optimizer_state` is torch's own form: {"state": {index: {...}}, "param_groups": [{..., "params", "param_names"}]}.
+    """
+
+    # Tensors.
+    model_state: dict[str, Tensor]
+    optimizer_state: dict[str, Any] | None = None
+    # What the model is, and what turns text into its ids.
+    model_type: str
+    model_settings: dict[str, Json]
+    tokenizer: dict[str, Json] | None = None
+    # Where training stands. A step is one optimizer update; a window is one row of BLOCK_SIZE tokens.
+    step: int = 0
+    windows_seen: int = 0
+    tokens_seen: int = 0
+    schedule: dict[str, Json] = field(default_factory=dict)
+    scaler: dict[str, Json] | None = None
+    observed_step: int | None = None  # the last step that was evaluated and sampled
+    validation_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    # Where it comes from.
+    hyperparameters: dict[str, Json] = field(default_factory=dict)
+    data: dict[str, Json] = field(default_factory=dict)
+    runtime: dict[str, Json] = field(default_factory=dict)
+    run_id: str | None = None
+    parent: dict[str, Json] | None = None
+    # Given by the store when it is saved.
+    save_id: str | None = None
+    save_number: int | None = None
+    saved_at: str | None = None
+    written_by: str = f"milepost {VERSION}"
+    format_version: int = FORMAT_VERSION
+    # Known only in memory.
+    path: Path | None = None
+    layout: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+TENSOR_FIELDS = {"model_state", "optimizer_state"}
+MEMORY_FIELDS = {"path", "layout", "notes"}
+
+
+def metadata(record: Checkpoint) -> dict[str, Json]:
+    """Everything of a record but its tensors, as JSON values."""
+    left_out = TENSOR_FIELDS | MEMORY_FIELDS
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in left_out}
+
+
+def from_metadata(
+    values: Json, *, model_state: dict[str, Tensor], optimizer_state: dict[str, Any] | None, where: str
+) -> Checkpoint:
+    """The record of `metadata`'s values. Unknown fields are noted, not taken; raises CheckpointError for what is wrong in one."""
+    known = check_metadata(values, where)
+    unknown = sorted(set(values) - set(known))
+    record = Checkpoint(model_state=model_state, optimizer_state=optimizer_state, **known)
+    if unknown:
+        record.notes.append(f"{where}: fields that this version does not know were left out: {', '.join(unknown)}")
+    return record
+
+
+def check_metadata(values: Json, where: str) -> dict[str, Json]:
+    """The known fields of `values`, each of its declared type, numbers finite and not negative; raises CheckpointError naming the field."""
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where}: its metadata is {type(values).__name__}, not an object: the file is damaged")
+    version = values.get("format_version", FORMAT_VERSION)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        writer = values.get("written_by", "a newer version")
+        raise CheckpointError(
+            f"{where}: format {version} was written by {writer}; this is milepost {VERSION}, which reads up to {FORMAT_VERSION}: update it"
+        )
+    hints = typing.get_type_hints(Checkpoint)
+    known = {
+        name: value for name, value in values.items() if name in hints and name not in TENSOR_FIELDS | MEMORY_FIELDS
+    }
+    for name in ("model_type", "model_settings", "step"):
+        if name not in known:
+            raise CheckpointError(
+                f"{where}: its metadata has no {name}: the file is damaged or was written by something else"
+            )
+    for name, value in known.items():
+        if not _fits(value, hints[name]):
+            raise CheckpointError(
+                f"{where}: {name} is {value!r:.80}, expected {_name_of(hints[name])}: the file is damaged"
+            )
+    return known
+
+
+def _fits(value: Json, hint: Any) -> bool:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(option) or option for option in options)
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, (int, float)):
+        wanted = (int, float) if float in plain else plain
+        return isinstance(value, wanted) and math.isfinite(value) and value >= 0
+    return isinstance(value, plain)
+
+
+def _name_of(hint: Any) -> str:
+    return str(hint).replace("typing.", "") if typing.get_args(hint) else hint.__name__

@@ -1,0 +1,211 @@
+"""What a folder of checkpoints holds: find, latest, best, save under the next number, keep the best, and which save is due."""
+
+import datetime
+import errno
+import glob
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt.files import folder_lock, new_file, remove_leftovers
+from ckpt.layouts import WRITERS, Layout, layout_of
+from ckpt.record import Checkpoint, CheckpointError, Json
+
+BEST_FOLDER = "best"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint seen in a folder: its metadata without tensors, or the problem that keeps it from being read."""
+
+    path: Path
+    metadata: dict[str, Json]
+    problem: str | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, as recorded inside; 0 for a damaged file."""
+        return self.metadata.get("step", 0)
+
+    @property
+    def save_order(self) -> tuple[int, str, int]:
+        """Sorts from oldest to newest; what carries no save number (another program's) ranks below everything that does."""
+        return self.metadata.get("save_number") or 0, self.metadata.get("saved_at") or "", self.step
+
+
+def find(folder: Path) -> list[Found]:
+    """Every checkpoint of `folder` and of its `best/`, oldest save first, damaged ones too (they come first). Dot-names are never seen."""
+    places = [place for place in (folder / BEST_FOLDER, folder) if place.is_dir()]
+    found: dict[str, Found] = {}
+    for path in sorted(path for place in places for path in place.iterdir()):
+        layout = None if path.name.startswith(".") or path.name == BEST_FOLDER else layout_of(path)
+        if layout is None:
+            continue
+        one = _look(path, layout)
+        save_id = one.metadata.get("save_id") or str(path)
+        if save_id not in found or path.parent == folder:  # best/ may hold a second name of the same save
+            found[save_id] = one
+    return sorted(found.values(), key=lambda one: one.save_order)
+
+
+def _look(path: Path, layout: Layout) -> Found:
+    try:
+        return Found(path, layout.peek(path))
+    except CheckpointError as error:
+        return Found(path, {}, str(error))
+
+
+def latest(found: list[Found]) -> Found | None:
+    """The readable checkpoint with the highest save number; ties go to the later `saved_at`."""
+    readable = [one for one in found if one.problem is None]
+    return max(readable, key=lambda one: one.save_order, default=None)
+
+
+def best(found: list[Found]) -> Found | None:
+    """The checkpoint with the lowest validation loss of the run that `latest` belongs to."""
+    newest = latest(found)
+    if newest is None:
+        return None
+    run_id = newest.metadata.get("run_id")
+    rivals = [
+        one
+        for one in found
+        if one.problem is None
+        and one.metadata.get("run_id") == run_id
+        and one.metadata.get("validation_loss") is not None
+    ]
+    return min(rivals, key=lambda one: (one.metadata["validation_loss"], one.save_order), default=newest)
+
+
+def due(step: int, interval: int, *, last: int) -> bool:
+    """Whether something done every `interval` optimizer steps (0: only at the end) is due after `step` of `last` steps."""
+    return step == last or (interval > 0 and step % interval == 0)
+
+
+def resolve(wish: str, folder: Path) -> tuple[Path, list[str]]:
+    """The checkpoint that CHECKPOINT_PATH means, and what to tell about the choice.
+
+    `latest` and `best` look in `folder`; else a file, a checkpoint that is a folder, a folder of checkpoints, or a glob
+    (the shell does not expand one in an assignment). Raises CheckpointError listing what is there if nothing fits.
+    """
+    if wish in ("latest", "best"):
+        return _choose(find(folder), folder, by=best if wish == "best" else latest)
+    path = Path(wish).expanduser()
+    if not os.path.lexists(path) and glob.has_magic(wish):
+        return _choose_by_step(
+            [_look(Path(name), layout) for name in sorted(glob.glob(str(path))) if (layout := layout_of(Path(name)))],
+            wish,
+            folder,
+        )
+    if not path.exists():
+        raise CheckpointError(
+            f"Checkpoint not found: {wish}. {listing(path.parent if path.parent.is_dir() else folder)}"
+        )
+    if path.is_dir() and layout_of(path) is None:
+        return _choose(find(path), path, by=latest)
+    return path, []
+
+
+def _choose(found: list[Found], folder: Path, *, by: Callable[[list[Found]], Found | None]) -> tuple[Path, list[str]]:
+    notes = _problems(found)
+    chosen = by(found)
+    if chosen is None:
+        raise CheckpointError(f"No checkpoint can be read in {folder}. " + " ".join(notes or [listing(folder)]))
+    return chosen.path, [*notes, f"taking {chosen.path}"]
+
+
+def _problems(found: list[Found], *, limit: int = 3) -> list[str]:
+    """What is wrong with the damaged ones, the first few of them."""
+    notes = [f"skipped: {one.problem}" for one in found if one.problem]
+    return notes if len(notes) <= limit else [*notes[:limit], f"(and {len(notes) - limit} more damaged)"]
+
+
+def _choose_by_step(matches: list[Found], wish: str, folder: Path) -> tuple[Path, list[str]]:
+    notes = _problems(matches)
+    readable = [one for one in matches if one.problem is None]
+    if not readable:
+        raise CheckpointError(
+            f"Checkpoint not found: nothing matches {wish}. "
+            + " ".join(notes or [listing(Path(wish).parent if Path(wish).parent.is_dir() else folder)])
+        )
+    chosen = max(readable, key=lambda one: (one.step, one.save_order))
+    return chosen.path, [*notes, f"{wish} matches {len(matches)}: taking {chosen.path}"]
+
+
+def listing(folder: Path, *, limit: int = 8) -> str:
+    """One sentence on what `folder` holds, newest first, for a message."""
+    if not folder.is_dir():
+        return f"There is no folder {folder}; was ENABLE_CHECKPOINTS=true set when training?"
+    names = [one.path.name + (" (damaged)" if one.problem else "") for one in reversed(find(folder))]
+    if not names:
+        return f"{folder} holds no checkpoint; was ENABLE_CHECKPOINTS=true set when training?"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{folder} holds {', '.join(names[:limit])}{more}"
+
+
+def save(record: Checkpoint, folder: Path, *, layout: str = "unified", place: str = "") -> Path:
+    """Writes `record` into `folder/place` under the folder's next save number and a name not taken yet; returns the path.
+
+    Raises OSError if the disk refuses; what the folder held before is untouched then.
+    """
+    writer = WRITERS[layout]
+    with folder_lock(folder):
+        remove_leftovers(folder / place)
+        now = datetime.datetime.now(datetime.UTC)
+        record.save_number = 1 + max((one.metadata.get("save_number") or 0 for one in find(folder)), default=0)
+        record.saved_at = now.isoformat(timespec="microseconds")
+        record.save_id = os.urandom(8).hex()
+        return writer.write(record, folder / place, free_stem(record, folder / place, writer=writer, now=now))
+
+
+def free_stem(record: Checkpoint, folder: Path, *, writer: Layout, now: datetime.datetime) -> str:
+    """`checkpoint_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}` at the first second from `now` whose name is free."""
+    parts = ["checkpoint", record.model_type, file_word(str(record.data.get("name") or "text"))]
+    pretrained = record.hyperparameters.get("GPT2_MODEL_NAME")
+    if pretrained:
+        parts.append(re.sub(r"[^a-z0-9]", "", str(pretrained).rstrip("/").split("/")[-1].lower())[:40])
+    for second in range(10**6):
+        stamp = (now + datetime.timedelta(seconds=second)).strftime("%m%d%Y_%H%M%S")
+        stem = "_".join([*parts, f"step{record.step:04d}", stamp])
+        if not os.path.lexists(writer.target(folder, stem)):
+            return stem
+    raise CheckpointError(f"{folder} has no free name for step {record.step}")
+
+
+def file_word(text: str) -> str:
+    """`text` in [a-z0-9_], at most 40 characters, for a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:40] or "text"
+
+
+def keep_best(record: Checkpoint, folder: Path, *, saved: Path | None, layout: str = "unified") -> Path:
+    """Puts `record` under `best/` and then removes the run's earlier best from there; `saved` is its ordinary save of this step, if any."""
+    place = folder / BEST_FOLDER
+    place.mkdir(exist_ok=True)
+    earlier = [one.path for one in find(place) if one.metadata.get("run_id") == record.run_id]
+    kept = _second_name(saved, place / saved.name) if saved else save(record, folder, layout=layout, place=BEST_FOLDER)
+    for path in earlier:
+        if path != kept:
+            path.unlink(missing_ok=True)
+    return kept
+
+
+def _second_name(saved: Path, path: Path) -> Path:
+    """A second name for the same bytes where the file system can, else a copy."""
+    if path.exists():
+        return path
+    try:
+        os.link(saved, path)
+    except OSError:
+        with new_file(path) as file, open(saved, "rb") as source:
+            shutil.copyfileobj(source, file)
+    return path
+
+
+def why_not_saved(error: OSError, folder: Path, *, need: int) -> str:
+    """In words, why a save to `folder` failed; for a full disk, the bytes it needed and the bytes that are free."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full: about {need:,} bytes are needed in {folder}, {shutil.disk_usage(folder).free:,} are free"
+    return f"{error}"

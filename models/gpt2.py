@@ -1,0 +1,225 @@
+"""GPT-2 as published: pre-LN, learned positions, tanh-GELU, and a head that is the token embedding again.
+
+Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's code for it,
+https://github.com/openai/gpt-2/blob/master/src/model.py. In the shapes below B is the batch, T the tokens,
+C = n_embd, H = n_head, hs = C / H and V = vocab_size.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPT2Settings:
+    """What builds a GPT2. bias=False leaves the biases out of every Linear and LayerNorm, as nanoGPT can."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} and n_head={self.n_head}: the heads share the width evenly, "
+                "so n_embd must be a multiple of n_head."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: expected a share of values to drop, from 0 to below 1.")
+
+
+def _published(n_layer: int, n_head: int, n_embd: int) -> GPT2Settings:
+    return GPT2Settings(vocab_size=50257, block_size=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
+
+SIZES: Final = {
+    "gpt2": _published(12, 12, 768),  # 124,439,808 parameters
+    "gpt2-medium": _published(24, 16, 1024),  # 354,823,168
+    "gpt2-large": _published(36, 20, 1280),  # 774,030,080
+    "gpt2-xl": _published(48, 25, 1600),  # 1,557,611,200
+}
+
+
+@dataclass
+class GPT2Cache:
+    """Keys and values of the `length` tokens seen so far, so that a new token costs one position, not all of them.
+
+    A buffer for each layer, (B, H, block_size, hs), is made at first use: under autocast only the keys that arrive
+    know their dtype. Set length = 0 to start over in the same buffers. For use without gradients.
+    """
+
+    batch_size: int
+    block_size: int
+    length: int = 0
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v (B, H, T, hs) of new tokens; returns those of all tokens, (B, H, length + T, hs)."""
+        if layer == len(self.keys):
+            _, H, _, hs = k.shape
+            self.keys.append(k.new_empty(self.batch_size, H, self.block_size, hs))
+            self.values.append(v.new_empty(self.batch_size, H, self.block_size, hs))
+        end = self.length + k.size(2)
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention: every position reads from itself and those before it."""
+
+    def __init__(self, settings: GPT2Settings) -> None:
+        super().__init__()
+        self.n_head, self.dropout = settings.n_head, settings.dropout
+        self.c_attn = nn.Linear(settings.n_embd, 3 * settings.n_embd, bias=settings.bias)  # query, key, value in one
+        self.c_proj = nn.Linear(settings.n_embd, settings.n_embd, bias=settings.bias)
+        self.drop = nn.Dropout(settings.dropout)
+
+    def forward(self, x: Tensor, cache: GPT2Cache | None, layer: int) -> Tensor:
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, hs)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, T, hs)
+        start = 0 if cache is None else cache.length
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, H, start + T, hs)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_offset_mask(T, start, x.device),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=start == 0,
+        )  # (B, H, T, hs)
+        return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
+
+
+def _offset_mask(T: int, start: int, device: torch.device) -> Tensor | None:
+    """Which of start + T keys each of T new queries may see, (T, start + T); None where is_causal or one query do."""
+    if start == 0 or T == 1:
+        return None
+    return torch.ones(T, start + T, dtype=torch.bool, device=device).tril(diagonal=start)
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide in between, applied to each position alone."""
+
+    def __init__(self, settings: GPT2Settings) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(settings.n_embd, 4 * settings.n_embd, bias=settings.bias)
+        self.c_proj = nn.Linear(4 * settings.n_embd, settings.n_embd, bias=settings.bias)
+        self.drop = nn.Dropout(settings.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return self.drop(self.c_proj(x))  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each reading a normalised copy of the residual stream and adding to the stream itself."""
+
+    def __init__(self, settings: GPT2Settings) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(settings.n_embd, eps=1e-5, bias=settings.bias)
+        self.attn = Attention(settings)
+        self.ln_2 = nn.LayerNorm(settings.n_embd, eps=1e-5, bias=settings.bias)
+        self.mlp = MLP(settings)
+
+    def forward(self, x: Tensor, cache: GPT2Cache | None, layer: int) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """The whole model. The head is no parameter of its own: logits are products with the rows of wte."""
+
+    model_type: Final = "gpt2"
+
+    def __init__(self, settings: GPT2Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.wte = nn.Embedding(settings.vocab_size, settings.n_embd)
+        self.wpe = nn.Embedding(settings.block_size, settings.n_embd)
+        self.drop = nn.Dropout(settings.dropout)
+        self.h = nn.ModuleList(Block(settings) for _ in range(settings.n_layer))
+        self.ln_f = nn.LayerNorm(settings.n_embd, eps=1e-5, bias=settings.bias)
+        self._initialise()
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that forward() takes, those in the cache included."""
+        return self.settings.block_size
+
+    def _initialise(self) -> None:
+        """Normal(0, 0.02) for matrices, 0.01 for positions, 0.02 / sqrt(2 n_layer) for the 2 n_layer projections
+        that add to the residual stream; biases 0, LayerNorm weights 1.
+
+        OpenAI's model.py has all but the scaling, which the paper names in section 2.3.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.settings.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.01 if name == "wpe.weight" else 0.02)
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: GPT2Cache | None = None,
+        last_only: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The logits (B, T, V) of each next token, (B, 1, V) with last_only, and the mean loss in nats if targets.
+
+        ids and targets are int64 (B, T). With a cache, ids go on where it ends, and it grows by T.
+        Raises ValueError when the tokens exceed block_size.
+        """
+        start, T = 0 if cache is None else cache.length, ids.size(1)
+        self._check_length(start, T)
+        positions = torch.arange(start, start + T, device=ids.device)  # (T,)
+        x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)  # (B, T, C)
+        if cache is not None:
+            cache.length += T
+        x = self.ln_f(x[:, -1:] if last_only else x)
+        logits = F.linear(x, self.wte.weight)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def _check_length(self, start: int, T: int) -> None:
+        if start + T > self.settings.block_size:
+            cached = f" after {start} in the cache" if start else ""
+            raise ValueError(
+                f"the input has {T} tokens{cached}, but the model's context is block_size={self.settings.block_size} "
+                "tokens; pass no more than the last of them, or train with a larger BLOCK_SIZE."
+            )
+
+    def new_cache(self, batch_size: int) -> GPT2Cache:
+        """An empty key/value cache for forward(), for batch_size rows of up to block_size tokens."""
+        return GPT2Cache(batch_size, self.settings.block_size)
+
+    def activation_bytes(self, batch_size: int, *, bytes_per_value: int) -> int:
+        """About how many bytes a training step needs beside weights, gradients and optimizer.
+
+        For each token: some 20 C values a layer, and the logits with their float32 copy, log-probabilities and
+        gradient. The counts are measured peaks, not theory. Outside CUDA, dropout turns fused attention off and
+        each layer holds about five (H, T, T) tensors.
+        """
+        s = self.settings
+        unfused = s.dropout > 0 and self.wte.weight.device.type != "cuda"
+        per_layer = 20 * s.n_embd + (5 * s.n_head * s.block_size if unfused else 0)
+        per_token = s.n_layer * per_layer * bytes_per_value + s.vocab_size * (bytes_per_value + 12)
+        return batch_size * s.block_size * per_token

@@ -1,0 +1,190 @@
+"""From logits to text: pure functions that shape one row of logits (V,), and generate(), which yields token ids."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice, takewhile
+
+import torch
+from torch import Tensor, nn
+
+from models import Model
+from models.bigram import BigramCache
+from models.gpt2 import GPT2Cache
+
+
+def penalize(logits: Tensor, ids: Collection[int], penalty: float) -> Tensor:
+    """Logits (V,) with those of the ids seen before divided by penalty if positive and multiplied by it if negative.
+
+    penalty 1 changes nothing, above 1 repeats less. Keskar et al. 2019, "CTRL", section 4.1.
+    """
+    if penalty == 1.0 or not ids:
+        return logits
+    seen = torch.tensor(sorted(ids), device=logits.device)
+    scores = logits[seen]
+    return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Logits (V,) with all below the k-th best set to -inf; ties with it stay. k = 0 keeps all."""
+    if k == 0 or k >= logits.numel():
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Logits (V,) with all set to -inf but the fewest best ones whose probabilities sum to p > 0 or more.
+
+    At least the best one stays; p >= 1 keeps all. Nucleus sampling: Holtzman et al. 2019, "The Curious Case of
+    Neural Text Degeneration".
+    """
+    if p >= 1.0:
+        return logits
+    best, order = logits.sort(descending=True, stable=True)
+    probs = best.softmax(-1)
+    surplus = probs.cumsum(-1) - probs >= p  # those before it suffice
+    return logits.masked_fill(torch.zeros_like(surplus).scatter(0, order, surplus), -torch.inf)
+
+
+def draw(probs: Tensor, generator: torch.Generator) -> int:
+    """One index drawn by probs (V,): where a uniform number falls in their running sum.
+
+    It takes one number from the generator whatever V is, so surplus rows change no draw, and plain uniform numbers
+    are the same on every processor, which those behind torch.multinomial are not.
+    """
+    mass = probs.double().cumsum(-1)
+    uniform = torch.rand((), dtype=torch.float64, generator=generator)  # below 1, so the index is below V
+    return int(torch.searchsorted(mass, uniform * mass[-1], right=True))
+
+
+def next_token(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+    """The id drawn from logits (V,), or the best one when temperature is below 1e-6, where dividing would overflow.
+
+    Runs in float32 on the CPU with a CPU generator, so that equal logits draw the same id for every device.
+    Raises ValueError when the logits are not finite.
+    """
+    logits = logits.float().cpu()
+    if not logits.max().isfinite():
+        raise ValueError(
+            f"the model's best logit is {logits.max().item()}: its weights are not usable, "
+            "because training diverged or the file is damaged; take an earlier checkpoint."
+        )
+    if temperature < 1e-6:
+        return int(logits.argmax())
+    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+    return draw(logits.softmax(-1), generator)
+
+
+def generate(
+    model: Model,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+    stop_ids: Collection[int] = (),
+    use_cache: bool = True,
+    on_slide: Callable[[], None] | None = None,
+) -> Iterator[int]:
+    """Yields up to max_new_tokens ids that continue `ids`, one at a time; ends before one of stop_ids.
+
+    vocab_size: the tokenizer's, when the model's head has surplus rows, which are then never drawn.
+    generator: a CPU generator; None takes a fresh one, so that torch's global one is never touched.
+    Between two ids the model is in the mode (train or eval) that the caller left it in.
+
+    The model sees a window of at most model.max_length tokens. A token (or prompt) too many cuts it to its last
+    max_length // 2, whose keys and values are computed anew, since positions are learned and absolute; then there is
+    room again. on_slide() is called the first time. With and without use_cache the model sees the very same windows.
+    The repetition penalty counts every token of prompt and continuation, as transformers does.
+    Raises ValueError at the call for arguments that make no sense.
+    """
+    rows = model.settings.vocab_size
+    vocab_size = rows if vocab_size is None else min(vocab_size, rows)
+    _check_prompt(ids, vocab_size)
+    _check_knobs(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+
+    def choose(logits: Tensor, seen: Collection[int]) -> int:
+        logits = penalize(logits[:vocab_size], seen, repetition_penalty)
+        return next_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+    cache = model.new_cache(batch_size=1) if use_cache else None
+    drawn = _stream(model, list(ids), choose=choose, cache=cache, on_slide=on_slide)
+    stops = frozenset(stop_ids)
+    return takewhile(lambda i: i not in stops, islice(drawn, max_new_tokens))
+
+
+def _check_prompt(ids: Sequence[int], vocab_size: int) -> None:
+    if not ids:
+        raise ValueError("the prompt has no tokens; begin with at least one, such as the end-of-text token.")
+    if outside := [i for i in ids if not 0 <= i < vocab_size]:
+        raise ValueError(
+            f"the prompt holds token {outside[0]}, but the vocabulary ends at {vocab_size - 1}; "
+            "was it encoded by the tokenizer that the model was trained with?"
+        )
+
+
+def _check_knobs(max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+    knobs = [
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0, with 1 for off"),
+    ]
+    for name, value, sensible, expected in knobs:
+        if not sensible:
+            raise ValueError(f"{name}={value!r}: expected a number {expected}.")
+
+
+def _stream(
+    model: Model,
+    history: list[int],
+    *,
+    choose: Callable[[Tensor, Collection[int]], int],
+    cache: BigramCache | GPT2Cache | None,
+    on_slide: Callable[[], None] | None,
+) -> Iterator[int]:
+    """generate() without an end: history is the prompt and grows, the window is what follows `start` in it."""
+    modules, seen, start = list(model.modules()), set(history), 0
+    while True:
+        if model.max_length is not None and len(history) - start > model.max_length:
+            start = len(history) - max(1, model.max_length // 2)
+            if cache is not None:
+                cache.length = 0
+            if on_slide is not None:
+                on_slide()
+                on_slide = None
+        with _evaluating(modules):
+            logits = _last_logits(model, history[start:], cache)
+        chosen = choose(logits, seen)
+        history.append(chosen)
+        seen.add(chosen)
+        yield chosen
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Dropout off inside; afterwards each module as it was, since a model in training may hold some in eval mode."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.inference_mode()
+def _last_logits(model: Model, window: list[int], cache: BigramCache | GPT2Cache | None) -> Tensor:
+    """The logits (V,) of the token after the window, float32 on the CPU. A cache saves computing what it holds."""
+    fresh = window if cache is None else window[cache.length :]
+    device = next(model.parameters()).device
+    logits, _ = model(torch.tensor([fresh], device=device), cache=cache, last_only=True)  # (1, 1, V)
+    return logits[0, 0].float().cpu()

@@ -1,0 +1,208 @@
+"""A run from a checkpoint: which checkpoint is meant, what of it comes back, and the table that says so."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import ckpt
+import config
+import models
+from ckpt import Checkpoint
+from ckpt.rebuild import Restored, build_model, build_tokenizer, restore_optimizer
+from config import Config, ConfigError
+from run import Run, lineage, new_run_id, planned, put_together, read_text, scan_source
+from runtime import device as machine
+from runtime.optim import Schedule, lr_at
+from runtime.progress import Log, amount, table
+
+# The variables that make up the schedule: given anew, they plan it anew.
+PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", "LR_SCHEDULE"}
+
+
+def find_record(settings: Config, log: Log) -> Checkpoint | None:
+    """The newest valid checkpoint that RESUME means, of the same model, data and tokenizer; None if there is none at all.
+
+    Damaged ones are skipped loudly. Raises ConfigError listing the differences if none fits, CheckpointError if all are damaged.
+    """
+    folder = Path(settings.checkpoint_dir)
+    if settings.resume != "auto":
+        path, notes = ckpt.resolve(settings.resume, folder)
+        for note in notes:
+            log(note)
+        if path.is_file() and settings.resume_step is None:
+            return check_fits(ckpt.load(path, verify=True), settings, log)
+        folder = path if path.is_dir() else path.parent
+    found = ckpt.find(folder)
+    wanted = [one for one in reversed(found) if one.problem or settings.resume_step in (None, one.step)]
+    if found and not wanted:
+        raise ConfigError([f"RESUME_STEP={settings.resume_step}: no checkpoint of that step; {ckpt.listing(folder)}"])
+    misfits = []
+    for one in wanted:
+        try:
+            if one.problem:
+                raise ckpt.CheckpointError(one.problem)
+            return check_fits(ckpt.load(one.path, verify=True), settings, log)
+        except ckpt.CheckpointError as error:
+            log(f"skipped: {error}")
+        except ConfigError as error:
+            misfits.append(error)
+    if misfits:
+        raise misfits[0]
+    if found:
+        raise ckpt.CheckpointError(f"no checkpoint in {folder} can be read; RESUME=never starts a new run beside them")
+    return None
+
+
+def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
+    """The record itself if it has the model, data and tokenizer that were asked for; raises ConfigError listing what differs."""
+    saved = saved_settings(record)
+    differences = [
+        f"{name} is {given!r}, the checkpoint has {kept!r}"
+        for name, given, kept in config.contradictions(settings, saved)
+    ]
+    wanted = config.from_saved(settings, saved)
+    _, scanned = scan_source(wanted.training_data_source, log)
+    if scanned.sha256 != record.data.get("sha256"):
+        differences.append(
+            f"the text of {wanted.training_data_source} is not the one the checkpoint was trained on ({record.data.get('source')})"
+        )
+    if differences:
+        raise ConfigError(
+            [
+                f"RESUME={settings.resume}: {record.path} cannot be gone on with:",
+                *differences,
+                "set what differs back, choose another CHECKPOINT_DIR, or RESUME=never",
+            ]
+        )
+    return record
+
+
+def saved_settings(record: Checkpoint) -> dict[str, Any]:
+    """The settings of a checkpoint: what it was trained with, and what `auto` had come to mean there."""
+    shape = {name.upper(): value for name, value in record.model_settings.items() if name != "vocab_size"}
+    resolved = {"MODEL_TYPE": record.model_type, "BLOCK_SIZE": record.model_settings["block_size"]}
+    if record.tokenizer:
+        resolved["TOKENIZER"] = record.tokenizer["kind"]
+    if record.runtime:
+        resolved |= {"DTYPE": record.runtime["dtype"], "COMPILE": str(record.runtime["compile"]).lower()}
+    return shape | record.hyperparameters | resolved
+
+
+def resumed(
+    settings: Config, record: Checkpoint, log: Log, *, schedule: Schedule | None = None, end: int | None = None
+) -> tuple[Run, Restored]:
+    """The record's run at its step, and how much of the optimizer came back.
+
+    A setting given anew that changes the mathematics, another text, or a `schedule` and an `end` of its own (MODE=resume) make it
+    a child run: it has an id of its own and names its parent.
+    """
+    saved = saved_settings(record)
+    changed = {
+        name: change for name, change in config.changes(settings, saved).items() if schedule is None or name not in PLAN
+    }
+    settings = config.from_saved(settings, saved)
+    device = machine.choose_device(settings.device)
+    machine.make_deterministic(settings.deterministic)
+    text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(record))
+    same_text = all(
+        record.data.get(name) == value for name, value in text.fingerprint().items() if name not in ("source", "name")
+    )
+    child = schedule is not None or bool(changed) or not same_text or record.run_id is None
+    if schedule is None:
+        schedule = Schedule(**record.schedule) if record.schedule and not changed.keys() & PLAN else planned(settings)
+    settings = dataclasses.replace(
+        settings, training_steps=end or settings.training_steps, lr_schedule=schedule.kind, learning_rate=schedule.peak,
+        min_learning_rate=schedule.floor, warmup_steps=schedule.warmup_steps,
+    )  # fmt: skip
+    run_id = new_run_id(settings, text.corpus.name) if child or record.run_id is None else record.run_id
+    model, window = (
+        build_model(record, device=device, dropout=settings.dropout),
+        record.windows_seen if same_text else 0,
+    )
+    run = put_together(
+        settings,
+        log,
+        model=model,
+        text=text,
+        tokenizer=tokenizer,
+        schedule=schedule,
+        run_id=run_id,
+        record=record,
+        window=window,
+    )
+    if child:
+        run.parent = lineage(record, changed)
+    else:
+        run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
+        run.best_loss, run.best_step, run.kept_best_step = record.best_loss, record.best_step, record.best_step
+    if record.scaler and run.scaler.is_enabled():
+        run.scaler.load_state_dict(record.scaler)
+    return run, restore_optimizer(run.optimizer, record)
+
+
+def explain(run: Run, record: Checkpoint, restored: Restored) -> str:
+    """The table of a resume: what became of each part, the next learning rates, and whether the bits will be the uninterrupted run's."""
+    child, plan = run.run_id != record.run_id, run.schedule
+    changed, same_text = _changed(run, record), _same_position(run, record)
+    rates = f"{plan.kind}, peak {plan.peak:g}, floor {plan.floor:g}, {plan.warmup_steps} warm-up steps from step {plan.start_step}"
+    position = f"window {run.batches.windows_seen(run.step)}, epoch {run.batches.epoch(run.step):.2f}"
+    reasons = not_exact(run, record, restored)
+    rows = [
+        ("checkpoint", "", str(record.path)),
+        (
+            "run",
+            "child" if child else "restored",
+            run.run_id + (f", from {record.run_id} at step {record.step}" if child else ""),
+        ),
+        (
+            "weights",
+            "restored",
+            f"{len(record.model_state)} tensors, {amount(models.parameter_count(run.model))} parameters",
+        ),
+        (
+            "optimizer",
+            "missing" if restored.missing else "restored",
+            f"moments of {restored.restored} of {restored.total} parameters",
+        ),
+        ("step", "restored", f"{record.step}; {run.end - run.step} more, to {run.end}"),
+        ("learning rate", "restored" if _same_plan(run, record) else "overridden", rates),
+        ("data position", "restored" if same_text else "reset", position),
+        ("random draws", "restored", f"functions of SEED={run.settings.seed} and the step"),
+        ("tokenizer", "restored", f"{run.tokenizer.kind}, {run.tokenizer.vocab_size} tokens"),
+        *((name, "overridden", f"{before} -> {now}") for name, (before, now) in changed.items()),
+        *((f"group {number}", "", _group(run, group)) for number, group in enumerate(run.optimizer.param_groups, 1)),
+        (
+            "bit-exact",
+            "no" if reasons else "yes",
+            "; ".join(reasons) or "ends where the uninterrupted run would have ended",
+        ),
+    ]
+    return table(rows)
+
+
+def _group(run: Run, group: dict[str, Any]) -> str:
+    return f"next learning rate {lr_at(run.step, run.schedule):.4g}, weight decay {group['weight_decay']:g}, {len(group['params'])} tensors"
+
+
+def not_exact(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
+    """Why going on cannot give the uninterrupted run's bits, one reason each; empty if it can."""
+    reasons = [f"{name} was {before}, is {now}" for name, (before, now) in _changed(run, record).items()]
+    reasons += [] if _same_plan(run, record) else ["the learning rates are planned anew"]
+    reasons += [] if _same_position(run, record) else ["the text is another"]
+    reasons += [f"{len(restored.missing)} parameters have no optimizer state"] if restored.missing else []
+    return reasons + machine.bit_changes(record.runtime, run.fingerprint())
+
+
+def _changed(run: Run, record: Checkpoint) -> dict[str, Any]:
+    """The settings that this run was given anew; an exact run has the list of its own beginning instead."""
+    return (run.parent or {}).get("changed", {}) if run.run_id != record.run_id else {}
+
+
+def _same_plan(run: Run, record: Checkpoint) -> bool:
+    return dataclasses.asdict(run.schedule) == record.schedule
+
+
+def _same_position(run: Run, record: Checkpoint) -> bool:
+    return run.batches.windows_seen(run.step) == record.windows_seen and run.text.scan.sha256 == record.data.get(
+        "sha256"
+    )

@@ -1,0 +1,311 @@
+"""One training, and how it is put together: from nothing, from other weights, or from parts that a checkpoint gave back."""
+
+import dataclasses
+import datetime
+import functools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ckpt
+import config
+import models
+from ckpt import Checkpoint
+from ckpt.hub import local_folder
+from ckpt.rebuild import build_model, build_tokenizer
+from config import Config, ConfigError
+from data import tokenization, tokens
+from data.batches import Batches, largest_block_size
+from data.corpus import Corpus, DataError, Scan, open_corpus, scan
+from runtime import device as machine
+from runtime.optim import Schedule, build_optimizer
+from runtime.progress import Log, Metrics, Progress
+
+DATA_FOLDER = Path(__file__).resolve().parent / "data"
+CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The training text: its fingerprint, and its tokens on both sides of the split."""
+
+    corpus: Corpus
+    scan: Scan
+    split: tokens.TokenSplit
+    validation_fraction: float
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint records of the text, to know it again."""
+        return {
+            "source": self.corpus.source,
+            "name": self.corpus.name,
+            "sha256": self.scan.sha256,
+            "characters": self.scan.characters,
+            "validation_fraction": self.validation_fraction,
+        }
+
+
+@dataclass(kw_only=True, eq=False)
+class Run:
+    """One training: everything that the loop reads and moves on. A step is one optimizer update."""
+
+    settings: Config
+    log: Log
+    # What is trained, on what.
+    device: torch.device
+    dtype: str
+    compile_step: bool
+    model: models.Model
+    forward: nn.Module  # the model, or its compiled twin that shares the parameters
+    tokenizer: tokenization.Tokenizer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    # What it learns from.
+    text: Text
+    batches: Batches
+    # Who it is.
+    run_id: str
+    parent: dict[str, Any] | None = None
+    # Where it stands.
+    step: int = 0
+    tokens_seen: int = 0
+    observed_step: int | None = None
+    saved_step: int = 0
+    validation_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    kept_best_step: int | None = None
+    last_saved: Path | None = None
+    save_failed: bool = False
+    skipped_updates: int = 0
+    last_sample: str | None = None
+    # Opened when training begins.
+    metrics: Metrics = field(init=False)
+    progress: Progress = field(init=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where metrics, samples and the log of this run go."""
+        return Path(self.settings.runs_dir) / self.run_id
+
+    @property
+    def end(self) -> int:
+        """The step at which the run is done."""
+        return self.settings.training_steps
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of the machine and the versions decides this run's bits."""
+        deterministic = self.settings.deterministic
+        return machine.fingerprint(
+            self.device, dtype=self.dtype, compile_step=self.compile_step, deterministic=deterministic
+        )
+
+
+def fresh(settings: Config, log: Log) -> Run:
+    """A run at step 0: from random weights, from GPT2_MODEL_NAME's or from those of INIT_FROM's checkpoint."""
+    device = machine.choose_device(settings.device)
+    machine.make_deterministic(settings.deterministic)
+    weights = initial_weights(settings, log)
+    if weights:
+        settings = shaped_like(weights, settings)
+    text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(weights) if weights else None)
+    torch.manual_seed(settings.seed)
+    if weights:
+        model = build_model(weights, device=device, block_size=settings.block_size, dropout=settings.dropout)
+    else:
+        model = new_model(settings, vocab_size=tokenizer.vocab_size).to(device)
+    run_id = new_run_id(settings, text.corpus.name)
+    run = put_together(
+        settings, log, model=model, text=text, tokenizer=tokenizer, schedule=planned(settings), run_id=run_id
+    )
+    run.parent = lineage(weights, {}) if weights else None
+    return run
+
+
+def lineage(record: Checkpoint, changed: dict[str, Any]) -> dict[str, Any]:
+    """Where a run comes from: the checkpoint it began with, and the settings that were changed then (name: [before, now])."""
+    file = record.path.name if record.path else None
+    return {"run_id": record.run_id, "step": record.step, "save_id": record.save_id, "file": file, "changed": changed}
+
+
+def initial_weights(settings: Config, log: Log) -> Checkpoint | None:
+    """The record whose weights and tokenizer a fresh run begins with, if any."""
+    if settings.gpt2_model_name:
+        record = ckpt.load(local_folder(settings.gpt2_model_name), optimizer=False)
+        notes: list[str] = []
+    elif settings.init_from:
+        path, notes = ckpt.resolve(settings.init_from, Path(settings.checkpoint_dir))
+        record = ckpt.load(path, optimizer=False)
+    else:
+        return None
+    for note in [*notes, *record.notes]:
+        log(note)
+    if record.model_type != settings.model_type and settings.given("MODEL_TYPE"):
+        problem = f"MODEL_TYPE={settings.model_type}: the weights to begin with are a {record.model_type}"
+        raise ConfigError([f"{problem}; set MODEL_TYPE={record.model_type}"])
+    return record
+
+
+def shaped_like(weights: Checkpoint, settings: Config) -> Config:
+    """The settings with the sizes that the weights bring. A given BLOCK_SIZE stays: it may crop the context."""
+    sizes = {
+        name: value for name, value in weights.model_settings.items() if name in ("n_layer", "n_head", "n_embd", "bias")
+    }
+    own = weights.model_settings["block_size"]
+    block_size = (
+        settings.block_size
+        if settings.given("BLOCK_SIZE")
+        else own
+        if settings.init_from
+        else min(own, settings.block_size)
+    )
+    return dataclasses.replace(settings, model_type=weights.model_type, block_size=block_size, **sizes)
+
+
+def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
+    """The model's own settings, as models.build takes them."""
+    sizes = {"vocab_size": vocab_size, "block_size": settings.block_size}
+    if settings.model_type == "bigram":
+        return sizes
+    return sizes | {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
+
+
+def new_model(settings: Config, *, vocab_size: int) -> models.Model:
+    """The model of the settings with fresh weights, drawn from torch's global generator."""
+    try:
+        return models.build(settings.model_type, architecture(settings, vocab_size=vocab_size))
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def planned(settings: Config) -> Schedule:
+    """The learning rates of a whole run of these settings."""
+    peak = settings.learning_rate
+    floor = peak / 10 if settings.min_learning_rate is None else settings.min_learning_rate
+    warmup, end = settings.warmup_steps, settings.training_steps
+    return Schedule(kind=settings.lr_schedule, peak=peak, floor=floor, warmup_steps=warmup, start_step=0, end_step=end)
+
+
+def new_run_id(settings: Config, text_name: str) -> str:
+    """A name that no other run has: its start, its model, its text, and four random digits."""
+    return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.model_type}-{text_name}-{os.urandom(2).hex()}"
+
+
+def read_text(
+    settings: Config, log: Log, *, tokenizer: tokenization.Tokenizer | None
+) -> tuple[Text, tokenization.Tokenizer]:
+    """The text's tokens, and the tokenizer: the given one, or the one that the settings ask for."""
+    corpus, scanned = scan_source(settings.training_data_source, log)
+    if tokenizer is None:
+        kind = tokenization.choose(
+            settings.tokenizer, alphabet=scanned.alphabet, pretrained=bool(settings.gpt2_model_name)
+        )
+        tokenizer = tokenization.build(
+            kind,
+            corpus.pieces(),
+            alphabet=scanned.alphabet,
+            documents=scanned.documents,
+            vocab_size=settings.bpe_vocab_size,
+        )
+    try:
+        tokenizer.encode(scanned.alphabet)
+    except tokenization.UnknownCharacters as error:
+        raise DataError(f"{settings.training_data_source}: {error}") from error
+    fraction, block_size = settings.validation_fraction, settings.block_size
+    split = tokens.prepare(corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log)
+    largest = largest_block_size(len(split.train), len(split.validation) if fraction else 0)
+    if block_size > largest:
+        held = f"{len(split.train)} tokens to train on and {len(split.validation)} to validate on"
+        fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
+        raise DataError(
+            f"BLOCK_SIZE={block_size} needs a token more than that on both sides, the text gives {held}: {fits}take more text, or VALIDATION_FRACTION=0 to do without validation"
+        )
+    return Text(corpus=corpus, scan=scanned, split=split, validation_fraction=fraction), tokenizer
+
+
+@functools.lru_cache(maxsize=2)  # keyed by the log, so by the command: a text that changes later is read again
+def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
+    """The corpus of TRAINING_DATA_SOURCE and its fingerprint; read once however often it is asked for."""
+    corpus = open_corpus(source, data_dir=DATA_FOLDER)
+    return corpus, scan(corpus, say=log)
+
+
+def put_together(settings: Config, log: Log, *, model: models.Model, text: Text, tokenizer: tokenization.Tokenizer,
+                 schedule: Schedule, run_id: str, record: Checkpoint | None = None, window: int = 0) -> Run:  # fmt: skip
+    """A run of these parts: at step 0, or where `record` stands, with its data going on at `window`."""
+    device, step = next(model.parameters()).device, record.step if record else 0
+    dtype, compile_step = numerics(settings, log, device=device, width=getattr(model.settings, "n_embd", 0))
+    rows = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps}
+    return Run(
+        settings=settings,
+        log=log,
+        device=device,
+        dtype=dtype,
+        compile_step=compile_step,
+        model=model,
+        forward=machine.compiled(model) if compile_step else model,
+        tokenizer=tokenizer,
+        optimizer=build_optimizer(
+            model,
+            settings.optimizer,
+            lr=schedule.peak,
+            weight_decay=settings.weight_decay,
+            betas=(settings.beta1, settings.beta2),
+        ),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == "float16"),
+        schedule=schedule,
+        text=text,
+        batches=Batches(
+            text.split.train,
+            block_size=settings.block_size,
+            **rows,
+            seed=settings.seed,
+            start_step=step,
+            start_window=window,
+        ),
+        run_id=run_id,
+        step=step,
+        saved_step=step,
+        tokens_seen=record.tokens_seen if record else 0,
+    )
+
+
+def numerics(settings: Config, log: Log, *, device: torch.device, width: int) -> tuple[str, bool]:
+    """The number format and whether to compile, by fixed rules; a resume finds its checkpoint's resolved ones in the settings."""
+    compile_step, remark = machine.choose_compile(
+        settings.compile, device, model_type=settings.model_type, steps=settings.training_steps
+    )
+    if remark:
+        log(remark)
+    return machine.choose_dtype(settings.dtype, device, width=width), compile_step
+
+
+def to_record(run: Run) -> Checkpoint:
+    """The run as a checkpoint."""
+    settings = config.to_dict(run.settings)
+    return Checkpoint(
+        model_state=run.model.state_dict(),
+        optimizer_state=run.optimizer.state_dict(),
+        model_type=run.settings.model_type,
+        model_settings=dataclasses.asdict(run.model.settings),
+        tokenizer=run.tokenizer.to_dict(),
+        step=run.step,
+        windows_seen=run.batches.windows_seen(run.step),
+        tokens_seen=run.tokens_seen,
+        schedule=dataclasses.asdict(run.schedule),
+        scaler=run.scaler.state_dict() or None,
+        observed_step=run.observed_step,
+        validation_loss=run.validation_loss if run.observed_step == run.step else None,
+        best_loss=run.best_loss,
+        best_step=run.best_step,
+        hyperparameters=settings,
+        data=run.text.fingerprint(),
+        runtime=run.fingerprint(),
+        run_id=run.run_id,
+        parent=run.parent,
+    )

@@ -1,0 +1,1 @@
+"""The machine at hand: devices and number formats, optimizers, progress, signals."""

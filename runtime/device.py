@@ -1,0 +1,174 @@
+"""Which device, which number format, and everything that decides bits on them."""
+
+import contextlib
+import os
+import platform
+from typing import Any
+
+import torch
+from torch import nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# On a CPU, bfloat16 pays once the matrices are this wide; below, casting costs more than multiplying.
+WIDE_ENOUGH_FOR_BFLOAT16 = 256
+
+# Everything of the machine and the versions that can change the bits of a step.
+DECIDES_BITS = ("torch", "device", "device_name", "threads", "cpu_capability", "dtype", "compile", "deterministic")
+
+
+class DeviceError(Exception):
+    """A device or number format that this machine does not have. Exit code 2 at the door."""
+
+
+def available_devices() -> list[str]:
+    """The device types of this machine, best first."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, here in present.items() if here]
+
+
+def choose_device(wish: str) -> torch.device:
+    """The device that DEVICE means: the best one for `auto`. Raises DeviceError listing the devices there are."""
+    present = available_devices()
+    if wish == "auto":
+        return torch.device(present[0])
+    if wish not in present:
+        raise DeviceError(
+            f"DEVICE={wish}: this machine has no {wish} device; available: {', '.join(present)} (DEVICE=auto takes the first)"
+        )
+    return torch.device(wish)
+
+
+def choose_dtype(wish: str, device: torch.device, *, width: int) -> str:
+    """The number format of matrix products: a fixed rule on device, processor and model width, never on timing.
+
+    Weights, their gradients and the optimizer stay float32 throughout; this is the format that autocast multiplies in.
+    """
+    if wish == "float16" and device.type == "cpu":
+        raise DeviceError("DTYPE=float16 is for cuda and mps; on a CPU use DTYPE=bfloat16 or DTYPE=float32")
+    if wish != "auto":
+        return wish
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    # AMX tiles multiply bfloat16 eight times as fast as AVX-512 multiplies float32; without them it is slower.
+    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if amx and width >= WIDE_ENOUGH_FOR_BFLOAT16 else "float32"
+
+
+def choose_compile(wish: str, device: torch.device, *, model_type: str, steps: int) -> tuple[bool, str | None]:
+    """Whether to compile the training step, and a line to tell if the wish cannot be met. A fixed rule, so that a resume agrees."""
+    pays_back = device.type == "cuda" and model_type == "gpt2" and steps >= 1000
+    if wish == "false" or (wish == "auto" and not pays_back):
+        return False, None
+    if _has_compiler(device):
+        return True, None
+    return False, "COMPILE: no working compiler here, so the run stays eager"
+
+
+def _has_compiler(device: torch.device) -> bool:
+    try:
+        if device.type == "cuda":
+            from torch.utils._triton import has_triton
+
+            return has_triton()
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        return bool(get_cpp_compiler())
+    except Exception:  # any failure to find one means the same thing: there is none
+        return False
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The model compiled for one shape. It shares its parameters with `model`, which stays the one to save, evaluate and sample."""
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+
+
+def make_deterministic(on: bool) -> None:
+    """Selects kernels that give the same bits at every run. Call before the device's first use."""
+    # cuBLAS reads this when it starts; without it, its workspaces may change the order of sums.
+    if on:
+        _set_cublas_workspace()
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    # Filling fresh memory with NaN would only cost time: nothing here reads memory that was not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
+def _set_cublas_workspace() -> None:
+    os.putenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Makes every random draw of a step a function of (seed, step), so that no generator's state needs keeping."""
+    torch.manual_seed(mix(seed, step))
+
+
+def mix(*values: int) -> int:
+    """One 63-bit seed from several numbers: splitmix64 (Steele, Lea and Flood 2014), folded over the values."""
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """The context that multiplies in `dtype`; nothing at all for float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[dtype])
+
+
+def fingerprint(device: torch.device, *, dtype: str, compile_step: bool, deterministic: bool) -> dict[str, Any]:
+    """What a checkpoint records of machine and versions, to tell later whether a resume can be bit-exact."""
+    return {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "dtype": dtype,
+        "compile": compile_step,
+        "deterministic": deterministic,
+    }
+
+
+def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Why a step here may give other bits than the steps of a checkpoint did, one reason each; empty if it cannot."""
+    reasons = [
+        f"{name} is {now.get(name)}, was {before.get(name)}"
+        for name in DECIDES_BITS
+        if before.get(name) != now.get(name)
+    ]
+    if not now.get("deterministic"):
+        reasons.append("DETERMINISTIC=false")
+    if now.get("device") == "mps":
+        reasons.append("mps promises no equal bits")
+    return reasons
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+# CUDA has a class for it; the CPU's allocator and MPS have only words.
+MEMORY_RAN_OUT = ("not enough memory", "can't allocate memory", "MPS backend out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_RAN_OUT)

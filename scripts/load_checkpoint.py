@@ -1,0 +1,203 @@
+"""Open a checkpoint: MODE=inference generates text from it, MODE=resume trains on from it as a child run.
+
+CHECKPOINT_PATH=latest PROMPT="Dear Wren," python3 scripts/load_checkpoint.py
+CHECKPOINT_PATH=latest MODE=resume RESUME_TRAINING_STEPS=2000 RESUME_LEARNING_RATE=1e-4 python3 scripts/load_checkpoint.py
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config
+
+if __name__ == "__main__":
+    SETTINGS = config.door(sys.argv)  # before torch is imported, so that a typing error costs no seconds
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import ckpt
+from ckpt import Checkpoint
+from ckpt.rebuild import build_model, build_tokenizer
+from config import Config, ConfigError
+from data.tokenization import StreamDecoder, Tokenizer
+from models import Model
+from models.sampling import generate
+from resume import explain, resumed, saved_settings
+from run import planned
+from runtime import device as machine
+from runtime.device import mix
+from runtime.optim import Schedule, replan
+from runtime.progress import Log, harmless
+from training import guarded, train
+
+
+def main(settings: Config, log: Log) -> int:
+    """Does what MODE says with the checkpoint that CHECKPOINT_PATH means; returns the exit code."""
+    path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
+    resuming = settings.mode == "resume"
+    record = ckpt.load(path, optimizer=resuming, verify=resuming)
+    for note in [*notes, *record.notes]:
+        log(note)
+    settings = obey(record, settings, log)
+    return resume(settings, record, log) if resuming else infer(settings, record, log)
+
+
+def obey(record: Checkpoint, settings: Config, log: Log) -> Config:
+    """The settings without what contradicts the checkpoint's model and tokenizer: an env file's is ignored with a line.
+
+    Raises ConfigError if it was given in the process environment: somebody meant it.
+    """
+    meant: list[tuple[str, str]] = []
+    ignored: list[tuple[str, str]] = []
+    for name, given, saved in config.contradictions(settings, saved_settings(record)):
+        problem = f"{name}={given} ({settings.sources[name]}): the checkpoint has {saved}"
+        (meant if settings.sources[name] == "environment" else ignored).append((name, problem))
+    if meant:
+        raise ConfigError([f"{problem}; unset {name}" for name, problem in meant])
+    for _, problem in ignored:
+        log(f"{problem}, which is taken")
+    return config.without(settings, [name for name, _ in ignored])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MODE=inference
+
+
+def infer(settings: Config, record: Checkpoint, log: Log) -> int:
+    """Prompt and continuation to stdout, everything else to stderr."""
+    device = machine.choose_device(settings.device)
+    model, tokenizer = build_model(record, device=device).eval(), build_tokenizer(record)
+    seed = int.from_bytes(os.urandom(4), "little") if settings.sample_seed is None else settings.sample_seed
+    prompt = read_prompt(settings)
+    log(
+        f"{record.path}: {record.model_type} at step {record.step}, {tokenizer.kind} tokenizer, on {device.type}; SAMPLE_SEED={seed}"
+    )
+    for number in range(settings.num_samples):
+        if settings.num_samples > 1:
+            log(f"sample {number + 1} of {settings.num_samples}")
+        generator = torch.Generator().manual_seed(mix(seed, number))
+        show(text_of(model, tokenizer, prompt, generator=generator, settings=settings, log=log), stream=settings.stream)
+    return 0
+
+
+def read_prompt(settings: Config) -> str:
+    """The prompt from its variable, from a file, or from stdin (PROMPT_FILE=-); empty if none is given."""
+    if settings.prompt_file is None:
+        return settings.prompt or ""
+    try:
+        data = sys.stdin.buffer.read() if settings.prompt_file == "-" else Path(settings.prompt_file).read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            [f"PROMPT_FILE={settings.prompt_file}: is not UTF-8 at byte {error.start}; save it as UTF-8"]
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            [f"PROMPT_FILE={settings.prompt_file}: cannot be read ({error.strerror}); name a text file, or - for stdin"]
+        ) from error
+
+
+def text_of(
+    model: Model, tokenizer: Tokenizer, prompt: str, *, generator: torch.Generator, settings: Config, log: Log
+) -> Iterator[str]:
+    """The prompt and then its continuation, piece by piece as far as it may be shown."""
+    ids = tokenizer.encode(prompt) or [first_id(tokenizer, generator)]
+    yield prompt or tokenizer.decode([one for one in ids if one != tokenizer.end_of_text])
+    decoder = StreamDecoder(tokenizer, stop=settings.stop)
+    drawn = generate(
+        model,
+        ids,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        generator=generator,
+        vocab_size=tokenizer.vocab_size,
+        stop_ids=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
+        on_slide=lambda: log(
+            f"the text is longer than the model's {model.settings.block_size} tokens: from here on it sees only the latest"
+        ),
+    )
+    for one in drawn:
+        yield decoder.push(one)
+        if decoder.stopped:
+            return
+    yield decoder.flush()
+
+
+def first_id(tokenizer: Tokenizer, generator: torch.Generator) -> int:
+    """Where a text without a prompt begins: <|endoftext|>, or without one a token drawn by SAMPLE_SEED."""
+    if tokenizer.end_of_text is not None:
+        return tokenizer.end_of_text
+    return int(torch.randint(tokenizer.vocab_size, (), generator=generator))
+
+
+def show(pieces: Iterator[str], *, stream: bool) -> None:
+    """Writes the pieces and a last newline to stdout; on a terminal, nothing in them can steer it."""
+    clean = harmless if sys.stdout.isatty() else str
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    for piece in pieces if stream else ["".join(pieces)]:
+        sys.stdout.write(clean(piece))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MODE=resume
+
+
+def resume(settings: Config, record: Checkpoint, log: Log) -> int:
+    """Trains RESUME_TRAINING_STEPS more steps; with 0 it prints what it would do and stops."""
+    schedule = plan(settings, record)
+    run, restored = resumed(settings, record, log, schedule=schedule, end=record.step + settings.resume_training_steps)
+    run.settings = dataclasses.replace(run.settings, **destination(settings, record))
+    print(explain(run, record, restored), flush=True)
+    if settings.resume_training_steps == 0:
+        log("RESUME_TRAINING_STEPS=0: nothing is trained")
+        return 0
+    return train(run)
+
+
+def destination(settings: Config, record: Checkpoint) -> dict[str, Any]:
+    """Where the result is saved, asked for or not: in CHECKPOINT_DIR if it is given, else beside the checkpoint."""
+    saves = {} if settings.given("ENABLE_CHECKPOINTS") else {"enable_checkpoints": True}
+    if settings.given("CHECKPOINT_DIR") or record.path is None:
+        return saves
+    beside = record.path.parent
+    return saves | {"checkpoint_dir": str(beside.parent if beside.name == ckpt.BEST_FOLDER else beside)}
+
+
+def plan(settings: Config, record: Checkpoint) -> Schedule:
+    """The learning rates of the added steps: the run's kind of schedule anew from RESUME_LEARNING_RATE, or with `keep` the saved one.
+
+    No second warm-up unless WARMUP_STEPS is given, and the floor keeps its ratio to the peak unless MIN_LEARNING_RATE is given.
+    """
+    saved = (
+        Schedule(**record.schedule) if record.schedule else planned(config.from_saved(settings, saved_settings(record)))
+    )
+    if settings.resume_learning_rate == "keep":
+        return saved
+    new = replan(
+        saved,
+        peak=float(settings.resume_learning_rate),
+        start_step=record.step,
+        steps=max(1, settings.resume_training_steps),
+        warmup_steps=settings.warmup_steps if settings.given("WARMUP_STEPS") else 0,
+    )
+    given = {"lr_schedule": "kind", "min_learning_rate": "floor"}
+    return dataclasses.replace(
+        new, **{field: getattr(settings, name) for name, field in given.items() if settings.given(name.upper())}
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, SETTINGS))

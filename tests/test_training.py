@@ -1,0 +1,287 @@
+"""What a run says, writes and refuses, from its first line to its exit code."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from drive import ROOT, command, environment, logged, newest, small_text, train
+
+import ckpt
+import config
+import training
+from runtime.progress import Log, read_metrics
+
+
+def metrics(folder):
+    (path,) = (folder / "runs").glob("*/metrics.jsonl")
+    return read_metrics(path)
+
+
+def test_the_first_run_says_what_it_does_in_15_lines(tmp_path):
+    done = command(
+        "training.py",
+        tmp_path,
+        **dict.fromkeys(["ENABLE_CHECKPOINTS", "MODEL_TYPE", "SAMPLE_INTERVAL", "EVAL_INTERVAL"]),
+        TRAINING_STEPS="20",
+    )
+    assert done.returncode == 0, done.stderr
+    before, _ = done.stderr.split("done:")
+    assert len(before.splitlines()) <= 15
+    for part in (
+        "bigram on cpu",
+        "float32",
+        "letters.txt",
+        "parameters",
+        "tokens",
+        "about",
+        "checkpoints are OFF",
+        "ENABLE_CHECKPOINTS=true",
+        "BLOCK_SIZE=16 (environment)",
+    ):
+        assert part in " ".join(before.split())
+    assert len(done.stdout) > 100  # a sample, and nothing else, goes to stdout
+    assert "run " not in done.stdout
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_metrics_are_strict_json_with_the_same_names_in_every_line(tmp_path):
+    assert train(tmp_path)[0] == 0
+    (path,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    names = {"run_id", "step", "time", "split", "loss", "lr", "grad_norm", "tokens", "tok_s"}
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert all(set(line) == names for line in lines)
+    training_lines = [line for line in lines if line["split"] == "train"]
+    assert [line["step"] for line in training_lines] == list(range(1, 9))
+    assert [line["tokens"] for line in training_lines] == [step * 4 * 16 for step in range(1, 9)]
+    assert [line["step"] for line in lines if line["split"] == "validation"] == [0, 4, 8]
+    assert {line["run_id"] for line in lines} == {path.parent.name}
+
+
+def test_a_model_learns(tmp_path):
+    """Ends far below the uniform guess and below the first validation; a broken update would not."""
+    assert (
+        train(
+            tmp_path,
+            MODEL_TYPE="bigram",
+            LEARNING_RATE="0.05",
+            TRAINING_STEPS="300",
+            LOG_INTERVAL="100",
+            BATCH_SIZE="16",
+        )[0]
+        == 0
+    )
+    losses = [line["loss"] for line in metrics(tmp_path) if line["split"] == "validation"]
+    assert losses[0] == pytest.approx(math.log(newest(tmp_path).model_settings["vocab_size"]), rel=0.05)
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path):
+    """Two micro-batches of 4 see the rows of one batch of 8, and take the same step up to rounding."""
+    for name, rows in (("one", {"BATCH_SIZE": "8"}), ("two", {"BATCH_SIZE": "4", "GRADIENT_ACCUMULATION_STEPS": "2"})):
+        (tmp_path / name).mkdir()
+        assert train(tmp_path / name, DROPOUT="0", **rows)[0] == 0
+    one, two = newest(tmp_path / "one").model_state, newest(tmp_path / "two").model_state
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_the_run_folder_holds_log_settings_and_samples(tmp_path):
+    code, said = train(tmp_path)
+    assert code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "training.log").read_text() == said
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step000004.txt", "step000008.txt"]
+    again = config.read({"ENV_FILE": str(folder / "config.env")})
+    assert again.n_embd == 16
+    assert again.training_steps == 8
+
+
+def test_the_settings_of_a_run_repeat_it(tmp_path):
+    """runs/<run_id>/config.env as ENV_FILE trains the same model to the same bits."""
+    train(tmp_path)
+    first = newest(tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    settings = config.read({"ENV_FILE": str(folder / "config.env"), "CHECKPOINT_DIR": str(tmp_path / "second")})
+    assert training.guarded(training.main, settings) == 0
+    found = ckpt.latest(ckpt.find(tmp_path / "second"))
+    assert found is not None
+    second = ckpt.load(found.path)
+    assert all(torch.equal(second.model_state[name], tensor) for name, tensor in first.model_state.items())
+
+
+def test_checkpoint_names_and_the_best_one(tmp_path):
+    assert train(tmp_path)[0] == 0
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("[!.]*") if path.is_file())
+    assert [re.fullmatch(r"checkpoint_gpt2_letters_step(\d{4})_\d{8}_\d{6}\.pt", name).group(1) for name in names] == [
+        "0004",
+        "0008",
+    ]
+    (best,) = (tmp_path / "checkpoints" / "best").glob("[!.]*")
+    losses = {
+        line["step"]: line["loss"] for line in metrics(tmp_path) if line["split"] == "validation" and line["step"]
+    }
+    record = ckpt.load(best)
+    assert record.step == min(losses, key=losses.get)
+    assert record.validation_loss == min(losses.values())
+
+
+def poisoned(monkeypatch, *, step: int, value: float) -> None:
+    """From `step` on, the loss is `value`."""
+    learn = training.accumulate_gradients
+
+    def gradients(run):
+        loss = learn(run)
+        return loss * value if run.step >= step else loss
+
+    monkeypatch.setattr(training, "accumulate_gradients", gradients)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_step(value, tmp_path, monkeypatch):
+    poisoned(monkeypatch, step=5, value=value)
+    code, said = train(tmp_path)
+    assert code == 1
+    assert "step 6 was not taken" in said
+    assert "windows 20 to 23" in said
+    assert "Traceback" not in said
+    record = newest(tmp_path)
+    assert record.step == 4  # the last good one, and nothing newer
+    assert all(tensor.isfinite().all() for tensor in record.model_state.values())
+    assert str(record.path.name) in said
+
+
+def test_gradients_that_are_not_finite_stop_too(tmp_path, monkeypatch):
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * math.inf)
+    code, said = train(tmp_path)
+    assert code == 1
+    assert "step 1 was not taken" in said
+
+
+def test_float16_skips_overflows_and_stops_after_20(tmp_path):
+    """The CPU's own scaler: an overflow skips the update and halves the scale, a good step starts the count anew, 20 in a row stop the run."""
+    run = training.fresh(config.read(environment(tmp_path, TRAINING_STEPS="100", DROPOUT="0")), Log())
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    before = run.model.wte.weight.detach().clone()
+    overflow = run.model.wte.weight.register_hook(lambda gradient: gradient * math.inf)
+    for _ in range(3):
+        training.training_step(run, 1e-3)
+    assert run.skipped_updates == 3
+    assert run.scaler.get_scale() == 2.0**13
+    assert torch.equal(run.model.wte.weight, before)
+    overflow.remove()
+    training.training_step(run, 1e-3)
+    assert run.skipped_updates == 0
+    assert not torch.equal(run.model.wte.weight, before)
+    run.model.wte.weight.register_hook(lambda gradient: gradient * math.inf)
+    for _ in range(19):
+        training.training_step(run, 1e-3)
+    with pytest.raises(training.TrainingError, match="20 float16 updates in a row"):
+        training.training_step(run, 1e-3)
+
+
+def test_out_of_memory_names_three_variables(tmp_path, monkeypatch):
+    def hungry(run):
+        return torch.empty(2**45)
+
+    monkeypatch.setattr(training, "accumulate_gradients", hungry)
+    code, said = train(tmp_path)
+    assert code == 1
+    last = said.splitlines()[-1]
+    assert all(name in last for name in ("out of memory", "BATCH_SIZE", "BLOCK_SIZE", "N_LAYER"))
+
+
+def test_an_estimate_above_free_memory_is_said_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.machine, "free_memory", lambda device: 1000)
+    code, said = train(tmp_path)
+    assert code == 0
+    assert "warning: a step needs about" in said
+
+
+def test_a_disk_that_refuses_does_not_stop_training(tmp_path, monkeypatch):
+    """The step goes on, the last failure is told by exit code 5, and the earlier checkpoint stays."""
+    save = ckpt.save
+
+    def full(record, folder):
+        if record.step == 8:
+            raise OSError(28, "No space left on device")
+        return save(record, folder)
+
+    monkeypatch.setattr(ckpt, "save", full)
+    code, said = train(tmp_path)
+    assert code == 5
+    assert "the disk is full" in said
+    assert "bytes are needed" in said
+    assert logged(tmp_path)[-1][0] == 8
+    assert newest(tmp_path).step == 4
+
+
+def test_an_interrupt_without_checkpoints_says_that_nothing_was_kept(tmp_path, monkeypatch):
+    learn = training.training_step
+
+    def interrupted(run, lr):
+        os.kill(os.getpid(), signal.SIGINT)
+        return learn(run, lr)
+
+    monkeypatch.setattr(training, "training_step", interrupted)
+    code, said = train(tmp_path, ENABLE_CHECKPOINTS="false")
+    assert code == 130
+    assert "nothing was kept, because ENABLE_CHECKPOINTS is false" in said
+    assert not (tmp_path / "checkpoints").exists()
+
+
+REFUSALS = [
+    ({"BLOCK_SIZE": "5000"}, 4, "set BLOCK_SIZE=599 or less"),
+    ({"TRAINING_DATA_SOURCE": "nothing-here.txt"}, 4, "nothing-here.txt"),
+    ({"DEVICE": "cuda"}, 2, "available: cpu"),
+    ({"DTYPE": "float16"}, 2, "DTYPE=float16 is for cuda and mps"),
+    ({"GPT2_MODEL_NAME": "./no-such-folder"}, 3, "no-such-folder"),
+    ({"INIT_FROM": "no-such-file.pt"}, 3, "Checkpoint not found"),
+    ({"MODEL_TYPE": "bigram", "TOKENIZER": "gpt2"}, 2, "TOKENIZER"),
+    ({"RESUME": "some-path.pt"}, 3, "Checkpoint not found"),
+]
+
+
+@pytest.mark.parametrize(("changes", "code", "sentence"), REFUSALS, ids=str)
+def test_refusals_are_one_sentence_and_an_exit_code(changes, code, sentence, tmp_path):
+    got, said = train(tmp_path, **changes)
+    assert (got, said.count("\n")) == (code, 1), said
+    assert said.startswith("error: ")
+    assert sentence in said
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_fails_before_step_1(tmp_path):
+    small_text(tmp_path)
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    code, said = train(tmp_path)
+    assert code == 3
+    assert "cannot be written" in said
+    assert list((tmp_path / "runs").glob("*/metrics.jsonl")) == []
+
+
+def test_mistakes_are_told_before_torch_is_imported(tmp_path):
+    """In a process of its own: exit code 2, both mistakes, and torch not loaded yet."""
+    code = "import sys, runpy\nsys.argv=['training.py']\ntry: runpy.run_path('training.py', run_name='__main__')\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    env = {"PATH": os.environ["PATH"], "MODEL_TYPE": "gtp2", "CHECKPOINT_INTERVALS": "5", "PYTHON_DOTENV_DISABLED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2", "False"]
+    assert "did you mean gpt2?" in done.stderr
+    assert "did you mean CHECKPOINT_INTERVAL?" in done.stderr
+
+
+def test_unexpected_errors_have_no_traceback_unless_debug_is_1(tmp_path, monkeypatch):
+    def broken(settings, log):
+        raise ZeroDivisionError("by design")
+
+    settings = config.read(environment(tmp_path))
+    monkeypatch.delenv("DEBUG", raising=False)
+    assert training.guarded(broken, settings) == 1
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        training.guarded(broken, settings)

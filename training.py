@@ -1,0 +1,455 @@
+"""Train a small language model from environment variables, and never lose a step.
+
+    python3 training.py                                                   # a bigram model on the bundled text
+    ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 python3 training.py           # a small GPT-2, saved as it learns
+    RESUME=auto ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 python3 training.py   # after a crash: exactly on
+
+`python3 training.py --help` lists every variable. This file is the loop, top to bottom; run.py puts a run together, resume.py
+brings one back from a checkpoint.
+"""
+
+import sys
+
+import config
+
+if __name__ == "__main__":
+    SETTINGS = config.door(sys.argv)  # before torch is imported, so that a typing error costs no seconds
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ckpt
+import models
+from ckpt import Checkpoint
+from ckpt.files import RunLock, prepare_folder
+from config import Config, ConfigError
+from data import tokenization
+from data.batches import validation_windows
+from data.corpus import DataError
+from models.sampling import generate
+from resume import explain, find_record, resumed
+from run import Run, fresh, to_record
+from runtime import device as machine
+from runtime.interrupt import INTERRUPTED, Interrupt
+from runtime.optim import lr_at
+from runtime.progress import Log, Metrics, Progress, amount, duration, harmless, shown
+
+SAVE_FAILED = 5  # exit code of a run that finished, but whose last save did not
+SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it looks for a scale
+SAMPLE_TOKENS = 200
+
+
+class TrainingError(Exception):
+    """Training that cannot go on: a loss or a gradient that is not finite. Exit code 1 at the door."""
+
+
+def main(settings: Config, log: Log) -> int:
+    """Trains as the settings say; returns the exit code."""
+    if settings.resume == "never":
+        return train(fresh(settings, log))
+    record = find_record(settings, log)
+    if record is None:
+        log(f"RESUME={settings.resume}: {settings.checkpoint_dir} holds no checkpoint, so this run starts fresh")
+        return train(fresh(settings, log))
+    run, restored = resumed(settings, record, log)
+    print(explain(run, record, restored), flush=True)
+    if run.step >= run.end:
+        log(
+            f"run {run.run_id} is finished: {run.step} of {run.end} steps are done. More: MODE=resume RESUME_TRAINING_STEPS=1000 python3 scripts/load_checkpoint.py"
+        )
+        return 0
+    return train(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def train(run: Run) -> int:
+    """Trains from `run.step` to the plan's end or to a signal; returns the exit code. There is no second loop."""
+    lock = open_run(run)
+    try:
+        with Interrupt() as stop:
+            say_start(run)
+            run.progress = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
+            loop(run, stop)
+            run.progress.close()
+            return say_end(run, interrupted=stop.requested)
+    except BaseException:
+        run.log(f"stopped after step {run.step}: {kept(run)}")
+        raise
+    finally:
+        run.metrics.close()
+        lock.release()
+
+
+def loop(run: Run, stop: Interrupt) -> None:
+    """The training loop. Whatever is done between two steps changes neither the weights nor any later random draw."""
+    settings, clock = run.settings, Clock(run)
+    while True:
+        # Look: evaluate on the validation text and draw a sample. After a resume, only what the checkpoint had not seen yet.
+        look = ckpt.due(run.step, settings.eval_interval, last=run.end) or ckpt.due(
+            run.step, settings.sample_interval, last=run.end
+        )
+        if look and run.observed_step != run.step and not stop.requested:
+            observe(run)
+            clock.restart()
+
+        # Keep: at the interval, at the end and when asked to stop; and the best so far beside them.
+        save = run.step > run.saved_step and (
+            ckpt.due(run.step, settings.checkpoint_interval, last=run.end) or stop.requested
+        )
+        if settings.enable_checkpoints and (save or run.best_step not in (None, run.kept_best_step)):
+            keep(run, save=save)
+            clock.restart()
+
+        if run.step >= run.end or stop.requested:
+            return
+
+        # Learn: one optimizer step, and its line in the metrics when it is due.
+        lr = lr_at(run.step, run.schedule)
+        loss, grad_norm = training_step(run, lr)
+        run.progress.advance(run.step)
+        if ckpt.due(run.step, settings.log_interval, last=run.end):
+            report(run, clock, loss=loss, lr=lr, grad_norm=grad_norm)
+
+
+def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
+    """One optimizer step; returns its loss (mean over the batch, nats per token) and its gradient's norm before clipping, both 0-dim.
+
+    Raises TrainingError before the weights are touched if either is not finite.
+    """
+    # Every random draw of the step, dropout's, is a function of (seed, step): resuming needs no generator's state.
+    machine.seed_step(run.settings.seed, run.step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+
+    loss = accumulate_gradients(run)
+
+    # Clip, and stop while the weights are still good if something is not finite.
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
+    check_finite(run, loss, grad_norm)
+
+    # Update. The scaler leaves out an update whose float16 gradients overflowed; without float16 it does nothing.
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    run.tokens_seen += run.batches.rows_per_step * run.settings.block_size
+    return loss, grad_norm
+
+
+def accumulate_gradients(run: Run) -> Tensor:
+    """Leaves the step's gradients on the parameters and returns its loss: each micro-batch counts for its share of the whole batch."""
+    x, y = (ids.to(run.device, non_blocking=True) for ids in run.batches.at(run.step))  # (A, B, T) both
+    total = torch.zeros((), device=run.device)
+    for micro_x, micro_y in zip(x, y, strict=True):
+        with machine.autocast(run.device, run.dtype):
+            _, loss = run.forward(micro_x, micro_y)
+            loss = loss / len(x)
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
+    """Raises TrainingError naming step and batch if the step must not be taken. In float16 a few overflows are the scaler's to handle."""
+    if torch.isfinite(loss + grad_norm):
+        run.skipped_updates = 0
+        return
+    run.skipped_updates += 1
+    if run.scaler.is_enabled() and run.skipped_updates < SKIPS_ALLOWED:
+        return
+    first, last = run.batches.windows_seen(run.step), run.batches.windows_seen(run.step + 1) - 1
+    what = (
+        f"{SKIPS_ALLOWED} float16 updates in a row overflowed"
+        if run.scaler.is_enabled()
+        else f"the loss is {loss.item():.4g} and its gradient's norm {grad_norm.item():.4g}"
+    )
+    raise TrainingError(
+        f"step {run.step + 1} was not taken: {what} (batch: windows {first} to {last}, epoch {run.batches.epoch(run.step):.2f}); "
+        f"try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1, or look at the text there"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the loop calls between two steps.
+
+
+class Clock:
+    """Tokens per second since the line before."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts from now: evaluation and saving are no training time."""
+        self._since, self._tokens = time.monotonic(), self._run.tokens_seen
+
+    def rate(self) -> float:
+        """Tokens per second since the last call or restart."""
+        rate = (self._run.tokens_seen - self._tokens) / max(time.monotonic() - self._since, 1e-9)
+        self.restart()
+        return rate
+
+
+def report(run: Run, clock: Clock, *, loss: Tensor, lr: float, grad_norm: Tensor) -> None:
+    """One line of training in metrics.jsonl, and the figures beside the bar."""
+    value, rate = loss.item(), clock.rate()
+    write_metrics(run, split="train", loss=value, lr=lr, grad_norm=grad_norm.item(), tok_s=round(rate, 1))
+    left = (run.end - run.step) * run.batches.rows_per_step * run.settings.block_size / max(rate, 1e-9)
+    run.progress.show(run.step, loss=f"{value:.4f}", tok_s=amount(rate), seconds_left=left)
+
+
+def write_metrics(
+    run: Run,
+    *,
+    split: str,
+    loss: float | None,
+    lr: float | None = None,
+    grad_norm: float | None = None,
+    tok_s: float | None = None,
+) -> None:
+    """One object with the same names in every line; null where a name has no meaning for the split."""
+    values = {"split": split, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen, "tok_s": tok_s}
+    run.metrics.write(run_id=run.run_id, step=run.step, time=round(time.time(), 3), **values)
+
+
+def observe(run: Run) -> None:
+    """Evaluates and samples, as far as either is due at this step. Draws nothing from the global generator."""
+    if ckpt.due(run.step, run.settings.eval_interval, last=run.end) and len(run.text.split.validation):
+        run.validation_loss = evaluate(run)
+        write_metrics(run, split="validation", loss=run.validation_loss)
+        run.progress.show(run.step, validation=f"{run.validation_loss:.4f}")
+        # NaN is never the best: it compares as false with everything.
+        if (
+            run.step
+            and (run.best_loss is None or run.validation_loss < run.best_loss)
+            and math.isfinite(run.validation_loss)
+        ):
+            run.best_loss, run.best_step = run.validation_loss, run.step
+    if run.step and ckpt.due(run.step, run.settings.sample_interval, last=run.end):
+        run.last_sample = sample(run)
+        path = run.folder / "samples" / f"step{run.step:06d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(run.last_sample, encoding="utf-8")
+    run.observed_step = run.step
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """The mean loss (nats per token) over fixed validation windows, the same ones at every call."""
+    run.model.eval()  # the plain module: another shape must never reach the compiled one
+    total, count = 0.0, 0
+    windows = validation_windows(
+        run.text.split.validation,
+        block_size=run.settings.block_size,
+        batch_size=run.settings.batch_size,
+        steps=run.settings.eval_steps,
+    )
+    for x, y in windows:  # (B, T) both
+        with machine.autocast(run.device, run.dtype):
+            _, loss = run.model(x.to(run.device), y.to(run.device))
+        total, count = total + loss.item() * x.numel(), count + x.numel()
+    run.model.train()
+    return total / count
+
+
+def sample(run: Run) -> str:
+    """A little text from the model as it stands, with a generator of its own."""
+    settings, generator = run.settings, torch.Generator().manual_seed(run.settings.seed)
+    start = run.tokenizer.end_of_text
+    ids = [start] if start is not None else run.tokenizer.encode(first_character(run))
+    drawn = generate(
+        run.model,
+        ids,
+        max_new_tokens=SAMPLE_TOKENS,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        generator=generator,
+        vocab_size=run.tokenizer.vocab_size,
+    )
+    return run.tokenizer.decode([*([] if start is not None else ids), *drawn]) + "\n"
+
+
+def first_character(run: Run) -> str:
+    """Where a sample begins if the tokenizer has no mark for a text's beginning: a newline, or else the text's first character."""
+    alphabet = run.text.scan.alphabet
+    return "\n" if "\n" in alphabet else alphabet[0]
+
+
+def keep(run: Run, *, save: bool) -> None:
+    """Saves this step if `save`, and the best one under best/ if this step is it. A disk that refuses does not stop the training."""
+    folder = Path(run.settings.checkpoint_dir)
+    record = to_record(run)
+    try:
+        saved = ckpt.save(record, folder) if save else None
+        if run.best_step == run.step:
+            ckpt.keep_best(record, folder, saved=saved)
+        run.kept_best_step = run.best_step
+    except OSError as error:
+        run.save_failed = run.save_failed or save
+        run.log(
+            f"step {run.step} could not be saved ({ckpt.why_not_saved(error, folder, need=record_bytes(record))}); training goes on"
+        )
+        return
+    if saved:
+        run.last_saved, run.saved_step, run.save_failed = saved, run.step, False
+
+
+def record_bytes(record: Checkpoint) -> int:
+    """About how many bytes the record takes on disk: its tensors'."""
+    moments = [
+        value for state in (record.optimizer_state or {"state": {}})["state"].values() for value in state.values()
+    ]
+    return sum(tensor.nbytes for tensor in [*record.model_state.values(), *moments] if isinstance(tensor, Tensor))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says at its start and at its end.
+
+
+def open_run(run: Run) -> RunLock:
+    """Makes the run's folders, locks the run for this process and opens what it writes; fails before step 1 if it cannot."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    place = Path(run.settings.checkpoint_dir) if run.settings.enable_checkpoints else run.folder
+    prepare_folder(place)
+    lock = RunLock(place, run.run_id)
+    lock.acquire()
+    run.log.open(run.folder / "training.log")
+    (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
+    run.metrics = Metrics(run.folder / "metrics.jsonl")
+    # What was logged after the checkpoint is logged again, so it goes; what the checkpoint had not seen yet at its own step, too.
+    run.metrics.rewind(lambda line: was_seen(run, line))
+    return lock
+
+
+def was_seen(run: Run, line: dict[str, Any]) -> bool:
+    """Whether the checkpoint that the run goes on from was written after this line of its metrics."""
+    step = line.get("step", 0)
+    return step < run.step or (step == run.step and (line.get("split") == "train" or run.observed_step == run.step))
+
+
+def say_start(run: Run) -> None:
+    """At most 15 lines: what is trained on what, for how long, and where it goes."""
+    s, log = run.settings, run.log
+    count, steps = models.parameter_count(run.model), run.end - run.step
+    numerics = f"{run.dtype}, {'compiled' if run.compile_step else 'eager'}"
+    log(f"run {run.run_id}: {s.model_type} on {run.device.type} ({torch.get_num_threads()} threads, {numerics})")
+    kinds = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
+    log(
+        f"data: {shown(Path(run.text.corpus.source))}: {amount(run.text.scan.characters)} characters, {kinds}; {len(run.text.split.train)} tokens to train on, {len(run.text.split.validation)} to validate on"
+    )
+    log(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB), block size {s.block_size}")
+    tokens_to_go = steps * run.batches.rows_per_step * s.block_size
+    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
+    log(
+        f"plan: {steps} steps of {run.batches.rows_per_step} x {s.block_size} tokens = {amount(tokens_to_go)} tokens, {epochs:.2g} epochs; about {duration(steps * seconds_per_step(run))}"
+    )
+    log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env)")
+    if s.enable_checkpoints:
+        log(f"checkpoints: every {s.checkpoint_interval} steps and at the end, to {shown(Path(s.checkpoint_dir))}")
+    else:
+        log("checkpoints are OFF: nothing of this model will be kept; set ENABLE_CHECKPOINTS=true to keep it")
+    for line in config.describe(s):
+        log(line)
+    warn_of_memory(run)
+
+
+def seconds_per_step(run: Run) -> float:
+    """Times a few passes over the next batch, forward and backward, and takes the fastest; weights stay as they are."""
+    fastest = math.inf
+    for _ in range(4):  # the first one also warms caches up, or compiles
+        since = time.monotonic()
+        accumulate_gradients(run).item()
+        run.optimizer.zero_grad(set_to_none=True)
+        fastest = min(fastest, time.monotonic() - since)
+    return fastest
+
+
+def warn_of_memory(run: Run) -> None:
+    """Says so if the estimate is above what the device has free."""
+    need = models.training_bytes(run.model, run.settings.batch_size, bytes_per_value=4 if run.dtype == "float32" else 2)
+    free = machine.free_memory(run.device)
+    if free is not None and need > free:
+        run.log(
+            f"warning: a step needs about {amount(need, 'B')} of memory and {amount(free, 'B')} are free; lower BATCH_SIZE, BLOCK_SIZE or N_LAYER if it fails"
+        )
+
+
+def say_end(run: Run, *, interrupted: bool) -> int:
+    """How the run ended, a sample if it is done, and the next command; returns the exit code."""
+    if interrupted:
+        run.log(f"interrupted after step {run.step}: {kept(run)}")
+        return INTERRUPTED
+    losses = (
+        f"validation loss {run.validation_loss:.4f}, best {run.best_loss:.4f} at step {run.best_step}"
+        if run.validation_loss is not None and run.best_loss is not None
+        else "no validation text"
+    )
+    run.log(f"done: {run.step} steps, {losses}")
+    text = run.last_sample or sample(run)
+    print(harmless(text) if sys.stdout.isatty() else text, flush=True)
+    if run.last_saved:
+        run.log(f'next: CHECKPOINT_PATH={shown(run.last_saved)} PROMPT="..." python3 scripts/load_checkpoint.py')
+    return SAVE_FAILED if run.save_failed else 0
+
+
+def kept(run: Run) -> str:
+    """What is left of a run that stopped early, and how to go on with it."""
+    folder = run.settings.checkpoint_dir
+    newest = (
+        ckpt.latest([one for one in ckpt.find(Path(folder)) if one.metadata.get("run_id") == run.run_id])
+        if run.settings.enable_checkpoints
+        else None
+    )
+    if newest is None:
+        return "nothing was kept" + ("" if run.settings.enable_checkpoints else ", because ENABLE_CHECKPOINTS is false")
+    return f"step {newest.step} is kept in {shown(newest.path)}; go on with: RESUME=auto CHECKPOINT_DIR={shown(Path(folder))} python3 training.py"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The door: every refusal is one sentence and an exit code.
+
+EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (ConfigError, 2), (machine.DeviceError, 2), (tokenization.UnknownCharacters, 2), (ckpt.CheckpointError, 3), (DataError, 4),
+)  # fmt: skip
+
+
+def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log | None = None) -> int:
+    """The exit code of `action`; what it raises is said in one sentence, with a traceback only if DEBUG is exactly 1."""
+    log = log or Log()
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the loop, both signals stop at once
+        return action(settings, log)
+    except KeyboardInterrupt:
+        log("interrupted before the first step: nothing was trained")
+        return INTERRUPTED
+    except Exception as error:
+        if config.debug():
+            raise
+        log(sentence(error))
+        return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
+    finally:
+        log.close()
+
+
+def sentence(error: Exception) -> str:
+    """What to tell of an error, and what to do about it."""
+    if machine.is_out_of_memory(error):
+        return "error: out of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE or N_LAYER"
+    known = isinstance(error, TrainingError | OSError) or any(isinstance(error, kind) for kind, _ in EXIT_CODES)
+    return f"error: {error}" if known else f"error: {type(error).__name__}: {error} (unexpected; DEBUG=1 shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, SETTINGS))
