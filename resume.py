@@ -63,16 +63,17 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     wanted = config.from_saved(settings, saved)
     _, scanned = scan_source(wanted.training_data_source, log)
     if scanned.sha256 != record.data.get("sha256"):
+        was = record.data.get("source")
         differences.append(
-            f"the text of {wanted.training_data_source} is not the one the checkpoint was trained on ({record.data.get('source')})"
+            f"the text of {wanted.training_data_source} is not the one the checkpoint was trained on ({was})"
         )
+    if wanted.validation_fraction != record.data.get("validation_fraction"):
+        was = record.data.get("validation_fraction")
+        differences.append(f"VALIDATION_FRACTION is {wanted.validation_fraction}, the checkpoint has {was}")
     if differences:
+        remedy = "set what differs back, choose another CHECKPOINT_DIR, or RESUME=never"
         raise ConfigError(
-            [
-                f"RESUME={settings.resume}: {record.path} cannot be gone on with:",
-                *differences,
-                "set what differs back, choose another CHECKPOINT_DIR, or RESUME=never",
-            ]
+            [f"RESUME={settings.resume}: cannot go on with {record.path}: {'; '.join(differences)}: {remedy}"]
         )
     return record
 

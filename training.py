@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import ckpt
 import models
 from ckpt import Checkpoint
-from ckpt.files import RunLock, prepare_folder
+from ckpt.files import RunLock, RunLockedError, prepare_folder
 from config import Config, ConfigError
 from data import tokenization
 from data.batches import validation_windows
@@ -127,7 +127,7 @@ def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
     Raises TrainingError before the weights are touched if either is not finite.
     """
     # Every random draw of the step, dropout's, is a function of (seed, step): resuming needs no generator's state.
-    machine.seed_step(run.settings.seed, run.step)
+    machine.seed_step(run.device, run.settings.seed, run.step)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
 
@@ -322,7 +322,12 @@ def open_run(run: Run) -> RunLock:
     """Makes the run's folders, locks the run for this process and opens what it writes; fails before step 1 if it cannot."""
     run.folder.mkdir(parents=True, exist_ok=True)
     place = Path(run.settings.checkpoint_dir) if run.settings.enable_checkpoints else run.folder
-    prepare_folder(place)
+    try:
+        prepare_folder(place)
+    except (OSError, NotImplementedError) as error:
+        raise ConfigError(
+            [f"{place} cannot be written ({error}): mend its permissions, or set another CHECKPOINT_DIR"]
+        ) from error
     lock = RunLock(place, run.run_id)
     lock.acquire()
     run.log.open(run.folder / "training.log")
@@ -447,7 +452,9 @@ def sentence(error: Exception) -> str:
     """What to tell of an error, and what to do about it."""
     if machine.is_out_of_memory(error):
         return "error: out of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE or N_LAYER"
-    known = isinstance(error, TrainingError | OSError) or any(isinstance(error, kind) for kind, _ in EXIT_CODES)
+    known = isinstance(error, TrainingError | RunLockedError | OSError) or any(
+        isinstance(error, kind) for kind, _ in EXIT_CODES
+    )
     return f"error: {error}" if known else f"error: {type(error).__name__}: {error} (unexpected; DEBUG=1 shows where)"
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: the public verbs. Everything else in this package serves them."""
 
+import os
 from pathlib import Path
 
 from ckpt.layouts import LAYOUTS, layout_of
@@ -30,10 +31,10 @@ def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
 
     `optimizer=False` leaves the optimizer's tensors unread; `verify=True` checks every byte against its checksum first.
     """
+    if not os.path.exists(path):
+        raise CheckpointError(f"Checkpoint not found: {path}. {listing(path.parent)}")
     layout = layout_of(path)
     if layout is None:
-        if not path.exists():
-            raise CheckpointError(f"Checkpoint not found: {path}. {listing(path.parent)}")
         known = ", ".join(layout.NAME for layout in LAYOUTS)
         raise CheckpointError(f"{path}: is no checkpoint of a known layout ({known})")
     return layout.read(path, optimizer=optimizer, verify=verify)

@@ -12,8 +12,6 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from ckpt.record import CheckpointError
-
 TEMPORARY = ".tmp-"  # nothing that begins so is ever read; what a crash leaves is removed under the folder's lock
 FOLDER_LOCK = ".lock"
 
@@ -22,7 +20,8 @@ FOLDER_LOCK = ".lock"
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Yields a binary file that appears as `path`, whole and durable, when the block ends; on an error nothing appears.
 
-    Raises FileExistsError if `path` is there already: a visible name is never replaced.
+    Raises FileExistsError if `path` is there already: a visible name is never replaced. Raises OSError if the disk refuses,
+    also where the writer hid that behind an error of its own.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
@@ -30,10 +29,20 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             flush_to_disk(file)
         reveal(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if refusal := _refusal_behind(error):
+            raise OSError(refusal.errno, refusal.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
+
+
+def _refusal_behind(error: BaseException) -> OSError | None:
+    """The disk's own error behind a RuntimeError: torch.save closes its archive after a failed write, and that fails too."""
+    cause: BaseException | None = error if isinstance(error, RuntimeError) else None
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause
 
 
 def flush_to_disk(file: IO[bytes]) -> None:
@@ -78,25 +87,27 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 def remove_leftovers(folder: Path) -> list[Path]:
     """Removes what killed writers left; returns it. Under the folder's lock no temporary file has a living writer."""
-    leftovers = [path for path in folder.iterdir() if path.name.startswith(TEMPORARY)]
+    leftovers = list(folder.glob(f"{TEMPORARY}*"))
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     return leftovers
 
 
 def prepare_folder(folder: Path) -> None:
-    """Makes the folder and proves that it can be written, so that a run fails before its first step and not at its first save."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(folder):
-            remove_leftovers(folder)
-            probe = folder / f"{TEMPORARY}probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
-    except (OSError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"CHECKPOINT_DIR={folder} cannot be written ({error}): choose another folder or mend its permissions"
-        ) from error
+    """Makes the folder and proves that it can be written, so that a run fails before its first step and not at its first save.
+
+    Raises OSError if it cannot, NotImplementedError if its file system knows no locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder):
+        remove_leftovers(folder)
+        probe = folder / f"{TEMPORARY}probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+
+
+class RunLockedError(Exception):
+    """Another living process trains the same run."""
 
 
 class RunLock:
@@ -108,11 +119,11 @@ class RunLock:
         self._run_id = run_id
 
     def acquire(self) -> None:
-        """Raises CheckpointError naming pid and host if another process trains this run."""
+        """Raises RunLockedError naming pid and host if another process trains this run."""
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise CheckpointError(
+            raise RunLockedError(
                 f"run {self._run_id} is being trained by {self._holder()}: wait for it or stop it first"
             ) from None
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}

@@ -13,6 +13,9 @@ from data import tokenization
 
 SHOWN = 10  # names and shapes that one message lists
 
+# What an optimizer keeps for one parameter, by a word that only its groups have: the other's moments are of no use to it.
+MOMENTS = {"betas": {"step", "exp_avg", "exp_avg_sq"}, "momentum": {"momentum_buffer"}}  # AdamW, Muon
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -37,11 +40,11 @@ def build_model(
         settings["block_size"] = block_size
     if dropout is not None and "dropout" in settings:
         settings["dropout"] = dropout
-    _check_sizes(settings, state, where=_where(record))
+    _check_layers(settings, state, where=_where(record))
     try:
         with torch.device("meta"):  # no memory and no random draws for weights that are replaced at once
             model = models.build(record.model_type, settings)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape of more elements than can be counted
         raise CheckpointError(f"{_where(record)}: {error}") from error
     _check_shapes(model.state_dict(), state, where=_where(record))
     model.to_empty(device=device)
@@ -56,17 +59,16 @@ def _crop_positions(
         raise CheckpointError(
             f"{where}: BLOCK_SIZE={block_size} is more than its {settings['block_size']} positions; set BLOCK_SIZE={settings['block_size']} or less"
         )
-    return state | {name: state[name][:block_size] for name in ("wpe.weight",) if name in state}
+    return state | {name: state[name][:block_size] for name in ("wpe.weight",) if name in state and state[name].dim()}
 
 
-def _check_sizes(settings: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str) -> None:
-    """No size can exceed the number of weights: checked before a model of a billion layers is begun."""
-    weights = sum(tensor.numel() for tensor in state.values())
-    for name, value in settings.items():
-        if isinstance(value, int) and value > weights:
-            raise CheckpointError(
-                f"{where}: {name} is {value}, but it holds only {weights} weights: its settings are damaged"
-            )
+def _check_layers(settings: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str) -> None:
+    """Every layer has tensors of its own: checked before a model of a billion layers is begun. No other size costs time or memory."""
+    layers = settings.get("n_layer")
+    if isinstance(layers, int) and layers > len(state):
+        raise CheckpointError(
+            f"{where}: n_layer is {layers}, but it holds only {len(state)} tensors: its settings are damaged"
+        )
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
@@ -106,9 +108,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> R
     Its own learning rate, weight decay and betas stay: torch's `load_state_dict` would overwrite them, and checks almost nothing itself.
     """
     current = optimizer.state_dict()
-    shapes = {
-        name: parameter.shape
+    wanted = {
+        name: (parameter.shape, kinds)
         for group in optimizer.param_groups
+        for kinds in (kinds for word, kinds in MOMENTS.items() if word in group)
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
     saved = _state_by_name(record)
@@ -117,12 +120,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> R
         for group in current["param_groups"]
         for index, name in zip(group["params"], group["param_names"], strict=True)
     }
-    state = {index: saved[name] for index, name in names.items() if name in saved and _fits(saved[name], shapes[name])}
+    state = {index: saved[name] for index, name in names.items() if name in saved and _fits(saved[name], *wanted[name])}
     # A copy: the record's tensors are mapped from the file, and the optimizer writes into what it is given.
-    copied = {
-        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in moments.items()}
-        for index, moments in state.items()
-    }
+    copied = {index: {key: value.clone() for key, value in moments.items()} for index, moments in state.items()}
     optimizer.load_state_dict({"state": copied, "param_groups": current["param_groups"]})
     missing = tuple(name for index, name in names.items() if index not in state)
     return Restored(len(state), len(names), missing)
@@ -137,16 +137,22 @@ def _state_by_name(record: Checkpoint) -> dict[str, dict[str, Any]]:
             for index, name in zip(group["params"], group["param_names"], strict=True)
             if index in values["state"]
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{_where(record)}: its optimizer state is not in torch's form with param_names ({error})"
         ) from error
 
 
-def _fits(moments: Any, shape: torch.Size) -> bool:
-    """Whether every moment has the parameter's shape; Adam's step counter is a scalar."""
-    return isinstance(moments, dict) and all(
-        value.dim() == 0 or value.shape == shape for value in moments.values() if isinstance(value, Tensor)
+def _fits(moments: Any, shape: torch.Size, kinds: set[str]) -> bool:
+    """Whether `moments` holds one dense tensor of each kind, of the parameter's shape; Adam's step counter is a scalar."""
+    if not isinstance(moments, dict) or moments.keys() != kinds:
+        return False
+    return all(
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_meta
+        and value.shape == (() if kind == "step" else shape)
+        for kind, value in moments.items()
     )
 
 

@@ -1,7 +1,7 @@
 """Checkpoint: the one in-memory form between every layout on disk and every user of a checkpoint."""
 
 import dataclasses
-import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -64,6 +64,8 @@ class Checkpoint:
 
 TENSOR_FIELDS = {"model_state", "optimizer_state"}
 MEMORY_FIELDS = {"path", "layout", "notes"}
+LARGEST = 2**63 - 1
+RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's folder, so it must not lead out of it
 
 
 def metadata(record: Checkpoint) -> dict[str, Json]:
@@ -80,7 +82,8 @@ def from_metadata(
     unknown = sorted(set(values) - set(known))
     record = Checkpoint(model_state=model_state, optimizer_state=optimizer_state, **known)
     if unknown:
-        record.notes.append(f"{where}: fields that this version does not know were left out: {', '.join(unknown)}")
+        listed = ", ".join(f"{name!r:.40}" for name in unknown[:10])
+        record.notes.append(f"{where}: {len(unknown)} fields that this version does not know were left out: {listed}")
     return record
 
 
@@ -92,7 +95,7 @@ def check_metadata(values: Json, where: str) -> dict[str, Json]:
     if isinstance(version, int) and version > FORMAT_VERSION:
         writer = values.get("written_by", "a newer version")
         raise CheckpointError(
-            f"{where}: format {version} was written by {writer}; this is milepost {VERSION}, which reads up to {FORMAT_VERSION}: update it"
+            f"{where}: format {version!r:.20} was written by {writer!r:.60}; this is milepost {VERSION}, which reads up to {FORMAT_VERSION}: update it"
         )
     hints = typing.get_type_hints(Checkpoint)
     known = {
@@ -108,7 +111,23 @@ def check_metadata(values: Json, where: str) -> dict[str, Json]:
             raise CheckpointError(
                 f"{where}: {name} is {value!r:.80}, expected {_name_of(hints[name])}: the file is damaged"
             )
+    _check_values(known, where)
     return known
+
+
+def _check_values(known: dict[str, Json], where: str) -> None:
+    """Raises CheckpointError for what is of its type but cannot be."""
+    for name in ("vocab_size", "block_size"):  # every model has them
+        size = known["model_settings"].get(name)
+        if type(size) is not int or not 0 < size <= LARGEST:
+            raise CheckpointError(
+                f"{where}: {name} is {size!r:.80}, expected a positive whole number: the file is damaged"
+            )
+    run_id = known.get("run_id")
+    if run_id is not None and not RUN_ID.fullmatch(run_id):
+        raise CheckpointError(
+            f"{where}: run_id is {run_id!r:.80}, expected letters, digits, `_`, `.` and `-`: the file is damaged"
+        )
 
 
 def _fits(value: Json, hint: Any) -> bool:
@@ -118,7 +137,7 @@ def _fits(value: Json, hint: Any) -> bool:
         return False
     if isinstance(value, (int, float)):
         wanted = (int, float) if float in plain else plain
-        return isinstance(value, wanted) and math.isfinite(value) and value >= 0
+        return isinstance(value, wanted) and 0 <= value <= LARGEST  # false for NaN too
     return isinstance(value, plain)
 
 

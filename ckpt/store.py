@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.files import folder_lock, new_file, remove_leftovers
+from ckpt.files import folder_lock, new_file, remove_leftovers, sync_folder
 from ckpt.layouts import WRITERS, Layout, layout_of
 from ckpt.record import Checkpoint, CheckpointError, Json
 
@@ -37,8 +37,11 @@ class Found:
 
 
 def find(folder: Path) -> list[Found]:
-    """Every checkpoint of `folder` and of its `best/`, oldest save first, damaged ones too (they come first). Dot-names are never seen."""
-    places = [place for place in (folder / BEST_FOLDER, folder) if place.is_dir()]
+    """Every checkpoint of `folder` and of its `best/`, oldest save first, damaged ones too (they come first). Dot-names are never seen.
+
+    Raises OSError if a folder cannot be listed.
+    """
+    places = [place for place in (folder / BEST_FOLDER, folder) if os.path.isdir(place)]
     found: dict[str, Found] = {}
     for path in sorted(path for place in places for path in place.iterdir()):
         layout = None if path.name.startswith(".") or path.name == BEST_FOLDER else layout_of(path)
@@ -92,24 +95,31 @@ def resolve(wish: str, folder: Path) -> tuple[Path, list[str]]:
     (the shell does not expand one in an assignment). Raises CheckpointError listing what is there if nothing fits.
     """
     if wish in ("latest", "best"):
-        return _choose(find(folder), folder, by=best if wish == "best" else latest)
-    path = Path(wish).expanduser()
+        return _choose(folder, by=best if wish == "best" else latest)
+    path = Path(os.path.expanduser(wish))
     if not os.path.lexists(path) and glob.has_magic(wish):
         return _choose_by_step(
             [_look(Path(name), layout) for name in sorted(glob.glob(str(path))) if (layout := layout_of(Path(name)))],
             wish,
             folder,
         )
-    if not path.exists():
-        raise CheckpointError(
-            f"Checkpoint not found: {wish}. {listing(path.parent if path.parent.is_dir() else folder)}"
-        )
-    if path.is_dir() and layout_of(path) is None:
-        return _choose(find(path), path, by=latest)
+    if not os.path.exists(path):
+        raise CheckpointError(f"Checkpoint not found: {wish}. {listing(_nearest(path, folder))}")
+    if os.path.isdir(path) and layout_of(path) is None:
+        return _choose(path, by=latest)
     return path, []
 
 
-def _choose(found: list[Found], folder: Path, *, by: Callable[[list[Found]], Found | None]) -> tuple[Path, list[str]]:
+def _nearest(path: Path, folder: Path) -> Path:
+    """The folder whose content helps somebody who asked for `path`."""
+    return path.parent if os.path.isdir(path.parent) else folder
+
+
+def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None]) -> tuple[Path, list[str]]:
+    try:
+        found = find(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): mend its permissions") from error
     notes = _problems(found)
     chosen = by(found)
     if chosen is None:
@@ -129,7 +139,7 @@ def _choose_by_step(matches: list[Found], wish: str, folder: Path) -> tuple[Path
     if not readable:
         raise CheckpointError(
             f"Checkpoint not found: nothing matches {wish}. "
-            + " ".join(notes or [listing(Path(wish).parent if Path(wish).parent.is_dir() else folder)])
+            + " ".join(notes or [listing(_nearest(Path(os.path.expanduser(wish)), folder))])
         )
     chosen = max(readable, key=lambda one: (one.step, one.save_order))
     return chosen.path, [*notes, f"{wish} matches {len(matches)}: taking {chosen.path}"]
@@ -137,9 +147,12 @@ def _choose_by_step(matches: list[Found], wish: str, folder: Path) -> tuple[Path
 
 def listing(folder: Path, *, limit: int = 8) -> str:
     """One sentence on what `folder` holds, newest first, for a message."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"There is no folder {folder}; was ENABLE_CHECKPOINTS=true set when training?"
-    names = [one.path.name + (" (damaged)" if one.problem else "") for one in reversed(find(folder))]
+    try:
+        names = [one.path.name + (" (damaged)" if one.problem else "") for one in reversed(find(folder))]
+    except OSError as error:
+        return f"{folder} cannot be listed ({error.strerror})"
     if not names:
         return f"{folder} holds no checkpoint; was ENABLE_CHECKPOINTS=true set when training?"
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -153,24 +166,28 @@ def save(record: Checkpoint, folder: Path, *, layout: str = "unified", place: st
     """
     writer = WRITERS[layout]
     with folder_lock(folder):
-        remove_leftovers(folder / place)
+        for each in (folder, folder / BEST_FOLDER):
+            remove_leftovers(each)
         now = datetime.datetime.now(datetime.UTC)
         record.save_number = 1 + max((one.metadata.get("save_number") or 0 for one in find(folder)), default=0)
         record.saved_at = now.isoformat(timespec="microseconds")
         record.save_id = os.urandom(8).hex()
-        return writer.write(record, folder / place, free_stem(record, folder / place, writer=writer, now=now))
+        return writer.write(record, folder / place, free_stem(record, folder, writer=writer, now=now))
 
 
 def free_stem(record: Checkpoint, folder: Path, *, writer: Layout, now: datetime.datetime) -> str:
-    """`checkpoint_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}` at the first second from `now` whose name is free."""
-    parts = ["checkpoint", record.model_type, file_word(str(record.data.get("name") or "text"))]
-    pretrained = record.hyperparameters.get("GPT2_MODEL_NAME")
-    if pretrained:
-        parts.append(re.sub(r"[^a-z0-9]", "", str(pretrained).rstrip("/").split("/")[-1].lower())[:40])
+    """`checkpoint_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}` at the first second from `now` whose name is free.
+
+    Free means: in `folder` and in its `best/`, so that what is saved in one can have a second name in the other.
+    """
+    parts = ["checkpoint", file_word(record.model_type), file_word(str(record.data.get("name") or "text"))]
+    pretrained = str(record.hyperparameters.get("GPT2_MODEL_NAME") or "").rstrip("/").split("/")[-1]
+    if weights := re.sub(r"[^a-z0-9]", "", pretrained.lower())[:40]:
+        parts.append(weights)
     for second in range(10**6):
         stamp = (now + datetime.timedelta(seconds=second)).strftime("%m%d%Y_%H%M%S")
         stem = "_".join([*parts, f"step{record.step:04d}", stamp])
-        if not os.path.lexists(writer.target(folder, stem)):
+        if not any(os.path.lexists(writer.target(place, stem)) for place in (folder, folder / BEST_FOLDER)):
             return stem
     raise CheckpointError(f"{folder} has no free name for step {record.step}")
 
@@ -184,8 +201,14 @@ def keep_best(record: Checkpoint, folder: Path, *, saved: Path | None, layout: s
     """Puts `record` under `best/` and then removes the run's earlier best from there; `saved` is its ordinary save of this step, if any."""
     place = folder / BEST_FOLDER
     place.mkdir(exist_ok=True)
-    earlier = [one.path for one in find(place) if one.metadata.get("run_id") == record.run_id]
-    kept = _second_name(saved, place / saved.name) if saved else save(record, folder, layout=layout, place=BEST_FOLDER)
+    earlier = [one.path for one in find(place) if record.run_id and one.metadata.get("run_id") == record.run_id]
+    if saved is None:
+        kept = save(record, folder, layout=layout, place=BEST_FOLDER)
+    else:
+        with folder_lock(folder):
+            kept = _second_name(saved, place / saved.name)
+    for each in (place, folder):  # the new name is durable before the earlier one goes
+        sync_folder(each)
     for path in earlier:
         if path != kept:
             path.unlink(missing_ok=True)
@@ -193,9 +216,7 @@ def keep_best(record: Checkpoint, folder: Path, *, saved: Path | None, layout: s
 
 
 def _second_name(saved: Path, path: Path) -> Path:
-    """A second name for the same bytes where the file system can, else a copy."""
-    if path.exists():
-        return path
+    """A second name for the same bytes where the file system can, else a copy. The caller holds the folder's lock."""
     try:
         os.link(saved, path)
     except OSError:

@@ -1,5 +1,6 @@
 """What a run tells: lines and one bar on stderr, the same lines in training.log, figures in metrics.jsonl."""
 
+import contextlib
 import json
 import math
 import os
@@ -30,13 +31,14 @@ class Log:
         self._file.flush()
 
     def __call__(self, line: str) -> None:
-        """Says one line, above the bar if there is one."""
-        with tqdm.external_write_mode(file=self.stream):
+        """Says one line, above the bar if there is one. A run does not end because nobody hears it (`2>&1 | head`, a full disk)."""
+        with tqdm.external_write_mode(file=self.stream), contextlib.suppress(OSError):
             print(line, file=self.stream, flush=True)
-        if self._file:
-            print(line, file=self._file, flush=True)
-        else:
+        if self._file is None:
             self._early.append(line)
+            return
+        with contextlib.suppress(OSError):
+            print(line, file=self._file, flush=True)
 
     def close(self) -> None:
         """Ends training.log."""
@@ -116,11 +118,11 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line that is no whole JSON object (the last one after a kill) is left out."""
+    """The lines of a metrics.jsonl, NaN as null; a line that is no whole JSON object (the last one after a kill) is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_constant=lambda _: None)
         except ValueError:
             continue
         if isinstance(line, dict):
@@ -139,7 +141,7 @@ def duration(seconds: float) -> str:
 
 def amount(count: float, unit: str = "") -> str:
     """`count` with three figures and a thousand's letter: 0.81M, 1.54G."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size / 2:
             return f"{count / size:.3g}{letter}{unit}"
     return f"{count:.3g}{unit}"

@@ -16,17 +16,19 @@ if __name__ == "__main__":
     SETTINGS = config.door(sys.argv)  # before torch is imported, so that a typing error costs no seconds
 
 import dataclasses
+import functools
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 import ckpt
-from ckpt import Checkpoint
+from ckpt import Checkpoint, CheckpointError
 from ckpt.rebuild import build_model, build_tokenizer
 from config import Config, ConfigError
-from data.tokenization import StreamDecoder, Tokenizer
+from data.tokenization import StreamDecoder, Tokenizer, UnknownCharacters
 from models import Model
 from models.sampling import generate
 from resume import explain, resumed, saved_settings
@@ -76,15 +78,37 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     model, tokenizer = build_model(record, device=device).eval(), build_tokenizer(record)
     seed = int.from_bytes(os.urandom(4), "little") if settings.sample_seed is None else settings.sample_seed
     prompt = read_prompt(settings)
+    ids = encode_prompt(tokenizer, prompt, settings)
     log(
         f"{record.path}: {record.model_type} at step {record.step}, {tokenizer.kind} tokenizer, on {device.type}; SAMPLE_SEED={seed}"
     )
-    for number in range(settings.num_samples):
-        if settings.num_samples > 1:
-            log(f"sample {number + 1} of {settings.num_samples}")
-        generator = torch.Generator().manual_seed(mix(seed, number))
-        show(text_of(model, tokenizer, prompt, generator=generator, settings=settings, log=log), stream=settings.stream)
+    too_long = (
+        f"the text is longer than the model's {model.settings.block_size} tokens: from here on it sees only the latest"
+    )
+    on_slide = functools.cache(lambda: log(too_long))  # cached, so that it is said once for all samples
+    try:
+        for number in range(settings.num_samples):
+            if settings.num_samples > 1:
+                log(f"sample {number + 1} of {settings.num_samples}")
+            generator = torch.Generator().manual_seed(mix(seed, number))
+            pieces = text_of(model, tokenizer, ids, generator=generator, settings=settings, on_slide=on_slide)
+            show(itertools.chain([prompt], pieces), stream=settings.stream)
+    except (
+        BrokenPipeError
+    ):  # whoever read has enough, as `| head`; unless stdout leads elsewhere, Python complains when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ValueError as error:  # logits that are not finite
+        raise CheckpointError(f"{record.path}: {error}") from error
     return 0
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, settings: Config) -> list[int]:
+    """The prompt's tokens; raises ConfigError naming the characters that the checkpoint's vocabulary lacks."""
+    try:
+        return tokenizer.encode(prompt)
+    except UnknownCharacters as error:
+        name = "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}"
+        raise ConfigError([f"{name}: {error}; leave them out, the model has never seen them"]) from error
 
 
 def read_prompt(settings: Config) -> str:
@@ -105,12 +129,20 @@ def read_prompt(settings: Config) -> str:
 
 
 def text_of(
-    model: Model, tokenizer: Tokenizer, prompt: str, *, generator: torch.Generator, settings: Config, log: Log
+    model: Model,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    *,
+    generator: torch.Generator,
+    settings: Config,
+    on_slide: Callable[[], None],
 ) -> Iterator[str]:
-    """The prompt and then its continuation, piece by piece as far as it may be shown."""
-    ids = tokenizer.encode(prompt) or [first_id(tokenizer, generator)]
-    yield prompt or tokenizer.decode([one for one in ids if one != tokenizer.end_of_text])
+    """What follows the prompt's `ids`, piece by piece as far as it may be shown; without a prompt, from its first token on."""
     decoder = StreamDecoder(tokenizer, stop=settings.stop)
+    if not ids:
+        ids = [first_id(tokenizer, generator)]
+        if ids[0] != tokenizer.end_of_text:
+            yield decoder.push(ids[0])  # a part of the text, perhaps the first byte of a character
     drawn = generate(
         model,
         ids,
@@ -122,9 +154,7 @@ def text_of(
         generator=generator,
         vocab_size=tokenizer.vocab_size,
         stop_ids=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
-        on_slide=lambda: log(
-            f"the text is longer than the model's {model.settings.block_size} tokens: from here on it sees only the latest"
-        ),
+        on_slide=on_slide,
     )
     for one in drawn:
         yield decoder.push(one)
@@ -180,6 +210,7 @@ def plan(settings: Config, record: Checkpoint) -> Schedule:
     """The learning rates of the added steps: the run's kind of schedule anew from RESUME_LEARNING_RATE, or with `keep` the saved one.
 
     No second warm-up unless WARMUP_STEPS is given, and the floor keeps its ratio to the peak unless MIN_LEARNING_RATE is given.
+    Raises ConfigError if that is above the peak.
     """
     saved = (
         Schedule(**record.schedule) if record.schedule else planned(config.from_saved(settings, saved_settings(record)))
@@ -194,9 +225,13 @@ def plan(settings: Config, record: Checkpoint) -> Schedule:
         warmup_steps=settings.warmup_steps if settings.given("WARMUP_STEPS") else 0,
     )
     given = {"lr_schedule": "kind", "min_learning_rate": "floor"}
-    return dataclasses.replace(
+    new = dataclasses.replace(
         new, **{field: getattr(settings, name) for name, field in given.items() if settings.given(name.upper())}
     )
+    if new.floor > new.peak:
+        problem = f"MIN_LEARNING_RATE={new.floor:g} is above RESUME_LEARNING_RATE={new.peak:g}"
+        raise ConfigError([f"{problem}: set a lower MIN_LEARNING_RATE"])
+    return new
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The pretrained weights of GPT-2 come in this form. Weights are read from safeten
 """
 
 import json
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -28,13 +29,12 @@ EXPECTED = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "n_inner": (None,),
 }
 
 
 def detect(path: Path) -> bool:
     """Whether `path` is a folder with a config.json that names a model_type, as transformers' do."""
-    if not (path.is_dir() and (path / CONFIG).is_file()):
+    if not os.path.isfile(path / CONFIG):
         return False
     try:
         return "model_type" in _read_json(path / CONFIG)
@@ -51,11 +51,7 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     """The record of the folder: weights in our names and orientation, tokenizer, no optimizer. Raises CheckpointError."""
     settings = _settings(path)
     weights = _read_weights(path)
-    model_state = {
-        name: tensor
-        for name, tensor in (_translate(name, tensor) for name, tensor in weights.items())
-        if tensor is not None
-    }
+    model_state = _translate(path, weights)
     _check_head(path, weights, model_state)
     tokenizer, note = _read_tokenizer(path, settings["vocab_size"])
     record = Checkpoint(
@@ -81,7 +77,7 @@ def _settings(path: Path) -> dict[str, Json]:
         if config.get(name, allowed[0]) not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise CheckpointError(
-                f"{path / CONFIG}: {name} is {config[name]!r}, expected {expected}: this is not a GPT-2 that milepost computes"
+                f"{path / CONFIG}: {name} is {config[name]!r:.80}, expected {expected}: this is not a GPT-2 that milepost computes"
             )
     sizes = {
         "vocab_size": "vocab_size",
@@ -93,12 +89,14 @@ def _settings(path: Path) -> dict[str, Json]:
     for field in sizes.values():
         if not isinstance(config.get(field), int) or isinstance(config.get(field), bool) or config[field] < 1:
             raise CheckpointError(
-                f"{path / CONFIG}: {field} is {config.get(field)!r}, expected a positive whole number"
+                f"{path / CONFIG}: {field} is {config.get(field)!r:.80}, expected a positive whole number"
             )
-    return {ours: config[theirs] for ours, theirs in sizes.items()} | {
-        "dropout": float(config.get("resid_pdrop", 0.1)),
-        "bias": True,
-    }
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise CheckpointError(f"{path / CONFIG}: n_inner is {config['n_inner']!r:.80}, expected null or 4 * n_embd")
+    dropout = config.get("resid_pdrop", 0.1)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise CheckpointError(f"{path / CONFIG}: resid_pdrop is {dropout!r:.80}, expected a number from 0 to below 1")
+    return {ours: config[theirs] for ours, theirs in sizes.items()} | {"dropout": float(dropout), "bias": True}
 
 
 def _read_json(path: Path) -> dict[str, Json]:
@@ -122,8 +120,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
                     if name in weights:
                         raise CheckpointError(f"{file}: {name} is in an earlier shard too")
                     weights[name] = tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: is missing or damaged ({error})") from error
+        except (SafetensorError, OSError, ValueError, AttributeError) as error:  # the last two for a dtype torch lacks
+            raise CheckpointError(f"{file}: is damaged ({error!s:.160})") from error
     return weights
 
 
@@ -135,7 +133,10 @@ def _weight_files(path: Path) -> list[Path]:
         names = sorted({str(name) for name in weight_map.values()})
         outside = [name for name in names if Path(name).name != name]
         if outside:
-            raise CheckpointError(f"{path / INDEX}: names {outside[0]!r}, which lies outside its folder")
+            raise CheckpointError(f"{path / INDEX}: names {outside[0]!r:.80}, which lies outside its folder")
+        missing = [name for name in names if not os.path.isfile(path / name)]
+        if missing:
+            raise CheckpointError(f"{path / INDEX}: names {missing[0]!r:.80}, which is not there")
         return [path / name for name in names]
     if not (path / WEIGHTS).is_file():
         held = ", ".join(sorted(entry.name for entry in path.iterdir())[:10])
@@ -145,14 +146,19 @@ def _weight_files(path: Path) -> list[Path]:
     return [path / WEIGHTS]
 
 
-def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor | None]:
-    """One tensor in our name and orientation; None for what is no parameter of ours."""
-    name = name.removeprefix("transformer.")
-    if name == "lm_head.weight" or name.endswith(BUFFERS):
-        return name, None
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{name}: is {tensor.dtype}, expected floating point weights")
-    return name, tensor.t().contiguous() if name.endswith(CONV1D) else tensor
+def _translate(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters under our names and in our orientation, without what is no parameter of ours."""
+    model_state: dict[str, Tensor] = {}
+    for theirs, tensor in weights.items():
+        name = theirs.removeprefix("transformer.")
+        if name == "lm_head.weight" or name.endswith(BUFFERS):
+            continue
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {theirs!r:.80} is {tensor.dtype}, expected floating point weights")
+        if name in model_state:
+            raise CheckpointError(f"{path}: {name!r:.80} is there twice, with and without `transformer.`")
+        model_state[name] = tensor.t().contiguous() if name.endswith(CONV1D) and tensor.dim() == 2 else tensor
+    return model_state
 
 
 def _check_head(path: Path, weights: dict[str, Tensor], model_state: dict[str, Tensor]) -> None:

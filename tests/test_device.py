@@ -1,0 +1,254 @@
+"""The machine at hand: what is chosen for it follows fixed rules, and what decides bits is recorded."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import device as machine
+from runtime.device import DECIDES_BITS, DeviceError
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+@pytest.fixture
+def torch_as_before():
+    """Puts back what make_deterministic sets for the whole process."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = fill, benchmark
+
+
+# Devices
+
+
+def test_every_machine_has_a_cpu_and_it_comes_last():
+    assert machine.available_devices()[-1] == "cpu"
+    assert set(machine.available_devices()) <= {"cuda", "mps", "cpu"}
+
+
+def test_auto_takes_the_best_device_there_is():
+    assert machine.choose_device("auto").type == machine.available_devices()[0]
+
+
+@pytest.mark.parametrize("wish", machine.available_devices())
+def test_a_device_that_is_there_is_taken(wish):
+    assert machine.choose_device(wish) == torch.device(wish)
+
+
+@pytest.mark.parametrize("wish", sorted({"cuda", "mps", "tpu"} - set(machine.available_devices())))
+def test_an_absent_device_is_refused_with_the_list_of_those_there_are(wish):
+    with pytest.raises(DeviceError) as refusal:
+        machine.choose_device(wish)
+    said = str(refusal.value)
+    assert f"DEVICE={wish}" in said
+    assert f"available: {', '.join(machine.available_devices())}" in said
+    assert "\n" not in said
+
+
+# Number formats
+
+AUTO_ON_CPU = [(False, 64, "float32"), (False, 4096, "float32"), (True, 255, "float32"), (True, 256, "bfloat16")]
+
+
+@pytest.mark.parametrize(("amx", "width", "expected"), AUTO_ON_CPU)
+def test_auto_dtype_on_a_cpu_is_bfloat16_only_with_amx_and_a_wide_model(amx, width, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert machine.choose_dtype("auto", CPU, width=width) == expected
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_dtype_on_cuda_is_bfloat16_where_the_card_has_it(supported, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert machine.choose_dtype("auto", CUDA, width=8) == expected
+
+
+def test_auto_dtype_on_mps_is_float32():
+    assert machine.choose_dtype("auto", MPS, width=4096) == "float32"
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA, MPS], ids=str)
+@pytest.mark.parametrize("wish", ["float32", "bfloat16"])
+def test_a_given_dtype_is_taken(wish, device):
+    assert machine.choose_dtype(wish, device, width=4) == wish
+
+
+def test_float16_is_for_cuda_and_mps():
+    assert machine.choose_dtype("float16", CUDA, width=4) == "float16"
+    assert machine.choose_dtype("float16", MPS, width=4) == "float16"
+    with pytest.raises(DeviceError, match=r"DTYPE=float16 .*DTYPE=bfloat16 or DTYPE=float32"):
+        machine.choose_dtype("float16", CPU, width=4)
+
+
+@pytest.mark.parametrize(("dtype", "product"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_autocast_multiplies_in_the_format_and_leaves_the_weights_alone(dtype, product):
+    layer = torch.nn.Linear(4, 4)
+    with machine.autocast(CPU, dtype):
+        assert layer(torch.ones(2, 4)).dtype == product
+    assert layer.weight.dtype == torch.float32
+    assert layer(torch.ones(2, 4)).dtype == torch.float32
+
+
+# Compiling
+
+COMPILE = [  # wish, device, model, steps, compiled where there is a compiler
+    ("false", CUDA, "gpt2", 10**6, False),
+    ("auto", CPU, "gpt2", 10**6, False),
+    ("auto", CUDA, "gpt2", 999, False),
+    ("auto", CUDA, "bigram", 10**6, False),
+    ("auto", CUDA, "gpt2", 1000, True),
+    ("true", CPU, "bigram", 1, True),
+]
+
+
+@pytest.mark.parametrize(("wish", "device", "model", "steps", "expected"), COMPILE)
+@pytest.mark.parametrize("compiler", [True, False])
+def test_compiling_follows_a_fixed_rule(wish, device, model, steps, expected, compiler, monkeypatch):
+    monkeypatch.setattr(machine, "_has_compiler", lambda device: compiler)
+    chosen, remark = machine.choose_compile(wish, device, model_type=model, steps=steps)
+    assert chosen == (expected and compiler)
+    assert (remark is not None) == (expected and not compiler)  # a wish that cannot be met is told
+
+
+# Bits
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_make_deterministic(on, torch_as_before):
+    machine.make_deterministic(on)
+    assert torch.are_deterministic_algorithms_enabled() == on
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_cublas_is_told_before_it_starts(torch_as_before):
+    """The variable is in the process's real environment, where C code reads it and a child inherits it."""
+    machine.make_deterministic(True)
+    assert subprocess.check_output(["sh", "-c", "echo $CUBLAS_WORKSPACE_CONFIG"], text=True) == ":4096:8\n"
+
+
+def reference_splitmix64(state: int) -> int:
+    """Steele, Lea and Flood 2014, figure 16, in numpy's wrapping 64-bit arithmetic."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(state) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int(z ^ (z >> np.uint64(31)))
+
+
+def test_mix_of_one_number_is_the_published_generators_first():
+    assert machine.mix(0) == 0xE220A8397B1DCDAF >> 1  # splitmix64's well-known first output for the seed 0
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
+def test_mix_folds_splitmix64_into_a_seed_that_torch_takes(seed, step):
+    folded = reference_splitmix64((reference_splitmix64(seed) + step) % 2**64)
+    assert machine.mix(seed, step) == folded >> 1
+    assert 0 <= machine.mix(seed, step) < 2**63
+
+
+def test_neighbouring_steps_and_seeds_have_seeds_of_their_own():
+    seeds = {machine.mix(seed, step) for seed in range(60) for step in range(60)}
+    assert len(seeds) == 3600  # (1, 2) and (2, 1) differ too
+
+
+def test_the_draws_of_a_step_depend_on_seed_and_step_alone():
+    def draws(seed: int, step: int) -> list[float]:
+        machine.seed_step(torch.device("cpu"), seed, step)
+        return torch.rand(8).tolist()
+
+    first = draws(1, 7)
+    torch.rand(1000)
+    assert draws(1, 7) == first
+    assert draws(1, 8) != first
+    assert draws(2, 7) != first
+
+
+# Fingerprints
+
+
+def fingerprint(**changes: object) -> dict[str, object]:
+    return machine.fingerprint(CPU, dtype="float32", compile_step=False, deterministic=True) | changes
+
+
+def test_a_fingerprint_is_json_and_names_all_that_decides_bits():
+    values = fingerprint()
+    assert json.loads(json.dumps(values)) == values
+    assert set(DECIDES_BITS) <= values.keys()
+    assert values["device"] == "cpu"
+    assert values["threads"] == torch.get_num_threads()
+    assert values["torch"] == torch.__version__
+
+
+def test_the_same_machine_gives_the_same_bits():
+    assert machine.bit_changes(fingerprint(), fingerprint()) == []
+
+
+@pytest.mark.parametrize("name", DECIDES_BITS)
+def test_each_thing_that_decides_bits_is_named_when_it_changes(name):
+    reasons = machine.bit_changes(fingerprint(**{name: "before"}), fingerprint(**{name: "now"}))
+    assert reasons == [f"{name} is now, was before"]
+
+
+@pytest.mark.parametrize("name", ["python", "platform"])
+def test_what_decides_no_bits_is_no_reason(name):
+    assert machine.bit_changes(fingerprint(**{name: "before"}), fingerprint()) == []
+
+
+def test_a_run_without_deterministic_kernels_or_on_mps_promises_nothing():
+    loose = fingerprint(deterministic=False)
+    assert machine.bit_changes(loose, loose) == ["DETERMINISTIC=false"]
+    apple = fingerprint(device="mps")
+    assert machine.bit_changes(apple, apple) == ["mps promises no equal bits"]
+
+
+def test_a_checkpoint_without_a_fingerprint_promises_nothing():
+    assert len(machine.bit_changes({}, fingerprint())) == len(DECIDES_BITS)
+
+
+# Memory
+
+
+def test_free_memory_of_the_cpu_is_what_the_system_tells():
+    free = machine.free_memory(CPU)
+    if Path("/proc/meminfo").exists():
+        assert free is not None
+        assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        assert free is None
+
+
+def raised_by(allocate) -> BaseException:
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        allocate()
+    return error.value
+
+
+def test_real_allocations_that_fail_are_known_as_out_of_memory():
+    assert machine.is_out_of_memory(raised_by(lambda: torch.empty(2**60, dtype=torch.uint8)))
+    assert machine.is_out_of_memory(raised_by(lambda: np.empty(2**60, dtype=np.uint8)))
+    assert machine.is_out_of_memory(raised_by(lambda: bytearray(2**60)))
+
+
+OTHERS = [  # what other machines say
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), True),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"), False),
+    (ValueError("memory"), False),
+    (OSError(28, "No space left on device"), False),
+]
+
+
+@pytest.mark.parametrize(("error", "expected"), OTHERS, ids=lambda value: str(value)[:30])
+def test_out_of_memory_is_told_from_other_errors(error, expected):
+    assert machine.is_out_of_memory(error) == expected

@@ -1,0 +1,335 @@
+"""Learning rates as a pure function of the step, and optimizers that do what the papers say to the right parameters."""
+
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import models
+from runtime.optim import KINDS, MuonWithAdamW, Schedule, build_optimizer, lr_at, replan
+
+
+def schedule(kind: str = "cosine", **changes: float) -> Schedule:
+    """Peak 1, no floor, no warm-up, ten steps from 0; `changes` on top."""
+    values = {"peak": 1.0, "floor": 0.0, "warmup_steps": 0, "start_step": 0, "end_step": 10} | changes
+    return Schedule(kind=kind, **values)  # type: ignore[arg-type]
+
+
+def rates(plan: Schedule, steps: range) -> list[float]:
+    return [lr_at(step, plan) for step in steps]
+
+
+# Learning rates, by hand
+
+BY_HAND = [
+    ("constant", {}, [1.0] * 10),
+    ("constant", {"warmup_steps": 3}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+    ("linear", {}, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+    ("linear", {"floor": 0.5, "warmup_steps": 1, "end_step": 5}, [0.5, 1.0, 0.875, 0.75, 0.625]),
+    ("cosine", {"end_step": 4}, [1.0, 0.5 + math.sqrt(0.5) / 2, 0.5, 0.5 - math.sqrt(0.5) / 2]),
+    ("cosine", {"end_step": 6, "warmup_steps": 2, "floor": 0.2}, [1 / 3, 2 / 3, 1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5)]),
+    ("wsd", {}, [1.0] * 9 + [0.5]),
+    ("wsd", {"end_step": 20}, [1.0] * 17 + [0.75, 0.5, 0.25]),
+    ("wsd", {"end_step": 10, "floor": 0.1, "peak": 0.5}, [0.5] * 9 + [0.3]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "changes", "expected"), BY_HAND)
+def test_rates_computed_by_hand(kind, changes, expected):
+    plan = schedule(kind, **changes)
+    assert rates(plan, range(plan.end_step)) == pytest.approx(expected, rel=1e-12)
+
+
+@given(
+    peak=st.floats(1e-6, 1), share=st.floats(0, 1), warmup=st.integers(0, 50), more=st.integers(1, 500), data=st.data()
+)
+def test_cosine_is_nanogpts_get_lr(peak, share, warmup, more, data):
+    """nanoGPT's train.py: a linear warm-up, then a cosine down to min_lr at lr_decay_iters."""
+    minimum, decay_iters = peak * share, warmup + more
+    it = data.draw(st.integers(0, decay_iters - 1))
+
+    if it < warmup:
+        expected = peak * (it + 1) / (warmup + 1)
+    else:
+        ratio = (it - warmup) / (decay_iters - warmup)
+        expected = minimum + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (peak - minimum)
+
+    plan = schedule("cosine", peak=peak, floor=minimum, warmup_steps=warmup, end_step=decay_iters)
+    assert lr_at(it, plan) == pytest.approx(expected, rel=1e-9, abs=1e-18)
+
+
+PLANS = st.builds(
+    Schedule,
+    kind=st.sampled_from(KINDS),
+    peak=st.floats(1e-8, 10),
+    floor=st.just(0.0),
+    warmup_steps=st.integers(0, 300),
+    start_step=st.integers(0, 10**6),
+    end_step=st.integers(10**6 + 1, 2 * 10**6),
+)
+
+
+@given(PLANS, st.integers(0, 3 * 10**6))
+def test_no_rate_is_ever_zero_or_above_the_peak(plan, step):
+    step = max(step, plan.start_step)
+    assert 0 < lr_at(step, plan) <= plan.peak
+    assert lr_at(plan.end_step - 1, plan) > 0
+
+
+@given(PLANS, st.integers(0, 10**7))
+def test_past_the_plan_its_last_rate_is_held(plan, more):
+    assert lr_at(plan.end_step + more, plan) == lr_at(plan.end_step - 1, plan)
+
+
+@given(PLANS, st.data())
+def test_a_rate_depends_on_the_place_in_the_plan_alone(plan, data):
+    at = data.draw(st.integers(0, plan.total - 1))
+    same = schedule(plan.kind, peak=plan.peak, warmup_steps=plan.warmup_steps, end_step=plan.total)
+    assert lr_at(plan.start_step + at, plan) == lr_at(at, same)
+
+
+@given(PLANS, st.data())
+def test_after_the_warm_up_the_rate_never_rises(plan, data):
+    at = data.draw(st.integers(plan.start_step + plan.warmup_steps, plan.end_step + 5))
+    assert lr_at(at + 1, plan) <= lr_at(at, plan)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("warmup", "end"), [(0, 1), (1, 1), (5, 5), (9, 5)])
+def test_plans_of_one_step_and_plans_all_warm_up_have_rates(kind, warmup, end):
+    plan = schedule(kind, warmup_steps=warmup, end_step=end)
+    expected = [(step + 1) / (warmup + 1) for step in range(end)] if warmup else [1.0]
+    assert rates(plan, range(end)) == pytest.approx(expected)
+
+
+# Planning anew
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replan_is_the_same_kind_over_the_added_steps_with_the_floors_ratio(kind):
+    saved = schedule(kind, peak=1e-3, floor=2.5e-4, warmup_steps=100, end_step=2000)
+    plan = replan(saved, peak=4e-4, start_step=2000, steps=500, warmup_steps=0)
+    assert (plan.kind, plan.peak, plan.start_step, plan.end_step, plan.warmup_steps) == (kind, 4e-4, 2000, 2500, 0)
+    assert plan.floor == pytest.approx(1e-4)
+    assert plan.total == 500
+    assert lr_at(2000, plan) == 4e-4  # no second warm-up
+
+
+def test_replan_keeps_a_floor_of_zero_at_zero_and_takes_a_warm_up_that_is_asked_for():
+    plan = replan(schedule(floor=0.0), peak=0.5, start_step=10, steps=4, warmup_steps=1)
+    assert plan.floor == 0
+    assert lr_at(10, plan) == 0.25
+    assert lr_at(11, plan) == 0.5
+
+
+def test_replan_of_a_plan_without_a_rate_has_no_floor():
+    assert replan(schedule(peak=0.0), peak=0.5, start_step=0, steps=4, warmup_steps=0).floor == 0
+
+
+# AdamW
+
+
+def gpt2() -> models.Model:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8, "dropout": 0.0, "bias": True}
+    return models.build("gpt2", settings)
+
+
+def bigram() -> models.Model:
+    torch.manual_seed(0)
+    return models.build("bigram", {"vocab_size": 11, "block_size": 8})
+
+
+def optimizer_of(model: nn.Module, kind: str = "adamw", **changes: object) -> torch.optim.Optimizer:
+    values = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99)} | changes
+    return build_optimizer(model, kind, **values)  # type: ignore[arg-type]
+
+
+def give_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def names_in(groups: list[dict]) -> list[str]:
+    return [name for group in groups for name in group["param_names"]]
+
+
+@pytest.mark.parametrize("build", [gpt2, bigram])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(kind, build):
+    model = build()
+    groups = optimizer_of(model, kind, weight_decay=0.3).param_groups
+    assert sorted(names_in(groups)) == sorted(name for name, _ in model.named_parameters())
+    for group in groups:
+        assert group["params"]
+        assert {parameter.dim() >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.3}
+        assert group["lr"] == 1e-2
+
+
+def test_decay_moves_matrices_and_nothing_else():
+    """With gradients of zero, AdamW's update is the decay alone: a matrix shrinks by lr * weight_decay."""
+    model = gpt2()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer_of(model, lr=0.5, weight_decay=0.2).step()
+    for name, parameter in model.named_parameters():
+        expected = before[name] * 0.9 if parameter.dim() >= 2 else before[name]
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_frozen_parameters_are_left_out():
+    model = gpt2()
+    model.wte.weight.requires_grad_(False)
+    assert "wte.weight" not in names_in(optimizer_of(model).param_groups)
+    assert "wte.weight" not in names_in(optimizer_of(model, "muon").param_groups)
+
+
+def reference_adamw(weight: Tensor, gradients: list[Tensor], *, lr: float, weight_decay: float, betas: tuple[float, float]) -> Tensor:  # fmt: skip
+    """Loshchilov and Hutter 2019, algorithm 2, in float64; epsilon 1e-8."""
+    weight, (beta1, beta2) = weight.double(), betas
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    for t, gradient in enumerate(gradients, 1):
+        gradient = gradient.double()
+        mean = beta1 * mean + (1 - beta1) * gradient
+        square = beta2 * square + (1 - beta2) * gradient**2
+        step = (mean / (1 - beta1**t)) / ((square / (1 - beta2**t)).sqrt() + 1e-8)
+        weight = weight - lr * weight_decay * weight - lr * step
+    return weight
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_fused_adamw_equals_a_float64_reference(steps):
+    model = gpt2()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = optimizer_of(model, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in before}
+    for step in range(steps):
+        give_gradients(model, step)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            gradients[name].append(parameter.grad.clone())
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        decay = 0.1 if parameter.dim() >= 2 else 0.0
+        wanted = reference_adamw(before[name], gradients[name], lr=3e-3, weight_decay=decay, betas=(0.9, 0.95))
+        torch.testing.assert_close(parameter.detach().double(), wanted, rtol=0, atol=1e-6)
+
+
+# Muon beside AdamW
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
+    model = gpt2()
+    optimizer = optimizer_of(model, "muon")
+    assert isinstance(optimizer, MuonWithAdamW)
+    muon, adamw = optimizer.parts
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() == 2}
+    assert set(names_in(muon.param_groups)) == matrices - {"wte.weight", "wpe.weight"}
+    assert set(names_in(adamw.param_groups)) == {name for name, _ in model.named_parameters()} - set(
+        names_in(muon.param_groups)
+    )
+
+
+def test_a_model_without_hidden_matrices_gets_plain_adamw():
+    assert isinstance(optimizer_of(bigram(), "muon"), torch.optim.AdamW)
+
+
+def weights(model: nn.Module) -> dict[str, bytes]:
+    return {name: parameter.detach().numpy().tobytes() for name, parameter in model.named_parameters()}
+
+
+def test_one_step_equals_torchs_muon_and_adamw_used_apart():
+    model, apart = gpt2(), gpt2()
+    optimizer = optimizer_of(model, "muon", lr=2e-3)
+    named = list(apart.named_parameters())
+    hidden = [
+        parameter for name, parameter in named if parameter.dim() == 2 and "wte" not in name and "wpe" not in name
+    ]
+    tables = [parameter for name, parameter in named if "wte" in name or "wpe" in name]
+    vectors = [parameter for _, parameter in named if parameter.dim() == 1]
+    muon = torch.optim.Muon(hidden, lr=2e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    groups = [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.99), fused=True)
+    before = weights(model)
+    for seed in range(3):
+        give_gradients(model, seed)
+        give_gradients(apart, seed)
+        for one in (optimizer, muon, adamw):
+            one.step()
+    assert weights(model) == weights(apart)
+    assert all(before[name] != after for name, after in weights(model).items())
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+    for seed in seeds:
+        give_gradients(model, seed)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_state_that_went_through_a_file_continues_bit_equal(kind):
+    straight, resumed = gpt2(), gpt2()
+    first = optimizer_of(straight, kind)
+    stepped(straight, first, range(3))
+
+    file = io.BytesIO()
+    torch.save({"model": straight.state_dict(), "optimizer": first.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed.load_state_dict(saved["model"])
+    second = optimizer_of(resumed, kind)
+    second.load_state_dict(saved["optimizer"])
+
+    stepped(straight, first, range(3, 6))
+    stepped(resumed, second, range(3, 6))
+    assert weights(resumed) == weights(straight)
+
+
+def test_control_without_the_state_it_does_not():
+    straight, resumed = gpt2(), gpt2()
+    first = optimizer_of(straight, "muon")
+    stepped(straight, first, range(3))
+    resumed.load_state_dict(straight.state_dict())
+    stepped(straight, first, range(3, 4))
+    stepped(resumed, optimizer_of(resumed, "muon"), range(3, 4))
+    assert weights(resumed) != weights(straight)
+
+
+def test_the_state_of_both_is_in_torchs_form_with_each_index_once():
+    model = gpt2()
+    optimizer = optimizer_of(model, "muon")
+    stepped(model, optimizer, range(1))
+    values = optimizer.state_dict()
+    indices = [index for group in values["param_groups"] for index in group["params"]]
+    assert indices == list(range(len(list(model.parameters()))))
+    assert sorted(values["state"]) == indices
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for group in values["param_groups"]:
+        for index, name in zip(group["params"], group["param_names"], strict=True):
+            kinds = {"momentum_buffer"} if "momentum" in group else {"exp_avg", "exp_avg_sq"}
+            assert {kind: tuple(values["state"][index][kind].shape) for kind in kinds} == dict.fromkeys(
+                kinds, tuple(shapes[name])
+            )
+
+
+def test_setting_a_groups_rate_sets_it_for_both_and_zero_grad_forgets():
+    model = gpt2()
+    optimizer = optimizer_of(model, "muon", weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = weights(model)
+    give_gradients(model, 0)
+    optimizer.step()
+    assert weights(model) == before
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,339 @@
+"""What a run tells: lines in stderr and training.log, one bar on a terminal, metrics in strict JSON."""
+
+import json
+import math
+import os
+import re
+import termios
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+import drive
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config
+import training
+from runtime import progress
+from runtime.progress import Log, Metrics, Progress, amount, duration, harmless, read_metrics, shown, table
+
+
+def on_a_terminal(action: Callable[[TextIO], None]) -> str:
+    """What a real terminal of 100 columns was sent while `action` wrote to it."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    received = bytearray()
+
+    def listen() -> None:
+        while True:
+            try:
+                received.extend(os.read(ours, 4096))
+            except OSError:  # Linux's end of a terminal that nobody holds open any more
+                return
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with open(theirs, "w", encoding="utf-8") as stream:
+        action(stream)
+    listener.join()
+    os.close(ours)
+    return received.decode("utf-8")
+
+
+def counts(text: str) -> list[tuple[int, int]]:
+    """The steps and totals that a bar showed, in order."""
+    return [(int(step), int(total)) for step, total in re.findall(r"(\d+)/(\d+) \[", text)]
+
+
+# Log
+
+
+def test_training_log_holds_what_stderr_showed_in_order(tmp_path, capsys):
+    log = Log()
+    log("before the run has a folder")
+    log("two lines\nin one")
+    log.open(tmp_path / "runs" / "one" / "training.log")
+    log("é, and later")
+    log.close()
+    expected = "before the run has a folder\ntwo lines\nin one\né, and later\n"
+    assert capsys.readouterr() == ("", expected)
+    assert (tmp_path / "runs" / "one" / "training.log").read_text(encoding="utf-8") == expected
+
+
+def test_a_line_is_in_training_log_as_soon_as_it_is_said(tmp_path, capsys):
+    log = Log()
+    log.open(tmp_path / "training.log")
+    log("now")
+    assert (tmp_path / "training.log").read_text() == "now\n"
+    log.close()
+
+
+def test_a_resumed_run_goes_on_in_its_training_log(tmp_path, capsys):
+    for line in ("first", "second"):
+        log = Log()
+        log.open(tmp_path / "training.log")
+        log(line)
+        log.close()
+    assert (tmp_path / "training.log").read_text() == "first\nsecond\n"
+
+
+def test_a_reader_of_stderr_that_is_gone_does_not_stop_the_run(tmp_path):
+    """As with `python3 training.py 2>&1 | head`: the lines still reach training.log."""
+    reader, writer = os.pipe()
+    with open(writer, "w", encoding="utf-8") as stream:
+        log = Log(stream)
+        os.close(reader)
+        log("unheard")
+        log.open(tmp_path / "training.log")
+        log("unheard too")
+        log.close()
+        assert (tmp_path / "training.log").read_text() == "unheard\nunheard too\n"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # what the stream still holds goes nowhere when it is closed
+
+
+def test_training_log_of_a_whole_run_is_its_stderr(tmp_path):
+    code, said = drive.train(tmp_path)
+    assert code == 0
+    (path,) = tmp_path.glob("runs/*/training.log")
+    assert path.read_text(encoding="utf-8") == said
+    assert "\r" not in said
+
+
+# The bar
+
+
+def test_the_bar_starts_at_the_resumed_step_and_its_total_never_grows():
+    def show(stream: TextIO) -> None:
+        log = Log(stream)
+        bar = Progress(log, start=40, total=50, plain=False)
+        for step in range(41, 51):
+            bar.advance(step)
+            bar.show(step, loss=f"{step / 10:.4f}", tok_s="12k")
+            log(f"line {step}")  # a line shows the bar anew below it
+        bar.close()
+
+    text = on_a_terminal(show)
+    steps = [step for step, _ in counts(text)]
+    assert counts(text)[0] == (40, 50)
+    assert counts(text)[-1] == (50, 50)
+    assert {total for _, total in counts(text)} == {50}
+    assert steps == sorted(steps)
+    assert set(range(40, 51)) == set(steps)
+    for step in range(41, 51):
+        assert f"line {step}\r\n" in text  # above the bar, not mixed into it
+        assert f"loss={step / 10:.4f}, tok_s=12k" in text
+
+
+def test_a_resumed_run_on_a_terminal(tmp_path, capsys):
+    """The whole of a run: a bar from 4 of 8 steps, and a training.log that holds the lines without the bar."""
+    drive.train(tmp_path)
+    for path in [drive.at_step(tmp_path, 8), *(tmp_path / "checkpoints" / "best").iterdir()]:
+        path.unlink()
+    settings = config.read(drive.environment(tmp_path, RESUME="auto"))
+    text = on_a_terminal(lambda stream: training.guarded(training.main, settings, log=Log(stream)))
+    assert counts(text)[0] == (4, 8)
+    assert counts(text)[-1] == (8, 8)
+    assert {total for _, total in counts(text)} == {8}
+    (path,) = tmp_path.glob("runs/*/training.log")
+    again = path.read_text(encoding="utf-8").split("\ndone: ")[1].splitlines()[2:]  # what follows the first run's end
+    assert again[0].startswith("run ")
+    assert all(f"{line}\r\n" in text for line in again)
+    assert "\r" not in path.read_text(encoding="utf-8")
+    assert not counts(path.read_text(encoding="utf-8"))
+
+
+def plain_lines(tmp_path: Path, **figures: str) -> str:
+    with open(tmp_path / "stderr", "w+", encoding="utf-8") as stream:
+        bar = Progress(Log(stream), start=40, total=50, plain=False)
+        for step in range(41, 44):
+            bar.advance(step)
+            bar.show(step, seconds_left=200.0, **figures)
+        bar.close()
+        stream.seek(0)
+        return stream.read()
+
+
+def test_without_a_terminal_there_are_plain_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    said = plain_lines(tmp_path, loss="1.25", tok_s="12k")
+    assert said.splitlines() == [f"step {step}/50: loss 1.25, tok_s 12k, 3 min left" for step in (41, 42, 43)]
+
+
+def test_plain_lines_come_only_once_in_a_while(tmp_path):
+    assert plain_lines(tmp_path, loss="1.25") == ""
+    assert progress.QUIET_SECONDS >= 5
+
+
+def test_figures_stay_until_they_are_shown_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    with open(tmp_path / "stderr", "w+", encoding="utf-8") as stream:
+        bar = Progress(Log(stream), start=0, total=9, plain=False)
+        bar.show(1, validation="2.0")
+        bar.show(2, loss="1.9")
+        stream.seek(0)
+        assert stream.read() == "step 1/9: validation 2.0\nstep 2/9: validation 2.0, loss 1.9\n"
+
+
+def test_a_bar_that_is_not_wanted_does_not_show_on_a_terminal_either():
+    def show(stream: TextIO) -> None:
+        bar = Progress(Log(stream), start=0, total=3, plain=True)
+        bar.advance(1)
+        bar.show(1, loss="1")
+        bar.close()
+
+    assert on_a_terminal(show) == ""
+
+
+# Metrics
+
+
+def strict(line: str) -> dict:
+    """The line's object; json.loads would otherwise take NaN and Infinity, which are no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def metrics_of(path: Path, *lines: dict) -> Metrics:
+    metrics = Metrics(path)
+    for line in lines:
+        metrics.write(**line)
+    return metrics
+
+
+def test_a_metrics_line_is_there_as_soon_as_it_is_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = metrics_of(path, {"step": 1, "loss": 2.5, "split": "train", "lr": None})
+    assert path.read_text() == '{"step": 1, "loss": 2.5, "split": "train", "lr": null}\n'
+    metrics.close()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_becomes_null(value, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics_of(path, {"step": 1, "loss": value, "grad_norm": 1e300}).close()
+    (line,) = path.read_text().splitlines()
+    assert strict(line) == {"step": 1, "loss": None, "grad_norm": 1e300}
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+
+
+@given(st.lists(st.dictionaries(st.text(), VALUES), max_size=5))
+def test_metrics_come_back_as_they_were_written(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
+    metrics_of(path, {"step": 0}, *lines).close()
+    assert [strict(line) for line in path.read_text().split("\n")[1:-1]] == lines
+    assert read_metrics(path) == [{"step": 0}, *lines]
+
+
+def test_rewinding_leaves_no_doubled_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics_of(path, *({"step": step, "loss": step / 2} for step in range(1, 7))).close()
+    metrics = Metrics(path)
+    metrics.rewind(lambda line: line["step"] <= 3)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    metrics.write(step=4, loss=0.25)
+    metrics.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 0.25)]
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_torn_at_any_byte_is_dropped_and_the_next_one_is_whole(tmp_path):
+    lines = [{"step": 1, "loss": 2.5}, {"step": 2, "text": "é\n}"}, {"step": 3, "loss": None}]
+    whole = tmp_path / "whole.jsonl"
+    metrics_of(whole, *lines).close()
+    data = whole.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(data) if byte == ord("\n")]
+    for cut in range(len(data) + 1):
+        path = tmp_path / "torn.jsonl"
+        path.write_bytes(data[:cut])
+        survived = lines[: sum(end - 1 <= cut for end in ends)]  # without its newline, a line is still whole
+        assert read_metrics(path) == survived
+        metrics = Metrics(path)
+        metrics.rewind(lambda line: True)
+        metrics.write(step=9)
+        metrics.close()
+        assert [strict(line) for line in path.read_text().splitlines()] == [*survived, {"step": 9}]
+
+
+def test_lines_that_are_no_objects_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\x00\n[1, 2]\n7\n\n{"step": 2}\n{"step": 3')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_hand_written_nan_does_not_stop_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1.5}\n')
+    Metrics(path).rewind(lambda line: True)
+    assert list(map(strict, path.read_text().splitlines())) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.5}]
+
+
+def test_rewinding_nothing_makes_nothing(tmp_path):
+    Metrics(tmp_path / "metrics.jsonl").rewind(lambda line: True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Words for people
+
+DURATIONS = [
+    (0, "0 s"), (0.4, "0 s"), (45, "45 s"), (89, "89 s"), (90, "2 min"), (100, "2 min"), (3600, "60 min"), (5340, "89 min"),
+    (5400, "1 h 30 min"), (7199, "1 h 59 min"), (7200, "2 h 00 min"), (7500, "2 h 05 min"), (360000, "100 h 00 min"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "expected"), DURATIONS)
+def test_duration(seconds, expected):
+    assert duration(seconds) == expected
+
+
+AMOUNTS = [
+    (0, "0"), (7, "7"), (499, "499"), (500, "0.5k"), (12_345, "12.3k"), (499_999, "500k"), (810_000, "0.81M"),
+    (124_439_808, "124M"), (1_542_000_000, "1.54G"), (2e11, "200G"), (7.5e11, "0.75T"), (3e12, "3T"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "expected"), AMOUNTS)
+def test_amount(count, expected):
+    assert amount(count) == expected
+    assert amount(count, "B") == expected + "B"
+
+
+def test_table_has_columns_as_wide_as_their_widest_cell():
+    rows = [("part", "what", "more"), ("weights", "restored", "28 tensors"), ("x", "", "")]
+    assert table(rows) == "part     what      more\nweights  restored  28 tensors\nx"
+
+
+def test_a_path_is_shown_as_it_can_be_typed_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "runs" / "one") == os.path.join("runs", "one")
+    assert shown(tmp_path.parent / "elsewhere") == str(tmp_path.parent / "elsewhere")
+
+
+HARMLESS = [
+    ("plain text,\n\ttabs and lines", "plain text,\n\ttabs and lines"),
+    ("\x1b[2J\x1b]0;title\x07", "\ufffd[2J\ufffd]0;title\ufffd"),
+    ("over\rwritten\b\x00\x7f", "over\ufffdwritten\ufffd\ufffd\ufffd"),
+    ("\x9b2J\x85", "\ufffd2J\ufffd"),
+    ("\u202eevil\u2066\u2069", "\ufffdevil\ufffd\ufffd"),
+    ("é\u00a0— 日本 👩\u200d👩\u200d👧 \u05d0", "é\u00a0— 日本 👩\u200d👩\u200d👧 \u05d0"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), HARMLESS, ids=ascii)
+def test_harmless(text, expected):
+    assert harmless(text) == expected
+
+
+@given(st.text())
+def test_harmless_text_has_no_control_characters_and_as_many_characters(text):
+    clean = harmless(text)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", clean)
+    assert len(clean) == len(text)
+    assert harmless(clean) == clean

@@ -1,0 +1,251 @@
+"""RESUME in training.py: which checkpoint is gone on with, when it refuses, and what it says."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from drive import ROOT, at_step, environment, newest, small_text, tensor_bytes, train
+
+import ckpt
+from ckpt.files import RunLock
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A finished run of 8 steps with a checkpoint at 4 and one at 8."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert train(folder)[0] == 0
+    return folder
+
+
+@pytest.fixture
+def stopped(straight, tmp_path):
+    """The same run as a crash after step 4 would have left it."""
+    shutil.copytree(straight, tmp_path / "run")
+    at_step(tmp_path / "run", 8).unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "best")
+    environment_of_the_copy(tmp_path / "run", straight)
+    return tmp_path / "run"
+
+
+def environment_of_the_copy(folder: Path, original: Path) -> None:
+    assert (folder / "letters.txt").read_bytes() == (original / "letters.txt").read_bytes()
+
+
+def damage(path: Path) -> None:
+    """Flips one bit in the middle of the file: in a tensor, where torch itself would see nothing."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_empty_folder_starts_fresh_and_says_so(tmp_path):
+    code, said = train(tmp_path, RESUME="auto")
+    assert code == 0
+    assert "holds no checkpoint, so this run starts fresh" in said
+    assert newest(tmp_path).step == 8
+
+
+def test_settings_not_given_come_from_the_checkpoint(stopped, straight, capsys):
+    """Only the folder is named; model, sizes, intervals and text come from inside."""
+    bare = dict.fromkeys(
+        ["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "BATCH_SIZE", "DROPOUT", "TRAINING_STEPS", "WARMUP_STEPS", "EVAL_INTERVAL", "EVAL_STEPS",
+         "SAMPLE_INTERVAL", "LOG_INTERVAL", "ENABLE_CHECKPOINTS", "CHECKPOINT_INTERVAL"]
+    )  # fmt: skip
+    code, _ = train(stopped, RESUME="auto", **bare)
+    assert code == 0
+    assert tensor_bytes(newest(stopped)) == tensor_bytes(newest(straight))
+    assert "bit-exact" in capsys.readouterr().out
+
+
+def test_the_table_names_every_part_and_the_next_rates(stopped, capsys):
+    assert train(stopped, RESUME="auto")[0] == 0
+    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines() if "  " in line}
+    for part in ("run", "weights", "optimizer", "step", "learning rate", "data position", "random draws", "tokenizer"):
+        assert "restored" in rows[part], part
+    assert "moments of 28 of 28 parameters" in rows["optimizer"]
+    assert "4; 4 more, to 8" in rows["step"]
+    assert "next learning rate 0.000775" in rows["group 1"]  # cosine from 1e-3 to 1e-4, 2 of 6 steps after the warm-up
+    assert "yes" in rows["bit-exact"]
+
+
+def test_a_finished_run_says_so(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    before = sorted((tmp_path / "run" / "checkpoints").rglob("*.pt"))
+    code, said = train(tmp_path / "run", RESUME="auto")
+    assert code == 0
+    assert "is finished: 8 of 8 steps are done" in said
+    assert sorted((tmp_path / "run" / "checkpoints").rglob("*.pt")) == before
+
+
+def test_a_damaged_newest_one_is_skipped_loudly_and_kept(straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    shutil.rmtree(folder / "checkpoints" / "best")
+    bad = at_step(folder, 8)
+    damage(bad)
+    code, said = train(folder, RESUME="auto")
+    assert code == 0
+    assert f"skipped: {bad}" in said
+    assert bad.exists()
+    assert newest(folder).step == 8
+    assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
+
+
+def test_if_all_are_damaged_it_stops(stopped):
+    damage(at_step(stopped, 4))
+    code, said = train(stopped, RESUME="auto")
+    assert code == 3
+    assert "can be read" in said.splitlines()[-1]
+    assert len(list((stopped / "runs").iterdir())) == 1  # no new run was begun
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"MODEL_TYPE": "bigram"}, "MODEL_TYPE"),
+        ({"N_LAYER": "3"}, "N_LAYER"),
+        ({"BLOCK_SIZE": "8"}, "BLOCK_SIZE"),
+        ({"TOKENIZER": "byte"}, "TOKENIZER"),
+        ({"VALIDATION_FRACTION": "0.2"}, "VALIDATION_FRACTION"),
+    ],
+    ids=str,
+)
+def test_a_folder_whose_checkpoints_do_not_fit_is_refused(changes, difference, stopped):
+    """Starting fresh there would bury the run that somebody wanted to go on with."""
+    code, said = train(stopped, RESUME="auto", **changes)
+    assert code == 2
+    assert difference in said
+    assert newest(stopped).step == 4
+
+
+def test_another_text_is_refused(stopped):
+    small_text(stopped, characters=5000)
+    code, said = train(stopped, RESUME="auto")
+    assert code == 2
+    assert "is not the one the checkpoint was trained on" in said
+
+
+@pytest.mark.parametrize(
+    "changes", [{"LEARNING_RATE": "5e-4"}, {"BATCH_SIZE": "2"}, {"DROPOUT": "0"}, {"TRAINING_STEPS": "10"}], ids=str
+)
+def test_a_setting_that_changes_the_mathematics_starts_a_child_run(changes, stopped, capsys):
+    parent = newest(stopped)
+    assert train(stopped, RESUME="auto", **changes)[0] == 0
+    record = newest(stopped)
+    ((name, value),) = changes.items()
+    assert record.run_id != parent.run_id
+    assert record.parent is not None
+    assert (record.parent["run_id"], record.parent["step"], record.parent["save_id"]) == (
+        parent.run_id,
+        4,
+        parent.save_id,
+    )
+    assert record.parent["changed"][name][1] == float(value)
+    assert record.step == int(changes.get("TRAINING_STEPS", 8))
+    table = capsys.readouterr().out
+    assert "child" in table
+    assert f"{name} was" in next(line for line in table.splitlines() if line.startswith("bit-exact"))
+
+
+def test_a_smaller_batch_goes_on_where_the_windows_end(stopped):
+    parent = newest(stopped)
+    train(stopped, RESUME="auto", BATCH_SIZE="2")
+    assert parent.windows_seen == 16
+    assert newest(stopped).windows_seen == 16 + 4 * 2
+
+
+def test_resume_from_a_path_and_from_a_step(straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    code, said = train(folder, RESUME=str(at_step(folder, 4)))
+    assert code == 0, said
+    assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
+    code, said = train(folder, RESUME="auto", RESUME_STEP="4")
+    assert code == 0, said
+    assert (
+        newest(folder).save_number == 4
+    )  # of step 4, of 8, and twice 8 again; the best is a second name of one of them
+    code, said = train(folder, RESUME="auto", RESUME_STEP="5")
+    assert code == 2
+    assert "RESUME_STEP=5" in said
+
+
+def test_a_second_process_on_a_living_run_is_refused(stopped):
+    """Another process holds the run's lock: it is named by pid and host, and nothing is written."""
+    run_id = newest(stopped).run_id
+    holder = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from ckpt.files import RunLock
+lock = RunLock(Path({str(stopped / "checkpoints")!r}), {run_id!r})
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        code, said = train(stopped, RESUME="auto")
+        assert code == 1
+        assert f"process {process.pid} on " in said
+        assert newest(stopped).step == 4
+        process.kill()
+    code, said = train(stopped, RESUME="auto")  # a dead holder holds nothing
+    assert code == 0, said
+
+
+def test_runs_in_one_folder_do_not_harm_each_other(tmp_path):
+    train(tmp_path)
+    first = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.pt")}
+    train(tmp_path, SEED="2")
+    assert all(path.read_bytes() == content for path, content in first.items())
+    found = ckpt.find(tmp_path / "checkpoints")
+    numbers = [one.metadata["save_number"] for one in found]
+    assert len({one.metadata["run_id"] for one in found}) == 2
+    assert numbers == sorted(set(numbers))
+    assert len(list((tmp_path / "checkpoints" / "best").glob("[!.]*"))) == 2
+
+
+def test_init_from_takes_weights_and_tokenizer_alone(straight, tmp_path):
+    parent = newest(straight)
+    small_text(tmp_path, characters=5000)
+    code, said = train(
+        tmp_path,
+        INIT_FROM=str(straight / "checkpoints"),
+        LEARNING_RATE="1e-9",
+        TRAINING_STEPS="1",
+        WARMUP_STEPS="0",
+        **dict.fromkeys(["N_LAYER", "N_EMBD", "BLOCK_SIZE"]),
+    )
+    assert code == 0, said
+    record = newest(tmp_path)
+    assert record.step == 1
+    assert record.tokenizer == parent.tokenizer
+    assert record.windows_seen == 4
+    assert record.parent is not None
+    assert record.parent["save_id"] == parent.save_id
+    assert all((tensor - parent.model_state[name]).abs().max() < 1e-6 for name, tensor in record.model_state.items())
+    assert record.optimizer_state is not None
+    assert all(moments["step"] == 1 for moments in record.optimizer_state["state"].values())
+
+
+def test_lock_object_is_free_after_release(tmp_path):
+    lock = RunLock(tmp_path, "one")
+    lock.acquire()
+    lock.release()
+    again = RunLock(tmp_path, "one")
+    again.acquire()
+    again.release()
+
+
+def test_environment_helper_names_the_folder(tmp_path):
+    """The tests above rely on it: what is driven in a folder stays there."""
+    values = environment(tmp_path)
+    assert values["CHECKPOINT_DIR"].startswith(str(tmp_path))
+    assert values["RUNS_DIR"].startswith(str(tmp_path))
