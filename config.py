@@ -5,6 +5,7 @@ printing. Nothing here imports torch, so that mistakes are reported at once, and
 `python3 config.py` writes .env.example and docs/configuration.md anew from these declarations.
 """
 
+import dataclasses
 import difflib
 import glob
 import io
@@ -36,6 +37,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "below": ("below", operator.lt),
 }
 BIGGEST = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
+DERIVED = ("default", "checkpoint", "weights", "plan")  # sources of values that nobody gave
 NEAR_MISS = 0.9  # difflib's ratio from which a name in the process environment is taken for a typing error of ours
 
 # Defaults that depend on the model; `pretrained` is GPT2_MODEL_NAME set: None is what its weights bring.
@@ -223,7 +225,7 @@ class Config:
 
     def given(self, name: str) -> bool:
         """Whether the user set the variable, in the environment or the env file."""
-        return self.sources.get(name.upper(), "default") not in ("checkpoint", "default")
+        return self.sources.get(name.upper(), "default") not in DERIVED
 
 
 VARIABLES: dict[str, Field[Any]] = {each.name.upper(): each for each in fields(Config) if each.metadata}
@@ -289,6 +291,12 @@ def contradictions(current: Config, saved: Mapping[str, Any]) -> list[tuple[str,
 def changes(current: Config, saved: Mapping[str, Any]) -> dict[str, list[Json]]:
     """The given settings that change the trained weights and that `saved` has otherwise: name -> [saved, given]."""
     return _differences(current, saved, [name for name, each in VARIABLES.items() if each.metadata["scope"] == "math"])
+
+
+def replaced(current: Config, source: str, **values: Any) -> Config:
+    """`current` with `values`, told to come from `source`: neither given nor a default."""
+    derived = {name.upper(): source for name, value in values.items() if value != getattr(current, name)}
+    return dataclasses.replace(current, **values, sources={**current.sources, **derived})
 
 
 def without(current: Config, names: Iterable[str]) -> Config:
@@ -387,7 +395,7 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 def _read_env_file(environ: Mapping[str, str], folder: str, problems: list[str]) -> tuple[str, dict[str, str]]:
     """The env file's name as shown to the user, and its variables; what is wrong with it goes to `problems`."""
     given = environ.get("ENV_FILE", "") if environ.get("ENV_FILE", "").strip() else None
-    label = f"./{given}" if given in ("environment", "checkpoint", "default") else given or ".env"
+    label = f"./{given}" if given in ("environment", *DERIVED) else given or ".env"
     if environ.get("PYTHON_DOTENV_DISABLED", "").casefold() in ("1", "true", "t", "yes", "y"):
         if given:
             problems.append(f"ENV_FILE={given!r} is not read while PYTHON_DOTENV_DISABLED is set: unset one of them")

@@ -111,25 +111,21 @@ def resumed(
     child = schedule is not None or bool(changed) or not same_text or record.run_id is None
     if schedule is None:
         schedule = Schedule(**record.schedule) if record.schedule and not changed.keys() & PLAN else planned(settings)
-    settings = dataclasses.replace(
-        settings, training_steps=end or settings.training_steps, lr_schedule=schedule.kind, learning_rate=schedule.peak,
-        min_learning_rate=schedule.floor, warmup_steps=schedule.warmup_steps,
+    settings = config.replaced(
+        settings, "plan", training_steps=settings.training_steps if end is None else end, lr_schedule=schedule.kind,
+        learning_rate=schedule.peak, min_learning_rate=schedule.floor, warmup_steps=schedule.warmup_steps,
     )  # fmt: skip
     run_id = new_run_id(settings, text.corpus.name) if child or record.run_id is None else record.run_id
-    model, window = (
-        build_model(record, device=device, dropout=settings.dropout),
-        record.windows_seen if same_text else 0,
-    )
     run = put_together(
         settings,
         log,
-        model=model,
+        model=build_model(record, device=device, dropout=settings.dropout),
         text=text,
         tokenizer=tokenizer,
         schedule=schedule,
         run_id=run_id,
         record=record,
-        window=window,
+        window=record.windows_seen if same_text else 0,
     )
     if child:
         run.parent = lineage(record, changed)
@@ -139,6 +135,12 @@ def resumed(
     if record.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(record.scaler)
     return run, restore_optimizer(run.optimizer, record)
+
+
+def finished(run: Run, record: Checkpoint) -> bool:
+    """Whether nothing is left to do. A signal may have come before the last evaluation: a resume of the same run does it."""
+    looked = run.observed_step == run.step or run.run_id != record.run_id
+    return run.step > run.end or (run.step == run.end and looked)
 
 
 def explain(run: Run, record: Checkpoint, restored: Restored) -> str:
@@ -191,6 +193,8 @@ def not_exact(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
     reasons += [] if _same_plan(run, record) else ["the learning rates are planned anew"]
     reasons += [] if _same_position(run, record) else ["the text is another"]
     reasons += [f"{len(restored.missing)} parameters have no optimizer state"] if restored.missing else []
+    planned_end = record.hyperparameters.get("TRAINING_STEPS", run.end)
+    reasons += [f"the uninterrupted run would have ended at step {planned_end}"] if run.end > planned_end else []
     return reasons + machine.bit_changes(record.runtime, run.fingerprint())
 
 

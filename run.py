@@ -84,6 +84,7 @@ class Run:
     save_failed: bool = False
     skipped_updates: int = 0
     last_sample: str | None = None
+    refused: set[str] = field(default_factory=set)
     # Opened when training begins.
     metrics: Metrics = field(init=False)
     progress: Progress = field(init=False)
@@ -164,7 +165,7 @@ def shaped_like(weights: Checkpoint, settings: Config) -> Config:
         if settings.init_from
         else min(own, settings.block_size)
     )
-    return dataclasses.replace(settings, model_type=weights.model_type, block_size=block_size, **sizes)
+    return config.replaced(settings, "weights", model_type=weights.model_type, block_size=block_size, **sizes)
 
 
 def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:

@@ -15,10 +15,11 @@ import config
 if __name__ == "__main__":
     SETTINGS = config.door(sys.argv)  # before torch is imported, so that a typing error costs no seconds
 
+import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ from data import tokenization
 from data.batches import validation_windows
 from data.corpus import DataError
 from models.sampling import generate
-from resume import explain, find_record, resumed
+from resume import explain, find_record, finished, resumed
 from run import Run, fresh, to_record
 from runtime import device as machine
 from runtime.interrupt import INTERRUPTED, Interrupt
 from runtime.optim import lr_at
-from runtime.progress import Log, Metrics, Progress, amount, duration, harmless, shown
+from runtime.progress import Log, Metrics, Progress, amount, duration, shown, tell
 
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save did not
 SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it looks for a scale
@@ -59,11 +60,10 @@ def main(settings: Config, log: Log) -> int:
         log(f"RESUME={settings.resume}: {settings.checkpoint_dir} holds no checkpoint, so this run starts fresh")
         return train(fresh(settings, log))
     run, restored = resumed(settings, record, log)
-    print(explain(run, record, restored), flush=True)
-    if run.step >= run.end:
-        log(
-            f"run {run.run_id} is finished: {run.step} of {run.end} steps are done. More: MODE=resume RESUME_TRAINING_STEPS=1000 python3 scripts/load_checkpoint.py"
-        )
+    tell(explain(run, record, restored))
+    if finished(run, record):
+        more = "MODE=resume RESUME_TRAINING_STEPS=1000 python3 scripts/load_checkpoint.py"
+        log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. More: {more}")
         return 0
     return train(run)
 
@@ -78,9 +78,9 @@ def train(run: Run) -> int:
     try:
         with Interrupt() as stop:
             say_start(run)
-            run.progress = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
-            loop(run, stop)
-            run.progress.close()
+            bar = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
+            with contextlib.closing(bar) as run.progress:
+                loop(run, stop)
             return say_end(run, interrupted=stop.requested)
     except BaseException:
         run.log(f"stopped after step {run.step}: {kept(run)}")
@@ -92,21 +92,16 @@ def train(run: Run) -> int:
 
 def loop(run: Run, stop: Interrupt) -> None:
     """The training loop. Whatever is done between two steps changes neither the weights nor any later random draw."""
-    settings, clock = run.settings, Clock(run)
+    clock = Clock(run)
     while True:
         # Look: evaluate on the validation text and draw a sample. After a resume, only what the checkpoint had not seen yet.
-        look = ckpt.due(run.step, settings.eval_interval, last=run.end) or ckpt.due(
-            run.step, settings.sample_interval, last=run.end
-        )
-        if look and run.observed_step != run.step and not stop.requested:
-            observe(run)
+        if run.observed_step != run.step and not stop.requested and is_due(run, "eval", "sample"):
+            observe(run, stop)
             clock.restart()
 
         # Keep: at the interval, at the end and when asked to stop; and the best so far beside them.
-        save = run.step > run.saved_step and (
-            ckpt.due(run.step, settings.checkpoint_interval, last=run.end) or stop.requested
-        )
-        if settings.enable_checkpoints and (save or run.best_step not in (None, run.kept_best_step)):
+        save = run.step > run.saved_step and (stop.requested or is_due(run, "checkpoint"))
+        if run.settings.enable_checkpoints and (save or run.best_step not in (None, run.kept_best_step)):
             keep(run, save=save)
             clock.restart()
 
@@ -117,7 +112,7 @@ def loop(run: Run, stop: Interrupt) -> None:
         lr = lr_at(run.step, run.schedule)
         loss, grad_norm = training_step(run, lr)
         run.progress.advance(run.step)
-        if ckpt.due(run.step, settings.log_interval, last=run.end):
+        if is_due(run, "log"):
             report(run, clock, loss=loss, lr=lr, grad_norm=grad_norm)
 
 
@@ -184,6 +179,11 @@ def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
 # What the loop calls between two steps.
 
 
+def is_due(run: Run, *what: str) -> bool:
+    """Whether any of `what` (eval, sample, log, checkpoint) is due at this step by its interval; at the last step everything is."""
+    return any(ckpt.due(run.step, getattr(run.settings, f"{name}_interval"), last=run.end) for name in what)
+
+
 class Clock:
     """Tokens per second since the line before."""
 
@@ -221,47 +221,56 @@ def write_metrics(
 ) -> None:
     """One object with the same names in every line; null where a name has no meaning for the split."""
     values = {"split": split, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen, "tok_s": tok_s}
-    run.metrics.write(run_id=run.run_id, step=run.step, time=round(time.time(), 3), **values)
+    with may_be_refused(run, "metrics.jsonl"):
+        run.metrics.write(run_id=run.run_id, step=run.step, time=round(time.time(), 3), **values)
 
 
-def observe(run: Run) -> None:
-    """Evaluates and samples, as far as either is due at this step. Draws nothing from the global generator."""
-    if ckpt.due(run.step, run.settings.eval_interval, last=run.end) and len(run.text.split.validation):
-        run.validation_loss = evaluate(run)
-        write_metrics(run, split="validation", loss=run.validation_loss)
-        run.progress.show(run.step, validation=f"{run.validation_loss:.4f}")
+@contextlib.contextmanager
+def may_be_refused(run: Run, what: str) -> Iterator[None]:
+    """A disk that refuses what only tells of the training does not stop it; it is said once."""
+    try:
+        yield
+    except OSError as error:
+        if what not in run.refused:
+            run.refused.add(what)
+            run.log(f"{what} could not be written ({error}); training goes on")
+
+
+def observe(run: Run, stop: Interrupt) -> None:
+    """Evaluates and samples, as far as either is due at this step. A signal leaves it undone, for the resume to do first."""
+    if is_due(run, "eval") and len(run.text.split.validation):
+        loss = evaluate(run, stop)
+        if loss is None:
+            return
+        write_metrics(run, split="validation", loss=loss)
+        run.progress.show(run.step, validation=f"{loss:.4f}")
+        run.validation_loss = loss
         # NaN is never the best: it compares as false with everything.
-        if (
-            run.step
-            and (run.best_loss is None or run.validation_loss < run.best_loss)
-            and math.isfinite(run.validation_loss)
-        ):
-            run.best_loss, run.best_step = run.validation_loss, run.step
-    if run.step and ckpt.due(run.step, run.settings.sample_interval, last=run.end):
+        if run.step and loss < (math.inf if run.best_loss is None else run.best_loss):
+            run.best_loss, run.best_step = loss, run.step
+    if run.step and is_due(run, "sample"):
         run.last_sample = sample(run)
-        path = run.folder / "samples" / f"step{run.step:06d}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(run.last_sample, encoding="utf-8")
+        with may_be_refused(run, "samples/"):
+            path = run.folder / "samples" / f"step{run.step:06d}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(run.last_sample, encoding="utf-8")
     run.observed_step = run.step
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> float:
-    """The mean loss (nats per token) over fixed validation windows, the same ones at every call."""
+def evaluate(run: Run, stop: Interrupt) -> float | None:
+    """The mean loss (nats per token) over fixed validation windows, the same ones at every call; None if a signal comes in between."""
+    settings, total, count = run.settings, 0.0, 0
     run.model.eval()  # the plain module: another shape must never reach the compiled one
-    total, count = 0.0, 0
-    windows = validation_windows(
-        run.text.split.validation,
-        block_size=run.settings.block_size,
-        batch_size=run.settings.batch_size,
-        steps=run.settings.eval_steps,
-    )
-    for x, y in windows:  # (B, T) both
+    sizes = {"block_size": settings.block_size, "batch_size": settings.batch_size, "steps": settings.eval_steps}
+    for x, y in validation_windows(run.text.split.validation, **sizes):  # (B, T) both
         with machine.autocast(run.device, run.dtype):
             _, loss = run.model(x.to(run.device), y.to(run.device))
         total, count = total + loss.item() * x.numel(), count + x.numel()
+        if stop.requested:
+            break
     run.model.train()
-    return total / count
+    return None if stop.requested else total / count
 
 
 def sample(run: Run) -> str:
@@ -352,7 +361,7 @@ def say_start(run: Run) -> None:
     log(f"run {run.run_id}: {s.model_type} on {run.device.type} ({torch.get_num_threads()} threads, {numerics})")
     kinds = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
     log(
-        f"data: {shown(Path(run.text.corpus.source))}: {amount(run.text.scan.characters)} characters, {kinds}; {len(run.text.split.train)} tokens to train on, {len(run.text.split.validation)} to validate on"
+        f"data: {shown(run.text.corpus.source)}: {amount(run.text.scan.characters)} characters, {kinds}; {len(run.text.split.train)} tokens to train on, {len(run.text.split.validation)} to validate on"
     )
     log(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB), block size {s.block_size}")
     tokens_to_go = steps * run.batches.rows_per_step * s.block_size
@@ -402,8 +411,7 @@ def say_end(run: Run, *, interrupted: bool) -> int:
         else "no validation text"
     )
     run.log(f"done: {run.step} steps, {losses}")
-    text = run.last_sample or sample(run)
-    print(harmless(text) if sys.stdout.isatty() else text, flush=True)
+    tell(run.last_sample or sample(run))
     if run.last_saved:
         run.log(f'next: CHECKPOINT_PATH={shown(run.last_saved)} PROMPT="..." python3 scripts/load_checkpoint.py')
     return SAVE_FAILED if run.save_failed else 0
@@ -437,7 +445,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the loop, both signals stop at once
         return action(settings, log)
     except KeyboardInterrupt:
-        log("interrupted before the first step: nothing was trained")
+        log("interrupted; no training was under way")
         return INTERRUPTED
     except Exception as error:
         if config.debug():

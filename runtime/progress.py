@@ -147,9 +147,23 @@ def amount(count: float, unit: str = "") -> str:
     return f"{count:.3g}{unit}"
 
 
-def shown(path: Path) -> str:
-    """The path as short as it can be typed from the current folder."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def shown(path: Path | str) -> str:
+    """The path as short as it can be typed from the current folder; an address or a list of paths stays as it is."""
+    inside = Path(path).is_relative_to(Path.cwd())
+    return str(Path(path).relative_to(Path.cwd())) if inside else str(path)
+
+
+def tell(text: str) -> None:
+    """Prints to stdout; on a terminal, nothing in the text can steer it. A reader that is gone is no reason to stop."""
+    try:
+        print(harmless(text) if sys.stdout.isatty() else text, flush=True)
+    except BrokenPipeError:
+        ignore_stdout()
+
+
+def ignore_stdout() -> None:
+    """Leads stdout nowhere: Python would complain about a closed pipe once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

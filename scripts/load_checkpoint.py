@@ -36,7 +36,7 @@ from run import planned
 from runtime import device as machine
 from runtime.device import mix
 from runtime.optim import Schedule, replan
-from runtime.progress import Log, harmless
+from runtime.progress import Log, harmless, ignore_stdout, tell
 from training import guarded, train
 
 
@@ -93,10 +93,8 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
             generator = torch.Generator().manual_seed(mix(seed, number))
             pieces = text_of(model, tokenizer, ids, generator=generator, settings=settings, on_slide=on_slide)
             show(itertools.chain([prompt], pieces), stream=settings.stream)
-    except (
-        BrokenPipeError
-    ):  # whoever read has enough, as `| head`; unless stdout leads elsewhere, Python complains when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        ignore_stdout()  # whoever read has enough, as `| head` does
     except ValueError as error:  # logits that are not finite
         raise CheckpointError(f"{record.path}: {error}") from error
     return 0
@@ -184,13 +182,19 @@ def show(pieces: Iterator[str], *, stream: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # MODE=resume
 
+# What the plan of the added steps does not look at; keeping the saved one, it looks at nothing.
+UNUSED = ("LEARNING_RATE", "TRAINING_STEPS")
+UNUSED_KEEPING = (*UNUSED, "LR_SCHEDULE", "MIN_LEARNING_RATE", "WARMUP_STEPS")
+
 
 def resume(settings: Config, record: Checkpoint, log: Log) -> int:
     """Trains RESUME_TRAINING_STEPS more steps; with 0 it prints what it would do and stops."""
+    for name in filter(settings.given, UNUSED_KEEPING if settings.resume_learning_rate == "keep" else UNUSED):
+        log(f"{name} is not used: MODE=resume follows RESUME_LEARNING_RATE and RESUME_TRAINING_STEPS")
     schedule = plan(settings, record)
     run, restored = resumed(settings, record, log, schedule=schedule, end=record.step + settings.resume_training_steps)
-    run.settings = dataclasses.replace(run.settings, **destination(settings, record))
-    print(explain(run, record, restored), flush=True)
+    run.settings = config.replaced(run.settings, "plan", **destination(settings, record))
+    tell(explain(run, record, restored))
     if settings.resume_training_steps == 0:
         log("RESUME_TRAINING_STEPS=0: nothing is trained")
         return 0

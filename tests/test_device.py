@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import device as machine
@@ -149,6 +149,7 @@ def test_mix_of_one_number_is_the_published_generators_first():
     assert machine.mix(0) == 0xE220A8397B1DCDAF >> 1  # splitmix64's well-known first output for the seed 0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
 def test_mix_folds_splitmix64_into_a_seed_that_torch_takes(seed, step):
     folded = reference_splitmix64((reference_splitmix64(seed) + step) % 2**64)

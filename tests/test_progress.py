@@ -12,7 +12,7 @@ from typing import TextIO
 
 import drive
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import config
@@ -132,8 +132,8 @@ def test_a_resumed_run_on_a_terminal(tmp_path, capsys):
     drive.train(tmp_path)
     for path in [drive.at_step(tmp_path, 8), *(tmp_path / "checkpoints" / "best").iterdir()]:
         path.unlink()
-    settings = config.read(drive.environment(tmp_path, RESUME="auto"))
-    text = on_a_terminal(lambda stream: training.guarded(training.main, settings, log=Log(stream)))
+    wanted = config.read(drive.environment(tmp_path, RESUME="auto"))
+    text = on_a_terminal(lambda stream: training.guarded(training.main, wanted, log=Log(stream)))
     assert counts(text)[0] == (4, 8)
     assert counts(text)[-1] == (8, 8)
     assert {total for _, total in counts(text)} == {8}
@@ -224,6 +224,7 @@ def test_a_number_that_is_not_finite_becomes_null(value, tmp_path):
 VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(st.text(), VALUES), max_size=5))
 def test_metrics_come_back_as_they_were_written(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
@@ -331,6 +332,7 @@ def test_harmless(text, expected):
     assert harmless(text) == expected
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_harmless_text_has_no_control_characters_and_as_many_characters(text):
     clean = harmless(text)

@@ -117,8 +117,8 @@ def cosine(peak: float, floor: float, steps: int) -> list[float]:
 
 
 def test_the_schedule_is_planned_anew_from_the_rate_over_the_added_steps(go_on, trained):
-    """No second warm-up, and the floor stays a quarter of the peak."""
-    said = go_on(RESUME_LEARNING_RATE="4e-4")
+    """No second warm-up, though the model's default has one, and the floor stays a quarter of the peak."""
+    said = go_on(RESUME_LEARNING_RATE="4e-4", MODEL_TYPE="gpt2")
     assert list(rates(trained, child_of(trained).run_id).values()) == pytest.approx(cosine(4e-4, 1e-4, 4))
     wanted = "learning rate  overridden  cosine, peak 0.0004, floor 0.0001, 0 warm-up steps from step 4"
     assert said.row("learning rate") == wanted
@@ -340,9 +340,22 @@ def test_the_moments_are_restored(go_on, trained):
     assert all(state["step"] == 8 for state in child_of(trained).optimizer_state["state"].values())
 
 
+def test_another_optimizer_takes_the_moments_that_it_understands(go_on, trained):
+    """Muon leaves the tables and vectors to AdamW; on the 4 matrices of each of the 2 blocks the two know nothing of each other."""
+    count = len(ckpt.load(at_step(trained, 4)).model_state)
+    said = go_on(OPTIMIZER="muon", CHECKPOINT_DIR=str(trained / "muon"))
+    assert said.code == 0, said.err
+    assert said.row("optimizer") == f"optimizer  missing  moments of {count - 8} of {count} parameters"
+    assert said.row("OPTIMIZER") == "OPTIMIZER  overridden  adamw -> muon"
+    said = go_on(child_of(trained, "muon").path, OPTIMIZER="adamw")
+    assert said.code == 0, said.err
+    assert said.row("optimizer") == f"optimizer  missing  moments of {count - 8} of {count} parameters"
+
+
 def test_a_checkpoint_of_weights_alone_can_be_gone_on_with_and_says_what_is_missing(go_on, trained):
     record = ckpt.load(at_step(trained, 4))
     record.optimizer_state = None
+    del record.hyperparameters["ENABLE_CHECKPOINTS"]
     path = ckpt.save(record, trained / "weights")
     count = len(record.model_state)
     said = go_on(path, RESUME_LEARNING_RATE="keep")
