@@ -45,8 +45,8 @@ NEAR_MISS = 0.9  # difflib's ratio from which a name in the process environment 
 DEFAULTS_BY_MODEL: dict[str, dict[str, Any]] = {
     "bigram": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0,
                "batch_size": 32, "learning_rate": 1e-2, "warmup_steps": 0},
-    "gpt2": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.1,
-             "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 100},
+    "gpt2": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.0,
+             "batch_size": 12, "learning_rate": 3e-3, "warmup_steps": 100},
     "pretrained": {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1,
                    "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100},
 }
@@ -129,8 +129,8 @@ class Config:
         group="Model", scope="identity", minimum=1)
     block_size: int = var(BY_MODEL["block_size"], "context length in tokens; pretrained GPT-2 could use 1024, too "
         "slow on a laptop", group="Model", scope="identity", minimum=1)
-    dropout: float = var(BY_MODEL["dropout"], "share of activations dropped in training; against learning a small "
-        "text by heart", group="Model", scope="math", minimum=0, below=1)
+    dropout: float = var(BY_MODEL["dropout"], "share of activations dropped in training, against learning a small "
+        "text by heart; a small model needs none for its first epochs, and none is faster", group="Model", scope="math", minimum=0, below=1)
     bias: bool = var(True, "biases in linear layers and layer norms, as published", group="Model", scope="identity")
 
     training_steps: int = var(2000, "optimizer steps in all, those of an interrupted run included",
@@ -140,7 +140,7 @@ class Config:
     gradient_accumulation_steps: int = var(1, "micro-batches an optimizer step: a larger batch in the same memory",
         group="Training", scope="math", minimum=1)
     learning_rate: float = var(BY_MODEL["learning_rate"], "peak learning rate; high for a table, lower for a small "
-        "transformer, gentle on pretrained weights", group="Training", scope="math", above=0)
+        "transformer (and lower still for a wide one: 1e-3 at N_EMBD=384), gentle on pretrained weights", group="Training", scope="math", above=0)
     min_learning_rate: float | None = var(None, "learning rate at the end of the schedule; not set: a tenth of "
         "LEARNING_RATE, as in GPT-3's training", group="Training", scope="math", minimum=0)
     warmup_steps: int = var(BY_MODEL["warmup_steps"], "optimizer steps of linear rise to LEARNING_RATE, while Adam's "

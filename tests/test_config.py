@@ -86,8 +86,8 @@ def test_documented_defaults() -> None:
 def test_defaults_by_model() -> None:
     small = read(MODEL_TYPE="gpt2")
     sizes = (small.n_layer, small.n_head, small.n_embd, small.block_size, small.batch_size, small.dropout)
-    assert sizes == (4, 4, 128, 128, 12, 0.1)
-    assert (small.learning_rate, small.warmup_steps) == (1e-3, 100)
+    assert sizes == (4, 4, 128, 128, 12, 0.0)
+    assert (small.learning_rate, small.warmup_steps) == (3e-3, 100)
     bigram = read()
     assert (bigram.block_size, bigram.batch_size, bigram.learning_rate, bigram.dropout) == (64, 32, 1e-2, 0.0)
     large = read(MODEL_TYPE="gpt2", GPT2_MODEL_NAME="gpt2")
@@ -508,7 +508,7 @@ def test_a_repository_that_moves_takes_its_data_along(tmp_path: Path, monkeypatc
 
 
 def test_missing_saved_values_follow_the_saved_model() -> None:
-    assert config.from_saved(read(), {"MODEL_TYPE": "gpt2"}).learning_rate == 1e-3
+    assert config.from_saved(read(), {"MODEL_TYPE": "gpt2"}).learning_rate == 3e-3
 
 
 def test_unknown_and_session_names_in_a_checkpoint_are_ignored() -> None:
@@ -735,7 +735,7 @@ def test_help_lists_every_variable(argument: str, capsys: pytest.CaptureFixture[
     assert ended.value.code == 0
     assert out.isascii()
     assert "python3 scripts/load_checkpoint.py" in out
-    assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.001, pretrained 5e-5)" in out
+    assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.003, pretrained 5e-5)" in out
     assert all(f"  {name}  (default: " in out for name in VARIABLES)
 
 
