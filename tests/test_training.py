@@ -11,10 +11,12 @@ import sys
 import pytest
 import torch
 from drive import ROOT, command, environment, logged, newest, small_text, train
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import ckpt
 import config
 import training
+from data.batches import validation_windows
 from runtime.progress import Log, read_metrics
 
 
@@ -285,3 +287,62 @@ def test_unexpected_errors_have_no_traceback_unless_debug_is_1(tmp_path, monkeyp
     monkeypatch.setenv("DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         training.guarded(broken, settings)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A tiny GPT-2 with the published vocabulary, written by transformers, without tokenizer files."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights") / "tiny-GPT2.v1"
+    shape = {"vocab_size": 50257, "n_positions": 32, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=50256, eos_token_id=50256)).save_pretrained(folder)
+    return folder
+
+
+def test_fine_tuning_pretrained_weights(pretrained, tmp_path, capsys):
+    """Sizes, weights and tokenizer come from the folder, the name of the file follows the source, and a resume is exact."""
+    bare = dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"])
+    code, said = train(tmp_path, GPT2_MODEL_NAME=str(pretrained), TRAINING_STEPS="4", CHECKPOINT_INTERVAL="2", **bare)
+    assert code == 0, said
+    assert "GPT-2's own is taken" in said
+    record = newest(tmp_path)
+    assert record.path is not None
+    assert re.fullmatch(r"checkpoint_gpt2_letters_tinygpt2v1_step0004_\d{8}_\d{6}\.pt", record.path.name)
+    assert record.tokenizer == {"kind": "gpt2"}
+    assert (record.model_settings["block_size"], record.model_settings["n_layer"]) == (32, 2)
+    straight = {name: tensor.clone() for name, tensor in record.model_state.items()}
+    record.path.unlink()
+    for path in (tmp_path / "checkpoints" / "best").glob("*step0004*"):
+        path.unlink()
+    code, said = train(tmp_path, RESUME="auto", GPT2_MODEL_NAME=str(pretrained), TRAINING_STEPS="4", **bare)
+    assert code == 0, said
+    assert "bit-exact" in capsys.readouterr().out
+    assert all(torch.equal(newest(tmp_path).model_state[name], tensor) for name, tensor in straight.items())
+
+
+def test_pretrained_weights_start_where_transformers_left_them(pretrained, tmp_path):
+    """The first validation loss is that of transformers' own model on the same windows."""
+    code, said = train(tmp_path, GPT2_MODEL_NAME=str(pretrained), EVAL_STEPS="0", TRAINING_STEPS="1", WARMUP_STEPS="0", **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"]))  # fmt: skip
+    assert code == 0, said
+    first = next(line for line in metrics(tmp_path) if line["split"] == "validation")
+    run = training.fresh(config.read(environment(tmp_path, GPT2_MODEL_NAME=str(pretrained), **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"]))), Log())  # fmt: skip
+    windows = torch.cat(
+        [x for x, _ in validation_windows(run.text.split.validation, block_size=32, batch_size=4, steps=0)]
+    )
+    targets = torch.cat(
+        [y for _, y in validation_windows(run.text.split.validation, block_size=32, batch_size=4, steps=0)]
+    )
+    reference = GPT2LMHeadModel.from_pretrained(pretrained).eval()
+    with torch.no_grad():
+        logits = reference(windows).logits
+    assert first["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), abs=1e-5
+    )
+
+
+def test_a_hub_name_without_a_network_names_the_folder_form(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    code, said = train(tmp_path, GPT2_MODEL_NAME="gpt2", **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD"]))
+    assert code == 3
+    assert "set GPT2_MODEL_NAME to a folder" in said
