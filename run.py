@@ -27,6 +27,7 @@ from runtime.progress import Log, Metrics, Progress
 
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
+SIZES = ("n_layer", "n_head", "n_embd", "bias")  # what a transformer is made of, besides its vocabulary and context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,26 +147,27 @@ def initial_weights(settings: Config, log: Log) -> Checkpoint | None:
         return None
     for note in [*notes, *record.notes]:
         log(note)
-    if record.model_type != settings.model_type and settings.given("MODEL_TYPE"):
-        problem = f"MODEL_TYPE={settings.model_type}: the weights to begin with are a {record.model_type}"
-        raise ConfigError([f"{problem}; set MODEL_TYPE={record.model_type}"])
     return record
 
 
 def shaped_like(weights: Checkpoint, settings: Config) -> Config:
-    """The settings with the sizes that the weights bring. A given BLOCK_SIZE stays: it may crop the context."""
-    sizes = {
-        name: value for name, value in weights.model_settings.items() if name in ("n_layer", "n_head", "n_embd", "bias")
-    }
-    own = weights.model_settings["block_size"]
-    block_size = (
-        settings.block_size
-        if settings.given("BLOCK_SIZE")
-        else own
-        if settings.init_from
-        else min(own, settings.block_size)
+    """The settings with the model and tokenizer that the weights bring; raises ConfigError if others were given.
+
+    A given BLOCK_SIZE may crop the context; not given, INIT_FROM keeps the weights' own and GPT2_MODEL_NAME the default, if it fits.
+    """
+    own = {name.upper(): value for name, value in weights.model_settings.items() if name in SIZES}
+    own |= {"MODEL_TYPE": weights.model_type} | ({"TOKENIZER": weights.tokenizer["kind"]} if weights.tokenizer else {})
+    wrong = config.contradictions(settings, own)
+    if wrong:
+        raise ConfigError(
+            [f"{name}={given}: the weights to begin with have {kept}; unset {name}" for name, given, kept in wrong]
+        )
+    settings, longest = config.from_saved(settings, own), weights.model_settings["block_size"]
+    if settings.given("BLOCK_SIZE"):
+        return settings
+    return config.replaced(
+        settings, "weights", block_size=longest if settings.init_from else min(longest, settings.block_size)
     )
-    return config.replaced(settings, "weights", model_type=weights.model_type, block_size=block_size, **sizes)
 
 
 def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
     sizes = {"vocab_size": vocab_size, "block_size": settings.block_size}
     if settings.model_type == "bigram":
         return sizes
-    return sizes | {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
+    return sizes | {name: getattr(settings, name) for name in (*SIZES, "dropout")}
 
 
 def new_model(settings: Config, *, vocab_size: int) -> models.Model:
@@ -221,11 +223,10 @@ def read_text(
     split = tokens.prepare(corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log)
     largest = largest_block_size(len(split.train), len(split.validation) if fraction else 0)
     if block_size > largest:
-        held = f"{len(split.train)} tokens to train on and {len(split.validation)} to validate on"
+        held = f"{len(split.train)} tokens to train on, {len(split.validation)} to validate on"
         fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
-        raise DataError(
-            f"BLOCK_SIZE={block_size} needs a token more than that on both sides, the text gives {held}: {fits}take more text, or VALIDATION_FRACTION=0 to do without validation"
-        )
+        remedy = f"{fits}take more text, or do without validation (VALIDATION_FRACTION=0)"
+        raise DataError(f"BLOCK_SIZE={block_size} is too long for this text ({held}): {remedy}")
     return Text(corpus=corpus, scan=scanned, split=split, validation_fraction=fraction), tokenizer
 
 

@@ -67,7 +67,7 @@ def test_the_table_names_every_part_and_the_next_rates(stopped, capsys):
         assert "restored" in rows[part], part
     assert "moments of 28 of 28 parameters" in rows["optimizer"]
     assert "4; 4 more, to 8" in rows["step"]
-    assert "next learning rate 0.000775" in rows["group 1"]  # cosine from 1e-3 to 1e-4, 2 of 6 steps after the warm-up
+    assert "next learning rate 0.002325" in rows["group 1"]  # cosine from 3e-3 to 3e-4, 2 of 6 steps after the warm-up
     assert "yes" in rows["bit-exact"]
 
 
@@ -249,3 +249,21 @@ def test_environment_helper_names_the_folder(tmp_path):
     values = environment(tmp_path)
     assert values["CHECKPOINT_DIR"].startswith(str(tmp_path))
     assert values["RUNS_DIR"].startswith(str(tmp_path))
+
+
+def test_init_from_alone_names_the_model_and_its_defaults(straight, tmp_path):
+    """Without MODEL_TYPE the weights say what they are, and the defaults are that model's."""
+    bare = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "WARMUP_STEPS"])
+    code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", **bare)
+    assert code == 0, said
+    record = newest(tmp_path)
+    assert record.model_type == "gpt2"
+    assert record.model_settings["block_size"] == 16
+    assert record.hyperparameters["LEARNING_RATE"] == 0.003
+
+
+@pytest.mark.parametrize("changes", [{"N_LAYER": "3"}, {"TOKENIZER": "byte"}, {"MODEL_TYPE": "bigram"}], ids=str)
+def test_init_from_refuses_another_shape(changes, straight, tmp_path):
+    code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), **changes)
+    assert code == 2
+    assert f"unset {next(iter(changes))}" in said
