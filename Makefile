@@ -19,8 +19,8 @@ check: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m soak
 
-clean:
-	rm -rf $(VENV) runs data/.cache .pytest_cache .mypy_cache .ruff_cache
+clean:  # never what a run has written
+	rm -rf $(VENV) data/.cache .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.runtime: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

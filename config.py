@@ -246,11 +246,13 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
     if environ is None:
         for name in filter(_is_foreign, in_file):
             os.environ.setdefault(name, in_file[name])
+        # cuBLAS reads it when it starts; without it, its workspaces may change the order of sums.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     problems += [*_unknown_in_environment(variables), *_unknown_in_file(in_file, label)]
-    texts = {name: (in_file[name], label) for name in VARIABLES if in_file.get(name, "").strip()}
+    texts = {name: (in_file[name], label) for name in VARIABLES if _says_something(name, in_file.get(name, ""))}
     for name in VARIABLES:
         text = variables.get(name, "")
-        if text.strip() and (name, text) != ("PROMPT", "$P$G"):  # what Windows' own shell sets
+        if _says_something(name, text) and (name, text) != ("PROMPT", "$P$G"):  # what Windows' own shell sets
             texts[name] = text, "environment"
     values: dict[str, Any] = {}
     for name, (text, source) in texts.items():
@@ -259,6 +261,11 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
         except ValueError:
             problems.append(_refusal(VARIABLES[name], text, source))
     return _finish(values, {name: source for name, (_, source) in texts.items()}, problems)
+
+
+def _says_something(name: str, text: str) -> bool:
+    """Whether a value counts as set: an empty one does not, nor does one of white space, but for texts that may consist of it."""
+    return bool(text if name in ("PROMPT", "STOP") else text.strip())
 
 
 def from_saved(current: Config, saved: Mapping[str, Any]) -> Config:
@@ -374,7 +381,13 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("MIN_LEARNING_RATE", "LEARNING_RATE", "{} is above {}: set a lower MIN_LEARNING_RATE")
     if config.prompt is not None and config.prompt_file is not None:
         yield pair("PROMPT", "PROMPT_FILE", "{} and {} are both given: unset one")
-    if config.resume_step is not None and config.resume == "never" and config.mode != "resume":
+    if config.resume_step is not None and config.mode == "resume":
+        yield pair(
+            "RESUME_STEP",
+            "MODE",
+            "{} is for RESUME in training.py; with {} name the step in CHECKPOINT_PATH: checkpoints/*_step2000_*.pt",
+        )
+    elif config.resume_step is not None and config.resume == "never":
         yield pair("RESUME_STEP", "RESUME", "{} needs RESUME=auto or RESUME=a path, not {}")
 
 

@@ -24,23 +24,33 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
 
     Damaged ones are skipped loudly. Raises ConfigError listing the differences if none fits, CheckpointError if all are damaged.
     """
-    folder = Path(settings.checkpoint_dir)
-    if settings.resume != "auto":
+    folder, auto = Path(settings.checkpoint_dir), settings.resume == "auto"
+    if not auto:
         path, notes = ckpt.resolve(settings.resume, folder)
         for note in notes:
             log(note)
-        if path.is_file() and settings.resume_step is None:
+        if settings.resume_step is None:
             return check_fits(ckpt.load(path, verify=True), settings, log)
-        folder = path if path.is_dir() else path.parent
+        folder = path.parent
     found = ckpt.find(folder)
-    wanted = [one for one in reversed(found) if one.problem or settings.resume_step in (None, one.step)]
-    if found and not wanted:
+    for one in found:
+        if one.problem:
+            log(f"skipped: {one.problem}")
+    readable = [one for one in reversed(found) if not one.problem]
+    wanted = [one for one in readable if settings.resume_step in (None, one.step)]
+    if readable and not wanted:
         raise ConfigError([f"RESUME_STEP={settings.resume_step}: no checkpoint of that step; {ckpt.listing(folder)}"])
+    record = newest_fitting(wanted, settings, log)
+    if record is None and found:
+        raise ckpt.CheckpointError(f"no checkpoint in {folder} can be read; RESUME=never starts a new run beside them")
+    return record
+
+
+def newest_fitting(candidates: list[ckpt.Found], settings: Config, log: Log) -> Checkpoint | None:
+    """The first of `candidates` that is whole and fits; None if all are damaged, ConfigError if a whole one does not fit."""
     misfits = []
-    for one in wanted:
+    for one in candidates:
         try:
-            if one.problem:
-                raise ckpt.CheckpointError(one.problem)
             return check_fits(ckpt.load(one.path, verify=True), settings, log)
         except ckpt.CheckpointError as error:
             log(f"skipped: {error}")
@@ -48,8 +58,6 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
             misfits.append(error)
     if misfits:
         raise misfits[0]
-    if found:
-        raise ckpt.CheckpointError(f"no checkpoint in {folder} can be read; RESUME=never starts a new run beside them")
     return None
 
 
@@ -98,16 +106,12 @@ def resumed(
     a child run: it has an id of its own and names its parent.
     """
     saved = saved_settings(record)
-    changed = {
-        name: change for name, change in config.changes(settings, saved).items() if schedule is None or name not in PLAN
-    }
+    changed = changes(settings, record, planned_anew=schedule is not None)
     settings = config.from_saved(settings, saved)
     device = machine.choose_device(settings.device)
-    machine.make_deterministic(settings.deterministic)
+    machine.make_deterministic(settings.deterministic, device)
     text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(record))
-    same_text = all(
-        record.data.get(name) == value for name, value in text.fingerprint().items() if name not in ("source", "name")
-    )
+    same_text = all(record.data.get(name) == text.fingerprint()[name] for name in ("sha256", "validation_fraction"))
     child = schedule is not None or bool(changed) or not same_text or record.run_id is None
     if schedule is None:
         schedule = Schedule(**record.schedule) if record.schedule and not changed.keys() & PLAN else planned(settings)
@@ -115,7 +119,6 @@ def resumed(
         settings, "plan", training_steps=settings.training_steps if end is None else end, lr_schedule=schedule.kind,
         learning_rate=schedule.peak, min_learning_rate=schedule.floor, warmup_steps=schedule.warmup_steps,
     )  # fmt: skip
-    run_id = new_run_id(settings, text.corpus.name) if child or record.run_id is None else record.run_id
     run = put_together(
         settings,
         log,
@@ -123,18 +126,40 @@ def resumed(
         text=text,
         tokenizer=tokenizer,
         schedule=schedule,
-        run_id=run_id,
+        run_id=new_run_id(settings, text.corpus.name) if child or record.run_id is None else record.run_id,
         record=record,
         window=record.windows_seen if same_text else 0,
     )
     if child:
         run.parent = lineage(record, changed)
     else:
-        run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
-        run.best_loss, run.best_step, run.kept_best_step = record.best_loss, record.best_step, record.best_step
+        take_standing(run, record)
+    return run, restore_optimizer(run.optimizer, record)
+
+
+def changes(settings: Config, record: Checkpoint, *, planned_anew: bool) -> dict[str, Any]:
+    """The settings given anew that change the mathematics: {name: [saved, given]}. A plan of its own leaves those of the plan out.
+
+    Who asks for what the run was once asked for changes nothing, whatever it came to: COMPILE=true without a compiler, say.
+    """
+    given = config.changes(settings, saved_settings(record))
+    asked = record.hyperparameters
+    return {
+        name: change
+        for name, change in given.items()
+        if not (planned_anew and name in PLAN) and not (name in ("DTYPE", "COMPILE") and change[1] == asked.get(name))
+    }
+
+
+def take_standing(run: Run, record: Checkpoint) -> None:
+    """Where the same run stood: what it had looked at and kept, and float16's scale."""
+    run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
+    run.best_loss, run.best_step = record.best_loss, record.best_step
+    # A kill may have come between saving a best step and keeping it as the best; then it is kept first of all.
+    lost = record.best_step == record.step and not ckpt.best_is_kept(Path(run.settings.checkpoint_dir), record)
+    run.kept_best_step = None if lost else record.best_step
     if record.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(record.scaler)
-    return run, restore_optimizer(run.optimizer, record)
 
 
 def finished(run: Run, record: Checkpoint) -> bool:

@@ -111,7 +111,7 @@ class Run:
 def fresh(settings: Config, log: Log) -> Run:
     """A run at step 0: from random weights, from GPT2_MODEL_NAME's or from those of INIT_FROM's checkpoint."""
     device = machine.choose_device(settings.device)
-    machine.make_deterministic(settings.deterministic)
+    machine.make_deterministic(settings.deterministic, device)
     weights = initial_weights(settings, log)
     if weights:
         settings = shaped_like(weights, settings)
@@ -215,12 +215,14 @@ def read_text(
             documents=scanned.documents,
             vocab_size=settings.bpe_vocab_size,
         )
+    fraction, block_size = settings.validation_fraction, settings.block_size
     try:
-        tokenizer.encode(scanned.alphabet)
+        tokenizer.encode(scanned.alphabet)  # all at once, before any is met: the message lists every unknown character
+        split = tokens.prepare(
+            corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log
+        )
     except tokenization.UnknownCharacters as error:
         raise DataError(f"{settings.training_data_source}: {error}") from error
-    fraction, block_size = settings.validation_fraction, settings.block_size
-    split = tokens.prepare(corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log)
     largest = largest_block_size(len(split.train), len(split.validation) if fraction else 0)
     if block_size > largest:
         held = f"{len(split.train)} tokens to train on, {len(split.validation)} to validate on"

@@ -45,6 +45,7 @@ from runtime.progress import Log, Metrics, Progress, amount, duration, shown, te
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save did not
 SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200
+TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"
 
 
 class TrainingError(Exception):
@@ -74,20 +75,18 @@ def main(settings: Config, log: Log) -> int:
 
 def train(run: Run) -> int:
     """Trains from `run.step` to the plan's end or to a signal; returns the exit code. There is no second loop."""
-    lock = open_run(run)
-    try:
-        with Interrupt() as stop:
-            say_start(run)
-            bar = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
-            with contextlib.closing(bar) as run.progress:
-                loop(run, stop)
-            return say_end(run, interrupted=stop.requested)
-    except BaseException:
-        run.log(f"stopped after step {run.step}: {kept(run)}")
-        raise
-    finally:
-        run.metrics.close()
-        lock.release()
+    with contextlib.ExitStack() as held:
+        open_run(run, held)
+        try:
+            with Interrupt() as stop:
+                say_start(run)
+                bar = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
+                with contextlib.closing(bar) as run.progress:
+                    loop(run, stop)
+                return say_end(run)
+        except BaseException:
+            run.log(f"stopped after step {run.step}: {kept(run)}")
+            raise
 
 
 def loop(run: Run, stop: Interrupt) -> None:
@@ -171,7 +170,7 @@ def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
     )
     raise TrainingError(
         f"step {run.step + 1} was not taken: {what} (batch: windows {first} to {last}, epoch {run.batches.epoch(run.step):.2f}); "
-        f"try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1, or look at the text there"
+        f"{TRY_INSTEAD}, or look at the text there"
     )
 
 
@@ -242,10 +241,11 @@ def observe(run: Run, stop: Interrupt) -> None:
         loss = evaluate(run, stop)
         if loss is None:
             return
+        if not math.isfinite(loss):
+            raise TrainingError(f"the validation loss after step {run.step} is {loss}; {TRY_INSTEAD}")
         write_metrics(run, split="validation", loss=loss)
         run.progress.show(run.step, validation=f"{loss:.4f}")
         run.validation_loss = loss
-        # NaN is never the best: it compares as false with everything.
         if run.step and loss < (math.inf if run.best_loss is None else run.best_loss):
             run.best_loss, run.best_step = loss, run.step
     if run.step and is_due(run, "sample"):
@@ -284,10 +284,15 @@ def sample(run: Run) -> str:
         max_new_tokens=SAMPLE_TOKENS,
         temperature=settings.temperature,
         top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
         generator=generator,
         vocab_size=run.tokenizer.vocab_size,
     )
-    return run.tokenizer.decode([*([] if start is not None else ids), *drawn]) + "\n"
+    try:
+        return run.tokenizer.decode([*([] if start is not None else ids), *drawn]) + "\n"
+    except ValueError as error:  # no sample can be drawn from logits that are not finite
+        raise TrainingError(f"after step {run.step}: {error}") from error
 
 
 def first_character(run: Run) -> str:
@@ -297,22 +302,33 @@ def first_character(run: Run) -> str:
 
 
 def keep(run: Run, *, save: bool) -> None:
-    """Saves this step if `save`, and the best one under best/ if this step is it. A disk that refuses does not stop the training."""
-    folder = Path(run.settings.checkpoint_dir)
-    record = to_record(run)
-    try:
-        saved = ckpt.save(record, folder) if save else None
-        if run.best_step == run.step:
+    """Saves this step if `save`, and the best one under best/ if this step is it. A disk that refuses does not stop the training.
+
+    Raises TrainingError instead of saving weights that are no numbers: the next step would find out too late.
+    """
+    folder, record = Path(run.settings.checkpoint_dir), to_record(run)
+    if not all(tensor.isfinite().all() for tensor in record.model_state.values()):
+        raise TrainingError(f"the weights after step {run.step} are not finite and were not saved; {TRY_INSTEAD}")
+    saved = None
+    if save:
+        run.save_failed = True  # until it has not
+        with told_if_refused(run, f"step {run.step}", record):
+            saved = run.last_saved = ckpt.save(record, folder)
+            run.saved_step, run.save_failed = run.step, False
+    if run.best_step == run.step:
+        with told_if_refused(run, f"step {run.step}, the best so far,", record):
             ckpt.keep_best(record, folder, saved=saved)
-        run.kept_best_step = run.best_step
+    run.kept_best_step = run.best_step
+
+
+@contextlib.contextmanager
+def told_if_refused(run: Run, what: str, record: Checkpoint) -> Iterator[None]:
+    """Says why the disk refused a save, and what it would have needed."""
+    try:
+        yield
     except OSError as error:
-        run.save_failed = run.save_failed or save
-        run.log(
-            f"step {run.step} could not be saved ({ckpt.why_not_saved(error, folder, need=record_bytes(record))}); training goes on"
-        )
-        return
-    if saved:
-        run.last_saved, run.saved_step, run.save_failed = saved, run.step, False
+        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=record_bytes(record))
+        run.log(f"{what} could not be saved ({why}); training goes on")
 
 
 def record_bytes(record: Checkpoint) -> int:
@@ -327,24 +343,28 @@ def record_bytes(record: Checkpoint) -> int:
 # What a run says at its start and at its end.
 
 
-def open_run(run: Run) -> RunLock:
-    """Makes the run's folders, locks the run for this process and opens what it writes; fails before step 1 if it cannot."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    place = Path(run.settings.checkpoint_dir) if run.settings.enable_checkpoints else run.folder
-    try:
-        prepare_folder(place)
-    except (OSError, NotImplementedError) as error:
-        raise ConfigError(
-            [f"{place} cannot be written ({error}): mend its permissions, or set another CHECKPOINT_DIR"]
-        ) from error
-    lock = RunLock(place, run.run_id)
-    lock.acquire()
+def open_run(run: Run, held: contextlib.ExitStack) -> None:
+    """Makes the run's folders, locks the run for this process and opens what it writes; fails before step 1 if it cannot.
+
+    The run is locked where its checkpoints are and where its metrics are, each of which another process may share alone.
+    """
+    places = [run.folder, *([Path(run.settings.checkpoint_dir)] if run.settings.enable_checkpoints else [])]
+    for place in places:
+        try:
+            prepare_folder(place)
+        except (OSError, NotImplementedError) as error:
+            problem = f"{place} cannot be written ({error})"
+            raise ConfigError(
+                [f"{problem}: mend its permissions, or set another CHECKPOINT_DIR or RUNS_DIR"]
+            ) from error
+        lock = RunLock(place, run.run_id)
+        lock.acquire()
+        held.callback(lock.release)
     run.log.open(run.folder / "training.log")
     (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
-    run.metrics = Metrics(run.folder / "metrics.jsonl")
-    # What was logged after the checkpoint is logged again, so it goes; what the checkpoint had not seen yet at its own step, too.
+    run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl")))
+    # What was logged after the checkpoint is logged again, so it goes; what it had not seen yet at its own step, too.
     run.metrics.rewind(lambda line: was_seen(run, line))
-    return lock
 
 
 def was_seen(run: Run, line: dict[str, Any]) -> bool:
@@ -400,9 +420,9 @@ def warn_of_memory(run: Run) -> None:
         )
 
 
-def say_end(run: Run, *, interrupted: bool) -> int:
+def say_end(run: Run) -> int:
     """How the run ended, a sample if it is done, and the next command; returns the exit code."""
-    if interrupted:
+    if run.step < run.end or run.observed_step != run.step:
         run.log(f"interrupted after step {run.step}: {kept(run)}")
         return INTERRUPTED
     losses = (
@@ -419,15 +439,17 @@ def say_end(run: Run, *, interrupted: bool) -> int:
 
 def kept(run: Run) -> str:
     """What is left of a run that stopped early, and how to go on with it."""
-    folder = run.settings.checkpoint_dir
-    newest = (
-        ckpt.latest([one for one in ckpt.find(Path(folder)) if one.metadata.get("run_id") == run.run_id])
-        if run.settings.enable_checkpoints
-        else None
-    )
+    if not run.settings.enable_checkpoints:
+        return "nothing was kept, because ENABLE_CHECKPOINTS is false"
+    folder = Path(run.settings.checkpoint_dir)
+    try:
+        newest = ckpt.latest([one for one in ckpt.find(folder) if one.metadata.get("run_id") == run.run_id])
+    except OSError as error:
+        return f"what is kept cannot be told ({error})"
     if newest is None:
-        return "nothing was kept" + ("" if run.settings.enable_checkpoints else ", because ENABLE_CHECKPOINTS is false")
-    return f"step {newest.step} is kept in {shown(newest.path)}; go on with: RESUME=auto CHECKPOINT_DIR={shown(Path(folder))} python3 training.py"
+        return "nothing was kept"
+    go_on = f"RESUME=auto CHECKPOINT_DIR={shown(folder)} python3 training.py"
+    return f"step {newest.step} is kept in {shown(newest.path)}; go on with: {go_on}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,20 @@ from pathlib import Path
 
 from ckpt.layouts import LAYOUTS, layout_of
 from ckpt.record import Checkpoint, CheckpointError
-from ckpt.store import BEST_FOLDER, Found, best, due, find, keep_best, latest, listing, resolve, save, why_not_saved
+from ckpt.store import (
+    BEST_FOLDER,
+    Found,
+    best,
+    best_is_kept,
+    due,
+    find,
+    keep_best,
+    latest,
+    listing,
+    resolve,
+    save,
+    why_not_saved,
+)
 
 __all__ = [
     "BEST_FOLDER",
@@ -13,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "Found",
     "best",
+    "best_is_kept",
     "due",
     "find",
     "keep_best",

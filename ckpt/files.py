@@ -1,6 +1,7 @@
 """Atomic, durable writing: write under a temporary dot-name, fsync, reveal by one rename, fsync the folder."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -72,7 +73,7 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         # The new name is visible but not proved durable: worse than hoped, yet no reason to lose the file.
-        if error.errno != 22:
+        if error.errno != errno.EINVAL:
             raise
     finally:
         os.close(descriptor)

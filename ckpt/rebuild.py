@@ -45,7 +45,8 @@ def build_model(
         with torch.device("meta"):  # no memory and no random draws for weights that are replaced at once
             model = models.build(record.model_type, settings)
     except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape of more elements than can be counted
-        raise CheckpointError(f"{_where(record)}: {error}") from error
+        reason = str(error).splitlines()[0]  # torch adds frames of C++
+        raise CheckpointError(f"{_where(record)}: its settings make no model: {reason}") from error
     _check_shapes(model.state_dict(), state, where=_where(record))
     model.to_empty(device=device)
     model.load_state_dict(state)

@@ -1,6 +1,5 @@
 """Checkpoint: the one in-memory form between every layout on disk and every user of a checkpoint."""
 
-import dataclasses
 import re
 import types
 import typing
@@ -64,14 +63,16 @@ class Checkpoint:
 
 TENSOR_FIELDS = {"model_state", "optimizer_state"}
 MEMORY_FIELDS = {"path", "layout", "notes"}
+TYPES = {
+    name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
+}
 LARGEST = 2**63 - 1
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's folder, so it must not lead out of it
 
 
 def metadata(record: Checkpoint) -> dict[str, Json]:
     """Everything of a record but its tensors, as JSON values."""
-    left_out = TENSOR_FIELDS | MEMORY_FIELDS
-    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in left_out}
+    return {name: getattr(record, name) for name in TYPES}
 
 
 def from_metadata(
@@ -97,19 +98,16 @@ def check_metadata(values: Json, where: str) -> dict[str, Json]:
         raise CheckpointError(
             f"{where}: format {version!r:.20} was written by {writer!r:.60}; this is milepost {VERSION}, which reads up to {FORMAT_VERSION}: update it"
         )
-    hints = typing.get_type_hints(Checkpoint)
-    known = {
-        name: value for name, value in values.items() if name in hints and name not in TENSOR_FIELDS | MEMORY_FIELDS
-    }
+    known = {name: value for name, value in values.items() if name in TYPES}
     for name in ("model_type", "model_settings", "step"):
         if name not in known:
             raise CheckpointError(
                 f"{where}: its metadata has no {name}: the file is damaged or was written by something else"
             )
     for name, value in known.items():
-        if not _fits(value, hints[name]):
+        if not _fits(value, TYPES[name]):
             raise CheckpointError(
-                f"{where}: {name} is {value!r:.80}, expected {_name_of(hints[name])}: the file is damaged"
+                f"{where}: {name} is {value!r:.80}, expected {_name_of(TYPES[name])}: the file is damaged"
             )
     _check_values(known, where)
     return known

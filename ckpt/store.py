@@ -198,10 +198,13 @@ def file_word(text: str) -> str:
 
 
 def keep_best(record: Checkpoint, folder: Path, *, saved: Path | None, layout: str = "unified") -> Path:
-    """Puts `record` under `best/` and then removes the run's earlier best from there; `saved` is its ordinary save of this step, if any."""
+    """Puts `record` under `best/` and then removes what it is better than; `saved` is its ordinary save of this step, if any.
+
+    What is not worse stays: a run that goes on from an earlier step has yet to reach again what it once was.
+    """
     place = folder / BEST_FOLDER
     place.mkdir(exist_ok=True)
-    earlier = [one.path for one in find(place) if record.run_id and one.metadata.get("run_id") == record.run_id]
+    worse = [one.path for one in find(place) if _is_worse(one, record)]
     if saved is None:
         kept = save(record, folder, layout=layout, place=BEST_FOLDER)
     else:
@@ -209,10 +212,23 @@ def keep_best(record: Checkpoint, folder: Path, *, saved: Path | None, layout: s
             kept = _second_name(saved, place / saved.name)
     for each in (place, folder):  # the new name is durable before the earlier one goes
         sync_folder(each)
-    for path in earlier:
+    for path in worse:
         if path != kept:
             path.unlink(missing_ok=True)
     return kept
+
+
+def _is_worse(one: Found, record: Checkpoint) -> bool:
+    """Whether `one` is of the same run and its validation loss is higher."""
+    loss, ours = one.metadata.get("validation_loss"), record.validation_loss
+    same_run = record.run_id is not None and one.metadata.get("run_id") == record.run_id
+    return same_run and one.problem is None and loss is not None and ours is not None and loss > ours
+
+
+def best_is_kept(folder: Path, record: Checkpoint) -> bool:
+    """Whether `best/` holds the step of `record`, of its run."""
+    kept = find(folder / BEST_FOLDER)
+    return any(one.metadata.get("run_id") == record.run_id and one.step == record.step for one in kept)
 
 
 def _second_name(saved: Path, path: Path) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import secrets
 import shutil
@@ -20,6 +21,7 @@ from data.tokenization import Tokenizer, rechunk
 
 FORMAT = 1  # raise it when the same inputs give other files
 FILES = ("train.npy", "validation.npy")
+SUMS = "sha256.json"  # what the two must hash to: a flipped bit in them would change what is learned, and nothing would tell
 CHUNK = 1 << 18  # characters tokenized at once
 ABANDONED = 24 * 3600  # seconds without a write after which a half-built folder belongs to no living process
 
@@ -112,6 +114,7 @@ def _build(folder: Path, sides: Iterable[tuple[int, Piece]], *, tokenizer: Token
             _write(temporary / name, [], dtype)
         for side, group in itertools.groupby(sides, key=itemgetter(0)):
             _write(temporary / FILES[side], _token_ids((piece for _, piece in group), tokenizer), dtype)
+        (temporary / SUMS).write_text(json.dumps({name: _digest(temporary / name) for name in FILES}), encoding="utf-8")
         sync_folder(temporary)
         return _reveal(temporary, folder, dtype)
     finally:
@@ -138,10 +141,12 @@ def _write_header(file: object, count: int, dtype: np.dtype) -> None:
 
 
 def _open(folder: Path, dtype: np.dtype) -> TokenSplit | None:
-    """The token files of a folder, or None if any is missing or not of the size and type that its header says."""
+    """The token files of a folder, or None if any is missing, damaged or not of the size and type that its header says."""
     arrays = []
     for name in FILES:
         try:
+            if json.loads((folder / SUMS).read_text(encoding="utf-8"))[name] != _digest(folder / name):
+                return None
             array = np.load(folder / name, mmap_mode="r")
             end = array.offset + array.nbytes
             if array.dtype != dtype or array.ndim != 1 or os.path.getsize(folder / name) != end:
@@ -150,6 +155,11 @@ def _open(folder: Path, dtype: np.dtype) -> TokenSplit | None:
             return None
         arrays.append(array)
     return TokenSplit(*arrays)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reveal(temporary: Path, folder: Path, dtype: np.dtype) -> TokenSplit:

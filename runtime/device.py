@@ -1,7 +1,6 @@
 """Which device, which number format, and everything that decides bits on them."""
 
 import contextlib
-import os
 import platform
 from typing import Any
 
@@ -83,19 +82,16 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]
 
 
-def make_deterministic(on: bool) -> None:
-    """Selects kernels that give the same bits at every run. Call before the device's first use."""
-    # cuBLAS reads this when it starts; without it, its workspaces may change the order of sums.
-    if on:
-        _set_cublas_workspace()
-    torch.use_deterministic_algorithms(on, warn_only=True)
+def make_deterministic(on: bool, device: torch.device) -> None:
+    """Selects kernels that give the same bits at every run, and refuses those that cannot. Call before the device's first use.
+
+    On MPS, which promises no equal bits, it only warns. (To warn alone would be wrong on CUDA: flash attention's backward pass is
+    deterministic only where the others are refused.)
+    """
+    torch.use_deterministic_algorithms(on, warn_only=device.type == "mps")
     # Filling fresh memory with NaN would only cost time: nothing here reads memory that was not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-
-
-def _set_cublas_workspace() -> None:
-    os.putenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def seed_step(device: torch.device, seed: int, step: int) -> None:
@@ -135,13 +131,22 @@ def fingerprint(device: torch.device, *, dtype: str, compile_step: bool, determi
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "dtype": dtype,
         "compile": compile_step,
         "deterministic": deterministic,
     }
+
+
+def processor_name() -> str:
+    """The processor's model, where the system tells: libraries choose kernels by it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+    except (OSError, StopIteration, IndexError, UnicodeDecodeError):
+        return platform.processor() or platform.machine()
 
 
 def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

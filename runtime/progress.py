@@ -41,9 +41,10 @@ class Log:
             print(line, file=self._file, flush=True)
 
     def close(self) -> None:
-        """Ends training.log."""
+        """Ends training.log. What a full disk refuses now was told on stderr."""
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
 
@@ -113,7 +114,8 @@ class Metrics:
     def close(self) -> None:
         """Ends the file."""
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # each line was flushed, or its refusal told, when it was written
+                self._file.close()
             self._file = None
 
 

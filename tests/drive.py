@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A model of a few thousand weights, evaluated and sampled in between, on the beginning of the bundled text.
 TINY = {
     "MODEL_TYPE": "gpt2", "N_LAYER": "2", "N_HEAD": "2", "N_EMBD": "16", "BLOCK_SIZE": "16", "BATCH_SIZE": "4", "DROPOUT": "0.1",
-    "TRAINING_STEPS": "8", "WARMUP_STEPS": "2", "EVAL_INTERVAL": "4", "EVAL_STEPS": "2", "SAMPLE_INTERVAL": "4", "LOG_INTERVAL": "1",
+    "TRAINING_STEPS": "8", "LEARNING_RATE": "1e-3", "WARMUP_STEPS": "2", "EVAL_INTERVAL": "4", "EVAL_STEPS": "2", "SAMPLE_INTERVAL": "4", "LOG_INTERVAL": "1",
     "ENABLE_CHECKPOINTS": "true", "CHECKPOINT_INTERVAL": "4", "DEVICE": "cpu",
 }  # fmt: skip
 

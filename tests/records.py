@@ -1,9 +1,11 @@
 """Small checkpoints for the tests of ckpt/, the members of their archives, and children that see what a test cannot."""
 
+import contextlib
 import json
 import os
+import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,14 @@ def flipped(path: Path, position: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1 << bit
     path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def walkable_folder() -> Iterator[Path]:
+    """A folder that every user can reach; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
 
 
 def in_child(action: Callable[[], Any], *, as_nobody: bool = False) -> Any:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from drive import ROOT, at_step, environment, logged, newest, tensor_bytes, train
+from drive import ROOT, at_step, command, environment, logged, newest, tensor_bytes, train
 
 import ckpt
 import training
@@ -17,6 +17,7 @@ STEPS = 8
 COMBINATIONS = {
     "bigram, char": {"MODEL_TYPE": "bigram"},
     "bigram, bpe, bfloat16, accumulation": {"MODEL_TYPE": "bigram", "TOKENIZER": "bpe", "BPE_VOCAB_SIZE": "300", "DTYPE": "bfloat16", "GRADIENT_ACCUMULATION_STEPS": "2"},
+    "bigram, compiled": {"MODEL_TYPE": "bigram", "COMPILE": "true"},
     "gpt2, char, accumulation": {"GRADIENT_ACCUMULATION_STEPS": "2"},
     "gpt2, bpe, bfloat16": {"TOKENIZER": "bpe", "BPE_VOCAB_SIZE": "300", "DTYPE": "bfloat16"},
     "gpt2, gpt2 tokenizer": {"TOKENIZER": "gpt2"},
@@ -170,10 +171,27 @@ def test_control_with_shifted_data_it_differs(straight, tmp_path):
     assert tensor_bytes(newest(straight)) != tensor_bytes(newest(tmp_path / "control"))
 
 
-def test_control_the_log_sees_a_doubled_step(straight):
-    """Negative control: metrics with a step logged twice are not equal to metrics without."""
-    lines = logged(straight)
-    assert len({(line[0], line[1]) for line in lines}) == len(lines)
+def test_control_the_comparison_sees_a_doubled_step(straight, tmp_path):
+    """Negative control: a log with one line twice is not equal to the log without."""
+    shutil.copytree(straight, tmp_path / "doubled")
+    (path,) = (tmp_path / "doubled" / "runs").glob("*/metrics.jsonl")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:5], *lines[4:]]) + "\n")
+    assert logged(tmp_path / "doubled") != logged(straight)
+
+
+def test_a_compiled_run_goes_on_exactly_in_another_process(tmp_path):
+    """Compiled anew by another process, from another state of every cache in memory."""
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    straight.mkdir()
+    assert train(straight, COMPILE="true", CHECKPOINT_INTERVAL="1")[0] == 0
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copy(at_step(straight, 3), again / "checkpoints")
+    shutil.copy(straight / "letters.txt", again)
+    shutil.copytree(straight / "runs", again / "runs")
+    done = command("training.py", again, RESUME="auto", COMPILE="true")
+    assert done.returncode == 0, done.stderr
+    assert_same(straight, again)
 
 
 # Whatever is only looked at or kept must not change what is learned.

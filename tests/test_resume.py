@@ -1,14 +1,19 @@
 """RESUME in training.py: which checkpoint is gone on with, when it refuses, and what it says."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from drive import ROOT, at_step, environment, newest, small_text, tensor_bytes, train
+import torch
+from drive import ROOT, at_step, newest, small_text, tensor_bytes, train
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import ckpt
+import training
 from ckpt.files import RunLock
 
 
@@ -26,12 +31,7 @@ def stopped(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     at_step(tmp_path / "run", 8).unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "best")
-    environment_of_the_copy(tmp_path / "run", straight)
     return tmp_path / "run"
-
-
-def environment_of_the_copy(folder: Path, original: Path) -> None:
-    assert (folder / "letters.txt").read_bytes() == (original / "letters.txt").read_bytes()
 
 
 def damage(path: Path) -> None:
@@ -67,7 +67,7 @@ def test_the_table_names_every_part_and_the_next_rates(stopped, capsys):
         assert "restored" in rows[part], part
     assert "moments of 28 of 28 parameters" in rows["optimizer"]
     assert "4; 4 more, to 8" in rows["step"]
-    assert "next learning rate 0.002325" in rows["group 1"]  # cosine from 3e-3 to 3e-4, 2 of 6 steps after the warm-up
+    assert "next learning rate 0.000775" in rows["group 1"]  # cosine from 1e-3 to 1e-4, 2 of 6 steps after the warm-up
     assert "yes" in rows["bit-exact"]
 
 
@@ -92,6 +92,79 @@ def test_a_damaged_newest_one_is_skipped_loudly_and_kept(straight, tmp_path):
     assert bad.exists()
     assert newest(folder).step == 8
     assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4, 64, 0.5, -22, -1])
+def test_a_truncated_newest_one_is_skipped_loudly(keep, straight, tmp_path):
+    """Cut where a disk might have cut it: nothing, the first bytes, the middle, the archive's directory, the last byte."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    shutil.rmtree(folder / "checkpoints" / "best")
+    bad = at_step(folder, 8)
+    content = bad.read_bytes()
+    bad.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
+    code, said = train(folder, RESUME="auto")
+    assert code == 0
+    assert f"skipped: {bad}" in said
+    assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
+
+
+def test_going_on_from_an_earlier_step_keeps_the_better_checkpoint(straight, tmp_path, monkeypatch):
+    """The run had reached its best at step 8; stopped again at 6, it must not have thrown that away."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    (best,) = (folder / "checkpoints" / "best").glob("[!.]*")
+    assert ckpt.load(best).step == 8
+    learn = training.training_step
+
+    def interrupted(run, lr):
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(run, lr)
+
+    monkeypatch.setattr(training, "training_step", interrupted)
+    assert train(folder, RESUME=str(at_step(folder, 4)))[0] == 130
+    assert best.exists()
+
+
+def test_a_best_step_that_a_kill_left_unkept_is_kept_first(stopped):
+    """Killed between the save of step 4, the best so far, and its second name under best/."""
+    record = newest(stopped)
+    assert record.best_step == 4
+    assert not (stopped / "checkpoints" / "best").exists()
+    code, said = train(stopped, RESUME="auto", CHECKPOINT_INTERVAL="0", EVAL_INTERVAL="0", TRAINING_STEPS="8")
+    assert code == 0, said
+    steps = {one.step for one in ckpt.find(stopped / "checkpoints" / "best")}
+    assert steps <= {4, 8}
+    assert steps
+
+
+def test_resume_from_a_folder_that_is_a_checkpoint_does_not_start_fresh(straight, tmp_path):
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "weights"
+    )
+    code, said = train(tmp_path, RESUME=str(tmp_path / "weights"))
+    assert code == 2
+    assert "is not the one the checkpoint was trained on" in said
+    assert "fresh" not in said
+
+
+@pytest.mark.parametrize("changes", [{"ENABLE_CHECKPOINTS": "false"}, {"CHECKPOINT_DIR": "elsewhere"}], ids=str)
+def test_a_living_run_is_locked_where_its_metrics_are_too(changes, stopped, tmp_path):
+    """Another process must not rewind the metrics under a living run, wherever it saves."""
+    run_id = newest(stopped).run_id
+    lock = RunLock(stopped / "runs" / run_id, run_id)
+    lock.acquire()
+    if "CHECKPOINT_DIR" in changes:
+        changes = {"CHECKPOINT_DIR": str(tmp_path / "elsewhere")}
+    metrics = (stopped / "runs" / run_id / "metrics.jsonl").read_bytes()
+    code, said = train(stopped, RESUME=str(at_step(stopped, 4)), **changes)
+    assert code == 1
+    assert f"process {os.getpid()} on " in said
+    assert (stopped / "runs" / run_id / "metrics.jsonl").read_bytes() == metrics
+    lock.release()
+    assert train(stopped, RESUME=str(at_step(stopped, 4)), **changes)[0] == 0
 
 
 def test_if_all_are_damaged_it_stops(stopped):
@@ -180,7 +253,6 @@ def test_a_second_process_on_a_living_run_is_refused(stopped):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from ckpt.files import RunLock
 lock = RunLock(Path({str(stopped / "checkpoints")!r}), {run_id!r})
 lock.acquire()
 print("held", flush=True)
@@ -235,25 +307,9 @@ def test_init_from_takes_weights_and_tokenizer_alone(straight, tmp_path):
     assert all(moments["step"] == 1 for moments in record.optimizer_state["state"].values())
 
 
-def test_lock_object_is_free_after_release(tmp_path):
-    lock = RunLock(tmp_path, "one")
-    lock.acquire()
-    lock.release()
-    again = RunLock(tmp_path, "one")
-    again.acquire()
-    again.release()
-
-
-def test_environment_helper_names_the_folder(tmp_path):
-    """The tests above rely on it: what is driven in a folder stays there."""
-    values = environment(tmp_path)
-    assert values["CHECKPOINT_DIR"].startswith(str(tmp_path))
-    assert values["RUNS_DIR"].startswith(str(tmp_path))
-
-
 def test_init_from_alone_names_the_model_and_its_defaults(straight, tmp_path):
     """Without MODEL_TYPE the weights say what they are, and the defaults are that model's."""
-    bare = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "WARMUP_STEPS"])
+    bare = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "WARMUP_STEPS", "LEARNING_RATE"])
     code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", **bare)
     assert code == 0, said
     record = newest(tmp_path)

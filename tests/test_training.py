@@ -158,6 +158,33 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(value, tmp_path, monkey
     assert str(record.path.name) in said
 
 
+def test_a_divergence_is_told_by_its_step_and_never_saved(tmp_path):
+    """A learning rate that blows the weights up: whichever look finds it first, the sentence names the step."""
+    for number, looks in enumerate(
+        [
+            {"EVAL_INTERVAL": "1"},
+            {"EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "1"},
+            {"EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0"},
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        code, said = train(
+            folder,
+            LEARNING_RATE="1e38",
+            GRAD_CLIP="0",
+            WARMUP_STEPS="0",
+            CHECKPOINT_INTERVAL="1",
+            WEIGHT_DECAY="0",
+            **looks,
+        )
+        assert code == 1, said
+        assert "step" in said.splitlines()[-1]
+        assert "unexpected" not in said
+        for one in ckpt.find(folder / "checkpoints"):
+            assert all(tensor.isfinite().all() for tensor in ckpt.load(one.path).model_state.values())
+
+
 def test_gradients_that_are_not_finite_stop_too(tmp_path, monkeypatch):
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * math.inf)

@@ -184,9 +184,11 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
     except Exception as error:  # zipfile raises whatever a flipped bit in a header leads it to
         raise CheckpointError(_not_an_archive(path, error)) from error
     problem = _odd_members(archive)
+    if path.suffix == ".safetensors":  # torch.load goes by this name, not by what is inside
+        problem = "a torch archive under another format's name: rename it to .pt"
     if problem:
         archive.close()
-        raise CheckpointError(f"{path}: {problem}: it is damaged or was not written by torch")
+        raise CheckpointError(f"{path}: is {problem}")
     return archive
 
 
@@ -204,22 +206,24 @@ def _not_an_archive(path: Path, error: Exception) -> str:
 
 
 def _odd_members(archive: zipfile.ZipFile) -> str | None:
-    """Why torch should not see this archive. It would silently take the last of two members with one name."""
-    names = archive.namelist()
-    if len(set(names)) != len(names):
-        return "two members of its archive have one name"
-    for member in archive.infolist():
+    """What the archive is instead of one that torch wrote; torch should not see it then."""
+    names, listed = archive.namelist(), archive.infolist()
+    if len(set(names)) != len(names):  # torch would silently take the last of the two
+        return "damaged: two members of its archive have one name"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript program, which is never run"
+    for member in listed:
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 0x1:
-            return f"the member {member.filename} is compressed or encrypted"
+            return f"no checkpoint: the member {member.filename!r:.80} is compressed or encrypted"
         if member.filename.startswith("/") or ".." in member.filename.split("/"):
-            return f"the member {member.filename} points outside the archive"
+            return f"no checkpoint: the member {member.filename!r:.80} points outside the archive"
     if len([name for name in names if name.endswith(PICKLE)]) != 1:
-        return "it is a zip archive without torch's data.pkl, or with more than one"
+        return "no checkpoint: a zip archive without torch's data.pkl, or with more than one"
     # Python and torch place members differently if something stands before the first, and so would not see the same file.
-    if min(member.header_offset for member in archive.infolist()) != 0:
-        return "it does not begin with its archive"
-    if sum(member.file_size for member in archive.infolist()) > archive.start_dir:
-        return "its members claim more bytes than it holds"
+    if min(member.header_offset for member in listed) != 0:
+        return "damaged: it does not begin with its archive"
+    if sum(member.file_size for member in listed) > archive.start_dir:
+        return "damaged: its members claim more bytes than it holds"
     return None
 
 
