@@ -38,6 +38,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 }
 BIGGEST = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 DERIVED = ("default", "checkpoint", "weights", "plan")  # sources of values that nobody gave
+MAY_BE_BLANK = ("PROMPT", "STOP")  # white space is text to them
 NEAR_MISS = 0.9  # difflib's ratio from which a name in the process environment is taken for a typing error of ours
 
 # Defaults that depend on the model; `pretrained` is GPT2_MODEL_NAME set: None is what its weights bring.
@@ -265,7 +266,7 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
 
 def _says_something(name: str, text: str) -> bool:
     """Whether a value counts as set: an empty one does not, nor does one of white space, but for texts that may consist of it."""
-    return bool(text if name in ("PROMPT", "STOP") else text.strip())
+    return bool(text if name in MAY_BE_BLANK else text.strip())
 
 
 def from_saved(current: Config, saved: Mapping[str, Any]) -> Config:
@@ -478,7 +479,8 @@ def _parse(variable: Field[Any], text: str, folder: str) -> Any:
         if word not in rules["choices"]:
             raise ValueError(text)
         return word
-    if not word or "\0" in text or (variable.name == "resume" and word in BOOLEANS):
+    blank = not (text if variable.name.upper() in MAY_BE_BLANK else word)
+    if blank or "\0" in text or (variable.name == "resume" and word in BOOLEANS):
         raise ValueError(text)
     if rules["form"]:
         return FORMS[rules["form"]](text, folder)

@@ -226,9 +226,9 @@ def _is_worse(one: Found, record: Checkpoint) -> bool:
 
 
 def best_is_kept(folder: Path, record: Checkpoint) -> bool:
-    """Whether `best/` holds the step of `record`, of its run."""
-    kept = find(folder / BEST_FOLDER)
-    return any(one.metadata.get("run_id") == record.run_id and one.step == record.step for one in kept)
+    """Whether `best/` holds one of the record's run that is at least as good."""
+    kept = [one for one in find(folder / BEST_FOLDER) if one.metadata.get("run_id") == record.run_id]
+    return any(one.problem is None and not _is_worse(one, record) for one in kept)
 
 
 def _second_name(saved: Path, path: Path) -> Path:

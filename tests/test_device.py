@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -124,16 +123,12 @@ def test_compiling_follows_a_fixed_rule(wish, device, model, steps, expected, co
 
 @pytest.mark.parametrize("on", [True, False])
 def test_make_deterministic(on, torch_as_before):
-    machine.make_deterministic(on)
+    machine.make_deterministic(on, CPU)
     assert torch.are_deterministic_algorithms_enabled() == on
+    # Flash attention's backward pass on CUDA is deterministic only where other kernels are refused, not warned of.
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert not torch.backends.cudnn.benchmark
-
-
-def test_cublas_is_told_before_it_starts(torch_as_before):
-    """The variable is in the process's real environment, where C code reads it and a child inherits it."""
-    machine.make_deterministic(True)
-    assert subprocess.check_output(["sh", "-c", "echo $CUBLAS_WORKSPACE_CONFIG"], text=True) == ":4096:8\n"
 
 
 def reference_splitmix64(state: int) -> int:

@@ -121,7 +121,7 @@ def test_files_are_read_only_maps_of_the_smallest_type(tmp_path: Path, vocab_siz
         assert not array.flags.writeable
     assert split.train.tolist() == [byte + vocab_size - 256 for byte in "xyz\xff".encode()]
     (folder,) = (tmp_path / "cache").iterdir()
-    assert sorted(os.listdir(folder)) == ["train.npy", "validation.npy"]
+    assert sorted(os.listdir(folder)) == ["sha256.json", "train.npy", "validation.npy"]
     assert np.load(folder / "train.npy").tolist() == split.train.tolist()
 
 
@@ -167,6 +167,7 @@ def damage_header(path: Path) -> None:
 
 
 DAMAGES = {
+    "one bit flipped": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
     "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
     "grown": lambda path: path.write_bytes(path.read_bytes() + b"\0\0"),
     "empty": lambda path: os.truncate(path, 0),
@@ -186,7 +187,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str, name: str) -
     DAMAGES[damage](only_folder(tmp_path) / name)
     again = prepared(tmp_path, ByteTokenizer(), TEXT)
     assert (again.train.tolist(), again.validation.tolist()) == expected
-    assert sorted(os.listdir(only_folder(tmp_path))) == ["train.npy", "validation.npy"]
+    assert sorted(os.listdir(only_folder(tmp_path))) == ["sha256.json", "train.npy", "validation.npy"]
 
 
 def test_a_file_where_the_folder_belongs_is_replaced(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import ckpt
 import config
 import training
+from ckpt.layouts import unified
 from data.batches import validation_windows
 from runtime.progress import Log, read_metrics
 
@@ -235,14 +236,14 @@ def test_an_estimate_above_free_memory_is_said_at_the_start(tmp_path, monkeypatc
 
 def test_a_disk_that_refuses_does_not_stop_training(tmp_path, monkeypatch):
     """The step goes on, the last failure is told by exit code 5, and the earlier checkpoint stays."""
-    save = ckpt.save
+    write = unified.write
 
-    def full(record, folder):
+    def full(record, folder, stem):
         if record.step == 8:
             raise OSError(28, "No space left on device")
-        return save(record, folder)
+        return write(record, folder, stem)
 
-    monkeypatch.setattr(ckpt, "save", full)
+    monkeypatch.setattr(unified, "write", full)
     code, said = train(tmp_path)
     assert code == 5
     assert "the disk is full" in said
