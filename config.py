@@ -23,8 +23,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
 
-from dotenv import dotenv_values
-from dotenv.parser import Binding, parse_stream
+try:
+    from dotenv import dotenv_values
+    from dotenv.parser import Binding, parse_stream
+except ModuleNotFoundError:
+    sys.exit(
+        "python-dotenv is not installed for this Python: pip install -r requirements.txt, "
+        "or run .venv/bin/python, which make train makes"
+    )
 
 Json = str | int | float | bool | None
 
@@ -418,6 +424,8 @@ def _read_env_file(environ: Mapping[str, str], folder: str, problems: list[str])
     if not given and (path.is_dir() or not path.exists()):  # a folder .env is somebody's virtual environment
         return label, {}
     try:
+        if path.is_fifo() or (path.is_char_device() and str(path) != os.devnull):  # it could be read for ever
+            raise OSError("it is no regular file")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         problems.append(f"{label} cannot be read ({error}): expected UTF-8 text, one NAME=value a line")
@@ -586,9 +594,11 @@ def _refusal(variable: Field[Any], value: object, source: str) -> str:
         value = shown = f"(a number of {value.bit_length()} bits)"
     else:
         shown = _clipped(repr(value))
+    digits = str(value).strip()
+    limit = " below 2**63" if _kind(variable) is int and digits.isdecimal() and int(digits[:40]) > BIGGEST else ""
     options = variable.metadata["choices"] + variable.metadata["words"]
     hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(str(value).lower(), options, 1))
-    return f"{variable.name.upper()}={shown} ({source}): expected {expected(variable)}{hint}"
+    return f"{variable.name.upper()}={shown} ({source}): expected {expected(variable)}{limit}{hint}"
 
 
 # Showing settings

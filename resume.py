@@ -92,7 +92,7 @@ def saved_settings(record: Checkpoint) -> dict[str, Any]:
     resolved = {"MODEL_TYPE": record.model_type, "BLOCK_SIZE": record.model_settings["block_size"]}
     if record.tokenizer:
         resolved["TOKENIZER"] = record.tokenizer["kind"]
-    if record.runtime:
+    if {"dtype", "compile"} <= record.runtime.keys():
         resolved |= {"DTYPE": record.runtime["dtype"], "COMPILE": str(record.runtime["compile"]).lower()}
     return shape | record.hyperparameters | resolved
 
@@ -108,13 +108,19 @@ def resumed(
     saved = saved_settings(record)
     changed = changes(settings, record, planned_anew=schedule is not None)
     settings = config.from_saved(settings, saved)
+    if "TRAINING_STEPS" in changed and settings.training_steps < record.step:
+        raise ConfigError(
+            [
+                f"TRAINING_STEPS={settings.training_steps}: the checkpoint is at step {record.step} already; set more, or RESUME_STEP"
+            ]
+        )
     device = machine.choose_device(settings.device)
     machine.make_deterministic(settings.deterministic, device)
     text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(record))
     same_text = all(record.data.get(name) == text.fingerprint()[name] for name in ("sha256", "validation_fraction"))
     child = schedule is not None or bool(changed) or not same_text or record.run_id is None
     if schedule is None:
-        schedule = Schedule(**record.schedule) if record.schedule and not changed.keys() & PLAN else planned(settings)
+        schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)
     settings = config.replaced(
         settings, "plan", training_steps=settings.training_steps if end is None else end, lr_schedule=schedule.kind,
         learning_rate=schedule.peak, min_learning_rate=schedule.floor, warmup_steps=schedule.warmup_steps,
@@ -135,6 +141,16 @@ def resumed(
     else:
         take_standing(run, record)
     return run, restore_optimizer(run.optimizer, record)
+
+
+def saved_schedule(record: Checkpoint) -> Schedule:
+    """The record's plan of learning rates; raises CheckpointError if it is none."""
+    try:
+        return Schedule(**record.schedule)
+    except TypeError as error:
+        raise ckpt.CheckpointError(
+            f"{record.path}: its schedule cannot be read ({error}): the file is damaged"
+        ) from error
 
 
 def changes(settings: Config, record: Checkpoint, *, planned_anew: bool) -> dict[str, Any]:
@@ -220,7 +236,10 @@ def not_exact(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
     reasons += [f"{len(restored.missing)} parameters have no optimizer state"] if restored.missing else []
     planned_end = record.hyperparameters.get("TRAINING_STEPS", run.end)
     reasons += [f"the uninterrupted run would have ended at step {planned_end}"] if run.end > planned_end else []
-    return reasons + machine.bit_changes(record.runtime, run.fingerprint())
+    told = {name.lower() for name in _changed(run, record)}
+    return reasons + [
+        reason for reason in machine.bit_changes(record.runtime, run.fingerprint()) if reason.split()[0] not in told
+    ]
 
 
 def _changed(run: Run, record: Checkpoint) -> dict[str, Any]:

@@ -189,7 +189,8 @@ def new_model(settings: Config, *, vocab_size: int) -> models.Model:
 def planned(settings: Config) -> Schedule:
     """The learning rates of a whole run of these settings."""
     peak = settings.learning_rate
-    floor = peak / 10 if settings.min_learning_rate is None else settings.min_learning_rate
+    tenth = float(f"{peak / 10:.12g}")  # 0.0003, not 0.00030000000000000003: people read it
+    floor = tenth if settings.min_learning_rate is None else settings.min_learning_rate
     warmup, end = settings.warmup_steps, settings.training_steps
     return Schedule(kind=settings.lr_schedule, peak=peak, floor=floor, warmup_steps=warmup, start_step=0, end_step=end)
 
@@ -298,6 +299,7 @@ def to_record(run: Run) -> Checkpoint:
         model_type=run.settings.model_type,
         model_settings=dataclasses.asdict(run.model.settings),
         tokenizer=run.tokenizer.to_dict(),
+        tokenizer_sha256=run.tokenizer.digest,
         step=run.step,
         windows_seen=run.batches.windows_seen(run.step),
         tokens_seen=run.tokens_seen,

@@ -8,16 +8,17 @@
 brings one back from a checkpoint.
 """
 
+import signal
 import sys
 
 import config
 
 if __name__ == "__main__":
-    SETTINGS = config.door(sys.argv)  # before torch is imported, so that a typing error costs no seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,8 +41,10 @@ from run import Run, fresh, to_record
 from runtime import device as machine
 from runtime.interrupt import INTERRUPTED, Interrupt
 from runtime.optim import lr_at
-from runtime.progress import Log, Metrics, Progress, amount, duration, shown, tell
+from runtime.progress import Log, Metrics, Progress, amount, command_line, duration, shown, tell
 
+ROOT = Path(__file__).resolve().parent
+LOAD_CHECKPOINT = ROOT / "scripts" / "load_checkpoint.py"
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save did not
 SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200
@@ -63,7 +66,7 @@ def main(settings: Config, log: Log) -> int:
     run, restored = resumed(settings, record, log)
     tell(explain(run, record, restored))
     if finished(run, record):
-        more = "MODE=resume RESUME_TRAINING_STEPS=1000 python3 scripts/load_checkpoint.py"
+        more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
         log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. More: {more}")
         return 0
     return train(run)
@@ -360,8 +363,13 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         lock = RunLock(place, run.run_id)
         lock.acquire()
         held.callback(lock.release)
-    run.log.open(run.folder / "training.log")
-    (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
+    try:
+        run.log.open(run.folder / "training.log")
+        (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            [f"RUNS_DIR: {run.folder} cannot be written ({error}): make room, or set another RUNS_DIR"]
+        ) from error
     run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl")))
     # What was logged after the checkpoint is logged again, so it goes; what it had not seen yet at its own step, too.
     run.metrics.rewind(lambda line: was_seen(run, line))
@@ -391,7 +399,8 @@ def say_start(run: Run) -> None:
     )
     log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env)")
     if s.enable_checkpoints:
-        log(f"checkpoints: every {s.checkpoint_interval} steps and at the end, to {shown(Path(s.checkpoint_dir))}")
+        every = f"every {s.checkpoint_interval} steps and at the end" if s.checkpoint_interval else "at the end"
+        log(f"checkpoints: {every}, to {shown(Path(s.checkpoint_dir))}")
     else:
         log("checkpoints are OFF: nothing of this model will be kept; set ENABLE_CHECKPOINTS=true to keep it")
     for line in config.describe(s):
@@ -432,8 +441,10 @@ def say_end(run: Run) -> int:
     )
     run.log(f"done: {run.step} steps, {losses}")
     tell(run.last_sample or sample(run))
-    if run.last_saved:
-        run.log(f'next: CHECKPOINT_PATH={shown(run.last_saved)} PROMPT="..." python3 scripts/load_checkpoint.py')
+    if run.save_failed:
+        run.log(f"step {run.step} is not saved: the disk refused it; {kept(run)}")
+    elif run.last_saved:
+        run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.last_saved, PROMPT="Dear Wren,"))
     return SAVE_FAILED if run.save_failed else 0
 
 
@@ -448,7 +459,7 @@ def kept(run: Run) -> str:
         return f"what is kept cannot be told ({error})"
     if newest is None:
         return "nothing was kept"
-    go_on = f"RESUME=auto CHECKPOINT_DIR={shown(folder)} python3 training.py"
+    go_on = command_line(ROOT / "training.py", RESUME="auto", CHECKPOINT_DIR=folder)
     return f"step {newest.step} is kept in {shown(newest.path)}; go on with: {go_on}"
 
 
@@ -464,10 +475,11 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
     """The exit code of `action`; what it raises is said in one sentence, with a traceback only if DEBUG is exactly 1."""
     log = log or Log()
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the loop, both signals stop at once
+        for number in (signal.SIGINT, signal.SIGTERM):  # before the loop, both stop at once
+            signal.signal(number, signal.default_int_handler)
         return action(settings, log)
     except KeyboardInterrupt:
-        log("interrupted; no training was under way")
+        log("interrupted")
         return INTERRUPTED
     except Exception as error:
         if config.debug():
@@ -481,7 +493,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
 def sentence(error: Exception) -> str:
     """What to tell of an error, and what to do about it."""
     if machine.is_out_of_memory(error):
-        return "error: out of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE or N_LAYER"
+        return "error: out of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE, or N_LAYER and N_EMBD"
     known = isinstance(error, TrainingError | RunLockedError | OSError) or any(
         isinstance(error, kind) for kind, _ in EXIT_CODES
     )

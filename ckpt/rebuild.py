@@ -95,6 +95,8 @@ def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
         tokenizer = tokenization.from_dict(record.tokenizer)
     except ValueError as error:
         raise CheckpointError(f"{_where(record)}: its tokenizer cannot be rebuilt ({error})") from error
+    if record.tokenizer_sha256 not in (None, tokenizer.digest):
+        raise CheckpointError(f"{_where(record)}: its tokenizer is not the one it was saved with: the file is damaged")
     rows = record.model_settings["vocab_size"]
     if tokenizer.vocab_size > rows:
         raise CheckpointError(

@@ -33,6 +33,7 @@ class Checkpoint:
     model_type: str
     model_settings: dict[str, Json]
     tokenizer: dict[str, Json] | None = None
+    tokenizer_sha256: str | None = None  # of its canonical JSON
     # Where training stands. A step is one optimizer update; a window is one row of BLOCK_SIZE tokens.
     step: int = 0
     windows_seen: int = 0

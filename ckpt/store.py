@@ -123,7 +123,7 @@ def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None]) -> tuple
     notes = _problems(found)
     chosen = by(found)
     if chosen is None:
-        raise CheckpointError(f"No checkpoint can be read in {folder}. " + " ".join(notes or [listing(folder)]))
+        raise CheckpointError(f"No checkpoint can be read in {folder}. " + "; ".join(notes or [listing(folder)]))
     return chosen.path, [*notes, f"taking {chosen.path}"]
 
 
@@ -139,7 +139,7 @@ def _choose_by_step(matches: list[Found], wish: str, folder: Path) -> tuple[Path
     if not readable:
         raise CheckpointError(
             f"Checkpoint not found: nothing matches {wish}. "
-            + " ".join(notes or [listing(_nearest(Path(os.path.expanduser(wish)), folder))])
+            + "; ".join(notes or [listing(_nearest(Path(os.path.expanduser(wish)), folder))])
         )
     chosen = max(readable, key=lambda one: (one.step, one.save_order))
     return chosen.path, [*notes, f"{wish} matches {len(matches)}: taking {chosen.path}"]

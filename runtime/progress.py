@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -153,6 +155,16 @@ def shown(path: Path | str) -> str:
     """The path as short as it can be typed from the current folder; an address or a list of paths stays as it is."""
     inside = Path(path).is_relative_to(Path.cwd())
     return str(Path(path).relative_to(Path.cwd())) if inside else str(path)
+
+
+def command_line(script: Path, **variables: object) -> str:
+    """A command that can be pasted into a shell in the current folder: variables quoted, script and Python where they are."""
+    python = "python3" if shutil.which("python3") == sys.executable else shlex.quote(shown(sys.executable))
+    words = [
+        f"{name}={shlex.quote(shown(value) if isinstance(value, Path) else str(value))}"
+        for name, value in variables.items()
+    ]
+    return " ".join([*words, python, shlex.quote(shown(script))])
 
 
 def tell(text: str) -> None:

@@ -4,6 +4,7 @@ CHECKPOINT_PATH=latest PROMPT="Dear Wren," python3 scripts/load_checkpoint.py
 CHECKPOINT_PATH=latest MODE=resume RESUME_TRAINING_STEPS=2000 RESUME_LEARNING_RATE=1e-4 python3 scripts/load_checkpoint.py
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -13,10 +14,10 @@ sys.path.insert(0, str(ROOT))
 import config
 
 if __name__ == "__main__":
-    SETTINGS = config.door(sys.argv)  # before torch is imported, so that a typing error costs no seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
 
 import dataclasses
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from config import Config, ConfigError
 from data.tokenization import StreamDecoder, Tokenizer, UnknownCharacters
 from models import Model
 from models.sampling import generate
-from resume import explain, resumed, saved_settings
+from resume import explain, resumed, saved_schedule, saved_settings
 from run import planned
 from runtime import device as machine
 from runtime.device import mix
@@ -82,21 +83,22 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     log(
         f"{record.path}: {record.model_type} at step {record.step}, {tokenizer.kind} tokenizer, on {device.type}; SAMPLE_SEED={seed}"
     )
-    too_long = (
-        f"the text is longer than the model's {model.settings.block_size} tokens: from here on it sees only the latest"
-    )
-    on_slide = functools.cache(lambda: log(too_long))  # cached, so that it is said once for all samples
+    slid: set[str] = set()
     try:
         for number in range(settings.num_samples):
             if settings.num_samples > 1:
                 log(f"sample {number + 1} of {settings.num_samples}")
             generator = torch.Generator().manual_seed(mix(seed, number))
-            pieces = text_of(model, tokenizer, ids, generator=generator, settings=settings, on_slide=on_slide)
+            pieces = text_of(
+                model, tokenizer, ids, generator=generator, settings=settings, on_slide=lambda: slid.add("once")
+            )
             show(itertools.chain([prompt], pieces), stream=settings.stream)
     except BrokenPipeError:
         ignore_stdout()  # whoever read has enough, as `| head` does
     except ValueError as error:  # logits that are not finite
         raise CheckpointError(f"{record.path}: {error}") from error
+    if slid:  # told now, because on a terminal it would stand in the middle of the text
+        log(f"the text outgrew the model's {model.settings.block_size} tokens; from there on it saw only the latest")
     return 0
 
 
@@ -216,9 +218,7 @@ def plan(settings: Config, record: Checkpoint) -> Schedule:
     No second warm-up unless WARMUP_STEPS is given, and the floor keeps its ratio to the peak unless MIN_LEARNING_RATE is given.
     Raises ConfigError if that is above the peak.
     """
-    saved = (
-        Schedule(**record.schedule) if record.schedule else planned(config.from_saved(settings, saved_settings(record)))
-    )
+    saved = saved_schedule(record) if record.schedule else planned(config.from_saved(settings, saved_settings(record)))
     if settings.resume_learning_rate == "keep":
         return saved
     new = replan(

@@ -58,7 +58,11 @@ def command(
     script: str, folder: Path, *, cwd: Path = ROOT, stdin: str = "", **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script in a process of its own, as a user would."""
-    env = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
+    env = {
+        name: os.environ[name]
+        for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_WAIT_POLICY")
+        if name in os.environ
+    }
     return subprocess.run(
         [sys.executable, script], cwd=cwd, env=env | environment(folder, **changes), input=stdin, capture_output=True, text=True, timeout=300, check=False
     )  # fmt: skip

@@ -139,7 +139,12 @@ def test_whole_numbers(text: str, value: int) -> None:
 def test_no_whole_numbers(text: str) -> None:
     (problem,) = problems(TRAINING_STEPS=text)
     assert problem.startswith("TRAINING_STEPS='")
-    assert problem.endswith(" (environment): expected a whole number at least 1")
+    assert problem.removesuffix(" below 2**63").endswith(" (environment): expected a whole number at least 1")
+
+
+def test_a_number_too_large_names_the_limit() -> None:
+    (problem,) = problems(SEED="99999999999999999999")
+    assert problem.endswith("expected a whole number at least 0 below 2**63")
 
 
 def test_large_seeds_keep_every_digit() -> None:

@@ -219,7 +219,7 @@ def final_weights(folder: Path, monkeypatch, **changes: str) -> dict[str, bytes]
     """The weights at the end of a run, taken from the run itself, so that it need not save."""
     kept = {}
 
-    def finished(run, *, interrupted):
+    def finished(run):
         kept.update({name: tensor.numpy().tobytes() for name, tensor in run.model.state_dict().items()})
         return 0
 

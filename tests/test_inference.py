@@ -321,7 +321,7 @@ def test_a_character_that_never_arrives_whole_is_shown_as_such_at_the_end(tmp_pa
 def test_past_the_context_window_it_says_so_once(gpt2):
     said = infer(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="60", NUM_SAMPLES="2")
     assert said.code == 0
-    assert said.err.count("longer than the model's 16 tokens") == 1
+    assert said.err.count("outgrew the model's 16 tokens") == 1
     assert "longer" not in infer(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="12").err
 
 

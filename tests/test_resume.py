@@ -94,6 +94,24 @@ def test_a_damaged_newest_one_is_skipped_loudly_and_kept(straight, tmp_path):
     assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
 
 
+def test_fewer_steps_than_are_done_is_refused(stopped):
+    code, said = train(stopped, RESUME="auto", TRAINING_STEPS="3", WARMUP_STEPS="0")
+    assert code == 2
+    assert "TRAINING_STEPS=3: the checkpoint is at step 4 already" in said
+
+
+def test_the_printed_commands_can_be_pasted(tmp_path):
+    """Quoted for a shell, and naming the script from wherever one stands."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    code, said = train(folder)
+    assert code == 0
+    line = next(line for line in said.splitlines() if line.startswith("next: ")).removeprefix("next: ")
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1"}, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Dear Wren,")
+
+
 @pytest.mark.parametrize("keep", [0, 1, 4, 64, 0.5, -22, -1])
 def test_a_truncated_newest_one_is_skipped_loudly(keep, straight, tmp_path):
     """Cut where a disk might have cut it: nothing, the first bytes, the middle, the archive's directory, the last byte."""
