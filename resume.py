@@ -13,7 +13,7 @@ from config import Config, ConfigError
 from run import Run, lineage, new_run_id, planned, put_together, read_text, scan_source
 from runtime import device as machine
 from runtime.optim import Schedule, lr_at
-from runtime.progress import Log, amount, table
+from runtime.progress import Log, amount, shown, table
 
 # The variables that make up the schedule: given anew, they plan it anew.
 PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", "LR_SCHEDULE"}
@@ -192,7 +192,7 @@ def explain(run: Run, record: Checkpoint, restored: Restored) -> str:
     position = f"window {run.batches.windows_seen(run.step)}, epoch {run.batches.epoch(run.step):.2f}"
     reasons = not_exact(run, record, restored)
     rows = [
-        ("checkpoint", "", str(record.path)),
+        ("checkpoint", "", shown(record.path) if record.path else ""),
         (
             "run",
             "child" if child else "restored",

@@ -100,10 +100,11 @@ def test_fewer_steps_than_are_done_is_refused(stopped):
     assert "TRAINING_STEPS=3: the checkpoint is at step 4 already" in said
 
 
-def test_the_printed_commands_can_be_pasted(tmp_path):
+def test_the_printed_commands_can_be_pasted(tmp_path, monkeypatch):
     """Quoted for a shell, and naming the script from wherever one stands."""
     folder = tmp_path / "a folder"
     folder.mkdir()
+    monkeypatch.chdir(tmp_path)
     code, said = train(folder)
     assert code == 0
     line = next(line for line in said.splitlines() if line.startswith("next: ")).removeprefix("next: ")
