@@ -140,6 +140,8 @@ def resumed(
         run.parent = lineage(record, changed)
     else:
         take_standing(run, record)
+    if record.scaler and run.scaler.is_enabled():
+        run.scaler.load_state_dict(record.scaler)
     return run, restore_optimizer(run.optimizer, record)
 
 
@@ -168,14 +170,12 @@ def changes(settings: Config, record: Checkpoint, *, planned_anew: bool) -> dict
 
 
 def take_standing(run: Run, record: Checkpoint) -> None:
-    """Where the same run stood: what it had looked at and kept, and float16's scale."""
+    """Where the same run stood: what it had looked at and kept."""
     run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
     run.best_loss, run.best_step = record.best_loss, record.best_step
     # A kill may have come between saving a best step and keeping it as the best; then it is kept first of all.
     lost = record.best_step == record.step and not ckpt.best_is_kept(Path(run.settings.checkpoint_dir), record)
     run.kept_best_step = None if lost else record.best_step
-    if record.scaler and run.scaler.is_enabled():
-        run.scaler.load_state_dict(record.scaler)
 
 
 def finished(run: Run, record: Checkpoint) -> bool:
@@ -193,11 +193,7 @@ def explain(run: Run, record: Checkpoint, restored: Restored) -> str:
     reasons = not_exact(run, record, restored)
     rows = [
         ("checkpoint", "", shown(record.path) if record.path else ""),
-        (
-            "run",
-            "child" if child else "restored",
-            run.run_id + (f", from {record.run_id} at step {record.step}" if child else ""),
-        ),
+        ("run", "reset", f"{run.run_id}, a child of {record.run_id}") if child else ("run", "restored", run.run_id),
         (
             "weights",
             "restored",
@@ -211,6 +207,7 @@ def explain(run: Run, record: Checkpoint, restored: Restored) -> str:
         ("step", "restored", f"{record.step}; {run.end - run.step} more, to {run.end}"),
         ("learning rate", "restored" if _same_plan(run, record) else "overridden", rates),
         ("data position", "restored" if same_text else "reset", position),
+        *([("float16 scale", "restored" if record.scaler else "missing", "")] if run.scaler.is_enabled() else []),
         ("random draws", "restored", f"functions of SEED={run.settings.seed} and the step"),
         ("tokenizer", "restored", f"{run.tokenizer.kind}, {run.tokenizer.vocab_size} tokens"),
         *((name, "overridden", f"{before} -> {now}") for name, (before, now) in changed.items()),

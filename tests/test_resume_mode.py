@@ -300,7 +300,7 @@ def test_the_child_names_its_parent(go_on, trained):
     record = child_of(trained)
     assert record.parent == {"run_id": parent.run_id, "step": 4, "save_id": parent.save_id, "file": parent.path.name, "changed": {}}  # fmt: skip
     assert record.run_id != parent.run_id
-    assert said.row("run") == f"run  child  {record.run_id}, from {parent.run_id} at step 4"
+    assert said.row("run") == f"run  reset  {record.run_id}, a child of {parent.run_id}"
     assert (trained / "runs" / str(record.run_id) / "config.env").exists()
 
 
