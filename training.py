@@ -48,6 +48,7 @@ LOAD_CHECKPOINT = ROOT / "scripts" / "load_checkpoint.py"
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save did not
 SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200
+PROBE_SECONDS = 2.0  # of the time that an estimate of the run's length may take, once it has two measurements
 TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"
 
 
@@ -383,40 +384,28 @@ def was_seen(run: Run, line: dict[str, Any]) -> bool:
 
 def say_start(run: Run) -> None:
     """At most 15 lines: what is trained on what, for how long, and where it goes."""
-    s, log = run.settings, run.log
-    count, steps = models.parameter_count(run.model), run.end - run.step
-    numerics = f"{run.dtype}, {'compiled' if run.compile_step else 'eager'}"
-    log(f"run {run.run_id}: {s.model_type} on {run.device.type} ({torch.get_num_threads()} threads, {numerics})")
-    kinds = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
-    log(
-        f"data: {shown(run.text.corpus.source)}: {amount(run.text.scan.characters)} characters, {kinds}; {len(run.text.split.train)} tokens to train on, {len(run.text.split.validation)} to validate on"
-    )
-    log(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB), block size {s.block_size}")
-    tokens_to_go = steps * run.batches.rows_per_step * s.block_size
-    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
-    log(
-        f"plan: {steps} steps of {run.batches.rows_per_step} x {s.block_size} tokens = {amount(tokens_to_go)} tokens, {epochs:.2g} epochs; about {duration(steps * seconds_per_step(run))}"
-    )
-    log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env)")
-    if s.enable_checkpoints:
-        every = f"every {s.checkpoint_interval} steps and at the end" if s.checkpoint_interval else "at the end"
-        log(f"checkpoints: {every}, to {shown(Path(s.checkpoint_dir))}")
-    else:
-        log("checkpoints are OFF: nothing of this model will be kept; set ENABLE_CHECKPOINTS=true to keep it")
-    for line in config.describe(s):
-        log(line)
+    settings, text, say = run.settings, run.text, run.log
+    count, steps, rows = models.parameter_count(run.model), run.end - run.step, run.batches.rows_per_step
+    numerics = f"{torch.get_num_threads()} threads, {run.dtype}, {'compiled' if run.compile_step else 'eager'}"
+    say(f"run {run.run_id}: {settings.model_type} on {run.device.type} ({numerics})")
+    sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on"
+    tokenizer = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
+    say(f"data: {shown(text.corpus.source)}: {amount(text.scan.characters)} characters, {tokenizer}; {sizes}")
+    say(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB), block size {settings.block_size}")
     warn_of_memory(run)
-
-
-def seconds_per_step(run: Run) -> float:
-    """Times a few passes over the next batch, forward and backward, and takes the fastest; weights stay as they are."""
-    fastest = math.inf
-    for _ in range(4):  # the first one also warms caches up, or compiles
-        since = time.monotonic()
-        accumulate_gradients(run).item()
-        run.optimizer.zero_grad(set_to_none=True)
-        fastest = min(fastest, time.monotonic() - since)
-    return fastest
+    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
+    amounts = f"{amount(steps * rows * settings.block_size)} tokens, {epochs:.2g} epochs"
+    left = duration(steps * seconds_per_step(run))
+    say(f"plan: {steps} steps of {rows} x {settings.block_size} tokens = {amounts}; about {left}")
+    say(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env)")
+    if settings.enable_checkpoints:
+        interval = settings.checkpoint_interval
+        every = f"every {interval} steps and at the end" if interval else "at the end"
+        say(f"checkpoints: {every}, to {shown(Path(settings.checkpoint_dir))}")
+    else:
+        say("checkpoints are OFF: nothing of this model will be kept; set ENABLE_CHECKPOINTS=true to keep it")
+    for line in config.describe(settings):
+        say(line)
 
 
 def warn_of_memory(run: Run) -> None:
@@ -424,9 +413,21 @@ def warn_of_memory(run: Run) -> None:
     need = models.training_bytes(run.model, run.settings.batch_size, bytes_per_value=4 if run.dtype == "float32" else 2)
     free = machine.free_memory(run.device)
     if free is not None and need > free:
-        run.log(
-            f"warning: a step needs about {amount(need, 'B')} of memory and {amount(free, 'B')} are free; lower BATCH_SIZE, BLOCK_SIZE or N_LAYER if it fails"
-        )
+        estimate = f"a step needs about {amount(need, 'B')} of memory and {amount(free, 'B')} are free"
+        run.log(f"warning: {estimate}; lower BATCH_SIZE, BLOCK_SIZE or N_LAYER if it fails")
+
+
+def seconds_per_step(run: Run) -> float:
+    """Times a few passes over the next batch, forward and backward, and takes the fastest; weights stay as they are."""
+    began, fastest = time.monotonic(), math.inf
+    for number in range(4):  # the first one also warms caches up, or compiles
+        since = time.monotonic()
+        if number >= 2 and since - began > PROBE_SECONDS:
+            break
+        accumulate_gradients(run).item()
+        run.optimizer.zero_grad(set_to_none=True)
+        fastest = min(fastest, time.monotonic() - since)
+    return fastest
 
 
 def say_end(run: Run) -> int:
