@@ -445,7 +445,7 @@ def say_end(run: Run) -> int:
     if run.save_failed:
         run.log(f"step {run.step} is not saved: the disk refused it; {kept(run)}")
     elif run.last_saved:
-        run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.last_saved, PROMPT="Dear Wren,"))
+        run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.last_saved))
     return SAVE_FAILED if run.save_failed else 0
 
 

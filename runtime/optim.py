@@ -52,7 +52,8 @@ def _height(kind: str, share: float) -> float:
 
 def replan(schedule: Schedule, *, peak: float, start_step: int, steps: int, warmup_steps: int) -> Schedule:
     """The same kind of schedule anew over `steps` steps from `start_step`; the floor keeps its ratio to the peak."""
-    floor = schedule.floor / schedule.peak * peak if schedule.peak > 0 else 0.0
+    ratio = schedule.floor / schedule.peak if schedule.peak > 0 else 0.0
+    floor = float(f"{ratio * peak:.12g}")  # 1e-5, not 9.999999999999999e-6: people read it
     end_step = start_step + steps
     return Schedule(
         kind=schedule.kind, peak=peak, floor=floor, warmup_steps=warmup_steps, start_step=start_step, end_step=end_step
