@@ -109,11 +109,8 @@ def resumed(
     changed = changes(settings, record, planned_anew=schedule is not None)
     settings = config.from_saved(settings, saved)
     if "TRAINING_STEPS" in changed and settings.training_steps < record.step:
-        raise ConfigError(
-            [
-                f"TRAINING_STEPS={settings.training_steps}: the checkpoint is at step {record.step} already; set more, or RESUME_STEP"
-            ]
-        )
+        problem = f"TRAINING_STEPS={settings.training_steps}: the checkpoint is at step {record.step} already"
+        raise ConfigError([f"{problem}; set more, or go on from an earlier one with RESUME_STEP"])
     device = machine.choose_device(settings.device)
     machine.make_deterministic(settings.deterministic, device)
     text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(record))
@@ -233,10 +230,12 @@ def not_exact(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
     reasons += [f"{len(restored.missing)} parameters have no optimizer state"] if restored.missing else []
     planned_end = record.hyperparameters.get("TRAINING_STEPS", run.end)
     reasons += [f"the uninterrupted run would have ended at step {planned_end}"] if run.end > planned_end else []
-    told = {name.lower() for name in _changed(run, record)}
-    return reasons + [
-        reason for reason in machine.bit_changes(record.runtime, run.fingerprint()) if reason.split()[0] not in told
-    ]
+    now, told = (
+        run.fingerprint(),
+        {name.lower() for name in _changed(run, record)},
+    )  # what was said above is not said twice
+    before = {name: now.get(name) if name in told else value for name, value in record.runtime.items()}
+    return reasons + machine.bit_changes(before, now)
 
 
 def _changed(run: Run, record: Checkpoint) -> dict[str, Any]:
