@@ -189,6 +189,20 @@ class Config:
     checkpoint_interval: int = var(500, "optimizer steps between checkpoints; 0 = only at the end",
         group="Checkpoints", scope="habit", minimum=0)
     checkpoint_dir: str = var("checkpoints", "folder of the checkpoints", group="Checkpoints", form="path")
+    checkpoint_layout: str = var("unified", "how a checkpoint is laid out on disk; a resume keeps the layout it came from",
+        group="Checkpoints", choices=("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface"))
+    checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes, but it cannot go on exactly",
+        group="Checkpoints", scope="habit")
+    checkpoint_prefix: str = var("checkpoint", "how the names of checkpoints begin", group="Checkpoints", scope="habit",
+        form="name")
+    checkpoint_keep_last: int = var(0, "newest checkpoints of a run to keep, its final one besides; 0 = all",
+        group="Checkpoints", scope="habit", minimum=0)
+    checkpoint_keep_every: int = var(0, "of those leaving CHECKPOINT_KEEP_LAST, keep the ones at multiples of so many "
+        "optimizer steps, without their optimizer; 0 = none", group="Checkpoints", scope="habit", minimum=0)
+    checkpoint_keep_best: int = var(1, "checkpoints of lowest validation loss to keep of a run under best/; 0 = none",
+        group="Checkpoints", scope="habit", minimum=0)
+    checkpoint_async: bool = var(True, "write checkpoints while training goes on, from a copy in memory; the bytes are "
+        "the same", group="Checkpoints")
     runs_dir: str = var("runs", "folder of the runs: metrics, log, resolved settings, samples",
         group="Checkpoints", form="path")
     resume: str = var("never", "auto goes on exactly from the newest fitting checkpoint of CHECKPOINT_DIR; a path (or "
@@ -225,6 +239,14 @@ class Config:
         group="Going on", minimum=0)
     resume_learning_rate: float | Literal["keep"] = var(3e-4, "peak learning rate of the added steps; keep = the "
         "saved schedule", group="Going on", words=("keep",), above=0)
+
+    compare_with: str | None = var(None, "checkpoint that scripts/inspect_checkpoint.py compares CHECKPOINT_PATH with",
+        group="Looking after", form="path", words=("latest", "best"))
+    replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the checkpoint before and compares every "
+        "byte", group="Looking after")
+    output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the one "
+        "checkpoint; a whole folder needs it", group="Looking after", form="path")
+    dry_run: bool = var(True, "scripts/prune_checkpoints.py only says what it would do", group="Looking after")
     # fmt: on
 
     # Where each value came from: "environment", the env file's name, "checkpoint" or "default".
@@ -564,12 +586,21 @@ def _list(text: str, _folder: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-FORMS: dict[str, Callable[[str, str], Any]] = {"path": _path, "source": _source, "hub": _hub, "list": _list}
+def _name(text: str, folder: str) -> str:
+    """The beginning of a file's name: it must not lead out of its folder, nor hide it."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", text.strip()):
+        raise ValueError(text)
+    return text.strip()
+
+
+FORMS: dict[str, Callable[[str, str], Any]] = {
+    **{"path": _path, "source": _source, "hub": _hub, "list": _list, "name": _name},
+}
 PARSERS: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _integer, float: _number, str: str}
 NOUNS: dict[Any, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "text in UTF-8", "path": "a path"},
     **{"source": "files, folders, globs, an https URL or tinyshakespeare", "hub": "a hub name or a folder"},
-    **{"list": 'text, or a JSON list like ["a", "b"]'},
+    **{"list": 'text, or a JSON list like ["a", "b"]', "name": "up to 40 letters, digits, `_`, `.` and `-`"},
 }
 
 

@@ -118,6 +118,9 @@ def resumed(
     child = schedule is not None or bool(changed) or not same_text or record.run_id is None
     if schedule is None:
         schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)
+    if not settings.given("CHECKPOINT_LAYOUT"):
+        layout = record.layout if record.layout in ckpt.WRITERS else "unified"
+        settings = config.replaced(settings, "checkpoint", checkpoint_layout=layout)
     settings = config.replaced(
         settings, "plan", training_steps=settings.training_steps if end is None else end, lr_schedule=schedule.kind,
         learning_rate=schedule.peak, min_learning_rate=schedule.floor, warmup_steps=schedule.warmup_steps,
@@ -153,11 +156,13 @@ def saved_schedule(record: Checkpoint) -> Schedule:
 
 
 def changes(settings: Config, record: Checkpoint, *, planned_anew: bool) -> dict[str, Any]:
-    """The settings given anew that change the mathematics: {name: [saved, given]}. A plan of its own leaves those of the plan out.
+    """The settings given anew, or edited in the checkpoint, that change the mathematics: {name: [saved, given]}.
+
+    A plan of its own leaves those of the plan out.
 
     Who asks for what the run was once asked for changes nothing, whatever it came to: COMPILE=true without a compiler, say.
     """
-    given = config.changes(settings, saved_settings(record))
+    given = record.edited | config.changes(settings, saved_settings(record))
     asked = record.hyperparameters
     return {
         name: change

@@ -15,8 +15,10 @@ import ckpt
 import config
 import models
 from ckpt import Checkpoint
+from ckpt.adopt import with_chars
 from ckpt.hub import local_folder
 from ckpt.rebuild import build_model, build_tokenizer
+from ckpt.writer import Writer
 from config import Config, ConfigError
 from data import tokenization, tokens
 from data.batches import Batches, largest_block_size
@@ -66,6 +68,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedule: Schedule
+    writer: Writer
     # What it learns from.
     text: Text
     batches: Batches
@@ -145,9 +148,20 @@ def initial_weights(settings: Config, log: Log) -> Checkpoint | None:
         record = ckpt.load(path, optimizer=False)
     else:
         return None
+    record = with_tokenizer(record, settings, log)
     for note in [*notes, *record.notes]:
         log(note)
     return record
+
+
+def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
+    """The record itself, with the characters of TRAINING_DATA_SOURCE for its tokenizer if another program's had none beside it.
+
+    Raises CheckpointError if their number is not that of the model's rows.
+    """
+    if record.tokenizer is not None:
+        return record
+    return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
 
 
 def shaped_like(weights: Checkpoint, settings: Config) -> Config:
@@ -264,6 +278,7 @@ def put_together(settings: Config, log: Log, *, model: models.Model, text: Text,
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == "float16"),
         schedule=schedule,
+        writer=Writer(background=settings.checkpoint_async, free_memory=machine.free_main_memory, say=log),
         text=text,
         batches=Batches(
             text.split.train,
@@ -295,12 +310,13 @@ def to_record(run: Run) -> Checkpoint:
     settings = config.to_dict(run.settings)
     return Checkpoint(
         model_state=run.model.state_dict(),
-        optimizer_state=run.optimizer.state_dict(),
+        optimizer_state=None if run.settings.checkpoint_model_only else run.optimizer.state_dict(),
         model_type=run.settings.model_type,
         model_settings=dataclasses.asdict(run.model.settings),
         tokenizer=run.tokenizer.to_dict(),
         tokenizer_sha256=run.tokenizer.digest,
         step=run.step,
+        epoch=run.batches.epoch(run.step),
         windows_seen=run.batches.windows_seen(run.step),
         tokens_seen=run.tokens_seen,
         schedule=dataclasses.asdict(run.schedule),

@@ -30,7 +30,10 @@ from torch import Tensor, nn
 import ckpt
 import models
 from ckpt import Checkpoint
-from ckpt.files import RunLock, RunLockedError, prepare_folder
+from ckpt.files import prepare_folder
+from ckpt.locks import RunLock, RunLockedError
+from ckpt.record import tensor_bytes
+from ckpt.tensors import not_finite
 from config import Config, ConfigError
 from data import tokenization
 from data.batches import validation_windows
@@ -89,6 +92,8 @@ def train(run: Run) -> int:
                     loop(run, stop)
                 return say_end(run)
         except BaseException:
+            with contextlib.suppress(Exception):
+                run.writer.wait()  # what was being saved is whole then
             run.log(f"stopped after step {run.step}: {kept(run)}")
             raise
 
@@ -109,6 +114,7 @@ def loop(run: Run, stop: Interrupt) -> None:
             clock.restart()
 
         if run.step >= run.end or stop.requested:
+            run.writer.wait()
             return
 
         # Learn: one optimizer step, and its line in the metrics when it is due.
@@ -136,7 +142,8 @@ def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
     check_finite(run, loss, grad_norm)
 
-    # Update. The scaler leaves out an update whose float16 gradients overflowed; without float16 it does nothing.
+    # Update, once what is being saved is copied. The scaler leaves out an update whose float16 gradients overflowed; without float16 it does nothing.
+    run.writer.settle()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -306,41 +313,52 @@ def first_character(run: Run) -> str:
 
 
 def keep(run: Run, *, save: bool) -> None:
-    """Saves this step if `save`, and the best one under best/ if this step is it. A disk that refuses does not stop the training.
+    """Has this step saved if `save`, and kept under best/ if it is the best so far; in the background where that is set.
+
+    Raises what the save before raised.
+    """
+    run.writer.wait()
+    best, before = run.best_step == run.step and run.settings.checkpoint_keep_best > 0, run.saved_step
+    run.kept_best_step = run.best_step
+    if save:
+        run.saved_step, run.save_failed = run.step, True  # until it has not
+    if save or best:
+        run.writer.submit(to_record(run), lambda record: write(run, record, save=save, best=best, saved_before=before))
+
+
+def write(run: Run, record: Checkpoint, *, save: bool, best: bool, saved_before: int) -> None:
+    """Saves the record, keeps it as the best, and lets go what has expired. A disk that refuses does not stop the training.
 
     Raises TrainingError instead of saving weights that are no numbers: the next step would find out too late.
     """
-    folder, record = Path(run.settings.checkpoint_dir), to_record(run)
-    if not all(tensor.isfinite().all() for tensor in record.model_state.values()):
-        raise TrainingError(f"the weights after step {run.step} are not finite and were not saved; {TRY_INSTEAD}")
+    settings, folder = run.settings, Path(run.settings.checkpoint_dir)
+    if bad := not_finite(record.model_state):
+        raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
+    form: dict[str, Any] = {"layout": settings.checkpoint_layout, "prefix": settings.checkpoint_prefix}
     saved = None
     if save:
-        run.save_failed = True  # until it has not
-        with told_if_refused(run, f"step {run.step}", record):
-            saved = run.last_saved = ckpt.save(record, folder)
-            run.saved_step, run.save_failed = run.step, False
-    if run.best_step == run.step:
-        with told_if_refused(run, f"step {run.step}, the best so far,", record):
-            ckpt.keep_best(record, folder, saved=saved)
-    run.kept_best_step = run.best_step
+        with told_if_refused(run, f"step {record.step} could not be saved", record):
+            saved = run.last_saved = ckpt.save(record, folder, **form)
+            run.save_failed = False
+        if saved is None:
+            run.saved_step = saved_before
+    if best:
+        with told_if_refused(run, f"step {record.step}, the best so far, could not be saved", record):
+            ckpt.keep_best(record, folder, saved=saved, count=settings.checkpoint_keep_best, **form)
+    if saved and settings.checkpoint_keep_last:
+        with told_if_refused(run, "older checkpoints could not be removed", record):
+            policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
+            ckpt.prune(folder, run_id=run.run_id, newest_good=saved, **policy)
 
 
 @contextlib.contextmanager
 def told_if_refused(run: Run, what: str, record: Checkpoint) -> Iterator[None]:
-    """Says why the disk refused a save, and what it would have needed."""
+    """Says why the disk refused something, and what it would have needed."""
     try:
         yield
-    except OSError as error:
-        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=record_bytes(record))
-        run.log(f"{what} could not be saved ({why}); training goes on")
-
-
-def record_bytes(record: Checkpoint) -> int:
-    """About how many bytes the record takes on disk: its tensors'."""
-    moments = [
-        value for state in (record.optimizer_state or {"state": {}})["state"].values() for value in state.values()
-    ]
-    return sum(tensor.nbytes for tensor in [*record.model_state.values(), *moments] if isinstance(tensor, Tensor))
+    except (OSError, ckpt.CheckpointError) as error:
+        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=tensor_bytes(record))
+        run.log(f"{what} ({why}); training goes on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,14 +416,31 @@ def say_start(run: Run) -> None:
     left = duration(steps * seconds_per_step(run))
     say(f"plan: {steps} steps of {rows} x {settings.block_size} tokens = {amounts}; about {left}")
     say(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env)")
-    if settings.enable_checkpoints:
-        interval = settings.checkpoint_interval
-        every = f"every {interval} steps and at the end" if interval else "at the end"
-        say(f"checkpoints: {every}, to {shown(Path(settings.checkpoint_dir))}")
-    else:
-        say("checkpoints are OFF: nothing of this model will be kept; set ENABLE_CHECKPOINTS=true to keep it")
+    say_checkpoints(run)
     for line in config.describe(settings):
         say(line)
+
+
+def say_checkpoints(run: Run) -> None:
+    """When and where checkpoints are saved. Raises ConfigError if what the policy keeps will not fit; with all of them kept it warns."""
+    settings, folder, say = run.settings, Path(run.settings.checkpoint_dir), run.log
+    if not settings.enable_checkpoints:
+        say("checkpoints are OFF: nothing of this model will be kept; set ENABLE_CHECKPOINTS=true to keep it")
+        return
+    interval, last = settings.checkpoint_interval, settings.checkpoint_keep_last
+    every = f"every {interval} steps and at the end" if interval else "at the end"
+    kept = f", the last {last} kept" if last else ""
+    say(f"checkpoints: {every}{kept}, to {shown(folder)} ({settings.checkpoint_layout})")
+    if settings.checkpoint_model_only:
+        say("CHECKPOINT_MODEL_ONLY=true: without their optimizer, checkpoints generate but cannot go on exactly")
+    saves = 1 + (run.end - run.step) // interval if interval else 1
+    count = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # one more while it is written
+    size = models.parameter_count(run.model) * 4 * (1 if settings.checkpoint_model_only else 3)
+    if problem := ckpt.free_space_problem(folder, need=count * size):
+        plan = f"{count} checkpoints of {amount(size, 'B')}: {problem}"
+        if last:
+            raise ConfigError([f"CHECKPOINT_KEEP_LAST={last}: {plan}; keep fewer, or set another CHECKPOINT_DIR"])
+        say(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
 
 
 def warn_of_memory(run: Run) -> None:

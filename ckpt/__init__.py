@@ -3,39 +3,34 @@
 import os
 from pathlib import Path
 
-from ckpt.layouts import LAYOUTS, layout_of
-from ckpt.record import Checkpoint, CheckpointError
-from ckpt.store import (
-    BEST_FOLDER,
-    Found,
-    best,
-    best_is_kept,
-    due,
-    find,
-    keep_best,
-    latest,
-    listing,
-    resolve,
-    save,
-    why_not_saved,
-)
+from ckpt import archive
+from ckpt.convert import convert
+from ckpt.keep import best_is_kept, free_space_problem, keep_best, prune, save, why_not_saved
+from ckpt.layouts import LAYOUTS, WRITERS, layout_of
+from ckpt.record import Checkpoint, CheckpointError, printable
+from ckpt.store import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, whole_folder
 
 __all__ = [
     "BEST_FOLDER",
+    "WRITERS",
     "Checkpoint",
     "CheckpointError",
     "Found",
     "best",
     "best_is_kept",
+    "convert",
     "due",
     "find",
+    "free_space_problem",
     "keep_best",
     "latest",
     "listing",
     "load",
+    "prune",
     "resolve",
     "save",
     "verify",
+    "whole_folder",
     "why_not_saved",
 ]
 
@@ -50,11 +45,16 @@ def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     layout = layout_of(path)
     if layout is None:
         known = ", ".join(layout.NAME for layout in LAYOUTS)
-        raise CheckpointError(f"{path}: is no checkpoint of a known layout ({known})")
+        kind = archive.kind_of(path) if os.path.isfile(path) else None
+        raise CheckpointError(f"{path}: is no checkpoint of a known layout ({known}){f', but {kind}' if kind else ''}")
     return layout.read(path, optimizer=optimizer, verify=verify)
 
 
 def verify(path: Path) -> list[str]:
     """What is wrong with the checkpoint at `path`, one sentence each; empty if nothing is."""
     layout = layout_of(path)
-    return layout.verify_file(path) if layout else [f"{path}: is no checkpoint of a known layout"]
+    return (
+        [printable(problem) for problem in layout.verify_file(path)]
+        if layout
+        else [f"{path}: is no checkpoint of a known layout"]
+    )

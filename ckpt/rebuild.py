@@ -9,7 +9,7 @@ from torch import Tensor
 
 import models
 from ckpt.record import Checkpoint, CheckpointError
-from data import tokenization
+from data import exchange, tokenization
 
 SHOWN = 10  # names and shapes that one message lists
 
@@ -27,11 +27,16 @@ class Restored:
 
 
 def build_model(
-    record: Checkpoint, *, device: torch.device, block_size: int | None = None, dropout: float | None = None
+    record: Checkpoint,
+    *,
+    device: torch.device,
+    block_size: int | None = None,
+    dropout: float | None = None,
+    shared: bool = False,
 ) -> models.Model:
     """The record's model with its weights, in float32 on `device`. A smaller `block_size` crops learned positions.
 
-    Raises CheckpointError listing names and shapes if the weights are not exactly those of the recorded settings.
+    `shared` leaves the weights where they are, mapped from the checkpoint's file: for a model that is not trained. Raises CheckpointError listing names and shapes if the weights are not exactly those of the recorded settings.
     """
     settings = dict(record.model_settings)
     state = dict(record.model_state)
@@ -45,9 +50,12 @@ def build_model(
         with torch.device("meta"):  # no memory and no random draws for weights that are replaced at once
             model = models.build(record.model_type, settings)
     except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape of more elements than can be counted
-        reason = str(error).splitlines()[0]  # torch adds frames of C++
+        reason = f"{str(error).splitlines()[0]:.300}"  # torch adds frames of C++
         raise CheckpointError(f"{_where(record)}: its settings make no model: {reason}") from error
     _check_shapes(model.state_dict(), state, where=_where(record))
+    if shared:
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        return model.to(device)
     model.to_empty(device=device)
     model.load_state_dict(state)
     return model
@@ -103,6 +111,23 @@ def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
             f"{_where(record)}: its tokenizer has {tokenizer.vocab_size} tokens, but its model only {rows} rows"
         )
     return tokenizer
+
+
+def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
+    """The record's tokenizer as the JSON files of a Hugging Face folder, by name; none if it carries none."""
+    if record.tokenizer is None:
+        return {}
+    tokenizer = build_tokenizer(record)
+    return {
+        "tokenizer.json": exchange.tokenizers_json(tokenizer),
+        "tokenizer_config.json": exchange.tokenizer_config(tokenizer)
+        | {"model_max_length": record.model_settings["block_size"]},
+    }
+
+
+def tokenizer_from_file(values: dict[str, Any]) -> dict[str, Any]:
+    """The record's form of a Hugging Face folder's tokenizer.json: one of ours is known again, any other is a BPE to be tried."""
+    return exchange.from_tokenizers_json(values)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> Restored:

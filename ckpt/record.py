@@ -9,14 +9,26 @@ from typing import Any
 
 from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VERSION = "0.1.0"
+
+LONGEST = 1400  # characters of one refusal
 
 Json = Any  # dict, list, str, int, float, bool or None: what json.dumps takes
 
 
 class CheckpointError(Exception):
     """A checkpoint that is missing, damaged or does not fit. Exit code 3 at the door."""
+
+    def __init__(self, sentence: str) -> None:
+        """Names and values of a file are in the sentence: they must not steer the terminal that it is shown on, nor fill it."""
+        text = printable(sentence)
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-250:]}")
+
+
+def printable(text: str) -> str:
+    """`text` with line breaks, escapes and what else a terminal would obey in the form that Python writes them in."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 @dataclass(kw_only=True)
@@ -36,6 +48,7 @@ class Checkpoint:
     tokenizer_sha256: str | None = None  # of its canonical JSON
     # Where training stands. A step is one optimizer update; a window is one row of BLOCK_SIZE tokens.
     step: int = 0
+    epoch: float | None = None
     windows_seen: int = 0
     tokens_seen: int = 0
     schedule: dict[str, Json] = field(default_factory=dict)
@@ -51,6 +64,7 @@ class Checkpoint:
     run_id: str | None = None
     parent: dict[str, Json] | None = None
     # Given by the store when it is saved.
+    parts: list[str] = field(default_factory=lambda: ["model"])
     save_id: str | None = None
     save_number: int | None = None
     saved_at: str | None = None
@@ -60,10 +74,11 @@ class Checkpoint:
     path: Path | None = None
     layout: str | None = None
     notes: list[str] = field(default_factory=list)
+    edited: dict[str, list[Json]] = field(default_factory=dict)  # setting -> [saved, as a hand has changed it]
 
 
 TENSOR_FIELDS = {"model_state", "optimizer_state"}
-MEMORY_FIELDS = {"path", "layout", "notes"}
+MEMORY_FIELDS = {"path", "layout", "notes", "edited"}
 TYPES = {
     name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }
@@ -73,7 +88,32 @@ RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's 
 
 def metadata(record: Checkpoint) -> dict[str, Json]:
     """Everything of a record but its tensors, as JSON values."""
-    return {name: getattr(record, name) for name in TYPES}
+    parts = ["model"] if record.optimizer_state is None else ["model", "optimizer"]
+    return {name: getattr(record, name) for name in TYPES} | {"parts": parts}
+
+
+def named_tensors(record: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor of the record: weights under their names, the optimizer's under parameter index and kind."""
+    states = (record.optimizer_state or {"state": {}})["state"]
+    moments = {f"{index}.{kind}": value for index, state in states.items() for kind, value in state.items()}
+    return record.model_state | {name: value for name, value in moments.items() if isinstance(value, Tensor)}
+
+
+def tensor_bytes(record: Checkpoint) -> int:
+    """About how many bytes the record takes on disk: its tensors'."""
+    return sum(tensor.nbytes for tensor in named_tensors(record).values())
+
+
+def without_optimizer(values: dict[str, Json]) -> dict[str, Json]:
+    """The metadata of a checkpoint whose optimizer's file is gone: it only generates."""
+    return values | {"parts": ["model"]}
+
+
+def note_missing_optimizer(record: Checkpoint, path: Path) -> None:
+    """Says that the optimizer's file that was saved at `path` is not there any more."""
+    if "optimizer" in record.parts:
+        record.notes.append(f"{path}: not found; without it this checkpoint generates but cannot go on exactly")
+    record.parts = ["model"]
 
 
 def from_metadata(
@@ -93,12 +133,13 @@ def check_metadata(values: Json, where: str) -> dict[str, Json]:
     """The known fields of `values`, each of its declared type, numbers finite and not negative; raises CheckpointError naming the field."""
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: its metadata is {type(values).__name__}, not an object: the file is damaged")
-    version = values.get("format_version", FORMAT_VERSION)
+    version = values.get("format_version", 1)
     if isinstance(version, int) and version > FORMAT_VERSION:
         writer = values.get("written_by", "a newer version")
         raise CheckpointError(
             f"{where}: format {version!r:.20} was written by {writer!r:.60}; this is milepost {VERSION}, which reads up to {FORMAT_VERSION}: update it"
         )
+    values = migrated(values)
     known = {name: value for name, value in values.items() if name in TYPES}
     for name in ("model_type", "model_settings", "step"):
         if name not in known:
@@ -112,6 +153,22 @@ def check_metadata(values: Json, where: str) -> dict[str, Json]:
             )
     _check_values(known, where)
     return known
+
+
+def migrated(values: dict[str, Json]) -> dict[str, Json]:
+    """Metadata of an older format in the present one, one format after the other. What carries no number is the first format's."""
+    version = values.get("format_version", 1)
+    for step in MIGRATIONS[version - 1 :] if type(version) is int and version > 0 else ():
+        values = step(values)
+    return values
+
+
+def _parts_are_named(values: dict[str, Json]) -> dict[str, Json]:
+    """1 -> 2: a checkpoint may be without its optimizer; before, every one had it."""
+    return {**values, "parts": ["model", "optimizer"], "format_version": 2}
+
+
+MIGRATIONS = (_parts_are_named,)  # the n-th takes format n to format n + 1
 
 
 def _check_values(known: dict[str, Json], where: str) -> None:

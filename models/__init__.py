@@ -45,7 +45,7 @@ def settings_from(model_type: str, values: Mapping[str, object]) -> Settings:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """The value if it is of its kind (int, float or bool); whole numbers must be at least 1."""
+    """The value if it is of its kind (int, float, bool or str); whole numbers must be at least 1."""
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:  # isinstance would take True for a size of 1

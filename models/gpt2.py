@@ -3,6 +3,8 @@
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's code for it,
 https://github.com/openai/gpt-2/blob/master/src/model.py. In the shapes below B is the batch, T the tokens,
 C = n_embd, H = n_head, hs = C / H and V = vocab_size.
+
+Two settings make it the models of other projects: the activation, and a head of its own (`tied=False`).
 """
 
 import math
@@ -13,10 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# "gelu" is the tanh approximation, as published; "gelu_erf" the exact one, as nanoGPT computes it; "relu" is the lecture model's.
+ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
+
 
 @dataclass(frozen=True)
 class GPT2Settings:
-    """What builds a GPT2. bias=False leaves the biases out of every Linear and LayerNorm, as nanoGPT can."""
+    """What builds a GPT2. bias=False leaves the biases out of every Linear and LayerNorm, as nanoGPT can.
+
+    tied=False adds a head of its own, `lm_head`, which always has a bias.
+    """
 
     vocab_size: int
     block_size: int
@@ -25,6 +33,8 @@ class GPT2Settings:
     n_embd: int
     dropout: float = 0.0
     bias: bool = True
+    activation: str = "gelu"
+    tied: bool = True
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
@@ -34,6 +44,8 @@ class GPT2Settings:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: expected a share of values to drop, from 0 to below 1.")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r:.80}: expected one of {', '.join(ACTIVATIONS)}.")
 
 
 def _published(n_layer: int, n_head: int, n_embd: int) -> GPT2Settings:
@@ -117,10 +129,17 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(settings.n_embd, 4 * settings.n_embd, bias=settings.bias)
         self.c_proj = nn.Linear(4 * settings.n_embd, settings.n_embd, bias=settings.bias)
         self.drop = nn.Dropout(settings.dropout)
+        self.activation = settings.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        x = _activated(self.c_fc(x), self.activation)  # (B, T, 4C)
         return self.drop(self.c_proj(x))  # (B, T, C)
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu" else "none")
 
 
 class Block(nn.Module):
@@ -139,7 +158,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The whole model. The head is no parameter of its own: logits are products with the rows of wte."""
+    """The whole model. A tied head is no parameter of its own: logits are products with the rows of wte."""
 
     model_type: Final = "gpt2"
 
@@ -151,6 +170,7 @@ class GPT2(nn.Module):
         self.drop = nn.Dropout(settings.dropout)
         self.h = nn.ModuleList(Block(settings) for _ in range(settings.n_layer))
         self.ln_f = nn.LayerNorm(settings.n_embd, eps=1e-5, bias=settings.bias)
+        self.lm_head = None if settings.tied else nn.Linear(settings.n_embd, settings.vocab_size)
         self._initialise()
 
     @property
@@ -194,7 +214,7 @@ class GPT2(nn.Module):
         if cache is not None:
             cache.length += T
         x = self.ln_f(x[:, -1:] if last_only else x)
-        logits = F.linear(x, self.wte.weight)  # (B, T, V)
+        logits = F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

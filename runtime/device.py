@@ -165,8 +165,11 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on the device; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_main_memory()
+
+
+def free_main_memory() -> int | None:
+    """Bytes of main memory that can still be had; None where the system does not tell."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             available = next(line for line in lines if line.startswith("MemAvailable:"))

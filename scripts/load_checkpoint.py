@@ -29,11 +29,12 @@ import ckpt
 from ckpt import Checkpoint, CheckpointError
 from ckpt.rebuild import build_model, build_tokenizer
 from config import Config, ConfigError
-from data.tokenization import StreamDecoder, Tokenizer, UnknownCharacters
+from data.decoding import StreamDecoder
+from data.tokenization import Tokenizer, UnknownCharacters
 from models import Model
 from models.sampling import generate
 from resume import explain, resumed, saved_schedule, saved_settings
-from run import planned
+from run import planned, with_tokenizer
 from runtime import device as machine
 from runtime.device import mix
 from runtime.optim import Schedule, replan
@@ -43,13 +44,35 @@ from training import guarded, train
 
 def main(settings: Config, log: Log) -> int:
     """Does what MODE says with the checkpoint that CHECKPOINT_PATH means; returns the exit code."""
-    path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
     resuming = settings.mode == "resume"
-    record = ckpt.load(path, optimizer=resuming, verify=resuming)
-    for note in [*notes, *record.notes]:
+    record = with_tokenizer(opened(settings, log, resuming=resuming), settings, log)
+    for note in record.notes:
         log(note)
     settings = obey(record, settings, log)
     return resume(settings, record, log) if resuming else infer(settings, record, log)
+
+
+def opened(settings: Config, log: Log, *, resuming: bool) -> Checkpoint:
+    """The checkpoint that is meant, every byte of it checked before a resume; of `latest`, the newest that passes."""
+    path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
+    for note in notes:
+        log(note)
+    while True:
+        try:
+            return ckpt.load(path, optimizer=resuming, verify=resuming)
+        except CheckpointError as error:
+            earlier = previous(path, Path(settings.checkpoint_dir)) if settings.checkpoint_path == "latest" else None
+            if earlier is None:
+                raise
+            log(f"skipped: {error}")
+            log(f"taking {earlier}")
+            path = earlier
+
+
+def previous(path: Path, folder: Path) -> Path | None:
+    """The readable checkpoint of `folder` that was saved before the one at `path`."""
+    readable = [one.path for one in ckpt.find(folder) if one.problem is None]
+    return readable[readable.index(path) - 1] if path in readable[1:] else None
 
 
 def obey(record: Checkpoint, settings: Config, log: Log) -> Config:
@@ -76,7 +99,7 @@ def obey(record: Checkpoint, settings: Config, log: Log) -> Config:
 def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     """Prompt and continuation to stdout, everything else to stderr."""
     device = machine.choose_device(settings.device)
-    model, tokenizer = build_model(record, device=device).eval(), build_tokenizer(record)
+    model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
     seed = int.from_bytes(os.urandom(4), "little") if settings.sample_seed is None else settings.sample_seed
     prompt = read_prompt(settings)
     ids = encode_prompt(tokenizer, prompt, settings)
@@ -209,7 +232,9 @@ def destination(settings: Config, record: Checkpoint) -> dict[str, Any]:
     if settings.given("CHECKPOINT_DIR") or record.path is None:
         return saves
     beside = record.path.parent
-    return saves | {"checkpoint_dir": str(beside.parent if beside.name == ckpt.BEST_FOLDER else beside)}
+    for own in (ckpt.BEST_FOLDER, record.run_id):  # folders inside the checkpoints' own
+        beside = beside.parent if beside.name == own else beside
+    return saves | {"checkpoint_dir": str(beside)}
 
 
 def plan(settings: Config, record: Checkpoint) -> Schedule:

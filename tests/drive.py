@@ -4,7 +4,6 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +11,8 @@ import torch
 import ckpt
 import config
 import training
+from ckpt.archive import bytes_of
+from ckpt.record import named_tensors
 from runtime.progress import Log, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,15 +88,7 @@ def at_step(folder: Path, step: int) -> Path:
 
 def tensor_bytes(record: ckpt.Checkpoint) -> dict[str, bytes]:
     """The bytes of every weight and of every optimizer tensor, by name."""
-    return {name: tensor.contiguous().numpy().tobytes() for name, tensor in named_tensors(record)}
-
-
-def named_tensors(record: ckpt.Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights under their names, optimizer tensors under parameter index and kind."""
-    yield from record.model_state.items()
-    assert record.optimizer_state is not None
-    for index, moments in record.optimizer_state["state"].items():
-        yield from ((f"{index}.{kind}", value) for kind, value in moments.items())
+    return {name: bytes_of(tensor).tobytes() for name, tensor in named_tensors(record).items()}
 
 
 def logged(folder: Path) -> list[tuple[object, ...]]:

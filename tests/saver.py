@@ -4,6 +4,7 @@ It imports torch and runs no operation before it forks: the threads of OpenMP do
 that had started them would wait for them for ever in its first parallel operation.
 """
 
+import fcntl
 import io
 import os
 import signal
@@ -20,8 +21,24 @@ from records import record  # noqa: E402
 
 import ckpt  # noqa: E402
 from ckpt import Checkpoint, files  # noqa: E402
+from ckpt.writer import Writer, named_tensors  # noqa: E402
 
-SIZE = 128  # rows and columns of each of three tensors: 200 kB a file
+SIZE = 128  # rows and columns of each of three tensors: 200 kB a checkpoint
+EVERY = 3  # of so many steps one is the best only, as an evaluation between two saves is
+KEEP_LAST, KEEP_EVERY = 2, 4
+CHANGING = (
+    "open",
+    "write",
+    "fsync",
+    "replace",
+    "link",
+    "unlink",
+    "mkdir",
+    "rmdir",
+)  # the calls of os that change a disk
+REPEATED = ("open", "write", "fsync")  # those that a second save makes as the first did
+
+_write = os.write
 
 
 def of_step(step: int, run_id: str = "one") -> Checkpoint:
@@ -30,25 +47,37 @@ def of_step(step: int, run_id: str = "one") -> Checkpoint:
 
 
 def say(*words: object) -> None:
-    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+    _write(1, (" ".join(map(str, words)) + "\n").encode())
 
 
-def save_and_keep(step: int, folder: Path, run_id: str = "one") -> None:
-    """A step that is saved and the best, or every third time the best only; said when it is done."""
-    one = of_step(step, run_id)
-    saved = ckpt.save(one, folder) if step % 3 else None
+def save_keep_prune(
+    one: Checkpoint, folder: Path, layout: str, *, keep_last: int = KEEP_LAST, keep_every: int = KEEP_EVERY
+) -> None:
+    """What a run does when a save is due, each part said when it is done: a save, or every third time only the best; then pruning."""
+    saved = ckpt.save(one, folder, layout=layout) if one.step % EVERY else None
     if saved:
-        say("saved", step)
-    ckpt.keep_best(one, folder, saved=saved)
-    say("kept", step)
+        say("saved", one.step)
+    ckpt.keep_best(one, folder, saved=saved, layout=layout)
+    say("kept", one.step)
+    ckpt.prune(folder, run_id=str(one.run_id), keep_last=keep_last, keep_every=keep_every, newest_good=saved)
+    say("pruned", one.step)
 
 
-def loop(folder: str, first: str) -> None:
+def each_step(steps: range, folder: str, layout: str, mode: str, **policy: int) -> None:
+    """Saves these steps through a Writer; what was submitted changes as soon as it may, as it does in training."""
+    writer = Writer(background=mode == "background", free_memory=lambda: None, say=say)
+    for step in steps:
+        one = of_step(step)
+        writer.submit(one, lambda copy: save_keep_prune(copy, Path(folder), layout, **policy))
+        writer.settle()
+        for tensor in named_tensors(one).values():
+            tensor.zero_()
+    writer.wait()
+
+
+def loop(folder: str, layout: str, mode: str, first: str) -> None:
     """Saves on and on."""
-    step = int(first)
-    while True:
-        save_and_keep(step, Path(folder))
-        step += 1
+    each_step(range(int(first), 10**9), folder, layout, mode)
 
 
 def plain(path: str) -> None:
@@ -59,52 +88,54 @@ def plain(path: str) -> None:
         step += 1
 
 
-def many(folder: str, run_id: str, times: str) -> None:
+def many(folder: str, layout: str, run_id: str, times: str) -> None:
     """So many saves, where a second name is a copy."""
 
-    def refused(*_: object) -> None:
+    def refused(*_: object, **__: object) -> None:
         raise PermissionError(1, "no hard links here")
 
     os.link = refused  # type: ignore[assignment]
     for step in range(1, int(times) + 1):
-        save_and_keep(step, Path(folder), run_id)
+        save_keep_prune(of_step(step, run_id), Path(folder), layout)
 
 
-def nth(folder: str, number: str) -> None:
-    """Saves steps 2 and 3; SIGKILL before the n-th call that changes the disk, half-way through it if it is a write.
+def nth(folder: str, layout: str, mode: str, number: str) -> None:
+    """Saves steps 3 and 4; SIGKILL before the n-th call that changes the disk, half-way through it if it is a write.
 
-    The writes of step 3 are those of step 2 again, and are not counted.
+    The writes of step 4 are those of step 3 again, and are not counted.
     """
     left = int(number)
 
-    def counted(action: Callable[..., Any], half: Callable[..., Any] = lambda *_: None) -> Callable[..., Any]:
+    def counted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             nonlocal left
+            if name == "open" and not arguments[1] & os.O_CREAT:
+                return action(*arguments, **named)
             if left == 0:
-                half(*arguments)
+                if name == "write":
+                    half(*arguments)
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
             return action(*arguments, **named)
 
         return call
 
-    def half_of(file: io.BufferedRandom, data: Any) -> None:
-        io.BufferedRandom.write(file, memoryview(data).cast("B")[: len(data) // 2])
-        file.flush()
-
-    counted_write = counted(io.BufferedRandom.write, half_of)
-
-    class File(io.BufferedRandom):
-        def write(self, data: Any) -> int:
-            return counted_write(self, data)
-
-    files.open = lambda path, mode: File(io.FileIO(path, "x+"))  # type: ignore[attr-defined]
-    for name in ("fsync", "replace", "link", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
-    save_and_keep(2, Path(folder))
-    files.open = open  # type: ignore[attr-defined]
-    save_and_keep(3, Path(folder))
+    files.CHUNK = 2**16  # so that a file takes several writes
+    original = {name: getattr(os, name) for name in CHANGING}
+    for name, action in original.items():
+        setattr(os, name, counted(name, action))
+    each_step(range(4, 5), folder, layout, mode, keep_last=1, keep_every=2)
+    for name in REPEATED:
+        setattr(os, name, original[name])
+    each_step(range(6, 7), folder, layout, mode, keep_last=1, keep_every=2)
     say("untouched")
+
+
+def half(descriptor: int, data: Any) -> None:
+    """Writes the first half; past the page cache only whole blocks can be written."""
+    direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
+    size = len(data) // 2
+    _write(descriptor, memoryview(data)[: size // files.BLOCK * files.BLOCK if direct else size])
 
 
 def main() -> None:

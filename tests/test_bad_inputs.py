@@ -1,4 +1,22 @@
-"""What is no good checkpoint is refused in one sentence that names it, soon, without running its code or filling memory."""
+"""What is no good checkpoint is refused in one sentence that names it, soon, without running its code or filling memory.
+
+The numbers are those of the project's list of 57 bad inputs:
+path and kind             1 missing  2 empty  3 folder without any  4 several layouts  5 glob of none  6 glob of several  7 pipe, socket,
+                          device  8 bad links  9 no permission  10 git-lfs  11 web page  12 text  13 safetensors and .pt exchanged
+                          14 tokenizer, optimizer or adapter given as the model
+container                 15 truncated  16 no data.pkl  17 doubled members  18 encrypted, outside  19 bombs  20 CRC  21 bytes after it
+                          22 legacy tar
+structure and tensors     23 code  24 no dict  25 cyclic, deep, huge  26 names  27 no weights  28 two that disagree  29 more than its storage
+                          30 kinds of tensors  31 NaN (also test_inference, test_training, test_prune)  32 shapes  33 missing, unexpected
+                          34 prefixes collide  35 twins differ  36 no config
+config and tokenizer      37 values  38 unknown fields, newer format (also test_sidecar)  39 model type  40 ids  41 tokenizer
+                          42 the prompt's characters: test_inference
+adapter and optimizer     43 adapter without its base  44 optimizer missing (also test_resume_mode), of another save  45, 46 groups, names,
+                          shapes, another class: test_rebuild, test_resume_mode  47 no generator's state is stored; another device or
+                          thread count: test_resume_mode  48 step  49 manifest against files (also test_sidecar, test_faults)
+sets, data, device        50 outside its folder  51 shards (also test_huggingface)  52 other data: test_resume  53 safetensors' header
+                          54 fp8, bf16  55 absent device: test_device, test_inference  56 changes while it is read  57 other formats
+"""
 
 import io
 import json
@@ -18,13 +36,15 @@ from typing import Any
 
 import pytest
 import torch
-from drive import command, tensor_bytes
-from records import WEIGHT, in_child, members, pack, record, walkable_folder
-from safetensors.torch import save_file
+from drive import ROOT, command, tensor_bytes
+from folders import opened as opened_or_said
+from records import WEIGHT, gpt2_record, in_child, members, pack, record, walkable_folder
+from safetensors.torch import load_file, save_file
 
 import ckpt
-from ckpt import Checkpoint, CheckpointError
+from ckpt import Checkpoint, CheckpointError, archive, tensors
 from ckpt.rebuild import build_model, build_tokenizer
+from ckpt.tensors import not_finite
 
 SECONDS = 3  # of a slow machine; each takes milliseconds
 JSON_MEMBER = "archive/milepost.json"
@@ -504,11 +524,312 @@ def test_content_that_is_no_models_weights_is_refused(case, tmp_path):
     assert reason in refusal(make(tmp_path), tmp_path)
 
 
-def test_36_weights_without_metadata_are_refused(tmp_path):
-    torch.save({"model_state_dict": record().model_state}, tmp_path / "bad.pt")
-    assert "the model's shape and tokenizer are unknown" in refusal(tmp_path / "bad.pt", tmp_path)
-    (found,) = ckpt.find(tmp_path)
-    assert "was written by another program" in str(found.problem)
+# ---------------------------------------------------------------------------------------------------------------------
+# Other programs' weights
+
+
+STATE = gpt2_record().model_state
+SETTINGS = gpt2_record().model_settings
+WTE = STATE["wte.weight"]
+A = "base_model.model.h.0.attn.c_attn.lora_A.weight"
+
+
+def nested_deep(depth: int) -> dict[str, Any]:
+    outer: dict[str, Any] = {"w": torch.ones(2)}
+    for _ in range(depth):
+        outer = {"a": outer}
+    return outer
+
+
+def cyclic() -> dict[str, Any]:
+    one: dict[str, Any] = {"w": torch.ones(2)}
+    one["again"] = one
+    return one
+
+
+def doubled(times: int) -> list[Any]:
+    """So many levels of a list that holds the level below it twice: 2^times leaves of a few hundred bytes."""
+    one: list[Any] = [torch.ones(1)]
+    for _ in range(times):
+        one = [one, one]
+    return one
+
+
+def foreign(**content: Any) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        torch.save(content, folder / "ckpt.pt")
+        return folder / "ckpt.pt"
+
+    return make
+
+
+def half_alone(folder: Path) -> Path:
+    model = ckpt.save(record(3), folder, layout="separated")
+    model.unlink()
+    return next(folder.glob("*-optimizer.pt"))
+
+
+def taken_out(layout: str, name: str) -> Callable[[Path], Path]:
+    """A single file of a checkpoint's folder, elsewhere."""
+    return lambda folder: (ckpt.save(record(3), folder / "from", layout=layout) / name).rename(folder / name)
+
+
+def mixed_pair(folder: Path) -> Path:
+    for step in (3, 4):
+        ckpt.save(record(step), folder / str(step), layout="separated")
+    (mine,), (other,) = ((folder / step).glob("*-optimizer.pt") for step in "34")
+    other.replace(mine)
+    return next((folder / "3").glob("*-model.pt"))
+
+
+def adapter(folder: Path) -> Path:
+    save_file({A: torch.ones(2, 8)}, folder / "adapter_model.safetensors")
+    return folder / "adapter_model.safetensors"
+
+
+FOREIGN = {
+    "14 optimizer's half": (half_alone, "holds only an optimizer's state"),
+    "14 optimizer.pt": (taken_out("directory", "optimizer.pt"), "is no name of a tensor"),
+    "14 optimizer.safetensors": (
+        taken_out("consolidated", "optimizer.safetensors"),
+        "are of no model that milepost knows",
+    ),
+    "25 deep": (foreign(model=nested_deep(70)), "is nested deeper than 64"),
+    "25 cyclic": (foreign(model=cyclic()), "is nested deeper than 64"),
+    "25 doubled": (foreign(model={"a": doubled(40)}), "has more than 1000000 parts"),
+    "28 two that disagree": (
+        foreign(model=STATE, state_dict=STATE | {"wte.weight": WTE + 1}, config=SETTINGS),
+        "both hold weights, and not the same ones",
+    ),
+    "33 missing behind a prefix": (
+        foreign(
+            model={f"_orig_mod.module.{name}": each for name, each in STATE.items() if name != "h.1.ln_1.weight"},
+            config=SETTINGS,
+        ),
+        "h.1.ln_1.weight (8,) is missing",
+    ),
+    "33 unexpected": (
+        foreign(model=STATE | {"h.0.extra": torch.ones(2)}, config=SETTINGS),
+        "h.0.extra (2,) is not known",
+    ),
+    "34 prefixes collide": (
+        foreign(model=STATE | {"module.wte.weight": WTE}, config=SETTINGS),
+        "wte.weight (12, 8) and module.wte.weight (12, 8) are both wte.weight without their prefixes",
+    ),
+    "35 twins differ": (
+        foreign(model=STATE | {"lm_head.weight": WTE + 1}, config=SETTINGS),
+        "its lm_head is not its embedding",
+    ),
+    "36 no config": (foreign(model=STATE), "n_head cannot be told from shapes, and nothing says it"),
+    "43 adapter": (adapter, "lora_A.weight (2, 8)"),
+    "43 adapter among weights": (foreign(model=STATE | {A: torch.ones(2, 8)}, config=SETTINGS), "is not known"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_anothers_weights_are_translated_wholly_or_refused(case, tmp_path):
+    make, reason = FOREIGN[case]
+    assert reason in refusal(make(tmp_path), tmp_path)
+
+
+SOUND = {
+    "28 two that agree": {"model": STATE, "state_dict": dict(STATE)},
+    "33 behind prefixes": {"model": {f"_orig_mod.module.{name}": each for name, each in STATE.items()}},
+    "35 twins": {"model": STATE | {"lm_head.weight": WTE.clone()}},
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_control_anothers_sound_weights_are_taken(case, tmp_path):
+    one = ckpt.load(foreign(**SOUND[case], config=SETTINGS)(tmp_path), verify=True)
+    assert {name: each.tolist() for name, each in one.model_state.items()} == {
+        name: each.tolist() for name, each in STATE.items()
+    }
+    build_model(one, device=torch.device("cpu"))
+
+
+def test_31_weights_that_are_no_numbers_are_found_by_what_decides_by_them(tmp_path):
+    """They open, so that somebody can look at them; who generates, saves or prunes asks first."""
+    path = ckpt.save(record(3, model_state={WEIGHT: torch.full((8, 8), float("nan"))}), tmp_path)
+    assert not_finite(opened(path, tmp_path).model_state) == [WEIGHT]
+
+
+def test_36_weights_of_one_shape_only_need_no_config(tmp_path):
+    one = ckpt.load(foreign(model_state_dict=record().model_state)(tmp_path))
+    assert (one.model_type, one.model_settings["vocab_size"]) == ("bigram", 8)
+    assert "says no block_size" in one.notes[0]
+
+
+def test_44_an_optimizer_of_another_save_is_refused(tmp_path):
+    path = mixed_pair(tmp_path)
+    for one in (path, path.with_name(path.name.replace("-model.pt", "-optimizer.pt"))):
+        with pytest.raises(CheckpointError, match=r"-optimizer\.pt: belongs to another save than .*-model\.pt"):
+            opened(one, tmp_path)
+    assert "belongs to another save than" in str(ckpt.find(path.parent)[0].problem)
+
+
+def test_44_without_its_optimizer_it_generates_and_says_what_it_cannot(tmp_path):
+    path = ckpt.save(record(3), tmp_path, layout="separated")
+    next(tmp_path.glob("*-optimizer.pt")).unlink()
+    one = opened(path, tmp_path)
+    assert one.parts == ["model"]
+    assert "without it this checkpoint generates but cannot go on exactly" in one.notes[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders, shards, and safetensors
+
+
+def test_4_of_several_layouts_the_newest_is_taken_and_all_are_listed(tmp_path):
+    for step, layout in enumerate(ckpt.WRITERS, start=1):
+        ckpt.save(record(step), tmp_path, layout=layout)
+    path, notes = ckpt.resolve(str(tmp_path), tmp_path)
+    assert ckpt.load(path).step == len(ckpt.WRITERS)
+    assert notes == [f"taking {path}"]
+    assert {one.layout for one in ckpt.find(tmp_path)} == set(ckpt.WRITERS)
+    text = refusal(tmp_path / "missing.pt", tmp_path)
+    assert all(str(one.path.relative_to(tmp_path)) in text for one in ckpt.find(tmp_path))
+
+
+def manifest(**more: Any) -> Callable[[Path], Path]:
+    """A folder whose manifest also names these files, its own checksum right."""
+
+    def make(folder: Path) -> Path:
+        path = ckpt.save(record(3), folder, layout="directory")
+        values = json.loads((path / "manifest.json").read_text())
+        values["files"] |= more
+        (path / "manifest.json").write_text(json.dumps(values | {"sha256": None}))
+        return path
+
+    return make
+
+
+def shards(*, second: int = 5, names: dict[str, str] = {}, without: str = "") -> Callable[[Path], Path]:  # noqa: B006
+    """transformers' own folder in two shards, the second from that tensor on; `names` are also in the index."""
+
+    def make(folder: Path) -> Path:
+        path = ckpt.save(gpt2_record(), folder, layout="huggingface")
+        weights = load_file(path / "model.safetensors")
+        for name in ("milepost.json", "optimizer.safetensors", "model.safetensors"):
+            (path / name).unlink()
+        parts = {"one.safetensors": sorted(weights)[:5], "two.safetensors": sorted(weights)[second:]}
+        for file, part in parts.items():
+            save_file({name: weights[name] for name in part}, path / file)
+        index = {name: file for file, part in parts.items() for name in part} | names
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        (path / without).unlink() if without else None
+        return path
+
+    return make
+
+
+def safetensors(header: Any, data: bytes = b"", *, length: int | None = None) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        text = json.dumps(header).encode()
+        path = folder / "bad.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+        return path
+
+    return make
+
+
+def tensor(shape: list[int], dtype: str = "F32", end: int = 4) -> dict[str, Any]:
+    return {WEIGHT: {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}
+
+
+FOLDERS = {
+    "49 a file that is not there": (manifest(x={"size": 1, "sha256": "0"}), "is missing, but its manifest names it"),
+    "49 no size": (manifest(x={"sha256": "0"}), "expected size and sha256"),
+    "50 above": (manifest(**{"../x": {"size": 1, "sha256": "0"}}), "names '../x', which lies outside its folder"),
+    "50 absolute": (manifest(**{"/etc/passwd": {"size": 1, "sha256": "0"}}), "which lies outside its folder"),
+    "50 with a control character": (manifest(**{"\x1b[2J/../x": {"size": 1, "sha256": "0"}}), "which lies outside its folder"),
+    "51 missing shard": (shards(without="two.safetensors"), "names 'two.safetensors', which is not there"),
+    "51 overlapping shards": (shards(second=3), "is in an earlier shard too"),
+    "51 shards with a gap": (shards(second=6), "is missing"),
+    "51 a tensor in no shard": (shards(names={"more": "one.safetensors"}), "names 'more', which is in none of its files"),
+    "51 a shard outside": (shards(names={"more": "../one.safetensors"}), "which lies outside its folder"),
+    "53 header beyond the file": (safetensors({}, length=2**40), "its header claims 1099511627776 bytes"),
+    "53 metadata bomb": (safetensors({"__metadata__": {"k": "x" * 2**24}}), "is no whole safetensors file"),
+    "53 entries of nothing": (
+        safetensors({f"t{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(100_000)}),
+        "is empty, expected weights",
+    ),
+    "53 absurd shape": (safetensors(tensor([2**62, 4]), b"0000"), "overflow computing buffer size"),
+    "53 empty and absurd": (safetensors(tensor([0, 10**18], end=0)), "is empty, expected weights"),
+    "53 a thousand dimensions": (safetensors(tensor([1] * 1000), b"0000"), "is no bigram model's"),
+    "53 dtype with a control character": (safetensors(tensor([1], "\x1b[2J"), b"0000"), r"unknown variant `\x1b[2J`"),
+    "54 fp8": (safetensors(tensor([2, 2], "F8_E4M3"), b"0000"), "float8_e4m3fn tensor on cpu, expected dense floats"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_or_a_safetensors_file_that_cannot_be_is_refused(case, tmp_path):
+    make, reason = FOLDERS[case]
+    assert reason in refusal(make(tmp_path), tmp_path)
+
+
+def test_control_sound_shards_are_opened(tmp_path):
+    path = shards()(tmp_path)
+    assert ckpt.load(path).model_state.keys() == STATE.keys()
+
+
+def test_54_bf16_is_opened_as_float32(tmp_path):
+    path = ckpt.save(record(3, model_state={WEIGHT: torch.ones(8, 8, dtype=torch.bfloat16)}), tmp_path)
+    model = build_model(opened(path, tmp_path), device=torch.device("cpu"))
+    assert {each.dtype for each in model.state_dict().values()} == {torch.float32}
+
+
+CHANGES = {
+    "shrinks": lambda data: data[: len(data) // 2],
+    "is emptied": lambda data: b"",
+    "grows": lambda data: data + bytes(5000),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("layout", ckpt.WRITERS)
+def test_56_what_changes_between_two_looks_at_it_is_refused_or_right(layout, change, tmp_path, monkeypatch):
+    """Between the check of its structure and the opening of its tensors."""
+    path = ckpt.save(record(3), tmp_path, layout=layout)
+
+    def changing(action: Callable[..., Any]) -> Callable[..., Any]:
+        def call(file: Path) -> Any:
+            file.write_bytes(CHANGES[change](file.read_bytes()))
+            return action(file)
+
+        return call
+
+    monkeypatch.setattr(archive, "_load_archive", changing(archive._load_archive))
+    check = tensors.check_header
+    monkeypatch.setattr(tensors, "check_header", lambda file: (check(file), changing(lambda _: None)(file))[0])
+    outcome = opened_or_said(path, verify=False)
+    if isinstance(outcome, str):
+        assert outcome.startswith(str(path.parent))
+    else:
+        assert change == "grows"
+        assert tensor_bytes(outcome) == tensor_bytes(record(3))
+
+
+FORMATS = {
+    "GGUF": b"GGUF\x03\0\0\0",
+    "HDF5": b"\x89HDF\r\n\x1a\n",
+    "JSON": b"{}",
+    "git-lfs": b"version https://git-lfs.github.com/spec/v1\n",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_57_another_programs_format_is_called_what_it_is(name, tmp_path):
+    text = refusal(written(FORMATS[name], "weights.bin")(tmp_path), tmp_path)
+    assert "is no checkpoint of a known layout" in text
+    assert name in text
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "msgpack", "h5", "npz", "ckpt.index", "ckpt.data-00000-of-00001"])
+def test_57_what_milepost_has_never_heard_of_is_refused_too(suffix, tmp_path):
+    assert "is no checkpoint of a known layout" in refusal(
+        written(b"\x08\x07\x12\x07other", f"weights.{suffix}")(tmp_path), tmp_path
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,8 +861,8 @@ METADATA = {
     "37 more than a number holds": ({"model_settings": SIZES | {"block_size": 10**400}}, "block_size is 1000"),
     "37 layers of a bigram": ({"model_settings": SIZES | {"n_layer": 2}}, "n_layer"),
     "38 newer format": (
-        {"format_version": 2, "written_by": "milepost 9.0\x1b[2J"},
-        r"format 2 was written by 'milepost 9.0\x1b[2J'; this is milepost 0.1.0, which reads up to 1: update it",
+        {"format_version": 3, "written_by": "milepost 9.0\x1b[2J"},
+        r"format 3 was written by 'milepost 9.0\x1b[2J'; this is milepost 0.1.0, which reads up to 2: update it",
     ),
     "38 format of a wrong type": ({"format_version": "1"}, "format_version is '1', expected int"),
     "39 unknown model": ({"model_type": "llama"}, "model_type='llama': expected one of bigram, gpt2"),
@@ -610,6 +931,55 @@ def test_38_unknown_fields_are_left_out_and_said(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+BOMBS = {
+    **{
+        f"container {case}": CONTAINERS[case]
+        for case in ("19 bomb", "19 declared size", "19 one place for a thousand members")
+    },
+    **{
+        f"structure {case}": STRUCTURES[case]
+        for case in ("29 stride 0", "29 overlapping strides", "29 one storage for all")
+    },
+    **{f"foreign {case}": FOREIGN[case] for case in ("25 deep", "25 cyclic", "25 doubled")},
+    **{f"folder {case}": FOLDERS[case] for case in FOLDERS if case.startswith("53")},
+}
+OPENS = """
+import resource, sys
+from pathlib import Path
+import ckpt, torch
+torch.set_num_threads(1)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+for path in sys.stdin.read().splitlines():
+    try:
+        print("opened", ckpt.load(Path(path), verify=True).step)
+    except ckpt.CheckpointError as error:
+        print("refused", error)
+"""
+
+
+def test_bombs_are_refused_in_a_quarter_of_a_gigabyte(tmp_path):
+    """By the reason that they are refused for, and not because memory ran out."""
+    paths = []
+    for number, (make, _) in enumerate(BOMBS.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        paths.append(make(folder))
+    lines = "\n".join(map(str, [*paths, good(tmp_path)]))
+    done = subprocess.run(
+        [sys.executable, "-c", OPENS], cwd=ROOT, input=lines, capture_output=True, text=True, timeout=120, check=True
+    )
+    *said, control = done.stdout.splitlines()
+    assert control == "opened 3"
+    for (case, (_, reason)), line in zip(BOMBS.items(), said, strict=True):
+        assert line.startswith("refused"), case
+        assert reason in line, case
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # At the door
 
 
@@ -620,6 +990,8 @@ def at_the_door(folder: Path, path: Path, **changes: str) -> subprocess.Complete
 DOOR = {
     "missing": (lambda folder: folder / "checkpoints" / "missing.pt", {}),
     "truncated": (truncated, {"MODE": "resume"}),
+    "an edited folder": (manifest(**{"../x": {"size": 1, "sha256": "0"}}), {"MODE": "resume"}),
+    "another program's, in part": (foreign(model=STATE | {"h.0.extra": torch.ones(2)}, config=SETTINGS), {}),
     "with code": (lambda folder: torch_saved(folder, Evil(f"open({str(folder / 'it ran')!r}, 'w').close()")), {}),
 }
 

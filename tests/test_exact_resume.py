@@ -89,10 +89,8 @@ def straight(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 6])  # mid-interval, and 4 at an evaluation and a save
-def test_after_sigterm(step, straight, tmp_path, monkeypatch):
-    """A real signal, in the middle of a step: that step is finished and saved, and the exit code is 130."""
-    folder = tmp_path / "stopped"
+def stopped_after(step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: str) -> str:
+    """Trains in `folder` until a real signal comes in the middle of a step; that one is finished and saved, and the exit code is 130."""
     folder.mkdir()
     learn = training.training_step
 
@@ -103,13 +101,51 @@ def test_after_sigterm(step, straight, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", interrupted)
-        code, said = train(folder)
+        code, said = train(folder, **changes)
     assert code == 130
     assert newest(folder).step == step
-    assert "RESUME=auto" in said
+    return said
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 6])  # mid-interval, and 4 at an evaluation and a save
+def test_after_sigterm(step, straight, tmp_path, monkeypatch):
+    folder = tmp_path / "stopped"
+    assert "RESUME=auto" in stopped_after(step, folder, monkeypatch)
     code, said = train(folder, RESUME="auto")
     assert code == 0, said
     assert_same(straight, folder)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bigram"])
+@pytest.mark.parametrize("layout", ckpt.WRITERS)
+def test_from_every_layout(layout, model, tmp_path, monkeypatch):
+    """The resume writes the layout it came from; what a policy of keeping leaves is enough to go on."""
+    straight, folder = tmp_path / "straight", tmp_path / "stopped"
+    straight.mkdir()
+    changes = {"MODEL_TYPE": model, "CHECKPOINT_INTERVAL": "1", "CHECKPOINT_KEEP_LAST": "1"}
+    assert train(straight, **changes)[0] == 0
+    stopped_after(3, folder, monkeypatch, CHECKPOINT_LAYOUT=layout, **changes)
+    code, said = train(folder, RESUME="auto", MODEL_TYPE=model)
+    assert code == 0, said
+    assert newest(folder).layout == layout
+    assert newest(straight).layout == "unified"
+    assert_same(straight, folder)
+    code, said = train(folder, RESUME="auto", MODEL_TYPE=model, CHECKPOINT_LAYOUT="unified", TRAINING_STEPS="10")
+    assert code == 0, said
+    assert newest(folder).layout == "unified"
+
+
+@pytest.mark.parametrize("layout", ckpt.WRITERS)
+def test_control_model_only_goes_on_and_says_that_it_differs(layout, straight, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "stopped"
+    changes = {"CHECKPOINT_LAYOUT": layout, "CHECKPOINT_MODEL_ONLY": "true"}
+    assert "cannot go on exactly" in stopped_after(3, folder, monkeypatch, **changes)
+    capsys.readouterr()
+    code, said = train(folder, RESUME="auto", CHECKPOINT_MODEL_ONLY="false")
+    assert code == 0, said
+    assert "have no optimizer state" in capsys.readouterr().out
+    assert newest(folder).parts == ["model", "optimizer"]
+    assert tensor_bytes(newest(straight)) != tensor_bytes(newest(folder))
 
 
 KILLED = """
@@ -129,20 +165,28 @@ training.guarded(training.main, settings)
 """
 
 
+@pytest.mark.parametrize("background", ["true", "false"])
 @pytest.mark.parametrize("step", [6, 7])
-def test_after_sigkill(step, straight, tmp_path):
-    """Killed between two saves: the steps since the last one are done again, and give the same bits and the same log."""
+def test_after_sigkill(step, background, straight, tmp_path):
+    """Killed between two saves: the steps since the last one are done again, and give the same bits and the same log.
+
+    In the background, the save of step 4 may not be done by then; the run then begins again.
+    """
     folder = tmp_path / "killed"
     folder.mkdir()
-    env = {"PATH": os.environ["PATH"]} | environment(folder)
+    env = {"PATH": os.environ["PATH"]} | environment(folder, CHECKPOINT_ASYNC=background)
     done = subprocess.run(
         [sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    assert newest(folder).step == 4
+    steps = [one.step for one in ckpt.find(folder / "checkpoints")]
+    assert steps == [4] or (background == "true" and steps == [])
     code, said = train(folder, RESUME="auto")
     assert code == 0, said
-    assert_same(straight, folder)
+    if steps:
+        assert_same(straight, folder)
+    else:
+        assert tensor_bytes(newest(straight)) == tensor_bytes(newest(folder))
 
 
 def _saved_with(record: ckpt.Checkpoint, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 import contextlib
 import errno
-import io
+import hashlib
+import json
 import os
 import resource
 import signal
@@ -15,20 +16,24 @@ from typing import Any
 import pytest
 from drive import tensor_bytes
 from filelock import FileLock, Timeout
-from records import in_child, record, walkable_folder
+from records import in_child, record, snapshot, walkable_folder
 
 import ckpt
 from ckpt import files
 from ckpt.files import (
-    FOLDER_LOCK,
-    RunLock,
-    RunLockedError,
-    folder_lock,
+    NewFile,
     new_file,
+    new_folder,
+    new_group,
     prepare_folder,
+    remove,
     remove_leftovers,
+    second_name,
     sync_folder,
+    write_json,
+    written,
 )
+from ckpt.locks import FOLDER_LOCK, RunLock, RunLockedError, folder_lock
 
 
 def visible(folder: Path) -> list[str]:
@@ -84,18 +89,20 @@ def test_a_save_is_synced_before_it_is_seen_and_the_best_before_the_earlier_one_
 
         def recorded(*arguments, _name=name, _action=action, **named):
             first = arguments[0]
-            calls.append((_name, name_of(first) if isinstance(first, int) else Path(first).name))
+            name = name_of(first) if isinstance(first, int) else Path(first).name
+            calls.append((_name, "temporary" if name.startswith(".tmp-") else name))
             return _action(*arguments, **named)
 
         monkeypatch.setattr(os, name, recorded)
     saved = ckpt.save(better, tmp_path)
     ckpt.keep_best(better, tmp_path, saved=saved)
-    (temporary,) = {name for call, name in calls if call == "replace"}
     assert calls == [
-        ("fsync", temporary),
-        ("replace", temporary),
+        ("fsync", "temporary"),
+        ("replace", "temporary"),
         ("fsync", tmp_path.name),
         ("link", saved.name),
+        ("replace", "temporary"),
+        ("fsync", "best"),
         ("fsync", "best"),
         ("fsync", tmp_path.name),
         ("unlink", earlier),
@@ -136,6 +143,216 @@ def test_what_ends_the_writing_leaves_nothing(error, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+SIZES = [0, 1, 4095, 4096, 4097, 8192, 3 * 4096 + 5]
+
+
+def refuses_direct(monkeypatch: pytest.MonkeyPatch, *, makes_the_file: bool) -> list[Path]:
+    """A file system without O_DIRECT, of which some have made the file by the time they say so. Returns what was asked for."""
+    opened, asked = os.open, []
+
+    def refusing(path, flags, *mode, **named):
+        if flags & os.O_DIRECT:
+            asked.append(Path(path))
+            if makes_the_file:
+                os.close(opened(path, flags & ~os.O_DIRECT, *mode))
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(path, flags, *mode, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    return asked
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000], ids=lambda pieces: f"{pieces} pieces")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("direct", ["direct", "refused", "refused late"])
+def test_a_file_of_any_size_in_any_pieces_is_what_was_written(direct, size, pieces, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 8192)  # so that these sizes lie around its edges
+    asked = refuses_direct(monkeypatch, makes_the_file=direct == "refused late") if direct != "direct" else []
+    data = bytes(range(256)) * 60
+    step = max(1, size // pieces)
+    with written(tmp_path / "new", hashed=True) as file:
+        for start in range(0, size, step):
+            file.write(memoryview(data)[start : min(start + step, size)])
+            assert file.tell() == min(start + step, size)
+    assert (tmp_path / "new").read_bytes() == data[:size]
+    assert file.entry == {"size": size, "sha256": hashlib.sha256(data[:size]).hexdigest()}
+    assert asked == ([] if direct == "direct" else [tmp_path / "new"])
+
+
+@pytest.mark.parametrize("most", [1, 1000, 4096, 5000])
+def test_a_system_that_takes_less_than_it_was_given_is_given_the_rest(most, tmp_path, monkeypatch):
+    write, asked = os.write, []
+
+    def short(descriptor: int, data: Any) -> int:
+        asked.append(len(data))
+        return write(descriptor, data[:most])
+
+    monkeypatch.setattr(os, "write", short)
+    data = os.urandom(11_000)
+    with written(tmp_path / "new") as file:
+        file.write(data)
+    assert (tmp_path / "new").read_bytes() == data
+    assert len(asked) >= 11_000 // most
+
+
+def test_a_new_file_never_takes_the_place_of_another(tmp_path):
+    (tmp_path / "there").write_bytes(b"old")
+    with pytest.raises(FileExistsError):
+        NewFile(tmp_path / "there")
+    assert (tmp_path / "there").read_bytes() == b"old"
+
+
+def test_json_is_written_for_people_and_without_what_json_has_not(tmp_path):
+    file = write_json(tmp_path / "a.json", {"step": 1, "text": "é"})
+    text = (tmp_path / "a.json").read_bytes()
+    assert text == '{\n  "step": 1,\n  "text": "é"\n}\n'.encode()
+    assert file.entry == {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    write_json(tmp_path / "half.json", {"\udc80": "\ud800x"})  # as os.environ gives bytes that are no UTF-8
+    assert json.loads((tmp_path / "half.json").read_text(encoding="utf-8")) == {"\udc80": "\ud800x"}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "b.json", {"loss": float("nan")})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and groups of files
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[tuple[str, str]]:
+    """The calls of these functions of os from now on, each with the name of what it is about."""
+    calls: list[tuple[str, str]] = []
+    for name, action in {name: getattr(os, name) for name in names}.items():
+
+        def call(*arguments, _name=name, _action=action, **named):
+            first = arguments[0]
+            calls.append((_name, name_of(first) if isinstance(first, int) else Path(first).name))
+            return _action(*arguments, **named)
+
+        monkeypatch.setattr(os, name, call)
+    return calls
+
+
+def fill(hidden: Path, *names: str) -> None:
+    for name in names:
+        (hidden / name).parent.mkdir(exist_ok=True)
+        with written(hidden / name) as file:
+            file.write(name.encode())
+
+
+def test_a_folder_is_seen_when_all_in_it_is_durable(tmp_path, monkeypatch):
+    calls = recorded(monkeypatch, "fsync", "replace")
+    with new_folder(tmp_path / "new") as hidden:
+        fill(hidden, "a", "inner/b", "manifest")
+        assert visible(tmp_path) == []
+    assert [name for call, name in calls if call == "fsync"] == [
+        "a",
+        "b",
+        "manifest",
+        "inner",
+        hidden.name,
+        tmp_path.name,
+    ]
+    assert [call for call, _ in calls][-2:] == ["replace", "fsync"]
+    assert snapshot(tmp_path) == {"new/a": b"a", "new/inner/b": b"inner/b", "new/manifest": b"manifest"}
+
+
+def test_the_head_of_a_group_is_seen_last_and_when_the_others_are_durable(tmp_path, monkeypatch):
+    calls = recorded(monkeypatch, "fsync", "replace")
+    with new_group(tmp_path, ["a", "b", "head"]) as hidden:
+        fill(hidden, "a", "b", "head")
+        assert visible(tmp_path) == []
+        hidden_name = hidden.name
+        calls.clear()
+    assert calls == [
+        ("fsync", hidden_name),
+        ("replace", "a"),
+        ("replace", "b"),
+        ("fsync", tmp_path.name),
+        ("replace", "head"),
+        ("fsync", tmp_path.name),
+    ]
+    assert snapshot(tmp_path) == {"a": b"a", "b": b"b", "head": b"head"}
+    assert temporaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_what_ends_the_writing_of_a_folder_or_a_group_leaves_nothing(error, tmp_path):
+    def write(opened):
+        with opened as hidden:
+            fill(hidden, "a", "head")
+            raise error
+
+    for opened in (new_folder(tmp_path / "new"), new_group(tmp_path, ["a", "head"])):
+        with pytest.raises(type(error)):
+            write(opened)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("taken", ["a", "head"])
+def test_a_group_never_replaces_a_visible_name_and_leaves_no_part_of_itself(taken, tmp_path):
+    (tmp_path / taken).write_bytes(b"old")
+    with pytest.raises(FileExistsError), new_group(tmp_path, ["a", "b", "head"]) as hidden:
+        fill(hidden, "a", "b", "head")
+    assert snapshot(tmp_path) == {taken: b"old"}
+    assert temporaries(tmp_path) == []
+
+
+def test_a_folder_never_replaces_another(tmp_path):
+    (tmp_path / "new").mkdir()
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "new") as hidden:
+        fill(hidden, "a")
+    assert snapshot(tmp_path) == {}
+    assert temporaries(tmp_path) == []
+
+
+def group(folder: Path, *names: str) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    return [folder / name for name in names]
+
+
+def test_the_head_of_a_group_goes_first(tmp_path, monkeypatch):
+    paths = group(tmp_path, "a", "b", "head", "another")[:3]
+    seen, replace, unlink = [], os.replace, os.unlink
+    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), seen.append(visible(tmp_path)))[0])
+    monkeypatch.setattr(
+        os, "unlink", lambda *path, **named: (unlink(*path, **named), seen.append(visible(tmp_path)))[0]
+    )
+    remove(paths)
+    assert seen[0] == ["a", "another", "b"]
+    assert snapshot(tmp_path) == {"another": b"another"}
+    assert temporaries(tmp_path) == []
+
+
+def test_one_file_and_one_folder_are_removed_at_once(tmp_path):
+    group(tmp_path, "file")
+    group(tmp_path / "folder", "a", "b")
+    remove([tmp_path / "file"])
+    remove([tmp_path / "file"])  # it is gone already
+    remove([tmp_path / "folder"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
+def test_a_second_name_for_a_file_a_folder_and_a_group(links, tmp_path, monkeypatch):
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    place = tmp_path / "best"
+    place.mkdir()
+    group(tmp_path / "folder", "a", "inner")
+    for paths in ([*group(tmp_path, "one")], [tmp_path / "folder"], group(tmp_path, "a", "head")):
+        assert second_name(paths, place) == place / paths[-1].name
+    assert snapshot(place) == {"one": b"one", "folder/a": b"a", "folder/inner": b"inner", "a": b"a", "head": b"head"}
+    for name in snapshot(place):
+        assert (place / name).samefile(tmp_path / name) == links
+    assert temporaries(tmp_path) == []
+    with pytest.raises(FileExistsError):
+        second_name([tmp_path / "one"], place)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A disk that refuses: OSError, the old files intact, the temporary one gone.
 
@@ -151,20 +368,6 @@ def size_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-class FailingFile(io.BufferedRandom):
-    """A file whose n-th write finds the disk full."""
-
-    def __init__(self, path: str | Path, fail_at: int) -> None:
-        super().__init__(io.FileIO(path, "x+"))
-        self.left = fail_at
-
-    def write(self, data: Any) -> int:
-        self.left -= 1
-        if self.left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(data)
-
-
 @pytest.fixture
 def saved_once(tmp_path) -> Path:
     """A folder that holds one checkpoint, of step 1."""
@@ -174,7 +377,7 @@ def saved_once(tmp_path) -> Path:
 
 def assert_unharmed(folder: Path) -> None:
     """The one checkpoint of `saved_once` is whole and alone."""
-    assert len(visible(folder)) == 1
+    assert len(snapshot(folder)) == 1
     assert temporaries(folder) == []
     newest = ckpt.latest(ckpt.find(folder))
     assert newest is not None
@@ -193,10 +396,10 @@ def test_a_full_disk_is_an_oserror_and_harms_nothing(share, saved_once):
     assert str(saved_once) in words
 
 
-def errno_of_a_save(folder: Path) -> int | None:
+def errno_of_a_save(folder: Path, layout: str) -> int | None:
     """None if the save succeeds; a full disk is the only error allowed."""
     try:
-        ckpt.save(record(2, size=100), folder)
+        ckpt.save(record(2, size=100), folder, layout=layout)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -204,14 +407,25 @@ def errno_of_a_save(folder: Path) -> int | None:
     return None
 
 
-def test_a_disk_full_at_every_single_write_harms_nothing(saved_once, monkeypatch):
-    """The n-th write fails, for every n until a save passes untouched. torch hides some of these behind a RuntimeError."""
+@pytest.mark.parametrize("layout", sorted(ckpt.WRITERS))
+def test_a_disk_full_at_every_single_write_harms_nothing(layout, saved_once, monkeypatch):
+    """The n-th write fails, for every n until a save passes untouched."""
+    monkeypatch.setattr(files, "CHUNK", 16 * 1024)  # otherwise each file is one write
     for fail_at in range(1000):
-        monkeypatch.setattr(files, "open", lambda path, mode, n=fail_at: FailingFile(path, n), raising=False)
-        if errno_of_a_save(saved_once) is None:
+        left, write = iter(range(fail_at)), os.write
+
+        def failing(descriptor: int, data: Any, *, left=left, write=write) -> int:
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(descriptor, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", failing)
+            failed = errno_of_a_save(saved_once, layout)
+        if failed is None:
             break
         assert_unharmed(saved_once)
-    assert fail_at > 20
+    assert fail_at >= 8
     assert [one.step for one in ckpt.find(saved_once)] == [1, 2]
 
 
@@ -290,6 +504,51 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [".lock", ".tm", "checkpoint.pt", "tmp-visible"]
     assert (outside / "kept").read_bytes() == b"kept"
     assert remove_leftovers(tmp_path / "missing") == []
+
+
+def half_a_group(folder: Path, hidden: list[str], seen: list[str]) -> None:
+    """What a kill leaves of a group a, b, head: these files still or again in its hidden folder, those visible."""
+    place = folder / ".tmp-head-1-abc"
+    place.mkdir()
+    (place / files.NAMES).write_text(json.dumps(["a", "b", "head"]))
+    group(place, *hidden)
+    group(folder, *seen)
+
+
+KILLED = [
+    (["a", "b"], [], []),  # while it was written
+    (["a", "b", "head"], [], []),
+    (["b", "head"], ["a"], []),  # while it was being shown
+    (["head"], ["a", "b"], []),
+    ([], ["a", "b", "head"], ["a", "b", "head"]),  # all of it is there
+    (["head"], ["a", "b"], []),  # while it was removed
+    (["head"], ["b"], []),
+    ([], ["a"], []),
+    (["b", "head"], ["a", "head"], ["a", "head"]),  # another's head of this name: nothing visible is touched
+]
+
+
+@pytest.mark.parametrize(("hidden", "seen", "left"), KILLED)
+def test_of_a_group_whose_head_is_not_there_nothing_stays(hidden, seen, left, tmp_path):
+    half_a_group(tmp_path, hidden, seen)
+    group(tmp_path, "other")
+    remove_leftovers(tmp_path)
+    assert visible(tmp_path) == sorted([*left, "other"])
+    assert temporaries(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "names", ["[", "[]", "{}", "3", '["../outside", "head"]', '["/etc/hostname", "head"]'], ids=str
+)
+def test_a_damaged_list_of_names_removes_nothing_else(names, tmp_path):
+    folder = tmp_path / "checkpoints"
+    group(tmp_path, "outside")
+    group(folder, "a")
+    (folder / ".tmp-head-1-abc").mkdir()
+    (folder / ".tmp-head-1-abc" / files.NAMES).write_text(names)
+    remove_leftovers(folder)
+    assert snapshot(tmp_path) == {"outside": b"outside", "checkpoints/a": b"a"}
+    assert temporaries(tmp_path) == []
 
 
 def test_a_save_removes_leftovers_of_the_folder_and_of_its_best(tmp_path):

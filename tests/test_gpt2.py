@@ -1,8 +1,11 @@
 """GPT-2 against transformers' implementation, the published sizes and the published initialisation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 
 from models import build, parameter_count, training_bytes
 from models.gpt2 import GPT2, SIZES, GPT2Settings
@@ -101,6 +104,54 @@ def test_state_names_and_shapes() -> None:
     assert {name: tuple(t.shape) for name, t in unbiased.state_dict().items()} == {
         name: shape for name, shape in expected.items() if not name.endswith("bias")
     }
+
+
+def test_a_head_of_its_own_is_two_more_tensors() -> None:
+    settings = {"vocab_size": 7, "block_size": 5, "n_layer": 1, "n_head": 2, "n_embd": 4}
+    tied = build("gpt2", settings).state_dict()
+    model = build("gpt2", settings | {"tied": False})
+    untied = model.state_dict()
+    assert list(untied) == [*tied, "lm_head.weight", "lm_head.bias"]
+    assert (untied["lm_head.weight"].shape, untied["lm_head.bias"].tolist()) == ((7, 4), [0.0] * 7)
+    assert parameter_count(model) == sum(t.numel() for t in untied.values())
+
+
+def test_a_head_of_its_own_makes_the_logits() -> None:
+    model = GPT2(replace(SMALL, tied=False))
+    assert model.lm_head is not None
+    torch.nn.init.normal_(model.lm_head.bias)
+    hidden: list[torch.Tensor] = []
+    model.ln_f.register_forward_hook(lambda module, inputs, out: hidden.append(out))
+    ids = torch.tensor([[1, 2]])
+    with torch.no_grad():
+        logits = model(ids)[0]
+        expected = hidden[0] @ model.lm_head.weight.T + model.lm_head.bias
+        torch.testing.assert_close(logits, expected)
+        model.wte.weight[50] += 1.0  # no input of these: with a tied head its logit would move
+        assert torch.equal(model(ids)[0], logits)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(("activation", "theirs"), [("gelu", "gelu_new"), ("gelu_erf", "gelu"), ("relu", "relu")])
+def test_activations_equal_transformers(activation: str, theirs: str) -> None:
+    mlp = GPT2(replace(SMALL, activation=activation)).h[0].mlp
+    x = torch.linspace(-4, 4, 480).view(10, 48) * 10
+    with torch.no_grad():
+        found = mlp(x)
+        others = {
+            name: mlp.c_proj(ACT2FN[name](mlp.c_fc(x))).sub(found).abs().max() for name in ("gelu_new", "gelu", "relu")
+        }
+    assert others.pop(theirs) < 1e-6
+    assert min(others.values()) > 1e-6
+
+
+def test_unknown_activations_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"activation='silu': expected one of gelu, gelu_erf, relu\."):
+        replace(SMALL, activation="silu")
+    with pytest.raises(ValueError, match=r"activation=1: expected str, got int"):
+        build("gpt2", {**vars(SMALL), "activation": 1})
+    with pytest.raises(ValueError, match=r"tied='no': expected bool, got str"):
+        build("gpt2", {**vars(SMALL), "tied": "no"})
 
 
 def test_head_is_the_token_embedding() -> None:

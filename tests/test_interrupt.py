@@ -61,7 +61,8 @@ training.guarded(training.main, settings)
 
 
 def test_a_second_signal_ends_a_training_without_its_last_save(tmp_path):
-    env = {"PATH": os.environ["PATH"]} | environment(tmp_path, CHECKPOINT_INTERVAL="2")
+    # Not in the background, where the save of step 2 may not be done by then.
+    env = {"PATH": os.environ["PATH"]} | environment(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_ASYNC="false")
     done = subprocess.run(
         [sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=60
     )

@@ -57,9 +57,13 @@ def test_the_readme_has_the_commands_of_a_first_visit():
         "MODE=inference",
         "MODE=resume",
         "RESUME=auto",
+        "list_checkpoints.py",
+        "verify_checkpoint.py",
+        "convert_checkpoint.py",
+        "prune_checkpoints.py",
     ):
         assert part in found
-    assert len(commands()) == 8
+    assert len(commands()) == 12
 
 
 def test_every_command_runs_as_written(checkout):
@@ -81,6 +85,8 @@ def test_every_command_runs_as_written(checkout):
     assert "2000; 2000 more, to 4000" in by_word["MODE=resume"].stdout
     assert "step4000" in by_word["MODE=resume"].stderr
     assert "is finished: 4000 of 4000 steps" in by_word["RESUME=auto"].stderr
+    exported = next((checkout / "exported").glob("checkpoint_*/model.safetensors"))
+    assert (exported.parent / "tokenizer.json").is_file()
 
 
 def test_make_test_runs_every_check(checkout):

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import ckpt
 import training
-from ckpt.files import RunLock
+from ckpt.locks import RunLock
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_a_second_process_on_a_living_run_is_refused(stopped):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from ckpt.files import RunLock
+from ckpt.locks import RunLock
 lock = RunLock(Path({str(stopped / "checkpoints")!r}), {run_id!r})
 lock.acquire()
 print("held", flush=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from drive import ROOT, TINY, at_step, command, environment, small_text, tensor_bytes
 from drive import train as trained_in
+from records import flipped
 
 import ckpt
 import config
@@ -437,3 +438,23 @@ def test_the_script_as_it_is_typed(trained):
     assert "bit-exact" in done.stdout
     assert "done: 6 steps" in done.stderr
     assert child_of(trained).step == 6
+
+
+def test_of_the_latest_the_newest_whose_every_byte_agrees_is_taken(tmp_path):
+    """One flipped bit is seen when going on; what has it is named and kept, and the one before it is taken."""
+    trained_in(tmp_path, CHECKPOINT_KEEP_BEST="0")
+    older, newest_one = (one.path for one in ckpt.find(tmp_path / "checkpoints"))
+    flipped(newest_one, newest_one.stat().st_size // 2)
+    done = command("scripts/load_checkpoint.py", tmp_path, MODE="resume", RESUME_TRAINING_STEPS="2")
+    assert done.returncode == 0, done.stderr
+    assert f"skipped: {newest_one}: is damaged" in done.stderr
+    assert f"taking {older}" in done.stderr
+    assert newest_one.exists()
+    done = command(
+        "scripts/load_checkpoint.py",
+        tmp_path,
+        MODE="resume",
+        RESUME_TRAINING_STEPS="2",
+        CHECKPOINT_PATH=str(newest_one),
+    )
+    assert done.returncode == 3  # who names one means it

@@ -1,58 +1,22 @@
-"""What a folder of checkpoints holds is read from inside the files: find, latest, best, resolve, names and numbers."""
+"""What a folder of checkpoints holds is read from inside the files: find, latest, best, and which one is meant."""
 
-import datetime
 import os
-import re
 import shutil
-import subprocess
+import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from drive import tensor_bytes
-from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
-from records import flipped, in_child, record, walkable_folder
+from records import NOON, flipped, hugging_face_folder, in_child, newest, record, save, set_clock, walkable_folder
 
 import ckpt
-from ckpt import Checkpoint, CheckpointError, Found, store
-from ckpt.files import FOLDER_LOCK
-from ckpt.store import file_word
-
-NOON = datetime.datetime(2025, 11, 10, 12, 0, 0, tzinfo=datetime.UTC)
-
-
-def set_clock(monkeypatch: pytest.MonkeyPatch, now: datetime.datetime) -> None:
-    """The store's clock stands at `now`."""
-    clock = SimpleNamespace(now=lambda zone: now.astimezone(zone))
-    monkeypatch.setattr(
-        store, "datetime", SimpleNamespace(datetime=clock, UTC=datetime.UTC, timedelta=datetime.timedelta)
-    )
-
-
-def save(folder: Path, step: int = 1, **changes) -> Path:
-    folder.mkdir(exist_ok=True)
-    return ckpt.save(record(step, **changes), folder)
-
-
-def newest(folder: Path) -> Path | None:
-    found = ckpt.latest(ckpt.find(folder))
-    return found.path if found else None
+from ckpt import CheckpointError, Found, keep, store
 
 
 def best(folder: Path) -> Path | None:
     found = ckpt.best(ckpt.find(folder))
     return found.path if found else None
-
-
-def hugging_face_folder(path: Path) -> Path:
-    """Looks like a GPT-2 of another program: it has no save number."""
-    path.mkdir()
-    sizes = {"vocab_size": 9, "n_positions": 8, "n_layer": 1, "n_head": 1, "n_embd": 4}
-    (path / "config.json").write_text(str({"model_type": "gpt2"} | sizes).replace("'", '"'))
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,193 +124,134 @@ def test_due_at_multiples_and_at_the_end(step, interval, last):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Save numbers and names
+# Layouts, second names, and files that change
+
+LAYOUTS = sorted(ckpt.WRITERS)
+BY_STEP = ("consolidated", "stepfiles")  # whose names repeat from run to run, so that each run has a folder
 
 
-def test_save_numbers_count_over_all_runs_and_over_best(tmp_path):
-    save(tmp_path, 1, run_id="a")
-    ckpt.keep_best(record(2, run_id="b"), tmp_path, saved=None)
-    path = save(tmp_path, 3, run_id="c")
-    assert [one.metadata["save_number"] for one in ckpt.find(tmp_path)] == [1, 2, 3]
-    path.unlink()
-    save(tmp_path, 4, run_id="a")
-    assert [one.step for one in ckpt.find(tmp_path)] == [1, 2, 4]
+def test_every_layout_is_found_in_the_order_of_saving(tmp_path):
+    paths = [save(tmp_path, step, layout=layout) for step, layout in enumerate([*LAYOUTS, *LAYOUTS], start=1)]
+    assert [one.path for one in ckpt.find(tmp_path)] == paths
+    assert [one.layout for one in ckpt.find(tmp_path)] == [*LAYOUTS, *LAYOUTS]
+    assert newest(tmp_path) == paths[-1]
+    for path, layout in zip(paths, LAYOUTS, strict=False):
+        assert path.parent == (tmp_path / "one" if layout in BY_STEP else tmp_path)
 
 
-def test_every_save_has_an_id_and_a_time_of_its_own(tmp_path, monkeypatch):
-    set_clock(monkeypatch, NOON)
-    one = record()
-    for _ in range(2):
-        ckpt.save(one, tmp_path)
-    first, second = (found.metadata for found in ckpt.find(tmp_path))
-    assert first["saved_at"] == "2025-11-10T12:00:00.000000+00:00"
-    assert re.fullmatch("[0-9a-f]{16}", first["save_id"])
-    assert first["save_id"] != second["save_id"]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_second_name_is_no_second_checkpoint(layout, tmp_path):
+    saved = save(tmp_path, 1, layout=layout)
+    kept = ckpt.keep_best(record(1), tmp_path, saved=saved, layout=layout)
+    assert [one.path for one in ckpt.find(tmp_path)] == [saved]
+    assert {one.path for one in store.scan(tmp_path)} == {saved, kept}
+    assert [one.path for one in store.scan(tmp_path, bests=False)] == [saved]
+    keep.remove(ckpt.WRITERS[layout].files(saved))
+    assert [one.path for one in ckpt.find(tmp_path)] == [kept]
 
 
-NAMES = [
-    ({}, "checkpoint_bigram_letters_step0007_11102025_120000.pt"),
-    ({"step": 12345}, "checkpoint_bigram_letters_step12345_11102025_120000.pt"),
-    ({"data": {"name": "carolyn_hax"}}, "checkpoint_bigram_carolyn_hax_step0007_11102025_120000.pt"),
-    ({"data": {}}, "checkpoint_bigram_text_step0007_11102025_120000.pt"),
-    ({"data": {"name": "../É /x" + "y" * 50}}, f"checkpoint_bigram_x{'y' * 39}_step0007_11102025_120000.pt"),
-    (
-        {"hyperparameters": {"GPT2_MODEL_NAME": "openai-community/gpt2-medium"}},
-        "checkpoint_bigram_letters_gpt2medium_step0007_11102025_120000.pt",
-    ),
-    (
-        {"hyperparameters": {"GPT2_MODEL_NAME": "/models/My GPT/"}},
-        "checkpoint_bigram_letters_mygpt_step0007_11102025_120000.pt",
-    ),
-    ({"hyperparameters": {"GPT2_MODEL_NAME": "日本"}}, "checkpoint_bigram_letters_step0007_11102025_120000.pt"),
-    ({"model_type": "../../x"}, "checkpoint_x_letters_step0007_11102025_120000.pt"),
-]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_two_names_the_fuller_is_taken(layout, tmp_path):
+    saved = save(tmp_path, 1, layout=layout)
+    kept = ckpt.keep_best(record(1), tmp_path, saved=saved, layout=layout)
+    keep.strip(saved)
+    (one,) = ckpt.find(tmp_path)
+    assert (one.path, one.resumable) == (kept, True)
 
 
-@pytest.mark.parametrize(("changes", "name"), NAMES, ids=str)
-def test_names_are_as_documented(changes, name, tmp_path, monkeypatch):
-    set_clock(monkeypatch, NOON)
-    folder = tmp_path / "inner"
-    assert save(folder, **({"step": 7} | changes)) == folder / name
-    assert [path.name for path in tmp_path.iterdir()] == ["inner"]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_that_changes_is_seen_again(layout, tmp_path):
+    """What was read once is remembered, by inode, size and time of every file."""
+    home = save(tmp_path, 1, layout=layout)
+    assert [one.problem for one in ckpt.find(tmp_path)] == [None]
+    head = ckpt.WRITERS[layout].files(home)[-1]
+    for path in sorted(head.rglob("*.pt")) + sorted(head.rglob("*.safetensors")) if head.is_dir() else [head]:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-20])
+        assert [bool(one.problem) for one in ckpt.find(tmp_path)] == [True], path
+        path.write_bytes(whole)
+        assert [one.problem for one in ckpt.find(tmp_path)] == [None]
 
 
-@given(st.text())
-def test_a_word_for_a_name_is_safe(text):
-    assert re.fullmatch("[a-z0-9_]{1,40}", file_word(text))
+def test_what_did_not_change_is_not_read_again(tmp_path, monkeypatch):
+    """A save every step must not open every file of the folder again."""
+    for layout in LAYOUTS:
+        save(tmp_path, 1, layout=layout)
+    first, asked = ckpt.find(tmp_path), []
+    for layout in ckpt.WRITERS.values():
+        monkeypatch.setattr(layout, "peek", lambda path, *, peek=layout.peek: (asked.append(path), peek(path))[1])
+    assert ckpt.find(tmp_path) == first
+    assert asked == []
+    os.utime(first[-1].path)
+    assert len(ckpt.find(tmp_path)) == len(first)
+    assert asked == [first[-1].path]
 
 
-def test_a_name_that_is_taken_leads_to_the_next_free_second(tmp_path, monkeypatch):
-    set_clock(monkeypatch, NOON.replace(minute=59, second=58))
-    stamps = [save(tmp_path, 1).stem[-15:] for _ in range(3)]
-    assert stamps == ["11102025_125958", "11102025_125959", "11102025_130000"]
+def test_only_what_is_written_into_a_runs_folder_is_seen_there(tmp_path):
+    """Any folder may lie beside checkpoints, and whatever is in it."""
+    seen = save(tmp_path, 1, layout="stepfiles")
+    elsewhere = tmp_path / "one" / "mine"
+    elsewhere.mkdir()
+    for layout in LAYOUTS:
+        save(elsewhere, 2, layout=layout)
+    for place in (tmp_path / "one", tmp_path / "downloads"):
+        save(place, 3)
+        hugging_face_folder(place / "gpt2")
+    assert [one.path for one in ckpt.find(tmp_path)] == [seen]
 
 
-def test_a_clock_set_back_changes_neither_the_latest_nor_any_file(tmp_path, monkeypatch):
-    set_clock(monkeypatch, NOON)
-    first = save(tmp_path, 1)
-    before = first.read_bytes()
-    set_clock(monkeypatch, NOON - datetime.timedelta(days=400))
-    second = save(tmp_path, 1)
-    assert second.name < first.name
-    assert newest(tmp_path) == second
-    assert first.read_bytes() == before
+def test_a_checkpoint_that_is_a_folder_is_no_folder_of_checkpoints(tmp_path):
+    home = save(tmp_path, 1, layout="directory")
+    shutil.copy(save(tmp_path / "other", 2), home / "checkpoint.pt")
+    assert [one.path for one in ckpt.find(tmp_path)] == [home]
 
 
-def test_the_last_name_in_order_names_a_checkpoint(tmp_path):
-    """As document 001 has it: CHECKPOINT=$(ls checkpoints/ | sort | tail -1)."""
-    ckpt.keep_best(record(1), tmp_path, saved=save(tmp_path, 1))
-    save(tmp_path, 2)
-    (tmp_path / ".tmp-zzz").write_bytes(b"half")
-    command = f"ls '{tmp_path}' | sort | tail -1"
-    name = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout.strip()
-    assert ckpt.load(tmp_path / name).model_type == "bigram"
-    assert sorted(path.name for path in tmp_path.glob("[!.]*"))[0] == "best"
+def test_another_runs_damaged_one_hides_nothing(tmp_path):
+    first = save(tmp_path, 1, layout="consolidated")
+    second = save(tmp_path, 2, layout="stepfiles")
+    (second.parent / "step_000002_state.json").write_text("{")
+    assert newest(tmp_path) == first
+    path, notes = ckpt.resolve("latest", tmp_path)
+    assert path == first
+    assert notes[0].startswith(f"skipped: {second.parent / 'step_000002_state.json'}: ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# keep_best
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_form_of_a_wish_for_every_layout(layout, tmp_path, monkeypatch):
+    set_clock(monkeypatch, NOON)  # no name has these steps in its time
+    paths = [
+        save(tmp_path, step, layout=layout, validation_loss=loss) for step, loss in ((30, 2.0), (40, 1.0), (20, 3.0))
+    ]
+    place = paths[0].parent
+    wishes = {"latest": 20, "best": 40, str(tmp_path): 20, f"{place}/*": 40, f"{place}/*30*": 30}
+    for wish, step in wishes.items():
+        path, _ = ckpt.resolve(wish, tmp_path)
+        assert ckpt.load(path).step == step, wish
+        assert path in paths
+    _, notes = ckpt.resolve(f"{place}/*", tmp_path)
+    assert notes == [f"{place}/* matches 3: taking {paths[1]}"]  # of several files each is one checkpoint
 
 
-def better(step: int, **changes: Any) -> Checkpoint:
-    """Its validation loss is the lower the higher the step."""
-    return record(step, **({"validation_loss": 1 / step} | changes))
+def test_a_run_folder_is_a_folder_of_checkpoints(tmp_path):
+    paths = [save(tmp_path, step, layout="stepfiles", run_id=run) for step, run in ((1, "a"), (2, "a"), (3, "b"))]
+    assert ckpt.resolve(str(tmp_path / "a"), tmp_path)[0] == paths[1]
+    assert ckpt.whole_folder(str(tmp_path / "a")) == tmp_path / "a"
+    home = save(tmp_path, 4, layout="consolidated")
+    assert ckpt.whole_folder(str(home)) is None
+    assert ckpt.whole_folder(str(home / "consolidated")) is None
+    assert ckpt.resolve(str(home / "consolidated"), tmp_path) == (
+        home, [f"{home / 'consolidated'} is a part of {home}, which is taken"],
+    )  # fmt: skip
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("[!.]*"))
-
-
-def test_the_best_is_a_second_name_and_takes_the_place_of_the_runs_earlier_one(tmp_path):
-    first, second = ckpt.save(better(1), tmp_path), ckpt.save(better(2), tmp_path)
-    ckpt.keep_best(better(1), tmp_path, saved=first)
-    kept = ckpt.keep_best(better(2), tmp_path, saved=second)
-    assert names(tmp_path / "best") == [second.name]
-    assert kept.samefile(second)  # a hard link: no second copy of the bytes
-    assert first.exists()
-    assert [one.path for one in ckpt.find(tmp_path)] == [first, second]  # one save is listed once
-    second.unlink()
-    assert tensor_bytes(ckpt.load(kept, verify=True)) == tensor_bytes(record(2))
-    assert newest(tmp_path) == kept
-
-
-def fails_without_links(source: Path, target: Path) -> None:
-    raise PermissionError(1, "no hard links here")
-
-
-def test_without_hard_links_the_best_is_a_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", fails_without_links)
-    saved = save(tmp_path)
-    kept = ckpt.keep_best(better(1), tmp_path, saved=saved)
-    assert kept.read_bytes() == saved.read_bytes()
-    assert not kept.samefile(saved)
-    assert list(tmp_path.rglob(".tmp-*")) == []
-
-
-def test_a_copy_is_made_under_the_folders_lock(tmp_path, monkeypatch):
-    """Otherwise another run's save would take the half-made copy for a leftover and remove it."""
-    saved, copy, looked = save(tmp_path), shutil.copyfileobj, []
-
-    def watched(source, target):
-        with pytest.raises(Timeout):
-            FileLock(tmp_path / FOLDER_LOCK).acquire(timeout=0)
-        looked.append(target.name)
-        copy(source, target)
-
-    monkeypatch.setattr(os, "link", fails_without_links)
-    monkeypatch.setattr(shutil, "copyfileobj", watched)
-    ckpt.keep_best(better(1), tmp_path, saved=saved)
-    assert len(looked) == 1
-
-
-def test_a_best_between_two_saves_is_saved_of_itself(tmp_path):
+def test_two_hundred_files_are_listed_in_a_second(tmp_path):
     save(tmp_path, 1)
-    kept = ckpt.keep_best(better(2), tmp_path, saved=None)
-    assert kept.parent == tmp_path / "best"
-    assert newest(tmp_path) == kept
-    again = ckpt.keep_best(better(3), tmp_path, saved=None)
-    assert names(tmp_path / "best") == [again.name]
-
-
-def test_two_runs_in_one_folder_keep_a_best_each(tmp_path, monkeypatch):
-    """Also in the same second, at the same step, of the same text."""
-    set_clock(monkeypatch, NOON)
-    one = ckpt.keep_best(better(5, run_id="a"), tmp_path, saved=None)
-    saved = ckpt.save(better(5, run_id="b"), tmp_path)
-    other = ckpt.keep_best(better(5, run_id="b"), tmp_path, saved=saved)
-    assert one != other
-    assert {ckpt.load(path).run_id for path in (tmp_path / "best").glob("*.pt")} == {"a", "b"}
-    third = ckpt.keep_best(better(6, run_id="b"), tmp_path, saved=ckpt.save(better(6, run_id="b"), tmp_path))
-    assert names(tmp_path / "best") == sorted([one.name, third.name])
-
-
-def test_what_is_not_worse_stays_until_it_is(tmp_path):
-    """A run that goes on from an earlier step has yet to reach again what it once was."""
-    lower = ckpt.keep_best(better(5, validation_loss=1.0), tmp_path, saved=None)
-    higher = ckpt.keep_best(better(3, validation_loss=2.0), tmp_path, saved=None)
-    unknown = ckpt.keep_best(better(4, validation_loss=None), tmp_path, saved=None)
-    assert all(path.exists() for path in (lower, higher, unknown))
-    assert best(tmp_path) == lower
-    ckpt.keep_best(better(6, validation_loss=1.5), tmp_path, saved=None)
-    assert not higher.exists()
-    assert lower.exists()
-
-
-def test_whether_the_best_is_kept_goes_by_run_and_step(tmp_path):
-    assert not ckpt.best_is_kept(tmp_path, better(2))
-    ckpt.keep_best(better(2), tmp_path, saved=None)
-    assert ckpt.best_is_kept(tmp_path, better(2))
-    assert not ckpt.best_is_kept(tmp_path, better(3))
-    assert not ckpt.best_is_kept(tmp_path, better(2, run_id="other"))
-
-
-def test_what_belongs_to_no_run_is_never_removed_for_a_better_one(tmp_path):
-    (tmp_path / "best").mkdir()
-    strange = hugging_face_folder(tmp_path / "best" / "strange")
-    damaged = tmp_path / "best" / "damaged.pt"
-    damaged.write_bytes(b"PK")
-    kept = [ckpt.keep_best(better(step, run_id=None), tmp_path, saved=None) for step in (1, 2)]
-    assert all(path.exists() for path in (strange, damaged, *kept))
+    (path,) = tmp_path.glob("*.pt")
+    for number in range(200):
+        shutil.copy(path, tmp_path / f"copy{number}.pt")
+    before = time.process_time()
+    assert len(list(store.scan(tmp_path))) == 201
+    assert time.process_time() - before < 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import ckpt
 import config
 import training
+from ckpt import store
 from ckpt.layouts import unified
 from data.batches import validation_windows
 from runtime.progress import Log, read_metrics
@@ -374,3 +377,86 @@ def test_a_hub_name_without_a_network_names_the_folder_form(tmp_path, monkeypatc
     code, said = train(tmp_path, GPT2_MODEL_NAME="gpt2", **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD"]))
     assert code == 3
     assert "set GPT2_MODEL_NAME to a folder" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keeping.
+
+
+def test_a_policy_of_keeping_leaves_what_it_says(tmp_path):
+    """Of steps 1 to 8: the last two whole, those at multiples of 3 without their optimizer, and the best two."""
+    policy = {"CHECKPOINT_KEEP_LAST": "2", "CHECKPOINT_KEEP_EVERY": "3", "CHECKPOINT_KEEP_BEST": "2"}
+    code, said = train(tmp_path, CHECKPOINT_INTERVAL="1", EVAL_INTERVAL="1", CHECKPOINT_PREFIX="my-run", **policy)
+    assert code == 0, said
+    folder = tmp_path / "checkpoints"
+    ordinary = {one.step: one.resumable for one in store.scan(folder, bests=False)}
+    assert ordinary == {3: False, 6: False, 7: True, 8: True}
+    losses = {
+        line["step"]: line["loss"]
+        for line in read_metrics(next((tmp_path / "runs").glob("*/metrics.jsonl")))
+        if line["split"] == "validation" and line["step"]
+    }
+    bests = {one.step: one.metadata["validation_loss"] for one in store.scan(folder) if one.path.parent.name == "best"}
+    running = [step for step in losses if losses[step] == min(losses[other] for other in losses if other <= step)]
+    assert bests == {step: losses[step] for step in sorted(running, key=losses.__getitem__)[:2]}
+    assert all(path.name.startswith("my-run_gpt2_letters_step000") for path in folder.glob("*.pt"))
+
+
+def test_keeping_no_best_leaves_no_folder_of_them(tmp_path):
+    assert train(tmp_path, CHECKPOINT_KEEP_BEST="0")[0] == 0
+    assert not (tmp_path / "checkpoints" / "best").exists()
+
+
+def test_another_run_in_the_folder_is_never_pruned(tmp_path):
+    assert train(tmp_path, CHECKPOINT_INTERVAL="2")[0] == 0
+    assert train(tmp_path, CHECKPOINT_INTERVAL="1", CHECKPOINT_KEEP_LAST="1", SEED="2")[0] == 0
+    steps = [one.step for one in ckpt.find(tmp_path / "checkpoints") if one.path.parent.name != "best"]
+    assert steps == [2, 4, 6, 8, 8]
+
+
+def test_a_disk_too_small_for_the_policy_is_told_before_the_first_step(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000))
+    code, said = train(tmp_path, CHECKPOINT_KEEP_LAST="3", CHECKPOINT_INTERVAL="1")
+    assert code == 2
+    assert "CHECKPOINT_KEEP_LAST=3: 5 checkpoints of " in said
+    assert "20,000 are free" in said
+    code, said = train(tmp_path, CHECKPOINT_INTERVAL="4")
+    assert "warning: 4 checkpoints of " in said
+    assert code == 5  # the disk refused each of them, and training went on
+    assert said.count("could not be saved (the disk is full: about ") == 4
+    assert not list((tmp_path / "checkpoints").glob("*.pt"))
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_disk_that_is_full_for_a_while_costs_one_save(background, tmp_path, monkeypatch):
+    usage = shutil.disk_usage
+    calls = []
+
+    def sometimes_full(folder: Path):
+        calls.append(folder)
+        return usage(folder)._replace(free=10) if 2 <= len(calls) <= 5 else usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", sometimes_full)
+    code, said = train(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_ASYNC=background, CHECKPOINT_KEEP_BEST="0")
+    assert code == 0, said
+    assert "step 2 could not be saved" in said
+    assert [one.step for one in ckpt.find(tmp_path / "checkpoints")][-1] == 8
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_weights_that_are_no_numbers_are_never_saved(background, tmp_path, monkeypatch):
+    learn = training.training_step
+
+    def spoiled(run, lr):
+        loss = learn(run, lr)
+        if run.step == 4:
+            run.model.wte.weight.data[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(training, "training_step", spoiled)
+    changes = {"CHECKPOINT_INTERVAL": "1", "EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0", "CHECKPOINT_KEEP_LAST": "1"}
+    code, said = train(tmp_path, CHECKPOINT_ASYNC=background, **changes)
+    assert code == 1
+    assert "step 3 is kept" in said
+    assert [one.step for one in ckpt.find(tmp_path / "checkpoints")] == [3]

@@ -4,17 +4,39 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
-from ckpt.layouts import huggingface, unified
+from ckpt.layouts import (
+    consolidated,
+    directory,
+    huggingface,
+    lecture,
+    lightning,
+    mlx,
+    nanogpt,
+    separated,
+    stepfiles,
+    unified,
+)
 from ckpt.record import Checkpoint, Json
 
 
 class Layout(Protocol):
-    """What every module here offers; `write` and `target` only those that can be written."""
+    """What every module here offers; `write` and `targets` only those that can be written."""
 
     NAME: str
+    RUN_STEM: str  # the documented name by step, in the run's own folder; empty where a name of the store's is taken
+    MEMBERS: tuple[str, ...]  # the files of a checkpoint that is a folder
 
     def detect(self, path: Path) -> bool:
         """Whether `path` is this layout's to read, or to refuse with a reason."""
+
+    def home(self, path: Path) -> Path | None:
+        """The one path under which the checkpoint that `path` is a part of is listed; None if it is no whole one."""
+
+    def files(self, path: Path) -> list[Path]:
+        """The files or the one folder that it consists of, the one that makes it visible last."""
+
+    def optimizer_file(self, path: Path) -> Path | None:
+        """The file without which it only generates; None if that is no file of its own."""
 
     def peek(self, path: Path) -> dict[str, Json]:
         """The metadata without any tensor; raises CheckpointError."""
@@ -23,10 +45,10 @@ class Layout(Protocol):
         """The whole record; raises CheckpointError."""
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Writes the record under the name `target(folder, stem)`."""
+        """Writes the record under the names `targets(folder, stem)`; returns its home."""
 
-    def target(self, folder: Path, stem: str) -> Path:
-        """The visible path of a checkpoint of this stem."""
+    def targets(self, folder: Path, stem: str) -> list[Path]:
+        """The visible paths of a checkpoint of this stem, the one that makes it visible last."""
 
     def verify_file(self, path: Path) -> list[str]:
         """What is wrong with the bytes, one sentence each."""
@@ -36,7 +58,12 @@ def _as_layout(module: ModuleType) -> Layout:
     return cast(Layout, module)
 
 
-LAYOUTS: tuple[Layout, ...] = (_as_layout(huggingface), _as_layout(unified))
+LAYOUTS: tuple[Layout, ...] = tuple(
+    map(
+        _as_layout,
+        (directory, consolidated, huggingface, stepfiles, mlx, separated, nanogpt, lightning, lecture, unified),
+    )
+)
 WRITERS: dict[str, Layout] = {layout.NAME: layout for layout in LAYOUTS if hasattr(layout, "write")}
 
 

@@ -1,30 +1,45 @@
-"""A folder as Hugging Face transformers writes a GPT-2: `config.json`, `*.safetensors`, tokenizer files. Read only so far.
+"""A folder as Hugging Face transformers writes a GPT-2: `config.json`, `*.safetensors`, tokenizer files.
 
-The pretrained weights of GPT-2 come in this form. Weights are read from safetensors alone, never from a pickle.
+The pretrained weights of GPT-2 come in this form, read from safetensors alone, never from a pickle. What is written here besides is
+passed over by transformers: `optimizer.safetensors`, and the manifest `milepost.json`, from which a run goes on exactly. A bigram
+model has the same files, but transformers knows no such model.
 """
 
-import json
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
-from ckpt.record import Checkpoint, CheckpointError, Json
+from ckpt.files import NewFile, new_folder, write_json
+from ckpt.rebuild import tokenizer_files, tokenizer_from_file
+from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, without_optimizer
+from ckpt.sidecar import check_files, file_problems, is_regular, read_json, read_manifest, write_manifest
+from ckpt.tensors import (
+    checked_tensors,
+    optimizer_groups,
+    optimizer_tensors,
+    read_safetensors,
+    take_optimizer,
+    write_safetensors,
+)
 
 NAME = "huggingface"
+RUN_STEM = ""
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-JSON_LIMIT = 64 * 2**20  # bytes
+GENERATION, OPTIMIZER, MANIFEST = "generation_config.json", "optimizer.safetensors", "milepost.json"
+MEMBERS = (CONFIG, GENERATION, WEIGHTS, INDEX, OPTIMIZER, MANIFEST, "tokenizer.json", "tokenizer_config.json")
 PUBLISHED_VOCABULARY = 50257  # GPT-2's own; a folder of that many rows without tokenizer files speaks GPT-2's BPE
 
 # transformers keeps these four as Conv1D, whose weight is (in, out): the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Causal masks that old versions stored beside the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
+ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf", "relu": "relu"}  # theirs -> ours
 # What our GPT-2 computes; another value of any of these is another model.
-EXPECTED = {
+EXPECTED: dict[str, tuple[Json, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": tuple(ACTIVATIONS),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -33,26 +48,56 @@ EXPECTED = {
 
 
 def detect(path: Path) -> bool:
-    """Whether `path` is a folder with a config.json that names a model_type, as transformers' do."""
-    if not os.path.isfile(path / CONFIG):
+    """Whether `path` is a folder with a config.json that names a model_type, as transformers' do, and no other layout's weights."""
+    if not is_regular(path / CONFIG) or any(
+        is_regular(path / name) for name in ("model.pt", "consolidated.safetensors")
+    ):
         return False
     try:
-        return "model_type" in _read_json(path / CONFIG)
+        return "model_type" in read_json(path / CONFIG)
     except CheckpointError:
         return any(path.glob("*.safetensors"))
 
 
+def home(path: Path) -> Path | None:
+    """The path under which it is listed: the folder."""
+    return path
+
+
+def files(path: Path) -> list[Path]:
+    """What it consists of: the folder."""
+    return [path]
+
+
+def optimizer_file(path: Path) -> Path | None:
+    """The file to do without for a checkpoint that only generates."""
+    return path / OPTIMIZER
+
+
 def peek(path: Path) -> dict[str, Json]:
-    """The metadata of the folder: the model's shape; step 0, because transformers records none."""
-    return {"model_type": "gpt2", "model_settings": _settings(path), "step": 0}
+    """The metadata of the folder; of transformers' own only the model's shape, and step 0, because it records none."""
+    if not os.path.lexists(path / MANIFEST):
+        return {"model_type": "gpt2", "model_settings": _settings(path), "step": 0, "parts": ["model"]}
+    manifest = read_manifest(path / MANIFEST)
+    check_files(path, manifest, optional=[OPTIMIZER])
+    values = manifest["metadata"]
+    return values if is_regular(path / OPTIMIZER) else without_optimizer(values)
 
 
 def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
-    """The record of the folder: weights in our names and orientation, tokenizer, no optimizer. Raises CheckpointError."""
+    """The record of the folder, weights in our names and orientation. Raises CheckpointError."""
+    if os.path.lexists(path / MANIFEST):
+        return _read_own(path, optimizer=optimizer, verify=verify)
     settings = _settings(path)
     weights = _read_weights(path)
     model_state = _translate(path, weights)
-    _check_head(path, weights, model_state)
+    head = weights.get("lm_head.weight")
+    if head is not None and settings["tied"] and not _is_twin(head, model_state.get("wte.weight")):
+        raise CheckpointError(
+            f"{path}: lm_head.weight differs from wte.weight, but {CONFIG} ties them: set tie_word_embeddings to false there"
+        )
+    if head is not None and not settings["tied"]:
+        model_state |= _untied(head)
     tokenizer, note = _read_tokenizer(path, settings["vocab_size"])
     record = Checkpoint(
         model_state=model_state, model_type="gpt2", model_settings=settings, tokenizer=tokenizer, path=path, layout=NAME
@@ -61,9 +106,32 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     return record
 
 
+def _read_own(path: Path, *, optimizer: bool, verify: bool) -> Checkpoint:
+    """A folder of ours, with everything that transformers has no place for."""
+    manifest = read_manifest(path / MANIFEST)
+    problems = file_problems(path, manifest, hashed=verify, optional=[OPTIMIZER])
+    if problems:
+        raise CheckpointError(f"{problems[0]}; or remove {MANIFEST} to open the folder as transformers would")
+    weights, settings = _read_weights(path), manifest["metadata"]["model_settings"]
+    if manifest["metadata"]["model_type"] == "gpt2":
+        model_state = _translate(path, weights)
+        if not settings.get("bias", True):
+            model_state = {name: tensor for name, tensor in model_state.items() if not name.endswith(".bias")}
+        if not settings.get("tied", True) and "lm_head.weight" in weights:
+            model_state |= _untied(weights["lm_head.weight"])
+        weights = model_state
+    weights = checked_tensors(weights, str(path / WEIGHTS))
+    record = from_metadata(manifest["metadata"], model_state=weights, optimizer_state=None, where=str(path / MANIFEST))
+    take_optimizer(record, path / OPTIMIZER, manifest["optimizer_groups"], wanted=optimizer)
+    record.path, record.layout = path, NAME
+    return record
+
+
 def verify_file(path: Path) -> list[str]:
-    """What is wrong with the folder; transformers stores no checksums, so only its structure can be checked."""
+    """What is wrong with the folder; transformers' own has no checksums, so that only its structure can be checked."""
     try:
+        if os.path.lexists(path / MANIFEST):
+            return file_problems(path, read_manifest(path / MANIFEST), hashed=True, optional=[OPTIMIZER])
         _settings(path)
         _read_weights(path)
     except CheckpointError as error:
@@ -71,63 +139,128 @@ def verify_file(path: Path) -> list[str]:
     return []
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing.
+
+
+def write(record: Checkpoint, folder: Path, stem: str) -> Path:
+    """Writes the folder `folder/stem`, its manifest last; returns it. The caller holds the folder's lock.
+
+    Raises CheckpointError naming what transformers' GPT-2 has no place for.
+    """
+    (path,) = targets(folder, stem)
+    gpt2 = record.model_type == "gpt2"
+    weights = _their_weights(record) if gpt2 else record.model_state
+    config = _their_config(record) if gpt2 else {"model_type": f"milepost-{record.model_type}", **record.model_settings}
+    with new_folder(path) as hidden:
+        made: dict[str, NewFile] = {WEIGHTS: write_safetensors(hidden / WEIGHTS, weights)}
+        texts = {CONFIG: config, GENERATION: {"_from_model_config": True}, **tokenizer_files(record)}
+        made |= {name: write_json(hidden / name, values) for name, values in texts.items()}
+        groups = None
+        if record.optimizer_state is not None:
+            made[OPTIMIZER] = write_safetensors(hidden / OPTIMIZER, optimizer_tensors(record.optimizer_state))
+            groups = optimizer_groups(record.optimizer_state)
+        write_manifest(hidden / MANIFEST, record, made, first={"format": "milepost"}, groups=groups)
+    return path
+
+
+def targets(folder: Path, stem: str) -> list[Path]:
+    """The path that `write` gives a checkpoint of this stem."""
+    return [folder / stem]
+
+
+def _their_config(record: Checkpoint) -> dict[str, Json]:
+    ours = record.model_settings
+    sizes = {theirs: ours[name] for name, theirs in SIZES.items()}
+    dropout = {f"{part}_pdrop": ours.get("dropout", 0.0) for part in ("resid", "embd", "attn")}
+    theirs = next(theirs for theirs, name in ACTIVATIONS.items() if name == ours.get("activation", "gelu"))
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **sizes,
+        "n_ctx": ours["block_size"],
+        **dropout,
+        "activation_function": theirs,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": ours.get("tied", True),
+        "dtype": str(record.model_state["wte.weight"].dtype).removeprefix("torch."),
+    }
+
+
+def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
+    """The weights under transformers' names and in its orientation; biases that were left out are zeros."""
+    weights: dict[str, Tensor] = {}
+    for name, tensor in record.model_state.items():
+        if name == "lm_head.bias":
+            if tensor.any():
+                raise CheckpointError(
+                    f"lm_head.bias {tuple(tensor.shape)}: transformers' GPT-2 has none, so this model cannot be written as one"
+                )
+            continue
+        theirs = name if name.startswith("lm_head.") else f"transformer.{name}"
+        weights[theirs] = tensor.t() if name.endswith(CONV1D) else tensor
+        beside = theirs.removesuffix("weight") + "bias"
+        if not record.model_settings.get("bias", True) and not theirs.endswith(
+            (".wte.weight", ".wpe.weight", "lm_head.weight")
+        ):
+            weights[beside] = torch.zeros(tensor.shape[0], dtype=tensor.dtype)
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading what transformers wrote.
+
+SIZES = {
+    "vocab_size": "vocab_size",
+    "block_size": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+
+
 def _settings(path: Path) -> dict[str, Json]:
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     for name, allowed in EXPECTED.items():
         if config.get(name, allowed[0]) not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise CheckpointError(
                 f"{path / CONFIG}: {name} is {config[name]!r:.80}, expected {expected}: this is not a GPT-2 that milepost computes"
             )
-    sizes = {
-        "vocab_size": "vocab_size",
-        "block_size": "n_positions",
-        "n_layer": "n_layer",
-        "n_head": "n_head",
-        "n_embd": "n_embd",
-    }
-    for field in sizes.values():
+    for field in SIZES.values():
         if not isinstance(config.get(field), int) or isinstance(config.get(field), bool) or config[field] < 1:
             raise CheckpointError(
                 f"{path / CONFIG}: {field} is {config.get(field)!r:.80}, expected a positive whole number"
             )
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise CheckpointError(f"{path / CONFIG}: n_inner is {config['n_inner']!r:.80}, expected null or 4 * n_embd")
+    tied = config.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise CheckpointError(f"{path / CONFIG}: tie_word_embeddings is {tied!r:.80}, expected true or false")
     dropout = config.get("resid_pdrop", 0.1)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise CheckpointError(f"{path / CONFIG}: resid_pdrop is {dropout!r:.80}, expected a number from 0 to below 1")
-    return {ours: config[theirs] for ours, theirs in sizes.items()} | {"dropout": float(dropout), "bias": True}
-
-
-def _read_json(path: Path) -> dict[str, Json]:
-    try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(f"{path}: is larger than {JSON_LIMIT} bytes, expected a small JSON file")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds {type(values).__name__}, expected an object")
-    return values
+    activation = ACTIVATIONS[config.get("activation_function", "gelu_new")]
+    sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    return sizes | {"dropout": float(dropout), "bias": True, "activation": activation, "tied": tied}
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (safe_open's handle is no dict)
-                    if name in weights:
-                        raise CheckpointError(f"{file}: {name} is in an earlier shard too")
-                    weights[name] = tensors.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, AttributeError) as error:  # the last two for a dtype torch lacks
-            raise CheckpointError(f"{file}: is damaged ({error!s:.160})") from error
+        shard = read_safetensors(file)
+        if twice := sorted(shard.keys() & weights.keys()):
+            raise CheckpointError(f"{file}: {twice[0]} is in an earlier shard too")
+        weights |= shard
+    listed = read_json(path / INDEX)["weight_map"] if (path / INDEX).is_file() else {}
+    if absent := sorted(listed.keys() - weights.keys()):
+        raise CheckpointError(f"{path / INDEX}: names {absent[0]!r:.80}, which is in none of its files")
     return weights
 
 
 def _weight_files(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
-        weight_map = _read_json(path / INDEX).get("weight_map")
+        weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path / INDEX}: has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
@@ -161,20 +294,20 @@ def _translate(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return model_state
 
 
-def _check_head(path: Path, weights: dict[str, Tensor], model_state: dict[str, Tensor]) -> None:
-    """The tied head is no parameter of ours: a head stored beside the embedding must be its twin."""
-    head = weights.get("lm_head.weight")
-    embedding = model_state.get("wte.weight")
-    if head is not None and embedding is not None and not (head.shape == embedding.shape and head.equal(embedding)):
-        raise CheckpointError(
-            f"{path}: lm_head.weight differs from wte.weight; an untied head cannot be kept in a GPT-2"
-        )
+def _is_twin(head: Tensor, embedding: Tensor | None) -> bool:
+    """Whether the head is the embedding again, which is no parameter of ours then."""
+    return embedding is None or (head.shape == embedding.shape and head.equal(embedding))
+
+
+def _untied(head: Tensor) -> dict[str, Tensor]:
+    """A head of its own as we have it; transformers' has no bias."""
+    return {"lm_head.weight": head, "lm_head.bias": torch.zeros(head.shape[:1], dtype=head.dtype)}
 
 
 def _read_tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, Json] | None, str | None]:
     """The folder's tokenizer as JSON values, and a note if it had to be guessed."""
     if (path / "tokenizer.json").is_file():
-        return {"kind": "bpe", "tokenizer": _read_json(path / "tokenizer.json")}, None
+        return tokenizer_from_file(read_json(path / "tokenizer.json")), None
     if vocab_size == PUBLISHED_VOCABULARY:
         return {
             "kind": "gpt2"

@@ -1,0 +1,147 @@
+"""What a checkpoint holds, tensor by tensor: listed without reading any, and hashed to compare two of them byte by byte."""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ckpt import archive
+from ckpt.files import CHUNK
+from ckpt.layouts import LAYOUTS, Layout, layout_of
+from ckpt.record import Checkpoint, CheckpointError
+from ckpt.tensors import DTYPES, optimizer_tensors, tensor_shapes
+
+DEEPEST = 16  # levels of dicts and lists in a file that are looked through
+TORCH_NAMES = {short: str(dtype).removeprefix("torch.") for dtype, short in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in one of a checkpoint's files; `part` is weights or optimizer."""
+
+    name: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int  # bytes
+
+
+def known_layout(path: Path) -> Layout:
+    """The layout that claims `path`; raises CheckpointError if none does."""
+    layout = layout_of(path)
+    if layout is None:
+        raise CheckpointError(f"{path}: is no checkpoint of a known layout ({', '.join(one.NAME for one in LAYOUTS)})")
+    return layout
+
+
+def all_files(path: Path) -> list[Path]:
+    """Every file of the checkpoint at `path`, in order of name; of one that is a folder, all that lie in it."""
+    files = known_layout(path).files(path)
+    found = [each for file in files for each in (sorted(file.rglob("*")) if file.is_dir() else [file])]
+    return [file for file in found if file.is_file()]
+
+
+def held(path: Path) -> list[Held]:
+    """The tensors in the files of the checkpoint at `path`, as they are called there: headers are read, and no tensor's bytes.
+
+    Raises CheckpointError if a file is damaged.
+    """
+    members = known_layout(path).MEMBERS
+    tensors: list[Held] = []
+    for file in all_files(path):
+        if file.suffix == ".safetensors":
+            tensors += _in_safetensors(file)
+        elif archive.is_archive(file) and (not members or file.relative_to(path).as_posix() in members):
+            tensors += _in_archive(file)
+    return tensors
+
+
+def _in_safetensors(file: Path) -> Iterator[Held]:
+    for name, (dtype, shape) in tensor_shapes(file).items():
+        bits = re.search(r"\d+", dtype)
+        size = math.prod(shape) * (int(bits[0]) // 8 if bits else 1)
+        yield Held(name, _part(file.name), TORCH_NAMES.get(dtype, dtype), shape, size)
+
+
+def _in_archive(file: Path) -> Iterator[Held]:
+    content, _ = archive.load(file)  # mapped from the file
+    for key, value in content.items():
+        part = "optimizer" if str(key).startswith("optim") else _part(file.name)
+        for name, tensor in _walk(value, [str(key)] if isinstance(value, Tensor) else [], seen=set()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            yield Held(name, part, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+
+
+def _part(name: str) -> str:
+    return "optimizer" if name.endswith(("optimizer.pt", "optimizer.safetensors")) else "weights"
+
+
+def _walk(value: Any, words: list[str], *, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors below `value` by their dotted names; what a file holds twice, or inside itself, is entered once."""
+    if isinstance(value, Tensor):
+        yield ".".join(words), value
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen and len(words) < DEEPEST:
+        seen.add(id(value))
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _walk(each, [*words, str(key)], seen=seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records, by their bytes.
+
+
+def named_tensors(record: Checkpoint) -> dict[str, Tensor]:
+    """Weights by their names, and the optimizer's tensors as `optimizer: {parameter}.{kind}`, whatever layout they came from."""
+    return {**record.model_state, **{f"optimizer: {name}": tensor for name, tensor in _moments(record).items()}}
+
+
+def _moments(record: Checkpoint) -> Mapping[str, Tensor]:
+    if record.optimizer_state is None:
+        return {}
+    try:
+        return optimizer_tensors(record.optimizer_state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{record.path}: its optimizer state is not in torch's form with param_names ({error})"
+        ) from error
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all the tensors, in hex."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        view = memoryview(archive.bytes_of(tensor))
+        for start in range(0, len(view), CHUNK):
+            total.update(view[start : start + CHUNK])
+    return total.hexdigest()
+
+
+def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:
+    """The tensors that are not the same in both, by name, and how they differ in words."""
+    found = {}
+    for name in [*one, *(name for name in other if name not in one)]:
+        if difference := _difference(one.get(name), other.get(name)):
+            found[name] = difference
+    return found
+
+
+def _difference(one: Tensor | None, other: Tensor | None) -> str | None:
+    if one is None or other is None:
+        return "only in the second" if one is None else "only in the first"
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return f"{_kind(one)} against {_kind(other)}"
+    if (archive.bytes_of(one) == archive.bytes_of(other)).all():
+        return None
+    most = (one.cpu().double() - other.cpu().double()).abs().max().item()
+    return f"max |difference| {most:.3g}" if most else "max |difference| 0, but other bytes"  # -0.0 and 0.0
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

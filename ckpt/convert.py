@@ -1,0 +1,147 @@
+"""Conversion: a checkpoint of any layout that can be read, written in any that can be written, and the proof that it is the same."""
+
+import dataclasses
+import datetime
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ckpt.contents import all_files, digest, known_layout, named_tensors
+from ckpt.files import remove, remove_leftovers, second_name
+from ckpt.keep import PREFIX, free_space_problem, free_stem, home_of
+from ckpt.layouts import WRITERS, Layout, layout_of
+from ckpt.locks import folder_lock
+from ckpt.rebuild import build_model
+from ckpt.record import Checkpoint, CheckpointError, tensor_bytes
+from ckpt.store import BEST_FOLDER
+
+ROWS, LONGEST = 2, 64  # of the random tokens whose logits are compared
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+HEADROOM = 2**20  # bytes of a checkpoint besides its tensors: metadata, a tokenizer
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made, and what was the same before and after: read back from the disk, not from memory."""
+
+    source: Path
+    target: Path
+    layout_before: str
+    tensors: int
+    sha256: str  # over all tensors, of both
+    logits: tuple[int, ...]  # the shape of those that were equal
+    bytes_before: int
+    bytes_after: int
+    notes: list[str]
+
+
+def convert(
+    source: Path,
+    folder: Path | None = None,
+    *,
+    layout: str,
+    model_only: bool = False,
+    prefix: str | None = None,
+    in_best: bool = False,
+    best_too: bool = False,
+) -> Converted:
+    """Writes the checkpoint at `source` once more, as `layout`, to `folder` (None: beside it), and proves that it is the same.
+
+    Step, run, lineage, save number and time stay; `source` is untouched and no name is replaced. `prefix` begins the name (None: as
+    the run's names began). `in_best` writes into best/, `best_too` gives it a second name there. Raises CheckpointError if the source
+    is damaged, the layout has no place for what it holds, or the two are not the same; OSError if the disk refuses. Nothing new is
+    left then.
+    """
+    record = known_layout(source).read(source, optimizer=not model_only, verify=True)
+    if folder is None:
+        folder, in_best = origin(record, source)
+    target = _written(record, folder, writer=WRITERS[layout], prefix=prefix or _prefix(record), in_best=in_best)
+    try:
+        sha256, shape = _proof(record, target)
+    except BaseException:
+        remove(WRITERS[layout].files(target))
+        raise
+    if best_too:
+        with folder_lock(folder):
+            (target.parent / BEST_FOLDER).mkdir(exist_ok=True)
+            second_name(WRITERS[layout].files(target), target.parent / BEST_FOLDER)
+    return Converted(
+        source=source, target=target, layout_before=record.layout or "", tensors=len(named_tensors(record)), sha256=sha256,
+        logits=shape, bytes_before=size_of(source), bytes_after=size_of(target), notes=record.notes,
+    )  # fmt: skip
+
+
+def _written(record: Checkpoint, folder: Path, *, writer: Layout, prefix: str, in_best: bool) -> Path:
+    """Writes the record below `folder`, under the name that its own save would have had, or the next free one; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if problem := free_space_problem(folder, need=tensor_bytes(record) + HEADROOM):
+        raise OSError(errno.ENOSPC, problem)
+    with folder_lock(folder):
+        place = home_of(record, folder, writer=writer)
+        for each in {folder, folder / BEST_FOLDER, place, place / BEST_FOLDER}:
+            remove_leftovers(each)
+        target = place / BEST_FOLDER if in_best else place
+        target.mkdir(parents=True, exist_ok=True)
+        stem = free_stem(record, place, writer=writer, now=_saved_at(record), prefix=prefix)
+        new = dataclasses.replace(record, save_id=os.urandom(8).hex())  # two checkpoints, not two names of one
+        return writer.write(new, target, stem)
+
+
+def _prefix(record: Checkpoint) -> str:
+    """How the names of its run began; what is in a file may not lead a name out of its folder."""
+    saved = record.hyperparameters.get("CHECKPOINT_PREFIX")
+    return saved if isinstance(saved, str) and PLAIN.fullmatch(saved) else PREFIX
+
+
+def origin(record: Checkpoint, path: Path) -> tuple[Path, bool]:
+    """The folder of checkpoints that `path` lies in, above its best/ and the run's own folder; and whether it is in a best/."""
+    layout, folder = known_layout(path), path.parent
+    in_best = folder.name == BEST_FOLDER
+    folder = folder.parent if in_best else folder
+    own = bool(layout.RUN_STEM) and folder.name == record.run_id
+    return (folder.parent if own else folder), in_best
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all the files of the checkpoint at `path`."""
+    return sum(file.stat().st_size for file in all_files(path))
+
+
+def _saved_at(record: Checkpoint) -> datetime.datetime:
+    """When it was saved, so that its name stays what it was; now, for another program's."""
+    try:
+        return datetime.datetime.fromisoformat(record.saved_at or "")
+    except ValueError:
+        return datetime.datetime.now(datetime.UTC)
+
+
+def _proof(record: Checkpoint, target: Path) -> tuple[str, tuple[int, ...]]:
+    """The hash over all tensors and the shape of the logits, if both are the same after reading `target` back; else CheckpointError."""
+    layout = layout_of(target)
+    if layout is None:
+        raise CheckpointError(f"{target}: cannot be recognised after it was written")
+    again = layout.read(target, verify=True)
+    before, after = digest(named_tensors(record)), digest(named_tensors(again))
+    if before != after:
+        raise CheckpointError(
+            f"{target}: its tensors are not those of {record.path} (sha256 {after}, not {before}): removed"
+        )
+    old, new = logits(record), logits(again)
+    if old.shape != new.shape or old.numpy().tobytes() != new.numpy().tobytes():
+        raise CheckpointError(f"{target}: its logits are not those of {record.path}: removed")
+    return after, tuple(new.shape)
+
+
+@torch.no_grad()
+def logits(record: Checkpoint) -> Tensor:
+    """The model's answer to fixed random tokens: (rows, tokens, vocabulary), float32."""
+    model = build_model(record, device=torch.device("cpu")).eval()
+    length = min(LONGEST, model.settings.block_size)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.settings.vocab_size, (ROWS, length), generator=draw)
+    return model(ids)[0]  # (B, T, V)

@@ -1,0 +1,122 @@
+"""Another program's checkpoint -> what it means here: pure functions over what a file was found to hold. No file is opened here.
+
+From torch, Lightning or MLX, flat or nested, with the prefixes that compile, DDP and Lightning leave. What a file claims is not
+believed: every failure is a CheckpointError in one sentence, and nothing is loaded in part.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ckpt.foreign.models import translated
+from ckpt.foreign.words import config_of, epoch_of, plain, step_of, together, validation_loss_of, weights_of
+from ckpt.record import CheckpointError, Json
+from ckpt.tensors import check_dense
+
+OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states")
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps for a parameter
+
+
+@dataclass(kw_only=True)
+class Foreign:
+    """What another program's checkpoint came to mean, in the fields of a Checkpoint."""
+
+    model_type: str
+    model_settings: dict[str, Json]
+    model_state: dict[str, Tensor]
+    optimizer_state: dict[str, Any] | None = None
+    step: int = 0
+    epoch: float | None = None
+    validation_loss: float | None = None
+    hyperparameters: dict[str, Json] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def understood(
+    content: Mapping[Any, Any], config: Mapping[str, Json] | None = None, *, where: str, optimizer: bool = True
+) -> Foreign:
+    """What a loaded archive means; `config` is the config.json beside it, for what the archive does not say itself.
+
+    Raises CheckpointError if its weights are not all translated, or if it contradicts itself or `config`.
+    """
+    key, weights = weights_of(content, where=where)
+    around = content if key else {}  # a bare state dict has no word beside its weights
+    config = together(config_of(around), dict(config or {}), where=where)
+    model_type, settings, state, notes = translated(weights, config, where=where)
+    moments, note = _optimizer(around, state) if optimizer else (None, None)
+    return Foreign(
+        model_type=model_type,
+        model_settings=settings,
+        model_state=state,
+        optimizer_state=moments,
+        step=step_of(around, where=where),
+        epoch=epoch_of(around, where=where),
+        validation_loss=validation_loss_of(around),
+        hyperparameters=config,
+        notes=notes + ([f"{where}: {note}"] if note else []),
+    )
+
+
+def _optimizer(content: Mapping[Any, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Any] | None, str | None]:
+    saved = next((content[word] for word in OPTIMIZERS if content.get(word) is not None), None)
+    if isinstance(saved, list | tuple) and len(saved) == 1:  # Lightning's, one an optimizer
+        saved = saved[0]
+    if saved is None or (isinstance(saved, list | tuple) and not saved):
+        return None, None
+    return nanogpt_optimizer(saved, {name: tuple(tensor.shape) for name, tensor in state.items()})
+
+
+def nanogpt_optimizer(
+    optimizer_state: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Any] | None, str | None]:
+    """nanoGPT's AdamW state with `param_names` in its groups, or None and the reason why it was left out.
+
+    nanoGPT's configure_optimizers() puts the parameters of two dimensions, in the order of named_parameters(), in its first
+    group and the rest in its second. `shapes` has our names in that order, as `translated` returns them.
+    """
+    names = [name for name, shape in shapes.items() if len(shape) >= 2]
+    count = len(names)
+    names += [name for name, shape in shapes.items() if len(shape) < 2]
+    groups, moments = _two_groups(optimizer_state, count, len(names))
+    if groups is None:
+        return None, "its optimizer state names no parameters and was left out"
+    for index, name in enumerate(names):
+        if not _are_moments(moments.get(index), shapes[name]):
+            return None, f"its optimizer state does not fit {name} {shapes[name]} and was left out"
+    kept = [{str(word): plain(value)[1] for word, value in group.items() if plain(value)[0]} for group in groups]
+    named = [
+        group | {"params": indices, "param_names": [names[index] for index in indices]}
+        for group, indices in zip(kept, (list(range(count)), list(range(count, len(names)))), strict=True)
+    ]
+    return {"state": {index: dict(moments[index]) for index in range(len(names))}, "param_groups": named}, None
+
+
+def _two_groups(values: Any, first: int, total: int) -> tuple[list[dict[str, Any]] | None, Mapping[Any, Any]]:
+    """The groups and the state if they have nanoGPT's numbers of parameters, numbered as torch does; else None."""
+    groups = values.get("param_groups") if isinstance(values, Mapping) else None
+    state = values.get("state") if isinstance(values, Mapping) else None
+    if not isinstance(groups, list) or len(groups) != 2 or not isinstance(state, Mapping) or len(state) != total:
+        return None, {}
+    wanted = (list(range(first)), list(range(first, total)))
+    for group, indices in zip(groups, wanted, strict=True):
+        given = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(given, list) or any(type(one) is not int for one in given) or given != indices:
+            return None, {}
+        if not all(isinstance(word, str) and word.isprintable() for word in group):
+            return None, {}
+    return groups, state
+
+
+def _are_moments(moments: Any, shape: tuple[int, ...]) -> bool:
+    if not isinstance(moments, dict) or moments.keys() != MOMENTS:
+        return False
+    for kind, value in moments.items():
+        try:
+            check_dense(value, "", kind)
+        except CheckpointError:
+            return False
+        if tuple(value.shape) != (() if kind == "step" else shape):
+            return False
+    return True

@@ -1,0 +1,110 @@
+"""A folder for each step (document 003): `checkpoint_001000/consolidated/` with `consolidated.safetensors` and `config.json` to share,
+and beside it `optimizer.safetensors` and `training_state.json` to go on from.
+
+The names repeat from run to run, so they are written into the run's own folder. training_state.json is the manifest, written last.
+"""
+
+import os
+from pathlib import Path
+
+from ckpt.adopt import adopted
+from ckpt.files import NewFile, new_folder, write_json
+from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, metadata, without_optimizer
+from ckpt.sidecar import check_files, file_problems, is_regular, read_manifest, write_manifest
+from ckpt.tensors import (
+    checked_tensors,
+    optimizer_groups,
+    optimizer_tensors,
+    read_safetensors,
+    take_optimizer,
+    write_safetensors,
+)
+
+NAME = "consolidated"
+RUN_STEM = "{prefix}_{step:06d}"
+FOLDER = "consolidated"
+WEIGHTS, CONFIG = f"{FOLDER}/consolidated.safetensors", f"{FOLDER}/config.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "training_state.json"
+MEMBERS = (WEIGHTS, CONFIG, OPTIMIZER, STATE)
+
+
+def detect(path: Path) -> bool:
+    """Whether `path` is a folder that holds consolidated/consolidated.safetensors."""
+    return is_regular(path / WEIGHTS)
+
+
+def home(path: Path) -> Path | None:
+    """The path under which it is listed: the folder."""
+    return path
+
+
+def files(path: Path) -> list[Path]:
+    """What it consists of: the folder."""
+    return [path]
+
+
+def optimizer_file(path: Path) -> Path | None:
+    """The file to do without for a checkpoint that only generates."""
+    return path / OPTIMIZER
+
+
+def peek(path: Path) -> dict[str, Json]:
+    """The metadata alone; raises CheckpointError if training_state.json is damaged."""
+    if not os.path.lexists(path / STATE):
+        return metadata(read(path))
+    manifest = read_manifest(path / STATE)
+    check_files(path, manifest, optional=[OPTIMIZER])
+    values = manifest["metadata"]
+    return values if is_regular(path / OPTIMIZER) else without_optimizer(values)
+
+
+def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
+    """The record of the folder. Without optimizer.safetensors it only generates, with a note.
+
+    Without training_state.json it is another program's, and its weights are known by their names and shapes.
+    """
+    if not os.path.lexists(path / STATE):
+        record = adopted(path / WEIGHTS, {"model": read_safetensors(path / WEIGHTS)}, layout=NAME)
+        record.path = path
+        return record
+    manifest = read_manifest(path / STATE)
+    check_files(path, manifest, hashed=verify, optional=[OPTIMIZER])
+    model_state = checked_tensors(read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
+    record = from_metadata(manifest["metadata"], model_state=model_state, optimizer_state=None, where=str(path / STATE))
+    take_optimizer(record, path / OPTIMIZER, manifest["optimizer_groups"], wanted=optimizer)
+    record.path, record.layout = path, NAME
+    return record
+
+
+def write(record: Checkpoint, folder: Path, stem: str) -> Path:
+    """Writes the folder `folder/stem`, its training_state.json last; returns it. The caller holds the folder's lock."""
+    (path,) = targets(folder, stem)
+    with new_folder(path) as hidden:
+        (hidden / FOLDER).mkdir()
+        config = {"model_type": record.model_type, **record.model_settings}
+        made: dict[str, NewFile] = {
+            WEIGHTS: write_safetensors(hidden / WEIGHTS, record.model_state),
+            CONFIG: write_json(hidden / CONFIG, config),
+        }
+        groups = None
+        if record.optimizer_state is not None:
+            made[OPTIMIZER] = write_safetensors(hidden / OPTIMIZER, optimizer_tensors(record.optimizer_state))
+            groups = optimizer_groups(record.optimizer_state)
+        write_manifest(hidden / STATE, record, made, first={"step": record.step, "epoch": record.epoch}, groups=groups)
+    return path
+
+
+def targets(folder: Path, stem: str) -> list[Path]:
+    """The path that `write` gives a checkpoint of this stem."""
+    return [folder / stem]
+
+
+def verify_file(path: Path) -> list[str]:
+    """What is wrong with the bytes of the files that are there, one sentence each."""
+    try:
+        if not os.path.lexists(path / STATE):
+            read(path)
+            return []
+        return file_problems(path, read_manifest(path / STATE), hashed=True, optional=[OPTIMIZER])
+    except CheckpointError as error:
+        return [str(error)]

@@ -1,0 +1,33 @@
+"""The lecture model of document 004 in one file: read only. Each head has weights of its own, which are joined; its ReLU is kept."""
+
+import re
+from pathlib import Path
+
+from ckpt import adopt, archive
+from ckpt.adopt import files, home, optimizer_file, verify_file
+from ckpt.layouts import lightning, nanogpt, separated
+from ckpt.record import Checkpoint, Json
+
+__all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "verify_file"]
+
+NAME = "lecture"
+RUN_STEM = ""
+MEMBERS: tuple[str, ...] = ()
+HEAD = re.compile(r"blocks\.0\.sa\.heads\.0\.key\.weight$")
+
+
+def detect(path: Path) -> bool:
+    """Whether `path` is an archive with tensors of single heads, and of no other layout."""
+    return any(map(HEAD.search, archive.words(path))) and not any(
+        layout.detect(path) for layout in (separated, nanogpt, lightning)
+    )
+
+
+def peek(path: Path) -> dict[str, Json]:
+    """The metadata alone; the tensors are mapped, not read."""
+    return adopt.peek(path, layout=NAME)
+
+
+def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
+    """The record of the archive at `path`; raises CheckpointError in one sentence."""
+    return adopt.read(path, layout=NAME, optimizer=optimizer, verify=verify)

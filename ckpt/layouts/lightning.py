@@ -1,0 +1,29 @@
+"""Lightning's `.ckpt`: read only. Its weights are state_dict, under the name that the module has in the LightningModule."""
+
+from pathlib import Path
+
+from ckpt import adopt, archive
+from ckpt.adopt import files, home, optimizer_file, verify_file
+from ckpt.record import Checkpoint, Json
+
+__all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "verify_file"]
+
+NAME = "lightning"
+RUN_STEM = ""
+MEMBERS: tuple[str, ...] = ()
+SIGNATURE = "pytorch-lightning_version"
+
+
+def detect(path: Path) -> bool:
+    """Whether `path` is an archive that Lightning signed."""
+    return SIGNATURE in archive.words(path)
+
+
+def peek(path: Path) -> dict[str, Json]:
+    """The metadata alone; the tensors are mapped, not read."""
+    return adopt.peek(path, layout=NAME)
+
+
+def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
+    """The record of the archive at `path`; raises CheckpointError in one sentence."""
+    return adopt.read(path, layout=NAME, optimizer=optimizer, verify=verify)

@@ -1,0 +1,29 @@
+"""nanoGPT's `ckpt.pt`: read only. Its settings are model_args; its characters are in meta.pkl, beside it if they are."""
+
+from pathlib import Path
+
+from ckpt import adopt, archive
+from ckpt.adopt import files, home, optimizer_file, verify_file
+from ckpt.layouts import lightning
+from ckpt.record import Checkpoint, Json
+
+__all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "verify_file"]
+
+NAME = "nanogpt"
+RUN_STEM = ""
+MEMBERS: tuple[str, ...] = ()
+
+
+def detect(path: Path) -> bool:
+    """Whether `path` is an archive with nanoGPT's words in it."""
+    return {"model", "model_args"} <= (words := archive.words(path)) and lightning.SIGNATURE not in words
+
+
+def peek(path: Path) -> dict[str, Json]:
+    """The metadata alone; the tensors are mapped, not read."""
+    return adopt.peek(path, layout=NAME)
+
+
+def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
+    """The record of the archive at `path`; raises CheckpointError in one sentence."""
+    return adopt.read(path, layout=NAME, optimizer=optimizer, verify=verify)

@@ -1,0 +1,109 @@
+"""Files by step: `step_000100.safetensors`, `step_000100_optimizer.safetensors` and, last, `step_000100_state.json` (document 000).
+
+The names repeat from run to run, so they are written into the run's own folder. The state JSON is the head and the manifest: step,
+epoch and metrics for people, then everything else of the record, and the sha256 of the other files.
+"""
+
+from pathlib import Path
+
+from ckpt import archive
+from ckpt.files import new_group
+from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, without_optimizer
+from ckpt.sidecar import check_files, file_problems, read_json, read_manifest, write_manifest
+from ckpt.tensors import (
+    checked_tensors,
+    optimizer_groups,
+    optimizer_tensors,
+    read_safetensors,
+    take_optimizer,
+    write_safetensors,
+)
+
+NAME = "stepfiles"
+RUN_STEM = "step_{step:06d}"
+MEMBERS: tuple[str, ...] = ()
+STATE, OPTIMIZER, WEIGHTS = "_state.json", "_optimizer.safetensors", ".safetensors"
+
+
+def detect(path: Path) -> bool:
+    """Whether `path` is a state JSON with a manifest, or one of the files beside one."""
+    if path.is_dir() or not path.name.endswith((STATE, OPTIMIZER, WEIGHTS)):
+        return False
+    state = _sibling(path, STATE)
+    if not state.is_file():
+        return False
+    try:
+        return "files" in read_json(state)
+    except CheckpointError:
+        return not archive.is_archive(state)  # damaged: for this layout to refuse
+
+
+def _sibling(path: Path, suffix: str) -> Path:
+    stem = path.name.removesuffix(STATE).removesuffix(OPTIMIZER).removesuffix(WEIGHTS)
+    return path.with_name(stem + suffix)
+
+
+def home(path: Path) -> Path | None:
+    """The weights' file, once the state JSON says that all are there."""
+    return _sibling(path, WEIGHTS)
+
+
+def files(path: Path) -> list[Path]:
+    """The files it consists of, the head last."""
+    return [file for suffix in (WEIGHTS, OPTIMIZER, STATE) if (file := _sibling(path, suffix)).is_file()]
+
+
+def optimizer_file(path: Path) -> Path | None:
+    """The file to do without for a checkpoint that only generates."""
+    return _sibling(path, OPTIMIZER)
+
+
+def peek(path: Path) -> dict[str, Json]:
+    """The metadata alone; raises CheckpointError if the state JSON is damaged."""
+    manifest, other = read_manifest(_sibling(path, STATE)), _sibling(path, OPTIMIZER)
+    check_files(path.parent, manifest, optional=[other.name])
+    values = manifest["metadata"]
+    return values if other.is_file() else without_optimizer(values)
+
+
+def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
+    """The record of the files, by any of them. Without the optimizer's file it only generates, with a note."""
+    state, weights, other = (_sibling(path, suffix) for suffix in (STATE, WEIGHTS, OPTIMIZER))
+    manifest = read_manifest(state)
+    check_files(path.parent, manifest, hashed=verify, optional=[other.name])
+    model_state = checked_tensors(read_safetensors(weights), str(weights))
+    record = from_metadata(manifest["metadata"], model_state=model_state, optimizer_state=None, where=str(state))
+    take_optimizer(record, other, manifest["optimizer_groups"], wanted=optimizer)
+    record.path, record.layout = weights, NAME
+    return record
+
+
+def write(record: Checkpoint, folder: Path, stem: str) -> Path:
+    """Writes the files, the state JSON last; returns the weights' path."""
+    weights, other, state = targets(folder, stem)
+    full = record.optimizer_state is not None
+    names = [weights.name, *([other.name] if full else []), state.name]
+    with new_group(folder, names) as hidden:
+        made = {weights.name: write_safetensors(hidden / weights.name, record.model_state)}
+        if record.optimizer_state is not None:
+            made[other.name] = write_safetensors(hidden / other.name, optimizer_tensors(record.optimizer_state))
+        losses = {"validation_loss": record.validation_loss, "best_loss": record.best_loss}
+        metrics = {name: value for name, value in losses.items() if value is not None}
+        first = {"step": record.step, "epoch": record.epoch, "metrics": metrics}
+        groups = optimizer_groups(record.optimizer_state) if record.optimizer_state else None
+        write_manifest(hidden / state.name, record, made, first=first, groups=groups)
+    return weights
+
+
+def targets(folder: Path, stem: str) -> list[Path]:
+    """The paths that `write` gives a checkpoint of this stem, its head last."""
+    return [folder / f"{stem}{suffix}" for suffix in (WEIGHTS, OPTIMIZER, STATE)]
+
+
+def verify_file(path: Path) -> list[str]:
+    """What is wrong with the bytes of the files that are there, one sentence each."""
+    try:
+        manifest = read_manifest(_sibling(path, STATE))
+        return file_problems(path.parent, manifest, hashed=True, optional=[_sibling(path, OPTIMIZER).name])
+    except CheckpointError as error:
+        return [str(error)]

@@ -1,0 +1,110 @@
+"""Saving in the background: the state is copied into buffers kept for it, and a thread writes them while training goes on."""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckpt.archive import bytes_of
+from ckpt.record import Checkpoint, named_tensors
+
+SPARE = 0.9  # of the free memory that the copy may take
+
+
+class Writer:
+    """Does jobs with records, one at a time; the next waits for the one before.
+
+    The copy is made beside the next forward and backward pass, in which no weight changes: `settle` is called before one does.
+    """
+
+    def __init__(self, *, background: bool, free_memory: Callable[[], int | None], say: Callable[[str], None]) -> None:
+        """`background=False` does every job at once; `free_memory` tells the bytes that are free in main memory, if it can."""
+        self._background, self._free_memory, self._say = background, free_memory, say
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._error: BaseException | None = None
+
+    def submit(self, record: Checkpoint, job: Callable[[Checkpoint], None]) -> None:
+        """Has `job` done with `record` as it stands now; returns at once if that is possible. Raises what the job before raised."""
+        self.wait()
+        if not self._background or not self._make_room(record):
+            job(record)
+            return
+        copy = _like(record, self._buffers)
+        self._copied.clear()
+        self._thread = threading.Thread(target=self._work, args=(record, copy, job), name="checkpoint writer")
+        self._thread.start()
+        if any(tensor.device.type not in ("cpu", "cuda") for tensor in record.model_state.values()):
+            self.settle()  # whether another kind of device lets two threads use it is not known
+
+    def settle(self) -> None:
+        """Returns when the record may change again: it is copied."""
+        if self._thread is not None:
+            self._copied.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is in flight. Raises what the last job raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _work(self, record: Checkpoint, copy: Checkpoint, job: Callable[[Checkpoint], None]) -> None:
+        try:
+            try:
+                for name, tensor in named_tensors(record).items():
+                    _copy(tensor, self._buffers[name])
+            finally:
+                self._copied.set()
+            job(copy)
+        except BaseException as error:  # raised again by whoever waits
+            self._error = error
+
+    def _make_room(self, record: Checkpoint) -> bool:
+        """Whether there are buffers for every tensor of the record; without memory for them, saves are done at once from then on."""
+        tensors = named_tensors(record)
+        new = {name: tensor for name, tensor in tensors.items() if not _fits(self._buffers.get(name), tensor)}
+        need, free = sum(tensor.nbytes for tensor in new.values()), self._free_memory()
+        try:
+            if free is not None and need > SPARE * free:
+                raise MemoryError
+            self._buffers |= {name: _buffer(tensor) for name, tensor in new.items()}
+        except (MemoryError, RuntimeError):  # the second is torch's
+            self._background, self._buffers = False, {}
+            self._say(f"no memory for a copy of {need:,} bytes: training waits for each save (CHECKPOINT_ASYNC=false)")
+        return self._background
+
+
+def _like(record: Checkpoint, buffers: dict[str, Tensor]) -> Checkpoint:
+    """The record with the buffers in place of its tensors."""
+    model_state = {name: buffers[name] for name in record.model_state}
+    optimizer_state: dict[str, Any] | None = None
+    if record.optimizer_state is not None:
+        state = record.optimizer_state["state"]
+        moments = {index: {kind: buffers[f"{index}.{kind}"] for kind in kinds} for index, kinds in state.items()}
+        optimizer_state = {**record.optimizer_state, "state": moments}
+    return dataclasses.replace(record, model_state=model_state, optimizer_state=optimizer_state)
+
+
+def _fits(buffer: Tensor | None, tensor: Tensor) -> bool:
+    return buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    """Main memory for a copy; pinned for one that comes from a GPU, which is then quicker."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _copy(tensor: Tensor, buffer: Tensor) -> None:
+    """From main memory by numpy: torch would start a second set of OpenMP threads that gets in the way of training's own."""
+    if tensor.device.type == "cpu":
+        np.copyto(bytes_of(buffer), bytes_of(tensor))
+    else:
+        buffer.copy_(tensor)

@@ -1,0 +1,176 @@
+"""Our tokenizers as the JSON files that Hugging Face's `tokenizers` and `transformers` open, and back."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from data.tokenization import (
+    END_OF_TEXT,
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Gpt2Tokenizer,
+    Tokenizer,
+    adds_nothing,
+    byte_letters,
+    check_bpe,
+    gpt2_file,
+)
+
+Json = dict[str, Any]
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+# An empty pattern matches between any two characters, line ends and combining marks included.
+EACH_CHARACTER = {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False}
+# Of GPT-2's vocabulary and merges as `_content_digest` puts them; a test holds it equal to that of the published files.
+GPT2_DIGEST = "2a84aa51ea049287ee4c5e438e96023cd6c3bc5250a519851ff57885941f125c"
+
+
+def tokenizers_json(tokenizer: Tokenizer) -> Json:
+    """What `tokenizer.json` of a Hugging Face folder holds: encodes to the ids of `tokenizer` and decodes to its text.
+
+    Two things the library does in its own way. It raises an error for characters that a char vocabulary lacks, as ours
+    does. And it takes "<|endoftext|>" in a text for the special token, where ours encodes ordinary text; its
+    `encode_special_tokens = True` (`split_special_tokens=True` in transformers) makes it do the same.
+    DataError if the files of GPT-2 are not on this machine.
+    """
+    if isinstance(tokenizer, CharTokenizer):
+        return _char_json(tokenizer.chars)
+    if isinstance(tokenizer, ByteTokenizer):
+        return _byte_level_json({letter: byte for byte, letter in enumerate(byte_letters())}, [])
+    if isinstance(tokenizer, Gpt2Tokenizer):
+        return _gpt2_json()
+    if isinstance(tokenizer, BpeTokenizer):
+        return tokenizer.to_dict()["tokenizer"]
+    raise TypeError(f"no tokenizer.json is known for a {type(tokenizer).__name__}")
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> Json:
+    """What `tokenizer_config.json` beside it holds, so that transformers' AutoTokenizer opens the folder.
+
+    The class is the one that adds nothing of its own to tokenizer.json. `model_max_length`, in tokens, is the model's
+    to say: the caller adds it.
+    """
+    config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if tokenizer.end_of_text is not None:
+        config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    return config
+
+
+def from_tokenizers_json(values: Mapping[str, Any]) -> Json:
+    """The form of `Tokenizer.to_dict` for what a `tokenizer.json` holds; `tokenization.from_dict` checks it.
+
+    A char or byte tokenizer is recognised if it is exactly what `tokenizers_json` writes, and GPT-2's by the content of
+    its vocabulary and merges, whoever wrote it. Everything else is taken for a byte-level BPE.
+    """
+    plain = _without_empty_template(values)
+    if _is_gpt2(plain):
+        return {"kind": "gpt2"}
+    if plain == tokenizers_json(ByteTokenizer()):
+        return {"kind": "byte"}
+    if _is_char(plain):
+        return {"kind": "char", "chars": _tokens_by_id(plain)}
+    return {"kind": "bpe", "tokenizer": plain}
+
+
+def _char_json(chars: list[str]) -> Json:
+    # The library wants a name for unknown tokens. One that is in no vocabulary makes them an error, not a silent gap.
+    model = {"type": "WordLevel", "vocab": {char: i for i, char in enumerate(chars)}, "unk_token": "<unk>"}
+    return _tokenizer_json(model, before=EACH_CHARACTER, decoder={"type": "Fuse"})
+
+
+def _byte_level_json(vocab: dict[str, int], merges: list[list[str]]) -> Json:
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": merges,
+    }
+    return _tokenizer_json(model, before=BYTE_LEVEL, decoder=BYTE_LEVEL)
+
+
+def _gpt2_json() -> Json:
+    vocab = json.loads(gpt2_file("encoder.json"))
+    lines = gpt2_file("vocab.bpe").decode("utf-8").split("\n")[1:-1]  # between the version and the last line's end
+    special = {
+        "id": Gpt2Tokenizer.end_of_text,
+        "content": END_OF_TEXT,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    return _byte_level_json(vocab, [line.split(" ") for line in lines]) | {"added_tokens": [special]}
+
+
+def _tokenizer_json(model: Json, *, before: Json, decoder: Json) -> Json:
+    """The library's file with everything that changes text left out."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": copy.deepcopy(before),
+        "post_processor": None,
+        "decoder": dict(decoder),
+        "model": model,
+    }
+
+
+def _without_empty_template(values: Mapping[str, Any]) -> Json:
+    """`values` without the template that transformers puts in whenever it saves a tokenizer, and that adds no token."""
+    if adds_nothing(values.get("post_processor")):
+        return {**values, "post_processor": None}
+    return dict(values)
+
+
+def _is_char(values: Json) -> bool:
+    chars = _tokens_by_id(values)
+    return all(len(char) == 1 for char in chars) and bool(chars) and values == _char_json(chars)
+
+
+def _is_gpt2(values: Json) -> bool:
+    """Whether `values` has GPT-2's tokens and merges, and nothing around them that would make other ids of a text."""
+    if _content_digest(values) != GPT2_DIGEST:
+        return False
+    try:
+        check_bpe(values)
+    except ValueError:
+        return False
+    return {token["content"] for token in values["added_tokens"]} <= {END_OF_TEXT}
+
+
+def _content_digest(values: Json) -> str | None:
+    """sha256 of the tokens in the order of their ids and of the merges, in hex; None if these are no such lists.
+
+    Older files write a merge as one string, newer ones as a pair.
+    """
+    tokens = _tokens_by_id(values)
+    merges = values["model"].get("merges") if tokens else None
+    if not isinstance(merges, list) or [values["model"]["vocab"][token] for token in tokens] != list(
+        range(len(tokens))
+    ):
+        return None
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    if not all(isinstance(pair, list) and all(isinstance(half, str) for half in pair) for pair in pairs):
+        return None
+    return hashlib.sha256(json.dumps([tokens, pairs], separators=(",", ":")).encode()).hexdigest()
+
+
+def _tokens_by_id(values: Json) -> list[str]:
+    """The tokens of the model's vocabulary in the order of their ids; none if it is no vocabulary."""
+    model = values.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict) or any(type(i) is not int for i in vocab.values()):
+        return []
+    return sorted(vocab, key=vocab.__getitem__)

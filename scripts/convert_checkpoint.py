@@ -1,0 +1,118 @@
+"""Write a checkpoint, or a whole folder of them, in another layout, and prove that nothing was lost.
+
+CHECKPOINT_PATH=latest CHECKPOINT_LAYOUT=huggingface OUTPUT=to-share CHECKPOINT_MODEL_ONLY=true python3 scripts/convert_checkpoint.py
+CHECKPOINT_PATH=checkpoints CHECKPOINT_LAYOUT=separated OUTPUT=new-checkpoints python3 scripts/convert_checkpoint.py
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+
+from typing import Any
+
+import ckpt
+from ckpt import BEST_FOLDER, CheckpointError, Found
+from ckpt.contents import known_layout
+from ckpt.convert import Converted
+from ckpt.store import scan
+from config import Config, ConfigError
+from runtime.progress import Log, shown, tell
+from training import guarded
+
+BAD = 3
+
+
+def main(settings: Config, log: Log) -> int:
+    """Converts what CHECKPOINT_PATH means; returns the exit code, 3 if something could not be converted."""
+    source = ckpt.whole_folder(settings.checkpoint_path)
+    if source is not None:
+        return convert_folder(source, settings, log)
+    path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
+    for note in notes:
+        log(note)
+    folder = None if settings.output is None else Path(settings.output)
+    if folder is None and not settings.checkpoint_model_only and settings.checkpoint_layout == known_layout(path).NAME:
+        problem = f"CHECKPOINT_LAYOUT={settings.checkpoint_layout}: {path} is laid out so already"
+        raise ConfigError([f"{problem}; set another, or OUTPUT to a folder for a copy"])
+    say(ckpt.convert(path, folder, **form(settings)), settings, log)
+    tell("Conversion complete!")
+    return 0
+
+
+def form(settings: Config) -> dict[str, Any]:
+    """How it is to be written."""
+    return {
+        "layout": settings.checkpoint_layout,
+        "model_only": settings.checkpoint_model_only,
+        "prefix": settings.checkpoint_prefix if settings.given("CHECKPOINT_PREFIX") else None,
+    }
+
+
+def say(done: Converted, settings: Config, log: Log) -> None:
+    """What was converted, its proof and its bytes."""
+    for note in done.notes:
+        log(note)
+    size = "Model-only size" if settings.checkpoint_model_only else "New size"
+    tell(f"Converted: {shown(done.source)} -> {shown(done.target)}")
+    tell(f"  tensors equal: {done.tensors}, sha256 {done.sha256}; logits equal: {' x '.join(map(str, done.logits))}")
+    tell(f"  Original size: {done.bytes_before / 1e6:,.2f} MB ({done.bytes_before:,} bytes)")
+    tell(f"  {size}: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
+    if (done.layout_before, settings.checkpoint_layout) == ("unified", "separated"):
+        tell("  Unified checkpoint split into separated format!")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole folder.
+
+
+def convert_folder(source: Path, settings: Config, log: Log) -> int:
+    """Converts every checkpoint of `source` into OUTPUT, oldest first; damaged ones are named and left out."""
+    output = target_folder(source, settings)
+    found = ckpt.find(source)
+    if not found:
+        raise CheckpointError(ckpt.listing(source))
+    done = {identity(one) for one in ckpt.find(output)}
+    kept_as_best = {one.metadata.get("save_id") for one in scan(source) if one.path.parent.name == BEST_FOLDER}
+    bad = 0
+    for one in found:
+        if (*identity(one)[:-1], settings.checkpoint_layout) in done and one.metadata.get("saved_at"):
+            log(f"{shown(one.path)} is in {shown(output)} already")
+            continue
+        in_best = one.path.parent.name == BEST_FOLDER
+        best_too = not in_best and one.metadata.get("save_id") is not None and one.metadata["save_id"] in kept_as_best
+        try:
+            say(ckpt.convert(one.path, output, in_best=in_best, best_too=best_too, **form(settings)), settings, log)
+        except CheckpointError as error:
+            bad += 1
+            log(f"skipped: {error}")
+    left_out = f"{bad} of {len(found)} could not be converted. " if bad else ""
+    tell(f"Conversion complete! {left_out}Check {shown(output)}")
+    return BAD if bad else 0
+
+
+def target_folder(source: Path, settings: Config) -> Path:
+    """OUTPUT; raises ConfigError if it is not given or would mix old and new."""
+    if settings.output is None:
+        raise ConfigError([f"OUTPUT: a whole folder ({source}) is converted to a new one; set OUTPUT to its name"])
+    output = Path(settings.output)
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError([f"OUTPUT={output}: lies in {source}, which stays untouched; name another folder"])
+    return output
+
+
+def identity(one: Found) -> tuple[Any, ...]:
+    """What a conversion keeps of a save, and the layout that it has."""
+    return *(one.metadata.get(name) for name in ("run_id", "save_number", "saved_at", "step")), one.layout
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, SETTINGS))

@@ -1,0 +1,118 @@
+"""Let go the checkpoints that the policy does not keep, of every run in CHECKPOINT_DIR. Only says so unless DRY_RUN=false.
+
+CHECKPOINT_KEEP_LAST=3 CHECKPOINT_KEEP_EVERY=10000 python3 scripts/prune_checkpoints.py
+CHECKPOINT_KEEP_LAST=3 CHECKPOINT_KEEP_EVERY=10000 DRY_RUN=false python3 scripts/prune_checkpoints.py
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+
+import contextlib
+from typing import Any
+
+import ckpt
+from ckpt import CheckpointError, Found
+from ckpt.contents import all_files, held, known_layout
+from ckpt.keep import what_expires
+from ckpt.locks import RunLock, RunLockedError
+from ckpt.store import scan
+from ckpt.tensors import not_finite
+from config import Config, ConfigError
+from runtime.progress import Log, amount, shown, table, tell
+from training import guarded
+
+
+def main(settings: Config, log: Log) -> int:
+    """Prunes each run that nobody trains right now, or says what would go; returns the exit code."""
+    if settings.checkpoint_keep_last == 0:
+        raise ConfigError(
+            ["CHECKPOINT_KEEP_LAST=0 keeps all: set how many of each run's newest checkpoints are to stay"]
+        )
+    folder = Path(settings.checkpoint_dir)
+    found = list(scan(folder))
+    if not found:
+        raise CheckpointError(ckpt.listing(folder))
+    for one in found:
+        if one.problem:
+            log(f"left alone: {one.problem}")
+    rows, freed = [], 0
+    for run_id in sorted({one.run_id for one in found if one.run_id}):
+        try:
+            with locked(folder, run_id):
+                for action, one, size in pruned(folder, run_id, settings, log):
+                    rows.append((action, str(one.step), amount(size, "B"), run_id, shown(one.path)))
+                    freed += size
+        except RunLockedError as error:
+            log(f"left alone: {error}")
+    if rows:
+        tell(table([("", "step", "frees", "run", "path"), *rows]))
+    would = "would be freed; DRY_RUN=false does it" if settings.dry_run else "freed"
+    tell(f"{freed:,} bytes {would}" if rows else "nothing to let go")
+    return 0
+
+
+@contextlib.contextmanager
+def locked(folder: Path, run_id: str) -> Any:
+    """Holds the run, so that nobody trains it meanwhile; raises RunLockedError if somebody does."""
+    lock = RunLock(folder, run_id)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> list[tuple[str, Found, int]]:
+    """What goes of a run, or went: in words, which one, and the bytes that it frees."""
+    good = newest_good(folder, run_id, log)
+    if good is None:
+        log(f"left alone: no checkpoint of run {run_id} is known to be whole")
+        return []
+    policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
+    expired = what_expires(folder, run_id=run_id, newest_good=good, **policy)
+    words = ("remove", "to model-only") if settings.dry_run else ("removed", "to model-only")
+    gone = [(words[0], one, freed_by_removing(one.path)) for one in expired.remove]
+    gone += [(words[1], one, freed_by_stripping(one.path)) for one in expired.strip]
+    if not settings.dry_run:
+        ckpt.prune(folder, run_id=run_id, newest_good=good, **policy)
+    return sorted(gone, key=lambda each: each[1].save_order)
+
+
+def newest_good(folder: Path, run_id: str, log: Log) -> Path | None:
+    """The newest checkpoint of the run outside best/ whose every byte agrees with its checksum and whose weights are numbers."""
+    own = [one for one in scan(folder, bests=False) if one.run_id == run_id]
+    for one in sorted(own, key=lambda one: one.save_order, reverse=True):
+        try:
+            if not (bad := not_finite(ckpt.load(one.path, optimizer=False, verify=True).model_state)):
+                return one.path
+            log(f"{shown(one.path)}: NaN or infinity in {bad[0]}")
+        except CheckpointError as error:
+            log(str(error))
+    return None
+
+
+def freed_by_removing(path: Path) -> int:
+    """Bytes of its files that have no second name in best/."""
+    return sum(file.stat().st_size for file in all_files(path) if file.stat().st_nlink == 1)
+
+
+def freed_by_stripping(path: Path) -> int:
+    """Bytes of its optimizer, unless its files have second names."""
+    file = known_layout(path).optimizer_file(path)
+    if any(each.stat().st_nlink > 1 for each in ([file] if file else all_files(path))):
+        return 0
+    return file.stat().st_size if file else sum(one.size for one in held(path) if one.part == "optimizer")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, SETTINGS))

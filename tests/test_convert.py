@@ -1,0 +1,236 @@
+"""scripts/convert_checkpoint.py and ckpt.convert: nothing is lost, nothing is overwritten, and what is damaged is left out."""
+
+import collections
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from records import WEIGHT, record
+from script import call, copied, family, files_of, same_tensors, script, train_family
+
+import ckpt
+from ckpt import CheckpointError, keep
+from ckpt.layouts import WRITERS, layout_of
+
+converter = script("convert_checkpoint")
+KEPT = (
+    "step",
+    "save_number",
+    "saved_at",
+    "run_id",
+    "parent",
+    "tokenizer",
+    "hyperparameters",
+    "data",
+    "schedule",
+    "validation_loss",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train_family(tmp_path_factory.mktemp("family"))
+
+
+def save(folder, one, layout="unified"):
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    return ckpt.save(one, folder / "checkpoints", layout=layout)
+
+
+def target_of(out):
+    (line,) = [line for line in out.splitlines() if line.startswith("Converted: ")]
+    return Path(line.split(" -> ")[1])
+
+
+@pytest.mark.parametrize("after", WRITERS)
+@pytest.mark.parametrize("before", ["unified", "stepfiles"])
+def test_from_one_layout_to_another_beside_it(trained, tmp_path, before, after):
+    original = ckpt.load(family(trained)[8])
+    path = save(tmp_path, original, before)
+    untouched = files_of(tmp_path / "checkpoints")
+    said = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_LAYOUT=after)
+    if after == before:
+        assert said.code == 2
+        assert f"CHECKPOINT_LAYOUT={after}: {path} is laid out so already" in said.err
+        return
+    assert said.code == 0, said.err
+    target = target_of(said.out)
+    assert said.out.endswith("Conversion complete!\n")
+    new, old = ckpt.load(target, verify=True), ckpt.load(path)
+    assert after == layout_of(target).NAME
+    assert same_tensors(new, original)
+    assert {name: getattr(new, name) for name in KEPT} == {name: getattr(old, name) for name in KEPT}
+    assert new.save_id != old.save_id
+    assert {name: data for name, data in files_of(tmp_path / "checkpoints").items() if name in untouched} == untouched
+    assert {one.path for one in ckpt.find(tmp_path / "checkpoints")} == {path, target}
+    assert ckpt.latest(ckpt.find(tmp_path / "checkpoints")).metadata["save_number"] == old.save_number
+
+
+def test_the_proof_is_printed(trained, tmp_path):
+    path = save(tmp_path, ckpt.load(family(trained)[8]))
+    out = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_LAYOUT="separated").out
+    size = sum(file.stat().st_size for file in path.parent.glob("*-*.pt"))
+    assert f"Original size: {path.stat().st_size / 1e6:.2f} MB ({path.stat().st_size:,} bytes)" in out
+    assert f"New size: {size / 1e6:.2f} MB ({size:,} bytes)" in out
+    assert "Unified checkpoint split into separated format!" in out
+    vocabulary = len(ckpt.load(path).tokenizer["chars"])
+    assert f"logits equal: 2 x 16 x {vocabulary}" in out
+    again = call(converter, tmp_path, CHECKPOINT_PATH=target_of(out), CHECKPOINT_LAYOUT="directory").out
+    assert [hashed(text) for text in (out, again)] == [hashed(out)] * 2
+
+
+def hashed(out):
+    return out.split("sha256 ")[1].split(";")[0]
+
+
+def test_without_the_optimizer(trained, tmp_path):
+    path = save(tmp_path, ckpt.load(family(trained)[8]))
+    said = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_MODEL_ONLY="true", OUTPUT=tmp_path / "to-share")
+    assert said.code == 0, said.err
+    new = ckpt.load(target_of(said.out))
+    assert (new.optimizer_state, new.parts) == (None, ["model"])
+    assert new.path.parent == tmp_path / "to-share"
+    assert all(torch.equal(tensor, new.model_state[name]) for name, tensor in ckpt.load(path).model_state.items())
+    assert f"Model-only size: {new.path.stat().st_size / 1e6:.2f} MB" in said.out
+    assert ckpt.load(path).optimizer_state is not None
+
+
+def test_the_full_one_is_the_latest_and_the_best_of_two_of_one_save(tmp_path):
+    path = save(tmp_path, record(1, validation_loss=1.0))
+    ckpt.convert(path, layout="unified", model_only=True)
+    found = ckpt.find(path.parent)
+    assert len(found) == 2
+    assert ckpt.latest(found).path == ckpt.best(found).path == path
+    assert ckpt.resolve(f"{path.parent}/*.pt", path.parent)[0] == path
+
+
+@pytest.mark.parametrize(
+    ("saved", "begins"),
+    [("my-model", "my-model_"), ("../../out", "checkpoint_"), (7, "checkpoint_"), ("x" * 41, "checkpoint_")],
+)
+def test_names_begin_as_those_of_the_run(tmp_path, saved, begins):
+    path = save(tmp_path, record(1, hyperparameters={"CHECKPOINT_PREFIX": saved}))
+    target = ckpt.convert(path, tmp_path / "new", layout="directory").target
+    assert target.parent == tmp_path / "new"
+    assert target.name.startswith(begins)
+    assert ckpt.convert(path, tmp_path / "new", layout="directory", prefix="other").target.name.startswith("other_")
+
+
+def test_nothing_is_overwritten(tmp_path):
+    path = save(tmp_path, record(1))
+    targets = [ckpt.convert(path, layout="directory").target for _ in range(3)]
+    assert len(set(targets)) == 3
+    assert all(same_tensors(ckpt.load(target), record(1)) for target in targets)
+
+
+def test_the_best_stays_in_best(tmp_path):
+    one = record(1, validation_loss=1.0)
+    path = ckpt.keep_best(one, save(tmp_path, record(9)).parent, saved=None)
+    assert ckpt.convert(path, layout="directory").target.parent == path.parent
+    stepfile = ckpt.convert(path, layout="stepfiles").target
+    assert stepfile == tmp_path / "checkpoints" / "one" / "best" / "step_000001.safetensors"
+
+
+def test_a_damaged_source_is_refused_and_leaves_nothing(tmp_path):
+    path = save(tmp_path, record(1, size=64))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # in a tensor, where only the checksum tells
+    path.write_bytes(data)
+    before = files_of(path.parent)
+    said = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_LAYOUT="directory")
+    assert (said.code, said.out) == (3, "")
+    assert "do not agree with their checksum" in said.err
+    assert files_of(path.parent) == before
+
+
+def test_what_is_not_the_same_after_reading_it_back_is_removed(tmp_path, monkeypatch):
+    """The control of the proof: a writer that loses the last bit of one number."""
+    path, write = save(tmp_path, record(1)), WRITERS["directory"].write
+
+    def lossy(one, folder, stem):
+        weight = one.model_state[WEIGHT].clone()
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+        return write(dataclasses.replace(one, model_state={WEIGHT: weight}), folder, stem)
+
+    before = files_of(path.parent)
+    monkeypatch.setattr(WRITERS["directory"], "write", lossy)
+    with pytest.raises(CheckpointError, match="its tensors are not those of"):
+        ckpt.convert(path, layout="directory")
+    assert files_of(path.parent) == before
+
+
+def test_a_full_disk_is_seen_before(tmp_path, monkeypatch):
+    path = save(tmp_path, record(1))
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(keep.shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    before = files_of(path.parent)
+    said = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_LAYOUT="directory")
+    assert said.code == 1
+    assert "the disk is full: about" in said.err
+    assert "1 are free" in said.err
+    assert files_of(path.parent) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole folder
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_a_whole_folder(trained, tmp_path, layout):
+    source, output = trained / "checkpoints", tmp_path / "new"
+    before = files_of(source)
+    said = call(converter, trained, CHECKPOINT_PATH=source, OUTPUT=output, CHECKPOINT_LAYOUT=layout)
+    assert said.code == 0, said.err
+    assert said.out.endswith(f"Conversion complete! Check {output}\n")
+    old, new = ckpt.find(source), ckpt.find(output)
+    assert len(old) == len(new) == 6
+    for one, other in zip(old, new, strict=True):
+        assert same_tensors(ckpt.load(one.path), ckpt.load(other.path, verify=True))
+        assert (one.step, one.run_id, one.save_order) == (other.step, other.run_id, other.save_order)
+        assert other.layout == layout
+    assert bests(output) == bests(source)
+    assert files_of(source) == before
+    again = call(converter, trained, CHECKPOINT_PATH=source, OUTPUT=output, CHECKPOINT_LAYOUT=layout)
+    assert (again.code, again.out) == (0, f"Conversion complete! Check {output}\n")
+    assert again.err.count("already") == 6
+    assert len(ckpt.find(output)) == 6
+
+
+def bests(folder):
+    """Run and step of what lies in a best/."""
+    return sorted((one.run_id, one.step) for one in keep.scan(folder) if one.path.parent.name == "best")
+
+
+def test_damaged_ones_are_named_and_left_out(trained, tmp_path):
+    folder = copied(trained, tmp_path)
+    os.truncate(family(folder)[4], 4000)
+    said = call(
+        converter,
+        folder,
+        CHECKPOINT_PATH=folder / "checkpoints",
+        OUTPUT=tmp_path / "new",
+        CHECKPOINT_LAYOUT="directory",
+    )
+    assert said.code == 3
+    assert f"skipped: {family(trained)[4].name}" in said.err.replace(f"{folder}/checkpoints/", "")
+    assert f"1 of {said.out.count('Converted: ') + 1} could not be converted" in said.out
+    steps = [one.step for one in ckpt.find(tmp_path / "new")]
+    assert {2, 6, 8} <= set(steps)
+
+
+def test_a_folder_goes_to_a_new_one(trained, tmp_path):
+    source = trained / "checkpoints"
+    said = call(converter, trained, CHECKPOINT_PATH=source)
+    assert (said.code, said.out) == (2, "")
+    assert "OUTPUT: a whole folder" in said.err
+    for output in (source, source / "new"):
+        said = call(converter, trained, CHECKPOINT_PATH=source, OUTPUT=output)
+        assert (said.code, said.out) == (2, "")
+        assert "which stays untouched; name another folder" in said.err
+    assert not (source / "new").exists()
+    (tmp_path / "empty").mkdir()
+    said = call(converter, trained, CHECKPOINT_PATH=tmp_path / "empty", OUTPUT=tmp_path / "new")
+    assert said.code == 3
+    assert not (tmp_path / "new").exists()

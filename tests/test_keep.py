@@ -1,0 +1,507 @@
+"""What changes a folder of checkpoints: the names and numbers of saves, the best, and what a policy lets go."""
+
+import datetime
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drive import tensor_bytes
+from filelock import FileLock, Timeout
+from hypothesis import given
+from hypothesis import strategies as st
+from records import NOON, assert_same, bits, hugging_face_folder, newest, record, save, set_clock
+
+import ckpt
+from ckpt import Checkpoint, Found, keep, store
+from ckpt.keep import file_word
+from ckpt.locks import FOLDER_LOCK
+
+LAYOUTS = sorted(ckpt.WRITERS)
+
+
+def best(folder: Path) -> Path | None:
+    found = ckpt.best(ckpt.find(folder))
+    return found.path if found else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save numbers and names
+
+
+def test_save_numbers_count_over_all_runs_and_over_best(tmp_path):
+    save(tmp_path, 1, run_id="a")
+    ckpt.keep_best(record(2, run_id="b"), tmp_path, saved=None)
+    path = save(tmp_path, 3, run_id="c")
+    assert [one.metadata["save_number"] for one in ckpt.find(tmp_path)] == [1, 2, 3]
+    path.unlink()
+    save(tmp_path, 4, run_id="a")
+    assert [one.step for one in ckpt.find(tmp_path)] == [1, 2, 4]
+
+
+def test_every_save_has_an_id_and_a_time_of_its_own(tmp_path, monkeypatch):
+    set_clock(monkeypatch, NOON)
+    one = record()
+    for _ in range(2):
+        ckpt.save(one, tmp_path)
+    first, second = (found.metadata for found in ckpt.find(tmp_path))
+    assert first["saved_at"] == "2025-11-10T12:00:00.000000+00:00"
+    assert re.fullmatch("[0-9a-f]{16}", first["save_id"])
+    assert first["save_id"] != second["save_id"]
+
+
+NAMES = [
+    ({}, "checkpoint_bigram_letters_step0007_11102025_120000.pt"),
+    ({"step": 12345}, "checkpoint_bigram_letters_step12345_11102025_120000.pt"),
+    ({"data": {"name": "carolyn_hax"}}, "checkpoint_bigram_carolyn_hax_step0007_11102025_120000.pt"),
+    ({"data": {}}, "checkpoint_bigram_text_step0007_11102025_120000.pt"),
+    ({"data": {"name": "../É /x" + "y" * 50}}, f"checkpoint_bigram_x{'y' * 39}_step0007_11102025_120000.pt"),
+    (
+        {"hyperparameters": {"GPT2_MODEL_NAME": "openai-community/gpt2-medium"}},
+        "checkpoint_bigram_letters_gpt2medium_step0007_11102025_120000.pt",
+    ),
+    (
+        {"hyperparameters": {"GPT2_MODEL_NAME": "/models/My GPT/"}},
+        "checkpoint_bigram_letters_mygpt_step0007_11102025_120000.pt",
+    ),
+    ({"hyperparameters": {"GPT2_MODEL_NAME": "日本"}}, "checkpoint_bigram_letters_step0007_11102025_120000.pt"),
+    ({"model_type": "../../x"}, "checkpoint_x_letters_step0007_11102025_120000.pt"),
+]
+
+
+@pytest.mark.parametrize(("changes", "name"), NAMES, ids=str)
+def test_names_are_as_documented(changes, name, tmp_path, monkeypatch):
+    set_clock(monkeypatch, NOON)
+    folder = tmp_path / "inner"
+    assert save(folder, **({"step": 7} | changes)) == folder / name
+    assert [path.name for path in tmp_path.iterdir()] == ["inner"]
+
+
+@given(st.text())
+def test_a_word_for_a_name_is_safe(text):
+    assert re.fullmatch("[a-z0-9_]{1,40}", file_word(text))
+
+
+def test_a_name_that_is_taken_leads_to_the_next_free_second(tmp_path, monkeypatch):
+    set_clock(monkeypatch, NOON.replace(minute=59, second=58))
+    stamps = [save(tmp_path, 1).stem[-15:] for _ in range(3)]
+    assert stamps == ["11102025_125958", "11102025_125959", "11102025_130000"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_saves_in_one_second_are_two_names_in_every_layout(layout, tmp_path, monkeypatch):
+    set_clock(monkeypatch, NOON)
+    paths = [save(tmp_path, 1, layout=layout, validation_loss=loss) for loss in (2.0, 1.0)]
+    assert [one.path for one in ckpt.find(tmp_path)] == paths
+    assert [ckpt.load(path, verify=True).validation_loss for path in paths] == [2.0, 1.0]
+    kept = ckpt.keep_best(record(1, validation_loss=0.5), tmp_path, saved=None, layout=layout)
+    assert len({path.name for path in (*paths, kept)}) == 3
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kathmandu", "America/Los_Angeles"])
+def test_where_the_machine_is_changes_neither_order_nor_names(zone, tmp_path, monkeypatch):
+    """Times are UTC: a machine that travels, or a change to summer time, puts nothing in another order."""
+    first = save(tmp_path, 1)
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        set_clock(monkeypatch, NOON)
+        second = save(tmp_path, 2)
+        assert second.stem.endswith("11102025_120000")
+        assert ckpt.load(second).saved_at == "2025-11-10T12:00:00.000000+00:00"
+        assert [one.path for one in ckpt.find(tmp_path)] == [first, second]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_clock_set_back_changes_neither_the_latest_nor_any_file(tmp_path, monkeypatch):
+    set_clock(monkeypatch, NOON)
+    first = save(tmp_path, 1)
+    before = first.read_bytes()
+    set_clock(monkeypatch, NOON - datetime.timedelta(days=400))
+    second = save(tmp_path, 1)
+    assert second.name < first.name
+    assert newest(tmp_path) == second
+    assert first.read_bytes() == before
+
+
+def test_the_last_name_in_order_names_a_checkpoint(tmp_path):
+    """As document 001 has it: CHECKPOINT=$(ls checkpoints/ | sort | tail -1)."""
+    ckpt.keep_best(record(1), tmp_path, saved=save(tmp_path, 1))
+    save(tmp_path, 2)
+    (tmp_path / ".tmp-zzz").write_bytes(b"half")
+    command = f"ls '{tmp_path}' | sort | tail -1"
+    name = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+    assert ckpt.load(tmp_path / name).model_type == "bigram"
+    assert sorted(path.name for path in tmp_path.glob("[!.]*"))[0] == "best"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# keep_best
+
+
+def better(step: int, **changes: Any) -> Checkpoint:
+    """Its validation loss is the lower the higher the step."""
+    return record(step, **({"validation_loss": 1 / step} | changes))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("[!.]*"))
+
+
+def test_the_best_is_a_second_name_and_takes_the_place_of_the_runs_earlier_one(tmp_path):
+    first, second = ckpt.save(better(1), tmp_path), ckpt.save(better(2), tmp_path)
+    ckpt.keep_best(better(1), tmp_path, saved=first)
+    kept = ckpt.keep_best(better(2), tmp_path, saved=second)
+    assert names(tmp_path / "best") == [second.name]
+    assert kept.samefile(second)  # a hard link: no second copy of the bytes
+    assert first.exists()
+    assert [one.path for one in ckpt.find(tmp_path)] == [first, second]  # one save is listed once
+    second.unlink()
+    assert tensor_bytes(ckpt.load(kept, verify=True)) == tensor_bytes(record(2))
+    assert newest(tmp_path) == kept
+
+
+def fails_without_links(source: Path, target: Path) -> None:
+    raise PermissionError(1, "no hard links here")
+
+
+def test_without_hard_links_the_best_is_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", fails_without_links)
+    saved = save(tmp_path)
+    kept = ckpt.keep_best(better(1), tmp_path, saved=saved)
+    assert kept.read_bytes() == saved.read_bytes()
+    assert not kept.samefile(saved)
+    assert list(tmp_path.rglob(".tmp-*")) == []
+
+
+def test_a_copy_is_made_under_the_folders_lock(tmp_path, monkeypatch):
+    """Otherwise another run's save would take the half-made copy for a leftover and remove it."""
+    saved, copy, looked = save(tmp_path), shutil.copyfileobj, []
+
+    def watched(source, target, *size):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / FOLDER_LOCK).acquire(timeout=0)
+        looked.append(source.name)
+        copy(source, target, *size)
+
+    monkeypatch.setattr(os, "link", fails_without_links)
+    monkeypatch.setattr(shutil, "copyfileobj", watched)
+    ckpt.keep_best(better(1), tmp_path, saved=saved)
+    assert looked == [str(saved)]
+
+
+def test_a_best_between_two_saves_is_saved_of_itself(tmp_path):
+    save(tmp_path, 1)
+    kept = ckpt.keep_best(better(2), tmp_path, saved=None)
+    assert kept.parent == tmp_path / "best"
+    assert newest(tmp_path) == kept
+    again = ckpt.keep_best(better(3), tmp_path, saved=None)
+    assert names(tmp_path / "best") == [again.name]
+
+
+def test_two_runs_in_one_folder_keep_a_best_each(tmp_path, monkeypatch):
+    """Also in the same second, at the same step, of the same text."""
+    set_clock(monkeypatch, NOON)
+    one = ckpt.keep_best(better(5, run_id="a"), tmp_path, saved=None)
+    saved = ckpt.save(better(5, run_id="b"), tmp_path)
+    other = ckpt.keep_best(better(5, run_id="b"), tmp_path, saved=saved)
+    assert one != other
+    assert {ckpt.load(path).run_id for path in (tmp_path / "best").glob("*.pt")} == {"a", "b"}
+    third = ckpt.keep_best(better(6, run_id="b"), tmp_path, saved=ckpt.save(better(6, run_id="b"), tmp_path))
+    assert names(tmp_path / "best") == sorted([one.name, third.name])
+
+
+def test_what_is_not_worse_stays_until_it_is(tmp_path):
+    """A run that goes on from an earlier step has yet to reach again what it once was."""
+    lower = ckpt.keep_best(better(5, validation_loss=1.0), tmp_path, saved=None)
+    higher = ckpt.keep_best(better(3, validation_loss=2.0), tmp_path, saved=None)
+    unknown = ckpt.keep_best(better(4, validation_loss=None), tmp_path, saved=None)
+    assert all(path.exists() for path in (lower, higher, unknown))
+    assert best(tmp_path) == lower
+    ckpt.keep_best(better(6, validation_loss=1.5), tmp_path, saved=None)
+    assert not higher.exists()
+    assert lower.exists()
+
+
+def test_whether_the_best_is_kept_goes_by_run_and_step(tmp_path):
+    assert not ckpt.best_is_kept(tmp_path, better(2))
+    ckpt.keep_best(better(2), tmp_path, saved=None)
+    assert ckpt.best_is_kept(tmp_path, better(2))
+    assert not ckpt.best_is_kept(tmp_path, better(3))
+    assert not ckpt.best_is_kept(tmp_path, better(2, run_id="other"))
+
+
+def test_what_belongs_to_no_run_is_never_removed_for_a_better_one(tmp_path):
+    (tmp_path / "best").mkdir()
+    strange = hugging_face_folder(tmp_path / "best" / "strange")
+    damaged = tmp_path / "best" / "damaged.pt"
+    damaged.write_bytes(b"PK")
+    kept = [ckpt.keep_best(better(step, run_id=None), tmp_path, saved=None) for step in (1, 2)]
+    assert all(path.exists() for path in (strange, damaged, *kept))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("alone", [True, False], ids=["saved for it", "second name"])
+def test_the_best_of_every_layout_is_whole_and_the_earlier_one_goes(alone, layout, tmp_path):
+    kept = []
+    for step in (1, 2):
+        saved = None if alone else ckpt.save(better(step), tmp_path, layout=layout)
+        kept.append(ckpt.keep_best(better(step), tmp_path, saved=saved, layout=layout))
+    assert kept[1].parent.name == "best"
+    assert_same(ckpt.load(kept[1], verify=True), better(2))
+    in_best = [one.path for one in ckpt.find(tmp_path) if one.path.parent.name == "best"]
+    assert in_best == ([kept[1]] if alone else [])  # the ordinary name of a save is listed before its second
+    assert [one.step for one in ckpt.find(tmp_path)] == ([2] if alone else [1, 2])
+    assert {path.parent for path in tmp_path.rglob("best/*")} == {kept[1].parent}
+    leftover = [path for path in tmp_path.rglob("*") if "step0001" in path.name or "000001" in path.name]
+    assert [path for path in leftover if "best" in path.parts] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_happens_to_one_name_leaves_the_other(layout, tmp_path):
+    saved = ckpt.save(better(1), tmp_path, layout=layout)
+    kept = ckpt.keep_best(better(1), tmp_path, saved=saved, layout=layout)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=None)
+    keep.strip(saved)
+    assert_same(ckpt.load(kept, verify=True), better(1))
+    (one,) = ckpt.find(tmp_path)
+    assert (one.path, one.resumable) == (kept, True)  # the fuller of two names
+
+
+LOSSES = [3.0, 1.0, 2.0, 4.0, 1.5, 0.5, 2.5]
+KEPT_OF = [
+    # What stays after each loss: the `count` best and whatever is not worse than the last.
+    (1, [[3.0], [1.0], [1.0, 2.0], [1.0, 2.0, 4.0], [1.0, 1.5], [0.5], [0.5, 2.5]]),
+    (2, [[3.0], [1.0, 3.0], [1.0, 2.0], [1.0, 2.0, 4.0], [1.0, 1.5], [0.5, 1.0], [0.5, 1.0, 2.5]]),
+    (
+        3,
+        [
+            [3.0],
+            [1.0, 3.0],
+            [1.0, 2.0, 3.0],
+            [1.0, 2.0, 3.0, 4.0],
+            [1.0, 1.5, 2.0],
+            [0.5, 1.0, 1.5],
+            [0.5, 1.0, 1.5, 2.5],
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("count", "after"), KEPT_OF)
+def test_so_many_of_the_best_are_kept(count, after, tmp_path):
+    for step, (loss, kept) in enumerate(zip(LOSSES, after, strict=True), start=1):
+        ckpt.keep_best(better(step, validation_loss=loss), tmp_path, saved=None, count=count)
+        assert sorted(one.metadata["validation_loss"] for one in ckpt.find(tmp_path)) == kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# expired: which ones a policy lets go
+
+
+FOLDER = Path("checkpoints")
+
+
+def seen(
+    step: int, *, run: str | None = "mine", resumable: bool = True, problem: str | None = None, **more: Any
+) -> Found:
+    """The save of a step; a later step is a later save."""
+    place = FOLDER / "best" if more.pop("best", False) else FOLDER
+    values = {
+        "step": step,
+        "run_id": run,
+        "save_number": step + 1,
+        "parts": ["model", *(["optimizer"] if resumable else [])],
+    }
+    return Found(place / f"{run}-{step}", {} if problem else values | more, problem)
+
+
+def policy(
+    found: list[Found], *, keep_last: int, keep_every: int = 0, newest_good: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Steps that go, and steps that are stripped."""
+    good = None if newest_good is None else FOLDER / f"mine-{newest_good}"
+    gone = store.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, newest_good=good)
+    return [one.step for one in gone.remove], [one.step for one in gone.strip]
+
+
+SIX = [seen(step) for step in (10, 20, 30, 40, 50, 60)]
+FINAL = [seen(step, hyperparameters={"TRAINING_STEPS": 30}) for step in (10, 20, 30, 40, 50)]
+POLICIES = [
+    # found, policy -> removed, stripped
+    ("none", [], {"keep_last": 1}, [], []),
+    ("0 keeps all", SIX, {"keep_last": 0}, [], []),
+    ("0 keeps all as they are", SIX, {"keep_last": 0, "keep_every": 20}, [], []),
+    ("the last", SIX, {"keep_last": 1}, [10, 20, 30, 40, 50], []),
+    ("the last three", SIX, {"keep_last": 3}, [10, 20, 30], []),
+    ("as many as there are", SIX, {"keep_last": 6}, [], []),
+    ("more than there are", SIX, {"keep_last": 99}, [], []),
+    ("every twentieth", SIX, {"keep_last": 2, "keep_every": 20}, [10, 30], [20, 40]),
+    ("every one", SIX, {"keep_last": 2, "keep_every": 10}, [], [10, 20, 30, 40]),
+    ("every that no step is", SIX, {"keep_last": 2, "keep_every": 7}, [10, 20, 30, 40], []),
+    ("step 0 is a multiple of all", [seen(0), *SIX], {"keep_last": 6, "keep_every": 1000}, [], [0]),
+    ("stripped already", [seen(20, resumable=False), *SIX[2:]], {"keep_last": 1, "keep_every": 20}, [30, 50], [40]),
+    ("the final one", FINAL, {"keep_last": 1}, [10, 20, 40], []),
+    ("the final one as it is", FINAL, {"keep_last": 1, "keep_every": 30}, [10, 20, 40], []),
+    ("known to be whole", SIX, {"keep_last": 1, "newest_good": 30}, [10, 20, 40, 50], []),
+    ("known to be whole as it is", SIX, {"keep_last": 1, "keep_every": 10, "newest_good": 30}, [], [10, 20, 40, 50]),
+    ("damaged", [seen(10), seen(20, problem="damaged"), seen(30)], {"keep_last": 1}, [10], []),
+    ("damaged ones do not count", [seen(10), seen(20), seen(30, problem="damaged")], {"keep_last": 1}, [10], []),
+    ("best/", [seen(10, best=True), seen(20), seen(30)], {"keep_last": 1}, [20], []),
+    ("another run's", [seen(10, run="other"), seen(20), seen(30), seen(40, run="other")], {"keep_last": 1}, [20], []),
+    ("of no run", [seen(10, run=None), seen(20), seen(30)], {"keep_last": 1}, [20], []),
+    ("in any order", [SIX[3], SIX[0], SIX[5], SIX[1], SIX[4], SIX[2]], {"keep_last": 2}, [10, 20, 30, 40], []),
+    ("by save, not by step", [seen(900, save_number=1), seen(5, save_number=2)], {"keep_last": 1}, [900], []),
+]
+
+
+@pytest.mark.parametrize(
+    ("found", "words", "removed", "stripped"), [case[1:] for case in POLICIES], ids=[case[0] for case in POLICIES]
+)
+def test_a_policy_lets_go_what_it_says_and_nothing_else(found, words, removed, stripped):
+    assert policy(found, **words) == (removed, stripped)
+
+
+saves = st.lists(
+    st.builds(
+        seen,
+        st.integers(0, 50),
+        run=st.sampled_from(["mine", "other", None]),
+        resumable=st.booleans(),
+        problem=st.sampled_from([None, None, None, "damaged"]),
+        best=st.booleans(),
+        save_number=st.none() | st.integers(1, 9),
+    ),
+    max_size=12,
+)
+
+
+@given(saves, st.integers(0, 4), st.integers(0, 9), st.none() | st.integers(0, 50))
+def test_no_policy_takes_the_newest_or_what_is_not_its_own(found, keep_last, keep_every, newest_good):
+    good = None if newest_good is None else FOLDER / f"mine-{newest_good}"
+    before = list(found)
+    gone = store.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, newest_good=good)
+    assert found == before
+    touched = [*gone.remove, *gone.strip]
+    assert all(any(one is other for other in found) for one in touched)
+    for one in touched:
+        assert (one.run_id, one.problem, one.path.parent) == ("mine", None, FOLDER)
+        assert one.path != good
+    own = sorted(
+        (one for one in found if one.run_id == "mine" and not one.problem and one.path.parent == FOLDER),
+        key=lambda one: one.save_order,
+    )
+    assert not any(one is other for one in touched for other in (own[-keep_last:] if keep_last else own))
+    assert all(keep_every and one.step % keep_every == 0 and one.resumable for one in gone.strip)
+    assert not any(keep_every and one.step % keep_every == 0 for one in gone.remove)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prune: letting them go
+
+
+def saves_of(folder: Path, layout: str, *, steps: range = range(10, 70, 10), run_id: str = "one") -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    return [ckpt.save(record(step, run_id=run_id), folder, layout=layout) for step in steps]
+
+
+def pruned(folder: Path, *, keep_last: int = 2, keep_every: int = 20, newest_good: Path | None = None) -> store.Expired:
+    return ckpt.prune(folder, run_id="one", keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
+
+
+def held(folder: Path) -> dict[int, bool]:
+    """Each step that `folder` holds, and whether a run can go on from it."""
+    found = ckpt.find(folder)
+    assert [one.problem for one in found] == [None] * len(found)
+    return {one.step: one.resumable for one in found}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_expired_goes_and_what_is_kept_to_generate_from_loses_its_optimizer(layout, tmp_path):
+    saves_of(tmp_path, layout)
+    before = sum(one.size for one in ckpt.find(tmp_path))
+    gone = pruned(tmp_path)
+    assert ([one.step for one in gone.remove], [one.step for one in gone.strip]) == ([10, 30], [20, 40])
+    assert held(tmp_path) == {20: False, 40: False, 50: True, 60: True}
+    for one in ckpt.find(tmp_path):
+        read = ckpt.load(one.path, verify=True)
+        expected = record(one.step)
+        assert bits(read).items() <= bits(expected).items()
+        assert read.model_state.keys() == expected.model_state.keys()
+        assert (read.optimizer_state is not None) == one.resumable
+        assert read.save_number == one.step // 10
+        assert ckpt.verify(one.path) == []
+    assert sum(one.size for one in ckpt.find(tmp_path)) < before * 0.7
+    assert list(tmp_path.rglob(".tmp-*")) == []
+    again = pruned(tmp_path)
+    assert (again.remove, again.strip) == ([], [])
+    assert held(tmp_path) == {20: False, 40: False, 50: True, 60: True}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_others_and_the_best_are_left_alone(layout, tmp_path):
+    other = saves_of(tmp_path, layout, run_id="two", steps=range(10, 40, 10))
+    saves_of(tmp_path, layout)
+    best = ckpt.keep_best(better(70), tmp_path, saved=None, layout=layout)
+    (tmp_path / "notes.txt").write_text("mine")
+    foreign = hugging_face_folder(tmp_path / "gpt2")
+    pruned(tmp_path, keep_last=1, keep_every=0)
+    assert [one.path for one in ckpt.find(tmp_path) if one.run_id == "two"] == other
+    assert sorted(one.step for one in ckpt.find(tmp_path) if one.run_id == "one") == [60, 70]
+    assert_same(ckpt.load(best, verify=True), better(70))
+    assert foreign.exists()
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_layouts_mixed_in_one_folder_are_one_run(tmp_path):
+    for number, layout in enumerate(LAYOUTS):
+        saves_of(tmp_path, layout, steps=range(10 * number + 10, 10 * number + 20, 10))
+    assert list(held(tmp_path)) == [10, 20, 30, 40, 50, 60]
+    pruned(tmp_path)
+    assert held(tmp_path) == {20: False, 40: False, 50: True, 60: True}
+
+
+def test_what_is_known_to_be_whole_stays_and_what_is_damaged_too(tmp_path):
+    paths = saves_of(tmp_path, "unified")
+    paths[3].write_bytes(paths[3].read_bytes()[:-9])
+    pruned(tmp_path, keep_last=1, keep_every=0, newest_good=paths[1])
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == sorted(paths[n].name for n in (1, 3, 5))
+
+
+def test_zero_keeps_all_as_they_are(tmp_path):
+    saves_of(tmp_path, "unified")
+    gone = pruned(tmp_path, keep_last=0)
+    assert (gone.remove, gone.strip) == ([], [])
+    assert held(tmp_path) == dict.fromkeys(range(10, 70, 10), True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_strip_that_was_interrupted_is_ended_by_the_next(layout, tmp_path):
+    """A single file is written anew before the old one goes: between the two both are there, and are one save."""
+    path = saves_of(tmp_path, layout, steps=range(10, 30, 10))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keep, "remove", lambda files: None)
+        keep.strip(path)
+    assert len(ckpt.find(tmp_path)) == 2
+    pruned(tmp_path, keep_last=1, keep_every=10)
+    assert held(tmp_path) == {10: False, 20: True}
+    assert len(list(store.scan(tmp_path))) == 2
+
+
+def test_names_of_what_was_stripped_say_so(tmp_path):
+    path = save(tmp_path)
+    keep.strip(path)
+    assert names(tmp_path) == [f"{path.stem}_model.pt"]
+
+
+def test_free_space_is_told_before_it_is_missed(tmp_path):
+    assert ckpt.free_space_problem(tmp_path, need=1) is None
+    words = ckpt.free_space_problem(tmp_path, need=2**60)
+    assert words is not None
+    assert words.startswith(f"the disk is full: about {2**60:,} bytes are needed in {tmp_path}")

@@ -1,0 +1,280 @@
+"""scripts/list_checkpoints.py and scripts/inspect_checkpoint.py: what they show, and what they leave unread."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from drive import ROOT
+from records import WEIGHT, record
+from script import call, copied, family, script, train_family
+
+import ckpt
+from ckpt.layouts import WRITERS, unified
+
+lister, inspector = script("list_checkpoints"), script("inspect_checkpoint")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train_family(tmp_path_factory.mktemp("family"))
+
+
+def save(folder, one, layout="unified"):
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    return ckpt.save(one, folder / "checkpoints", layout=layout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# list
+
+
+def test_every_checkpoint_in_the_order_of_saving(trained):
+    said = call(lister, trained)
+    assert said.code == 0
+    head, *lines = said.out.split("\n\n")[0].splitlines()
+    assert head.split() == ["step", "loss", "size", "layout", "run", "saved", "(UTC)", "resumable", "path"]
+    assert [line.split()[0] for line in lines] == ["2", "4", "6", "8", "5", "6"]
+    assert [line.split()[1] for line in lines if "step0008" in line] == [f"{loss_at(trained, 8):.4f}"]
+    assert all(" unified " in line and " yes " in line for line in lines)
+    assert ["latest" in line for line in lines] == [False] * 5 + [True]
+
+
+def loss_at(folder, step):
+    return ckpt.load(family(folder)[step], optimizer=False).validation_loss
+
+
+def test_the_best_of_the_latest_run_is_marked(tmp_path):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        save(tmp_path, record(step, validation_loss=loss))
+    lines = [line.split() for line in call(lister, tmp_path).out.splitlines()[1:4]]
+    assert [(words[1], [word for word in words if word in ("best", "latest")]) for words in lines] == [
+        ("3.0000", []),
+        ("1.0000", ["best"]),
+        ("2.0000", ["latest"]),
+    ]
+
+
+def test_lineage_tells_where_each_run_began(trained):
+    head, first, child = call(lister, trained).out.split("\n\n")[1].splitlines()
+    assert head.split() == ["run", "checkpoints", "began", "with", "changed"]
+    assert first.split()[1:] == ["4", "fresh", "weights"]
+    parent = first.split()[0]
+    assert f"{parent} at step 4 ({family(trained)[4].name})" in child
+    assert child.endswith("BATCH_SIZE 4 -> 2")
+
+
+def test_a_damaged_one_is_a_row_and_a_reason(trained, tmp_path):
+    folder = copied(trained, tmp_path)
+    path = family(folder)[6]
+    os.truncate(path, 5000)
+    said = call(lister, folder)
+    assert said.code == 0
+    (row,) = [line for line in said.out.splitlines() if line.startswith("?")]
+    assert row.split()[-2:] == ["damaged", str(path)]
+    assert f"damaged: {path}: is damaged or cut short" in said.out
+    assert len(said.out.split("damaged: ")[0].splitlines()) == 1 + 6
+
+
+def test_model_only_is_told(tmp_path):
+    save(tmp_path, record(1, optimizer_state=None))
+    save(tmp_path, record(2))
+    lines = call(lister, tmp_path).out.splitlines()[1:3]
+    assert [[word for word in line.split() if word in ("yes", "no")] for line in lines] == [["no"], ["yes"]]
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_every_layout_is_listed_once(tmp_path, layout):
+    path = save(tmp_path, record(3, validation_loss=0.5), layout)
+    (line,) = call(lister, tmp_path).out.split("\n\n")[0].splitlines()[1:]
+    size = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*") if file.is_file())
+    assert line.split()[:2] == ["3", "0.5000"]
+    assert line.split()[3] == layout
+    assert line.endswith(str(path))
+    assert line.split()[2] == f"{size / 1000:.3g}kB"
+
+
+def test_another_folder_by_checkpoint_path(trained, tmp_path):
+    said = call(lister, tmp_path, CHECKPOINT_PATH=trained / "checkpoints")
+    assert said.code == 0
+    assert said.out.count("step000") >= 6
+
+
+def test_what_is_no_folder_of_checkpoints_is_refused(trained, tmp_path):
+    said = call(lister, trained, CHECKPOINT_PATH=family(trained)[2])
+    assert (said.code, said.out) == (2, "")
+    assert "is no folder of checkpoints; name one" in said.err
+    assert call(lister, tmp_path).code == 3
+    (tmp_path / "checkpoints").mkdir()
+    said = call(lister, tmp_path)
+    assert (said.code, said.out) == (3, "")
+    assert "holds no checkpoint; was ENABLE_CHECKPOINTS=true set when training?" in said.err
+
+
+def test_two_hundred_files_in_under_a_second(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for step in range(1, 201):
+        one = record(step, save_id=f"{step:016x}", save_number=step, tokenizer={"kind": "char", "chars": ["a"] * 8})
+        unified.write(one, tmp_path / "checkpoints", f"checkpoint_step{step}")
+    since = time.process_time()
+    said = call(lister, tmp_path)
+    assert time.process_time() - since < 1
+    assert [line.split()[0] for line in said.out.splitlines()[1:201]] == [str(step) for step in range(1, 201)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inspect
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_sections_of_every_layout(trained, tmp_path, layout):
+    original = ckpt.load(family(trained)[8])
+    path = save(tmp_path, original, layout)
+    said = call(inspector, tmp_path, CHECKPOINT_PATH=path)
+    assert said.code == 0, said.err
+    names = [line for line in said.out.splitlines() if line.startswith("===")]
+    assert names == [f"=== {name} ===" for name in ("FORMAT", "CONFIG", "TOKENIZER", "TRAINING STATE", "TENSORS")]
+    sections = dict(part.split(" ===\n", 1) for part in said.out.removeprefix("=== ").split("\n\n=== "))
+    assert sections["FORMAT"].split()[:2] == ["layout:", layout]
+    assert f"Location: {path}\n" in sections["FORMAT"]
+    assert ["LEARNING_RATE:", "0.001"] in [line.split() for line in sections["CONFIG"].splitlines()]
+    assert [line.split() for line in sections["TOKENIZER"].splitlines()][:2] == [
+        ["kind:", "char"],
+        ["vocab:", str(len(original.tokenizer["chars"])), "tokens"],
+    ]
+    assert sections["TRAINING STATE"].startswith("Last recorded training step: 8 of 8\n")
+    assert sections["TRAINING STATE"].endswith("Optimizer state available - can resume training")
+    check_tensors(sections["TENSORS"], original, tmp_path / "checkpoints")
+
+
+def check_tensors(text, original, folder):
+    """Bytes by part against the record's own tensors and the files' sizes."""
+    weights = sum(tensor.nbytes for tensor in original.model_state.values())
+    moments = [each for kinds in original.optimizer_state["state"].values() for each in kinds.values()]
+    optimizer = sum(tensor.nbytes for tensor in moments)
+    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert text.startswith(f"Number of tensors: {len(original.model_state) + len(moments)}\n")
+    said = {line.split()[0]: line.split()[1] for line in text.splitlines()[-4:]}
+    expected = {"weights": weights, "optimizer": optimizer, "rest": total - weights - optimizer, "total": total}
+    assert said == {name: f"{size:,}" for name, size in expected.items()}
+    assert "float32" in text
+
+
+def test_names_and_shapes_of_the_first_tensors(trained):
+    text = call(inspector, trained, CHECKPOINT_PATH=family(trained)[8]).out
+    lines = [line.split(maxsplit=2) for line in text.split("weights:\n")[1].splitlines()[:6]]
+    state = ckpt.load(family(trained)[8]).model_state
+    assert lines[:5] == [[name, "float32", str(tuple(state[name].shape))] for name in list(state)[:5]]
+    assert lines[5][:2] == ["...", "and"]
+
+
+def test_model_only_cannot_resume(tmp_path):
+    save(tmp_path, record(1, optimizer_state=None))
+    text = call(inspector, tmp_path).out
+    assert "No optimizer state - model-only checkpoint" in text
+    assert "Optimizer state available" not in text
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("optimizer ")] == ["0"]
+
+
+def test_a_prefix_with_the_word_optimizer_confuses_nobody(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    ckpt.save(record(1, optimizer_state=None), tmp_path / "checkpoints", prefix="optimizer")
+    assert "\noptimizer  0 bytes" in call(inspector, tmp_path).out
+
+
+def test_a_damaged_one_is_refused_in_a_sentence(tmp_path):
+    path = save(tmp_path, record(1))
+    os.truncate(path, 1000)
+    said = call(inspector, tmp_path, CHECKPOINT_PATH=path)
+    assert (said.code, said.out) == (3, "")
+    assert said.err.startswith(f"error: {path}: is damaged or cut short")
+    assert call(inspector, tmp_path, CHECKPOINT_PATH=tmp_path / "nothing.pt").code == 3
+
+
+PEAK = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from pathlib import Path
+from script import call, script
+module = script("inspect_checkpoint")
+for path in {paths!r}:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+    assert call(module, Path({folder!r}), CHECKPOINT_PATH=path, **{changes!r}).code == 0
+    print(*(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+def peaks(folder, *paths, **changes):
+    """The peak memory in bytes of a process while it looks at each path."""
+    if not os.path.exists("/proc/self/clear_refs"):
+        pytest.skip("the system does not tell a process's peak")
+    program = PEAK.format(root=str(ROOT), paths=[str(path) for path in paths], folder=str(folder), changes=changes)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [int(line) * 1024 for line in done.stdout.split()]
+
+
+@pytest.mark.parametrize("layout", ["unified", "directory", "huggingface"])
+def test_no_tensor_is_loaded(tmp_path, layout):
+    small = save(tmp_path, record(1, tokenizer=None), layout)
+    large = save(tmp_path, record(2, size=2000, tokenizer=None), layout)  # 48 MB
+    _, before, after = peaks(tmp_path, small, small, large)
+    assert after - before < 4e6
+
+
+def test_control_comparing_does_load_them(tmp_path):
+    small = save(tmp_path, record(1, tokenizer=None))
+    large = save(tmp_path, record(2, size=2000, tokenizer=None))
+    _, before, after = peaks(tmp_path, small, small, large, COMPARE_WITH=str(large))
+    assert after - before > 30e6
+
+
+# COMPARE_WITH
+
+
+def test_nothing_is_said_of_two_that_are_equal(trained, tmp_path):
+    path = family(trained)[8]
+    other = save(tmp_path, dataclasses.replace(ckpt.load(path)), "stepfiles")
+    said = call(inspector, trained, CHECKPOINT_PATH=path, COMPARE_WITH=path)
+    assert (said.code, said.out) == (0, "")
+    assert "are the same" in said.err
+    differing = call(inspector, trained, CHECKPOINT_PATH=path, COMPARE_WITH=other).out.splitlines()[1:]
+    assert [line.split()[:2] for line in differing] == [["metadata", "save_number"], ["metadata", "saved_at"]]
+
+
+def test_settings_metadata_and_tensors_that_differ(tmp_path):
+    one, other = record(1), record(1, hyperparameters={"BATCH_SIZE": 3}, run_id="two")
+    other.model_state = {WEIGHT: one.model_state[WEIGHT].clone()}
+    other.model_state[WEIGHT][3, 4] += 0.5
+    paths = [save(tmp_path, each) for each in (one, other)]
+    said = call(inspector, tmp_path, CHECKPOINT_PATH=paths[0], COMPARE_WITH=paths[1])
+    found = {tuple(line.split()[:2]): line.split()[2:] for line in said.out.splitlines()[1:]}
+    assert found["setting", "BATCH_SIZE"] == ["2", "3"]
+    assert found["metadata", "run_id"] == ["one", "two"]
+    assert found["tensor", WEIGHT] == ["max", "|difference|", "0.5"]
+    assert {kind for kind, _ in found} == {"setting", "metadata", "tensor"}
+    assert sum(kind == "tensor" for kind, _ in found) == 1
+
+
+def test_tensors_of_other_shapes_and_of_one_alone(tmp_path):
+    paths = [save(tmp_path, each) for each in (record(1), record(1, size=9, optimizer_state=None))]
+    out = call(inspector, tmp_path, CHECKPOINT_PATH=paths[0], COMPARE_WITH=paths[1]).out
+    assert f"{WEIGHT}" in out
+    assert "float32 (8, 8) against float32 (9, 9)" in out
+    assert out.count("only in the first") == 3
+
+
+def test_signs_of_zero_and_nan_are_bytes(tmp_path):
+    one, other = record(1), record(1)
+    one.model_state, other.model_state = {WEIGHT: torch.zeros(8, 8)}, {WEIGHT: -torch.zeros(8, 8)}
+    paths = [save(tmp_path, each) for each in (one, other)]
+    assert (
+        "max |difference| 0, but other bytes"
+        in call(inspector, tmp_path, CHECKPOINT_PATH=paths[0], COMPARE_WITH=paths[1]).out
+    )
+    one.model_state = {WEIGHT: torch.full((8, 8), math.nan)}
+    path = save(tmp_path, one)
+    assert call(inspector, tmp_path, CHECKPOINT_PATH=path, COMPARE_WITH=path).out == ""

@@ -1,0 +1,153 @@
+"""scripts/prune_checkpoints.py: it lets go what the policy says, only when told to, and never what is needed or in use."""
+
+import math
+import os
+
+import pytest
+from records import WEIGHT, flipped, record
+from script import call, files_of, script
+
+import ckpt
+from ckpt.layouts import WRITERS
+from ckpt.locks import RunLock
+
+pruner = script("prune_checkpoints")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path
+
+
+def save(folder, *steps, run_id="one", layout="unified", **changes):
+    return [ckpt.save(record(step, run_id=run_id, **changes), folder / "checkpoints", layout=layout) for step in steps]
+
+
+def left(folder, run_id="one"):
+    """The steps of a run that are there, and whether each can go on."""
+    return {one.step: one.resumable for one in ckpt.find(folder / "checkpoints") if one.run_id == run_id}
+
+
+def disk(folder):
+    """Bytes of all files, second names counted once."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum({one.st_ino: one.st_size for one in stats}.values())
+
+
+def test_keep_last_must_be_given(folder):
+    save(folder, 1, 2)
+    said = call(pruner, folder)
+    assert (said.code, said.out) == (2, "")
+    assert "CHECKPOINT_KEEP_LAST=0 keeps all: set how many" in said.err
+    assert left(folder) == {1: True, 2: True}
+
+
+def test_it_only_says_so_at_first(folder):
+    paths = save(folder, *range(1, 7))
+    before = files_of(folder / "checkpoints")
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="2", CHECKPOINT_KEEP_EVERY="4")
+    assert said.code == 0
+    head, *lines, total = said.out.splitlines()
+    assert head.split() == ["step", "frees", "run", "path"]
+    assert [(line.split("  ")[0], line.split()[-1]) for line in lines] == [
+        ("remove", str(paths[0])), ("remove", str(paths[1])), ("remove", str(paths[2])), ("to model-only", str(paths[3])),
+    ]  # fmt: skip
+    freed = sum(path.stat().st_size for path in paths[:3]) + sum(
+        value.nbytes for value in ckpt.load(paths[3]).optimizer_state["state"][0].values()
+    )
+    assert total == f"{freed:,} bytes would be freed; DRY_RUN=false does it"
+    assert files_of(folder / "checkpoints") == before
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_it_does_what_it_said(folder, layout):
+    save(folder, *range(1, 7), layout=layout, size=32)
+    save(folder, 1, 2, run_id="two", layout=layout)
+    policy = {"CHECKPOINT_KEEP_LAST": "2", "CHECKPOINT_KEEP_EVERY": "4"}
+    said = call(pruner, folder, **policy)
+    before, removed = disk(folder / "checkpoints"), int(said.out.splitlines()[-1].split()[0].replace(",", ""))
+    done = call(pruner, folder, **policy, DRY_RUN="false")
+    assert done.out.splitlines()[-1] == f"{removed:,} bytes freed"
+    assert left(folder) == {4: False, 5: True, 6: True}
+    assert left(folder, "two") == {1: True, 2: True}
+    assert before - disk(folder / "checkpoints") == pytest.approx(removed, rel=0.05)
+    assert call(pruner, folder, **policy, DRY_RUN="false").out == "nothing to let go\n"
+
+
+def test_the_best_and_the_final_one_stay(folder):
+    one = record(1, validation_loss=0.1)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    saved = ckpt.save(one, folder / "checkpoints")
+    best = ckpt.keep_best(one, folder / "checkpoints", saved=saved)
+    save(folder, 2, hyperparameters={"TRAINING_STEPS": 2})
+    save(folder, 3, 4)
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert said.code == 0
+    assert left(folder) == {1: True, 2: True, 4: True}
+    assert best.exists()
+    assert not saved.exists()
+    (line,) = [line for line in said.out.splitlines() if str(saved) in line]
+    assert line.split()[2] == "0B"  # it has a second name in best/
+
+
+def test_the_newest_good_one_stays_besides(folder):
+    *_, third, fourth = save(folder, 1, 2, 3, 4, size=32)
+    data = fourth.read_bytes()
+    weight = ckpt.load(fourth).model_state[WEIGHT].numpy().tobytes()
+    flipped(fourth, data.find(weight) + 5)
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert "do not agree with their checksum" in said.err
+    assert third.exists()
+    assert left(folder) == {3: True, 4: True}
+
+
+def test_weights_that_are_no_numbers_are_no_good_one(folder):
+    save(folder, 1, 2)
+    bad = record(3)
+    bad.model_state[WEIGHT][0, 0] = math.nan
+    ckpt.save(bad, folder / "checkpoints")
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert f"NaN or infinity in {WEIGHT}" in said.err
+    assert left(folder) == {2: True, 3: True}
+
+
+def test_a_run_without_any_good_one_is_left_alone(folder):
+    bad = [record(step) for step in (1, 2)]
+    for one in bad:
+        one.model_state[WEIGHT][0, 0] = math.inf
+        ckpt.save(one, folder / "checkpoints")
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert (said.code, said.out) == (0, "nothing to let go\n")
+    assert "left alone: no checkpoint of run one is known to be whole" in said.err
+    assert left(folder) == {1: True, 2: True}
+
+
+def test_damaged_ones_are_named_and_stay(folder):
+    first, *_ = save(folder, 1, 2, 3)
+    os.truncate(first, 900)
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert f"left alone: {first}: " in said.err
+    assert first.exists()
+    assert left(folder) == {3: True}
+
+
+def test_a_run_that_is_being_trained_is_left_alone(folder):
+    save(folder, 1, 2, 3)
+    save(folder, 1, 2, 3, run_id="two")
+    lock = RunLock(folder / "checkpoints", "one")
+    lock.acquire()
+    try:
+        said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    finally:
+        lock.release()
+    assert said.code == 0
+    assert f"left alone: run one is being trained by process {os.getpid()}" in said.err
+    assert left(folder) == {1: True, 2: True, 3: True}
+    assert left(folder, "two") == {3: True}
+
+
+def test_nothing_there_is_refused(tmp_path):
+    said = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1")
+    assert (said.code, said.out) == (3, "")
+    assert "There is no folder" in said.err

@@ -1,0 +1,183 @@
+"""Saving in the background: what is written is what stood when it was submitted, one save at a time, and no error is lost."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from drive import tensor_bytes, train
+from records import WEIGHT, record
+
+import ckpt
+from ckpt import Checkpoint, writer
+from ckpt.writer import Writer
+
+PLENTY = 10**12
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def background(said) -> Writer:
+    return Writer(background=True, free_memory=lambda: PLENTY, say=said.append)
+
+
+def bytes_seen(seen: list[Any]):
+    return lambda one: seen.append((one.step, tensor_bytes(one)))
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_the_job_sees_the_state_of_its_moment(in_background, said):
+    writer, seen, expected = Writer(background=in_background, free_memory=lambda: PLENTY, say=said.append), [], []
+    one = record(1, size=64)
+    one.model_state["half"] = torch.ones(3, dtype=torch.bfloat16)
+    for step in range(1, 5):
+        one.step = step
+        expected.append((step, tensor_bytes(one)))
+        writer.submit(one, bytes_seen(seen))
+        writer.settle()
+        one.model_state[WEIGHT].add_(1)  # as the optimizer does
+        one.optimizer_state["state"][0]["step"].add_(1)
+    writer.wait()
+    assert seen == expected
+    assert said == []
+
+
+def test_control_what_changes_before_it_is_settled_is_not_kept(background, monkeypatch):
+    """Negative control: the same comparison sees a change that comes too early."""
+    gate, copy, seen, one = threading.Event(), writer._copy, [], record(1, size=64)
+
+    def late(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
+        gate.wait()
+        copy(tensor, buffer)
+
+    monkeypatch.setattr(writer, "_copy", late)
+    before = tensor_bytes(one)
+    background.submit(one, bytes_seen(seen))
+    one.model_state[WEIGHT].add_(1)
+    gate.set()
+    background.wait()
+    assert seen != [(1, before)]
+    assert seen == [(1, tensor_bytes(one))]
+
+
+def test_settle_waits_for_the_copy_and_not_for_the_job(background, monkeypatch):
+    copied, written, copy = threading.Event(), threading.Event(), writer._copy
+
+    def slow(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
+        copied.wait()
+        copy(tensor, buffer)
+
+    monkeypatch.setattr(writer, "_copy", slow)
+    background.submit(record(1), lambda one: written.wait() and None)
+    settled = threading.Thread(target=background.settle)
+    settled.start()
+    assert settled.is_alive()
+    copied.set()
+    settled.join()  # although the job is not done
+    assert not written.is_set()
+    written.set()
+    background.wait()
+
+
+def test_one_save_is_in_flight_and_the_next_waits(background):
+    events: list[str] = []
+
+    def job(name: str):
+        def run(_: Checkpoint) -> None:
+            events.append(f"{name} begins")
+            events.append(f"{name} ends")
+
+        return run
+
+    for name in ("first", "second", "third"):
+        background.submit(record(1), job(name))
+    background.wait()
+    assert events == [f"{name} {what}" for name in ("first", "second", "third") for what in ("begins", "ends")]
+
+
+def test_buffers_are_kept_and_follow_a_record_that_grows(background):
+    places: list[dict[str, int]] = []
+
+    def job(one: Checkpoint) -> None:
+        places.append({name: tensor.data_ptr() for name, tensor in writer.named_tensors(one).items()})
+
+    small = record(1, optimizer_state=None)
+    for one in (small, small, record(1), record(2)):
+        background.submit(one, job)
+    background.wait()
+    assert places[0] == places[1]
+    assert places[2] == places[3]
+    assert places[0].items() <= places[2].items()
+    assert len(places[2]) == 4
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), ValueError("bad"), KeyboardInterrupt()])
+def test_what_a_job_raises_is_raised_once_by_who_waits(error, background):
+    def fail(_: Checkpoint) -> None:
+        raise error
+
+    background.submit(record(1), fail)
+    background.settle()
+    with pytest.raises(type(error)):
+        background.wait()
+    background.wait()
+    background.submit(record(1), fail)
+    with pytest.raises(type(error)):
+        background.submit(record(2), lambda _: None)
+
+
+@pytest.mark.parametrize("free", [lambda: 100, "torch"])
+def test_without_memory_for_a_copy_it_is_done_at_once_and_said_once(free, said, monkeypatch):
+    if free == "torch":
+
+        def refused(*_: Any, **__: Any) -> None:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+        monkeypatch.setattr(torch, "empty", refused)
+        free = lambda: None  # noqa: E731  (a system that does not tell)
+    one, threads = Writer(background=True, free_memory=free, say=said.append), []
+    for step in (1, 2):
+        one.submit(record(step), lambda _: threads.append(threading.current_thread()))
+    assert threads == [threading.main_thread()] * 2
+    assert len(said) == 1
+    assert "no memory for a copy of" in said[0]
+
+
+def test_training_in_the_background_leaves_the_same_files(tmp_path):
+    """Each checkpoint of a run that saves after every step, by both ways."""
+    seen = {}
+    for mode in ("true", "false"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        code, told = train(folder, CHECKPOINT_ASYNC=mode, CHECKPOINT_INTERVAL="1", OPTIMIZER="muon")
+        assert code == 0, told
+        found = ckpt.find(folder / "checkpoints")
+        seen[mode] = [(one.step, tensor_bytes(ckpt.load(one.path, verify=True))) for one in found]
+    assert [step for step, _ in seen["true"]] == list(range(1, 9))
+    assert seen["true"] == seen["false"]
+
+
+def test_control_training_that_does_not_settle_leaves_other_files(tmp_path, monkeypatch):
+    """Negative control: without the call before the update, a copy that is late has the next step's weights."""
+    gate, copy = threading.Event(), writer._copy
+    seen = {}
+    for mode in ("settled", "not"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        if mode == "not":
+
+            def late(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
+                gate.wait(timeout=0.2)  # nobody sets it: long enough for the next step
+                copy(tensor, buffer)
+
+            monkeypatch.setattr(writer, "_copy", late)
+            monkeypatch.setattr(Writer, "settle", lambda self: None)
+        code, told = train(folder, TRAINING_STEPS="2", CHECKPOINT_INTERVAL="1", N_LAYER="1", WARMUP_STEPS="0")
+        assert code == 0, told
+        first = next(one for one in ckpt.find(folder / "checkpoints") if one.step == 1)
+        seen[mode] = tensor_bytes(ckpt.load(first.path))
+    assert seen["settled"] != seen["not"]
