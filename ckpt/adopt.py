@@ -70,7 +70,7 @@ def with_chars(record: Checkpoint, chars: list[str]) -> Checkpoint:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The verbs of a layout that is one torch archive of another program.
+# The verbs of a layout that is one path, and those of one torch archive of another program.
 
 
 def home(path: Path) -> Path | None:
@@ -79,7 +79,7 @@ def home(path: Path) -> Path | None:
 
 
 def files(path: Path) -> list[Path]:
-    """The files it consists of."""
+    """What it consists of: the one file or folder."""
     return [path]
 
 

@@ -7,7 +7,7 @@ The names repeat from run to run, so they are written into the run's own folder.
 import os
 from pathlib import Path
 
-from ckpt.adopt import adopted
+from ckpt.adopt import adopted, files, home
 from ckpt.files import NewFile, new_folder, write_json
 from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, metadata, without_optimizer
 from ckpt.sidecar import check_files, file_problems, is_regular, read_manifest, write_manifest
@@ -20,6 +20,10 @@ from ckpt.tensors import (
     write_safetensors,
 )
 
+__all__ = [
+    "MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "targets", "verify_file", "write",
+]  # fmt: skip
+
 NAME = "consolidated"
 RUN_STEM = "{prefix}_{step:06d}"
 FOLDER = "consolidated"
@@ -31,16 +35,6 @@ MEMBERS = (WEIGHTS, CONFIG, OPTIMIZER, STATE)
 def detect(path: Path) -> bool:
     """Whether `path` is a folder that holds consolidated/consolidated.safetensors."""
     return is_regular(path / WEIGHTS)
-
-
-def home(path: Path) -> Path | None:
-    """The path under which it is listed: the folder."""
-    return path
-
-
-def files(path: Path) -> list[Path]:
-    """What it consists of: the folder."""
-    return [path]
 
 
 def optimizer_file(path: Path) -> Path | None:

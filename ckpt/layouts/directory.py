@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import archive
-from ckpt.adopt import adopted
+from ckpt.adopt import adopted, files, home
 from ckpt.files import NewFile, new_folder, write_json, written
 from ckpt.record import (
     Checkpoint,
@@ -23,6 +23,10 @@ from ckpt.record import (
 )
 from ckpt.sidecar import check_files, file_problems, is_regular, read_json, read_manifest, write_manifest
 from ckpt.tensors import checked_tensors
+
+__all__ = [
+    "MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "targets", "verify_file", "write",
+]  # fmt: skip
 
 NAME = "directory"
 RUN_STEM = ""
@@ -42,16 +46,6 @@ MAY_CHANGE = ("batch_size", "device", "dropout")  # the rest decides what the we
 def detect(path: Path) -> bool:
     """Whether `path` is a folder with model.pt and, beside it, a manifest or a config.json."""
     return is_regular(path / MODEL) and (is_regular(path / MANIFEST) or is_regular(path / CONFIG))
-
-
-def home(path: Path) -> Path | None:
-    """The path under which it is listed: the folder."""
-    return path
-
-
-def files(path: Path) -> list[Path]:
-    """What it consists of: the folder."""
-    return [path]
 
 
 def optimizer_file(path: Path) -> Path | None:

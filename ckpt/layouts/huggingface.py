@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ckpt.adopt import files, home
 from ckpt.files import NewFile, new_folder, write_json
 from ckpt.rebuild import tokenizer_files, tokenizer_from_file
 from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, without_optimizer
@@ -23,6 +24,10 @@ from ckpt.tensors import (
     take_optimizer,
     write_safetensors,
 )
+
+__all__ = [
+    "MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "targets", "verify_file", "write",
+]  # fmt: skip
 
 NAME = "huggingface"
 RUN_STEM = ""
@@ -57,16 +62,6 @@ def detect(path: Path) -> bool:
         return "model_type" in read_json(path / CONFIG)
     except CheckpointError:
         return any(path.glob("*.safetensors"))
-
-
-def home(path: Path) -> Path | None:
-    """The path under which it is listed: the folder."""
-    return path
-
-
-def files(path: Path) -> list[Path]:
-    """What it consists of: the folder."""
-    return [path]
 
 
 def optimizer_file(path: Path) -> Path | None:
