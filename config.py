@@ -410,6 +410,10 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("MIN_LEARNING_RATE", "LEARNING_RATE", "{} is above {}: set a lower MIN_LEARNING_RATE")
     if config.prompt is not None and config.prompt_file is not None:
         yield pair("PROMPT", "PROMPT_FILE", "{} and {} are both given: unset one")
+    if config.checkpoint_keep_every and not config.checkpoint_keep_last:
+        yield pair(
+            "CHECKPOINT_KEEP_EVERY", "CHECKPOINT_KEEP_LAST", "{} is about those leaving {}, which keeps all: set that"
+        )
     if config.resume_step is not None and config.mode == "resume":
         yield pair(
             "RESUME_STEP",

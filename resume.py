@@ -9,6 +9,7 @@ import config
 import models
 from ckpt import Checkpoint
 from ckpt.rebuild import Restored, build_model, build_tokenizer, restore_optimizer
+from ckpt.store import folder_of
 from config import Config, ConfigError
 from run import Run, lineage, new_run_id, planned, put_together, read_text, scan_source
 from runtime import device as machine
@@ -31,7 +32,7 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
             log(note)
         if settings.resume_step is None:
             return check_fits(ckpt.load(path, verify=True), settings, log)
-        folder = path.parent
+        folder = folder_of(path, ckpt.load(path, optimizer=False).run_id)
     found = ckpt.find(folder)
     for one in found:
         if one.problem:
@@ -40,10 +41,16 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
     wanted = [one for one in readable if settings.resume_step in (None, one.step)]
     if readable and not wanted:
         raise ConfigError([f"RESUME_STEP={settings.resume_step}: no checkpoint of that step; {ckpt.listing(folder)}"])
-    record = newest_fitting(wanted, settings, log)
+    record = newest_fitting(exact_first(wanted), settings, log)
     if record is None and found:
         raise ckpt.CheckpointError(f"no checkpoint in {folder} can be read; RESUME=never starts a new run beside them")
     return record
+
+
+def exact_first(newest_first: list[ckpt.Found]) -> list[ckpt.Found]:
+    """Of each run first those that can go on exactly, and then those without an optimizer's state; the run of the newest first."""
+    runs = [one.run_id for one in newest_first]
+    return sorted(newest_first, key=lambda one: (runs.index(one.run_id), not one.resumable))
 
 
 def newest_fitting(candidates: list[ckpt.Found], settings: Config, log: Log) -> Checkpoint | None:
@@ -69,6 +76,13 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         for name, given, kept in config.contradictions(settings, saved)
     ]
     wanted = config.from_saved(settings, saved)
+    if "sha256" not in record.data:
+        raise ConfigError(
+            [
+                f"RESUME={settings.resume}: {record.path} does not say what text it was trained on, as another program's; "
+                "MODE=resume of scripts/load_checkpoint.py goes on from it"
+            ]
+        )
     _, scanned = scan_source(wanted.training_data_source, log)
     if scanned.sha256 != record.data.get("sha256"):
         was = record.data.get("source")
@@ -102,8 +116,8 @@ def resumed(
 ) -> tuple[Run, Restored]:
     """The record's run at its step, and how much of the optimizer came back.
 
-    A setting given anew that changes the mathematics, another text, or a `schedule` and an `end` of its own (MODE=resume) make it
-    a child run: it has an id of its own and names its parent.
+    A setting given anew that changes the mathematics, another text, moments that are not there, or a `schedule` and an `end` of its
+    own (MODE=resume) make it a child run: it has an id of its own and names its parent.
     """
     saved = saved_settings(record)
     changed = changes(settings, record, planned_anew=schedule is not None)
@@ -115,7 +129,7 @@ def resumed(
     machine.make_deterministic(settings.deterministic, device)
     text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(record))
     same_text = all(record.data.get(name) == text.fingerprint()[name] for name in ("sha256", "validation_fraction"))
-    child = schedule is not None or bool(changed) or not same_text or record.run_id is None
+    child = schedule is not None or bool(changed) or not same_text
     if schedule is None:
         schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)
     if not settings.given("CHECKPOINT_LAYOUT"):
@@ -132,17 +146,19 @@ def resumed(
         text=text,
         tokenizer=tokenizer,
         schedule=schedule,
-        run_id=new_run_id(settings, text.corpus.name) if child or record.run_id is None else record.run_id,
+        run_id=new_run_id(settings, text.corpus.name),
         record=record,
         window=record.windows_seen if same_text else 0,
     )
-    if child:
-        run.parent = lineage(record, changed)
-    else:
-        take_standing(run, record)
+    restored = restore_optimizer(run.optimizer, record)
     if record.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(record.scaler)
-    return run, restore_optimizer(run.optimizer, record)
+    if child or restored.missing or record.run_id is None:
+        run.parent = lineage(record, changed | other_plan(record, schedule))
+    else:
+        run.run_id = record.run_id
+        take_standing(run, record)
+    return run, restored
 
 
 def saved_schedule(record: Checkpoint) -> Schedule:
@@ -171,6 +187,12 @@ def changes(settings: Config, record: Checkpoint, *, planned_anew: bool) -> dict
     }
 
 
+def other_plan(record: Checkpoint, schedule: Schedule) -> dict[str, Any]:
+    """The peak learning rate if it is another than the record's: {name: [saved, planned]}."""
+    saved = record.schedule.get("peak")
+    return {} if saved in (None, schedule.peak) else {"LEARNING_RATE": [saved, schedule.peak]}
+
+
 def take_standing(run: Run, record: Checkpoint) -> None:
     """Where the same run stood: what it had looked at and kept."""
     run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
@@ -195,7 +217,9 @@ def explain(run: Run, record: Checkpoint, restored: Restored) -> str:
     reasons = not_exact(run, record, restored)
     rows = [
         ("checkpoint", "", shown(record.path) if record.path else ""),
-        ("run", "reset", f"{run.run_id}, a child of {record.run_id}") if child else ("run", "restored", run.run_id),
+        ("run", "reset", f"{run.run_id}, a child of {record.run_id or 'another program'}")
+        if child
+        else ("run", "restored", run.run_id),
         (
             "weights",
             "restored",
@@ -231,7 +255,8 @@ def not_exact(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
     """Why going on cannot give the uninterrupted run's bits, one reason each; empty if it can."""
     reasons = [f"{name} was {before}, is {now}" for name, (before, now) in _changed(run, record).items()]
     reasons += [] if _same_plan(run, record) else ["the learning rates are planned anew"]
-    reasons += [] if _same_position(run, record) else ["the text is another"]
+    text = "the text is another" if "sha256" in record.data else "what text it was trained on is not recorded"
+    reasons += [] if _same_position(run, record) else [text]
     reasons += [f"{len(restored.missing)} parameters have no optimizer state"] if restored.missing else []
     planned_end = record.hyperparameters.get("TRAINING_STEPS", run.end)
     reasons += [f"the uninterrupted run would have ended at step {planned_end}"] if run.end > planned_end else []

@@ -32,7 +32,7 @@ import models
 from ckpt import Checkpoint
 from ckpt.files import prepare_folder
 from ckpt.locks import RunLock, RunLockedError
-from ckpt.record import tensor_bytes
+from ckpt.record import bytes_on_disk
 from ckpt.tensors import not_finite
 from config import Config, ConfigError
 from data import tokenization
@@ -357,7 +357,7 @@ def told_if_refused(run: Run, what: str, record: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (OSError, ckpt.CheckpointError) as error:
-        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=tensor_bytes(record))
+        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=bytes_on_disk(record))
         run.log(f"{what} ({why}); training goes on")
 
 
@@ -382,6 +382,8 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         lock = RunLock(place, run.run_id)
         lock.acquire()
         held.callback(lock.release)
+    if run.settings.enable_checkpoints:
+        check_space(run)
     try:
         run.log.open(run.folder / "training.log")
         (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
@@ -422,17 +424,29 @@ def say_start(run: Run) -> None:
 
 
 def say_checkpoints(run: Run) -> None:
-    """When and where checkpoints are saved. Raises ConfigError if what the policy keeps will not fit; with all of them kept it warns."""
-    settings, folder, say = run.settings, Path(run.settings.checkpoint_dir), run.log
+    """When and where checkpoints are saved, and which are kept."""
+    settings, say = run.settings, run.log
     if not settings.enable_checkpoints:
         say("checkpoints are OFF: nothing of this model will be kept; set ENABLE_CHECKPOINTS=true to keep it")
         return
-    interval, last = settings.checkpoint_interval, settings.checkpoint_keep_last
+    interval, last, multiple = (
+        settings.checkpoint_interval,
+        settings.checkpoint_keep_last,
+        settings.checkpoint_keep_every,
+    )
     every = f"every {interval} steps and at the end" if interval else "at the end"
-    kept = f", the last {last} kept" if last else ""
-    say(f"checkpoints: {every}{kept}, to {shown(folder)} ({settings.checkpoint_layout})")
+    kept = f", the last {last} kept" + (f" and models at multiples of {multiple}" if multiple else "") if last else ""
+    say(f"checkpoints: {every}{kept}, to {shown(Path(settings.checkpoint_dir))} ({settings.checkpoint_layout})")
     if settings.checkpoint_model_only:
         say("CHECKPOINT_MODEL_ONLY=true: without their optimizer, checkpoints generate but cannot go on exactly")
+    if settings.checkpoint_layout == "huggingface" and settings.model_type == "bigram":
+        say("transformers has no bigram model: only milepost will open these folders")
+
+
+def check_space(run: Run) -> None:
+    """Raises ConfigError if what the policy keeps will not fit on the disk; if all checkpoints are kept it only warns."""
+    settings, folder = run.settings, Path(run.settings.checkpoint_dir)
+    interval, last = settings.checkpoint_interval, settings.checkpoint_keep_last
     saves = 1 + (run.end - run.step) // interval if interval else 1
     count = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # one more while it is written
     size = models.parameter_count(run.model) * 4 * (1 if settings.checkpoint_model_only else 3)
@@ -440,7 +454,7 @@ def say_checkpoints(run: Run) -> None:
         plan = f"{count} checkpoints of {amount(size, 'B')}: {problem}"
         if last:
             raise ConfigError([f"CHECKPOINT_KEEP_LAST={last}: {plan}; keep fewer, or set another CHECKPOINT_DIR"])
-        say(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
+        run.log(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
 
 
 def warn_of_memory(run: Run) -> None:
@@ -478,7 +492,7 @@ def say_end(run: Run) -> int:
     run.log(f"done: {run.step} steps, {losses}")
     tell(run.last_sample or sample(run))
     if run.save_failed:
-        run.log(f"step {run.step} is not saved: the disk refused it; {kept(run)}")
+        run.log(f"step {run.step} is not saved, for the reason above; {kept(run)}")
     elif run.last_saved:
         run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.last_saved))
     return SAVE_FAILED if run.save_failed else 0

@@ -3,30 +3,31 @@
 What the layouts that are only read have in common.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ckpt import archive, foreign
-from ckpt.foreign.tokenizer import META_LIMIT, read_meta, tokenizer_for
+from ckpt.foreign.tokenizer import META_LIMIT, Choice, read_meta, tokenizer_for
 from ckpt.record import Checkpoint, CheckpointError, Json, metadata
 from ckpt.sidecar import is_regular, read_json
 
 CONFIG, TOKENIZER, META = "config.json", "tokenizer.json", "meta.pkl"
 
 
-def adopted(path: Path, content: Mapping[Any, Any], *, layout: str, optimizer: bool = True) -> Checkpoint:
+def adopted(
+    path: Path, content: Mapping[Any, Any], *, layout: str, optimizer: bool = True, whole: bool = True
+) -> Checkpoint:
     """The record of what was loaded from `path`, a file or a folder. Raises CheckpointError if anything of it cannot be translated.
 
     Without a tokenizer of its own it takes tokenizer.json or meta.pkl beside it, or GPT-2's if the rows fit; else it has none.
+    If not `whole`, only its metadata is of use.
     """
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / CONFIG) if is_regular(folder / CONFIG) else None
-    meant = foreign.understood(content, config, where=str(path), optimizer=optimizer)
-    beside = _token_file(folder)
-    tokenizer, note = tokenizer_for(
-        meant.model_settings["vocab_size"], _read_token_file(beside), where=str(beside or path)
-    )
+    meant = foreign.understood(content, config, where=str(path), optimizer=optimizer, whole=whole)
+    tokenizer, note = tokenizer_beside(path, meant.model_settings["vocab_size"])
     return Checkpoint(
         model_state=meant.model_state,
         optimizer_state=meant.optimizer_state,
@@ -44,9 +45,16 @@ def adopted(path: Path, content: Mapping[Any, Any], *, layout: str, optimizer: b
     )
 
 
-def _token_file(folder: Path) -> Path | None:
-    """The file beside the weights that says what the tokenizer is; None if there is none."""
-    return next((folder / name for name in (TOKENIZER, META) if is_regular(folder / name)), None)
+def adopted_metadata(path: Path, content: Mapping[Any, Any], *, layout: str) -> dict[str, Json]:
+    """The metadata of what was loaded, the tensors mapped and left unread, but for the few rows that tell whether a head is tied."""
+    return metadata(adopted(path, content, layout=layout, whole=False))
+
+
+def tokenizer_beside(path: Path, vocab_size: int) -> Choice:
+    """What `tokenizer_for` says of the weights at `path`, a file or a folder, by tokenizer.json or meta.pkl beside them."""
+    folder = path if path.is_dir() else path.parent
+    file = next((folder / name for name in (TOKENIZER, META) if is_regular(folder / name)), None)
+    return tokenizer_for(vocab_size, _read_token_file(file), where=str(file or path))
 
 
 def _read_token_file(path: Path | None) -> Mapping[str, Json] | None:
@@ -67,6 +75,23 @@ def with_chars(record: Checkpoint, chars: list[str]) -> Checkpoint:
         raise CheckpointError(note)
     record.notes.append(note)
     return record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose archive it is.
+
+LIGHTNING, NANOGPT = "pytorch-lightning_version", {"model", "model_args"}
+LECTURE = re.compile(r"blocks\.0\.sa\.heads\.0\.key\.weight$")
+
+
+def kind(path: Path) -> str:
+    """The layout of a torch archive in one file, by the words in its pickle: `unified` if they are no other program's."""
+    words = archive.words(path)
+    if LIGHTNING in words:
+        return "lightning"
+    if words >= NANOGPT:
+        return "nanogpt"
+    return "lecture" if any(map(LECTURE.search, words)) else "unified"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,8 +119,8 @@ def verify_file(path: Path) -> list[str]:
 
 
 def peek(path: Path, *, layout: str) -> dict[str, Json]:
-    """The metadata alone; the tensors are mapped, not read."""
-    return metadata(read(path, layout=layout))
+    """The metadata alone, of the archive unpickled with its tensors mapped."""
+    return adopted_metadata(path, archive.load(path)[0], layout=layout)
 
 
 def read(path: Path, *, layout: str, optimizer: bool = True, verify: bool = False) -> Checkpoint:

@@ -10,35 +10,33 @@ import io
 import json
 import os
 import pickle
-import pickletools
-import re
 import stat
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt import pickles
 from ckpt.files import CHUNK
 from ckpt.record import CheckpointError, Json
+from ckpt.sidecar import JSON_LIMIT, parse_json
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 ROOT = "archive"
 MEMBER = f"{ROOT}/milepost.json"
 PICKLE = "/data.pkl"  # below a folder of any name
-MEMBER_LIMIT = 64 * 2**20  # bytes of metadata or of the pickle; a 50,000-piece BPE vocabulary takes about 3 MB
+PICKLE_LIMIT = JSON_LIMIT  # bytes; the metadata is in the pickle too
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
+SEEN = 4096  # files of which it is remembered what they are
 ALIGNMENT = 64  # bytes; torch's own, so that a mapped tensor begins where its element may
 
-# What a pickle of tensors by name asks for. torch's own list for weights_only is longer: it has bytearray and the tensor
-# classes, by which a file of a few hundred bytes claims as much memory as it likes.
-ALLOWED = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (Size|device|b?float\d+|[A-Z]\w*Storage)"
-)
+Found = TypeVar("Found")
 
 # What the first bytes of a file that is no torch archive tell about it.
 KINDS = (
@@ -63,14 +61,19 @@ def read_metadata(path: Path) -> Json:
 
 
 def words(path: Path) -> frozenset[str]:
-    """Every string in the pickle of an archive without our JSON member: its keys, by which it is known. Nothing is executed.
+    """The strings in the pickle of an archive without our JSON member: its keys, by which it is known. Nothing is executed.
 
     Empty if it is one of ours, or damaged.
     """
     try:
-        return _glance(path, _stamp(path))[1] if is_archive(path) else frozenset()
+        return _marks(path, _stamp(path))[1] if is_archive(path) else frozenset()
     except CheckpointError:
         return frozenset()
+
+
+def half(path: Path) -> Json:
+    """What the JSON member says of which half of a pair this is, None if nothing; raises CheckpointError if the file is damaged."""
+    return _marks(path, _stamp(path))[0]
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -82,12 +85,18 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+@functools.lru_cache(maxsize=SEEN)  # what it is does not change from save to save
+def _marks(path: Path, stamp: tuple[int, ...]) -> tuple[Json, frozenset[str]]:
+    values, strings = _glance(path, stamp)
+    return values.get("half") if isinstance(values, dict) else None, strings
+
+
 @functools.lru_cache(maxsize=2)  # a file is asked what it is, and then for its metadata
 def _glance(path: Path, stamp: tuple[int, ...]) -> tuple[Json, frozenset[str]]:
     with _open_archive(path) as archive:
         values = _metadata_member(archive, path)
-        strings = _opcodes(archive, path) if values is None else []
-    return values, frozenset(value for _, value in strings if isinstance(value, str))
+        strings = _of_pickle(pickles.words, archive, path) if values is None else frozenset()
+    return values, strings
 
 
 def load(path: Path) -> tuple[dict[Any, Any], Json]:
@@ -259,17 +268,12 @@ def _odd_members(archive: zipfile.ZipFile) -> str | None:
 def _metadata_member(archive: zipfile.ZipFile, path: Path) -> Json:
     if MEMBER not in archive.namelist():
         return None
-    try:
-        return json.loads(_member(archive, MEMBER, path), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: its metadata cannot be read ({_first_line(error)}): the file is damaged"
-        ) from error
+    return parse_json(_member(archive, MEMBER, path, limit=JSON_LIMIT), f"{path}: {MEMBER}")
 
 
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    if archive.getinfo(name).file_size > MEMBER_LIMIT:
-        raise CheckpointError(f"{path}: its {name} is larger than {MEMBER_LIMIT} bytes: the file is damaged")
+def _member(archive: zipfile.ZipFile, name: str, path: Path, *, limit: int) -> bytes:
+    if archive.getinfo(name).file_size > limit:
+        raise CheckpointError(f"{path}: its {name} is larger than {limit} bytes: the file is damaged")
     try:
         return archive.read(name)
     except Exception as error:  # zipfile raises whatever a flipped bit in a header leads it to
@@ -278,14 +282,9 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
         ) from error
 
 
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
-
-
 def _check_pickle(archive: zipfile.ZipFile, path: Path) -> None:
     """Raises CheckpointError listing what the pickle asks for beyond tensors and plain values; nothing is executed."""
-    asked = {str(value) for name, value in _opcodes(archive, path) if name in ("GLOBAL", "INST")}
-    foreign = sorted(wanted.replace(" ", ".") for wanted in asked if not ALLOWED.fullmatch(wanted))
+    foreign = _of_pickle(pickles.asked_for, archive, path)
     if foreign:
         listed = ", ".join(f"{wanted!r:.60}".strip("'") for wanted in foreign[:8])
         raise CheckpointError(
@@ -293,12 +292,12 @@ def _check_pickle(archive: zipfile.ZipFile, path: Path) -> None:
         )
 
 
-def _opcodes(archive: zipfile.ZipFile, path: Path) -> list[tuple[str, Any]]:
-    """What the pickle would do, opcode by opcode, without doing it."""
+def _of_pickle(read: Callable[[bytes], Found], archive: zipfile.ZipFile, path: Path) -> Found:
+    """What `read` finds in the archive's pickle; raises CheckpointError if it is damaged."""
     (name,) = (name for name in archive.namelist() if name.endswith(PICKLE))
-    pickled = _member(archive, name, path)
+    pickled = _member(archive, name, path, limit=PICKLE_LIMIT)
     try:
-        return [(opcode.name, value) for opcode, value, _ in pickletools.genops(pickled)]
+        return read(pickled)
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         raise CheckpointError(f"{path}: is damaged ({_first_line(error)}): take an earlier checkpoint") from error
 

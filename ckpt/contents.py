@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ckpt import archive
 from ckpt.files import CHUNK
-from ckpt.layouts import LAYOUTS, Layout, layout_of
+from ckpt.layouts import known_layout
 from ckpt.record import Checkpoint, CheckpointError
 from ckpt.tensors import DTYPES, optimizer_tensors, tensor_shapes
 
@@ -29,14 +29,6 @@ class Held:
     dtype: str
     shape: tuple[int, ...]
     size: int  # bytes
-
-
-def known_layout(path: Path) -> Layout:
-    """The layout that claims `path`; raises CheckpointError if none does."""
-    layout = layout_of(path)
-    if layout is None:
-        raise CheckpointError(f"{path}: is no checkpoint of a known layout ({', '.join(one.NAME for one in LAYOUTS)})")
-    return layout
 
 
 def all_files(path: Path) -> list[Path]:
@@ -95,7 +87,7 @@ def _walk(value: Any, words: list[str], *, seen: set[int]) -> Iterator[tuple[str
 # Records, by their bytes.
 
 
-def named_tensors(record: Checkpoint) -> dict[str, Tensor]:
+def labelled(record: Checkpoint) -> dict[str, Tensor]:
     """Weights by their names, and the optimizer's tensors as `optimizer: {parameter}.{kind}`, whatever layout they came from."""
     return {**record.model_state, **{f"optimizer: {name}": tensor for name, tensor in _moments(record).items()}}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import errno
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt.contents import all_files, digest, known_layout, named_tensors
+from ckpt.contents import all_files, digest, labelled
 from ckpt.files import remove, remove_leftovers, second_name
 from ckpt.keep import PREFIX, free_space_problem, free_stem, home_of
-from ckpt.layouts import WRITERS, Layout, layout_of
+from ckpt.layouts import WRITERS, Layout, known_layout
 from ckpt.locks import folder_lock
 from ckpt.rebuild import build_model
-from ckpt.record import Checkpoint, CheckpointError, tensor_bytes
+from ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
 from ckpt.store import BEST_FOLDER
+from ckpt.tensors import not_finite
 
 ROWS, LONGEST = 2, 64  # of the random tokens whose logits are compared
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
@@ -35,6 +37,7 @@ class Converted:
     tensors: int
     sha256: str  # over all tensors, of both
     logits: tuple[int, ...]  # the shape of those that were equal
+    fields: int  # of the metadata and the optimizer's groups
     bytes_before: int
     bytes_after: int
     notes: list[str]
@@ -52,34 +55,49 @@ def convert(
 ) -> Converted:
     """Writes the checkpoint at `source` once more, as `layout`, to `folder` (None: beside it), and proves that it is the same.
 
-    Step, run, lineage, save number and time stay; `source` is untouched and no name is replaced. `prefix` begins the name (None: as
-    the run's names began). `in_best` writes into best/, `best_too` gives it a second name there. Raises CheckpointError if the source
-    is damaged, the layout has no place for what it holds, or the two are not the same; OSError if the disk refuses. Nothing new is
-    left then.
+    Step, run, lineage, save number and time stay, everything but the save id; `source` is untouched and no name is replaced. `prefix`
+    begins the name (None: as the run's names began). `in_best` writes into best/, `best_too` gives it a second name there. Raises
+    CheckpointError if the source is damaged or was edited by hand, the layout has no place for what it holds, or the two are not the
+    same; OSError if the disk refuses. Nothing new is left then.
     """
     record = known_layout(source).read(source, optimizer=not model_only, verify=True)
+    _refuse_edited(record)
+    record.saved_at = record.saved_at or modified_at(source)
+    if bad := not_finite(record.model_state):
+        record.notes.append(f"{source}: {bad[0]} holds NaN or infinity, and so does what it is converted to")
+    if record.tokenizer is None:
+        record.notes.append(f"{source}: carries no tokenizer, and neither does what it is converted to")
     if folder is None:
         folder, in_best = origin(record, source)
     target = _written(record, folder, writer=WRITERS[layout], prefix=prefix or _prefix(record), in_best=in_best)
     try:
-        sha256, shape = _proof(record, target)
+        sha256, shape, fields = _proof(record, target)
     except BaseException:
-        remove(WRITERS[layout].files(target))
+        with folder_lock(folder):
+            remove(WRITERS[layout].files(target))
         raise
     if best_too:
         with folder_lock(folder):
             (target.parent / BEST_FOLDER).mkdir(exist_ok=True)
             second_name(WRITERS[layout].files(target), target.parent / BEST_FOLDER)
     return Converted(
-        source=source, target=target, layout_before=record.layout or "", tensors=len(named_tensors(record)), sha256=sha256,
-        logits=shape, bytes_before=size_of(source), bytes_after=size_of(target), notes=record.notes,
+        source=source, target=target, layout_before=record.layout or "", tensors=len(labelled(record)), sha256=sha256,
+        logits=shape, fields=fields, bytes_before=size_of(source), bytes_after=size_of(target), notes=record.notes,
     )  # fmt: skip
+
+
+def _refuse_edited(record: Checkpoint) -> None:
+    """A run that goes on from an edited checkpoint is a child; one written anew would pass for the run itself."""
+    if record.edited:
+        edits = ", ".join(f"{name} {saved!r:.40} -> {now!r:.40}" for name, (saved, now) in record.edited.items())
+        problem = f"{record.path}: was edited since it was saved ({edits}), and a conversion is what was saved"
+        raise CheckpointError(f"{problem}: set it back in its config.json, or go on from it as it is")
 
 
 def _written(record: Checkpoint, folder: Path, *, writer: Layout, prefix: str, in_best: bool) -> Path:
     """Writes the record below `folder`, under the name that its own save would have had, or the next free one; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    if problem := free_space_problem(folder, need=tensor_bytes(record) + HEADROOM):
+    if problem := free_space_problem(folder, need=bytes_on_disk(record) + HEADROOM):
         raise OSError(errno.ENOSPC, problem)
     with folder_lock(folder):
         place = home_of(record, folder, writer=writer)
@@ -87,7 +105,7 @@ def _written(record: Checkpoint, folder: Path, *, writer: Layout, prefix: str, i
             remove_leftovers(each)
         target = place / BEST_FOLDER if in_best else place
         target.mkdir(parents=True, exist_ok=True)
-        stem = free_stem(record, place, writer=writer, now=_saved_at(record), prefix=prefix)
+        stem = free_stem(record, place, writer=writer, now=_moment(record), prefix=prefix)
         new = dataclasses.replace(record, save_id=os.urandom(8).hex())  # two checkpoints, not two names of one
         return writer.write(new, target, stem)
 
@@ -112,29 +130,46 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in all_files(path))
 
 
-def _saved_at(record: Checkpoint) -> datetime.datetime:
-    """When it was saved, so that its name stays what it was; now, for another program's."""
+def modified_at(path: Path) -> str:
+    """When the newest file of the checkpoint at `path` was written, in UTC: another program's records no other time."""
+    newest = max(file.stat().st_mtime for file in all_files(path))
+    return datetime.datetime.fromtimestamp(newest, datetime.UTC).isoformat(timespec="microseconds")
+
+
+def _moment(record: Checkpoint) -> datetime.datetime:
+    """When it was saved, so that its name stays what it was."""
     try:
         return datetime.datetime.fromisoformat(record.saved_at or "")
     except ValueError:
         return datetime.datetime.now(datetime.UTC)
 
 
-def _proof(record: Checkpoint, target: Path) -> tuple[str, tuple[int, ...]]:
-    """The hash over all tensors and the shape of the logits, if both are the same after reading `target` back; else CheckpointError."""
-    layout = layout_of(target)
-    if layout is None:
-        raise CheckpointError(f"{target}: cannot be recognised after it was written")
-    again = layout.read(target, verify=True)
-    before, after = digest(named_tensors(record)), digest(named_tensors(again))
+def _proof(record: Checkpoint, target: Path) -> tuple[str, tuple[int, ...], int]:
+    """The hash over all tensors, the shape of the logits and the number of fields, if all is the same after reading `target` back.
+
+    Raises CheckpointError if anything is not.
+    """
+    again = known_layout(target).read(target, verify=True)
+    before, after = digest(labelled(record)), digest(labelled(again))
     if before != after:
         raise CheckpointError(
             f"{target}: its tensors are not those of {record.path} (sha256 {after}, not {before}): removed"
         )
+    fields, read = _fields(record), _fields(again)
+    if other := [name for name in fields | read if fields.get(name) != read.get(name)]:
+        raise CheckpointError(f"{target}: {', '.join(other)} of its metadata are not those of {record.path}: removed")
     old, new = logits(record), logits(again)
     if old.shape != new.shape or old.numpy().tobytes() != new.numpy().tobytes():
         raise CheckpointError(f"{target}: its logits are not those of {record.path}: removed")
-    return after, tuple(new.shape)
+    return after, tuple(new.shape), len(fields)
+
+
+def _fields(record: Checkpoint) -> dict[str, Json]:
+    """What a record holds beside tensors, as JSON has it, without the one field that a conversion gives anew."""
+    groups = record.optimizer_state["param_groups"] if record.optimizer_state else None
+    values = metadata(record) | {"param_groups": groups}
+    del values["save_id"]
+    return json.loads(json.dumps(values, skipkeys=True, default=repr))
 
 
 @torch.no_grad()

@@ -19,7 +19,9 @@ from ckpt.locks import folder_lock
 
 TEMPORARY = ".tmp-"  # nothing that begins so is ever read; what a crash leaves is removed under the folder's lock
 NAMES = ".names"  # in a group's hidden folder: the names that its files have when they are visible, the head's last
+NAMES_LIMIT = 4096  # characters of it
 CHUNK = 4 * 2**20  # bytes handed to the system at once
+BEGINNING = 2**20  # bytes of a file whose hash tells at every load that it is the one of this save
 BLOCK = 4096  # what a device that is written past the page cache wants addresses and sizes to be multiples of
 
 
@@ -35,13 +37,14 @@ class NewFile(io.RawIOBase):
         self._descriptor, self._direct = _create(path)
         self._buffer, self._filled = mmap.mmap(-1, CHUNK), 0  # memory of its own begins at a block
         self._sha256 = hashlib.sha256() if hashed else None
+        self._begins = hashlib.sha256()
         self.size = 0
 
     @property
     def entry(self) -> dict[str, Any]:
-        """Size and sha256 of all that was written, for a manifest."""
+        """Size and sha256 of all that was written, and sha256 of its first BEGINNING bytes, for a manifest."""
         assert self._sha256 is not None
-        return {"size": self.size, "sha256": self._sha256.hexdigest()}
+        return {"size": self.size, "sha256": self._sha256.hexdigest(), "begins_sha256": self._begins.hexdigest()}
 
     def writable(self) -> bool:
         """That it is."""
@@ -61,6 +64,7 @@ class NewFile(io.RawIOBase):
     def _take(self, piece: memoryview) -> None:
         if self._sha256 is not None:
             self._sha256.update(piece)
+            self._begins.update(piece[: max(0, BEGINNING - self.size)])
         self.size += len(piece)
         while len(piece):
             fits = piece[: CHUNK - self._filled]
@@ -214,14 +218,25 @@ def remove(files: Sequence[Path]) -> None:
     if len(files) == 1:
         os.replace(head, hidden)
     else:
-        with told_by_name(head):
+        try:
             _hide(hidden, [file.name for file in files])
+        except (
+            OSError
+        ):  # a full disk, which removing is to help: without a note of what belongs together, the head still goes first
+            shutil.rmtree(hidden, ignore_errors=True)
+            for file in reversed(files):
+                file.unlink(missing_ok=True)
+                sync_folder(file.parent)
+            return
         os.replace(head, hidden / head.name)
     _clear(hidden)
 
 
 def second_name(files: Sequence[Path], place: Path) -> Path:
-    """The same checkpoint once more in the folder `place`: the same bytes where the file system can, else copies. Returns its head."""
+    """The same checkpoint once more in the folder `place`: tensors are the same bytes where the file system can, else copies.
+
+    Returns its head.
+    """
     head = files[-1]
     if head.is_dir():
         with new_folder(place / head.name) as hidden:
@@ -230,9 +245,13 @@ def second_name(files: Sequence[Path], place: Path) -> Path:
                 copy.mkdir() if one.is_dir() else _link_or_copy(one, copy)
     elif len(files) == 1:
         temporary = _hidden(place / head.name)
-        with told_by_name(place / head.name):
-            _link_or_copy(head, temporary)
-        reveal(temporary, place / head.name)
+        try:
+            with told_by_name(place / head.name):
+                _link_or_copy(head, temporary)
+            reveal(temporary, place / head.name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_folder(place)
     else:
         with new_group(place, [file.name for file in files]) as hidden:
@@ -241,12 +260,13 @@ def second_name(files: Sequence[Path], place: Path) -> Path:
     return place / head.name
 
 
-def _link_or_copy(source: Any, target: Any) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        with open(source, "rb") as old, written(Path(target)) as new:
-            shutil.copyfileobj(old, new, CHUNK)
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.suffix != ".json":  # which a hand may edit: in one place, not in both
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    with open(source, "rb") as old, written(target) as new:
+        shutil.copyfileobj(old, new, CHUNK)
 
 
 def _hidden(path: Path) -> Path:
@@ -275,10 +295,12 @@ def _without_head(hidden: Path) -> list[Path]:
     if not (hidden / NAMES).is_file():
         return []
     try:
-        *others, head = [name for name in json.loads((hidden / NAMES).read_text()) if Path(name).name == name]
-    except (ValueError, TypeError):  # cut short: nothing is out yet
+        with open(hidden / NAMES, encoding="utf-8") as file:
+            names = json.loads(file.read(NAMES_LIMIT))
+        *others, head = [name for name in names if Path(name).name == name]
+    except (ValueError, TypeError, RecursionError):  # cut short: nothing is out yet
         return []
-    if os.path.lexists(hidden.parent / head):
+    if os.path.lexists(hidden.parent / head) or not hidden.name.startswith(f"{TEMPORARY}{head}-"):
         return []
     return [hidden.parent / name for name in others if not os.path.lexists(hidden / name)]
 
@@ -336,11 +358,28 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Removes what killed writers left; returns it. Under the folder's lock no temporary file has a living writer."""
-    leftovers = list(folder.glob(f"{TEMPORARY}*"))
+    """Removes what killed writers left; returns it. The caller holds the folder's lock.
+
+    In a run's own folder or in best/ another process may write under the lock of the folder above: what is a living process's stays.
+    """
+    leftovers = [path for path in folder.glob(f"{TEMPORARY}*") if not _has_writer(path)]
     for path in leftovers:
         _clear(path)
     return leftovers
+
+
+def _has_writer(hidden: Path) -> bool:
+    """Whether another process of the number in the name is alive on this machine."""
+    number = hidden.name.split("-")[-2] if hidden.name.count("-") > 2 else ""
+    if os.name == "nt" or not number.isascii() or not number.isdecimal() or int(number) == os.getpid():
+        return False  # on Windows, asking would end the process
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def make_folder(folder: Path) -> None:

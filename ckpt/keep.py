@@ -9,12 +9,14 @@ import shutil
 from pathlib import Path
 
 from ckpt.files import make_folder, remove, remove_leftovers, second_name, sync_folder
-from ckpt.layouts import LAYOUTS, WRITERS, Layout, layout_of
+from ckpt.layouts import WRITERS, Layout, known_layout
 from ckpt.locks import folder_lock
-from ckpt.record import Checkpoint, CheckpointError, tensor_bytes
+from ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk
 from ckpt.store import BEST_FOLDER, Expired, Found, expired, find, look, loss_of, scan
 
 PREFIX = "checkpoint"
+# What every name given by `free_stem` has: the step and the second of the save, or the step alone in six digits at the end.
+GIVEN_NAME = re.compile(r"_step\d{4,}_\d{8}_\d{6}|_\d{6,}(_\d+)?(\.safetensors)?$")
 
 
 def save(
@@ -30,13 +32,14 @@ def save(
         for each in {folder, folder / BEST_FOLDER, place, place / BEST_FOLDER}:
             remove_leftovers(each)
         now = datetime.datetime.now(datetime.UTC)
-        record.save_number = 1 + max((one.metadata.get("save_number") or 0 for one in find(folder)), default=0)
+        numbers = [one.metadata.get("save_number") or 0 for one in find(folder)]
+        record.save_number = min(LARGEST, 1 + max(numbers, default=0))  # at the limit, the time decides
         record.saved_at = now.isoformat(timespec="microseconds")
         record.save_id = os.urandom(8).hex()
         stem = free_stem(record, place, writer=writer, now=now, prefix=prefix)
         target = place / BEST_FOLDER if best_only else place
         make_folder(target)
-        if free_space_problem(folder, need=tensor_bytes(record)):
+        if free_space_problem(folder, need=bytes_on_disk(record)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         return writer.write(record, target, stem)
 
@@ -54,7 +57,10 @@ def free_stem(record: Checkpoint, place: Path, *, writer: Layout, now: datetime.
     """
     for number in range(10**6):
         if writer.RUN_STEM:
-            stem = writer.RUN_STEM.format(step=record.step, prefix=prefix) + (f"_{number + 1}" if number else "")
+            begin = "" if prefix == PREFIX or "{prefix}" in writer.RUN_STEM else f"{prefix}_"
+            stem = (
+                begin + writer.RUN_STEM.format(step=record.step, prefix=prefix) + (f"_{number + 1}" if number else "")
+            )
         else:
             stamp = (now + datetime.timedelta(seconds=number)).strftime("%m%d%Y_%H%M%S")
             stem = "_".join([*_words(record, prefix), f"step{record.step:04d}", stamp])
@@ -99,13 +105,13 @@ def keep_best(
         kept = save(record, folder, layout=layout, prefix=prefix, best_only=True)
     else:
         with folder_lock(folder):
-            kept = second_name(_layout(saved).files(saved), place)
-        kept = _layout(kept).home(kept) or kept
+            kept = second_name(known_layout(saved).files(saved), place)
+        kept = known_layout(kept).home(kept) or kept
     for each in (place, place.parent):  # the new name is durable before an earlier one goes
         sync_folder(each)
     with folder_lock(folder):
         for one in _outdone(record, place, count=count):
-            remove(_layout(one.path).files(one.path))
+            remove(known_layout(one.path).files(one.path))
     return kept
 
 
@@ -133,33 +139,36 @@ def best_is_kept(folder: Path, record: Checkpoint) -> bool:
     return any(one.problem is None and not _is_worse(one, record) for one in kept)
 
 
-def _layout(path: Path) -> Layout:
-    layout = layout_of(path)
-    if layout is None:
-        raise CheckpointError(f"{path}: is no checkpoint of a known layout ({', '.join(one.NAME for one in LAYOUTS)})")
-    return layout
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Letting go.
 
 
 def prune(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None) -> Expired:
-    """Lets go what the policy says is expired, and returns it; `newest_good` is known to be whole and stays."""
+    """Lets go what the policy says is expired, and returns it; `newest_good` is known to be whole and stays.
+
+    Raises the first OSError or CheckpointError that came in between, after all the others are gone.
+    """
     with folder_lock(folder):
         gone = what_expires(folder, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
-        for one in gone.strip:
-            strip(one.path)
-        for one in gone.remove:
-            remove(_layout(one.path).files(one.path))
+        failed: list[Exception] = []
+        for one in [*gone.remove, *gone.strip]:  # what makes room comes first
+            try:
+                strip(one.path) if one in gone.strip else remove(known_layout(one.path).files(one.path))
+            except (OSError, CheckpointError) as error:
+                failed.append(error)
+    if failed:
+        raise failed[0]
     return gone
 
 
 def what_expires(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None) -> Expired:
-    """What `prune` would let go now. What is linked into the folder is another place's: through a link its files would go there."""
-    found = [
-        one for one in scan(folder, bests=False) if not any(map(os.path.islink, _layout(one.path).files(one.path)))
-    ]
+    """What `prune` would let go now.
+
+    What was given another name than a save has is somebody's own copy and stays. What is linked into the folder is another place's:
+    through a link its files would go there.
+    """
+    ours = [one for one in scan(folder, bests=False) if GIVEN_NAME.search(one.path.name)]
+    found = [one for one in ours if not any(map(os.path.islink, known_layout(one.path).files(one.path)))]
     return expired(found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
 
 
@@ -168,7 +177,7 @@ def strip(path: Path) -> None:
 
     A damaged file stays as it is: written anew, it would get a checksum that agrees with the damage. The caller holds the folder's lock.
     """
-    layout = _layout(path)
+    layout = known_layout(path)
     file = layout.optimizer_file(path)
     if file is not None:
         file.unlink(missing_ok=True)
@@ -193,15 +202,16 @@ def _write_stripped(path: Path, layout: Layout) -> None:
 
 def free_space_problem(folder: Path, *, need: int) -> str | None:
     """In words, why `need` bytes more do not fit beside `folder`'s files; None if they do."""
+    return None if need <= shutil.disk_usage(folder).free else _full(folder, need=need)
+
+
+def _full(folder: Path, *, need: int) -> str:
     free = shutil.disk_usage(folder).free
-    if need <= free:
-        return None
     return f"the disk is full: about {need:,} bytes are needed in {folder}, {free:,} are free"
 
 
 def why_not_saved(error: Exception, folder: Path, *, need: int) -> str:
     """In words, why a save to `folder` failed; for a full disk, the bytes it needed and the bytes that are free."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(folder).free
-        return f"the disk is full: about {need:,} bytes are needed in {folder}, {free:,} are free"
+        return _full(folder, need=need)
     return f"{error}"

@@ -1,5 +1,6 @@
 """Checkpoint: the one in-memory form between every layout on disk and every user of a checkpoint."""
 
+import json
 import re
 import types
 import typing
@@ -82,7 +83,8 @@ MEMORY_FIELDS = {"path", "layout", "notes", "edited"}
 TYPES = {
     name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }
-LARGEST = 2**63 - 1
+HEADER = 512  # bytes that a tensor takes in an archive besides its own: names, checksums, alignment
+LARGEST = 2**53  # of a number in the metadata: every program that reads JSON has it exactly
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's folder, so it must not lead out of it
 
 
@@ -99,9 +101,10 @@ def named_tensors(record: Checkpoint) -> dict[str, Tensor]:
     return record.model_state | {name: value for name, value in moments.items() if isinstance(value, Tensor)}
 
 
-def tensor_bytes(record: Checkpoint) -> int:
-    """About how many bytes the record takes on disk: its tensors'."""
-    return sum(tensor.nbytes for tensor in named_tensors(record).values())
+def bytes_on_disk(record: Checkpoint) -> int:
+    """About how many bytes the record takes on disk, never fewer: its tensors, a header for each, and its metadata as often as it is written."""
+    tensors = named_tensors(record).values()
+    return sum(tensor.nbytes + HEADER for tensor in tensors) + 4 * len(json.dumps(metadata(record))) + 2**14
 
 
 def without_optimizer(values: dict[str, Json]) -> dict[str, Json]:

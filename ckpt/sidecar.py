@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt.files import CHUNK, NewFile, write_json
-from ckpt.record import Checkpoint, CheckpointError, Json, check_metadata, metadata
+from ckpt.files import BEGINNING, CHUNK, NewFile, write_json
+from ckpt.record import Checkpoint, CheckpointError, Json, check_metadata, metadata, without_optimizer
 
-JSON_LIMIT = 64 * 2**20  # bytes; a 50,000-piece BPE vocabulary takes about 3 MB
+JSON_LIMIT = 16 * 2**20  # bytes; a 50,000-piece BPE vocabulary takes about 3 MB
+PARTS_LIMIT = 1_000_000  # values in it; such a vocabulary has 200,000. An object of 8 bytes takes 200 in memory
 
 
 def is_regular(path: Path) -> bool:
@@ -41,6 +42,8 @@ def read_json(path: Path) -> dict[str, Json]:
 
 def parse_json(data: bytes, where: str) -> dict[str, Json]:
     """The object in JSON text; raises CheckpointError as `read_json` does."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > PARTS_LIMIT:
+        raise CheckpointError(f"{where}: has more than {PARTS_LIMIT} values, expected a small JSON file")
     try:
         values = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_no_doubles)
     except (ValueError, RecursionError) as error:
@@ -116,9 +119,13 @@ def read_manifest(path: Path) -> dict[str, Json]:
 
 
 def file_problems(
-    folder: Path, manifest: Mapping[str, Any], *, hashed: bool, optional: Iterable[str] = ()
+    folder: Path, manifest: Mapping[str, Any], *, hashed: bool, begins: Iterable[str] = (), optional: Iterable[str] = ()
 ) -> list[str]:
-    """What is wrong with the manifest's files in `folder`, one sentence each: sizes always, sha256 if `hashed`, the manifest's own too."""
+    """What is wrong with the manifest's files in `folder`, one sentence each.
+
+    Sizes always; of the files in `begins` the first bytes too, so that one of another save is seen; with `hashed` every byte, and the
+    manifest's own.
+    """
     problems = [manifest["problem"]] if hashed and manifest.get("problem") else []
     for name, entry in manifest["files"].items():
         path = folder / name
@@ -127,24 +134,46 @@ def file_problems(
         elif path.stat().st_size != entry["size"]:
             size = path.stat().st_size
             problems.append(f"{path}: has {size} bytes instead of {entry['size']}: take an earlier checkpoint")
+        elif name in begins and entry.get("begins_sha256") not in (None, sha256(path, most=BEGINNING)):
+            problems.append(f"{path}: is damaged, or of another save than the files beside it: put the right one back")
         elif hashed and sha256(path) != entry["sha256"]:
             problems.append(f"{path}: is damaged: its bytes do not agree with their sha256: take an earlier checkpoint")
     return problems
 
 
+def manifest_metadata(
+    folder: Path, manifest: Mapping[str, Any], *, optimizer: str, optional: Iterable[str] = ()
+) -> dict[str, Json]:
+    """The manifest's metadata, as that of a checkpoint which only generates if the file `optimizer` is gone.
+
+    Raises CheckpointError if another file of `folder` is missing or of another size, but for the `optional` ones.
+    """
+    check_files(folder, manifest, optional=[optimizer, *optional])
+    values = manifest["metadata"]
+    return values if is_regular(folder / optimizer) else without_optimizer(values)
+
+
 def check_files(
-    folder: Path, manifest: Mapping[str, Any], *, hashed: bool = False, optional: Iterable[str] = ()
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    hashed: bool = False,
+    begins: Iterable[str] = (),
+    optional: Iterable[str] = (),
 ) -> None:
     """Raises CheckpointError for the first of `file_problems`."""
-    for problem in file_problems(folder, manifest, hashed=hashed, optional=optional):
+    for problem in file_problems(folder, manifest, hashed=hashed, begins=begins, optional=optional):
         raise CheckpointError(problem)
 
 
-def sha256(path: Path) -> str:
-    """Of the file's bytes, in hex; raises CheckpointError if it cannot be read."""
+def sha256(path: Path, *, most: int | None = None) -> str:
+    """Of the file's bytes, or of the first `most` of them, in hex; raises CheckpointError if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as file:
+            if most is not None:
+                digest.update(file.read(most))
+                return digest.hexdigest()
             while piece := file.read(CHUNK):
                 digest.update(piece)
     except OSError as error:

@@ -1,5 +1,6 @@
 """What a folder of checkpoints holds: find, latest, best, which one is meant, which save is due and which are expired. Changes nothing."""
 
+import difflib
 import functools
 import glob
 import os
@@ -63,12 +64,15 @@ def find(folder: Path) -> list[Found]:
 
 
 def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
-    """Every checkpoint of `folder` under each of its names; without `best/` if not `bests`."""
+    """Every checkpoint of `folder` under each of its names, or it alone if it is one; without `best/` if not `bests`."""
+    if (whole := layout_of(folder)) is not None:
+        yield look(folder, whole)
+        return
     for place in _places(folder):
         if not bests and place.name == BEST_FOLDER:
             continue
         seen = set()
-        for path in sorted(place.iterdir()):
+        for path in sorted(_entries(place, required=place == folder)):
             layout = None if path.name.startswith(".") else layout_of(path)
             home = layout.home(path) if layout else None
             # In a run's own folder only what is written there: any folder may lie beside checkpoints.
@@ -87,6 +91,16 @@ def _places(folder: Path) -> Iterator[Path]:
         yield place
         if os.path.isdir(place / BEST_FOLDER):
             yield place / BEST_FOLDER
+
+
+def _entries(place: Path, *, required: bool) -> list[Path]:
+    """What lies in `place`; nothing if it cannot be listed and is not `required`, like the lost+found of a file system."""
+    try:
+        return list(place.iterdir())
+    except OSError:
+        if required:
+            raise
+        return []
 
 
 def look(path: Path, layout: Layout) -> Found:
@@ -163,11 +177,22 @@ def expired(
     """
     own = [one for one in found if one.problem is None and one.run_id == run_id and one.path.parent.name != BEST_FOLDER]
     own.sort(key=lambda one: one.save_order)
-    leaving = [one for one in own[: -keep_last or len(own)] if not one.is_final and one.path != newest_good]
-    if keep_last == 0:
-        leaving = []
+    saves = sorted(
+        {one.metadata.get("save_number") or 0 for one in own}
+    )  # a conversion has the number of what it was made from
+    old = saves[:-keep_last] if keep_last else []
+    leaving = [one for one in own if (one.metadata.get("save_number") or 0) in old]
+    leaving = [one for one in leaving if not one.is_final and one.path != newest_good]
     stays = [one for one in leaving if keep_every and one.step % keep_every == 0]
     return Expired(remove=[one for one in leaving if one not in stays], strip=[one for one in stays if one.resumable])
+
+
+def folder_of(path: Path, run_id: str | None) -> Path:
+    """The folder of checkpoints that the one at `path` lies in: above best/ and above the run's own folder."""
+    folder = path.parent
+    for own in (BEST_FOLDER, run_id):
+        folder = folder.parent if folder.name == own else folder
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +215,9 @@ def resolve(wish: str, folder: Path) -> tuple[Path, list[str]]:
         if glob.has_magic(wish):
             return _choose_by_step(wish, folder)
     if not os.path.exists(path):
-        raise CheckpointError(f"Checkpoint not found: {wish}. {listing(_nearest(path, folder))}")
+        meant = difflib.get_close_matches(path.name, ["latest", "best"], n=1, cutoff=0.7)
+        hint = f" Did you mean {meant[0]}?" if meant else ""
+        raise CheckpointError(f"Checkpoint not found: {wish}.{hint} {listing(_nearest(path, folder))}")
     if around := _around(path):
         return around, [f"{path} is a part of {around}, which is taken"]
     layout = layout_of(path)

@@ -60,6 +60,16 @@ def check_dense(tensor: Any, where: str, name: str, *, dtypes: Sequence[torch.dt
         )
 
 
+def same_tensor(one: Tensor, other: Tensor, *, whole: bool = True) -> bool:
+    """Whether dtype, shape and values are equal; if not `whole`, of the values only the first row is looked at."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    # One piece of memory, as torch stores a tied pair, need not be read.
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    return torch.equal(one, other) if whole or not one.dim() else torch.equal(one[:1], other[:1])
+
+
 def _bytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * tensor.element_size()
 

@@ -37,8 +37,13 @@ class Writer:
             return
         copy = _like(record, self._buffers)
         self._copied.clear()
-        self._thread = threading.Thread(target=self._work, args=(record, copy, job), name="checkpoint writer")
-        self._thread.start()
+        thread = threading.Thread(target=self._work, args=(record, copy, job), name="checkpoint writer")
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread to give
+            job(record)
+            return
+        self._thread = thread
         if any(tensor.device.type not in ("cpu", "cuda") for tensor in record.model_state.values()):
             self.settle()  # whether another kind of device lets two threads use it is not known
 

@@ -151,6 +151,8 @@ def processor_name() -> str:
 
 def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Why a step here may give other bits than the steps of a checkpoint did, one reason each; empty if it cannot."""
+    if not before:
+        return ["on what machine and versions it was trained is not recorded"]
     reasons = [
         f"{name} is {now.get(name)}, was {before.get(name)}"
         for name in DECIDES_BITS

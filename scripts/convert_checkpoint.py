@@ -21,8 +21,8 @@ from typing import Any
 
 import ckpt
 from ckpt import BEST_FOLDER, CheckpointError, Found
-from ckpt.contents import known_layout
-from ckpt.convert import Converted
+from ckpt.convert import Converted, modified_at
+from ckpt.layouts import known_layout
 from ckpt.store import scan
 from config import Config, ConfigError
 from runtime.progress import Log, shown, tell
@@ -63,7 +63,8 @@ def say(done: Converted, settings: Config, log: Log) -> None:
         log(note)
     size = "Model-only size" if settings.checkpoint_model_only else "New size"
     tell(f"Converted: {shown(done.source)} -> {shown(done.target)}")
-    tell(f"  tensors equal: {done.tensors}, sha256 {done.sha256}; logits equal: {' x '.join(map(str, done.logits))}")
+    equal = f"logits equal: {' x '.join(map(str, done.logits))}; fields of metadata equal: {done.fields}"
+    tell(f"  tensors equal: {done.tensors}, sha256 {done.sha256}; {equal}")
     tell(f"  Original size: {done.bytes_before / 1e6:,.2f} MB ({done.bytes_before:,} bytes)")
     tell(f"  {size}: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
     if (done.layout_before, settings.checkpoint_layout) == ("unified", "separated"):
@@ -84,7 +85,7 @@ def convert_folder(source: Path, settings: Config, log: Log) -> int:
     kept_as_best = {one.metadata.get("save_id") for one in scan(source) if one.path.parent.name == BEST_FOLDER}
     bad = 0
     for one in found:
-        if (*identity(one)[:-1], settings.checkpoint_layout) in done and one.metadata.get("saved_at"):
+        if (*identity(one)[:-1], settings.checkpoint_layout) in done:
             log(f"{shown(one.path)} is in {shown(output)} already")
             continue
         in_best = one.path.parent.name == BEST_FOLDER
@@ -111,7 +112,8 @@ def target_folder(source: Path, settings: Config) -> Path:
 
 def identity(one: Found) -> tuple[Any, ...]:
     """What a conversion keeps of a save, and the layout that it has."""
-    return *(one.metadata.get(name) for name in ("run_id", "save_number", "saved_at", "step")), one.layout
+    saved_at = one.metadata.get("saved_at") or (None if one.problem else modified_at(one.path))
+    return *(one.metadata.get(name) for name in ("run_id", "save_number", "step")), saved_at, one.layout
 
 
 if __name__ == "__main__":

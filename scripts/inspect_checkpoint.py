@@ -22,7 +22,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ckpt
-from ckpt.contents import Held, all_files, differing, held, known_layout, named_tensors
+from ckpt.contents import Held, all_files, differing, held, labelled
+from ckpt.layouts import known_layout
 from ckpt.record import Checkpoint, metadata
 from config import Config
 from data import tokenization
@@ -153,7 +154,7 @@ def compared(one: Checkpoint, other: Checkpoint) -> list[tuple[str, ...]]:
         for name in dict.fromkeys([*values[0], *values[1]]):
             if values[0].get(name) != values[1].get(name):
                 rows.append((kind, name, *(clipped(each.get(name)) for each in values)))
-    tensors = differing(named_tensors(one), named_tensors(other))
+    tensors = differing(labelled(one), labelled(other))
     return rows + [("tensor", name, difference, "") for name, difference in tensors.items()]
 
 

@@ -28,6 +28,7 @@ import torch
 import ckpt
 from ckpt import Checkpoint, CheckpointError
 from ckpt.rebuild import build_model, build_tokenizer
+from ckpt.store import folder_of
 from config import Config, ConfigError
 from data.decoding import StreamDecoder
 from data.tokenization import Tokenizer, UnknownCharacters
@@ -231,10 +232,7 @@ def destination(settings: Config, record: Checkpoint) -> dict[str, Any]:
     saves = {} if settings.given("ENABLE_CHECKPOINTS") else {"enable_checkpoints": True}
     if settings.given("CHECKPOINT_DIR") or record.path is None:
         return saves
-    beside = record.path.parent
-    for own in (ckpt.BEST_FOLDER, record.run_id):  # folders inside the checkpoints' own
-        beside = beside.parent if beside.name == own else beside
-    return saves | {"checkpoint_dir": str(beside)}
+    return saves | {"checkpoint_dir": str(folder_of(record.path, record.run_id))}
 
 
 def plan(settings: Config, record: Checkpoint) -> Schedule:

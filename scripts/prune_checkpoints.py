@@ -18,14 +18,17 @@ if __name__ == "__main__":
     SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
 
 import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import ckpt
 from ckpt import CheckpointError, Found
-from ckpt.contents import all_files, held, known_layout
+from ckpt.contents import all_files, held
 from ckpt.keep import what_expires
+from ckpt.layouts import known_layout
 from ckpt.locks import RunLock, RunLockedError
-from ckpt.store import scan
+from ckpt.store import look, scan
 from ckpt.tensors import not_finite
 from config import Config, ConfigError
 from runtime.progress import Log, amount, shown, table, tell
@@ -33,7 +36,10 @@ from training import guarded
 
 
 def main(settings: Config, log: Log) -> int:
-    """Prunes each run that nobody trains right now, or says what would go; returns the exit code."""
+    """Prunes each run that nobody trains right now, or says what would go; returns the exit code.
+
+    Raises the first OSError or CheckpointError that kept something from going, after the table of what went.
+    """
     if settings.checkpoint_keep_last == 0:
         raise ConfigError(
             ["CHECKPOINT_KEEP_LAST=0 keeps all: set how many of each run's newest checkpoints are to stay"]
@@ -45,19 +51,24 @@ def main(settings: Config, log: Log) -> int:
     for one in found:
         if one.problem:
             log(f"left alone: {one.problem}")
-    rows, freed = [], 0
+    rows: list[tuple[str, ...]] = []
+    freed, failed = 0, []
     for run_id in sorted({one.run_id for one in found if one.run_id}):
         try:
-            with locked(folder, run_id):
+            with contextlib.nullcontext() if settings.dry_run else locked(folder, run_id):
                 for action, one, size in pruned(folder, run_id, settings, log):
                     rows.append((action, str(one.step), amount(size, "B"), run_id, shown(one.path)))
                     freed += size
         except RunLockedError as error:
             log(f"left alone: {error}")
+        except (OSError, CheckpointError) as error:
+            failed.append(error)
     if rows:
         tell(table([("", "step", "frees", "run", "path"), *rows]))
     would = "would be freed; DRY_RUN=false does it" if settings.dry_run else "freed"
-    tell(f"{freed:,} bytes {would}" if rows else "nothing to let go")
+    tell(f"{freed:,} bytes {would}" if rows or failed else "nothing to let go")
+    if failed:
+        raise failed[0]
     return 0
 
 
@@ -72,20 +83,34 @@ def locked(folder: Path, run_id: str) -> Any:
         lock.release()
 
 
-def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> list[tuple[str, Found, int]]:
-    """What goes of a run, or went: in words, which one, and the bytes that it frees."""
+def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[tuple[str, Found, int]]:
+    """What goes of a run, or went: in words, which one, and the bytes that it frees; then raises what kept the rest from going."""
     good = newest_good(folder, run_id, log)
     if good is None:
         log(f"left alone: no checkpoint of run {run_id} is known to be whole")
-        return []
+        return
     policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
     expired = what_expires(folder, run_id=run_id, newest_good=good, **policy)
-    words = ("remove", "to model-only") if settings.dry_run else ("removed", "to model-only")
-    gone = [(words[0], one, freed_by_removing(one.path)) for one in expired.remove]
-    gone += [(words[1], one, freed_by_stripping(one.path)) for one in expired.strip]
+    sizes = {one.path: freed_by_removing(one.path) for one in expired.remove}
+    sizes |= {one.path: freed_by_stripping(one.path) for one in expired.strip}
+    failed: Exception | None = None
     if not settings.dry_run:
-        ckpt.prune(folder, run_id=run_id, newest_good=good, **policy)
-    return sorted(gone, key=lambda each: each[1].save_order)
+        try:
+            expired = ckpt.prune(folder, run_id=run_id, newest_good=good, **policy)
+        except (OSError, CheckpointError) as error:
+            failed = error
+    actions = [("remove" if settings.dry_run else "removed", one) for one in expired.remove]
+    actions += [("to model-only", one) for one in expired.strip]
+    for action, one in sorted(actions, key=lambda each: each[1].save_order):
+        if settings.dry_run or gone(one, stripped=one in expired.strip):
+            yield action, one, sizes.get(one.path, one.size)
+    if failed:
+        raise failed
+
+
+def gone(one: Found, *, stripped: bool) -> bool:
+    """Whether it is not there any more; if it was to be `stripped`, whether it is not there in full: a damaged one is left as it is."""
+    return not os.path.lexists(one.path) or (stripped and not look(one.path, known_layout(one.path)).resumable)
 
 
 def newest_good(folder: Path, run_id: str, log: Log) -> Path | None:

@@ -29,7 +29,7 @@ import torch
 import ckpt
 import models
 from ckpt import Checkpoint, CheckpointError, Found
-from ckpt.contents import all_files, differing, digest, named_tensors
+from ckpt.contents import all_files, differing, digest, labelled
 from ckpt.convert import origin, size_of
 from ckpt.rebuild import build_model, build_tokenizer
 from ckpt.store import scan
@@ -71,10 +71,19 @@ def meant(settings: Config, log: Log) -> list[Path]:
             log(note)
         return [path]
     paths = [one.path for one in sorted(scan(folder), key=lambda one: one.save_order)]
-    once = {(path.stat().st_dev, path.stat().st_ino): path for path in reversed(paths)}  # best/ holds second names
+    once = {identity(path): path for path in reversed(paths)}  # best/ holds second names
     if not once:
         raise CheckpointError(ckpt.listing(folder))
     return list(reversed(once.values()))
+
+
+def identity(path: Path) -> Any:
+    """What all names of one file have in common; of a link to nothing, its own name."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
 
 
 def examined(path: Path, settings: Config, log: Log) -> list[Row]:
@@ -90,8 +99,9 @@ def examined(path: Path, settings: Config, log: Log) -> list[Row]:
         checked("shapes", lambda: shapes_fit(record)),
         checked("numbers", lambda: numbers_finite(record)),
         checked("tokenizer", lambda: round_trip(record)) if record.tokenizer else ("tokenizer", "none", "carries none"),
-        can_go_on(record, settings, log) if rows[0][1] == "ok" else ("goes on exactly", "no", "its bytes are damaged"),
     ]
+    damaged = any(status == FAILED for _, status, _ in rows)
+    rows += [("goes on exactly", "no", "it is damaged") if damaged else can_go_on(record, settings, log)]
     if settings.replay:
         rows += replayed(record, settings, log)
     return rows
@@ -120,7 +130,7 @@ def shapes_fit(record: Checkpoint) -> str:
 
 def numbers_finite(record: Checkpoint) -> str:
     """Whether weights and optimizer hold no NaN and no infinity."""
-    tensors = named_tensors(record)
+    tensors = labelled(record)
     if bad := not_finite(tensors):
         raise CheckpointError(f"NaN or infinity in {', '.join(bad[:5])}" + (" and more" if len(bad) > 5 else ""))
     return f"{len(tensors)} tensors are finite"
@@ -167,7 +177,7 @@ def replayed(record: Checkpoint, settings: Config, log: Log) -> list[Row]:
         return [("replay", FAILED, f"cannot be done: {error}")]
     if record.optimizer_state is None:
         again = dataclasses.replace(again, optimizer_state=None)
-    saved, made = named_tensors(record), named_tensors(again)
+    saved, made = labelled(record), labelled(again)
     hashes = [("sha256 saved", "", digest(saved)), ("sha256 replayed", "", digest(made))]
     since = f"from step {start.step} ({shown(start.path)})" if start else "from fresh weights"
     if different := differing(saved, made):

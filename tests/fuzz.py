@@ -7,6 +7,7 @@ work: their checksums are right, so that they reach what is behind them, and a l
 
 import json
 import os
+import pickletools
 import random
 import resource
 import signal
@@ -276,6 +277,8 @@ def text_of(draw: random.Random, values: Any) -> bytes:
         text = text.replace(": 0", ": NaN", 1).replace(": 1", ": 1e999", 1)
     if draw.random() < 0.02:
         text = text.replace("[", "[" * 100_000, 1)
+    if draw.random() < 0.01:
+        text = text.replace("[", "[" + "[]," * draw.choice((10**5, 11 * 10**5)), 1)
     return text.encode()
 
 
@@ -298,6 +301,48 @@ def informed(draw: random.Random, path: Path, data: bytes) -> bytes:
     return informed_archive(draw, path)
 
 
+TWICE = [  # opcodes before and after a value that make one of two of it
+    (b"", b"q\xf0h\xf0\x86"), (b"(", b"q\xf0h\xf0t"), (b"](", b"q\xf0h\xf0e"), (b"}(K\x01", b"q\xf0K\x02h\xf0u"), (b"]q\xf0h\xf0", b"a"),
+]  # fmt: skip
+USES = [  # what stands before and after a value, so that one is left: kept, a key, called, walked
+    (b"", b""), (b"}", b"K\x01s"), (b"", b")R"), (b"", b")\x81"), (b"", b"Q"), (b"", b"\x85"), (b"(", b"Nt"),
+    (b"ccollections\nOrderedDict\n](", b"K\x01\x86e\x85R"), (b"ccollections\nOrderedDict\n)R](", b"K\x01\x86eb"),
+    (b"ctorch\nSize\n", b"\x85R"), (b"ctorch\nFloatStorage\n", b"\x85R"),
+]  # fmt: skip
+
+
+def built(draw: random.Random) -> bytes:
+    """Opcodes that leave one value, most of them one that is far larger than they are."""
+    kind = draw.randrange(8)
+    if kind == 0:
+        return b"(" + draw.choice((b"N", b"]", b"}", b"(", b"N0", b"\x8f")) * draw.choice((10, 10**5)) + b"t"
+    if kind == 1:
+        return (
+            b"X" + struct.pack("<I", 2**16) + b"a" * 2**16 + b"q\xf0](" + b"h\xf0" * draw.choice((1, 100, 10**4)) + b"e"
+        )
+    (begin, end), (before, after), depth = draw.choice(TWICE), draw.choice(USES), draw.choice((1, 3, 20, 50, 1000))
+    return before + begin * depth + b"K\x01\x85" + end * depth + after
+
+
+def respliced(draw: random.Random, pickled: bytes) -> bytes:
+    """One to three opcodes or runs of them replaced: by others of it, by nothing, by a value that is built up out of itself."""
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        try:
+            found = [(opcode, place) for opcode, _, place in pickletools.genops(pickled)]
+        except ValueError:
+            return pickled
+        edges = [place for _, place in found] + [len(pickled)]
+        values = [number for number, (opcode, _) in enumerate(found) if opcode.stack_after and not opcode.stack_before]
+        if values and draw.random() < 0.6:
+            number = draw.choice(values)
+            pickled = pickled[: edges[number]] + built(draw) + pickled[edges[number + 1] :]
+            continue
+        start, source = draw.randrange(len(found)), draw.randrange(len(found))
+        end, until = (min(len(found), one + draw.choice((0, 1, 1, 2, 8))) for one in (start, source))
+        pickled = pickled[: edges[start]] + pickled[edges[source] : edges[until]] + pickled[edges[end] :]
+    return pickled
+
+
 def informed_archive(draw: random.Random, path: Path) -> bytes:
     content: dict[str, Any] = members(path)
     name = draw.choice([each for each in content if each.endswith((".pkl", ".json"))])
@@ -306,7 +351,8 @@ def informed_archive(draw: random.Random, path: Path) -> bytes:
         changed_values(draw, values)
         content[name] = text_of(draw, values)
     else:
-        content[name] = blind(draw, content[name], content[name][::-1])
+        pickled = content[name]
+        content[name] = respliced(draw, pickled) if draw.random() < 0.5 else blind(draw, pickled, pickled[::-1])
     if draw.random() < 0.1:
         del content[draw.choice(list(content))]
     scratch = path.with_name(".scratch")

@@ -220,3 +220,16 @@ def in_child(action: Callable[[], Any], *, as_nobody: bool = False) -> Any:
         answer = json.loads(pipe.read())
     os.waitpid(pid, 0)
     return answer
+
+
+def mapped_and_touched(path: Path) -> tuple[int, int]:
+    """Bytes of `path` that are mapped into this process, and that have been touched there."""
+    mapped = touched = 0
+    ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            ours = line.endswith(str(path))
+        elif ours and line.startswith(("Size:", "Rss:")):
+            size = int(line.split()[1]) * 1024
+            mapped, touched = mapped + size * line.startswith("Size"), touched + size * line.startswith("Rss")
+    return mapped, touched

@@ -615,7 +615,16 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
 VALID = st.fixed_dictionaries({}, optional={name: texts_of(name) for name in VARIABLES if name != "ENV_FILE"})
 
 
-TOGETHER = ("needs", "must be a multiple", "is more than", "is above", "are both given", "both name", "is for RESUME")
+TOGETHER = (
+    "is about those leaving",
+    "needs",
+    "must be a multiple",
+    "is more than",
+    "is above",
+    "are both given",
+    "both name",
+    "is for RESUME",
+)
 
 
 def outcome(action: Callable[..., Config], *arguments: Any) -> tuple[Config | None, list[str]]:

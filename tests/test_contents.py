@@ -8,8 +8,8 @@ from records import WEIGHT, record
 from safetensors.torch import save_file
 
 from ckpt import CheckpointError
-from ckpt.contents import differing, digest, held, known_layout, named_tensors
-from ckpt.layouts import WRITERS
+from ckpt.contents import differing, digest, held, labelled
+from ckpt.layouts import WRITERS, known_layout
 
 
 @pytest.mark.parametrize("layout", WRITERS)
@@ -36,17 +36,30 @@ def test_names_and_types_of_a_foreign_folder(tmp_path):
     ]
 
 
-def test_what_holds_itself_or_is_very_deep_ends(tmp_path):
-    shared = [torch.ones(1)]
-    for _ in range(60):
-        shared = [shared, shared]  # 2**60 paths to one tensor
-    around = {"tensor": torch.ones(3)}
-    around["again"] = around
+def shared(levels):
+    """A list in which 2**levels ways lead to one tensor."""
+    one = [torch.ones(1)]
+    for _ in range(levels):
+        one = [one, one]
+    return one
+
+
+def test_what_a_file_holds_twice_is_listed_once_and_what_is_very_deep_is_not(tmp_path):
     deep = {"tensor": torch.ones(2)}
     for _ in range(200):
         deep = {"below": deep}
-    torch.save({"model": {"shared": shared, "around": around, "deep": deep}}, tmp_path / "odd.pt")
-    assert [(one.name, one.shape) for one in held(tmp_path / "odd.pt")] == [("around.tensor", (3,))]
+    torch.save({"model": {"shared": shared(10), "deep": deep}}, tmp_path / "odd.pt")
+    assert [(one.name, one.shape) for one in held(tmp_path / "odd.pt")] == [("shared" + ".0" * 11, (1,))]
+
+
+def test_what_holds_itself_or_would_never_end_is_refused(tmp_path):
+    around = {"tensor": torch.ones(3)}
+    around["again"] = around
+    for number, odd in enumerate((around, shared(60))):
+        path = tmp_path / f"odd{number}.pt"
+        torch.save({"model": {"odd": odd}}, path)
+        with pytest.raises(CheckpointError, match=path.name):
+            held(path)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
@@ -71,13 +84,13 @@ def test_the_hash_covers_names_types_shapes_and_bytes():
 
 
 def test_moments_are_named_by_their_parameters(tmp_path):
-    names = set(named_tensors(record(1)))
+    names = set(labelled(record(1)))
     assert names == {WEIGHT, *(f"optimizer: {WEIGHT}.{kind}" for kind in ("step", "exp_avg", "exp_avg_sq"))}
-    assert set(named_tensors(record(1, optimizer_state=None))) == {WEIGHT}
+    assert set(labelled(record(1, optimizer_state=None))) == {WEIGHT}
     unnamed = record(1)
     del unnamed.optimizer_state["param_groups"][0]["param_names"]
     with pytest.raises(CheckpointError, match="not in torch's form with param_names"):
-        named_tensors(unnamed)
+        labelled(unnamed)
 
 
 def test_differences_in_words():

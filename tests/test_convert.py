@@ -2,17 +2,21 @@
 
 import collections
 import dataclasses
+import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from records import WEIGHT, record
+from filelock import FileLock, Timeout
+from records import FULL, WEIGHT, assert_same, gpt2_record, record
 from script import call, copied, family, files_of, same_tensors, script, train_family
 
 import ckpt
 from ckpt import CheckpointError, keep
 from ckpt.layouts import WRITERS, layout_of
+from ckpt.locks import FOLDER_LOCK
 
 converter = script("convert_checkpoint")
 KEPT = (
@@ -76,7 +80,7 @@ def test_the_proof_is_printed(trained, tmp_path):
     assert f"New size: {size / 1e6:.2f} MB ({size:,} bytes)" in out
     assert "Unified checkpoint split into separated format!" in out
     vocabulary = len(ckpt.load(path).tokenizer["chars"])
-    assert f"logits equal: 2 x 16 x {vocabulary}" in out
+    assert f"logits equal: 2 x 16 x {vocabulary}; fields of metadata equal: " in out
     again = call(converter, tmp_path, CHECKPOINT_PATH=target_of(out), CHECKPOINT_LAYOUT="directory").out
     assert [hashed(text) for text in (out, again)] == [hashed(out)] * 2
 
@@ -159,6 +163,80 @@ def test_what_is_not_the_same_after_reading_it_back_is_removed(tmp_path, monkeyp
     with pytest.raises(CheckpointError, match="its tensors are not those of"):
         ckpt.convert(path, layout="directory")
     assert files_of(path.parent) == before
+
+
+@pytest.mark.parametrize("after", WRITERS)
+@pytest.mark.parametrize("before", WRITERS)
+def test_every_field_and_every_group_stays(tmp_path, before, after):
+    one = gpt2_record(optimizer="muon", **FULL)
+    path = save(tmp_path, one, before)
+    target = ckpt.convert(path, tmp_path / "new", layout=after).target
+    assert_same(ckpt.load(target), ckpt.load(path), but={"save_id"})
+
+
+LOSSES = {
+    "step": lambda one: dataclasses.replace(one, step=one.step + 1),
+    "schedule": lambda one: dataclasses.replace(one, schedule=one.schedule | {"peak": 0.5}),
+    "hyperparameters": lambda one: dataclasses.replace(one, hyperparameters={}),
+    "run_id": lambda one: dataclasses.replace(one, run_id=None),
+    "param_groups": lambda one: dataclasses.replace(
+        one,
+        optimizer_state=one.optimizer_state
+        | {"param_groups": [group | {"lr": 0.5} for group in one.optimizer_state["param_groups"]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("field", LOSSES)
+def test_the_proof_covers_the_metadata(tmp_path, monkeypatch, field):
+    """Its control: a writer that loses one field, whose tensors and logits are still the same."""
+    path, write = save(tmp_path, record(1, **FULL)), WRITERS["directory"].write
+    before = files_of(path.parent)
+    monkeypatch.setattr(
+        WRITERS["directory"], "write", lambda one, folder, stem: write(LOSSES[field](one), folder, stem)
+    )
+    with pytest.raises(CheckpointError, match=rf": {field} of its metadata are not those of .*: removed"):
+        ckpt.convert(path, layout="directory")
+    assert files_of(path.parent) == before
+
+
+def test_what_failed_the_proof_is_removed_under_the_lock_of_the_folder(tmp_path, monkeypatch):
+    """Another process that saves there clears up what it takes for a dead one's."""
+    path, held = save(tmp_path, record(1)), []
+    module = sys.modules["ckpt.convert"]  # ckpt.convert is the verb
+    remove = module.remove
+
+    def watched(files):
+        with pytest.raises(Timeout):
+            FileLock(path.parent / FOLDER_LOCK).acquire(timeout=0)
+        held.append(files)
+        remove(files)
+
+    monkeypatch.setattr(module, "remove", watched)
+    monkeypatch.setattr(module, "logits", lambda one: torch.full((1,), float(one.layout == "unified")))
+    before = files_of(path.parent)
+    with pytest.raises(CheckpointError, match="its logits are not those of"):
+        ckpt.convert(path, layout="separated")
+    assert len(held) == 1
+    assert files_of(path.parent) == before
+    FileLock(path.parent / FOLDER_LOCK).acquire(timeout=0).lock.release()  # the control: it is free now
+
+
+@pytest.mark.parametrize("layout", ["unified", "directory"])
+def test_an_edited_one_is_refused(tmp_path, layout):
+    """Going on from it begins a child run; written anew it would pass for the run that was saved."""
+    path = save(tmp_path, gpt2_record(), "directory")
+    saved = (path / "config.json").read_text()
+    (path / "config.json").write_text(json.dumps(json.loads(saved) | {"batch_size": 4, "dropout": 0.5}))
+    before = files_of(tmp_path)
+    said = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_LAYOUT=layout, OUTPUT=tmp_path / "new")
+    assert (said.code, said.out) == (3, "")
+    assert f"{path}: was edited since it was saved (BATCH_SIZE 2 -> 4, DROPOUT 0.0 -> 0.5)" in said.err
+    assert "set it back in its config.json, or go on from it as it is" in said.err
+    assert {name: data for name, data in files_of(tmp_path).items() if name in before} == before
+    assert not (tmp_path / "new").exists()
+    (path / "config.json").write_text(saved)
+    assert ckpt.load(ckpt.convert(path, tmp_path / "new", layout=layout).target).hyperparameters == {"BATCH_SIZE": 2}
 
 
 def test_a_full_disk_is_seen_before(tmp_path, monkeypatch):

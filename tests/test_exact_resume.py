@@ -144,6 +144,7 @@ def test_control_model_only_goes_on_and_says_that_it_differs(layout, straight, t
     code, said = train(folder, RESUME="auto", CHECKPOINT_MODEL_ONLY="false")
     assert code == 0, said
     assert "have no optimizer state" in capsys.readouterr().out
+    assert newest(folder).parent["step"] == 3  # a child: what it ends with is not what the run would have ended with
     assert newest(folder).parts == ["model", "optimizer"]
     assert tensor_bytes(newest(straight)) != tensor_bytes(newest(folder))
 

@@ -34,7 +34,7 @@ from records import FULL, NOON, flipped, in_child, record, set_clock, walkable_f
 from saver import CHANGING, of_step, save_keep_prune
 
 import ckpt
-from ckpt import Checkpoint, files, keep
+from ckpt import Checkpoint, files, keep, sidecar
 from ckpt.locks import FOLDER_LOCK
 from ckpt.store import scan
 
@@ -430,8 +430,11 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(home):
     assert found > 50
 
 
-def test_control_a_load_that_does_not_verify_takes_flipped_weights(home, layout):
-    """Negative control for the comparison above: it sees one bit, and only verify keeps it out."""
+def test_control_a_load_that_does_not_verify_takes_flipped_weights(layout, tmp_path, monkeypatch):
+    """Negative control for the comparison above: it sees one bit, and beyond the beginning of a file only verify keeps it out."""
+    for module in (files, sidecar):
+        monkeypatch.setattr(module, "BEGINNING", 8)
+    home = ckpt.save(record(7, **FULL), tmp_path, layout=layout)
     whole_one = ckpt.load(home)
     wanted = next(iter(whole_one.model_state.values())).numpy().tobytes()
     (file,) = (file for file in every_file(home) if wanted in file.read_bytes())

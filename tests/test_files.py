@@ -175,7 +175,8 @@ def test_a_file_of_any_size_in_any_pieces_is_what_was_written(direct, size, piec
             file.write(memoryview(data)[start : min(start + step, size)])
             assert file.tell() == min(start + step, size)
     assert (tmp_path / "new").read_bytes() == data[:size]
-    assert file.entry == {"size": size, "sha256": hashlib.sha256(data[:size]).hexdigest()}
+    whole = hashlib.sha256(data[:size]).hexdigest()
+    assert file.entry == {"size": size, "sha256": whole, "begins_sha256": whole}
     assert asked == ([] if direct == "direct" else [tmp_path / "new"])
 
 
@@ -206,7 +207,8 @@ def test_json_is_written_for_people_and_without_what_json_has_not(tmp_path):
     file = write_json(tmp_path / "a.json", {"step": 1, "text": "é"})
     text = (tmp_path / "a.json").read_bytes()
     assert text == '{\n  "step": 1,\n  "text": "é"\n}\n'.encode()
-    assert file.entry == {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    whole = hashlib.sha256(text).hexdigest()
+    assert file.entry == {"size": len(text), "sha256": whole, "begins_sha256": whole}
     write_json(tmp_path / "half.json", {"\udc80": "\ud800x"})  # as os.environ gives bytes that are no UTF-8
     assert json.loads((tmp_path / "half.json").read_text(encoding="utf-8")) == {"\udc80": "\ud800x"}
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -508,7 +510,7 @@ def test_leftovers_go_and_nothing_else(tmp_path):
 
 def half_a_group(folder: Path, hidden: list[str], seen: list[str]) -> None:
     """What a kill leaves of a group a, b, head: these files still or again in its hidden folder, those visible."""
-    place = folder / ".tmp-head-1-abc"
+    place = folder / ".tmp-head-99999999-abc"
     place.mkdir()
     (place / files.NAMES).write_text(json.dumps(["a", "b", "head"]))
     group(place, *hidden)
@@ -544,8 +546,8 @@ def test_a_damaged_list_of_names_removes_nothing_else(names, tmp_path):
     folder = tmp_path / "checkpoints"
     group(tmp_path, "outside")
     group(folder, "a")
-    (folder / ".tmp-head-1-abc").mkdir()
-    (folder / ".tmp-head-1-abc" / files.NAMES).write_text(names)
+    (folder / ".tmp-head-99999999-abc").mkdir()
+    (folder / ".tmp-head-99999999-abc" / files.NAMES).write_text(names)
     remove_leftovers(folder)
     assert snapshot(tmp_path) == {"outside": b"outside", "checkpoints/a": b"a"}
     assert temporaries(tmp_path) == []
@@ -554,7 +556,7 @@ def test_a_damaged_list_of_names_removes_nothing_else(names, tmp_path):
 def test_a_save_removes_leftovers_of_the_folder_and_of_its_best(tmp_path):
     (tmp_path / "best").mkdir()
     for folder in (tmp_path, tmp_path / "best"):
-        (folder / ".tmp-checkpoint-1-abc").write_bytes(b"half")
+        (folder / ".tmp-checkpoint-99999999-abc").write_bytes(b"half")
     ckpt.save(record(), tmp_path)
     assert temporaries(tmp_path) == []
 

@@ -172,7 +172,7 @@ def test_nanogpt_computes_the_same_logits(bias: bool) -> None:
         assert not torch.allclose(logits(found), ours(bias=bias)(IDS)[0], atol=1e-4)  # tanh GELU would be noticed
     assert found.model_settings == SIZES | {"dropout": 0.1, "bias": bias, "activation": "gelu_erf", "tied": True}
     assert (found.step, found.epoch, found.validation_loss) == (250, None, 1.75)
-    assert found.hyperparameters["n_layer"] == 2  # of model_args; `config` has train.py's default
+    assert found.model_settings["n_layer"] == 2  # of model_args; `config` has train.py's default
     assert any("exact GELU" in note for note in found.notes)
 
 

@@ -34,7 +34,7 @@ from foreign_programs import (
     write_pair,
     write_step,
 )
-from records import assert_same, bits, refused, save, snapshot
+from records import assert_same, bits, mapped_and_touched, refused, save, snapshot
 from safetensors.torch import save_file
 from script import NOTHING_OF_TRAINING, Said, script
 from torch import Tensor, nn
@@ -42,9 +42,11 @@ from torch import Tensor, nn
 import ckpt
 import config
 import training
-from ckpt import Checkpoint
+from ckpt import Checkpoint, archive
+from ckpt.adopt import adopted, adopted_metadata
 from ckpt.layouts import LAYOUTS
 from ckpt.rebuild import build_model, build_tokenizer, restore_optimizer
+from ckpt.record import metadata
 from data import tokenization
 from runtime.optim import build_optimizer
 from runtime.progress import Log
@@ -158,6 +160,46 @@ def test_golden_files_open_to_their_values(name: str, place: str, made_today: Pa
                 "h.0.mlp.c_proj.weight", "h.0.ln_1.weight", "h.0.ln_2.weight", "ln_f.weight",
             ])
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_listing_tells_what_opening_tells(name: str) -> None:
+    opened = GOLDENS[name][0]
+    verbs = next(one for one in LAYOUTS if one.detect(GOLDEN / name / opened))
+    assert verbs.peek(GOLDEN / name / opened) == metadata(ckpt.load(GOLDEN / name / opened))
+
+
+WIDE = SIZES | {"vocab_size": 3000, "n_embd": 192, "n_head": 6}
+LARGE: dict[str, Callable[[], Any]] = {
+    "nanogpt": lambda: nanogpt(NanoGPT(**WIDE)),
+    "lecture": lambda: {"model": LectureModel(**WIDE).state_dict(), "config": WIDE},
+    "a head like the embedding": lambda: {"model": untwined(NanoGPT(**WIDE)), "config": WIDE},
+}
+
+
+def untwined(model: NanoGPT) -> dict[str, Tensor]:
+    """The head as a copy, which torch stores once more."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_listing_leaves_tensors_unread(name: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "large.pt", LARGE[name]())
+    content, _ = archive.load(path)
+    listed = adopted_metadata(path, content, layout="any")
+    touched = mapped_and_touched(path)[1]
+    assert touched < path.stat().st_size / 8
+    assert listed == metadata(adopted(path, content, layout="any"))
+    more = mapped_and_touched(path)[1] - touched  # negative control: what reads them is seen
+    assert more > 800_000 if name != "nanogpt" else more == 0
+
+
+def test_a_listing_sees_by_the_first_rows_that_two_keys_disagree(tmp_path: Path) -> None:
+    path = saved(tmp_path / "large.pt", {key: bare(NanoGPT(**WIDE)) for key in ("model", "state_dict")})
+    content, _ = archive.load(path)
+    with pytest.raises(ckpt.CheckpointError, match="both hold weights, and not the same ones"):
+        adopted_metadata(path, content, layout="any")
+    assert mapped_and_touched(path)[1] < path.stat().st_size / 8
 
 
 def test_golden_files_of_today_are_those_that_are_committed(made_today: Path) -> None:
@@ -381,7 +423,8 @@ def test_a_folder_of_the_lecture_model(tmp_path: Path) -> None:
     assert set(said.out) <= set(ELEVEN)
     for name in ("optimizer.pt", "training_state.json"):
         (path / name).unlink()
-    assert (ckpt.load(path).step, ckpt.load(path).notes) == (0, record.notes[1:])  # but that the optimizer was left out
+    alone = f"{path}: holds no optimizer's state: it generates but cannot go on exactly"
+    assert (ckpt.load(path).step, ckpt.load(path).notes) == (0, [*record.notes[1:], alone])
     config_file = path / "config.json"
     config_file.write_text(config_file.read_text().replace('"n_layer": 2', '"n_layer": 3'))
     assert "n_layer is 3 in its config, but 2 by its weights" in refused(path)

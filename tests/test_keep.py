@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from records import NOON, assert_same, bits, hugging_face_folder, newest, record, save, set_clock
 
 import ckpt
-from ckpt import Checkpoint, Found, keep, store
+from ckpt import Checkpoint, CheckpointError, Found, files, keep, store
 from ckpt.keep import file_word
+from ckpt.layouts import unified
 from ckpt.locks import FOLDER_LOCK
 
 LAYOUTS = sorted(ckpt.WRITERS)
@@ -505,3 +506,67 @@ def test_free_space_is_told_before_it_is_missed(tmp_path):
     words = ckpt.free_space_problem(tmp_path, need=2**60)
     assert words is not None
     assert words.startswith(f"the disk is full: about {2**60:,} bytes are needed in {tmp_path}")
+
+
+def test_a_conversion_beside_its_source_is_no_save_of_its_own(tmp_path):
+    paths = {step: save(tmp_path, step) for step in (2, 4, 6)}
+    ckpt.convert(paths[6], None, layout="separated", model_only=True)
+    paths[8] = save(tmp_path, 8)
+    ckpt.prune(tmp_path, run_id="one", keep_last=2, keep_every=0, newest_good=paths[8])
+    assert [(one.step, one.resumable) for one in ckpt.find(tmp_path)] == [(6, False), (6, True), (8, True)]
+
+
+def test_what_somebody_has_named_stays(tmp_path):
+    """A copy, or a checkpoint that was renamed to keep it."""
+    first, second, last = (save(tmp_path, step) for step in (1, 2, 3))
+    shutil.copy(first, tmp_path / "mybackup.pt")
+    second.rename(tmp_path / "good.pt")
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"mybackup.pt", "good.pt", last.name}
+
+
+def test_a_number_at_the_limit_does_not_make_later_saves_unreadable(tmp_path):
+    ckpt.save(record(1), tmp_path)
+    path = unified.write(
+        record(2, save_number=2**53, save_id="x", saved_at="2000-01-01T00:00:00.000000+00:00"), tmp_path, "odd"
+    )
+    for step in (3, 4):
+        ckpt.save(record(step), tmp_path)
+    assert [one.step for one in ckpt.find(tmp_path)] == [1, 2, 3, 4]
+    assert path.exists()
+
+
+def test_an_edit_of_a_checkpoint_leaves_its_second_name_under_best_alone(tmp_path):
+    saved = ckpt.save(record(1), tmp_path, layout="directory")
+    kept = ckpt.keep_best(record(1), tmp_path, saved=saved, layout="directory")
+    with open(saved / "config.json", "r+") as file:
+        file.truncate(0)
+    with pytest.raises(CheckpointError):
+        ckpt.load(saved)
+    assert ckpt.load(kept, verify=True).step == 1
+    assert (saved / "model.pt").samefile(kept / "model.pt")
+
+
+def test_one_that_cannot_be_let_go_does_not_keep_the_others(tmp_path, monkeypatch):
+    paths = [save(tmp_path, step) for step in (10, 15, 20, 25, 30)]
+
+    def refused(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(keep, "strip", refused)
+    with pytest.raises(OSError, match="No space"):
+        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=10, newest_good=paths[-1])
+    assert [one.step for one in ckpt.find(tmp_path)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("layout", ["separated", "stepfiles"])
+def test_a_full_disk_does_not_hinder_letting_go(layout, tmp_path, monkeypatch):
+    first, last = (save(tmp_path, step, layout=layout) for step in (1, 2))
+
+    def refused(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_json", refused)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    assert [one.step for one in ckpt.find(tmp_path)] == [2]
+    assert not list(first.parent.glob("*0001*"))

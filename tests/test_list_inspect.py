@@ -65,7 +65,7 @@ def test_lineage_tells_where_each_run_began(trained):
     assert first.split()[1:] == ["4", "fresh", "weights"]
     parent = first.split()[0]
     assert f"{parent} at step 4 ({family(trained)[4].name})" in child
-    assert child.endswith("BATCH_SIZE 4 -> 2")
+    assert child.endswith("  BATCH_SIZE 4 -> 2, LEARNING_RATE 0.001 -> 0.0001")
 
 
 def test_a_damaged_one_is_a_row_and_a_reason(trained, tmp_path):
@@ -115,15 +115,53 @@ def test_what_is_no_folder_of_checkpoints_is_refused(trained, tmp_path):
     assert "holds no checkpoint; was ENABLE_CHECKPOINTS=true set when training?" in said.err
 
 
-def test_two_hundred_files_in_under_a_second(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+OPENED: list[str] | None = None
+
+
+def note_opening(event, args):
+    if OPENED is not None and event == "open":
+        OPENED.append(os.fsdecode(args[0]) if isinstance(args[0], str | bytes) else "")
+
+
+sys.addaudithook(note_opening)  # it cannot be taken away again, only told to note nothing
+
+
+def opened(action, folder):
+    """What `action` returns, and how often it opens a file below `folder`."""
+    global OPENED
+    OPENED = []
+    try:
+        return action(), sum(name.startswith(str(folder)) for name in OPENED)
+    finally:
+        OPENED = None
+
+
+def two_hundred(folder, tokenizer):
+    (folder / "checkpoints").mkdir()
     for step in range(1, 201):
-        one = record(step, save_id=f"{step:016x}", save_number=step, tokenizer={"kind": "char", "chars": ["a"] * 8})
-        unified.write(one, tmp_path / "checkpoints", f"checkpoint_step{step}")
+        one = record(step, save_id=f"{step:016x}", save_number=step, tokenizer=tokenizer)
+        unified.write(one, folder / "checkpoints", f"checkpoint_step{step}")
+
+
+def test_two_hundred_files_in_under_a_second(tmp_path):
+    two_hundred(tmp_path, {"kind": "char", "chars": ["a"] * 8})
     since = time.process_time()
     said = call(lister, tmp_path)
     assert time.process_time() - since < 1
     assert [line.split()[0] for line in said.out.splitlines()[1:201]] == [str(step) for step in range(1, 201)]
+
+
+def test_what_has_not_changed_is_not_opened_again(tmp_path):
+    two_hundred(tmp_path, {"kind": "bpe", "tokenizer": {"model": {"vocab": {f"piece{id}": id for id in range(2000)}}}})
+    first, before = opened(lambda: call(lister, tmp_path), tmp_path)
+    again, after = opened(lambda: call(lister, tmp_path), tmp_path)
+    assert before >= 200  # the control: it does see them
+    assert after == 0
+    assert again == first
+    changed = next((tmp_path / "checkpoints").glob("*step7.pt"))
+    os.utime(changed, ns=(1, 1))
+    _, once_more = opened(lambda: call(lister, tmp_path), tmp_path)
+    assert 0 < once_more <= before // 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ import math
 import os
 
 import pytest
-from records import WEIGHT, flipped, record
+from drive import small_text
+from records import WEIGHT, flipped, in_child, record, walkable_folder
 from script import call, files_of, script
 
 import ckpt
+from ckpt import keep
 from ckpt.layouts import WRITERS
 from ckpt.locks import RunLock
 
@@ -58,6 +60,68 @@ def test_it_only_says_so_at_first(folder):
     )
     assert total == f"{freed:,} bytes would be freed; DRY_RUN=false does it"
     assert files_of(folder / "checkpoints") == before
+
+
+def everything(folder):
+    """Every name below a folder, hidden ones too, and when each last changed: of a folder, when a name in it came or went."""
+    return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
+def test_saying_so_writes_nothing_and_locks_nothing(folder):
+    """So that it works where one may only read, and beside a training of the run."""
+    save(folder, 1, 2, 3)
+    before = everything(folder / "checkpoints")
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1")
+    assert (said.code, said.out.count("remove ")) == (0, 2)
+    assert everything(folder / "checkpoints") == before
+    assert call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false").code == 0
+    assert everything(folder / "checkpoints") != before  # the control
+    lock = RunLock(folder / "checkpoints", "one")
+    lock.acquire()
+    try:
+        again = call(pruner, folder, CHECKPOINT_KEEP_LAST="1")
+    finally:
+        lock.release()
+    assert (again.code, again.out, again.err) == (0, "nothing to let go\n", "")
+
+
+def test_a_folder_that_may_only_be_read_can_be_asked():
+    with walkable_folder() as reachable:
+        (reachable / "checkpoints").mkdir()
+        save(reachable, 1, 2, 3)
+        small_text(reachable)
+        os.chmod(reachable / "checkpoints", 0o555)
+        asked, done = (
+            in_child(lambda dry=dry: call(pruner, reachable, CHECKPOINT_KEEP_LAST="1", DRY_RUN=dry), as_nobody=True)
+            for dry in ("true", "false")
+        )
+        os.chmod(reachable / "checkpoints", 0o755)
+        assert (asked[0], asked[1].count("remove "), asked[2]) == (0, 2, "")
+        assert (done[0], done[1]) == (1, "0 bytes freed\n")  # the control
+        assert "Permission denied" in done[2]
+
+
+def test_what_has_gone_is_told_and_not_what_was_planned(folder, monkeypatch):
+    """One cannot be removed, and one is damaged and so not written anew."""
+    first, second, third, *_ = save(folder, 1, 2, 4, 5, 6, size=32)
+    size = second.stat().st_size
+    weight = ckpt.load(third).model_state[WEIGHT].numpy().tobytes()
+    flipped(third, third.read_bytes().find(weight) + 5)
+    remove = keep.remove
+
+    def stuck(files):
+        if first in files:
+            raise PermissionError(1, "Operation not permitted", str(first))
+        remove(files)
+
+    monkeypatch.setattr(keep, "remove", stuck)
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="2", CHECKPOINT_KEEP_EVERY="4", DRY_RUN="false")
+    assert said.code == 1
+    assert str(first) in said.err
+    _, *lines, total = said.out.splitlines()
+    assert [(line.split()[0], line.split()[-1]) for line in lines] == [("removed", str(second))]
+    assert total == f"{size:,} bytes freed"
+    assert left(folder) == {1: True, 4: True, 5: True, 6: True}
 
 
 @pytest.mark.parametrize("layout", WRITERS)

@@ -175,9 +175,9 @@ SETTINGS_REFUSED = [
 @pytest.mark.parametrize(("changes", "reason"), SETTINGS_REFUSED, ids=[str(changes) for changes, _ in SETTINGS_REFUSED])
 def test_settings_of_another_model_are_refused_fast(changes, reason):
     one = gpt2_record(model_settings=SETTINGS | changes)
-    start = time.monotonic()
+    start = time.process_time()
     assert reason in refused(one)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_model_of_an_unknown_kind_or_of_too_few_settings_is_refused():

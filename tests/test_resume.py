@@ -165,7 +165,8 @@ def test_resume_from_a_folder_that_is_a_checkpoint_does_not_start_fresh(straight
     )
     code, said = train(tmp_path, RESUME=str(tmp_path / "weights"))
     assert code == 2
-    assert "is not the one the checkpoint was trained on" in said
+    assert "does not say what text it was trained on" in said
+    assert "MODE=resume" in said
     assert "fresh" not in said
 
 
@@ -343,3 +344,22 @@ def test_init_from_refuses_another_shape(changes, straight, tmp_path):
     code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), **changes)
     assert code == 2
     assert f"unset {next(iter(changes))}" in said
+
+
+def test_of_a_run_what_goes_on_exactly_comes_before_what_is_newer(stopped):
+    """Who deletes the optimizer's half of the newest has not given up going on exactly from the one before."""
+    code, said = train(stopped, RESUME="auto", CHECKPOINT_LAYOUT="separated", CHECKPOINT_INTERVAL="1")
+    assert code == 0, said
+    run_id = newest(stopped).run_id
+    for path in (stopped / "checkpoints").rglob("*step0008*-optimizer.pt"):
+        path.unlink()
+    code, said = train(stopped, RESUME="auto")
+    assert code == 0, said
+    assert newest(stopped).run_id == run_id
+    assert newest(stopped).parts == ["model", "optimizer"]
+    for path in (stopped / "checkpoints").rglob("*.pt"):
+        if not path.name.endswith("-model.pt"):
+            path.unlink()
+    code, said = train(stopped, RESUME="auto", TRAINING_STEPS="9")
+    assert code == 0, said
+    assert newest(stopped).parent["run_id"] == run_id  # nothing is exact any more, and so it is a child

@@ -299,7 +299,7 @@ def test_the_child_names_its_parent(go_on, trained):
     parent = ckpt.load(at_step(trained, 4))
     said = go_on(RESUME_TRAINING_STEPS="2")
     record = child_of(trained)
-    assert record.parent == {"run_id": parent.run_id, "step": 4, "save_id": parent.save_id, "file": parent.path.name, "changed": {}}  # fmt: skip
+    assert record.parent == {"run_id": parent.run_id, "step": 4, "save_id": parent.save_id, "file": parent.path.name, "changed": {"LEARNING_RATE": [1e-3, 3e-4]}}  # fmt: skip
     assert record.run_id != parent.run_id
     assert said.row("run") == f"run  reset  {record.run_id}, a child of {parent.run_id}"
     assert (trained / "runs" / str(record.run_id) / "config.env").exists()

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from records import FULL, WEIGHT, assert_same, bits, flipped, record, refused
 
 import ckpt
-from ckpt import CheckpointError
+from ckpt import CheckpointError, files, sidecar
 from ckpt.files import write_json
 from ckpt.sidecar import file_problems, is_regular, parse_json, read_json, read_manifest, sha256, write_manifest
 
@@ -113,7 +114,8 @@ def change(path: Path, **changes: Any) -> None:
 def test_a_manifest_begins_with_what_people_read_and_holds_sizes_and_checksums(tmp_path):
     values = json.loads(manifest(tmp_path).read_text())
     assert list(values) == ["step", "metadata", "optimizer_groups", "files", "sha256"]
-    assert values["files"] == {"a.json": {"size": 3, "sha256": hashlib.sha256(b"{}\n").hexdigest()}}
+    whole = hashlib.sha256(b"{}\n").hexdigest()
+    assert values["files"] == {"a.json": {"size": 3, "sha256": whole, "begins_sha256": whole}}
     assert values["files"]["a.json"]["sha256"] == sha256(tmp_path / "a.json")
     assert values["metadata"]["schedule"] == FULL["schedule"]
     assert values["metadata"]["parts"] == ["model", "optimizer"]
@@ -206,7 +208,11 @@ def test_a_damaged_manifest_is_named(data, home, layout):
 
 
 @pytest.mark.parametrize("number", [1, 2], ids=["weights", "optimizer"])
-def test_a_flipped_bit_is_found_by_verify_and_by_verify_alone(number, home, layout):
+def test_a_flipped_bit_is_found_by_verify_and_by_verify_alone(number, layout, tmp_path, monkeypatch):
+    """But for the beginning of a file, which every load looks at: here it is short, as a mebibyte is of a real one."""
+    for module in (files, sidecar):
+        monkeypatch.setattr(module, "BEGINNING", 64)
+    home = ckpt.save(record(7, **FULL), tmp_path, layout=layout)
     path = place(home, layout, number)
     data = path.read_bytes()
     position = len(data) - 5 if path.suffix == ".safetensors" else data.index(b"data/0") + 200  # in a tensor's bytes
@@ -217,6 +223,19 @@ def test_a_flipped_bit_is_found_by_verify_and_by_verify_alone(number, home, layo
     assert problem.startswith(f"{path}: is damaged: its bytes do not agree with their sha256")
     assert refused(home, verify=True) == problem or layout == "huggingface"
     assert problem in refused(home, verify=True)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["weights", "optimizer"])
+def test_a_file_of_another_save_is_refused_by_every_load(number, home, layout, tmp_path):
+    """The same size and sound in itself: only its beginning tells."""
+    (tmp_path / "other").mkdir()
+    other = ckpt.save(record(8, **FULL), tmp_path / "other", layout=layout)
+    path, wrong = place(home, layout, number), place(other, layout, number)
+    shutil.copy(wrong, path)
+    assert path.stat().st_size == wrong.stat().st_size
+    assert f"{path}: is damaged, or of another save than the files beside it" in refused(home)
+    if number == 2:
+        assert ckpt.load(home, optimizer=False).step == 7  # which does not look at it
 
 
 @pytest.mark.parametrize("number", [1, 2], ids=["weights", "optimizer"])

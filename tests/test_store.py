@@ -375,3 +375,26 @@ def test_a_listing_is_one_line_newest_first(tmp_path):
     assert listing.startswith(f"{tmp_path} holds checkpoint_bigram_letters_step0009_")
     assert listing.endswith(" and 2 more")
     assert listing.count("checkpoint_") == 8
+
+
+def test_a_folder_that_is_a_checkpoint_is_that_one(tmp_path):
+    path = ckpt.save(record(3), tmp_path, layout="directory")
+    assert [(one.path, one.step) for one in ckpt.find(path)] == [(path, 3)]
+    assert ckpt.resolve("latest", path)[0] == path
+
+
+def test_a_folder_that_cannot_be_listed_does_not_stop_a_save():
+    """Like the lost+found of a file system."""
+    with walkable_folder() as outer:
+        folder = outer / "checkpoints"
+        (folder / "lost+found").mkdir(parents=True)
+        ckpt.save(record(1), folder)
+        (folder / "lost+found").chmod(0)
+        steps = in_child(lambda: [one.step for one in ckpt.find(folder)], as_nobody=True)
+        (folder / "lost+found").chmod(0o755)
+        assert steps == [1]
+
+
+def test_a_misspelt_word_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match=r"lastest. Did you mean latest\?"):
+        ckpt.resolve("lastest", tmp_path)

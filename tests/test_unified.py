@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from drive import tensor_bytes
-from records import FULL, GIVEN_BY_THE_STORE, WEIGHT, assert_same, members, pack, record, refused
+from records import FULL, GIVEN_BY_THE_STORE, WEIGHT, assert_same, mapped_and_touched, members, pack, record, refused
 
 import ckpt
 from ckpt.layouts import unified
@@ -196,19 +196,6 @@ def large(tmp_path_factory) -> Path:
 def bytes_read() -> int:
     """What this process has read through system calls so far; memory-mapped pages are no part of it."""
     return int(Path("/proc/self/io").read_text().split()[1])
-
-
-def mapped_and_touched(path: Path) -> tuple[int, int]:
-    """Bytes of `path` that are mapped into this process, and that have been touched there."""
-    mapped = touched = 0
-    ours = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split()[0] and ":" not in line.split()[0]:
-            ours = line.endswith(str(path))
-        elif ours and line.startswith(("Size:", "Rss:")):
-            size = int(line.split()[1]) * 1024
-            mapped, touched = mapped + size * line.startswith("Size"), touched + size * line.startswith("Rss")
-    return mapped, touched
 
 
 def test_peek_reads_no_tensor(large):

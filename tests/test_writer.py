@@ -1,6 +1,7 @@
 """Saving in the background: what is written is what stood when it was submitted, one save at a time, and no error is lost."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from ckpt import Checkpoint, writer
 from ckpt.writer import Writer
 
 PLENTY = 10**12
+SHORT = 0.2  # seconds in which what must wait would have come back
+LONG = 10.0  # and after which what must not wait is taken for hanging
 
 
 @pytest.fixture
@@ -64,39 +67,70 @@ def test_control_what_changes_before_it_is_settled_is_not_kept(background, monke
     assert seen == [(1, tensor_bytes(one))]
 
 
+def start(action: Callable[[], None]) -> tuple[threading.Thread, threading.Event]:
+    """Does `action` in a thread of its own, which nobody has to wait for; the event tells that it has come back."""
+    back = threading.Event()
+    thread = threading.Thread(target=lambda: (action(), back.set()), daemon=True)
+    thread.start()
+    return thread, back
+
+
 def test_settle_waits_for_the_copy_and_not_for_the_job(background, monkeypatch):
-    copied, written, copy = threading.Event(), threading.Event(), writer._copy
+    copying, copied, written, copy, seen = *(threading.Event() for _ in range(3)), writer._copy, []
 
     def slow(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
-        copied.wait()
+        copying.set()
+        copied.wait(LONG)
         copy(tensor, buffer)
+        seen.append("copied")
 
+    def job(_: Checkpoint) -> None:
+        written.wait(LONG)
+        seen.append("written")
+
+    background.submit(record(1), lambda _: None)
+    background.wait()  # that one is copied, and the next is not yet
     monkeypatch.setattr(writer, "_copy", slow)
-    background.submit(record(1), lambda one: written.wait() and None)
-    settled = threading.Thread(target=background.settle)
-    settled.start()
-    assert settled.is_alive()
-    copied.set()
-    settled.join()  # although the job is not done
-    assert not written.is_set()
-    written.set()
-    background.wait()
+    try:
+        background.submit(record(1, optimizer_state=None), job)
+        assert copying.wait(LONG)
+        _, back = start(lambda: (background.settle(), seen.append("settled")))
+        assert not back.wait(SHORT)
+        copied.set()
+        assert back.wait(LONG)  # although the job is not done
+        assert seen == ["copied", "settled"]
+    finally:
+        copied.set()
+        written.set()
+        background.wait()
+    assert seen == ["copied", "settled", "written"]
 
 
 def test_one_save_is_in_flight_and_the_next_waits(background):
+    begun, free = threading.Event(), threading.Event()
     events: list[str] = []
 
-    def job(name: str):
-        def run(_: Checkpoint) -> None:
-            events.append(f"{name} begins")
-            events.append(f"{name} ends")
+    def first(_: Checkpoint) -> None:
+        events.append("first begins")
+        begun.set()
+        free.wait(LONG)
+        events.append("first ends")
 
-        return run
+    def submit_second() -> None:
+        background.submit(record(2), lambda _: events.append("second"))
 
-    for name in ("first", "second", "third"):
-        background.submit(record(1), job(name))
-    background.wait()
-    assert events == [f"{name} {what}" for name in ("first", "second", "third") for what in ("begins", "ends")]
+    try:
+        background.submit(record(1), first)
+        assert begun.wait(LONG)
+        _, back = start(submit_second)
+        assert not back.wait(SHORT)
+        assert events == ["first begins"]
+        free.set()
+        assert back.wait(LONG)
+    finally:
+        free.set()
+        background.wait()
+    assert events == ["first begins", "first ends", "second"]
 
 
 def test_buffers_are_kept_and_follow_a_record_that_grows(background):
@@ -163,18 +197,24 @@ def test_training_in_the_background_leaves_the_same_files(tmp_path):
 
 def test_control_training_that_does_not_settle_leaves_other_files(tmp_path, monkeypatch):
     """Negative control: without the call before the update, a copy that is late has the next step's weights."""
-    gate, copy = threading.Event(), writer._copy
+    late, copy, wait = threading.Event(), writer._copy, Writer.wait
     seen = {}
+
+    def copied(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
+        late.wait(LONG)
+        copy(tensor, buffer)
+
+    def waited(self: Writer) -> None:
+        late.set()  # the next save asks for this, after its update
+        wait(self)
+        late.clear()
+
     for mode in ("settled", "not"):
         folder = tmp_path / mode
         folder.mkdir()
         if mode == "not":
-
-            def late(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
-                gate.wait(timeout=0.2)  # nobody sets it: long enough for the next step
-                copy(tensor, buffer)
-
-            monkeypatch.setattr(writer, "_copy", late)
+            monkeypatch.setattr(writer, "_copy", copied)
+            monkeypatch.setattr(Writer, "wait", waited)
             monkeypatch.setattr(Writer, "settle", lambda self: None)
         code, told = train(folder, TRAINING_STEPS="2", CHECKPOINT_INTERVAL="1", N_LAYER="1", WARMUP_STEPS="0")
         assert code == 0, told

@@ -30,21 +30,26 @@ class Foreign:
     step: int = 0
     epoch: float | None = None
     validation_loss: float | None = None
-    hyperparameters: dict[str, Json] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def understood(
-    content: Mapping[Any, Any], config: Mapping[str, Json] | None = None, *, where: str, optimizer: bool = True
+    content: Mapping[Any, Any],
+    config: Mapping[str, Json] | None = None,
+    *,
+    where: str,
+    optimizer: bool = True,
+    whole: bool = True,
 ) -> Foreign:
     """What a loaded archive means; `config` is the config.json beside it, for what the archive does not say itself.
 
-    Raises CheckpointError if its weights are not all translated, or if it contradicts itself or `config`.
+    Raises CheckpointError if its weights are not all translated, or if it contradicts itself or `config`. If not `whole`, the weights
+    stay unread as in `translated`.
     """
-    key, weights = weights_of(content, where=where)
+    key, weights = weights_of(content, where=where, whole=whole)
     around = content if key else {}  # a bare state dict has no word beside its weights
     config = together(config_of(around), dict(config or {}), where=where)
-    model_type, settings, state, notes = translated(weights, config, where=where)
+    model_type, settings, state, notes = translated(weights, config, where=where, whole=whole)
     moments, note = _optimizer(around, state) if optimizer else (None, None)
     return Foreign(
         model_type=model_type,
@@ -54,7 +59,6 @@ def understood(
         step=step_of(around, where=where),
         epoch=epoch_of(around, where=where),
         validation_loss=validation_loss_of(around),
-        hyperparameters=config,
         notes=notes + ([f"{where}: {note}"] if note else []),
     )
 

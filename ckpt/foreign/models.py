@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ckpt.foreign.words import SHOWN, SIZES, described, more, short, size_of, strip_prefixes
 from ckpt.record import CheckpointError, Json
-from ckpt.tensors import checked_tensors
+from ckpt.tensors import checked_tensors, same_tensor
 
 # What each word for an activation computes: torch's nn.GELU(), which others call gelu, is the exact one, our `gelu` is GPT-2's.
 OUR_ACTIVATIONS = {"gelu": "gelu", "gelu_erf": "gelu_erf", "gelu_new": "gelu", "gelu_tanh": "gelu", "relu": "relu"}
@@ -26,22 +26,23 @@ LECTURE_BLOCK_SIZE = 8  # of the lecture's bigram model, whose weights do not sh
 Translation = tuple[str, dict[str, Json], dict[str, Tensor], list[str]]
 
 
-def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: str) -> Translation:
+def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: str, whole: bool = True) -> Translation:
     """Model type, settings, weights under our names (in the order of nanoGPT's parameters) and notes.
 
     Names and shapes decide what it is; `config` gives n_head, dropout and block_size where shapes cannot, and must not
-    contradict them. Raises CheckpointError listing names and shapes if it is none of ours, or not wholly.
+    contradict them. Raises CheckpointError listing names and shapes if it is none of ours, or not wholly. If not `whole`, the
+    weights stay unread, but for a head's bias and first row: those that would be made anew have shapes only.
     """
     theirs = {name: tensor for name, tensor in strip_prefixes(state, where=where).items() if not _is_mask(name, tensor)}
     _check_weights(theirs, where)
     if theirs.keys() == {TABLE}:
         return _from_bigram(theirs[TABLE], config, where)
     if TABLE in theirs and POSITIONS in theirs:
-        return _from_lecture(theirs, config, where)
+        return _from_lecture(theirs, config, where, whole=whole)
     if "wte.weight" in theirs and "wpe.weight" in theirs:
         untied_by_us = {"lm_head.weight", "lm_head.bias"} <= theirs.keys()
         nanogpt = any("transformer." in name for name in state) or ("lm_head.weight" in theirs and not untied_by_us)
-        return _from_gpt2(theirs, config, where, nanogpt=nanogpt)
+        return _from_gpt2(theirs, config, where, nanogpt=nanogpt, whole=whole)
     listed = ", ".join(described(name, tensor) for name, tensor in list(theirs.items())[:SHOWN])
     raise CheckpointError(
         f"{where}: its weights are of no model that milepost knows: {listed}{more(theirs)}; expected those of nanoGPT, of the lecture's models or of milepost"
@@ -84,11 +85,13 @@ def _from_bigram(table: Tensor, config: Mapping[str, Json], where: str) -> Trans
     return "bigram", settings, {TABLE: table}, notes
 
 
-def _from_gpt2(theirs: dict[str, Tensor], config: Mapping[str, Json], where: str, *, nanogpt: bool) -> Translation:
+def _from_gpt2(
+    theirs: dict[str, Tensor], config: Mapping[str, Json], where: str, *, nanogpt: bool, whole: bool
+) -> Translation:
     """Our own names, which are nanoGPT's too: both have nn.Linear's orientation and query, key, value in one."""
     sizes = _table_sizes(theirs, "wte.weight", "wpe.weight", where)
     layers = {found[1] for name in theirs if (found := re.match(r"h\.(0|[1-9][0-9]{0,5})\.", name))}
-    tied, head, notes = _head(theirs, theirs["wte.weight"], config, where)
+    tied, head, notes = _head(theirs, theirs["wte.weight"], config, where, whole=whole)
     ours = {name: tensor for name, tensor in theirs.items() if not name.startswith("lm_head.")} | head
     bias = "ln_f.bias" in theirs
     settings: dict[str, Json] = sizes | {"n_layer": max(1, len(layers))}
@@ -117,11 +120,11 @@ def _table_sizes(theirs: Mapping[str, Tensor], tokens: str, positions: str, wher
 
 
 def _head(
-    theirs: Mapping[str, Tensor], embedding: Tensor, config: Mapping[str, Json], where: str
+    theirs: Mapping[str, Tensor], embedding: Tensor, config: Mapping[str, Json], where: str, *, whole: bool
 ) -> tuple[bool, dict[str, Tensor], list[str]]:
     """Whether the head is the embedding again; if it is not, the head's own tensors; and a note where that may surprise."""
     weight, bias = theirs.get("lm_head.weight"), theirs.get("lm_head.bias")
-    twin = weight is None or _is_twin(weight, embedding)
+    twin = weight is None or same_tensor(weight, embedding, whole=whole)
     unbiased = bias is None or (bias.shape == embedding.shape[:1] and not bias.any())
     tied = config["tied"] if type(config.get("tied")) is bool else twin and unbiased
     if tied:
@@ -130,18 +133,12 @@ def _head(
                 f"{where}: tied is True in its config, but its lm_head is not its embedding: it is damaged"
             )
         return True, {}, []
-    head = {} if weight is None else {"lm_head.weight": weight.clone() if twin else weight}  # twins may share memory
+    head = (
+        {} if weight is None else {"lm_head.weight": weight.clone() if twin and whole else weight}
+    )  # twins may share memory
     head["lm_head.bias"] = embedding.new_zeros(embedding.shape[0]) if bias is None else bias
     missing = "lm_head.weight differs from the token embedding and is kept as a head of its own"
     return False, head, [f"{where}: {missing}"] if bias is None and weight is not None else []
-
-
-def _is_twin(head: Tensor, embedding: Tensor) -> bool:
-    if head.shape != embedding.shape or head.dtype != embedding.dtype:
-        return False
-    # One piece of memory, as torch stores a tied pair, need not be read.
-    shared = head.data_ptr() == embedding.data_ptr() and head.stride() == embedding.stride()
-    return shared or torch.equal(head, embedding)
 
 
 def _gpt2_shapes(sizes: Mapping[str, Any], *, bias: bool, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -246,7 +243,7 @@ LECTURE_PARTS = {  # of blocks.N : of our h.N
 }
 
 
-def _from_lecture(theirs: dict[str, Tensor], config: Mapping[str, Json], where: str) -> Translation:
+def _from_lecture(theirs: dict[str, Tensor], config: Mapping[str, Json], where: str, *, whole: bool) -> Translation:
     sizes = _table_sizes(theirs, TABLE, POSITIONS, where)
     found = [re.match(r"blocks\.(0|[1-9][0-9]{0,5})\.(?:sa\.heads\.(0|[1-9][0-9]{0,5})\.)?", name) for name in theirs]
     n_layer = max(1, len({one[1] for one in found if one}))
@@ -257,10 +254,12 @@ def _from_lecture(theirs: dict[str, Tensor], config: Mapping[str, Json], where: 
         )
     settings: dict[str, Json] = sizes | {"n_layer": n_layer, "n_head": n_head}
     _check_fit(_lecture_shapes(settings), theirs, where, optional=".bias")
-    tied, head, _ = _head(theirs, theirs[TABLE], config, where)
+    tied, head, _ = _head(theirs, theirs[TABLE], config, where, whole=whole)
     settings |= {"dropout": _dropout(config, where), "bias": True}
     settings |= {"activation": _activation(config, THEIR_ACTIVATIONS, "relu", where), "tied": tied}
     _check_sizes(settings, config, where)
+    if not whole:  # joining them would read them
+        theirs = {name: tensor.to("meta") for name, tensor in theirs.items()}
     joined = _joined_lecture(theirs, settings) | head
     shapes = _gpt2_shapes(settings, bias=True, tied=tied)
     weight = theirs[TABLE]

@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ckpt.record import LARGEST, CheckpointError, Json
-from ckpt.tensors import FLOATS, NAME_LIMIT, check_dense
+from ckpt.tensors import FLOATS, NAME_LIMIT, check_dense, same_tensor
 
 SHOWN = 10  # names that one message lists
 DEPTH_LIMIT = 64  # of dicts and lists in each other
@@ -35,10 +34,11 @@ SIZES = {  # our word: the words in use for it
 # Where the weights are, and what they are called.
 
 
-def weights_of(content: Mapping[Any, Any], *, where: str) -> tuple[str, dict[str, Tensor]]:
+def weights_of(content: Mapping[Any, Any], *, where: str, whole: bool = True) -> tuple[str, dict[str, Tensor]]:
     """The key under which the weights are ("" if `content` is a bare state dict) and the weights by flat name.
 
-    Raises CheckpointError listing the keys seen if there are none, or if two of them hold different weights.
+    Raises CheckpointError listing the keys seen if there are none, or if two of them hold different weights; if not `whole`, only
+    the first row of each is compared.
     """
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{where}: holds {type(content).__name__}, expected a dictionary with model_state_dict")
@@ -50,13 +50,13 @@ def weights_of(content: Mapping[Any, Any], *, where: str) -> tuple[str, dict[str
             {"": flattened(content, where=where)} if leaves and all(isinstance(one, Tensor) for one in leaves) else {}
         )
     if not found:
-        seen = ", ".join(f"{key!r:.40}" for key in list(content)[:SHOWN]) or "none"
+        seen = keys_seen(content)
         raise CheckpointError(
             f"{where}: does not contain model_state_dict (keys seen: {seen}): it may be damaged, or no model's file; try an earlier checkpoint"
         )
     first, *others = found
     for other in others:
-        if not _equal_states(found[first], found[other], where):
+        if not _equal_states(found[first], found[other], where, whole=whole):
             raise CheckpointError(
                 f"{where}: {first} and {other} both hold weights, and not the same ones: delete one of the two keys"
             )
@@ -108,17 +108,20 @@ def _holds_tensors(nested: Any, where: str) -> bool:
     return any(isinstance(value, Tensor) for _, value in _leaves(nested, where))
 
 
-def _equal_states(one: dict[str, Tensor], other: dict[str, Tensor], where: str) -> bool:
+def keys_seen(content: Mapping[Any, Any]) -> str:
+    """The first keys of what should have held weights, for a message."""
+    shown = (f"{key!r:.60}" if isinstance(key, str | int) else type(key).__name__ for key in list(content)[:SHOWN])
+    return ", ".join(shown) or "none"
+
+
+def _equal_states(one: dict[str, Tensor], other: dict[str, Tensor], where: str, *, whole: bool) -> bool:
     one, other = strip_prefixes(one, where=where), strip_prefixes(other, where=where)
     if one.keys() != other.keys():
         return False
-    return all(tensor is other[name] or _equal(tensor, other[name], where, name) for name, tensor in one.items())
-
-
-def _equal(one: Tensor, other: Tensor, where: str, name: str) -> bool:
-    for tensor in (one, other):
-        check_dense(tensor, where, name, dtypes=(*FLOATS, tensor.dtype))  # a mask may be of any
-    return one.dtype == other.dtype and torch.equal(one, other)
+    for state in (one, other):
+        for name, tensor in state.items():
+            check_dense(tensor, where, name, dtypes=(*FLOATS, tensor.dtype))  # a mask may be of any
+    return all(same_tensor(tensor, other[name], whole=whole) for name, tensor in one.items())
 
 
 def strip_prefixes(state: Mapping[Any, Any], *, where: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ckpt.layouts import (
     stepfiles,
     unified,
 )
-from ckpt.record import Checkpoint, Json
+from ckpt.record import Checkpoint, CheckpointError, Json
 
 
 class Layout(Protocol):
@@ -70,3 +70,11 @@ WRITERS: dict[str, Layout] = {layout.NAME: layout for layout in LAYOUTS if hasat
 def layout_of(path: Path) -> Layout | None:
     """The layout that claims `path`, or None."""
     return next((layout for layout in LAYOUTS if layout.detect(path)), None)
+
+
+def known_layout(path: Path) -> Layout:
+    """The layout that claims `path`; raises CheckpointError if none does."""
+    layout = layout_of(path)
+    if layout is None:
+        raise CheckpointError(f"{path}: is no checkpoint of a known layout ({', '.join(one.NAME for one in LAYOUTS)})")
+    return layout

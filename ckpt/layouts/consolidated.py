@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ckpt.adopt import adopted, files, home
 from ckpt.files import NewFile, new_folder, write_json
-from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, metadata, without_optimizer
-from ckpt.sidecar import check_files, file_problems, is_regular, read_manifest, write_manifest
+from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, metadata
+from ckpt.sidecar import check_files, file_problems, is_regular, manifest_metadata, read_manifest, write_manifest
 from ckpt.tensors import (
     checked_tensors,
     optimizer_groups,
@@ -45,11 +45,8 @@ def optimizer_file(path: Path) -> Path | None:
 def peek(path: Path) -> dict[str, Json]:
     """The metadata alone; raises CheckpointError if training_state.json is damaged."""
     if not os.path.lexists(path / STATE):
-        return metadata(read(path))
-    manifest = read_manifest(path / STATE)
-    check_files(path, manifest, optional=[OPTIMIZER])
-    values = manifest["metadata"]
-    return values if is_regular(path / OPTIMIZER) else without_optimizer(values)
+        return metadata(_read_foreign(path, whole=False))
+    return manifest_metadata(path, read_manifest(path / STATE), optimizer=OPTIMIZER)
 
 
 def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
@@ -58,15 +55,19 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     Without training_state.json it is another program's, and its weights are known by their names and shapes.
     """
     if not os.path.lexists(path / STATE):
-        record = adopted(path / WEIGHTS, {"model": read_safetensors(path / WEIGHTS)}, layout=NAME)
-        record.path = path
-        return record
+        return _read_foreign(path)
     manifest = read_manifest(path / STATE)
-    check_files(path, manifest, hashed=verify, optional=[OPTIMIZER])
+    check_files(path, manifest, hashed=verify, begins=[WEIGHTS, *[OPTIMIZER] * optimizer], optional=[OPTIMIZER])
     model_state = checked_tensors(read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
     record = from_metadata(manifest["metadata"], model_state=model_state, optimizer_state=None, where=str(path / STATE))
     take_optimizer(record, path / OPTIMIZER, manifest["optimizer_groups"], wanted=optimizer)
     record.path, record.layout = path, NAME
+    return record
+
+
+def _read_foreign(path: Path, *, whole: bool = True) -> Checkpoint:
+    record = adopted(path / WEIGHTS, {"model": read_safetensors(path / WEIGHTS)}, layout=NAME, whole=whole)
+    record.path = path
     return record
 
 

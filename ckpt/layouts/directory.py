@@ -19,9 +19,16 @@ from ckpt.record import (
     from_metadata,
     metadata,
     note_missing_optimizer,
-    without_optimizer,
 )
-from ckpt.sidecar import check_files, file_problems, is_regular, read_json, read_manifest, write_manifest
+from ckpt.sidecar import (
+    check_files,
+    file_problems,
+    is_regular,
+    manifest_metadata,
+    read_json,
+    read_manifest,
+    write_manifest,
+)
 from ckpt.tensors import checked_tensors
 
 __all__ = [
@@ -44,8 +51,8 @@ MAY_CHANGE = ("batch_size", "device", "dropout")  # the rest decides what the we
 
 
 def detect(path: Path) -> bool:
-    """Whether `path` is a folder with model.pt and, beside it, a manifest or a config.json."""
-    return is_regular(path / MODEL) and (is_regular(path / MANIFEST) or is_regular(path / CONFIG))
+    """Whether `path` is a folder with our manifest, or another program's with model.pt and config.json."""
+    return is_regular(path / MANIFEST) or (is_regular(path / MODEL) and is_regular(path / CONFIG))
 
 
 def optimizer_file(path: Path) -> Path | None:
@@ -56,11 +63,9 @@ def optimizer_file(path: Path) -> Path | None:
 def peek(path: Path) -> dict[str, Json]:
     """The metadata alone; raises CheckpointError if the manifest is damaged or config.json contradicts it."""
     if not os.path.lexists(path / MANIFEST):
-        return metadata(_read_foreign(path))
-    manifest = read_manifest(path / MANIFEST)
-    check_files(path, _bound(manifest), optional=OPTIONAL)
-    values = manifest["metadata"]
-    return values if is_regular(path / OPTIMIZER) else without_optimizer(values)
+        return metadata(_read_foreign(path, whole=False))
+    manifest = _bound(read_manifest(path / MANIFEST))
+    return manifest_metadata(path, manifest, optimizer=OPTIMIZER, optional=OPTIONAL)
 
 
 def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
@@ -68,7 +73,7 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     if not os.path.lexists(path / MANIFEST):
         return _read_foreign(path, optimizer=optimizer)
     manifest = read_manifest(path / MANIFEST)
-    check_files(path, _bound(manifest), hashed=verify, optional=OPTIONAL)
+    check_files(path, _bound(manifest), hashed=verify, begins=[MODEL, *[OPTIMIZER] * optimizer], optional=OPTIONAL)
     content, _ = archive.load(path / MODEL)
     model_state = checked_tensors(content, str(path / MODEL))
     record = from_metadata(manifest["metadata"], model_state=model_state, optimizer_state=None, where=str(path))
@@ -110,8 +115,10 @@ def _take_edit(config: Path, record: Checkpoint, name: str, saved: Json, now: Js
     }
     if not valid[name]:
         raise CheckpointError(f"{change}, which is no {name}: set it back")
-    record.notes.append(f"{change}: taken")
-    if name != "device":  # DEVICE decides where it is opened
+    if name == "device":
+        record.notes.append(f"{change}: DEVICE says where it is opened, not the file")
+    else:
+        record.notes.append(f"{change}: taken")
         record.edited[name.upper()] = [saved, now]
         record.hyperparameters = {**record.hyperparameters, name.upper(): now}
     if name == "dropout":
@@ -174,11 +181,14 @@ def _bound(manifest: dict[str, Any]) -> dict[str, Any]:
 # Another program's folder, without a manifest.
 
 
-def _read_foreign(path: Path, *, optimizer: bool = True) -> Checkpoint:
+def _read_foreign(path: Path, *, optimizer: bool = True, whole: bool = True) -> Checkpoint:
     content, _ = archive.load(path / MODEL)
     words: dict[str, Any] = {"model_state_dict": content}
     if is_regular(path / STATE):
         words["step"] = read_json(path / STATE).get("step", 0)
     if optimizer and is_regular(path / OPTIMIZER):
         words["optimizer"], _ = archive.load(path / OPTIMIZER)
-    return adopted(path, words, layout=NAME, optimizer=optimizer)
+    record = adopted(path, words, layout=NAME, optimizer=optimizer, whole=whole)
+    if not is_regular(path / OPTIMIZER):
+        record.notes.append(f"{path}: holds no optimizer's state: it generates but cannot go on exactly")
+    return record

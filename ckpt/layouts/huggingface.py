@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt.adopt import files, home
+from ckpt.adopt import TOKENIZER, files, home, tokenizer_beside
 from ckpt.files import NewFile, new_folder, write_json
 from ckpt.rebuild import tokenizer_files, tokenizer_from_file
-from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, without_optimizer
-from ckpt.sidecar import check_files, file_problems, is_regular, read_json, read_manifest, write_manifest
+from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
+from ckpt.sidecar import file_problems, is_regular, manifest_metadata, read_json, read_manifest, write_manifest
 from ckpt.tensors import (
     checked_tensors,
     optimizer_groups,
     optimizer_tensors,
     read_safetensors,
+    same_tensor,
     take_optimizer,
     write_safetensors,
 )
@@ -34,7 +35,6 @@ RUN_STEM = ""
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION, OPTIMIZER, MANIFEST = "generation_config.json", "optimizer.safetensors", "milepost.json"
 MEMBERS = (CONFIG, GENERATION, WEIGHTS, INDEX, OPTIMIZER, MANIFEST, "tokenizer.json", "tokenizer_config.json")
-PUBLISHED_VOCABULARY = 50257  # GPT-2's own; a folder of that many rows without tokenizer files speaks GPT-2's BPE
 
 # transformers keeps these four as Conv1D, whose weight is (in, out): the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -55,7 +55,7 @@ EXPECTED: dict[str, tuple[Json, ...]] = {
 def detect(path: Path) -> bool:
     """Whether `path` is a folder with a config.json that names a model_type, as transformers' do, and no other layout's weights."""
     if not is_regular(path / CONFIG) or any(
-        is_regular(path / name) for name in ("model.pt", "consolidated.safetensors")
+        is_regular(path / name) for name in ("manifest.json", "model.pt", "consolidated.safetensors")
     ):
         return False
     try:
@@ -73,10 +73,7 @@ def peek(path: Path) -> dict[str, Json]:
     """The metadata of the folder; of transformers' own only the model's shape, and step 0, because it records none."""
     if not os.path.lexists(path / MANIFEST):
         return {"model_type": "gpt2", "model_settings": _settings(path), "step": 0, "parts": ["model"]}
-    manifest = read_manifest(path / MANIFEST)
-    check_files(path, manifest, optional=[OPTIMIZER])
-    values = manifest["metadata"]
-    return values if is_regular(path / OPTIMIZER) else without_optimizer(values)
+    return manifest_metadata(path, read_manifest(path / MANIFEST), optimizer=OPTIMIZER)
 
 
 def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
@@ -87,24 +84,29 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     weights = _read_weights(path)
     model_state = _translate(path, weights)
     head = weights.get("lm_head.weight")
-    if head is not None and settings["tied"] and not _is_twin(head, model_state.get("wte.weight")):
+    if head is not None and settings["tied"] and not same_tensor(head, model_state.get("wte.weight", head)):
         raise CheckpointError(
             f"{path}: lm_head.weight differs from wte.weight, but {CONFIG} ties them: set tie_word_embeddings to false there"
         )
     if head is not None and not settings["tied"]:
         model_state |= _untied(head)
     tokenizer, note = _read_tokenizer(path, settings["vocab_size"])
-    record = Checkpoint(
-        model_state=model_state, model_type="gpt2", model_settings=settings, tokenizer=tokenizer, path=path, layout=NAME
+    return Checkpoint(
+        model_state=model_state,
+        model_type="gpt2",
+        model_settings=settings,
+        tokenizer=tokenizer,
+        path=path,
+        layout=NAME,
+        notes=[note] if note and tokenizer else [],
     )
-    record.notes += [note] if note else []
-    return record
 
 
 def _read_own(path: Path, *, optimizer: bool, verify: bool) -> Checkpoint:
     """A folder of ours, with everything that transformers has no place for."""
     manifest = read_manifest(path / MANIFEST)
-    problems = file_problems(path, manifest, hashed=verify, optional=[OPTIMIZER])
+    begins = [WEIGHTS, *[OPTIMIZER] * optimizer]
+    problems = file_problems(path, manifest, hashed=verify, begins=begins, optional=[OPTIMIZER])
     if problems:
         raise CheckpointError(f"{problems[0]}; or remove {MANIFEST} to open the folder as transformers would")
     weights, settings = _read_weights(path), manifest["metadata"]["model_settings"]
@@ -289,11 +291,6 @@ def _translate(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return model_state
 
 
-def _is_twin(head: Tensor, embedding: Tensor | None) -> bool:
-    """Whether the head is the embedding again, which is no parameter of ours then."""
-    return embedding is None or (head.shape == embedding.shape and head.equal(embedding))
-
-
 def _untied(head: Tensor) -> dict[str, Tensor]:
     """A head of its own as we have it; transformers' has no bias."""
     return {"lm_head.weight": head, "lm_head.bias": torch.zeros(head.shape[:1], dtype=head.dtype)}
@@ -301,10 +298,6 @@ def _untied(head: Tensor) -> dict[str, Tensor]:
 
 def _read_tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, Json] | None, str | None]:
     """The folder's tokenizer as JSON values, and a note if it had to be guessed."""
-    if (path / "tokenizer.json").is_file():
-        return tokenizer_from_file(read_json(path / "tokenizer.json")), None
-    if vocab_size == PUBLISHED_VOCABULARY:
-        return {
-            "kind": "gpt2"
-        }, f"{path}: has no tokenizer.json; GPT-2's own is taken, because its vocabulary has {vocab_size} rows"
-    return None, f"{path}: has no tokenizer.json, and {vocab_size} rows fit no tokenizer that milepost knows"
+    if is_regular(path / TOKENIZER):
+        return tokenizer_from_file(read_json(path / TOKENIZER)), None
+    return tokenizer_beside(path, vocab_size)

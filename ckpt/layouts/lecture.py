@@ -1,11 +1,10 @@
 """The lecture model of document 004 in one file: read only. Each head has weights of its own, which are joined; its ReLU is kept."""
 
-import re
 from pathlib import Path
 
-from ckpt import adopt, archive
+from ckpt import adopt
 from ckpt.adopt import files, home, optimizer_file, verify_file
-from ckpt.layouts import lightning, nanogpt, separated
+from ckpt.layouts import separated
 from ckpt.record import Checkpoint, Json
 
 __all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "verify_file"]
@@ -13,18 +12,15 @@ __all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_
 NAME = "lecture"
 RUN_STEM = ""
 MEMBERS: tuple[str, ...] = ()
-HEAD = re.compile(r"blocks\.0\.sa\.heads\.0\.key\.weight$")
 
 
 def detect(path: Path) -> bool:
-    """Whether `path` is an archive with tensors of single heads, and of no other layout."""
-    return any(map(HEAD.search, archive.words(path))) and not any(
-        layout.detect(path) for layout in (separated, nanogpt, lightning)
-    )
+    """Whether `path` is an archive with tensors of single heads, and no half of a pair."""
+    return adopt.kind(path) == NAME and not separated.detect(path)
 
 
 def peek(path: Path) -> dict[str, Json]:
-    """The metadata alone; the tensors are mapped, not read."""
+    """The metadata alone; the tensors are mapped and left unread."""
     return adopt.peek(path, layout=NAME)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ckpt import adopt, archive
+from ckpt import adopt
 from ckpt.adopt import files, home, optimizer_file, verify_file
 from ckpt.record import Checkpoint, Json
 
@@ -11,16 +11,15 @@ __all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_
 NAME = "lightning"
 RUN_STEM = ""
 MEMBERS: tuple[str, ...] = ()
-SIGNATURE = "pytorch-lightning_version"
 
 
 def detect(path: Path) -> bool:
     """Whether `path` is an archive that Lightning signed."""
-    return SIGNATURE in archive.words(path)
+    return adopt.kind(path) == NAME
 
 
 def peek(path: Path) -> dict[str, Json]:
-    """The metadata alone; the tensors are mapped, not read."""
+    """The metadata alone; the tensors are mapped and left unread."""
     return adopt.peek(path, layout=NAME)
 
 

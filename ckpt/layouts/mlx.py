@@ -3,12 +3,13 @@ and metrics.
 """
 
 from pathlib import Path
+from typing import Any
 
 from ckpt import archive
-from ckpt.adopt import adopted, optimizer_file
+from ckpt.adopt import adopted, adopted_metadata, optimizer_file
 from ckpt.foreign.words import LOSSES
 from ckpt.layouts import huggingface, stepfiles
-from ckpt.record import Checkpoint, CheckpointError, Json, metadata
+from ckpt.record import Checkpoint, CheckpointError, Json
 from ckpt.sidecar import is_regular, read_json
 from ckpt.tensors import read_safetensors
 
@@ -54,21 +55,22 @@ def files(path: Path) -> list[Path]:
 
 
 def peek(path: Path) -> dict[str, Json]:
-    """The metadata alone; the tensors are mapped, not read."""
-    return metadata(read(path))
+    """The metadata alone; the tensors are mapped and left unread."""
+    return adopted_metadata(_weights(path), _content(path), layout=NAME)
 
 
 def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
     """The record of the file; raises CheckpointError in one sentence. There are no checksums to `verify`."""
-    return adopted(_weights(path), {"model": read_safetensors(_weights(path)), **_words(_state(path))}, layout=NAME)
+    return adopted(_weights(path), _content(path), layout=NAME)
 
 
-def _words(state: Path) -> dict[str, Json]:
-    """What the state JSON says of the training, its metrics among it."""
-    values = read_json(state) if is_regular(state) else {}
+def _content(path: Path) -> dict[str, Any]:
+    """The weights, and what the state JSON says of the training, its metrics among it."""
+    values = read_json(_state(path)) if is_regular(_state(path)) else {}
     metrics = values.get("metrics")
     words = (metrics if isinstance(metrics, dict) else {}) | values
-    return {name: words[name] for name in ("step", "epoch", *LOSSES) if name in words}
+    said = {name: words[name] for name in ("step", "epoch", *LOSSES) if name in words}
+    return {"model": read_safetensors(_weights(path)), **said}
 
 
 def verify_file(path: Path) -> list[str]:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from ckpt import adopt, archive
+from ckpt import adopt
 from ckpt.adopt import files, home, optimizer_file, verify_file
-from ckpt.layouts import lightning
 from ckpt.record import Checkpoint, Json
 
 __all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "verify_file"]
@@ -16,11 +15,11 @@ MEMBERS: tuple[str, ...] = ()
 
 def detect(path: Path) -> bool:
     """Whether `path` is an archive with nanoGPT's words in it."""
-    return {"model", "model_args"} <= (words := archive.words(path)) and lightning.SIGNATURE not in words
+    return adopt.kind(path) == NAME
 
 
 def peek(path: Path) -> dict[str, Json]:
-    """The metadata alone; the tensors are mapped, not read."""
+    """The metadata alone; the tensors are mapped and left unread."""
     return adopt.peek(path, layout=NAME)
 
 

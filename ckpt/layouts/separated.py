@@ -10,7 +10,7 @@ from typing import Any
 from ckpt import archive
 from ckpt.adopt import adopted
 from ckpt.files import new_group, written
-from ckpt.foreign.words import WEIGHTS
+from ckpt.foreign.words import WEIGHTS, keys_seen
 from ckpt.record import (
     Checkpoint,
     CheckpointError,
@@ -40,12 +40,12 @@ def detect(path: Path) -> bool:
 def _half(path: Path) -> str | None:
     """`model` or `optimizer`, as the file itself says; None if it says neither."""
     try:
-        values = archive.read_metadata(path)
+        half = archive.half(path)
     except CheckpointError:
         return "model" if path.name.endswith(MODEL) else "optimizer"  # damaged: for this layout to refuse
-    if isinstance(values, dict):
-        return values["half"] if values.get("half") in ("model", "optimizer") else None
-    words = archive.words(path)  # another program's
+    if half in ("model", "optimizer"):
+        return half
+    words = archive.words(path)  # another program's; of ours there are none
     if ("optimizer_states" in words) is not path.name.endswith(OPTIMIZER):
         return None
     if path.name.endswith(OPTIMIZER):
@@ -81,7 +81,7 @@ def peek(path: Path) -> dict[str, Json]:
     model = _model_half(path)
     own = archive.read_metadata(model)
     if own is None:
-        return metadata(read(path))
+        return metadata(_read_foreign(model, _sibling(path, OPTIMIZER), archive.load(model)[0], whole=False))
     values = check_metadata(own, str(model))
     other = _sibling(path, OPTIMIZER)
     if not other.is_file():
@@ -119,7 +119,9 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     return record
 
 
-def _read_foreign(model: Path, other: Path, content: dict[Any, Any], *, optimizer: bool) -> Checkpoint:
+def _read_foreign(
+    model: Path, other: Path, content: dict[Any, Any], *, optimizer: bool = True, whole: bool = True
+) -> Checkpoint:
     """A pair that another program wrote, known to belong together by its step."""
     if other.is_file() and optimizer:
         rest, _ = archive.load(other)
@@ -128,15 +130,14 @@ def _read_foreign(model: Path, other: Path, content: dict[Any, Any], *, optimize
                 f"{other}: belongs to another step than {model.name}: move it away to open {model.name} alone"
             )
         content = {"epoch": rest.get("epoch"), **content, "optimizer": _optimizer_of(rest, other)}
-    return adopted(model, content, layout=NAME, optimizer=optimizer)
+    return adopted(model, content, layout=NAME, optimizer=optimizer, whole=whole)
 
 
 def read_model(path: Path, content: dict[Any, Any], values: Json) -> Checkpoint:
     """The record of an archive's weights and metadata, without an optimizer; raises CheckpointError if the weights are not there."""
     if "model_state_dict" not in content:
-        seen = ", ".join(f"{key!r:.60}" for key in list(content)[:12]) or "none"
         raise CheckpointError(
-            f"{path}: does not contain model_state_dict (keys seen: {seen}): it may be damaged or another program's; try an earlier checkpoint"
+            f"{path}: does not contain model_state_dict (keys seen: {keys_seen(content)}): it may be damaged or another program's; try an earlier checkpoint"
         )
     model_state = checked_tensors(content["model_state_dict"], f"{path}: model_state_dict")
     return from_metadata(values, model_state=model_state, optimizer_state=None, where=str(path))

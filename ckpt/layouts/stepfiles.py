@@ -5,11 +5,12 @@ epoch and metrics for people, then everything else of the record, and the sha256
 """
 
 from pathlib import Path
+from typing import Any
 
 from ckpt import archive
 from ckpt.files import new_group
-from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, without_optimizer
-from ckpt.sidecar import check_files, file_problems, read_json, read_manifest, write_manifest
+from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
+from ckpt.sidecar import check_files, file_problems, manifest_metadata, read_json, read_manifest, write_manifest
 from ckpt.tensors import (
     checked_tensors,
     optimizer_groups,
@@ -60,17 +61,23 @@ def optimizer_file(path: Path) -> Path | None:
 
 def peek(path: Path) -> dict[str, Json]:
     """The metadata alone; raises CheckpointError if the state JSON is damaged."""
-    manifest, other = read_manifest(_sibling(path, STATE)), _sibling(path, OPTIMIZER)
-    check_files(path.parent, manifest, optional=[other.name])
-    values = manifest["metadata"]
-    return values if other.is_file() else without_optimizer(values)
+    return manifest_metadata(path.parent, _manifest(path), optimizer=_sibling(path, OPTIMIZER).name)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest about the files that lie beside it now: all of them may have been given another name."""
+    manifest = read_manifest(_sibling(path, STATE))
+    suffixes = {name: OPTIMIZER if name.endswith(OPTIMIZER) else WEIGHTS for name in manifest["files"]}
+    manifest["files"] = {_sibling(path, suffixes[name]).name: entry for name, entry in manifest["files"].items()}
+    return manifest
 
 
 def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
     """The record of the files, by any of them. Without the optimizer's file it only generates, with a note."""
     state, weights, other = (_sibling(path, suffix) for suffix in (STATE, WEIGHTS, OPTIMIZER))
-    manifest = read_manifest(state)
-    check_files(path.parent, manifest, hashed=verify, optional=[other.name])
+    manifest = _manifest(path)
+    begins = [weights.name, *[other.name] * optimizer]
+    check_files(path.parent, manifest, hashed=verify, begins=begins, optional=[other.name])
     model_state = checked_tensors(read_safetensors(weights), str(weights))
     record = from_metadata(manifest["metadata"], model_state=model_state, optimizer_state=None, where=str(state))
     take_optimizer(record, other, manifest["optimizer_groups"], wanted=optimizer)
@@ -103,7 +110,6 @@ def targets(folder: Path, stem: str) -> list[Path]:
 def verify_file(path: Path) -> list[str]:
     """What is wrong with the bytes of the files that are there, one sentence each."""
     try:
-        manifest = read_manifest(_sibling(path, STATE))
-        return file_problems(path.parent, manifest, hashed=True, optional=[_sibling(path, OPTIMIZER).name])
+        return file_problems(path.parent, _manifest(path), hashed=True, optional=[_sibling(path, OPTIMIZER).name])
     except CheckpointError as error:
         return [str(error)]

@@ -1,18 +1,18 @@
 """The default layout: one `.pt` file, a torch archive with the seven keys of document 001 and the record's metadata.
 
 The metadata is there twice: in the pickle for who opens the file with torch.load, and as the archive's JSON member, so that
-listing a folder never unpickles. Each member carries its CRC-32; `verify_file` checks them all. An archive without metadata is another
-program's: `model`, `state_dict` or `model_state_dict`, `optimizer`, `global_step`, `iter_num` and the like are understood.
+listing a folder never unpickles one. Each member carries its CRC-32; `verify_file` checks them all. An archive without metadata is
+another program's: `model`, `state_dict` or `model_state_dict`, `optimizer`, `global_step`, `iter_num` and the like are understood.
 """
 
 from pathlib import Path
 
 from ckpt import archive
-from ckpt.adopt import adopted, files, home, optimizer_file, verify_file
+from ckpt.adopt import adopted, adopted_metadata, files, home, kind, optimizer_file, verify_file
 from ckpt.files import new_file
-from ckpt.layouts import lecture, lightning, nanogpt, separated
+from ckpt.layouts import separated
 from ckpt.layouts.separated import read_model
-from ckpt.record import Checkpoint, CheckpointError, Json, check_metadata, metadata
+from ckpt.record import Checkpoint, CheckpointError, Json, check_metadata
 from ckpt.sidecar import plain_metadata
 
 __all__ = [
@@ -26,15 +26,18 @@ MEMBERS: tuple[str, ...] = ()
 
 def detect(path: Path) -> bool:
     """Whether `path` is a torch archive that no other layout claims, to read or to refuse."""
-    return archive.is_archive(path) and not any(
-        layout.detect(path) for layout in (separated, nanogpt, lightning, lecture)
-    )
+    return archive.is_archive(path) and kind(path) == NAME and not separated.detect(path)
 
 
 def peek(path: Path) -> dict[str, Json]:
-    """The metadata alone, tensors untouched; raises CheckpointError if the file is damaged."""
+    """The metadata alone, tensors untouched; raises CheckpointError if the file is damaged. Only another program's is unpickled."""
     values = archive.read_metadata(path)
-    return metadata(read(path)) if values is None else check_metadata(values, str(path))
+    if values is not None:
+        return check_metadata(values, str(path))
+    content, _ = archive.load(path)
+    if content.get("metadata") is not None:  # torch.save of what torch.load gave
+        return check_metadata(content["metadata"], str(path))
+    return adopted_metadata(path, content, layout=NAME)
 
 
 def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
