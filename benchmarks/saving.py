@@ -1,6 +1,6 @@
 """What saving costs: a 124M GPT-2 with AdamW's state, 1.5 GB, against torch.save and against the disk's own speed.
 
-    python3 benchmarks/saving.py          # about ten minutes and 8 GB of disk
+    python3 benchmarks/saving.py          # about six minutes and 8 GB of disk
 
 Every figure is a ratio of medians whose arms took turns in one run. "Stall" is what a run loses in all: the wall time of steps with a
 save, the last one drained, minus that of as many steps without.
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
 
 SETTINGS = {
-    "MODEL_TYPE": "gpt2", "N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256", "BATCH_SIZE": "4",
+    "MODEL_TYPE": "gpt2", "N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256", "BATCH_SIZE": "1",
     "DROPOUT": "0", "ENABLE_CHECKPOINTS": "true", "CHECKPOINT_KEEP_LAST": "1", "CHECKPOINT_KEEP_BEST": "0",
 }  # fmt: skip
 ROUNDS = 5
