@@ -37,6 +37,7 @@ from runtime.progress import Log, Metrics  # noqa: E402
 
 def main() -> None:
     """Prints the table."""
+    (ROOT / "checkpoints").mkdir(exist_ok=True)  # on the disk that checkpoints are written to
     with tempfile.TemporaryDirectory(dir=ROOT / "checkpoints") as name:
         folder = Path(name)
         places = {"CHECKPOINT_DIR": name, "RUNS_DIR": name, "PYTHON_DOTENV_DISABLED": "1"}
