@@ -19,7 +19,7 @@ from ckpt.layouts import WRITERS, Layout, known_layout
 from ckpt.locks import folder_lock
 from ckpt.rebuild import build_model
 from ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
-from ckpt.store import BEST_FOLDER
+from ckpt.store import BEST_FOLDER, folder_of
 from ckpt.tensors import not_finite
 
 ROWS, LONGEST = 2, 64  # of the random tokens whose logits are compared
@@ -118,11 +118,7 @@ def _prefix(record: Checkpoint) -> str:
 
 def origin(record: Checkpoint, path: Path) -> tuple[Path, bool]:
     """The folder of checkpoints that `path` lies in, above its best/ and the run's own folder; and whether it is in a best/."""
-    layout, folder = known_layout(path), path.parent
-    in_best = folder.name == BEST_FOLDER
-    folder = folder.parent if in_best else folder
-    own = bool(layout.RUN_STEM) and folder.name == record.run_id
-    return (folder.parent if own else folder), in_best
+    return folder_of(path, record.run_id), path.parent.name == BEST_FOLDER
 
 
 def size_of(path: Path) -> int:

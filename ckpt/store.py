@@ -177,9 +177,8 @@ def expired(
     """
     own = [one for one in found if one.problem is None and one.run_id == run_id and one.path.parent.name != BEST_FOLDER]
     own.sort(key=lambda one: one.save_order)
-    saves = sorted(
-        {one.metadata.get("save_number") or 0 for one in own}
-    )  # a conversion has the number of what it was made from
+    # By save number, because a conversion has that of what it was made from.
+    saves = sorted({one.metadata.get("save_number") or 0 for one in own})
     old = saves[:-keep_last] if keep_last else []
     leaving = [one for one in own if (one.metadata.get("save_number") or 0) in old]
     leaving = [one for one in leaving if not one.is_final and one.path != newest_good]
