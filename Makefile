@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check soak clean
+.PHONY: train test check soak bench bench-long clean
 
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
@@ -18,6 +18,13 @@ check: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m soak
+
+# Compared with nanoGPT where NANOGPT_DIR names a checkout of it, and on tiny Shakespeare where TINYSHAKESPEARE names that text.
+bench: $(VENV)/.dev
+	for one in steps time_to_loss generation startup data saving; do $(BIN)/python benchmarks/$$one.py || exit; done
+
+bench-long: $(VENV)/.dev
+	$(BIN)/python benchmarks/time_to_loss.py long
 
 clean:  # never what a run has written
 	rm -rf $(VENV) data/.cache .pytest_cache .mypy_cache .ruff_cache

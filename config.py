@@ -50,13 +50,14 @@ NEAR_MISS = 0.9  # difflib's ratio from which a name in the process environment 
 # Defaults that depend on the model; `pretrained` is GPT2_MODEL_NAME set: None is what its weights bring.
 # fmt: off
 DEFAULTS_BY_MODEL: dict[str, dict[str, Any]] = {
-    "bigram": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0,
-               "batch_size": 32, "learning_rate": 1e-2, "warmup_steps": 0},
-    "gpt2": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.0,
-             "batch_size": 12, "learning_rate": 3e-3, "warmup_steps": 100},
-    "pretrained": {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1,
-                   "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100},
+    "bigram": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0, "training_steps": 2000,
+               "batch_size": 32, "learning_rate": 1e-2, "warmup_steps": 0, "lr_schedule": "cosine", "optimizer": "adamw"},
+    "gpt2": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.0, "training_steps": 1000,
+             "batch_size": 12, "learning_rate": 1e-2, "warmup_steps": 100, "lr_schedule": "linear", "optimizer": "muon"},
+    "pretrained": {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1, "training_steps": 2000,
+                   "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100, "lr_schedule": "cosine", "optimizer": "adamw"},
 }
+ADAMW_LEARNING_RATE = 3e-3  # a gpt2's from random weights, which muon bears three times as high
 BY_MODEL = DEFAULTS_BY_MODEL["bigram"]
 
 # Variables of others that an env file may hold: they go to the process environment before torch is imported.
@@ -140,22 +141,24 @@ class Config:
         "text by heart; a small model needs none for its first epochs, and none is faster", group="Model", scope="math", minimum=0, below=1)
     bias: bool = var(True, "biases in linear layers and layer norms, as published", group="Model", scope="identity")
 
-    training_steps: int = var(2000, "optimizer steps in all, those of an interrupted run included",
+    training_steps: int = var(BY_MODEL["training_steps"], "optimizer steps in all, those of an interrupted run included",
         group="Training", scope="math", minimum=1)
     batch_size: int = var(BY_MODEL["batch_size"], "windows of BLOCK_SIZE tokens a micro-batch; fits a laptop's memory",
         group="Training", scope="math", minimum=1)
     gradient_accumulation_steps: int = var(1, "micro-batches an optimizer step: a larger batch in the same memory",
         group="Training", scope="math", minimum=1)
     learning_rate: float = var(BY_MODEL["learning_rate"], "peak learning rate; high for a table, lower for a small "
-        "transformer (and lower still for a wide one: 1e-3 at N_EMBD=384), gentle on pretrained weights", group="Training", scope="math", above=0)
-    min_learning_rate: float | None = var(None, "learning rate at the end of the schedule; not set: a tenth of "
-        "LEARNING_RATE, as in GPT-3's training", group="Training", scope="math", minimum=0)
+        "transformer with OPTIMIZER=adamw (3e-3, and 1e-3 at N_EMBD=384), gentle on pretrained weights", group="Training", scope="math", above=0)
+    min_learning_rate: float | None = var(None, "learning rate at the end of the schedule; not set: 0 for linear, "
+        "else a tenth of LEARNING_RATE, as in GPT-3's training", group="Training", scope="math", minimum=0)
     warmup_steps: int = var(BY_MODEL["warmup_steps"], "optimizer steps of linear rise to LEARNING_RATE, while Adam's "
         "averages fill; the default is never more than a tenth of TRAINING_STEPS",
         group="Training", scope="math", minimum=0)
-    lr_schedule: str = var("cosine", "course of the learning rate after the warm-up; wsd holds it and falls at the end",
+    lr_schedule: str = var(BY_MODEL["lr_schedule"], "course of the learning rate after the warm-up; wsd holds it and "
+        "falls at the end; linear falls to zero, which learns most from few steps",
         group="Training", scope="math", choices=("constant", "cosine", "linear", "wsd"))
-    optimizer: str = var("adamw", "muon orthogonalizes the updates of hidden matrices and leaves the rest to AdamW",
+    optimizer: str = var(BY_MODEL["optimizer"], "muon orthogonalizes the updates of hidden matrices and leaves the rest "
+        "to AdamW: fewer steps, but below about 10 x N_EMBD tokens a step each costs more than it saves",
         group="Training", scope="math", choices=("adamw", "muon"))
     weight_decay: float = var(0.1, "decoupled weight decay, on matrices only; 0.1 as for GPT-3",
         group="Training", scope="math", minimum=0)
@@ -233,6 +236,10 @@ class Config:
     num_samples: int = var(1, "texts to generate", group="Generating", minimum=1)
     sample_seed: int | None = var(None, "seed of the generation; not set: drawn anew and printed",
         group="Generating", minimum=0)
+    quantize: str = var("none", "int8 keeps a GPT-2's matrices in 8 bits while it generates on a CPU: faster, and nearly "
+        "as good", group="Generating", choices=("none", "int8"))
+    speculate: str = var("none", "lookup drafts what followed the same tokens before: the same text, sooner where it "
+        "repeats itself", group="Generating", choices=("none", "lookup"))
     stream: bool = var(True, "show text while it is generated", group="Generating")
 
     resume_training_steps: int = var(5000, "optimizer steps that MODE=resume adds; 0 prints the plan and stops",
@@ -426,7 +433,10 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """The default of every variable, given the model among `values`; paths are absolute, from the repository."""
-    row = DEFAULTS_BY_MODEL["pretrained" if values.get("GPT2_MODEL_NAME") else values.get("MODEL_TYPE", "bigram")]
+    kind = "pretrained" if values.get("GPT2_MODEL_NAME") else values.get("MODEL_TYPE", "bigram")
+    row = DEFAULTS_BY_MODEL[kind]
+    if kind == "gpt2" and values.get("OPTIMIZER") == "adamw":
+        row = row | {"learning_rate": ADAMW_LEARNING_RATE}
     defaults = {name: row.get(each.name, each.default) for name, each in VARIABLES.items()}
     for name, each in VARIABLES.items():
         if each.metadata["form"] in ("path", "source") and defaults[name] not in (None, *each.metadata["words"]):

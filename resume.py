@@ -101,14 +101,17 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
 
 
 def saved_settings(record: Checkpoint) -> dict[str, Any]:
-    """The settings of a checkpoint: what it was trained with, and what `auto` had come to mean there."""
+    """The settings of a checkpoint: what it was trained with, and what `auto` had come to mean there.
+
+    One that does not name its optimizer is another program's or an old one, and those had AdamW: its moments are to be gone on with.
+    """
     shape = {name.upper(): value for name, value in record.model_settings.items() if name != "vocab_size"}
     resolved = {"MODEL_TYPE": record.model_type, "BLOCK_SIZE": record.model_settings["block_size"]}
     if record.tokenizer:
         resolved["TOKENIZER"] = record.tokenizer["kind"]
     if {"dtype", "compile"} <= record.runtime.keys():
         resolved |= {"DTYPE": record.runtime["dtype"], "COMPILE": str(record.runtime["compile"]).lower()}
-    return shape | record.hyperparameters | resolved
+    return {"OPTIMIZER": "adamw"} | shape | record.hyperparameters | resolved
 
 
 def resumed(

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ckpt
 import models
@@ -43,7 +43,7 @@ from resume import explain, find_record, finished, resumed
 from run import Run, fresh, to_record
 from runtime import device as machine
 from runtime.interrupt import INTERRUPTED, Interrupt
-from runtime.optim import lr_at
+from runtime.optim import clip_gradients, gradient_norm, lr_at
 from runtime.progress import Log, Metrics, Progress, amount, command_line, duration, shown, tell
 
 ROOT = Path(__file__).resolve().parent
@@ -82,6 +82,7 @@ def main(settings: Config, log: Log) -> int:
 
 def train(run: Run) -> int:
     """Trains from `run.step` to the plan's end or to a signal; returns the exit code. There is no second loop."""
+    machine.keep_freed_memory()
     with contextlib.ExitStack() as held:
         open_run(run, held)
         try:
@@ -139,8 +140,9 @@ def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
 
     # Clip, and stop while the weights are still good if something is not finite.
     run.scaler.unscale_(run.optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
+    grad_norm = gradient_norm(run.optimizer)
     check_finite(run, loss, grad_norm)
+    clip_gradients(run.optimizer, grad_norm, limit=run.settings.grad_clip)
 
     # Update, once what is being saved is copied. The scaler leaves out an update whose float16 gradients overflowed; without float16 it does nothing.
     run.writer.settle()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import models
 from ckpt.record import Checkpoint, CheckpointError
@@ -47,7 +48,7 @@ def build_model(
         settings["dropout"] = dropout
     _check_layers(settings, state, where=_where(record))
     try:
-        with torch.device("meta"):  # no memory and no random draws for weights that are replaced at once
+        with torch.device("meta"), _Unfilled():  # no memory and no random draws for weights that are replaced at once
             model = models.build(record.model_type, settings)
     except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape of more elements than can be counted
         reason = f"{str(error).splitlines()[0]:.300}"  # torch adds frames of C++
@@ -59,6 +60,17 @@ def build_model(
     model.to_empty(device=device)
     model.load_state_dict(state)
     return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """Passes over torch.nn.init: to draw weights that have no memory, torch first imports its compiler, a second's work."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def _crop_positions(

@@ -12,6 +12,7 @@ import torch
 from data.corpus import DataError
 
 ROUNDS = 8  # with 6 the orders of very short texts are visibly uneven
+AHEAD = 4096  # windows placed at once: of 16 alone, each takes seventy times as long
 _PHASE, _ORDER = 1, 2  # what a key is for
 
 
@@ -39,6 +40,7 @@ class Batches:
         self._shape = (accumulation, batch_size, block_size)
         self._seed = seed
         self._start = (start_step, start_window)
+        self._ahead = (0, np.zeros(0, dtype=np.int64))  # where windows start, from which one of the whole count on
         self.block_size = block_size
         self.rows_per_step = accumulation * batch_size
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
@@ -56,7 +58,11 @@ class Batches:
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of `step`, each (accumulation, batch_size, block_size) int64; targets are one token on."""
         first = self.windows_seen(step)
-        starts = self._window_starts(np.arange(first, first + self.rows_per_step))  # (accumulation * batch_size,)
+        known, starts = self._ahead
+        if not known <= first <= known + len(starts) - self.rows_per_step:
+            count = max(AHEAD, self.rows_per_step)
+            known, starts = self._ahead = first, self._window_starts(np.arange(first, first + count))
+        starts = starts[first - known :][: self.rows_per_step]  # (accumulation * batch_size,)
         x, y = _windows(self._tokens, starts, self.block_size)
         return x.view(self._shape), y.view(self._shape)
 

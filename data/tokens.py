@@ -1,6 +1,7 @@
 """Text as token ids in memory-mapped files, tokenized once for each text, tokenizer and split."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -8,7 +9,9 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import itemgetter
@@ -23,7 +26,12 @@ FORMAT = 1  # raise it when the same inputs give other files
 FILES = ("train.npy", "validation.npy")
 SUMS = "sha256.json"  # what the two must hash to: a flipped bit in them would change what is learned, and nothing would tell
 CHUNK = 1 << 18  # characters tokenized at once
+THREADS = min(8, os.cpu_count() or 1)  # more would wait for the one that reads, hashes and writes
 ABANDONED = 24 * 3600  # seconds without a write after which a half-built folder belongs to no living process
+
+Group = tuple[
+    bool, list[Piece]
+]  # pieces in a row, and whether the first of them begins a document that is not the first
 
 
 @dataclass(frozen=True)
@@ -89,16 +97,52 @@ def _cut(pieces: Iterable[Piece], at: int) -> Iterator[tuple[int, Piece]]:
             yield 1, (text[room:], ends)
 
 
-def _token_ids(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def token_ids(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """The ids of one side in chunks, with a separator between documents and none after the last."""
-    if tokenizer.kind not in ("char", "byte"):  # these may be cut anywhere, and need no place that suits
-        pieces = rechunk(pieces, size=CHUNK)
-    between = False
+    encode = functools.partial(_group_ids, tokenizer=tokenizer)
+    if tokenizer.kind in ("char", "byte"):  # these may be cut anywhere, and take no longer than reading the text
+        return map(encode, _groups(pieces))
+    return _in_threads(encode, _groups(rechunk(pieces, size=CHUNK)))
+
+
+def _groups(pieces: Iterable[Piece]) -> Iterator[Group]:
+    """Pieces in a row that have about CHUNK characters together, however short each of them is."""
+    between, room, group = False, CHUNK, []
+    for text, ends in pieces:
+        group.append((text, ends))
+        room -= len(text) + 1
+        if room <= 0:
+            yield between, group
+            between, room, group = ends, CHUNK, []
+    if group:
+        yield between, group
+
+
+def _group_ids(group: Group, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of pieces in a row, (N,)."""
+    between, pieces = group
+    arrays = []
     for text, ends in pieces:
         if between:
-            yield tokenizer.encode_array("\n") if tokenizer.end_of_text is None else np.array([tokenizer.end_of_text])
-        yield tokenizer.encode_array(text)
+            end = tokenizer.end_of_text
+            arrays.append(tokenizer.encode_array("\n") if end is None else np.array([end], dtype=np.uint32))
+        arrays.append(tokenizer.encode_array(text))
         between = ends
+    return np.concatenate(arrays)
+
+
+def _in_threads(encode: Callable[[Group], np.ndarray], groups: Iterable[Group]) -> Iterator[np.ndarray]:
+    """What `encode` makes of each group, in their order; the next ones are under way meanwhile, one for each thread.
+
+    Threads, because tiktoken and tokenizers work outside the interpreter's lock.
+    """
+    waiting: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for group in groups:
+            waiting.append(pool.submit(encode, group))
+            if len(waiting) > THREADS:
+                yield waiting.popleft().result()
+        yield from (each.result() for each in waiting)
 
 
 # Files
@@ -113,7 +157,7 @@ def _build(folder: Path, sides: Iterable[tuple[int, Piece]], *, tokenizer: Token
         for name in FILES:
             _write(temporary / name, [], dtype)
         for side, group in itertools.groupby(sides, key=itemgetter(0)):
-            _write(temporary / FILES[side], _token_ids((piece for _, piece in group), tokenizer), dtype)
+            _write(temporary / FILES[side], token_ids((piece for _, piece in group), tokenizer), dtype)
         (temporary / SUMS).write_text(json.dumps({name: _digest(temporary / name) for name in FILES}), encoding="utf-8")
         sync_folder(temporary)
         return _reveal(temporary, folder, dtype)

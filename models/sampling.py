@@ -1,15 +1,23 @@
 """From logits to text: pure functions that shape one row of logits (V,), and generate(), which yields token ids."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice, takewhile
+from itertools import islice, takewhile, zip_longest
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from models import Model
 from models.bigram import BigramCache
+from models.decode import DecodeCache, Decoder
 from models.gpt2 import GPT2Cache
+from models.lookup import Lookup
+
+Cache = BigramCache | GPT2Cache | DecodeCache
+
+# Above so many tokens, the best of them are tried before all are sorted, which takes milliseconds.
+FEW: Final = 1024
 
 
 def penalize(logits: Tensor, ids: Collection[int], penalty: float) -> Tensor:
@@ -39,10 +47,20 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """
     if p >= 1.0:
         return logits
-    best, order = logits.sort(descending=True, stable=True)
-    probs = best.softmax(-1)
+    best, order = _best_first(logits, p)
+    probs = (best - logits.logsumexp(-1)).exp()
     surplus = probs.cumsum(-1) - probs >= p  # those before it suffice
-    return logits.masked_fill(torch.zeros_like(surplus).scatter(0, order, surplus), -torch.inf)
+    kept = order[~surplus]
+    return torch.full_like(logits, -torch.inf).index_copy(0, kept, logits[kept])
+
+
+def _best_first(logits: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """The best logits, falling, and their ids: a few if their probabilities surely reach p, else all."""
+    if logits.numel() > FEW:
+        best, order = logits.topk(FEW)
+        if (best - logits.logsumexp(-1)).exp().sum() > p + 1e-4:  # far beyond the rounding of the sums
+            return best, order
+    return logits.sort(descending=True, stable=True)
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> int:
@@ -70,12 +88,15 @@ def next_token(logits: Tensor, *, temperature: float, top_k: int, top_p: float, 
         )
     if temperature < 1e-6:
         return int(logits.argmax())
-    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    return draw(logits.softmax(-1), generator)
+    logits = logits / temperature
+    if not 0 < top_k < logits.numel():
+        return draw(keep_top_p(logits, top_p).softmax(-1), generator)
+    kept = keep_top_k(logits, top_k).isfinite().nonzero()[:, 0]  # the rest would be as many zeros
+    return int(kept[draw(keep_top_p(logits[kept], top_p).softmax(-1), generator)])
 
 
 def generate(
-    model: Model,
+    model: Model | Decoder,
     ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -88,6 +109,7 @@ def generate(
     stop_ids: Collection[int] = (),
     use_cache: bool = True,
     on_slide: Callable[[], None] | None = None,
+    lookup: bool = False,
 ) -> Iterator[int]:
     """Yields up to max_new_tokens ids that continue `ids`, one at a time; ends before one of stop_ids.
 
@@ -99,6 +121,8 @@ def generate(
     max_length // 2, whose keys and values are computed anew, since positions are learned and absolute; then there is
     room again. on_slide() is called the first time. With and without use_cache the model sees the very same windows.
     The repetition penalty counts every token of prompt and continuation, as transformers does.
+    lookup: a Decoder verifies several drafted tokens at a time (models.lookup). The text is the same: each token is
+    chosen from its own logits with its own draw, and a draft only says which are computed early. Others ignore it.
     Raises ValueError at the call for arguments that make no sense.
     """
     rows = model.settings.vocab_size
@@ -114,7 +138,8 @@ def generate(
         return next_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
 
     cache = model.new_cache(batch_size=1) if use_cache else None
-    drawn = _stream(model, list(ids), choose=choose, cache=cache, on_slide=on_slide)
+    drafts = Lookup(longest=model.longest_draft) if lookup and isinstance(model, Decoder) else None
+    drawn = _stream(model, list(ids), choose=choose, cache=cache, on_slide=on_slide, lookup=drafts)
     stops = frozenset(stop_ids)
     return takewhile(lambda i: i not in stops, islice(drawn, max_new_tokens))
 
@@ -143,12 +168,13 @@ def _check_knobs(max_new_tokens: int, temperature: float, top_k: int, top_p: flo
 
 
 def _stream(
-    model: Model,
+    model: Model | Decoder,
     history: list[int],
     *,
     choose: Callable[[Tensor, Collection[int]], int],
-    cache: BigramCache | GPT2Cache | None,
+    cache: Cache | None,
     on_slide: Callable[[], None] | None,
+    lookup: Lookup | None,
 ) -> Iterator[int]:
     """generate() without an end: history is the prompt and grows, the window is what follows `start` in it."""
     modules, seen, start = list(model.modules()), set(history), 0
@@ -160,12 +186,28 @@ def _stream(
             if on_slide is not None:
                 on_slide()
                 on_slide = None
+        draft = _draft(lookup, history, start, cache, model.max_length)
         with _evaluating(modules):
-            logits = _last_logits(model, history[start:], cache)
-        chosen = choose(logits, seen)
-        history.append(chosen)
-        seen.add(chosen)
-        yield chosen
+            rows = _last_logits(model, history[start:] + draft, cache, last=1 + len(draft))
+        taken = 0
+        for logits, guess in zip_longest(rows, draft):
+            chosen = choose(logits, seen)
+            history.append(chosen)
+            seen.add(chosen)
+            taken += 1
+            yield chosen
+            if chosen != guess:
+                break
+        if lookup is not None and cache is not None and draft:
+            lookup.learn(len(draft), taken - 1)
+            cache.length -= 1 + len(draft) - taken  # what was computed for guesses that were wrong
+
+
+def _draft(lookup: Lookup | None, history: list[int], start: int, cache: Cache | None, room: int | None) -> list[int]:
+    """What to verify behind the window: nothing with a prompt still to be read, and nothing that would not fit."""
+    if lookup is None or cache is None or room is None or cache.length == 0:
+        return []
+    return lookup.draft(history, room - (len(history) - start))
 
 
 @contextmanager
@@ -182,9 +224,11 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _last_logits(model: Model, window: list[int], cache: BigramCache | GPT2Cache | None) -> Tensor:
-    """The logits (V,) of the token after the window, float32 on the CPU. A cache saves computing what it holds."""
+def _last_logits(model: Model | Decoder, window: list[int], cache: Cache | None, *, last: int) -> Iterable[Tensor]:
+    """The logits (V,) after each of the window's `last` tokens, float32 on the CPU. A cache saves computing what it holds."""
     fresh = window if cache is None else window[cache.length :]
+    if isinstance(model, Decoder):
+        return model.rows(fresh, cache if isinstance(cache, DecodeCache) else model.new_cache(), last=last)
     device = next(model.parameters()).device
     logits, _ = model(torch.tensor([fresh], device=device), cache=cache, last_only=True)  # (1, 1, V)
-    return logits[0, 0].float().cpu()
+    return logits[0].float().cpu()

@@ -1,6 +1,7 @@
 """Which device, which number format, and everything that decides bits on them."""
 
 import contextlib
+import ctypes
 import platform
 from typing import Any
 
@@ -10,7 +11,16 @@ from torch import nn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # On a CPU, bfloat16 pays once the matrices are this wide; below, casting costs more than multiplying.
-WIDE_ENOUGH_FOR_BFLOAT16 = 256
+WIDE_ENOUGH_FOR_BFLOAT16 = 128
+
+# From this width on, reading the weights is most of the time that a token takes, so how they are read and kept matters.
+WIDE_ENOUGH_TO_DECODE = 256
+
+# Converting all weights takes about as long as bfloat16 saves on so many generated tokens, whatever the model's size.
+ENOUGH_TO_CONVERT = 32
+
+# What mallopt(3) calls the most blocks that are mapped one by one, and the size of a free end that goes back to the system.
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 # Everything of the machine and the versions that can change the bits of a step.
 DECIDES_BITS = ("torch", "device", "device_name", "threads", "cpu_capability", "dtype", "compile", "deterministic")
@@ -49,9 +59,23 @@ def choose_dtype(wish: str, device: torch.device, *, width: int) -> str:
         return wish
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # AMX tiles multiply bfloat16 eight times as fast as AVX-512 multiplies float32; without them it is slower.
-    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if amx and width >= WIDE_ENOUGH_FOR_BFLOAT16 else "float32"
+    # AMX tiles multiply bfloat16 eight times as fast as AVX-512 multiplies float32, AVX-512's own instructions four times;
+    # without either it is slower.
+    hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if device.type == "cpu" and hardware and width >= WIDE_ENOUGH_FOR_BFLOAT16 else "float32"
+
+
+def decode_dtype(wish: str, device: torch.device, *, width: int, tokens: int) -> str:
+    """The format of the weights for generating `tokens` on a CPU: a fixed rule on processor, width and their number.
+
+    Reading the weights is most of the time, so half the bytes pay wherever bfloat16 is multiplied by hardware, once
+    there are as many tokens as converting the weights costs. Raises DeviceError for float16, which no CPU multiplies.
+    """
+    if wish != "auto":
+        return choose_dtype(wish, device, width=width)
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    pays = width >= WIDE_ENOUGH_TO_DECODE and tokens >= ENOUGH_TO_CONVERT
+    return "bfloat16" if fast and pays else "float32"
 
 
 def choose_compile(wish: str, device: torch.device, *, model_type: str, steps: int) -> tuple[bool, str | None]:
@@ -92,6 +116,18 @@ def make_deterministic(on: bool, device: torch.device) -> None:
     # Filling fresh memory with NaN would only cost time: nothing here reads memory that was not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what a training step frees for the next one, where it can (glibc); elsewhere nothing changes.
+
+    By default blocks over 32 MB go back to the system at once, and every step has their pages zeroed anew: with 124 million
+    parameters up to a third of it. https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc here
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def seed_step(device: torch.device, seed: int, step: int) -> None:

@@ -1,6 +1,7 @@
 """Optimizers with their parameter groups, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +12,14 @@ KINDS = ("constant", "cosine", "linear", "wsd")
 WSD_DECAY = (
     0.2  # share of the run that a warmup-stable-decay schedule spends decaying (Haegele et al. 2024, arXiv 2405.18392)
 )
+
+# Where the fused AdamW kernel divides gradients by `grad_scale` while it reads them. On MPS it ignores that.
+READS_GRAD_SCALE = ("cpu", "cuda")
+
+# Muon's quintic Newton-Schulz iteration: its coefficients and number of steps (Jordan et al. 2024).
+QUINTIC, ITERATIONS, TINY = (3.4445, -4.7750, 2.0315), 5, 1e-7
+# Matrices of one shape are iterated together, up to this many elements: small ones cost calls, large ones memory bandwidth.
+TOGETHER = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +69,84 @@ def replan(schedule: Schedule, *, peak: float, start_step: int, steps: int, warm
     )
 
 
-class MuonWithAdamW:
-    """Muon on the hidden matrices, AdamW on everything else, spoken to as one optimizer.
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose direction is orthogonalised, for the matrices between the embeddings and the head.
 
-    Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; `match_rms_adamw` (Liu et al. 2025, arXiv 2502.16982)
-    scales its updates so that one learning rate, AdamW's, serves both.
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, with the update scaled to the size of AdamW's so that one
+    learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon's `match_rms_adamw` is the same formula.
+    Here a group's `blocks` says how many matrices lie one above the other in each of its weights (query, key and value are
+    three), each orthogonalised on its own; and equal shapes go together, since small ones cost more in calls than in arithmetic.
     """
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        """One update of every weight that has a gradient."""
+        for group in self.param_groups:
+            for blocks in _equally_shaped(self._blocks(group)):
+                _move(blocks, lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"])
+
+    def _blocks(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
+        """Weight, gradient and momentum of each matrix in the group, all views, all (rows, columns)."""
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            whole = (parameter, parameter.grad, state["momentum_buffer"])
+            yield from zip(*(tensor.chunk(group["blocks"]) for tensor in whole), strict=True)
+
+
+def _equally_shaped(blocks: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
+    """The blocks in lists of one shape, none of more than TOGETHER elements unless it is one block."""
+    by_shape: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
+    for block in blocks:
+        by_shape.setdefault(block[0].shape, []).append(block)
+    for shape, equal in by_shape.items():
+        count = max(1, TOGETHER // shape.numel())
+        yield from (equal[first : first + count] for first in range(0, len(equal), count))
+
+
+def _move(blocks: list[tuple[Tensor, ...]], *, lr: float, weight_decay: float, momentum: float) -> None:
+    """One update of the matrices of one shape, each given as weight, gradient and momentum."""
+    for _, gradient, average in blocks:
+        average.lerp_(gradient, 1 - momentum)
+    ahead = torch.stack([gradient.lerp(average, momentum) for _, gradient, average in blocks])  # Nesterov's; (N, R, C)
+    ratio = 0.2 * math.sqrt(max(ahead.shape[1:]))  # AdamW's updates have a root mean square of about 0.2
+    directions = orthogonalised(ahead, _iteration_dtype(ahead.device))
+    for (weight, _, _), direction in zip(blocks, directions, strict=True):
+        weight.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * ratio)
+
+
+def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrices (N, R, C) in `dtype`, their singular values brought to between 0.7 and 1.2 unless tiny, their directions kept."""
+    wide = matrices if matrices.size(1) <= matrices.size(2) else matrices.mT  # for the smaller Gram matrix
+    x = wide.to(dtype).contiguous()
+    x = x / x.flatten(1).norm(dim=1).clamp(min=TINY).view(-1, 1, 1)  # no singular value is above 1 now
+    a, b, c = QUINTIC
+    for _ in range(ITERATIONS):
+        gram = torch.bmm(x, x.mT)  # (N, R, R); `@` would copy a lone matrix
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide is matrices else x.mT
+
+
+def _iteration_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, which the iteration bears, where the hardware multiplies it; imitated, it is slower than float32, up to thirty times."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+class MuonWithAdamW:
+    """Muon on the hidden matrices, AdamW on everything else, spoken to as one optimizer."""
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
 
     @property
@@ -123,13 +202,21 @@ def build_optimizer(
     adamw = _adamw(rest, lr=lr, weight_decay=weight_decay, betas=betas)
     if not hidden:  # the bigram model is one embedding table
         return adamw
-    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    triples = [one for one in hidden if _is_query_key_value(one[0])]
+    single = [one for one in hidden if not _is_query_key_value(one[0])]
+    groups: list[dict[str, Any]] = [{"params": triples, "blocks": 3}, {"params": single}]
+    muon = Muon([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay)
     return cast(torch.optim.Optimizer, MuonWithAdamW(muon, adamw))  # it has all that a caller of one uses
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Matrices between the embeddings and the head, the only ones that Muon is meant for."""
     return parameter.dim() == 2 and name.startswith("h.")
+
+
+def _is_query_key_value(name: str) -> bool:
+    """Attention's first layer: three matrices in one weight."""
+    return name.endswith(".c_attn.weight")
 
 
 def _adamw(
@@ -139,3 +226,26 @@ def _adamw(
     vectors = [(name, parameter) for name, parameter in named if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The norm of all gradients taken as one vector, 0-dim."""
+    return nn.utils.get_total_norm(_gradients(optimizer))
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, *, limit: float) -> None:
+    """Scales the gradients of the coming step by limit / `norm` if their `norm` is more than `limit` (0: no limit); call before each.
+
+    The fused AdamW scales while it reads, which saves a pass over all gradients. Below the limit nothing is multiplied.
+    """
+    scale = (norm / limit).float() if limit and norm > limit else None
+    for part in optimizer.parts if isinstance(optimizer, MuonWithAdamW) else (optimizer,):
+        if isinstance(part, torch.optim.AdamW) and norm.device.type in READS_GRAD_SCALE:
+            part.grad_scale = scale  # type: ignore[attr-defined]  # as torch.amp.GradScaler sets it, and keeps ours
+        elif scale is not None:
+            torch._foreach_div_(_gradients(part), scale)
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

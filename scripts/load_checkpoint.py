@@ -33,6 +33,8 @@ from config import Config, ConfigError
 from data.decoding import StreamDecoder
 from data.tokenization import Tokenizer, UnknownCharacters
 from models import Model
+from models.decode import Decoder
+from models.gpt2 import GPT2
 from models.sampling import generate
 from resume import explain, resumed, saved_schedule, saved_settings
 from run import planned, with_tokenizer
@@ -107,6 +109,7 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     log(
         f"{record.path}: {record.model_type} at step {record.step}, {tokenizer.kind} tokenizer, on {device.type}; SAMPLE_SEED={seed}"
     )
+    fast, lookup = decoder(model, settings, device, log, prompt_tokens=len(ids))
     slid: set[str] = set()
     try:
         for number in range(settings.num_samples):
@@ -114,7 +117,13 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
                 log(f"sample {number + 1} of {settings.num_samples}")
             generator = torch.Generator().manual_seed(mix(seed, number))
             pieces = text_of(
-                model, tokenizer, ids, generator=generator, settings=settings, on_slide=lambda: slid.add("once")
+                fast,
+                tokenizer,
+                ids,
+                generator=generator,
+                settings=settings,
+                lookup=lookup,
+                on_slide=lambda: slid.add("once"),
             )
             show(itertools.chain([prompt], pieces), stream=settings.stream)
     except BrokenPipeError:
@@ -124,6 +133,41 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     if slid:  # told now, because on a terminal it would stand in the middle of the text
         log(f"the text outgrew the model's {model.settings.block_size} tokens; from there on it saw only the latest")
     return 0
+
+
+def decoder(
+    model: Model, settings: Config, device: torch.device, log: Log, *, prompt_tokens: int
+) -> tuple[Model | Decoder, bool]:
+    """What generates, and whether it verifies drafts: a Decoder where that pays, else the model itself.
+
+    Raises ConfigError if QUANTIZE cannot be followed.
+    """
+    tokens = prompt_tokens + settings.max_new_tokens * settings.num_samples
+    weights, reason = weights_for(model, settings, device, tokens=tokens)
+    if reason and settings.quantize != "none":
+        raise ConfigError([f"QUANTIZE={settings.quantize} is for a GPT-2 on a CPU: {reason}; set QUANTIZE=none"])
+    fast = Decoder(model, weights=weights) if not reason and isinstance(model, GPT2) else model
+    lookup = settings.speculate == "lookup"
+    if lookup and isinstance(fast, Decoder) and not fast.agrees():
+        reason = "this processor rounds a pass of several tokens in another way, which could change the text"
+    if lookup and reason:
+        log(f"SPECULATE=lookup is not used: {reason}")
+    return fast, lookup and not reason
+
+
+def weights_for(model: Model, settings: Config, device: torch.device, *, tokens: int) -> tuple[str, str]:
+    """The format in which a Decoder keeps the weights, and if there should be none, the reason."""
+    if not isinstance(model, GPT2):
+        return "", "a bigram model has no matrices"
+    if device.type != "cpu":
+        return "", f"this runs on {device.type}"
+    if settings.quantize != "none":
+        return settings.quantize, ""
+    width = model.settings.n_embd
+    weights = machine.decode_dtype(settings.dtype, device, width=width, tokens=tokens)
+    if weights == "float32" and width < machine.WIDE_ENOUGH_TO_DECODE:
+        return "", f"a model of N_EMBD={width} spends its time elsewhere"
+    return weights, ""
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, settings: Config) -> list[int]:
@@ -153,12 +197,13 @@ def read_prompt(settings: Config) -> str:
 
 
 def text_of(
-    model: Model,
+    model: Model | Decoder,
     tokenizer: Tokenizer,
     ids: list[int],
     *,
     generator: torch.Generator,
     settings: Config,
+    lookup: bool,
     on_slide: Callable[[], None],
 ) -> Iterator[str]:
     """What follows the prompt's `ids`, piece by piece as far as it may be shown; without a prompt, from its first token on."""
@@ -179,6 +224,7 @@ def text_of(
         vocab_size=tokenizer.vocab_size,
         stop_ids=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
         on_slide=on_slide,
+        lookup=lookup,
     )
     for one in drawn:
         yield decoder.push(one)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import batches as batches_module
 from data.batches import Batches, largest_block_size, permuted, splitmix64, validation_windows
 from data.corpus import DataError
 
@@ -61,6 +62,28 @@ def test_an_epoch_is_every_window_once(size: tuple[int, int], seed: int, epoch: 
     assert 0 <= phase < min(block_size, count - windows * block_size)
     unused = count - (windows * block_size + 1)
     assert unused < 2 * block_size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=sizes,
+    batch=st.integers(1, 7),
+    ahead=st.integers(1, 40),
+    steps=st.lists(st.integers(5, 300) | st.integers(0, 10**12), min_size=2, max_size=30),
+)
+def test_a_batch_does_not_depend_on_what_was_asked_before(
+    size: tuple[int, int], batch: int, ahead: int, steps: list[int]
+) -> None:
+    def new() -> Batches:
+        return Batches(numbers(size[1]), block_size=size[0], batch_size=batch, seed=1, start_step=5, start_window=900)
+
+    used, ordered = new(), sorted(step + 5 for step in steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches_module, "AHEAD", 1)  # the plain way: each step's windows alone
+        plain = {step: new().at(step) for one in ordered for step in (one, one + 1)}
+        patch.setattr(batches_module, "AHEAD", ahead)
+        for step in [*ordered, *(step + 5 for step in steps), *plain]:
+            assert same(used.at(step), plain[step])
 
 
 def test_phase_and_order_change_with_epoch_and_seed() -> None:

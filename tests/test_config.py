@@ -37,7 +37,7 @@ HABIT = names(
 )
 SESSION = names(
     "ENV_FILE DEVICE CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
-    "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED STREAM "
+    "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
     "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
 )
 
@@ -90,13 +90,34 @@ def test_defaults_by_model() -> None:
     small = read(MODEL_TYPE="gpt2")
     sizes = (small.n_layer, small.n_head, small.n_embd, small.block_size, small.batch_size, small.dropout)
     assert sizes == (4, 4, 128, 128, 12, 0.0)
-    assert (small.learning_rate, small.warmup_steps) == (3e-3, 100)
+    assert (small.learning_rate, small.warmup_steps) == (1e-2, 100)
+    assert (small.optimizer, small.lr_schedule, small.training_steps) == ("muon", "linear", 1000)
     bigram = read()
     assert (bigram.block_size, bigram.batch_size, bigram.learning_rate, bigram.dropout) == (64, 32, 1e-2, 0.0)
+    assert (bigram.optimizer, bigram.lr_schedule, bigram.training_steps) == ("adamw", "cosine", 2000)
     large = read(MODEL_TYPE="gpt2", GPT2_MODEL_NAME="gpt2")
     assert (large.n_layer, large.n_embd, large.block_size, large.learning_rate) == (None, None, 256, 5e-5)
+    assert (large.optimizer, large.lr_schedule, large.training_steps) == ("adamw", "cosine", 2000)
     assert read(MODEL_TYPE="gpt2", BATCH_SIZE="7").batch_size == 7
     assert read(MODEL_TYPE="gpt2", TRAINING_STEPS="20").warmup_steps == 2  # a short run is not all warm-up
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        ({"MODEL_TYPE": "gpt2", "OPTIMIZER": "adamw"}, 3e-3),
+        ({"MODEL_TYPE": "gpt2", "OPTIMIZER": "muon"}, 1e-2),
+        ({"MODEL_TYPE": "gpt2", "OPTIMIZER": "adamw", "LEARNING_RATE": "2e-3"}, 2e-3),
+        ({"MODEL_TYPE": "gpt2", "OPTIMIZER": "muon", "LEARNING_RATE": "2e-3"}, 2e-3),
+        ({"OPTIMIZER": "adamw"}, 1e-2),  # a bigram's
+        ({"MODEL_TYPE": "gpt2", "GPT2_MODEL_NAME": "gpt2", "OPTIMIZER": "adamw"}, 5e-5),
+        ({"MODEL_TYPE": "gpt2", "GPT2_MODEL_NAME": "gpt2", "OPTIMIZER": "muon"}, 5e-5),
+    ],
+    ids=str,
+)
+def test_the_rate_of_a_gpt2_from_random_weights_follows_its_optimizer(given: dict[str, str], rate: float) -> None:
+    c = read(**given)
+    assert (c.learning_rate, c.given("LEARNING_RATE")) == (rate, "LEARNING_RATE" in given)
 
 
 def test_config_is_frozen_and_knows_what_was_given() -> None:
@@ -519,7 +540,10 @@ def test_a_repository_that_moves_takes_its_data_along(tmp_path: Path, monkeypatc
 
 
 def test_missing_saved_values_follow_the_saved_model() -> None:
-    assert config.from_saved(read(), {"MODEL_TYPE": "gpt2"}).learning_rate == 3e-3
+    new = config.from_saved(read(), {"MODEL_TYPE": "gpt2"})
+    assert (new.learning_rate, new.optimizer, new.block_size) == (1e-2, "muon", 128)
+    old = config.from_saved(read(), {"MODEL_TYPE": "gpt2", "OPTIMIZER": "adamw"})
+    assert (old.learning_rate, old.optimizer, old.sources["OPTIMIZER"]) == (3e-3, "adamw", "checkpoint")
 
 
 def test_unknown_and_session_names_in_a_checkpoint_are_ignored() -> None:
@@ -596,7 +620,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
     if rules["form"] == "name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] or name == "PROMPT":
-        free = st.one_of(prose, tricky).filter(lambda text: text.strip(" ,\t\n") and not text.strip().startswith("["))
+        free = st.one_of(prose, tricky).filter(lambda text: text.replace(",", " ").strip() and text.strip()[0] != "[")
         return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
     by_type: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
         bool: st.booleans,
@@ -757,7 +781,8 @@ def test_help_lists_every_variable(argument: str, capsys: pytest.CaptureFixture[
     assert ended.value.code == 0
     assert out.isascii()
     assert "python3 scripts/load_checkpoint.py" in out
-    assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.003, pretrained 5e-5)" in out
+    assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.01, pretrained 5e-5)" in out
+    assert "OPTIMIZER  (default: bigram adamw, gpt2 muon, pretrained adamw)" in out
     assert all(f"  {name}  (default: " in out for name in VARIABLES)
 
 

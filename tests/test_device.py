@@ -56,12 +56,19 @@ def test_an_absent_device_is_refused_with_the_list_of_those_there_are(wish):
 
 # Number formats
 
-AUTO_ON_CPU = [(False, 64, "float32"), (False, 4096, "float32"), (True, 255, "float32"), (True, 256, "bfloat16")]
+AUTO_ON_CPU = [
+    *((False, False, width, "float32") for width in (64, 127, 128, 4096)),
+    *((amx, avx512, 127, "float32") for amx, avx512 in [(True, False), (False, True), (True, True)]),
+    *((amx, avx512, 128, "bfloat16") for amx, avx512 in [(True, False), (False, True), (True, True)]),
+]
 
 
-@pytest.mark.parametrize(("amx", "width", "expected"), AUTO_ON_CPU)
-def test_auto_dtype_on_a_cpu_is_bfloat16_only_with_amx_and_a_wide_model(amx, width, expected, monkeypatch):
+@pytest.mark.parametrize(("amx", "avx512", "width", "expected"), AUTO_ON_CPU)
+def test_auto_dtype_on_a_cpu_is_bfloat16_where_its_hardware_multiplies_that_and_the_model_is_wide(
+    amx, avx512, width, expected, monkeypatch
+):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert machine.choose_dtype("auto", CPU, width=width) == expected
 
 
@@ -250,3 +257,20 @@ OTHERS = [  # what other machines say
 @pytest.mark.parametrize(("error", "expected"), OTHERS, ids=lambda value: str(value)[:30])
 def test_out_of_memory_is_told_from_other_errors(error, expected):
     assert machine.is_out_of_memory(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("hardware", "wish", "width", "tokens", "expected"),
+    [
+        (True, "auto", 768, 300, "bfloat16"),
+        (True, "auto", 768, 31, "float32"),
+        (True, "auto", 128, 300, "float32"),
+        (False, "auto", 768, 300, "float32"),
+        (False, "bfloat16", 128, 1, "bfloat16"),
+        (True, "float32", 768, 300, "float32"),
+    ],
+)
+def test_format_for_generating(monkeypatch, hardware, wish, width, tokens, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert machine.decode_dtype(wish, CPU, width=width, tokens=tokens) == expected

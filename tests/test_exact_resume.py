@@ -22,7 +22,9 @@ COMBINATIONS = {
     "gpt2, bpe, bfloat16": {"TOKENIZER": "bpe", "BPE_VOCAB_SIZE": "300", "DTYPE": "bfloat16"},
     "gpt2, gpt2 tokenizer": {"TOKENIZER": "gpt2"},
     "gpt2, gpt2 tokenizer, bfloat16, accumulation": {"TOKENIZER": "gpt2", "DTYPE": "bfloat16", "GRADIENT_ACCUMULATION_STEPS": "2"},
+    "gpt2, chunked head, bfloat16": {"TOKENIZER": "gpt2", "DTYPE": "bfloat16", "BATCH_SIZE": "48"},  # 48 x 16 rows of 50257 logits
     "gpt2, muon": {"OPTIMIZER": "muon"},
+    "gpt2, adamw, cosine": {"OPTIMIZER": "adamw", "LR_SCHEDULE": "cosine"},
     "gpt2, byte, linear schedule to zero": {"TOKENIZER": "byte", "LR_SCHEDULE": "linear", "MIN_LEARNING_RATE": "0"},
     "gpt2, compiled": {"COMPILE": "true"},
     "gpt2, compiled, bfloat16, accumulation": {"COMPILE": "true", "DTYPE": "bfloat16", "GRADIENT_ACCUMULATION_STEPS": "2"},

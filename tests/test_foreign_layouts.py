@@ -339,6 +339,7 @@ def test_training_goes_on_from_nanogpt_and_saves_unified(tmp_path: Path) -> None
     assert record.model_settings == SIZES | {"bias": True, "dropout": 0.0, "activation": "gelu_erf", "tied": True}
     assert record.tokenizer == {"kind": "char", "chars": ELEVEN}
     assert {moments["step"].item() for moments in record.optimizer_state["state"].values()} == {5.0}  # two and three
+    assert record.hyperparameters["OPTIMIZER"] == "adamw"
     assert (record.parent["file"], record.parent["run_id"], record.parent["step"]) == ("ckpt.pt", None, 250)
     old = ckpt.load(path).model_state["wte.weight"]
     assert 0 < (record.model_state["wte.weight"] - old).abs().max() < 1e-2  # trained, from these weights
@@ -442,8 +443,9 @@ def test_training_goes_on_from_a_folder_of_the_lecture_model(tmp_path: Path) -> 
     assert snapshot(path) == before
     last = ckpt.latest(ckpt.find(path.parent))
     assert (last.step, last.layout) == (1002, "directory")
-    settings = ckpt.load(last.path, verify=True).model_settings
-    assert (settings["activation"], settings["tied"]) == ("relu", False)
+    record = ckpt.load(last.path, verify=True)
+    assert (record.model_settings["activation"], record.model_settings["tied"]) == ("relu", False)
+    assert record.hyperparameters["OPTIMIZER"] == "adamw"  # as it was trained with, though none of its moments came
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """MODE=inference of scripts/load_checkpoint.py: what it says, to whom, and that it says the same again."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import itertools
@@ -24,6 +25,9 @@ import run
 import training
 from ckpt import Checkpoint
 from ckpt.rebuild import build_model, build_tokenizer
+from models.decode import Decoder
+from models.gpt2 import GPT2, GPT2Settings
+from models.sampling import generate
 from runtime.device import available_devices
 from runtime.progress import Log
 
@@ -526,3 +530,86 @@ def test_weights_that_are_not_finite_are_the_checkpoints_fault(tmp_path):
     assert said.code == 3
     assert "earlier checkpoint" in said.err
     assert "unexpected" not in said.err
+
+
+# Formats and drafts
+
+
+@pytest.mark.parametrize("settings", [{"QUANTIZE": "int8"}, {"DTYPE": "bfloat16"}], ids=str)
+def test_drafting_changes_no_text(settings, gpt2):
+    settings = settings | {"PROMPT": "Dear Wren, dear Wren, dear", "MAX_NEW_TOKENS": "60", "SAMPLE_SEED": "2"}
+    plain = infer(gpt2, **settings)
+    drafted = infer(gpt2, SPECULATE="lookup", **settings)
+    assert (drafted.code, drafted.out) == (0, plain.out)
+    assert "SPECULATE" not in drafted.err
+
+
+def test_float32_says_what_the_model_itself_says(gpt2):
+    model, tokenizer = (
+        build_model(newest(gpt2), device=torch.device("cpu")).eval(),
+        build_tokenizer(newest(gpt2)),
+    )
+    drawn = generate(model, tokenizer.encode("Dear"), max_new_tokens=60, temperature=0.0, vocab_size=tokenizer.vocab_size)  # fmt: skip
+    assert text(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="60", TEMPERATURE="0", DTYPE="float32") == "Dear" + tokenizer.decode(list(drawn))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        ({}, []),
+        ({"DTYPE": "float32"}, []),
+        ({"DTYPE": "bfloat16"}, ["bfloat16"]),
+        ({"QUANTIZE": "int8"}, ["int8"]),
+        ({"QUANTIZE": "int8", "DTYPE": "bfloat16"}, ["int8"]),
+    ],
+    ids=str,
+)
+def test_the_format_is_the_one_asked_for(settings, weights, gpt2, monkeypatch):
+    made = []
+    monkeypatch.setattr(load_checkpoint, "Decoder", lambda model, weights: made.append(weights) or Decoder(model, weights=weights))  # fmt: skip
+    assert infer(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="60", **settings).code == 0
+    assert made == weights
+
+
+def test_a_narrow_model_drafts_nothing_and_says_so(gpt2):
+    settings = {"PROMPT": "Dear", "SAMPLE_SEED": "3", "MAX_NEW_TOKENS": "40"}
+    said = infer(gpt2, SPECULATE="lookup", **settings)
+    assert (said.code, said.out) == (0, infer(gpt2, **settings).out)
+    assert re.search(r"SPECULATE=lookup is not used: a model of N_EMBD=\d+ spends its time elsewhere", said.err)
+
+
+@pytest.mark.parametrize(("wish", "weights"), [("float32", ["float32"]), ("bfloat16", ["bfloat16"])])
+def test_a_wide_model_is_decoded_in_its_format(wish, weights, tmp_path, monkeypatch):
+    folder, made = wide(tmp_path), []
+    monkeypatch.setattr(load_checkpoint, "Decoder", lambda model, weights: made.append(weights) or Decoder(model, weights=weights))  # fmt: skip
+    settings = {"DTYPE": wish, "PROMPT": "ab", "MAX_NEW_TOKENS": "60", "SAMPLE_SEED": "3"}
+    plain = text(folder, **settings)
+    assert text(folder, SPECULATE="lookup", **settings) == plain
+    assert made == weights * 2
+
+
+def wide(folder: Path) -> Path:
+    """Saves an untrained GPT-2, wide enough to be decoded in a format of its own; returns `folder`."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Settings(vocab_size=3, block_size=32, n_layer=1, n_head=4, n_embd=256))
+    (folder / "checkpoints").mkdir()
+    tokenizer = {"kind": "char", "chars": ["a", "b", "c"]}
+    values = {"model_type": "gpt2", "model_settings": dataclasses.asdict(model.settings), "tokenizer": tokenizer}
+    ckpt.save(Checkpoint(model_state=model.state_dict(), step=1, run_id="wide", **values), folder / "checkpoints")
+    return folder
+
+
+def test_a_bigram_is_not_quantized_and_drafts_nothing(tmp_path):
+    folder = circle(tmp_path, "abc")
+    said = infer(folder, PROMPT="a", QUANTIZE="int8")
+    assert (said.code, said.out) == (2, "")
+    assert "QUANTIZE=int8 is for a GPT-2 on a CPU: a bigram model has no matrices; set QUANTIZE=none" in said.err
+    said = infer(folder, PROMPT="a", MAX_NEW_TOKENS="5", SPECULATE="lookup")
+    assert (said.code, said.out) == (0, "abcabc\n")
+    assert "SPECULATE=lookup is not used: a bigram model has no matrices" in said.err  # fmt: skip
+
+
+def test_float16_on_a_cpu_is_refused(gpt2):
+    said = infer(gpt2, PROMPT="Dear", DTYPE="float16")
+    assert (said.code, said.out) == (2, "")
+    assert "DTYPE=float16 is for cuda and mps" in said.err

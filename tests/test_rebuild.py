@@ -2,7 +2,10 @@
 
 import copy
 import functools
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +54,30 @@ def gpt2_record(kind: str = "adamw", **changes: Any) -> Checkpoint:
     fields = copy.deepcopy(trained_states(kind)) | {"step": 2}
     fields |= {"model_type": "gpt2", "model_settings": dict(SETTINGS), "tokenizer": None}
     return record(**(fields | changes))
+
+
+OPENED = """
+import sys
+import torch
+from records import record
+import models
+from ckpt.rebuild import build_model
+
+settings = {settings}
+state = models.build("gpt2", settings).state_dict()
+one = record(model_type="gpt2", model_settings=settings, model_state=state, tokenizer=None)
+model = build_model(one, device=torch.device("cpu"), shared=True)
+assert torch.equal(model.wte.weight, state["wte.weight"])
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_building_a_model_does_not_import_torchs_compiler() -> None:
+    """It would take a second, most of the start-up of a script that generates a line of text."""
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n" + OPENED.format(settings=SETTINGS)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def refused(one: Checkpoint, **options: Any) -> str:

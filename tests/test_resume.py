@@ -67,7 +67,8 @@ def test_the_table_names_every_part_and_the_next_rates(stopped, capsys):
         assert "restored" in rows[part], part
     assert "moments of 28 of 28 parameters" in rows["optimizer"]
     assert "4; 4 more, to 8" in rows["step"]
-    assert "next learning rate 0.000775" in rows["group 1"]  # cosine from 1e-3 to 1e-4, 2 of 6 steps after the warm-up
+    assert "next learning rate 0.0006667" in rows["group 1"]  # linear from 1e-3 to 0, 2 of 6 steps after the warm-up
+    assert "linear, peak 0.001, floor 0, 2 warm-up steps from step 0" in rows["learning rate"]
     assert "yes" in rows["bit-exact"]
 
 
@@ -325,7 +326,9 @@ def test_init_from_takes_weights_and_tokenizer_alone(straight, tmp_path):
     assert record.parent["save_id"] == parent.save_id
     assert all((tensor - parent.model_state[name]).abs().max() < 1e-6 for name, tensor in record.model_state.items())
     assert record.optimizer_state is not None
-    assert all(moments["step"] == 1 for moments in record.optimizer_state["state"].values())
+    states = record.optimizer_state["state"].values()
+    assert [moments["step"].item() for moments in states if "step" in moments] == [1.0] * 20
+    assert [set(moments) for moments in states if "step" not in moments] == [{"momentum_buffer"}] * 8  # Muon's matrices
 
 
 def test_init_from_alone_names_the_model_and_its_defaults(straight, tmp_path):
@@ -336,7 +339,8 @@ def test_init_from_alone_names_the_model_and_its_defaults(straight, tmp_path):
     record = newest(tmp_path)
     assert record.model_type == "gpt2"
     assert record.model_settings["block_size"] == 16
-    assert record.hyperparameters["LEARNING_RATE"] == 0.003
+    defaults = {"LEARNING_RATE": 0.01, "OPTIMIZER": "muon", "LR_SCHEDULE": "linear"}
+    assert {name: record.hyperparameters[name] for name in defaults} == defaults
 
 
 @pytest.mark.parametrize("changes", [{"N_LAYER": "3"}, {"TOKENIZER": "byte"}, {"MODEL_TYPE": "bigram"}], ids=str)

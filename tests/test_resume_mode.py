@@ -48,11 +48,13 @@ class Said(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory):
-    """A run of 8 steps, kept at 4 and 8; its rate falls from 1e-3 to a quarter of it."""
+    """A run of 8 steps, kept at 4 and 8; its rate falls from 1e-3 to a quarter of it. Neither schedule nor optimizer are the default's."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "CACHE_FOLDER", folder / "cache")
-        code, said = trained_in(folder, MIN_LEARNING_RATE="2.5e-4", SAMPLE_INTERVAL="0")
+        code, said = trained_in(
+            folder, OPTIMIZER="adamw", LR_SCHEDULE="cosine", MIN_LEARNING_RATE="2.5e-4", SAMPLE_INTERVAL="0"
+        )
     assert code == 0, said
     return folder
 
@@ -157,6 +159,21 @@ def test_keep_within_the_plan_ends_in_the_uninterrupted_runs_bytes(go_on, traine
     assert record.validation_loss == straight.validation_loss
     assert said.row("bit-exact").startswith("bit-exact  yes")
     assert said.row("learning rate").startswith("learning rate  restored  cosine, peak 0.001, floor 0.00025, 2 warm-up")
+
+
+def test_keep_within_the_plan_of_the_defaults_ends_in_the_uninterrupted_runs_bytes(go_on, tmp_path):
+    """Muon's moments beside AdamW's, and a linear plan to zero."""
+    folder = tmp_path / "defaults"
+    folder.mkdir()
+    assert trained_in(folder, SAMPLE_INTERVAL="0")[0] == 0
+    said = go_on(at_step(folder, 4), RESUME_LEARNING_RATE="keep")
+    assert said.code == 0, said.err
+    record = child_of(folder)
+    assert record.hyperparameters["OPTIMIZER"] == "muon"
+    assert tensor_bytes(record) == tensor_bytes(ckpt.load(at_step_of_parent(folder)))
+    assert said.row("optimizer") == "optimizer  restored  moments of 28 of 28 parameters"
+    assert said.row("learning rate").startswith("learning rate  restored  linear, peak 0.001, floor 0, 2 warm-up")
+    assert said.row("bit-exact").startswith("bit-exact  yes")
 
 
 def test_control_another_rate_gives_other_bytes(go_on, trained):
@@ -351,6 +368,23 @@ def test_another_optimizer_takes_the_moments_that_it_understands(go_on, trained)
     said = go_on(child_of(trained, "muon").path, OPTIMIZER="adamw")
     assert said.code == 0, said.err
     assert said.row("optimizer") == f"optimizer  missing  moments of {count - 8} of {count} parameters"
+
+
+def test_settings_that_name_no_optimizer_mean_adamw(go_on, trained):
+    """As those of a program that has no other: its moments come back, though the model's default is Muon by now."""
+    record = ckpt.load(at_step(trained, 4))
+    del record.hyperparameters["OPTIMIZER"]
+    path = ckpt.save(record, trained / "old")
+    said = go_on(path, RESUME_LEARNING_RATE="keep")
+    assert said.code == 0, said.err
+    assert said.row("optimizer") == "optimizer  restored  moments of 28 of 28 parameters"
+    child = child_of(trained, "old")
+    assert child.hyperparameters["OPTIMIZER"] == "adamw"
+    assert tensor_bytes(child) == tensor_bytes(ckpt.load(at_step(trained, 8)))
+    said = go_on(path, OPTIMIZER="muon", CHECKPOINT_DIR=str(trained / "muon"))
+    assert said.code == 0, said.err
+    assert said.row("OPTIMIZER") == "OPTIMIZER  overridden  adamw -> muon"
+    assert child_of(trained, "muon").hyperparameters["OPTIMIZER"] == "muon"
 
 
 def test_a_checkpoint_of_weights_alone_can_be_gone_on_with_and_says_what_is_missing(go_on, trained):

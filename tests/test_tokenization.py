@@ -336,6 +336,24 @@ def test_gpt2_agrees_with_another_library(text: str) -> None:
     assert Gpt2Tokenizer().encode(text) == REFERENCE.encode(text).ids
 
 
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters()) | tricky_text)
+def test_gpt2_arrays_are_tiktokens_own_lists(text: str) -> None:
+    """Lone surrogates included, which both take for U+FFFD."""
+    ids = Gpt2Tokenizer().encode_array(text)
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == tokenization.gpt2_encoding().encode_ordinary(text)
+
+
+def test_the_ranks_are_those_of_tiktokens_own_loader() -> None:
+    url = tokenization.GPT2_URL
+    names = ("vocab.bpe", "encoder.json")
+    ranks = tokenization._gpt2_loader().data_gym_to_mergeable_bpe_ranks(
+        *(url + name for name in names), *(tokenization.GPT2_FILES[name] for name in names)
+    )
+    assert tokenization._gpt2_ranks(tokenization.gpt2_file("vocab.bpe").decode()) == ranks
+
+
 def test_endless_whitespace_does_not_break_gpt2() -> None:
     text = "a" + " " * 1_200_000 + "b" + "\n" * 600_000 + "c"
     ids = Gpt2Tokenizer().encode(text)

@@ -1,0 +1,153 @@
+"""Text to tokens to batches: how fast, in how much memory, and how long a training step waits for its batch.
+
+    python3 benchmarks/data.py            # about two minutes and 0.7 GB of disk
+
+The text is the bundled one, its sentences shuffled. "In memory" tokenizes chunks of text that are there; "file to files" also reads,
+checks, hashes and writes, against the same peer. The cap is of the process's own memory (RLIMIT_DATA), beside what it has when it begins.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from measure import compare, header, not_measured, row  # noqa: E402
+
+import config  # noqa: E402
+import training  # noqa: E402
+from data import tokenization  # noqa: E402
+from data.corpus import open_corpus, scan  # noqa: E402
+from data.tokens import CHUNK, prepare, token_ids  # noqa: E402
+from run import fresh  # noqa: E402
+from runtime.progress import Log, Metrics  # noqa: E402
+
+CAP = 64  # MB
+SIZES = {  # name of the model: its settings
+    "0.8M": {"N_LAYER": "4", "N_HEAD": "4", "N_EMBD": "128", "BLOCK_SIZE": "64", "BATCH_SIZE": "12"},
+    "10.7M": {"N_LAYER": "6", "N_HEAD": "6", "N_EMBD": "384", "BLOCK_SIZE": "256", "BATCH_SIZE": "16"},
+}
+
+
+def main() -> None:
+    """Prints the rows."""
+    header()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for kind, megabytes in (("gpt2", 64), ("bpe", 8), ("char", 64)):
+            tokenizing(kind, written(folder / f"{kind}.txt", megabytes), folder)
+        under_a_cap(written(folder / "large.txt", 4 * CAP), folder)
+        for model in SIZES:
+            waiting(model, folder)
+
+
+def written(path: Path, megabytes: int) -> Path:
+    """A file of the bundled text's sentences, in another order each time that they come."""
+    draw, size = random.Random(1), megabytes * 10**6
+    sentences = re.split(r"(?<=[.!?\n]) *", (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8"))
+    with open(path, "wb") as file:
+        while file.tell() < size:
+            draw.shuffle(sentences)
+            file.write(" ".join(sentences).encode())
+    return path
+
+
+def tokenizing(kind: str, path: Path, folder: Path) -> None:
+    """The rate of token_ids() and of prepare(), against the library's own way with many texts where there is one."""
+    corpus = open_corpus(str(path), data_dir=folder)
+    found, pieces, numbers = scan(corpus), list(corpus.pieces()), iter(range(100))
+    tokenizer = tokenization.build(kind, pieces[:2], alphabet=found.alphabet, documents=1, vocab_size=1024)
+    chunks = [text for text, _ in tokenization.rechunk(pieces, size=CHUNK)]
+    arms = {
+        "in memory": lambda: [ids.size for ids in token_ids(pieces, tokenizer)],
+        "file to files": lambda: prepare(
+            corpus, found, tokenizer, validation_fraction=0.1, cache_dir=folder / f"cache-{next(numbers)}"
+        ),
+    }
+    theirs = {"gpt2": tiktoken_batch, "bpe": tokenizers_batch}.get(kind)
+    if theirs is not None:
+        assert np.array_equal(
+            np.concatenate(list(token_ids(pieces, tokenizer))), np.concatenate(theirs(tokenizer, chunks))
+        )
+        arms["the library"] = lambda: theirs(tokenizer, chunks)
+    median, size = compare(arms), os.path.getsize(path) / 1e6
+    for name in ("in memory", "file to files"):
+        ours, metric = f"{size / median[name]:.1f} MB/s", f"tokenizing, {kind}, {name}"
+        if theirs is None:
+            row(metric, ours=ours)
+        else:
+            peer, bound = median["the library"], "1" if (kind, name) == ("gpt2", "in memory") else "-"
+            row(metric, ours=ours, peer=f"{size / peer:.1f} MB/s", ratio=peer / median[name], bound=bound)
+
+
+def tiktoken_batch(tokenizer: tokenization.Tokenizer, chunks: list[str]) -> list[list[int]]:
+    """tiktoken's own ids of each chunk, with as many threads as there are cores."""
+    return tokenization.gpt2_encoding().encode_ordinary_batch(chunks, num_threads=os.cpu_count() or 1)
+
+
+def tokenizers_batch(tokenizer: tokenization.Tokenizer, chunks: list[str]) -> list[list[int]]:
+    """The tokenizers library's own ids of each chunk, with the threads that it takes by itself."""
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_str(tokenization.check_bpe(tokenizer.to_dict()["tokenizer"]))
+    return [each.ids for each in library.encode_batch_fast(chunks, add_special_tokens=False)]
+
+
+CAPPED = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from data.corpus import open_corpus, scan
+from data.tokenization import Gpt2Tokenizer
+from data.tokens import prepare
+def memory(word):  # of this process, in bytes
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(word))
+tokenizer = Gpt2Tokenizer()
+base, limit = memory("VmRSS"), memory("VmData") + {cap} * 10**6
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+corpus = open_corpus({path!r}, data_dir=Path({folder!r}))
+prepare(corpus, scan(corpus), tokenizer, validation_fraction=0.1, cache_dir=Path({folder!r}) / "capped")
+print((memory("VmHWM") - base) / 1e6)
+"""
+
+
+def under_a_cap(path: Path, folder: Path) -> None:
+    """The most memory that a corpus of four times the cap takes, beside what the process had."""
+    metric = f"peak memory, corpus of {os.path.getsize(path) // 10**6} MB"
+    if not sys.platform.startswith("linux"):
+        not_measured(metric, "needs Linux's RLIMIT_DATA")
+        return
+    script = CAPPED.format(root=str(ROOT), cap=CAP, path=str(path), folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    row(metric, ours=f"{float(done.stdout):.0f} MB", limit=f"cap {CAP} MB", share=float(done.stdout) / CAP)
+
+
+def waiting(model: str, folder: Path) -> None:
+    """How long a training step waits for its batch: percent of the step's own time."""
+    settings = {"MODEL_TYPE": "gpt2", "TOKENIZER": "char", "RUNS_DIR": str(folder), "PYTHON_DOTENV_DISABLED": "1"}
+    run = fresh(config.read(settings | SIZES[model]), Log())
+    run.metrics, steps = Metrics(folder / "metrics.jsonl"), iter(range(10**9))
+
+    def batches() -> Iterator[object]:
+        return (run.batches.at(next(steps)) for _ in range(1000))
+
+    median = compare({"1000 batches": lambda: list(batches()), "a step": lambda: training.training_step(run, 1e-4)})
+    batch, step = median["1000 batches"] / 1000, median["a step"]
+    row(
+        f"waiting for data, {model}, % of a step",
+        ours=f"{1e6 * batch:.0f} us",
+        peer=f"step {1e3 * step:.1f} ms",
+        ratio=100 * batch / step,
+        bound="0.5",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What a training step costs, against nanoGPT as shipped (float32, eager on a CPU) with the same batch and shapes, and against the machine.
+
+    NANOGPT_DIR=~/nanoGPT python3 benchmarks/steps.py        # about five minutes
+
+Both train in processes of their own, which take turns: neither profits from what the other has done to its process.
+"""
+
+import contextlib
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config  # noqa: E402
+
+SHAPES = {  # name: layers, heads, width, tokens, rows, steps a turn
+    "0.8M": (4, 4, 128, 64, 12, 100),
+    "10.7M": (6, 6, 384, 256, 16, 4),
+    "124M": (12, 12, 768, 256, 4, 2),
+    "124M, T=1024, B=8": (12, 12, 768, 1024, 8, 1),
+}
+BOUNDS = {"0.8M": "1.8", "10.7M": "3", "124M": "3"}
+ROUNDS = 7
+LONG = "124M, T=1024, B=8"
+CURVE = 500  # steps after which the losses of two number formats are compared
+
+import torch  # noqa: E402
+from measure import gemm_rate, header, not_measured, row, seconds  # noqa: E402
+
+import training  # noqa: E402
+from models import parameter_count  # noqa: E402
+from run import Run, fresh  # noqa: E402
+from runtime import device as machine  # noqa: E402
+from runtime.progress import Log  # noqa: E402
+
+
+def main() -> None:
+    """Prints the table."""
+    header()
+    for name in BOUNDS:
+        throughput(name)
+    memory()
+    curve()
+
+
+def settings(name: str, **more: str) -> dict[str, str]:
+    """The variables of one shape, all else as by default."""
+    layers, heads, width, tokens, rows, _ = SHAPES[name]
+    sizes = {"N_LAYER": layers, "N_HEAD": heads, "N_EMBD": width, "BLOCK_SIZE": tokens, "BATCH_SIZE": rows}
+    kind = {"MODEL_TYPE": "gpt2", "TOKENIZER": "gpt2" if width == 768 else "char", "BIAS": "false", "DROPOUT": "0"}
+    return kind | {key: str(value) for key, value in sizes.items()} | {"PYTHON_DOTENV_DISABLED": "1"} | more
+
+
+def throughput(name: str) -> None:
+    """Steps per second of both, and our share of what matrix products alone would allow."""
+    layers, _, width, tokens, rows, steps = SHAPES[name]
+    arms = {arm: Worker(arm, name) for arm in ("ours", "nanogpt") if arm == "ours" or nanogpt_folder()}
+    taken: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(-1, ROUNDS):
+        for arm, worker in arms.items():
+            one = worker.ask(steps) / steps
+            print(f"  {name} {arm}: {one:.4f} s a step{'' if number >= 0 else ' (not counted)'}", file=sys.stderr)
+            taken[arm] += [one] if number >= 0 else []
+    count = int(arms["ours"].ask(0))
+    flops = rows * tokens * (6 * (count - tokens * width) + 12 * layers * width * tokens)  # PaLM's count, as in nanoGPT
+    for worker in arms.values():
+        worker.close()
+    ours, limit = statistics.median(taken["ours"]), flops / gemm_rate(torch.bfloat16)
+    peer = statistics.median(taken["nanogpt"]) if "nanogpt" in taken else None
+    row(
+        f"training step, {name}",
+        ours=f"{1e3 * ours:.1f} ms",
+        peer=f"{1e3 * peer:.1f} ms" if peer else "NANOGPT_DIR unset",
+        ratio=peer / ours if peer else None,
+        bound=BOUNDS[name],
+        limit=f"{1e3 * limit:.1f} ms, bf16 GEMM",
+        share=limit / ours,
+    )
+
+
+def memory() -> None:
+    """The peak memory of one step with long windows: where all logits would be the largest tensor."""
+    if not nanogpt_folder():
+        return not_measured(f"peak memory, {LONG}", "NANOGPT_DIR is not set")
+    peaks = {}
+    for arm in ("ours", "nanogpt"):
+        worker = Worker(arm, LONG)
+        worker.ask(1)
+        peaks[arm] = worker.ask(-1)
+        worker.close()
+    figures = {arm: f"{peak / 1e9:.2f} GB" for arm, peak in peaks.items()}
+    ratio = peaks["ours"] / peaks["nanogpt"]
+    return row(f"peak memory, {LONG}", ours=figures["ours"], peer=figures["nanogpt"], ratio=ratio, bound="at most 0.6")
+
+
+def curve() -> None:
+    """How far the loss is from float32's after so many steps of the same data."""
+    losses = {}
+    for dtype in ("auto", "float32"):
+        run = prepared(settings("0.8M", DTYPE=dtype, TRAINING_STEPS=str(CURVE)))
+        each = [training.training_step(run, training.lr_at(run.step, run.schedule))[0].item() for _ in range(CURVE)]
+        losses[dtype] = statistics.mean(each[-50:])
+    ratio = losses["auto"] / losses["float32"]
+    figures = {"ours": f"{losses['auto']:.4f}", "peer": f"{losses['float32']:.4f} float32"}
+    row(f"training loss after {CURVE} steps, DTYPE=auto, 0.8M", **figures, ratio=ratio, bound="0.99 to 1.01")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processes.
+
+
+class Worker:
+    """A process that trains one arm; it is asked for so many steps and answers with their seconds."""
+
+    def __init__(self, arm: str, name: str) -> None:
+        command = [sys.executable, __file__, arm, name]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, steps: int) -> float:
+        """The seconds of `steps` steps; for 0 the number of parameters, for -1 the peak memory in bytes."""
+        assert self._process.stdin is not None and self._process.stdout is not None  # noqa: PT018
+        print(steps, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+def work(arm: str, name: str) -> None:
+    """Answers on stdout what is asked on stdin."""
+    step, count = (ours if arm == "ours" else nanogpt)(name)
+    for line in sys.stdin:
+        asked = int(line)
+        if asked < 0:
+            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        else:
+            answer = seconds(lambda: [step() for _ in range(asked)]) if asked else float(count)  # noqa: B023
+        print(answer, flush=True)
+
+
+def prepared(values: dict[str, str]) -> Run:
+    """A run as training.py makes it, on the bundled text."""
+    run = fresh(config.read(values), Log())
+    machine.keep_freed_memory()
+    return run
+
+
+def ours(name: str) -> tuple[Callable[[], object], int]:
+    """The loop's own step, and the number of parameters."""
+    run = prepared(settings(name, OPTIMIZER="adamw"))  # as there
+    return lambda: training.training_step(run, 1e-3), parameter_count(run.model)
+
+
+def nanogpt(name: str) -> tuple[Callable[[], object], int]:
+    """The step of nanoGPT's train.py: its model, its optimizer, its clipping, on random tokens."""
+    _, _, width, tokens, rows, _ = SHAPES[name]
+    vocab_size = 50304 if width == 768 else 65
+    model, optimizer = nanogpt_model(name, vocab_size=vocab_size, beta2=0.95)
+    x, y = torch.randint(vocab_size, (2, rows, tokens))
+
+    def step() -> None:
+        model(x, y)[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, parameter_count(model)
+
+
+def nanogpt_model(name: str, *, vocab_size: int, beta2: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Its model of one of the shapes and its optimizer, from its own checkout."""
+    layers, heads, width, tokens, _, _ = SHAPES[name]
+    sys.path.insert(0, str(nanogpt_folder()))
+    from model import GPT, GPTConfig
+
+    sizes = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": tokens, "vocab_size": vocab_size}
+    with contextlib.redirect_stdout(sys.stderr):  # it tells of itself
+        model = GPT(GPTConfig(**sizes, dropout=0.0, bias=False))
+        return model, model.configure_optimizers(0.1, 1e-3, (0.9, beta2), "cpu")
+
+
+def nanogpt_folder() -> Path | None:
+    """Where a checkout of https://github.com/karpathy/nanoGPT is, if anywhere."""
+    given = os.environ.get("NANOGPT_DIR")
+    return Path(given).expanduser() if given else None
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:]) if sys.argv[1:] else main()

@@ -1,0 +1,287 @@
+"""The fast ways to generate, each against the plain model: logits, tokens, and that drafting changes no text."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_sampling import lively, seeded
+
+from models.decode import Decoder
+from models.gpt2 import GPT2, GPT2Settings
+from models.linears import LINEARS, quantized
+from models.lookup import Lookup
+from models.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
+
+SETTINGS = GPT2Settings(vocab_size=97, block_size=48, n_layer=3, n_head=4, n_embd=64)
+VARIANTS = {
+    "published": SETTINGS,
+    "no biases": replace(SETTINGS, bias=False),
+    "relu": replace(SETTINGS, activation="relu"),
+    "erf": replace(SETTINGS, activation="gelu_erf"),
+    "untied": replace(SETTINGS, tied=False),
+}
+WEIGHTS = list(LINEARS)
+# Of logits whose spread is 1: float32 differs in the order of sums, the others by what their formats round off.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.15}
+
+
+def random_model(settings: GPT2Settings) -> GPT2:
+    """Every tensor random, biases and norms too, with logits of spread 1."""
+    torch.manual_seed(1)
+    model = GPT2(settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        scale = 1 / model(torch.arange(48)[None])[0].std()
+        for name, parameter in model.named_parameters():
+            if name.startswith(("ln_f.", "lm_head.bias")):
+                parameter.mul_(scale)
+    return model
+
+
+MODELS = {name: random_model(settings) for name, settings in VARIANTS.items()}
+MODEL = MODELS["published"]
+
+
+def plain(model: GPT2, ids: Sequence[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids]))[0][0]  # (T, V)
+
+
+def through_cache(decoder: Decoder, ids: Sequence[int], parts: Sequence[int]) -> torch.Tensor:
+    """The logits of all ids (T, V), computed in passes of so many tokens."""
+    cache, rows, start = decoder.new_cache(), [], 0
+    for part in parts:
+        rows += list(decoder.rows(ids[start : start + part], cache, last=part))
+        start += part
+    assert cache.length == start == len(ids)
+    return torch.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[GPT2, torch.Tensor]:
+    """A model that has learned sentences of a small grammar, and held-out tokens of it."""
+    generator = seeded(0)
+    text = torch.randint(0, 24, (9000,), generator=generator)
+    table = torch.randint(0, 97, (24, 8), generator=generator)
+    tokens = table[text].flatten()  # words of 8 tokens
+    torch.manual_seed(0)
+    model = GPT2(GPT2Settings(97, 64, n_layer=2, n_head=4, n_embd=256))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(60):
+        at = torch.randint(0, 60_000, (16,), generator=generator)
+        window = torch.stack([tokens[i : i + 65] for i in at])
+        loss = model(window[:, :-1], window[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 1.5
+    return model.eval(), tokens[60_100:].clone()[: 64 * 40].view(40, 64)
+
+
+# --- logits
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("parts", [(48,), (1,) * 48, (20, 1, 1, 5, 12, 1, 8)], ids=["at once", "singly", "mixed"])
+def test_logits_are_the_plain_models(weights: str, variant: str, parts: tuple[int, ...]) -> None:
+    ids = torch.randint(97, (48,), generator=seeded(3)).tolist()
+    expected = plain(MODELS[variant], ids)
+    logits = through_cache(Decoder(MODELS[variant], weights=weights), ids, parts)
+    assert logits.dtype == torch.float32
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE[weights], rtol=0)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_best_logits_are_not_rounded(weights: str) -> None:
+    """Of a vocabulary larger than what is computed again, the best have float32's bits, the others bfloat16's."""
+    model = random_model(replace(SETTINGS, vocab_size=700))
+    logits = through_cache(Decoder(model, weights=weights), [1, 2, 3], [3])[-1]
+    coarse = logits == logits.bfloat16().float()
+    order = logits.argsort(descending=True)
+    assert coarse[order[:250]].float().mean() < 0.1
+    assert coarse[order[300:]].all()
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str) -> None:
+    ids = torch.randint(97, (40,), generator=seeded(4)).tolist()
+    decoder = Decoder(MODEL, weights=weights)
+    singly = through_cache(decoder, ids, [8, *[1] * 32])
+    for size in (2, 3, 4, 5, 8, 11, 16):
+        together = through_cache(decoder, ids, [8, *[size] * (32 // size), *[32 % size] * (32 % size > 0)])
+        assert torch.equal(together[8:], singly[8:])
+    assert decoder.agrees()
+
+
+def test_a_processor_that_computes_rows_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(MODEL, weights="float32")
+    head = decoder.head
+    monkeypatch.setattr(decoder, "head", lambda x: head(x) + 1e-6 * x.size(0))
+    assert not decoder.agrees()
+
+
+def test_the_cache_never_grows_and_forgets_what_it_is_told_to() -> None:
+    decoder = Decoder(MODEL, weights="float32")
+    cache = decoder.new_cache()
+    place, size = cache.kept.data_ptr(), cache.kept.nbytes
+    assert size == 3 * 2 * 48 * 64 * 4
+    decoder.rows([1, 2, 3, 4], cache)
+    decoder.rows([50, 51, 52], cache)
+    cache.length = 4
+    (logits,) = decoder.rows([5], cache)
+    assert torch.equal(logits, through_cache(decoder, [1, 2, 3, 4, 5], [4, 1])[-1])
+    assert (cache.kept.data_ptr(), cache.kept.nbytes, cache.length) == (place, size, 5)
+
+
+# --- int8
+
+
+def test_quantized_weights_are_the_weights_to_half_a_scale() -> None:
+    weight = torch.randn(3000, 700, generator=seeded(5))
+    weight[17] = 0
+    whole, scales = quantized(weight)
+    assert whole.dtype == torch.int8
+    assert torch.equal(scales, scales.bfloat16().float())
+    error = (whole * scales[:, None] - weight).abs()
+    # A scale that bfloat16 rounds down cuts the largest weights off, by a 256th of 127 scales at most.
+    assert (error <= scales[:, None] * 0.5 + 1e-6).float().mean() > 0.999
+    assert (error <= scales[:, None]).all()
+    assert (whole[17] == 0).all()
+
+
+@pytest.mark.parametrize(("weights", "agreement", "loss"), [("float32", 1.0, 1e-5), ("bfloat16", 0.95, 0.01), ("int8", 0.95, 0.01)])  # fmt: skip
+def test_a_trained_model_predicts_the_same(weights: str, agreement: float, loss: float, trained) -> None:
+    """The same next token at teacher-forced positions, and the same perplexity to 1 %, on held-out text."""
+    model, held_out = trained
+    decoder = Decoder(model, weights=weights)
+    logits = torch.stack([through_cache(decoder, ids, [20, *[4] * 11]) for ids in held_out.tolist()])
+    expected = torch.stack([plain(model, ids) for ids in held_out.tolist()])
+    assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() >= agreement
+    ours, theirs = (
+        torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1), held_out[:, 1:].flatten())
+        for x in (logits, expected)
+    )
+    assert abs(ours.exp() / theirs.exp() - 1) <= loss
+    assert theirs < 1.5  # it has learned something that could be lost
+
+
+# --- tokens
+
+
+def tokens(model: GPT2 | Decoder, prompt: list[int], seed: int = 0, **how: Any) -> list[int]:
+    return list(generate(model, prompt, generator=seeded(seed), **{"max_new_tokens": 120} | how))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompt", [[5], [7, 30, 2], list(range(48)), list(range(90))], ids=len)
+def test_float32_says_what_the_plain_model_says(prompt: list[int], temperature: float) -> None:
+    """Through three slides of the window, and from prompts that fill it or exceed it."""
+    model = lively(GPT2(SETTINGS))
+    how = {"temperature": temperature, "repetition_penalty": 1.2, "top_k": 20}
+    assert tokens(Decoder(model, weights="float32"), prompt, **how) == tokens(model, prompt, **how)
+
+
+def test_surplus_rows_and_stop_ids() -> None:
+    decoder = Decoder(MODEL, weights="bfloat16")
+    whole = tokens(decoder, [1, 2], vocab_size=40)
+    assert max(whole) < 40
+    assert tokens(decoder, [1, 2], vocab_size=40, stop_ids=[whole[9]]) == whole[: whole.index(whole[9])]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("prompt", [[3], [4, 5, 6, 7] * 5, list(range(60))], ids=["one", "repeats", "long"])
+def test_lookup_changes_no_token(weights: str, temperature: float, prompt: list[int]) -> None:
+    """Tokens that repeat and that do not, window slides included; the generator ends in the same state."""
+    decoder = Decoder(lively(GPT2(SETTINGS)), weights=weights)
+    states, texts = [], []
+    for lookup in (False, True):
+        generator = seeded(6)
+        how = {"temperature": temperature, "top_p": 0.9, "repetition_penalty": 0.9}
+        texts.append(list(generate(decoder, prompt, max_new_tokens=150, generator=generator, lookup=lookup, **how)))
+        states.append(generator.get_state())
+    assert texts[0] == texts[1]
+    assert torch.equal(*states)
+
+
+def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch, trained) -> None:
+    model, held_out = trained
+    decoder = Decoder(model, weights="float32")
+    passes, rows = [], Decoder.rows
+    monkeypatch.setattr(Decoder, "rows", lambda *a, **k: passes.append(len(a[1])) or rows(*a, **k))
+    prompt = held_out[0, :40].tolist()
+    text = tokens(decoder, prompt, temperature=0.0, max_new_tokens=200, lookup=True)
+    quick = len(passes)
+    assert quick < 150
+    passes.clear()
+    assert tokens(decoder, prompt, temperature=0.0, max_new_tokens=200) == text
+    assert len(passes) == 200
+
+
+def test_lookup_is_ignored_by_a_plain_model() -> None:
+    assert tokens(MODEL, [1, 2] * 8, lookup=True) == tokens(MODEL, [1, 2] * 8)
+
+
+# --- drafts
+
+
+def test_drafts_are_what_followed_last_time() -> None:
+    lookup = Lookup(longest=5)
+    assert lookup.draft([1, 2, 3, 4], room=9) == []
+    assert lookup.draft([1, 2, 3, 4, 9, 1, 2, 3], room=9) == [4, 9, 1, 2, 3]
+    assert lookup.draft([1, 2, 3, 4, 9, 1, 2, 3], room=2) == [4, 9]
+    assert lookup.draft([1, 2, 3, 4, 9, 1, 2, 3, 7, 1, 2, 3], room=3) == [7, 1, 2]  # the latest
+    assert lookup.draft([1, 2, 3, 4, 9, 1, 2, 3, 7, 1, 2, 3], room=0) == []
+
+
+def test_drafts_turn_in_circles_with_the_text() -> None:
+    assert Lookup(longest=5).draft([8, 6, 6, 6, 6], room=9) == [6] * 5
+    assert Lookup(longest=6).draft([1, 2, 1, 2, 1], room=9) == [2, 1, 2, 1, 2, 1]
+
+
+def test_drafting_rests_longer_after_each_failure_and_recovers() -> None:
+    lookup, history, tried = Lookup(longest=4), [1, 2, 3] * 4, []
+    for step in range(300):
+        if draft := lookup.draft(history, room=9):
+            tried.append(step)
+            lookup.learn(len(draft), 0)
+    assert tried == [0, 2, 5, 10, 19, 36, 69, 134, 199, 264]
+    for _ in range(65):
+        draft = lookup.draft(history, room=9)
+    assert len(draft) == 1  # a failure makes drafts short, successes make them long again
+    lookup.learn(1, 1)
+    assert len(lookup.draft(history, room=9)) == 2
+    lookup.learn(2, 2)
+    assert len(lookup.draft(history, room=9)) == 4
+    lookup.learn(4, 3)
+    assert len(lookup.draft(history, room=9)) == 3
+
+
+# --- drawing without sorting
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_top_p_of_many_tokens_is_that_of_all_sorted(p: float, spread: float) -> None:
+    logits = torch.randn(20 * FEW, generator=seeded(7)) * spread
+    best, order = logits.sort(descending=True)
+    probs = best.double().softmax(-1)
+    count = int((probs.cumsum(0) - probs < p - 1e-6).sum())
+    kept = keep_top_p(logits, p).isfinite()
+    assert abs(int(kept.sum()) - count) <= max(1, count // 1000)  # float32 sums may take a token more or less
+    assert kept[order[: count - max(1, count // 1000)]].all()
+
+
+def test_top_k_draws_what_masking_would_draw() -> None:
+    logits = torch.randn(5000, generator=seeded(8)).mul(3).mul(4).round().div(4)  # many ties
+    kept = set(keep_top_k(logits, 40).isfinite().nonzero()[:, 0].tolist())
+    assert len(kept) > 40
+    drawn = [next_token(logits, temperature=1.0, top_k=40, top_p=1.0, generator=seeded(seed)) for seed in range(400)]
+    probs = keep_top_k(logits, 40).double().softmax(-1).cumsum(0)
+    uniforms = [torch.rand((), dtype=torch.float64, generator=seeded(seed)) for seed in range(400)]
+    assert drawn == [int((probs > u).nonzero()[0]) for u in uniforms]
