@@ -73,7 +73,7 @@ def test_a_resume_of_a_resume(tmp_path):
 
 def test_the_optimizer_has_really_stepped(tmp_path):
     """Equal bytes of nothing would prove nothing."""
-    train(tmp_path)
+    train(tmp_path, OPTIMIZER="adamw")
     record = newest(tmp_path)
     assert record.optimizer_state is not None
     assert len(record.optimizer_state["state"]) == len(record.model_state)

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import ckpt
 import config
+import run
 import training
 from ckpt import store
 from ckpt.layouts import unified
@@ -460,3 +461,20 @@ def test_weights_that_are_no_numbers_are_never_saved(background, tmp_path, monke
     assert code == 1
     assert "step 3 is kept" in said
     assert [one.step for one in ckpt.find(tmp_path / "checkpoints")] == [3]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "floor"),
+    [
+        ({"MODEL_TYPE": "gpt2"}, "linear", 0.0),
+        ({"MODEL_TYPE": "gpt2", "MIN_LEARNING_RATE": "1e-4"}, "linear", 1e-4),
+        ({"MODEL_TYPE": "gpt2", "LR_SCHEDULE": "cosine", "LEARNING_RATE": "3e-3"}, "cosine", 3e-4),
+        ({"LR_SCHEDULE": "wsd", "MIN_LEARNING_RATE": "0"}, "wsd", 0.0),
+        ({}, "cosine", 1e-3),
+        ({"LR_SCHEDULE": "linear"}, "linear", 0.0),
+    ],
+    ids=str,
+)
+def test_where_the_rate_ends_if_it_is_not_given_follows_the_schedule(given, kind, floor):
+    plan = run.planned(config.read({"PYTHON_DOTENV_DISABLED": "1"} | given))
+    assert (plan.kind, plan.floor) == (kind, floor)
