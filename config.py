@@ -194,7 +194,7 @@ class Config:
     checkpoint_dir: str = var("checkpoints", "folder of the checkpoints", group="Checkpoints", form="path")
     checkpoint_layout: str = var("unified", "how a checkpoint is laid out on disk; a resume keeps the layout it came from",
         group="Checkpoints", choices=("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface"))
-    checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes, but it cannot go on exactly",
+    checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes (half with muon), but it cannot go on exactly",
         group="Checkpoints", scope="habit")
     checkpoint_prefix: str = var("checkpoint", "how the names of checkpoints begin", group="Checkpoints", scope="habit",
         form="name")

@@ -203,7 +203,8 @@ def new_model(settings: Config, *, vocab_size: int) -> models.Model:
 def planned(settings: Config) -> Schedule:
     """The learning rates of a whole run of these settings."""
     peak = settings.learning_rate
-    lowest = 0.0 if settings.lr_schedule == "linear" else float(f"{peak / 10:.12g}")  # 0.0003, not 0.00030000000000000003
+    tenth = float(f"{peak / 10:.12g}")  # 0.0003, not 0.00030000000000000003: people read it
+    lowest = 0.0 if settings.lr_schedule == "linear" else tenth
     floor = lowest if settings.min_learning_rate is None else settings.min_learning_rate
     warmup, end = settings.warmup_steps, settings.training_steps
     return Schedule(kind=settings.lr_schedule, peak=peak, floor=floor, warmup_steps=warmup, start_step=0, end_step=end)

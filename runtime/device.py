@@ -10,11 +10,8 @@ from torch import nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# On a CPU, bfloat16 pays once the matrices are this wide; below, casting costs more than multiplying.
-WIDE_ENOUGH_FOR_BFLOAT16 = 128
-
-# From this width on, reading the weights is most of the time that a token takes, so how they are read and kept matters.
-WIDE_ENOUGH_TO_DECODE = 256
+# On a CPU, bfloat16 pays once the matrices are this wide: in training, where casting costs, and in generating, where calls do.
+WIDE_ENOUGH_TO_TRAIN, WIDE_ENOUGH_TO_DECODE = 128, 256
 
 # Converting all weights takes about as long as bfloat16 saves on so many generated tokens, whatever the model's size.
 ENOUGH_TO_CONVERT = 32
@@ -22,8 +19,21 @@ ENOUGH_TO_CONVERT = 32
 # What mallopt(3) calls the most blocks that are mapped one by one, and the size of a free end that goes back to the system.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
+# Raised when a change of ours gives a step other bits: 2 has attention, the head, GELU and Muon by other kernels than 1.
+KERNELS = 2
+
 # Everything of the machine and the versions that can change the bits of a step.
-DECIDES_BITS = ("torch", "device", "device_name", "threads", "cpu_capability", "dtype", "compile", "deterministic")
+DECIDES_BITS = (
+    "torch",
+    "kernels",
+    "device",
+    "device_name",
+    "threads",
+    "cpu_capability",
+    "dtype",
+    "compile",
+    "deterministic",
+)
 
 
 class DeviceError(Exception):
@@ -59,10 +69,8 @@ def choose_dtype(wish: str, device: torch.device, *, width: int) -> str:
         return wish
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # AMX tiles multiply bfloat16 eight times as fast as AVX-512 multiplies float32, AVX-512's own instructions four times;
-    # without either it is slower.
-    hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if device.type == "cpu" and hardware and width >= WIDE_ENOUGH_FOR_BFLOAT16 else "float32"
+    pays = device.type == "cpu" and multiplies_bfloat16() and width >= WIDE_ENOUGH_TO_TRAIN
+    return "bfloat16" if pays else "float32"
 
 
 def decode_dtype(wish: str, device: torch.device, *, width: int, tokens: int) -> str:
@@ -73,9 +81,16 @@ def decode_dtype(wish: str, device: torch.device, *, width: int, tokens: int) ->
     """
     if wish != "auto":
         return choose_dtype(wish, device, width=width)
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    pays = width >= WIDE_ENOUGH_TO_DECODE and tokens >= ENOUGH_TO_CONVERT
-    return "bfloat16" if fast and pays else "float32"
+    pays = multiplies_bfloat16() and width >= WIDE_ENOUGH_TO_DECODE and tokens >= ENOUGH_TO_CONVERT
+    return "bfloat16" if pays else "float32"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it: AVX-512's multiply it four times, AMX tiles eight times as fast as float32.
+
+    Without either it is imitated, and slower than float32.
+    """
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def choose_compile(wish: str, device: torch.device, *, model_type: str, steps: int) -> tuple[bool, str | None]:
@@ -164,6 +179,7 @@ def fingerprint(device: torch.device, *, dtype: str, compile_step: bool, determi
     """What a checkpoint records of machine and versions, to tell later whether a resume can be bit-exact."""
     return {
         "torch": str(torch.__version__),
+        "kernels": KERNELS,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device.type,
@@ -189,6 +205,7 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Why a step here may give other bits than the steps of a checkpoint did, one reason each; empty if it cannot."""
     if not before:
         return ["on what machine and versions it was trained is not recorded"]
+    before = {"kernels": 1} | before  # the first did not say
     reasons = [
         f"{name} is {now.get(name)}, was {before.get(name)}"
         for name in DECIDES_BITS

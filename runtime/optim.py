@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from runtime.device import multiplies_bfloat16
+
 KINDS = ("constant", "cosine", "linear", "wsd")
 WSD_DECAY = (
     0.2  # share of the run that a warmup-stable-decay schedule spends decaying (Haegele et al. 2024, arXiv 2405.18392)
@@ -139,8 +141,7 @@ def _iteration_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, which the iteration bears, where the hardware multiplies it; imitated, it is slower than float32, up to thirty times."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and multiplies_bfloat16() else torch.float32
 
 
 class MuonWithAdamW:

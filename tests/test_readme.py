@@ -82,9 +82,9 @@ def test_every_command_runs_as_written(checkout):
     }
     assert by_word["inference"].stdout.startswith("Dear Wren,")
     assert len(by_word["inference"].stdout) == len("Dear Wren,") + 300 + 1
-    assert "2000; 2000 more, to 4000" in by_word["MODE=resume"].stdout
-    assert "step4000" in by_word["MODE=resume"].stderr
-    assert "is finished: 4000 of 4000 steps" in by_word["RESUME=auto"].stderr
+    assert "1000; 2000 more, to 3000" in by_word["MODE=resume"].stdout
+    assert "step3000" in by_word["MODE=resume"].stderr
+    assert "is finished: 3000 of 3000 steps" in by_word["RESUME=auto"].stderr
     exported = next((checkout / "exported").glob("checkpoint_*/model.safetensors"))
     assert (exported.parent / "tokenizer.json").is_file()
 
