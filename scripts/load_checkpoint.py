@@ -109,7 +109,7 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     log(
         f"{record.path}: {record.model_type} at step {record.step}, {tokenizer.kind} tokenizer, on {device.type}; SAMPLE_SEED={seed}"
     )
-    fast, lookup = decoder(model, settings, device, log, prompt_tokens=len(ids))
+    fast, lookup = what_generates(model, settings, device, log, prompt_tokens=len(ids))
     slid: set[str] = set()
     try:
         for number in range(settings.num_samples):
@@ -135,7 +135,7 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     return 0
 
 
-def decoder(
+def what_generates(
     model: Model, settings: Config, device: torch.device, log: Log, *, prompt_tokens: int
 ) -> tuple[Model | Decoder, bool]:
     """What generates, and whether it verifies drafts: a Decoder where that pays, else the model itself.
@@ -146,10 +146,12 @@ def decoder(
     weights, reason = weights_for(model, settings, device, tokens=tokens)
     if reason and settings.quantize != "none":
         raise ConfigError([f"QUANTIZE={settings.quantize} is for a GPT-2 on a CPU: {reason}; set QUANTIZE=none"])
-    fast = Decoder(model, weights=weights) if not reason and isinstance(model, GPT2) else model
     lookup = settings.speculate == "lookup"
-    if lookup and isinstance(fast, Decoder) and not fast.agrees():
-        reason = "this processor rounds a pass of several tokens in another way, which could change the text"
+    fast: Model | Decoder = model
+    if isinstance(model, GPT2) and not reason:
+        fast = decoder = Decoder(model, weights=weights)
+        if lookup and not decoder.agrees():
+            reason = "this processor rounds a pass of several tokens in another way, which could change the text"
     if lookup and reason:
         log(f"SPECULATE=lookup is not used: {reason}")
     return fast, lookup and not reason
