@@ -11,7 +11,7 @@ pytestmark = pytest.mark.soak
 # nanoGPT's setting for a CPU (its README): 4 layers, 4 heads, 128 wide, block 64, batch 12, 2000 steps, dropout 0.
 NANOGPT_CPU = {
     "TRAINING_DATA_SOURCE": "tinyshakespeare", "TOKENIZER": "char", "N_LAYER": "4", "N_HEAD": "4", "N_EMBD": "128", "BLOCK_SIZE": "64", "BATCH_SIZE": "12",
-    "TRAINING_STEPS": "2000", "DROPOUT": "0", "LEARNING_RATE": "1e-3", "MIN_LEARNING_RATE": "1e-4", "WARMUP_STEPS": "100", "BETA2": "0.99",
+    "TRAINING_STEPS": "2000", "DROPOUT": "0", "OPTIMIZER": "adamw", "LR_SCHEDULE": "cosine", "LEARNING_RATE": "1e-3", "MIN_LEARNING_RATE": "1e-4", "WARMUP_STEPS": "100", "BETA2": "0.99",
     "EVAL_INTERVAL": "0", "EVAL_STEPS": "0", "SAMPLE_INTERVAL": "0", "LOG_INTERVAL": "100", "CHECKPOINT_INTERVAL": "0",
 }  # fmt: skip
 
