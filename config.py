@@ -42,6 +42,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "maximum": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
+LAYERS = ("c_attn", "c_proj", "c_fc")  # that adapters may stand beside
 BIGGEST = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 DERIVED = ("default", "checkpoint", "weights", "plan")  # sources of values that nobody gave
 MAY_BE_BLANK = ("PROMPT", "STOP")  # white space is text to them
@@ -57,6 +58,7 @@ DEFAULTS_BY_MODEL: dict[str, dict[str, Any]] = {
     "pretrained": {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1, "training_steps": 2000,
                    "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100, "lr_schedule": "cosine", "optimizer": "adamw"},
 }
+LORA_DEFAULTS = {"learning_rate": 5e-4, "optimizer": "adamw"}  # ten times what all weights bear (Schulman et al. 2025, "LoRA without regret")
 ADAMW_LEARNING_RATE = 3e-3  # a gpt2's from random weights, which muon bears three times as high
 BY_MODEL = DEFAULTS_BY_MODEL["bigram"]
 
@@ -141,6 +143,19 @@ class Config:
         "text by heart; a small model needs none for its first epochs, and none is faster", group="Model", scope="math", minimum=0, below=1)
     bias: bool = var(True, "biases in linear layers and layer norms, as published", group="Model", scope="identity")
 
+    lora_rank: int = var(0, "rank of adapters beside each matrix, which alone learn; the base of GPT2_MODEL_NAME or INIT_FROM "
+        "is frozen; 8 is usual; 0 = none", group="Adapters", scope="identity", minimum=0)
+    lora_alpha: float = var(16.0, "what the adapters add is scaled by LORA_ALPHA / LORA_RANK", group="Adapters",
+        scope="identity", above=0)
+    lora_dropout: float = var(0.0, "share of the adapters' inputs dropped in training", group="Adapters",
+        scope="identity", minimum=0, below=1)
+    lora_targets: str = var("c_attn,c_proj,c_fc", "layers that get adapters, joined by commas: c_attn (query, key, value), "
+        "c_proj (both of a block), c_fc", group="Adapters", scope="identity", form="layers")
+    checkpoint_adapters_only: bool = var(False, "save the adapters without their base: a hundredth of the bytes; opening "
+        "one asks for the base, and refuses another", group="Adapters", scope="identity")
+    base_checkpoint: str | None = var(None, "checkpoint of the base, for one that holds adapters alone; GPT2_MODEL_NAME "
+        "names a pretrained one", group="Adapters", form="path", words=("latest", "best"))
+
     training_steps: int = var(BY_MODEL["training_steps"], "optimizer steps in all, those of an interrupted run included",
         group="Training", scope="math", minimum=1)
     batch_size: int = var(BY_MODEL["batch_size"], "windows of BLOCK_SIZE tokens a micro-batch; fits a laptop's memory",
@@ -148,7 +163,7 @@ class Config:
     gradient_accumulation_steps: int = var(1, "micro-batches an optimizer step: a larger batch in the same memory",
         group="Training", scope="math", minimum=1)
     learning_rate: float = var(BY_MODEL["learning_rate"], "peak learning rate; high for a table, lower for a small "
-        "transformer with OPTIMIZER=adamw (3e-3, and 1e-3 at N_EMBD=384), gentle on pretrained weights", group="Training", scope="math", above=0)
+        "transformer with OPTIMIZER=adamw (3e-3, and 1e-3 at N_EMBD=384), gentle on pretrained weights (5e-4 with LORA_RANK)", group="Training", scope="math", above=0)
     min_learning_rate: float | None = var(None, "learning rate at the end of the schedule; not set: 0 for linear, "
         "else a tenth of LEARNING_RATE, as in GPT-3's training", group="Training", scope="math", minimum=0)
     warmup_steps: int = var(BY_MODEL["warmup_steps"], "optimizer steps of linear rise to LEARNING_RATE, while Adam's "
@@ -410,6 +425,28 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("GPT2_MODEL_NAME", "INIT_FROM", "{} and {} both name the first weights: unset one")
     if config.model_type == "gpt2" and not config.gpt2_model_name and heads and width and width % heads:
         yield pair("N_EMBD", "N_HEAD", f"{{}} must be a multiple of {{}}: set N_EMBD={-(-width // heads) * heads}")
+    if config.lora_rank and config.model_type != "gpt2":
+        yield pair("LORA_RANK", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}")
+    if (
+        config.lora_rank
+        and config.resume == "never"
+        and config.mode != "resume"
+        and not (config.gpt2_model_name or config.init_from)
+    ):
+        yield pair(
+            "LORA_RANK",
+            "GPT2_MODEL_NAME",
+            "{} freezes a base: set GPT2_MODEL_NAME or INIT_FROM to the one that is meant",
+        )
+    if config.checkpoint_adapters_only and not config.lora_rank:
+        yield pair("CHECKPOINT_ADAPTERS_ONLY", "LORA_RANK", "{} saves adapters, and {} adds none: set LORA_RANK")
+    if config.lora_rank and config.checkpoint_layout == "huggingface":
+        yield pair(
+            "LORA_RANK",
+            "CHECKPOINT_LAYOUT",
+            "{} and {}: transformers has no place for adapters; train in another layout, and convert "
+            "with CONVERT_TO=peft, or merge them first (scripts/merge_adapters.py)",
+        )
     # MODE=resume plans a schedule of its own, from RESUME_TRAINING_STEPS and RESUME_LEARNING_RATE.
     if config.mode != "resume" and config.warmup_steps > config.training_steps:
         yield pair("WARMUP_STEPS", "TRAINING_STEPS", "{} is more than {}: set fewer WARMUP_STEPS")
@@ -437,6 +474,8 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     row = DEFAULTS_BY_MODEL[kind]
     if kind == "gpt2" and values.get("OPTIMIZER") == "adamw":
         row = row | {"learning_rate": ADAMW_LEARNING_RATE}
+    if values.get("LORA_RANK"):
+        row = row | LORA_DEFAULTS
     defaults = {name: row.get(each.name, each.default) for name, each in VARIABLES.items()}
     for name, each in VARIABLES.items():
         if each.metadata["form"] in ("path", "source") and defaults[name] not in (None, *each.metadata["words"]):
@@ -607,14 +646,23 @@ def _name(text: str, folder: str) -> str:
     return text.strip()
 
 
+def _layers(text: str, _folder: str) -> str:
+    """Names of layers joined by commas, in their own order."""
+    names = [name.strip() for name in text.split(",")]
+    if not names or not set(names) <= set(LAYERS):
+        raise ValueError(text)
+    return ",".join(name for name in LAYERS if name in names)
+
+
 FORMS: dict[str, Callable[[str, str], Any]] = {
-    **{"path": _path, "source": _source, "hub": _hub, "list": _list, "name": _name},
+    **{"path": _path, "source": _source, "hub": _hub, "list": _list, "name": _name, "layers": _layers},
 }
 PARSERS: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _integer, float: _number, str: str}
 NOUNS: dict[Any, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "text in UTF-8", "path": "a path"},
     **{"source": "files, folders, globs, an https URL or tinyshakespeare", "hub": "a hub name or a folder"},
     **{"list": 'text, or a JSON list like ["a", "b"]', "name": "up to 40 letters, digits, `_`, `.` and `-`"},
+    **{"layers": f"some of {', '.join(LAYERS)}, joined by commas"},
 }
 
 

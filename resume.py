@@ -11,7 +11,17 @@ from ckpt import Checkpoint
 from ckpt.rebuild import Restored, build_model, build_tokenizer, restore_optimizer
 from ckpt.store import folder_of
 from config import Config, ConfigError
-from run import Run, lineage, new_run_id, planned, put_together, read_text, scan_source
+from run import (
+    Run,
+    adapter_variables,
+    lineage,
+    new_run_id,
+    planned,
+    put_together,
+    read_text,
+    scan_source,
+    with_its_base,
+)
 from runtime import device as machine
 from runtime.optim import Schedule, lr_at
 from runtime.progress import Log, amount, shown, table
@@ -111,7 +121,7 @@ def saved_settings(record: Checkpoint) -> dict[str, Any]:
         resolved["TOKENIZER"] = record.tokenizer["kind"]
     if {"dtype", "compile"} <= record.runtime.keys():
         resolved |= {"DTYPE": record.runtime["dtype"], "COMPILE": str(record.runtime["compile"]).lower()}
-    return {"OPTIMIZER": "adamw"} | shape | record.hyperparameters | resolved
+    return {"OPTIMIZER": "adamw"} | shape | record.hyperparameters | adapter_variables(record.model_settings) | resolved
 
 
 def resumed(
@@ -128,6 +138,7 @@ def resumed(
     if "TRAINING_STEPS" in changed and settings.training_steps < record.step:
         problem = f"TRAINING_STEPS={settings.training_steps}: the checkpoint is at step {record.step} already"
         raise ConfigError([f"{problem}; set more, or go on from an earlier one with RESUME_STEP"])
+    record = with_its_base(record, settings, log)
     device = machine.choose_device(settings.device)
     machine.make_deterministic(settings.deterministic, device)
     text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(record))
@@ -153,6 +164,7 @@ def resumed(
         record=record,
         window=record.windows_seen if same_text else 0,
     )
+    run.base = record.base
     restored = restore_optimizer(run.optimizer, record)
     if record.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(record.scaler)

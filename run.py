@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import models
 from ckpt import Checkpoint
 from ckpt.adopt import with_chars
 from ckpt.hub import local_folder
-from ckpt.rebuild import build_model, build_tokenizer
+from ckpt.rebuild import build_model, build_tokenizer, name_the_base, with_base
+from ckpt.tensors import digest
 from ckpt.writer import Writer
 from config import Config, ConfigError
 from data import tokenization, tokens
@@ -30,6 +32,9 @@ from runtime.progress import Log, Metrics, Progress
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
 SIZES = ("n_layer", "n_head", "n_embd", "bias")  # what a transformer is made of, besides its vocabulary and context
+ADAPTERS = {
+    "lora": ("rank", "alpha", "dropout", "targets")
+}  # the fields of a model's settings that a variable each names: LORA_RANK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,7 @@ class Run:
     # Who it is.
     run_id: str
     parent: dict[str, Any] | None = None
+    base: dict[str, Any] | None = None
     # Where it stands.
     step: int = 0
     tokens_seen: int = 0
@@ -121,15 +127,63 @@ def fresh(settings: Config, log: Log) -> Run:
     text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(weights) if weights else None)
     torch.manual_seed(settings.seed)
     if weights:
-        model = build_model(weights, device=device, block_size=settings.block_size, dropout=settings.dropout)
+        model = build_model(
+            weights,
+            device=device,
+            block_size=settings.block_size,
+            dropout=settings.dropout,
+            adapters=adapters(settings),
+        )
     else:
         model = new_model(settings, vocab_size=tokenizer.vocab_size).to(device)
     run_id = new_run_id(settings, text.corpus.name)
     run = put_together(
         settings, log, model=model, text=text, tokenizer=tokenizer, schedule=planned(settings), run_id=run_id
     )
-    run.parent = lineage(weights, {}) if weights else None
+    if weights:
+        run.parent = lineage(weights, {})
+        run.base = weights.base or (identity(weights, settings) if adapters(settings) else None)
     return run
+
+
+def adapters(settings: Config) -> dict[str, Any]:
+    """The adapters of the settings, as the model's own settings have them."""
+    on = {"lora": settings.lora_rank > 0}
+    return {
+        kind: {name: getattr(settings, f"{kind}_{name}") for name in names}
+        for kind, names in ADAPTERS.items()
+        if on[kind]
+    }
+
+
+def adapter_variables(model_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the adapters that a model has: {"LORA_RANK": 8, ...}."""
+    return {
+        f"{kind}_{name}".upper(): value for kind in ADAPTERS for name, value in (model_settings.get(kind) or {}).items()
+    }
+
+
+def identity(base: Checkpoint, settings: Config) -> dict[str, Any]:
+    """By what a base is known again, and where it came from."""
+    return {"sha256": digest(base.model_state), "source": settings.gpt2_model_name or str(base.path), "step": base.step}
+
+
+def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
+    """The record itself, or if it holds adapters alone, with the weights of the base that the settings name.
+
+    Raises ConfigError if they name none, CheckpointError if it is another one.
+    """
+    if not record.adapters_only:
+        return record
+    if named := settings.base_checkpoint or settings.init_from:
+        path, notes = ckpt.resolve(named, Path(settings.checkpoint_dir))
+        for note in notes:
+            log(note)
+    elif settings.gpt2_model_name:
+        path = local_folder(settings.gpt2_model_name)
+    else:
+        raise ConfigError([f"{record.path} holds adapters alone: {name_the_base(record)}"])
+    return with_base(record, ckpt.load(path, optimizer=False))
 
 
 def lineage(record: Checkpoint, changed: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +202,7 @@ def initial_weights(settings: Config, log: Log) -> Checkpoint | None:
         record = ckpt.load(path, optimizer=False)
     else:
         return None
-    record = with_tokenizer(record, settings, log)
+    record = with_tokenizer(with_its_base(record, config.without(settings, ["INIT_FROM"]), log), settings, log)
     for note in [*notes, *record.notes]:
         log(note)
     return record
@@ -170,6 +224,7 @@ def shaped_like(weights: Checkpoint, settings: Config) -> Config:
     A given BLOCK_SIZE may crop the context; not given, INIT_FROM keeps the weights' own and GPT2_MODEL_NAME the default, if it fits.
     """
     own = {name.upper(): value for name, value in weights.model_settings.items() if name in SIZES}
+    own |= adapter_variables(weights.model_settings)
     own |= {"MODEL_TYPE": weights.model_type} | ({"TOKENIZER": weights.tokenizer["kind"]} if weights.tokenizer else {})
     wrong = config.contradictions(settings, own)
     if wrong:
@@ -258,6 +313,8 @@ def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
 def put_together(settings: Config, log: Log, *, model: models.Model, text: Text, tokenizer: tokenization.Tokenizer,
                  schedule: Schedule, run_id: str, record: Checkpoint | None = None, window: int = 0) -> Run:  # fmt: skip
     """A run of these parts: at step 0, or where `record` stands, with its data going on at `window`."""
+    if settings.lora_rank:
+        models.freeze_base(model)
     device, step = next(model.parameters()).device, record.step if record else 0
     dtype, compile_step = numerics(settings, log, device=device, width=getattr(model.settings, "n_embd", 0))
     rows = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps}
@@ -308,12 +365,12 @@ def numerics(settings: Config, log: Log, *, device: torch.device, width: int) ->
 
 def to_record(run: Run) -> Checkpoint:
     """The run as a checkpoint."""
-    settings = config.to_dict(run.settings)
+    settings, state, apart = config.to_dict(run.settings), run.model.state_dict(), run.settings.checkpoint_adapters_only
     return Checkpoint(
-        model_state=run.model.state_dict(),
+        model_state={name: tensor for name, tensor in state.items() if models.is_adapter(name)} if apart else state,
         optimizer_state=None if run.settings.checkpoint_model_only else run.optimizer.state_dict(),
         model_type=run.settings.model_type,
-        model_settings=dataclasses.asdict(run.model.settings),
+        model_settings=models.plain(run.model.settings),
         tokenizer=run.tokenizer.to_dict(),
         tokenizer_sha256=run.tokenizer.digest,
         step=run.step,
@@ -331,4 +388,6 @@ def to_record(run: Run) -> Checkpoint:
         runtime=run.fingerprint(),
         run_id=run.run_id,
         parent=run.parent,
+        base=run.base,
+        parts=["adapters" if apart else "model"],
     )

@@ -413,7 +413,9 @@ def say_start(run: Run) -> None:
     sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on"
     tokenizer = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
     say(f"data: {shown(text.corpus.source)}: {amount(text.scan.characters)} characters, {tokenizer}; {sizes}")
-    say(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB), block size {settings.block_size}")
+    trained = models.trained_count(run.model)
+    adapters = f", {amount(trained)} of them trained" if trained < count else ""
+    say(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB){adapters}, block size {settings.block_size}")
     warn_of_memory(run)
     epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
     amounts = f"{amount(steps * rows * settings.block_size)} tokens, {epochs:.2g} epochs"
@@ -451,7 +453,9 @@ def check_space(run: Run) -> None:
     interval, last = settings.checkpoint_interval, settings.checkpoint_keep_last
     saves = 1 + (run.end - run.step) // interval if interval else 1
     count = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # one more while it is written
-    size = models.parameter_count(run.model) * 4 * (1 if settings.checkpoint_model_only else 3)
+    trained = models.trained_count(run.model)
+    weights = trained if settings.checkpoint_adapters_only else models.parameter_count(run.model)
+    size = 4 * (weights + (0 if settings.checkpoint_model_only else 2 * trained))
     if problem := ckpt.free_space_problem(folder, need=count * size):
         plan = f"{count} checkpoints of {amount(size, 'B')}: {problem}"
         if last:
@@ -496,7 +500,7 @@ def say_end(run: Run) -> int:
     if run.save_failed:
         run.log(f"step {run.step} is not saved, for the reason above; {kept(run)}")
     elif run.last_saved:
-        run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.last_saved))
+        run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.last_saved, **base_of(run)))
     return SAVE_FAILED if run.save_failed else 0
 
 
@@ -511,8 +515,15 @@ def kept(run: Run) -> str:
         return f"what is kept cannot be told ({error})"
     if newest is None:
         return "nothing was kept"
-    go_on = command_line(ROOT / "training.py", RESUME="auto", CHECKPOINT_DIR=folder)
+    go_on = command_line(ROOT / "training.py", RESUME="auto", CHECKPOINT_DIR=folder, **base_of(run))
     return f"step {newest.step} is kept in {shown(newest.path)}; go on with: {go_on}"
+
+
+def base_of(run: Run) -> dict[str, str]:
+    """The variable that names the base of a run's checkpoints, if they hold adapters alone."""
+    if not (run.base and run.settings.checkpoint_adapters_only):
+        return {}
+    return {"GPT2_MODEL_NAME" if run.settings.gpt2_model_name else "BASE_CHECKPOINT": str(run.base.get("source"))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

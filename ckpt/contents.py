@@ -1,6 +1,5 @@
-"""What a checkpoint holds, tensor by tensor: listed without reading any, and hashed to compare two of them byte by byte."""
+"""What a checkpoint holds, tensor by tensor: listed without reading any, and compared byte by byte."""
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from ckpt import archive
-from ckpt.files import CHUNK
 from ckpt.layouts import known_layout
 from ckpt.record import Checkpoint, CheckpointError
 from ckpt.tensors import DTYPES, optimizer_tensors, tensor_shapes
@@ -101,18 +99,6 @@ def _moments(record: Checkpoint) -> Mapping[str, Tensor]:
         raise CheckpointError(
             f"{record.path}: its optimizer state is not in torch's form with param_names ({error})"
         ) from error
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all the tensors, in hex."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        view = memoryview(archive.bytes_of(tensor))
-        for start in range(0, len(view), CHUNK):
-            total.update(view[start : start + CHUNK])
-    return total.hexdigest()
 
 
 def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt.contents import all_files, digest, labelled
+from ckpt.contents import all_files, labelled
 from ckpt.files import remove, remove_leftovers, second_name
 from ckpt.keep import PREFIX, free_space_problem, free_stem, home_of
 from ckpt.layouts import WRITERS, Layout, known_layout
@@ -20,7 +20,7 @@ from ckpt.locks import folder_lock
 from ckpt.rebuild import build_model
 from ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
 from ckpt.store import BEST_FOLDER, folder_of
-from ckpt.tensors import not_finite
+from ckpt.tensors import digest, not_finite
 
 ROWS, LONGEST = 2, 64  # of the random tokens whose logits are compared
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
@@ -36,7 +36,7 @@ class Converted:
     layout_before: str
     tensors: int
     sha256: str  # over all tensors, of both
-    logits: tuple[int, ...]  # the shape of those that were equal
+    logits: tuple[int, ...]  # the shape of those that were equal; () for adapters alone
     fields: int  # of the metadata and the optimizer's groups
     bytes_before: int
     bytes_after: int
@@ -154,6 +154,8 @@ def _proof(record: Checkpoint, target: Path) -> tuple[str, tuple[int, ...], int]
     fields, read = _fields(record), _fields(again)
     if other := [name for name in fields | read if fields.get(name) != read.get(name)]:
         raise CheckpointError(f"{target}: {', '.join(other)} of its metadata are not those of {record.path}: removed")
+    if record.adapters_only:  # without their base they answer nothing
+        return after, (), len(fields)
     old, new = logits(record), logits(again)
     if old.shape != new.shape or old.numpy().tobytes() != new.numpy().tobytes():
         raise CheckpointError(f"{target}: its logits are not those of {record.path}: removed")

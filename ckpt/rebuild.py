@@ -1,5 +1,6 @@
 """Checkpoint -> model, tokenizer, optimizer: the one module that knows both sides."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 import models
 from ckpt.record import Checkpoint, CheckpointError
+from ckpt.tensors import digest
 from data import exchange, tokenization
+from models.lora import LoraSettings
+from models.lora import merged as merged_weights
 
 SHOWN = 10  # names and shapes that one message lists
 
@@ -34,12 +38,15 @@ def build_model(
     block_size: int | None = None,
     dropout: float | None = None,
     shared: bool = False,
+    adapters: Mapping[str, Any] | None = None,
 ) -> models.Model:
     """The record's model with its weights, in float32 on `device`. A smaller `block_size` crops learned positions.
 
-    `shared` leaves the weights where they are, mapped from the checkpoint's file: for a model that is not trained. Raises CheckpointError listing names and shapes if the weights are not exactly those of the recorded settings.
+    `adapters` (settings by kind, see models.ADAPTERS) adds fresh ones, drawn from torch's global generator. `shared` leaves the weights where they are, mapped from the checkpoint's file: for a model that is not trained. Raises CheckpointError listing names and shapes if the weights are not exactly those of the recorded settings.
     """
-    settings = dict(record.model_settings)
+    if record.adapters_only:
+        raise CheckpointError(f"{_where(record)}: holds adapters alone; {name_the_base(record)}")
+    settings = {**record.model_settings, **(adapters or {})}
     state = dict(record.model_state)
     if block_size is not None and block_size != settings["block_size"]:
         state = _crop_positions(state, settings, block_size, where=_where(record))
@@ -53,13 +60,60 @@ def build_model(
     except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape of more elements than can be counted
         reason = f"{str(error).splitlines()[0]:.300}"  # torch adds frames of C++
         raise CheckpointError(f"{_where(record)}: its settings make no model: {reason}") from error
-    _check_shapes(model.state_dict(), state, where=_where(record))
+    wanted = model.state_dict()
+    fresh = {name for name in wanted if models.is_adapter(name) and name not in state} if adapters else set()
+    _check_shapes({name: wanted[name] for name in wanted if name not in fresh}, state, where=_where(record))
     if shared:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
         return model.to(device)
     model.to_empty(device=device)
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=not fresh)
+    models.draw_adapters(model, fresh)
     return model
+
+
+def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """The record of adapters alone with the weights of their base; raises CheckpointError if `base` is another one."""
+    recorded = (record.base or {}).get("sha256")
+    found = digest(base.model_state)
+    if base.adapters_only or found != recorded:
+        what = (
+            "holds adapters itself"
+            if base.adapters_only
+            else f"has other weights (sha256 {found[:16]}..., not {str(recorded)[:16]}...)"
+        )
+        raise CheckpointError(
+            f"{_where(base)}: {what}: it is not the base of {_where(record)}; {name_the_base(record)}"
+        )
+    rows = record.model_settings["block_size"]
+    state = base.model_state | (
+        {"wpe.weight": base.model_state["wpe.weight"][:rows]} if "wpe.weight" in base.model_state else {}
+    )
+    return dataclasses.replace(
+        record,
+        model_state=state | record.model_state,
+        parts=["model", *record.parts[1:]],
+        notes=[*base.notes, *record.notes],
+    )
+
+
+def name_the_base(record: Checkpoint) -> str:
+    """What to do about adapters without their base."""
+    source = (record.base or {}).get("source")
+    return f"set GPT2_MODEL_NAME or BASE_CHECKPOINT to the base that they were trained on ({source})"
+
+
+def merged(record: Checkpoint) -> Checkpoint:
+    """The record with LoRA's products added to the weights: a model without adapters that answers as it did."""
+    if not record.model_settings.get("lora"):
+        return record
+    settings = {name: value for name, value in record.model_settings.items() if name != "lora"}
+    try:
+        lora = LoraSettings(**record.model_settings["lora"])
+        state = merged_weights(record.model_state, lora)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{_where(record)}: its adapters cannot be merged ({error})") from error
+    return dataclasses.replace(record, model_state=state, model_settings=settings, optimizer_state=None, base=None)
 
 
 class _Unfilled(TorchFunctionMode):

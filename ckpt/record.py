@@ -64,7 +64,10 @@ class Checkpoint:
     runtime: dict[str, Json] = field(default_factory=dict)
     run_id: str | None = None
     parent: dict[str, Json] | None = None
-    # Given by the store when it is saved.
+    base: dict[str, Json] | None = (
+        None  # of adapters: the sha256 of the weights that they stand beside, and where those came from
+    )
+    # Given by the store when it is saved. "model" or, of weights that stand beside a base's, "adapters"; then "optimizer".
     parts: list[str] = field(default_factory=lambda: ["model"])
     save_id: str | None = None
     save_number: int | None = None
@@ -76,6 +79,11 @@ class Checkpoint:
     layout: str | None = None
     notes: list[str] = field(default_factory=list)
     edited: dict[str, list[Json]] = field(default_factory=dict)  # setting -> [saved, as a hand has changed it]
+
+    @property
+    def adapters_only(self) -> bool:
+        """Whether the weights of the base are not among its own."""
+        return "adapters" in self.parts
 
 
 TENSOR_FIELDS = {"model_state", "optimizer_state"}
@@ -90,8 +98,9 @@ RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's 
 
 def metadata(record: Checkpoint) -> dict[str, Json]:
     """Everything of a record but its tensors, as JSON values."""
-    parts = ["model"] if record.optimizer_state is None else ["model", "optimizer"]
-    return {name: getattr(record, name) for name in TYPES} | {"parts": parts}
+    parts = ["adapters" if record.adapters_only else "model", *["optimizer"] * (record.optimizer_state is not None)]
+    values = {name: getattr(record, name) for name in TYPES} | {"parts": parts}
+    return values if record.base else {name: value for name, value in values.items() if name != "base"}
 
 
 def named_tensors(record: Checkpoint) -> dict[str, Tensor]:
@@ -109,14 +118,14 @@ def bytes_on_disk(record: Checkpoint) -> int:
 
 def without_optimizer(values: dict[str, Json]) -> dict[str, Json]:
     """The metadata of a checkpoint whose optimizer's file is gone: it only generates."""
-    return values | {"parts": ["model"]}
+    return values | {"parts": [part for part in values["parts"] if part != "optimizer"]}
 
 
 def note_missing_optimizer(record: Checkpoint, path: Path) -> None:
     """Says that the optimizer's file that was saved at `path` is not there any more."""
     if "optimizer" in record.parts:
         record.notes.append(f"{path}: not found; without it this checkpoint generates but cannot go on exactly")
-    record.parts = ["model"]
+    record.parts = [part for part in record.parts if part != "optimizer"]
 
 
 def from_metadata(

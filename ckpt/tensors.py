@@ -1,5 +1,6 @@
 """Named tensors: what may pass for weights, safetensors files, and an optimizer's state as named tensors."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,18 @@ def same_tensor(one: Tensor, other: Tensor, *, whole: bool = True) -> bool:
 
 def _bytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * tensor.element_size()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all the tensors, in hex."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        view = memoryview(bytes_of(tensor))
+        for start in range(0, len(view), CHUNK):
+            total.update(view[start : start + CHUNK])
+    return total.hexdigest()
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

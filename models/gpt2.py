@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from models.attention import causal_attention
 from models.head import head_loss
+from models.lora import NAMES as LORA_NAMES
+from models.lora import LoraSettings, linear
 
 # "gelu" is the tanh approximation, as published; "gelu_erf" the exact one, as nanoGPT computes it; "relu" is the lecture model's.
 ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
@@ -26,7 +28,7 @@ ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
 class GPT2Settings:
     """What builds a GPT2. bias=False leaves the biases out of every Linear and LayerNorm, as nanoGPT can.
 
-    tied=False adds a head of its own, `lm_head`, which always has a bias.
+    tied=False adds a head of its own, `lm_head`, which always has a bias. lora adds adapters to the blocks' linear layers.
     """
 
     vocab_size: int
@@ -38,6 +40,7 @@ class GPT2Settings:
     bias: bool = True
     activation: str = "gelu"
     tied: bool = True
+    lora: LoraSettings | None = None
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
@@ -95,8 +98,9 @@ class Attention(nn.Module):
     def __init__(self, settings: GPT2Settings) -> None:
         super().__init__()
         self.n_head, self.dropout = settings.n_head, settings.dropout
-        self.c_attn = nn.Linear(settings.n_embd, 3 * settings.n_embd, bias=settings.bias)  # query, key, value in one
-        self.c_proj = nn.Linear(settings.n_embd, settings.n_embd, bias=settings.bias)
+        C = settings.n_embd
+        self.c_attn = linear("c_attn", C, 3 * C, bias=settings.bias, lora=settings.lora)  # query, key, value in one
+        self.c_proj = linear("c_proj", C, C, bias=settings.bias, lora=settings.lora)
         self.drop = nn.Dropout(settings.dropout)
 
     def forward(self, x: Tensor, cache: GPT2Cache | None, layer: int) -> Tensor:
@@ -126,8 +130,9 @@ class MLP(nn.Module):
 
     def __init__(self, settings: GPT2Settings) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(settings.n_embd, 4 * settings.n_embd, bias=settings.bias)
-        self.c_proj = nn.Linear(4 * settings.n_embd, settings.n_embd, bias=settings.bias)
+        C = settings.n_embd
+        self.c_fc = linear("c_fc", C, 4 * C, bias=settings.bias, lora=settings.lora)
+        self.c_proj = linear("c_proj", 4 * C, C, bias=settings.bias, lora=settings.lora)
         self.drop = nn.Dropout(settings.dropout)
         self.activation = settings.activation
 
@@ -185,9 +190,11 @@ class GPT2(nn.Module):
         """Normal(0, 0.02) for matrices, 0.01 for positions, 0.02 / sqrt(2 n_layer) for the 2 n_layer projections
         that add to the residual stream; biases 0, LayerNorm weights 1.
 
-        OpenAI's model.py has all but the scaling, which the paper names in section 2.3.
+        OpenAI's model.py has all but the scaling, which the paper names in section 2.3. Adapters have drawn their own.
         """
         for name, parameter in self.named_parameters():
+            if name.endswith(LORA_NAMES):
+                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.endswith("c_proj.weight"):

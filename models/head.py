@@ -32,17 +32,19 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:
         total = weight.new_zeros(())
         narrow = weight.to(x.dtype)  # the format that is multiplied in; sums over chunks are in the weight's own
-        learns = any(ctx.needs_input_grad)
-        dx, dweight = (torch.zeros_like(one) if learns else None for one in (x, weight))
+        x_learns, weight_learns = ctx.needs_input_grad[:2]  # a frozen head's gradient is a third of the work
+        dx, dweight = torch.zeros_like(x) if x_learns else None, torch.zeros_like(weight) if weight_learns else None
         for first in range(0, len(x), -(-len(x) // chunks)):
             part = slice(first, first + -(-len(x) // chunks))
             logits, target = x[part] @ narrow.t(), targets[part, None]  # (n, V), (n, 1)
             losses, probs = _losses(logits, target)
             total += losses.sum()
-            if dx is not None and dweight is not None:
+            if x_learns or weight_learns:
                 probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
                 logits.copy_(probs)  # their gradient from here on, rounded as autocast rounds it
+            if dx is not None:
                 torch.mm(logits, narrow, out=dx[part])
+            if dweight is not None:
                 dweight += (logits.t() @ x[part]).to(dweight.dtype)  # adding two formats at once is slow
         ctx.gradients, ctx.count = (dx, dweight), len(targets)
         return total / len(targets)
@@ -50,8 +52,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0] / ctx.count
-        dx, dweight = ctx.gradients
-        return dx * scale.to(dx.dtype), dweight * scale, None, None
+        return *(one if one is None else one * scale.to(one.dtype) for one in ctx.gradients), None, None
 
 
 def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

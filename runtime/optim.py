@@ -147,7 +147,7 @@ def _iteration_dtype(device: torch.device) -> torch.dtype:
 class MuonWithAdamW:
     """Muon on the hidden matrices, AdamW on everything else, spoken to as one optimizer."""
 
-    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer) -> None:
         self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
 
     @property
@@ -200,14 +200,17 @@ def build_optimizer(
         return _adamw(named, lr=lr, weight_decay=weight_decay, betas=betas)
     hidden = [(name, parameter) for name, parameter in named if _is_hidden_matrix(name, parameter)]
     rest = [(name, parameter) for name, parameter in named if not _is_hidden_matrix(name, parameter)]
-    adamw = _adamw(rest, lr=lr, weight_decay=weight_decay, betas=betas)
-    if not hidden:  # the bigram model is one embedding table
-        return adamw
-    triples = [one for one in hidden if _is_query_key_value(one[0])]
-    single = [one for one in hidden if not _is_query_key_value(one[0])]
-    groups: list[dict[str, Any]] = [{"params": triples, "blocks": 3}, {"params": single}]
-    muon = Muon([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay)
-    return cast(torch.optim.Optimizer, MuonWithAdamW(muon, adamw))  # it has all that a caller of one uses
+    parts: list[torch.optim.Optimizer] = []
+    if hidden:  # the bigram model is one embedding table
+        triples = [one for one in hidden if _is_query_key_value(one[0])]
+        single = [one for one in hidden if not _is_query_key_value(one[0])]
+        groups: list[dict[str, Any]] = [{"params": triples, "blocks": 3}, {"params": single}]
+        parts.append(Muon([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay))
+    if rest:  # adapters are all matrices
+        parts.append(_adamw(rest, lr=lr, weight_decay=weight_decay, betas=betas))
+    return (
+        parts[0] if len(parts) == 1 else cast(torch.optim.Optimizer, MuonWithAdamW(*parts))
+    )  # it has all that a caller of one uses
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:

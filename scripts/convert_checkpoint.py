@@ -63,7 +63,8 @@ def say(done: Converted, settings: Config, log: Log) -> None:
         log(note)
     size = "Model-only size" if settings.checkpoint_model_only else "New size"
     tell(f"Converted: {shown(done.source)} -> {shown(done.target)}")
-    equal = f"logits equal: {' x '.join(map(str, done.logits))}; fields of metadata equal: {done.fields}"
+    answers = f"logits equal: {' x '.join(map(str, done.logits))}" if done.logits else "adapters alone have no logits"
+    equal = f"{answers}; fields of metadata equal: {done.fields}"
     tell(f"  tensors equal: {done.tensors}, sha256 {done.sha256}; {equal}")
     tell(f"  Original size: {done.bytes_before / 1e6:,.2f} MB ({done.bytes_before:,} bytes)")
     tell(f"  {size}: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")

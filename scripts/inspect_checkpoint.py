@@ -96,7 +96,7 @@ def tokenizer_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def state_lines(values: Mapping[str, Any]) -> str:
     """Where training stands, and whether it can go on."""
-    names = ("epoch", "tokens_seen", "windows_seen", "validation_loss", "best_loss", "best_step", "schedule", "data", "run_id", "parent",
+    names = ("epoch", "tokens_seen", "windows_seen", "validation_loss", "best_loss", "best_step", "schedule", "data", "run_id", "parent", "base",
              "save_number", "saved_at", "runtime")  # fmt: skip
     full = "optimizer" in values.get("parts", ())
     can = "Optimizer state available - can resume training" if full else "No optimizer state - model-only checkpoint"

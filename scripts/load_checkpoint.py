@@ -27,7 +27,7 @@ import torch
 
 import ckpt
 from ckpt import Checkpoint, CheckpointError
-from ckpt.rebuild import build_model, build_tokenizer
+from ckpt.rebuild import build_model, build_tokenizer, merged
 from ckpt.store import folder_of
 from config import Config, ConfigError
 from data.decoding import StreamDecoder
@@ -37,7 +37,7 @@ from models.decode import Decoder
 from models.gpt2 import GPT2
 from models.sampling import generate
 from resume import explain, resumed, saved_schedule, saved_settings
-from run import planned, with_tokenizer
+from run import planned, with_its_base, with_tokenizer
 from runtime import device as machine
 from runtime.device import mix
 from runtime.optim import Schedule, replan
@@ -101,6 +101,7 @@ def obey(record: Checkpoint, settings: Config, log: Log) -> Config:
 
 def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     """Prompt and continuation to stdout, everything else to stderr."""
+    record = merged(with_its_base(record, settings, log))
     device = machine.choose_device(settings.device)
     model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
     seed = int.from_bytes(os.urandom(4), "little") if settings.sample_seed is None else settings.sample_seed

@@ -29,16 +29,16 @@ import torch
 import ckpt
 import models
 from ckpt import Checkpoint, CheckpointError, Found
-from ckpt.contents import all_files, differing, digest, labelled
+from ckpt.contents import all_files, differing, labelled
 from ckpt.convert import origin, size_of
 from ckpt.rebuild import build_model, build_tokenizer
 from ckpt.store import scan
-from ckpt.tensors import not_finite
+from ckpt.tensors import digest, not_finite
 from config import Config, ConfigError
 from data.corpus import DataError
 from data.tokenization import UnknownCharacters
 from resume import not_exact, resumed, saved_schedule, saved_settings
-from run import Run, fresh, to_record
+from run import Run, fresh, to_record, with_its_base
 from runtime.device import DeviceError
 from runtime.interrupt import Interrupt
 from runtime.progress import Log, Progress, amount, shown, table, tell
@@ -96,7 +96,7 @@ def examined(path: Path, settings: Config, log: Log) -> list[Row]:
     for note in record.notes:
         log(note)
     rows += [
-        checked("shapes", lambda: shapes_fit(record)),
+        shapes(record, settings, log),
         checked("numbers", lambda: numbers_finite(record)),
         checked("tokenizer", lambda: round_trip(record)) if record.tokenizer else ("tokenizer", "none", "carries none"),
     ]
@@ -120,6 +120,14 @@ def bytes_agree(path: Path) -> str:
     if problems := ckpt.verify(path):
         raise CheckpointError("; ".join(problems))
     return f"{amount(size_of(path), 'B')}, files: {len(all_files(path))}"
+
+
+def shapes(record: Checkpoint, settings: Config, log: Log) -> Row:
+    """The row of the shapes; adapters alone have theirs checked where their base is named."""
+    try:
+        return checked("shapes", lambda: shapes_fit(with_its_base(record, settings, log)))
+    except ConfigError as error:
+        return "shapes", "none", str(error)
 
 
 def shapes_fit(record: Checkpoint) -> str:

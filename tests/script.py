@@ -40,7 +40,7 @@ def script(name: str) -> ModuleType:
 
 def call(module: ModuleType, folder: Path, **changes: str | Path | None) -> Said:
     """What the script says; nothing is set but the folders of `folder` and `changes`."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), io.StringIO()
     texts = {name: None if value is None else str(value) for name, value in changes.items()}
     try:
         settings = config.read(environment(folder, **NOTHING_OF_TRAINING | texts))
@@ -48,7 +48,7 @@ def call(module: ModuleType, folder: Path, **changes: str | Path | None) -> Said
         return Said(2, "", str(error))
     with redirect_stdout(out):
         code = training.guarded(module.main, settings, log=Log(err))
-    return Said(code, out.getvalue(), err.getvalue())
+    return Said(code, out.buffer.getvalue().decode(), err.getvalue())
 
 
 def train_family(folder: Path) -> Path:

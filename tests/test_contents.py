@@ -8,8 +8,9 @@ from records import WEIGHT, record
 from safetensors.torch import save_file
 
 from ckpt import CheckpointError
-from ckpt.contents import differing, digest, held, labelled
+from ckpt.contents import differing, held, labelled
 from ckpt.layouts import WRITERS, known_layout
+from ckpt.tensors import digest
 
 
 @pytest.mark.parametrize("layout", WRITERS)

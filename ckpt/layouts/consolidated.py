@@ -1,10 +1,11 @@
-"""A folder for each step (document 003): `checkpoint_001000/consolidated/` with `consolidated.safetensors` and `config.json` to share,
-and beside it `optimizer.safetensors` and `training_state.json` to go on from.
+"""A folder for each step (document 003): `checkpoint_001000/consolidated/` with `consolidated.safetensors` (of adapters alone,
+`lora.safetensors`) and `config.json` to share, and beside it `optimizer.safetensors` and `training_state.json` to go on from.
 
 The names repeat from run to run, so they are written into the run's own folder. training_state.json is the manifest, written last.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt.adopt import adopted, files, home
@@ -27,14 +28,16 @@ __all__ = [
 NAME = "consolidated"
 RUN_STEM = "{prefix}_{step:06d}"
 FOLDER = "consolidated"
-WEIGHTS, CONFIG = f"{FOLDER}/consolidated.safetensors", f"{FOLDER}/config.json"
+WEIGHTS, ADAPTERS, CONFIG = (
+    f"{FOLDER}/{name}" for name in ("consolidated.safetensors", "lora.safetensors", "config.json")
+)
 OPTIMIZER, STATE = "optimizer.safetensors", "training_state.json"
-MEMBERS = (WEIGHTS, CONFIG, OPTIMIZER, STATE)
+MEMBERS = (WEIGHTS, ADAPTERS, CONFIG, OPTIMIZER, STATE)
 
 
 def detect(path: Path) -> bool:
-    """Whether `path` is a folder that holds consolidated/consolidated.safetensors."""
-    return is_regular(path / WEIGHTS)
+    """Whether `path` is a folder that holds consolidated/consolidated.safetensors, or lora.safetensors there."""
+    return is_regular(path / WEIGHTS) or is_regular(path / ADAPTERS)
 
 
 def optimizer_file(path: Path) -> Path | None:
@@ -57,12 +60,17 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     if not os.path.lexists(path / STATE):
         return _read_foreign(path)
     manifest = read_manifest(path / STATE)
-    check_files(path, manifest, hashed=verify, begins=[WEIGHTS, *[OPTIMIZER] * optimizer], optional=[OPTIMIZER])
-    model_state = checked_tensors(read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
+    weights = _weights_of(manifest["metadata"].get("parts", ()))
+    check_files(path, manifest, hashed=verify, begins=[weights, *[OPTIMIZER] * optimizer], optional=[OPTIMIZER])
+    model_state = checked_tensors(read_safetensors(path / weights), str(path / weights))
     record = from_metadata(manifest["metadata"], model_state=model_state, optimizer_state=None, where=str(path / STATE))
     take_optimizer(record, path / OPTIMIZER, manifest["optimizer_groups"], wanted=optimizer)
     record.path, record.layout = path, NAME
     return record
+
+
+def _weights_of(parts: Sequence[str]) -> str:
+    return ADAPTERS if "adapters" in parts else WEIGHTS
 
 
 def _read_foreign(path: Path, *, whole: bool = True) -> Checkpoint:
@@ -73,12 +81,12 @@ def _read_foreign(path: Path, *, whole: bool = True) -> Checkpoint:
 
 def write(record: Checkpoint, folder: Path, stem: str) -> Path:
     """Writes the folder `folder/stem`, its training_state.json last; returns it. The caller holds the folder's lock."""
-    (path,) = targets(folder, stem)
+    (path,), weights = targets(folder, stem), _weights_of(record.parts)
     with new_folder(path) as hidden:
         (hidden / FOLDER).mkdir()
         config = {"model_type": record.model_type, **record.model_settings}
         made: dict[str, NewFile] = {
-            WEIGHTS: write_safetensors(hidden / WEIGHTS, record.model_state),
+            weights: write_safetensors(hidden / weights, record.model_state),
             CONFIG: write_json(hidden / CONFIG, config),
         }
         groups = None

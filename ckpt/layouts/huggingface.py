@@ -146,6 +146,7 @@ def write(record: Checkpoint, folder: Path, stem: str) -> Path:
     Raises CheckpointError naming what transformers' GPT-2 has no place for.
     """
     (path,) = targets(folder, stem)
+    _refuse_adapters(record)
     gpt2 = record.model_type == "gpt2"
     weights = _their_weights(record) if gpt2 else record.model_state
     config = _their_config(record) if gpt2 else {"model_type": f"milepost-{record.model_type}", **record.model_settings}
@@ -164,6 +165,14 @@ def write(record: Checkpoint, folder: Path, stem: str) -> Path:
 def targets(folder: Path, stem: str) -> list[Path]:
     """The path that `write` gives a checkpoint of this stem."""
     return [folder / stem]
+
+
+def _refuse_adapters(record: Checkpoint) -> None:
+    if record.model_settings.get("lora"):
+        problem = f"{record.path or 'checkpoint'}: has LoRA adapters, which transformers' GPT-2 has no place for"
+        raise CheckpointError(
+            f"{problem}: merge them first (scripts/merge_adapters.py), or CONVERT_TO=peft keeps them apart"
+        )
 
 
 def _their_config(record: Checkpoint) -> dict[str, Json]:

@@ -1,0 +1,75 @@
+"""LoRA: beside a frozen matrix, the product of two thin ones learns (Hu et al. 2021, arXiv 2106.09685).
+
+In the shapes below r is the rank, `in` and `out` are the widths of the layer.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TARGETS: Final = ("c_attn", "c_proj", "c_fc")  # a block's linear layers; c_proj is attention's and the MLP's
+NAMES: Final = ("lora_A", "lora_B")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What adds adapters to a model. The product is scaled by alpha / rank; `targets` are layers' names, joined by commas."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: str = ",".join(TARGETS)
+
+    def __post_init__(self) -> None:
+        names = self.targets.split(",")
+        if unknown := [name for name in names if name not in TARGETS]:
+            raise ValueError(f"targets={self.targets!r:.80}: {unknown[0]!r:.40} is none of {', '.join(TARGETS)}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"targets={self.targets!r:.80}: names a layer twice.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: expected a share of values to drop, from 0 to below 1.")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha}: expected a number above 0.")
+
+
+class LoraLinear(nn.Linear):
+    """y = x W^T + b + (alpha / r) dropout(x) A^T B^T, with A (r, in) and B (out, r). B begins at 0, so y as it was without them."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool, settings: LoraSettings) -> None:
+        super().__init__(n_in, n_out, bias=bias)
+        self.scale, self.dropout = settings.alpha / settings.rank, settings.dropout
+        self.lora_A = nn.Parameter(torch.empty(settings.rank, n_in))
+        self.lora_B = nn.Parameter(torch.empty(n_out, settings.rank))
+        self.draw()
+
+    def draw(self) -> None:
+        """Fresh adapters: A as a linear layer's weight is drawn by default, B zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., r)
+        return torch.add(super().forward(x), F.linear(narrow, self.lora_B), alpha=self.scale)
+
+
+def linear(name: str, n_in: int, n_out: int, *, bias: bool, lora: LoraSettings | None) -> nn.Linear:
+    """The layer `name` of a block, with adapters if `lora` means it."""
+    if lora is None or name not in lora.targets.split(","):
+        return nn.Linear(n_in, n_out, bias=bias)
+    return LoraLinear(n_in, n_out, bias=bias, settings=lora)
+
+
+def merged(state: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
+    """The state without adapters: each product added to the weight that it stands beside, in float32 and then in the weight's format."""
+    plain = {name: tensor for name, tensor in state.items() if not name.endswith(NAMES)}
+    for name in (name for name in state if name.endswith(".lora_A")):
+        layer = name.removesuffix(".lora_A")
+        A, B = state[name].float(), state[f"{layer}.lora_B"].float()  # (r, in), (out, r)
+        weight = plain[f"{layer}.weight"]
+        plain[f"{layer}.weight"] = torch.addmm(weight.float(), B, A, alpha=settings.alpha / settings.rank).to(weight.dtype)  # fmt: skip
+    return plain
