@@ -162,8 +162,8 @@ class Config:
         group="Training", scope="math", minimum=1)
     gradient_accumulation_steps: int = var(1, "micro-batches an optimizer step: a larger batch in the same memory",
         group="Training", scope="math", minimum=1)
-    learning_rate: float = var(BY_MODEL["learning_rate"], "peak learning rate; high for a table, lower for a small "
-        "transformer with OPTIMIZER=adamw (3e-3, and 1e-3 at N_EMBD=384), gentle on pretrained weights (5e-4 with LORA_RANK)", group="Training", scope="math", above=0)
+    learning_rate: float = var(BY_MODEL["learning_rate"], "peak learning rate; high for a table, gentle on pretrained "
+        "weights; of a gpt2 with OPTIMIZER=adamw the default is 3e-3 (take 1e-3 at N_EMBD=384), with LORA_RANK 5e-4", group="Training", scope="math", above=0)
     min_learning_rate: float | None = var(None, "learning rate at the end of the schedule; not set: 0 for linear, "
         "else a tenth of LEARNING_RATE, as in GPT-3's training", group="Training", scope="math", minimum=0)
     warmup_steps: int = var(BY_MODEL["warmup_steps"], "optimizer steps of linear rise to LEARNING_RATE, while Adam's "
@@ -196,8 +196,8 @@ class Config:
         group="Machine", scope="math", minimum=0)
     device: str = var("auto", "auto takes cuda, else mps, else cpu; CUDA_VISIBLE_DEVICES chooses among several",
         group="Machine", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = var("auto", "number format of matrix products; weights stay float32; auto is bfloat16 where that is "
-        "fast", group="Machine", scope="math", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = var("auto", "number format of matrix products; weights that are trained stay float32; auto is bfloat16 where "
+        "that is fast", group="Machine", scope="math", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = var("auto", "torch.compile of the training step; auto compiles on cuda when it pays back",
         group="Machine", scope="math", choices=("auto", "true", "false"))
     deterministic: bool = var(True, "kernels that give the same bits at every run, so that a resumed run ends as the "
@@ -425,6 +425,8 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("GPT2_MODEL_NAME", "INIT_FROM", "{} and {} both name the first weights: unset one")
     if config.model_type == "gpt2" and not config.gpt2_model_name and heads and width and width % heads:
         yield pair("N_EMBD", "N_HEAD", f"{{}} must be a multiple of {{}}: set N_EMBD={-(-width // heads) * heads}")
+    if config.optimizer == "muon" and config.model_type != "gpt2":
+        yield pair("OPTIMIZER", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}, which is one table")
     if config.lora_rank and config.model_type != "gpt2":
         yield pair("LORA_RANK", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}")
     if (

@@ -113,7 +113,8 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
 def saved_settings(record: Checkpoint) -> dict[str, Any]:
     """The settings of a checkpoint: what it was trained with, and what `auto` had come to mean there.
 
-    One that does not name its optimizer is another program's or an old one, and those had AdamW: its moments are to be gone on with.
+    One that names neither optimizer nor schedule is another program's or an old one, and those had AdamW and cosine: what it brings
+    is to be gone on with.
     """
     shape = {name.upper(): value for name, value in record.model_settings.items() if name != "vocab_size"}
     resolved = {"MODEL_TYPE": record.model_type, "BLOCK_SIZE": record.model_settings["block_size"]}
@@ -121,7 +122,13 @@ def saved_settings(record: Checkpoint) -> dict[str, Any]:
         resolved["TOKENIZER"] = record.tokenizer["kind"]
     if {"dtype", "compile"} <= record.runtime.keys():
         resolved |= {"DTYPE": record.runtime["dtype"], "COMPILE": str(record.runtime["compile"]).lower()}
-    return {"OPTIMIZER": "adamw"} | shape | record.hyperparameters | adapter_variables(record.model_settings) | resolved
+    return (
+        {"OPTIMIZER": "adamw", "LR_SCHEDULE": "cosine"}
+        | shape
+        | record.hyperparameters
+        | adapter_variables(record.model_settings)
+        | resolved
+    )
 
 
 def resumed(
@@ -138,6 +145,11 @@ def resumed(
     if "TRAINING_STEPS" in changed and settings.training_steps < record.step:
         problem = f"TRAINING_STEPS={settings.training_steps}: the checkpoint is at step {record.step} already"
         raise ConfigError([f"{problem}; set more, or go on from an earlier one with RESUME_STEP"])
+    if "OPTIMIZER" in changed and schedule is None and not settings.given("LEARNING_RATE"):
+        before, now = changed["OPTIMIZER"]
+        log(
+            f"OPTIMIZER={now}: the learning rates stay those that were planned for {before}; set LEARNING_RATE for others"
+        )
     record = with_its_base(record, settings, log)
     device = machine.choose_device(settings.device)
     machine.make_deterministic(settings.deterministic, device)

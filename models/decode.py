@@ -57,7 +57,7 @@ class Decoder:
     def __init__(self, model: GPT2, *, weights: str) -> None:
         linear, head = LINEARS[weights], model.wte if model.lm_head is None else model.lm_head
         self.model, self.settings, self.max_length = model, model.settings, model.max_length
-        self.exact, self.longest_draft = weights == "float32", LONGEST_DRAFT[weights]
+        self.weights, self.exact, self.longest_draft = weights, weights == "float32", LONGEST_DRAFT[weights]
         with torch.inference_mode():
             self.layers = [_layer(block, linear, model.settings.activation) for block in cast(list[Block], model.h)]
             self.head, self.head_weight = linear(head.weight), head.weight

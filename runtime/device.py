@@ -34,6 +34,7 @@ DECIDES_BITS = (
     "compile",
     "deterministic",
 )
+CALLED = {"kernels": "the version of milepost's own kernels"}  # what has another name in a sentence
 
 
 class DeviceError(Exception):
@@ -207,7 +208,7 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         return ["on what machine and versions it was trained is not recorded"]
     before = {"kernels": 1} | before  # the first did not say
     reasons = [
-        f"{name} is {now.get(name)}, was {before.get(name)}"
+        f"{CALLED.get(name, name)} is {now.get(name)}, was {before.get(name)}"
         for name in DECIDES_BITS
         if before.get(name) != now.get(name)
     ]

@@ -107,10 +107,10 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     seed = int.from_bytes(os.urandom(4), "little") if settings.sample_seed is None else settings.sample_seed
     prompt = read_prompt(settings)
     ids = encode_prompt(tokenizer, prompt, settings)
-    log(
-        f"{record.path}: {record.model_type} at step {record.step}, {tokenizer.kind} tokenizer, on {device.type}; SAMPLE_SEED={seed}"
-    )
     fast, lookup = what_generates(model, settings, device, log, prompt_tokens=len(ids))
+    form = getattr(fast, "weights", "float32")  # a model that is no Decoder computes in its own
+    kind = f"{record.model_type} at step {record.step}, {tokenizer.kind} tokenizer"
+    log(f"{record.path}: {kind}, on {device.type} in {form}; SAMPLE_SEED={seed}")
     slid: set[str] = set()
     try:
         for number in range(settings.num_samples):
@@ -159,14 +159,16 @@ def what_generates(
 
 
 def weights_for(model: Model, settings: Config, device: torch.device, *, tokens: int) -> tuple[str, str]:
-    """The format in which a Decoder keeps the weights, and if there should be none, the reason."""
+    """The format in which a Decoder keeps the weights, and if there should be none, the reason. Raises DeviceError for a DTYPE that
+    the device does not compute in."""
+    width = getattr(model.settings, "n_embd", 0)
+    machine.choose_dtype(settings.dtype, device, width=width)
     if not isinstance(model, GPT2):
         return "", "a bigram model has no matrices"
     if device.type != "cpu":
         return "", f"this runs on {device.type}"
     if settings.quantize != "none":
         return settings.quantize, ""
-    width = model.settings.n_embd
     weights = machine.decode_dtype(settings.dtype, device, width=width, tokens=tokens)
     if weights == "float32" and width < machine.WIDE_ENOUGH_TO_DECODE:
         return "", f"a model of N_EMBD={width} spends its time elsewhere"

@@ -84,7 +84,7 @@ def gpt2_record(
         "model_state": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
         "optimizer_state": updates.state_dict(),
         "model_type": "gpt2",
-        "model_settings": dict(vars(model.settings)),
+        "model_settings": models.plain(model.settings),
         "tokenizer": {"kind": "char", "chars": list("abcdefghijk ")},
         "step": step,
         "hyperparameters": {"BATCH_SIZE": 2},

@@ -25,7 +25,7 @@ def names(text: str) -> set[str]:
 # The contract of names: adding or renaming a variable has to change this list too.
 IDENTITY = names(
     "TRAINING_DATA_SOURCE TOKENIZER BPE_VOCAB_SIZE VALIDATION_FRACTION MODEL_TYPE GPT2_MODEL_NAME "
-    "N_LAYER N_HEAD N_EMBD BLOCK_SIZE BIAS"
+    "N_LAYER N_HEAD N_EMBD BLOCK_SIZE BIAS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS CHECKPOINT_ADAPTERS_ONLY"
 )
 MATH = names(
     "TRAINING_STEPS BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS LR_SCHEDULE "
@@ -36,7 +36,7 @@ HABIT = names(
     "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST"
 )
 SESSION = names(
-    "ENV_FILE DEVICE CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
+    "ENV_FILE DEVICE BASE_CHECKPOINT CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
     "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
     "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
 )
@@ -619,6 +619,8 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.sampled_from(rules["choices"])
     if rules["form"] == "name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
+    if rules["form"] == "layers":
+        return st.lists(st.sampled_from(config.LAYERS), min_size=1).map(", ".join)
     if rules["form"] or name == "PROMPT":
         free = st.one_of(prose, tricky).filter(lambda text: text.replace(",", " ").strip() and text.strip()[0] != "[")
         return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
@@ -648,6 +650,9 @@ TOGETHER = (
     "are both given",
     "both name",
     "is for RESUME",
+    "freezes a base",
+    "saves adapters",
+    "no place for adapters",
 )
 
 

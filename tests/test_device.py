@@ -199,7 +199,7 @@ def test_the_same_machine_gives_the_same_bits():
 @pytest.mark.parametrize("name", DECIDES_BITS)
 def test_each_thing_that_decides_bits_is_named_when_it_changes(name):
     reasons = machine.bit_changes(fingerprint(**{name: "before"}), fingerprint(**{name: "now"}))
-    assert reasons == [f"{name} is now, was before"]
+    assert reasons == [f"{machine.CALLED.get(name, name)} is now, was before"]
 
 
 @pytest.mark.parametrize("name", ["python", "platform"])

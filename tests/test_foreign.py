@@ -181,7 +181,7 @@ def test_our_own_names_without_metadata() -> None:
         state = ours(**changes).state_dict()
         content = {"state_dict": dict(reversed(state.items())), "config": SIZES | changes, "global_step": 7}
         found = foreign.understood(content, where=WHERE)
-        assert found.model_settings == vars(models.settings_from("gpt2", SIZES | changes))
+        assert found.model_settings == models.plain(models.settings_from("gpt2", SIZES | changes))
         assert list(found.model_state) == list(state)  # in the model's order, not the file's
         assert all(torch.equal(found.model_state[name], tensor) for name, tensor in state.items())
         assert (found.step, found.notes) == (7, [])

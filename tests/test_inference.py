@@ -121,7 +121,7 @@ def test_prompt_and_continuation_alone_go_to_stdout(gpt2):
     said = infer(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="10")
     assert said.code == 0
     assert re.fullmatch(r"Dear.{10}\n", said.out, re.DOTALL)
-    assert f"{newest(gpt2).path}: gpt2 at step 8, char tokenizer, on cpu; SAMPLE_SEED=" in said.err
+    assert f"{newest(gpt2).path}: gpt2 at step 8, char tokenizer, on cpu in float32; SAMPLE_SEED=" in said.err
 
 
 def test_the_prompt_comes_from_the_variable_a_file_or_stdin(gpt2, tmp_path, monkeypatch):
@@ -375,7 +375,7 @@ def test_a_closed_pipe_ends_it_quietly(tmp_path):
         child.stdout.close()
         said = child.stderr.read().decode()
         assert child.wait(timeout=60) == 0
-    assert re.fullmatch(r"taking .*\n.*: bigram at step 1, char tokenizer, on cpu; SAMPLE_SEED=\d+\n", said)
+    assert re.fullmatch(r"taking .*\n.*: bigram at step 1, char tokenizer, on cpu in float32; SAMPLE_SEED=\d+\n", said)
 
 
 def test_a_script_as_it_is_typed(tmp_path, gpt2):
