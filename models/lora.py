@@ -53,8 +53,10 @@ class LoraLinear(nn.Linear):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)  # (..., out)
         narrow = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., r)
-        return torch.add(super().forward(x), F.linear(narrow, self.lora_B), alpha=self.scale)
+        # Added while it is multiplied: a product of its own would be as large as y.
+        return torch.addmm(y.flatten(0, -2), narrow.flatten(0, -2), self.lora_B.t(), alpha=self.scale).view(y.shape)
 
 
 def linear(name: str, n_in: int, n_out: int, *, bias: bool, lora: LoraSettings | None) -> nn.Linear:
