@@ -59,7 +59,8 @@ DEFAULTS_BY_MODEL: dict[str, dict[str, Any]] = {
                    "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100, "lr_schedule": "cosine", "optimizer": "adamw"},
 }
 LORA_DEFAULTS = {"learning_rate": 5e-4, "optimizer": "adamw"}  # ten times what all weights bear (Schulman et al. 2025, "LoRA without regret")
-ADAMW_LEARNING_RATE = 3e-3  # a gpt2's from random weights, which muon bears three times as high
+ADAMW_RATE, ITS_WIDTH = 3e-3, 128  # a gpt2's from random weights; wider ones bear less, as 1 / N_EMBD (Yang et al. 2022, arXiv 2203.03466)
+MUON_PAYS = 10  # tokens a step for each of N_EMBD, below which orthogonalizing takes longer than it saves steps
 BY_MODEL = DEFAULTS_BY_MODEL["bigram"]
 
 # Variables of others that an env file may hold: they go to the process environment before torch is imported.
@@ -163,7 +164,7 @@ class Config:
     gradient_accumulation_steps: int = var(1, "micro-batches an optimizer step: a larger batch in the same memory",
         group="Training", scope="math", minimum=1)
     learning_rate: float = var(BY_MODEL["learning_rate"], "peak learning rate; high for a table, gentle on pretrained "
-        "weights; of a gpt2 with OPTIMIZER=adamw the default is 3e-3 (take 1e-3 at N_EMBD=384), with LORA_RANK 5e-4", group="Training", scope="math", above=0)
+        "weights; of a gpt2 with OPTIMIZER=adamw the default is 3e-3 up to N_EMBD=128 and falls as 1 / N_EMBD, with LORA_RANK it is 5e-4", group="Training", scope="math", above=0)
     min_learning_rate: float | None = var(None, "learning rate at the end of the schedule; not set: 0 for linear, "
         "else a tenth of LEARNING_RATE, as in GPT-3's training", group="Training", scope="math", minimum=0)
     warmup_steps: int = var(BY_MODEL["warmup_steps"], "optimizer steps of linear rise to LEARNING_RATE, while Adam's "
@@ -173,7 +174,7 @@ class Config:
         "falls at the end; linear falls to zero, which learns most from few steps",
         group="Training", scope="math", choices=("constant", "cosine", "linear", "wsd"))
     optimizer: str = var(BY_MODEL["optimizer"], "muon orthogonalizes the updates of hidden matrices and leaves the rest "
-        "to AdamW: fewer steps, but below about 10 x N_EMBD tokens a step each costs more than it saves",
+        "to AdamW: fewer steps, but below 10 x N_EMBD tokens a step each costs more than it saves, and adamw is the default",
         group="Training", scope="math", choices=("adamw", "muon"))
     weight_decay: float = var(0.1, "decoupled weight decay, on matrices only; 0.1 as for GPT-3",
         group="Training", scope="math", minimum=0)
@@ -474,8 +475,9 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """The default of every variable, given the model among `values`; paths are absolute, from the repository."""
     kind = "pretrained" if values.get("GPT2_MODEL_NAME") else values.get("MODEL_TYPE", "bigram")
     row = DEFAULTS_BY_MODEL[kind]
-    if kind == "gpt2" and values.get("OPTIMIZER") == "adamw":
-        row = row | {"learning_rate": ADAMW_LEARNING_RATE}
+    if kind == "gpt2" and values.get("OPTIMIZER", _fitting_optimizer(values)) == "adamw":
+        width = max(ITS_WIDTH, values.get("N_EMBD") or ITS_WIDTH)
+        row = row | {"learning_rate": float(f"{ADAMW_RATE * ITS_WIDTH / width:.2g}"), "optimizer": "adamw"}
     if values.get("LORA_RANK"):
         row = row | LORA_DEFAULTS
     defaults = {name: row.get(each.name, each.default) for name, each in VARIABLES.items()}
@@ -484,6 +486,15 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
             defaults[name] = _path(defaults[name], str(ROOT))
     steps = values.get("TRAINING_STEPS", defaults["TRAINING_STEPS"])
     return defaults | {"WARMUP_STEPS": min(defaults["WARMUP_STEPS"], steps // 10)}
+
+
+def _fitting_optimizer(values: Mapping[str, Any]) -> str:
+    """The default optimizer of a gpt2 from random weights: a fixed rule on its width and the tokens of a step."""
+    row = DEFAULTS_BY_MODEL["gpt2"]
+    sizes = [values.get(name, row[name.lower()]) for name in ("BATCH_SIZE", "BLOCK_SIZE", "N_EMBD")]
+    batch_size, block_size, n_embd = sizes
+    tokens = batch_size * block_size * values.get("GRADIENT_ACCUMULATION_STEPS", 1)
+    return "muon" if tokens >= MUON_PAYS * (n_embd or 0) else "adamw"
 
 
 # The env file, and names that are no variables

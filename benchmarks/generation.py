@@ -34,7 +34,7 @@ def main() -> None:
     header()
     model = GPT2(SIZES["gpt2"]).eval()
     default = decode_dtype("auto", torch.device("cpu"), width=model.settings.n_embd, tokens=NEW)
-    decoders = {weights: Decoder(model, weights=weights) for weights in dict.fromkeys((default, "int8"))}
+    decoders = {weights: Decoder(model, weights=weights) for weights in dict.fromkeys((default, "int8", "float32"))}
     against_transformers(model, decoders, default)
     with_lookup(model)
 
@@ -53,7 +53,7 @@ def against_transformers(model: GPT2, decoders: dict[str, Decoder], default: str
         buffer = torch.ones(BYTES[name] * numbers // 8, dtype=torch.int64)
         arms[f"reading, {name}"] = lambda buffer=buffer: [buffer.sum() for _ in range(NEW)]
     rate = {name: NEW / taken for name, taken in compare(arms).items()}
-    for name, bound in ((default, "2"), ("int8", "4")):
+    for name, bound in {"float32": "2 by default", default: "2", "int8": "4"}.items():
         metric, limit = f"decode 124M, {'default, ' if name == default else ''}{name}", rate[f"reading, {name}"]
         shared = {"ours": f"{rate[name]:.0f} tok/s", "limit": f"{limit:.0f} tok/s", "share": rate[name] / limit}
         if theirs is None:
@@ -81,7 +81,8 @@ def peer(model: GPT2) -> Callable[[list[int]], object] | None:
     except ImportError:
         return None
     theirs: Any = GPT2LMHeadModel(GPT2Config()).eval()
-    asked = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    theirs.generation_config.eos_token_id = None  # it must not end sooner
+    asked = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True, "pad_token_id": 0}
 
     def run(prompt: list[int]) -> object:
         ids = torch.tensor([prompt])
@@ -104,8 +105,9 @@ def with_lookup(model: GPT2) -> None:
     }
     for name, (decoder, prompt, temperature, bound) in sets.items():
         arms = {
-            kind: lambda lookup=lookup: tokens(decoder, prompt, temperature=temperature, lookup=lookup)  # noqa: B023
-            for kind, lookup in (("plain", False), ("lookup", True))
+            "plain": lambda: tokens(decoder, prompt, temperature=temperature),  # noqa: B023
+            # As scripts/load_checkpoint.py does, it is first tried whether drafts can be verified here.
+            "lookup": lambda: tokens(decoder, prompt, temperature=temperature, lookup=decoder.agrees()),  # noqa: B023
         }
         assert arms["plain"]() == arms["lookup"](), "lookup changed the text"
         taken = compare(arms, warmups=0)

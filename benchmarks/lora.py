@@ -34,7 +34,13 @@ def main() -> None:
         count = SHAPES[name][-1]
         ours, peer = taken["LoRA"] / count, taken["full"] / count
         figures = {"ours": f"{1e3 * ours:.1f} ms", "peer": f"{1e3 * peer:.1f} ms, all"}
-        row(f"training step with LORA_RANK={RANK}, {name}", **figures, ratio=peer / ours, bound=bound, limit="1.5 of the products")
+        row(
+            f"training step with LORA_RANK={RANK}, {name}",
+            **figures,
+            ratio=peer / ours,
+            bound=bound,
+            limit="1.5 of the products",
+        )
 
 
 def steps(run: Run) -> None:

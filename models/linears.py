@@ -25,16 +25,21 @@ def float32_linear(weight: Tensor, bias: Tensor | None = None, activation: str =
 
 def bfloat16_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
     """Weight, bias and rows rounded to bfloat16, products summed in float32, and the result in bfloat16."""
-    half = weight.bfloat16()
-    if torch.backends.mkldnn.is_available():
-        half = torch.ops.mkldnn._reorder_linear_weight(half, 1)
-    multiply = _onednn(half, None if bias is None else bias.bfloat16(), activation)
+    half, narrow_bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        multiply = _onednn(torch.ops.mkldnn._reorder_linear_weight(half, 1), narrow_bias, activation)
+    else:
+        multiply = _plain(half, narrow_bias, activation)
     return lambda x: multiply(x.bfloat16())
+
+
+def _plain(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
+    return lambda x: _activated(F.linear(x, weight, bias), activation)
 
 
 def _onednn(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
     if not torch.backends.mkldnn.is_available():
-        return lambda x: _activated(F.linear(x, weight, bias), activation)
+        return _plain(weight, bias, activation)
     multiply, (kernel, algorithm) = torch.ops.mkldnn._linear_pointwise, FUSED[activation]
     return lambda x: multiply(x, weight, bias, kernel, [], algorithm)
 

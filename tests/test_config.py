@@ -92,6 +92,12 @@ def test_defaults_by_model() -> None:
     assert sizes == (4, 4, 128, 128, 12, 0.0)
     assert (small.learning_rate, small.warmup_steps) == (1e-2, 100)
     assert (small.optimizer, small.lr_schedule, small.training_steps) == ("muon", "linear", 1000)
+    # Fewer than 10 x N_EMBD tokens a step.
+    for shape, rate in (({"N_EMBD": "384"}, 1e-3), ({"BATCH_SIZE": "9"}, 3e-3), ({"BLOCK_SIZE": "64"}, 3e-3)):
+        other = read(MODEL_TYPE="gpt2", **shape)
+        assert (other.optimizer, other.learning_rate) == ("adamw", rate)
+    assert read(MODEL_TYPE="gpt2", BLOCK_SIZE="64", GRADIENT_ACCUMULATION_STEPS="2").optimizer == "muon"
+    assert read(MODEL_TYPE="gpt2", N_EMBD="160", OPTIMIZER="muon").learning_rate == 1e-2
     bigram = read()
     assert (bigram.block_size, bigram.batch_size, bigram.learning_rate, bigram.dropout) == (64, 32, 1e-2, 0.0)
     assert (bigram.optimizer, bigram.lr_schedule, bigram.training_steps) == ("adamw", "cosine", 2000)

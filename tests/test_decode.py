@@ -1,7 +1,11 @@
 """The fast ways to generate, each against the plain model: logits, tokens, and that drafting changes no text."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from models.gpt2 import GPT2, GPT2Settings
 from models.linears import LINEARS, quantized
 from models.lookup import Lookup
 from models.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SETTINGS = GPT2Settings(vocab_size=97, block_size=48, n_layer=3, n_head=4, n_embd=64)
 VARIANTS = {
@@ -118,11 +124,30 @@ def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str) -> None:
     assert decoder.agrees()
 
 
-def test_a_processor_that_computes_rows_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", range(2, 13))
+def test_a_processor_that_computes_some_number_of_rows_otherwise_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
     decoder = Decoder(MODEL, weights="float32")
     head = decoder.head
-    monkeypatch.setattr(decoder, "head", lambda x: head(x) + 1e-6 * x.size(0))
+    monkeypatch.setattr(decoder, "head", lambda x: head(x) + 1e-6 * (x.size(0) == rows))
     assert not decoder.agrees()
+
+
+def test_a_processor_without_bfloat16_generates_in_it_too() -> None:
+    """oneDNN refuses there to turn the weights; then they are multiplied as they are."""
+    code = """
+import torch
+from test_decode import MODEL, through_cache
+from models.decode import Decoder
+assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+for weights in ("bfloat16", "int8"):
+    logits = through_cache(Decoder(MODEL, weights=weights), [1, 2, 3, 4], [3, 1])
+    print(weights, (logits - MODEL(torch.tensor([[1, 2, 3, 4]]))[0][0]).abs().max().item() < 0.1)
+"""
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    said = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (0, "bfloat16 True\nint8 True\n"), said.stderr
 
 
 def test_the_cache_never_grows_and_forgets_what_it_is_told_to() -> None:

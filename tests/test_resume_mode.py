@@ -161,11 +161,11 @@ def test_keep_within_the_plan_ends_in_the_uninterrupted_runs_bytes(go_on, traine
     assert said.row("learning rate").startswith("learning rate  restored  cosine, peak 0.001, floor 0.00025, 2 warm-up")
 
 
-def test_keep_within_the_plan_of_the_defaults_ends_in_the_uninterrupted_runs_bytes(go_on, tmp_path):
+def test_keep_within_muons_plan_ends_in_the_uninterrupted_runs_bytes(go_on, tmp_path):
     """Muon's moments beside AdamW's, and a linear plan to zero."""
-    folder = tmp_path / "defaults"
+    folder = tmp_path / "muon"
     folder.mkdir()
-    assert trained_in(folder, SAMPLE_INTERVAL="0")[0] == 0
+    assert trained_in(folder, SAMPLE_INTERVAL="0", OPTIMIZER="muon")[0] == 0
     said = go_on(at_step(folder, 4), RESUME_LEARNING_RATE="keep")
     assert said.code == 0, said.err
     record = child_of(folder)
