@@ -26,7 +26,7 @@ SHAPES = {  # name: layers, heads, width, tokens, rows, steps a turn
     "124M, T=1024, B=8": (12, 12, 768, 1024, 8, 1),
 }
 BOUNDS = {"0.8M": "1.8", "10.7M": "3", "124M": "3"}
-ROUNDS = 7
+ROUNDS = 5
 LONG = "124M, T=1024, B=8"
 CURVE = 500  # steps after which the losses of two number formats are compared
 
