@@ -188,10 +188,16 @@ class Config:
         group="Watching", scope="habit", minimum=0)
     eval_steps: int = var(20, "batches of validation windows a validation, always the same ones; 0 = all",
         group="Watching", scope="habit", minimum=0)
-    sample_interval: int = var(500, "optimizer steps between text samples; 0 = none before the end",
+    sample_interval: int | None = var(None, "optimizer steps between text samples, kept in the run's folder; not set: "
+        "EVAL_INTERVAL, so that each validation has its sample; 0 = none before the end",
         group="Watching", scope="habit", minimum=0)
     log_interval: int = var(10, "optimizer steps between lines of metrics.jsonl",
         group="Watching", scope="habit", minimum=1)
+    tracker: str = var("none", "also shows the figures of metrics.jsonl in tensorboard, wandb or trackio (pip install the "
+        "one you choose); never asks for a login: wandb records offline unless WANDB_API_KEY or WANDB_MODE says otherwise",
+        group="Watching", scope="habit", choices=("none", "tensorboard", "wandb", "trackio"))
+    run: str = var("latest", "runs that scripts/plot_run.py draws: the beginning of a run's name, a glob of names, a run's "
+        "folder, latest, or several of these joined by commas", group="Watching")
     seed: int = var(1337, "decides initial weights, data order and dropout; 1337 as in nanoGPT",
         group="Machine", scope="math", minimum=0)
     device: str = var("auto", "auto takes cuda, else mps, else cpu; CUDA_VISIBLE_DEVICES chooses among several",
@@ -268,7 +274,8 @@ class Config:
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the checkpoint before and compares every "
         "byte", group="Looking after")
     output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the one "
-        "checkpoint; a whole folder needs it", group="Looking after", form="path")
+        "checkpoint; a whole folder needs it. File that scripts/plot_run.py (.png .svg .pdf) and "
+        "scripts/compare_samples.py (.json .md) write; not set: to the terminal", group="Looking after", form="path")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only says what it would do", group="Looking after")
     # fmt: on
 
@@ -487,7 +494,8 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         ):
             defaults[name] = _path(defaults[name], str(ROOT))
     steps = values.get("TRAINING_STEPS", defaults["TRAINING_STEPS"])
-    return defaults | {"WARMUP_STEPS": min(defaults["WARMUP_STEPS"], steps // 10)}
+    between = values.get("EVAL_INTERVAL", defaults["EVAL_INTERVAL"])
+    return defaults | {"WARMUP_STEPS": min(defaults["WARMUP_STEPS"], steps // 10), "SAMPLE_INTERVAL": between}
 
 
 # The env file, and names that are no variables
@@ -888,6 +896,17 @@ def _instead_of(argv: Sequence[str]) -> str:
 def debug() -> bool:
     """Whether errors show their traceback: DEBUG is exactly 1, as others use the name too."""
     return os.environ.get("DEBUG") == "1"
+
+
+def wandb_wishes() -> dict[str, str]:
+    """Mode and project of Weights & Biases: its own variables', else offline, so that it never asks for a login, and `milepost`."""
+    usual = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    return {"mode": os.environ.get("WANDB_MODE") or usual, "project": os.environ.get("WANDB_PROJECT") or "milepost"}
+
+
+def colour_unwanted() -> bool:
+    """Whether NO_COLOR (https://no-color.org) or a terminal without any asks for none."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
 def tqdm_disabled() -> bool:
