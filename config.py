@@ -189,10 +189,16 @@ class Config:
         group="Watching", scope="habit", minimum=0)
     eval_steps: int = var(20, "batches of validation windows a validation, always the same ones; 0 = all",
         group="Watching", scope="habit", minimum=0)
-    sample_interval: int = var(500, "optimizer steps between text samples; 0 = none before the end",
+    sample_interval: int | None = var(None, "optimizer steps between text samples, kept in the run's folder; not set: "
+        "EVAL_INTERVAL, so that each validation has its sample; 0 = none before the end",
         group="Watching", scope="habit", minimum=0)
     log_interval: int = var(10, "optimizer steps between lines of metrics.jsonl",
         group="Watching", scope="habit", minimum=1)
+    tracker: str = var("none", "also shows the figures of metrics.jsonl in tensorboard, wandb or trackio (pip install the "
+        "one you choose); never asks for a login: wandb records offline unless WANDB_API_KEY or WANDB_MODE says otherwise",
+        group="Watching", scope="habit", choices=("none", "tensorboard", "wandb", "trackio"))
+    run: str = var("latest", "runs that scripts/plot_run.py draws: the beginning of a run's name, a glob of names, a run's "
+        "folder, latest, or several of these joined by commas", group="Watching")
     seed: int = var(1337, "decides initial weights, data order and dropout; 1337 as in nanoGPT",
         group="Machine", scope="math", minimum=0)
     device: str = var("auto", "auto takes cuda, else mps, else cpu; CUDA_VISIBLE_DEVICES chooses among several",
@@ -234,7 +240,8 @@ class Config:
     mode: str = var("inference", "what scripts/load_checkpoint.py does: generate text, or train on",
         group="Generating", choices=("inference", "resume"))
     checkpoint_path: str = var("latest", "checkpoint to open: a file, a folder, a glob, latest or best of "
-        "CHECKPOINT_DIR", group="Generating", form="path", words=("latest", "best"))
+        "CHECKPOINT_DIR; scripts that look at several take them joined by commas, all of a folder or all that a glob "
+        "matches", group="Generating", form="paths", words=("latest", "best"))
     prompt: str | None = var(None, "text to go on from; not set: the model begins by itself", group="Generating")
     prompt_file: str | None = var(None, "file that holds the prompt; - is the standard input",
         group="Generating", form="path", words=("-",))
@@ -268,7 +275,8 @@ class Config:
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the checkpoint before and compares every "
         "byte", group="Looking after")
     output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the one "
-        "checkpoint; a whole folder needs it", group="Looking after", form="path")
+        "checkpoint; a whole folder needs it. File that scripts/plot_run.py (.png .svg .pdf) and "
+        "scripts/compare_samples.py (.json .md) write; not set: to the terminal", group="Looking after", form="path")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only says what it would do", group="Looking after")
     # fmt: on
 
@@ -482,10 +490,14 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         row = row | LORA_DEFAULTS
     defaults = {name: row.get(each.name, each.default) for name, each in VARIABLES.items()}
     for name, each in VARIABLES.items():
-        if each.metadata["form"] in ("path", "source") and defaults[name] not in (None, *each.metadata["words"]):
+        if each.metadata["form"] in ("path", "paths", "source") and defaults[name] not in (
+            None,
+            *each.metadata["words"],
+        ):
             defaults[name] = _path(defaults[name], str(ROOT))
     steps = values.get("TRAINING_STEPS", defaults["TRAINING_STEPS"])
-    return defaults | {"WARMUP_STEPS": min(defaults["WARMUP_STEPS"], steps // 10)}
+    between = values.get("EVAL_INTERVAL", defaults["EVAL_INTERVAL"])
+    return defaults | {"WARMUP_STEPS": min(defaults["WARMUP_STEPS"], steps // 10), "SAMPLE_INTERVAL": between}
 
 
 def _fitting_optimizer(values: Mapping[str, Any]) -> str:
@@ -635,6 +647,16 @@ def _source(text: str, folder: str) -> str:
     return ",".join(part if "://" in part or part == "tinyshakespeare" else _path(part, folder) for part in parts)
 
 
+def _paths(text: str, folder: str) -> str:
+    """Paths joined by commas, made absolute; latest and best among them stay as they are."""
+    if "," not in text or os.path.lexists(_path(text, folder)):  # one path, though it may hold a comma
+        return _path(text, folder)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(text)
+    return ",".join(part.lower() if part.lower() in ("latest", "best") else _path(part, folder) for part in parts)
+
+
 def _hub(text: str, folder: str) -> str:
     """The absolute path of what is a folder or written like one, else the hub name as it is."""
     path = _path(text.strip(), folder)
@@ -668,11 +690,12 @@ def _layers(text: str, _folder: str) -> str:
 
 
 FORMS: dict[str, Callable[[str, str], Any]] = {
-    **{"path": _path, "source": _source, "hub": _hub, "list": _list, "name": _name, "layers": _layers},
+    **{"path": _path, "paths": _paths, "source": _source, "hub": _hub, "list": _list, "name": _name, "layers": _layers},
 }
 PARSERS: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _integer, float: _number, str: str}
 NOUNS: dict[Any, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "text in UTF-8", "path": "a path"},
+    **{"paths": "a path, or several joined by commas"},
     **{"source": "files, folders, globs, an https URL or tinyshakespeare", "hub": "a hub name or a folder"},
     **{"list": 'text, or a JSON list like ["a", "b"]', "name": "up to 40 letters, digits, `_`, `.` and `-`"},
     **{"layers": f"some of {', '.join(LAYERS)}, joined by commas"},
@@ -884,6 +907,17 @@ def _instead_of(argv: Sequence[str]) -> str:
 def debug() -> bool:
     """Whether errors show their traceback: DEBUG is exactly 1, as others use the name too."""
     return os.environ.get("DEBUG") == "1"
+
+
+def wandb_wishes() -> dict[str, str]:
+    """Mode and project of Weights & Biases: its own variables', else offline, so that it never asks for a login, and `milepost`."""
+    usual = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    return {"mode": os.environ.get("WANDB_MODE") or usual, "project": os.environ.get("WANDB_PROJECT") or "milepost"}
+
+
+def colour_unwanted() -> bool:
+    """Whether NO_COLOR (https://no-color.org) or a terminal without any asks for none."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
 def tqdm_disabled() -> bool:

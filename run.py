@@ -28,6 +28,7 @@ from data.corpus import Corpus, DataError, Scan, open_corpus, scan
 from runtime import device as machine
 from runtime.optim import Schedule, build_optimizer
 from runtime.progress import Log, Metrics, Progress
+from runtime.trackers import Mirror
 
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
@@ -97,6 +98,7 @@ class Run:
     refused: set[str] = field(default_factory=set)
     # Opened when training begins.
     metrics: Metrics = field(init=False)
+    mirror: Mirror = field(init=False)
     progress: Progress = field(init=False)
 
     @property

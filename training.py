@@ -18,6 +18,7 @@ if __name__ == "__main__":
     SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,8 @@ from run import Run, fresh, to_record
 from runtime import device as machine
 from runtime.interrupt import INTERRUPTED, Interrupt
 from runtime.optim import clip_gradients, gradient_norm, lr_at
-from runtime.progress import Log, Metrics, Progress, amount, command_line, duration, shown, tell
+from runtime.progress import Log, Metrics, Progress, amount, command_line, duration, read_metrics, shown, tell
+from runtime.trackers import missing, open_mirror
 
 ROOT = Path(__file__).resolve().parent
 LOAD_CHECKPOINT = ROOT / "scripts" / "load_checkpoint.py"
@@ -231,10 +233,12 @@ def write_metrics(
     grad_norm: float | None = None,
     tok_s: float | None = None,
 ) -> None:
-    """One object with the same names in every line; null where a name has no meaning for the split."""
+    """One object with the same names in every line, null where a name has no meaning for the split; and its mirror in the tracker."""
     values = {"split": split, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen, "tok_s": tok_s}
+    line = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3)} | values
     with may_be_refused(run, "metrics.jsonl"):
-        run.metrics.write(run_id=run.run_id, step=run.step, time=round(time.time(), 3), **values)
+        run.metrics.write(**line)
+    run.mirror.write(line)
 
 
 @contextlib.contextmanager
@@ -372,6 +376,8 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
 
     The run is locked where its checkpoints are and where its metrics are, each of which another process may share alone.
     """
+    if problem := missing(run.settings.tracker):
+        raise ConfigError([problem])
     places = [run.folder, *([Path(run.settings.checkpoint_dir)] if run.settings.enable_checkpoints else [])]
     for place in places:
         try:
@@ -389,6 +395,8 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     try:
         run.log.open(run.folder / "training.log")
         (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
+        origin = {"run_id": run.run_id, "parent": run.parent}
+        (run.folder / "run.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             [f"RUNS_DIR: {run.folder} cannot be written ({error}): make room, or set another RUNS_DIR"]
@@ -396,6 +404,18 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl")))
     # What was logged after the checkpoint is logged again, so it goes; what it had not seen yet at its own step, too.
     run.metrics.rewind(lambda line: was_seen(run, line))
+    open_tracker(run, held)
+
+
+def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
+    """Begins to mirror metrics.jsonl in the tracker, with what it lacks of the steps before."""
+    kind, path = run.settings.tracker, run.metrics.path
+    run.mirror = open_mirror(
+        kind, folder=run.folder, run_id=run.run_id, lines=read_metrics(path) if kind != "none" and path.exists() else [],
+        settings=config.to_dict(run.settings), wandb=config.wandb_wishes(), say=run.log,
+    )  # fmt: skip
+    # Stopped before an evaluation that is due, the step is not whole: the resume evaluates it first.
+    held.callback(lambda: run.mirror.close(whole=run.observed_step == run.step or not is_due(run, "eval")))
 
 
 def was_seen(run: Run, line: dict[str, Any]) -> bool:
@@ -421,7 +441,7 @@ def say_start(run: Run) -> None:
     amounts = f"{amount(steps * rows * settings.block_size)} tokens, {epochs:.2g} epochs"
     left = duration(steps * seconds_per_step(run))
     say(f"plan: {steps} steps of {rows} x {settings.block_size} tokens = {amounts}; about {left}")
-    say(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env)")
+    say(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
     say_checkpoints(run)
     for line in config.describe(settings):
         say(line)

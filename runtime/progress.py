@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,9 +99,8 @@ class Metrics:
         if not self.path.exists():
             return
         kept = [line for line in read_metrics(self.path) if keep(line)]
-        temporary = self.path.with_name(f".{self.path.name}-{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, **values: Any) -> None:
         """Appends one line. A number that is not finite becomes null: JSON has no word for it."""
@@ -119,6 +118,17 @@ class Metrics:
             with contextlib.suppress(OSError):  # each line was flushed, or its refusal told, when it was written
                 self._file.close()
             self._file = None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` at the end, or leaves it as it was if something is raised."""
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

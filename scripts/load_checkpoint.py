@@ -101,39 +101,57 @@ def obey(record: Checkpoint, settings: Config, log: Log) -> Config:
 
 def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     """Prompt and continuation to stdout, everything else to stderr."""
+    prompt = read_prompt(settings)
+    try:
+        for pieces in texts_of(settings, record, log, prompt=prompt, seed=drawn_seed(settings)):
+            show(itertools.chain([prompt], pieces), stream=settings.stream)
+    except BrokenPipeError:
+        ignore_stdout()  # whoever read has enough, as `| head` does
+    return 0
+
+
+def drawn_seed(settings: Config) -> int:
+    """SAMPLE_SEED, or one that is drawn now."""
+    return int.from_bytes(os.urandom(4), "little") if settings.sample_seed is None else settings.sample_seed
+
+
+def texts_of(settings: Config, record: Checkpoint, log: Log, *, prompt: str, seed: int) -> Iterator[Iterator[str]]:
+    """What the record's model makes of the prompt, NUM_SAMPLES times: the pieces of each text, to be read before the next one's.
+
+    Raises CheckpointError if its logits are not finite.
+    """
     record = merged(with_its_base(record, settings, log))
     device = machine.choose_device(settings.device)
     model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
-    seed = int.from_bytes(os.urandom(4), "little") if settings.sample_seed is None else settings.sample_seed
-    prompt = read_prompt(settings)
     ids = encode_prompt(tokenizer, prompt, settings)
     fast, lookup = what_generates(model, settings, device, log, prompt_tokens=len(ids))
     form = getattr(fast, "weights", "float32")  # a model that is no Decoder computes in its own
     kind = f"{record.model_type} at step {record.step}, {tokenizer.kind} tokenizer"
     log(f"{record.path}: {kind}, on {device.type} in {form}; SAMPLE_SEED={seed}")
     slid: set[str] = set()
-    try:
-        for number in range(settings.num_samples):
-            if settings.num_samples > 1:
-                log(f"sample {number + 1} of {settings.num_samples}")
-            generator = torch.Generator().manual_seed(mix(seed, number))
-            pieces = text_of(
-                fast,
-                tokenizer,
-                ids,
-                generator=generator,
-                settings=settings,
-                lookup=lookup,
-                on_slide=lambda: slid.add("once"),
-            )
-            show(itertools.chain([prompt], pieces), stream=settings.stream)
-    except BrokenPipeError:
-        ignore_stdout()  # whoever read has enough, as `| head` does
-    except ValueError as error:  # logits that are not finite
-        raise CheckpointError(f"{record.path}: {error}") from error
+    for number in range(settings.num_samples):
+        if settings.num_samples > 1:
+            log(f"sample {number + 1} of {settings.num_samples}")
+        pieces = text_of(
+            fast,
+            tokenizer,
+            ids,
+            generator=torch.Generator().manual_seed(mix(seed, number)),
+            settings=settings,
+            lookup=lookup,
+            on_slide=lambda: slid.add("once"),
+        )
+        yield blamed(pieces, record)
     if slid:  # told now, because on a terminal it would stand in the middle of the text
         log(f"the text outgrew the model's {model.settings.block_size} tokens; from there on it saw only the latest")
-    return 0
+
+
+def blamed(pieces: Iterator[str], record: Checkpoint) -> Iterator[str]:
+    """The pieces, with logits that are not finite told as the checkpoint's fault."""
+    try:
+        yield from pieces
+    except ValueError as error:
+        raise CheckpointError(f"{record.path}: {error}") from error
 
 
 def what_generates(

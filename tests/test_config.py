@@ -32,13 +32,13 @@ MATH = names(
     "OPTIMIZER WEIGHT_DECAY BETA1 BETA2 GRAD_CLIP DROPOUT SEED DTYPE COMPILE DETERMINISTIC"
 )
 HABIT = names(
-    "EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL CHECKPOINT_MODEL_ONLY "
+    "EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL TRACKER ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL CHECKPOINT_MODEL_ONLY "
     "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST"
 )
 SESSION = names(
     "ENV_FILE DEVICE BASE_CHECKPOINT CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
     "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
-    "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
+    "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY RUN OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
 )
 
 
@@ -281,6 +281,12 @@ def test_given_paths_start_at_the_current_folder(tmp_path: Path) -> None:
     assert (c.checkpoint_dir, c.runs_dir) == (str(tmp_path / "ckpt"), os.path.abspath("/x/runs"))
     assert (c.prompt_file, c.checkpoint_path) == (os.path.expanduser("~/p"), str(tmp_path / "c" / "*_2*.pt"))
     assert read(tmp_path, CHECKPOINT_PATH="best", INIT_FROM="latest").checkpoint_path == "best"
+    several = read(tmp_path, CHECKPOINT_PATH="c/*.pt, BEST,~/x,").checkpoint_path
+    assert several == f"{tmp_path}/c/*.pt,best,{os.path.expanduser('~/x')}"
+    (tmp_path / "a,b.pt").touch()
+    assert read(tmp_path, CHECKPOINT_PATH="a,b.pt").checkpoint_path == str(tmp_path / "a,b.pt")
+    with pytest.raises(ConfigError, match="CHECKPOINT_PATH=' ,'"):
+        read(tmp_path, CHECKPOINT_PATH=" ,")
 
 
 def test_a_glob_works_below_a_folder_with_brackets(tmp_path: Path) -> None:

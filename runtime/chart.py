@@ -1,0 +1,103 @@
+"""Curves as text: braille dots on a terminal that can show them, one letter a curve where colours or such characters are missing."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+Points = Sequence[tuple[float, float]]  # (x, y), x rising
+Paint = Callable[[int, str], str]  # the number of a curve and a character of it -> what is printed
+
+# The bits of U+2800 for the eight dots of a character, by row and column (Unicode, "Braille Patterns").
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MARGIN = 9  # columns of a chart that its scale takes
+
+
+class Frame(NamedTuple):
+    """What a chart shows of the plane."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+
+
+def frame(curves: Sequence[Points], *, floor: float | None = None) -> Frame:
+    """The smallest frame around all points, which must be at least one; down to `floor` if that is given."""
+    xs = [x for points in curves for x, _ in points]
+    ys = [y for points in curves for _, y in points] + ([] if floor is None else [floor])
+    low, high = min(ys), max(ys)
+    room = 0.0 if high > low else abs(high) / 2 or 0.5
+    return Frame(min(xs), max(max(xs), min(xs) + 1), low - room, high + room)
+
+
+def chart(title: str, curves: Sequence[Points], *, columns: int, rows: int, letters: bool, ascii_only: bool = False,
+          floor: float | None = None, paint: Paint | None = None) -> list[str]:  # fmt: skip
+    """The lines of one chart, each `columns` characters wide, its curves `rows` high: a title, the curves with their scale, and the steps.
+
+    Later curves are drawn over earlier ones. `letters` marks each by a letter of its own, else by dots. `paint` colours a character.
+    """
+    if not any(curves):
+        return [f"{title}: nothing logged"[:columns].ljust(columns)]
+    seen = frame(curves, floor=floor)
+    width = columns - MARGIN - 1
+    cells = _cells(curves, seen, width=width, rows=rows, across=1 if letters else 2, down=1 if letters else 4)
+    corner, wall, ground = ("+", "|", "-") if ascii_only else ("└", "│", "─")
+    lines = [title[:columns].ljust(columns)]
+    for row in range(rows):
+        scale = {0: number(seen.high), rows - 1: number(seen.low)}.get(row, "")
+        marks = [_mark(cells.get((row, column)), letters=letters, paint=paint) for column in range(width)]
+        lines.append(f"{scale:>{MARGIN - 1}} {wall}" + "".join(marks))
+    first, last = number(seen.left), number(seen.right)
+    lines.append(" " * MARGIN + corner + ground * width)
+    lines.append(" " * (MARGIN + 1) + first + last.rjust(width - len(first)))
+    return lines
+
+
+def _mark(cell: tuple[int, int] | None, *, letters: bool, paint: Paint | None) -> str:
+    if cell is None:
+        return " "
+    curve, bits = cell
+    text = LETTERS[curve % len(LETTERS)] if letters else chr(0x2800 + bits)
+    return paint(curve, text) if paint else text
+
+
+def _cells(
+    curves: Sequence[Points], seen: Frame, *, width: int, rows: int, across: int, down: int
+) -> dict[tuple[int, int], tuple[int, int]]:
+    """Of each character that is not empty, by row and column: the curve that was drawn there last, and its dots."""
+    cells: dict[tuple[int, int], tuple[int, int]] = {}
+    for curve, points in enumerate(curves):
+        dots = _thinned(points, seen, width=width * across, height=rows * down)
+        for x, y in _joined(dots):
+            place = (y // down, x // across)
+            owner, bits = cells.get(place, (curve, 0))
+            dot = DOTS[y % down][x % across]
+            cells[place] = (curve, bits | dot if owner == curve else dot)
+    return cells
+
+
+def _thinned(points: Points, seen: Frame, *, width: int, height: int) -> list[tuple[int, int]]:
+    """One dot for each column of dots that has points, at their mean; rows count from the top."""
+    columns: dict[int, list[float]] = {}
+    for x, y in points:
+        columns.setdefault(round((x - seen.left) / (seen.right - seen.left) * (width - 1)), []).append(y)
+    means = {x: sum(ys) / len(ys) for x, ys in columns.items()}
+    return [(x, round((seen.high - means[x]) / (seen.high - seen.low) * (height - 1))) for x in sorted(means)]
+
+
+def _joined(dots: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The dots, and those of the straight lines between them."""
+    yield from dots[:1]
+    for (x, y), (next_x, next_y) in itertools.pairwise(dots):
+        steps = max(abs(next_x - x), abs(next_y - y))
+        for step in range(1, steps + 1):
+            yield x + round((next_x - x) * step / steps), y + round((next_y - y) * step / steps)
+
+
+def number(value: float) -> str:
+    """A value in at most eight characters."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"

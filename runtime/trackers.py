@@ -1,0 +1,163 @@
+"""The same figures as metrics.jsonl in somebody's tracker: TensorBoard, Weights & Biases or Trackio.
+
+metrics.jsonl is what counts. A tracker is a mirror of it, fed one row a step, and on a resume from where its own series ends: so no
+step is doubled and none is missing, whatever a kill took away. Nothing here draws a random number or touches the model.
+"""
+
+import contextlib
+import importlib.util
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+NOT_PLOTTED = ("step", "time")
+
+
+class Sink(NamedTuple):
+    """An open tracker: `first` is the lowest step that its series lacks, `write` takes a step, its time (Unix seconds) and its figures."""
+
+    first: int
+    write: Callable[[int, float, dict[str, float]], None]
+    close: Callable[[], None]
+
+
+def missing(kind: str) -> str | None:
+    """One sentence if the package that TRACKER=kind needs is not installed."""
+    spec = None if kind == "none" else importlib.util.find_spec(kind)
+    if kind == "none" or (spec and spec.origin):  # a folder `wandb`, which that one leaves behind, is no package
+        return None
+    return f"TRACKER={kind}: {kind} is not installed: pip install {kind}, or set TRACKER=none"
+
+
+class Mirror:
+    """A run's lines in a tracker. What the tracker raises is said once and ends the mirror, never the training."""
+
+    def __init__(self, kind: str, start: Callable[[], Sink | None], *, say: Callable[[str], None]) -> None:
+        self._kind, self._say = kind, say
+        self._sink: Sink | None = None
+        self._step, self._time, self._row = -1, 0.0, dict[str, float]()
+        with self._guarded():
+            self._sink = start()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Takes one line of metrics.jsonl. A step's lines, of training and of validation, become one row when the next step begins."""
+        step, when = line.get("step"), line.get("time")
+        if self._sink is None or not isinstance(step, int) or step < self._sink.first:
+            return
+        if step != self._step:
+            self._send()
+            self._step, self._time = step, when if isinstance(when, float) else 0.0
+        self._row |= {f"{line.get('split')}/{name}": value for name, value in line.items() if _is_figure(name, value)}
+
+    def close(self, *, whole: bool) -> None:
+        """Ends the series; without its last step if that is not `whole`, since the resume will have more of it."""
+        if whole:
+            self._send()
+        with self._guarded():
+            if self._sink:
+                self._sink.close()
+        self._sink = None
+
+    def _send(self) -> None:
+        row, self._row = self._row, {}
+        with self._guarded():
+            if self._sink and row:
+                self._sink.write(self._step, self._time, row)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._sink = None
+            why = " ".join(str(error).split()) or type(error).__name__
+            self._say(
+                f"warning: TRACKER={self._kind} failed ({why}); training goes on, and metrics.jsonl has every figure"
+            )
+
+
+def _is_figure(name: str, value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number and name not in NOT_PLOTTED
+
+
+def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any],
+                wandb: Mapping[str, str], say: Callable[[str], None]) -> Mirror:  # fmt: skip
+    """The mirror of a run, with its files in the run's `folder` as far as the tracker lets them be.
+
+    `lines` are the run's so far, of which it gets what it lacks; `settings` are shown beside the series; `wandb` holds the `mode` and the
+    `project` of Weights & Biases.
+    """
+    last = max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=0)
+    starts: dict[str, Callable[[], Sink | None]] = {
+        "none": lambda: None,
+        "tensorboard": lambda: _tensorboard(folder / "tensorboard", last),
+        "wandb": lambda: _wandb(folder, run_id, settings, say, **wandb),
+        "trackio": lambda: _trackio(run_id, settings),
+    }
+    mirror = Mirror(kind, starts[kind], say=say)
+    for line in lines:
+        mirror.write(line)
+    return mirror
+
+
+def _tensorboard(folder: Path, last: int) -> Sink:
+    """Events in `folder`. What an earlier process wrote from step `last` on is purged by a mark that TensorBoard's readers obey.
+
+    That step's row may not have been written, and whatever came after it is not the run's any more.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    known = any(folder.glob("events.out.tfevents.*"))
+    writer = SummaryWriter(str(folder), purge_step=last if known else None)
+
+    def write(step: int, when: float, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step, walltime=when)
+        writer.flush()  # a kill must not take two minutes of events away
+
+    return Sink(last if known else 0, write, writer.close)
+
+
+def _wandb(
+    folder: Path, run_id: str, settings: Mapping[str, Any], say: Callable[[str], None], *, mode: str, project: str
+) -> Sink:
+    """A run of Weights & Biases that is named as ours. Online it goes on where the server's history ends, which takes no step twice.
+
+    Offline, nothing of what was recorded can be looked up or taken back: the series is recorded anew, in place of the earlier one.
+    """
+    import wandb
+
+    if mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
+        say("TRACKER=wandb: no API key is configured, so nothing is sent: `wandb login` or WANDB_API_KEY change that")
+        mode = "offline"
+    online = mode in ("online", "shared")
+    if mode == "offline":
+        for earlier in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
+            shutil.rmtree(earlier)
+    run = wandb.init(
+        project=project, id=run_id, name=run_id, dir=str(folder), config=dict(settings), mode=mode,
+        resume="allow" if online else None, settings=wandb.Settings(silent=True, console="off"),
+    )  # fmt: skip
+    if mode == "offline":
+        say(f"TRACKER=wandb: recorded offline; send it with: wandb sync {Path(run.dir).parent}")
+    elif run.url:
+        say(f"TRACKER=wandb: {run.url}")
+    return Sink(run.step, lambda step, _, values: run.log(values, step=step), run.finish)
+
+
+def _trackio(run_id: str, settings: Mapping[str, Any]) -> Sink:
+    """A run of Trackio's project `milepost`, which goes on after the last step that is recorded. What Trackio prints goes to stderr."""
+    import trackio
+
+    def finish() -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            trackio.finish()
+
+    with contextlib.redirect_stdout(sys.stderr):
+        run = trackio.init(project="milepost", name=run_id, resume="allow", config=dict(settings))
+    # It has no public word for where a series ends; without this one a resume would double steps, so it fails aloud instead.
+    return Sink(run._next_step, lambda step, _, values: run.log(values, step=step), finish)

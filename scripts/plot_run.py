@@ -1,0 +1,312 @@
+"""Draw loss, validation loss, learning rate and throughput of runs, with what they go on from: on the terminal, or into a file.
+
+python3 scripts/plot_run.py
+RUN=latest,20251110 OUTPUT=curves.png python3 scripts/plot_run.py
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+
+import fnmatch
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from config import Config, ConfigError
+from data.corpus import DataError
+from runtime.chart import LETTERS, Points, chart
+from runtime.progress import Log, harmless, ignore_stdout, read_metrics, replacing, shown, table
+from training import guarded
+
+METRICS = "metrics.jsonl"
+DRAWN = {".png", ".svg", ".pdf"}
+MOST_NAMED = 8  # runs in a message
+ROWS, NARROW, SIDE_BY_SIDE, WIDEST = 8, 40, 110, 180  # of charts on the terminal: rows of one, columns
+COLOURS = (36, 33, 35, 32, 34, 31)  # of a terminal (ECMA-48): they can be told apart on dark and on light
+
+
+class Panel(NamedTuple):
+    """One chart: what it shows of which lines, and whether its scale begins at zero."""
+
+    title: str
+    split: str
+    figure: str
+    from_zero: bool
+
+
+PANELS = (
+    Panel("training loss (nats a token)", "train", "loss", False),
+    Panel("validation loss (nats a token)", "validation", "loss", False),
+    Panel("learning rate", "train", "lr", True),
+    Panel("tokens a second", "train", "tok_s", True),
+)
+
+
+class Drawn(NamedTuple):
+    """A run as it is drawn: its lines up to where the run that was asked for left it, and what it goes on from."""
+
+    name: str
+    lines: list[dict[str, Any]]
+    parent: dict[str, Any] | None
+    asked: bool
+
+
+def main(settings: Config, log: Log) -> int:
+    """Draws the runs that RUN means; returns the exit code."""
+    output = Path(settings.output) if settings.output else None
+    if output:
+        check_output(output)
+    folders = chosen(settings.run, Path(settings.runs_dir))
+    runs = with_parents(folders, log)
+    if not any(run.lines for run in runs):
+        raise DataError(
+            f"{', '.join(map(shown, folders))}: {METRICS} holds no line yet; a run writes one every LOG_INTERVAL steps"
+        )
+    if output:
+        draw_file(runs, output)
+        log(f"drawn: {shown(output)}")
+    else:
+        draw_terminal(runs)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which runs.
+
+
+def chosen(wish: str, folder: Path) -> list[Path]:
+    """The folders of the runs that RUN means, each once, as they were named; those of one prefix or glob by name, so by their start.
+
+    Raises ConfigError listing what there is if a part of `wish` means none.
+    """
+    if not folder.is_dir():
+        raise ConfigError([f"RUNS_DIR={folder}: there is no such folder; training makes it, or name another"])
+    there = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
+    meant: dict[Path, None] = {}
+    for part in filter(None, (part.strip() for part in wish.split(","))):
+        found = runs_of(part, there)
+        if not found:
+            raise ConfigError([f"RUN={part}: no run in {shown(folder)} is meant by it; {listed(there)}"])
+        meant |= dict.fromkeys(found)
+    return list(meant)
+
+
+def runs_of(part: str, there: list[Path]) -> list[Path]:
+    """What one part of RUN means: latest, a run's folder, a glob of names, a name or the beginning of some."""
+    if part.lower() == "latest":
+        return [max(there, key=last_time)] if there else []
+    if (Path(part) / METRICS).is_file():
+        return [Path(os.path.abspath(part))]
+    same = [path for path in there if path.name == part]
+    return same or [path for path in there if path.name.startswith(part) or fnmatch.fnmatchcase(path.name, part)]
+
+
+def last_time(folder: Path) -> float:
+    """When the run wrote its last whole line (Unix seconds): times of files change when they are copied."""
+    with open(folder / METRICS, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        ends = file.read().splitlines()
+    for end in reversed(ends):
+        try:
+            return float(json.loads(end)["time"])
+        except (ValueError, TypeError, KeyError):  # a torn line, or somebody else's
+            continue
+    return -math.inf
+
+
+def listed(there: list[Path]) -> str:
+    """The names of the runs, newest first, for a message."""
+    if not there:
+        return "it holds none; was RUNS_DIR another when training?"
+    names = [path.name for path in sorted(there, key=last_time, reverse=True)]
+    return f"it holds {', '.join(names[:MOST_NAMED])}" + (
+        f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else ""
+    )
+
+
+def with_parents(folders: list[Path], log: Log) -> list[Drawn]:
+    """The runs of `folders` and those they go on from, parents first; of a parent that nobody asked for, the part that led on."""
+    drawn: dict[str, Drawn] = {}
+    for folder in folders:
+        own = Drawn(folder.name, lines_of(folder), parent_of(folder), True)
+        drawn[folder.name] = own
+        for name, step in ancestors(own, folder.parent, log):
+            known = drawn.get(name)
+            if known and (known.asked or max((line["step"] for line in known.lines), default=0) >= step):
+                continue
+            parent = folder.with_name(name)
+            drawn[name] = Drawn(
+                name, [line for line in lines_of(parent) if line["step"] <= step], parent_of(parent), False
+            )
+    return sorted(drawn.values(), key=lambda run: (run.asked, run.lines[0]["time"] if run.lines else math.inf))
+
+
+def ancestors(run: Drawn, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]:
+    """Name and last step of each run that led to this one, nearest first, as far as they are there."""
+    seen, parent = {run.name}, run.parent
+    while parent and isinstance(parent.get("run_id"), str) and isinstance(parent.get("step"), int):
+        name = Path(parent["run_id"]).name  # a file of anybody's must not lead elsewhere
+        if name in seen:
+            return
+        if not (runs_dir / name / METRICS).is_file():
+            log(f"{run.name} goes on from {name}, which is not in {shown(runs_dir)}")
+            return
+        seen.add(name)
+        yield name, parent["step"]
+        parent = parent_of(runs_dir / name)
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """The run's lines that have a step and a time."""
+    lines = read_metrics(folder / METRICS)
+    return [line for line in lines if isinstance(line.get("step"), int) and isinstance(line.get("time"), int | float)]
+
+
+def parent_of(folder: Path) -> dict[str, Any] | None:
+    """The checkpoint that the run goes on from, as run.json has it; None if from none, or if that is not known."""
+    try:
+        parent = json.loads((folder / "run.json").read_text(encoding="utf-8"))["parent"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return parent if isinstance(parent, dict) else None
+
+
+def points(run: Drawn, panel: Panel) -> Points:
+    """What a panel shows of a run: (step, figure)."""
+    own = [(line["step"], line.get(panel.figure)) for line in run.lines if line.get("split") == panel.split]
+    return sorted((step, y) for step, y in own if isinstance(y, int | float) and math.isfinite(y))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the terminal.
+
+
+def draw_terminal(runs: list[Drawn]) -> None:
+    """The four charts and a line for each run to stdout: in colour on a terminal, as plain text into a pipe or with NO_COLOR."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    ascii_only = not _can(encoding)
+    coloured = sys.stdout.isatty() and not config.colour_unwanted()
+    letters = ascii_only or (len(runs) > 1 and not coloured)
+    columns = min(WIDEST, max(NARROW, shutil.get_terminal_size().columns))
+    abreast = 2 if columns >= SIDE_BY_SIDE else 1
+    width = (columns - 2) // 2 if abreast == 2 else columns
+    charts = [
+        chart(panel.title, [points(run, panel) for run in runs], columns=width, rows=ROWS, letters=letters, ascii_only=ascii_only,
+              floor=0 if panel.from_zero else None, paint=painted if coloured else None)
+        for panel in PANELS
+    ]  # fmt: skip
+    text = "\n\n".join(beside(charts[at : at + abreast], width) for at in range(0, len(charts), abreast))
+    legend = harmless(summary(runs, letters=letters))
+    if coloured:
+        head, *rest = legend.splitlines()
+        legend = "\n".join([head, *(painted(number, line) for number, line in enumerate(rest))])
+    try:
+        print(f"{text}\n\n{legend}".encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        ignore_stdout()
+
+
+def _can(encoding: str) -> bool:
+    """Whether a stream of this encoding shows what charts are drawn with."""
+    try:
+        "⣿│└─".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def painted(curve: int, text: str) -> str:
+    """`text` in a curve's colour."""
+    return f"\x1b[{COLOURS[curve % len(COLOURS)]}m{text}\x1b[0m"
+
+
+def beside(charts: list[list[str]], width: int) -> str:
+    """Charts of one width side by side."""
+    rows = itertools.zip_longest(*charts, fillvalue=" " * width)
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def summary(runs: list[Drawn], *, letters: bool) -> str:
+    """A table with a line for each run: how far it is, how well it does, and what it goes on from."""
+    head = ("", "run", "step", "loss", "validation", "best", "tokens/s", "goes on from")
+    rows: list[tuple[str, ...]] = [head]
+    for number, run in enumerate(runs):
+        train, validation, _, speed = ([y for _, y in points(run, panel)] for panel in PANELS)
+        middle = f"{sorted(speed)[len(speed) // 2]:.0f}" if speed else ""
+        losses = [f"{ys[-1]:.4f}" if ys else "" for ys in (train, validation)]
+        best = f"{min(validation):.4f}" if validation else ""
+        mark = LETTERS[number % len(LETTERS)] if letters else "*" if run.asked else "."
+        rows.append((mark, run.name, str(last_step(run)), *losses, best, middle, origin(run)))
+    return table(rows)
+
+
+def last_step(run: Drawn) -> int:
+    """The last step that is drawn."""
+    return max((line["step"] for line in run.lines), default=0)
+
+
+def origin(run: Drawn) -> str:
+    """What the run goes on from, in words."""
+    if run.parent is None:
+        return ""
+    return f"{run.parent.get('run_id') or run.parent.get('file')} at step {run.parent.get('step')}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into a file.
+
+
+def check_output(output: Path) -> None:
+    """Raises ConfigError if OUTPUT cannot be drawn into, before anything is read."""
+    if output.suffix.lower() not in DRAWN or output.is_dir() or not output.parent.is_dir():
+        raise ConfigError(
+            [f"OUTPUT={output}: expected a file whose name ends in .png, .svg or .pdf, in a folder that is there"]
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        without = "without OUTPUT the curves are drawn on the terminal"
+        raise ConfigError([f"OUTPUT={output}: drawing into a file needs matplotlib: pip install matplotlib; {without}"])
+
+
+def draw_file(runs: list[Drawn], output: Path) -> None:
+    """The four charts with a legend into `output`, whole or not at all."""
+    from matplotlib.figure import Figure  # draws without a screen, as long as pyplot is left alone
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    for panel, axes in zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True):
+        for number, run in enumerate(runs):
+            xs, ys = [list(values) for values in zip(*points(run, panel), strict=True)] or ([], [])
+            style = {"color": f"C{number}", "linestyle": "-" if run.asked else "--", "label": legend_of(run)}
+            axes.plot(xs, ys, marker="." if panel.split == "validation" else "", linewidth=1, **style)
+        axes.set_title(panel.title, fontsize=10)
+        axes.grid(alpha=0.3)
+        if panel.from_zero:
+            axes.set_ylim(bottom=0)
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("optimizer step", fontsize=9)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def legend_of(run: Drawn) -> str:
+    """The run's name, and what it goes on from."""
+    return f"{run.name} (from {origin(run)})" if run.parent else run.name
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, SETTINGS))
