@@ -218,7 +218,8 @@ class Config:
     mode: str = var("inference", "what scripts/load_checkpoint.py does: generate text, or train on",
         group="Generating", choices=("inference", "resume"))
     checkpoint_path: str = var("latest", "checkpoint to open: a file, a folder, a glob, latest or best of "
-        "CHECKPOINT_DIR", group="Generating", form="path", words=("latest", "best"))
+        "CHECKPOINT_DIR; scripts that look at several take them joined by commas, all of a folder or all that a glob "
+        "matches", group="Generating", form="paths", words=("latest", "best"))
     prompt: str | None = var(None, "text to go on from; not set: the model begins by itself", group="Generating")
     prompt_file: str | None = var(None, "file that holds the prompt; - is the standard input",
         group="Generating", form="path", words=("-",))
@@ -439,7 +440,10 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         row = row | {"learning_rate": ADAMW_LEARNING_RATE}
     defaults = {name: row.get(each.name, each.default) for name, each in VARIABLES.items()}
     for name, each in VARIABLES.items():
-        if each.metadata["form"] in ("path", "source") and defaults[name] not in (None, *each.metadata["words"]):
+        if each.metadata["form"] in ("path", "paths", "source") and defaults[name] not in (
+            None,
+            *each.metadata["words"],
+        ):
             defaults[name] = _path(defaults[name], str(ROOT))
     steps = values.get("TRAINING_STEPS", defaults["TRAINING_STEPS"])
     return defaults | {"WARMUP_STEPS": min(defaults["WARMUP_STEPS"], steps // 10)}
@@ -583,6 +587,16 @@ def _source(text: str, folder: str) -> str:
     return ",".join(part if "://" in part or part == "tinyshakespeare" else _path(part, folder) for part in parts)
 
 
+def _paths(text: str, folder: str) -> str:
+    """Paths joined by commas, made absolute; latest and best among them stay as they are."""
+    if "," not in text or os.path.lexists(_path(text, folder)):  # one path, though it may hold a comma
+        return _path(text, folder)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(text)
+    return ",".join(part.lower() if part.lower() in ("latest", "best") else _path(part, folder) for part in parts)
+
+
 def _hub(text: str, folder: str) -> str:
     """The absolute path of what is a folder or written like one, else the hub name as it is."""
     path = _path(text.strip(), folder)
@@ -608,11 +622,12 @@ def _name(text: str, folder: str) -> str:
 
 
 FORMS: dict[str, Callable[[str, str], Any]] = {
-    **{"path": _path, "source": _source, "hub": _hub, "list": _list, "name": _name},
+    **{"path": _path, "paths": _paths, "source": _source, "hub": _hub, "list": _list, "name": _name},
 }
 PARSERS: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _integer, float: _number, str: str}
 NOUNS: dict[Any, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "text in UTF-8", "path": "a path"},
+    **{"paths": "a path, or several joined by commas"},
     **{"source": "files, folders, globs, an https URL or tinyshakespeare", "hub": "a hub name or a folder"},
     **{"list": 'text, or a JSON list like ["a", "b"]', "name": "up to 40 letters, digits, `_`, `.` and `-`"},
 }

@@ -8,7 +8,7 @@ from ckpt.convert import convert
 from ckpt.keep import best_is_kept, free_space_problem, keep_best, prune, save, why_not_saved
 from ckpt.layouts import LAYOUTS, WRITERS, layout_of
 from ckpt.record import Checkpoint, CheckpointError, printable
-from ckpt.store import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, whole_folder
+from ckpt.store import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
 
 __all__ = [
     "BEST_FOLDER",
@@ -29,6 +29,7 @@ __all__ = [
     "prune",
     "resolve",
     "save",
+    "several",
     "verify",
     "whole_folder",
     "why_not_saved",

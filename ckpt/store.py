@@ -215,7 +215,7 @@ def resolve(wish: str, folder: Path) -> tuple[Path, list[str]]:
             return _choose_by_step(wish, folder)
     if not os.path.exists(path):
         meant = difflib.get_close_matches(path.name, ["latest", "best"], n=1, cutoff=0.7)
-        hint = f" Did you mean {meant[0]}?" if meant else ""
+        hint = f" Did you mean {meant[0]}?" if meant else " Only one can be opened here." if "," in wish else ""
         raise CheckpointError(f"Checkpoint not found: {wish}.{hint} {listing(_nearest(path, folder))}")
     if around := _around(path):
         return around, [f"{path} is a part of {around}, which is taken"]
@@ -256,15 +256,20 @@ def _nearest(path: Path, folder: Path) -> Path:
 
 
 def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None]) -> tuple[Path, list[str]]:
-    try:
-        found = find(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): mend its permissions") from error
+    found = _listed(folder)
     notes = _problems(found)
     chosen = by(found)
     if chosen is None:
         raise CheckpointError(f"No checkpoint can be read in {folder}. " + "; ".join(notes or [listing(folder)]))
     return chosen.path, [*notes, f"taking {chosen.path}"]
+
+
+def _listed(folder: Path) -> list[Found]:
+    """`find`, with a folder that cannot be listed told in one sentence."""
+    try:
+        return find(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): mend its permissions") from error
 
 
 def _problems(found: list[Found], *, limit: int = 3) -> list[str]:
@@ -273,19 +278,52 @@ def _problems(found: list[Found], *, limit: int = 3) -> list[str]:
     return notes if len(notes) <= limit else [*notes[:limit], f"(and {len(notes) - limit} more damaged)"]
 
 
+def _matching(wish: str) -> list[Found]:
+    """Every checkpoint that a glob matches, one by any of its files."""
+    pattern = os.path.expanduser(wish)
+    layouts = {path: layout for name in sorted(glob.glob(pattern)) if (layout := layout_of(path := Path(name)))}
+    homes = {home: layout for path, layout in layouts.items() if (home := layout.home(path))}
+    return [look(home, layout) for home, layout in homes.items()]
+
+
 def _choose_by_step(wish: str, folder: Path) -> tuple[Path, list[str]]:
     """Of what a glob matches, the highest step."""
-    pattern = Path(os.path.expanduser(wish))
-    layouts = {path: layout for name in sorted(glob.glob(str(pattern))) if (layout := layout_of(path := Path(name)))}
-    homes = {home: layout for path, layout in layouts.items() if (home := layout.home(path))}
-    matches = [look(home, layout) for home, layout in homes.items()]
+    matches = _matching(wish)
     notes = _problems(matches)
     readable = [one for one in matches if one.problem is None]
     if not readable:
-        seen = "; ".join(notes or [listing(_nearest(pattern, folder))])
+        seen = "; ".join(notes or [listing(_nearest(Path(os.path.expanduser(wish)), folder))])
         raise CheckpointError(f"Checkpoint not found: nothing matches {wish}. {seen}")
     chosen = max(readable, key=lambda one: (one.step, one.save_order, one.resumable))
     return chosen.path, [*notes, f"{wish} matches {len(matches)}: taking {chosen.path}"]
+
+
+def several(wish: str, folder: Path) -> tuple[list[Path], list[str]]:
+    """The checkpoints that CHECKPOINT_PATH means where many are looked at, each once, and what to tell about the choice.
+
+    `wish` is what `resolve` takes, or several of that joined by commas, in the order given. A glob means all that it matches and a
+    folder of checkpoints all that it holds, oldest save first. Damaged ones among many are skipped with a note. Raises CheckpointError
+    if one that was named is not there, or a folder or glob comes to none.
+    """
+    paths: list[Path] = []
+    notes: list[str] = []
+    for part in [wish] if os.path.lexists(wish) else wish.split(","):
+        found = _all_of(part)
+        readable = [one.path for one in found if one.problem is None]
+        if readable:
+            paths, notes = [*paths, *readable], [*notes, *_problems(found)]
+        else:  # it means one, or there is none, which is told as if one had been meant
+            path, said = resolve(part, folder)
+            paths, notes = [*paths, path], [*notes, *said]
+    return list(dict.fromkeys(paths)), notes
+
+
+def _all_of(wish: str) -> list[Found]:
+    """What a folder of checkpoints holds or a glob matches, oldest save first; nothing if `wish` is neither."""
+    if whole := whole_folder(wish):
+        return _listed(whole)
+    many = glob.has_magic(wish) and not os.path.lexists(os.path.expanduser(wish))
+    return sorted(_matching(wish), key=lambda one: one.save_order) if many else []
 
 
 def listing(folder: Path, *, limit: int = 8) -> str:

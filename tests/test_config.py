@@ -275,6 +275,12 @@ def test_given_paths_start_at_the_current_folder(tmp_path: Path) -> None:
     assert (c.checkpoint_dir, c.runs_dir) == (str(tmp_path / "ckpt"), os.path.abspath("/x/runs"))
     assert (c.prompt_file, c.checkpoint_path) == (os.path.expanduser("~/p"), str(tmp_path / "c" / "*_2*.pt"))
     assert read(tmp_path, CHECKPOINT_PATH="best", INIT_FROM="latest").checkpoint_path == "best"
+    several = read(tmp_path, CHECKPOINT_PATH="c/*.pt, BEST,~/x,").checkpoint_path
+    assert several == f"{tmp_path}/c/*.pt,best,{os.path.expanduser('~/x')}"
+    (tmp_path / "a,b.pt").touch()
+    assert read(tmp_path, CHECKPOINT_PATH="a,b.pt").checkpoint_path == str(tmp_path / "a,b.pt")
+    with pytest.raises(ConfigError, match="CHECKPOINT_PATH=' ,'"):
+        read(tmp_path, CHECKPOINT_PATH=" ,")
 
 
 def test_a_glob_works_below_a_folder_with_brackets(tmp_path: Path) -> None:

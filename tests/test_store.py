@@ -398,3 +398,71 @@ def test_a_folder_that_cannot_be_listed_does_not_stop_a_save():
 def test_a_misspelt_word_is_told(tmp_path):
     with pytest.raises(CheckpointError, match=r"lastest. Did you mean latest\?"):
         ckpt.resolve("lastest", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several: what CHECKPOINT_PATH means where many are looked at
+
+
+def steps_of(wish: str, folder: Path) -> list[int]:
+    """The steps of what `several` answers, in its order."""
+    return [ckpt.load(path).step for path in ckpt.several(wish.format(folder=folder), folder)[0]]
+
+
+@pytest.mark.parametrize(
+    ("wish", "steps"),
+    [
+        ("latest", [20]),
+        ("best,latest", [9500, 20]),
+        ("{folder}", [10000, 9500, 20]),  # as they were saved
+        ("{folder}/*", [10000, 9500, 20]),
+        ("{folder}/*step[12]*", [10000]),
+        ("latest,{folder}/*step9500*,best,{folder}", [20, 9500, 10000]),  # as they were named, each once
+    ],
+)
+def test_every_form_of_a_wish_for_several(wish, steps, folder):
+    assert steps_of(wish, folder) == steps
+
+
+def test_several_files_by_name_and_one_whose_name_holds_a_comma(folder):
+    oldest, _, newest = (one.path for one in ckpt.find(folder))
+    assert ckpt.several(f"{newest},{oldest}", Path("elsewhere")) == ([newest, oldest], [])
+    odd = folder.parent / "a,b.pt"
+    shutil.copy(oldest, odd)
+    assert ckpt.several(str(odd), Path("elsewhere")) == ([odd], [])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_several_files_each_is_one_checkpoint(layout, tmp_path):
+    paths = [save(tmp_path, step, layout=layout) for step in (3, 1)]
+    for wish in (str(tmp_path), f"{paths[0].parent}/*", f"{paths[0]},{paths[1]}"):
+        assert ckpt.several(wish, tmp_path)[0] == paths, wish
+
+
+def test_of_several_the_damaged_are_skipped_with_a_note_and_none_left_is_refused(folder):
+    damaged = ckpt.resolve("latest", folder)[0]
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    for wish in (str(folder), f"{folder}/*"):
+        paths, notes = ckpt.several(wish, folder)
+        assert [ckpt.load(path).step for path in paths] == [10000, 9500]
+        assert len(notes) == 1
+        assert notes[0].startswith(f"skipped: {damaged}: ")
+    for path in folder.glob("*.pt"):
+        path.write_bytes(b"PK\x03\x04")
+    for wish in (str(folder), f"{folder}/*"):
+        with pytest.raises(CheckpointError, match=r"skipped: .*is damaged"):
+            ckpt.several(wish, folder)
+
+
+@pytest.mark.parametrize(("wish", "message", "where"), REFUSED)
+def test_one_of_several_that_is_not_there_is_refused(wish, message, where, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    places = {"folder": folder, "empty": tmp_path / "empty"}
+    with pytest.raises(CheckpointError) as caught:
+        ckpt.several(f"{folder},{wish}".format(**places), Path(where.format(**places)))
+    assert message.format(**places) in str(caught.value)
+
+
+def test_where_one_is_meant_several_are_refused(folder):
+    with pytest.raises(CheckpointError, match="Only one can be opened here"):
+        ckpt.resolve(",".join(str(path) for path in folder.glob("*.pt")), folder)
