@@ -73,6 +73,6 @@ def pooled(answers: list[Answers]) -> list[Answers]:
         if len(same) > 1:
             right = np.concatenate([one.right for one in same])
             together.append(
-                Answers(f"all {len(same)} files", kind, right, np.concatenate(by_length) if by_length else None)
+                Answers(f"all {len(same)} {kind} files", kind, right, np.concatenate(by_length) if by_length else None)
             )
     return together

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.corpus import DataError, Piece
+from data.corpus import Corpus, DataError, Scan
 from data.tokenization import Tokenizer, UnknownCharacters, rechunk
 from data.tokens import CHUNK, cut
 
@@ -15,6 +15,25 @@ Score = Callable[[list[np.ndarray]], list[np.ndarray]]
 
 GROUP = 2**16  # characters that are scored together
 BLOCK, MOST_BLOCKS = 512, 1000  # bytes of the pieces of text on which two models are compared, and how many at most
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is to be predicted: a corpus, from character `start` of it on."""
+
+    corpus: Corpus
+    scan: Scan
+    start: int = 0
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """Equal for equal texts."""
+        return self.scan.sha256, self.start
+
+    def passages(self) -> Iterator[str]:
+        """The documents one by one; one of more than CHUNK characters in parts, cut between words."""
+        pieces = (piece for side, piece in cut(self.corpus.pieces(), self.start) if side)
+        return (text for text, _ in rechunk(pieces, size=CHUNK))
 
 
 @dataclass(frozen=True)
@@ -43,11 +62,6 @@ class Figures:
     def bits_per_byte(self) -> float:
         """Negative log-likelihood in bits per byte of UTF-8: of the three the one that does not depend on the tokenizer."""
         return self.nats / math.log(2) / self.bytes
-
-
-def passages(pieces: Iterable[Piece], *, start: int = 0) -> Iterator[str]:
-    """The documents of `pieces` from character `start` of the whole text on; one of more than CHUNK characters in parts, cut between words."""
-    return (text for text, _ in rechunk((piece for side, piece in cut(pieces, start) if side), size=CHUNK))
 
 
 def opening(tokenizer: Tokenizer) -> np.ndarray:

@@ -64,10 +64,12 @@ def log_likelihoods(
 @torch.inference_mode()
 def _log_probabilities(model: Model, rows: list[np.ndarray]) -> np.ndarray:
     """The log-probabilities (B, T) of each row's ids but the first; behind the end of a shorter row stands nothing of use."""
-    padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for into, ids in zip(padded, rows, strict=True):
-        into[: len(ids)] = ids  # what comes later changes nothing before it, so any padding will do
-    ids = torch.from_numpy(padded).to(next(model.parameters()).device)  # (B, T + 1)
+    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)  # (B, T + 1)
+    for into, row in zip(padded, rows, strict=True):
+        into[: len(row)] = torch.from_numpy(
+            row.astype(np.int64)
+        )  # what comes later changes nothing before it: any padding will do
+    ids = padded.to(next(model.parameters()).device)
     logits: Tensor = model(ids[:, :-1])[0].float()  # (B, T, V)
     chosen = logits.gather(-1, ids[:, 1:, None])[..., 0]  # (B, T)
     return (chosen - logits.logsumexp(-1)).cpu().double().numpy()

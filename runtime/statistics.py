@@ -23,7 +23,9 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     share, z2 = successes / trials, Z95**2
     middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(
+        1.0, max(share, middle + half)
+    )  # rounding must not leave the share outside
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -35,8 +35,8 @@ from ckpt.record import VERSION
 from config import Config, ConfigError
 from data.answers import Answers, answer, pooled
 from data.choices import Benchmark, read_benchmark
-from data.corpus import Corpus, DataError, Scan, open_corpus
-from data.passages import BLOCK, Figures, measure, passages
+from data.corpus import DataError, open_corpus
+from data.passages import BLOCK, Figures, Text, measure
 from data.tokenization import UnknownCharacters
 from data.tokens import split_at
 from models.scoring import log_likelihoods
@@ -46,20 +46,6 @@ from runtime import device as machine
 from runtime.progress import QUIET_SECONDS, Log, shown, table, tell
 from runtime.statistics import FEWEST, mcnemar, paired, wilson
 from training import guarded
-
-
-@dataclass(frozen=True)
-class Text:
-    """What loss is measured on: a corpus from one of its characters on."""
-
-    corpus: Corpus
-    scan: Scan
-    start: int
-
-    @property
-    def identity(self) -> tuple[str, int]:
-        """Two texts that share it are the same."""
-        return self.scan.sha256, self.start
 
 
 @dataclass(frozen=True)
@@ -99,8 +85,9 @@ def main(settings: Config, log: Log) -> int:
     compared = [row for other in done[1:] for row in differences(done[0], other, log)]
     tell("\n\n".join(tables(done, compared)))
     if settings.output:
-        how = {"device": device.type, "dtype": dtype, "eval_stride": settings.eval_stride, "milepost": VERSION}
-        write_json(Path(settings.output), how | as_json(done, compared), log)
+        how = {"milepost": VERSION, "device": device.type, "dtype": dtype, "eval_stride": settings.eval_stride}
+        figures = {"checkpoints": [as_json(one) for one in done], "comparisons": compared}
+        write_json(Path(settings.output), how | figures, log)
     return 0
 
 
@@ -109,14 +96,11 @@ def check(settings: Config, log: Log) -> None:
     problems = []
     if settings.eval_type != "standard" and settings.benchmark_data is None:
         problems.append(f"EVAL_TYPE={settings.eval_type} answers questions: set BENCHMARK_DATA to their files")
-    if settings.output is not None and not settings.output.endswith(".json"):
-        problems.append(
-            f"OUTPUT={settings.output}: the figures are written as JSON; give the file a name that ends in .json"
-        )
-    elif settings.output is not None and not (
-        os.path.isdir(folder := os.path.dirname(settings.output)) and os.access(folder, os.W_OK)
-    ):
-        problems.append(f"OUTPUT={settings.output}: {folder} is no folder that can be written to; name a file in one")
+    output = Path(settings.output or "figures.json")
+    if output.suffix != ".json" or output.is_dir():
+        problems.append(f"OUTPUT={output}: the figures are written as JSON; name a file that ends in .json")
+    elif settings.output and not os.access(output.parent, os.W_OK):
+        problems.append(f"OUTPUT={output}: nothing can be written to {output.parent}; name a folder that is there")
     if problems:
         raise ConfigError(problems)
     if settings.eval_type == "standard" and settings.benchmark_data is not None:
@@ -138,19 +122,16 @@ def text_of(record: Checkpoint, settings: Config, log: Log) -> Text:
     if settings.eval_data is not None:
         return Text(*scan_source(settings.eval_data, log), start=0)
     name, fraction = shown(record.path or ""), record.data.get("validation_fraction")
-    if "sha256" not in record.data or not fraction:
+    if not fraction:
         reason = (
-            "was trained without validation text"
-            if "sha256" in record.data
-            else "does not say what text it was trained on"
+            "does not say what text it was trained on" if fraction is None else "was trained without validation text"
         )
         raise DataError(f"{name} {reason}: set EVAL_DATA to the text to measure it on")
     source = config.from_saved(settings, saved_settings(record)).training_data_source
     corpus, scanned = scan_source(source, log)
-    if scanned.sha256 != record.data["sha256"]:
-        raise DataError(
-            f"{shown(source)} is not the text that {name} was trained on: set EVAL_DATA, or TRAINING_DATA_SOURCE to that text"
-        )
+    if scanned.sha256 != record.data.get("sha256"):
+        remedy = "set EVAL_DATA, or TRAINING_DATA_SOURCE to that text"
+        raise DataError(f"{shown(source)} is not the text that {name} was trained on: {remedy}")
     return Text(corpus, scanned, start=split_at(scanned.characters, fraction))
 
 
@@ -188,25 +169,20 @@ def evaluated(
     """Every figure of one checkpoint; raises CheckpointError if its model gives none."""
     model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
     context = model.settings.block_size
-    if text and settings.eval_stride > context:
-        log(
-            f"EVAL_STRIDE={settings.eval_stride} is more than the {context} tokens of {record.path}: its windows lie side by side"
-        )
-    stride = min(settings.eval_stride, context) or context
+    name, stride = shown(record.path or ""), min(settings.eval_stride, context) or context
+    if stride < settings.eval_stride:
+        log(f"{name} reads {context} tokens at once, fewer than EVAL_STRIDE: its windows lie side by side")
 
     def score(sequences: list[np.ndarray]) -> list[np.ndarray]:
         found = log_likelihoods(model, sequences, batch_size=settings.batch_size, stride=stride)
         if not all(np.isfinite(one).all() for one in found):
-            raise CheckpointError(
-                f"{record.path}: its model gives no finite probabilities: its weights are damaged, or its training diverged"
-            )
+            problem = "its model gives no finite probabilities: its weights are damaged, or its training diverged"
+            raise CheckpointError(f"{record.path}: {problem}")
         return found
 
-    name = shown(record.path or "")
     figures = None
     if text:
-        say = heard(log, name, text.scan.characters - text.start)
-        figures = measure(passages(text.corpus.pieces(), start=text.start), tokenizer, score, say)
+        figures = measure(text.passages(), tokenizer, score, heard(log, name, text.scan.characters - text.start))
     answers = [
         answer(one, tokenizer, score, heard(log, f"{name}: {one.name}", len(one.items)), context=context)
         for one in benchmarks
@@ -237,31 +213,24 @@ def differences(one: Evaluation, other: Evaluation, log: Log) -> list[dict[str, 
     pair = {"checkpoint": other.name, "compared_with": one.name}
     rows: list[dict[str, Any]] = []
     if one.figures and other.figures and one.text and other.text:
+        mine, its = one.figures.blocks, other.figures.blocks
         if one.text.identity != other.text.identity:
             log(f"{other.name} was measured on other text than {one.name}, so they are not compared: set EVAL_DATA")
-        elif found := paired(other.figures.blocks - one.figures.blocks):
-            pieces = {"pieces": len(one.figures.blocks)}
-            rows.append(
-                pair
-                | {
-                    "figure": "bits per byte",
-                    "difference": found.mean,
-                    "interval": [found.low, found.high],
-                    "p": found.p,
-                }
-                | pieces
-            )
+        elif found := paired(its - mine):
+            values = {
+                "figure": "bits per byte",
+                "difference": found.mean,
+                "interval": [found.low, found.high],
+                "p": found.p,
+            }
+            rows.append(pair | values | {"pieces": len(mine)})
         else:
-            log(
-                f"the text is too short to tell whether {other.name} differs from {one.name}: it needs {FEWEST} pieces of {BLOCK} bytes"
-            )
-    for mine, its in zip(one.answers, other.answers, strict=True):
-        only = int((its.right & ~mine.right).sum()), int((mine.right & ~its.right).sum())
-        counts = {"only_it_right": only[0], "only_the_other_right": only[1], "p": mcnemar(*only)}
+            log(f"the text is too short to compare {other.name} with {one.name}: it needs {FEWEST * BLOCK:,} bytes")
+    for ours, theirs in zip(one.answers, other.answers, strict=True):
+        only_it, only_other = (int((a & ~b).sum()) for a, b in ((theirs.right, ours.right), (ours.right, theirs.right)))
+        values = {"figure": f"accuracy on {theirs.name}", "difference": (only_it - only_other) / len(ours.right)}
         rows.append(
-            pair
-            | {"figure": f"accuracy on {its.name}", "difference": float(its.right.mean() - mine.right.mean())}
-            | counts
+            pair | values | {"only_it": only_it, "only_the_other": only_other, "p": mcnemar(only_it, only_other)}
         )
     return rows
 
@@ -273,7 +242,8 @@ def differences(one: Evaluation, other: Evaluation, log: Log) -> list[dict[str, 
 def summary(one: Evaluation) -> list[str]:
     """Its main figures in a few words."""
     figures = [f"loss {one.figures.loss:.4f}, {one.figures.bits_per_byte:.4f} bits per byte"] if one.figures else []
-    return figures + [f"{each.name} {each.right.mean():.1%}" for each in one.answers]
+    last = {each.format: each for each in one.answers}.values()  # of several files of a format, all together
+    return figures + [f"{each.name} {each.right.mean():.1%}" for each in last]
 
 
 def tables(done: list[Evaluation], compared: list[dict[str, Any]]) -> list[str]:
@@ -284,61 +254,69 @@ def tables(done: list[Evaluation], compared: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     answers = [
         (each.name, each.format, f"{len(each.right):,}", one.name, *share(each.right), *share(each.right_by_length))
-        for row in zip(*(one.answers for one in done), strict=True)
+        for row in zip(*[one.answers for one in done], strict=True)
         for one, each in zip(done, row, strict=True)
     ]
-    differ = [
-        (row["checkpoint"], row["figure"], f"{row['difference']:+.4f}", evidence(row), f"{row['p']:.2g}")
-        for row in compared
-    ]
+    differ = [(row["checkpoint"], row["figure"], *evidence(row), f"{row['p']:.2g}") for row in compared]
     heads = (
         ("checkpoint", "step", "loss", "perplexity", "bits/byte", "tokens", "bytes"),
         ("benchmark", "format", "items", "checkpoint", "accuracy", "95 % interval", "by length", "95 % interval"),
-        (f"against {done[0].name}", "", "difference", "95 % interval", "p"),
+        (f"compared with {done[0].name}", "", "difference", "rests on", "p"),
     )
-    return [table([head, *rows]) for head, rows in zip(heads, (figures, answers, differ), strict=True) if rows]
+    texts = "\n".join(dict.fromkeys(where(one.text) for one in done if one.text))
+    shown_ones = [table([head, *rows]) for head, rows in zip(heads, (figures, answers, differ), strict=True) if rows]
+    return [texts, *shown_ones] if texts else shown_ones
+
+
+def where(text: Text) -> str:
+    """Which text it is."""
+    part = f" from character {text.start:,} on" if text.start else ""
+    return f"measured on {shown(text.corpus.source)}{part} (sha256 {text.scan.sha256[:12]})"
 
 
 def share(right: np.ndarray | None) -> tuple[str, str]:
-    """Of the items the share that is right, and its interval."""
+    """The share of items that are right, and its interval."""
     if right is None:
         return "", ""
     low, high = wilson(int(right.sum()), len(right))
     return f"{right.mean():.1%}", f"{low:.1%} to {high:.1%}"
 
 
-def evidence(row: dict[str, Any]) -> str:
-    """What a difference rests on."""
+def evidence(row: dict[str, Any]) -> tuple[str, str]:
+    """A difference, and the interval or the items that it rests on."""
     if "interval" in row:
-        return "{:+.4f} to {:+.4f}".format(*row["interval"])
-    return f"{row['only_it_right']} items to {row['only_the_other_right']}"
+        return f"{row['difference']:+.4f}", "{:+.4f} to {:+.4f} (95 %)".format(*row["interval"])
+    return (
+        f"{row['difference']:+.1%}",
+        f"{row['only_it']} items only it has right, {row['only_the_other']} only the other",
+    )
 
 
-def as_json(done: list[Evaluation], compared: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything measured, as JSON values."""
-    return {"checkpoints": [one_as_json(one) for one in done], "comparisons": compared}
-
-
-def one_as_json(one: Evaluation) -> dict[str, Any]:
-    """Everything measured of one checkpoint."""
-    record, figures = one.record, one.figures
-    values: dict[str, Any] = {
-        "path": str(record.path),
-        "run_id": record.run_id,
-        "save_id": record.save_id,
-        "step": record.step,
-    }
-    if figures and one.text:
+def as_json(one: Evaluation) -> dict[str, Any]:
+    """Everything measured of one checkpoint, as JSON values."""
+    values: dict[str, Any] = {name: getattr(one.record, name) for name in ("model_type", "step", "run_id", "save_id")}
+    values = {"path": str(one.record.path)} | values
+    if one.figures and one.text:
+        names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
+        values["standard"] = {name: getattr(one.figures, name) for name in names}
+        if not math.isfinite(one.figures.perplexity):
+            values["standard"]["perplexity"] = None  # JSON has no infinity
         text = {"source": one.text.corpus.source, "sha256": one.text.scan.sha256, "first_character": one.text.start}
-        finite = figures.perplexity if math.isfinite(figures.perplexity) else None
-        values["standard"] = {"loss": figures.loss, "perplexity": finite, "bits_per_byte": figures.bits_per_byte, "tokens": figures.tokens, "bytes": figures.bytes, "text": text}  # fmt: skip
+        values["standard"]["text"] = text
     values["benchmarks"] = [
         {"name": each.name, "format": each.format, "items": len(each.right)}
-        | {f"{name}{key}": value for name, right in (("accuracy", each.right), ("accuracy_by_length", each.right_by_length)) if right is not None
-           for key, value in (("", float(right.mean())), ("_interval", wilson(int(right.sum()), len(right))))}
+        | share_as_json("accuracy", each.right)
+        | share_as_json("accuracy_by_length", each.right_by_length)
         for each in one.answers
-    ]  # fmt: skip
+    ]
     return values
+
+
+def share_as_json(name: str, right: np.ndarray | None) -> dict[str, Any]:
+    """The share of items that are right, and its 95 % interval; nothing if there is none."""
+    if right is None:
+        return {}
+    return {name: float(right.mean()), f"{name}_interval": wilson(int(right.sum()), len(right))}
 
 
 def write_json(path: Path, values: dict[str, Any], log: Log) -> None:
