@@ -89,7 +89,7 @@ def measure(texts: Iterable[str], tokenizer: Tokenizer, score: Score, add: Calla
         add(sum(map(len, group)))
     tokens, counted = np.concatenate(nats), np.concatenate(lengths)
     if not counted.sum():
-        raise DataError("the text to measure is too short: it has no token that others precede")
+        raise DataError("the text to measure is too short: it has no token that another precedes; set EVAL_DATA to more of it")
     blocks = max(1, min(MOST_BLOCKS, size // BLOCK))
     bits = per_block(tokens, counted, blocks) / math.log(2) / (counted.sum() / blocks)
     return Figures(nats=float(tokens.sum()), tokens=len(tokens), bytes=int(counted.sum()), blocks=bits)
