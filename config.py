@@ -270,13 +270,22 @@ class Config:
     resume_learning_rate: float | Literal["keep"] = var(3e-4, "peak learning rate of the added steps; keep = the "
         "saved schedule", group="Going on", words=("keep",), above=0)
 
+    eval_type: str = var("standard", "what scripts/evaluate_checkpoint.py measures: standard is loss, perplexity and bits "
+        "per byte on EVAL_DATA, benchmark the accuracy on BENCHMARK_DATA", group="Evaluating", choices=("standard", "benchmark", "both"))
+    eval_data: str | None = var(None, "text to evaluate on, named as TRAINING_DATA_SOURCE is; not set: what each checkpoint's "
+        "own text keeps for validation", group="Evaluating", form="source")
+    eval_stride: int = var(0, "tokens that a window of the evaluated text lies behind the one before; 0 = a whole window; "
+        "fewer give each token more context and take longer", group="Evaluating", minimum=0)
+    benchmark_data: str | None = var(None, "files of questions to answer (.jsonl .csv): HellaSwag, minimal pairs as "
+        "BLiMP's, story cloze", group="Evaluating", form="source")
+
     compare_with: str | None = var(None, "checkpoint that scripts/inspect_checkpoint.py compares CHECKPOINT_PATH with",
         group="Looking after", form="path", words=("latest", "best"))
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the checkpoint before and compares every "
         "byte", group="Looking after")
     output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the one "
         "checkpoint; a whole folder needs it. File that scripts/plot_run.py (.png .svg .pdf) and "
-        "scripts/compare_samples.py (.json .md) write; not set: to the terminal", group="Looking after", form="path")
+        "scripts/compare_samples.py (.json .md) write; not set: to the terminal. File (.json) of scripts/evaluate_checkpoint.py's figures", group="Looking after", form="path")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only says what it would do", group="Looking after")
     # fmt: on
 

@@ -49,7 +49,7 @@ class Corpus:
     def pieces(self) -> Iterator[Piece]:
         """All text in order, as pieces; DataError where a file cannot be read, naming file and position."""
         for path in self.paths:
-            yield from READERS[_suffix(path.name)](path)
+            yield from READERS[suffix_of(path.name)](path)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _blocks(path: Path) -> Iterator[str]:
                 yield text
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
     """The lines of a file with their ends, split at line feeds only."""
     position = 0
     with _opened(path) as file:
@@ -195,7 +195,7 @@ def _read_text(path: Path) -> Iterator[Piece]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Piece]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             yield from _slices(_json_text(line, where=f"{path} line {number}"))
 
@@ -220,7 +220,7 @@ def _json_text(line: str, *, where: str) -> str:
 
 def _read_csv(path: Path) -> Iterator[Piece]:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents past 128 KB
-    rows = csv.reader(_lines(path), strict=True)
+    rows = csv.reader(lines_of(path), strict=True)
     try:
         header = [name.strip() for name in next(rows, [])]
         if "text" not in header:
@@ -252,7 +252,7 @@ SUPPORTED = f"{', '.join(READERS)}, each also with .gz"
 # Finding files
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
     """The suffix that says how to read a file of this name, in lower case and without `.gz`."""
     return os.path.splitext(name.lower().removesuffix(".gz"))[1]
 
@@ -261,7 +261,7 @@ def _stem(part: str) -> str:
     """A part of a source as [a-z0-9_]: the file's name without suffix, else the folder's."""
     path = Path(re.split("[?#]", part)[0] if "://" in part else os.path.abspath(os.path.expanduser(part)))
     base = path.name.lower().removesuffix(".gz")
-    base = os.path.splitext(base)[0] if _suffix(base) in READERS else base
+    base = os.path.splitext(base)[0] if suffix_of(base) in READERS else base
     words = (re.sub(r"[^a-z0-9]+", "_", word.lower()).strip("_") for word in (base, path.parent.name))
     return next(filter(None, words), "text")
 
@@ -277,7 +277,7 @@ def _local(part: str) -> list[Path]:
     if os.path.isdir(given):
         return _in_folder(Path(given))
     if os.path.isfile(given):
-        if _suffix(given) not in READERS:
+        if suffix_of(given) not in READERS:
             raise DataError(f"{part}: files of this kind are not read: expected {SUPPORTED}")
         return [Path(given)]
     if os.path.exists(given):
@@ -288,7 +288,7 @@ def _local(part: str) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and _suffix(path.name) in READERS]
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and suffix_of(path.name) in READERS]
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not found:
         raise DataError(f"{folder} has no file to read: expected {SUPPORTED}; {_nearest(str(folder / '*'))}")
@@ -297,7 +297,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _matching(pattern: str) -> list[Path]:
     matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
-    found = [path for path in matches if _suffix(path.name) in READERS]
+    found = [path for path in matches if suffix_of(path.name) in READERS]
     if not found and matches:
         raise DataError(f"{pattern}: no matching file is of a kind that is read: expected {SUPPORTED}")
     if not found:
@@ -364,7 +364,7 @@ def _download_name(url: str) -> str:
     if scheme.lower() != "https":
         raise DataError(f"{url}: only https is fetched: write https:// or download the file and name it")
     name = re.split("[?#]", path)[0].rsplit("/", 1)[-1]
-    if _suffix(name) not in READERS:
+    if suffix_of(name) not in READERS:
         raise DataError(f"{url}: files of this kind are not read: expected {SUPPORTED}")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[-80:]
     return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{safe}"

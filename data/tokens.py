@@ -61,13 +61,18 @@ def prepare(
     folder = cache_dir / _key(scan, tokenizer, validation_fraction)
     found = _open(folder, dtype)
     if found is None:
-        at = int(scan.characters * (1 - Fraction(str(validation_fraction))))  # exact where floats are not
+        at = split_at(scan.characters, validation_fraction)
         pieces = _checked(corpus, scan, Progress(say, "tokenizing"))
         try:
-            found = _build(folder, _cut(pieces, at), tokenizer=tokenizer, dtype=dtype)
+            found = _build(folder, cut(pieces, at), tokenizer=tokenizer, dtype=dtype)
         except OSError as error:
             raise DataError(f"the token files in {cache_dir} cannot be written: {error}") from error
     return found
+
+
+def split_at(characters: int, validation_fraction: float) -> int:
+    """The character of a text with which its validation part begins."""
+    return int(characters * (1 - Fraction(str(validation_fraction))))  # exact where floats are not
 
 
 def _key(scan: Scan, tokenizer: Tokenizer, validation_fraction: float) -> str:
@@ -85,7 +90,7 @@ def _checked(corpus: Corpus, scan: Scan, progress: Progress) -> Iterator[Piece]:
         raise DataError(f"{corpus.source} changed while it was read: start again")
 
 
-def _cut(pieces: Iterable[Piece], at: int) -> Iterator[tuple[int, Piece]]:
+def cut(pieces: Iterable[Piece], at: int) -> Iterator[tuple[int, Piece]]:
     """Pieces with the side they are on: 0 before character `at` of the text, 1 from there."""
     position = 0
     for text, ends in pieces:

@@ -11,13 +11,14 @@ from script import NOTHING_OF_TRAINING
 
 import ckpt
 
-NAMES = ("list", "inspect", "verify", "convert", "prune")
+NAMES = ("list", "inspect", "verify", "convert", "prune", "evaluate")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two checkpoints, and a text."""
     folder = tmp_path_factory.mktemp("scripts")
+    (folder / "text.txt").write_text("abcd" * 9, encoding="utf-8")
     (folder / "checkpoints").mkdir()
     for step in (1, 2):
         ckpt.save(record(step), folder / "checkpoints")
@@ -44,6 +45,7 @@ MORE = {
     "verify_checkpoint": {},
     "convert_checkpoint": {"CHECKPOINT_LAYOUT": "directory", "OUTPUT": "new"},
     "prune_checkpoints": {"CHECKPOINT_KEEP_LAST": "1"},
+    "evaluate_checkpoint": {"EVAL_DATA": "text.txt", "OUTPUT": "figures.json"},
 }
 
 

@@ -1,0 +1,165 @@
+"""Benchmarks from files: of several texts the right one. HellaSwag, BLiMP and story cloze become one form."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.corpus import DataError, lines_of, suffix_of
+
+Row = Mapping[str, Any]  # its names in lower case without underscores, as the published files do not agree on them
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: which of `choices` goes on from `context`, a space between them; without context each choice is a whole text."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int  # which choice is right, from 0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The items of one file, all of one format."""
+
+    path: Path
+    format: str
+    items: tuple[Item, ...]
+
+    @property
+    def name(self) -> str:
+        """The file's name without suffixes."""
+        return self.path.name.split(".")[0]
+
+    @property
+    def alphabet(self) -> str:
+        """The different characters of all its texts, sorted."""
+        texts = {char for item in self.items for text in (" ", item.context, *item.choices) for char in text}
+        return "".join(sorted(texts))
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """The benchmark of a .jsonl or .csv file, also with .gz; DataError naming the line where something is not of a known format."""
+    if suffix_of(path.name) not in ROWS:
+        raise DataError(f"{path}: benchmarks are read from {' and '.join(ROWS)}, each also with .gz")
+    items, formats = [], set()
+    for where, values in ROWS[suffix_of(path.name)](path):
+        row = {name.strip().lower().replace("_", ""): value for name, value in values.items() if isinstance(name, str)}
+        kind = _format_of(row, where)
+        formats.add(kind)
+        if len(formats) > 1:
+            raise DataError(
+                f"{where} is of format {kind}, the lines before are not: put each format into a file of its own"
+            )
+        items.append(FORMATS[kind][1](row, where))
+    if not items:
+        raise DataError(f"{path} holds no item: expected one a line")
+    return Benchmark(path=path, format=formats.pop(), items=tuple(items))
+
+
+def _format_of(row: Row, where: str) -> str:
+    for kind, (names, _) in FORMATS.items():
+        if all(name in row for name in names):
+            return kind
+    expected = "; ".join(f"{kind} has {', '.join(names)}" for kind, (names, _) in FORMATS.items())
+    raise DataError(f"{where} has {', '.join(list(row)[:10]) or 'nothing'}, which is no known format: {expected}")
+
+
+# Rows of a file, each with its place
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(lines_of(path), 1):
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not valid JSON ({error}): expected one object a line") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: expected an object, found a {type(values).__name__}")
+        yield where, values
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    rows = csv.DictReader(lines_of(path), strict=True)
+    try:
+        for values in rows:
+            yield f"{path} line {rows.line_num}", values
+    except csv.Error as error:
+        raise DataError(f"{path} line {rows.line_num} is not valid CSV: {error}") from None
+
+
+ROWS: dict[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {".jsonl": _json_rows, ".csv": _csv_rows}
+
+
+# One row of each format
+
+
+def _text(row: Row, name: str, where: str) -> str:
+    value = row[name]
+    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+        raise DataError(f"{where}: {name} is {value!r:.60}: expected text")
+    return value.strip()
+
+
+def _answer(row: Row, name: str, where: str, *, first: int, count: int) -> int:
+    """Which one is right, counted from 0; in the file from `first`, as a number or its digits."""
+    value = row[name]
+    digits = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch("[0-9]", digits) or not 0 <= int(digits) - first < count:
+        raise DataError(
+            f"{where}: {name} is {value!r:.60}: expected {first} to {first + count - 1} (a test split may come without answers)"
+        )
+    return int(digits) - first
+
+
+def _hellaswag(row: Row, where: str) -> Item:
+    """As lm-evaluation-harness 0.4 asks it (lm_eval/tasks/hellaswag): the activity, a colon, the context; one whose parts are not there, by `ctx`."""
+    endings = row["endings"]
+    if not isinstance(endings, list) or not 2 <= len(endings) <= 10:
+        raise DataError(f"{where}: endings is {endings!r:.60}: expected a list of 2 to 10 texts")
+    if {"activitylabel", "ctxa", "ctxb"} <= row.keys():
+        first, second = (str(row[name] or "") for name in ("ctxa", "ctxb"))
+        context = f"{row['activitylabel']}: {first} {second.capitalize()}"
+    elif "ctx" in row:
+        context = _text(row, "ctx", where)
+    else:
+        raise DataError(f"{where} has no ctx: expected the text that the endings go on from")
+    choices = tuple(_cleaned(_text({"ending": each}, "ending", where)) for each in endings)
+    answer = _answer(row, "label", where, first=0, count=len(choices))
+    return Item(context=_cleaned(context), choices=choices, answer=answer)
+
+
+def _cleaned(text: str) -> str:
+    """A HellaSwag text without the marks that WikiHow's headings left in brackets."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def _minimal_pair(row: Row, where: str) -> Item:
+    pair = _text(row, "sentencegood", where), _text(row, "sentencebad", where)
+    return Item(context="", choices=pair, answer=0)
+
+
+def _story(row: Row, where: str) -> Item:
+    """Four sentences and two endings (Mostafazadeh et al. 2016, "A corpus and cloze evaluation for deeper understanding of commonsense stories")."""
+    names = next((pair for pair in QUIZZES if set(pair) <= row.keys()), None)
+    if names is None:
+        raise DataError(f"{where} has no endings: expected {' or '.join(', '.join(pair) for pair in QUIZZES)}")
+    context = " ".join(_text(row, name, where) for name in SENTENCES)
+    choices = tuple(_text(row, name, where) for name in names)
+    return Item(context=context, choices=choices, answer=_answer(row, "answerrightending", where, first=1, count=2))
+
+
+SENTENCES = tuple(f"inputsentence{number}" for number in (1, 2, 3, 4))
+QUIZZES = tuple((f"{word}1", f"{word}2") for word in ("randomfifthsentencequiz", "sentencequiz"))
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], Item]]] = {
+    "hellaswag": (("endings", "label"), _hellaswag),
+    "blimp": (("sentencegood", "sentencebad"), _minimal_pair),
+    "storycloze": ((*SENTENCES, "answerrightending"), _story),
+}
