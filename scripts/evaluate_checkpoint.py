@@ -30,7 +30,7 @@ import torch
 
 import ckpt
 from ckpt import Checkpoint, CheckpointError
-from ckpt.rebuild import build_model, build_tokenizer
+from ckpt.rebuild import build_model, build_tokenizer, merged
 from ckpt.record import VERSION
 from config import Config, ConfigError
 from data.answers import Answers, answer, pooled
@@ -41,7 +41,7 @@ from data.tokenization import UnknownCharacters
 from data.tokens import split_at
 from models.scoring import log_likelihoods
 from resume import saved_settings
-from run import DATA_FOLDER, scan_source, with_tokenizer
+from run import DATA_FOLDER, scan_source, with_its_base, with_tokenizer
 from runtime import device as machine
 from runtime.progress import QUIET_SECONDS, Log, shown, table, tell
 from runtime.statistics import FEWEST, mcnemar, paired, wilson
@@ -111,7 +111,8 @@ def check(settings: Config, log: Log) -> None:
 
 def opened(path: Path, settings: Config, log: Log) -> Checkpoint:
     """The checkpoint at `path` with its tokenizer, without the optimizer."""
-    record = with_tokenizer(ckpt.load(path, optimizer=False), settings, log)
+    record = with_its_base(ckpt.load(path, optimizer=False), settings, log)
+    record = merged(with_tokenizer(record, settings, log))
     for note in record.notes:
         log(note)
     return record
