@@ -249,16 +249,18 @@ def summary(one: Evaluation) -> list[str]:
 
 def tables(done: list[Evaluation], compared: list[dict[str, Any]]) -> list[str]:
     """Figures, answers and comparisons, those that there are."""
-    figures = [
+    figures: list[tuple[str, ...]] = [
         (one.name, str(one.record.step), f"{it.loss:.4f}", f"{it.perplexity:.4g}", f"{it.bits_per_byte:.4f}", f"{it.tokens:,}", f"{it.bytes:,}")
         for one in done if (it := one.figures)
     ]  # fmt: skip
-    answers = [
+    answers: list[tuple[str, ...]] = [
         (each.name, each.format, f"{len(each.right):,}", one.name, *share(each.right), *share(each.right_by_length))
         for row in zip(*[one.answers for one in done], strict=True)
         for one, each in zip(done, row, strict=True)
     ]
-    differ = [(row["checkpoint"], row["figure"], *evidence(row), f"{row['p']:.2g}") for row in compared]
+    differ: list[tuple[str, ...]] = [
+        (row["checkpoint"], row["figure"], *evidence(row), f"{row['p']:.2g}") for row in compared
+    ]
     heads = (
         ("checkpoint", "step", "loss", "perplexity", "bits/byte", "tokens", "bytes"),
         ("benchmark", "format", "items", "checkpoint", "accuracy", "95 % interval", "by length", "95 % interval"),
