@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check soak bench bench-long clean
+# make test-exchange: against the programs that we exchange with. make test-llama: in llama.cpp, which is built from source.
+.PHONY: train test test-exchange test-llama check soak bench bench-long clean
 
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
 
 test: check
 	$(BIN)/python -m pytest -q -m "not soak"
+
+test-exchange: $(VENV)/.exchange
+	$(BIN)/python -m pytest -q tests/exchange
+
+test-llama: $(VENV)/.llama
+	$(BIN)/python -m pytest -q tests/llama
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -37,4 +44,12 @@ $(VENV)/.runtime: requirements.txt
 $(VENV)/.dev: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.exchange: $(VENV)/.dev requirements-exchange.txt
+	$(BIN)/python -m pip install --quiet -r requirements-exchange.txt
+	touch $@
+
+$(VENV)/.llama: $(VENV)/.exchange requirements-llama.txt
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --quiet -r requirements-llama.txt
 	touch $@

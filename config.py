@@ -61,6 +61,7 @@ DEFAULTS_BY_MODEL: dict[str, dict[str, Any]] = {
 LORA_DEFAULTS = {"learning_rate": 5e-4, "optimizer": "adamw"}  # ten times what all weights bear (Schulman et al. 2025, "LoRA without regret")
 ADAMW_RATE, ITS_WIDTH = 3e-3, 128  # a gpt2's from random weights; wider ones bear less, as 1 / N_EMBD (Yang et al. 2022, arXiv 2203.03466)
 MUON_PAYS = 10  # tokens a step for each of N_EMBD, below which orthogonalizing takes longer than it saves steps
+LAYOUTS = ("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface")
 BY_MODEL = DEFAULTS_BY_MODEL["bigram"]
 
 # Variables of others that an env file may hold: they go to the process environment before torch is imported.
@@ -215,7 +216,7 @@ class Config:
         group="Checkpoints", scope="habit", minimum=0)
     checkpoint_dir: str = var("checkpoints", "folder of the checkpoints", group="Checkpoints", form="path")
     checkpoint_layout: str = var("unified", "how a checkpoint is laid out on disk; a resume keeps the layout it came from",
-        group="Checkpoints", choices=("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface"))
+        group="Checkpoints", choices=LAYOUTS)
     checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes (half with muon), but it cannot go on exactly",
         group="Checkpoints", scope="habit")
     checkpoint_prefix: str = var("checkpoint", "how the names of checkpoints begin", group="Checkpoints", scope="habit",
@@ -283,8 +284,13 @@ class Config:
         group="Looking after", form="path", words=("latest", "best"))
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the checkpoint before and compares every "
         "byte", group="Looking after")
+    convert_to: str | None = var(None, "what scripts/convert_checkpoint.py writes: a layout of checkpoints, or what another "
+        "program opens and no run goes on from; not set: CHECKPOINT_LAYOUT", group="Looking after",
+        choices=(*LAYOUTS, "gguf", "nanogpt", "peft"))
+    gguf_type: str = var("f16", "number format of the matrices that CONVERT_TO=gguf writes; q8_0 is half of f16, and "
+        "nearly as good", group="Looking after", choices=("f32", "f16", "q8_0"))
     output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the one "
-        "checkpoint; a whole folder needs it. File that scripts/plot_run.py (.png .svg .pdf) and "
+        "checkpoint, or exports/ for what is none; a whole folder needs it. File that scripts/plot_run.py (.png .svg .pdf) and "
         "scripts/compare_samples.py (.json .md) write; not set: to the terminal. File (.json) of scripts/evaluate_checkpoint.py's figures", group="Looking after", form="path")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only says what it would do", group="Looking after")
     # fmt: on

@@ -128,13 +128,16 @@ def fresh(settings: Config, log: Log) -> Run:
         settings = shaped_like(weights, settings)
     text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(weights) if weights else None)
     torch.manual_seed(settings.seed)
+    base = None
     if weights:
+        base = weights.base or (identity(weights, settings) if adapters(settings) else None)
         model = build_model(
             weights,
             device=device,
             block_size=settings.block_size,
             dropout=settings.dropout,
             adapters=adapters(settings),
+            take=True,
         )
     else:
         model = new_model(settings, vocab_size=tokenizer.vocab_size).to(device)
@@ -143,8 +146,7 @@ def fresh(settings: Config, log: Log) -> Run:
         settings, log, model=model, text=text, tokenizer=tokenizer, schedule=planned(settings), run_id=run_id
     )
     if weights:
-        run.parent = lineage(weights, {})
-        run.base = weights.base or (identity(weights, settings) if adapters(settings) else None)
+        run.parent, run.base = lineage(weights, {}), base
     return run
 
 

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from ckpt import archive
-from ckpt.convert import convert
+from ckpt.convert import convert, export
+from ckpt.exports import EXPORTS, exporter
 from ckpt.keep import best_is_kept, free_space_problem, keep_best, prune, save, why_not_saved
 from ckpt.layouts import LAYOUTS, WRITERS, layout_of
 from ckpt.record import Checkpoint, CheckpointError, printable
@@ -12,6 +13,7 @@ from ckpt.store import BEST_FOLDER, Found, best, due, find, latest, listing, res
 
 __all__ = [
     "BEST_FOLDER",
+    "EXPORTS",
     "WRITERS",
     "Checkpoint",
     "CheckpointError",
@@ -20,6 +22,8 @@ __all__ = [
     "best_is_kept",
     "convert",
     "due",
+    "export",
+    "exporter",
     "find",
     "free_space_problem",
     "keep_best",

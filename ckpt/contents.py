@@ -1,5 +1,6 @@
 """What a checkpoint holds, tensor by tensor: listed without reading any, and compared byte by byte."""
 
+import fnmatch
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -46,9 +47,14 @@ def held(path: Path) -> list[Held]:
     for file in all_files(path):
         if file.suffix == ".safetensors":
             tensors += _in_safetensors(file)
-        elif archive.is_archive(file) and (not members or file.relative_to(path).as_posix() in members):
+        elif archive.is_archive(file) and (not members or _is_among(file.relative_to(path).as_posix(), members)):
             tensors += _in_archive(file)
     return tensors
+
+
+def _is_among(name: str, members: tuple[str, ...]) -> bool:
+    """Whether a file of this name belongs to the checkpoint; of shards its members have a pattern."""
+    return any(fnmatch.fnmatchcase(name, member) for member in members)
 
 
 def _in_safetensors(file: Path) -> Iterator[Held]:

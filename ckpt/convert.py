@@ -9,20 +9,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ckpt.contents import all_files, labelled
+from ckpt.exports import Export, Proof
 from ckpt.files import remove, remove_leftovers, second_name
 from ckpt.keep import PREFIX, free_space_problem, free_stem, home_of
 from ckpt.layouts import WRITERS, Layout, known_layout
 from ckpt.locks import folder_lock
-from ckpt.rebuild import build_model
+from ckpt.rebuild import logits
 from ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
 from ckpt.store import BEST_FOLDER, folder_of
 from ckpt.tensors import digest, not_finite
 
-ROWS, LONGEST = 2, 64  # of the random tokens whose logits are compared
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 HEADROOM = 2**20  # bytes of a checkpoint besides its tensors: metadata, a tokenizer
 
@@ -60,11 +57,7 @@ def convert(
     CheckpointError if the source is damaged or was edited by hand, the layout has no place for what it holds, or the two are not the
     same; OSError if the disk refuses. Nothing new is left then.
     """
-    record = known_layout(source).read(source, optimizer=not model_only, verify=True)
-    _refuse_edited(record)
-    record.saved_at = record.saved_at or modified_at(source)
-    if bad := not_finite(record.model_state):
-        record.notes.append(f"{source}: {bad[0]} holds NaN or infinity, and so does what it is converted to")
+    record = _opened(source, optimizer=not model_only)
     if record.tokenizer is None:
         record.notes.append(f"{source}: carries no tokenizer, and neither does what it is converted to")
     if folder is None:
@@ -86,6 +79,46 @@ def convert(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What an export made, and its proof."""
+
+    source: Path
+    target: Path
+    proof: Proof
+    bytes_before: int
+    bytes_after: int
+    notes: list[str]
+
+
+def export(source: Path, folder: Path, *, to: Export, prefix: str | None = None) -> Exported:
+    """Writes the model of the checkpoint at `source` into `folder` as another program has it, and proves that it is the same.
+
+    Raises as `convert` does; nothing new is left then.
+    """
+    record = _opened(source, optimizer=False)
+    target = _written(record, folder, writer=to, prefix=prefix or _prefix(record), in_best=False)
+    try:
+        proof = to.proof(record, target)
+    except BaseException:
+        with folder_lock(folder):
+            remove([target])
+        raise
+    after = [target] if target.is_file() else [file for file in target.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in after)
+    return Exported(source, target, proof, size_of(source), size, record.notes)
+
+
+def _opened(source: Path, *, optimizer: bool) -> Checkpoint:
+    """The record at `source`, every byte verified, with the time of its save and a note of numbers that are none."""
+    record = known_layout(source).read(source, optimizer=optimizer, verify=True)
+    _refuse_edited(record)
+    record.saved_at = record.saved_at or modified_at(source)
+    if bad := not_finite(record.model_state):
+        record.notes.append(f"{source}: {bad[0]} holds NaN or infinity, and so does what it is converted to")
+    return record
+
+
 def _refuse_edited(record: Checkpoint) -> None:
     """A run that goes on from an edited checkpoint is a child; one written anew would pass for the run itself."""
     if record.edited:
@@ -94,7 +127,7 @@ def _refuse_edited(record: Checkpoint) -> None:
         raise CheckpointError(f"{problem}: set it back in its config.json, or go on from it as it is")
 
 
-def _written(record: Checkpoint, folder: Path, *, writer: Layout, prefix: str, in_best: bool) -> Path:
+def _written(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
     """Writes the record below `folder`, under the name that its own save would have had, or the next free one; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     if problem := free_space_problem(folder, need=bytes_on_disk(record) + HEADROOM):
@@ -168,13 +201,3 @@ def _fields(record: Checkpoint) -> dict[str, Json]:
     values = metadata(record) | {"param_groups": groups}
     del values["save_id"]
     return json.loads(json.dumps(values, skipkeys=True, default=repr))
-
-
-@torch.no_grad()
-def logits(record: Checkpoint) -> Tensor:
-    """The model's answer to fixed random tokens: (rows, tokens, vocabulary), float32."""
-    model = build_model(record, device=torch.device("cpu")).eval()
-    length = min(LONGEST, model.settings.block_size)
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.settings.vocab_size, (ROWS, length), generator=draw)
-    return model(ids)[0]  # (B, T, V)

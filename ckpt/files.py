@@ -164,6 +164,25 @@ def new_file(path: Path) -> Iterator[NewFile]:
 
 
 @contextlib.contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """Yields a hidden name for a library that opens its file itself; the file appears as `path` when the block ends, or not at all.
+
+    Raises as `new_file` does.
+    """
+    hidden = _hidden(path)
+    try:
+        with told_by_name(path):
+            yield hidden
+            with open(hidden, "rb+") as file:
+                flush_to_disk(file.fileno())
+        reveal(hidden, path)
+    except BaseException:
+        hidden.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a hidden folder to write into; it appears as `path`, whole and durable, when the block ends, or not at all.
 

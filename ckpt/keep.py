@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+from ckpt.exports import Export
 from ckpt.files import make_folder, remove, remove_leftovers, second_name, sync_folder
 from ckpt.layouts import WRITERS, Layout, known_layout
 from ckpt.locks import folder_lock
@@ -44,12 +45,14 @@ def save(
         return writer.write(record, target, stem)
 
 
-def home_of(record: Checkpoint, folder: Path, *, writer: Layout) -> Path:
+def home_of(record: Checkpoint, folder: Path, *, writer: Layout | Export) -> Path:
     """Where a layout puts a record: in `folder`, or in the run's own folder there if its names repeat from run to run."""
     return folder / (record.run_id or "run") if writer.RUN_STEM else folder
 
 
-def free_stem(record: Checkpoint, place: Path, *, writer: Layout, now: datetime.datetime, prefix: str = PREFIX) -> str:
+def free_stem(
+    record: Checkpoint, place: Path, *, writer: Layout | Export, now: datetime.datetime, prefix: str = PREFIX
+) -> str:
     """`{prefix}_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}` at the first second from `now` whose name is free.
 
     Free means: in `place` and in its best/, so that what is saved in one can have a second name in the other. A layout's own

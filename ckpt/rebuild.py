@@ -1,7 +1,7 @@
 """Checkpoint -> model, tokenizer, optimizer: the one module that knows both sides."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,14 @@ def build_model(
     dropout: float | None = None,
     shared: bool = False,
     adapters: Mapping[str, Any] | None = None,
+    take: bool = False,
 ) -> models.Model:
     """The record's model with its weights, in float32 on `device`. A smaller `block_size` crops learned positions.
 
-    `adapters` (settings by kind, see models.ADAPTERS) adds fresh ones, drawn from torch's global generator. `shared` leaves the weights where they are, mapped from the checkpoint's file: for a model that is not trained. Raises CheckpointError listing names and shapes if the weights are not exactly those of the recorded settings.
+    `adapters` (settings by kind, see models.ADAPTERS) adds fresh ones, drawn from torch's global generator. `shared` leaves the weights
+    where they are, mapped from the checkpoint's file: for a model that is not trained. `take` moves them out of a record that owns
+    them, which has none then: a copy would take their memory twice. Raises CheckpointError listing names and shapes if the weights
+    are not exactly those of the recorded settings.
     """
     if record.adapters_only:
         raise CheckpointError(f"{_where(record)}: holds adapters alone; {name_the_base(record)}")
@@ -63,11 +67,15 @@ def build_model(
     wanted = model.state_dict()
     fresh = {name for name in wanted if models.is_adapter(name) and name not in state} if adapters else set()
     _check_shapes({name: wanted[name] for name in wanted if name not in fresh}, state, where=_where(record))
-    if shared:
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-        return model.to(device)
-    model.to_empty(device=device)
-    model.load_state_dict(state, strict=not fresh)
+    if shared or (take and record.owned):
+        if take:
+            record.model_state = {}  # so that each goes as soon as it is converted
+        state |= {name: torch.empty(wanted[name].shape) for name in fresh}
+        model.load_state_dict({name: state.pop(name).float() for name in list(state)}, assign=True)
+        model.to(device)
+    else:
+        model.to_empty(device=device)
+        model.load_state_dict(state, strict=not fresh)
     models.draw_adapters(model, fresh)
     return model
 
@@ -134,7 +142,9 @@ def _crop_positions(
         raise CheckpointError(
             f"{where}: BLOCK_SIZE={block_size} is more than its {settings['block_size']} positions; set BLOCK_SIZE={settings['block_size']} or less"
         )
-    return state | {name: state[name][:block_size] for name in ("wpe.weight",) if name in state and state[name].dim()}
+    return state | {
+        name: state[name][:block_size].clone() for name in ("wpe.weight",) if name in state and state[name].dim()
+    }
 
 
 def _check_layers(settings: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str) -> None:
@@ -196,6 +206,11 @@ def tokenizer_from_file(values: dict[str, Any]) -> dict[str, Any]:
     return exchange.from_tokenizers_json(values)
 
 
+def tokenizer_from_parts(vocab: Any, merges: str, added: Any, special: Iterable[str]) -> dict[str, Any]:
+    """The same of vocab.json, merges.txt, added_tokens.json and the special ones among those."""
+    return exchange.from_vocab_and_merges(vocab, merges, added, special)
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> Restored:
     """Gives `optimizer` the record's moments, matched by parameter name and shape.
 
@@ -248,6 +263,29 @@ def _fits(moments: Any, shape: torch.Size, kinds: set[str]) -> bool:
         and value.shape == (() if kind == "step" else shape)
         for kind, value in moments.items()
     )
+
+
+ROWS, LONGEST = 2, 64  # of the random tokens whose logits are compared
+
+
+@torch.no_grad()
+def logits(record: Checkpoint) -> Tensor:
+    """The model's answer to fixed random tokens: (rows, tokens, vocabulary), float32."""
+    model = build_model(record, device=torch.device("cpu")).eval()
+    length = min(LONGEST, model.settings.block_size)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.settings.vocab_size, (ROWS, length), generator=draw)
+    return model(ids)[0]  # (B, T, V)
+
+
+PLAIN = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tied")  # what a GPT-2's weights depend on
+
+
+def weight_shapes(settings: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Name and shape of every weight of a plain GPT-2 of these sizes, in the order of its modules; nothing is allocated."""
+    sizes = {name: settings[name] for name in PLAIN if name in settings}
+    with torch.device("meta"), _Unfilled():
+        return {name: tensor.shape for name, tensor in models.build("gpt2", sizes).state_dict().items()}
 
 
 def _where(record: Checkpoint) -> str:

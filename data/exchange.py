@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data.tokenization import (
@@ -75,6 +75,25 @@ def from_tokenizers_json(values: Mapping[str, Any]) -> Json:
     return {"kind": "bpe", "tokenizer": plain}
 
 
+def from_vocab_and_merges(vocab: Json, merges: str, added: Mapping[str, int], special: Iterable[str]) -> Json:
+    """The form of `Tokenizer.to_dict` for `vocab.json` and `merges.txt`, GPT-2's own two files, which older fine-tunes have.
+
+    `added` is added_tokens.json, `special` what a text never has for a token; `tokenization.from_dict` checks the result.
+    """
+    apart = {END_OF_TEXT, *special}
+    tokens = {END_OF_TEXT: vocab[END_OF_TEXT], **added} if END_OF_TEXT in vocab else dict(added)
+    ordered = sorted(tokens.items(), key=lambda one: one[1] if type(one[1]) is int else -1)
+    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+    values = _byte_level_json(vocab, [line.split(" ") for line in lines])
+    values["added_tokens"] = [_added_token(text, i, special=text in apart) for text, i in ordered]
+    return from_tokenizers_json(values)
+
+
+def _added_token(text: str, i: int, *, special: bool) -> Json:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": i, "content": text, **plain, "special": special}
+
+
 def _char_json(chars: list[str]) -> Json:
     # The library wants a name for unknown tokens. One that is in no vocabulary makes them an error, not a silent gap.
     model = {"type": "WordLevel", "vocab": {char: i for i, char in enumerate(chars)}, "unk_token": "<unk>"}
@@ -100,15 +119,7 @@ def _byte_level_json(vocab: dict[str, int], merges: list[list[str]]) -> Json:
 def _gpt2_json() -> Json:
     vocab = json.loads(gpt2_file("encoder.json"))
     lines = gpt2_file("vocab.bpe").decode("utf-8").split("\n")[1:-1]  # between the version and the last line's end
-    special = {
-        "id": Gpt2Tokenizer.end_of_text,
-        "content": END_OF_TEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    special = _added_token(END_OF_TEXT, Gpt2Tokenizer.end_of_text, special=True)
     return _byte_level_json(vocab, [line.split(" ") for line in lines]) | {"added_tokens": [special]}
 
 

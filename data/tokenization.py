@@ -351,8 +351,10 @@ def _check_bpe_tokens(vocab: object, added: object) -> set[str]:
     special = set()
     for token in added:
         content = token.get("content") if isinstance(token, dict) else None
-        if not isinstance(content, str) or not content or token.get("special") is not True:
-            raise ValueError("the bpe tokenizer's added tokens must be special tokens with a content")
+        if not isinstance(content, str) or not content or not (token.get("special") is True or _is_a_word(token)):
+            raise ValueError(
+                "the bpe tokenizer's added tokens must be special tokens with a content, or words that take nothing beside them"
+            )
         if ids.setdefault(content, token.get("id")) != token.get("id"):
             raise ValueError(f"the bpe tokenizer gives {content!r} two ids")
         special.add(content)
@@ -365,6 +367,17 @@ def _check_bpe_tokens(vocab: object, added: object) -> set[str]:
         if not token or not letters.issuperset(token):
             raise ValueError(f"the bpe tokenizer's token {token!r} is not made of GPT-2's byte letters")
     return special
+
+
+def _is_a_word(token: dict[str, Any]) -> bool:
+    """Whether an added token stands for just its own text, none of it white space: where chunks of a text are cut, none is cut.
+
+    Not the end of a text, which no text holds.
+    """
+    if token["content"] == END_OF_TEXT:
+        return False
+    takes_more = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
+    return not takes_more and not re.search(r"\s", token["content"])
 
 
 def _check_special_tokens(model: dict[str, Any], special: set[str]) -> None:

@@ -1,9 +1,12 @@
-"""Write a checkpoint, or a whole folder of them, in another layout, and prove that nothing was lost.
+"""Write a checkpoint, or a whole folder of them, in another layout or as another program has it, and prove that nothing was lost.
 
-CHECKPOINT_PATH=latest CHECKPOINT_LAYOUT=huggingface OUTPUT=to-share CHECKPOINT_MODEL_ONLY=true python3 scripts/convert_checkpoint.py
-CHECKPOINT_PATH=checkpoints CHECKPOINT_LAYOUT=separated OUTPUT=new-checkpoints python3 scripts/convert_checkpoint.py
+CHECKPOINT_PATH=latest CONVERT_TO=huggingface OUTPUT=to-share CHECKPOINT_MODEL_ONLY=true python3 scripts/convert_checkpoint.py
+CHECKPOINT_PATH=latest CONVERT_TO=gguf GGUF_TYPE=q8_0 python3 scripts/convert_checkpoint.py
+CHECKPOINT_PATH=checkpoints CONVERT_TO=separated OUTPUT=new-checkpoints python3 scripts/convert_checkpoint.py
 """
 
+import importlib.util
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -34,27 +37,45 @@ BAD = 3
 def main(settings: Config, log: Log) -> int:
     """Converts what CHECKPOINT_PATH means; returns the exit code, 3 if something could not be converted."""
     source = ckpt.whole_folder(settings.checkpoint_path)
+    exports = settings.convert_to in ckpt.EXPORTS
+    if source is not None and exports:
+        raise ConfigError(
+            [f"CONVERT_TO={settings.convert_to}: {source} is a whole folder; set CHECKPOINT_PATH to one of it"]
+        )
     if source is not None:
         return convert_folder(source, settings, log)
     path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
+    if exports:
+        return export(path, settings, log)
     folder = None if settings.output is None else Path(settings.output)
-    if folder is None and not settings.checkpoint_model_only and settings.checkpoint_layout == known_layout(path).NAME:
-        problem = f"CHECKPOINT_LAYOUT={settings.checkpoint_layout}: {path} is laid out so already"
+    if folder is None and not settings.checkpoint_model_only and layout_of(settings) == known_layout(path).NAME:
+        variable = "CONVERT_TO" if settings.convert_to else "CHECKPOINT_LAYOUT"
+        problem = f"{variable}={layout_of(settings)}: {path} is laid out so already"
         raise ConfigError([f"{problem}; set another, or OUTPUT to a folder for a copy"])
     say(ckpt.convert(path, folder, **form(settings)), settings, log)
     tell("Conversion complete!")
     return 0
 
 
+def layout_of(settings: Config) -> str:
+    """The layout to write, by CONVERT_TO or else by CHECKPOINT_LAYOUT."""
+    return settings.convert_to or settings.checkpoint_layout
+
+
 def form(settings: Config) -> dict[str, Any]:
     """How it is to be written."""
     return {
-        "layout": settings.checkpoint_layout,
+        "layout": layout_of(settings),
         "model_only": settings.checkpoint_model_only,
-        "prefix": settings.checkpoint_prefix if settings.given("CHECKPOINT_PREFIX") else None,
+        "prefix": prefix(settings),
     }
+
+
+def prefix(settings: Config) -> str | None:
+    """How the name begins, if it was said; else as the run's own names do."""
+    return settings.checkpoint_prefix if settings.given("CHECKPOINT_PREFIX") else None
 
 
 def say(done: Converted, settings: Config, log: Log) -> None:
@@ -68,8 +89,35 @@ def say(done: Converted, settings: Config, log: Log) -> None:
     tell(f"  tensors equal: {done.tensors}, sha256 {done.sha256}; {equal}")
     tell(f"  Original size: {done.bytes_before / 1e6:,.2f} MB ({done.bytes_before:,} bytes)")
     tell(f"  {size}: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
-    if (done.layout_before, settings.checkpoint_layout) == ("unified", "separated"):
+    if (done.layout_before, layout_of(settings)) == ("unified", "separated"):
         tell("  Unified checkpoint split into separated format!")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For another program.
+
+
+def export(path: Path, settings: Config, log: Log) -> int:
+    """Exports the checkpoint at `path` as CONVERT_TO says, into OUTPUT or exports/. Raises ConfigError if that needs what is not here."""
+    to = ckpt.exporter(str(settings.convert_to), gguf_type=settings.gguf_type)
+    for package in to.NEEDS:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError([f"CONVERT_TO={to.NAME} needs the package {package}: pip install {package}"])
+    folder = ROOT / "exports" if settings.output is None else Path(settings.output)
+    if folder.resolve().is_relative_to(Path(settings.checkpoint_dir).resolve()):
+        raise ConfigError([f"OUTPUT={folder}: lies in the folder of checkpoints, which this is none of; name another"])
+    done = ckpt.export(path, folder, to=to, prefix=prefix(settings))
+    for note in done.notes:
+        log(note)
+    proof, shape = done.proof, " x ".join(map(str, done.proof.logits))
+    why = f": {proof.remark}" if proof.remark else ""
+    tell(f"Exported: {shown(done.source)} -> {shown(done.target)}")
+    tell(f"  tensors equal: {proof.tensors}, sha256 {proof.sha256}")
+    apart = f"differ by at most {proof.difference:.2g}, of a standard deviation of {proof.spread:.2g}{why}"
+    tell(f"  logits ({shape}) {apart}" if shape else "  adapters alone have no logits")
+    tell(f"  Size: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
+    tell(f"next: {to.HOW.format(path=shlex.quote(str(done.target)), name=done.target.name)}")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +134,7 @@ def convert_folder(source: Path, settings: Config, log: Log) -> int:
     kept_as_best = {one.metadata.get("save_id") for one in scan(source) if one.path.parent.name == BEST_FOLDER}
     bad = 0
     for one in found:
-        if (*identity(one)[:-1], settings.checkpoint_layout) in done:
+        if (*identity(one)[:-1], layout_of(settings)) in done:
             log(f"{shown(one.path)} is in {shown(output)} already")
             continue
         in_best = one.path.parent.name == BEST_FOLDER

@@ -39,7 +39,7 @@ SESSION = names(
     "ENV_FILE DEVICE BASE_CHECKPOINT CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
     "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
     "EVAL_TYPE EVAL_DATA EVAL_STRIDE BENCHMARK_DATA "
-    "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY RUN OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
+    "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
 )
 
 
@@ -634,7 +634,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "layers":
         return st.lists(st.sampled_from(config.LAYERS), min_size=1).map(", ".join)
-    if rules["form"] or name == "PROMPT":
+    if rules["form"] or name in ("PROMPT", "RUN"):
         free = st.one_of(prose, tricky).filter(lambda text: text.replace(",", " ").strip() and text.strip()[0] != "[")
         return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
     by_type: dict[type, Callable[[], st.SearchStrategy[Any]]] = {

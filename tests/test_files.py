@@ -25,6 +25,7 @@ from ckpt.files import (
     new_file,
     new_folder,
     new_group,
+    new_path,
     prepare_folder,
     remove,
     remove_leftovers,
@@ -129,6 +130,35 @@ def test_a_visible_name_is_never_replaced(tmp_path):
     assert path.read_bytes() == b"old"
     assert visible(tmp_path) == ["dangling", "there"]
     assert temporaries(tmp_path) == []
+
+
+def test_a_file_that_a_library_opens_itself_appears_when_it_is_whole(tmp_path):
+    with new_path(tmp_path / "new") as hidden:
+        hidden.write_bytes(b"half")
+        assert visible(tmp_path) == []
+        hidden.write_bytes(b"whole")
+    assert (tmp_path / "new").read_bytes() == b"whole"
+    with pytest.raises(FileExistsError), new_path(tmp_path / "new") as hidden:
+        hidden.write_bytes(b"other")
+    with pytest.raises(ZeroDivisionError), new_path(tmp_path / "next") as hidden:
+        hidden.write_bytes(b"half" * (1 // 0))
+    with pytest.raises(OSError, match="next"), new_path(tmp_path / "next"):
+        pass  # a library that wrote nothing
+    assert (tmp_path / "new").read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_what_a_library_wrote_when_it_was_killed_goes_with_the_next(tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        with new_path(tmp_path / "new") as hidden:
+            hidden.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert visible(tmp_path) == []
+    assert len(temporaries(tmp_path)) == 1
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])

@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from drive import ROOT
 from records import flipped
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 import ckpt
-from ckpt import Checkpoint, CheckpointError
+from ckpt import Checkpoint, CheckpointError, contents
 from ckpt.hub import local_folder
 from ckpt.layouts import huggingface
 from ckpt.rebuild import build_model, build_tokenizer
@@ -198,6 +201,66 @@ def test_as_many_rows_as_gpt2_mean_gpt2s_own_tokenizer(rows, tmp_path):
     assert build_tokenizer(record).encode("Dear Wren,") == [20266, 370, 918, 11]
 
 
+def two_files(folder: Path) -> dict[str, int]:
+    """GPT-2's vocab.json and merges.txt in place of tokenizer.json, and what fine-tunes add; returns the added tokens."""
+    for name, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        (folder / name).write_bytes(tokenization.gpt2_file(ours))
+    added = {"<|speaker|>": 50257, "[PAD]": 50258}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    roles = {"bos_token": "<|endoftext|>", "pad_token": "[PAD]", "unk_token": {"content": "<|endoftext|>"}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(roles))
+    return added
+
+
+def test_a_fine_tune_with_added_tokens_in_gpt2s_two_files(tmp_path):
+    """The ids that transformers' own tokenizer gives; [PAD] is special, and so no text has it."""
+    sizes = SIZES | {"vocab_size": 50259, "n_embd": 2, "n_head": 1, "n_layer": 1}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    two_files(tmp_path)
+    tokenizer = build_tokenizer(ckpt.load(tmp_path))
+    assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.end_of_text) == ("bpe", 50259, 50256)
+    theirs = GPT2Tokenizer.from_pretrained(tmp_path)
+    text = "Dear Wren,<|speaker|> naïve café 😀\n\n  <|speaker|>what? [PAD] no"
+    ids = tokenizer.encode(text)
+    assert ids.count(50257) == 2
+    assert 50258 not in ids
+    theirs.add_tokens(["<|speaker|>"])
+    assert ids == theirs.encode(text, split_special_tokens=True)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(text * 3000) == ids * 3000  # cut into chunks on the way
+
+
+def test_gpt2s_two_files_alone_are_gpt2s_tokenizer(tmp_path):
+    sizes = SIZES | {"vocab_size": 50304, "n_embd": 2, "n_head": 1, "n_layer": 1}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    two_files(tmp_path)
+    for name in ("added_tokens.json", "special_tokens_map.json"):
+        (tmp_path / name).unlink()
+    record = ckpt.load(tmp_path)
+    assert (record.tokenizer, record.notes) == ({"kind": "gpt2"}, [])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("vocab.json", "{", "vocab.json: "),
+        ("vocab.json", '{"a": 0}', "are not each of 0 to 2"),
+        ("merges.txt", "\udcff", "merges.txt: cannot be read"),
+        ("added_tokens.json", '{"<new>": "x"}', "are not each of 0 to"),
+        ("added_tokens.json", '{"two words": 50257}', "words that take nothing beside them"),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json: holds list"),
+    ],
+)
+def test_damaged_tokenizer_files_are_refused(file, text, reason, tmp_path):
+    sizes = SIZES | {"vocab_size": 50304, "n_embd": 2, "n_head": 1, "n_layer": 1}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    two_files(tmp_path)
+    (tmp_path / file).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError) as caught:
+        build_tokenizer(ckpt.load(tmp_path))
+    assert reason in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refused
 
@@ -284,12 +347,174 @@ def test_a_long_list_of_wrong_shapes_is_cut_short(folder):
     assert text.endswith("and 18 more")
 
 
-def test_a_pickle_of_weights_is_never_opened(folder):
-    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+def pickled(folder: Path, *, shards: int = 1) -> Path:
+    """The folder with its weights in torch archives, as transformers wrote them before 2023: a tied pair shares its bytes."""
+    weights = load_file(folder / WEIGHTS)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
     (folder / WEIGHTS).unlink()
-    text = refused(folder)
-    assert "pytorch_model.bin" in text
-    assert "never from a .bin" in text
+    if shards == 1:
+        torch.save(weights, folder / "pytorch_model.bin")
+        return folder
+    names = [f"pytorch_model-{number:05}-of-{shards:05}.bin" for number in range(1, shards + 1)]
+    places = {name: names[number % shards] for number, name in enumerate(sorted(weights))}
+    for file in names:
+        torch.save({name: weights[name].clone() for name in weights if places[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_torch_archives_are_read_where_no_safetensors_are(shards, folder, theirs):
+    pickled(folder, shards=shards)
+    assert_same_logits(ckpt.load(folder), theirs)
+    assert ckpt.verify(folder) == []
+    assert ckpt.load(folder).layout == "huggingface"
+    held = {one.name for one in contents.held(folder)}
+    assert {"transformer.wte.weight", "lm_head.weight"} <= held
+
+
+def test_safetensors_come_first(folder, theirs):
+    (folder / "pytorch_model.bin").write_bytes(b"anything")
+    assert_same_logits(ckpt.load(folder), theirs)
+
+
+class Harmful:
+    """What a pickle of somebody else's may hold."""
+
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/milepost-test-was-here",)
+
+
+def test_a_torch_archive_runs_nothing(folder):
+    pickled(folder)
+    torch.save({"transformer.wte.weight": Harmful()}, folder / "pytorch_model.bin")
+    assert "asks for Python objects that a checkpoint never needs (posix.mkdir)" in refused(folder)
+    assert not os.path.exists("/tmp/milepost-test-was-here")
+
+
+def test_a_bare_pickle_is_never_opened(folder):
+    """As torch wrote them before 1.6: GPT-2's own first file was one."""
+    weights = load_file(folder / WEIGHTS)
+    pickled(folder)
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert "is a bare pickle, as torch wrote it before 1.6, which is never opened: let transformers" in refused(folder)
+
+
+HOSTILE = {
+    "a number": ({"transformer.wte.weight": 3}, "'transformer.wte.weight' is int, expected a tensor"),
+    "a name that is none": ({3: torch.ones(1)}, "3 is Tensor, expected a tensor"),
+    "claims more than it holds": (
+        {"wte.weight": torch.ones(1).expand(97, 16)},
+        "claims more bytes than the file holds",
+    ),
+    "nested": ({"model": {"wte.weight": torch.ones(97, 16)}}, "'model' is dict, expected a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_torch_archive_of_something_else_is_refused(name, folder):
+    content, reason = HOSTILE[name]
+    pickled(folder)
+    torch.save(content, folder / "pytorch_model.bin")
+    assert reason in refused(folder)
+
+
+def test_a_flipped_bit_in_a_torch_archive_is_found_when_every_byte_is_verified(folder):
+    path = pickled(folder) / "pytorch_model.bin"
+    flipped(path, path.stat().st_size // 2, bit=3)
+    (problem,) = ckpt.verify(folder)
+    assert "do not agree with their checksum" in problem
+    with pytest.raises(CheckpointError, match="do not agree with their checksum"):
+        ckpt.load(folder, verify=True)
+
+
+def test_a_folder_without_weights_says_what_it_holds(folder):
+    (folder / WEIGHTS).rename(folder / "flax_model.msgpack")
+    assert "has no model.safetensors and no pytorch_model.bin (it holds config.json, flax_model.msgpack" in refused(
+        folder
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory, and the context
+
+LOADING = """
+import json, re, sys
+from pathlib import Path
+import torch
+import ckpt
+from ckpt.rebuild import build_model
+def load(folder):
+    return build_model(ckpt.load(Path(folder), optimizer=False), device=torch.device("cpu"), take=True)
+def kilobytes(word):
+    return int(re.search(word + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+load(sys.argv[1])  # everything is imported
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; getrusage's would be the parent's too
+before = kilobytes("VmRSS")
+model = load(sys.argv[2])
+size = sum(each.nbytes for each in model.parameters())
+print(json.dumps([(kilobytes("VmHWM") - before) * 1024 / size, size]))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A GPT-2 of 126 MB, a third of it the embedding, as in GPT-2 of 124 million parameters."""
+    folder = tmp_path_factory.mktemp("large")
+    sizes = {"vocab_size": 20_000, "n_positions": 128, "n_layer": 7, "n_head": 8, "n_embd": 512}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("form", ["safetensors", "safetensors in shards", "torch archive", "torch archives in shards"])
+def test_loading_takes_at_most_a_fifth_more_than_the_weights(form, large, saved, tmp_path):
+    """The peak of the process while the model of a hub's folder is loaded, the pages of mapped files included."""
+    folder = Path(shutil.copytree(large, tmp_path / "large"))
+    if "torch" in form:
+        pickled(folder, shards=3 if "shards" in form else 1)
+    elif "shards" in form:
+        GPT2LMHeadModel.from_pretrained(folder).save_pretrained(tmp_path / "sharded", max_shard_size="30MB")
+        folder = tmp_path / "sharded"
+        assert len(list(folder.glob("model-*.safetensors"))) > 2
+    command = [sys.executable, "-c", LOADING, str(saved), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    share, size = json.loads(done.stdout)
+    assert size > 100e6
+    assert 0.9 < share < 1.2
+
+
+def test_the_model_takes_the_weights_and_leaves_none(saved, theirs):
+    record = ckpt.load(saved)
+    weight = record.model_state["wpe.weight"]
+    model = build_model(record, device=CPU, take=True).eval()
+    assert record.model_state == {}
+    assert model.wpe.weight.data_ptr() == weight.data_ptr()
+    assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens())[0], theirs(tokens()).logits, atol=1e-4, rtol=0)
+
+
+def test_what_is_mapped_from_a_file_is_copied_and_not_taken(saved, tmp_path):
+    """A model that learned in memory mapped from a checkpoint would hang on that file."""
+    path = ckpt.save(ckpt.load(saved), tmp_path)
+    record = ckpt.load(path)
+    model = build_model(record, device=CPU, take=True)
+    assert model.wpe.weight.data_ptr() != record.model_state["wpe.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch archive"])
+def test_a_smaller_context_crops_the_positions(form, folder, theirs):
+    if form == "torch archive":
+        pickled(folder)
+    record = ckpt.load(folder)
+    model = build_model(record, device=CPU, block_size=9, take=True).eval()
+    assert model.wpe.weight.shape == (9, 16)
+    ids = tokens()[:, :9]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[0], theirs(ids).logits, atol=1e-4, rtol=0)
+    with pytest.raises(CheckpointError, match="BLOCK_SIZE=64 is more than its 32 positions"):
+        build_model(ckpt.load(folder), device=CPU, block_size=64)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 100, -1])

@@ -232,6 +232,12 @@ SPOILS: dict[str, Callable[[dict[str, Any]], object]] = {
     "not made of GPT-2's byte letters": lambda t: t["model"]["vocab"].update({"日": BPE.vocab_size}),
     "two ids": lambda t: t["added_tokens"][0].update(id=7),
     "special tokens": lambda t: t["added_tokens"][0].update(special=False),
+    "words that take nothing beside them$": lambda t: t["added_tokens"].append(
+        special("<a>", BPE.vocab_size) | {"special": False, "lstrip": True}
+    ),
+    "or words that take nothing": lambda t: t["added_tokens"].append(
+        special("two words", BPE.vocab_size) | {"special": False}
+    ),
     "an object": lambda t: t["model"].update(vocab=[]),
     "model.type": lambda t: t["model"].update(type="WordPiece"),
     "model.dropout": lambda t: t["model"].update(dropout=0.1),
@@ -278,6 +284,24 @@ def test_harmless_differences_are_taken() -> None:
         assert (tokenizer.vocab_size, tokenizer.decode([BPE.vocab_size + 1])) == (BPE.vocab_size + 2, "<b>")
         assert tokenizer.encode(LETTERS) == BPE.encode(LETTERS)
     assert from_dict(bpe_with(lambda t: t.update(post_processor=template("A")))).encode(LETTERS) == BPE.encode(LETTERS)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    parts=st.lists(
+        st.sampled_from(["<new>", "<n>", "<", "new>", " ", "\n", "a", "the", "é", "<|endoftext|>"])
+        | st.text(max_size=3)
+    )
+)
+def test_added_words_are_one_token_and_lose_nothing(parts: list[str]) -> None:
+    """As a fine-tune adds them: of each there are as many as the library finds, and every text comes back."""
+    added = [special(word, BPE.vocab_size + i) | {"special": False} for i, word in enumerate(("<new>", "<n>"))]
+    tokenizer = from_dict(bpe_with(lambda t: t["added_tokens"].extend(added)))
+    text = "".join(parts)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids.count(BPE.vocab_size) == text.count("<new>")
+    assert tokenizer.end_of_text not in ids
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """A folder as Hugging Face transformers writes a GPT-2: `config.json`, `*.safetensors`, tokenizer files.
 
-The pretrained weights of GPT-2 come in this form, read from safetensors alone, never from a pickle. What is written here besides is
-passed over by transformers: `optimizer.safetensors`, and the manifest `milepost.json`, from which a run goes on exactly. A bigram
+The pretrained weights of GPT-2 come in this form, in safetensors or in torch archives. What is written here besides is passed over by
+transformers: `optimizer.safetensors`, and the manifest `milepost.json`, from which a run goes on exactly. A bigram
 model has the same files, but transformers knows no such model.
 """
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,18 +14,25 @@ from torch import Tensor
 
 from ckpt.adopt import TOKENIZER, files, home, tokenizer_beside
 from ckpt.files import NewFile, new_folder, write_json
-from ckpt.rebuild import tokenizer_files, tokenizer_from_file
+from ckpt.rebuild import tokenizer_files, tokenizer_from_file, tokenizer_from_parts
 from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
-from ckpt.sidecar import file_problems, is_regular, manifest_metadata, read_json, read_manifest, write_manifest
+from ckpt.sidecar import (
+    JSON_LIMIT,
+    file_problems,
+    is_regular,
+    manifest_metadata,
+    read_json,
+    read_manifest,
+    write_manifest,
+)
 from ckpt.tensors import (
-    checked_tensors,
     optimizer_groups,
     optimizer_tensors,
-    read_safetensors,
     same_tensor,
     take_optimizer,
     write_safetensors,
 )
+from ckpt.weightfiles import PICKLED, SAFETENSORS, damaged, mapped, read_weights
 
 __all__ = [
     "MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "targets", "verify_file", "write",
@@ -32,9 +40,22 @@ __all__ = [
 
 NAME = "huggingface"
 RUN_STEM = ""
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS = "config.json", SAFETENSORS.whole
 GENERATION, OPTIMIZER, MANIFEST = "generation_config.json", "optimizer.safetensors", "milepost.json"
-MEMBERS = (CONFIG, GENERATION, WEIGHTS, INDEX, OPTIMIZER, MANIFEST, "tokenizer.json", "tokenizer_config.json")
+VOCAB, MERGES, ADDED, SPECIAL = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
+INDEXES = (SAFETENSORS.index, PICKLED.index)
+MEMBERS = (
+    CONFIG,
+    GENERATION,
+    WEIGHTS,
+    PICKLED.whole,
+    PICKLED.shards,
+    *INDEXES,
+    OPTIMIZER,
+    MANIFEST,
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 # transformers keeps these four as Conv1D, whose weight is (in, out): the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -61,7 +82,7 @@ def detect(path: Path) -> bool:
     try:
         return "model_type" in read_json(path / CONFIG)
     except CheckpointError:
-        return any(path.glob("*.safetensors"))
+        return any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
 
 
 def optimizer_file(path: Path) -> Path | None:
@@ -81,15 +102,11 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     if os.path.lexists(path / MANIFEST):
         return _read_own(path, optimizer=optimizer, verify=verify)
     settings = _settings(path)
-    weights = _read_weights(path)
-    model_state = _translate(path, weights)
-    head = weights.get("lm_head.weight")
-    if head is not None and settings["tied"] and not same_tensor(head, model_state.get("wte.weight", head)):
-        raise CheckpointError(
-            f"{path}: lm_head.weight differs from wte.weight, but {CONFIG} ties them: set tie_word_embeddings to false there"
-        )
-    if head is not None and not settings["tied"]:
-        model_state |= _untied(head)
+    problems = damaged(path) if verify else []
+    if problems:
+        raise CheckpointError(problems[0])
+    _check_head(path, settings)
+    model_state = read_weights(path, lambda weights: _translate(path, weights, settings))
     tokenizer, note = _read_tokenizer(path, settings["vocab_size"])
     return Checkpoint(
         model_state=model_state,
@@ -98,6 +115,7 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
         tokenizer=tokenizer,
         path=path,
         layout=NAME,
+        owned=True,
         notes=[note] if note and tokenizer else [],
     )
 
@@ -109,18 +127,11 @@ def _read_own(path: Path, *, optimizer: bool, verify: bool) -> Checkpoint:
     problems = file_problems(path, manifest, hashed=verify, begins=begins, optional=[OPTIMIZER])
     if problems:
         raise CheckpointError(f"{problems[0]}; or remove {MANIFEST} to open the folder as transformers would")
-    weights, settings = _read_weights(path), manifest["metadata"]["model_settings"]
-    if manifest["metadata"]["model_type"] == "gpt2":
-        model_state = _translate(path, weights)
-        if not settings.get("bias", True):
-            model_state = {name: tensor for name, tensor in model_state.items() if not name.endswith(".bias")}
-        if not settings.get("tied", True) and "lm_head.weight" in weights:
-            model_state |= _untied(weights["lm_head.weight"])
-        weights = model_state
-    weights = checked_tensors(weights, str(path / WEIGHTS))
+    settings, gpt2 = manifest["metadata"]["model_settings"], manifest["metadata"]["model_type"] == "gpt2"
+    weights = read_weights(path, lambda found: _translate(path, found, settings) if gpt2 else found)
     record = from_metadata(manifest["metadata"], model_state=weights, optimizer_state=None, where=str(path / MANIFEST))
     take_optimizer(record, path / OPTIMIZER, manifest["optimizer_groups"], wanted=optimizer)
-    record.path, record.layout = path, NAME
+    record.path, record.layout, record.owned = path, NAME, True
     return record
 
 
@@ -129,8 +140,11 @@ def verify_file(path: Path) -> list[str]:
     try:
         if os.path.lexists(path / MANIFEST):
             return file_problems(path, read_manifest(path / MANIFEST), hashed=True, optional=[OPTIMIZER])
-        _settings(path)
-        _read_weights(path)
+        settings = _settings(path)
+        if problems := damaged(path):
+            return problems
+        _check_head(path, settings)
+        read_weights(path, lambda weights: _translate(path, weights, settings))
     except CheckpointError as error:
         return [str(error)]
     return []
@@ -152,7 +166,8 @@ def write(record: Checkpoint, folder: Path, stem: str) -> Path:
     config = _their_config(record) if gpt2 else {"model_type": f"milepost-{record.model_type}", **record.model_settings}
     with new_folder(path) as hidden:
         made: dict[str, NewFile] = {WEIGHTS: write_safetensors(hidden / WEIGHTS, weights)}
-        texts = {CONFIG: config, GENERATION: {"_from_model_config": True}, **tokenizer_files(record)}
+        tokens = tokenizer_files(record)
+        texts = {CONFIG: config | _ends(tokens), GENERATION: {"_from_model_config": True}, **tokens}
         made |= {name: write_json(hidden / name, values) for name, values in texts.items()}
         groups = None
         if record.optimizer_state is not None:
@@ -191,6 +206,13 @@ def _their_config(record: Checkpoint) -> dict[str, Json]:
         "tie_word_embeddings": ours.get("tied", True),
         "dtype": str(record.model_state["wte.weight"].dtype).removeprefix("torch."),
     }
+
+
+def _ends(files: dict[str, Json]) -> dict[str, Json]:
+    """The token that ends a text, if there is one: without it transformers' generate() waits for GPT-2's."""
+    added = files.get(TOKENIZER, {}).get("added_tokens", ())
+    ids = [token["id"] for token in added if token["content"] == "<|endoftext|>"]
+    return {"bos_token_id": ids[0], "eos_token_id": ids[0]} if ids else {}
 
 
 def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
@@ -251,42 +273,19 @@ def _settings(path: Path) -> dict[str, Json]:
     return sizes | {"dropout": float(dropout), "bias": True, "activation": activation, "tied": tied}
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    for file in _weight_files(path):
-        shard = read_safetensors(file)
-        if twice := sorted(shard.keys() & weights.keys()):
-            raise CheckpointError(f"{file}: {twice[0]} is in an earlier shard too")
-        weights |= shard
-    listed = read_json(path / INDEX)["weight_map"] if (path / INDEX).is_file() else {}
-    if absent := sorted(listed.keys() - weights.keys()):
-        raise CheckpointError(f"{path / INDEX}: names {absent[0]!r:.80}, which is in none of its files")
-    return weights
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if (path / INDEX).is_file():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX}: has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{path / INDEX}: names {outside[0]!r:.80}, which lies outside its folder")
-        missing = [name for name in names if not os.path.isfile(path / name)]
-        if missing:
-            raise CheckpointError(f"{path / INDEX}: names {missing[0]!r:.80}, which is not there")
-        return [path / name for name in names]
-    if not (path / WEIGHTS).is_file():
-        held = ", ".join(sorted(entry.name for entry in path.iterdir())[:10])
+def _check_head(path: Path, settings: dict[str, Json]) -> None:
+    """Raises CheckpointError for a head that the config ties to the embedding, but that is another."""
+    weights = mapped(path)
+    head = weights.get("lm_head.weight")
+    embedding = next((weights[name] for name in ("wte.weight", "transformer.wte.weight") if name in weights), head)
+    if settings["tied"] and head is not None and embedding is not None and not same_tensor(head, embedding):
         raise CheckpointError(
-            f"{path}: has no {WEIGHTS} (it holds {held}); weights are read from safetensors only, never from a .bin"
+            f"{path}: lm_head.weight differs from wte.weight, but {CONFIG} ties them: set tie_word_embeddings to false there"
         )
-    return [path / WEIGHTS]
 
 
-def _translate(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters under our names and in our orientation, without what is no parameter of ours."""
+def _translate(path: Path, weights: dict[str, Tensor], settings: dict[str, Json]) -> dict[str, Tensor]:
+    """The parameters under our names and in our orientation, views of theirs, without what is no parameter of ours."""
     model_state: dict[str, Tensor] = {}
     for theirs, tensor in weights.items():
         name = theirs.removeprefix("transformer.")
@@ -296,17 +295,42 @@ def _translate(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: {theirs!r:.80} is {tensor.dtype}, expected floating point weights")
         if name in model_state:
             raise CheckpointError(f"{path}: {name!r:.80} is there twice, with and without `transformer.`")
-        model_state[name] = tensor.t().contiguous() if name.endswith(CONV1D) and tensor.dim() == 2 else tensor
+        model_state[name] = tensor.t() if name.endswith(CONV1D) and tensor.dim() == 2 else tensor
+    if not settings.get("bias", True):
+        model_state = {name: tensor for name, tensor in model_state.items() if not name.endswith(".bias")}
+    head = weights.get("lm_head.weight")
+    if not settings.get("tied", True) and head is not None:  # transformers' has no bias
+        model_state |= {"lm_head.weight": head, "lm_head.bias": torch.zeros(head.shape[:1], dtype=head.dtype)}
     return model_state
-
-
-def _untied(head: Tensor) -> dict[str, Tensor]:
-    """A head of its own as we have it; transformers' has no bias."""
-    return {"lm_head.weight": head, "lm_head.bias": torch.zeros(head.shape[:1], dtype=head.dtype)}
 
 
 def _read_tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, Json] | None, str | None]:
     """The folder's tokenizer as JSON values, and a note if it had to be guessed."""
     if is_regular(path / TOKENIZER):
         return tokenizer_from_file(read_json(path / TOKENIZER)), None
+    if is_regular(path / VOCAB) and is_regular(path / MERGES):
+        return _tokenizer_of_two_files(path), None
     return tokenizer_beside(path, vocab_size)
+
+
+def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:
+    """What GPT-2 was published with, and fine-tunes of its first years have: vocab.json and merges.txt, and tokens added to them."""
+    added = read_json(path / ADDED) if is_regular(path / ADDED) else {}
+    roles = read_json(path / SPECIAL) if is_regular(path / SPECIAL) else {}
+    special = [
+        role["content"] if isinstance(role, dict) and "content" in role else role for role in _flat(roles.values())
+    ]
+    try:
+        if (path / MERGES).stat().st_size > JSON_LIMIT:
+            raise CheckpointError(f"{path / MERGES}: is larger than {JSON_LIMIT} bytes, expected a list of merges")
+        merges = (path / MERGES).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MERGES}: cannot be read ({error})") from error
+    return tokenizer_from_parts(
+        read_json(path / VOCAB), merges, added, [each for each in special if isinstance(each, str)]
+    )
+
+
+def _flat(roles: Iterable[Json]) -> Iterator[Json]:
+    for role in roles:
+        yield from role if isinstance(role, list) else [role]

@@ -1,12 +1,19 @@
 """LoRA beside peft: the same weights give the same logits and the same gradients."""
 
+import dataclasses
+from pathlib import Path
+
 import peft
 import pytest
 import torch
 import transformers
+from records import gpt2_record
+from script import call, script
 
+import ckpt
 import models
 from ckpt.layouts.huggingface import CONV1D
+from ckpt.rebuild import build_model
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
 IDS = torch.arange(24).view(2, 12) % 31
@@ -57,3 +64,66 @@ def test_logits_and_gradients_are_pefts(targets):
     for name, grad in mine.items():
         assert (grad - trained[name]).abs().max() < 1e-6 + 1e-4 * grad.abs().max(), name
     assert any(grad.abs().max() > 1e-3 for grad in mine.values())
+
+
+def drawn(**lora):
+    """A record of a small GPT-2 with LoRA whose B is not zero."""
+    torch.manual_seed(2)
+    plain = gpt2_record(settings={"vocab_size": 31, "n_embd": 16, "block_size": 16})
+    adapters = {"rank": 3, "alpha": 5.0, "dropout": 0.0, "targets": "c_attn,c_proj,c_fc"} | lora
+    model = build_model(plain, device=torch.device("cpu"), adapters={"lora": adapters}).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    base = {"sha256": "0" * 64, "source": "gpt2", "step": 0}
+    whole = dataclasses.replace(plain, model_state=state, model_settings=models.plain(model.settings), base=base)
+    return plain, dataclasses.replace(whole, optimizer_state=None), model
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_peft_opens_the_export_beside_the_base(tmp_path: Path, apart):
+    plain, whole, ours = drawn(targets="c_attn,c_fc")
+    if apart:
+        state = {name: tensor for name, tensor in whole.model_state.items() if models.is_adapter(name)}
+        whole = dataclasses.replace(whole, model_state=state, parts=["adapters"])
+    converter = script("convert_checkpoint")
+    (tmp_path / "checkpoints").mkdir()
+    paths = []
+    for name, record, to in (
+        ("base", dataclasses.replace(plain, optimizer_state=None), "huggingface"),
+        ("lora", whole, "peft"),
+    ):
+        source = ckpt.save(record, tmp_path / "checkpoints")
+        said = call(converter, tmp_path, CHECKPOINT_PATH=source, CONVERT_TO=to, OUTPUT=tmp_path / name)
+        assert said.code == 0, said.err
+        paths.append(Path(said.out.split(" -> ")[1].splitlines()[0]))
+    base = transformers.AutoModelForCausalLM.from_pretrained(paths[0]).eval()
+    before = base(IDS).logits
+    theirs = peft.PeftModel.from_pretrained(base, str(paths[1])).eval()
+    assert (theirs(IDS).logits - ours(IDS)[0]).abs().max() < 1e-4
+    assert (theirs(IDS).logits - before).abs().max() > 1e-2
+    assert (theirs.merge_and_unload()(IDS).logits - ours(IDS)[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("to", ["gguf", "nanogpt", "huggingface"])
+def test_what_has_no_place_for_adapters_says_so(tmp_path, to):
+    _, whole, _ = drawn()
+    (tmp_path / "checkpoints").mkdir()
+    source = ckpt.save(whole, tmp_path / "checkpoints")
+    said = call(script("convert_checkpoint"), tmp_path, CHECKPOINT_PATH=source, CONVERT_TO=to, OUTPUT=tmp_path / "out")
+    assert said.code == 3
+    assert "LoRA adapters" in said.err
+    assert "scripts/merge_adapters.py" in said.err
+    assert not list((tmp_path / "out").glob("[!.]*"))
+
+
+def test_peft_keeps_nothing_but_adapters(tmp_path):
+    plain, _, _ = drawn()
+    (tmp_path / "checkpoints").mkdir()
+    source = ckpt.save(dataclasses.replace(plain, optimizer_state=None), tmp_path / "checkpoints")
+    said = call(
+        script("convert_checkpoint"), tmp_path, CHECKPOINT_PATH=source, CONVERT_TO="peft", OUTPUT=tmp_path / "out"
+    )
+    assert said.code == 3
+    assert "has no LoRA adapters, and peft keeps nothing else" in said.err

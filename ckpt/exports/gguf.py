@@ -1,0 +1,203 @@
+"""GGUF, the one file that llama.cpp and the programs built on it open: weights, sizes and tokenizer together.
+
+Written and read back with llama.cpp's own package, `gguf`. Names and shapes are those that its GPT-2 asks for
+(https://github.com/ggml-org/llama.cpp/blob/master/src/models/gpt2.cpp); its linear layers are (out, in), as ours are.
+"""
+
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckpt.exports.common import Proof, as_gpt2, check_gpt2, proved, with_biases
+from ckpt.files import new_path
+from ckpt.rebuild import tokenizer_files
+from ckpt.record import Checkpoint, CheckpointError, Json
+
+NAME = "gguf"
+# Of the matrices; norms, biases and positions stay float32, as llama.cpp's converter has them.
+TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # ours: llama.cpp's word for such a file
+NAMES = {  # ours: theirs
+    "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output", "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """The export as ckpt.exports.Export has it; `type` is one of TYPES."""
+
+    type: str = "f16"
+    NAME = NAME
+    NEEDS = ("gguf",)
+    HOW = "llama-completion -m {path} -p 'Dear'"
+    RUN_STEM = ""
+
+    def targets(self, folder: Path, stem: str) -> list[Path]:
+        """The file, which says its type in its name as is usual."""
+        return [folder / f"{stem}-{self.type}.gguf"]
+
+    def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
+        """Writes the file. Raises CheckpointError for what llama.cpp's GPT-2 or its tokenizers have no place for."""
+        check_gpt2(record, "llama.cpp")
+        tokens = _tokens(record)
+        (path,) = self.targets(folder, stem)
+        with new_path(path) as hidden:
+            writer = _library().GGUFWriter(hidden, "gpt2")
+            try:
+                _add_sizes(writer, record, file_type=_library().LlamaFileType[TYPES[self.type]])
+                _add_tokens(writer, tokens)
+                self._add_tensors(writer, record)
+            finally:
+                writer.close()
+        return path
+
+    def _add_tensors(self, writer: Any, record: Checkpoint) -> None:
+        """All headers first, then one tensor after the other, so that no second copy of the weights is ever in memory."""
+        quants = _library().quants
+        weights = dict(self._typed(record))
+        for name, (tensor, kind) in weights.items():
+            shape = _library().quant_shape_to_byte_shape(tensor.shape, kind) if kind.name == "Q8_0" else tensor.shape
+            stored = {"F32": np.float32, "F16": np.float16, "Q8_0": np.uint8}[kind.name]
+            size = int(np.prod(shape)) * np.dtype(stored).itemsize
+            writer.add_tensor_info(name, shape, np.dtype(stored), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, kind in weights.values():
+            writer.write_tensor_data(quants.quantize(tensor.float().contiguous().numpy(), kind))
+
+    def _typed(self, record: Checkpoint) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
+        """Name -> tensor and its type. A row that is no whole number of Q8_0's blocks of 32 is kept in F16, as their converter does."""
+        kinds = _library().GGMLQuantizationType
+        for name, tensor in with_biases(record).items():
+            if name == "lm_head.bias":  # zeros: check_gpt2 has looked
+                continue
+            kind = kinds[self.type.upper()] if name != "wpe.weight" and tensor.dim() == 2 else kinds.F32
+            if kind == kinds.Q8_0 and tensor.shape[-1] % 32:
+                kind = kinds.F16
+            yield their_name(name), (tensor, kind)
+
+    def proof(self, record: Checkpoint, path: Path) -> Proof:
+        """That llama.cpp finds the record's weights, rounded to their type; it computes them with the tanh GELU."""
+        quants = _library().quants
+        expected = {
+            our_name(name): torch.from_numpy(
+                quants.dequantize(quants.quantize(tensor.float().contiguous().numpy(), kind), kind)
+            )
+            for name, (tensor, kind) in self._typed(record)
+        }
+        state = read_tensors(path)
+        bias = (
+            {} if record.model_settings.get("tied", True) else {"lm_head.bias": torch.zeros(len(state["wte.weight"]))}
+        )
+        again = as_gpt2(record, path, state | bias, bias=True, activation="gelu")
+        rounded = "" if self.type == "f32" else f"its matrices are rounded to {self.type}"
+        return proved(record, again, expected=expected | bias, rounded=rounded)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file under our names, in float32."""
+    library = _library()
+    return {
+        our_name(each.name): torch.from_numpy(np.array(library.quants.dequantize(each.data, each.tensor_type)))
+        for each in library.GGUFReader(path).tensors
+    }
+
+
+def their_name(name: str) -> str:
+    """`h.0.attn.c_attn.weight` -> `blk.0.attn_qkv.weight`."""
+    block, part, end = _split(name, "h")
+    return f"{f'blk.{block}.' if block else ''}{NAMES[part]}.{end}"
+
+
+def our_name(name: str) -> str:
+    """`blk.0.attn_qkv.weight` -> `h.0.attn.c_attn.weight`."""
+    block, part, end = _split(name, "blk")
+    ours = {theirs: ours for ours, theirs in NAMES.items()}
+    return f"{f'h.{block}.' if block else ''}{ours[part]}.{end}"
+
+
+def _split(name: str, blocks: str) -> tuple[str | None, str, str]:
+    found = re.fullmatch(rf"(?:{blocks}\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    assert found is not None
+    return found[1], found[2], found[3]
+
+
+def _library() -> Any:
+    """llama.cpp's package, an extra; the door has seen that it is there."""
+    return importlib.import_module("gguf")
+
+
+def _add_sizes(writer: Any, record: Checkpoint, *, file_type: int) -> None:
+    settings = record.model_settings
+    writer.add_name(str(record.data.get("name") or "milepost"))
+    writer.add_block_count(settings["n_layer"])
+    writer.add_context_length(settings["block_size"])
+    writer.add_embedding_length(settings["n_embd"])
+    writer.add_feed_forward_length(4 * settings["n_embd"])
+    writer.add_head_count(settings["n_head"])
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(_library().GGML_QUANT_VERSION)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer: byte-level BPE over GPT-2's regex is the one kind that ours and llama.cpp's `gpt2` share.
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    texts: list[str]  # by id, in GPT-2's letters for bytes
+    types: list[int]  # of llama.cpp's: 1 normal, 3 control, 4 a word that was added, 5 unused
+    merges: list[str]
+    end: int  # the id that ends a text
+
+
+def _tokens(record: Checkpoint) -> _Tokens:
+    """The record's tokenizer, with a name for each row of the vocabulary that has no token. Raises CheckpointError if llama.cpp has none such."""
+    kind = (record.tokenizer or {"kind": "no tokenizer"})["kind"]
+    if kind not in ("bpe", "gpt2"):
+        raise CheckpointError(
+            f"{record.path}: its tokenizer is {kind}, and llama.cpp has no such: CONVERT_TO=huggingface keeps it, or train "
+            "with TOKENIZER=bpe or gpt2"
+        )
+    spec = tokenizer_files(record)["tokenizer.json"]
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    special = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
+    ids: dict[str, int] = spec["model"]["vocab"] | added
+    rows = record.model_settings["vocab_size"]
+    texts = sorted(ids, key=ids.__getitem__)
+    types = [3 if text in special else 4 if text in added else 1 for text in texts]
+    padding = [f"[PAD{row}]" for row in range(len(texts), rows)]
+    end = special.get(END_OF_TEXT, next(iter(special.values()), len(texts) if padding else None))
+    if end is None or not spec["model"]["merges"] or set(padding) & ids.keys():
+        raise CheckpointError(
+            f"{record.path}: its tokenizer has no merges or no token that ends a text, and llama.cpp needs both: "
+            "CONVERT_TO=huggingface keeps it"
+        )
+    return _Tokens(texts + padding, types + [5] * len(padding), _merges(spec["model"]["merges"]), end)
+
+
+def _merges(merges: list[Json]) -> list[str]:
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _add_tokens(writer: Any, tokens: _Tokens) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens.texts)
+    writer.add_token_types(tokens.types)
+    writer.add_token_merges(tokens.merges)
+    writer.add_bos_token_id(tokens.end)
+    writer.add_eos_token_id(tokens.end)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)

@@ -1,0 +1,93 @@
+"""nanoGPT's `ckpt.pt`, which its sample.py runs, and beside it the `meta.pkl` of a character model.
+
+https://github.com/karpathy/nanoGPT: sample.py reads `model_args` and `model` out of out_dir/ckpt.pt and the characters out of
+data/{dataset}/meta.pkl; without that file it takes GPT-2's tokens.
+"""
+
+import pickle
+from pathlib import Path
+
+from torch import Tensor
+
+from ckpt import archive
+from ckpt.exports.common import Proof, check_gpt2, proved
+from ckpt.files import new_folder, written
+from ckpt.layouts import nanogpt
+from ckpt.record import Checkpoint, CheckpointError, Json
+
+NAME = "nanogpt"
+FILE, META = "ckpt.pt", "meta.pkl"
+UNKNOWN_LOSS = 1e9  # nanoGPT's own before its first evaluation
+
+
+class NanoGpt:
+    """The export as ckpt.exports.Export has it: a folder of one or two files."""
+
+    NAME = NAME
+    NEEDS: tuple[str, ...] = ()
+    RUN_STEM = ""
+    HOW = "in nanoGPT's folder: cp -r {path} data/ && python3 sample.py --out_dir=data/{name} --device=cpu"
+
+    def targets(self, folder: Path, stem: str) -> list[Path]:
+        """The folder that is nanoGPT's out_dir."""
+        return [folder / stem]
+
+    def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
+        """Writes the folder `folder/stem`. Raises CheckpointError for what nanoGPT's model or sample.py has no place for."""
+        check_gpt2(record, "nanoGPT")
+        (path,) = self.targets(folder, stem)
+        meta, weights = _meta(record), _their_weights(record)
+        content = {
+            "model": weights,
+            "optimizer": None,
+            "model_args": _model_args(record),
+            "iter_num": record.step,
+            "best_val_loss": UNKNOWN_LOSS if record.validation_loss is None else record.validation_loss,
+            "config": {"dataset": stem, **_model_args(record)},
+        }
+        with new_folder(path) as hidden:
+            with written(hidden / FILE) as file:
+                archive.dump(content, file)
+            if meta is not None:
+                with written(hidden / META) as file:
+                    file.write(pickle.dumps(meta, protocol=4))
+        return path
+
+    def proof(self, record: Checkpoint, path: Path) -> Proof:
+        """That nanoGPT finds the record's weights and characters; nanoGPT computes them with the exact GELU."""
+        again = nanogpt.read(path / FILE, verify=True)
+        kind = (record.tokenizer or {}).get("kind")
+        if kind == "char" and again.tokenizer != record.tokenizer:
+            raise CheckpointError(f"{path / META}: its characters are not those of {record.path}: removed")
+        expected = {name: each for name, each in record.model_state.items() if not name.startswith("lm_head.")}
+        return proved(record, again, expected=expected)
+
+
+def _meta(record: Checkpoint) -> dict[str, Json] | None:
+    """The characters as meta.pkl has them, None for GPT-2's tokens; raises CheckpointError for another tokenizer."""
+    tokenizer = record.tokenizer or {"kind": "no tokenizer"}
+    if tokenizer["kind"] == "gpt2":
+        return None
+    if tokenizer["kind"] != "char":
+        raise CheckpointError(
+            f"{record.path}: its tokenizer is {tokenizer['kind']}, and nanoGPT's sample.py knows characters and GPT-2's "
+            "tokens alone: CONVERT_TO=huggingface keeps it, or train with TOKENIZER=char or gpt2"
+        )
+    chars = tokenizer["chars"]
+    return {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {char: i for i, char in enumerate(chars)}}
+
+
+def _model_args(record: Checkpoint) -> dict[str, Json]:
+    usual = {"bias": True, "dropout": 0.0}
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    return {name: record.model_settings.get(name, usual.get(name)) for name in names}
+
+
+def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
+    """Under nanoGPT's names, the tied head written out as its state_dict has it; raises CheckpointError for a head of its own."""
+    if not record.model_settings.get("tied", True):
+        raise CheckpointError(
+            f"{record.path}: has a head of its own, and nanoGPT's model ties it to the embedding: CONVERT_TO=huggingface keeps it"
+        )
+    weights = {f"transformer.{name}": tensor for name, tensor in record.model_state.items()}
+    return weights | {"lm_head.weight": record.model_state["wte.weight"]}

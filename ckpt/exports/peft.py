@@ -1,0 +1,77 @@
+"""peft's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, LoRA alone, to stand beside transformers' GPT-2.
+
+https://huggingface.co/docs/peft/en/developer_guides/checkpoint has the format. Whoever opens it brings the base.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ckpt.contents import differing
+from ckpt.exports.common import Proof
+from ckpt.files import new_folder, write_json
+from ckpt.record import Checkpoint, CheckpointError, Json
+from ckpt.tensors import digest, read_safetensors, write_safetensors
+
+NAME = "peft"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model.transformer."
+
+
+class Peft:
+    """The export as ckpt.exports.Export has it: a folder of two files."""
+
+    NAME = NAME
+    NEEDS: tuple[str, ...] = ()
+    RUN_STEM = ""
+    HOW = 'in Python: peft.PeftModel.from_pretrained(base, "{path}"), where base is transformers\' model of the base'
+
+    def targets(self, folder: Path, stem: str) -> list[Path]:
+        """The folder that peft opens."""
+        return [folder / stem]
+
+    def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
+        """Writes the folder `folder/stem`. Raises CheckpointError for a model without LoRA, or with adapters that peft does not know."""
+        (path,) = self.targets(folder, stem)
+        weights, config = _their_weights(record), _their_config(record)
+        with new_folder(path) as hidden:
+            write_safetensors(hidden / WEIGHTS, weights)
+            write_json(hidden / CONFIG, config)
+        return path
+
+    def proof(self, record: Checkpoint, path: Path) -> Proof:
+        """That peft finds the record's adapters; without a base they have no logits to compare."""
+        expected, found = _their_weights(record), read_safetensors(path / WEIGHTS)
+        if other := differing(expected, found):
+            raise CheckpointError(f"{path}: its tensors are not those of {record.path} ({', '.join(other)}): removed")
+        return Proof(len(expected), digest(found), logits=(), difference=0.0, spread=0.0, remark="")
+
+
+def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
+    """The adapters under peft's names. It has A (r, in) and B (out, r) as we have them, beside a base whose weights lie across."""
+    if not record.model_settings.get("lora"):
+        raise CheckpointError(
+            f"{record.path}: has no LoRA adapters, and peft keeps nothing else: CONVERT_TO=huggingface"
+        )
+    if record.model_settings.get("ttt"):
+        raise CheckpointError(
+            f"{record.path}: has TTT layers, which peft does not know; it generates with scripts/load_checkpoint.py alone"
+        )
+    state = record.model_state
+    return {f"{PREFIX}{name}.weight": state[name] for name in state if name.endswith((".lora_A", ".lora_B"))}
+
+
+def _their_config(record: Checkpoint) -> dict[str, Json]:
+    lora = record.model_settings["lora"]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": (record.base or {}).get("source"),
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"],
+        "target_modules": lora["targets"].split(","),
+        "fan_in_fan_out": True,  # transformers' Conv1D
+        "bias": "none",
+        "inference_mode": True,
+    }

@@ -1,0 +1,205 @@
+"""CONVERT_TO=gguf as llama.cpp's own package reads it: names, shapes, values, sizes and tokens."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+from script import call, script
+from test_export import TEXT, exported, model_of, saved, untied
+
+import ckpt
+from ckpt import Checkpoint, CheckpointError
+from ckpt.exports.gguf import TYPES, our_name, their_name
+from ckpt.locks import FOLDER_LOCK
+from ckpt.rebuild import build_tokenizer
+from data import tokenization
+
+converter = script("convert_checkpoint")
+# An independent statement of what llama.cpp's src/models/gpt2.cpp asks for, in its order.
+WANTED = [
+    "token_embd.weight",
+    "position_embd.weight",
+    "output_norm.weight",
+    "output_norm.bias",
+    "blk.N.attn_norm.weight",
+    "blk.N.attn_norm.bias",
+    "blk.N.attn_qkv.weight",
+    "blk.N.attn_qkv.bias",
+    "blk.N.attn_output.weight",
+    "blk.N.attn_output.bias",
+    "blk.N.ffn_norm.weight",
+    "blk.N.ffn_norm.bias",
+    "blk.N.ffn_down.weight",
+    "blk.N.ffn_down.bias",
+    "blk.N.ffn_up.weight",
+    "blk.N.ffn_up.bias",
+]
+
+
+def model(**settings: object) -> Checkpoint:
+    torch.manual_seed(1)
+    return model_of("bpe", n_embd=32, **settings)
+
+
+def opened(folder: Path, one: Checkpoint, kind: str) -> gguf.GGUFReader:
+    path, _ = exported(folder, one, "gguf", GGUF_TYPE=kind)
+    assert path.name.endswith(f"-{kind}.gguf")
+    return gguf.GGUFReader(path)
+
+
+def field(reader: gguf.GGUFReader, name: str):
+    return reader.fields[name].contents()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_names_shapes_and_values(tmp_path, kind):
+    """Every tensor that llama.cpp asks for, its rows the last dimension, rounded no more than its type rounds."""
+    one = model()
+    tensors = {each.name: each for each in opened(tmp_path, one, kind).tensors}
+    assert set(tensors) == {name.replace("N", n) for name in WANTED for n in "01"}
+    known = set(gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT2])
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
+    for name, tensor in one.model_state.items():
+        theirs = tensors[their_name(name)]
+        assert table.get_type_and_name(f"transformer.{name}", try_suffixes=(".weight", ".bias"))[0] in known
+        assert table.get_name(f"transformer.{name}", try_suffixes=(".weight", ".bias")) == theirs.name
+        assert theirs.shape.tolist() == list(reversed(tensor.shape))
+        matrix = tensor.dim() == 2 and name != "wpe.weight"
+        assert theirs.tensor_type.name == (kind.upper() if matrix else "F32")
+        found = dequantize(theirs.data, theirs.tensor_type)
+        largest = tensor.abs().amax(dim=-1, keepdim=True).numpy()
+        step = {"f32": 0.0, "f16": 2**-11, "q8_0": 1 / 254 + 2**-11}[kind if matrix else "f32"]
+        assert (np.abs(found - tensor.numpy()) <= step * largest + 1e-7 * bool(step)).all()
+        assert our_name(theirs.name) == name
+
+
+def test_sizes_and_the_words_around_them(tmp_path):
+    reader = opened(tmp_path, model(), "q8_0")
+    settings = {"block_count": 2, "context_length": 16, "embedding_length": 32, "feed_forward_length": 128}
+    settings |= {"attention.head_count": 2}
+    assert {name: field(reader, f"gpt2.{name}") for name in settings} == settings
+    assert field(reader, "gpt2.attention.layer_norm_epsilon") == pytest.approx(1e-5)
+    assert field(reader, "general.architecture") == "gpt2"
+    assert field(reader, "general.file_type") == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert field(reader, "general.quantization_version") == gguf.GGML_QUANT_VERSION
+
+
+def test_tokens_merges_and_the_rows_without_a_token(tmp_path):
+    one = model()
+    tokenizer = build_tokenizer(one)
+    rows = tokenizer.vocab_size + 3
+    wte = torch.cat([one.model_state["wte.weight"], torch.zeros(3, 32)])
+    settings = one.model_settings | {"vocab_size": rows}
+    one = dataclasses.replace(one, model_settings=settings, model_state=one.model_state | {"wte.weight": wte})
+    reader = opened(tmp_path, one, "f32")
+    spec = one.tokenizer["tokenizer"]
+    tokens, types = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
+    assert len(tokens) == len(types) == len(set(tokens)) == rows
+    assert {token: tokens.index(token) for token in spec["model"]["vocab"]} == spec["model"]["vocab"]
+    end = tokenizer.end_of_text
+    assert [types[end], types[end + 1], types[-3:]] == [3, 1, [5, 5, 5]]
+    assert field(reader, "tokenizer.ggml.merges") == [" ".join(pair) for pair in spec["model"]["merges"]]
+    words = {"model": "gpt2", "pre": "gpt-2", "bos_token_id": end, "eos_token_id": end, "add_bos_token": False}
+    assert {name: field(reader, f"tokenizer.ggml.{name}") for name in words} == words
+
+
+def test_gpt2s_own_tokens(tmp_path):
+    one = model_of("gpt2", n_layer=1, n_head=1, n_embd=2)
+    reader = opened(tmp_path, one, "f16")
+    tokens = field(reader, "tokenizer.ggml.tokens")
+    ids = build_tokenizer(one).encode("Dear Wren,")
+    assert [tokens[i] for i in ids] == ["Dear", "ĠW", "ren", ","]
+    assert (len(tokens), tokens[50256], field(reader, "tokenizer.ggml.eos_token_id")) == (50257, "<|endoftext|>", 50256)
+
+
+def test_biases_that_were_left_out_are_zeros(tmp_path):
+    tensors = {each.name: each.data for each in opened(tmp_path, model(bias=False), "f32").tensors}
+    biases = [data for name, data in tensors.items() if name.endswith(".bias")]
+    assert len(biases) == 2 * 6 + 1
+    assert not any(data.any() for data in biases)
+
+
+def test_a_head_of_its_own_is_kept(tmp_path):
+    one = untied(0.0)
+    bpe = model(tied=False)
+    bpe.model_state["lm_head.bias"].zero_()
+    tensors = {each.name: each.data for each in opened(tmp_path, bpe, "f32").tensors}
+    assert (tensors["output.weight"] == bpe.model_state["lm_head.weight"].numpy()).all()
+    assert "output.bias" not in tensors
+    with pytest.raises(CheckpointError, match=r"its tokenizer is char, and llama\.cpp has no such"):
+        ckpt.exporter("gguf").write(one, tmp_path, "x")
+
+
+def test_rows_that_are_no_whole_blocks_stay_in_f16(tmp_path):
+    """A width of 24 makes no block of 32, but four times as wide makes three."""
+    torch.manual_seed(1)
+    kinds = {each.name: each.tensor_type.name for each in opened(tmp_path, model_of("bpe", n_embd=24), "q8_0").tensors}
+    assert (kinds["token_embd.weight"], kinds["blk.0.ffn_down.weight"]) == ("F16", "Q8_0")
+
+
+@pytest.mark.parametrize(("kind", "most"), [("f32", 0), ("f16", 0.02), ("q8_0", 0.2)])
+def test_what_is_printed_is_how_far_the_model_is_from_ours(tmp_path, kind, most):
+    _, said = exported(tmp_path, model(), "gguf", GGUF_TYPE=kind)
+    found = re.search(
+        r"logits \(2 x 16 x 300\) differ by at most ([^ ]+), of a standard deviation of ([\d.]+)(.*)", said
+    )
+    apart, spread = float(found[1]), float(found[2])
+    assert apart <= most * spread
+    assert (apart == 0) == (kind == "f32")
+    assert found[3] == ("" if kind == "f32" else f": its matrices are rounded to {kind}")
+
+
+def test_the_exact_gelu_is_told(tmp_path):
+    _, said = exported(tmp_path, model(activation="gelu_erf"), "gguf", GGUF_TYPE="f32")
+    assert "it computes GELU's tanh form where this model has the exact GELU" in said
+
+
+def test_a_flipped_bit_fails_the_proof(tmp_path):
+    one, to = model(), ckpt.exporter("gguf", gguf_type="q8_0")
+    path = to.write(one, tmp_path, "x")
+    to.proof(one, path)
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="its tensors are not those of"):
+        to.proof(one, path)
+
+
+def test_nothing_is_left_of_what_was_not_finished(tmp_path, monkeypatch):
+    """The disk refuses in the middle of the tensors: no file, no hidden one, and the sentence names it."""
+    path, written = saved(tmp_path, model()), []
+
+    def refuse(self, tensor, *_):
+        written.append(tensor)
+        if len(written) > 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", refuse)
+    said = call(converter, tmp_path, CHECKPOINT_PATH=path, CONVERT_TO="gguf", OUTPUT=tmp_path / "out")
+    assert (said.code, said.out) == (1, "")
+    assert ".gguf" in said.err
+    assert [each for each in (tmp_path / "out").iterdir() if each.name != FOLDER_LOCK] == []
+
+
+def test_a_tokenizer_that_ends_no_text_needs_a_row_to_spare(tmp_path):
+    """llama.cpp takes token 11 for the end of a text where nothing else is named."""
+    one = model()
+    spec = tokenization.build("bpe", [(TEXT * 9, True)], alphabet="", documents=1, vocab_size=300).to_dict()[
+        "tokenizer"
+    ]
+    vocab = {token: i - 1 for token, i in spec["model"]["vocab"].items() if i}
+    bare = {"kind": "bpe", "tokenizer": spec | {"added_tokens": [], "model": spec["model"] | {"vocab": vocab}}}
+    padded = dataclasses.replace(one, tokenizer=bare)
+    reader = opened(tmp_path, padded, "f32")
+    assert field(reader, "tokenizer.ggml.eos_token_id") == 299
+    assert field(reader, "tokenizer.ggml.token_type")[299] == 5
+    wte = one.model_state["wte.weight"][:299]
+    settings = one.model_settings | {"vocab_size": 299}
+    full = dataclasses.replace(padded, model_settings=settings, model_state=one.model_state | {"wte.weight": wte})
+    with pytest.raises(CheckpointError, match=r"no token that ends a text, and llama\.cpp needs both"):
+        ckpt.exporter("gguf").write(full, tmp_path, "x")
