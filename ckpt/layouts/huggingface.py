@@ -167,7 +167,8 @@ def write(record: Checkpoint, folder: Path, stem: str) -> Path:
     with new_folder(path) as hidden:
         made: dict[str, NewFile] = {WEIGHTS: write_safetensors(hidden / WEIGHTS, weights)}
         tokens = tokenizer_files(record)
-        texts = {CONFIG: config | _ends(tokens), GENERATION: {"_from_model_config": True}, **tokens}
+        ends = _ends(tokens)
+        texts = {CONFIG: config | ends, GENERATION: {"_from_model_config": True} | ends, **tokens}
         made |= {name: write_json(hidden / name, values) for name, values in texts.items()}
         groups = None
         if record.optimizer_state is not None:
