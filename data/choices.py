@@ -3,14 +3,14 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.corpus import DataError, lines_of, suffix_of
 
-Row = Mapping[str, Any]  # its names in lower case without underscores, as the published files do not agree on them
+Row = Mapping[str, Any]  # by names as `_plain` has them
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_benchmark(path: Path) -> Benchmark:
         raise DataError(f"{path}: benchmarks are read from {' and '.join(ROWS)}, each also with .gz")
     items, formats = [], set()
     for where, values in ROWS[suffix_of(path.name)](path):
-        row = {name.strip().lower().replace("_", ""): value for name, value in values.items() if isinstance(name, str)}
+        row = {_plain(name): value for name, value in values.items() if isinstance(name, str)}
         kind = _format_of(row, where)
         formats.add(kind)
         if len(formats) > 1:
@@ -61,9 +61,18 @@ def read_benchmark(path: Path) -> Benchmark:
     return Benchmark(path=path, format=formats.pop(), items=tuple(items))
 
 
+def _plain(name: str) -> str:
+    """A name in lower case without underscores: the published files do not agree on them."""
+    return name.strip().lower().replace("_", "")
+
+
+def _has(row: Row, names: Iterable[str]) -> bool:
+    return all(_plain(name) in row for name in names)
+
+
 def _format_of(row: Row, where: str) -> str:
     for kind, (names, _) in FORMATS.items():
-        if all(name in row for name in names):
+        if _has(row, names):
             return kind
     expected = "; ".join(f"{kind} has {', '.join(names)}" for kind, (names, _) in FORMATS.items())
     raise DataError(f"{where} has {', '.join(list(row)[:10]) or 'nothing'}, which is no known format: {expected}")
@@ -102,7 +111,7 @@ ROWS: dict[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {".
 
 
 def _text(row: Row, name: str, where: str) -> str:
-    value = row[name]
+    value = row[_plain(name)]
     if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
         raise DataError(f"{where}: {name} is {value!r:.60}: expected text")
     return value.strip()
@@ -110,7 +119,7 @@ def _text(row: Row, name: str, where: str) -> str:
 
 def _answer(row: Row, name: str, where: str, *, first: int, count: int) -> int:
     """Which one is right, counted from 0; in the file from `first`, as a number or its digits."""
-    value = row[name]
+    value = row[_plain(name)]
     digits = str(value).strip()
     if isinstance(value, bool) or not re.fullmatch("[0-9]", digits) or not 0 <= int(digits) - first < count:
         raise DataError(
@@ -124,7 +133,7 @@ def _hellaswag(row: Row, where: str) -> Item:
     endings = row["endings"]
     if not isinstance(endings, list) or not 2 <= len(endings) <= 10:
         raise DataError(f"{where}: endings is {endings!r:.60}: expected a list of 2 to 10 texts")
-    if {"activitylabel", "ctxa", "ctxb"} <= row.keys():
+    if _has(row, ("activity_label", "ctx_a", "ctx_b")):
         first, second = (str(row[name] or "") for name in ("ctxa", "ctxb"))
         context = f"{row['activitylabel']}: {first} {second.capitalize()}"
     elif "ctx" in row:
@@ -142,24 +151,24 @@ def _cleaned(text: str) -> str:
 
 
 def _minimal_pair(row: Row, where: str) -> Item:
-    pair = _text(row, "sentencegood", where), _text(row, "sentencebad", where)
+    pair = _text(row, "sentence_good", where), _text(row, "sentence_bad", where)
     return Item(context="", choices=pair, answer=0)
 
 
 def _story(row: Row, where: str) -> Item:
     """Four sentences and two endings (Mostafazadeh et al. 2016, "A corpus and cloze evaluation for deeper understanding of commonsense stories")."""
-    names = next((pair for pair in QUIZZES if set(pair) <= row.keys()), None)
+    names = next((pair for pair in QUIZZES if _has(row, pair)), None)
     if names is None:
         raise DataError(f"{where} has no endings: expected {' or '.join(', '.join(pair) for pair in QUIZZES)}")
     context = " ".join(_text(row, name, where) for name in SENTENCES)
     choices = tuple(_text(row, name, where) for name in names)
-    return Item(context=context, choices=choices, answer=_answer(row, "answerrightending", where, first=1, count=2))
+    return Item(context=context, choices=choices, answer=_answer(row, "AnswerRightEnding", where, first=1, count=2))
 
 
-SENTENCES = tuple(f"inputsentence{number}" for number in (1, 2, 3, 4))
-QUIZZES = tuple((f"{word}1", f"{word}2") for word in ("randomfifthsentencequiz", "sentencequiz"))
+SENTENCES = tuple(f"InputSentence{number}" for number in (1, 2, 3, 4))
+QUIZZES = tuple((f"{word}1", f"{word}2") for word in ("RandomFifthSentenceQuiz", "sentence_quiz"))
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], Item]]] = {
     "hellaswag": (("endings", "label"), _hellaswag),
-    "blimp": (("sentencegood", "sentencebad"), _minimal_pair),
-    "storycloze": ((*SENTENCES, "answerrightending"), _story),
+    "blimp": (("sentence_good", "sentence_bad"), _minimal_pair),
+    "storycloze": ((*SENTENCES, "AnswerRightEnding"), _story),
 }

@@ -83,8 +83,8 @@ def test_the_alphabet_has_every_character_and_the_space_between():
         ([PAIR, {"text": "no item"}], "FILE line 2 has text, which is no known format: hellaswag has endings, label"),
         ([PAIR, ENDINGS], "FILE line 2 is of format hellaswag, the lines before are not"),
         ([PAIR, ["a", "list"]], "FILE line 2: expected an object, found a list"),
-        ([PAIR | {"sentence_bad": None}], "FILE line 1: sentencebad is None: expected text"),
-        ([PAIR | {"sentence_good": " "}], "FILE line 1: sentencegood is ' ': expected text"),
+        ([PAIR | {"sentence_bad": None}], "FILE line 1: sentence_bad is None: expected text"),
+        ([PAIR | {"sentence_good": " "}], "FILE line 1: sentence_good is ' ': expected text"),
         ([PAIR | {"sentence_good": "\ud800"}], "expected text"),
         ([ENDINGS | {"label": 2}], "FILE line 1: label is 2: expected 0 to 1"),
         ([ENDINGS | {"label": ""}], "label is '': expected 0 to 1 (a test split may come without answers)"),
@@ -94,7 +94,7 @@ def test_the_alphabet_has_every_character_and_the_space_between():
         ([ENDINGS | {"endings": "ab"}], "endings is 'ab'"),
         ([ENDINGS | {"endings": ["a", 7]}], "ending is 7: expected text"),
         ([{"endings": ["a", "b"], "label": 0}], "FILE line 1 has no ctx"),
-        ([STORY | {"answer_right_ending": 0}], "answerrightending is 0: expected 1 to 2"),
+        ([STORY | {"answer_right_ending": 0}], "AnswerRightEnding is 0: expected 1 to 2"),
         ([{n: v for n, v in STORY.items() if "quiz2" not in n}], "FILE line 1 has no endings: expected"),
         ([], "FILE holds no item"),
     ],
@@ -114,7 +114,7 @@ def test_broken_files_are_refused_with_their_line(tmp_path):
     lines = (FILES / "stories.csv").read_text(encoding="utf-8").splitlines()
     short = tmp_path / "short.csv"
     short.write_text("\n".join([lines[0], lines[1], "a2,Tom"]), encoding="utf-8")
-    assert refused(short) == "FILE line 3: inputsentence2 is None: expected text"
+    assert refused(short) == "FILE line 3: InputSentence2 is None: expected text"
     short.write_text('InputSentence1\n"never closed', encoding="utf-8")
     assert "is not valid CSV" in refused(short)
     assert "benchmarks are read from .jsonl and .csv" in refused(ROOT / "data" / "dear_wren.md")

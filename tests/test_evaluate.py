@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ckpt
 import run
-from ckpt.rebuild import build_tokenizer
+from ckpt.rebuild import build_tokenizer, merged, with_base
 from data import tokenization
 from data.answers import Answers, answer, encode, pooled
 from data.choices import Item, read_benchmark
@@ -368,6 +368,29 @@ def test_different_texts_are_not_compared(folder, tmp_path):
     assert values["comparisons"] == []
     assert "was measured on other text than" in said.err
     assert said.out.count("measured on ") == 2
+
+
+def test_adapters_alone_are_measured_with_their_base(folder, tmp_path):
+    base = at_step(folder, 60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        code, said = train(
+            tmp_path, INIT_FROM=str(base), LORA_RANK="2", LEARNING_RATE="0.05", CHECKPOINT_ADAPTERS_ONLY="true", DTYPE="float32",
+            N_LAYER=None, N_HEAD=None, N_EMBD=None, BLOCK_SIZE=None,
+        )  # fmt: skip
+    assert code == 0, said
+    path, text = at_step(tmp_path, 8), folder / "held_out.txt"
+    said = call(evaluator, folder, CHECKPOINT_PATH=path, EVAL_DATA=text)
+    assert (said.code, "BASE_CHECKPOINT" in said.err) == (2, True)
+    said, values = evaluate(folder, CHECKPOINT_PATH=path, EVAL_DATA=text, BASE_CHECKPOINT=base)
+    assert said.code == 0, said.err
+    whole = ckpt.save(merged(with_base(ckpt.load(path, optimizer=False), ckpt.load(base))), tmp_path)
+    losses = [
+        one["checkpoints"][0]["standard"]["loss"]
+        for one in (values, evaluate(folder, CHECKPOINT_PATH=whole, EVAL_DATA=text)[1])
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert abs(losses[0] - evaluate(folder, EVAL_DATA=text)[1]["checkpoints"][0]["standard"]["loss"]) > 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
