@@ -10,6 +10,7 @@ Paint = Callable[[int, str], str]  # the number of a curve and a character of it
 # The bits of U+2800 for the eight dots of a character, by row and column (Unicode, "Braille Patterns").
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
 MARGIN = 9  # columns of a chart that its scale takes
 
 
@@ -96,8 +97,7 @@ def _joined(dots: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def number(value: float) -> str:
-    """A value in at most eight characters."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+    """A value in at most eight characters, with as many of four figures as they hold."""
+    size, letter = next((pair for pair in SIZES if abs(value) >= pair[0]), (1.0, ""))
+    texts = [f"{value / size:.{figures}g}{letter}" for figures in (4, 3, 2, 1)]
+    return next((text for text in texts if len(text) < MARGIN), texts[-1])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NOT_PLOTTED = ("step", "time")
+SECONDS_UNSEEN = 10  # that events may wait in memory before TensorBoard can see them
 
 
 class Sink(NamedTuple):
@@ -91,10 +92,9 @@ def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping
     `lines` are the run's so far, of which it gets what it lacks; `settings` are shown beside the series; `wandb` holds the `mode` and the
     `project` of Weights & Biases.
     """
-    last = max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=0)
     starts: dict[str, Callable[[], Sink | None]] = {
         "none": lambda: None,
-        "tensorboard": lambda: _tensorboard(folder / "tensorboard", last),
+        "tensorboard": lambda: _tensorboard(folder / "tensorboard"),
         "wandb": lambda: _wandb(folder, run_id, settings, say, **wandb),
         "trackio": lambda: _trackio(run_id, settings),
     }
@@ -104,22 +104,21 @@ def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping
     return mirror
 
 
-def _tensorboard(folder: Path, last: int) -> Sink:
-    """Events in `folder`. What an earlier process wrote from step `last` on is purged by a mark that TensorBoard's readers obey.
-
-    That step's row may not have been written, and whatever came after it is not the run's any more.
+def _tensorboard(folder: Path) -> Sink:
+    """Events in `folder`, the whole series anew: which of several files is the later one, its readers would tell from the clock in its
+    name. A TensorBoard that has seen the earlier file drops it at the mark (`purge_step`) with which the new one begins.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    known = any(folder.glob("events.out.tfevents.*"))
-    writer = SummaryWriter(str(folder), purge_step=last if known else None)
+    for earlier in folder.glob("events.out.tfevents.*"):
+        earlier.unlink()
+    writer = SummaryWriter(str(folder), purge_step=0, flush_secs=SECONDS_UNSEEN)
 
     def write(step: int, when: float, values: dict[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step, walltime=when)
-        writer.flush()  # a kill must not take two minutes of events away
 
-    return Sink(last if known else 0, write, writer.close)
+    return Sink(0, write, writer.close)
 
 
 def _wandb(

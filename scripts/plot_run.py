@@ -110,7 +110,7 @@ def runs_of(part: str, there: list[Path]) -> list[Path]:
     """What one part of RUN means: latest, a run's folder, a glob of names, a name or the beginning of some."""
     if part.lower() == "latest":
         return [max(there, key=last_time)] if there else []
-    if (Path(part) / METRICS).is_file():
+    if os.path.isfile(os.path.join(part, METRICS)):
         return [Path(os.path.abspath(part))]
     same = [path for path in there if path.name == part]
     return same or [path for path in there if path.name.startswith(part) or fnmatch.fnmatchcase(path.name, part)]
@@ -189,7 +189,7 @@ def parent_of(folder: Path) -> dict[str, Any] | None:
 def points(run: Drawn, panel: Panel) -> Points:
     """What a panel shows of a run: (step, figure)."""
     own = [(line["step"], line.get(panel.figure)) for line in run.lines if line.get("split") == panel.split]
-    return sorted((step, y) for step, y in own if isinstance(y, int | float) and math.isfinite(y))
+    return sorted((step, y) for step, y in own if type(y) in (int, float) and math.isfinite(y))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

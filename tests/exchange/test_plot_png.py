@@ -1,0 +1,80 @@
+"""What plot_run.py draws with matplotlib: a picture with the figures of metrics.jsonl in it."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import matplotlib.figure
+import matplotlib.image
+import numpy as np
+import pytest
+from script import call, script
+from test_plot_run import written
+
+plot = script("plot_run")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A run, its child from step 2 on, and another."""
+    written(tmp_path, "a1", losses=[3.0, 2.0, 1.0])
+    written(tmp_path, "child", losses=[1.5, 1.25], parent={"run_id": "a1", "step": 2})
+    written(tmp_path, "b1", losses=[3.0, 2.75], since=2000.0)
+    return tmp_path
+
+
+def test_the_axes_hold_the_figures_of_the_runs_and_of_what_they_go_on_from(folder, monkeypatch):
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *words, **more: (figures.append(self), save(self, *words, **more)))  # fmt: skip
+    output = folder / "curves.png"
+    said = call(plot, folder, RUN="child,b1", OUTPUT=str(output))
+    assert (said.code, said.out) == (0, "")
+    (figure,) = figures
+    loss, validation, rate, speed = figure.axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in loss.lines}  # fmt: skip
+    assert drawn == {
+        "a1": ([1, 2], [3.0, 2.0], "--"),
+        "child (from a1 at step 2)": ([1, 2], [1.5, 1.25], "-"),
+        "b1": ([1, 2], [3.0, 2.75], "-"),
+    }
+    assert [list(line.get_ydata()) for line in validation.lines] == [[], [1.75], [3.25]]
+    assert all(list(line.get_ydata()) == [0.1, 0.1] for line in rate.lines)
+    assert speed.get_ylim()[0] == 0
+
+
+def test_a_png_with_colours_in_it_and_nothing_beside_it(folder):
+    output = folder / "curves.png"
+    assert call(plot, folder, RUN="a1,b1", OUTPUT=str(output)).code == 0
+    pixels = matplotlib.image.imread(output)
+    assert pixels.shape == (960, 1440, 4)
+    for colour in ("#1f77b4", "#ff7f0e"):  # the first two of matplotlib's cycle
+        wanted = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+        assert (np.abs(pixels[..., :3] - wanted).max(axis=-1) < 0.02).sum() > 100
+    assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "letters.txt", "runs"]
+    before = output.read_bytes()
+    assert call(plot, folder, RUN="a1,b1", OUTPUT=str(output)).code == 0  # it may be drawn again
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".pdf", ".PNG"])
+def test_the_other_kinds_of_file(suffix, folder):
+    output = folder / f"curves{suffix}"
+    assert call(plot, folder, RUN="a1", OUTPUT=str(output)).code == 0
+    assert output.read_bytes()[:4] == {".svg": b"<?xm", ".pdf": b"%PDF", ".PNG": b"\x89PNG"}[suffix]
+    if suffix == ".svg":
+        ElementTree.parse(output)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(folder, monkeypatch):
+    output = folder / "curves.png"
+    output.write_bytes(b"old")
+
+    def full(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
+    said = call(plot, folder, RUN="a1", OUTPUT=str(output))
+    assert (said.code, output.read_bytes()) == (1, b"old")
+    assert "No space left on device" in said.err
+    assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "letters.txt", "runs"]

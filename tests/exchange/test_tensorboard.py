@@ -1,0 +1,155 @@
+"""TRACKER=tensorboard beside TensorBoard's own reader: every figure of metrics.jsonl, each step once, whatever interrupted the run."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from drive import ROOT, at_step, environment, newest, tensor_bytes, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+from runtime.progress import read_metrics
+
+TAGS = {"train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/tok_s", "validation/loss", "validation/tokens"}  # fmt: skip
+
+
+def run_folder(folder: Path) -> Path:
+    (place,) = (folder / "runs").iterdir()
+    return place
+
+
+def reader(folder: Path) -> EventAccumulator:
+    """What TensorBoard reads a run with."""
+    events = EventAccumulator(str(run_folder(folder) / "tensorboard"), size_guidance={"scalars": 0})
+    return events.Reload()
+
+
+def shown_by_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every series, in the order in which TensorBoard has them."""
+    events = reader(folder)
+    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The same of metrics.jsonl, in float32 as TensorBoard keeps it."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in read_metrics(run_folder(folder) / "metrics.jsonl"):
+        for name in ("loss", "lr", "grad_norm", "tokens", "tok_s"):
+            if line[name] is not None:
+                series.setdefault(f"{line['split']}/{name}", []).append((line["step"], pytest.approx(line[name], rel=1e-6)))  # fmt: skip
+    return series
+
+
+def without_speed(series: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    return {tag: values for tag, values in series.items() if tag != "train/tok_s"}
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Leaves the checkpoints up to a step, as if the run had been killed before the next save."""
+    for path in [*(folder / "checkpoints").glob("*.pt"), *(folder / "checkpoints" / "best").glob("*.pt")]:
+        if path.parent.name == "best" or path not in {at_step(folder, one) for one in range(1, step + 1)}:
+            path.unlink()
+
+
+def test_every_figure_is_there_once(tmp_path):
+    assert train(tmp_path, TRACKER="tensorboard")[0] == 0
+    seen = shown_by_tensorboard(tmp_path)
+    assert set(seen) == TAGS
+    assert seen == logged(tmp_path)
+    assert [step for step, _ in seen["train/loss"]] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("log_interval", ["1", "3"])
+@pytest.mark.parametrize("step", [1, 3, 4, 7])
+def test_a_run_that_goes_on_from_an_earlier_step_doubles_none_and_loses_none(step, log_interval, tmp_path):
+    changes = {"CHECKPOINT_INTERVAL": "1", "LOG_INTERVAL": log_interval, "TRACKER": "tensorboard"}
+    assert train(tmp_path, **changes)[0] == 0
+    straight = shown_by_tensorboard(tmp_path)
+    forget_after(tmp_path, step)
+    assert train(tmp_path, RESUME="auto", **changes)[0] == 0
+    seen = shown_by_tensorboard(tmp_path)
+    assert seen == logged(tmp_path)
+    assert without_speed(seen) == without_speed(straight)
+    assert len(list((run_folder(tmp_path) / "tensorboard").iterdir())) == 1
+
+
+def test_a_tensorboard_that_is_looking_on_drops_what_was_undone(tmp_path, monkeypatch):
+    """It has read the first process's file; the second's, a minute later, takes its place."""
+    assert train(tmp_path, CHECKPOINT_INTERVAL="1", TRACKER="tensorboard")[0] == 0
+    live = reader(tmp_path)
+    before = live.Scalars("train/loss")
+    forget_after(tmp_path, 4)
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: time.time() + 60))
+    assert train(tmp_path, RESUME="auto")[0] == 0
+    live.Reload()
+    after = live.Scalars("train/loss")
+    assert [one.step for one in after] == list(range(1, 9))
+    assert [one.value for one in after] == [one.value for one in before]
+    assert [one.wall_time for one in after][:4] == [one.wall_time for one in before][:4]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import training
+from drive import train
+from pathlib import Path
+report = training.report
+def killed(run, *words, **more):
+    report(run, *words, **more)
+    if run.step == {step}:
+        os.kill(os.getpid(), signal.{name})
+training.report = killed
+sys.exit(train(Path({folder!r}), TRACKER="tensorboard", CHECKPOINT_INTERVAL="3", RESUME="auto")[0])
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 130)])
+@pytest.mark.parametrize("steps", [(5,), (4, 5), (2, 7, 8)])
+def test_killed_and_gone_on(steps, name, code, tmp_path):
+    """In a process of its own, in the middle of a step's lines; each time anew from where its last checkpoint is."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    for folder in (straight, broken):
+        folder.mkdir()
+    assert train(straight, TRACKER="tensorboard", CHECKPOINT_INTERVAL="3")[0] == 0
+    environment(broken)
+    for step in steps:
+        text = KILLED.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(broken), step=step, name=name)
+        done = subprocess.run([sys.executable, "-c", text], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == code, done.stderr
+    assert train(broken, RESUME="auto", CHECKPOINT_INTERVAL="3")[0] == 0
+    newest_run = max((broken / "runs").iterdir())
+    for other in (broken / "runs").iterdir():  # killed before its first checkpoint, a run has no successor
+        if other != newest_run:
+            other.rename(tmp_path / other.name)
+    assert without_speed(shown_by_tensorboard(broken)) == without_speed(shown_by_tensorboard(straight))
+    assert shown_by_tensorboard(broken) == logged(broken)
+
+
+def test_turned_on_in_the_middle_the_series_is_whole(tmp_path):
+    assert train(tmp_path, CHECKPOINT_INTERVAL="1")[0] == 0
+    forget_after(tmp_path, 4)
+    assert train(tmp_path, RESUME="auto", TRACKER="tensorboard")[0] == 0
+    assert shown_by_tensorboard(tmp_path) == logged(tmp_path)
+
+
+def test_it_changes_no_bit(tmp_path):
+    for kind in ("none", "tensorboard"):
+        (tmp_path / kind).mkdir()
+        assert train(tmp_path / kind, TRACKER=kind, DROPOUT="0.2")[0] == 0
+    assert tensor_bytes(newest(tmp_path / "none")) == tensor_bytes(newest(tmp_path / "tensorboard"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch):
+    """A file lies where the folder of events should be."""
+    assert train(tmp_path, CHECKPOINT_INTERVAL="1")[0] == 0
+    forget_after(tmp_path, 4)
+    (run_folder(tmp_path) / "tensorboard").write_text("in the way")
+    code, said = train(tmp_path, RESUME="auto", TRACKER="tensorboard")
+    assert code == 0
+    assert said.count("warning: TRACKER=tensorboard failed (") == 1
+    assert "training goes on" in said

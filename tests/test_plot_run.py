@@ -1,0 +1,353 @@
+"""Curves of runs: the text that they are drawn as, which runs are meant, what they go on from."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from drive import ROOT, command, train
+from hypothesis import given
+from hypothesis import strategies as st
+from script import NOTHING_OF_TRAINING, Said, call, copied, script, train_family
+from test_progress import on_a_terminal
+
+from runtime.chart import DOTS, chart, number
+
+plot = script("plot_run")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One chart.
+
+FALLING = [(float(x), 10.0 - x) for x in range(11)]
+
+
+def test_a_falling_line_in_letters():
+    falling = [(float(x), 3.0 - x / 2) for x in range(5)]
+    assert chart("loss", [falling], columns=15, rows=5, letters=True, ascii_only=True) == [
+        "loss           ",
+        "       3 |a    ",
+        "         | a   ",
+        "         |  a  ",
+        "         |   a ",
+        "       1 |    a",
+        "         +-----",
+        "          0   4",
+    ]
+
+
+def test_two_points_in_braille_are_a_line_between_opposite_corners():
+    lines = chart("", [[(0, 0.0), (1, 1.0)]], columns=12, rows=1, letters=False)
+    # Two characters of 2 x 4 dots: from the lowest dot on the left to the highest on the right.
+    assert lines[1][10:] == "⡠⠊"
+    assert lines[2][9:] == "└──"
+
+
+def test_the_dots_of_a_character_are_unicodes():
+    """Unicode, Braille Patterns: dots 1 2 3 7 down the left, 4 5 6 8 down the right, each one bit."""
+    order = {(0, 0): 1, (1, 0): 2, (2, 0): 3, (3, 0): 7, (0, 1): 4, (1, 1): 5, (2, 1): 6, (3, 1): 8}
+    assert {(row, column): bit for row, bits in enumerate(DOTS) for column, bit in enumerate(bits)} == {
+        place: 1 << (dot - 1) for place, dot in order.items()
+    }
+
+
+def test_later_curves_lie_over_earlier_ones_and_are_painted():
+    flat, falling = [(0.0, 5.0), (10.0, 5.0)], FALLING
+    lines = chart("", [flat, falling], columns=21, rows=5, letters=True, paint=lambda curve, text: f"<{curve}{text}>")
+    assert lines[3].count("<0a>") == 8  # of 11 columns, but for those of the other curve
+    assert lines[3].count("<1b>") == 3
+    assert "<0a>" not in lines[1] + lines[5]
+
+
+def test_many_points_are_drawn_at_their_mean_and_a_scale_may_begin_at_zero():
+    noisy = [(float(x), 5.0 + (-1) ** x) for x in range(1000)]
+    lines = chart("", [noisy], columns=20, rows=5, letters=True, floor=0)
+    assert [line[10:].strip() for line in lines[1:6]] == ["", "aaaaaaaaaa", "", "", ""]
+    assert [line[:9].strip() for line in lines[1:6]] == ["6", "", "", "", "0"]
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 10**9), st.floats(-1e30, 1e30)), max_size=30), min_size=1, max_size=30),
+    st.integers(24, 200),
+    st.integers(1, 12),
+    st.booleans(),
+)
+def test_every_line_is_as_wide_as_asked_for(curves, columns, rows, letters):
+    points = [sorted({float(x): y for x, y in curve}.items()) for curve in curves]
+    lines = chart("title", points, columns=columns, rows=rows, letters=letters)
+    assert {len(line) for line in lines} == {columns}
+    assert len(lines) == (rows + 3 if any(points) else 1)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_fit_their_margin(value):
+    assert len(number(value)) <= 8 or abs(value) > 1e15
+    if 1e-3 <= abs(value) < 1e15:
+        factor = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(number(value)[-1], 1)
+        assert math.isclose(float(number(value).rstrip("kMGT")) * factor, value, rel_tol=6e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which runs, and what is said of them.
+
+
+def written(folder: Path, name: str, *, losses: list[float], since: float = 1000.0, parent: object = None) -> Path:
+    """A run of so many lines, a step and a second each, and a validation at its end."""
+    place = folder / "runs" / name
+    place.mkdir(parents=True)
+    rows = [{"step": n, "time": since + n, "split": "train", "loss": loss, "lr": 0.1, "tok_s": 500.0} for n, loss in enumerate(losses, 1)]  # fmt: skip
+    rows.append(rows[-1] | {"split": "validation", "loss": losses[-1] + 0.5, "lr": None, "tok_s": None})
+    (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "run.json").write_text(json.dumps({"run_id": name, "parent": parent}))
+    return place
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three runs; by name the last is a2, by time b1."""
+    written(tmp_path, "a1", losses=[3.0, 2.0, 1.0])
+    written(tmp_path, "a2", losses=[3.0, 2.5])
+    written(tmp_path, "b1", losses=[3.0, 2.75, 2.5, 2.25], since=2000.0)
+    return tmp_path
+
+
+def drawn(folder: Path, **changes: str) -> Said:
+    return call(plot, folder, **changes)
+
+
+def names_in(said: Said) -> list[str]:
+    """The runs of the table at the end."""
+    assert said.code == 0, said.err
+    table = said.out.rstrip().split("\n\n")[-1].splitlines()[1:]
+    return [row.split()[1] for row in table]
+
+
+@pytest.mark.parametrize(
+    ("wish", "names"),
+    [
+        (None, ["b1"]),
+        ("latest", ["b1"]),
+        ("a1", ["a1"]),
+        ("a", ["a1", "a2"]),
+        ("*1", ["a1", "b1"]),
+        ("[ab]1", ["a1", "b1"]),
+        ("LATEST, a1", ["a1", "b1"]),
+        ("a2,a", ["a1", "a2"]),
+        ("{folder}/runs/a2/,latest", ["a2", "b1"]),
+    ],
+)
+def test_every_form_of_run(wish, names, folder):
+    assert sorted(names_in(drawn(folder, RUN=wish and wish.format(folder=folder)))) == names
+
+
+def test_latest_is_the_one_that_wrote_last_whatever_the_times_of_files(folder):
+    os.utime(folder / "runs" / "a1" / "metrics.jsonl", (2e9, 2e9))
+    with open(folder / "runs" / "b1" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "time": 1')  # torn by a kill
+    assert names_in(drawn(folder)) == ["b1"]
+    written(folder, "c", losses=[1.0] * 200, since=1900.0)
+    assert names_in(drawn(folder)) == ["c"]
+
+
+def test_the_table_says_what_the_lines_say(folder):
+    *_, head, row = drawn(folder, RUN="a1").out.rstrip().splitlines()
+    assert head.split() == ["run", "step", "loss", "validation", "best", "tokens/s", "goes", "on", "from"]
+    assert row.split() == ["*", "a1", "3", "1.0000", "1.5000", "1.5000", "500"]
+
+
+def test_several_runs_share_charts_and_have_letters_where_there_is_no_colour(folder):
+    out = drawn(folder, RUN="a1,b1").out
+    assert "\x1b" not in out
+    loss = out.split("\n\n")[0].splitlines()
+    assert loss[0] == "training loss (nats a token)"
+    assert "".join(loss).count("a") > 5
+    assert loss[1].strip().startswith("3 │")
+    assert loss[8].strip().startswith("1 │")
+    assert [row.split()[:2] for row in out.rstrip().split("\n\n")[-1].splitlines()[1:]] == [["a", "a1"], ["b", "b1"]]
+
+
+REFUSED = [
+    ("x", "RUN=x: no run in {runs} is meant by it; it holds b1, a1, a2"),
+    ("a1,?", "RUN=?: no run in {runs} is meant by it"),
+    ("../checkpoints", "RUN=../checkpoints: no run in {runs}"),
+    ("a" * 5000, "no run in {runs} is meant by it"),
+    ("\x1b[2J", "no run in {runs} is meant by it"),
+]
+
+
+@pytest.mark.parametrize(("wish", "sentence"), REFUSED)
+def test_a_run_that_is_not_there_is_refused_with_those_that_are(wish, sentence, folder):
+    said = drawn(folder, RUN=wish)
+    assert (said.code, said.out) == (2, "")
+    assert sentence.format(runs=folder / "runs") in said.err
+    assert said.err.count("\n") == 1
+    assert "\x1b" not in said.err
+
+
+def test_no_runs_at_all(tmp_path):
+    said = drawn(tmp_path)
+    assert (said.code, said.err) == (2, f"error: RUNS_DIR={tmp_path / 'runs'}: there is no such folder; training makes it, or name another\n")  # fmt: skip
+    (tmp_path / "runs" / "empty").mkdir(parents=True)
+    assert "it holds none" in drawn(tmp_path).err
+    (tmp_path / "runs" / "empty" / "metrics.jsonl").write_text("")
+    said = drawn(tmp_path)
+    assert said.code == 4
+    assert "metrics.jsonl holds no line yet" in said.err
+
+
+NONSENSE = ["", "null", "[]", "{", '{"step": "x", "time": 1}', '{"step": 1, "time": null, "loss": 3}', '{"step": 2, "time": 5, "split": "train", "loss": "low"}',
+            '{"step": 3, "time": 6, "split": "train", "loss": NaN, "lr": true}', '{"step": -4, "time": 6, "split": ["train"]}', "\ufffd\x00"]  # fmt: skip
+
+
+def test_nonsense_in_the_files_of_a_run_is_left_out(folder):
+    place = folder / "runs" / "a1"
+    whole = drawn(folder, RUN="a1").out
+    with open(place / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n".join(NONSENSE))
+    assert drawn(folder, RUN="a1").out == whole
+    for text in (
+        "",
+        "[]",
+        '{"parent": 3}',
+        '{"parent": {"run_id": 3}}',
+        '{"parent": {"run_id": "../../etc", "step": 1}}',
+    ):
+        (place / "run.json").write_text(text)
+        assert names_in(drawn(folder, RUN="a1")) == ["a1"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs go on from.
+
+
+def test_a_parent_is_drawn_up_to_where_it_was_left(folder):
+    written(folder, "child", losses=[1.5], since=3000.0, parent={"run_id": "a1", "step": 2, "file": "x.pt"})
+    written(folder, "grandchild", losses=[1.25], since=4000.0, parent={"run_id": "child", "step": 1, "file": "y.pt"})
+    said = drawn(folder, RUN="grandchild")
+    assert names_in(said) == ["a1", "child", "grandchild"]
+    rows = said.out.rstrip().split("\n\n")[-1].splitlines()[1:]
+    assert rows[0].split()[:4] == ["a", "a1", "2", "2.0000"]  # not its step 3
+    assert rows[2].endswith("child at step 1")
+    assert names_in(drawn(folder, RUN="grandchild,a1")) == ["child", "a1", "grandchild"]
+    whole = drawn(folder, RUN="grandchild,a1").out.rstrip().split("\n\n")[-1].splitlines()[2]
+    assert whole.split()[:4] == ["b", "a1", "3", "1.0000"]  # asked for, so it is whole
+
+
+def test_a_parent_that_is_gone_is_told_and_a_circle_ends(folder):
+    written(folder, "orphan", losses=[1.5], parent={"run_id": "lost", "step": 2})
+    said = drawn(folder, RUN="orphan")
+    assert names_in(said) == ["orphan"]
+    assert said.err == f"orphan goes on from lost, which is not in {folder / 'runs'}\n"
+    written(folder, "x", losses=[1.5], parent={"run_id": "y", "step": 9})
+    written(folder, "y", losses=[1.5], parent={"run_id": "x", "step": 9})
+    assert sorted(names_in(drawn(folder, RUN="x"))) == ["x", "y"]
+
+
+def test_a_trained_child_is_drawn_after_its_parent(tmp_path, tmp_path_factory):
+    origin = train_family(tmp_path_factory.mktemp("family"))
+    copied(origin, tmp_path)
+    said = drawn(tmp_path, RUNS_DIR=str(origin / "runs"))
+    parent, child = names_in(said)
+    rows = [row.split() for row in said.out.rstrip().split("\n\n")[-1].splitlines()[1:]]
+    assert [row[2] for row in rows] == ["4", "6"]
+    assert rows[1][-4:] == [parent, "at", "step", "4"]
+    assert child != parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terminals, pipes and files.
+
+
+def outside(folder: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
+    """The script in a process of its own, its output in a pipe."""
+    words = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(folder / "runs")} | env
+    return subprocess.run([sys.executable, str(ROOT / "scripts" / "plot_run.py")], env=words, capture_output=True, check=True)  # fmt: skip
+
+
+def test_a_pipe_gets_no_colours_and_a_poor_encoding_gets_ascii(folder):
+    rich = outside(folder, RUN="a1", PYTHONIOENCODING="utf-8").stdout.decode("utf-8")
+    assert any(0x2800 < ord(char) < 0x2900 for char in rich)
+    assert "\x1b" not in rich
+    written(folder, "é", losses=[2.0, 1.0])
+    for encoding in ("ascii", "latin-1"):
+        poor = outside(folder, RUN="é", PYTHONIOENCODING=encoding, PYTHONUTF8="1").stdout.decode(encoding)
+        assert poor.splitlines()[1].startswith("       2 |a")
+        assert ("é" in poor) == (encoding == "latin-1")
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def coloured(folder: Path, monkeypatch, **variables: str) -> str:
+    for name in ("NO_COLOR", "TERM", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def action(stream: io.TextIOBase) -> None:
+        monkeypatch.setattr(sys, "stdout", stream)
+        runs = plot.with_parents([folder / "runs" / name for name in ("a1", "b1")], pytest.fail)
+        plot.draw_terminal(runs)
+        monkeypatch.undo()
+
+    return on_a_terminal(action)
+
+
+def test_a_terminal_gets_colours_unless_it_does_not_want_them(folder, monkeypatch):
+    text = coloured(folder, monkeypatch, TERM="xterm", COLUMNS="100")
+    assert "\x1b[36m⠉" in text
+    assert "\x1b[33m" in text
+    assert text.rstrip().endswith("\x1b[0m")
+    for poor in ({"NO_COLOR": "1", "TERM": "xterm"}, {"TERM": "dumb"}):
+        plain = coloured(folder, monkeypatch, **poor)
+        assert "\x1b" not in plain
+        assert "3 │a" in plain or "3 │b" in plain
+
+
+def test_a_name_cannot_steer_a_terminal(folder, monkeypatch):
+    written(folder, "a1\x1b[2J", losses=[1.0])
+    text = drawn(folder, RUN="a1\x1b[2J").out
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("columns", [1, 40, 80, 110, 500])
+def test_no_line_is_wider_than_the_terminal(columns, folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    charts = drawn(folder, RUN="a1").out.split("\n\n")[:-1]
+    widest = max(len(line) for one in charts for line in one.splitlines())
+    assert widest <= max(40, columns)
+    assert len(charts) == (2 if columns >= 110 else 4)
+
+
+def test_without_matplotlib_only_a_file_is_refused(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert drawn(folder).code == 0
+    path = folder / "curves.png"
+    said = drawn(folder, OUTPUT=str(path))
+    assert said == Said(2, "", f"error: OUTPUT={path}: drawing into a file needs matplotlib: pip install matplotlib; without OUTPUT the curves are drawn on the terminal\n")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["curves", "curves.txt", "runs", "nowhere/curves.png", ".png"])
+def test_an_output_that_cannot_be_is_refused(name, folder):
+    said = drawn(folder, OUTPUT=str(folder / name))
+    assert (said.code, said.out) == (2, "")
+    assert "expected a file whose name ends in .png, .svg or .pdf, in a folder that is there" in said.err
+
+
+def test_as_a_user_runs_it(tmp_path):
+    assert train(tmp_path)[0] == 0
+    done = command("scripts/plot_run.py", tmp_path, **NOTHING_OF_TRAINING)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("training loss (nats a token)")
+    assert done.stdout.count("└") == 4
+    line = f"{{ {sys.executable} {ROOT / 'scripts' / 'plot_run.py'}; echo $? >&3; }} 3>{tmp_path}/code | true"
+    env = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(tmp_path / "runs")}
+    piped = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, check=False)
+    assert ((tmp_path / "code").read_text().strip(), piped.stderr) == ("0", "")

@@ -1,0 +1,233 @@
+"""A tracker mirrors metrics.jsonl, each step once; its absence or its failure changes no bit of the training."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from drive import ROOT, at_step, environment, newest, tensor_bytes, train
+
+import config
+import training
+from runtime import trackers
+from runtime.progress import read_metrics
+from runtime.trackers import Mirror, Sink
+
+KINDS = [kind for kind in config.VARIABLES["TRACKER"].metadata["choices"] if kind != "none"]
+
+
+class Recorder:
+    """A tracker that keeps its rows, of steps from `first` on, and raises at its row number `fails_at`."""
+
+    def __init__(self, first: int = 0, *, fails_at: int | None = None) -> None:
+        self.first, self.fails_at = first, fails_at
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.closed = 0
+
+    def sink(self) -> Sink:
+        return Sink(self.first, self.write, self.close)
+
+    def write(self, step: int, when: float, row: dict[str, float]) -> None:
+        if len(self.rows) == self.fails_at:
+            raise RuntimeError("the server\nis gone")
+        self.rows.append((step, row))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def line(step: int, split: str = "train", **figures: float | None) -> dict[str, object]:
+    return {"run_id": "one", "step": step, "time": 1.5, "split": split} | figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mirror.
+
+
+def test_a_steps_lines_become_one_row_when_the_next_step_begins():
+    theirs = Recorder()
+    mirror = Mirror("trackio", theirs.sink, say=pytest.fail)
+    mirror.write(line(1, loss=4.0, lr=0.1, tok_s=None))
+    assert theirs.rows == []
+    mirror.write(line(1, "validation", loss=4.5))
+    mirror.write(line(2, loss=float("nan"), lr=0.2))  # what is no number is left out
+    assert theirs.rows == [(1, {"train/loss": 4.0, "train/lr": 0.1, "validation/loss": 4.5})]
+    mirror.close(whole=True)
+    assert theirs.rows[1:] == [(2, {"train/lr": 0.2})]
+    mirror.write(line(3, loss=1.0))
+    mirror.close(whole=True)
+    assert (len(theirs.rows), theirs.closed) == (2, 1)
+
+
+def test_steps_that_are_there_already_are_left_out_and_a_step_that_is_not_whole_is_left_to_the_resume():
+    theirs = Recorder(first=3)
+    mirror = Mirror("wandb", theirs.sink, say=pytest.fail)
+    for step in range(1, 6):
+        mirror.write(line(step, loss=1.0 / step))
+    mirror.close(whole=False)
+    assert [step for step, _ in theirs.rows] == [3, 4]
+    assert theirs.closed == 1
+
+
+def test_a_failure_is_told_once_in_one_line_and_ends_the_mirror():
+    said: list[str] = []
+    theirs = Recorder(fails_at=1)
+    mirror = Mirror("wandb", theirs.sink, say=said.append)
+    for step in range(1, 6):
+        mirror.write(line(step, loss=1.0))
+    mirror.close(whole=True)
+    assert [step for step, _ in theirs.rows] == [1]
+    assert said == [
+        "warning: TRACKER=wandb failed (the server is gone); training goes on, and metrics.jsonl has every figure"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In training.
+
+
+def test_without_the_package_one_sentence_before_anything_is_made(tmp_path, monkeypatch):
+    for kind in KINDS:
+        monkeypatch.setitem(sys.modules, kind, None)
+        code, said = train(tmp_path, TRACKER=kind)
+        sentence = f"error: TRACKER={kind}: {kind} is not installed: pip install {kind}, or set TRACKER=none"
+        assert (code, said.splitlines()[-1]) == (2, sentence)
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
+    """wandb leaves a folder `wandb` wherever somebody has used it."""
+    (tmp_path / "no_such_tracker").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert trackers.missing("no_such_tracker") is not None
+    assert trackers.missing("json") is None  # a package that is there
+    assert trackers.missing("none") is None
+
+
+FAILING = """
+import contextlib
+runs = []
+class Run:
+    _next_step = 0
+    def log(self, values, step):
+        runs.append(step)
+        if step > 2:
+            raise OSError("no space left on the server")
+def init(**words):
+    print("* hello")
+    return Run()
+def finish():
+    raise OSError("still none")
+"""
+
+
+def test_a_tracker_that_fails_changes_no_bit_and_prints_nothing_to_stdout(tmp_path, monkeypatch, capsys):
+    """A package of trackio's name whose third row fails: one warning, and the weights of a run without a tracker."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "trackio.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    plain, mirrored = tmp_path / "plain", tmp_path / "mirrored"
+    for folder, kind in ((plain, "none"), (mirrored, "trackio")):
+        folder.mkdir()
+        code, said = train(folder, TRACKER=kind)
+        assert code == 0
+        assert said.count("warning: TRACKER=trackio failed (no space left on the server)") == (kind == "trackio")
+        assert "* hello" not in capsys.readouterr().out
+    assert sys.modules["trackio"].runs == [0, 1, 2, 3]
+    assert tensor_bytes(newest(plain)) == tensor_bytes(newest(mirrored))
+
+
+def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
+    """The tracker had got to step 5 when the run was killed; going on from step 4, it gets 6 to 8, and 4's evaluation is not doubled."""
+    theirs: list[Recorder] = []
+
+    def start(*_: object) -> Sink:
+        theirs.append(Recorder(first=theirs[-1].rows[-1][0] + 1 if theirs else 0))
+        return theirs[-1].sink()
+
+    monkeypatch.setattr(trackers, "_trackio", start)
+    monkeypatch.setattr(training, "missing", lambda kind: None)
+    assert train(tmp_path, TRACKER="trackio")[0] == 0
+    del theirs[0].rows[6:]  # as after a kill
+    at_step(tmp_path, 8).unlink()
+    for best in (tmp_path / "checkpoints" / "best").iterdir():
+        best.unlink()
+    assert train(tmp_path, RESUME="auto")[0] == 0  # the tracker comes from the checkpoint
+    rows = theirs[0].rows + theirs[1].rows
+    assert [step for step, _ in rows] == list(range(9))
+    (path,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    expected = [(one["step"], f"{one['split']}/loss", one["loss"]) for one in read_metrics(path)]
+    mirrored = [(step, name, value) for step, row in rows for name, value in row.items() if name.endswith("/loss")]
+    assert sorted(mirrored) == sorted(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What config.py says of others' variables.
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode", "project"),
+    [
+        ({}, "offline", "milepost"),
+        ({"WANDB_API_KEY": "x"}, "online", "milepost"),
+        ({"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, "offline", "milepost"),
+        ({"WANDB_MODE": "online", "WANDB_PROJECT": "letters"}, "online", "letters"),
+        ({"WANDB_MODE": "disabled", "WANDB_API_KEY": ""}, "disabled", "milepost"),
+    ],
+)
+def test_wandb_is_offline_unless_its_own_variables_say_otherwise(variables, mode, project, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert config.wandb_wishes() == {"mode": mode, "project": project}
+
+
+def test_the_tracker_goes_on_with_the_run(tmp_path):
+    """A setting of the run, which a checkpoint keeps, so that a resume without it goes on in the same series."""
+    settings = config.read(environment(tmp_path, TRACKER="wandb"))
+    assert config.to_dict(settings)["TRACKER"] == "wandb"
+    bare = config.read(environment(tmp_path))
+    assert config.from_saved(bare, config.to_dict(settings)).tracker == "wandb"
+    assert config.changes(config.read(environment(tmp_path, TRACKER="none")), config.to_dict(settings)) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run's folder holds.
+
+
+def test_each_validation_has_its_sample_beside_the_metrics(tmp_path):
+    assert train(tmp_path, SAMPLE_INTERVAL=None)[0] == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    validated = [one["step"] for one in read_metrics(folder / "metrics.jsonl") if one["split"] == "validation"]
+    samples = sorted(path.name for path in (folder / "samples").iterdir())
+    assert validated == [0, 4, 8]
+    assert samples == ["step000004.txt", "step000008.txt"]  # an untrained model has nothing to say
+    assert all(len(path.read_text(encoding="utf-8")) > 100 for path in (folder / "samples").iterdir())
+
+
+def test_run_json_names_where_a_run_comes_from(tmp_path):
+    assert train(tmp_path, SAMPLE_INTERVAL="0")[0] == 0
+    (first,) = (tmp_path / "runs").iterdir()
+    assert origin(first) == {"run_id": first.name, "parent": None}
+    assert train(tmp_path, INIT_FROM=str(at_step(tmp_path, 4)), SAMPLE_INTERVAL="0", TRAINING_STEPS="2", WARMUP_STEPS="0", LEARNING_RATE="2e-3")[0] == 0  # fmt: skip
+    (second,) = (path for path in (tmp_path / "runs").iterdir() if path != first)
+    parent = origin(second)["parent"]
+    assert (parent["run_id"], parent["step"]) == (first.name, 4)
+
+
+def origin(folder: Path) -> dict[str, dict]:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def test_training_imports_no_tracker():
+    """Those who use none do not wait for one."""
+    names = ", ".join(map(repr, KINDS))
+    code = (
+        f"import sys, training; print([name for name in ({names}, 'torch.utils.tensorboard') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
