@@ -16,8 +16,19 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 PAGE = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SHORTER = {"TRAINING_STEPS=500": "TRAINING_STEPS=6", "EVAL_INTERVAL=100": "EVAL_INTERVAL=3", "CHECKPOINT_INTERVAL=100": "CHECKPOINT_INTERVAL=3"}
-SMALL = {"BLOCK_SIZE": "16", "BATCH_SIZE": "4", "EVAL_STEPS": "2", "LOG_INTERVAL": "1", "WARMUP_STEPS": "0", "LEARNING_RATE": "1e-2"}
+SHORTER = {
+    "TRAINING_STEPS=500": "TRAINING_STEPS=6",
+    "EVAL_INTERVAL=100": "EVAL_INTERVAL=3",
+    "CHECKPOINT_INTERVAL=100": "CHECKPOINT_INTERVAL=3",
+}
+SMALL = {
+    "BLOCK_SIZE": "16",
+    "BATCH_SIZE": "4",
+    "EVAL_STEPS": "2",
+    "LOG_INTERVAL": "1",
+    "WARMUP_STEPS": "0",
+    "LEARNING_RATE": "1e-2",
+}
 PARAMETERS = 50257 * 32 + 64 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
 
 
@@ -75,7 +86,9 @@ def test_training(said):
     assert f"{(PARAMETERS + trained) / 1e6:.2f}M parameters" in lora.stderr
     assert f"{trained / 1e3:.1f}k of them trained" in lora.stderr
     assert "of them trained" not in full.stderr
-    assert [len(list(folder.glob(f"checkpoints/checkpoint_gpt2_letters_gpt2_step{step}_*.pt"))) for step in ("0003", "0006")] == [1, 1]
+    assert [
+        len(list(folder.glob(f"checkpoints/checkpoint_gpt2_letters_gpt2_step{step}_*.pt"))) for step in ("0003", "0006")
+    ] == [1, 1]
     assert len(list(folder.glob("full/checkpoint_gpt2_letters_gpt2_step0006_*.pt"))) == 1
     assert "is finished: 6 of 6 steps" in of(answers, "RESUME=auto").stderr
 
@@ -87,7 +100,9 @@ def test_watching(said):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     (events,) = folder.glob("runs/**/events.out.tfevents.*")
     shown = EventAccumulator(str(events.parent)).Reload()
-    logged = [json.loads(line) for line in (folder / "runs").glob("*/metrics.jsonl").__next__().read_text().splitlines()]
+    logged = [
+        json.loads(line) for line in (folder / "runs").glob("*/metrics.jsonl").__next__().read_text().splitlines()
+    ]
     steps = {line["step"] for line in logged if line["split"] == "train"}
     assert {event.step for tag in shown.Tags()["scalars"] for event in shown.Scalars(tag)} >= steps > {1}
 
@@ -124,7 +139,9 @@ def test_what_llama_is_given_is_a_gguf_of_the_merged_model(said):
 def test_peft_opens_the_adapters(said):
     folder, _ = said
     (adapters,) = (path.parent for path in folder.glob("exports/peft/**/adapter_config.json"))
-    base = AutoModelForCausalLM.from_pretrained(in_cache := next((folder / "home").glob(".cache/huggingface/hub/models--gpt2/snapshots/*")))
+    base = AutoModelForCausalLM.from_pretrained(
+        in_cache := next((folder / "home").glob(".cache/huggingface/hub/models--gpt2/snapshots/*"))
+    )
     merged = AutoModelForCausalLM.from_pretrained(next(folder.glob("exports/transformers/*")))
     ids = torch.arange(16)[None] * 700
     with torch.no_grad():
