@@ -188,7 +188,9 @@ def parent_of(folder: Path) -> dict[str, Any] | None:
 
 def points(run: Drawn, panel: Panel) -> Points:
     """What a panel shows of a run: (step, figure)."""
-    own = [(line["step"], line.get(panel.figure)) for line in run.lines if line.get("split") == panel.split]
+    own: list[tuple[float, Any]] = [
+        (line["step"], line.get(panel.figure)) for line in run.lines if line.get("split") == panel.split
+    ]
     return sorted((step, y) for step, y in own if type(y) in (int, float) and math.isfinite(y))
 
 
