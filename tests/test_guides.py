@@ -1,0 +1,251 @@
+"""The guides of docs/coming-from/: their variables and files exist, and every command and line of Python in them runs in a folder made for it."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from drive import ROOT, TINY, small_text, train
+from script import Said, script
+
+import ckpt
+import config
+import models
+import run
+import training
+from runtime.progress import Log
+
+PAGES = sorted((ROOT / "docs" / "coming-from").glob("*.md"))
+FOREIGN = ROOT / "tests" / "fixtures" / "foreign"
+NAMES = [page.stem for page in PAGES]
+# Words in capitals that are no variable of ours: of git and the shell, of their projects, and what a reader puts in.
+NO_VARIABLES = {"CHECKPOINT", "DIR", "FILE", "SIGTERM", "FORMAT", "CONFIG", "TOKENIZER", "STATE", "TRAINING", "TENSORS", "WARNING", "SYSTEM",
+                "VERIFICATION", "PASSED", "LR", "MB", "JSON", "BPE", "GPT", "RUN", "NAME"}  # fmt: skip
+A_FEW = {"TRAINING_STEPS": "8", "RESUME_TRAINING_STEPS": "2", "MAX_NEW_TOKENS": "8"}  # steps and tokens are enough
+
+# What a page's commands must have printed, all together, and files that they must have left.
+PRINTED = {
+    "env-scripts": ["Dear Wren,", "matches", "step      ", "gpt2 at step"],
+    "json-directory": ["=== FORMAT ===", "layout: ", "Location: ", "=== CONFIG ===", "=== TOKENIZER ===", "=== TRAINING STATE ===",
+                       "Last recorded training step: ", "Number of tensors: ", "Conversion complete!", "Converted: "],
+    "separated": ["Optimizer state available - can resume training", "Conversion complete!", "Original size: ", "Model-only size: ", "Converted: ",
+                  "Unified checkpoint split into separated format!", "Conversion complete! Check new-checkpoints"],
+    "step-files": ["overridden", "all bytes equal", "bytes ", "tensor", "restored"],
+    "ttt-and-lora": ["tensors, ", "Found ", "Loaded ", "all bytes equal", "perplexity", "accuracy"],
+}  # fmt: skip
+LEFT = {
+    "env-scripts": ["checkpoints/checkpoint_gpt2_letters_gpt2_step0008_*.pt", "checkpoints/checkpoint_gpt2_letters_gpt2medium_step0008_*.pt"],
+    "json-directory": ["converted/*/model.pt", "all/*/manifest.json", "to-share/*/tokenizer.json", "checkpoints/dante_gpt2_letters_step0008_*/optimizer.pt"],
+    "separated": ["checkpoints/*-optimizer.pt", "split/*-model.pt", "to-share/*/config.json", "new-checkpoints/*-model.pt"],
+    "step-files": ["checkpoints/*/step_000008.safetensors", "checkpoints/*/step_000008_state.json", "checkpoints/*/best/step_*_optimizer.safetensors"],
+    "ttt-and-lora": ["adapters/*/checkpoint_000008/consolidated/lora.safetensors", "checkpoints/*/checkpoint_000008/consolidated/consolidated.safetensors"],
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is on a page.
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / "coming-from" / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def our_side(page: str) -> list[str]:
+    """The last cell of every row of a table, and every other line of prose."""
+    text = (ROOT / "docs" / "coming-from" / f"{page}.md").read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return [line.strip().strip("|").split(" | ")[-1] for line in prose.splitlines()]
+
+
+def spans(page: str) -> list[str]:
+    """What of our side is set as code."""
+    return [span for line in our_side(page) for span in re.findall(r"`([^`]+)`", line)]
+
+
+def commands(page: str) -> list[str]:
+    """Every command of ours, each once: tables first, then the blocks."""
+    lines = [line.strip() for block in blocks(page, "bash") for line in block.splitlines()]
+    both = [*spans(page), *lines]
+    return list(dict.fromkeys(one for one in both if re.search(r"\bpython3 \S+\.py$", one)))
+
+
+def parsed(command: str) -> tuple[dict[str, str], str]:
+    """The variables and the script of a command."""
+    *assignments, program, name = shlex.split(command)
+    assert program == "python3", command
+    return dict(one.split("=", 1) for one in assignments), name
+
+
+def uses(text: str) -> set[str]:
+    """The names in a piece of code that look like variables."""
+    return {name for name in re.findall(r"\b[A-Z][A-Z0-9_]{1,}\b", text) if "_" in name or f"{name}=" in text}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder with what the pages speak of.
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A text, a run of 8 steps that was killed after 4, older checkpoints, and other programs' files."""
+    folder = tmp_path_factory.mktemp("guides")
+    small_text(folder)
+    small_text(folder, characters=3000, name="new.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        older(folder, "gpt2", 1000)
+        older(folder, "bigram", 500)
+        trained(folder)
+        trained(folder, INIT_FROM="checkpoints", LORA_RANK="2", TTT_LAYERS="1", CHECKPOINT_DIR="adapted", CHECKPOINT_KEEP_BEST="0")
+    shutil.move(next(folder.glob("adapted/*step0008*")), folder / "adapters.pt")
+    for path in folder.glob("checkpoints/**/*step0008*"):  # as if it had been killed
+        path.unlink()
+    pretrained(folder / "gpt2")
+    pretrained(folder / "gpt2-medium")
+    theirs(folder)
+    for name in ("cache", "adapted", "older"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return folder
+
+
+def trained(folder: Path, **changes: str | None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, said = train(folder, **changes)
+    assert code == 0, said
+
+
+def older(folder: Path, model_type: str, step: int) -> None:
+    """A checkpoint that says it is of `step`, of a run of its own."""
+    sizes = dict.fromkeys(("N_LAYER", "N_HEAD", "N_EMBD", "DROPOUT"))
+    place = folder / "older" / model_type
+    trained(folder, CHECKPOINT_DIR=str(place), MODEL_TYPE=model_type, **(sizes if model_type == "bigram" else {}))
+    record = dataclasses.replace(ckpt.load(next(place.glob("*step0008*"))), step=step, run_id=f"older-{model_type}")
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    ckpt.save(record, folder / "checkpoints")
+
+
+def pretrained(folder: Path) -> None:
+    """A GPT-2 with the vocabulary of the published ones, as a Hugging Face folder."""
+    settings = {"vocab_size": 50257, "block_size": 16, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    torch.manual_seed(0)
+    model = models.build("gpt2", settings)
+    record = ckpt.Checkpoint(
+        model_state=model.state_dict(), model_type="gpt2", model_settings=models.plain(model.settings), tokenizer={"kind": "gpt2"}
+    )
+    (folder.parent / "hub").mkdir(exist_ok=True)
+    shutil.move(ckpt.save(record, folder.parent / "hub", layout="huggingface"), folder)
+
+
+def theirs(folder: Path) -> None:
+    """Files of other programs, questions, and settings in a file."""
+    shutil.copytree(FOREIGN / "pair", folder / "theirs")
+    shutil.copytree(FOREIGN / "unified", folder / "theirs", dirs_exist_ok=True)
+    shutil.copytree(FOREIGN / "directory" / "dante", folder / "old" / "dante")
+    shutil.copytree(FOREIGN / "lecture", folder / "old" / "legacy")
+    (folder / "old" / "text.txt").write_text("abc ab\nca b c\n" * 50, encoding="utf-8")
+    pair = {"sentence_good": "the letter is here", "sentence_bad": "the letter are here"}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    question = {"ctx": "the letter is", "endings": ["here", "there", "so", "as"], "label": 0}
+    (folder / "endings.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
+    for name in ("x.env", "separated.env"):
+        (folder / name).write_text("MODEL_TYPE=gpt2\nCHECKPOINT_LAYOUT=separated\n", encoding="utf-8")
+
+
+@pytest.fixture
+def folder(prepared, tmp_path, monkeypatch) -> Path:
+    """A copy of that folder, which is the current one."""
+    shutil.copytree(prepared, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def environment(command: str, folder: Path) -> tuple[dict[str, str], str]:
+    """The variables with which a command runs here, small and in this folder; and its script."""
+    given, name = parsed(command)
+    small = {one: value for one, value in A_FEW.items() if one in given}
+    places = {"CHECKPOINT_DIR": "checkpoints", "RUNS_DIR": "runs", "DEVICE": "cpu"}
+    if "ENV_FILE" not in given:
+        places["PYTHON_DOTENV_DISABLED"] = "1"
+    if name == "training.py":
+        places |= {"TRAINING_DATA_SOURCE": "letters.txt", "TRAINING_STEPS": "8"}
+        fresh = not given.keys() & {"INIT_FROM", "GPT2_MODEL_NAME"}
+        places |= {one: value for one, value in TINY.items() if fresh and one not in ("MODEL_TYPE", "ENABLE_CHECKPOINTS")}
+    return places | given | small, name
+
+
+def called(command: str, folder: Path) -> Said:
+    """What a command does, in this process."""
+    variables, name = environment(command, folder)
+    module = training if name == "training.py" else script(Path(name).stem)
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), io.StringIO()
+    settings = config.read(variables, cwd=folder)
+    with contextlib.redirect_stdout(out):
+        code = training.guarded(module.main, settings, log=Log(err))
+    return Said(code, out.buffer.getvalue().decode(), err.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_guide_for_each_kind_of_reader():
+    assert NAMES == sorted(["step-files", "env-scripts", "separated", "ttt-and-lora", "json-directory"])
+    assert all(len(commands(page)) >= 3 for page in NAMES)
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_variables_and_files_exist(page):
+    code = [*spans(page), *blocks(page, "bash")]
+    for text in code:
+        assert uses(text) - config.VARIABLES.keys() <= NO_VARIABLES, text
+        for name in re.findall(r"(?:scripts|tests|docs)/\w+\.\w+|\b(?:training|config)\.py|\b(?:ckpt|models|data|runtime)/[\w/]*\.py", text):
+            assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_settings_named_alone_are_taken(page):
+    """`CHECKPOINT_KEEP_LAST=3` without a command, too."""
+    for span in spans(page):
+        if re.fullmatch(r"([A-Z0-9_]+=\S+ ?)+", span) and "<" not in span:
+            values = dict(one.split("=", 1) for one in shlex.split(span))
+            base = {"MODEL_TYPE": "gpt2", "GPT2_MODEL_NAME": "gpt2", "PYTHON_DOTENV_DISABLED": "1", "N_LAYER": "12", "LORA_RANK": "8"}
+            if "TTT_LAYERS" not in values and "CHECKPOINT_ADAPTERS_ONLY" not in values:
+                del base["LORA_RANK"], base["N_LAYER"]
+            config.read(base | values)
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_every_command_runs(page, folder):
+    said = {command: called(command, folder) for command in commands(page)}
+    for command, done in said.items():
+        assert done.code == 0, f"{command}\n{done.out}\n{done.err}"
+    everything = "\n".join(done.out + done.err for done in said.values())
+    assert [text for text in PRINTED[page] if text not in everything] == []
+    assert [pattern for pattern in LEFT[page] if not list(folder.glob(pattern))] == []
+
+
+@pytest.mark.parametrize("page", [page for page in NAMES if blocks(page, "python")])
+def test_every_line_of_python_runs(page, folder):
+    """And prints what its comments say."""
+    for block in blocks(page, "python"):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(block, page, "exec"), {})
+        assert out.getvalue().splitlines() == re.findall(r"# prints (.*)", block)
+
+
+def test_what_the_checks_look_for_can_fail(folder):
+    """A variable that is none, a script that is not there, a setting that is refused."""
+    assert uses("CHECKPOINT_INTERVALS=5 python3 training.py") - config.VARIABLES.keys() - NO_VARIABLES == {"CHECKPOINT_INTERVALS"}
+    assert called("CHECKPOINT_PATH=nowhere.pt python3 scripts/inspect_checkpoint.py", folder).code == 3
+    with pytest.raises(config.ConfigError):
+        called("CHECKPOINT_LAYOUT=pair python3 training.py", folder)
+    with pytest.raises(FileNotFoundError):
+        called("CHECKPOINT_PATH=latest python3 scripts/show_checkpoint.py", folder)
