@@ -1,0 +1,134 @@
+"""docs/fine-tuning.md: every command as it is written, on a tiny GPT-2 that lies in the hub's cache under the name gpt2."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from drive import ROOT
+from pages import blocks, commands, copied_checkout, run
+from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+PAGE = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SHORTER = {"TRAINING_STEPS=500": "TRAINING_STEPS=6", "EVAL_INTERVAL=100": "EVAL_INTERVAL=3", "CHECKPOINT_INTERVAL=100": "CHECKPOINT_INTERVAL=3"}
+SMALL = {"BLOCK_SIZE": "16", "BATCH_SIZE": "4", "EVAL_STEPS": "2", "LOG_INTERVAL": "1", "WARMUP_STEPS": "0", "LEARNING_RATE": "1e-2"}
+PARAMETERS = 50257 * 32 + 64 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
+
+
+def in_the_cache(home: Path) -> Path:
+    """The folder in which huggingface_hub looks for gpt2, filled as it fills it: names in snapshots/ that are links to blobs/."""
+    repository = home / ".cache" / "huggingface" / "hub" / "models--gpt2"
+    snapshot, kept = repository / "snapshots" / COMMIT, repository / "blobs"
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    model.save_pretrained(kept)
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return snapshot
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What each command of the page said, in its order, and the folder that they ran in."""
+    folder = copied_checkout(tmp_path_factory.mktemp("checkout"))
+    in_the_cache(folder / "home")
+    text = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
+    (folder / "letters.txt").write_text(text[:20_000], encoding="utf-8")
+    (folder / "held_out.txt").write_text(text[-12_000:], encoding="utf-8")
+    answers = {}
+    for command in commands(PAGE):
+        shorter = command
+        for long, short in SHORTER.items():
+            shorter = shorter.replace(long, short)
+        variables = SMALL if "training.py" in command else {}
+        answers[command] = run(shorter, folder, **variables)
+        assert answers[command].returncode == 0, f"{command}\n{answers[command].stdout}\n{answers[command].stderr}"
+    return folder, answers
+
+
+def of(answers, *words):
+    """The one command with all these words in it."""
+    (found,) = [done for command, done in answers.items() if all(word in command for word in words)]
+    return found
+
+
+def test_every_command_of_the_page_ran_without_a_traceback(said):
+    _, answers = said
+    assert len(answers) == len(commands(PAGE)) == 13
+    assert [command for command, done in answers.items() if "Traceback" in done.stderr] == []
+
+
+def test_training(said):
+    """The weights are those in the cache; with LoRA the adapters alone learn, without it everything."""
+    folder, answers = said
+    lora, full = of(answers, "LORA_RANK", "TRAINING_STEPS"), of(answers, "CHECKPOINT_DIR=full")
+    trained = 2 * 8 * sum((32 + 96, 32 + 32, 32 + 128, 128 + 32))  # two blocks, A and B of rank 8 beside each matrix
+    assert f"{(PARAMETERS + trained) / 1e6:.2f}M parameters" in lora.stderr
+    assert f"{trained / 1e3:.1f}k of them trained" in lora.stderr
+    assert "of them trained" not in full.stderr
+    assert [len(list(folder.glob(f"checkpoints/checkpoint_gpt2_letters_gpt2_step{step}_*.pt"))) for step in ("0003", "0006")] == [1, 1]
+    assert len(list(folder.glob("full/checkpoint_gpt2_letters_gpt2_step0006_*.pt"))) == 1
+    assert "is finished: 6 of 6 steps" in of(answers, "RESUME=auto").stderr
+
+
+def test_watching(said):
+    folder, answers = said
+    assert all(words in of(answers, "plot_run", "RUN=*").stderr for words in ("curves.png",))
+    assert "validation loss" in answers["python3 scripts/plot_run.py"].stdout
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (events,) = folder.glob("runs/**/events.out.tfevents.*")
+    shown = EventAccumulator(str(events.parent)).Reload()
+    logged = [json.loads(line) for line in (folder / "runs").glob("*/metrics.jsonl").__next__().read_text().splitlines()]
+    steps = {line["step"] for line in logged if line["split"] == "train"}
+    assert {event.step for tag in shown.Tags()["scalars"] for event in shown.Scalars(tag)} >= steps > {1}
+
+
+def test_before_and_after(said):
+    folder, answers = said
+    figures = json.loads((folder / "figures.json").read_text())
+    before, after = (one["standard"]["loss"] for one in figures["checkpoints"])
+    assert after < before - 0.1
+    assert {one["figure"] for one in figures["comparisons"]} == {"bits per byte"}
+    assert "gpt2 at step 0" in of(answers, "compare_samples").stdout
+    assert (folder / "compared.md").read_text().count("Dear Wren,") >= 3  # the prompt, and at the head of both texts
+
+
+def test_the_merged_model_says_the_same_in_transformers(said):
+    folder, answers = said
+    ours = of(answers, "TEMPERATURE=0").stdout
+    (code,) = blocks(PAGE, "python")
+    theirs = run(f"{sys.executable} - <<'END'\n{code}END", folder)
+    assert theirs.stdout == ours
+    assert ours.startswith("Dear Wren,")
+
+
+def test_what_llama_is_given_is_a_gguf_of_the_merged_model(said):
+    folder, _ = said
+    (pattern,) = re.findall(r"-m (\S+)", "".join(blocks(PAGE, "text")))
+    (path,) = folder.glob(pattern)
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == 50257
+    assert sum(int(tensor.n_elements) for tensor in reader.tensors) == PARAMETERS - (64 - 16) * 32
+
+
+def test_peft_opens_the_adapters(said):
+    folder, _ = said
+    (adapters,) = (path.parent for path in folder.glob("exports/peft/**/adapter_config.json"))
+    base = AutoModelForCausalLM.from_pretrained(in_cache := next((folder / "home").glob(".cache/huggingface/hub/models--gpt2/snapshots/*")))
+    merged = AutoModelForCausalLM.from_pretrained(next(folder.glob("exports/transformers/*")))
+    ids = torch.arange(16)[None] * 700
+    with torch.no_grad():
+        wanted, found = merged(ids).logits, PeftModel.from_pretrained(base, adapters)(ids).logits
+        without = AutoModelForCausalLM.from_pretrained(in_cache)(ids).logits
+    assert torch.allclose(wanted, found, atol=1e-4)
+    assert not torch.allclose(wanted, without, atol=1e-2)
