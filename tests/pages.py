@@ -36,5 +36,11 @@ def copied_checkout(folder: Path) -> Path:
 def run(command: str, checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """One line in a shell whose python3 and pip are those running this test, with an empty home and no network to speak of."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {"PATH": path, "HOME": str(checkout / "home"), "VENV": sys.prefix, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
+    env = {
+        "PATH": path,
+        "HOME": str(checkout / "home"),
+        "VENV": sys.prefix,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    } | variables
     return subprocess.run(["bash", "-c", command], cwd=checkout, env=env, capture_output=True, text=True, timeout=300, check=False)  # fmt: skip

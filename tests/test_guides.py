@@ -103,7 +103,14 @@ def prepared(tmp_path_factory) -> Path:
         older(folder, "gpt2", 1000)
         older(folder, "bigram", 500)
         trained(folder)
-        trained(folder, INIT_FROM="checkpoints", LORA_RANK="2", TTT_LAYERS="1", CHECKPOINT_DIR="adapted", CHECKPOINT_KEEP_BEST="0")
+        trained(
+            folder,
+            INIT_FROM="checkpoints",
+            LORA_RANK="2",
+            TTT_LAYERS="1",
+            CHECKPOINT_DIR="adapted",
+            CHECKPOINT_KEEP_BEST="0",
+        )
     shutil.move(next(folder.glob("adapted/*step0008*")), folder / "adapters.pt")
     for path in folder.glob("checkpoints/**/*step0008*"):  # as if it had been killed
         path.unlink()
@@ -138,7 +145,10 @@ def pretrained(folder: Path) -> None:
     torch.manual_seed(0)
     model = models.build("gpt2", settings)
     record = ckpt.Checkpoint(
-        model_state=model.state_dict(), model_type="gpt2", model_settings=models.plain(model.settings), tokenizer={"kind": "gpt2"}
+        model_state=model.state_dict(),
+        model_type="gpt2",
+        model_settings=models.plain(model.settings),
+        tokenizer={"kind": "gpt2"},
     )
     (folder.parent / "hub").mkdir(exist_ok=True)
     shutil.move(ckpt.save(record, folder.parent / "hub", layout="huggingface"), folder)
@@ -177,7 +187,9 @@ def environment(command: str, folder: Path) -> tuple[dict[str, str], str]:
     if name == "training.py":
         places |= {"TRAINING_DATA_SOURCE": "letters.txt", "TRAINING_STEPS": "8"}
         fresh = not given.keys() & {"INIT_FROM", "GPT2_MODEL_NAME"}
-        places |= {one: value for one, value in TINY.items() if fresh and one not in ("MODEL_TYPE", "ENABLE_CHECKPOINTS")}
+        places |= {
+            one: value for one, value in TINY.items() if fresh and one not in ("MODEL_TYPE", "ENABLE_CHECKPOINTS")
+        }
     return places | given | small, name
 
 
@@ -196,7 +208,7 @@ def called(command: str, folder: Path) -> Said:
 
 
 def test_there_is_a_guide_for_each_kind_of_reader():
-    assert NAMES == sorted(["step-files", "env-scripts", "separated", "ttt-and-lora", "json-directory"])
+    assert set(NAMES) == {"step-files", "env-scripts", "separated", "ttt-and-lora", "json-directory"}
     assert all(len(commands(page)) >= 3 for page in NAMES)
 
 
@@ -205,7 +217,9 @@ def test_variables_and_files_exist(page):
     code = [*spans(page), *blocks(page, "bash")]
     for text in code:
         assert uses(text) - config.VARIABLES.keys() <= NO_VARIABLES, text
-        for name in re.findall(r"(?:scripts|tests|docs)/\w+\.\w+|\b(?:training|config)\.py|\b(?:ckpt|models|data|runtime)/[\w/]*\.py", text):
+        for name in re.findall(
+            r"(?:scripts|tests|docs)/\w+\.\w+|\b(?:training|config)\.py|\b(?:ckpt|models|data|runtime)/[\w/]*\.py", text
+        ):
             assert (ROOT / name).is_file(), name
 
 
@@ -215,7 +229,13 @@ def test_settings_named_alone_are_taken(page):
     for span in spans(page):
         if re.fullmatch(r"([A-Z0-9_]+=\S+ ?)+", span) and "<" not in span:
             values = dict(one.split("=", 1) for one in shlex.split(span))
-            base = {"MODEL_TYPE": "gpt2", "GPT2_MODEL_NAME": "gpt2", "PYTHON_DOTENV_DISABLED": "1", "N_LAYER": "12", "LORA_RANK": "8"}
+            base = {
+                "MODEL_TYPE": "gpt2",
+                "GPT2_MODEL_NAME": "gpt2",
+                "PYTHON_DOTENV_DISABLED": "1",
+                "N_LAYER": "12",
+                "LORA_RANK": "8",
+            }
             if "TTT_LAYERS" not in values and "CHECKPOINT_ADAPTERS_ONLY" not in values:
                 del base["LORA_RANK"], base["N_LAYER"]
             config.read(base | values)
@@ -243,7 +263,9 @@ def test_every_line_of_python_runs(page, folder):
 
 def test_what_the_checks_look_for_can_fail(folder):
     """A variable that is none, a script that is not there, a setting that is refused."""
-    assert uses("CHECKPOINT_INTERVALS=5 python3 training.py") - config.VARIABLES.keys() - NO_VARIABLES == {"CHECKPOINT_INTERVALS"}
+    assert uses("CHECKPOINT_INTERVALS=5 python3 training.py") - config.VARIABLES.keys() - NO_VARIABLES == {
+        "CHECKPOINT_INTERVALS"
+    }
     assert called("CHECKPOINT_PATH=nowhere.pt python3 scripts/inspect_checkpoint.py", folder).code == 3
     with pytest.raises(config.ConfigError):
         called("CHECKPOINT_LAYOUT=pair python3 training.py", folder)
