@@ -223,6 +223,18 @@ def test_variables_and_files_exist(page):
             assert (ROOT / name).is_file(), name
 
 
+def test_links_lead_somewhere():
+    """And, where they name a heading, to one that is there."""
+    for page in [*PAGES, ROOT / "docs" / "fine-tuning.md"]:
+        for target, _, heading in re.findall(r"\]\(([^)#:]+)(#([^)]+))?\)", page.read_text(encoding="utf-8")):
+            text = (page.parent / target).read_text(encoding="utf-8")
+            headings = [
+                re.sub(r"[^\w -]", "", line.lower()).strip().replace(" ", "-")
+                for line in re.findall(r"^#+ (.*)", text, re.MULTILINE)
+            ]
+            assert not heading or heading in headings, f"{page.name}: {target}#{heading}"
+
+
 @pytest.mark.parametrize("page", NAMES)
 def test_settings_named_alone_are_taken(page):
     """`CHECKPOINT_KEEP_LAST=3` without a command, too."""

@@ -1,19 +1,15 @@
 """Every command of the README, as written, in a copy of the checkout, with a tiny model set through the environment."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from drive import ROOT
+from pages import commands, copied_checkout, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = {
     "N_LAYER": "1", "N_HEAD": "1", "N_EMBD": "8", "BLOCK_SIZE": "8", "BATCH_SIZE": "2", "EVAL_STEPS": "1", "SAMPLE_INTERVAL": "0",
-    "LOG_INTERVAL": "500", "OMP_NUM_THREADS": "1",
+    "LOG_INTERVAL": "500",
 }  # fmt: skip
 # Running this very test suite from inside itself would never end.
 NOT_FROM_INSIDE = "make test"
@@ -21,35 +17,13 @@ NOT_FROM_INSIDE = "make test"
 SHORT = {"make train": {"TRAINING_STEPS": "20"}, "python3 training.py": {"TRAINING_STEPS": "20"}}
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what git holds, with a python3 and a pip that are the ones running this test."""
-    folder = tmp_path_factory.mktemp("checkout")
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\n")
-    for name in filter(None, names):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def run(command: str, checkout: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """One line of the README in a shell with an empty home and no network to speak of."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = TINY | {"PATH": path, "HOME": str(checkout / "home"), "VENV": sys.prefix, "HF_HUB_OFFLINE": "1"} | more
-    return subprocess.run(["bash", "-c", command], cwd=checkout, env=env, capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    return copied_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 def test_the_readme_has_the_commands_of_a_first_visit():
-    found = " ".join(commands())
+    found = " ".join(commands(README))
     for part in (
         "make train",
         "make test",
@@ -63,14 +37,14 @@ def test_the_readme_has_the_commands_of_a_first_visit():
         "prune_checkpoints.py",
     ):
         assert part in found
-    assert len(commands()) == 12
+    assert len(commands(README)) == 12
 
 
 def test_every_command_runs_as_written(checkout):
     """In the README's order: each builds on what the ones before it left."""
     said = {
-        command: run(command, checkout, **SHORT.get(command, {}))
-        for command in commands()
+        command: run(command, checkout, **TINY | SHORT.get(command, {}))
+        for command in commands(README)
         if command != NOT_FROM_INSIDE
     }
     for command, done in said.items():
