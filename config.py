@@ -284,8 +284,9 @@ class Config:
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the checkpoint before and compares every "
         "byte", group="Looking after")
     output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the one "
-        "checkpoint; a whole folder needs it. File that scripts/plot_run.py (.png .svg .pdf) and "
-        "scripts/compare_samples.py (.json .md) write; not set: to the terminal. File (.json) of scripts/evaluate_checkpoint.py's figures", group="Looking after", form="path")
+        "checkpoint; a whole folder needs it. File that scripts/plot_run.py draws into (.png .svg .pdf) instead of the "
+        "terminal, and that scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write besides",
+        group="Looking after", form="path")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only says what it would do", group="Looking after")
     # fmt: on
 

@@ -634,7 +634,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "layers":
         return st.lists(st.sampled_from(config.LAYERS), min_size=1).map(", ".join)
-    if rules["form"] or name == "PROMPT":
+    if rules["form"] or name in ("PROMPT", "RUN"):
         free = st.one_of(prose, tricky).filter(lambda text: text.replace(",", " ").strip() and text.strip()[0] != "[")
         return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
     by_type: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
@@ -710,7 +710,9 @@ def test_to_dict_reads_back(variables: dict[str, str]) -> None:
 def test_any_text_is_taken_or_refused(variables: dict[str, str]) -> None:
     c, found = outcome(config.read, ALONE | variables)
     assert all(line.isprintable() for line in found)
-    assert c is None or {n for n in VARIABLES if c.given(n)} == {n for n, text in variables.items() if text.strip()}
+    assert c is None or {n for n in VARIABLES if c.given(n)} == {
+        n for n, text in variables.items() if (text if n in config.MAY_BE_BLANK else text.strip())
+    }
     assert (c is None) == bool(found)
 
 
