@@ -299,8 +299,9 @@ class Config:
     gguf_type: str = var("f16", "number format of the matrices that CONVERT_TO=gguf writes; q8_0 is half of f16, and "
         "nearly as good", group="Looking after", choices=("f32", "f16", "q8_0"))
     output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the one "
-        "checkpoint, or exports/ for what is none; a whole folder needs it. File that scripts/plot_run.py (.png .svg .pdf) and "
-        "scripts/compare_samples.py (.json .md) write; not set: to the terminal. File (.json) of scripts/evaluate_checkpoint.py's figures", group="Looking after", form="path")
+        "checkpoint, or exports/ for what is none; a whole folder needs it. File that scripts/plot_run.py draws into (.png .svg .pdf) instead of the "
+        "terminal, and that scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write besides",
+        group="Looking after", form="path")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only says what it would do", group="Looking after")
     # fmt: on
 

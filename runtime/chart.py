@@ -10,7 +10,7 @@ Paint = Callable[[int, str], str]  # the number of a curve and a character of it
 # The bits of U+2800 for the eight dots of a character, by row and column (Unicode, "Braille Patterns").
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
+SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 MARGIN = 9  # columns of a chart that its scale takes
 
 

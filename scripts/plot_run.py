@@ -188,10 +188,14 @@ def parent_of(folder: Path) -> dict[str, Any] | None:
 
 def points(run: Drawn, panel: Panel) -> Points:
     """What a panel shows of a run: (step, figure)."""
-    own: list[tuple[float, Any]] = [
-        (line["step"], line.get(panel.figure)) for line in run.lines if line.get("split") == panel.split
-    ]
-    return sorted((step, y) for step, y in own if type(y) in (int, float) and math.isfinite(y))
+    own = [line for line in run.lines if line.get("split") == panel.split]
+    values = [(line["step"], _figure(line.get(panel.figure))) for line in own]
+    return sorted((step, y) for step, y in values if math.isfinite(y))
+
+
+def _figure(value: Any) -> float:
+    """A figure as a number; NaN for null, true or words."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ MORE = {
     "verify_checkpoint": {},
     "convert_checkpoint": {"CHECKPOINT_LAYOUT": "directory", "OUTPUT": "new"},
     "prune_checkpoints": {"CHECKPOINT_KEEP_LAST": "1"},
+    "compare_samples": {"MAX_NEW_TOKENS": "5", "OUTPUT": "compared.md"},
     "evaluate_checkpoint": {"EVAL_DATA": "text.txt", "OUTPUT": "figures.json"},
 }
 
