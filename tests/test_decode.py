@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_sampling import lively, seeded
 
-from models.decode import Decoder
+from models.decode import RESCORED, Decoder
 from models.gpt2 import GPT2, GPT2Settings
 from models.linears import LINEARS, quantized
 from models.lookup import Lookup
@@ -20,7 +20,9 @@ from models.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SETTINGS = GPT2Settings(vocab_size=97, block_size=48, n_layer=3, n_head=4, n_embd=64)
+# A vocabulary of several times RESCORED: of a smaller one every logit would be computed again, whatever the head has made of it.
+VOCAB = 1000
+SETTINGS = GPT2Settings(VOCAB, block_size=48, n_layer=3, n_head=4, n_embd=64)
 VARIANTS = {
     "published": SETTINGS,
     "no biases": replace(SETTINGS, bias=False),
@@ -71,10 +73,10 @@ def trained() -> tuple[GPT2, torch.Tensor]:
     """A model that has learned sentences of a small grammar, and held-out tokens of it."""
     generator = seeded(0)
     text = torch.randint(0, 24, (9000,), generator=generator)
-    table = torch.randint(0, 97, (24, 8), generator=generator)
+    table = torch.randint(0, VOCAB, (24, 8), generator=generator)
     tokens = table[text].flatten()  # words of 8 tokens
     torch.manual_seed(0)
-    model = GPT2(GPT2Settings(97, 64, n_layer=2, n_head=4, n_embd=256))
+    model = GPT2(GPT2Settings(VOCAB, 64, n_layer=2, n_head=4, n_embd=256))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(60):
         at = torch.randint(0, 60_000, (16,), generator=generator)
@@ -94,7 +96,7 @@ def trained() -> tuple[GPT2, torch.Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("parts", [(48,), (1,) * 48, (20, 1, 1, 5, 12, 1, 8)], ids=["at once", "singly", "mixed"])
 def test_logits_are_the_plain_models(weights: str, variant: str, parts: tuple[int, ...]) -> None:
-    ids = torch.randint(97, (48,), generator=seeded(3)).tolist()
+    ids = torch.randint(VOCAB, (48,), generator=seeded(3)).tolist()
     expected = plain(MODELS[variant], ids)
     logits = through_cache(Decoder(MODELS[variant], weights=weights), ids, parts)
     assert logits.dtype == torch.float32
@@ -115,7 +117,7 @@ def test_best_logits_are_not_rounded(weights: str) -> None:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str) -> None:
-    ids = torch.randint(97, (40,), generator=seeded(4)).tolist()
+    ids = torch.randint(VOCAB, (40,), generator=seeded(4)).tolist()
     decoder = Decoder(MODEL, weights=weights)
     singly = through_cache(decoder, ids, [8, *[1] * 32])
     for size in (2, 3, 4, 5, 8, 11, 16):
@@ -179,20 +181,45 @@ def test_quantized_weights_are_the_weights_to_half_a_scale() -> None:
     assert (whole[17] == 0).all()
 
 
-@pytest.mark.parametrize(("weights", "agreement", "loss"), [("float32", 1.0, 1e-5), ("bfloat16", 0.95, 0.01), ("int8", 0.95, 0.01)])  # fmt: skip
-def test_a_trained_model_predicts_the_same(weights: str, agreement: float, loss: float, trained) -> None:
-    """The same next token at teacher-forced positions, and the same perplexity to 1 %, on held-out text."""
-    model, held_out = trained
-    decoder = Decoder(model, weights=weights)
+def against_plain(decoder: Decoder, model: GPT2, held_out: torch.Tensor) -> tuple[float, float]:
+    """The share of teacher-forced positions with the same next token, and the relative change of perplexity."""
     logits = torch.stack([through_cache(decoder, ids, [20, *[4] * 11]) for ids in held_out.tolist()])
     expected = torch.stack([plain(model, ids) for ids in held_out.tolist()])
-    assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() >= agreement
     ours, theirs = (
         torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1), held_out[:, 1:].flatten())
         for x in (logits, expected)
     )
-    assert abs(ours.exp() / theirs.exp() - 1) <= loss
     assert theirs < 1.5  # it has learned something that could be lost
+    return (logits.argmax(-1) == expected.argmax(-1)).float().mean().item(), abs(ours.exp() / theirs.exp() - 1).item()
+
+
+@pytest.mark.parametrize(("weights", "agreement", "loss"), [("float32", 1.0, 1e-5), ("bfloat16", 0.95, 0.01), ("int8", 0.95, 0.01)])  # fmt: skip
+def test_a_trained_model_predicts_the_same(weights: str, agreement: float, loss: float, trained) -> None:
+    """The same next token at teacher-forced positions, and the same perplexity to 1 %, on held-out text."""
+    model, held_out = trained
+    agreed, changed = against_plain(Decoder(model, weights=weights), model, held_out)
+    assert agreed >= agreement
+    assert changed <= loss
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_head_that_is_lost_is_noticed(weights: str, trained) -> None:
+    """The control of the tests above: what is computed again from the float32 weights must not hide the head."""
+    assert RESCORED < VOCAB / 2
+    decoder = Decoder(MODEL, weights=weights)
+    decoder.head = zero_head
+    wrong = (through_cache(decoder, [1, 2, 3], [3]) - plain(MODEL, [1, 2, 3])).abs() > TOLERANCE[weights]
+    assert wrong.float().mean() > 0.5
+    model, held_out = trained
+    decoder = Decoder(model, weights=weights)
+    decoder.head = zero_head
+    agreed, changed = against_plain(decoder, model, held_out[:4])
+    assert agreed < 0.5
+    assert changed > 1
+
+
+def zero_head(x: torch.Tensor) -> torch.Tensor:
+    return x.new_zeros(x.size(0), VOCAB)
 
 
 # --- tokens
