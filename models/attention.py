@@ -19,7 +19,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tens
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(hs)) v with the scores written out, (B H, T, T); Vaswani et al. 2017, section 3.2.1."""
+    """softmax(q k^T / sqrt(hs)) v with the scores written out, (B H, T, T); Vaswani et al. 2017, section 3.2.1.
+
+    In bfloat16 the scores are rounded to 8 bits, where the fused kernel keeps float32. Against float64, over normal q, k and v
+    (2, 6, 256, 64), the result is off by 0.003 of its norm (fused 0.002), and with scores 8 times as large by 0.011 (0.002), its
+    gradients by up to 0.020 (0.005). A softmax in float32 changes none of these; float32 scores double the time.
+    """
     B, H, T, hs = q.shape
     q, k, v = (each.reshape(B * H, T, hs) for each in (q, k, v))
     mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
