@@ -106,7 +106,7 @@ def trained_count(model: nn.Module) -> int:
 
 
 def training_bytes(model: Model, batch_size: int, *, bytes_per_value: int) -> int:
-    """About how much memory a training step of this model needs, in bytes: a basis for a warning, right within 2x.
+    """About how much memory a training step of this model needs, in bytes: a basis for a warning, right within 1.5x.
 
     Weights take 4 bytes each, and those that are trained 12 more for the gradient and AdamW's two moments.
     bytes_per_value is 4 for float32 activations and 2 under autocast.

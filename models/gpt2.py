@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import causal_attention
-from models.head import head_loss
+from models.attention import SHORT, causal_attention
+from models.head import CHUNK, head_loss
 from models.lora import NAMES as LORA_NAMES
 from models.lora import LoraSettings, linear
 
@@ -244,14 +244,23 @@ class GPT2(nn.Module):
         return GPT2Cache(batch_size, self.settings.block_size)
 
     def activation_bytes(self, batch_size: int, *, bytes_per_value: int) -> int:
-        """About how many bytes a training step needs beside weights, gradients and optimizer.
+        """About how many bytes a training step needs beside weights, gradients and optimizer: counts from measured peaks, not theory.
 
-        For each token: some 20 C values a layer, and the logits with their float32 copy, log-probabilities and
-        gradient. The counts are measured peaks, not theory. Outside CUDA, dropout turns fused attention off and
-        each layer holds about five (H, T, T) tensors.
+        For each token and layer, and once more for the layer at work, 22 C values and attention's scores (H, T, T). Logits,
+        their float32 copy, softmax and gradient, of which a tied head holds no more than CHUNK (on CUDA a compiler may hold all). And
+        the embedding's gradient twice more, as head and embedding add to it apart.
         """
-        s = self.settings
-        unfused = s.dropout > 0 and self.wte.weight.device.type != "cuda"
-        per_layer = 20 * s.n_embd + (5 * s.n_head * s.block_size if unfused else 0)
-        per_token = s.n_layer * per_layer * bytes_per_value + s.vocab_size * (bytes_per_value + 12)
-        return batch_size * s.block_size * per_token
+        s, cuda = self.settings, self.wte.weight.device.type == "cuda"
+        tokens = batch_size * s.block_size
+        per_layer = 22 * s.n_embd * bytes_per_value + s.n_head * s.block_size * self._square_bytes(bytes_per_value)
+        logits = tokens * s.vocab_size if cuda or self.lm_head is not None else min(tokens * s.vocab_size, CHUNK)
+        gradients = 8 * self.wte.weight.numel() if self.wte.weight.requires_grad else 0
+        return (s.n_layer + 1) * tokens * per_layer + logits * (bytes_per_value + 12) + gradients
+
+    def _square_bytes(self, bytes_per_value: int) -> int:
+        """Of each score of a layer's attention: one tensor of them where it is written out, four with dropout, none where it is fused."""
+        if self.wte.weight.device.type == "cuda":
+            return 0
+        if self.settings.block_size > SHORT:
+            return 4 * 4 if self.settings.dropout else 0  # with dropout PyTorch writes them out, in float32
+        return bytes_per_value * (4 if self.settings.dropout else 1)

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
-from models import build, parameter_count, training_bytes
+from models import build, freeze_base, parameter_count, training_bytes
 from models.gpt2 import GPT2, SIZES, GPT2Settings
 
 SMALL = GPT2Settings(vocab_size=97, block_size=32, n_layer=3, n_head=4, n_embd=48)
@@ -264,14 +264,31 @@ def test_dropout_acts_on_embeddings_attention_and_residuals_and_only_in_training
     assert torch.equal(model(ids)[0], model(ids)[0])
 
 
-def test_training_memory_is_near_what_was_measured() -> None:
-    # Peak resident memory of three AdamW steps in a process of its own, minus that before the model: 1701 MB
-    # (float32), 1044 MB (bfloat16 autocast) and 3354 MB (float32, dropout 0.2), torch 2.13 on a CPU.
-    fields = {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}
+# Peak resident memory, in MB, of three AdamW steps in a process of its own, freed memory kept as in training, minus the peak before the
+# model: torch 2.13, Linux, a 2-core CPU (AVX-512 bfloat16). V, layers, heads, C, T, B.
+MEASURED = [
+    ((65, 6, 6, 384, 256, 32), {}, 4, 2326),
+    ((65, 6, 6, 384, 256, 32), {}, 2, 1508),
+    ((65, 6, 6, 384, 256, 32), {"dropout": 0.2}, 4, 3473),
+    ((65, 2, 6, 384, 1024, 8), {}, 4, 889),
+    ((65, 2, 6, 384, 1024, 8), {"dropout": 0.2}, 4, 3067),
+    ((65, 2, 6, 384, 1024, 8), {"dropout": 0.2}, 2, 3248),
+    ((50257, 1, 12, 768, 256, 32), {}, 2, 2402),
+    ((50257, 1, 12, 768, 1024, 8), {}, 2, 2307),
+    ((50257, 2, 12, 768, 512, 16), {}, 4, 4082),
+    ((50257, 12, 12, 768, 256, 4), {}, 2, 3244),
+    ((50257, 12, 12, 768, 256, 4), {"lora": {"rank": 8, "alpha": 16.0}}, 2, 1982),
+    ((50257, 12, 12, 768, 1024, 8), {}, 2, 6545),
+    ((5000, 2, 4, 256, 256, 8), {"tied": False}, 4, 463),
+]
+
+
+@pytest.mark.parametrize(("sizes", "more", "bytes_per_value", "peak"), MEASURED)
+def test_training_memory_is_within_half_of_what_was_measured(sizes, more, bytes_per_value, peak) -> None:
+    fields = dict(zip(("vocab_size", "n_layer", "n_head", "n_embd", "block_size"), sizes, strict=False))
     with torch.device("meta"):
-        model = build("gpt2", fields)
-    assert training_bytes(model, 32, bytes_per_value=4) / 1701e6 == pytest.approx(1, abs=0.2)
-    assert training_bytes(model, 32, bytes_per_value=2) / 1044e6 == pytest.approx(1, abs=0.2)
-    with torch.device("meta"):
-        model = build("gpt2", fields | {"dropout": 0.2})
-    assert training_bytes(model, 32, bytes_per_value=4) / 3354e6 == pytest.approx(1, abs=0.2)
+        model = build("gpt2", fields | more)
+    if "lora" in more:
+        freeze_base(model)
+    estimate = training_bytes(model, sizes[-1], bytes_per_value=bytes_per_value) / 1e6
+    assert 1 / 1.5 < estimate / peak < 1.5
