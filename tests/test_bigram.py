@@ -107,7 +107,7 @@ def test_settings_that_make_no_model_are_refused_by_name(model_type: str, change
 
 
 def test_missing_settings_are_named_together() -> None:
-    with pytest.raises(ValueError, match=r"^n_head, n_embd: missing from the gpt2 model's settings\.$"):
+    with pytest.raises(ValueError, match=r"^n_head, n_embd: missing from the settings of the gpt2 model\.$"):
         build("gpt2", {"vocab_size": 11, "block_size": 8, "n_layer": 2})
 
 
