@@ -7,6 +7,7 @@ printing. Nothing here imports torch, so that mistakes are reported at once, and
 
 import dataclasses
 import difflib
+import functools
 import glob
 import io
 import json
@@ -153,8 +154,16 @@ class Config:
         scope="identity", minimum=0, below=1)
     lora_targets: str = var("c_attn,c_proj,c_fc", "layers that get adapters, joined by commas: c_attn (query, key, value), "
         "c_proj (both of a block), c_fc", group="Adapters", scope="identity", form="layers")
-    checkpoint_adapters_only: bool = var(False, "save the adapters without their base: a hundredth of the bytes; opening "
-        "one asks for the base, and refuses another", group="Adapters", scope="identity")
+    ttt_layers: str | None = var(None, "blocks of a GPT-2, counted from 0, that get a TTT layer, which learns while it "
+        "reads, like 1,5,10; not set: none", group="Adapters", scope="identity", form="blocks")
+    ttt_base_lr: float = var(1.0, "step size of what a TTT layer learns while it reads, before the share of it that "
+        "training learns", group="Adapters", scope="identity", above=0)
+    ttt_mini_batch_size: int = var(16, "tokens from which a TTT layer learns at once: more is faster, fewer follow the "
+        "text more closely; 16 as published", group="Adapters", scope="identity", minimum=1)
+    ttt_initial_gating_alpha: float = var(0.1, "a TTT layer's output counts times tanh of this at first, and training "
+        "moves it; 0 begins as the model without the layer", group="Adapters", scope="identity")
+    checkpoint_adapters_only: bool = var(False, "freeze the base, and save the adapters without it: a hundredth of the bytes; "
+        "opening one asks for the base, and refuses another", group="Adapters", scope="identity")
     base_checkpoint: str | None = var(None, "checkpoint of the base, for one that holds adapters alone; GPT2_MODEL_NAME "
         "names a pretrained one", group="Adapters", form="path", words=("latest", "best"))
 
@@ -361,6 +370,11 @@ def from_saved(current: Config, saved: Mapping[str, Any]) -> Config:
     return _finish(values, sources, problems, merged=True)
 
 
+def frozen_base(config: Config) -> bool:
+    """Whether adapters alone are trained, beside a base that stays as it is."""
+    return config.lora_rank > 0 or config.checkpoint_adapters_only
+
+
 def contradictions(current: Config, saved: Mapping[str, Any]) -> list[tuple[str, Json, Json]]:
     """The given settings of model and tokenizer that `saved` has otherwise: name, given and saved value.
 
@@ -435,13 +449,16 @@ def _build(values: dict[str, Any], sources: Mapping[str, str]) -> Config:
     return Config(**resolved, sources={name: sources.get(name, "default") for name in VARIABLES})
 
 
+def _pair(config: Config, one: str, other: str, text: str) -> tuple[tuple[str, ...], str]:
+    """Two variables, and the text with both settings in it."""
+    said = [f"{name}={_short(getattr(config, name.lower()))} ({config.sources[name]})" for name in (one, other)]
+    return (one, other), text.format(*said)
+
+
 def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings that are each right but not together: the variables concerned and the sentence."""
-
-    def pair(one: str, other: str, text: str) -> tuple[tuple[str, ...], str]:
-        said = [f"{name}={_short(getattr(config, name.lower()))} ({config.sources[name]})" for name in (one, other)]
-        return (one, other), text.format(*said)
-
+    pair = functools.partial(_pair, config)
+    yield from _adapter_clashes(config)
     heads, width = config.n_head, config.n_embd
     if config.gpt2_model_name and config.model_type != "gpt2":
         yield pair("GPT2_MODEL_NAME", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}")
@@ -451,28 +468,6 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("N_EMBD", "N_HEAD", f"{{}} must be a multiple of {{}}: set N_EMBD={-(-width // heads) * heads}")
     if config.optimizer == "muon" and config.model_type != "gpt2":
         yield pair("OPTIMIZER", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}, which is one table")
-    if config.lora_rank and config.model_type != "gpt2":
-        yield pair("LORA_RANK", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}")
-    if (
-        config.lora_rank
-        and config.resume == "never"
-        and config.mode != "resume"
-        and not (config.gpt2_model_name or config.init_from)
-    ):
-        yield pair(
-            "LORA_RANK",
-            "GPT2_MODEL_NAME",
-            "{} freezes a base: set GPT2_MODEL_NAME or INIT_FROM to the one that is meant",
-        )
-    if config.checkpoint_adapters_only and not config.lora_rank:
-        yield pair("CHECKPOINT_ADAPTERS_ONLY", "LORA_RANK", "{} saves adapters, and {} adds none: set LORA_RANK")
-    if config.lora_rank and config.checkpoint_layout == "huggingface":
-        yield pair(
-            "LORA_RANK",
-            "CHECKPOINT_LAYOUT",
-            "{} and {}: transformers has no place for adapters; train in another layout, and convert "
-            "with CONVERT_TO=peft, or merge them first (scripts/merge_adapters.py)",
-        )
     # MODE=resume plans a schedule of its own, from RESUME_TRAINING_STEPS and RESUME_LEARNING_RATE.
     if config.mode != "resume" and config.warmup_steps > config.training_steps:
         yield pair("WARMUP_STEPS", "TRAINING_STEPS", "{} is more than {}: set fewer WARMUP_STEPS")
@@ -492,6 +487,45 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     elif config.resume_step is not None and config.resume == "never":
         yield pair("RESUME_STEP", "RESUME", "{} needs RESUME=auto or RESUME=a path, not {}")
+
+
+def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """`_clashes` of the adapters' settings."""
+    pair = functools.partial(_pair, config)
+    if config.lora_rank and config.model_type != "gpt2":
+        yield pair("LORA_RANK", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}")
+    if config.ttt_layers and config.model_type != "gpt2":
+        yield pair("TTT_LAYERS", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}")
+    elif config.ttt_layers and config.n_layer and int(config.ttt_layers.split(",")[-1]) >= config.n_layer:
+        there = f"0 to {config.n_layer - 1}"
+        yield pair("TTT_LAYERS", "N_LAYER", f"{{}} names a block that is not there: {{}} makes {there}")
+    freezes = "LORA_RANK" if config.lora_rank else "CHECKPOINT_ADAPTERS_ONLY"
+    if (
+        frozen_base(config)
+        and config.resume == "never"
+        and config.mode != "resume"
+        and not (config.gpt2_model_name or config.init_from)
+    ):
+        yield pair(
+            freezes,
+            "GPT2_MODEL_NAME",
+            "{} freezes a base: set GPT2_MODEL_NAME or INIT_FROM to the one that is meant",
+        )
+    if config.checkpoint_adapters_only and not config.lora_rank and not config.ttt_layers:
+        yield pair(
+            "CHECKPOINT_ADAPTERS_ONLY", "LORA_RANK", "{} saves adapters, and {} adds none: set LORA_RANK or TTT_LAYERS"
+        )
+    if config.lora_rank and config.checkpoint_layout == "huggingface":
+        yield pair(
+            "LORA_RANK",
+            "CHECKPOINT_LAYOUT",
+            "{} and {}: transformers has no place for adapters; train in another layout, and convert "
+            "with CONVERT_TO=peft, or merge them first (scripts/merge_adapters.py)",
+        )
+    if config.ttt_layers and config.checkpoint_layout == "huggingface":
+        yield pair(
+            "TTT_LAYERS", "CHECKPOINT_LAYOUT", "{} and {}: transformers has no place for them; train in another layout"
+        )
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -704,8 +738,17 @@ def _layers(text: str, _folder: str) -> str:
     return ",".join(name for name in LAYERS if name in names)
 
 
+def _blocks(text: str, _folder: str) -> str:
+    """Numbers joined by commas, each once, in order."""
+    numbers = sorted(_integer(word.strip()) for word in text.split(","))
+    if numbers[0] < 0 or len(set(numbers)) < len(numbers):
+        raise ValueError(text)
+    return ",".join(map(str, numbers))
+
+
 FORMS: dict[str, Callable[[str, str], Any]] = {
     **{"path": _path, "paths": _paths, "source": _source, "hub": _hub, "list": _list, "name": _name, "layers": _layers},
+    **{"blocks": _blocks},
 }
 PARSERS: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _integer, float: _number, str: str}
 NOUNS: dict[Any, str] = {
@@ -714,6 +757,7 @@ NOUNS: dict[Any, str] = {
     **{"source": "files, folders, globs, an https URL or tinyshakespeare", "hub": "a hub name or a folder"},
     **{"list": 'text, or a JSON list like ["a", "b"]', "name": "up to 40 letters, digits, `_`, `.` and `-`"},
     **{"layers": f"some of {', '.join(LAYERS)}, joined by commas"},
+    **{"blocks": "different whole numbers from 0, joined by commas"},
 }
 
 

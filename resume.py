@@ -20,6 +20,7 @@ from run import (
     put_together,
     read_text,
     scan_source,
+    shapes,
     with_its_base,
 )
 from runtime import device as machine
@@ -123,7 +124,7 @@ def saved_settings(record: Checkpoint) -> dict[str, Any]:
     if {"dtype", "compile"} <= record.runtime.keys():
         resolved |= {"DTYPE": record.runtime["dtype"], "COMPILE": str(record.runtime["compile"]).lower()}
     return (
-        {"OPTIMIZER": "adamw", "LR_SCHEDULE": "cosine"}
+        {"OPTIMIZER": "adamw", "LR_SCHEDULE": "cosine", "LORA_RANK": 0, "TTT_LAYERS": None}
         | shape
         | record.hyperparameters
         | adapter_variables(record.model_settings)
@@ -242,6 +243,7 @@ def explain(run: Run, record: Checkpoint, restored: Restored) -> str:
     rates = f"{plan.kind}, peak {plan.peak:g}, floor {plan.floor:g}, {plan.warmup_steps} warm-up steps from step {plan.start_step}"
     position = f"window {run.batches.windows_seen(run.step)}, epoch {run.batches.epoch(run.step):.2f}"
     reasons = not_exact(run, record, restored)
+    adapters = models.adapter_counts(shapes(run.model))
     rows = [
         ("checkpoint", "", shown(record.path) if record.path else ""),
         ("run", "reset", f"{run.run_id}, a child of {record.run_id or 'another program'}")
@@ -252,6 +254,7 @@ def explain(run: Run, record: Checkpoint, restored: Restored) -> str:
             "restored",
             f"{len(record.model_state)} tensors, {amount(models.parameter_count(run.model))} parameters",
         ),
+        *(("adapters", "restored", count) for count in adapters.values()),
         (
             "optimizer",
             "missing" if restored.missing else "restored",

@@ -33,9 +33,11 @@ from runtime.trackers import Mirror
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
 SIZES = ("n_layer", "n_head", "n_embd", "bias")  # what a transformer is made of, besides its vocabulary and context
+# The fields of a model's settings that a variable each names: LORA_RANK.
 ADAPTERS = {
-    "lora": ("rank", "alpha", "dropout", "targets")
-}  # the fields of a model's settings that a variable each names: LORA_RANK
+    "lora": ("rank", "alpha", "dropout", "targets"),
+    "ttt": ("layers", "base_lr", "mini_batch_size", "initial_gating_alpha"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ def fresh(settings: Config, log: Log) -> Run:
     torch.manual_seed(settings.seed)
     base = None
     if weights:
-        base = weights.base or (identity(weights, settings) if adapters(settings) else None)
+        base = weights.base or identity(weights, settings) if config.frozen_base(settings) else None
         model = build_model(
             weights,
             device=device,
@@ -139,6 +141,9 @@ def fresh(settings: Config, log: Log) -> Run:
             adapters=adapters(settings),
             take=True,
         )
+        for kind, count in models.adapter_counts(shapes(model)).items():
+            came = "transferred" if weights.model_settings.get(kind) else "added"
+            log(f"{models.ADAPTERS[kind]} parameters {came}: {count}")
     else:
         model = new_model(settings, vocab_size=tokenizer.vocab_size).to(device)
     run_id = new_run_id(settings, text.corpus.name)
@@ -150,9 +155,14 @@ def fresh(settings: Config, log: Log) -> Run:
     return run
 
 
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def adapters(settings: Config) -> dict[str, Any]:
     """The adapters of the settings, as the model's own settings have them."""
-    on = {"lora": settings.lora_rank > 0}
+    on = {"lora": settings.lora_rank > 0, "ttt": settings.ttt_layers is not None}
     return {
         kind: {name: getattr(settings, f"{kind}_{name}") for name in names}
         for kind, names in ADAPTERS.items()
@@ -248,7 +258,7 @@ def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
     sizes = {"vocab_size": vocab_size, "block_size": settings.block_size}
     if settings.model_type == "bigram":
         return sizes
-    return sizes | {name: getattr(settings, name) for name in (*SIZES, "dropout")}
+    return sizes | {name: getattr(settings, name) for name in (*SIZES, "dropout")} | adapters(settings)
 
 
 def new_model(settings: Config, *, vocab_size: int) -> models.Model:
@@ -317,7 +327,7 @@ def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
 def put_together(settings: Config, log: Log, *, model: models.Model, text: Text, tokenizer: tokenization.Tokenizer,
                  schedule: Schedule, run_id: str, record: Checkpoint | None = None, window: int = 0) -> Run:  # fmt: skip
     """A run of these parts: at step 0, or where `record` stands, with its data going on at `window`."""
-    if settings.lora_rank:
+    if config.frozen_base(settings):
         models.freeze_base(model)
     device, step = next(model.parameters()).device, record.step if record else 0
     dtype, compile_step = numerics(settings, log, device=device, width=getattr(model.settings, "n_embd", 0))

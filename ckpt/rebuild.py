@@ -65,7 +65,8 @@ def build_model(
         reason = f"{str(error).splitlines()[0]:.300}"  # torch adds frames of C++
         raise CheckpointError(f"{_where(record)}: its settings make no model: {reason}") from error
     wanted = model.state_dict()
-    fresh = {name for name in wanted if models.is_adapter(name) and name not in state} if adapters else set()
+    added = {kind for kind in adapters or () if not record.model_settings.get(kind)}
+    fresh = {name for name in wanted if models.adapter_kind(name) in added}
     _check_shapes({name: wanted[name] for name in wanted if name not in fresh}, state, where=_where(record))
     if shared or (take and record.owned):
         if take:

@@ -1,6 +1,7 @@
 """The models by name, and how to build one from plain values such as a checkpoint's JSON."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, Final, get_args
 
@@ -9,10 +10,11 @@ from torch import nn
 from models.bigram import Bigram, BigramSettings
 from models.gpt2 import GPT2, GPT2Settings
 from models.lora import NAMES, LoraLinear
+from models.ttt import TTTMLP, is_ttt
 
 __all__ = [
-    "ADAPTERS", "MODELS", "Model", "Settings", "build", "draw_adapters", "freeze_base", "is_adapter", "parameter_count", "plain",
-    "settings_from", "trained_count", "training_bytes",
+    "ADAPTERS", "MODELS", "Model", "Settings", "adapter_counts", "adapter_kind", "build", "draw_adapters", "freeze_base", "is_adapter",
+    "parameter_count", "plain", "settings_from", "trained_count", "training_bytes",
 ]  # fmt: skip
 
 Model = Bigram | GPT2
@@ -22,7 +24,7 @@ MODELS: Final[dict[str, tuple[type[Settings], type[Model]]]] = {
     "bigram": (BigramSettings, Bigram),
     "gpt2": (GPT2Settings, GPT2),
 }
-ADAPTERS: Final = ("lora",)  # the settings that add adapters to a base
+ADAPTERS: Final = {"lora": "LoRA", "ttt": "TTT"}  # the settings that add adapters to a base, and what people call those
 
 
 def build(model_type: str, settings: Mapping[str, object]) -> Model:
@@ -78,14 +80,33 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 def is_adapter(name: str) -> bool:
     """Whether the parameter of this name is an adapter's, and not the base's."""
-    return name.endswith(NAMES)
+    return adapter_kind(name) is not None
+
+
+def adapter_kind(name: str) -> str | None:
+    """Which of ADAPTERS the parameter of this name belongs to."""
+    if is_ttt(name):
+        return "ttt"
+    return "lora" if name.endswith(NAMES) else None
+
+
+def adapter_counts(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """How many of a model's tensors, given by name and shape, are adapters', and how many elements those have: a text for each kind."""
+    counts, sizes = {}, {name: math.prod(shape) for name, shape in shapes.items()}
+    for kind, called in ADAPTERS.items():
+        own = [size for name, size in sizes.items() if adapter_kind(name) == kind]
+        if own:
+            counts[kind] = f"{len(own)} {called} tensors, {sum(own):,} elements of {sum(sizes.values()):,}"
+    return counts
 
 
 def draw_adapters(model: nn.Module, missing: Iterable[str]) -> None:
     """Gives the adapters whose parameters are among the `missing` fresh values, from torch's global generator."""
     names = set(missing)
     for path, module in model.named_modules():
-        if isinstance(module, LoraLinear) and names & {f"{path}.{name}" for name, _ in module.named_parameters()}:
+        if isinstance(module, LoraLinear | TTTMLP) and names & {
+            f"{path}.{name}" for name, _ in module.named_parameters()
+        }:
             module.draw()
 
 

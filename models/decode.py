@@ -55,6 +55,8 @@ class Decoder:
     """
 
     def __init__(self, model: GPT2, *, weights: str) -> None:
+        if model.settings.ttt is not None:
+            raise ValueError("a Decoder has no TTT layers; generate with the model itself.")
         linear, head = LINEARS[weights], model.wte if model.lm_head is None else model.lm_head
         self.model, self.settings, self.max_length = model, model.settings, model.max_length
         self.weights, self.exact, self.longest_draft = weights, weights == "float32", LONGEST_DRAFT[weights]

@@ -9,7 +9,7 @@ Two settings make it the models of other projects: the activation, and a head of
 
 import math
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from models.attention import causal_attention
 from models.head import head_loss
 from models.lora import NAMES as LORA_NAMES
 from models.lora import LoraSettings, linear
+from models.ttt import TTTMLP, TTTSettings, TTTState, activation_bytes
 
 # "gelu" is the tanh approximation, as published; "gelu_erf" the exact one, as nanoGPT computes it; "relu" is the lecture model's.
 ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
@@ -28,7 +29,8 @@ ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
 class GPT2Settings:
     """What builds a GPT2. bias=False leaves the biases out of every Linear and LayerNorm, as nanoGPT can.
 
-    tied=False adds a head of its own, `lm_head`, which always has a bias. lora adds adapters to the blocks' linear layers.
+    tied=False adds a head of its own, `lm_head`, which always has a bias. lora adds adapters to the blocks' linear layers,
+    ttt layers that learn while they read.
     """
 
     vocab_size: int
@@ -41,6 +43,7 @@ class GPT2Settings:
     activation: str = "gelu"
     tied: bool = True
     lora: LoraSettings | None = None
+    ttt: TTTSettings | None = None
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
@@ -52,6 +55,11 @@ class GPT2Settings:
             raise ValueError(f"dropout={self.dropout}: expected a share of values to drop, from 0 to below 1.")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r:.80}: expected one of {', '.join(ACTIVATIONS)}.")
+        if self.ttt is not None and max(self.ttt.numbers) >= self.n_layer:
+            raise ValueError(
+                f"ttt.layers={self.ttt.layers:.80}: the model has n_layer={self.n_layer} blocks, "
+                f"so expected numbers from 0 to {self.n_layer - 1}."
+            )
 
 
 def _published(n_layer: int, n_head: int, n_embd: int) -> GPT2Settings:
@@ -71,7 +79,8 @@ class GPT2Cache:
     """Keys and values of the `length` tokens seen so far, so that a new token costs one position, not all of them.
 
     A buffer for each layer, (B, H, block_size, hs), is made at first use: under autocast only the keys that arrive
-    know their dtype. Set length = 0 to start over in the same buffers. For use without gradients.
+    know their dtype. Set length = 0 to start over in the same buffers. For use without gradients. `learned` holds what
+    the TTT layers are by now, by the number of their block.
     """
 
     batch_size: int
@@ -79,6 +88,7 @@ class GPT2Cache:
     length: int = 0
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    learned: dict[int, TTTState] = field(default_factory=dict)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, H, T, hs) of new tokens; returns those of all tokens, (B, H, length + T, hs)."""
@@ -90,6 +100,17 @@ class GPT2Cache:
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def learner(self, layer: int, ttt: TTTMLP) -> TTTState:
+        """The state of a block's TTT layer, a new one at length 0. Raises ValueError for any other length than it has read."""
+        if self.length == 0:
+            self.learned[layer] = ttt.new_state(self.batch_size)
+        if self.learned[layer].seen != self.length:
+            raise ValueError(
+                f"the cache was set to {self.length} tokens, but a TTT layer has learned from {self.learned[layer].seen}: "
+                "what is learned cannot be forgotten one token at a time; set length = 0 and read the text again."
+            )
+        return self.learned[layer]
 
 
 class Attention(nn.Module):
@@ -151,7 +172,10 @@ def _activated(x: Tensor, activation: str) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each reading a normalised copy of the residual stream and adding to the stream itself."""
+    """Attention and MLP, each reading a normalised copy of the residual stream and adding to the stream itself.
+
+    A TTT layer, where there is one, reads what attention adds, and adds to the stream too (Dalal et al. 2025, section 3.2).
+    """
 
     def __init__(self, settings: GPT2Settings) -> None:
         super().__init__()
@@ -159,9 +183,13 @@ class Block(nn.Module):
         self.attn = Attention(settings)
         self.ln_2 = nn.LayerNorm(settings.n_embd, eps=1e-5, bias=settings.bias)
         self.mlp = MLP(settings)
+        self.ttt: TTTMLP | None = None
 
     def forward(self, x: Tensor, cache: GPT2Cache | None, layer: int) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, layer)
+        attended = self.attn(self.ln_1(x), cache, layer)
+        x = x + attended
+        if self.ttt is not None:
+            x = x + self.ttt(attended, None if cache is None else cache.learner(layer, self.ttt))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -180,6 +208,10 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(settings.n_embd, eps=1e-5, bias=settings.bias)
         self.lm_head = None if settings.tied else nn.Linear(settings.n_embd, settings.vocab_size)
         self._initialise()
+        if settings.ttt is not None:  # last, so that a seed draws the same base with and without them
+            for number in settings.ttt.numbers:
+                block = cast(Block, self.h[number])
+                block.ttt = TTTMLP(settings.ttt, width=settings.n_embd, n_head=settings.n_head)
 
     @property
     def max_length(self) -> int:
@@ -248,10 +280,12 @@ class GPT2(nn.Module):
 
         For each token: some 20 C values a layer, and the logits with their float32 copy, log-probabilities and
         gradient. The counts are measured peaks, not theory. Outside CUDA, dropout turns fused attention off and
-        each layer holds about five (H, T, T) tensors.
+        each layer holds about five (H, T, T) tensors. A TTT layer adds its own, whatever autocast does.
         """
         s = self.settings
         unfused = s.dropout > 0 and self.wte.weight.device.type != "cuda"
         per_layer = 20 * s.n_embd + (5 * s.n_head * s.block_size if unfused else 0)
         per_token = s.n_layer * per_layer * bytes_per_value + s.vocab_size * (bytes_per_value + 12)
+        if s.ttt is not None:
+            per_token += len(s.ttt.numbers) * activation_bytes(s.ttt, width=s.n_embd, n_head=s.n_head)
         return batch_size * s.block_size * per_token

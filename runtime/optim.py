@@ -20,6 +20,8 @@ READS_GRAD_SCALE = ("cpu", "cuda")
 
 # Muon's quintic Newton-Schulz iteration: its coefficients and number of steps (Jordan et al. 2024).
 QUINTIC, ITERATIONS, TINY = (3.4445, -4.7750, 2.0315), 5, 1e-7
+# What TTT layers have for each head: vectors, though the tensor has two or three dimensions.
+VECTOR_PER_HEAD = ("b1", "b2", "learnable_ttt_lr_bias", "ttt_norm_weight", "ttt_norm_bias")
 # Matrices of one shape are iterated together, up to this many elements: small ones cost calls, large ones memory bandwidth.
 TOGETHER = 2**18
 
@@ -215,7 +217,12 @@ def build_optimizer(
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Matrices between the embeddings and the head, the only ones that Muon is meant for."""
-    return parameter.dim() == 2 and name.startswith("h.")
+    return parameter.dim() == 2 and _is_matrix(name, parameter) and name.startswith("h.")
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether it multiplies, and so decays; one for each head counts."""
+    return parameter.dim() >= 2 and name.rpartition(".")[2] not in VECTOR_PER_HEAD
 
 
 def _is_query_key_value(name: str) -> bool:
@@ -226,8 +233,8 @@ def _is_query_key_value(name: str) -> bool:
 def _adamw(
     named: list[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    matrices = [(name, parameter) for name, parameter in named if parameter.dim() >= 2]
-    vectors = [(name, parameter) for name, parameter in named if parameter.dim() < 2]
+    matrices = [one for one in named if _is_matrix(*one)]
+    vectors = [one for one in named if not _is_matrix(*one)]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ckpt
+import models
 from ckpt.contents import Held, all_files, differing, held, labelled
 from ckpt.layouts import known_layout
 from ckpt.record import Checkpoint, metadata
@@ -109,6 +110,8 @@ def tensor_lines(path: Path, tensors: list[Held]) -> str:
     """How many there are, the first of each part, and bytes by part."""
     total = sum(file.stat().st_size for file in all_files(path))
     lines, parts = [f"Number of tensors: {len(tensors)}"], []
+    weights = {one.name: one.shape for one in tensors if one.part == "weights"}
+    lines += [f"Found {count}" for count in models.adapter_counts(weights).values()]
     for part in ("weights", "optimizer"):
         own = [one for one in tensors if one.part == part]
         if own:

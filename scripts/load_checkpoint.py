@@ -32,7 +32,7 @@ from ckpt.store import folder_of
 from config import Config, ConfigError
 from data.decoding import StreamDecoder
 from data.tokenization import Tokenizer, UnknownCharacters
-from models import Model
+from models import Model, adapter_counts
 from models.decode import Decoder
 from models.gpt2 import GPT2
 from models.sampling import generate
@@ -120,7 +120,10 @@ def texts_of(settings: Config, record: Checkpoint, log: Log, *, prompt: str, see
 
     Raises CheckpointError if its logits are not finite.
     """
-    record = merged(with_its_base(record, settings, log))
+    record = with_its_base(record, settings, log)
+    for count in adapter_counts({name: tensor.shape for name, tensor in record.model_state.items()}).values():
+        log(f"Loaded {count}")
+    record = merged(record)
     device = machine.choose_device(settings.device)
     model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
     ids = encode_prompt(tokenizer, prompt, settings)
@@ -183,6 +186,8 @@ def weights_for(model: Model, settings: Config, device: torch.device, *, tokens:
     machine.choose_dtype(settings.dtype, device, width=width)
     if not isinstance(model, GPT2):
         return "", "a bigram model has no matrices"
+    if model.settings.ttt is not None:
+        return "", "TTT layers learn from each token, and cannot take it back"
     if device.type != "cpu":
         return "", f"this runs on {device.type}"
     if settings.quantize != "none":

@@ -25,7 +25,8 @@ def names(text: str) -> set[str]:
 # The contract of names: adding or renaming a variable has to change this list too.
 IDENTITY = names(
     "TRAINING_DATA_SOURCE TOKENIZER BPE_VOCAB_SIZE VALIDATION_FRACTION MODEL_TYPE GPT2_MODEL_NAME "
-    "N_LAYER N_HEAD N_EMBD BLOCK_SIZE BIAS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS CHECKPOINT_ADAPTERS_ONLY"
+    "N_LAYER N_HEAD N_EMBD BLOCK_SIZE BIAS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS CHECKPOINT_ADAPTERS_ONLY "
+    "TTT_LAYERS TTT_BASE_LR TTT_MINI_BATCH_SIZE TTT_INITIAL_GATING_ALPHA"
 )
 MATH = names(
     "TRAINING_STEPS BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS LR_SCHEDULE "
@@ -320,6 +321,18 @@ def test_model_names_are_hub_names_unless_they_are_folders(tmp_path: Path) -> No
     assert name("./absent") == str(tmp_path / "absent")
 
 
+def test_blocks_are_put_in_order() -> None:
+    assert read(MODEL_TYPE="gpt2", N_LAYER="12", TTT_LAYERS=" 10, 1 ,5").ttt_layers == "1,5,10"
+    assert read(MODEL_TYPE="gpt2", TTT_LAYERS="0").ttt_layers == "0"
+    assert read(MODEL_TYPE="gpt2", TTT_LAYERS=" ").ttt_layers is None
+
+
+@pytest.mark.parametrize("text", ["1,1", "-1", "1,,2", "all", "1.5", "1;2", "nan", "1,5,"])
+def test_what_names_no_blocks_is_refused(text: str) -> None:
+    expected = f"TTT_LAYERS={text!r} (environment): expected different whole numbers from 0, joined by commas"
+    assert problems(MODEL_TYPE="gpt2", TTT_LAYERS=text) == [expected]
+
+
 # Contradictions
 
 
@@ -329,6 +342,10 @@ def test_model_names_are_hub_names_unless_they_are_folders(tmp_path: Path) -> No
         ("GPT2_MODEL_NAME=gpt2", "GPT2_MODEL_NAME=gpt2 (environment) needs MODEL_TYPE=gpt2, not MODEL_TYPE=bigram (default)"),
         ("MODEL_TYPE=gpt2 GPT2_MODEL_NAME=gpt2 INIT_FROM=latest", "GPT2_MODEL_NAME=gpt2 (environment) and INIT_FROM=latest (environment) both name the first weights: unset one"),
         ("MODEL_TYPE=gpt2 N_HEAD=3", "N_EMBD=128 (default) must be a multiple of N_HEAD=3 (environment): set N_EMBD=129"),
+        ("TTT_LAYERS=1", "TTT_LAYERS=1 (environment) needs MODEL_TYPE=gpt2, not MODEL_TYPE=bigram (default)"),
+        ("MODEL_TYPE=gpt2 TTT_LAYERS=0,4", "TTT_LAYERS=0,4 (environment) names a block that is not there: N_LAYER=4 (default) makes 0 to 3"),
+        ("MODEL_TYPE=gpt2 TTT_LAYERS=3 N_LAYER=2", "TTT_LAYERS=3 (environment) names a block that is not there: N_LAYER=2 (environment) makes 0 to 1"),
+        ("MODEL_TYPE=gpt2 TTT_LAYERS=1 CHECKPOINT_LAYOUT=huggingface", "TTT_LAYERS=1 (environment) and CHECKPOINT_LAYOUT=huggingface (environment): transformers has no place for them; train in another layout"),
         ("WARMUP_STEPS=30 TRAINING_STEPS=20", "WARMUP_STEPS=30 (environment) is more than TRAINING_STEPS=20 (environment): set fewer WARMUP_STEPS"),
         ("MIN_LEARNING_RATE=0.1", "MIN_LEARNING_RATE=0.1 (environment) is above LEARNING_RATE=0.01 (default): set a lower MIN_LEARNING_RATE"),
         ("PROMPT=a PROMPT_FILE=-", "PROMPT=a (environment) and PROMPT_FILE=- (environment) are both given: unset one"),
@@ -349,6 +366,8 @@ def test_contradictions(variables: str, sentence: str) -> None:
         "MODE=resume WARMUP_STEPS=2500",  # of the 5000 added steps
         "INIT_FROM=latest RESUME=auto",
         "N_HEAD=3",  # a bigram has no heads
+        "INIT_FROM=latest TTT_LAYERS=9",  # the weights bring type and blocks
+        "MODEL_TYPE=gpt2 GPT2_MODEL_NAME=gpt2-xl TTT_LAYERS=47",
         "MODEL_TYPE=gpt2 GPT2_MODEL_NAME=gpt2 N_HEAD=5 N_EMBD=12",
     ],
 )
@@ -634,6 +653,8 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "layers":
         return st.lists(st.sampled_from(config.LAYERS), min_size=1).map(", ".join)
+    if rules["form"] == "blocks":
+        return st.sets(st.integers(0, 9), min_size=1).map(lambda numbers: " ,".join(map(str, numbers)))
     if rules["form"] or name in ("PROMPT", "RUN"):
         free = st.one_of(prose, tricky).filter(lambda text: text.replace(",", " ").strip() and text.strip()[0] != "[")
         return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
@@ -665,7 +686,8 @@ TOGETHER = (
     "is for RESUME",
     "freezes a base",
     "saves adapters",
-    "no place for adapters",
+    "no place for",
+    "names a block",
 )
 
 

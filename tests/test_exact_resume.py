@@ -26,6 +26,7 @@ COMBINATIONS = {
     "gpt2, muon": {"OPTIMIZER": "muon"},
     "gpt2, adamw, cosine": {"OPTIMIZER": "adamw", "LR_SCHEDULE": "cosine"},
     "gpt2, byte, linear schedule to zero": {"TOKENIZER": "byte", "LR_SCHEDULE": "linear", "MIN_LEARNING_RATE": "0"},
+    "gpt2, TTT layers, bfloat16": {"TTT_LAYERS": "0,1", "TTT_MINI_BATCH_SIZE": "5", "DTYPE": "bfloat16"},
     "gpt2, compiled": {"COMPILE": "true"},
     "gpt2, compiled, bfloat16, accumulation": {"COMPILE": "true", "DTYPE": "bfloat16", "GRADIENT_ACCUMULATION_STEPS": "2"},
 }  # fmt: skip

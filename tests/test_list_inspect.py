@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from drive import ROOT
-from records import WEIGHT, record
+from records import WEIGHT, gpt2_record, record
 from script import call, copied, family, script, train_family
 
 import ckpt
@@ -200,6 +200,18 @@ def check_tensors(text, original, folder):
     expected = {"weights": weights, "optimizer": optimizer, "rest": total - weights - optimizer, "total": total}
     assert said == {name: f"{size:,}" for name, size in expected.items()}
     assert "float32" in text
+
+
+@pytest.mark.parametrize("layout", [layout for layout in WRITERS if layout != "huggingface"])
+def test_ttt_tensors_are_counted_by_what_owns_them(tmp_path, layout):
+    saved = gpt2_record(settings={"ttt": {"layers": "1"}})
+    said = call(inspector, tmp_path, CHECKPOINT_PATH=save(tmp_path, saved, layout))
+    own = [tensor.numel() for name, tensor in saved.model_state.items() if name.startswith("h.1.ttt.")]
+    total = sum(tensor.numel() for tensor in saved.model_state.values())
+    assert len(own) == 19
+    assert f"\nFound 19 TTT tensors, {sum(own):,} elements of {total:,}\n" in said.out
+    assert ["ttt.layers:", "1"] in [line.split() for line in said.out.splitlines()]
+    assert "TTT tensors" not in call(inspector, tmp_path, CHECKPOINT_PATH=save(tmp_path, gpt2_record(), layout)).out
 
 
 def test_names_and_shapes_of_the_first_tensors(trained):

@@ -258,6 +258,18 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     )
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_of_a_ttt_layer_only_what_multiplies_decays_and_muon_takes_the_four_projections(kind):
+    settings = {"vocab_size": 9, "block_size": 4, "n_layer": 2, "n_head": 2, "n_embd": 8, "ttt": {"layers": "1"}}
+    groups = optimizer_of(models.build("gpt2", settings), kind, weight_decay=0.3).param_groups
+    own = {name: group for group in groups for name in group["param_names"] if ".ttt." in name}
+    assert len([name for name in names_in(groups) if ".ttt." in name]) == len(own) == 19
+    projections = {f"h.1.ttt.{name}.weight" for name in ("wq", "wk", "wv", "wo")}
+    inner = {f"h.1.ttt.{name}" for name in ("W1", "W2", "learnable_ttt_lr_weight")}
+    assert {name for name, group in own.items() if group["weight_decay"] == 0.3} == projections | inner
+    assert {name for name, group in own.items() if "momentum" in group} == (projections if kind == "muon" else set())
+
+
 def test_a_model_without_hidden_matrices_gets_plain_adamw():
     assert isinstance(optimizer_of(bigram(), "muon"), torch.optim.AdamW)
 

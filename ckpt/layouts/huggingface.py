@@ -184,6 +184,9 @@ def targets(folder: Path, stem: str) -> list[Path]:
 
 
 def _refuse_adapters(record: Checkpoint) -> None:
+    if record.model_settings.get("ttt"):
+        problem = f"{record.path or 'checkpoint'}: has TTT layers, which transformers' GPT-2 has no place for"
+        raise CheckpointError(f"{problem}: keep it in another layout")
     if record.model_settings.get("lora"):
         problem = f"{record.path or 'checkpoint'}: has LoRA adapters, which transformers' GPT-2 has no place for"
         raise CheckpointError(
