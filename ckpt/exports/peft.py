@@ -49,13 +49,13 @@ class Peft:
 
 def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
     """The adapters under peft's names. It has A (r, in) and B (out, r) as we have them, beside a base whose weights lie across."""
-    if not record.model_settings.get("lora"):
-        raise CheckpointError(
-            f"{record.path}: has no LoRA adapters, and peft keeps nothing else: CONVERT_TO=huggingface"
-        )
     if record.model_settings.get("ttt"):
         raise CheckpointError(
             f"{record.path}: has TTT layers, which peft does not know; it generates with scripts/load_checkpoint.py alone"
+        )
+    if not record.model_settings.get("lora"):
+        raise CheckpointError(
+            f"{record.path}: has no LoRA adapters, and peft keeps nothing else: CONVERT_TO=huggingface"
         )
     state = record.model_state
     return {f"{PREFIX}{name}.weight": state[name] for name in state if name.endswith((".lora_A", ".lora_B"))}
