@@ -13,7 +13,7 @@ test: check
 	$(BIN)/python -m pytest -q -m "not soak"
 
 test-exchange: $(VENV)/.exchange
-	$(BIN)/python -m pytest -q tests/exchange
+	$(BIN)/python -m pytest -q tests/exchange tests/test_export.py tests/test_evaluate.py tests/test_huggingface.py
 
 test-llama: $(VENV)/.llama
 	$(BIN)/python -m pytest -q tests/llama

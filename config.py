@@ -43,6 +43,8 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "maximum": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
+LORA_OTHERS = ("LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS")
+TTT_OTHERS = ("TTT_BASE_LR", "TTT_MINI_BATCH_SIZE", "TTT_INITIAL_GATING_ALPHA")
 LAYERS = ("c_attn", "c_proj", "c_fc")  # that adapters may stand beside
 BIGGEST = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 DERIVED = ("default", "checkpoint", "weights", "plan")  # sources of values that nobody gave
@@ -500,6 +502,10 @@ def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     elif config.ttt_layers and config.n_layer and int(config.ttt_layers.split(",")[-1]) >= config.n_layer:
         there = f"0 to {config.n_layer - 1}"
         yield pair("TTT_LAYERS", "N_LAYER", f"{{}} names a block that is not there: {{}} makes {there}")
+    for off, others in (("LORA_RANK", LORA_OTHERS), ("TTT_LAYERS", TTT_OTHERS)):
+        for name in others:
+            if not getattr(config, off.lower()) and getattr(config, name.lower()) != VARIABLES[name].default:
+                yield pair(name, off, f"{{}} says how, but {off} is not set: set it, or unset {name}")
     freezes = "LORA_RANK" if config.lora_rank else "CHECKPOINT_ADAPTERS_ONLY"
     if (
         frozen_base(config)

@@ -84,7 +84,7 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     saved = saved_settings(record)
     differences = [
         f"{name} is {given!r}, the checkpoint has {kept!r}"
-        for name, given, kept in config.contradictions(settings, saved)
+        for name, given, kept in config.contradictions(settings, fixed_settings(record))
     ]
     wanted = config.from_saved(settings, saved)
     if "sha256" not in record.data:
@@ -130,6 +130,13 @@ def saved_settings(record: Checkpoint) -> dict[str, Any]:
         | adapter_variables(record.model_settings)
         | resolved
     )
+
+
+def fixed_settings(record: Checkpoint) -> dict[str, Any]:
+    """Those of `saved_settings` that a wish may not contradict. A base is known by its weights, whatever its folder is called."""
+    return {
+        name: value for name, value in saved_settings(record).items() if not (record.base and name == "GPT2_MODEL_NAME")
+    }
 
 
 def resumed(

@@ -184,18 +184,23 @@ def identity(base: Checkpoint, settings: Config) -> dict[str, Any]:
 
 
 def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """The record itself, or if it holds adapters alone, with the weights of the base that the settings name.
+    """The record itself, or if it holds adapters alone, with the weights of its base: those that the settings name, else those that it
+    was trained beside, if they are where they were.
 
-    Raises ConfigError if they name none, CheckpointError if it is another one.
+    Raises ConfigError if there are none, CheckpointError if they are another base's.
     """
     if not record.adapters_only:
+        if settings.base_checkpoint:
+            log(f"BASE_CHECKPOINT is not used: {record.path} holds its base")
         return record
-    if named := settings.base_checkpoint or settings.init_from:
+    recorded = str((record.base or {}).get("source"))
+    there = recorded if Path(recorded).is_absolute() and Path(recorded).exists() else None
+    if not settings.base_checkpoint and settings.gpt2_model_name:
+        path = local_folder(settings.gpt2_model_name)
+    elif named := settings.base_checkpoint or there or settings.init_from:
         path, notes = ckpt.resolve(named, Path(settings.checkpoint_dir))
         for note in notes:
             log(note)
-    elif settings.gpt2_model_name:
-        path = local_folder(settings.gpt2_model_name)
     else:
         raise ConfigError([f"{record.path} holds adapters alone: {name_the_base(record)}"])
     return with_base(record, ckpt.load(path, optimizer=False))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,9 +130,19 @@ def _refuse_edited(record: Checkpoint) -> None:
 
 def _written(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
     """Writes the record below `folder`, under the name that its own save would have had, or the next free one; returns its path."""
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    if problem := free_space_problem(folder, need=bytes_on_disk(record) + HEADROOM):
-        raise OSError(errno.ENOSPC, problem)
+    try:
+        if problem := free_space_problem(folder, need=bytes_on_disk(record) + HEADROOM):
+            raise OSError(errno.ENOSPC, problem)
+        return _written_into(record, folder, writer=writer, prefix=prefix, in_best=in_best)
+    except BaseException:
+        if made:  # it holds a lock, and nothing of anybody's
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _written_into(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
     with folder_lock(folder):
         place = home_of(record, folder, writer=writer)
         for each in {folder, folder / BEST_FOLDER, place, place / BEST_FOLDER}:

@@ -67,11 +67,12 @@ def linear(name: str, n_in: int, n_out: int, *, bias: bool, lora: LoraSettings |
 
 
 def merged(state: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
-    """The state without adapters: each product added to the weight that it stands beside, in float32 and then in the weight's format."""
+    """The state without adapters: each product added to the weight that it stands beside, in float32, as they were trained: a narrower
+    format of the weight would round off what they learned."""
     plain = {name: tensor for name, tensor in state.items() if not name.endswith(NAMES)}
     for name in (name for name in state if name.endswith(".lora_A")):
         layer = name.removesuffix(".lora_A")
         A, B = state[name].float(), state[f"{layer}.lora_B"].float()  # (r, in), (out, r)
-        weight = plain[f"{layer}.weight"]
-        plain[f"{layer}.weight"] = torch.addmm(weight.float(), B, A, alpha=settings.alpha / settings.rank).to(weight.dtype)  # fmt: skip
+        weight = f"{layer}.weight"
+        plain[weight] = torch.addmm(plain[weight].float(), B, A, alpha=settings.alpha / settings.rank)
     return plain

@@ -36,7 +36,7 @@ from models import Model, adapter_counts
 from models.decode import Decoder
 from models.gpt2 import GPT2
 from models.sampling import generate
-from resume import explain, resumed, saved_schedule, saved_settings
+from resume import explain, fixed_settings, resumed, saved_schedule, saved_settings
 from run import planned, with_its_base, with_tokenizer
 from runtime import device as machine
 from runtime.device import mix
@@ -85,7 +85,7 @@ def obey(record: Checkpoint, settings: Config, log: Log) -> Config:
     """
     meant: list[tuple[str, str]] = []
     ignored: list[tuple[str, str]] = []
-    for name, given, saved in config.contradictions(settings, saved_settings(record)):
+    for name, given, saved in config.contradictions(settings, fixed_settings(record)):
         problem = f"{name}={given} ({settings.sources[name]}): the checkpoint has {saved}"
         (meant if settings.sources[name] == "environment" else ignored).append((name, problem))
     if meant:

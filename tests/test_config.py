@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import config
@@ -685,6 +685,7 @@ TOGETHER = (
     "both name",
     "is for RESUME",
     "freezes a base",
+    "says how",
     "saves adapters",
     "no place for",
     "names a block",
@@ -707,7 +708,7 @@ def valid(variables: Mapping[str, str]) -> Config:
     return c
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(variables=VALID)
 def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
     before = valid(variables)
@@ -718,7 +719,7 @@ def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: 
         assert getattr(after, name.lower()) == getattr(before, name.lower()), name
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(variables=VALID)
 def test_to_dict_reads_back(variables: dict[str, str]) -> None:
     before = valid(variables)
@@ -727,7 +728,7 @@ def test_to_dict_reads_back(variables: dict[str, str]) -> None:
     assert all(after.sources[name] == "checkpoint" for name in IDENTITY | MATH | HABIT)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(variables=st.dictionaries(st.sampled_from(sorted(set(VARIABLES) - {"ENV_FILE"})), st.text(max_size=8)))
 def test_any_text_is_taken_or_refused(variables: dict[str, str]) -> None:
     c, found = outcome(config.read, ALONE | variables)
@@ -738,7 +739,7 @@ def test_any_text_is_taken_or_refused(variables: dict[str, str]) -> None:
     assert (c is None) == bool(found)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(text=st.one_of(st.text(), st.text("SED=#'\"\\ \n$\0{}:-1")))
 def test_any_env_file_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.env"
@@ -747,7 +748,7 @@ def test_any_env_file_is_taken_or_refused(tmp_path_factory: pytest.TempPathFacto
     assert found if c is None else c.env_file == str(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     saved=st.dictionaries(
         st.sampled_from(sorted(VARIABLES)),

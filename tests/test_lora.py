@@ -214,12 +214,17 @@ def test_every_layout_keeps_adapters_alone(base, tmp_path, layout):
 
 
 def test_the_base_is_asked_for_and_another_refused(base, tmp_path):
-    tune(base, tmp_path, CHECKPOINT_ADAPTERS_ONLY="true")
+    away = tmp_path / "away"
+    shutil.copytree(base, away)
+    tune(away, tmp_path, CHECKPOINT_ADAPTERS_ONLY="true")
     path = newest(tmp_path).path
+    assert call(loader, tmp_path, PROMPT="a", MAX_NEW_TOKENS="1").code == 0  # it is where it was
+    (away / "base.pt").unlink()
     said = call(loader, tmp_path, PROMPT="a")
     assert said.code == 2
     assert f"{path} holds adapters alone: set GPT2_MODEL_NAME or BASE_CHECKPOINT to the base" in said.err
-    assert str(base / "base.pt") in said.err  # where it was
+    assert str(away / "base.pt") in said.err  # where it was
+    assert call(loader, tmp_path, PROMPT="a", MAX_NEW_TOKENS="1", BASE_CHECKPOINT=base / "base.pt").code == 0
     said = call(loader, tmp_path, PROMPT="a", BASE_CHECKPOINT=path)
     assert said.code == 3
     assert "holds adapters itself" in said.err
@@ -245,6 +250,60 @@ def test_inference_with_and_without_the_base_apart_is_the_same(base, tmp_path):
     assert whole.out == apart.out
     plain = call(loader, tmp_path / "apart", CHECKPOINT_PATH=base / "base.pt", **told)
     assert plain.out != whole.out
+
+
+def test_a_crash_is_gone_on_from_where_the_base_lies_too(base, tmp_path):
+    """INIT_FROM=latest means the base at first, and the run's own checkpoint afterwards."""
+    straight, folder = tmp_path / "straight", tmp_path / "crashed"
+    tune(base, straight, CHECKPOINT_ADAPTERS_ONLY="true")
+    (folder / "checkpoints").mkdir(parents=True)
+    (path,) = (straight / "checkpoints").glob("*step0004*")
+    shutil.copy(path, folder / "checkpoints")
+    shutil.copy(base / "letters.txt", folder)
+    changes = SHAPE_OF_THE_BASE | WITH | {"CHECKPOINT_ADAPTERS_ONLY": "true", "INIT_FROM": "latest", "RESUME": "auto"}
+    code, said = train(folder, **changes)
+    assert code == 0, said
+    assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
+
+
+def test_a_base_in_bfloat16_is_merged_without_rounding_what_was_learned(base, tmp_path):
+    one = ckpt.load(base / "base.pt", optimizer=False)
+    one.model_state = {name: tensor.bfloat16() for name, tensor in one.model_state.items()}
+    narrow = ckpt.save(one, tmp_path / "narrow")
+    shutil.copy(base / "letters.txt", tmp_path)
+    code, said = train(tmp_path, **SHAPE_OF_THE_BASE | WITH, INIT_FROM=str(narrow), CHECKPOINT_ADAPTERS_ONLY="true")
+    assert code == 0, said
+    said = call(merger, tmp_path, OUTPUT=tmp_path / "merged")
+    assert said.code == 0, said.err
+    (path,) = (tmp_path / "merged").glob("*.pt")
+    with_adapters = build_model(with_base(newest(tmp_path), ckpt.load(narrow)), device=torch.device("cpu")).eval()
+    difference = with_adapters(IDS)[0] - build_model(ckpt.load(path), device=torch.device("cpu")).eval()(IDS)[0]
+    assert difference.abs().max() < 1e-5
+
+
+def test_a_base_is_known_by_its_weights_not_by_its_folder(base, tmp_path):
+    convert = call(
+        script("convert_checkpoint"),
+        base,
+        CHECKPOINT_PATH=base / "base.pt",
+        CONVERT_TO="huggingface",
+        OUTPUT=tmp_path / "hf",
+    )
+    assert convert.code == 0, convert.err
+    (folder,) = (tmp_path / "hf").glob("[!.]*")
+    shutil.copy(base / "letters.txt", tmp_path)
+    own = SHAPE_OF_THE_BASE | WITH | {"MODEL_TYPE": "gpt2", "CHECKPOINT_ADAPTERS_ONLY": "true", "BLOCK_SIZE": "16"}
+    code, said = train(tmp_path, **own, GPT2_MODEL_NAME=str(folder))
+    assert code == 0, said
+    straight = newest(tmp_path)
+    moved = folder.rename(tmp_path / "moved")
+    said = call(loader, tmp_path, MODEL_TYPE="gpt2", GPT2_MODEL_NAME=moved, PROMPT="a", MAX_NEW_TOKENS="3")
+    assert said.code == 0, said.err
+    for path in (tmp_path / "checkpoints").glob("*step0006*"):
+        path.unlink()
+    code, said = train(tmp_path, **own, GPT2_MODEL_NAME=str(moved), RESUME="auto")
+    assert code == 0, said
+    assert tensor_bytes(newest(tmp_path)) == tensor_bytes(straight)
 
 
 def test_mode_resume_goes_on_with_the_adapters(base, tmp_path):
@@ -305,6 +364,8 @@ def test_merging_a_checkpoint(base, tmp_path):
         ({"CHECKPOINT_ADAPTERS_ONLY": "true"}, "saves adapters, and LORA_RANK=0 (default) adds none"),
         ({"LORA_TARGETS": "c_attn,wte"}, "expected some of c_attn, c_proj, c_fc, joined by commas"),
         ({"LORA_RANK": "-1"}, "expected a whole number at least 0"),
+        ({"LORA_ALPHA": "8"}, "LORA_ALPHA=8 (environment) says how, but LORA_RANK is not set: set it, or unset LORA_ALPHA"),
+        ({"TTT_BASE_LR": "2"}, "TTT_BASE_LR=2 (environment) says how, but TTT_LAYERS is not set"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together(changes, said):

@@ -520,7 +520,9 @@ def test_the_layers_alone_are_trained_and_saved_and_the_base_is_asked_for(apart:
     whole = with_base(record, base)
     assert all(torch.equal(whole.model_state[name], tensor) for name, tensor in base.model_state.items())
     build_model(whole, device=torch.device("cpu"))
+    moved = (apart / "base.pt").rename(apart / "moved.pt")
     said = call(loader, apart / "alone", PROMPT="a")
+    moved.rename(apart / "base.pt")
     assert (said.code, "holds adapters alone: set GPT2_MODEL_NAME or BASE_CHECKPOINT" in said.err) == (2, True)
     code, said = train(apart / "alone", RESUME="auto", BASE_CHECKPOINT=str(apart / "base.pt"), TRAINING_STEPS="9")
     assert code == 0, said
