@@ -84,6 +84,7 @@ OTHER_WORDS = {
     "MODEL": "MODEL_TYPE", "CONTEXT_LENGTH": "BLOCK_SIZE", "OUT_DIR": "CHECKPOINT_DIR", "CHECKPOINT": "CHECKPOINT_PATH",
     ".pt": "CHECKPOINT_PATH", ".safetensors": "CHECKPOINT_PATH", ".env": "ENV_FILE", ".txt": "TRAINING_DATA_SOURCE",
     "DATA": "TRAINING_DATA_SOURCE", "DATASET": "TRAINING_DATA_SOURCE", ".md": "TRAINING_DATA_SOURCE",
+    "CONFIG": "ENV_FILE", ".yaml": "ENV_FILE", "MODEL_NAME": "CHECKPOINT_PREFIX",
 }
 SCOPES = {  # scope -> what becomes of the value when a run goes on from a checkpoint
     "identity": "must match",      # RESUME=auto takes only a checkpoint that shares it with the wish
@@ -962,7 +963,7 @@ def _instead_of(argv: Sequence[str]) -> str:
         named = bool(equals) or argument.startswith("-")
         name = _meant(word.lstrip("-")) if named else OTHER_WORDS.get(Path(argument).suffix)
         if named and not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else ("auto" if name == "RESUME" else "true")
         settings += [f"{name}={shlex.quote(value if named else argument)}"] if name else []
         unknown += [] if name else [argument]
     use = f"use {' '.join(settings)} python3 {script}" if settings else f"python3 {script} --help lists them"
