@@ -203,7 +203,7 @@ class Config:
     eval_steps: int = var(20, "batches of validation windows a validation, always the same ones; 0 = all",
         group="Watching", scope="habit", minimum=0)
     sample_interval: int | None = var(None, "optimizer steps between text samples, kept in the run's folder; not set: "
-        "EVAL_INTERVAL, so that each validation has its sample; 0 = none before the end",
+        "EVAL_INTERVAL, so that each validation but the one at step 0 has its sample; 0 = none before the end",
         group="Watching", scope="habit", minimum=0)
     log_interval: int = var(10, "optimizer steps between lines of metrics.jsonl",
         group="Watching", scope="habit", minimum=1)

@@ -140,14 +140,17 @@ def _hellaswag(row: Row, where: str) -> Item:
         context = _text(row, "ctx", where)
     else:
         raise DataError(f"{where} has no ctx: expected the text that the endings go on from")
-    choices = tuple(_cleaned(_text({"ending": each}, "ending", where)) for each in endings)
+    choices = tuple(_cleaned(_text({"ending": each}, "ending", where), "ending", where) for each in endings)
     answer = _answer(row, "label", where, first=0, count=len(choices))
-    return Item(context=_cleaned(context), choices=choices, answer=answer)
+    return Item(context=_cleaned(context, "ctx", where), choices=choices, answer=answer)
 
 
-def _cleaned(text: str) -> str:
-    """A HellaSwag text without the marks that WikiHow's headings left in brackets."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+def _cleaned(text: str, name: str, where: str) -> str:
+    """A HellaSwag text without the marks that WikiHow's headings left in brackets; DataError if it was nothing else."""
+    cleaned = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    if not cleaned.strip():
+        raise DataError(f"{where}: {name} is {text!r:.60}: nothing of it is left without the marks in brackets")
+    return cleaned
 
 
 def _minimal_pair(row: Row, where: str) -> Item:

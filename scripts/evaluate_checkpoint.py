@@ -211,7 +211,7 @@ def heard(log: Log, what: str, total: int) -> Callable[[int], None]:
 
 def differences(one: Evaluation, other: Evaluation, log: Log) -> list[dict[str, Any]]:
     """What of `other`'s figures differs from `one`'s, and how often chance alone would make them differ as much (p)."""
-    pair = {"checkpoint": other.name, "compared_with": one.name}
+    pair = {"checkpoint": str(other.record.path), "compared_with": str(one.record.path)}  # as in as_json
     rows: list[dict[str, Any]] = []
     if one.figures and other.figures and one.text and other.text:
         mine, its = one.figures.blocks, other.figures.blocks
@@ -259,7 +259,7 @@ def tables(done: list[Evaluation], compared: list[dict[str, Any]]) -> list[str]:
         for one, each in zip(done, row, strict=True)
     ]
     differ: list[tuple[str, ...]] = [
-        (row["checkpoint"], row["figure"], *evidence(row), f"{row['p']:.2g}") for row in compared
+        (shown(row["checkpoint"]), row["figure"], *evidence(row), f"{row['p']:.2g}") for row in compared
     ]
     heads = (
         ("checkpoint", "step", "loss", "perplexity", "bits/byte", "tokens", "bytes"),

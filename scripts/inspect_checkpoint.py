@@ -72,7 +72,7 @@ def sections(path: Path) -> Iterator[str]:
     yield "=== CONFIG ===\n" + pairs({"model_type": values.get("model_type"), **settings})
     yield "=== TOKENIZER ===\n" + pairs(tokenizer_of(values))
     yield "=== TRAINING STATE ===\n" + state_lines(values)
-    yield "=== TENSORS ===\n" + tensor_lines(path, tensors)
+    yield "=== TENSORS ===\n" + tensor_lines(path, tensors, apart="adapters" in values.get("parts", ()))
 
 
 def file_lines(path: Path, values: Mapping[str, Any]) -> str:
@@ -106,12 +106,13 @@ def state_lines(values: Mapping[str, Any]) -> str:
     return f"{last}\n{pairs({name: values.get(name) for name in names})}\n{can}"
 
 
-def tensor_lines(path: Path, tensors: list[Held]) -> str:
-    """How many there are, the first of each part, and bytes by part."""
+def tensor_lines(path: Path, tensors: list[Held], *, apart: bool) -> str:
+    """How many there are, the first of each part, and bytes by part. `apart`: its weights are adapters without their base."""
     total = sum(file.stat().st_size for file in all_files(path))
     lines, parts = [f"Number of tensors: {len(tensors)}"], []
     weights = {one.name: one.shape for one in tensors if one.part == "weights"}
-    lines += [f"Found {count}" for count in models.adapter_counts(weights).values()]
+    without = " (the base is not in it)" if apart else ""
+    lines += [f"Found {count}{without}" for count in models.adapter_counts(weights).values()]
     for part in ("weights", "optimizer"):
         own = [one for one in tensors if one.part == part]
         if own:

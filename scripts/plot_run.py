@@ -35,6 +35,7 @@ from training import guarded
 
 METRICS = "metrics.jsonl"
 DRAWN = {".png", ".svg", ".pdf"}
+LARGEST = 1e300  # figure: differences and means of a few are floats too
 MOST_NAMED = 8  # runs in a message
 ROWS, NARROW, SIDE_BY_SIDE, WIDEST = 8, 40, 110, 180  # of charts on the terminal: rows of one, columns
 COLOURS = (36, 33, 35, 32, 34, 31)  # of a terminal (ECMA-48): they can be told apart on dark and on light
@@ -92,13 +93,18 @@ def main(settings: Config, log: Log) -> int:
 def chosen(wish: str, folder: Path) -> list[Path]:
     """The folders of the runs that RUN means, each once, as they were named; those of one prefix or glob by name, so by their start.
 
-    Raises ConfigError listing what there is if a part of `wish` means none.
+    Raises ConfigError if `wish` names none at all, and listing what there is if a part of it means none.
     """
+    parts = [part.strip() for part in wish.split(",") if part.strip()]
+    if not parts:
+        raise ConfigError(
+            [f"RUN={wish}: names no run: expected latest, the beginning of a name, a glob or a run's folder"]
+        )
     if not folder.is_dir():
         raise ConfigError([f"RUNS_DIR={folder}: there is no such folder; training makes it, or name another"])
     there = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
     meant: dict[Path, None] = {}
-    for part in filter(None, (part.strip() for part in wish.split(","))):
+    for part in parts:
         found = runs_of(part, there)
         if not found:
             raise ConfigError([f"RUN={part}: no run in {shown(folder)} is meant by it; {listed(there)}"])
@@ -124,7 +130,7 @@ def last_time(folder: Path) -> float:
     for end in reversed(ends):
         try:
             return float(json.loads(end)["time"])
-        except (ValueError, TypeError, KeyError):  # a torn line, or somebody else's
+        except (ValueError, TypeError, KeyError, OverflowError):  # a torn line, or somebody else's
             continue
     return -math.inf
 
@@ -143,23 +149,28 @@ def with_parents(folders: list[Path], log: Log) -> list[Drawn]:
     """The runs of `folders` and those they go on from, parents first; of a parent that nobody asked for, the part that led on."""
     drawn: dict[str, Drawn] = {}
     for folder in folders:
-        own = Drawn(folder.name, lines_of(folder), parent_of(folder), True)
+        own = drawable(folder, asked=True)
         drawn[folder.name] = own
         for name, step in ancestors(own, folder.parent, log):
             known = drawn.get(name)
             if known and (known.asked or max((line["step"] for line in known.lines), default=0) >= step):
                 continue
-            parent = folder.with_name(name)
-            drawn[name] = Drawn(
-                name, [line for line in lines_of(parent) if line["step"] <= step], parent_of(parent), False
-            )
+            parent = drawable(folder.with_name(name), asked=False)
+            drawn[name] = parent._replace(lines=[line for line in parent.lines if line["step"] <= step])
     return sorted(drawn.values(), key=lambda run: (run.asked, run.lines[0]["time"] if run.lines else math.inf))
 
 
+def drawable(folder: Path, *, asked: bool) -> Drawn:
+    """The run of a folder with all of its lines."""
+    return Drawn(folder.name, lines_of(folder), parent_of(folder), asked)
+
+
 def ancestors(run: Drawn, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]:
-    """Name and last step of each run that led to this one, nearest first, as far as they are there."""
-    seen, parent = {run.name}, run.parent
-    while parent and isinstance(parent.get("run_id"), str) and isinstance(parent.get("step"), int):
+    """Name and last step of each run whose steps this one goes on counting, nearest first, as far as they are there."""
+    seen, last = {run.name}, run
+    while (parent := last.parent) and not weights_alone(last):
+        if not (isinstance(parent.get("run_id"), str) and isinstance(parent.get("step"), int)):
+            return
         name = Path(parent["run_id"]).name  # a file of anybody's must not lead elsewhere
         if name in seen:
             return
@@ -168,13 +179,25 @@ def ancestors(run: Drawn, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]
             return
         seen.add(name)
         yield name, parent["step"]
-        parent = parent_of(runs_dir / name)
+        last = drawable(runs_dir / name, asked=False)
+
+
+def weights_alone(run: Drawn) -> bool:
+    """Whether the run took its parent's weights but counts its steps anew, as with INIT_FROM: it is no continuation of that curve.
+
+    One that goes on trains from the parent's step on; that step itself it may only validate.
+    """
+    step = run.parent.get("step") if run.parent else None
+    if not isinstance(step, int):
+        return False
+    return step == 0 or any(line["step"] < step + (line.get("split") == "train") for line in run.lines)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """The run's lines that have a step and a time."""
+    """The run's lines that have a step, no larger than any program counts, and a time."""
     lines = read_metrics(folder / METRICS)
-    return [line for line in lines if isinstance(line.get("step"), int) and isinstance(line.get("time"), int | float)]
+    timed = [line for line in lines if isinstance(line.get("time"), int | float)]
+    return [line for line in timed if isinstance(line.get("step"), int) and abs(line["step"]) < 2**53]
 
 
 def parent_of(folder: Path) -> dict[str, Any] | None:
@@ -194,8 +217,10 @@ def points(run: Drawn, panel: Panel) -> Points:
 
 
 def _figure(value: Any) -> float:
-    """A figure as a number; NaN for null, true or words."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    """A figure as a number; NaN for null, true, words, and what is so large that reckoning with it would overflow."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
+        return math.nan
+    return float(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +295,8 @@ def origin(run: Drawn) -> str:
     """What the run goes on from, in words."""
     if run.parent is None:
         return ""
-    return f"{run.parent.get('run_id') or run.parent.get('file')} at step {run.parent.get('step')}"
+    parent = f"{run.parent.get('run_id') or run.parent.get('file')} at step {run.parent.get('step')}"
+    return f"weights from {parent}" if weights_alone(run) else parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +337,9 @@ def draw_file(runs: list[Drawn], output: Path) -> None:
 
 def legend_of(run: Drawn) -> str:
     """The run's name, and what it goes on from."""
-    return f"{run.name} (from {origin(run)})" if run.parent else run.name
+    if run.parent is None:
+        return run.name
+    return f"{run.name} ({origin(run)})" if weights_alone(run) else f"{run.name} (from {origin(run)})"
 
 
 if __name__ == "__main__":

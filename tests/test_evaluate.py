@@ -328,6 +328,14 @@ def test_two_checkpoints_side_by_side(folder):
     ]  # fmt: skip
 
 
+def test_comparisons_name_checkpoints_as_the_list_of_them_does(folder, monkeypatch):
+    monkeypatch.chdir(folder)  # where the shortest names are relative
+    said, values = evaluate(folder, CHECKPOINT_PATH="checkpoints", EVAL_DATA=folder / "held_out.txt")
+    paths = [one["path"] for one in values["checkpoints"]]
+    assert [(row["compared_with"], row["checkpoint"]) for row in values["comparisons"]] == [tuple(paths)]
+    assert str(folder) not in said.out.split("\n\n")[-1]
+
+
 def test_a_folder_means_all_of_it_and_one_against_itself_differs_in_nothing(folder, tmp_path):
     said, values = evaluate(folder, CHECKPOINT_PATH=folder / "checkpoints")
     assert [one["step"] for one in values["checkpoints"]] == [30, 60]

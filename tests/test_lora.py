@@ -15,7 +15,7 @@ from ckpt.layouts import WRITERS
 from ckpt.rebuild import build_model, merged, with_base
 from models.lora import LoraLinear, LoraSettings
 
-merger, loader = script("merge_adapters"), script("load_checkpoint")
+merger, loader, inspector = script("merge_adapters"), script("load_checkpoint"), script("inspect_checkpoint")
 SIZES = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
 LORA = {"rank": 2, "alpha": 6.0, "dropout": 0.0, "targets": "c_attn,c_proj,c_fc"}
 WITH = {"LORA_RANK": "2", "LORA_ALPHA": "6", "TRAINING_STEPS": "6", "CHECKPOINT_INTERVAL": "2", "DROPOUT": None, "LEARNING_RATE": "1e-2"}  # fmt: skip
@@ -170,6 +170,10 @@ def test_adapters_alone_are_a_part_of_it(base, tmp_path):
     assert apart.parts == ["adapters", "optimizer"]
     assert len(apart.model_state) == 16
     assert all(torch.equal(tensor, whole.model_state[name]) for name, tensor in apart.model_state.items())
+    told = [call(inspector, tmp_path, CHECKPOINT_PATH=one.path).out for one in (whole, apart)]
+    assert ["(the base is not in it)" in text for text in told] == [False, True]
+    size = sum(tensor.numel() for tensor in apart.model_state.values())
+    assert f"\nFound 16 LoRA tensors, {size:,} elements of {size:,} (the base is not in it)\n" in told[1]
     again = with_base(apart, ckpt.load(base / "base.pt"))
     assert again.parts == ["model", "optimizer"]
     assert {name: tensor.tolist() for name, tensor in again.model_state.items()} == {

@@ -18,11 +18,11 @@ plot = script("plot_run")
 # Which runs, and what is said of them.
 
 
-def written(folder: Path, name: str, *, losses: list[float], since: float = 1000.0, parent: object = None) -> Path:
-    """A run of so many lines, a step and a second each, and a validation at its end."""
+def written(folder: Path, name: str, *, losses: list[float], since: float = 1000.0, before: int = 0, parent: object = None) -> Path:  # fmt: skip
+    """A run of so many lines, a step and a second each, after the steps `before` it, and a validation at its end."""
     place = folder / "runs" / name
     place.mkdir(parents=True)
-    rows = [{"step": n, "time": since + n, "split": "train", "loss": loss, "lr": 0.1, "tok_s": 500.0} for n, loss in enumerate(losses, 1)]  # fmt: skip
+    rows = [{"step": before + n, "time": since + n, "split": "train", "loss": loss, "lr": 0.1, "tok_s": 500.0} for n, loss in enumerate(losses, 1)]  # fmt: skip
     rows.append(rows[-1] | {"split": "validation", "loss": losses[-1] + 0.5, "lr": None, "tok_s": None})
     (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "run.json").write_text(json.dumps({"run_id": name, "parent": parent}))
@@ -97,6 +97,8 @@ REFUSED = [
     ("x", "RUN=x: no run in {runs} is meant by it; it holds b1, a1, a2"),
     ("a1,?", "RUN=?: no run in {runs} is meant by it"),
     ("../checkpoints", "RUN=../checkpoints: no run in {runs}"),
+    (",", "RUN=,: names no run: expected latest, the beginning of a name, a glob or a run's folder"),
+    (" , ,", "names no run"),
     ("a" * 5000, "no run in {runs} is meant by it"),
     ("\x1b[2J", "no run in {runs} is meant by it"),
 ]
@@ -143,31 +145,71 @@ def test_nonsense_in_the_files_of_a_run_is_left_out(folder):
         assert names_in(drawn(folder, RUN="a1")) == ["a1"]
 
 
+HUGE = ["1e301", "-1.7e308", "1" + "0" * 400, "-1" + "0" * 400, "1e999", "NaN"]
+
+
+@pytest.mark.parametrize("value", HUGE)
+def test_numbers_too_large_to_reckon_with_are_left_out(value, folder):
+    whole = drawn(folder, RUN="a1").out
+    with open(folder / "runs" / "a1" / "metrics.jsonl", "a") as file:
+        for split in ("train", "validation"):
+            file.write(
+                f'{{"step": 2, "time": 1, "split": "{split}", "loss": {value}, "lr": {value}, "tok_s": {value}}}\n'
+            )
+        file.write(f'{{"step": {value}, "time": 1, "split": "train", "loss": 1}}\n')
+        file.write(f'{{"step": 2, "time": {value}}}\n')
+    assert drawn(folder, RUN="a1").out == whole
+    assert drawn(folder).code == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What runs go on from.
 
 
 def test_a_parent_is_drawn_up_to_where_it_was_left(folder):
-    written(folder, "child", losses=[1.5], since=3000.0, parent={"run_id": "a1", "step": 2, "file": "x.pt"})
-    written(folder, "grandchild", losses=[1.25], since=4000.0, parent={"run_id": "child", "step": 1, "file": "y.pt"})
+    written(folder, "child", losses=[1.5], since=3000.0, before=2, parent={"run_id": "a1", "step": 2, "file": "x.pt"})
+    written(
+        folder,
+        "grandchild",
+        losses=[1.25],
+        since=4000.0,
+        before=3,
+        parent={"run_id": "child", "step": 3, "file": "y.pt"},
+    )
     said = drawn(folder, RUN="grandchild")
     assert names_in(said) == ["a1", "child", "grandchild"]
     rows = said.out.rstrip().split("\n\n")[-1].splitlines()[1:]
     assert rows[0].split()[:4] == ["a", "a1", "2", "2.0000"]  # not its step 3
-    assert rows[2].endswith("child at step 1")
+    assert rows[2].endswith("  child at step 3")
     assert names_in(drawn(folder, RUN="grandchild,a1")) == ["child", "a1", "grandchild"]
     whole = drawn(folder, RUN="grandchild,a1").out.rstrip().split("\n\n")[-1].splitlines()[2]
     assert whole.split()[:4] == ["b", "a1", "3", "1.0000"]  # asked for, so it is whole
 
 
 def test_a_parent_that_is_gone_is_told_and_a_circle_ends(folder):
-    written(folder, "orphan", losses=[1.5], parent={"run_id": "lost", "step": 2})
+    written(folder, "orphan", losses=[1.5], before=2, parent={"run_id": "lost", "step": 2})
     said = drawn(folder, RUN="orphan")
     assert names_in(said) == ["orphan"]
     assert said.err == f"orphan goes on from lost, which is not in {folder / 'runs'}\n"
-    written(folder, "x", losses=[1.5], parent={"run_id": "y", "step": 9})
-    written(folder, "y", losses=[1.5], parent={"run_id": "x", "step": 9})
+    written(folder, "x", losses=[1.5], before=5, parent={"run_id": "y", "step": 5})
+    written(folder, "y", losses=[1.5], before=5, parent={"run_id": "x", "step": 5})
     assert sorted(names_in(drawn(folder, RUN="x"))) == ["x", "y"]
+
+
+def test_a_run_begun_with_weights_alone_is_not_drawn_over_where_they_are_from(folder):
+    written(folder, "tuned", losses=[1.5, 1.25], since=3000.0, parent={"run_id": "a1", "step": 3, "file": "x.pt"})
+    written(folder, "child", losses=[1.0], since=4000.0, before=2, parent={"run_id": "tuned", "step": 2})
+    said = drawn(folder, RUN="tuned")
+    assert (names_in(said), said.err) == (["tuned"], "")
+    assert said.out.rstrip().endswith("  weights from a1 at step 3")
+    assert names_in(drawn(folder, RUN="child")) == ["tuned", "child"]
+    written(folder, "late", losses=[1.0], since=5000.0, before=2, parent={"run_id": "a1", "step": 3})
+    assert names_in(drawn(folder, RUN="late")) == ["late"]  # it trained step 3 itself
+    written(folder, "new", losses=[1.0], since=5000.0, before=2, parent={"run_id": None, "step": 0, "file": "gpt2"})
+    assert drawn(folder, RUN="new").out.rstrip().endswith("  weights from gpt2 at step 0")
+    assert names_in(drawn(folder, RUN="tuned,a1")) == ["a1", "tuned"]  # asked for
+    told = [plot.legend_of(run) for run in plot.with_parents([folder / "runs" / "child"], pytest.fail)]
+    assert told == ["tuned (weights from a1 at step 3)", "child (from tuned at step 2)"]
 
 
 def test_a_trained_child_is_drawn_after_its_parent(tmp_path, tmp_path_factory):
