@@ -17,7 +17,7 @@ plot = script("plot_run")
 def folder(tmp_path) -> Path:
     """A run, its child from step 2 on, and another."""
     written(tmp_path, "a1", losses=[3.0, 2.0, 1.0])
-    written(tmp_path, "child", losses=[1.5, 1.25], parent={"run_id": "a1", "step": 2})
+    written(tmp_path, "child", losses=[1.5, 1.25], before=2, parent={"run_id": "a1", "step": 2})
     written(tmp_path, "b1", losses=[3.0, 2.75], since=2000.0)
     return tmp_path
 
@@ -34,7 +34,7 @@ def test_the_axes_hold_the_figures_of_the_runs_and_of_what_they_go_on_from(folde
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in loss.lines}  # fmt: skip
     assert drawn == {
         "a1": ([1, 2], [3.0, 2.0], "--"),
-        "child (from a1 at step 2)": ([1, 2], [1.5, 1.25], "-"),
+        "child (from a1 at step 2)": ([3, 4], [1.5, 1.25], "-"),
         "b1": ([1, 2], [3.0, 2.75], "-"),
     }
     assert [list(line.get_ydata()) for line in validation.lines] == [[], [1.75], [3.25]]
