@@ -388,9 +388,11 @@ def test_adapters_alone_are_measured_with_their_base(folder, tmp_path):
         )  # fmt: skip
     assert code == 0, said
     path, text = at_step(tmp_path, 8), folder / "held_out.txt"
+    moved = base.rename(tmp_path / "moved.pt")  # where it was, it is found
     said = call(evaluator, folder, CHECKPOINT_PATH=path, EVAL_DATA=text)
     assert (said.code, "BASE_CHECKPOINT" in said.err) == (2, True)
-    said, values = evaluate(folder, CHECKPOINT_PATH=path, EVAL_DATA=text, BASE_CHECKPOINT=base)
+    said, values = evaluate(folder, CHECKPOINT_PATH=path, EVAL_DATA=text, BASE_CHECKPOINT=moved)
+    moved.rename(base)
     assert said.code == 0, said.err
     whole = ckpt.save(merged(with_base(ckpt.load(path, optimizer=False), ckpt.load(base))), tmp_path)
     losses = [
