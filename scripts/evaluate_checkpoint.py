@@ -43,7 +43,7 @@ from models.scoring import log_likelihoods
 from resume import saved_settings
 from run import DATA_FOLDER, scan_source, with_its_base, with_tokenizer
 from runtime import device as machine
-from runtime.progress import QUIET_SECONDS, Log, shown, table, tell
+from runtime.progress import QUIET_SECONDS, Log, replacing, shown, table, tell
 from runtime.statistics import FEWEST, mcnemar, paired, wilson
 from training import guarded
 
@@ -324,12 +324,8 @@ def share_as_json(name: str, right: np.ndarray | None) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any], log: Log) -> None:
     """The figures as a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     log(f"wrote {shown(path)}")
 
 
