@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, get_args
 
 try:
     from dotenv import dotenv_values
@@ -216,6 +216,9 @@ class Config:
         group="Machine", scope="math", minimum=0)
     device: str = var("auto", "auto takes cuda, else mps, else cpu; CUDA_VISIBLE_DEVICES chooses among several",
         group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    distributed: str = var("auto", "how the processes that torchrun starts share the work: ddp, each with the whole model; fsdp, "
+        "each with a part of every weight; auto takes fsdp only if the model and its optimizer do not fit otherwise",
+        group="Machine", choices=("auto", "ddp", "fsdp"))
     dtype: str = var("auto", "number format of matrix products; weights that are trained stay float32; auto is bfloat16 where "
         "that is fast", group="Machine", scope="math", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = var("auto", "torch.compile of the training step; auto compiles on cuda when it pays back",
@@ -937,19 +940,25 @@ def door(argv: Sequence[str]) -> Config:
     except ConfigError as error:
         if debug():
             raise
-        print(error, file=sys.stderr)
+        _say(str(error), sys.stderr)
         raise SystemExit(2) from None
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Prints what every process that torchrun starts would print: the first one of each machine does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=stream, flush=True)
 
 
 def _take_no_arguments(argv: Sequence[str]) -> None:
     if {"-h", "--help"}.intersection(argv[1:]):
         try:
-            print(help_text(argv[0]), flush=True)
+            _say(help_text(argv[0]), sys.stdout)
         except BrokenPipeError:  # as by `| head`; without this, Python complains once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     if argv[1:]:
-        print(_printable(_instead_of(argv)), file=sys.stderr)
+        _say(_printable(_instead_of(argv)), sys.stderr)
         raise SystemExit(2)
 
 
@@ -974,6 +983,41 @@ def _instead_of(argv: Sequence[str]) -> str:
 def debug() -> bool:
     """Whether errors show their traceback: DEBUG is exactly 1, as others use the name too."""
     return os.environ.get("DEBUG") == "1"
+
+
+def torchrun() -> dict[str, int]:
+    """What torchrun tells each process that it starts: its rank and their number, in all and on this machine. Empty without it.
+
+    Raises ConfigError if a part of it is missing or no number: other programs set some of these names too.
+    """
+    wanted = {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
+    if os.environ.get("WORLD_SIZE", "1").strip() in ("", "1"):
+        return {}
+    names = [*wanted.values(), "MASTER_ADDR", "MASTER_PORT"]
+    if wrong := [name for name in names if not os.environ.get(name)] or [
+        name for name in wanted.values() if not os.environ[name].isdecimal()
+    ]:
+        size = os.environ["WORLD_SIZE"]
+        raise ConfigError(
+            [f"WORLD_SIZE={size:.20} without a valid {', '.join(wrong)}: start with torchrun, or unset WORLD_SIZE"]
+        )
+    return {field: int(os.environ[name]) for field, name in wanted.items()}
+
+
+def same_everywhere(config: Config) -> dict[str, Json]:
+    """What the processes of one training must have in common: all but the places of files and the device."""
+    placed = {name for name, variable in VARIABLES.items() if variable.metadata["form"] in ("path", "paths", "source")}
+    return {name: value for name, value in to_dict(config).items() if name not in placed | {"DEVICE"}}
+
+
+def threads_left_at_one() -> bool:
+    """Whether OMP_NUM_THREADS is 1, as torchrun leaves it if nobody sets it."""
+    return os.environ.get("OMP_NUM_THREADS") == "1"
+
+
+def restarts() -> int:
+    """How often torchrun starts the processes anew if one fails (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
 
 
 def wandb_wishes() -> dict[str, str]:

@@ -14,8 +14,8 @@ from config import Config, ConfigError
 from run import (
     Run,
     adapter_variables,
+    built_on,
     lineage,
-    new_run_id,
     planned,
     put_together,
     read_text,
@@ -24,6 +24,7 @@ from run import (
     with_its_base,
 )
 from runtime import device as machine
+from runtime.distributed import ALONE, World
 from runtime.optim import Schedule, lr_at
 from runtime.progress import Log, amount, shown, table
 
@@ -56,6 +57,13 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
     if record is None and found:
         raise ckpt.CheckpointError(f"no checkpoint in {folder} can be read; RESUME=never starts a new run beside them")
     return record
+
+
+def agreed_record(settings: Config, log: Log, world: World) -> Checkpoint | None:
+    """What `find_record` finds in the first process; the others open the same checkpoint. Raises as it does."""
+    record = world.by_first(lambda: find_record(settings, log))
+    path = world.told(record.path if record else None)
+    return ckpt.load(path) if path and not record else record
 
 
 def exact_first(newest_first: list[ckpt.Found]) -> list[ckpt.Found]:
@@ -139,9 +147,8 @@ def fixed_settings(record: Checkpoint) -> dict[str, Any]:
     }
 
 
-def resumed(
-    settings: Config, record: Checkpoint, log: Log, *, schedule: Schedule | None = None, end: int | None = None
-) -> tuple[Run, Restored]:
+def resumed(settings: Config, record: Checkpoint, log: Log, world: World = ALONE, *, schedule: Schedule | None = None,
+            end: int | None = None) -> tuple[Run, Restored]:  # fmt: skip
     """The record's run at its step, and how much of the optimizer came back.
 
     A setting given anew that changes the mathematics, another text, moments that are not there, or a `schedule` and an `end` of its
@@ -159,9 +166,9 @@ def resumed(
             f"OPTIMIZER={now}: the learning rates stay those that were planned for {before}; set LEARNING_RATE for others"
         )
     record = with_its_base(record, settings, log)
-    device = machine.choose_device(settings.device)
+    device = machine.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     machine.make_deterministic(settings.deterministic, device)
-    text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(record))
+    text, tokenizer = read_text(settings, log, world, tokenizer=build_tokenizer(record))
     same_text = all(record.data.get(name) == text.fingerprint()[name] for name in ("sha256", "validation_fraction"))
     child = schedule is not None or bool(changed) or not same_text
     if schedule is None:
@@ -176,11 +183,12 @@ def resumed(
     run = put_together(
         settings,
         log,
-        model=build_model(record, device=device, dropout=settings.dropout),
+        world,
+        device=device,
+        model=build_model(record, device=built_on(device, world), dropout=settings.dropout),
         text=text,
         tokenizer=tokenizer,
         schedule=schedule,
-        run_id=new_run_id(settings, text.corpus.name),
         record=record,
         window=record.windows_seen if same_text else 0,
     )
@@ -233,8 +241,9 @@ def take_standing(run: Run, record: Checkpoint) -> None:
     run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
     run.best_loss, run.best_step = record.best_loss, record.best_step
     # A kill may have come between saving a best step and keeping it as the best; then it is kept first of all.
-    lost = record.best_step == record.step and not ckpt.best_is_kept(Path(run.settings.checkpoint_dir), record)
-    run.kept_best_step = None if lost else record.best_step
+    folder = Path(run.settings.checkpoint_dir)
+    lost = record.best_step == record.step and not run.world.by_first(lambda: ckpt.best_is_kept(folder, record))
+    run.kept_best_step = None if run.world.told(lost) else record.best_step
 
 
 def finished(run: Run, record: Checkpoint) -> bool:

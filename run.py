@@ -26,6 +26,8 @@ from data import tokenization, tokens
 from data.batches import Batches, largest_block_size
 from data.corpus import Corpus, DataError, Scan, open_corpus, scan
 from runtime import device as machine
+from runtime import distributed
+from runtime.distributed import ALONE, World
 from runtime.optim import Schedule, build_optimizer
 from runtime.progress import Log, Metrics, Progress
 from runtime.trackers import Mirror
@@ -71,7 +73,9 @@ class Run:
     dtype: str
     compile_step: bool
     model: models.Model
-    forward: nn.Module  # the model, or its compiled twin that shares the parameters
+    forward: (
+        nn.Module
+    )  # the model, or its compiled twin that shares the parameters; with `ddp` what averages their gradients, too
     tokenizer: tokenization.Tokenizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -80,8 +84,11 @@ class Run:
     # What it learns from.
     text: Text
     batches: Batches
-    # Who it is.
+    # Who it is, and which of its processes this one.
     run_id: str
+    world: World = ALONE
+    engine: str = "none"
+    savers: Any = None  # the processes' group for saving, which goes on beside their training
     parent: dict[str, Any] | None = None
     base: dict[str, Any] | None = None
     # Where it stands.
@@ -109,26 +116,35 @@ class Run:
         return Path(self.settings.runs_dir) / self.run_id
 
     @property
+    def saves_parts(self) -> bool:
+        """Whether each process saves the part that it has; else one saves all."""
+        return self.engine == "fsdp" and self.settings.checkpoint_layout == "sharded"
+
+    @property
     def end(self) -> int:
         """The step at which the run is done."""
         return self.settings.training_steps
 
     def fingerprint(self) -> dict[str, Any]:
         """What of the machine and the versions decides this run's bits."""
-        deterministic = self.settings.deterministic
         return machine.fingerprint(
-            self.device, dtype=self.dtype, compile_step=self.compile_step, deterministic=deterministic
+            self.device,
+            dtype=self.dtype,
+            compile_step=self.compile_step,
+            deterministic=self.settings.deterministic,
+            processes=self.world.size,
+            distributed=self.engine,
         )
 
 
-def fresh(settings: Config, log: Log) -> Run:
+def fresh(settings: Config, log: Log, world: World = ALONE) -> Run:
     """A run at step 0: from random weights, from GPT2_MODEL_NAME's or from those of INIT_FROM's checkpoint."""
-    device = machine.choose_device(settings.device)
+    device = machine.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     machine.make_deterministic(settings.deterministic, device)
     weights = initial_weights(settings, log)
     if weights:
         settings = shaped_like(weights, settings)
-    text, tokenizer = read_text(settings, log, tokenizer=build_tokenizer(weights) if weights else None)
+    text, tokenizer = read_text(settings, log, world, tokenizer=build_tokenizer(weights) if weights else None)
     torch.manual_seed(settings.seed)
     base = None
     if weights:
@@ -136,7 +152,7 @@ def fresh(settings: Config, log: Log) -> Run:
             base = weights.base or identity(weights, settings)  # now, as the model takes their memory
         model = build_model(
             weights,
-            device=device,
+            device=built_on(device, world),
             block_size=settings.block_size,
             dropout=settings.dropout,
             adapters=adapters(settings),
@@ -146,14 +162,18 @@ def fresh(settings: Config, log: Log) -> Run:
             came = "transferred" if weights.model_settings.get(kind) else "added"
             log(f"{models.ADAPTERS[kind]} parameters {came}: {count}")
     else:
-        model = new_model(settings, vocab_size=tokenizer.vocab_size).to(device)
-    run_id = new_run_id(settings, text.corpus.name)
+        model = new_model(settings, vocab_size=tokenizer.vocab_size)
     run = put_together(
-        settings, log, model=model, text=text, tokenizer=tokenizer, schedule=planned(settings), run_id=run_id
+        settings, log, world, device=device, model=model, text=text, tokenizer=tokenizer, schedule=planned(settings)
     )
     if weights:
         run.parent, run.base = lineage(weights, {}), base
     return run
+
+
+def built_on(device: torch.device, world: World) -> torch.device:
+    """Where the weights of a model are made: in main memory if they may have to be shared out, as one device may not hold them all."""
+    return device if world.size == 1 else torch.device("cpu")
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -291,26 +311,25 @@ def new_run_id(settings: Config, text_name: str) -> str:
 
 
 def read_text(
-    settings: Config, log: Log, *, tokenizer: tokenization.Tokenizer | None
+    settings: Config, log: Log, world: World = ALONE, *, tokenizer: tokenization.Tokenizer | None
 ) -> tuple[Text, tokenization.Tokenizer]:
-    """The text's tokens, and the tokenizer: the given one, or the one that the settings ask for."""
-    corpus, scanned = scan_source(settings.training_data_source, log)
+    """The text's tokens, and the tokenizer: the given one, or the one that the settings ask for. The same in every process."""
+    corpus, scanned = world.in_turn(lambda: scan_source(settings.training_data_source, log))
+    if len(set(world.all_of(scanned.sha256))) > 1:
+        raise DataError(
+            f"{settings.training_data_source}: is not the same text on every machine; copy it to all of them"
+        )
     if tokenizer is None:
-        kind = tokenization.choose(
-            settings.tokenizer, alphabet=scanned.alphabet, pretrained=bool(settings.gpt2_model_name)
-        )
-        tokenizer = tokenization.build(
-            kind,
-            corpus.pieces(),
-            alphabet=scanned.alphabet,
-            documents=scanned.documents,
-            vocab_size=settings.bpe_vocab_size,
-        )
+        made = world.by_first(lambda: new_tokenizer(settings, corpus, scanned))
+        described = world.told(made.to_dict() if made is not None else {})
+        tokenizer = made if made is not None else tokenization.from_dict(described)
     fraction, block_size = settings.validation_fraction, settings.block_size
     try:
         tokenizer.encode(scanned.alphabet)  # all at once, before any is met: the message lists every unknown character
-        split = tokens.prepare(
-            corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log
+        split = world.in_turn(
+            lambda: tokens.prepare(
+                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log
+            )
         )
     except tokenization.UnknownCharacters as error:
         raise DataError(f"{settings.training_data_source}: {error}") from error
@@ -323,6 +342,18 @@ def read_text(
     return Text(corpus=corpus, scan=scanned, split=split, validation_fraction=fraction), tokenizer
 
 
+def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenization.Tokenizer:
+    """The tokenizer that the settings ask for, trained on the text if it is of a kind that is."""
+    kind = tokenization.choose(settings.tokenizer, alphabet=scanned.alphabet, pretrained=bool(settings.gpt2_model_name))
+    return tokenization.build(
+        kind,
+        corpus.pieces(),
+        alphabet=scanned.alphabet,
+        documents=scanned.documents,
+        vocab_size=settings.bpe_vocab_size,
+    )
+
+
 @functools.lru_cache(maxsize=2)  # keyed by the log, so by the command: a text that changes later is read again
 def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
     """The corpus of TRAINING_DATA_SOURCE and its fingerprint; read once however often it is asked for."""
@@ -330,13 +361,17 @@ def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
     return corpus, scan(corpus, say=log)
 
 
-def put_together(settings: Config, log: Log, *, model: models.Model, text: Text, tokenizer: tokenization.Tokenizer,
-                 schedule: Schedule, run_id: str, record: Checkpoint | None = None, window: int = 0) -> Run:  # fmt: skip
-    """A run of these parts: at step 0, or where `record` stands, with its data going on at `window`."""
+def put_together(settings: Config, log: Log, world: World, *, device: torch.device, model: models.Model, text: Text,
+                 tokenizer: tokenization.Tokenizer, schedule: Schedule, record: Checkpoint | None = None, window: int = 0) -> Run:  # fmt: skip
+    """A run of these parts under a new name: at step 0, or where `record` stands, with its data going on at `window`."""
     if config.frozen_base(settings):
         models.freeze_base(model)
-    device, step = next(model.parameters()).device, record.step if record else 0
+    step = record.step if record else 0
     dtype, compile_step = numerics(settings, log, device=device, width=getattr(model.settings, "n_embd", 0))
+    engine = choose_engine(settings, world, device=device, model=model, dtype=dtype, record=record)
+    forward = shared_out(model, engine, device=device, compile_step=compile_step)
+    if engine == "fsdp" and not settings.given("CHECKPOINT_LAYOUT") and record is None:
+        settings = config.replaced(settings, "plan", checkpoint_layout="sharded")  # each process writes what it has
     rows = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps}
     return Run(
         settings=settings,
@@ -345,7 +380,7 @@ def put_together(settings: Config, log: Log, *, model: models.Model, text: Text,
         dtype=dtype,
         compile_step=compile_step,
         model=model,
-        forward=machine.compiled(model) if compile_step else model,
+        forward=forward,
         tokenizer=tokenizer,
         optimizer=build_optimizer(
             model,
@@ -365,12 +400,59 @@ def put_together(settings: Config, log: Log, *, model: models.Model, text: Text,
             seed=settings.seed,
             start_step=step,
             start_window=window,
+            rows=world.share(settings.batch_size),
         ),
-        run_id=run_id,
+        run_id=world.told(new_run_id(settings, text.corpus.name)),
+        world=world,
+        engine=engine,
+        savers=distributed.another_group() if engine == "fsdp" else None,
         step=step,
         saved_step=step,
         tokens_seen=record.tokens_seen if record else 0,
     )
+
+
+def choose_engine(
+    settings: Config,
+    world: World,
+    *,
+    device: torch.device,
+    model: models.Model,
+    dtype: str,
+    record: Checkpoint | None,
+) -> str:
+    """How the processes share the work. `auto` is what a checkpoint of as many processes had, else ddp where every process has memory
+    for the whole model and its optimizer. Raises ConfigError if the batch cannot be shared evenly.
+    """
+    if settings.batch_size % world.size:
+        nearest = max(1, round(settings.batch_size / world.size)) * world.size
+        raise ConfigError(
+            [
+                f"BATCH_SIZE={settings.batch_size} cannot be shared evenly by {world.size} processes: set a multiple of {world.size}, like {nearest}"
+            ]
+        )
+    if world.size == 1:
+        return "none"
+    before = record.runtime if record else {}
+    if settings.distributed == "auto" and before.get("processes") == world.size:
+        return str(before.get("distributed"))
+    if settings.distributed != "auto":
+        return settings.distributed
+    rows, bytes_per_value = settings.batch_size // world.size, 4 if dtype == "float32" else 2
+    need = models.training_bytes(model, rows, bytes_per_value=bytes_per_value)
+    there = machine.all_memory(device)
+    here = world.local_size if device.type == "cpu" else 1  # processes that have it between them
+    return "fsdp" if world.any(there is not None and need * here > there) else "ddp"
+
+
+def shared_out(model: models.Model, engine: str, *, device: torch.device, compile_step: bool) -> nn.Module:
+    """Brings the model to the device, whole or this process's part of it; returns what the training step calls in its place."""
+    if engine == "fsdp":
+        distributed.fully_sharded(model, list(getattr(model, "h", [])), device)
+    else:
+        model.to(device)
+    forward = machine.compiled(model) if compile_step else model
+    return distributed.data_parallel(forward) if engine == "ddp" else forward
 
 
 def numerics(settings: Config, log: Log, *, device: torch.device, width: int) -> tuple[str, bool]:
@@ -386,9 +468,14 @@ def numerics(settings: Config, log: Log, *, device: torch.device, width: int) ->
 def to_record(run: Run) -> Checkpoint:
     """The run as a checkpoint."""
     settings, state, apart = config.to_dict(run.settings), run.model.state_dict(), run.settings.checkpoint_adapters_only
+    model_state = {name: tensor for name, tensor in state.items() if models.is_adapter(name)} if apart else state
+    optimizer_state = None if run.settings.checkpoint_model_only else run.optimizer.state_dict()
+    if run.engine == "fsdp" and not run.saves_parts:
+        model_state, optimizer_state = gathered(model_state, run.world), gathered(optimizer_state, run.world)
     return Checkpoint(
-        model_state={name: tensor for name, tensor in state.items() if models.is_adapter(name)} if apart else state,
-        optimizer_state=None if run.settings.checkpoint_model_only else run.optimizer.state_dict(),
+        model_state=model_state,
+        optimizer_state=optimizer_state,
+        shared_by=run.savers if run.saves_parts else None,
         model_type=run.settings.model_type,
         model_settings=models.plain(run.model.settings),
         tokenizer=run.tokenizer.to_dict(),
@@ -411,3 +498,13 @@ def to_record(run: Run) -> Checkpoint:
         base=run.base,
         parts=["adapters" if apart else "model"],
     )
+
+
+def gathered(state: Any, world: World) -> Any:
+    """A state with its tensors whole, in the first process's main memory; the others take part and keep nothing."""
+    if isinstance(state, dict):
+        return {name: gathered(value, world) for name, value in state.items()}
+    if not isinstance(state, torch.Tensor):
+        return state
+    tensor = distributed.whole(state)
+    return tensor.cpu() if world.first else tensor.new_empty(0)

@@ -3,6 +3,7 @@
     python3 training.py                                                   # a bigram model on the bundled text
     ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 python3 training.py           # a small GPT-2, saved as it learns
     RESUME=auto ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 python3 training.py   # after a crash: exactly on
+    MODEL_TYPE=gpt2 torchrun --nproc_per_node=2 training.py               # the same by two processes
 
 `python3 training.py --help` lists every variable. This file is the loop, top to bottom; run.py puts a run together, resume.py
 brings one back from a checkpoint.
@@ -34,18 +35,30 @@ from ckpt import Checkpoint
 from ckpt.files import prepare_folder
 from ckpt.locks import RunLock, RunLockedError
 from ckpt.record import bytes_on_disk
-from ckpt.tensors import not_finite
 from config import Config, ConfigError
 from data import tokenization
 from data.batches import validation_windows
 from data.corpus import DataError
 from models.sampling import generate
-from resume import explain, find_record, finished, resumed
+from resume import agreed_record, explain, finished, not_exact, resumed
 from run import Run, fresh, to_record
 from runtime import device as machine
+from runtime import distributed
+from runtime.distributed import ElsewhereError, World
 from runtime.interrupt import INTERRUPTED, Interrupt
 from runtime.optim import clip_gradients, gradient_norm, lr_at
-from runtime.progress import Log, Metrics, Progress, amount, command_line, duration, read_metrics, shown, tell
+from runtime.progress import (
+    Log,
+    Metrics,
+    Progress,
+    amount,
+    command_line,
+    duration,
+    ignore_stdout,
+    read_metrics,
+    shown,
+    tell,
+)
 from runtime.trackers import missing, open_mirror
 
 ROOT = Path(__file__).resolve().parent
@@ -63,19 +76,66 @@ class TrainingError(Exception):
 
 def main(settings: Config, log: Log) -> int:
     """Trains as the settings say; returns the exit code."""
+    with processes(settings, log) as world:
+        return train_as_told(settings, log, world)
+
+
+def train_as_told(settings: Config, log: Log, world: World) -> int:
+    """A fresh run, or the one that RESUME means; returns the exit code."""
     if settings.resume == "never":
-        return train(fresh(settings, log))
-    record = find_record(settings, log)
+        return train(fresh(settings, log, world))
+    record = agreed_record(settings, log, world)
     if record is None:
         log(f"RESUME={settings.resume}: {settings.checkpoint_dir} holds no checkpoint, so this run starts fresh")
-        return train(fresh(settings, log))
-    run, restored = resumed(settings, record, log)
+        return train(fresh(settings, log, world))
+    run, restored = resumed(settings, record, log, world)
     tell(explain(run, record, restored))
+    if reasons := not_exact(run, record, restored):
+        log(f"not bit-exact: {'; '.join(reasons)}")
     if finished(run, record):
         more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
         log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. More: {more}")
         return 0
     return train(run)
+
+
+@contextlib.contextmanager
+def processes(settings: Config, log: Log) -> Iterator[World]:
+    """This process among those that torchrun started, which end together; the first alone is heard. Without torchrun, it is alone."""
+    torchrun = config.torchrun()
+    log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
+    local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
+    world = distributed.join(torchrun, accelerator=machine.choose_device(settings.device, **local).type)
+    if world.size == 1 and settings.given("DISTRIBUTED"):
+        log(
+            f"DISTRIBUTED={settings.distributed} is not used by one process; start several with torchrun --nproc_per_node"
+        )
+    if world.size > 1:
+        prepare_processes(settings, log, world)
+    yield world
+    distributed.leave()
+
+
+def prepare_processes(settings: Config, log: Log, world: World) -> None:
+    """Makes sure that the processes mean the same, and says what they share. Raises ConfigError if their settings differ."""
+    mine = config.same_everywhere(settings)
+    firsts = world.told(mine)
+    wrong = [
+        f"{name}={value!r:.60} on rank {world.rank}, {firsts.get(name)!r:.60} on rank 0"
+        for name, value in mine.items()
+        if value != firsts.get(name)
+    ]
+    if world.any(bool(wrong)):
+        raise ConfigError([f"{each}: set it alike on every machine" for each in wrong]) if wrong else ElsewhereError
+    if not world.first:
+        ignore_stdout()
+    if config.threads_left_at_one():
+        threads = machine.share_threads(world.local_size)
+        log(
+            f"OMP_NUM_THREADS is 1, as torchrun leaves it: {threads} for each of the {world.local_size} processes here; set it for others"
+        )
+    if config.restarts() and settings.resume == "never":
+        log("torchrun's restarts would begin anew each time; RESUME=auto and ENABLE_CHECKPOINTS=true go on instead")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +146,7 @@ def train(run: Run) -> int:
     """Trains from `run.step` to the plan's end or to a signal; returns the exit code. There is no second loop."""
     machine.keep_freed_memory()
     with contextlib.ExitStack() as held:
-        open_run(run, held)
+        run.world.by_first(lambda: open_run(run, held))
         try:
             with Interrupt() as stop:
                 say_start(run)
@@ -105,18 +165,21 @@ def loop(run: Run, stop: Interrupt) -> None:
     """The training loop. Whatever is done between two steps changes neither the weights nor any later random draw."""
     clock = Clock(run)
     while True:
+        stopping = run.world.any(stop.requested)  # a signal to one process stops all, after the same step
+
         # Look: evaluate on the validation text and draw a sample. After a resume, only what the checkpoint had not seen yet.
-        if run.observed_step != run.step and not stop.requested and is_due(run, "eval", "sample"):
+        if run.observed_step != run.step and not stopping and is_due(run, "eval", "sample"):
             observe(run, stop)
+            stopping = run.world.any(stop.requested)
             clock.restart()
 
         # Keep: at the interval, at the end and when asked to stop; and the best so far beside them.
-        save = run.step > run.saved_step and (stop.requested or is_due(run, "checkpoint"))
+        save = run.step > run.saved_step and (stopping or is_due(run, "checkpoint"))
         if run.settings.enable_checkpoints and (save or run.best_step not in (None, run.kept_best_step)):
             keep(run, save=save)
             clock.restart()
 
-        if run.step >= run.end or stop.requested:
+        if run.step >= run.end or stopping:
             run.writer.wait()
             return
 
@@ -133,8 +196,8 @@ def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
 
     Raises TrainingError before the weights are touched if either is not finite.
     """
-    # Every random draw of the step, dropout's, is a function of (seed, step): resuming needs no generator's state.
-    machine.seed_step(run.device, run.settings.seed, run.step)
+    # Every random draw of the step, dropout's, is a function of (seed, step, rank): resuming needs no generator's state.
+    machine.seed_step(run.device, run.settings.seed, run.step, rank=run.world.rank)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
 
@@ -157,16 +220,20 @@ def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
 
 
 def accumulate_gradients(run: Run) -> Tensor:
-    """Leaves the step's gradients on the parameters and returns its loss: each micro-batch counts for its share of the whole batch."""
+    """Leaves the step's gradients on the parameters and returns its loss: each micro-batch counts for its share of the whole batch.
+
+    Of several processes each takes its own rows of every micro-batch; gradients and loss are the means over all.
+    """
     x, y = (ids.to(run.device, non_blocking=True) for ids in run.batches.at(run.step))  # (A, B, T) both
     total = torch.zeros((), device=run.device)
-    for micro_x, micro_y in zip(x, y, strict=True):
-        with machine.autocast(run.device, run.dtype):
-            _, loss = run.forward(micro_x, micro_y)
-            loss = loss / len(x)
-        run.scaler.scale(loss).backward()
+    for number, (micro_x, micro_y) in enumerate(zip(x, y, strict=True), 1):
+        with distributed.gathering(run.forward, run.engine, now=number == len(x)):
+            with machine.autocast(run.device, run.dtype):
+                _, loss = run.forward(micro_x, micro_y)
+                loss = loss / len(x)
+            run.scaler.scale(loss).backward()
         total += loss.detach()
-    return total
+    return run.world.mean(total)
 
 
 def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
@@ -233,7 +300,12 @@ def write_metrics(
     grad_norm: float | None = None,
     tok_s: float | None = None,
 ) -> None:
-    """One object with the same names in every line, null where a name has no meaning for the split; and its mirror in the tracker."""
+    """One object with the same names in every line, null where a name has no meaning for the split; and its mirror in the tracker.
+
+    Of several processes, the first one's.
+    """
+    if not run.world.first:
+        return
     values = {"split": split, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen, "tok_s": tok_s}
     line = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3)} | values
     with may_be_refused(run, "metrics.jsonl"):
@@ -267,27 +339,41 @@ def observe(run: Run, stop: Interrupt) -> None:
             run.best_loss, run.best_step = loss, run.step
     if run.step and is_due(run, "sample"):
         run.last_sample = sample(run)
-        with may_be_refused(run, "samples/"):
-            path = run.folder / "samples" / f"step{run.step:06d}.txt"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(run.last_sample, encoding="utf-8")
+        if run.world.first:
+            write_sample(run, run.last_sample)
     run.observed_step = run.step
+
+
+def write_sample(run: Run, text: str) -> None:
+    """Puts a sample of this step beside those of the steps before."""
+    with may_be_refused(run, "samples/"):
+        path = run.folder / "samples" / f"step{run.step:06d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 @torch.no_grad()
 def evaluate(run: Run, stop: Interrupt) -> float | None:
-    """The mean loss (nats per token) over fixed validation windows, the same ones at every call; None if a signal comes in between."""
-    settings, total, count = run.settings, 0.0, 0
+    """The mean loss (nats per token) over fixed validation windows, the same ones at every call; None if a signal comes in between.
+
+    Each process takes its rows of every batch. One that has none of a small last one takes any, uncounted: where parts of the
+    weights are gathered for every pass, all must make it.
+    """
+    settings, world, total, count, stopping = run.settings, run.world, 0.0, 0.0, False
     run.model.eval()  # the plain module: another shape must never reach the compiled one
     sizes = {"block_size": settings.block_size, "batch_size": settings.batch_size, "steps": settings.eval_steps}
     for x, y in validation_windows(run.text.split.validation, **sizes):  # (B, T) both
+        own = world.share(len(x))
+        counted = x[own].numel()
+        rows = own if counted else slice(1)
         with machine.autocast(run.device, run.dtype):
-            _, loss = run.model(x.to(run.device), y.to(run.device))
-        total, count = total + loss.item() * x.numel(), count + x.numel()
-        if stop.requested:
+            _, loss = run.model(x[rows].to(run.device), y[rows].to(run.device))
+        total, count = total + loss.item() * counted, count + counted
+        if stopping := world.any(stop.requested):
             break
     run.model.train()
-    return None if stop.requested else total / count
+    total, count = world.sum(total, count)
+    return None if stopping else total / count
 
 
 def sample(run: Run) -> str:
@@ -324,30 +410,39 @@ def keep(run: Run, *, save: bool) -> None:
     Raises what the save before raised.
     """
     run.writer.wait()
-    best, before = run.best_step == run.step and run.settings.checkpoint_keep_best > 0, run.saved_step
+    best = run.best_step == run.step and run.settings.checkpoint_keep_best > 0
     run.kept_best_step = run.best_step
     if save:
-        run.saved_step, run.save_failed = run.step, True  # until it has not
+        run.saved_step, run.save_failed = run.step, run.world.first  # until it has not
     if save or best:
-        run.writer.submit(to_record(run), lambda record: write(run, record, save=save, best=best, saved_before=before))
+        record = to_record(run)
+        if run.world.first or run.saves_parts:
+            run.writer.submit(record, lambda copy: write(run, copy, save=save, best=best))
 
 
-def write(run: Run, record: Checkpoint, *, save: bool, best: bool, saved_before: int) -> None:
+def write(run: Run, record: Checkpoint, *, save: bool, best: bool) -> None:
     """Saves the record, keeps it as the best, and lets go what has expired. A disk that refuses does not stop the training.
 
-    Raises TrainingError instead of saving weights that are no numbers: the next step would find out too late.
+    Raises TrainingError instead of saving weights that are no numbers: the next step would find out too late. Of several processes
+    that each save a part, the first leads.
     """
-    settings, folder = run.settings, Path(run.settings.checkpoint_dir)
-    if bad := not_finite(record.model_state):
+    if bad := ckpt.not_finite(record):
         raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
+    if not run.world.first:
+        ckpt.follow(record)
+        return
+    with ckpt.leading(record):
+        write_and_prune(run, record, save=save, best=best)
+
+
+def write_and_prune(run: Run, record: Checkpoint, *, save: bool, best: bool) -> None:
+    """What the first process does of it."""
+    settings, folder, saved = run.settings, Path(run.settings.checkpoint_dir), None
     form: dict[str, Any] = {"layout": settings.checkpoint_layout, "prefix": settings.checkpoint_prefix}
-    saved = None
     if save:
         with told_if_refused(run, f"step {record.step} could not be saved", record):
             saved = run.last_saved = ckpt.save(record, folder, **form)
             run.save_failed = False
-        if saved is None:
-            run.saved_step = saved_before
     if best:
         with told_if_refused(run, f"step {record.step}, the best so far, could not be saved", record):
             ckpt.keep_best(record, folder, saved=saved, count=settings.checkpoint_keep_best, **form)
@@ -429,6 +524,8 @@ def say_start(run: Run) -> None:
     settings, text, say = run.settings, run.text, run.log
     count, steps, rows = models.parameter_count(run.model), run.end - run.step, run.batches.rows_per_step
     numerics = f"{torch.get_num_threads()} threads, {run.dtype}, {'compiled' if run.compile_step else 'eager'}"
+    if run.world.size > 1:
+        numerics = f"{run.world.size} processes, {run.engine}, each {numerics}"
     say(f"run {run.run_id}: {settings.model_type} on {run.device.type} ({numerics})")
     sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on"
     tokenizer = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
@@ -485,7 +582,8 @@ def check_space(run: Run) -> None:
 
 def warn_of_memory(run: Run) -> None:
     """Says so if the estimate is above what the device has free."""
-    need = models.training_bytes(run.model, run.settings.batch_size, bytes_per_value=4 if run.dtype == "float32" else 2)
+    rows = run.settings.batch_size // run.world.size
+    need = models.training_bytes(run.model, rows, bytes_per_value=4 if run.dtype == "float32" else 2)
     free = machine.free_memory(run.device)
     if free is not None and need > free:
         estimate = f"a step needs about {amount(need, 'B')} of memory and {amount(free, 'B')} are free"
@@ -497,7 +595,7 @@ def seconds_per_step(run: Run) -> float:
     began, fastest = time.monotonic(), math.inf
     for number in range(4):  # the first one also warms caches up, or compiles
         since = time.monotonic()
-        if number >= 2 and since - began > PROBE_SECONDS:
+        if number >= 2 and run.world.any(since - began > PROBE_SECONDS):
             break
         accumulate_gradients(run).item()
         run.optimizer.zero_grad(set_to_none=True)
@@ -516,7 +614,7 @@ def say_end(run: Run) -> int:
         else "no validation text"
     )
     run.log(f"done: {run.step} steps, {losses}")
-    tell(run.last_sample or sample(run))
+    tell(run.last_sample or sample(run))  # only the first process has a stdout
     if run.save_failed:
         run.log(f"step {run.step} is not saved, for the reason above; {kept(run)}")
     elif run.last_saved:
@@ -564,11 +662,14 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
     except KeyboardInterrupt:
         log("interrupted")
         return INTERRUPTED
+    except ElsewhereError:
+        return 1
     except Exception as error:
         if config.debug():
             raise
-        log(sentence(error))
-        return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
+        code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
+        log.error(sentence(error), expected=code > 1 or isinstance(error, TrainingError))
+        return code
     finally:
         log.close()
 
@@ -577,6 +678,8 @@ def sentence(error: Exception) -> str:
     """What to tell of an error, and what to do about it."""
     if machine.is_out_of_memory(error):
         return "error: out of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE, or N_LAYER and N_EMBD"
+    if distributed.lost(error):
+        return "error: another process of this training is gone, so this one ends too; RESUME=auto goes on from what was saved"
     known = isinstance(error, TrainingError | RunLockedError | OSError) or any(
         isinstance(error, kind) for kind, _ in EXIT_CODES
     )

@@ -15,6 +15,7 @@ from ckpt.tensors import digest
 from data import exchange, tokenization
 from models.lora import LoraSettings
 from models.lora import merged as merged_weights
+from runtime.distributed import parted_like
 
 SHOWN = 10  # names and shapes that one message lists
 
@@ -219,7 +220,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> R
     """
     current = optimizer.state_dict()
     wanted = {
-        name: (parameter.shape, kinds)
+        name: (parameter, kinds)
         for group in optimizer.param_groups
         for kinds in (kinds for word, kinds in MOMENTS.items() if word in group)
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
@@ -230,9 +231,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> R
         for group in current["param_groups"]
         for index, name in zip(group["params"], group["param_names"], strict=True)
     }
-    state = {index: saved[name] for index, name in names.items() if name in saved and _fits(saved[name], *wanted[name])}
+    state = {
+        index: saved[name]
+        for index, name in names.items()
+        if name in saved and _fits(saved[name], wanted[name][0].shape, wanted[name][1])
+    }
     # A copy: the record's tensors are mapped from the file, and the optimizer writes into what it is given.
-    copied = {index: {key: value.clone() for key, value in moments.items()} for index, moments in state.items()}
+    copied = {
+        index: {
+            key: value.clone() if value.dim() == 0 else parted_like(value, wanted[names[index]][0])
+            for key, value in moments.items()
+        }
+        for index, moments in state.items()
+    }
     optimizer.load_state_dict({"state": copied, "param_groups": current["param_groups"]})
     missing = tuple(name for index, name in names.items() if index not in state)
     return Restored(len(state), len(names), missing)

@@ -21,7 +21,8 @@ class Batches:
 
     Windows lie side by side, `block_size` apart, from a phase that is also drawn from (seed, epoch). `step` counts
     completed optimizer steps, so `at(start_step)` is the first batch, and it begins at window `start_window` of the
-    whole count. DataError if there is too little text for one window.
+    whole count. Of each micro-batch only `rows` are given: one process's share. DataError if there is too little text
+    for one window.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class Batches:
         seed: int,
         start_step: int = 0,
         start_window: int = 0,
+        rows: slice = slice(None),
     ) -> None:
         _check_length(len(tokens), block_size, "training")
         self._tokens = np.asarray(tokens)  # a memmap's own slices cost several times more
-        self._shape = (accumulation, batch_size, block_size)
+        self._shape, self._rows = (accumulation, batch_size), rows
         self._seed = seed
         self._start = (start_step, start_window)
         self._ahead = (0, np.zeros(0, dtype=np.int64))  # where windows start, from which one of the whole count on
@@ -56,15 +58,17 @@ class Batches:
         return self.windows_seen(step) / self.windows_per_epoch
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of `step`, each (accumulation, batch_size, block_size) int64; targets are one token on."""
+        """Inputs and targets of `step`, each (accumulation, rows, block_size) int64; targets are one token on."""
         first = self.windows_seen(step)
         known, starts = self._ahead
         if not known <= first <= known + len(starts) - self.rows_per_step:
             count = max(AHEAD, self.rows_per_step)
             known, starts = self._ahead = first, self._window_starts(np.arange(first, first + count))
-        starts = starts[first - known :][: self.rows_per_step]  # (accumulation * batch_size,)
-        x, y = _windows(self._tokens, starts, self.block_size)
-        return x.view(self._shape), y.view(self._shape)
+        starts = starts[first - known :][: self.rows_per_step].reshape(self._shape)[
+            :, self._rows
+        ]  # (accumulation, rows)
+        x, y = _windows(self._tokens, starts.reshape(-1), self.block_size)
+        return x.view(*starts.shape, self.block_size), y.view(*starts.shape, self.block_size)
 
     def _window_starts(self, positions: np.ndarray) -> np.ndarray:
         """Where the windows at `positions` of the whole count start in the tokens."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 from typing import Any
 
@@ -24,6 +25,8 @@ KERNELS = 2
 
 # Everything of the machine and the versions that can change the bits of a step.
 DECIDES_BITS = (
+    "processes",
+    "distributed",
     "torch",
     "kernels",
     "device",
@@ -47,16 +50,35 @@ def available_devices() -> list[str]:
     return [name for name, here in present.items() if here]
 
 
-def choose_device(wish: str) -> torch.device:
-    """The device that DEVICE means: the best one for `auto`. Raises DeviceError listing the devices there are."""
-    present = available_devices()
-    if wish == "auto":
-        return torch.device(present[0])
+def choose_device(wish: str, *, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The device that DEVICE means: the best one for `auto`. Raises DeviceError listing the devices there are.
+
+    Of several processes on a machine each takes a GPU of its own. MPS, which no library sends tensors from, is not for them.
+    """
+    present = [name for name in available_devices() if local_size == 1 or name != "mps"]
+    wish = present[0] if wish == "auto" else wish
     if wish not in present:
         raise DeviceError(
             f"DEVICE={wish}: this machine has no {wish} device; available: {', '.join(present)} (DEVICE=auto takes the first)"
         )
-    return torch.device(wish)
+    if wish != "cuda" or local_size == 1:
+        return torch.device(wish)
+    if local_size > torch.cuda.device_count():
+        raise DeviceError(
+            f"{local_size} processes on this machine have {torch.cuda.device_count()} GPUs: set --nproc_per_node to that, or DEVICE=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def share_threads(local_size: int) -> int:
+    """Gives each of `local_size` processes on this machine its share of the processors; returns how many threads that makes.
+
+    torchrun leaves every process with one, however many processors there are.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, usable // local_size))
+    return torch.get_num_threads()
 
 
 def choose_dtype(wish: str, device: torch.device, *, width: int) -> str:
@@ -146,16 +168,17 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def seed_step(device: torch.device, seed: int, step: int) -> None:
-    """Makes every random draw of a step a function of (seed, step), so that no generator's state needs keeping.
+def seed_step(device: torch.device, seed: int, step: int, *, rank: int = 0) -> None:
+    """Makes every random draw of a step a function of (seed, step, rank), so that no generator's state needs keeping.
 
-    Only the generators that the step draws from: torch.manual_seed would spend most of a millisecond on absent devices.
+    The first process draws as the only one would. Only the generators that the step draws from: torch.manual_seed would spend most of a millisecond on absent devices.
     """
-    torch.default_generator.manual_seed(mix(seed, step))
+    drawn = mix(seed, step, rank) if rank else mix(seed, step)
+    torch.default_generator.manual_seed(drawn)
     if device.type == "cuda":
-        torch.cuda.manual_seed(mix(seed, step))
+        torch.cuda.manual_seed(drawn)
     elif device.type == "mps":
-        torch.mps.manual_seed(mix(seed, step))
+        torch.mps.manual_seed(drawn)
 
 
 def mix(*values: int) -> int:
@@ -176,9 +199,19 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, dtype=DTYPES[dtype])
 
 
-def fingerprint(device: torch.device, *, dtype: str, compile_step: bool, deterministic: bool) -> dict[str, Any]:
+def fingerprint(
+    device: torch.device,
+    *,
+    dtype: str,
+    compile_step: bool,
+    deterministic: bool,
+    processes: int = 1,
+    distributed: str = "none",
+) -> dict[str, Any]:
     """What a checkpoint records of machine and versions, to tell later whether a resume can be bit-exact."""
     return {
+        "processes": processes,
+        "distributed": distributed,
         "torch": str(torch.__version__),
         "kernels": KERNELS,
         "python": platform.python_version(),
@@ -206,17 +239,25 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Why a step here may give other bits than the steps of a checkpoint did, one reason each; empty if it cannot."""
     if not before:
         return ["on what machine and versions it was trained is not recorded"]
-    before = {"kernels": 1} | before  # the first did not say
-    reasons = [
-        f"{CALLED.get(name, name)} is {now.get(name)}, was {before.get(name)}"
-        for name in DECIDES_BITS
-        if before.get(name) != now.get(name)
-    ]
+    before = {"kernels": 1, "processes": 1, "distributed": "none"} | before  # the first did not say
+    differ = [name for name in DECIDES_BITS if before.get(name) != now.get(name)]
+    reasons = [f"{CALLED.get(name, name)} is {now.get(name)}, was {before.get(name)}" for name in differ]
+    if "processes" in differ:  # how they share the work is no reason of its own then
+        count = now.get("processes")
+        others = [reason for name, reason in zip(differ, reasons, strict=True) if name not in ("processes", "distributed")]
+        reasons = [f"{count} {'process' if count == 1 else 'processes'}, was {before['processes']}", *others]
     if not now.get("deterministic"):
         reasons.append("DETERMINISTIC=false")
     if now.get("device") == "mps":
         reasons.append("mps promises no equal bits")
     return reasons
+
+
+def all_memory(device: torch.device) -> int | None:
+    """Bytes that the device has, free or not; None where the system does not tell."""
+    return (
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _of_main_memory("MemTotal")
+    )
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -226,10 +267,14 @@ def free_memory(device: torch.device) -> int | None:
 
 def free_main_memory() -> int | None:
     """Bytes of main memory that can still be had; None where the system does not tell."""
+    return _of_main_memory("MemAvailable")
+
+
+def _of_main_memory(what: str) -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
-            available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
+            line = next(line for line in lines if line.startswith(f"{what}:"))
+        return int(line.split()[1]) * 1024
     except (OSError, StopIteration, ValueError):
         return None
 

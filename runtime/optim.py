@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.device import multiplies_bfloat16
+from runtime.distributed import local, parted_like, whole
 
 KINDS = ("constant", "cosine", "linear", "wsd")
 WSD_DECAY = (
@@ -91,19 +92,34 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closure
         """One update of every weight that has a gradient."""
         for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            if any(local(parameter) is not parameter for parameter in group["params"]):
+                self._move_parts(group)
+                continue
             for blocks in _equally_shaped(self._blocks(group)):
                 _move(blocks, lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"])
 
     def _blocks(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
         """Weight, gradient and momentum of each matrix in the group, all views, all (rows, columns)."""
         for parameter in group["params"]:
+            if parameter.grad is not None:
+                each = (parameter, parameter.grad, self.state[parameter]["momentum_buffer"])
+                yield from zip(*(tensor.chunk(group["blocks"]) for tensor in each), strict=True)
+
+    def _move_parts(self, group: dict[str, Any]) -> None:
+        """One update of weights of which each process holds a part: a direction is made of the whole matrix, in every process alike."""
+        for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            whole = (parameter, parameter.grad, state["momentum_buffer"])
-            yield from zip(*(tensor.chunk(group["blocks"]) for tensor in whole), strict=True)
+            gradient, average = parameter.grad, self.state[parameter]["momentum_buffer"]
+            average.lerp_(gradient, 1 - group["momentum"])
+            ahead = whole(gradient.lerp(average, group["momentum"]))
+            matrices = torch.stack(ahead.chunk(group["blocks"]))  # (N, R, C)
+            directions = orthogonalised(matrices, _iteration_dtype(ahead.device)).flatten(0, 1)
+            part, rate = local(parted_like(directions, parameter)), group["lr"]
+            local(parameter).mul_(1 - rate * group["weight_decay"]).add_(part, alpha=-rate * _ratio(matrices))
 
 
 def _equally_shaped(blocks: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
@@ -121,10 +137,14 @@ def _move(blocks: list[tuple[Tensor, ...]], *, lr: float, weight_decay: float, m
     for _, gradient, average in blocks:
         average.lerp_(gradient, 1 - momentum)
     ahead = torch.stack([gradient.lerp(average, momentum) for _, gradient, average in blocks])  # Nesterov's; (N, R, C)
-    ratio = 0.2 * math.sqrt(max(ahead.shape[1:]))  # AdamW's updates have a root mean square of about 0.2
     directions = orthogonalised(ahead, _iteration_dtype(ahead.device))
     for (weight, _, _), direction in zip(blocks, directions, strict=True):
-        weight.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * ratio)
+        weight.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * _ratio(ahead))
+
+
+def _ratio(matrices: Tensor) -> float:
+    """What brings an orthogonal direction (N, R, C) to the size of AdamW's updates, whose root mean square is about 0.2."""
+    return 0.2 * math.sqrt(max(matrices.shape[1:]))
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -241,7 +261,7 @@ def _adamw(
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """The norm of all gradients taken as one vector, 0-dim."""
-    return nn.utils.get_total_norm(_gradients(optimizer))
+    return whole(nn.utils.get_total_norm(_gradients(optimizer)))
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, *, limit: float) -> None:
@@ -251,10 +271,13 @@ def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, *, limit: flo
     """
     scale = (norm / limit).float() if limit and norm > limit else None
     for part in optimizer.parts if isinstance(optimizer, MuonWithAdamW) else (optimizer,):
-        if isinstance(part, torch.optim.AdamW) and norm.device.type in READS_GRAD_SCALE:
+        gradients = _gradients(part)
+        parts = [local(gradient) for gradient in gradients]
+        in_parts = any(one is not other for one, other in zip(parts, gradients, strict=True))
+        if isinstance(part, torch.optim.AdamW) and norm.device.type in READS_GRAD_SCALE and not in_parts:
             part.grad_scale = scale  # type: ignore[attr-defined]  # as torch.amp.GradScaler sets it, and keeps ours
         elif scale is not None:
-            torch._foreach_div_(_gradients(part), scale)
+            torch._foreach_div_(parts, scale)
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -22,6 +22,7 @@ class Log:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
+        self.rank = self.local_rank = 0  # of this process among those of its training, and of its machine
         self._file: TextIO | None = None
         self._early: list[str] = []
 
@@ -33,7 +34,19 @@ class Log:
         self._file.flush()
 
     def __call__(self, line: str) -> None:
-        """Says one line, above the bar if there is one. A run does not end because nobody hears it (`2>&1 | head`, a full disk)."""
+        """Says one line, above the bar if there is one; of several processes, the first does.
+
+        A run does not end because nobody hears it (`2>&1 | head`, a full disk).
+        """
+        if self.rank == 0:
+            self._say(line)
+
+    def error(self, line: str, *, expected: bool) -> None:
+        """Says why this process ends. What is `expected` befalls every process of a machine alike, so that one of them suffices."""
+        if not (expected and self.local_rank):
+            self._say(f"rank {self.rank}: {line}" if self.rank else line)
+
+    def _say(self, line: str) -> None:
         with tqdm.external_write_mode(file=self.stream), contextlib.suppress(OSError):
             print(line, file=self.stream, flush=True)
         if self._file is None:
@@ -55,7 +68,7 @@ class Progress:
 
     def __init__(self, log: Log, *, start: int, total: int, plain: bool) -> None:
         self._log = log
-        self._plain = plain or not log.stream.isatty()
+        self._plain = plain or log.rank > 0 or not log.stream.isatty()
         self._total = total
         self._said = time.monotonic()
         self._bar = tqdm(

@@ -40,19 +40,23 @@ from resume import explain, fixed_settings, resumed, saved_schedule, saved_setti
 from run import planned, with_its_base, with_tokenizer
 from runtime import device as machine
 from runtime.device import mix
+from runtime.distributed import World
 from runtime.optim import Schedule, replan
 from runtime.progress import Log, harmless, ignore_stdout, tell
-from training import guarded, train
+from training import guarded, processes, train
 
 
 def main(settings: Config, log: Log) -> int:
     """Does what MODE says with the checkpoint that CHECKPOINT_PATH means; returns the exit code."""
     resuming = settings.mode == "resume"
-    record = with_tokenizer(opened(settings, log, resuming=resuming), settings, log)
-    for note in record.notes:
-        log(note)
-    settings = obey(record, settings, log)
-    return resume(settings, record, log) if resuming else infer(settings, record, log)
+    if config.torchrun() and not resuming:
+        raise ConfigError(["MODE=inference is the work of one process: start it without torchrun"])
+    with processes(settings, log) as world:
+        record = with_tokenizer(opened(settings, log, resuming=resuming), settings, log)
+        for note in record.notes:
+            log(note)
+        settings = obey(record, settings, log)
+        return resume(settings, record, log, world) if resuming else infer(settings, record, log)
 
 
 def opened(settings: Config, log: Log, *, resuming: bool) -> Checkpoint:
@@ -287,12 +291,13 @@ UNUSED = ("LEARNING_RATE", "TRAINING_STEPS")
 UNUSED_KEEPING = (*UNUSED, "LR_SCHEDULE", "MIN_LEARNING_RATE", "WARMUP_STEPS")
 
 
-def resume(settings: Config, record: Checkpoint, log: Log) -> int:
+def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
     """Trains RESUME_TRAINING_STEPS more steps; with 0 it prints what it would do and stops."""
     for name in filter(settings.given, UNUSED_KEEPING if settings.resume_learning_rate == "keep" else UNUSED):
         log(f"{name} is not used: MODE=resume follows RESUME_LEARNING_RATE and RESUME_TRAINING_STEPS")
     schedule = plan(settings, record)
-    run, restored = resumed(settings, record, log, schedule=schedule, end=record.step + settings.resume_training_steps)
+    end = record.step + settings.resume_training_steps
+    run, restored = resumed(settings, record, log, world, schedule=schedule, end=end)
     run.settings = config.replaced(run.settings, "plan", **destination(settings, record))
     tell(explain(run, record, restored))
     if settings.resume_training_steps == 0:

@@ -204,6 +204,8 @@ def beginning(record: Checkpoint) -> Found | None:
     """
     if record.path is None or record.run_id is None or not record.schedule:
         raise CheckpointError("another program's training cannot be repeated")
+    if (processes := record.runtime.get("processes", 1)) > 1:
+        raise CheckpointError(f"{processes} processes trained it, whose rounding one process does not repeat")
     full = [one for one in ckpt.find(origin(record, record.path)[0]) if one.resumable and one.step < record.step]
     if own := [one for one in full if one.run_id == record.run_id]:
         return max(own, key=lambda one: (one.step, one.save_order))

@@ -176,6 +176,15 @@ def test_the_draws_of_a_step_depend_on_seed_and_step_alone():
     assert draws(2, 7) != first
 
 
+def test_each_process_draws_its_own_and_the_first_what_the_only_one_would():
+    def draws(**rank: int) -> list[float]:
+        machine.seed_step(torch.device("cpu"), 1, 7, **rank)
+        return torch.rand(8).tolist()
+
+    assert draws(rank=0) == draws()
+    assert len({tuple(draws(rank=rank)) for rank in range(4)}) == 4
+
+
 # Fingerprints
 
 
@@ -199,7 +208,20 @@ def test_the_same_machine_gives_the_same_bits():
 @pytest.mark.parametrize("name", DECIDES_BITS)
 def test_each_thing_that_decides_bits_is_named_when_it_changes(name):
     reasons = machine.bit_changes(fingerprint(**{name: "before"}), fingerprint(**{name: "now"}))
-    assert reasons == [f"{machine.CALLED.get(name, name)} is now, was before"]
+    told = (
+        "now processes, was before" if name == "processes" else f"{machine.CALLED.get(name, name)} is now, was before"
+    )
+    assert reasons == [told]
+
+
+def test_another_number_of_processes_is_told_in_words_and_how_they_share_the_work_goes_with_it():
+    shared = {"processes": 4, "distributed": "ddp"}
+    assert machine.bit_changes(fingerprint(**shared), fingerprint(processes=2, distributed="fsdp")) == [
+        "2 processes, was 4"
+    ]
+    assert machine.bit_changes(fingerprint(**shared), fingerprint()) == ["1 process, was 4"]
+    older = {name: value for name, value in fingerprint().items() if name not in shared}  # checkpoints of one process
+    assert machine.bit_changes(older, fingerprint()) == []
 
 
 @pytest.mark.parametrize("name", ["python", "platform"])

@@ -1,0 +1,184 @@
+"""What torchrun's environment means for us: which process this is, what it shares with the others, and what they agree on.
+
+All of it is PyTorch's own: DistributedDataParallel (every process holds the whole model) and fully_shard (each holds a part of it).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Value = TypeVar("Value")
+ENGINES = ("none", "ddp", "fsdp")
+
+
+class ElsewhereError(Exception):
+    """Another process found something wrong, and says what: this one ends without a word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of one training, and which of them this is. Alone, every method answers at once."""
+
+    rank: int = 0  # among all
+    size: int = 1
+    local_rank: int = 0  # among those of this machine
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one process that tells, saves and writes metrics."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's part of `count` rows; the parts of all make up the whole, in order."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process. Every process asks."""
+        return self.sum(float(here))[0] > 0 if self.size > 1 else here
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the processes."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """A 0-dim tensor's mean over the processes, on its device."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value = value / self.size
+        return value
+
+    def told(self, value: Value) -> Value:
+        """What the first process has for `value`: any plain object."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def all_of(self, value: Value) -> list[Value]:
+        """The value of each process, by rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def by_first(self, work: Callable[[], Value]) -> Value | None:
+        """What `work` gives in the first process; the others wait for it and get None. Its error ends all."""
+        return self._by(self.first, work)
+
+    def in_turn(self, work: Callable[[], Value]) -> Value:
+        """What `work` gives in each process; on every machine one of them goes first, so that the others find what it put into a cache."""
+        value = self._by(self.local_rank == 0, work)
+        return work() if value is None else value
+
+    def _by(self, chosen: bool, work: Callable[[], Value]) -> Value | None:
+        value, error = None, None
+        if chosen:
+            try:
+                value = work()
+            except Exception as problem:
+                error = problem
+        failed = self.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise ElsewhereError
+        return value
+
+
+ALONE = World()
+
+
+def join(torchrun: dict[str, int], *, accelerator: str) -> World:
+    """This process among those that torchrun started; `accelerator` ("cpu" or "cuda") is what they compute on.
+
+    Without torchrun, and with a single process of it, nothing is set up: such a run is the plain one, bit for bit.
+    """
+    world = World(**torchrun)
+    if world.size == 1:
+        return ALONE
+    dist.init_process_group("cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo")
+    return world
+
+
+def leave() -> None:
+    """Ends what `join` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether `error` says that a process which should have answered is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two engines.
+
+
+def data_parallel(forward: nn.Module) -> nn.Module:
+    """`forward` with the gradients' mean over all processes taken while the backward pass goes on.
+
+    Buckets are arranged anew after the first backward pass, and from three processes on a sum's order depends on its place in one:
+    whoever wants the same bits after a resume makes two passes before the first step, as the estimate of a run's length does.
+    """
+    return nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
+
+
+def fully_sharded(model: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
+    """Leaves each process a part of every parameter of `model`, on `device`; a block's are gathered while it is at work."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for each in (*blocks, model):
+        fully_shard(each, mesh=mesh)
+
+
+def another_group() -> dist.ProcessGroup:
+    """All processes once more, for what a thread of each says to the others while the training's own words go on."""
+    return dist.new_group(backend="gloo")
+
+
+@contextlib.contextmanager
+def gathering(forward: nn.Module, engine: str, *, now: bool) -> Iterator[None]:
+    """Whether the passes in the block share their gradients: only the last micro-batch of a step need do so."""
+    if engine == "fsdp":
+        forward.set_requires_gradient_sync(now)  # type: ignore[operator]
+    with contextlib.nullcontext() if now or engine != "ddp" else forward.no_sync():  # type: ignore[operator]
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered if each process holds a part; every process asks, in the same order."""
+    return tensor.full_tensor() if _in_parts(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor is in this process, in the same memory."""
+    return tensor.to_local() if _in_parts(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def parted_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of `tensor`, of which this process keeps the part that it has of `like`."""
+    if not _in_parts(like):
+        return tensor.clone()
+    from torch.distributed.tensor import distribute_tensor
+
+    where: dict[str, Any] = {"device_mesh": like.device_mesh, "placements": like.placements}  # type: ignore[attr-defined]
+    return distribute_tensor(
+        tensor.to(like.device), **where, src_data_rank=None
+    )  # each has all of it, so nothing is sent
+
+
+def _in_parts(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")

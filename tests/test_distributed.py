@@ -1,0 +1,359 @@
+"""Several processes under torchrun: the same training as one, exact resumes, one voice, and no process left behind when another dies."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from drive import ROOT, command, environment, logged, newest, tensor_bytes, train
+
+import ckpt
+from runtime.distributed import ALONE, World
+from runtime.progress import read_metrics
+
+WORKER = Path(__file__).with_name("worker.py")
+SECONDS = 120  # until a test gives a hanging process up
+
+
+def start(
+    folder: Path, processes: int, *, script: Path = ROOT / "training.py", restarts: int = 0, **changes: str
+) -> subprocess.Popen[str]:
+    """Starts a script under torchrun, in a process group of its own."""
+    kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_WAIT_POLICY")
+    env = {name: os.environ[name] for name in kept if name in os.environ} | {
+        "OMP_NUM_THREADS": "2" if processes == 1 else "1"
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*torchrun, f"--max-restarts={restarts}", str(script)], env=env | environment(folder, **changes), cwd=ROOT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def torchrun(folder: Path, processes: int, **changes: object) -> subprocess.CompletedProcess[str]:
+    """The same to its end."""
+    process = start(folder, processes, **changes)  # type: ignore[arg-type]
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def losses(folder: Path, split: str) -> dict[int, float]:
+    """The losses of the one run in `folder`, by step."""
+    (path,) = (folder / "runs").glob("*/metrics.jsonl")
+    return {line["step"]: line["loss"] for line in read_metrics(path) if line["split"] == split}
+
+
+def said_once(done: subprocess.CompletedProcess[str], text: str) -> bool:
+    return (done.stdout + done.stderr).count(text) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One process of torchrun is the plain run.
+
+
+def test_one_process_of_torchrun_is_the_plain_run_bit_for_bit(tmp_path):
+    plain, under = tmp_path / "plain", tmp_path / "torchrun"
+    plain.mkdir(), under.mkdir()
+    assert command("training.py", plain, OMP_NUM_THREADS="2").returncode == 0
+    done = torchrun(under, 1)
+    assert done.returncode == 0, done.stderr
+    assert tensor_bytes(newest(under)) == tensor_bytes(newest(plain))
+    assert logged(under) == logged(plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same training by more.
+
+LEARNS = {
+    "TRAINING_STEPS": "200", "DROPOUT": "0", "DTYPE": "float32", "OPTIMIZER": "adamw", "BATCH_SIZE": "12", "EVAL_STEPS": "3", "EVAL_INTERVAL": "100",
+    "LEARNING_RATE": "3e-3", "SAMPLE_INTERVAL": "0", "LOG_INTERVAL": "20", "ENABLE_CHECKPOINTS": "false",
+}  # fmt: skip
+
+
+def alike(folder: Path, counts: list[int], **changes: str) -> dict[int, Path]:
+    """One training of LEARNS by each number of processes; the loss of every logged step is the same to 1e-3."""
+    places = {count: folder / str(count) for count in counts}
+    for count, place in places.items():
+        place.mkdir()
+        done = torchrun(place, count, **LEARNS, **changes)
+        assert done.returncode == 0, done.stderr
+    first = losses(places[counts[0]], "train")
+    assert first[200] < first[20] - 0.1  # it learns
+    for place in places.values():
+        assert losses(place, "train") == pytest.approx(first, abs=1e-3)
+        # At step 0 all have the very same weights: what evaluation shares out comes together to the same figure.
+        assert losses(place, "validation")[0] == pytest.approx(losses(places[counts[0]], "validation")[0], abs=1e-6)
+    return places
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    places = alike(tmp_path, [1, 2])
+    assert losses(places[2], "validation")[200] == pytest.approx(losses(places[1], "validation")[200], abs=1e-3)
+
+
+def test_processes_that_took_the_same_rows_would_learn_something_else(tmp_path, monkeypatch):
+    """The control for the test above: half a batch, as if both had the first half, is seen in the loss."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    for place in (whole, half):
+        place.mkdir()
+    assert train(whole, **LEARNS)[0] == 0
+    monkeypatch.setattr(World, "share", lambda self, count: slice(0, count // 2))
+    assert train(half, **LEARNS)[0] == 0
+    assert losses(half, "train")[200] != pytest.approx(losses(whole, "train")[200], abs=1e-3)
+
+
+@pytest.mark.soak
+def test_four_processes_learn_what_one_does(tmp_path):
+    alike(tmp_path, [1, 2, 4], GRADIENT_ACCUMULATION_STEPS="2")
+
+
+@pytest.mark.soak
+def test_four_processes_with_parts_of_the_weights_learn_what_one_does(tmp_path):
+    alike(tmp_path, [1, 4], DISTRIBUTED="fsdp", GRADIENT_ACCUMULATION_STEPS="2")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on.
+
+
+def without_last(folder: Path, target: Path, step: int) -> None:
+    """`target` gets what a run that was killed soon after `step` would have left of the run in `folder`."""
+    shutil.copytree(folder, target)
+    for found in ckpt.find(target / "checkpoints"):
+        if found.step > step:
+            shutil.rmtree(found.path) if found.path.is_dir() else found.path.unlink()
+
+
+def exactly_on(tmp_path: Path, count: int, **changes: str) -> Path:
+    """A run of `count` processes, one that goes on from the middle of it, and their bytes compared; returns the first's folder."""
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    straight.mkdir()
+    done = torchrun(straight, count, **changes)
+    assert done.returncode == 0, done.stderr
+    without_last(straight, again, 4)
+    assert newest(again).step == 4
+    done = torchrun(again, count, RESUME="auto", **changes)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^bit-exact +yes", done.stdout, re.MULTILINE)
+    assert "not bit-exact" not in done.stderr
+    assert tensor_bytes(newest(again)) == tensor_bytes(newest(straight))
+    assert logged(again) == logged(straight)
+    return straight
+
+
+def test_two_processes_resume_exactly_and_one_goes_on_and_says_what_it_cannot_promise(tmp_path):
+    straight = exactly_on(tmp_path, 2, GRADIENT_ACCUMULATION_STEPS="2")
+    alone = tmp_path / "alone"
+    without_last(straight, alone, 4)
+    done = command("training.py", alone, RESUME="auto", GRADIENT_ACCUMULATION_STEPS="2", OMP_NUM_THREADS="1")
+    assert done.returncode == 0
+    assert "not bit-exact: 1 process, was 2\n" in done.stderr
+    record, whole = newest(alone), newest(straight)
+    assert record.run_id == whole.run_id
+    assert record.windows_seen == whole.windows_seen  # the same rows, in the same order
+    assert tensor_bytes(record) != tensor_bytes(whole)  # dropout is drawn by process: the control for the exact resume
+
+
+def test_parts_of_the_weights_resume_exactly_and_one_process_goes_on_with_them(tmp_path):
+    straight = exactly_on(tmp_path, 2, DISTRIBUTED="fsdp", OPTIMIZER="muon", GRADIENT_ACCUMULATION_STEPS="2")
+    assert newest(straight).layout == "sharded"
+    alone = tmp_path / "alone"
+    without_last(straight, alone, 4)
+    done = command("training.py", alone, RESUME="auto", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "not bit-exact: 1 process, was 2\n" in done.stderr
+    assert newest(alone).layout == "sharded"
+    assert newest(alone).step == 8
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_four_processes_resume_exactly_and_two_go_on(tmp_path, engine):
+    straight = exactly_on(tmp_path, 4, DISTRIBUTED=engine)
+    fewer = tmp_path / "fewer"
+    without_last(straight, fewer, 4)
+    done = torchrun(fewer, 2, RESUME="auto")
+    assert done.returncode == 0, done.stderr
+    assert "not bit-exact: 2 processes, was 4\n" in done.stderr
+    assert newest(fewer).windows_seen == newest(straight).windows_seen
+
+
+def test_whole_layouts_are_saved_by_one_process_though_each_has_a_part(tmp_path):
+    """Every update is gathered: it is what two processes with the whole model have, but for rounding."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    for place, engine in ((parts, "fsdp"), (whole, "ddp")):
+        place.mkdir()
+        done = torchrun(place, 2, DISTRIBUTED=engine, CHECKPOINT_LAYOUT="unified", DTYPE="float32", OPTIMIZER="muon")
+        assert done.returncode == 0, done.stderr
+    one, other = newest(parts), newest(whole)
+    assert one.layout == other.layout == "unified"
+    assert one.runtime["distributed"] == "fsdp"
+    assert tensor_bytes(one).keys() == tensor_bytes(other).keys()
+    for name, tensor in one.model_state.items():
+        torch.testing.assert_close(tensor, other.model_state[name], atol=2e-4, rtol=1e-3)
+
+
+def test_a_model_that_does_not_fit_is_parted(tmp_path):
+    fits, parted = tmp_path / "fits", tmp_path / "parted"
+    for place, memory in ((fits, 10**9), (parted, 10**5)):
+        place.mkdir()
+        done = torchrun(place, 2, script=WORKER, WORKER_MEMORY=str(memory), TRAINING_STEPS="2")
+        assert done.returncode == 0, done.stderr
+    assert newest(fits).runtime["distributed"] == "ddp"
+    assert newest(parted).runtime["distributed"] == "fsdp"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed, restarted, stopped.
+
+
+def test_a_killed_process_ends_all_and_torchrun_s_restart_ends_with_the_same_bytes(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir(), killed.mkdir()
+    assert torchrun(straight, 2).returncode == 0
+    done = torchrun(killed, 2, script=WORKER, restarts=1, RESUME="auto", WORKER_FAULT="1:6")
+    assert done.returncode == 0, done.stderr
+    assert "restored  4; 4 more, to 8" in re.sub(" +", " ", done.stdout).replace(" restored ", " restored  ")
+    assert tensor_bytes(newest(killed)) == tensor_bytes(newest(straight))
+    assert logged(killed) == logged(straight)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_restarts_the_others_end_too_and_the_newest_checkpoint_opens(tmp_path, rank):
+    done = torchrun(tmp_path, 2, script=WORKER, WORKER_FAULT=f"{rank}:6")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
+    assert newest(tmp_path).step == 4
+
+
+@pytest.mark.parametrize("whom", ["all", "one"])
+def test_a_signal_stops_all_after_the_same_step_and_saves_it(tmp_path, whom):
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    process = start(tmp_path, 2, script=WORKER, WORKER_PIDS=str(pids), TRAINING_STEPS="100000", CHECKPOINT_INTERVAL="0", EVAL_INTERVAL="0")  # fmt: skip
+    wait_for_step(tmp_path, process, 20)
+    if whom == "all":
+        process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    else:
+        os.kill(int((pids / "1").read_text()), signal.SIGTERM)
+    _, err = process.communicate(timeout=SECONDS)
+    stopped = re.findall(r"^interrupted after step (\d+): step (\d+) is kept", err, re.MULTILINE)
+    assert len(stopped) == 1, err
+    assert newest(tmp_path).step == int(stopped[0][0]) == int(stopped[0][1]) >= 20
+    for pid in pids.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+
+
+def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> None:
+    """Returns when the metrics have reached `step`."""
+    while process.poll() is None:
+        for path in (folder / "runs").glob("*/metrics.jsonl"):
+            if any(line["step"] >= step for line in read_metrics(path)):
+                return
+    raise AssertionError(process.communicate()[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One voice, and clear refusals.
+
+
+def test_the_first_process_alone_is_heard_and_threads_are_shared_out(tmp_path):
+    env = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    torchrun_alone = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "training.py",
+    ]
+    done = subprocess.run(torchrun_alone, env=env | environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    threads = (
+        max(1, len(os.sched_getaffinity(0)) // 2)
+        if hasattr(os, "sched_getaffinity")
+        else max(1, (os.cpu_count() or 1) // 2)
+    )
+    assert said_once(done, f"OMP_NUM_THREADS is 1, as torchrun leaves it: {threads} for each of the 2 processes here")
+    for text in ("run 2", "2 processes, ddp", "plan: 8 steps", "done: 8 steps", "next: "):
+        assert said_once(done, text), text
+    assert newest(tmp_path).runtime["threads"] == threads
+    (run,) = (tmp_path / "runs").iterdir()
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if line["split"] == "train"]
+    assert steps == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "code"),
+    [
+        ({"BATCH_SIZE": "3"}, "BATCH_SIZE=3 cannot be shared evenly by 2 processes: set a multiple of 2, like 4", 2),
+        ({"MODEL_TYPE": "gtp2"}, "MODEL_TYPE='gtp2': expected one of bigram, gpt2", 2),
+        ({"BLOCK_SIZE": "100000"}, "BLOCK_SIZE=100000 is too long for this text", 4),
+    ],
+)
+def test_what_is_wrong_is_said_once(tmp_path, changes, said, code):
+    done = torchrun(tmp_path, 2, **changes)
+    assert done.returncode == 1  # torchrun's own
+    assert said_once(done, said), done.stderr
+    assert f"exitcode  : {code}" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_another_process_trains_is_refused_once_by_all(tmp_path):
+    assert torchrun(tmp_path, 2, TRAINING_STEPS="4").returncode == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    lock = ckpt.locks.RunLock(run, run.name)  # type: ignore[attr-defined]
+    lock.acquire()
+    try:
+        done = torchrun(tmp_path, 2, RESUME="auto", CHECKPOINT_INTERVAL="3", TRAINING_STEPS="4", EVAL_INTERVAL="3")
+    finally:
+        lock.release()
+    assert said_once(done, f"run {run.name} is being trained by process {os.getpid()}"), done.stderr
+
+
+def test_half_an_environment_is_no_torchrun(tmp_path):
+    done = command("training.py", tmp_path, WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 2
+    missing = "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+    assert done.stderr == f"error: WORLD_SIZE=2 without a valid {missing}: start with torchrun, or unset WORLD_SIZE\n"
+
+
+def test_inference_is_the_work_of_one_process(tmp_path):
+    done = torchrun(tmp_path, 2, script=ROOT / "scripts" / "load_checkpoint.py")
+    assert said_once(done, "MODE=inference is the work of one process: start it without torchrun")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without any process.
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 12])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_shares_are_the_whole_in_order_and_differ_by_one_at_most(count, size):
+    rows = list(range(count))
+    shares = [rows[World(rank=rank, size=size).share(count)] for rank in range(size)]
+    assert sum(shares, []) == rows
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_everything_is_answered_at_once():
+    assert ALONE.first
+    assert ALONE.any(True) and not ALONE.any(False)
+    assert ALONE.sum(1.5, 2) == [1.5, 2]
+    assert ALONE.told("word") == "word"
+    assert ALONE.all_of(3) == [3]
+    value = torch.tensor(2.0)
+    assert ALONE.mean(value) is value
+    assert ALONE.by_first(lambda: 7) == ALONE.in_turn(lambda: 7) == 7
+    with pytest.raises(KeyError):
+        ALONE.by_first(lambda: {}["nothing"])

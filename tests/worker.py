@@ -1,0 +1,43 @@
+"""training.py as torchrun starts it, with what a test wants to go wrong; its process numbers are told in a folder.
+
+WORKER_PIDS: a folder where each process leaves a file named by its rank that holds its number.
+WORKER_FAULT: "RANK:STEP" kills that process before it learns from the batch of that step, the first time it is started.
+WORKER_MEMORY: bytes that each device seems to have.
+"""
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / os.environ.pop("WORKER_SCRIPT", "training.py")
+sys.path.insert(0, str(ROOT))
+
+from data.batches import Batches
+from runtime import device
+
+rank = os.environ["RANK"]
+if folder := os.environ.get("WORKER_PIDS"):
+    (Path(folder) / rank).write_text(str(os.getpid()), encoding="utf-8")
+
+if memory := os.environ.get("WORKER_MEMORY"):
+    device.all_memory = lambda _: int(memory)
+
+if fault := os.environ.get("WORKER_FAULT"):
+    its_rank, its_step = fault.split(":")
+    at, first_time = Batches.at, os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    asked = []
+
+    def fatal(self, step):
+        asked.append(step)
+        # The estimate of a run's length looks at the first batch, too.
+        if first_time and rank == its_rank and step == int(its_step) and max(asked[:-1]) < step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return at(self, step)
+
+    Batches.at = fatal
+
+sys.argv = [str(SCRIPT)]
+runpy.run_path(str(SCRIPT), run_name="__main__")
