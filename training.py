@@ -105,7 +105,12 @@ def processes(settings: Config, log: Log) -> Iterator[World]:
     torchrun = config.torchrun()
     log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
     local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
-    world = distributed.join(torchrun, accelerator=machine.choose_device(settings.device, **local).type)
+    device = machine.choose_device(settings.device, **local)
+    before = signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # waiting for the others, Python's own handler would not be reached
+    world = distributed.join(torchrun, accelerator=device.type)
+    signal.signal(signal.SIGTERM, before)
     if world.size == 1 and settings.given("DISTRIBUTED"):
         log(
             f"DISTRIBUTED={settings.distributed} is not used by one process; start several with torchrun --nproc_per_node"
@@ -151,7 +156,7 @@ def train(run: Run) -> int:
             with Interrupt() as stop:
                 say_start(run)
                 bar = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
-                with contextlib.closing(bar) as run.progress:
+                with contextlib.closing(bar) as run.progress, kept_if_lost(run):
                     loop(run, stop)
                 return say_end(run)
         except BaseException:
@@ -159,6 +164,22 @@ def train(run: Run) -> int:
                 run.writer.wait()  # what was being saved is whole then
             run.log(f"stopped after step {run.step}: {kept(run)}")
             raise
+
+
+@contextlib.contextmanager
+def kept_if_lost(run: Run) -> Iterator[None]:
+    """If another process dies, the first saves the last whole step before it ends too, where it has all of the weights.
+
+    No step is half done then: what waits for others comes before the update.
+    """
+    try:
+        yield
+    except Exception as error:
+        whole = run.world.first and run.engine == "ddp"
+        if distributed.lost(error) and whole and run.settings.enable_checkpoints and run.step > run.saved_step:
+            keep(run, save=True)
+            run.writer.wait()
+        raise
 
 
 def loop(run: Run, stop: Interrupt) -> None:
@@ -658,20 +679,25 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # before the loop, both stop at once
             signal.signal(number, signal.default_int_handler)
-        return action(settings, log)
+        code = action(settings, log)
     except KeyboardInterrupt:
         log("interrupted")
-        return INTERRUPTED
-    except ElsewhereError:
-        return 1
+        code = INTERRUPTED
     except Exception as error:
         if config.debug():
             raise
-        code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
-        log.error(sentence(error), expected=code > 1 or isinstance(error, TrainingError))
-        return code
+        code = told(error, log)
     finally:
         log.close()
+    return distributed.ended(code)
+
+
+def told(error: Exception, log: Log) -> int:
+    """Says what went wrong, unless another process does; returns the exit code."""
+    code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
+    if not isinstance(error, ElsewhereError):
+        log.error(sentence(error), expected=code > 1 or isinstance(error, TrainingError))
+    return code
 
 
 def sentence(error: Exception) -> str:

@@ -10,18 +10,6 @@ from ckpt.keep import best_is_kept, free_space_problem, keep_best, prune, save, 
 from ckpt.layouts import LAYOUTS, WRITERS, layout_of
 from ckpt.record import Checkpoint, CheckpointError, printable
 from ckpt.store import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
-import contextlib
-from ckpt.tensors import not_finite as _nf
-
-
-def not_finite(record):
-    return _nf(record.model_state)
-
-
-def follow(record): ...
-def leading(record):
-    return contextlib.nullcontext()
-
 
 __all__ = [
     "BEST_FOLDER",
@@ -37,14 +25,11 @@ __all__ = [
     "export",
     "exporter",
     "find",
-    "follow",
     "free_space_problem",
     "keep_best",
     "latest",
-    "leading",
     "listing",
     "load",
-    "not_finite",
     "prune",
     "resolve",
     "save",

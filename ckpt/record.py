@@ -77,7 +77,6 @@ class Checkpoint:
     # Known only in memory.
     path: Path | None = None
     layout: str | None = None
-    shared_by: Any = None  # the group of processes that each hold a part of its tensors; None: they are whole here
     owned: bool = False  # its tensors are in memory of their own, not mapped from a file: a model may take them
     notes: list[str] = field(default_factory=list)
     edited: dict[str, list[Json]] = field(default_factory=dict)  # setting -> [saved, as a hand has changed it]
@@ -89,7 +88,7 @@ class Checkpoint:
 
 
 TENSOR_FIELDS = {"model_state", "optimizer_state"}
-MEMORY_FIELDS = {"path", "layout", "shared_by", "owned", "notes", "edited"}
+MEMORY_FIELDS = {"path", "layout", "owned", "notes", "edited"}
 TYPES = {
     name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }

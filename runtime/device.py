@@ -244,7 +244,9 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     reasons = [f"{CALLED.get(name, name)} is {now.get(name)}, was {before.get(name)}" for name in differ]
     if "processes" in differ:  # how they share the work is no reason of its own then
         count = now.get("processes")
-        others = [reason for name, reason in zip(differ, reasons, strict=True) if name not in ("processes", "distributed")]
+        others = [
+            reason for name, reason in zip(differ, reasons, strict=True) if name not in ("processes", "distributed")
+        ]
         reasons = [f"{count} {'process' if count == 1 else 'processes'}, was {before['processes']}", *others]
     if not now.get("deterministic"):
         reasons.append("DETERMINISTIC=false")

@@ -4,6 +4,11 @@ All of it is PyTorch's own: DistributedDataParallel (every process holds the who
 """
 
 import contextlib
+import gc
+import os
+import secrets
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Value = TypeVar("Value")
-ENGINES = ("none", "ddp", "fsdp")
+POLL_SECONDS = 0.02
 
 
 class ElsewhereError(Exception):
@@ -106,14 +111,50 @@ def join(torchrun: dict[str, int], *, accelerator: str) -> World:
     world = World(**torchrun)
     if world.size == 1:
         return ALONE
-    dist.init_process_group("cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store_of_this_attempt(world), rank=world.rank, world_size=world.size)
     return world
 
 
+def _store_of_this_attempt(world: World) -> dist.Store:
+    """The store by which the processes find each other, without what those of an attempt before left there.
+
+    torchrun's restarts share one store, where a process may read the address of one that was killed
+    (https://github.com/pytorch/pytorch/issues/135712), and no number of the attempt is the same on every machine. So the first
+    process draws a name for it, and it counts once each of the others has put under that name what it has drawn itself.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    drawn, others = secrets.token_hex(8), range(1, world.size)
+    if world.first:
+        store.set("attempt", drawn)
+        store.set(f"{drawn}/all", " ".join(store.get(f"{drawn}/{rank}").decode() for rank in others))  # `get` waits
+        return dist.PrefixStore(drawn, store)
+    while True:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{world.rank}", drawn)
+        if store.check([f"{attempt}/all"]) and drawn in store.get(f"{attempt}/all").decode().split():
+            return dist.PrefixStore(attempt, store)
+        time.sleep(POLL_SECONDS)
+
+
 def leave() -> None:
-    """Ends what `join` began."""
+    """Ends what `join` began. The engine's last references go first: gloo's threads must have ended before the interpreter does."""
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
+
+
+def ended(code: int) -> int:
+    """The exit code `code`; but a process that never left the others, because something was raised, ends here and now.
+
+    To leave them it might wait for those that are gone, and the interpreter's own end may abort in gloo's threads.
+    """
+    if dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def lost(error: BaseException) -> bool:

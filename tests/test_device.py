@@ -239,7 +239,8 @@ def test_a_run_without_deterministic_kernels_or_on_mps_promises_nothing():
 def test_a_checkpoint_without_a_fingerprint_promises_nothing():
     (reason,) = machine.bit_changes({}, fingerprint())
     assert reason == "on what machine and versions it was trained is not recorded"
-    assert len(machine.bit_changes({"git": "abc"}, fingerprint())) == len(DECIDES_BITS)
+    unsaid = len(DECIDES_BITS) - 3  # the first versions had one process and the first kernels
+    assert len(machine.bit_changes({"git": "abc"}, fingerprint())) == unsaid + 1
 
 
 # Memory

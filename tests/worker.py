@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / os.environ.pop("WORKER_SCRIPT", "training.py")
+SCRIPT = ROOT / "training.py"
 sys.path.insert(0, str(ROOT))
 
-from data.batches import Batches
-from runtime import device
+from data.batches import Batches  # noqa: E402
+from runtime import device  # noqa: E402
 
 rank = os.environ["RANK"]
 if folder := os.environ.get("WORKER_PIDS"):
