@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch.distributed.checkpoint  # noqa: E402  (once, not in every child)
 from records import record  # noqa: E402
 
 import ckpt  # noqa: E402
