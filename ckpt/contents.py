@@ -43,10 +43,7 @@ def held(path: Path) -> list[Held]:
     Raises CheckpointError if a file is damaged.
     """
     if known_layout(path).NAME == sharded.NAME:
-        return [
-            _held(name, *about, part="optimizer" if _is_optimizers(name) else "weights")
-            for name, about in sharded.shapes(path).items()
-        ]
+        return list(_in_sharded(path))
     members = known_layout(path).MEMBERS
     tensors: list[Held] = []
     for file in all_files(path):
@@ -72,6 +69,12 @@ def _held(name: str, dtype: str, shape: tuple[int, ...], *, part: str) -> Held:
     bits = re.search(r"\d+", dtype)
     size = math.prod(shape) * (int(bits[0]) // 8 if bits else 1)
     return Held(name, part, TORCH_NAMES.get(dtype, dtype), shape, size)
+
+
+def _in_sharded(path: Path) -> Iterator[Held]:
+    for name, about in sharded.shapes(path).items():
+        part = "optimizer" if _is_optimizers(name) else "weights"
+        yield _held(name.removeprefix(sharded.MODEL), *about, part=part)
 
 
 def _in_archive(file: Path) -> Iterator[Held]:

@@ -56,12 +56,12 @@ def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     manifest = _manifest(path)
     check_files(path, manifest, begins=manifest["files"])
     index = _index(path, manifest)
-    model_state = checked_tensors(_tensors(path, index, MODEL), str(path))
+    model_state = checked_tensors(_tensors(path, manifest, index, begin=MODEL), str(path))
     record = from_metadata(
         manifest["metadata"], model_state=model_state, optimizer_state=None, where=str(path / MANIFEST)
     )
     if optimizer and "optimizer" in record.parts:
-        moments = _tensors(path, index, OPTIMIZER)
+        moments = _tensors(path, manifest, index, begin=OPTIMIZER)
         record.optimizer_state = optimizer_state(moments, manifest["optimizer_groups"], str(path))
     record.path, record.layout = path, NAME
     return record
@@ -91,7 +91,7 @@ def write(record: Checkpoint, folder: Path, stem: str) -> Path:
         except pieces.CheckpointException as error:
             raise pieces.cause(error) from None
         made[INDEX] = write_json(hidden / INDEX, index).entry
-        read_json(hidden / INDEX)  # of more pieces than may be read, nothing appears
+        _index(hidden, {"files": made})  # what could not be read, as more pieces than JSON may have, never appears
         write_manifest(hidden / MANIFEST, record, made, first={"format": "milepost sharded"}, groups=groups)
     return path
 
@@ -149,9 +149,8 @@ def _asked_of_torch(path: Path) -> list[str]:
 
 def _index(path: Path, manifest: Mapping[str, Any]) -> dict[str, Json]:
     """The index, each piece inside its file and all pieces together no larger than the files; raises CheckpointError."""
-    index, sizes, total = read_json(path / INDEX), {}, 0
-    for name, entry in manifest["files"].items():
-        sizes[name] = entry["size"]
+    index, total = read_json(path / INDEX), 0
+    sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
     for name, entry in index.items():
         try:
             total += _claimed(entry, sizes)
@@ -167,11 +166,7 @@ def _index(path: Path, manifest: Mapping[str, Any]) -> dict[str, Json]:
 def _claimed(entry: Any, sizes: Mapping[str, int]) -> int:
     """The bytes of a tensor by its entry of the index; raises ValueError, or what Python raises, if it is not as it must be."""
     shape, itemsize = entry["shape"], NAMED[entry["dtype"]].itemsize
-    if (
-        not isinstance(shape, list)
-        or len(shape) > DEEPEST
-        or not all(type(side) is int and side >= 0 for side in shape)
-    ):
+    if not isinstance(shape, list) or len(shape) > DEEPEST or any(type(side) is not int or side < 1 for side in shape):
         raise ValueError(f"shape {shape!r:.40}")
     row = math.prod(shape[1:]) * itemsize
     for file, begin, rows in entry["pieces"]:
@@ -184,18 +179,18 @@ def _claimed(entry: Any, sizes: Mapping[str, int]) -> int:
     return math.prod(shape) * itemsize
 
 
-def _tensors(path: Path, index: Mapping[str, Json], begin: str) -> dict[str, Tensor]:
+def _tensors(path: Path, manifest: Mapping[str, Any], index: Mapping[str, Json], *, begin: str) -> dict[str, Tensor]:
     """The tensors whose names begin so, without that beginning: mapped from the file, or joined where they are in several pieces."""
     wanted = {name: entry for name, entry in index.items() if name.startswith(begin)}
-    mapped = {
-        file: _mapped(path / file) for file in {file for entry in wanted.values() for file, *_ in entry["pieces"]}
-    }
+    files = {file for entry in wanted.values() for file, *_ in entry["pieces"]}
+    mapped = {file: _mapped(path / file, size=manifest["files"][file]["size"]) for file in files}
     return {name.removeprefix(begin): _joined(entry, mapped) for name, entry in wanted.items()}
 
 
-def _mapped(file: Path) -> Tensor:
+def _mapped(file: Path, *, size: int) -> Tensor:
+    """The bytes of the file, of which none is read yet; torch refuses a file that has fewer by now."""
     try:
-        return torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+        return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{file}: cannot be read ({str(error).splitlines()[0]:.120})") from error
 
@@ -204,5 +199,4 @@ def _joined(entry: Json, mapped: Mapping[str, Tensor]) -> Tensor:
     shape, dtype = entry["shape"], NAMED[entry["dtype"]]
     row = math.prod(shape[1:]) * dtype.itemsize
     parts = [mapped[file][begin : begin + rows * row].view(dtype) for file, begin, rows in entry["pieces"]]
-    whole = parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=dtype), *parts])
-    return whole.reshape(shape)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
