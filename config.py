@@ -64,7 +64,7 @@ DEFAULTS_BY_MODEL: dict[str, dict[str, Any]] = {
 LORA_DEFAULTS = {"learning_rate": 5e-4, "optimizer": "adamw"}  # ten times what all weights bear (Schulman et al. 2025, "LoRA without regret")
 ADAMW_RATE, ITS_WIDTH = 3e-3, 128  # a gpt2's from random weights; wider ones bear less, as 1 / N_EMBD (Yang et al. 2022, arXiv 2203.03466)
 MUON_PAYS = 10  # tokens a step for each of N_EMBD, below which orthogonalizing takes longer than it saves steps
-LAYOUTS = ("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface")
+LAYOUTS = ("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface", "sharded")
 BY_MODEL = DEFAULTS_BY_MODEL["bigram"]
 
 # Variables of others that an env file may hold: they go to the process environment before torch is imported.

@@ -10,6 +10,7 @@ from ckpt.keep import best_is_kept, free_space_problem, keep_best, prune, save, 
 from ckpt.layouts import LAYOUTS, WRITERS, layout_of
 from ckpt.record import Checkpoint, CheckpointError, printable
 from ckpt.store import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
+from ckpt.together import follow, leading, not_finite
 
 __all__ = [
     "BEST_FOLDER",
@@ -25,11 +26,14 @@ __all__ = [
     "export",
     "exporter",
     "find",
+    "follow",
     "free_space_problem",
     "keep_best",
     "latest",
+    "leading",
     "listing",
     "load",
+    "not_finite",
     "prune",
     "resolve",
     "save",

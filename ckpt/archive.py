@@ -122,20 +122,23 @@ def verify(path: Path) -> list[str]:
     return [f"{path}: is damaged: the bytes of {damaged} do not agree with their checksum"] if damaged else []
 
 
-def dump(content: dict[str, Any], file: io.RawIOBase, *, metadata: Json = None) -> None:
-    """Writes `content`, tensors and plain values, to `file` as torch.save would, and `metadata` as the JSON member."""
+def dump(content: Any, file: io.RawIOBase, *, metadata: Json = None) -> list[int]:
+    """Writes `content`, tensors and plain values, to `file` as torch.save would, and `metadata` as the JSON member.
+
+    Returns where the bytes of each tensor begin.
+    """
     pickler = _Pickler(pickled := io.BytesIO())
     pickler.dump(content)
     with zipfile.ZipFile(cast(Any, file), "w") as archive:
         _add(archive, "data.pkl", pickled.getvalue())
         _add(archive, "byteorder", sys.byteorder.encode())
-        for key, tensor in enumerate(pickler.tensors):
-            _add(archive, f"data/{key}", bytes_of(tensor))
+        begins = [_add(archive, f"data/{key}", bytes_of(tensor)) for key, tensor in enumerate(pickler.tensors)]
         _add(archive, "version", b"3\n")
         if metadata is not None:
             _add(
                 archive, MEMBER.removeprefix(f"{ROOT}/"), json.dumps(metadata, allow_nan=False, sort_keys=True).encode()
             )
+    return begins
 
 
 STORAGES = {
@@ -174,18 +177,20 @@ class _Pickler(pickle.Pickler):
         return value.reference if isinstance(value, _Bytes) else None
 
 
-def _add(archive: zipfile.ZipFile, name: str, data: Any) -> None:
-    """A member whose bytes begin at a multiple of ALIGNMENT, written in pieces that stay in the processor's cache."""
+def _add(archive: zipfile.ZipFile, name: str, data: Any) -> int:
+    """A member whose bytes begin at a multiple of ALIGNMENT, which is returned; written in pieces that stay in the processor's cache."""
     view = memoryview(data).cast("B")
     member = zipfile.ZipInfo(f"{ROOT}/{name}")
     member.file_size = len(view)  # so that zipfile sees whether it needs the fields of a large one
     large = len(view) * 1.05 > zipfile.ZIP64_LIMIT
     header = LOCAL_HEADER + len(member.filename) + 4 + (20 if large else 0)
-    padding = -(archive.fp.tell() + header) % ALIGNMENT  # type: ignore[union-attr]
+    start = archive.fp.tell() + header  # type: ignore[union-attr]
+    padding = -start % ALIGNMENT
     member.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     with archive.open(member, "w", force_zip64=large) as file:
-        for start in range(0, len(view), CHUNK):
-            file.write(view[start : start + CHUNK])
+        for done in range(0, len(view), CHUNK):
+            file.write(view[done : done + CHUNK])
+    return start + padding
 
 
 def bytes_of(tensor: Tensor) -> Any:

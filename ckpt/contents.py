@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ckpt import archive
-from ckpt.layouts import known_layout
+from ckpt.layouts import known_layout, sharded
 from ckpt.record import Checkpoint, CheckpointError
 from ckpt.tensors import DTYPES, optimizer_tensors, tensor_shapes
 
@@ -42,6 +42,8 @@ def held(path: Path) -> list[Held]:
 
     Raises CheckpointError if a file is damaged.
     """
+    if known_layout(path).NAME == sharded.NAME:
+        return list(_in_sharded(path))
     members = known_layout(path).MEMBERS
     tensors: list[Held] = []
     for file in all_files(path):
@@ -58,19 +60,34 @@ def _is_among(name: str, members: tuple[str, ...]) -> bool:
 
 
 def _in_safetensors(file: Path) -> Iterator[Held]:
-    for name, (dtype, shape) in tensor_shapes(file).items():
-        bits = re.search(r"\d+", dtype)
-        size = math.prod(shape) * (int(bits[0]) // 8 if bits else 1)
-        yield Held(name, _part(file.name), TORCH_NAMES.get(dtype, dtype), shape, size)
+    for name, about in tensor_shapes(file).items():
+        yield _held(name, *about, part=_part(file.name))
+
+
+def _held(name: str, dtype: str, shape: tuple[int, ...], *, part: str) -> Held:
+    """A tensor whose dtype is in safetensors' words."""
+    bits = re.search(r"\d+", dtype)
+    size = math.prod(shape) * (int(bits[0]) // 8 if bits else 1)
+    return Held(name, part, TORCH_NAMES.get(dtype, dtype), shape, size)
+
+
+def _in_sharded(path: Path) -> Iterator[Held]:
+    for name, about in sharded.shapes(path).items():
+        part = "optimizer" if _is_optimizers(name) else "weights"
+        yield _held(name.removeprefix(sharded.MODEL), *about, part=part)
 
 
 def _in_archive(file: Path) -> Iterator[Held]:
     content, _ = archive.load(file)  # mapped from the file
     for key, value in content.items():
-        part = "optimizer" if str(key).startswith("optim") else _part(file.name)
+        part = "optimizer" if _is_optimizers(str(key)) else _part(file.name)
         for name, tensor in _walk(value, [str(key)] if isinstance(value, Tensor) else [], seen=set()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             yield Held(name, part, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+
+
+def _is_optimizers(key: str) -> bool:
+    return key.startswith("optim")
 
 
 def _part(name: str) -> str:

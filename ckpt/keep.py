@@ -176,7 +176,7 @@ def what_expires(folder: Path, *, run_id: str, keep_last: int, keep_every: int, 
 
 
 def strip(path: Path) -> None:
-    """Leaves of a checkpoint what it takes to generate from it: the optimizer's file goes, or the one file is written anew without it.
+    """Leaves of a checkpoint what it takes to generate from it: the optimizer's file goes, or the whole is written anew without it.
 
     A damaged file stays as it is: written anew, it would get a checksum that agrees with the damage. The caller holds the folder's lock.
     """
@@ -191,10 +191,11 @@ def strip(path: Path) -> None:
 
 
 def _write_stripped(path: Path, layout: Layout) -> None:
-    """Writes the one file `path` once more without its optimizer, under the first free name; once, though a kill comes in between."""
+    """Writes what is at `path` once more without its optimizer, under the first free name; once, though a kill comes in between."""
     save_id = look(path, layout).metadata.get("save_id")
     for number in itertools.count(1):
-        stem = f"{path.stem}_model" + (f"_{number}" if number > 1 else "")
+        name = path.name if path.is_dir() else path.stem
+        stem = f"{name}_model" + (f"_{number}" if number > 1 else "")
         (target,) = WRITERS[layout.NAME].targets(path.parent, stem)
         if not os.path.lexists(target):
             WRITERS[layout.NAME].write(layout.read(path, optimizer=False), path.parent, stem)

@@ -18,6 +18,13 @@ ALLOWED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (Size|device|b?float\d+|[A-Z]\w*Storage)"
 )
 
+# What the metadata of torch.distributed.checkpoint asks for.
+METADATA = re.compile(
+    r"torch\.distributed\.checkpoint\.metadata (Metadata|MetadataIndex|TensorStorageMetadata|TensorProperties|ChunkStorageMetadata"
+    r"|_MEM_FORMAT_ENCODING)|torch\.distributed\.checkpoint\.filesystem _StorageInfo|torch\.serialization _get_layout"
+    r"|torch (Size|b?float\d+|int\d+)"
+)
+
 # The opcodes that torch's unpickler takes, but for sets, which no file may ask for in any other way either.
 PLAIN = {
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "EMPTY_TUPLE"),
@@ -53,6 +60,20 @@ def asked_for(pickled: bytes) -> list[str]:
         if not foreign:
             raise
     return sorted(foreign)
+
+
+def foreign(pickled: bytes, allowed: re.Pattern[str]) -> list[str]:
+    """What a pickle that is never opened here would ask for besides what `allowed` matches, sorted; raises as pickletools does."""
+    asked = set()
+    for opcode, argument, _ in pickletools.genops(pickled):
+        wanted = str(argument)
+        if opcode.name in ("GLOBAL", "INST") and not allowed.fullmatch(wanted):
+            asked.add(wanted.replace(" ", "."))
+        elif opcode.name == "STACK_GLOBAL" or opcode.name.startswith(
+            "EXT"
+        ):  # by a name that only running it would tell
+            asked.add(opcode.name)
+    return sorted(asked)
 
 
 def words(pickled: bytes) -> frozenset[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 FORMAT_VERSION = 2
 VERSION = "0.1.0"
@@ -77,6 +78,9 @@ class Checkpoint:
     # Known only in memory.
     path: Path | None = None
     layout: str | None = None
+    shared_by: ProcessGroup | None = (
+        None  # the processes that each hold a part of its tensors; None: they are whole here
+    )
     owned: bool = False  # its tensors are in memory of their own, not mapped from a file: a model may take them
     notes: list[str] = field(default_factory=list)
     edited: dict[str, list[Json]] = field(default_factory=dict)  # setting -> [saved, as a hand has changed it]
@@ -88,11 +92,11 @@ class Checkpoint:
 
 
 TENSOR_FIELDS = {"model_state", "optimizer_state"}
-MEMORY_FIELDS = {"path", "layout", "owned", "notes", "edited"}
+MEMORY_FIELDS = {"path", "layout", "shared_by", "owned", "notes", "edited"}
 TYPES = {
     name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }
-HEADER = 512  # bytes that a tensor takes in an archive besides its own: names, checksums, alignment
+HEADER = 2048  # bytes that a tensor, or a piece of one, takes besides its own: names, checksums, alignment
 LARGEST = 2**53  # of a number in the metadata: every program that reads JSON has it exactly
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's folder, so it must not lead out of it
 
@@ -113,8 +117,9 @@ def named_tensors(record: Checkpoint) -> dict[str, Tensor]:
 
 def bytes_on_disk(record: Checkpoint) -> int:
     """About how many bytes the record takes on disk, never fewer: its tensors, a header for each, and its metadata as often as it is written."""
-    tensors = named_tensors(record).values()
-    return sum(tensor.nbytes + HEADER for tensor in tensors) + 4 * len(json.dumps(metadata(record))) + 2**14
+    headers = HEADER * (record.shared_by.size() if record.shared_by else 1)
+    tensors = named_tensors(record).values()  # of one that is shared, `nbytes` are those of all its pieces
+    return sum(tensor.nbytes + headers for tensor in tensors) + 4 * len(json.dumps(metadata(record))) + 2**14
 
 
 def without_optimizer(values: dict[str, Json]) -> dict[str, Json]:

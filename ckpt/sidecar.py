@@ -74,13 +74,16 @@ def plain_metadata(record: Checkpoint) -> dict[str, Json]:
 def write_manifest(
     path: Path,
     record: Checkpoint,
-    files: Mapping[str, NewFile],
+    files: Mapping[str, NewFile | dict[str, Json]],
     *,
     first: Mapping[str, Json],
     groups: list[Json] | None,
 ) -> None:
-    """Writes the manifest at `path`: `first`, which people read, then metadata, param_groups and the files by their place beside it."""
-    listed = {name: file.entry for name, file in files.items()}
+    """Writes the manifest at `path`: `first`, which people read, then metadata, param_groups and the files by their place beside it.
+
+    Of a file that another process wrote, `files` has the `entry` alone.
+    """
+    listed = {name: file.entry if isinstance(file, NewFile) else file for name, file in files.items()}
     rest = {"metadata": plain_metadata(record), "optimizer_groups": groups, "files": listed}
     write_json(path, {**first, **rest, "sha256": _own_sum(rest)})
 

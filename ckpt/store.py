@@ -1,6 +1,7 @@
 """What a folder of checkpoints holds: find, latest, best, which one is meant, which save is due and which are expired. Changes nothing."""
 
 import difflib
+import fnmatch
 import functools
 import glob
 import os
@@ -245,7 +246,9 @@ def _around(path: Path) -> Path | None:
     """The checkpoint that is a folder and has `path` as one of its files, or as a folder of some."""
     for above in list(path.parents)[:2]:
         layout, place = layout_of(above), path.relative_to(above).as_posix()
-        if layout and any(member == place or member.startswith(f"{place}/") for member in layout.MEMBERS):
+        if layout and any(
+            fnmatch.fnmatchcase(place, member) or member.startswith(f"{place}/") for member in layout.MEMBERS
+        ):
             return above
     return None
 

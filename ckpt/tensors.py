@@ -61,6 +61,12 @@ def check_dense(tensor: Any, where: str, name: str, *, dtypes: Sequence[torch.dt
         )
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: all of a plain one, its own rows of a DTensor. Nothing is sent between processes."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local().detach() if to_local else tensor
+
+
 def same_tensor(one: Tensor, other: Tensor, *, whole: bool = True) -> bool:
     """Whether dtype, shape and values are equal; if not `whole`, of the values only the first row is looked at."""
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -88,9 +94,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that hold NaN or infinity. Piece by piece, and without torch's threads: training has them."""
+    """The names of the tensors that hold NaN or infinity, in what this process has of them.
+
+    Piece by piece, and without torch's threads: training has them.
+    """
     step = CHUNK // 4
-    flat = {name: tensor.detach().float().cpu().numpy().reshape(-1) for name, tensor in tensors.items()}
+    flat = {name: local(tensor).detach().float().cpu().numpy().reshape(-1) for name, tensor in tensors.items()}
     return [
         name
         for name, values in flat.items()
@@ -171,7 +180,7 @@ def check_header(path: Path) -> None:
 
 def optimizer_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """`{parameter name}.{kind}` -> tensor of torch's optimizer state, whose groups carry `param_names`."""
-    names = _names(state["param_groups"])
+    names = optimizer_names(state["param_groups"])
     return {f"{names[index]}.{kind}": value for index, kinds in state["state"].items() for kind, value in kinds.items()}
 
 
@@ -183,7 +192,7 @@ def optimizer_groups(state: Mapping[str, Any]) -> list[Json]:
 def optimizer_state(tensors: Mapping[str, Tensor], groups: Any, where: str) -> dict[str, Any]:
     """Torch's own form from what `optimizer_tensors` and `optimizer_groups` gave; raises CheckpointError if they do not fit."""
     try:
-        indices = {name: index for index, name in _names(groups).items()}
+        indices = {name: index for index, name in optimizer_names(groups).items()}
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, kind = key.rpartition(".")
@@ -201,5 +210,6 @@ def take_optimizer(record: Checkpoint, path: Path, groups: Any, *, wanted: bool)
         record.optimizer_state = optimizer_state(read_safetensors(path), groups, str(path))
 
 
-def _names(groups: Any) -> dict[int, str]:
+def optimizer_names(groups: Any) -> dict[int, str]:
+    """The name of each parameter by its index, of param_groups that carry `param_names`."""
     return {index: name for group in groups for index, name in zip(group["params"], group["param_names"], strict=True)}

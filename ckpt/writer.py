@@ -3,14 +3,16 @@
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ckpt.archive import bytes_of
 from ckpt.record import Checkpoint, named_tensors
+from ckpt.tensors import local
 
 SPARE = 0.9  # of the free memory that the copy may take
 
@@ -19,6 +21,9 @@ class Writer:
     """Does jobs with records, one at a time; the next waits for the one before.
 
     The copy is made beside the next forward and backward pass, in which no weight changes: `settle` is called before one does.
+
+    Of a record that processes share (`shared_by`) each copies the part that it holds. The copy lies on a mesh of that group, not of
+    training's: that pass sends messages between the processes meanwhile, and one of this thread's would be taken for training's.
     """
 
     def __init__(self, *, background: bool, free_memory: Callable[[], int | None], say: Callable[[str], None]) -> None:
@@ -65,7 +70,7 @@ class Writer:
         try:
             try:
                 for name, tensor in named_tensors(record).items():
-                    _copy(tensor, self._buffers[name])
+                    _copy(local(tensor), self._buffers[name])
             finally:
                 self._copied.set()
             job(copy)
@@ -74,7 +79,7 @@ class Writer:
 
     def _make_room(self, record: Checkpoint) -> bool:
         """Whether there are buffers for every tensor of the record; without memory for them, saves are done at once from then on."""
-        tensors = named_tensors(record)
+        tensors = {name: local(tensor) for name, tensor in named_tensors(record).items()}
         new = {name: tensor for name, tensor in tensors.items() if not _fits(self._buffers.get(name), tensor)}
         need, free = sum(tensor.nbytes for tensor in new.values()), self._free_memory()
         try:
@@ -89,13 +94,26 @@ class Writer:
 
 def _like(record: Checkpoint, buffers: dict[str, Tensor]) -> Checkpoint:
     """The record with the buffers in place of its tensors."""
-    model_state = {name: buffers[name] for name in record.model_state}
+    copies = {name: _shared(buffers[name], tensor, record) for name, tensor in named_tensors(record).items()}
+    model_state = {name: copies[name] for name in record.model_state}
     optimizer_state: dict[str, Any] | None = None
     if record.optimizer_state is not None:
         state = record.optimizer_state["state"]
-        moments = {index: {kind: buffers[f"{index}.{kind}"] for kind in kinds} for index, kinds in state.items()}
+        moments = {index: {kind: copies[f"{index}.{kind}"] for kind in kinds} for index, kinds in state.items()}
         optimizer_state = {**record.optimizer_state, "state": moments}
     return dataclasses.replace(record, model_state=model_state, optimizer_state=optimizer_state)
+
+
+def _shared(buffer: Tensor, tensor: Tensor, record: Checkpoint) -> Tensor:
+    """The buffer as what it is a copy of: of a DTensor, the part that this process holds, in main memory."""
+    if local(tensor) is tensor:
+        return buffer
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    dtensor = cast(DTensor, tensor)
+    mesh, placements = DeviceMesh.from_group(cast(ProcessGroup, record.shared_by), "cpu"), dtensor.placements
+    return DTensor.from_local(buffer, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def _fits(buffer: Tensor | None, tensor: Tensor) -> bool:

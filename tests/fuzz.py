@@ -30,7 +30,7 @@ from records import FULL, bits, gpt2_record, members, pack, record  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import ckpt  # noqa: E402
-from ckpt import Checkpoint, archive, rebuild, sidecar, store  # noqa: E402
+from ckpt import Checkpoint, archive, files, rebuild, sidecar, store  # noqa: E402
 from runtime.optim import build_optimizer  # noqa: E402
 
 SECONDS = 10  # for one case; each takes milliseconds
@@ -58,7 +58,7 @@ def samples(folder: Path) -> list[Sample]:
     homes = [ckpt.save(one, folder / layout, layout=layout) for layout in ckpt.WRITERS]
     homes += [
         ckpt.save(gpt2_record(), folder / f"gpt2-{layout}", layout=layout)
-        for layout in ("unified", "directory", "huggingface")
+        for layout in ("unified", "directory", "huggingface", "sharded")
     ]
     others = [write(folder) for write in (nanogpt, lightning, flat, transformers_own, without_manifest, bare)]
     return [sample(home, ours=True) for home in homes] + [sample(home, ours=False) for home in others]
@@ -298,6 +298,10 @@ def informed(draw: random.Random, path: Path, data: bytes) -> bytes:
         return struct.pack("<Q", len(text)) + text + data[8 + length :]
     if path.suffix == ".pkl":
         return blind(draw, data, data)
+    if path.name == ".metadata":
+        return respliced(draw, data)
+    if path.suffix == ".distcp":
+        return splice(draw, data, bytes(len(data)))
     return informed_archive(draw, path)
 
 
@@ -362,7 +366,7 @@ def informed_archive(draw: random.Random, path: Path) -> bytes:
 
 
 def listed_again(one: Sample, path: Path, data: bytes) -> dict[Path, bytes]:
-    """The manifest with the size and the sha256 that the changed file now has, if there is one and it names the file."""
+    """The manifest with the size and the sums that the changed file now has, if there is one and it names the file."""
     import hashlib
 
     changed = {path: data}
@@ -370,7 +374,8 @@ def listed_again(one: Sample, path: Path, data: bytes) -> dict[Path, bytes]:
         values = json.loads(text) if place.suffix == ".json" and place != path and one.ours else {}
         for name, entry in values.get("files", {}).items() if isinstance(values.get("files"), dict) else ():
             if place.parent / name == path:
-                entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+                begins = hashlib.sha256(data[: files.BEGINNING]).hexdigest()
+                entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest(), begins_sha256=begins)
                 values["sha256"] = sidecar._own_sum(values)
                 changed[place] = json.dumps(values).encode()
     return changed

@@ -164,7 +164,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {
         place: path.read_bytes()
         for place, path in places.items()
-        if not any(part.startswith(".") for part in place.split("/"))
+        if not any(part.startswith(".") and part != ".metadata" for part in place.split("/"))
     }
 
 

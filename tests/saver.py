@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch.distributed.checkpoint  # noqa: E402  (once, not in every child)
 from records import record  # noqa: E402
 
 import ckpt  # noqa: E402
@@ -104,7 +105,17 @@ def nth(folder: str, layout: str, mode: str, number: str) -> None:
 
     The writes of step 4 are those of step 3 again, and are not counted.
     """
-    left = int(number)
+    original = killed_before(int(number))
+    each_step(range(4, 5), folder, layout, mode, keep_last=1, keep_every=2)
+    for name in REPEATED:
+        setattr(os, name, original[name])
+    each_step(range(6, 7), folder, layout, mode, keep_last=1, keep_every=2)
+    say("untouched")
+
+
+def killed_before(number: int) -> dict[str, Callable[..., Any]]:
+    """From now on the n-th call that changes the disk is this process's end; returns those calls as they were."""
+    left = number
 
     def counted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -124,11 +135,7 @@ def nth(folder: str, layout: str, mode: str, number: str) -> None:
     original = {name: getattr(os, name) for name in CHANGING}
     for name, action in original.items():
         setattr(os, name, counted(name, action))
-    each_step(range(4, 5), folder, layout, mode, keep_last=1, keep_every=2)
-    for name in REPEATED:
-        setattr(os, name, original[name])
-    each_step(range(6, 7), folder, layout, mode, keep_last=1, keep_every=2)
-    say("untouched")
+    return original
 
 
 def half(descriptor: int, data: Any) -> None:

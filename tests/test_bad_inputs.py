@@ -43,6 +43,7 @@ from safetensors.torch import load_file, save_file
 
 import ckpt
 from ckpt import Checkpoint, CheckpointError, archive, tensors
+from ckpt.layouts import sharded
 from ckpt.rebuild import build_model, build_tokenizer
 from ckpt.tensors import not_finite
 
@@ -910,13 +911,14 @@ def test_56_what_changes_between_two_looks_at_it_is_refused_or_right(layout, cha
     path = ckpt.save(record(3), tmp_path, layout=layout)
 
     def changing(action: Callable[..., Any]) -> Callable[..., Any]:
-        def call(file: Path) -> Any:
+        def call(file: Path, **named: Any) -> Any:
             file.write_bytes(CHANGES[change](file.read_bytes()))
-            return action(file)
+            return action(file, **named)
 
         return call
 
     monkeypatch.setattr(archive, "_load_archive", changing(archive._load_archive))
+    monkeypatch.setattr(sharded, "_mapped", changing(sharded._mapped))
     check = tensors.check_header
     monkeypatch.setattr(tensors, "check_header", lambda file: (check(file), changing(lambda _: None)(file))[0])
     outcome = opened_or_said(path, verify=False)

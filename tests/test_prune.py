@@ -126,7 +126,7 @@ def test_what_has_gone_is_told_and_not_what_was_planned(folder, monkeypatch):
 
 @pytest.mark.parametrize("layout", WRITERS)
 def test_it_does_what_it_said(folder, layout):
-    save(folder, *range(1, 7), layout=layout, size=32)
+    save(folder, *range(1, 7), layout=layout, size=64)
     save(folder, 1, 2, run_id="two", layout=layout)
     policy = {"CHECKPOINT_KEEP_LAST": "2", "CHECKPOINT_KEEP_EVERY": "4"}
     said = call(pruner, folder, **policy)

@@ -13,6 +13,7 @@ from ckpt.layouts import (
     mlx,
     nanogpt,
     separated,
+    sharded,
     stepfiles,
     unified,
 )
@@ -61,7 +62,19 @@ def _as_layout(module: ModuleType) -> Layout:
 LAYOUTS: tuple[Layout, ...] = tuple(
     map(
         _as_layout,
-        (directory, consolidated, huggingface, stepfiles, mlx, separated, nanogpt, lightning, lecture, unified),
+        (
+            directory,
+            consolidated,
+            huggingface,
+            sharded,
+            stepfiles,
+            mlx,
+            separated,
+            nanogpt,
+            lightning,
+            lecture,
+            unified,
+        ),
     )
 )
 WRITERS: dict[str, Layout] = {layout.NAME: layout for layout in LAYOUTS if hasattr(layout, "write")}

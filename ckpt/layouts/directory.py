@@ -12,6 +12,7 @@ from typing import Any
 from ckpt import archive
 from ckpt.adopt import adopted, files, home
 from ckpt.files import NewFile, new_folder, write_json, written
+from ckpt.layouts import sharded
 from ckpt.record import (
     Checkpoint,
     CheckpointError,
@@ -51,7 +52,9 @@ MAY_CHANGE = ("batch_size", "device", "dropout")  # the rest decides what the we
 
 
 def detect(path: Path) -> bool:
-    """Whether `path` is a folder with our manifest, or another program's with model.pt and config.json."""
+    """Whether `path` is a folder with our manifest, or another program's with model.pt and config.json; of `sharded` it is none."""
+    if sharded.detect(path):
+        return False
     return is_regular(path / MANIFEST) or (is_regular(path / MODEL) and is_regular(path / CONFIG))
 
 
