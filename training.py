@@ -103,7 +103,6 @@ def train_as_told(settings: Config, log: Log, world: World) -> int:
 def processes(settings: Config, log: Log) -> Iterator[World]:
     """This process among those that torchrun started, which end together; the first alone is heard. Without torchrun, it is alone."""
     torchrun = config.torchrun()
-    log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
     local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
     device = machine.choose_device(settings.device, **local)
     before = signal.signal(
@@ -544,9 +543,9 @@ def say_start(run: Run) -> None:
     """At most 15 lines: what is trained on what, for how long, and where it goes."""
     settings, text, say = run.settings, run.text, run.log
     count, steps, rows = models.parameter_count(run.model), run.end - run.step, run.batches.rows_per_step
-    numerics = f"{torch.get_num_threads()} threads, {run.dtype}, {'compiled' if run.compile_step else 'eager'}"
-    if run.world.size > 1:
-        numerics = f"{run.world.size} processes, {run.engine}, each {numerics}"
+    shared = f"{run.world.size} processes by {run.engine}, each " if run.world.size > 1 else ""
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    numerics = f"{shared}{threads}, {run.dtype}, {'compiled' if run.compile_step else 'eager'}"
     say(f"run {run.run_id}: {settings.model_type} on {run.device.type} ({numerics})")
     sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on"
     tokenizer = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
@@ -654,7 +653,8 @@ def kept(run: Run) -> str:
         return f"what is kept cannot be told ({error})"
     if newest is None:
         return "nothing was kept"
-    go_on = command_line(ROOT / "training.py", RESUME="auto", CHECKPOINT_DIR=folder, **base_of(run))
+    count = run.world.local_size if run.world.size > 1 else None
+    go_on = command_line(ROOT / "training.py", processes=count, RESUME="auto", CHECKPOINT_DIR=folder, **base_of(run))
     return f"step {newest.step} is kept in {shown(newest.path)}; go on with: {go_on}"
 
 
@@ -679,6 +679,8 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # before the loop, both stop at once
             signal.signal(number, signal.default_int_handler)
+        torchrun = config.torchrun()
+        log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
         code = action(settings, log)
     except KeyboardInterrupt:
         log("interrupted")

@@ -180,9 +180,14 @@ def shown(path: Path | str) -> str:
     return str(Path(path).relative_to(Path.cwd())) if inside else str(path)
 
 
-def command_line(script: Path, **variables: object) -> str:
-    """A command that can be pasted into a shell in the current folder: variables quoted, script and Python where they are."""
+def command_line(script: Path, *, processes: int | None = None, **variables: object) -> str:
+    """A command that can be pasted into a shell in the current folder: variables quoted, script and Python where they are.
+
+    Of so many `processes` on this machine, torchrun's; it takes the place of Python.
+    """
     python = "python3" if shutil.which("python3") == sys.executable else shlex.quote(shown(sys.executable))
+    if processes is not None:
+        python += f" -m torch.distributed.run --nproc_per_node={processes}"
     words = [
         f"{name}={shlex.quote(shown(value) if isinstance(value, Path) else str(value))}"
         for name, value in variables.items()

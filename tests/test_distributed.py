@@ -129,7 +129,8 @@ def test_four_processes_with_parts_of_the_weights_learn_what_one_does(tmp_path):
 def without_last(folder: Path, target: Path, step: int) -> None:
     """`target` gets what a run that was killed soon after `step` would have left of the run in `folder`."""
     shutil.copytree(folder, target)
-    for found in ckpt.find(target / "checkpoints"):
+    checkpoints = target / "checkpoints"
+    for found in [*ckpt.find(checkpoints), *ckpt.find(checkpoints / ckpt.BEST_FOLDER)]:
         if found.step > step:
             shutil.rmtree(found.path) if found.path.is_dir() else found.path.unlink()
 
@@ -235,6 +236,8 @@ def test_without_restarts_the_others_end_too_and_the_newest_checkpoint_opens(tmp
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1  # torchrun's own
     assert "another process of this training is gone" in done.stderr
+    if rank == 1:
+        assert "torch.distributed.run --nproc_per_node=2 training.py" in done.stderr  # how to go on
     assert newest(tmp_path).step == left
 
 
@@ -288,7 +291,7 @@ def test_the_first_process_alone_is_heard_and_threads_are_shared_out(tmp_path):
         else max(1, (os.cpu_count() or 1) // 2)
     )
     assert said_once(done, f"OMP_NUM_THREADS is 1, as torchrun leaves it: {threads} for each of the 2 processes here")
-    for text in ("run 2", "2 processes, ddp", "plan: 8 steps", "done: 8 steps", "next: "):
+    for text in ("run 2", "2 processes by ddp, each", "plan: 8 steps", "done: 8 steps", "next: "):
         assert said_once(done, text), text
     assert newest(tmp_path).runtime["threads"] == threads
     (run,) = (tmp_path / "runs").iterdir()
