@@ -135,11 +135,13 @@ def ddp_bytes(step: Step) -> float:
 
 
 def fsdp_bytes(step: Step) -> float:
-    """The same when each device holds a part: the weights gathered for each forward and each backward pass, the gradients scattered once.
+    """The same when each device holds a part: weights gathered for each forward and each backward pass, gradients scattered once a step.
 
-    With one micro-batch 3 passes over the model, half as much again as DDP (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section 7).
+    With one micro-batch 3 passes over the model, half as much again as DDP (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section 7), but
+    for the weights outside the blocks: fully_shard leaves those whole from a forward pass to its backward pass.
     """
-    return BYTES * (2 * step.micro_batches * step.weights + step.trained)
+    gathered = 2 * step.weights - step.root
+    return BYTES * (step.micro_batches * gathered + step.trained)
 
 
 def exposed(communication: float, beside: float) -> tuple[float, float]:
@@ -150,7 +152,7 @@ def exposed(communication: float, beside: float) -> tuple[float, float]:
 def enough_tokens(cluster: Cluster) -> float:
     """Tokens of a device and micro-batch from which arithmetic can hide all communication; the model's size falls out.
 
-    DDP sends 8 N bytes beside the backward pass, 4 N operations a token; FSDP 12 N beside the whole step, 6 N. Both make
+    DDP sends 8 N bytes beside the backward pass, 4 N operations a token; FSDP up to 12 N beside the whole step, 6 N. Both make
     2 F ((d - 1) / (d B_within) + (m - 1) / (m B_between)), attention's operations left out.
     """
     return 2 * cluster.flops * pass_seconds(1.0, cluster)

@@ -32,25 +32,18 @@ from runtime.progress import Log, amount, duration, table, tell
 from runtime.scaling import Cluster, Saving, Step, Way
 from training import guarded
 
-VOCABULARY = {
-    "gpt2": 50257,
-    "byte": 256,
-    "char": 256,
-    "auto": 256,
-}  # tokens; of the last two the most that there can be
+VOCABULARY = {"gpt2": 50257, "byte": 256, "char": 256, "auto": 256}  # of the last two the most that there can be
 MOST_LAYERS = 1000  # for which shapes are laid out in a second
 SPARE_RESTARTS = 3  # beyond twice the failures to expect: what fails once may fail again at once
 MOST_FAILURES = 10**6
 NEVER = 1e12  # seconds that nobody waits for
-TRAINING = (
-    "Data",
-    "Model",
-    "Adapters",
-    "Training",
-    "Watching",
-    "Machine",
-    "Checkpoints",
-)  # groups of variables that training.py reads
+OTHERS = (
+    "Generating",
+    "Going on",
+    "Evaluating",
+    "Looking after",
+    "Scaling",
+)  # groups of variables that training.py does not read
 
 
 def main(settings: Config, log: Log) -> int:
@@ -85,25 +78,9 @@ def cluster_of(settings: Config) -> Cluster:
 
 def model_of(settings: Config) -> models.GPT2:
     """The model's shapes; no memory is taken for its weights. Raises ConfigError for a model that no plan is made for."""
-    if settings.model_type != "gpt2":
-        raise ConfigError(
-            [
-                "MODEL_TYPE=bigram: a plan is made for MODEL_TYPE=gpt2; a bigram is one table, and a second device gains nothing"
-            ]
-        )
-    if settings.ttt_layers:
-        raise ConfigError(
-            [f"TTT_LAYERS={settings.ttt_layers}: how long a TTT layer takes is not in the plan's formulas; unset it"]
-        )
-    if settings.n_layer is not None and settings.n_layer > MOST_LAYERS:
-        raise ConfigError([f"N_LAYER={settings.n_layer}: a plan is made for up to {MOST_LAYERS} blocks"])
-    if settings.init_from:
-        raise ConfigError(
-            [
-                f"INIT_FROM={settings.init_from}: a plan opens no checkpoint; unset it, and set N_LAYER, N_HEAD, N_EMBD and TOKENIZER"
-            ]
-        )
-    settings = published(settings) if settings.gpt2_model_name else settings
+    if refused := list(refusals(settings)):
+        raise ConfigError(refused)
+    settings = published(settings)
     vocab_size = settings.bpe_vocab_size if settings.tokenizer == "bpe" else VOCABULARY[settings.tokenizer]
     try:
         model = skeleton("gpt2", architecture(settings, vocab_size=vocab_size))
@@ -115,26 +92,31 @@ def model_of(settings: Config) -> models.GPT2:
     return model
 
 
+def refusals(settings: Config) -> Iterator[str]:
+    """What no plan is made for."""
+    name, layers = settings.gpt2_model_name, settings.n_layer or 0
+    if settings.model_type != "gpt2":
+        yield "MODEL_TYPE=bigram: a bigram is one table, and a second device gains nothing; set MODEL_TYPE=gpt2"
+    if settings.ttt_layers:
+        yield f"TTT_LAYERS={settings.ttt_layers}: how long a TTT layer takes is not in the formulas; unset it"
+    if settings.init_from:
+        yield f"INIT_FROM={settings.init_from}: no checkpoint is opened; unset it, and set its sizes (N_LAYER, N_HEAD, N_EMBD)"
+    if layers > MOST_LAYERS:
+        yield f"N_LAYER={layers}: a plan is made for up to {MOST_LAYERS} blocks"
+    if name and name not in SIZES:
+        yield f"GPT2_MODEL_NAME={name}: expected one of {', '.join(SIZES)}; for another set N_LAYER, N_HEAD, N_EMBD and TOKENIZER=gpt2"
+    elif name and settings.block_size > SIZES[name].block_size:
+        yield f"BLOCK_SIZE={settings.block_size}: {name} has {SIZES[name].block_size} positions; set that or less"
+
+
 def published(settings: Config) -> Config:
-    """The settings with the sizes of the pretrained model that GPT2_MODEL_NAME names; raises ConfigError if they are not known or others given."""
-    name = str(settings.gpt2_model_name)
-    if name not in SIZES:
-        raise ConfigError(
-            [
-                f"GPT2_MODEL_NAME={name}: a plan knows {', '.join(SIZES)}; for another set N_LAYER, N_HEAD, N_EMBD and TOKENIZER=gpt2"
-            ]
-        )
+    """The settings with the sizes of the model that GPT2_MODEL_NAME names; raises ConfigError if others were given."""
+    name = settings.gpt2_model_name
+    if not name:
+        return settings
     own = {each.upper(): getattr(SIZES[name], each) for each in SHAPE} | {"TOKENIZER": "gpt2"}
-    wrong = [
-        f"{variable}={given}: {name} has {kept}; unset {variable}"
-        for variable, given, kept in config.contradictions(settings, own)
-    ]
-    if settings.block_size > SIZES[name].block_size:
-        wrong.append(
-            f"BLOCK_SIZE={settings.block_size}: {name} has {SIZES[name].block_size} positions; set that or less"
-        )
-    if wrong:
-        raise ConfigError(wrong)
+    if wrong := config.contradictions(settings, own):
+        raise ConfigError([f"{given}={value}: {name} has {kept}; unset {given}" for given, value, kept in wrong])
     return config.from_saved(settings, own)
 
 
@@ -142,12 +124,9 @@ def step_of(settings: Config, model: models.GPT2, cluster: Cluster) -> Step:
     """A step as one device sees it. Raises ConfigError if the rows cannot be shared evenly."""
     rows, left = divmod(settings.batch_size, cluster.size)
     if left:
-        source = settings.sources["BATCH_SIZE"]
-        raise ConfigError(
-            [
-                f"BATCH_SIZE={settings.batch_size} ({source}): {cluster.size} devices share the rows evenly; set BATCH_SIZE={(rows + 1) * cluster.size}"
-            ]
-        )
+        given = f"BATCH_SIZE={settings.batch_size} ({settings.sources['BATCH_SIZE']})"
+        fits = (rows + 1) * cluster.size
+        raise ConfigError([f"{given}: {cluster.size} devices share the rows evenly; set BATCH_SIZE={fits}"])
     shape: GPT2Settings = model.settings
     block = models.parameter_count(model.h[0])
     weights, trained = models.parameter_count(model), models.trained_count(model)
@@ -171,7 +150,8 @@ def step_of(settings: Config, model: models.GPT2, cluster: Cluster) -> Step:
 def notes(settings: Config) -> Iterator[str]:
     """What the plan leaves out."""
     if settings.tokenizer in ("auto", "char") and not settings.gpt2_model_name:
-        yield f"TOKENIZER={settings.tokenizer}: the text is not read, so a vocabulary of {VOCABULARY['auto']} tokens is assumed (TOKENIZER=gpt2: 50,257)"
+        assumed = f"a vocabulary of {VOCABULARY['auto']} tokens is assumed (TOKENIZER=gpt2 has 50,257)"
+        yield f"TOKENIZER={settings.tokenizer}: the text is not read, so {assumed}"
     if settings.optimizer == "muon":
         yield "OPTIMIZER=muon: counted as adamw; muon keeps less, and its own products, and with fsdp its gathering, come on top"
 
@@ -191,12 +171,8 @@ def sections(settings: Config, model: models.GPT2, step: Step, cluster: Cluster)
     yield "=== MODEL AND STEP ===\n" + table(list(basics(model, step, cluster)))
     yield "=== DDP OR FSDP ===\n" + table(list(compared(step, cluster, both, wish)))
     yield f"=== FROM 1 DEVICE TO {cluster.size} ===\n" + table(list(trend(settings, step, cluster)))
-    yield (
-        "=== SAVING AND FAILING ===\n"
-        + table(list(failing(settings, step, cluster, way, kept)))
-        + "\n\n"
-        + table(list(saving(saved, way)))
-    )
+    yield "=== SAVING AND FAILING ===\n" + table(list(failing(settings, step, cluster, way, kept)))
+    yield table(list(saving(saved, way)))
     yield "=== COMMAND ===\n" + command(settings, cluster, way, kept)
 
 
@@ -212,10 +188,8 @@ def basics(model: models.GPT2, step: Step, cluster: Cluster) -> Iterator[tuple[s
     rows = f"{micro}{step.tokens // shape.block_size} rows of {shape.block_size}"
     yield "tokens a step", f"{tokens * cluster.size:,}; a device {tokens:,}: {rows}"
     flops = step.flops_per_token * tokens * cluster.size / 1e12
-    yield (
-        "operations",
-        f"{step.flops_per_token / 1e9:.3g} GFLOP a token, {flops:,.{0 if flops >= 100 else 3}f} TFLOP a step",
-    )
+    in_all = f"{flops:,.0f}" if flops >= 100 else f"{flops:.3g}"
+    yield "operations", f"{step.flops_per_token / 1e9:.3g} GFLOP a token, {in_all} TFLOP a step"
     yield "arithmetic takes", f"{time_of(scaling.compute_seconds(step, cluster))} a step"
 
 
@@ -238,16 +212,8 @@ def compared(step: Step, cluster: Cluster, both: tuple[Way, Way], wish: str) -> 
 
 def trend(settings: Config, step: Step, cluster: Cluster) -> Iterator[tuple[str, ...]]:
     """A row for each number of devices: the same steps, so that the length of the run can be compared."""
-    yield (
-        "devices",
-        "way",
-        "micro-batches",
-        "memory",
-        "efficiency",
-        "a step",
-        "tokens/s",
-        amount(settings.training_steps) + " steps",
-    )
+    steps = f"{settings.training_steps:,} steps"
+    yield "devices", "way", "micro-batches", "memory", "efficiency", "a step", "tokens/s", steps
     for part, on in scaling.fewer(step, cluster):
         way, compute = scaling.chosen(scaling.ways(part, on), on, wish_of(settings)), scaling.compute_seconds(part, on)
         best, worst = way.seconds
@@ -268,10 +234,8 @@ def failing(settings: Config, step: Step, cluster: Cluster, way: Way, kept: Savi
     """How often it will fail, and what the run takes with that."""
     length = settings.training_steps * way.seconds[1]
     yield "a checkpoint", amount(checkpoint_bytes(settings, step), "B")
-    of_each = (
-        f", one of {cluster.machines} that fail every {time_of(cluster.machine_mtbf)}" if cluster.machines > 1 else ""
-    )
-    yield "a machine fails", f"every {time_of(cluster.mtbf)}{of_each}"
+    of_each = f", one of {cluster.machines} that fail every {time_of(cluster.machine_mtbf)}"
+    yield "a machine fails", f"every {time_of(cluster.mtbf)}{of_each if cluster.machines > 1 else ''}"
     yield "failures to expect", f"{length / cluster.mtbf:.2g} in {time_of(length)}, nothing hidden"
     whole = time_of(length / (1 - kept.lost)) if kept.lost < 1 else "for ever: it fails before it gets on"
     yield "with saves and failures", whole
@@ -298,10 +262,8 @@ def command(settings: Config, cluster: Cluster, way: Way, kept: Saving) -> str:
     wanted: dict[str, object] = {"CHECKPOINT_KEEP_LAST": 2, **given(settings)}
     wanted |= {"ENABLE_CHECKPOINTS": True, "RESUME": "auto", "CHECKPOINT_INTERVAL": interval}
     wanted |= {"DISTRIBUTED": "fsdp", "CHECKPOINT_LAYOUT": "sharded"} if by_all(settings, way) else {}
-    words = [
-        f"{name}={shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}"
-        for name, value in wanted.items()
-    ]
+    texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in wanted.items()}
+    words = [f"{name}={shlex.quote(text)}" for name, text in texts.items()]
     failures = settings.training_steps * way.seconds[1] / cluster.mtbf
     restarts = f"--max-restarts={SPARE_RESTARTS + math.ceil(2 * min(failures, MOST_FAILURES))}"
     torchrun = f"torchrun --nproc-per-node={cluster.devices} {restarts}"
@@ -323,10 +285,8 @@ def wish_of(settings: Config) -> str:
 
 def given(settings: Config) -> dict[str, object]:
     """What the user set of what training.py reads."""
-    names = [
-        name for name, each in config.VARIABLES.items() if each.metadata["group"] in TRAINING and settings.given(name)
-    ]
-    return {name: getattr(settings, name.lower()) for name in names if name != "ENV_FILE"}
+    named = [name for name, each in config.VARIABLES.items() if each.metadata["group"] not in OTHERS]
+    return {name: getattr(settings, name.lower()) for name in named if settings.given(name) and name != "ENV_FILE"}
 
 
 def by_all(settings: Config, way: Way) -> bool:
