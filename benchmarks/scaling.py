@@ -1,6 +1,6 @@
 """What a second process brings: the same steps shared by two (strong scaling), and twice the rows on two (weak), against one process.
 
-    python3 benchmarks/scaling.py         # about ten minutes, on a machine with two processors
+    python3 benchmarks/scaling.py         # about a quarter of an hour, on a machine with two processors
 
 Every process has one thread. The limit is what two processes reach that train at the same time and know nothing of each other. Each arm is
 `training.py` itself with its defaults (OPTIMIZER=adamw and such may be set), and what counts is the time from line to line of its metrics.
