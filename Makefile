@@ -28,7 +28,7 @@ soak: $(VENV)/.dev
 
 # Compared with nanoGPT where NANOGPT_DIR names a checkout of it, and on tiny Shakespeare where TINYSHAKESPEARE names that text.
 bench: $(VENV)/.dev
-	for one in steps time_to_loss lora generation startup data saving; do $(BIN)/python benchmarks/$$one.py || exit; done
+	for one in steps time_to_loss lora generation startup data saving scaling; do $(BIN)/python benchmarks/$$one.py || exit; done
 
 bench-long: $(VENV)/.dev
 	$(BIN)/python benchmarks/time_to_loss.py long

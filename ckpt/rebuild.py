@@ -60,8 +60,9 @@ def build_model(
         settings["dropout"] = dropout
     _check_layers(settings, state, where=_where(record))
     try:
-        with torch.device("meta"), _Unfilled():  # no memory and no random draws for weights that are replaced at once
-            model = models.build(record.model_type, settings)
+        model = skeleton(
+            record.model_type, settings
+        )  # no memory and no random draws for weights that are replaced at once
     except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape of more elements than can be counted
         reason = f"{str(error).splitlines()[0]:.300}"  # torch adds frames of C++
         raise CheckpointError(f"{_where(record)}: its settings make no model: {reason}") from error
@@ -80,6 +81,13 @@ def build_model(
         model.load_state_dict(state, strict=not fresh)
     models.draw_adapters(model, fresh)
     return model
+
+
+def skeleton(model_type: str, settings: Mapping[str, Any]) -> models.Model:
+    """A model of these settings whose weights have shapes and no memory. Raises what models.build raises, and torch's RuntimeError for
+    a shape of more elements than can be counted."""
+    with torch.device("meta"), _Unfilled():
+        return models.build(model_type, settings)
 
 
 def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
@@ -296,8 +304,7 @@ PLAIN = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tie
 def weight_shapes(settings: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Name and shape of every weight of a plain GPT-2 of these sizes, in the order of its modules; nothing is allocated."""
     sizes = {name: settings[name] for name in PLAIN if name in settings}
-    with torch.device("meta"), _Unfilled():
-        return {name: tensor.shape for name, tensor in models.build("gpt2", sizes).state_dict().items()}
+    return {name: tensor.shape for name, tensor in skeleton("gpt2", sizes).state_dict().items()}
 
 
 def _where(record: Checkpoint) -> str:

@@ -275,16 +275,18 @@ class GPT2(nn.Module):
         """An empty key/value cache for forward(), for batch_size rows of up to block_size tokens."""
         return GPT2Cache(batch_size, self.settings.block_size)
 
-    def activation_bytes(self, batch_size: int, *, bytes_per_value: int) -> int:
+    def activation_bytes(self, batch_size: int, *, bytes_per_value: int, device_type: str | None = None) -> int:
         """About how many bytes a training step needs beside weights, gradients and optimizer: counts from measured peaks, not theory.
 
         For each token and layer, and once more for the layer at work, 22 C values and attention's scores (H, T, T). Logits,
         their float32 copy, softmax and gradient, of which a tied head holds no more than CHUNK (on CUDA a compiler may hold all). And
-        the embedding's gradient twice more, as head and embedding add to it apart. A TTT layer adds its own.
+        the embedding's gradient twice more, as head and embedding add to it apart. A TTT layer adds its own. `device_type` is the
+        weights' own unless another is meant.
         """
-        s, cuda = self.settings, self.wte.weight.device.type == "cuda"
+        s, cuda = self.settings, (device_type or self.wte.weight.device.type) == "cuda"
         tokens = batch_size * s.block_size
-        per_layer = 22 * s.n_embd * bytes_per_value + s.n_head * s.block_size * self._square_bytes(bytes_per_value)
+        scores = 0 if cuda else s.n_head * s.block_size * self._square_bytes(bytes_per_value)  # fused there
+        per_layer = 22 * s.n_embd * bytes_per_value + scores
         logits = tokens * s.vocab_size if cuda or self.lm_head is not None else min(tokens * s.vocab_size, CHUNK)
         gradients = 8 * self.wte.weight.numel() if self.wte.weight.requires_grad else 0
         learned = (
@@ -293,9 +295,7 @@ class GPT2(nn.Module):
         return (s.n_layer + 1) * tokens * per_layer + tokens * learned + logits * (bytes_per_value + 12) + gradients
 
     def _square_bytes(self, bytes_per_value: int) -> int:
-        """Of each score of a layer's attention: one tensor of them where it is written out, four with dropout, none where it is fused."""
-        if self.wte.weight.device.type == "cuda":
-            return 0
+        """Of each score of a layer's attention on a CPU: one tensor of them where it is written out, four with dropout, none where it is fused."""
         if self.settings.block_size > SHORT:
             return 4 * 4 if self.settings.dropout else 0  # with dropout PyTorch writes them out, in float32
         return bytes_per_value * (4 if self.settings.dropout else 1)

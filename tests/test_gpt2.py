@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 from models import build, freeze_base, parameter_count, training_bytes
-from models.gpt2 import GPT2, SIZES, GPT2Settings
+from models.gpt2 import CHUNK, GPT2, SIZES, GPT2Settings
 
 SMALL = GPT2Settings(vocab_size=97, block_size=32, n_layer=3, n_head=4, n_embd=48)
 Pair = tuple[GPT2, GPT2LMHeadModel]
@@ -292,3 +292,16 @@ def test_training_memory_is_within_half_of_what_was_measured(sizes, more, bytes_
         freeze_base(model)
     estimate = training_bytes(model, sizes[-1], bytes_per_value=bytes_per_value) / 1e6
     assert 1 / 1.5 < estimate / peak < 1.5
+
+
+def test_memory_of_another_device_than_the_weights_are_on():
+    """On CUDA attention keeps no scores, and a compiler may hold all logits."""
+    model = GPT2(GPT2Settings(vocab_size=300_000, block_size=128, n_layer=2, n_head=2, n_embd=8))
+    assert model.activation_bytes(3, bytes_per_value=2, device_type="cpu") == model.activation_bytes(
+        3, bytes_per_value=2
+    )
+    by_hand = 3 * 3 * 128 * 22 * 8 * 2 + 3 * 128 * 300_000 * (2 + 12) + 8 * 300_000 * 8
+    assert model.activation_bytes(3, bytes_per_value=2, device_type="cuda") == by_hand
+    scores = 3 * 3 * 128 * 2 * 128 * 2
+    on_cpu = by_hand + scores - (3 * 128 * 300_000 - CHUNK) * (2 + 12)
+    assert model.activation_bytes(3, bytes_per_value=2) == on_cpu

@@ -1,0 +1,100 @@
+"""What a second process brings: the same steps shared by two (strong scaling), and twice the rows on two (weak), against one process.
+
+    python3 benchmarks/scaling.py         # about a quarter of an hour, on a machine with two processors
+
+Every process has one thread. The limit is what two processes reach that train at the same time and know nothing of each other. Each arm is
+`training.py` itself with its defaults (OPTIMIZER=adamw and such may be set), and what counts is the time from line to line of its metrics.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from measure import ROUNDS, header, row
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {  # name: variables, rows of a batch, steps between two lines
+    "0.8M": ({}, 12, 20),
+    "10.7M": ({"N_LAYER": "6", "N_HEAD": "6", "N_EMBD": "384", "BLOCK_SIZE": "256"}, 16, 2),
+}
+LINES = 6  # of metrics in a turn; the first one ends the warm-up
+BOUND = "0.85"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def main() -> None:
+    """Prints two rows for each shape."""
+    header()
+    for name in SHAPES:
+        taken: dict[str, list[float]] = {}
+        for number in range(ROUNDS):
+            for arm, seconds in turn(name).items():
+                print(f"  {name} {arm}: {seconds:.4f} s a step (turn {number + 1})", file=sys.stderr)
+                taken.setdefault(arm, []).append(seconds)
+        step = {arm: statistics.median(each) for arm, each in taken.items()}
+        told(f"strong scaling, 2 processes, {name}", step, arm="shared", apart="apart, half the rows", work=2)
+        told(f"weak scaling, 2 processes, {name}", step, arm="twice the rows", apart="apart", work=1)
+
+
+def told(metric: str, step: dict[str, float], *, arm: str, apart: str, work: int) -> None:
+    """One row: a step's time of two and of one, and the efficiency beside that of two which share nothing but the machine."""
+    efficiency, limit = (step["one"] / (work * step[each]) for each in (arm, apart))
+    figures = {"ours": f"{1e3 * step[arm]:.1f} ms", "peer": f"{1e3 * step['one']:.1f} ms alone"}
+    row(metric, **figures, ratio=efficiency, bound=BOUND, limit=f"{limit:.2f}, apart", share=efficiency / limit)
+
+
+def turn(name: str) -> dict[str, float]:
+    """Seconds a step of every arm, one after another."""
+    rows = SHAPES[name][1]
+    return {
+        "one": seconds_a_step(name, rows=rows),
+        "shared": seconds_a_step(name, TORCHRUN, rows=rows),
+        "twice the rows": seconds_a_step(name, TORCHRUN, rows=2 * rows),
+        "apart": seconds_a_step(name, rows=rows, at_once=2),
+        "apart, half the rows": seconds_a_step(name, rows=rows // 2, at_once=2),
+    }
+
+
+def seconds_a_step(name: str, launcher: Sequence[str] = (), *, rows: int, at_once: int = 1) -> float:
+    """Of a training that `launcher` starts, after its first line; of several at the same time, that of the slowest."""
+    sizes, _, between = SHAPES[name]
+    variables = {"MODEL_TYPE": "gpt2", "BATCH_SIZE": str(rows), "TRAINING_STEPS": str(LINES * between), "LOG_INTERVAL": str(between)}  # fmt: skip
+    quiet = {
+        "EVAL_INTERVAL": "0",
+        "EVAL_STEPS": "1",
+        "SAMPLE_INTERVAL": "0",
+        "ENABLE_CHECKPOINTS": "false",
+        "DEVICE": "cpu",
+    }
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHON_DOTENV_DISABLED": "1", "TQDM_DISABLE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / str(number) for number in range(at_once)]
+        command = [sys.executable, *launcher, str(ROOT / "training.py")]
+        started = []
+        for place in places:
+            env = os.environ | sizes | variables | quiet | fixed | {"RUNS_DIR": str(place)}
+            started.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))  # fmt: skip
+        for process in started:
+            said = process.communicate()[1]
+            if process.returncode:
+                sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{said}")
+        return max(between_lines(place) for place in places)
+
+
+def between_lines(runs: Path) -> float:
+    """The median seconds a step between two lines of training in the one run below `runs`."""
+    (path,) = runs.glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    trained = [(line["step"], line["time"]) for line in lines if line["split"] == "train"]
+    pairs = itertools.pairwise(trained)
+    return statistics.median((after[1] - before[1]) / (after[0] - before[0]) for before, after in pairs)
+
+
+if __name__ == "__main__":
+    main()
