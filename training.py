@@ -658,7 +658,7 @@ def kept(run: Run) -> str:
     return f"step {newest.step} is kept in {shown(newest.path)}; go on with: {go_on}"
 
 
-def base_of(run: Run) -> dict[str, str]:
+def base_of(run: Run) -> dict[str, Any]:
     """The variable that names the base of a run's checkpoints, if they hold adapters alone."""
     if not (run.base and run.settings.checkpoint_adapters_only):
         return {}

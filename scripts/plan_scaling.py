@@ -280,7 +280,7 @@ def command(settings: Config, cluster: Cluster, way: Way, kept: Saving) -> str:
 
 def wish_of(settings: Config) -> str:
     """DISTRIBUTED."""
-    return getattr(settings, "distributed", "auto")
+    return settings.distributed
 
 
 def given(settings: Config) -> dict[str, object]:
