@@ -388,6 +388,7 @@ def put_together(settings: Config, log: Log, world: World, *, device: torch.devi
             lr=schedule.peak,
             weight_decay=settings.weight_decay,
             betas=(settings.beta1, settings.beta2),
+            world=world,
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == "float16"),
         schedule=schedule,

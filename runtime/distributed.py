@@ -61,6 +61,14 @@ class World:
             value = value / self.size
         return value
 
+    def spread(self, tensor: Tensor, source: int) -> Callable[[], Tensor]:
+        """Gives `tensor` what it holds in process `source`; the answer waits until it has arrived, and returns it."""
+        if self.size == 1:
+            return lambda: tensor
+        tensor = tensor.contiguous()
+        sent = dist.broadcast(tensor, src=source, async_op=True)
+        return lambda: (sent.wait(), tensor)[1]
+
     def told(self, value: Value) -> Value:
         """What the first process has for `value`: any plain object."""
         box = [value]

@@ -1,7 +1,8 @@
 """Optimizers with their parameter groups, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from runtime.device import multiplies_bfloat16
-from runtime.distributed import local, parted_like, whole
+from runtime.distributed import ALONE, World, local, parted_like, whole
+
+Told = Callable[[], Tensor]
 
 KINDS = ("constant", "cosine", "linear", "wsd")
 WSD_DECAY = (
@@ -81,16 +84,35 @@ class Muon(torch.optim.Optimizer):
     learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon's `match_rms_adamw` is the same formula.
     Here a group's `blocks` says how many matrices lie one above the other in each of its weights (query, key and value are
     three), each orthogonalised on its own; and equal shapes go together, since small ones cost more in calls than in arithmetic.
+    Processes that all have the same weights and gradients take turns, and tell the others each direction.
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float, momentum: float = 0.95
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        world: World = ALONE,
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1})
+        self._world = world
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
         """One update of every weight that has a gradient."""
+        under_way: deque[tuple[dict[str, Any], list[tuple[Tensor, ...]], Told]] = deque()
+        for number, (group, blocks) in enumerate(self._work()):
+            source = number % self._world.size
+            under_way.append((group, blocks, self._directions(group, blocks, source)))
+            while len(under_way) >= self._world.size:  # no more than one of each process: memory
+                _move(*under_way.popleft())
+        for one in under_way:
+            _move(*one)
+
+    def _work(self) -> Iterator[tuple[dict[str, Any], list[tuple[Tensor, ...]]]]:
+        """What is orthogonalised together, and its group; weights of which each process holds a part are moved on the way."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and not self.state[parameter]:
@@ -99,7 +121,7 @@ class Muon(torch.optim.Optimizer):
                 self._move_parts(group)
                 continue
             for blocks in _equally_shaped(self._blocks(group)):
-                _move(blocks, lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"])
+                yield group, blocks
 
     def _blocks(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
         """Weight, gradient and momentum of each matrix in the group, all views, all (rows, columns)."""
@@ -107,6 +129,19 @@ class Muon(torch.optim.Optimizer):
             if parameter.grad is not None:
                 each = (parameter, parameter.grad, self.state[parameter]["momentum_buffer"])
                 yield from zip(*(tensor.chunk(group["blocks"]) for tensor in each), strict=True)
+
+    def _directions(self, group: dict[str, Any], blocks: list[tuple[Tensor, ...]], source: int) -> Told:
+        """The directions (N, R, C) of matrices of one shape, which process `source` finds out."""
+        momentum, (weight, _, _) = group["momentum"], blocks[0]
+        for _, gradient, average in blocks:
+            average.lerp_(gradient, 1 - momentum)
+        dtype = _iteration_dtype(weight.device)
+        if source != self._world.rank:
+            return self._world.spread(weight.new_empty((len(blocks), *weight.shape), dtype=dtype), source)
+        ahead = torch.stack(
+            [gradient.lerp(average, momentum) for _, gradient, average in blocks]
+        )  # Nesterov's; (N, R, C)
+        return self._world.spread(orthogonalised(ahead, dtype), source)
 
     def _move_parts(self, group: dict[str, Any]) -> None:
         """One update of weights of which each process holds a part: a direction is made of the whole matrix, in every process alike."""
@@ -119,7 +154,7 @@ class Muon(torch.optim.Optimizer):
             matrices = torch.stack(ahead.chunk(group["blocks"]))  # (N, R, C)
             directions = orthogonalised(matrices, _iteration_dtype(ahead.device)).flatten(0, 1)
             part, rate = local(parted_like(directions, parameter)), group["lr"]
-            local(parameter).mul_(1 - rate * group["weight_decay"]).add_(part, alpha=-rate * _ratio(matrices))
+            local(parameter).mul_(1 - rate * group["weight_decay"]).add_(part, alpha=-rate * _ratio(matrices[0]))
 
 
 def _equally_shaped(blocks: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
@@ -132,19 +167,16 @@ def _equally_shaped(blocks: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple
         yield from (equal[first : first + count] for first in range(0, len(equal), count))
 
 
-def _move(blocks: list[tuple[Tensor, ...]], *, lr: float, weight_decay: float, momentum: float) -> None:
-    """One update of the matrices of one shape, each given as weight, gradient and momentum."""
-    for _, gradient, average in blocks:
-        average.lerp_(gradient, 1 - momentum)
-    ahead = torch.stack([gradient.lerp(average, momentum) for _, gradient, average in blocks])  # Nesterov's; (N, R, C)
-    directions = orthogonalised(ahead, _iteration_dtype(ahead.device))
-    for (weight, _, _), direction in zip(blocks, directions, strict=True):
-        weight.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * _ratio(ahead))
+def _move(group: dict[str, Any], blocks: list[tuple[Tensor, ...]], directions: Told) -> None:
+    """One update of the matrices of one shape along their directions."""
+    lr = group["lr"]
+    for (weight, _, _), direction in zip(blocks, directions(), strict=True):
+        weight.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * _ratio(weight))
 
 
-def _ratio(matrices: Tensor) -> float:
-    """What brings an orthogonal direction (N, R, C) to the size of AdamW's updates, whose root mean square is about 0.2."""
-    return 0.2 * math.sqrt(max(matrices.shape[1:]))
+def _ratio(matrix: Tensor) -> float:
+    """What brings an orthogonal direction (R, C) to the size of AdamW's updates, whose root mean square is about 0.2."""
+    return 0.2 * math.sqrt(max(matrix.shape))
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,9 +246,12 @@ class MuonWithAdamW:
 
 
 def build_optimizer(
-    model: nn.Module, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float]
+    model: nn.Module, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float], world: World = ALONE
 ) -> torch.optim.Optimizer:
-    """The optimizer over `model`'s named parameters. Weight decay falls on matrices only, not on biases and norms (as GPT-2's)."""
+    """The optimizer over `model`'s named parameters, which `world`'s processes step together.
+
+    Weight decay falls on matrices only, not on biases and norms (as GPT-2's).
+    """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if kind == "adamw":
         return _adamw(named, lr=lr, weight_decay=weight_decay, betas=betas)
@@ -227,7 +262,8 @@ def build_optimizer(
         triples = [one for one in hidden if _is_query_key_value(one[0])]
         single = [one for one in hidden if not _is_query_key_value(one[0])]
         groups: list[dict[str, Any]] = [{"params": triples, "blocks": 3}, {"params": single}]
-        parts.append(Muon([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay))
+        groups = [group for group in groups if group["params"]]
+        parts.append(Muon(groups, lr=lr, weight_decay=weight_decay, world=world))
     if rest:  # adapters are all matrices
         parts.append(_adamw(rest, lr=lr, weight_decay=weight_decay, betas=betas))
     return (
