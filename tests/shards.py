@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402  (which DTensors ask for; once, not in every child)
 import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint  # noqa: E402  (once, not in every child)
 from records import FULL, gpt2_record, record  # noqa: E402
 from saver import killed_before, of_step, say  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # noqa: 
 
 import ckpt  # noqa: E402
 import models  # noqa: E402
-from ckpt import Checkpoint, files, keep  # noqa: E402
+from ckpt import Checkpoint, files, keep, pieces  # noqa: E402, F401  (pieces: here, not in every child)
 from ckpt.record import bytes_on_disk, named_tensors  # noqa: E402
 from ckpt.writer import Writer  # noqa: E402
 
@@ -130,6 +130,19 @@ def full_disk(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     return {"seen": seen}
 
 
+def by_columns(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
+    """A tensor that is divided along another dimension than its first, which the index has no words for."""
+    one, seen = shared(record(4), group), "saved"
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    one.model_state = {name: distribute_tensor(torch.ones(8, 8), mesh, [Shard(1)]) for name in one.model_state}
+    try:
+        save(one, folder / "columns")
+    except NotImplementedError as error:
+        seen = str(error)
+    dist.barrier()
+    return {"seen": seen, "left": [path.name for path in (folder / "columns").iterdir() if path.name != ".lock"]}
+
+
 def bad_numbers(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     """One that is none in a row of the second process."""
     one = shared(gpt2_record(5), group)
@@ -168,7 +181,9 @@ def together(folder: Path) -> None:
     """Each of the above, and what it saw."""
     dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo")
-    seen = {each.__name__: each(folder, group) for each in (round_trips, bests, full_disk, bad_numbers, trained)}
+    seen = {
+        each.__name__: each(folder, group) for each in (round_trips, bests, full_disk, by_columns, bad_numbers, trained)
+    }
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
