@@ -1,4 +1,4 @@
-"""One of two processes that each hold a part of a record. test_sharded.py starts them by torchrun, or side by side to kill one.
+"""One of several processes that each hold a part of a record. test_sharded.py starts them by torchrun, or side by side to kill one.
 
 `python3 -m torch.distributed.run --nproc_per_node=2 tests/shards.py FOLDER` does everything below `together` once and says in
 FOLDER/{rank}.json what it saw. `python3 tests/shards.py` reads `RANK KILLED NUMBER MODE STORE FOLDER` from each line and forks a
@@ -70,6 +70,10 @@ def save(one: Checkpoint, folder: Path, *, background: bool = False, best: bool 
 
     writer = Writer(background=background, free_memory=lambda: None, say=print)
     writer.submit(one, job)
+    for _ in range(50 if background else 0):  # training's own messages, meanwhile
+        total = torch.ones(())
+        dist.all_reduce(total)
+        assert total.item() == dist.get_world_size()
     writer.settle()
     for tensor in named_tensors(one).values():  # as training changes it
         (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
@@ -107,7 +111,7 @@ def bests(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def full_disk(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
-    """A disk that is full for the second process alone, then one that is full before anything is written, then room again."""
+    """A disk that is full for the second process alone (of four, for all but the first), then one that is full before anything is written, then room again."""
     write, problem, seen = files.NewFile.write, keep.free_space_problem, []
 
     def refused(self: files.NewFile, data: Any) -> int:
@@ -147,7 +151,7 @@ def bad_numbers(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     """One that is none in a row of the second process."""
     one = shared(gpt2_record(5), group)
     good = ckpt.not_finite(one)
-    if dist.get_rank():
+    if dist.get_rank() == 1:
         one.model_state["wpe.weight"].to_local()[-1, 0] = float("nan")
     return {"good": good, "bad": ckpt.not_finite(one), "own": ckpt.tensors.not_finite(one.model_state)}
 

@@ -52,12 +52,12 @@ def only(folder: Path) -> Path:
 # Two processes
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """What two processes under torchrun left, and in {rank}.json what they saw."""
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.soak)])
+def folder(request, tmp_path_factory) -> Path:
+    """What several processes under torchrun left, and in {rank}.json what they saw."""
     place = tmp_path_factory.mktemp("together")
     launch = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
     ]  # fmt: skip
     done = subprocess.run(
         [*launch, str(SCRIPT), str(place)], capture_output=True, text=True, timeout=LONG, check=False,
@@ -70,7 +70,7 @@ def folder(tmp_path_factory) -> Path:
 
 def seen(folder: Path, name: str) -> list[dict[str, Any]]:
     """What each process saw."""
-    return [json.loads((folder / f"{rank}.json").read_text())[name] for rank in range(2)]
+    return [json.loads(file.read_text())[name] for file in sorted(folder.glob("?.json"))]
 
 
 @pytest.mark.parametrize("background", ["False", "True"])
@@ -82,7 +82,8 @@ def test_what_two_write_is_what_one_reads(folder, name, background):
     assert_same(read, one)
     assert (read.layout, read.notes, ckpt.verify(path)) == ("sharded", [], [])
     assert list(read.model_state) == list(one.model_state)
-    assert sorted(path.glob("*.distcp")) == [path / "__0_0.distcp", path / "__1_0.distcp"]
+    files = [path / f"__{rank}_0.distcp" for rank in range(len(seen(folder, "bests")))]
+    assert sorted(path.glob("*.distcp")) == files
     assert ckpt.load(path, optimizer=False).optimizer_state is None
 
 
@@ -92,7 +93,10 @@ def test_each_wrote_its_own_rows_and_what_all_have_was_written_once(folder):
     (step,) = (name for name in rows if name.endswith(".step"))
     assert len(rows.pop(step)) == 1
     assert len(rows) == 3
-    assert set(map(tuple, rows.values())) == {(("__0_0.distcp", 4), ("__1_0.distcp", 3))}
+    parts = torch.arange(shards.UNEVEN).chunk(len(seen(folder, "bests")))
+    assert set(map(tuple, rows.values())) == {
+        tuple((f"__{rank}_0.distcp", len(part)) for rank, part in enumerate(parts))
+    }
 
 
 def test_a_model_that_fully_shard_divided_is_what_torch_gathers(folder):
@@ -136,28 +140,29 @@ def test_two_saves_in_one_lead_and_a_second_name(folder):
 
 
 def test_a_disk_that_is_full_for_one_leaves_nothing_and_the_next_save_is_whole(folder):
-    leader, other = (each["seen"] for each in seen(folder, "full_disk"))
+    leader, *others = (each["seen"] for each in seen(folder, "full_disk"))
     for told, left in (leader[:2], leader[2:4]):
         assert told[0] == errno.ENOSPC
         assert str(folder / "full disk") in told[1]
         assert left == []
     name = only(folder / "full disk").name
     assert leader[4:] == ["saved", [name]]
-    assert other == ["saved", [], "saved", [], "saved", [name]]  # it follows, and waits for nothing
+    for other in others:
+        assert other == ["saved", [], "saved", [], "saved", [name]]  # it follows, and waits for nothing
     assert_same(ckpt.load(folder / "full disk" / name, verify=True), record(4))
 
 
 def test_what_is_divided_by_columns_is_refused_and_nothing_of_it_is_left(folder):
-    leader, other = seen(folder, "by_columns")
+    leader, *others = seen(folder, "by_columns")
     assert leader == {
         "seen": "model.token_embedding_table.weight is split along another dimension than its first",
         "left": [],
     }
-    assert other == {"seen": "saved", "left": []}
+    assert all(other == {"seen": "saved", "left": []} for other in others)
 
 
 def test_a_bad_number_of_one_process_is_known_to_all(folder):
-    first, second = seen(folder, "bad_numbers")
+    first, second, *_ = seen(folder, "bad_numbers")
     assert first == {"good": [], "bad": ["wpe.weight"], "own": []}  # by its own rows it would not know
     assert second == {"good": [], "bad": ["wpe.weight"], "own": ["wpe.weight"]}
 
@@ -350,6 +355,7 @@ def test_a_piece_that_the_manifest_does_not_name_is_refused(tmp_path):
     assert str(path / "__1_0.distcp") in refused(path)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_another_programs_folder_is_refused_saying_what_it_lacks(tmp_path):
     torch.distributed.checkpoint.save(
         {"model": record(1).model_state}, checkpoint_id=str(tmp_path / "theirs"), no_dist=True
