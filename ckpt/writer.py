@@ -113,9 +113,10 @@ def _shared(buffers: dict[str, Tensor], record: Checkpoint, group: ProcessGroup)
     copies = {}
     for name, tensor in named_tensors(record).items():
         copies[name] = buffers[name]
-        if isinstance(tensor, DTensor):  # whose shape is that of the whole
-            whole = {"shape": tensor.shape, "stride": tensor.stride()}
-            copies[name] = DTensor.from_local(buffers[name], mesh, tensor.placements, run_check=False, **whole)
+        if isinstance(tensor, DTensor):  # whose shape is that of the whole, and asked of no other process
+            copies[name] = DTensor.from_local(
+                buffers[name], mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+            )
     return copies
 
 
