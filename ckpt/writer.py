@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class Writer:
 
 def _like(record: Checkpoint, buffers: dict[str, Tensor]) -> Checkpoint:
     """The record with the buffers in place of its tensors."""
-    copies = {name: _shared(buffers[name], tensor, record) for name, tensor in named_tensors(record).items()}
+    copies = buffers if record.shared_by is None else _shared(buffers, record, record.shared_by)
     model_state = {name: copies[name] for name in record.model_state}
     optimizer_state: dict[str, Any] | None = None
     if record.optimizer_state is not None:
@@ -104,16 +104,20 @@ def _like(record: Checkpoint, buffers: dict[str, Tensor]) -> Checkpoint:
     return dataclasses.replace(record, model_state=model_state, optimizer_state=optimizer_state)
 
 
-def _shared(buffer: Tensor, tensor: Tensor, record: Checkpoint) -> Tensor:
-    """The buffer as what it is a copy of: of a DTensor, the part that this process holds, in main memory."""
-    if local(tensor) is tensor:
-        return buffer
+def _shared(buffers: dict[str, Tensor], record: Checkpoint, group: ProcessGroup) -> dict[str, Tensor]:
+    """Each buffer as what it is a copy of: of a DTensor, the part that this process holds, now in main memory."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-    dtensor = cast(DTensor, tensor)
-    mesh, placements = DeviceMesh.from_group(cast(ProcessGroup, record.shared_by), "cpu"), dtensor.placements
-    return DTensor.from_local(buffer, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    mesh = DeviceMesh.from_group(group, "cpu")
+    copies = {}
+    for name, tensor in named_tensors(record).items():
+        copies[name] = buffers[name]
+        if isinstance(tensor, DTensor):  # whose shape is that of the whole, and asked of no other process
+            copies[name] = DTensor.from_local(
+                buffers[name], mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+            )
+    return copies
 
 
 def _fits(buffer: Tensor | None, tensor: Tensor) -> bool:

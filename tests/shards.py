@@ -1,4 +1,4 @@
-"""One of two processes that each hold a part of a record. test_sharded.py starts them by torchrun, or side by side to kill one.
+"""One of several processes that each hold a part of a record. test_sharded.py starts them by torchrun, or side by side to kill one.
 
 `python3 -m torch.distributed.run --nproc_per_node=2 tests/shards.py FOLDER` does everything below `together` once and says in
 FOLDER/{rank}.json what it saw. `python3 tests/shards.py` reads `RANK KILLED NUMBER MODE STORE FOLDER` from each line and forks a
@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402  (which DTensors ask for; once, not in every child)
 import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint  # noqa: E402  (once, not in every child)
 from records import FULL, gpt2_record, record  # noqa: E402
 from saver import killed_before, of_step, say  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # noqa: 
 
 import ckpt  # noqa: E402
 import models  # noqa: E402
-from ckpt import Checkpoint, files, keep  # noqa: E402
+from ckpt import Checkpoint, files, keep, pieces  # noqa: E402, F401  (pieces: here, not in every child)
 from ckpt.record import bytes_on_disk, named_tensors  # noqa: E402
 from ckpt.writer import Writer  # noqa: E402
 
@@ -70,6 +70,10 @@ def save(one: Checkpoint, folder: Path, *, background: bool = False, best: bool 
 
     writer = Writer(background=background, free_memory=lambda: None, say=print)
     writer.submit(one, job)
+    for _ in range(50 if background else 0):  # training's own messages, meanwhile
+        total = torch.ones(())
+        dist.all_reduce(total)
+        assert total.item() == dist.get_world_size()
     writer.settle()
     for tensor in named_tensors(one).values():  # as training changes it
         (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
@@ -107,7 +111,7 @@ def bests(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def full_disk(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
-    """A disk that is full for the second process alone, then one that is full before anything is written, then room again."""
+    """A disk that is full for the second process alone (of four, for all but the first), then one that is full before anything is written, then room again."""
     write, problem, seen = files.NewFile.write, keep.free_space_problem, []
 
     def refused(self: files.NewFile, data: Any) -> int:
@@ -130,11 +134,24 @@ def full_disk(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     return {"seen": seen}
 
 
+def by_columns(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
+    """A tensor that is divided along another dimension than its first, which the index has no words for."""
+    one, seen = shared(record(4), group), "saved"
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    one.model_state = {name: distribute_tensor(torch.ones(8, 8), mesh, [Shard(1)]) for name in one.model_state}
+    try:
+        save(one, folder / "columns")
+    except NotImplementedError as error:
+        seen = str(error)
+    dist.barrier()
+    return {"seen": seen, "left": [path.name for path in (folder / "columns").iterdir() if path.name != ".lock"]}
+
+
 def bad_numbers(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     """One that is none in a row of the second process."""
     one = shared(gpt2_record(5), group)
     good = ckpt.not_finite(one)
-    if dist.get_rank():
+    if dist.get_rank() == 1:
         one.model_state["wpe.weight"].to_local()[-1, 0] = float("nan")
     return {"good": good, "bad": ckpt.not_finite(one), "own": ckpt.tensors.not_finite(one.model_state)}
 
@@ -168,7 +185,9 @@ def together(folder: Path) -> None:
     """Each of the above, and what it saw."""
     dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo")
-    seen = {each.__name__: each(folder, group) for each in (round_trips, bests, full_disk, bad_numbers, trained)}
+    seen = {
+        each.__name__: each(folder, group) for each in (round_trips, bests, full_disk, by_columns, bad_numbers, trained)
+    }
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
