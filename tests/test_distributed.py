@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -241,11 +243,62 @@ def test_without_restarts_the_others_end_too_and_the_newest_checkpoint_opens(tmp
     assert newest(tmp_path).step == left
 
 
+ENDLESS = {"TRAINING_STEPS": "1000000", "EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0"}
+SOON = 40  # seconds until all have ended: torchrun gives them 30 to do so
+
+
+def killed(folder: Path, count: int, random: Random, **changes: str) -> int:
+    """One of `count` processes that save every step is killed at a random moment; returns the step of the newest checkpoint, which is whole."""
+    pids = folder / "pids"
+    pids.mkdir(exist_ok=True)
+    before = max((found.step for found in ckpt.find(folder / "checkpoints")), default=0)
+    process = start(folder, count, script=WORKER, WORKER_PIDS=str(pids), RESUME="auto", CHECKPOINT_INTERVAL="1", **ENDLESS, **changes)  # fmt: skip
+    wait_for_step(folder, process, before + 3)
+    time.sleep(random.uniform(0, 0.5))  # not to wait for anything: the moment is to be no particular one
+    told = max(losses(folder, "train"))
+    os.kill(int((pids / str(random.randrange(count))).read_text()), signal.SIGKILL)
+    since = time.monotonic()
+    _, err = process.communicate(timeout=SECONDS)
+    assert time.monotonic() - since < SOON, err
+    assert process.returncode == 1
+    assert all(gone(int(pid.read_text())) for pid in pids.iterdir())
+    record = newest(folder)
+    assert record.step >= told - 2  # one save was under way when the next step was told, and the other waits for it
+    return record.step
+
+
+def gone(pid: int) -> bool:
+    """Whether there is no such process any more."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_whoever_is_killed_whenever_the_newest_checkpoint_is_whole_and_all_end(tmp_path, engine):
+    random = Random(engine)
+    steps = [killed(tmp_path, 2, random, DISTRIBUTED=engine) for _ in range(2)]
+    assert steps == sorted(set(steps))  # each went on where the one before was killed
+    (run,) = (tmp_path / "runs").iterdir()
+    trained = [line["step"] for line in read_metrics(run / "metrics.jsonl") if line["split"] == "train"]
+    assert trained == list(range(1, len(trained) + 1))  # no step twice, none left out
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_whoever_of_four_is_killed_whenever_the_newest_checkpoint_is_whole_and_all_end(tmp_path, engine):
+    random = Random(engine)
+    steps = [killed(tmp_path, 4, random, DISTRIBUTED=engine) for _ in range(12)]
+    assert steps == sorted(set(steps))
+
+
 @pytest.mark.parametrize("whom", ["all", "one"])
 def test_a_signal_stops_all_after_the_same_step_and_saves_it(tmp_path, whom):
     pids = tmp_path / "pids"
     pids.mkdir()
-    process = start(tmp_path, 2, script=WORKER, WORKER_PIDS=str(pids), TRAINING_STEPS="100000", CHECKPOINT_INTERVAL="0", EVAL_INTERVAL="0")  # fmt: skip
+    process = start(tmp_path, 2, script=WORKER, WORKER_PIDS=str(pids), CHECKPOINT_INTERVAL="0", **ENDLESS)
     wait_for_step(tmp_path, process, 20)
     if whom == "all":
         process.send_signal(signal.SIGTERM)  # torchrun hands it on
@@ -255,9 +308,7 @@ def test_a_signal_stops_all_after_the_same_step_and_saves_it(tmp_path, whom):
     stopped = re.findall(r"^interrupted after step (\d+): step (\d+) is kept", err, re.MULTILINE)
     assert len(stopped) == 1, err
     assert newest(tmp_path).step == int(stopped[0][0]) == int(stopped[0][1]) >= 20
-    for pid in pids.iterdir():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid.read_text()), 0)
+    assert all(gone(int(pid.read_text())) for pid in pids.iterdir())
 
 
 def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> None:
