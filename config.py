@@ -172,7 +172,7 @@ class Config:
 
     training_steps: int = var(BY_MODEL["training_steps"], "optimizer steps in all, those of an interrupted run included",
         group="Training", scope="math", minimum=1)
-    batch_size: int = var(BY_MODEL["batch_size"], "windows of BLOCK_SIZE tokens a micro-batch; fits a laptop's memory",
+    batch_size: int = var(BY_MODEL["batch_size"], "windows of BLOCK_SIZE tokens a micro-batch, of all processes together; fits a laptop's memory",
         group="Training", scope="math", minimum=1)
     gradient_accumulation_steps: int = var(1, "micro-batches an optimizer step: a larger batch in the same memory",
         group="Training", scope="math", minimum=1)
