@@ -48,6 +48,12 @@ TTT_OTHERS = ("TTT_BASE_LR", "TTT_MINI_BATCH_SIZE", "TTT_INITIAL_GATING_ALPHA")
 LAYERS = ("c_attn", "c_proj", "c_fc")  # that adapters may stand beside
 BIGGEST = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 DERIVED = ("default", "checkpoint", "weights", "plan")  # sources of values that nobody gave
+MACHINE_S_OWN = (
+    "DEVICE",
+    "TRAINING_DATA_SOURCE",
+    "CHECKPOINT_DIR",
+    "RUNS_DIR",
+)  # may differ between machines that train together
 MAY_BE_BLANK = ("PROMPT", "STOP")  # white space is text to them
 NEAR_MISS = 0.9  # difflib's ratio from which a name in the process environment is taken for a typing error of ours
 
@@ -1023,9 +1029,8 @@ def torchrun() -> dict[str, int]:
 
 
 def same_everywhere(config: Config) -> dict[str, Json]:
-    """What the processes of one training must have in common: all but the places of files and the device."""
-    placed = {name for name, variable in VARIABLES.items() if variable.metadata["form"] in ("path", "paths", "source")}
-    return {name: value for name, value in to_dict(config).items() if name not in placed | {"DEVICE"}}
+    """What the processes of one training must have in common: all but where things lie on their machines."""
+    return {name: getattr(config, name.lower()) for name in VARIABLES if name not in MACHINE_S_OWN}
 
 
 def threads_left_at_one() -> bool:

@@ -105,39 +105,38 @@ def processes(settings: Config, log: Log) -> Iterator[World]:
     torchrun = config.torchrun()
     local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
     device = machine.choose_device(settings.device, **local)
-    before = signal.signal(
-        signal.SIGTERM, signal.SIG_DFL
-    )  # waiting for the others, Python's own handler would not be reached
+    # While it waits for the others, a handler of Python's would not be reached.
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     world = distributed.join(torchrun, accelerator=device.type)
     signal.signal(signal.SIGTERM, before)
-    if world.size == 1 and settings.given("DISTRIBUTED"):
-        log(
-            f"DISTRIBUTED={settings.distributed} is not used by one process; start several with torchrun --nproc_per_node"
-        )
     if world.size > 1:
+        check_alike(config.same_everywhere(settings) | {"DEVICE": device.type}, world)
         prepare_processes(settings, log, world)
+    elif settings.given("DISTRIBUTED"):
+        log(f"DISTRIBUTED={settings.distributed} is not used: one process alone; torchrun --nproc_per_node starts more")
     yield world
     distributed.leave()
 
 
+def check_alike(values: dict[str, Any], world: World) -> None:
+    """Raises ConfigError if a value of these settings is another than the first process's, ElsewhereError if so on another machine."""
+    firsts = world.told(values)
+    wrong = [name for name, value in values.items() if value != firsts.get(name)]
+    if not world.any(bool(wrong)):
+        return
+    if not wrong:
+        raise ElsewhereError
+    told = [f"{name} is {values[name]!r:.60} here and {firsts.get(name)!r:.60} on the first machine" for name in wrong]
+    raise ConfigError([f"{each}: set it alike" for each in told])
+
+
 def prepare_processes(settings: Config, log: Log, world: World) -> None:
-    """Makes sure that the processes mean the same, and says what they share. Raises ConfigError if their settings differ."""
-    mine = config.same_everywhere(settings)
-    firsts = world.told(mine)
-    wrong = [
-        f"{name}={value!r:.60} on rank {world.rank}, {firsts.get(name)!r:.60} on rank 0"
-        for name, value in mine.items()
-        if value != firsts.get(name)
-    ]
-    if world.any(bool(wrong)):
-        raise ConfigError([f"{each}: set it alike on every machine" for each in wrong]) if wrong else ElsewhereError
+    """Silences all but the first, shares out this machine's processors, and says so."""
     if not world.first:
         ignore_stdout()
     if config.threads_left_at_one():
-        threads = machine.share_threads(world.local_size)
-        log(
-            f"OMP_NUM_THREADS is 1, as torchrun leaves it: {threads} for each of the {world.local_size} processes here; set it for others"
-        )
+        count = f"{machine.share_threads(world.local_size)} for each of the {world.local_size} processes here"
+        log(f"OMP_NUM_THREADS is 1, as torchrun leaves it: {count}; set it for another number")
     if config.restarts() and settings.resume == "never":
         log("torchrun's restarts would begin anew each time; RESUME=auto and ENABLE_CHECKPOINTS=true go on instead")
 

@@ -378,6 +378,19 @@ def test_a_run_that_another_process_trains_is_refused_once_by_all(tmp_path):
     assert said_once(done, f"run {run.name} is being trained by process {os.getpid()}"), done.stderr
 
 
+def test_processes_that_were_told_different_things_do_not_begin(tmp_path):
+    done = torchrun(tmp_path, 2, script=WORKER, WORKER_OTHER="BATCH_SIZE=8")
+    assert done.returncode == 1
+    assert re.search(r"rank +: 1 .*\n +exitcode +: 2 ", done.stderr), done.stderr  # a bad configuration there
+    assert not (tmp_path / "runs").exists()
+    text = tmp_path / "other.txt"
+    text.write_text("another text, of another machine\n" * 100)
+    done = torchrun(tmp_path, 2, script=WORKER, WORKER_OTHER=f"TRAINING_DATA_SOURCE={text}")
+    assert done.returncode == 1
+    assert said_once(done, "is not the same text on every machine"), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_half_an_environment_is_no_torchrun(tmp_path):
     done = command("training.py", tmp_path, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 2

@@ -3,6 +3,7 @@
 WORKER_PIDS: a folder where each process leaves a file named by its rank that holds its number.
 WORKER_FAULT: "RANK:STEP" kills that process before it learns from the batch of that step, the first time it is started.
 WORKER_MEMORY: bytes that each device seems to have.
+WORKER_OTHER: "NAME=value" that the second process finds in its environment, as if it were on another machine.
 """
 
 import os
@@ -19,6 +20,9 @@ from data.batches import Batches  # noqa: E402
 from runtime import device  # noqa: E402
 
 rank = os.environ["RANK"]
+if rank == "1" and (other := os.environ.get("WORKER_OTHER")):
+    name, _, value = other.partition("=")
+    os.environ[name] = value
 if folder := os.environ.get("WORKER_PIDS"):
     (Path(folder) / rank).write_text(str(os.getpid()), encoding="utf-8")
 
