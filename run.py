@@ -435,10 +435,10 @@ def choose_engine(
     if world.size == 1:
         return "none"
     before = record.runtime if record else {}
-    if settings.distributed == "auto" and before.get("processes") == world.size:
-        return str(before.get("distributed"))
     if settings.distributed != "auto":
         return settings.distributed
+    if before.get("processes") == world.size and before.get("distributed") in ("ddp", "fsdp"):
+        return str(before["distributed"])
     rows, bytes_per_value = settings.batch_size // world.size, 4 if dtype == "float32" else 2
     need = models.training_bytes(model, rows, bytes_per_value=bytes_per_value)
     there = machine.all_memory(device)

@@ -37,7 +37,7 @@ HABIT = names(
     "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST"
 )
 SESSION = names(
-    "ENV_FILE DEVICE BASE_CHECKPOINT CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
+    "ENV_FILE DEVICE DISTRIBUTED BASE_CHECKPOINT CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
     "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
     "EVAL_TYPE EVAL_DATA EVAL_STRIDE BENCHMARK_DATA "
     "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE "
@@ -898,3 +898,34 @@ def test_cublas_is_told_before_it_starts() -> None:
     for env, expected in (({}, ":4096:8"), ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ":16:8")):
         done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, env={"PATH": os.environ["PATH"], **ALONE, **env}, capture_output=True, text=True, check=True)  # fmt: skip
         assert done.stdout.strip() == expected
+
+
+# What torchrun tells
+
+
+def launched(**variables: str) -> dict[str, int]:
+    given = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"} | variables  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            patch.setenv(name, value)
+        return config.torchrun()
+
+
+def test_what_torchrun_tells_is_read_and_a_single_process_is_none_of_several() -> None:
+    assert launched() == {"rank": 3, "size": 4, "local_rank": 1, "local_size": 2}
+    assert launched(WORLD_SIZE="1", RANK="0") == {}
+    assert launched(WORLD_SIZE="") == {}
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_part_of_what_torchrun_tells_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^WORLD_SIZE=4 without a valid {name}: start with torchrun, or unset"):
+        launched(**{name: ""})
+
+
+@pytest.mark.parametrize("value", ["two", "-1", "1.5"])
+def test_ranks_are_whole_numbers(value: str) -> None:
+    with pytest.raises(ConfigError, match="without a valid RANK"):
+        launched(RANK=value)
+    with pytest.raises(ConfigError, match="without a valid WORLD_SIZE"):
+        launched(WORLD_SIZE=value)
