@@ -1043,6 +1043,11 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
 
 
+def restarted() -> bool:
+    """Whether torchrun has started the processes before, and one of them failed."""
+    return (os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0") != "0"
+
+
 def wandb_wishes() -> dict[str, str]:
     """Mode and project of Weights & Biases: its own variables', else offline, so that it never asks for a login, and `milepost`."""
     usual = "online" if os.environ.get("WANDB_API_KEY") else "offline"

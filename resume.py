@@ -15,6 +15,7 @@ from run import (
     Run,
     adapter_variables,
     built_on,
+    check_shares,
     lineage,
     planned,
     put_together,
@@ -59,11 +60,9 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
     return record
 
 
-def agreed_record(settings: Config, log: Log, world: World) -> Checkpoint | None:
-    """What `find_record` finds in the first process; the others open the same checkpoint. Raises as it does."""
-    record = world.by_first(lambda: find_record(settings, log))
-    path = world.told(record.path if record else None)
-    return ckpt.load(path) if path and not record else record
+def let_go(record: Checkpoint) -> None:
+    """Gives back the memory of its tensors, now that a run has taken what it needs of them."""
+    record.model_state, record.optimizer_state = {}, None
 
 
 def exact_first(newest_first: list[ckpt.Found]) -> list[ckpt.Found]:
@@ -157,6 +156,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = ALONE
     saved = saved_settings(record)
     changed = changes(settings, record, planned_anew=schedule is not None)
     settings = config.from_saved(settings, saved)
+    check_shares(settings, world)
     if "TRAINING_STEPS" in changed and settings.training_steps < record.step:
         problem = f"TRAINING_STEPS={settings.training_steps}: the checkpoint is at step {record.step} already"
         raise ConfigError([f"{problem}; set more, or go on from an earlier one with RESUME_STEP"])
@@ -243,7 +243,7 @@ def take_standing(run: Run, record: Checkpoint) -> None:
     # A kill may have come between saving a best step and keeping it as the best; then it is kept first of all.
     folder = Path(run.settings.checkpoint_dir)
     lost = record.best_step == record.step and not run.world.by_first(lambda: ckpt.best_is_kept(folder, record))
-    run.kept_best_step = None if run.world.told(lost) else record.best_step
+    run.kept_best_step = None if run.world.broadcast(lost) else record.best_step
 
 
 def finished(run: Run, record: Checkpoint) -> bool:

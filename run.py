@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 import ckpt
 import config
 import models
-from ckpt import Checkpoint
+from ckpt import Checkpoint, CheckpointError
 from ckpt.adopt import with_chars
 from ckpt.hub import local_folder
 from ckpt.rebuild import build_model, build_tokenizer, name_the_base, with_base
@@ -103,6 +103,7 @@ class Run:
     last_saved: Path | None = None
     save_failed: bool = False
     skipped_updates: int = 0
+    updating: bool = False  # while the weights are between two steps
     last_sample: str | None = None
     refused: set[str] = field(default_factory=set)
     # Opened when training begins.
@@ -133,6 +134,7 @@ class Run:
             compile_step=self.compile_step,
             deterministic=self.settings.deterministic,
             processes=self.world.size,
+            local_processes=self.world.local_size,
             distributed=self.engine,
         )
 
@@ -141,9 +143,10 @@ def fresh(settings: Config, log: Log, world: World = ALONE) -> Run:
     """A run at step 0: from random weights, from GPT2_MODEL_NAME's or from those of INIT_FROM's checkpoint."""
     device = machine.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     machine.make_deterministic(settings.deterministic, device)
-    weights = initial_weights(settings, log)
+    weights = initial_weights(settings, log, world)
     if weights:
         settings = shaped_like(weights, settings)
+    check_shares(settings, world)
     text, tokenizer = read_text(settings, log, world, tokenizer=build_tokenizer(weights) if weights else None)
     torch.manual_seed(settings.seed)
     base = None
@@ -232,20 +235,43 @@ def lineage(record: Checkpoint, changed: dict[str, Any]) -> dict[str, Any]:
     return {"run_id": record.run_id, "step": record.step, "save_id": record.save_id, "file": file, "changed": changed}
 
 
-def initial_weights(settings: Config, log: Log) -> Checkpoint | None:
+def agreed(find: Callable[[], Checkpoint | None], world: World, *, optimizer: bool = True) -> Checkpoint | None:
+    """What `find` finds in the first process; the others open the same checkpoint. Raises as it does.
+
+    Folders change, and machines that share one may see it change at different times.
+    """
+    record = world.by_first(find)
+    path, save = world.broadcast((record.path, record.save_id) if record else (None, None))
+    if path is not None and record is None:
+        record = ckpt.load(path, optimizer=optimizer)
+    if world.any(record is not None and record.save_id != save):
+        raise CheckpointError(f"{path}: is another checkpoint on another machine: all must see the same CHECKPOINT_DIR")
+    return record
+
+
+def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | None:
     """The record whose weights and tokenizer a fresh run begins with, if any."""
+    notes: list[str] = []
     if settings.gpt2_model_name:
-        record = ckpt.load(local_folder(settings.gpt2_model_name), optimizer=False)
-        notes: list[str] = []
-    elif settings.init_from:
-        path, notes = ckpt.resolve(settings.init_from, Path(settings.checkpoint_dir))
-        record = ckpt.load(path, optimizer=False)
+        name = settings.gpt2_model_name
+        record: Checkpoint | None = ckpt.load(world.in_turn(lambda: local_folder(name)), optimizer=False)
     else:
+        record = agreed(lambda: init_from(settings, notes), world, optimizer=False)
+    if record is None:
         return None
     record = with_tokenizer(with_its_base(record, config.without(settings, ["INIT_FROM"]), log), settings, log)
     for note in [*notes, *record.notes]:
         log(note)
     return record
+
+
+def init_from(settings: Config, notes: list[str]) -> Checkpoint | None:
+    """The checkpoint that INIT_FROM means, if any; what there is to say of the choice goes to `notes`."""
+    if settings.init_from is None:
+        return None
+    path, said = ckpt.resolve(settings.init_from, Path(settings.checkpoint_dir))
+    notes.extend(said)
+    return ckpt.load(path, optimizer=False)
 
 
 def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
@@ -315,13 +341,13 @@ def read_text(
 ) -> tuple[Text, tokenization.Tokenizer]:
     """The text's tokens, and the tokenizer: the given one, or the one that the settings ask for. The same in every process."""
     corpus, scanned = world.in_turn(lambda: scan_source(settings.training_data_source, log))
-    if len(set(world.all_of(scanned.sha256))) > 1:
+    if len(set(world.all_gather(scanned.sha256))) > 1:
         raise DataError(
             f"{settings.training_data_source}: is not the same text on every machine; copy it to all of them"
         )
     if tokenizer is None:
         made = world.by_first(lambda: new_tokenizer(settings, corpus, scanned))
-        described = world.told(made.to_dict() if made is not None else {})
+        described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
     fraction, block_size = settings.validation_fraction, settings.block_size
     try:
@@ -403,7 +429,7 @@ def put_together(settings: Config, log: Log, world: World, *, device: torch.devi
             start_window=window,
             rows=world.share(settings.batch_size),
         ),
-        run_id=world.told(new_run_id(settings, text.corpus.name)),
+        run_id=world.broadcast(new_run_id(settings, text.corpus.name)),
         world=world,
         engine=engine,
         savers=distributed.another_group() if engine == "fsdp" else None,
@@ -423,15 +449,8 @@ def choose_engine(
     record: Checkpoint | None,
 ) -> str:
     """How the processes share the work. `auto` is what a checkpoint of as many processes had, else ddp where every process has memory
-    for the whole model and its optimizer. Raises ConfigError if the batch cannot be shared evenly.
+    for the whole model and its optimizer.
     """
-    if settings.batch_size % world.size:
-        nearest = max(1, round(settings.batch_size / world.size)) * world.size
-        raise ConfigError(
-            [
-                f"BATCH_SIZE={settings.batch_size} cannot be shared evenly by {world.size} processes: set a multiple of {world.size}, like {nearest}"
-            ]
-        )
     if world.size == 1:
         return "none"
     before = record.runtime if record else {}
@@ -439,11 +458,30 @@ def choose_engine(
         return settings.distributed
     if before.get("processes") == world.size and before.get("distributed") in ("ddp", "fsdp"):
         return str(before["distributed"])
-    rows, bytes_per_value = settings.batch_size // world.size, 4 if dtype == "float32" else 2
-    need = models.training_bytes(model, rows, bytes_per_value=bytes_per_value)
+    need = memory_needed(model, settings, world, engine="ddp", device=device, dtype=dtype)
     there = machine.all_memory(device)
-    here = world.local_size if device.type == "cpu" else 1  # processes that have it between them
-    return "fsdp" if world.any(there is not None and need * here > there) else "ddp"
+    return "fsdp" if world.any(there is not None and need > there) else "ddp"
+
+
+def check_shares(settings: Config, world: World) -> None:
+    """Raises ConfigError if the processes cannot each have as many rows of a batch."""
+    if settings.batch_size % world.size:
+        nearest = max(1, round(settings.batch_size / world.size)) * world.size
+        problem = f"BATCH_SIZE={settings.batch_size} cannot be shared evenly by {world.size} processes"
+        raise ConfigError([f"{problem}: set a multiple of {world.size}, like {nearest}"])
+
+
+def memory_needed(
+    model: models.Model, settings: Config, world: World, *, engine: str, device: torch.device, dtype: str
+) -> int:
+    """About how many bytes of the device's memory a training step takes; on a CPU, in all the processes that have it in common."""
+    need = models.training_bytes(
+        model,
+        settings.batch_size // world.size,
+        bytes_per_value=4 if dtype == "float32" else 2,
+        processes=world.size if engine == "fsdp" else 1,
+    )
+    return need * (world.local_size if device.type == "cpu" else 1)
 
 
 def shared_out(model: models.Model, engine: str, *, device: torch.device, compile_step: bool) -> nn.Module:
@@ -507,5 +545,5 @@ def gathered(state: Any, world: World) -> Any:
         return {name: gathered(value, world) for name, value in state.items()}
     if not isinstance(state, torch.Tensor):
         return state
-    tensor = distributed.whole(state)
+    tensor = distributed.full(state)
     return tensor.cpu() if world.first else tensor.new_empty(0)

@@ -6,7 +6,7 @@
     MODEL_TYPE=gpt2 torchrun --nproc_per_node=2 training.py               # the same by two processes
 
 `python3 training.py --help` lists every variable. This file is the loop, top to bottom; run.py puts a run together, resume.py
-brings one back from a checkpoint.
+brings one back from a checkpoint, and door.py says what went wrong.
 """
 
 import signal
@@ -22,7 +22,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,17 @@ import ckpt
 import models
 from ckpt import Checkpoint
 from ckpt.files import prepare_folder
-from ckpt.locks import RunLock, RunLockedError
+from ckpt.locks import RunLock
 from ckpt.record import bytes_on_disk
 from config import Config, ConfigError
-from data import tokenization
 from data.batches import validation_windows
-from data.corpus import DataError
+from door import TrainingError, guarded, processes
 from models.sampling import generate
-from resume import agreed_record, explain, finished, not_exact, resumed
-from run import Run, fresh, to_record
+from resume import explain, find_record, finished, let_go, not_exact, resumed
+from run import Run, agreed, fresh, memory_needed, to_record
 from runtime import device as machine
 from runtime import distributed
-from runtime.distributed import ElsewhereError, World
+from runtime.distributed import World
 from runtime.interrupt import INTERRUPTED, Interrupt
 from runtime.optim import clip_gradients, gradient_norm, lr_at
 from runtime.progress import (
@@ -54,7 +53,6 @@ from runtime.progress import (
     amount,
     command_line,
     duration,
-    ignore_stdout,
     read_metrics,
     shown,
     tell,
@@ -66,12 +64,9 @@ LOAD_CHECKPOINT = ROOT / "scripts" / "load_checkpoint.py"
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save did not
 SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200
+LEASE = 120  # seconds after which a network file system frees the locks of a machine that is gone
 PROBE_SECONDS = 2.0  # of the time that an estimate of the run's length may take, once it has two measurements
 TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"
-
-
-class TrainingError(Exception):
-    """Training that cannot go on: a loss or a gradient that is not finite. Exit code 1 at the door."""
 
 
 def main(settings: Config, log: Log) -> int:
@@ -84,12 +79,13 @@ def train_as_told(settings: Config, log: Log, world: World) -> int:
     """A fresh run, or the one that RESUME means; returns the exit code."""
     if settings.resume == "never":
         return train(fresh(settings, log, world))
-    record = agreed_record(settings, log, world)
+    record = agreed(lambda: find_record(settings, log), world)
     if record is None:
         log(f"RESUME={settings.resume}: {settings.checkpoint_dir} holds no checkpoint, so this run starts fresh")
         return train(fresh(settings, log, world))
     run, restored = resumed(settings, record, log, world)
     tell(explain(run, record, restored))
+    let_go(record)
     if reasons := not_exact(run, record, restored):
         log(f"not bit-exact: {'; '.join(reasons)}")
     if finished(run, record):
@@ -97,48 +93,6 @@ def train_as_told(settings: Config, log: Log, world: World) -> int:
         log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. More: {more}")
         return 0
     return train(run)
-
-
-@contextlib.contextmanager
-def processes(settings: Config, log: Log) -> Iterator[World]:
-    """This process among those that torchrun started, which end together; the first alone is heard. Without torchrun, it is alone."""
-    torchrun = config.torchrun()
-    local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
-    device = machine.choose_device(settings.device, **local)
-    # While it waits for the others, a handler of Python's would not be reached.
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    world = distributed.join(torchrun, accelerator=device.type)
-    signal.signal(signal.SIGTERM, before)
-    if world.size > 1:
-        check_alike(config.same_everywhere(settings) | {"DEVICE": device.type}, world)
-        prepare_processes(settings, log, world)
-    elif settings.given("DISTRIBUTED"):
-        log(f"DISTRIBUTED={settings.distributed} is not used: one process alone; torchrun --nproc_per_node starts more")
-    yield world
-    distributed.leave()
-
-
-def check_alike(values: dict[str, Any], world: World) -> None:
-    """Raises ConfigError if a value of these settings is another than the first process's, ElsewhereError if so on another machine."""
-    firsts = world.told(values)
-    wrong = [name for name, value in values.items() if value != firsts.get(name)]
-    if not world.any(bool(wrong)):
-        return
-    if not wrong:
-        raise ElsewhereError
-    told = [f"{name} is {values[name]!r:.60} here and {firsts.get(name)!r:.60} on the first machine" for name in wrong]
-    raise ConfigError([f"{each}: set it alike" for each in told])
-
-
-def prepare_processes(settings: Config, log: Log, world: World) -> None:
-    """Silences all but the first, shares out this machine's processors, and says so."""
-    if not world.first:
-        ignore_stdout()
-    if config.threads_left_at_one():
-        count = f"{machine.share_threads(world.local_size)} for each of the {world.local_size} processes here"
-        log(f"OMP_NUM_THREADS is 1, as torchrun leaves it: {count}; set it for another number")
-    if config.restarts() and settings.resume == "never":
-        log("torchrun's restarts would begin anew each time; RESUME=auto and ENABLE_CHECKPOINTS=true go on instead")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,12 +122,12 @@ def train(run: Run) -> int:
 def kept_if_lost(run: Run) -> Iterator[None]:
     """If another process dies, the first saves the last whole step before it ends too, where it has all of the weights.
 
-    No step is half done then: what waits for others comes before the update.
+    Gradients are waited for before the update; muon waits in it too, and an update that is half done is no step.
     """
     try:
         yield
     except Exception as error:
-        whole = run.world.first and run.engine == "ddp"
+        whole = run.world.first and run.engine == "ddp" and not run.updating
         if distributed.lost(error) and whole and run.settings.enable_checkpoints and run.step > run.saved_step:
             keep(run, save=True)
             run.writer.wait()
@@ -230,11 +184,13 @@ def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
 
     # Update, once what is being saved is copied. The scaler leaves out an update whose float16 gradients overflowed; without float16 it does nothing.
     run.writer.settle()
+    run.updating = True
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     run.tokens_seen += run.batches.rows_per_step * run.settings.block_size
+    run.updating = False
     return loss, grad_norm
 
 
@@ -246,7 +202,7 @@ def accumulate_gradients(run: Run) -> Tensor:
     x, y = (ids.to(run.device, non_blocking=True) for ids in run.batches.at(run.step))  # (A, B, T) both
     total = torch.zeros((), device=run.device)
     for number, (micro_x, micro_y) in enumerate(zip(x, y, strict=True), 1):
-        with distributed.gathering(run.forward, run.engine, now=number == len(x)):
+        with distributed.syncing(run.forward, run.engine, now=number == len(x)):
             with machine.autocast(run.device, run.dtype):
                 _, loss = run.forward(micro_x, micro_y)
                 loss = loss / len(x)
@@ -502,7 +458,7 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
                 [f"{problem}: mend its permissions, or set another CHECKPOINT_DIR or RUNS_DIR"]
             ) from error
         lock = RunLock(place, run.run_id)
-        lock.acquire()
+        lock.acquire(patience=LEASE if config.restarted() else 0)
         held.callback(lock.release)
     if run.settings.enable_checkpoints:
         check_space(run)
@@ -601,8 +557,7 @@ def check_space(run: Run) -> None:
 
 def warn_of_memory(run: Run) -> None:
     """Says so if the estimate is above what the device has free."""
-    rows = run.settings.batch_size // run.world.size
-    need = models.training_bytes(run.model, rows, bytes_per_value=4 if run.dtype == "float32" else 2)
+    need = memory_needed(run.model, run.settings, run.world, engine=run.engine, device=run.device, dtype=run.dtype)
     free = machine.free_memory(run.device)
     if free is not None and need > free:
         estimate = f"a step needs about {amount(need, 'B')} of memory and {amount(free, 'B')} are free"
@@ -610,7 +565,10 @@ def warn_of_memory(run: Run) -> None:
 
 
 def seconds_per_step(run: Run) -> float:
-    """Times a few passes over the next batch, forward and backward, and takes the fastest; weights stay as they are."""
+    """Times a few passes over the next batch, forward and backward, and takes the fastest; weights stay as they are.
+
+    Two at least: with them DistributedDataParallel has arranged its buckets (see `data_parallel`), and its sums have their order.
+    """
     began, fastest = time.monotonic(), math.inf
     for number in range(4):  # the first one also warms caches up, or compiles
         since = time.monotonic()
@@ -643,6 +601,8 @@ def say_end(run: Run) -> int:
 
 def kept(run: Run) -> str:
     """What is left of a run that stopped early, and how to go on with it."""
+    if not run.world.first:
+        return "the first process tells"
     if not run.settings.enable_checkpoints:
         return "nothing was kept, because ENABLE_CHECKPOINTS is false"
     folder = Path(run.settings.checkpoint_dir)
@@ -652,9 +612,14 @@ def kept(run: Run) -> str:
         return f"what is kept cannot be told ({error})"
     if newest is None:
         return "nothing was kept"
-    count = run.world.local_size if run.world.size > 1 else None
-    go_on = command_line(ROOT / "training.py", processes=count, RESUME="auto", CHECKPOINT_DIR=folder, **base_of(run))
-    return f"step {newest.step} is kept in {shown(newest.path)}; go on with: {go_on}"
+    is_kept, count = f"step {newest.step} is kept in {shown(newest.path)}", run.world.local_size
+    if count < run.world.size:
+        return f"{is_kept}; go on with the same torchrun commands and RESUME=auto"
+    processes = count if count > 1 else None
+    again = command_line(
+        ROOT / "training.py", processes=processes, RESUME="auto", CHECKPOINT_DIR=folder, **base_of(run)
+    )
+    return f"{is_kept}; go on with: {again}"
 
 
 def base_of(run: Run) -> dict[str, Any]:
@@ -662,55 +627,6 @@ def base_of(run: Run) -> dict[str, Any]:
     if not (run.base and run.settings.checkpoint_adapters_only):
         return {}
     return {"GPT2_MODEL_NAME" if run.settings.gpt2_model_name else "BASE_CHECKPOINT": str(run.base.get("source"))}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The door: every refusal is one sentence and an exit code.
-
-EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
-    (ConfigError, 2), (machine.DeviceError, 2), (tokenization.UnknownCharacters, 2), (ckpt.CheckpointError, 3), (DataError, 4),
-)  # fmt: skip
-
-
-def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log | None = None) -> int:
-    """The exit code of `action`; what it raises is said in one sentence, with a traceback only if DEBUG is exactly 1."""
-    log = log or Log()
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):  # before the loop, both stop at once
-            signal.signal(number, signal.default_int_handler)
-        torchrun = config.torchrun()
-        log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
-        code = action(settings, log)
-    except KeyboardInterrupt:
-        log("interrupted")
-        code = INTERRUPTED
-    except Exception as error:
-        if config.debug():
-            raise
-        code = told(error, log)
-    finally:
-        log.close()
-    return distributed.ended(code)
-
-
-def told(error: Exception, log: Log) -> int:
-    """Says what went wrong, unless another process does; returns the exit code."""
-    code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
-    if not isinstance(error, ElsewhereError):
-        log.error(sentence(error), expected=code > 1 or isinstance(error, TrainingError))
-    return code
-
-
-def sentence(error: Exception) -> str:
-    """What to tell of an error, and what to do about it."""
-    if machine.is_out_of_memory(error):
-        return "error: out of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE, or N_LAYER and N_EMBD"
-    if distributed.lost(error):
-        return "error: another process of this training is gone, so this one ends too; RESUME=auto goes on from what was saved"
-    known = isinstance(error, TrainingError | RunLockedError | OSError) or any(
-        isinstance(error, kind) for kind, _ in EXIT_CODES
-    )
-    return f"error: {error}" if known else f"error: {type(error).__name__}: {error} (unexpected; DEBUG=1 shows where)"
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ class RunLock:
         self._owner = folder / f".run-{run_id}.owner"  # beside the lock: opening a lock file empties it
         self._run_id = run_id
 
-    def acquire(self) -> None:
-        """Raises RunLockedError naming pid and host if another process trains this run."""
+    def acquire(self, *, patience: float = 0) -> None:
+        """Raises RunLockedError naming pid and host if another process trains this run, and still does after `patience` seconds."""
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=patience)
         except Timeout:
             raise RunLockedError(
                 f"run {self._run_id} is being trained by {self._holder()}: wait for it or stop it first"

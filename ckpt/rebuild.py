@@ -15,7 +15,7 @@ from ckpt.tensors import digest
 from data import exchange, tokenization
 from models.lora import LoraSettings
 from models.lora import merged as merged_weights
-from runtime.distributed import parted_like
+from runtime.distributed import sharded_like
 
 SHOWN = 10  # names and shapes that one message lists
 
@@ -247,7 +247,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> R
     # A copy: the record's tensors are mapped from the file, and the optimizer writes into what it is given.
     copied = {
         index: {
-            key: value.clone() if value.dim() == 0 else parted_like(value, wanted[names[index]][0])
+            key: value.clone() if value.dim() == 0 else sharded_like(value, wanted[names[index]][0])
             for key, value in moments.items()
         }
         for index, moments in state.items()

@@ -36,6 +36,15 @@ def announce(record: Checkpoint, place: Path | None) -> None:
         dist.broadcast_object_list([place and str(place.absolute())], group=record.shared_by, group_src=0)
 
 
+def everywhere(record: Checkpoint, here: bool) -> bool:
+    """Whether it is so in all processes of `shared_by`, which ask together."""
+    answers = [here]
+    if record.shared_by is not None:
+        answers = [here] * record.shared_by.size()
+        dist.all_gather_object(answers, here, group=record.shared_by)
+    return all(answers)
+
+
 def follow(record: Checkpoint) -> None:
     """Writes this process's pieces of `record` into each folder that the leader announces, until it says that none comes.
 

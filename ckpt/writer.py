@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from ckpt.archive import bytes_of
 from ckpt.record import Checkpoint, named_tensors
 from ckpt.tensors import local
+from ckpt.together import everywhere
 
 SPARE = 0.9  # of the free memory that the copy may take
 
@@ -37,7 +38,8 @@ class Writer:
     def submit(self, record: Checkpoint, job: Callable[[Checkpoint], None]) -> None:
         """Has `job` done with `record` as it stands now; returns at once if that is possible. Raises what the job before raised."""
         self.wait()
-        if not self._background or not self._make_room(record):
+        # All of the processes that share it or none: one that saved at once would wait for those that have gone on to train.
+        if not everywhere(record, self._background and self._make_room(record)):
             job(record)
             return
         copy = _like(record, self._buffers)

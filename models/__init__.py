@@ -126,11 +126,11 @@ def trained_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def training_bytes(model: Model, batch_size: int, *, bytes_per_value: int) -> int:
+def training_bytes(model: Model, batch_size: int, *, bytes_per_value: int, processes: int = 1) -> int:
     """About how much memory a training step of this model needs, in bytes: a basis for a warning, right within 1.5x.
 
-    Weights take 4 bytes each, and those that are trained 12 more for the gradient and AdamW's two moments.
+    Weights take 4 bytes each, and those that are trained 12 more for the gradient and AdamW's two moments, shared by so many `processes`.
     bytes_per_value is 4 for float32 activations and 2 under autocast.
     """
     activations = model.activation_bytes(batch_size, bytes_per_value=bytes_per_value)
-    return 4 * parameter_count(model) + 12 * trained_count(model) + activations
+    return (4 * parameter_count(model) + 12 * trained_count(model)) // processes + activations

@@ -26,6 +26,7 @@ KERNELS = 2
 # Everything of the machine and the versions that can change the bits of a step.
 DECIDES_BITS = (
     "processes",
+    "local_processes",
     "distributed",
     "torch",
     "kernels",
@@ -37,7 +38,10 @@ DECIDES_BITS = (
     "compile",
     "deterministic",
 )
-CALLED = {"kernels": "the version of milepost's own kernels"}  # what has another name in a sentence
+CALLED = {
+    "kernels": "the version of milepost's own kernels",
+    "local_processes": "the number of processes on a machine",
+}  # what has another name in a sentence
 
 
 class DeviceError(Exception):
@@ -206,11 +210,13 @@ def fingerprint(
     compile_step: bool,
     deterministic: bool,
     processes: int = 1,
+    local_processes: int = 1,
     distributed: str = "none",
 ) -> dict[str, Any]:
     """What a checkpoint records of machine and versions, to tell later whether a resume can be bit-exact."""
     return {
         "processes": processes,
+        "local_processes": local_processes,
         "distributed": distributed,
         "torch": str(torch.__version__),
         "kernels": KERNELS,
@@ -239,13 +245,20 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Why a step here may give other bits than the steps of a checkpoint did, one reason each; empty if it cannot."""
     if not before:
         return ["on what machine and versions it was trained is not recorded"]
-    before = {"kernels": 1, "processes": 1, "distributed": "none"} | before  # the first did not say
+    before = {
+        "kernels": 1,
+        "processes": 1,
+        "local_processes": 1,
+        "distributed": "none",
+    } | before  # the first did not say
     differ = [name for name in DECIDES_BITS if before.get(name) != now.get(name)]
     reasons = [f"{CALLED.get(name, name)} is {now.get(name)}, was {before.get(name)}" for name in differ]
     if "processes" in differ:  # how they share the work is no reason of its own then
         count = now.get("processes")
         others = [
-            reason for name, reason in zip(differ, reasons, strict=True) if name not in ("processes", "distributed")
+            reason
+            for name, reason in zip(differ, reasons, strict=True)
+            if name not in ("processes", "local_processes", "distributed")
         ]
         reasons = [f"{count} {'process' if count == 1 else 'processes'}, was {before['processes']}", *others]
     if not now.get("deterministic"):

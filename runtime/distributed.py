@@ -4,13 +4,14 @@ All of it is PyTorch's own: DistributedDataParallel (every process holds the who
 """
 
 import contextlib
+import datetime
 import gc
 import os
 import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 Value = TypeVar("Value")
 POLL_SECONDS = 0.02
+LONGEST_WORK = datetime.timedelta(
+    days=1
+)  # of one process while the others wait, as for a tokenizer; the death of one is noticed at once
 
 
 class ElsewhereError(Exception):
@@ -33,6 +37,7 @@ class World:
     size: int = 1
     local_rank: int = 0  # among those of this machine
     local_size: int = 1
+    words: dist.ProcessGroup | None = None  # over which they talk; gradients and weights have torch's default group
 
     @property
     def first(self) -> bool:
@@ -51,7 +56,7 @@ class World:
         """Each value summed over the processes."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.words)
         return total.tolist()
 
     def mean(self, value: Tensor) -> Tensor:
@@ -61,27 +66,32 @@ class World:
             value = value / self.size
         return value
 
-    def spread(self, tensor: Tensor, source: int) -> Callable[[], Tensor]:
+    def broadcast_tensor(self, tensor: Tensor, source: int) -> Callable[[], Tensor]:
         """Gives `tensor` what it holds in process `source`; the answer waits until it has arrived, and returns it."""
         if self.size == 1:
             return lambda: tensor
         tensor = tensor.contiguous()
         sent = dist.broadcast(tensor, src=source, async_op=True)
-        return lambda: (sent.wait(), tensor)[1]
 
-    def told(self, value: Value) -> Value:
+        def arrived() -> Tensor:
+            sent.wait()
+            return tensor
+
+        return arrived
+
+    def broadcast(self, value: Value) -> Value:
         """What the first process has for `value`: any plain object."""
         box = [value]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.words)
         return box[0]
 
-    def all_of(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """The value of each process, by rank."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.words)
         return values
 
     def by_first(self, work: Callable[[], Value]) -> Value | None:
@@ -116,12 +126,12 @@ def join(torchrun: dict[str, int], *, accelerator: str) -> World:
 
     Without torchrun, and with a single process of it, nothing is set up: such a run is the plain one, bit for bit.
     """
-    world = World(**torchrun)
-    if world.size == 1:
+    if not torchrun:
         return ALONE
+    world = World(**torchrun, words=None)
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
     dist.init_process_group(backend, store=_store_of_this_attempt(world), rank=world.rank, world_size=world.size)
-    return world
+    return replace(world, words=another_group(timeout=LONGEST_WORK))
 
 
 def _store_of_this_attempt(world: World) -> dist.Store:
@@ -193,13 +203,13 @@ def fully_sharded(model: nn.Module, blocks: list[nn.Module], device: torch.devic
         fully_shard(each, mesh=mesh)
 
 
-def another_group() -> dist.ProcessGroup:
-    """All processes once more, for what a thread of each says to the others while the training's own words go on."""
-    return dist.new_group(backend="gloo")
+def another_group(*, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
+    """All processes once more, for what they say to each other in main memory, beside other talk or for longer than that may last."""
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 @contextlib.contextmanager
-def gathering(forward: nn.Module, engine: str, *, now: bool) -> Iterator[None]:
+def syncing(forward: nn.Module, engine: str, *, now: bool) -> Iterator[None]:
     """Whether the passes in the block share their gradients: only the last micro-batch of a step need do so."""
     if engine == "fsdp":
         forward.set_requires_gradient_sync(now)  # type: ignore[operator]
@@ -207,7 +217,7 @@ def gathering(forward: nn.Module, engine: str, *, now: bool) -> Iterator[None]:
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered if each process holds a part; every process asks, in the same order."""
     return tensor.full_tensor() if _in_parts(tensor) else tensor  # type: ignore[attr-defined]
 
@@ -217,7 +227,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if _in_parts(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def parted_like(tensor: Tensor, like: Tensor) -> Tensor:
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A copy of `tensor`, of which this process keeps the part that it has of `like`."""
     if not _in_parts(like):
         return tensor.clone()

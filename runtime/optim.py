@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from runtime.device import multiplies_bfloat16
-from runtime.distributed import ALONE, World, local, parted_like, whole
+from runtime.distributed import ALONE, World, full, local, sharded_like
 
-Told = Callable[[], Tensor]
+Arriving = Callable[[], Tensor]
 
 KINDS = ("constant", "cosine", "linear", "wsd")
 WSD_DECAY = (
@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
         """One update of every weight that has a gradient."""
-        under_way: deque[tuple[dict[str, Any], list[tuple[Tensor, ...]], Told]] = deque()
+        under_way: deque[tuple[dict[str, Any], list[tuple[Tensor, ...]], Arriving]] = deque()
         for number, (group, blocks) in enumerate(self._work()):
             source = number % self._world.size
             under_way.append((group, blocks, self._directions(group, blocks, source)))
@@ -130,18 +130,18 @@ class Muon(torch.optim.Optimizer):
                 each = (parameter, parameter.grad, self.state[parameter]["momentum_buffer"])
                 yield from zip(*(tensor.chunk(group["blocks"]) for tensor in each), strict=True)
 
-    def _directions(self, group: dict[str, Any], blocks: list[tuple[Tensor, ...]], source: int) -> Told:
+    def _directions(self, group: dict[str, Any], blocks: list[tuple[Tensor, ...]], source: int) -> Arriving:
         """The directions (N, R, C) of matrices of one shape, which process `source` finds out."""
         momentum, (weight, _, _) = group["momentum"], blocks[0]
         for _, gradient, average in blocks:
             average.lerp_(gradient, 1 - momentum)
         dtype = _iteration_dtype(weight.device)
         if source != self._world.rank:
-            return self._world.spread(weight.new_empty((len(blocks), *weight.shape), dtype=dtype), source)
+            return self._world.broadcast_tensor(weight.new_empty((len(blocks), *weight.shape), dtype=dtype), source)
         ahead = torch.stack(
             [gradient.lerp(average, momentum) for _, gradient, average in blocks]
         )  # Nesterov's; (N, R, C)
-        return self._world.spread(orthogonalised(ahead, dtype), source)
+        return self._world.broadcast_tensor(orthogonalised(ahead, dtype), source)
 
     def _move_parts(self, group: dict[str, Any]) -> None:
         """One update of weights of which each process holds a part: a direction is made of the whole matrix, in every process alike."""
@@ -150,10 +150,10 @@ class Muon(torch.optim.Optimizer):
                 continue
             gradient, average = parameter.grad, self.state[parameter]["momentum_buffer"]
             average.lerp_(gradient, 1 - group["momentum"])
-            ahead = whole(gradient.lerp(average, group["momentum"]))
+            ahead = full(gradient.lerp(average, group["momentum"]))
             matrices = torch.stack(ahead.chunk(group["blocks"]))  # (N, R, C)
             directions = orthogonalised(matrices, _iteration_dtype(ahead.device)).flatten(0, 1)
-            part, rate = local(parted_like(directions, parameter)), group["lr"]
+            part, rate = local(sharded_like(directions, parameter)), group["lr"]
             local(parameter).mul_(1 - rate * group["weight_decay"]).add_(part, alpha=-rate * _ratio(matrices[0]))
 
 
@@ -167,7 +167,7 @@ def _equally_shaped(blocks: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple
         yield from (equal[first : first + count] for first in range(0, len(equal), count))
 
 
-def _move(group: dict[str, Any], blocks: list[tuple[Tensor, ...]], directions: Told) -> None:
+def _move(group: dict[str, Any], blocks: list[tuple[Tensor, ...]], directions: Arriving) -> None:
     """One update of the matrices of one shape along their directions."""
     lr = group["lr"]
     for (weight, _, _), direction in zip(blocks, directions(), strict=True):
@@ -297,7 +297,7 @@ def _adamw(
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """The norm of all gradients taken as one vector, 0-dim."""
-    return whole(nn.utils.get_total_norm(_gradients(optimizer)))
+    return full(nn.utils.get_total_norm(_gradients(optimizer)))
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, *, limit: float) -> None:

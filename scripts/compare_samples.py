@@ -29,9 +29,9 @@ from load_checkpoint import drawn_seed, obey, read_prompt, texts_of
 import ckpt
 from ckpt import Checkpoint
 from config import Config, ConfigError
+from door import guarded
 from run import with_tokenizer
 from runtime.progress import Log, harmless, replacing, shown, tell
-from training import guarded
 
 NARROWEST = 30  # columns of a text that stands beside another
 BETWEEN = " | "

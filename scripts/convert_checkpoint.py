@@ -28,8 +28,8 @@ from ckpt.convert import Converted, modified_at
 from ckpt.layouts import known_layout
 from ckpt.store import scan
 from config import Config, ConfigError
+from door import guarded
 from runtime.progress import Log, shown, tell
-from training import guarded
 
 BAD = 3
 

@@ -39,13 +39,13 @@ from data.corpus import DataError, open_corpus
 from data.passages import BLOCK, Figures, Text, measure
 from data.tokenization import UnknownCharacters
 from data.tokens import split_at
+from door import guarded
 from models.scoring import log_likelihoods
 from resume import saved_settings
 from run import DATA_FOLDER, scan_source, with_its_base, with_tokenizer
 from runtime import device as machine
 from runtime.progress import QUIET_SECONDS, Log, replacing, shown, table, tell
 from runtime.statistics import FEWEST, mcnemar, paired, wilson
-from training import guarded
 
 
 @dataclass(frozen=True)

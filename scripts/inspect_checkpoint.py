@@ -28,8 +28,8 @@ from ckpt.layouts import known_layout
 from ckpt.record import Checkpoint, metadata
 from config import Config
 from data import tokenization
+from door import guarded
 from runtime.progress import Log, amount, shown, table, tell
-from training import guarded
 
 FIRST = 5  # tensors that are named, as in document 004's example
 WIDEST = 60  # characters of a value

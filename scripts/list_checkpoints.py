@@ -23,8 +23,8 @@ import ckpt
 from ckpt import CheckpointError, Found
 from ckpt.store import loss_of
 from config import Config, ConfigError
+from door import guarded
 from runtime.progress import Log, amount, shown, table, tell
-from training import guarded
 
 HEAD = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "", "path")
 

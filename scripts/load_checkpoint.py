@@ -32,18 +32,19 @@ from ckpt.store import folder_of
 from config import Config, ConfigError
 from data.decoding import StreamDecoder
 from data.tokenization import Tokenizer, UnknownCharacters
+from door import guarded, processes
 from models import Model, adapter_counts
 from models.decode import Decoder
 from models.gpt2 import GPT2
 from models.sampling import generate
-from resume import explain, fixed_settings, resumed, saved_schedule, saved_settings
-from run import planned, with_its_base, with_tokenizer
+from resume import explain, fixed_settings, let_go, resumed, saved_schedule, saved_settings
+from run import agreed, planned, with_its_base, with_tokenizer
 from runtime import device as machine
 from runtime.device import mix
 from runtime.distributed import World
 from runtime.optim import Schedule, replan
 from runtime.progress import Log, harmless, ignore_stdout, tell
-from training import guarded, processes, train
+from training import train
 
 
 def main(settings: Config, log: Log) -> int:
@@ -52,7 +53,9 @@ def main(settings: Config, log: Log) -> int:
     if config.torchrun() and not resuming:
         raise ConfigError(["MODE=inference is the work of one process: start it without torchrun"])
     with processes(settings, log) as world:
-        record = with_tokenizer(opened(settings, log, resuming=resuming), settings, log)
+        found = agreed(lambda: opened(settings, log, resuming=resuming), world)
+        assert found is not None  # `opened` raises
+        record = with_tokenizer(found, settings, log)
         for note in record.notes:
             log(note)
         settings = obey(record, settings, log)
@@ -300,6 +303,7 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
     run, restored = resumed(settings, record, log, world, schedule=schedule, end=end)
     run.settings = config.replaced(run.settings, "plan", **destination(settings, record))
     tell(explain(run, record, restored))
+    let_go(record)
     if settings.resume_training_steps == 0:
         log("RESUME_TRAINING_STEPS=0: nothing is trained")
         return 0

@@ -24,9 +24,9 @@ from ckpt import Checkpoint
 from ckpt.convert import logits, size_of
 from ckpt.rebuild import merged
 from config import Config, ConfigError
+from door import guarded
 from run import with_its_base
 from runtime.progress import Log, amount, command_line, shown, tell
-from training import guarded
 
 LOAD_CHECKPOINT = ROOT / "scripts" / "load_checkpoint.py"
 CLOSE = 1e-5  # how far the logits of float32 weights may move, against the largest of them

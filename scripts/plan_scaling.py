@@ -24,13 +24,13 @@ from collections.abc import Iterator
 import models
 from ckpt.rebuild import skeleton
 from config import Config, ConfigError
+from door import guarded
 from models.gpt2 import SIZES, GPT2Settings
 from run import SIZES as SHAPE
 from run import architecture
 from runtime import scaling
 from runtime.progress import Log, amount, duration, table, tell
 from runtime.scaling import Cluster, Saving, Step, Way
-from training import guarded
 
 VOCABULARY = {"gpt2": 50257, "byte": 256, "char": 256, "auto": 256}  # of the last two the most that there can be
 MOST_LAYERS = 1000  # for which shapes are laid out in a second

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 
 from config import Config, ConfigError
 from data.corpus import DataError
+from door import guarded
 from runtime.chart import LETTERS, Points, chart
 from runtime.progress import Log, harmless, ignore_stdout, read_metrics, replacing, shown, table
-from training import guarded
 
 METRICS = "metrics.jsonl"
 DRAWN = {".png", ".svg", ".pdf"}

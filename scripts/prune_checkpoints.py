@@ -31,8 +31,8 @@ from ckpt.locks import RunLock, RunLockedError
 from ckpt.store import look, scan
 from ckpt.tensors import not_finite
 from config import Config, ConfigError
+from door import guarded
 from runtime.progress import Log, amount, shown, table, tell
-from training import guarded
 
 
 def main(settings: Config, log: Log) -> int:

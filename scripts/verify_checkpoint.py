@@ -37,12 +37,13 @@ from ckpt.tensors import digest, not_finite
 from config import Config, ConfigError
 from data.corpus import DataError
 from data.tokenization import UnknownCharacters
+from door import guarded
 from resume import not_exact, resumed, saved_schedule, saved_settings
 from run import Run, fresh, to_record, with_its_base
 from runtime.device import DeviceError
 from runtime.interrupt import Interrupt
 from runtime.progress import Log, Progress, amount, shown, table, tell
-from training import guarded, loop, open_run
+from training import loop, open_run
 
 Row = tuple[str, str, str]  # what was checked, how it went, and more about it
 FAILED, BAD = "FAILED", 3

@@ -215,11 +215,14 @@ def test_each_thing_that_decides_bits_is_named_when_it_changes(name):
 
 
 def test_another_number_of_processes_is_told_in_words_and_how_they_share_the_work_goes_with_it():
-    shared = {"processes": 4, "distributed": "ddp"}
+    shared = {"processes": 4, "local_processes": 4, "distributed": "ddp"}
     assert machine.bit_changes(fingerprint(**shared), fingerprint(processes=2, distributed="fsdp")) == [
         "2 processes, was 4"
     ]
     assert machine.bit_changes(fingerprint(**shared), fingerprint()) == ["1 process, was 4"]
+    two_machines = shared | {"local_processes": 2}
+    said = ["the number of processes on a machine is 2, was 4"]  # whose sums have another order
+    assert machine.bit_changes(fingerprint(**shared), fingerprint(**two_machines)) == said
     older = {name: value for name, value in fingerprint().items() if name not in shared}  # checkpoints of one process
     assert machine.bit_changes(older, fingerprint()) == []
 
@@ -239,7 +242,7 @@ def test_a_run_without_deterministic_kernels_or_on_mps_promises_nothing():
 def test_a_checkpoint_without_a_fingerprint_promises_nothing():
     (reason,) = machine.bit_changes({}, fingerprint())
     assert reason == "on what machine and versions it was trained is not recorded"
-    unsaid = len(DECIDES_BITS) - 3  # the first versions had one process and the first kernels
+    unsaid = len(DECIDES_BITS) - 4  # the first versions had one process and the first kernels
     assert len(machine.bit_changes({"git": "abc"}, fingerprint())) == unsaid + 1
 
 

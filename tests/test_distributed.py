@@ -232,6 +232,18 @@ def test_a_killed_process_ends_all_and_torchrun_s_restart_ends_with_the_same_byt
     assert logged(killed) == logged(straight)
 
 
+def test_an_update_that_is_half_done_is_not_kept_as_a_step(tmp_path):
+    """Processes wait for each other's directions in the midst of muon's update."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir(), killed.mkdir()
+    assert torchrun(straight, 2, OPTIMIZER="muon").returncode == 0
+    done = torchrun(killed, 2, script=WORKER, restarts=1, RESUME="auto", WORKER_FAULT="1:6:update", OPTIMIZER="muon")
+    assert done.returncode == 0, done.stderr
+    assert "stopped after step 6: step 4 is kept" in done.stderr
+    assert tensor_bytes(newest(killed)) == tensor_bytes(newest(straight))
+    assert logged(killed) == logged(straight)
+
+
 @pytest.mark.parametrize(("rank", "left"), [(0, 4), (1, 6)])  # the first saves before it ends; without it nobody does
 def test_without_restarts_the_others_end_too_and_the_newest_checkpoint_opens(tmp_path, rank, left):
     done = torchrun(tmp_path, 2, script=WORKER, WORKER_FAULT=f"{rank}:6")
@@ -398,8 +410,17 @@ def test_half_an_environment_is_no_torchrun(tmp_path):
     assert done.stderr == f"error: WORLD_SIZE=2 without a valid {missing}: start with torchrun, or unset WORLD_SIZE\n"
 
 
-def test_inference_is_the_work_of_one_process(tmp_path):
-    done = torchrun(tmp_path, 2, script=ROOT / "scripts" / "load_checkpoint.py")
+LOAD = ROOT / "scripts" / "load_checkpoint.py"
+
+
+def test_two_processes_go_on_from_what_one_has_trained_and_inference_is_the_work_of_one(tmp_path):
+    assert train(tmp_path)[0] == 0
+    more = {"MODE": "resume", "RESUME_TRAINING_STEPS": "4", "TRAINING_STEPS": None, "LEARNING_RATE": None}
+    done = torchrun(tmp_path, 2, script=LOAD, **more)
+    assert done.returncode == 0, done.stderr
+    assert newest(tmp_path).step == 12
+    assert newest(tmp_path).runtime["processes"] == 2
+    done = torchrun(tmp_path, 2, script=LOAD)
     assert said_once(done, "MODE=inference is the work of one process: start it without torchrun")
 
 
@@ -421,8 +442,8 @@ def test_alone_everything_is_answered_at_once():
     assert ALONE.any(True)
     assert not ALONE.any(False)
     assert ALONE.sum(1.5, 2) == [1.5, 2]
-    assert ALONE.told("word") == "word"
-    assert ALONE.all_of(3) == [3]
+    assert ALONE.broadcast("word") == "word"
+    assert ALONE.all_gather(3) == [3]
     value = torch.tensor(2.0)
     assert ALONE.mean(value) is value
     assert ALONE.by_first(lambda: 7) == ALONE.in_turn(lambda: 7) == 7

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from drive import ROOT
 
-PROJECT = {"config", "ckpt", "data", "models", "runtime", "run", "resume", "training"}
+PROJECT = {"config", "ckpt", "data", "models", "runtime", "door", "run", "resume", "training"}
 ALLOWED = {
     "scripts": PROJECT,
     "training": PROJECT - {"training"},
-    "resume": PROJECT - {"training", "resume"},
-    "run": PROJECT - {"training", "resume", "run"},
+    "resume": PROJECT - {"training", "door", "resume"},
+    "run": PROJECT - {"training", "door", "resume", "run"},
+    "door": PROJECT - {"training", "door", "resume", "run"},
     "ckpt": {"ckpt"},
     "models": {"models"},
     "data": {"data"},

@@ -1,7 +1,8 @@
 """training.py as torchrun starts it, with what a test wants to go wrong; its process numbers are told in a folder.
 
 WORKER_PIDS: a folder where each process leaves a file named by its rank that holds its number.
-WORKER_FAULT: "RANK:STEP" kills that process before it learns from the batch of that step, the first time it is started.
+WORKER_FAULT: "RANK:STEP" kills that process before it learns from the batch of that step, the first time it is started;
+    "RANK:STEP:update" when it has told a direction of that step's update by muon, and others wait for the next.
 WORKER_MEMORY: bytes that each device seems to have.
 WORKER_OTHER: "NAME=value" that the second process finds in its environment, as if it were on another machine.
 """
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from data.batches import Batches  # noqa: E402
 from runtime import device  # noqa: E402
+from runtime.distributed import World  # noqa: E402
 
 rank = os.environ["RANK"]
 if rank == "1" and (other := os.environ.get("WORKER_OTHER")):
@@ -30,18 +32,28 @@ if memory := os.environ.get("WORKER_MEMORY"):
     device.all_memory = lambda _: int(memory)
 
 if fault := os.environ.get("WORKER_FAULT"):
-    its_rank, its_step = fault.split(":")
-    at, first_time = Batches.at, os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-    asked = []
+    its_rank, its_step, *place = fault.split(":")
+    at, tell, first_time = Batches.at, World.broadcast_tensor, os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    asked, spoken = [], []
 
     def fatal(self, step):
         asked.append(step)
         # The estimate of a run's length looks at the first batch, too.
         if first_time and rank == its_rank and step == int(its_step) and max(asked[:-1]) < step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            spoken.append("not yet")
+            if not place:
+                os.kill(os.getpid(), signal.SIGKILL)
         return at(self, step)
 
+    def fatal_in_between(self, tensor, source):
+        spoken.extend(["once"] if spoken else [])
+        if len(spoken) > 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tell(self, tensor, source)
+
     Batches.at = fatal
+    if place:
+        World.broadcast_tensor = fatal_in_between
 
 sys.argv = [str(SCRIPT)]
 runpy.run_path(str(SCRIPT), run_name="__main__")
