@@ -342,7 +342,8 @@ json_values = st.recursive(
 
 
 @settings(deadline=None, max_examples=150)
-@given(name=st.sampled_from(sorted(metadata(record()))), value=json_values)
+# Another format's number is no other value of the same: 1 is read as an old one, 3 is refused as a newer one, each with a test of its own.
+@given(name=st.sampled_from(sorted(metadata(record()).keys() - {"format_version"})), value=json_values)
 def test_metadata_changed_in_any_way_is_taken_as_its_type_or_refused(parts, name, value):
     path, content = parts
     values = json.loads(content["archive/milepost.json"]) | {name: value}

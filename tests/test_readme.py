@@ -31,13 +31,14 @@ def test_the_readme_has_the_commands_of_a_first_visit():
         "MODE=inference",
         "MODE=resume",
         "RESUME=auto",
+        "torchrun --nproc_per_node=2",
         "list_checkpoints.py",
         "verify_checkpoint.py",
         "convert_checkpoint.py",
         "prune_checkpoints.py",
     ):
         assert part in found
-    assert len(commands(README)) == 12
+    assert len(commands(README)) == 13
 
 
 def test_every_command_runs_as_written(checkout):
