@@ -119,5 +119,6 @@ def test_whole_number_is_taken_for_a_dropout() -> None:
 def test_training_memory_counts_four_tables_and_the_logits() -> None:
     model = build("bigram", {"vocab_size": 100, "block_size": 8})
     assert training_bytes(model, 4, bytes_per_value=4) == 16 * 100 * 100 + 16 * 4 * 8 * 100
+    assert training_bytes(model, 4, bytes_per_value=4, processes=4) == 4 * 100 * 100 + 16 * 4 * 8 * 100
     model.requires_grad_(False)
     assert training_bytes(model, 4, bytes_per_value=4) == 4 * 100 * 100 + 16 * 4 * 8 * 100

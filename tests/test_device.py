@@ -300,3 +300,32 @@ def test_format_for_generating(monkeypatch, hardware, wish, width, tokens, expec
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert machine.decode_dtype(wish, CPU, width=width, tokens=tokens) == expected
+
+
+# Several processes on a machine
+
+
+def test_processes_of_a_machine_take_a_gpu_each_and_none_takes_mps(monkeypatch):
+    taken = []
+    monkeypatch.setattr(machine, "available_devices", lambda: ["cuda", "mps", "cpu"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert machine.choose_device("auto", local_rank=1, local_size=2) == torch.device("cuda", 1)
+    assert taken == [1]
+    with pytest.raises(DeviceError, match="3 processes on this machine have 2 GPUs: set --nproc_per_node to that"):
+        machine.choose_device("cuda", local_rank=0, local_size=3)
+    monkeypatch.setattr(machine, "available_devices", lambda: ["mps", "cpu"])
+    assert machine.choose_device("auto") == torch.device("mps")
+    assert machine.choose_device("auto", local_rank=1, local_size=2) == torch.device("cpu")
+    with pytest.raises(DeviceError, match="no mps device; available: cpu"):
+        machine.choose_device("mps", local_rank=1, local_size=2)
+
+
+def test_processes_share_the_processors_and_none_is_without(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    try:
+        assert [machine.share_threads(count) for count in (2, 5, 100)] == [6, 2, 1]
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
