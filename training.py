@@ -5,18 +5,18 @@
     RESUME=auto ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 python3 training.py   # after a crash: exactly on
     MODEL_TYPE=gpt2 torchrun --nproc_per_node=2 training.py               # the same by two processes
 
-`python3 training.py --help` lists every variable. This file is the loop, top to bottom; run.py puts a run together, resume.py
-brings one back from a checkpoint, and door.py says what went wrong.
+`python3 training.py --help` lists every variable. This file is the loop, top to bottom; milepost/run.py puts a run together, milepost/resume.py
+brings one back from a checkpoint, and milepost/cli.py says what went wrong.
 """
 
 import signal
 import sys
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import contextlib
 import json
@@ -29,35 +29,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ckpt
 import models
-from ckpt import Checkpoint
-from ckpt.files import prepare_folder
-from ckpt.locks import RunLock
-from ckpt.record import bytes_on_disk
-from config import Config, ConfigError
-from data.batches import validation_windows
-from door import TrainingError, guarded, processes
-from models.sampling import generate
-from resume import explain, find_record, finished, let_go, not_exact, resumed
-from run import Run, agreed, fresh, memory_needed, to_record
-from runtime import device as machine
-from runtime import distributed
-from runtime.distributed import World
-from runtime.interrupt import INTERRUPTED, Interrupt
-from runtime.optim import clip_gradients, gradient_norm, lr_at
-from runtime.progress import (
-    Log,
-    Metrics,
-    Progress,
-    amount,
-    command_line,
-    duration,
-    read_metrics,
-    shown,
-    tell,
-)
-from runtime.trackers import missing, open_mirror
+from milepost import ckpt
+from milepost.ckpt import Checkpoint
+from milepost.ckpt.record import bytes_on_disk
+from milepost.cli import TrainingError, guarded, processes
+from milepost.config import Config, ConfigError
+from milepost.files import prepare_folder
+from milepost.generate.sampling import generate
+from milepost.locks import RunLock
+from milepost.resume import explain, find_record, finished, let_go, not_exact, resumed
+from milepost.run import Run, agreed, fresh, memory_needed, to_record
+from milepost.runtime import distributed, hardware
+from milepost.runtime.distributed import World
+from milepost.runtime.interrupt import INTERRUPTED, Interrupt
+from milepost.runtime.optim import clip_gradients, gradient_norm, lr_at
+from milepost.runtime.progress import Log, Metrics, Progress, amount, command_line, duration, read_metrics, shown, tell
+from milepost.runtime.trackers import missing, open_mirror
+from milepost.text.batches import validation_windows
 
 ROOT = Path(__file__).resolve().parent
 LOAD_CHECKPOINT = ROOT / "scripts" / "load_checkpoint.py"
@@ -101,7 +90,7 @@ def train_as_told(settings: Config, log: Log, world: World) -> int:
 
 def train(run: Run) -> int:
     """Trains from `run.step` to the plan's end or to a signal; returns the exit code. There is no second loop."""
-    machine.keep_freed_memory()
+    hardware.keep_freed_memory()
     with contextlib.ExitStack() as held:
         run.world.by_first(lambda: open_run(run, held))
         try:
@@ -170,7 +159,7 @@ def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
     Raises TrainingError before the weights are touched if either is not finite.
     """
     # Every random draw of the step, dropout's, is a function of (seed, step, rank): resuming needs no generator's state.
-    machine.seed_step(run.device, run.settings.seed, run.step, rank=run.world.rank)
+    hardware.seed_step(run.device, run.settings.seed, run.step, rank=run.world.rank)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
 
@@ -203,7 +192,7 @@ def accumulate_gradients(run: Run) -> Tensor:
     total = torch.zeros((), device=run.device)
     for number, (micro_x, micro_y) in enumerate(zip(x, y, strict=True), 1):
         with distributed.syncing(run.forward, run.engine, now=number == len(x)):
-            with machine.autocast(run.device, run.dtype):
+            with hardware.autocast(run.device, run.dtype):
                 _, loss = run.forward(micro_x, micro_y)
                 loss = loss / len(x)
             run.scaler.scale(loss).backward()
@@ -341,7 +330,7 @@ def evaluate(run: Run, stop: Interrupt) -> float | None:
         own = world.share(len(x))
         counted = x[own].numel()
         rows = own if counted else slice(1)
-        with machine.autocast(run.device, run.dtype):
+        with hardware.autocast(run.device, run.dtype):
             _, loss = run.model(x[rows].to(run.device), y[rows].to(run.device))
         total, count = total + loss.item() * counted, count + counted
         if stopping := world.any(stop.requested):
@@ -558,7 +547,7 @@ def check_space(run: Run) -> None:
 def warn_of_memory(run: Run) -> None:
     """Says so if the estimate is above what the device has free."""
     need = memory_needed(run.model, run.settings, run.world, engine=run.engine, device=run.device, dtype=run.dtype)
-    free = machine.free_memory(run.device)
+    free = hardware.free_memory(run.device)
     if free is not None and need > free:
         estimate = f"a step needs about {amount(need, 'B')} of memory and {amount(free, 'B')} are free"
         run.log(f"warning: {estimate}; lower BATCH_SIZE, BLOCK_SIZE or N_LAYER if it fails")

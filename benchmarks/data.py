@@ -21,13 +21,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from measure import compare, header, not_measured, row  # noqa: E402
 
-import config  # noqa: E402
 import training  # noqa: E402
-from data import tokenization  # noqa: E402
-from data.corpus import open_corpus, scan  # noqa: E402
-from data.tokens import CHUNK, prepare, token_ids  # noqa: E402
-from run import fresh  # noqa: E402
-from runtime.progress import Log, Metrics  # noqa: E402
+from milepost import config  # noqa: E402
+from milepost.run import fresh  # noqa: E402
+from milepost.runtime.progress import Log, Metrics  # noqa: E402
+from milepost.text import tokenization  # noqa: E402
+from milepost.text.corpus import open_corpus, scan  # noqa: E402
+from milepost.text.token_files import CHUNK, prepare, token_ids  # noqa: E402
 
 CAP = 64  # MB
 SIZES = {  # name of the model: its settings
@@ -104,9 +104,9 @@ CAPPED = """
 import resource, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from data.corpus import open_corpus, scan
-from data.tokenization import Gpt2Tokenizer
-from data.tokens import prepare
+from milepost.text.corpus import open_corpus, scan
+from milepost.text.tokenization import Gpt2Tokenizer
+from milepost.text.token_files import prepare
 def memory(word):  # of this process, in bytes
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(word))
 tokenizer = Gpt2Tokenizer()

@@ -17,11 +17,11 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from measure import compare, header, not_measured, row  # noqa: E402
 
-from data.tokenization import Gpt2Tokenizer  # noqa: E402
-from models.decode import Decoder  # noqa: E402
+from milepost.generate.decoder import Decoder  # noqa: E402
+from milepost.generate.sampling import generate  # noqa: E402
+from milepost.runtime.hardware import decode_dtype  # noqa: E402
+from milepost.text.tokenization import Gpt2Tokenizer  # noqa: E402
 from models.gpt2 import GPT2, SIZES  # noqa: E402
-from models.sampling import generate  # noqa: E402
-from runtime.device import decode_dtype  # noqa: E402
 
 NEW, READ = 256, 32  # tokens generated, and passes that only read
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}

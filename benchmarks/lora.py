@@ -14,9 +14,9 @@ sys.path.insert(0, str(ROOT))
 from measure import compare, header, row  # noqa: E402
 from steps import SHAPES, prepared, settings  # noqa: E402
 
-import ckpt  # noqa: E402
 import training  # noqa: E402
-from run import Run, to_record  # noqa: E402
+from milepost import ckpt  # noqa: E402
+from milepost.run import Run, to_record  # noqa: E402
 
 BOUNDS = {"10.7M": "1.4", "124M": "1.4"}
 RANK = "8"

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config  # noqa: E402
+from milepost import config  # noqa: E402
 
 SETTINGS = {
     "MODEL_TYPE": "gpt2", "N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256", "BATCH_SIZE": "1",
@@ -28,11 +28,11 @@ STEPS, PAIRS = 20, 3  # steps between two saves, and how often they are run with
 
 import torch  # noqa: E402
 
-import ckpt  # noqa: E402
 import training  # noqa: E402
-from ckpt.files import new_file  # noqa: E402
-from run import Run, fresh, to_record  # noqa: E402
-from runtime.progress import Log, Metrics  # noqa: E402
+from milepost import ckpt  # noqa: E402
+from milepost.files import new_file  # noqa: E402
+from milepost.run import Run, fresh, to_record  # noqa: E402
+from milepost.runtime.progress import Log, Metrics  # noqa: E402
 
 
 def main() -> None:
@@ -122,8 +122,8 @@ OPEN = """
 import sys, torch
 sys.path.insert(0, {root!r})
 from pathlib import Path
-import ckpt
-from ckpt.rebuild import build_model
+from milepost import ckpt
+from milepost.ckpt.restore import build_model
 def memory(word):  # of this process, in bytes: VmRSS now, VmHWM the most since it was reset
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(word))
 open("/proc/self/clear_refs", "w").write("5")

@@ -17,11 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 from measure import compare, header, read_rate, row  # noqa: E402
 
-import ckpt  # noqa: E402
-import config  # noqa: E402
 import training  # noqa: E402
-from run import Run, fresh, to_record  # noqa: E402
-from runtime.progress import Log, Metrics  # noqa: E402
+from milepost import ckpt, config  # noqa: E402
+from milepost.run import Run, fresh, to_record  # noqa: E402
+from milepost.runtime.progress import Log, Metrics  # noqa: E402
 
 SETTINGS = {
     "MODEL_TYPE": "gpt2", "N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256", "BATCH_SIZE": "1",

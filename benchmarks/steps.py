@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config  # noqa: E402
+from milepost import config  # noqa: E402
 
 SHAPES = {  # name: layers, heads, width, tokens, rows, steps a turn
     "0.8M": (4, 4, 128, 64, 12, 100),
@@ -34,10 +34,10 @@ import torch  # noqa: E402
 from measure import gemm_rate, header, not_measured, row, seconds  # noqa: E402
 
 import training  # noqa: E402
+from milepost.run import Run, fresh  # noqa: E402
+from milepost.runtime import hardware  # noqa: E402
+from milepost.runtime.progress import Log  # noqa: E402
 from models import attention, head, parameter_count  # noqa: E402
-from run import Run, fresh  # noqa: E402
-from runtime import device as machine  # noqa: E402
-from runtime.progress import Log  # noqa: E402
 
 
 def main() -> None:
@@ -156,7 +156,7 @@ def work(arm: str, name: str) -> None:
 def prepared(values: dict[str, str]) -> Run:
     """A run as training.py makes it, on the bundled text."""
     run = fresh(config.read(values), Log())
-    machine.keep_freed_memory()
+    hardware.keep_freed_memory()
     return run
 
 

@@ -22,11 +22,11 @@ import torch  # noqa: E402
 from measure import header, not_measured, row, seconds  # noqa: E402
 from steps import nanogpt_folder, nanogpt_model, prepared, settings  # noqa: E402
 
-import config  # noqa: E402
 import training  # noqa: E402
-from run import Run, fresh  # noqa: E402
-from runtime import device as machine  # noqa: E402
-from runtime.progress import Log  # noqa: E402
+from milepost import config  # noqa: E402
+from milepost.run import Run, fresh  # noqa: E402
+from milepost.runtime import hardware  # noqa: E402
+from milepost.runtime.progress import Log  # noqa: E402
 
 TARGET, SEEDS, NANOGPT_STEPS = 1.90, (1, 2, 3), 2000
 OURS = {"BATCH_SIZE": "32", "TRAINING_STEPS": "300", "BIAS": "true", "EVAL_STEPS": "0"}
@@ -80,11 +80,11 @@ def one(arm: str, seed: int) -> None:
     text = os.environ["TINYSHAKESPEARE"]
     run = fresh(config.read(settings("0.8M", TRAINING_DATA_SOURCE=text, SEED=str(seed), **OURS)), Log())
     if arm == "nanogpt":
-        machine.make_deterministic(False, run.device)  # as it is shipped
+        hardware.make_deterministic(False, run.device)  # as it is shipped
         torch.manual_seed(seed)
         took, loss = nanogpt(run)
     else:
-        machine.keep_freed_memory()
+        hardware.keep_freed_memory()
         took = seconds(lambda: train(run))
         loss = validation_loss(run)
     print(took, loss)

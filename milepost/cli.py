@@ -5,17 +5,15 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ckpt
-import config
-from ckpt.locks import RunLockedError
-from config import Config, ConfigError
-from data import tokenization
-from data.corpus import DataError
-from runtime import device as machine
-from runtime import distributed
-from runtime.distributed import ElsewhereError, World
-from runtime.interrupt import INTERRUPTED
-from runtime.progress import Log, ignore_stdout
+from milepost import ckpt, config
+from milepost.config import Config, ConfigError
+from milepost.locks import RunLockedError
+from milepost.runtime import distributed, hardware
+from milepost.runtime.distributed import ElsewhereError, World
+from milepost.runtime.interrupt import INTERRUPTED
+from milepost.runtime.progress import Log, ignore_stdout
+from milepost.text import tokenization
+from milepost.text.corpus import DataError
 
 
 class TrainingError(Exception):
@@ -23,7 +21,7 @@ class TrainingError(Exception):
 
 
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
-    (ConfigError, 2), (machine.DeviceError, 2), (tokenization.UnknownCharacters, 2), (ckpt.CheckpointError, 3), (DataError, 4),
+    (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (ckpt.CheckpointError, 3), (DataError, 4),
 )  # fmt: skip
 
 
@@ -58,7 +56,7 @@ def told(error: Exception, log: Log) -> int:
 
 def sentence(error: Exception) -> str:
     """What to tell of an error, and what to do about it."""
-    if machine.is_out_of_memory(error):
+    if hardware.is_out_of_memory(error):
         return "error: out of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE, or N_LAYER and N_EMBD"
     if distributed.lost(error):
         return "error: another process of this training is gone, so this one ends too; RESUME=auto goes on from what was saved"
@@ -77,7 +75,7 @@ def processes(settings: Config, log: Log) -> Iterator[World]:
     """This process among those that torchrun started, which end together; the first alone is heard. Without torchrun, it is alone."""
     torchrun = config.torchrun()
     local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
-    device = machine.choose_device(settings.device, **local)
+    device = hardware.choose_device(settings.device, **local)
     # While it waits for the others, a handler of Python's would not be reached.
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     world = distributed.join(torchrun, accelerator=device.type)
@@ -109,7 +107,7 @@ def prepare_processes(settings: Config, log: Log, world: World) -> None:
     if not world.first:
         ignore_stdout()
     if config.threads_left_at_one():
-        count = f"{machine.share_threads(world.local_size)} for each of the {world.local_size} processes here"
+        count = f"{hardware.share_threads(world.local_size)} for each of the {world.local_size} processes here"
         log(f"OMP_NUM_THREADS is 1, as torchrun leaves it: {count}; set it for another number")
     if config.restarts() and settings.resume == "never":
         log("torchrun's restarts would begin anew each time; RESUME=auto and ENABLE_CHECKPOINTS=true go on instead")

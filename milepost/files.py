@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt.locks import folder_lock
+from milepost.locks import folder_lock
 
 TEMPORARY = ".tmp-"  # nothing that begins so is ever read; what a crash leaves is removed under the folder's lock
 NAMES = ".names"  # in a group's hidden folder: the names that its files have when they are visible, the head's last

@@ -4,14 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import ckpt
-import config
 import models
-from ckpt import Checkpoint
-from ckpt.rebuild import Restored, build_model, build_tokenizer, restore_optimizer
-from ckpt.store import folder_of
-from config import Config, ConfigError
-from run import (
+from milepost import ckpt, config
+from milepost.ckpt import Checkpoint
+from milepost.ckpt.finding import folder_of
+from milepost.ckpt.restore import Restored, build_model, build_tokenizer, restore_optimizer
+from milepost.config import Config, ConfigError
+from milepost.run import (
     Run,
     adapter_variables,
     built_on,
@@ -24,10 +23,10 @@ from run import (
     shapes,
     with_its_base,
 )
-from runtime import device as machine
-from runtime.distributed import ALONE, World
-from runtime.optim import Schedule, lr_at
-from runtime.progress import Log, amount, shown, table
+from milepost.runtime import hardware
+from milepost.runtime.distributed import ALONE, World
+from milepost.runtime.optim import Schedule, lr_at
+from milepost.runtime.progress import Log, amount, shown, table
 
 # The variables that make up the schedule: given anew, they plan it anew.
 PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", "LR_SCHEDULE"}
@@ -166,8 +165,8 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = ALONE
             f"OPTIMIZER={now}: the learning rates stay those that were planned for {before}; set LEARNING_RATE for others"
         )
     record = with_its_base(record, settings, log)
-    device = machine.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
-    machine.make_deterministic(settings.deterministic, device)
+    device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
+    hardware.make_deterministic(settings.deterministic, device)
     text, tokenizer = read_text(settings, log, world, tokenizer=build_tokenizer(record))
     same_text = all(record.data.get(name) == text.fingerprint()[name] for name in ("sha256", "validation_fraction"))
     child = schedule is not None or bool(changed) or not same_text
@@ -311,7 +310,7 @@ def not_exact(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
         {name.lower() for name in _changed(run, record)},
     )  # what was said above is not said twice
     before = {name: now.get(name) if name in told else value for name, value in record.runtime.items()}
-    return reasons + machine.bit_changes(before, now)
+    return reasons + hardware.bit_changes(before, now)
 
 
 def _changed(run: Run, record: Checkpoint) -> dict[str, Any]:

@@ -12,27 +12,25 @@ from typing import Any
 import torch
 from torch import nn
 
-import ckpt
-import config
 import models
-from ckpt import Checkpoint, CheckpointError
-from ckpt.adopt import with_chars
-from ckpt.hub import local_folder
-from ckpt.rebuild import build_model, build_tokenizer, name_the_base, with_base
-from ckpt.tensors import digest
-from ckpt.writer import Writer
-from config import Config, ConfigError
-from data import tokenization, tokens
-from data.batches import Batches, largest_block_size
-from data.corpus import Corpus, DataError, Scan, open_corpus, scan
-from runtime import device as machine
-from runtime import distributed
-from runtime.distributed import ALONE, World
-from runtime.optim import Schedule, build_optimizer
-from runtime.progress import Log, Metrics, Progress
-from runtime.trackers import Mirror
+from milepost import ckpt, config
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.foreign.importing import with_chars
+from milepost.ckpt.hub import local_folder
+from milepost.ckpt.restore import build_model, build_tokenizer, name_the_base, with_base
+from milepost.ckpt.tensors import digest
+from milepost.ckpt.writer import Writer
+from milepost.config import Config, ConfigError
+from milepost.runtime import distributed, hardware
+from milepost.runtime.distributed import ALONE, World
+from milepost.runtime.optim import Schedule, build_optimizer
+from milepost.runtime.progress import Log, Metrics, Progress
+from milepost.runtime.trackers import Mirror
+from milepost.text import token_files, tokenization
+from milepost.text.batches import Batches, largest_block_size
+from milepost.text.corpus import Corpus, DataError, Scan, open_corpus, scan
 
-DATA_FOLDER = Path(__file__).resolve().parent / "data"
+DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
 SIZES = ("n_layer", "n_head", "n_embd", "bias")  # what a transformer is made of, besides its vocabulary and context
 # The fields of a model's settings that a variable each names: LORA_RANK.
@@ -48,7 +46,7 @@ class Text:
 
     corpus: Corpus
     scan: Scan
-    split: tokens.TokenSplit
+    split: token_files.TokenSplit
     validation_fraction: float
 
     def fingerprint(self) -> dict[str, Any]:
@@ -128,7 +126,7 @@ class Run:
 
     def fingerprint(self) -> dict[str, Any]:
         """What of the machine and the versions decides this run's bits."""
-        return machine.fingerprint(
+        return hardware.fingerprint(
             self.device,
             dtype=self.dtype,
             compile_step=self.compile_step,
@@ -141,8 +139,8 @@ class Run:
 
 def fresh(settings: Config, log: Log, world: World = ALONE) -> Run:
     """A run at step 0: from random weights, from GPT2_MODEL_NAME's or from those of INIT_FROM's checkpoint."""
-    device = machine.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
-    machine.make_deterministic(settings.deterministic, device)
+    device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
+    hardware.make_deterministic(settings.deterministic, device)
     weights = initial_weights(settings, log, world)
     if weights:
         settings = shaped_like(weights, settings)
@@ -353,7 +351,7 @@ def read_text(
     try:
         tokenizer.encode(scanned.alphabet)  # all at once, before any is met: the message lists every unknown character
         split = world.in_turn(
-            lambda: tokens.prepare(
+            lambda: token_files.prepare(
                 corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log
             )
         )
@@ -418,7 +416,7 @@ def put_together(settings: Config, log: Log, world: World, *, device: torch.devi
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == "float16"),
         schedule=schedule,
-        writer=Writer(background=settings.checkpoint_async, free_memory=machine.free_main_memory, say=log),
+        writer=Writer(background=settings.checkpoint_async, free_memory=hardware.free_main_memory, say=log),
         text=text,
         batches=Batches(
             text.split.train,
@@ -459,7 +457,7 @@ def choose_engine(
     if before.get("processes") == world.size and before.get("distributed") in ("ddp", "fsdp"):
         return str(before["distributed"])
     need = memory_needed(model, settings, world, engine="ddp", device=device, dtype=dtype)
-    there = machine.all_memory(device)
+    there = hardware.all_memory(device)
     return "fsdp" if world.any(there is not None and need > there) else "ddp"
 
 
@@ -490,18 +488,18 @@ def shared_out(model: models.Model, engine: str, *, device: torch.device, compil
         distributed.fully_sharded(model, list(getattr(model, "h", [])), device)
     else:
         model.to(device)
-    forward = machine.compiled(model) if compile_step else model
+    forward = hardware.compiled(model) if compile_step else model
     return distributed.data_parallel(forward) if engine == "ddp" else forward
 
 
 def numerics(settings: Config, log: Log, *, device: torch.device, width: int) -> tuple[str, bool]:
     """The number format and whether to compile, by fixed rules; a resume finds its checkpoint's resolved ones in the settings."""
-    compile_step, remark = machine.choose_compile(
+    compile_step, remark = hardware.choose_compile(
         settings.compile, device, model_type=settings.model_type, steps=settings.training_steps
     )
     if remark:
         log(remark)
-    return machine.choose_dtype(settings.dtype, device, width=width), compile_step
+    return hardware.choose_dtype(settings.dtype, device, width=width), compile_step
 
 
 def to_record(run: Run) -> Checkpoint:

@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import itertools
 import json
@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 
 from load_checkpoint import drawn_seed, obey, read_prompt, texts_of
 
-import ckpt
-from ckpt import Checkpoint
-from config import Config, ConfigError
-from door import guarded
-from run import with_tokenizer
-from runtime.progress import Log, harmless, replacing, shown, tell
+from milepost import ckpt
+from milepost.ckpt import Checkpoint
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.run import with_tokenizer
+from milepost.runtime.progress import Log, harmless, replacing, shown, tell
 
 NARROWEST = 30  # columns of a text that stands beside another
 BETWEEN = " | "

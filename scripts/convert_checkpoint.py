@@ -14,22 +14,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 from typing import Any
 
-import ckpt
-from ckpt import BEST_FOLDER, CheckpointError, Found
-from ckpt.convert import Converted, modified_at
-from ckpt.layouts import known_layout
-from ckpt.store import scan
-from config import Config, ConfigError
-from door import guarded
-from runtime.progress import Log, shown, tell
+from milepost import ckpt
+from milepost.ckpt import BEST_FOLDER, CheckpointError, Found
+from milepost.ckpt.conversion import Converted, modified_at
+from milepost.ckpt.finding import scan
+from milepost.ckpt.layouts import known_layout
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.runtime.progress import Log, shown, tell
 
 BAD = 3
 

@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import json
 import math
@@ -28,24 +28,24 @@ from typing import Any
 import numpy as np
 import torch
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError
-from ckpt.rebuild import build_model, build_tokenizer, merged
-from ckpt.record import VERSION
-from config import Config, ConfigError
-from data.answers import Answers, answer, pooled
-from data.choices import Benchmark, read_benchmark
-from data.corpus import DataError, open_corpus
-from data.passages import BLOCK, Figures, Text, measure
-from data.tokenization import UnknownCharacters
-from data.tokens import split_at
-from door import guarded
-from models.scoring import log_likelihoods
-from resume import saved_settings
-from run import DATA_FOLDER, scan_source, with_its_base, with_tokenizer
-from runtime import device as machine
-from runtime.progress import QUIET_SECONDS, Log, replacing, shown, table, tell
-from runtime.statistics import FEWEST, mcnemar, paired, wilson
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.record import VERSION
+from milepost.ckpt.restore import build_model, build_tokenizer, merged
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.evaluate.answers import Answers, answer, pooled
+from milepost.evaluate.choices import Benchmark, read_benchmark
+from milepost.evaluate.passages import BLOCK, Figures, Text, measure
+from milepost.evaluate.scoring import log_likelihoods
+from milepost.evaluate.statistics import FEWEST, mcnemar, paired, wilson
+from milepost.resume import saved_settings
+from milepost.run import DATA_FOLDER, scan_source, with_its_base, with_tokenizer
+from milepost.runtime import hardware
+from milepost.runtime.progress import QUIET_SECONDS, Log, replacing, shown, table, tell
+from milepost.text.corpus import DataError, open_corpus
+from milepost.text.token_files import split_at
+from milepost.text.tokenization import UnknownCharacters
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def main(settings: Config, log: Log) -> int:
     paths, notes = ckpt.several(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
-    device = machine.choose_device(settings.device)
-    machine.make_deterministic(settings.deterministic, device)
-    dtype = machine.choose_dtype("float32" if settings.dtype == "auto" else settings.dtype, device, width=0)
+    device = hardware.choose_device(settings.device)
+    hardware.make_deterministic(settings.deterministic, device)
+    dtype = hardware.choose_dtype("float32" if settings.dtype == "auto" else settings.dtype, device, width=0)
     records = [opened(path, settings, log) for path in paths]
     texts = [text_of(record, settings, log) if settings.eval_type != "benchmark" else None for record in records]
     benchmarks = read_benchmarks(settings) if settings.eval_type != "standard" else []
@@ -79,7 +79,7 @@ def main(settings: Config, log: Log) -> int:
         check_characters(record, text, benchmarks)
     done = []
     for record, text in zip(records, texts, strict=True):
-        with machine.autocast(device, dtype):
+        with hardware.autocast(device, dtype):
             done.append(evaluated(record, text, benchmarks, settings, log, device=device))
         log(f"{done[-1].name}: {'; '.join(summary(done[-1]))}")
     compared = [row for other in done[1:] for row in differences(done[0], other, log)]

@@ -11,25 +11,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ckpt
 import models
-from ckpt.contents import Held, all_files, differing, held, labelled
-from ckpt.layouts import known_layout
-from ckpt.record import Checkpoint, metadata
-from config import Config
-from data import tokenization
-from door import guarded
-from runtime.progress import Log, amount, shown, table, tell
+from milepost import ckpt
+from milepost.ckpt.layouts import known_layout
+from milepost.ckpt.record import Checkpoint, metadata
+from milepost.ckpt.tensor_listing import Held, all_files, differing, held, labelled
+from milepost.cli import guarded
+from milepost.config import Config
+from milepost.runtime.progress import Log, amount, shown, table, tell
+from milepost.text import tokenization
 
 FIRST = 5  # tensors that are named, as in document 004's example
 WIDEST = 60  # characters of a value

@@ -11,20 +11,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 from typing import Any
 
-import ckpt
-from ckpt import CheckpointError, Found
-from ckpt.store import loss_of
-from config import Config, ConfigError
-from door import guarded
-from runtime.progress import Log, amount, shown, table, tell
+from milepost import ckpt
+from milepost.ckpt import CheckpointError, Found
+from milepost.ckpt.finding import loss_of
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.runtime.progress import Log, amount, shown, table, tell
 
 HEAD = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "", "path")
 

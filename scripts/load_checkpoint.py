@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import dataclasses
 import itertools
@@ -25,25 +25,25 @@ from typing import Any
 
 import torch
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError
-from ckpt.rebuild import build_model, build_tokenizer, merged
-from ckpt.store import folder_of
-from config import Config, ConfigError
-from data.decoding import StreamDecoder
-from data.tokenization import Tokenizer, UnknownCharacters
-from door import guarded, processes
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.finding import folder_of
+from milepost.ckpt.restore import build_model, build_tokenizer, merged
+from milepost.cli import guarded, processes
+from milepost.config import Config, ConfigError
+from milepost.generate.decoder import Decoder
+from milepost.generate.sampling import generate
+from milepost.generate.stream import StreamDecoder
+from milepost.resume import explain, fixed_settings, let_go, resumed, saved_schedule, saved_settings
+from milepost.run import agreed, planned, with_its_base, with_tokenizer
+from milepost.runtime import hardware
+from milepost.runtime.distributed import World
+from milepost.runtime.hardware import mix
+from milepost.runtime.optim import Schedule, replan
+from milepost.runtime.progress import Log, harmless, ignore_stdout, tell
+from milepost.text.tokenization import Tokenizer, UnknownCharacters
 from models import Model, adapter_counts
-from models.decode import Decoder
 from models.gpt2 import GPT2
-from models.sampling import generate
-from resume import explain, fixed_settings, let_go, resumed, saved_schedule, saved_settings
-from run import agreed, planned, with_its_base, with_tokenizer
-from runtime import device as machine
-from runtime.device import mix
-from runtime.distributed import World
-from runtime.optim import Schedule, replan
-from runtime.progress import Log, harmless, ignore_stdout, tell
 from training import train
 
 
@@ -131,7 +131,7 @@ def texts_of(settings: Config, record: Checkpoint, log: Log, *, prompt: str, see
     for count in adapter_counts({name: tensor.shape for name, tensor in record.model_state.items()}).values():
         log(f"Loaded {count}")
     record = merged(record)
-    device = machine.choose_device(settings.device)
+    device = hardware.choose_device(settings.device)
     model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
     ids = encode_prompt(tokenizer, prompt, settings)
     fast, lookup = what_generates(model, settings, device, log, prompt_tokens=len(ids))
@@ -190,7 +190,7 @@ def weights_for(model: Model, settings: Config, device: torch.device, *, tokens:
     """The format in which a Decoder keeps the weights, and if there should be none, the reason. Raises DeviceError for a DTYPE that
     the device does not compute in."""
     width = getattr(model.settings, "n_embd", 0)
-    machine.choose_dtype(settings.dtype, device, width=width)
+    hardware.choose_dtype(settings.dtype, device, width=width)
     if not isinstance(model, GPT2):
         return "", "a bigram model has no matrices"
     if model.settings.ttt is not None:
@@ -199,8 +199,8 @@ def weights_for(model: Model, settings: Config, device: torch.device, *, tokens:
         return "", f"this runs on {device.type}"
     if settings.quantize != "none":
         return settings.quantize, ""
-    weights = machine.decode_dtype(settings.dtype, device, width=width, tokens=tokens)
-    if weights == "float32" and width < machine.WIDE_ENOUGH_TO_DECODE:
+    weights = hardware.decode_dtype(settings.dtype, device, width=width, tokens=tokens)
+    if weights == "float32" and width < hardware.WIDE_ENOUGH_TO_DECODE:
         return "", f"a model of N_EMBD={width} spends its time elsewhere"
     return weights, ""
 

@@ -11,22 +11,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import dataclasses
 
-import ckpt
-from ckpt import Checkpoint
-from ckpt.convert import logits, size_of
-from ckpt.rebuild import merged
-from config import Config, ConfigError
-from door import guarded
-from run import with_its_base
-from runtime.progress import Log, amount, command_line, shown, tell
+from milepost import ckpt
+from milepost.ckpt import Checkpoint
+from milepost.ckpt.conversion import logits, size_of
+from milepost.ckpt.restore import merged
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.run import with_its_base
+from milepost.runtime.progress import Log, amount, command_line, shown, tell
 
 LOAD_CHECKPOINT = ROOT / "scripts" / "load_checkpoint.py"
 CLOSE = 1e-5  # how far the logits of float32 weights may move, against the largest of them

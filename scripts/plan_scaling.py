@@ -11,26 +11,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import math
 import shlex
 from collections.abc import Iterator
 
 import models
-from ckpt.rebuild import skeleton
-from config import Config, ConfigError
-from door import guarded
+from milepost.ckpt.restore import skeleton
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.run import SIZES as SHAPE
+from milepost.run import architecture
+from milepost.runtime import scaling
+from milepost.runtime.progress import Log, amount, duration, table, tell
+from milepost.runtime.scaling import Cluster, Saving, Step, Way
 from models.gpt2 import SIZES, GPT2Settings
-from run import SIZES as SHAPE
-from run import architecture
-from runtime import scaling
-from runtime.progress import Log, amount, duration, table, tell
-from runtime.scaling import Cluster, Saving, Step, Way
 
 VOCABULARY = {"gpt2": 50257, "byte": 256, "char": 256, "auto": 256}  # of the last two the most that there can be
 MOST_LAYERS = 1000  # for which shapes are laid out in a second

@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import fnmatch
 import importlib.util
@@ -27,11 +27,11 @@ import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from config import Config, ConfigError
-from data.corpus import DataError
-from door import guarded
-from runtime.chart import LETTERS, Points, chart
-from runtime.progress import Log, harmless, ignore_stdout, read_metrics, replacing, shown, table
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.runtime.chart import LETTERS, Points, chart
+from milepost.runtime.progress import Log, harmless, ignore_stdout, read_metrics, replacing, shown, table
+from milepost.text.corpus import DataError
 
 METRICS = "metrics.jsonl"
 DRAWN = {".png", ".svg", ".pdf"}

@@ -11,28 +11,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
-import ckpt
-from ckpt import CheckpointError, Found
-from ckpt.contents import all_files, held
-from ckpt.keep import what_expires
-from ckpt.layouts import known_layout
-from ckpt.locks import RunLock, RunLockedError
-from ckpt.store import look, scan
-from ckpt.tensors import not_finite
-from config import Config, ConfigError
-from door import guarded
-from runtime.progress import Log, amount, shown, table, tell
+from milepost import ckpt
+from milepost.ckpt import CheckpointError, Found
+from milepost.ckpt.finding import look, scan
+from milepost.ckpt.layouts import known_layout
+from milepost.ckpt.retention import what_expires
+from milepost.ckpt.tensor_listing import all_files, held
+from milepost.ckpt.tensors import not_finite
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.locks import RunLock, RunLockedError
+from milepost.runtime.progress import Log, amount, shown, table, tell
 
 
 def main(settings: Config, log: Log) -> int:

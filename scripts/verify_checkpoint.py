@@ -12,11 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config
+from milepost import config
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
+    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import contextlib
 import dataclasses
@@ -26,23 +26,23 @@ from typing import Any
 
 import torch
 
-import ckpt
 import models
-from ckpt import Checkpoint, CheckpointError, Found
-from ckpt.contents import all_files, differing, labelled
-from ckpt.convert import origin, size_of
-from ckpt.rebuild import build_model, build_tokenizer
-from ckpt.store import scan
-from ckpt.tensors import digest, not_finite
-from config import Config, ConfigError
-from data.corpus import DataError
-from data.tokenization import UnknownCharacters
-from door import guarded
-from resume import not_exact, resumed, saved_schedule, saved_settings
-from run import Run, fresh, to_record, with_its_base
-from runtime.device import DeviceError
-from runtime.interrupt import Interrupt
-from runtime.progress import Log, Progress, amount, shown, table, tell
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError, Found
+from milepost.ckpt.conversion import origin, size_of
+from milepost.ckpt.finding import scan
+from milepost.ckpt.restore import build_model, build_tokenizer
+from milepost.ckpt.tensor_listing import all_files, differing, labelled
+from milepost.ckpt.tensors import digest, not_finite
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.resume import not_exact, resumed, saved_schedule, saved_settings
+from milepost.run import Run, fresh, to_record, with_its_base
+from milepost.runtime.hardware import DeviceError
+from milepost.runtime.interrupt import Interrupt
+from milepost.runtime.progress import Log, Progress, amount, shown, table, tell
+from milepost.text.corpus import DataError
+from milepost.text.tokenization import UnknownCharacters
 from training import loop, open_run
 
 Row = tuple[str, str, str]  # what was checked, how it went, and more about it

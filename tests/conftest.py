@@ -5,7 +5,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
-import run
+from milepost import run
 
 
 @pytest.fixture(autouse=True)

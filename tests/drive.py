@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-import ckpt
-import config
 import training
-from ckpt.archive import bytes_of
-from ckpt.record import named_tensors
-from runtime.progress import Log, read_metrics
+from milepost import ckpt, config
+from milepost.ckpt.archive import bytes_of
+from milepost.ckpt.record import named_tensors
+from milepost.runtime.progress import Log, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from records import bits, plain
 from saver import of_step
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError
-from ckpt.layouts import layout_of
-from ckpt.store import BEST_FOLDER, Found, scan
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.finding import BEST_FOLDER, Found, scan
+from milepost.ckpt.layouts import layout_of
 
 
 def in_best(one: Found) -> bool:

@@ -29,9 +29,9 @@ from folders import every_file, sentence_of  # noqa: E402
 from records import FULL, bits, gpt2_record, members, pack, record  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-import ckpt  # noqa: E402
-from ckpt import Checkpoint, archive, files, rebuild, sidecar, store  # noqa: E402
-from runtime.optim import build_optimizer  # noqa: E402
+from milepost import ckpt, files  # noqa: E402
+from milepost.ckpt import Checkpoint, archive, finding, manifest, restore  # noqa: E402
+from milepost.runtime.optim import build_optimizer  # noqa: E402
 
 SECONDS = 10  # for one case; each takes milliseconds
 MOST_TOLD = 20
@@ -288,7 +288,7 @@ def informed(draw: random.Random, path: Path, data: bytes) -> bytes:
         values = json.loads(data)
         changed_values(draw, values)
         if "metadata" in values and "files" in values:
-            values["sha256"] = sidecar._own_sum(values)
+            values["sha256"] = manifest._own_sum(values)
         return text_of(draw, values)
     if path.suffix == ".safetensors":
         (length,) = struct.unpack("<Q", data[:8])
@@ -376,7 +376,7 @@ def listed_again(one: Sample, path: Path, data: bytes) -> dict[Path, bytes]:
             if place.parent / name == path:
                 begins = hashlib.sha256(data[: files.BEGINNING]).hexdigest()
                 entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest(), begins_sha256=begins)
-                values["sha256"] = sidecar._own_sum(values)
+                values["sha256"] = manifest._own_sum(values)
                 changed[place] = json.dumps(values).encode()
     return changed
 
@@ -397,7 +397,7 @@ def case(draw: random.Random, every: list[Sample]) -> str:
     for place, data in changed.items():
         place.write_bytes(data)
     archive._glance.cache_clear()  # which know a file by its time, and no two saves come so soon after each other
-    store._look.cache_clear()
+    finding._look.cache_clear()
     try:
         return outcome(draw, one, exact=one.ours and not knowing)
     finally:
@@ -437,12 +437,12 @@ def use(record: Checkpoint) -> str:
     held = sum(tensor.nbytes for tensor in record.model_state.values())
     assert held < 2**20, "more tensors than the file can hold"
     try:
-        model = rebuild.build_model(record, device=torch.device("cpu"))
+        model = restore.build_model(record, device=torch.device("cpu"))
         if record.tokenizer is not None:
-            rebuild.build_tokenizer(record)
+            restore.build_tokenizer(record)
         if record.optimizer_state is not None:
             updates = build_optimizer(model, "adamw", lr=0.1, weight_decay=0.1, betas=(0.9, 0.95))
-            rebuild.restore_optimizer(updates, record)
+            restore.restore_optimizer(updates, record)
     except Exception as error:
         refusal(error)
         return "refused when used"
@@ -460,7 +460,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     every = samples(folder)
-    rebuild.build_tokenizer(next(one.original for one in every if one.original.tokenizer))
+    restore.build_tokenizer(next(one.original for one in every if one.original.tokenizer))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     counts: Counter[str] = Counter()

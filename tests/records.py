@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-import ckpt
 import models
-from ckpt import Checkpoint, keep
-from ckpt.record import metadata
-from runtime.optim import build_optimizer
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, retention
+from milepost.ckpt.record import metadata
+from milepost.runtime.optim import build_optimizer
 
 WEIGHT = "token_embedding_table.weight"
 NOBODY = 65534
@@ -136,7 +136,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, now: datetime.datetime) -> None:
     """The clock by which saves are named and dated stands at `now`."""
     clock = SimpleNamespace(now=lambda zone: now.astimezone(zone))
     words = SimpleNamespace(datetime=clock, UTC=datetime.UTC, timedelta=datetime.timedelta)
-    monkeypatch.setattr(keep, "datetime", words)
+    monkeypatch.setattr(retention, "datetime", words)
 
 
 def hugging_face_folder(path: Path) -> Path:

@@ -20,9 +20,9 @@ import torch  # noqa: E402
 import torch.distributed.checkpoint  # noqa: E402  (once, not in every child)
 from records import record  # noqa: E402
 
-import ckpt  # noqa: E402
-from ckpt import Checkpoint, files  # noqa: E402
-from ckpt.writer import Writer, named_tensors  # noqa: E402
+from milepost import ckpt, files  # noqa: E402
+from milepost.ckpt import Checkpoint  # noqa: E402
+from milepost.ckpt.writer import Writer, named_tensors  # noqa: E402
 
 SIZE = 128  # rows and columns of each of three tensors: 200 kB a checkpoint
 EVERY = 3  # of so many steps one is the best only, as an evaluation between two saves is

@@ -12,12 +12,10 @@ import pytest
 from drive import ROOT, TINY, environment
 from drive import train as trained_in
 
-import ckpt
-import config
-import run
 import training
-from ckpt import Checkpoint
-from runtime.progress import Log
+from milepost import ckpt, config, run
+from milepost.ckpt import Checkpoint
+from milepost.runtime.progress import Log
 
 NOTHING_OF_TRAINING = dict.fromkeys([*TINY, "TRAINING_DATA_SOURCE"]) | {"DEVICE": "cpu"}
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import FULL, WEIGHT, flipped, members, pack, record
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError, archive
-from ckpt.files import NewFile
-from ckpt.record import metadata
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError, archive
+from milepost.ckpt.record import metadata
+from milepost.files import NewFile
 
 
 @pytest.fixture

@@ -41,11 +41,11 @@ from folders import opened as opened_or_said
 from records import WEIGHT, gpt2_record, in_child, members, pack, record, walkable_folder
 from safetensors.torch import load_file, save_file
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError, archive, tensors
-from ckpt.layouts import sharded
-from ckpt.rebuild import build_model, build_tokenizer
-from ckpt.tensors import not_finite
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError, archive, tensors
+from milepost.ckpt.layouts import sharded
+from milepost.ckpt.restore import build_model, build_tokenizer
+from milepost.ckpt.tensors import not_finite
 
 SECONDS = 3  # of a slow machine's processor; each takes milliseconds
 JSON_MEMBER = "archive/milepost.json"
@@ -1076,7 +1076,7 @@ BOMBS = {
 OPENS = """
 import resource, sys
 from pathlib import Path
-import ckpt, torch
+from milepost import ckpt; import torch
 torch.set_num_threads(1)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import batches as batches_module
-from data.batches import Batches, largest_block_size, permuted, splitmix64, validation_windows
-from data.corpus import DataError
+from milepost.text import batches as batches_module
+from milepost.text.batches import Batches, largest_block_size, permuted, splitmix64, validation_windows
+from milepost.text.corpus import DataError
 
 
 def numbers(count: int) -> np.ndarray:

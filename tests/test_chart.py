@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.chart import DOTS, chart, number
+from milepost.runtime.chart import DOTS, chart, number
 
 FALLING = [(float(x), 10.0 - x) for x in range(11)]
 

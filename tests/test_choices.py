@@ -1,4 +1,4 @@
-"""data/choices.py: three published formats become one, and what is none of them is refused with its line."""
+"""milepost/evaluate/choices.py: three published formats become one, and what is none of them is refused with its line."""
 
 import gzip
 import json
@@ -6,8 +6,8 @@ import json
 import pytest
 from drive import ROOT
 
-from data.choices import Item, read_benchmark
-from data.corpus import DataError
+from milepost.evaluate.choices import Item, read_benchmark
+from milepost.text.corpus import DataError
 
 FILES = ROOT / "tests" / "fixtures" / "benchmarks"
 PAIR = {"sentence_good": "She sings.", "sentence_bad": "She sing."}

@@ -1,4 +1,4 @@
-"""config.py: every variable, every limit, every message; values read back from everything that shows them."""
+"""milepost/config: every variable, every limit, every message; values read back from everything that shows them."""
 
 import json
 import os
@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import config
-from config import VARIABLES, Config, ConfigError
+from milepost import config
+from milepost.config import VARIABLES, Config, ConfigError
+from milepost.config.parse import kind_of
 
 ALONE = {"PYTHON_DOTENV_DISABLED": "1"}  # the developer's own .env must not decide a test
 
@@ -416,7 +417,7 @@ def test_an_empty_variable_lets_the_file_speak(tmp_path: Path) -> None:
 
 
 def test_the_repositorys_env_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
     assert config.read({}).seed == 1337
     (tmp_path / ".env").write_text("SEED=4\nCHECKPOINT_DIR=c\n")
     c = config.read({}, cwd=tmp_path / "elsewhere")
@@ -430,7 +431,7 @@ def test_the_repositorys_env_is_the_default(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_folder_called_env_is_no_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
     (tmp_path / ".env").mkdir()
     assert config.read({}).seed == 1337
 
@@ -487,7 +488,7 @@ FOREIGN = "HF_HOME=/h\nHF_TOKEN=secret\nWANDB_MODE=offline\nhttp_proxy=x\nOMP_NU
 
 def test_variables_of_others_pass_through_to_the_process(tmp_path: Path) -> None:
     (tmp_path / "f.env").write_text(FOREIGN + "SEED=1\n")
-    code = "import os, config; config.read(); print(*(os.environ.get(n) for n in " + repr(
+    code = "import os; from milepost import config; config.read(); print(*(os.environ.get(n) for n in " + repr(
         ["HF_HOME", "WANDB_MODE", "http_proxy", "OMP_NUM_THREADS", "SEED"]
     )
     done = run(code + "))", cwd=tmp_path, ENV_FILE="f.env", OMP_NUM_THREADS="1")
@@ -569,7 +570,7 @@ def test_a_repository_that_moves_takes_its_data_along(tmp_path: Path, monkeypatc
     saved = config.to_dict(read(tmp_path, TRAINING_DATA_SOURCE=f"{config.ROOT}/data/a.md,b.txt,https://c.org/d.txt"))
     assert saved["TRAINING_DATA_SOURCE"] == f"data/a.md,{tmp_path / 'b.txt'},https://c.org/d.txt"
     current = read()
-    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
     assert config.from_saved(current, saved).training_data_source.split(",")[0] == str(tmp_path / "data" / "a.md")
 
 
@@ -671,7 +672,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
             allow_infinity=False,
         ),
     }
-    return by_type[config._kind(each)]().map(repr)
+    return by_type[kind_of(each)]().map(repr)
 
 
 VALID = st.fixed_dictionaries({}, optional={name: texts_of(name) for name in VARIABLES if name != "ENV_FILE"})
@@ -799,7 +800,7 @@ def run(code: str, *, cwd: Path, **variables: str) -> subprocess.CompletedProces
 
 
 def test_a_mistake_ends_with_2_and_no_traceback_before_torch(tmp_path: Path) -> None:
-    code = "import sys, atexit, config; atexit.register(lambda: print('torch' in sys.modules)); config.door(['x.py'])"
+    code = "import sys; import atexit; from milepost import config; atexit.register(lambda: print('torch' in sys.modules)); config.from_command_line(['x.py'])"
     done = run(code, cwd=tmp_path, MODEL_TYPE="gtp2", DEBUG="true", **ALONE)
     assert (done.returncode, done.stdout) == (2, "False\n")
     assert done.stderr == "MODEL_TYPE='gtp2' (environment): expected one of bigram, gpt2; did you mean gpt2?\n"
@@ -807,7 +808,7 @@ def test_a_mistake_ends_with_2_and_no_traceback_before_torch(tmp_path: Path) -> 
 
 
 def test_help_survives_a_closed_pipe(tmp_path: Path) -> None:
-    code = "import sys, config; sys.stdout.flush(); config.door(['training.py', '--help'])"
+    code = "import sys; from milepost import config; sys.stdout.flush(); config.from_command_line(['training.py', '--help'])"
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(config.ROOT)}
     reader, writer = os.pipe()
     os.close(reader)
@@ -821,7 +822,7 @@ def test_help_survives_a_closed_pipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("argument", ["--help", "-h"])
 def test_help_lists_every_variable(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        config.door(["scripts/load_checkpoint.py", argument])
+        config.from_command_line(["scripts/load_checkpoint.py", argument])
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert out.isascii()
@@ -849,7 +850,7 @@ def test_arguments_are_refused_with_what_was_meant(
     arguments: list[str], use: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        config.door(["training.py", *arguments])
+        config.from_command_line(["training.py", *arguments])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("training.py takes no arguments, settings are environment variables")
@@ -871,7 +872,7 @@ def test_helpers_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_generated_files_are_up_to_date() -> None:
     for name, text in ((".env.example", config.env_example()), ("docs/configuration.md", config.reference())):
         assert (config.ROOT / name).read_text(encoding="utf-8") == text, (
-            f"run: python3 config.py ({name} is out of date)"
+            f"run: python3 -m milepost.config ({name} is out of date)"
         )
 
 
@@ -894,7 +895,7 @@ def test_the_reference_has_a_row_for_each_variable() -> None:
 
 def test_cublas_is_told_before_it_starts() -> None:
     """In the process's real environment, where C code reads it; a user's own choice stays."""
-    code = "import config, os; config.read(); print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    code = "from milepost import config; import os; config.read(); print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
     for env, expected in (({}, ":4096:8"), ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ":16:8")):
         done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, env={"PATH": os.environ["PATH"], **ALONE, **env}, capture_output=True, text=True, check=True)  # fmt: skip
         assert done.stdout.strip() == expected

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import corpus as corpus_module
-from data.corpus import Corpus, DataError, Progress, fetch, open_corpus, scan
+from milepost.text import corpus as corpus_module
+from milepost.text.corpus import Corpus, DataError, Progress, fetch, open_corpus, scan
 
 URL = "https://example.org/letters/first.txt"
 

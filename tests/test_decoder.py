@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_sampling import lively, seeded
 
-from models.decode import RESCORED, Decoder
+from milepost.generate.decoder import RESCORED, Decoder
+from milepost.generate.lookup import Lookup
+from milepost.generate.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
 from models.gpt2 import GPT2, GPT2Settings
 from models.linears import LINEARS, quantized
-from models.lookup import Lookup
-from models.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,7 +141,7 @@ def test_a_processor_without_bfloat16_generates_in_it_too() -> None:
     code = """
 import torch
 from test_decode import MODEL, through_cache
-from models.decode import Decoder
+from milepost.generate.decoder import Decoder
 assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 for weights in ("bfloat16", "int8"):
     logits = through_cache(Decoder(MODEL, weights=weights), [1, 2, 3, 4], [3, 1])

@@ -14,10 +14,10 @@ import pytest
 import torch
 from drive import ROOT, command, environment, logged, newest, tensor_bytes, train
 
-import ckpt
-from ckpt.locks import RunLock
-from runtime.distributed import ALONE, World
-from runtime.progress import read_metrics
+from milepost import ckpt
+from milepost.locks import RunLock
+from milepost.runtime.distributed import ALONE, World
+from milepost.runtime.progress import read_metrics
 
 WORKER = Path(__file__).with_name("worker.py")
 SECONDS = 120  # until a test gives a hanging process up

@@ -13,13 +13,12 @@ from records import record, save
 from script import call, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ckpt
-import run
-from ckpt.rebuild import build_tokenizer, merged, with_base
-from data import tokenization
-from data.answers import Answers, answer, encode, pooled
-from data.choices import Item, read_benchmark
-from data.passages import byte_lengths, measure, opening, per_block
+from milepost import ckpt, run
+from milepost.ckpt.restore import build_tokenizer, merged, with_base
+from milepost.evaluate.answers import Answers, answer, encode, pooled
+from milepost.evaluate.choices import Item, read_benchmark
+from milepost.evaluate.passages import byte_lengths, measure, opening, per_block
+from milepost.text import tokenization
 
 evaluator = script("evaluate_checkpoint")
 FILES = ROOT / "tests" / "fixtures" / "benchmarks"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from drive import ROOT, at_step, command, environment, logged, newest, tensor_bytes, train
 
-import ckpt
 import training
+from milepost import ckpt
 
 STEPS = 8
 COMBINATIONS = {
@@ -155,8 +155,8 @@ def test_control_model_only_goes_on_and_says_that_it_differs(layout, straight, t
 KILLED = """
 import os, signal, sys
 sys.argv = ["training.py"]
-import config
-settings = config.door(sys.argv)
+from milepost import config
+settings = config.from_command_line(sys.argv)
 import training
 learn = training.training_step
 def killed(run, lr):

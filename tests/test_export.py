@@ -10,12 +10,12 @@ from records import gpt2_record, record
 from script import call, files_of, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError
-from ckpt.foreign.tokenizer import read_meta
-from ckpt.layouts import WRITERS, huggingface, layout_of
-from ckpt.rebuild import build_model, build_tokenizer
-from data import tokenization
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.foreign.tokenizer import read_meta
+from milepost.ckpt.layouts import WRITERS, huggingface, layout_of
+from milepost.ckpt.restore import build_model, build_tokenizer
+from milepost.text import tokenization
 
 converter = script("convert_checkpoint")
 TEXT = "Dear Wren,\n\nmy neighbour's naïve cat (“Señor” 😀 日本…) has adopted me.\tWhat do I owe?\r\n"

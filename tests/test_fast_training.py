@@ -9,9 +9,9 @@ import torch
 from drive import ROOT
 from torch.nn import functional as F
 
+from milepost.runtime.optim import build_optimizer
 from models import attention, build, head
 from models.gpt2 import GPT2
-from runtime.optim import build_optimizer
 
 TOKENS = torch.Generator().manual_seed(3)
 
@@ -215,7 +215,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     """Without it every step has its pages zeroed anew; the control is the same process without the call."""
     script = (
         "import resource, sys, torch\n"
-        "from runtime import device\n"
+        "from milepost.runtime import hardware\n"
         "device.keep_freed_memory() if sys.argv[1] == 'keep' else None\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "make = lambda: torch.ones(16 * 2**20)\n"  # 64 MB

@@ -33,10 +33,10 @@ from folders import (
 from records import FULL, NOON, flipped, in_child, record, set_clock, walkable_folder
 from saver import CHANGING, of_step, save_keep_prune
 
-import ckpt
-from ckpt import Checkpoint, files, keep, sidecar
-from ckpt.locks import FOLDER_LOCK
-from ckpt.store import scan
+from milepost import ckpt, files
+from milepost.ckpt import Checkpoint, manifest, retention
+from milepost.ckpt.finding import scan
+from milepost.locks import FOLDER_LOCK
 
 LAYOUTS = list(ckpt.WRITERS)
 ALLOCATING = ("open", "write", "mkdir", "link")  # the calls that a full disk refuses
@@ -309,7 +309,7 @@ def test_a_damaged_file_is_never_written_anew_with_a_checksum_that_agrees(tmp_pa
     """When only its weights are to stay, a single file is copied; its damage must not become its content."""
     path = ckpt.save(of_step(1), tmp_path)
     flipped(path, path.read_bytes().index(next(iter(of_step(1).model_state.values())).numpy().tobytes()) + 5)
-    keep.strip(path)
+    retention.strip(path)
     assert visible(tmp_path) == [path]
     assert ckpt.verify(path) != []
 
@@ -432,7 +432,7 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(home):
 
 def test_control_a_load_that_does_not_verify_takes_flipped_weights(layout, tmp_path, monkeypatch):
     """Negative control for the comparison above: it sees one bit, and beyond the beginning of a file only verify keeps it out."""
-    for module in (files, sidecar):
+    for module in (files, manifest):
         monkeypatch.setattr(module, "BEGINNING", 8)
     home = ckpt.save(record(7, **FULL), tmp_path, layout=layout)
     whole_one = ckpt.load(home)

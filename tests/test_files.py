@@ -18,9 +18,8 @@ from drive import tensor_bytes
 from filelock import FileLock, Timeout
 from records import in_child, record, snapshot, walkable_folder
 
-import ckpt
-from ckpt import files
-from ckpt.files import (
+from milepost import ckpt, files
+from milepost.files import (
     NewFile,
     new_file,
     new_folder,
@@ -34,7 +33,7 @@ from ckpt.files import (
     write_json,
     written,
 )
-from ckpt.locks import FOLDER_LOCK, RunLock, RunLockedError, folder_lock
+from milepost.locks import FOLDER_LOCK, RunLock, RunLockedError, folder_lock
 
 
 def visible(folder: Path) -> list[str]:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import NOON, flipped, hugging_face_folder, in_child, newest, record, save, set_clock, walkable_folder
 
-import ckpt
-from ckpt import CheckpointError, Found, keep, store
+from milepost import ckpt
+from milepost.ckpt import CheckpointError, Found, finding, retention
 
 
 def best(folder: Path) -> Path | None:
@@ -144,9 +144,9 @@ def test_a_second_name_is_no_second_checkpoint(layout, tmp_path):
     saved = save(tmp_path, 1, layout=layout)
     kept = ckpt.keep_best(record(1), tmp_path, saved=saved, layout=layout)
     assert [one.path for one in ckpt.find(tmp_path)] == [saved]
-    assert {one.path for one in store.scan(tmp_path)} == {saved, kept}
-    assert [one.path for one in store.scan(tmp_path, bests=False)] == [saved]
-    keep.remove(ckpt.WRITERS[layout].files(saved))
+    assert {one.path for one in finding.scan(tmp_path)} == {saved, kept}
+    assert [one.path for one in finding.scan(tmp_path, bests=False)] == [saved]
+    retention.remove(ckpt.WRITERS[layout].files(saved))
     assert [one.path for one in ckpt.find(tmp_path)] == [kept]
 
 
@@ -154,7 +154,7 @@ def test_a_second_name_is_no_second_checkpoint(layout, tmp_path):
 def test_of_two_names_the_fuller_is_taken(layout, tmp_path):
     saved = save(tmp_path, 1, layout=layout)
     kept = ckpt.keep_best(record(1), tmp_path, saved=saved, layout=layout)
-    keep.strip(saved)
+    retention.strip(saved)
     (one,) = ckpt.find(tmp_path)
     assert (one.path, one.resumable) == (kept, True)
 
@@ -250,7 +250,7 @@ def test_two_hundred_files_are_listed_in_a_second(tmp_path):
     for number in range(200):
         shutil.copy(path, tmp_path / f"copy{number}.pt")
     before = time.process_time()
-    assert len(list(store.scan(tmp_path))) == 201
+    assert len(list(finding.scan(tmp_path))) == 201
     assert time.process_time() - before < 1
 
 

@@ -12,12 +12,12 @@ from foreign_programs import SIZES, LectureModel, shaken
 from torch import Tensor, nn
 
 import models
-from ckpt import foreign
-from ckpt.foreign import models as foreign_models
-from ckpt.foreign import words as foreign_words
-from ckpt.foreign.tokenizer import read_meta, tokenizer_for
-from ckpt.rebuild import build_model, restore_optimizer
-from ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt import foreign
+from milepost.ckpt.foreign import keys as foreign_words
+from milepost.ckpt.foreign import weights as foreign_models
+from milepost.ckpt.foreign.tokenizer import read_meta, tokenizer_for
+from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.restore import build_model, restore_optimizer
 
 WHERE = "old/ckpt.pt"
 IDS = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(3))  # (B, T)

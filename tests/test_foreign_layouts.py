@@ -39,17 +39,16 @@ from safetensors.torch import save_file
 from script import NOTHING_OF_TRAINING, Said, script
 from torch import Tensor, nn
 
-import ckpt
-import config
 import training
-from ckpt import Checkpoint, archive
-from ckpt.adopt import adopted, adopted_metadata
-from ckpt.layouts import LAYOUTS
-from ckpt.rebuild import build_model, build_tokenizer, restore_optimizer
-from ckpt.record import metadata
-from data import tokenization
-from runtime.optim import build_optimizer
-from runtime.progress import Log
+from milepost import ckpt, config
+from milepost.ckpt import Checkpoint, archive
+from milepost.ckpt.foreign.importing import adopted, adopted_metadata
+from milepost.ckpt.layouts import LAYOUTS
+from milepost.ckpt.record import metadata
+from milepost.ckpt.restore import build_model, build_tokenizer, restore_optimizer
+from milepost.runtime.optim import build_optimizer
+from milepost.runtime.progress import Log
+from milepost.text import tokenization
 
 LOAD = script("load_checkpoint")
 SHAPE = ("MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE")  # which the weights bring

@@ -9,7 +9,7 @@ from pathlib import Path
 import fuzz
 import pytest
 
-import ckpt
+from milepost import ckpt
 
 CASES, SOAK_CASES, PROCESSES = 1500, 100_000, 10
 SCRIPT = Path(__file__).with_name("fuzz.py")

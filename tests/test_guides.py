@@ -14,12 +14,10 @@ import torch
 from drive import ROOT, TINY, small_text, train
 from script import Said, script
 
-import ckpt
-import config
 import models
-import run
 import training
-from runtime.progress import Log
+from milepost import ckpt, config, run
+from milepost.runtime.progress import Log
 
 PAGES = sorted((ROOT / "docs" / "coming-from").glob("*.md"))
 FOREIGN = ROOT / "tests" / "fixtures" / "foreign"
@@ -218,7 +216,7 @@ def test_variables_and_files_exist(page):
     for text in code:
         assert uses(text) - config.VARIABLES.keys() <= NO_VARIABLES, text
         for name in re.findall(
-            r"(?:scripts|tests|docs)/\w+\.\w+|\b(?:training|config)\.py|\b(?:ckpt|models|data|runtime)/[\w/]*\.py", text
+            r"(?:scripts|tests|docs)/\w+\.\w+|\btraining\.py|\b(?:milepost|models)/[\w/]*\.py", text
         ):
             assert (ROOT / name).is_file(), name
 

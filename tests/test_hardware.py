@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import device as machine
-from runtime.device import DECIDES_BITS, DeviceError
+from milepost.runtime import hardware
+from milepost.runtime.hardware import DECIDES_BITS, DeviceError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -31,26 +31,26 @@ def torch_as_before():
 
 
 def test_every_machine_has_a_cpu_and_it_comes_last():
-    assert machine.available_devices()[-1] == "cpu"
-    assert set(machine.available_devices()) <= {"cuda", "mps", "cpu"}
+    assert hardware.available_devices()[-1] == "cpu"
+    assert set(hardware.available_devices()) <= {"cuda", "mps", "cpu"}
 
 
 def test_auto_takes_the_best_device_there_is():
-    assert machine.choose_device("auto").type == machine.available_devices()[0]
+    assert hardware.choose_device("auto").type == hardware.available_devices()[0]
 
 
-@pytest.mark.parametrize("wish", machine.available_devices())
+@pytest.mark.parametrize("wish", hardware.available_devices())
 def test_a_device_that_is_there_is_taken(wish):
-    assert machine.choose_device(wish) == torch.device(wish)
+    assert hardware.choose_device(wish) == torch.device(wish)
 
 
-@pytest.mark.parametrize("wish", sorted({"cuda", "mps", "tpu"} - set(machine.available_devices())))
+@pytest.mark.parametrize("wish", sorted({"cuda", "mps", "tpu"} - set(hardware.available_devices())))
 def test_an_absent_device_is_refused_with_the_list_of_those_there_are(wish):
     with pytest.raises(DeviceError) as refusal:
-        machine.choose_device(wish)
+        hardware.choose_device(wish)
     said = str(refusal.value)
     assert f"DEVICE={wish}" in said
-    assert f"available: {', '.join(machine.available_devices())}" in said
+    assert f"available: {', '.join(hardware.available_devices())}" in said
     assert "\n" not in said
 
 
@@ -69,36 +69,36 @@ def test_auto_dtype_on_a_cpu_is_bfloat16_where_its_hardware_multiplies_that_and_
 ):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert machine.choose_dtype("auto", CPU, width=width) == expected
+    assert hardware.choose_dtype("auto", CPU, width=width) == expected
 
 
 @pytest.mark.parametrize(("supported", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_dtype_on_cuda_is_bfloat16_where_the_card_has_it(supported, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
-    assert machine.choose_dtype("auto", CUDA, width=8) == expected
+    assert hardware.choose_dtype("auto", CUDA, width=8) == expected
 
 
 def test_auto_dtype_on_mps_is_float32():
-    assert machine.choose_dtype("auto", MPS, width=4096) == "float32"
+    assert hardware.choose_dtype("auto", MPS, width=4096) == "float32"
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS], ids=str)
 @pytest.mark.parametrize("wish", ["float32", "bfloat16"])
 def test_a_given_dtype_is_taken(wish, device):
-    assert machine.choose_dtype(wish, device, width=4) == wish
+    assert hardware.choose_dtype(wish, device, width=4) == wish
 
 
 def test_float16_is_for_cuda_and_mps():
-    assert machine.choose_dtype("float16", CUDA, width=4) == "float16"
-    assert machine.choose_dtype("float16", MPS, width=4) == "float16"
+    assert hardware.choose_dtype("float16", CUDA, width=4) == "float16"
+    assert hardware.choose_dtype("float16", MPS, width=4) == "float16"
     with pytest.raises(DeviceError, match=r"DTYPE=float16 .*DTYPE=bfloat16 or DTYPE=float32"):
-        machine.choose_dtype("float16", CPU, width=4)
+        hardware.choose_dtype("float16", CPU, width=4)
 
 
 @pytest.mark.parametrize(("dtype", "product"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_autocast_multiplies_in_the_format_and_leaves_the_weights_alone(dtype, product):
     layer = torch.nn.Linear(4, 4)
-    with machine.autocast(CPU, dtype):
+    with hardware.autocast(CPU, dtype):
         assert layer(torch.ones(2, 4)).dtype == product
     assert layer.weight.dtype == torch.float32
     assert layer(torch.ones(2, 4)).dtype == torch.float32
@@ -119,8 +119,8 @@ COMPILE = [  # wish, device, model, steps, compiled where there is a compiler
 @pytest.mark.parametrize(("wish", "device", "model", "steps", "expected"), COMPILE)
 @pytest.mark.parametrize("compiler", [True, False])
 def test_compiling_follows_a_fixed_rule(wish, device, model, steps, expected, compiler, monkeypatch):
-    monkeypatch.setattr(machine, "_has_compiler", lambda device: compiler)
-    chosen, remark = machine.choose_compile(wish, device, model_type=model, steps=steps)
+    monkeypatch.setattr(hardware, "_has_compiler", lambda device: compiler)
+    chosen, remark = hardware.choose_compile(wish, device, model_type=model, steps=steps)
     assert chosen == (expected and compiler)
     assert (remark is not None) == (expected and not compiler)  # a wish that cannot be met is told
 
@@ -130,7 +130,7 @@ def test_compiling_follows_a_fixed_rule(wish, device, model, steps, expected, co
 
 @pytest.mark.parametrize("on", [True, False])
 def test_make_deterministic(on, torch_as_before):
-    machine.make_deterministic(on, CPU)
+    hardware.make_deterministic(on, CPU)
     assert torch.are_deterministic_algorithms_enabled() == on
     # Flash attention's backward pass on CUDA is deterministic only where other kernels are refused, not warned of.
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
@@ -148,25 +148,25 @@ def reference_splitmix64(state: int) -> int:
 
 
 def test_mix_of_one_number_is_the_published_generators_first():
-    assert machine.mix(0) == 0xE220A8397B1DCDAF >> 1  # splitmix64's well-known first output for the seed 0
+    assert hardware.mix(0) == 0xE220A8397B1DCDAF >> 1  # splitmix64's well-known first output for the seed 0
 
 
 @settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
 def test_mix_folds_splitmix64_into_a_seed_that_torch_takes(seed, step):
     folded = reference_splitmix64((reference_splitmix64(seed) + step) % 2**64)
-    assert machine.mix(seed, step) == folded >> 1
-    assert 0 <= machine.mix(seed, step) < 2**63
+    assert hardware.mix(seed, step) == folded >> 1
+    assert 0 <= hardware.mix(seed, step) < 2**63
 
 
 def test_neighbouring_steps_and_seeds_have_seeds_of_their_own():
-    seeds = {machine.mix(seed, step) for seed in range(60) for step in range(60)}
+    seeds = {hardware.mix(seed, step) for seed in range(60) for step in range(60)}
     assert len(seeds) == 3600  # (1, 2) and (2, 1) differ too
 
 
 def test_the_draws_of_a_step_depend_on_seed_and_step_alone():
     def draws(seed: int, step: int) -> list[float]:
-        machine.seed_step(torch.device("cpu"), seed, step)
+        hardware.seed_step(torch.device("cpu"), seed, step)
         return torch.rand(8).tolist()
 
     first = draws(1, 7)
@@ -178,7 +178,7 @@ def test_the_draws_of_a_step_depend_on_seed_and_step_alone():
 
 def test_each_process_draws_its_own_and_the_first_what_the_only_one_would():
     def draws(**rank: int) -> list[float]:
-        machine.seed_step(torch.device("cpu"), 1, 7, **rank)
+        hardware.seed_step(torch.device("cpu"), 1, 7, **rank)
         return torch.rand(8).tolist()
 
     assert draws(rank=0) == draws()
@@ -189,7 +189,7 @@ def test_each_process_draws_its_own_and_the_first_what_the_only_one_would():
 
 
 def fingerprint(**changes: object) -> dict[str, object]:
-    return machine.fingerprint(CPU, dtype="float32", compile_step=False, deterministic=True) | changes
+    return hardware.fingerprint(CPU, dtype="float32", compile_step=False, deterministic=True) | changes
 
 
 def test_a_fingerprint_is_json_and_names_all_that_decides_bits():
@@ -202,55 +202,55 @@ def test_a_fingerprint_is_json_and_names_all_that_decides_bits():
 
 
 def test_the_same_machine_gives_the_same_bits():
-    assert machine.bit_changes(fingerprint(), fingerprint()) == []
+    assert hardware.bit_changes(fingerprint(), fingerprint()) == []
 
 
 @pytest.mark.parametrize("name", DECIDES_BITS)
 def test_each_thing_that_decides_bits_is_named_when_it_changes(name):
-    reasons = machine.bit_changes(fingerprint(**{name: "before"}), fingerprint(**{name: "now"}))
+    reasons = hardware.bit_changes(fingerprint(**{name: "before"}), fingerprint(**{name: "now"}))
     told = (
-        "now processes, was before" if name == "processes" else f"{machine.CALLED.get(name, name)} is now, was before"
+        "now processes, was before" if name == "processes" else f"{hardware.CALLED.get(name, name)} is now, was before"
     )
     assert reasons == [told]
 
 
 def test_another_number_of_processes_is_told_in_words_and_how_they_share_the_work_goes_with_it():
     shared = {"processes": 4, "local_processes": 4, "distributed": "ddp"}
-    assert machine.bit_changes(fingerprint(**shared), fingerprint(processes=2, distributed="fsdp")) == [
+    assert hardware.bit_changes(fingerprint(**shared), fingerprint(processes=2, distributed="fsdp")) == [
         "2 processes, was 4"
     ]
-    assert machine.bit_changes(fingerprint(**shared), fingerprint()) == ["1 process, was 4"]
+    assert hardware.bit_changes(fingerprint(**shared), fingerprint()) == ["1 process, was 4"]
     two_machines = shared | {"local_processes": 2}
     said = ["the number of processes on a machine is 2, was 4"]  # whose sums have another order
-    assert machine.bit_changes(fingerprint(**shared), fingerprint(**two_machines)) == said
+    assert hardware.bit_changes(fingerprint(**shared), fingerprint(**two_machines)) == said
     older = {name: value for name, value in fingerprint().items() if name not in shared}  # checkpoints of one process
-    assert machine.bit_changes(older, fingerprint()) == []
+    assert hardware.bit_changes(older, fingerprint()) == []
 
 
 @pytest.mark.parametrize("name", ["python", "platform"])
 def test_what_decides_no_bits_is_no_reason(name):
-    assert machine.bit_changes(fingerprint(**{name: "before"}), fingerprint()) == []
+    assert hardware.bit_changes(fingerprint(**{name: "before"}), fingerprint()) == []
 
 
 def test_a_run_without_deterministic_kernels_or_on_mps_promises_nothing():
     loose = fingerprint(deterministic=False)
-    assert machine.bit_changes(loose, loose) == ["DETERMINISTIC=false"]
+    assert hardware.bit_changes(loose, loose) == ["DETERMINISTIC=false"]
     apple = fingerprint(device="mps")
-    assert machine.bit_changes(apple, apple) == ["mps promises no equal bits"]
+    assert hardware.bit_changes(apple, apple) == ["mps promises no equal bits"]
 
 
 def test_a_checkpoint_without_a_fingerprint_promises_nothing():
-    (reason,) = machine.bit_changes({}, fingerprint())
+    (reason,) = hardware.bit_changes({}, fingerprint())
     assert reason == "on what machine and versions it was trained is not recorded"
     unsaid = len(DECIDES_BITS) - 4  # the first versions had one process and the first kernels
-    assert len(machine.bit_changes({"git": "abc"}, fingerprint())) == unsaid + 1
+    assert len(hardware.bit_changes({"git": "abc"}, fingerprint())) == unsaid + 1
 
 
 # Memory
 
 
 def test_free_memory_of_the_cpu_is_what_the_system_tells():
-    free = machine.free_memory(CPU)
+    free = hardware.free_memory(CPU)
     if Path("/proc/meminfo").exists():
         assert free is not None
         assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -265,9 +265,9 @@ def raised_by(allocate) -> BaseException:
 
 
 def test_real_allocations_that_fail_are_known_as_out_of_memory():
-    assert machine.is_out_of_memory(raised_by(lambda: torch.empty(2**60, dtype=torch.uint8)))
-    assert machine.is_out_of_memory(raised_by(lambda: np.empty(2**60, dtype=np.uint8)))
-    assert machine.is_out_of_memory(raised_by(lambda: bytearray(2**60)))
+    assert hardware.is_out_of_memory(raised_by(lambda: torch.empty(2**60, dtype=torch.uint8)))
+    assert hardware.is_out_of_memory(raised_by(lambda: np.empty(2**60, dtype=np.uint8)))
+    assert hardware.is_out_of_memory(raised_by(lambda: bytearray(2**60)))
 
 
 OTHERS = [  # what other machines say
@@ -282,7 +282,7 @@ OTHERS = [  # what other machines say
 
 @pytest.mark.parametrize(("error", "expected"), OTHERS, ids=lambda value: str(value)[:30])
 def test_out_of_memory_is_told_from_other_errors(error, expected):
-    assert machine.is_out_of_memory(error) == expected
+    assert hardware.is_out_of_memory(error) == expected
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_out_of_memory_is_told_from_other_errors(error, expected):
 def test_format_for_generating(monkeypatch, hardware, wish, width, tokens, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert machine.decode_dtype(wish, CPU, width=width, tokens=tokens) == expected
+    assert hardware.decode_dtype(wish, CPU, width=width, tokens=tokens) == expected
 
 
 # Several processes on a machine
@@ -307,25 +307,25 @@ def test_format_for_generating(monkeypatch, hardware, wish, width, tokens, expec
 
 def test_processes_of_a_machine_take_a_gpu_each_and_none_takes_mps(monkeypatch):
     taken = []
-    monkeypatch.setattr(machine, "available_devices", lambda: ["cuda", "mps", "cpu"])
+    monkeypatch.setattr(hardware, "available_devices", lambda: ["cuda", "mps", "cpu"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert machine.choose_device("auto", local_rank=1, local_size=2) == torch.device("cuda", 1)
+    assert hardware.choose_device("auto", local_rank=1, local_size=2) == torch.device("cuda", 1)
     assert taken == [1]
     with pytest.raises(DeviceError, match="3 processes on this machine have 2 GPUs: set --nproc_per_node to that"):
-        machine.choose_device("cuda", local_rank=0, local_size=3)
-    monkeypatch.setattr(machine, "available_devices", lambda: ["mps", "cpu"])
-    assert machine.choose_device("auto") == torch.device("mps")
-    assert machine.choose_device("auto", local_rank=1, local_size=2) == torch.device("cpu")
+        hardware.choose_device("cuda", local_rank=0, local_size=3)
+    monkeypatch.setattr(hardware, "available_devices", lambda: ["mps", "cpu"])
+    assert hardware.choose_device("auto") == torch.device("mps")
+    assert hardware.choose_device("auto", local_rank=1, local_size=2) == torch.device("cpu")
     with pytest.raises(DeviceError, match="no mps device; available: cpu"):
-        machine.choose_device("mps", local_rank=1, local_size=2)
+        hardware.choose_device("mps", local_rank=1, local_size=2)
 
 
 def test_processes_share_the_processors_and_none_is_without(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
     try:
-        assert [machine.share_threads(count) for count in (2, 5, 100)] == [6, 2, 1]
+        assert [hardware.share_threads(count) for count in (2, 5, 100)] == [6, 2, 1]
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

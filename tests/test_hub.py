@@ -1,4 +1,4 @@
-"""ckpt/hub.py against a hub of our own on this machine: the real client asks, in a process of its own, and a log says for what."""
+"""milepost/ckpt/hub.py against a hub of our own on this machine: the real client asks, in a process of its own, and a log says for what."""
 
 import http.server
 import json
@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 COMMIT = "a" * 40
 ASK = """
 import sys
-from ckpt import CheckpointError, load
-from ckpt.hub import local_folder
+from milepost.ckpt import CheckpointError, load
+from milepost.ckpt.hub import local_folder
 try:
     folder = local_folder(sys.argv[1])
     print(folder, load(folder).model_settings["n_embd"])

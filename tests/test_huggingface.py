@@ -15,12 +15,12 @@ from records import flipped
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError, contents
-from ckpt.hub import local_folder
-from ckpt.layouts import huggingface
-from ckpt.rebuild import build_model, build_tokenizer
-from data import tokenization
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError, tensor_listing
+from milepost.ckpt.hub import local_folder
+from milepost.ckpt.layouts import huggingface
+from milepost.ckpt.restore import build_model, build_tokenizer
+from milepost.text import tokenization
 
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 97, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -369,7 +369,7 @@ def test_torch_archives_are_read_where_no_safetensors_are(shards, folder, theirs
     assert_same_logits(ckpt.load(folder), theirs)
     assert ckpt.verify(folder) == []
     assert ckpt.load(folder).layout == "huggingface"
-    held = {one.name for one in contents.held(folder)}
+    held = {one.name for one in tensor_listing.held(folder)}
     assert {"transformer.wte.weight", "lm_head.weight"} <= held
 
 
@@ -442,8 +442,8 @@ LOADING = """
 import json, re, sys
 from pathlib import Path
 import torch
-import ckpt
-from ckpt.rebuild import build_model
+from milepost import ckpt
+from milepost.ckpt.restore import build_model
 def load(folder):
     return build_model(ckpt.load(Path(folder), optimizer=False), device=torch.device("cpu"), take=True)
 def kilobytes(word):

@@ -19,17 +19,15 @@ import torch
 from drive import ROOT, TINY, at_step, command, environment, newest
 from drive import train as trained_in
 
-import ckpt
-import config
-import run
 import training
-from ckpt import Checkpoint
-from ckpt.rebuild import build_model, build_tokenizer
-from models.decode import Decoder
+from milepost import ckpt, config, run
+from milepost.ckpt import Checkpoint
+from milepost.ckpt.restore import build_model, build_tokenizer
+from milepost.generate.decoder import Decoder
+from milepost.generate.sampling import generate
+from milepost.runtime.hardware import available_devices
+from milepost.runtime.progress import Log
 from models.gpt2 import GPT2, GPT2Settings
-from models.sampling import generate
-from runtime.device import available_devices
-from runtime.progress import Log
 
 SCRIPT = ROOT / "scripts" / "load_checkpoint.py"
 SPEC = importlib.util.spec_from_file_location("load_checkpoint", SCRIPT)

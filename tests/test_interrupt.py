@@ -9,12 +9,12 @@ import pytest
 from drive import ROOT, environment
 
 import training
-from runtime.interrupt import INTERRUPTED, Interrupt
+from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 
 # It says when it is ready and when it was asked to stop, and then goes on for ever; only an orderly end would say "cleaned up".
 CHILD = """
 import atexit, signal
-from runtime.interrupt import Interrupt
+from milepost.runtime.interrupt import Interrupt
 atexit.register(print, "cleaned up", flush=True)
 with Interrupt() as stop:
     print("ready", stop.requested, flush=True)
@@ -44,8 +44,8 @@ def test_the_first_signal_sets_a_flag_and_the_second_ends_the_process_at_once(fi
 TWICE = """
 import os, signal, sys
 sys.argv = ["training.py"]
-import config
-settings = config.door(sys.argv)
+from milepost import config
+settings = config.from_command_line(sys.argv)
 import training
 learn = training.training_step
 def interrupted(run, lr):

@@ -16,7 +16,7 @@ import torch
 from folders import in_best, make_before, next_save_clears_up, steps_of, tidy, whole
 from saver import EVERY, KEEP_EVERY, KEEP_LAST, of_step
 
-import ckpt
+from milepost import ckpt
 
 KILLS = 60  # of each layout, half of them while it saves in the background
 SOAK_KILLS = 10_000  # of all layouts

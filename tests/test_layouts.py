@@ -13,12 +13,12 @@ import torch
 from records import FULL, WEIGHT, assert_same, bits, flipped, gpt2_record, plain, record, refused, snapshot
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError
-from ckpt.layouts import LAYOUTS
-from ckpt.rebuild import build_model, build_tokenizer
-from ckpt.record import metadata
-from data import tokenization
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.layouts import LAYOUTS
+from milepost.ckpt.record import metadata
+from milepost.ckpt.restore import build_model, build_tokenizer
+from milepost.text import tokenization
 
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.append(str(FIXTURES))

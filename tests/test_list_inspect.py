@@ -13,8 +13,8 @@ from drive import ROOT
 from records import WEIGHT, gpt2_record, record
 from script import call, copied, family, script, train_family
 
-import ckpt
-from ckpt.layouts import WRITERS, unified
+from milepost import ckpt
+from milepost.ckpt.layouts import WRITERS, unified
 
 lister, inspector = script("list_checkpoints"), script("inspect_checkpoint")
 

@@ -8,11 +8,10 @@ import torch
 from drive import newest, tensor_bytes, train
 from script import call, script
 
-import ckpt
-import config
 import models
-from ckpt.layouts import WRITERS
-from ckpt.rebuild import build_model, merged, with_base
+from milepost import ckpt, config
+from milepost.ckpt.layouts import WRITERS
+from milepost.ckpt.restore import build_model, merged, with_base
 from models.lora import LoraLinear, LoraSettings
 
 merger, loader, inspector = script("merge_adapters"), script("load_checkpoint"), script("inspect_checkpoint")

@@ -12,10 +12,18 @@ from typing import Any
 import pytest
 from records import FULL, WEIGHT, assert_same, bits, flipped, record, refused
 
-import ckpt
-from ckpt import CheckpointError, files, sidecar
-from ckpt.files import write_json
-from ckpt.sidecar import file_problems, is_regular, parse_json, read_json, read_manifest, sha256, write_manifest
+from milepost import ckpt, files
+from milepost.ckpt import CheckpointError, manifest
+from milepost.ckpt.manifest import (
+    file_problems,
+    is_regular,
+    parse_json,
+    read_json,
+    read_manifest,
+    sha256,
+    write_manifest,
+)
+from milepost.files import write_json
 
 # The manifest, the weights' file and the optimizer's of each layout that has a manifest, from a checkpoint's home.
 PLACES: dict[str, tuple[Callable[[Path], Path], ...]] = {
@@ -98,7 +106,7 @@ def test_a_file_as_large_as_no_json_of_ours_is_not_read(tmp_path):
 # The manifest itself
 
 
-def manifest(folder: Path) -> Path:
+def manifest_of_one_file(folder: Path) -> Path:
     """A manifest of one file of three bytes."""
     file = write_json(folder / "a.json", {})
     write_manifest(
@@ -112,7 +120,7 @@ def change(path: Path, **changes: Any) -> None:
 
 
 def test_a_manifest_begins_with_what_people_read_and_holds_sizes_and_checksums(tmp_path):
-    values = json.loads(manifest(tmp_path).read_text())
+    values = json.loads(manifest_of_one_file(tmp_path).read_text())
     assert list(values) == ["step", "metadata", "optimizer_groups", "files", "sha256"]
     whole = hashlib.sha256(b"{}\n").hexdigest()
     assert values["files"] == {"a.json": {"size": 3, "sha256": whole, "begins_sha256": whole}}
@@ -141,7 +149,7 @@ NO_MANIFESTS = [
 
 @pytest.mark.parametrize(("changes", "reason"), NO_MANIFESTS, ids=str)
 def test_what_is_no_manifest_is_refused(changes, reason, tmp_path):
-    path = manifest(tmp_path)
+    path = manifest_of_one_file(tmp_path)
     change(path, **changes)
     with pytest.raises(CheckpointError) as caught:
         read_manifest(path)
@@ -151,7 +159,7 @@ def test_what_is_no_manifest_is_refused(changes, reason, tmp_path):
 
 
 def test_sizes_always_and_checksums_when_asked(tmp_path):
-    path = manifest(tmp_path)
+    path = manifest_of_one_file(tmp_path)
     values, file = read_manifest(path), tmp_path / "a.json"
     assert file_problems(tmp_path, values, hashed=True) == []
     file.write_bytes(b"{ }")
@@ -210,7 +218,7 @@ def test_a_damaged_manifest_is_named(data, home, layout):
 @pytest.mark.parametrize("number", [1, 2], ids=["weights", "optimizer"])
 def test_a_flipped_bit_is_found_by_verify_and_by_verify_alone(number, layout, tmp_path, monkeypatch):
     """But for the beginning of a file, which every load looks at: here it is short, as a mebibyte is of a real one."""
-    for module in (files, sidecar):
+    for module in (files, manifest):
         monkeypatch.setattr(module, "BEGINNING", 64)
     home = ckpt.save(record(7, **FULL), tmp_path, layout=layout)
     path = place(home, layout, number)

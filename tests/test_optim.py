@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import models
-from runtime import optim
-from runtime.optim import (
+from milepost.runtime import optim
+from milepost.runtime.optim import (
     KINDS,
     Muon,
     MuonWithAdamW,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from script import Said, call, script
 from torch.distributed import run as torchrun
 
-import config
 import models
+from milepost import config
 from models.gpt2 import SIZES
 
 planner = script("plan_scaling")

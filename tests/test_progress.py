@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import config
 import training
-from runtime import progress
-from runtime.progress import Log, Metrics, Progress, amount, duration, harmless, read_metrics, shown, table
+from milepost import config
+from milepost.runtime import progress
+from milepost.runtime.progress import Log, Metrics, Progress, amount, duration, harmless, read_metrics, shown, table
 
 
 def on_a_terminal(action: Callable[[TextIO], None]) -> str:

@@ -8,10 +8,10 @@ from drive import small_text
 from records import WEIGHT, flipped, in_child, record, walkable_folder
 from script import call, files_of, script
 
-import ckpt
-from ckpt import keep
-from ckpt.layouts import WRITERS
-from ckpt.locks import RunLock
+from milepost import ckpt
+from milepost.ckpt import retention
+from milepost.ckpt.layouts import WRITERS
+from milepost.locks import RunLock
 
 pruner = script("prune_checkpoints")
 
@@ -107,14 +107,14 @@ def test_what_has_gone_is_told_and_not_what_was_planned(folder, monkeypatch):
     size = second.stat().st_size
     weight = ckpt.load(third).model_state[WEIGHT].numpy().tobytes()
     flipped(third, third.read_bytes().find(weight) + 5)
-    remove = keep.remove
+    remove = retention.remove
 
     def stuck(files):
         if first in files:
             raise PermissionError(1, "Operation not permitted", str(first))
         remove(files)
 
-    monkeypatch.setattr(keep, "remove", stuck)
+    monkeypatch.setattr(retention, "remove", stuck)
     said = call(pruner, folder, CHECKPOINT_KEEP_LAST="2", CHECKPOINT_KEEP_EVERY="4", DRY_RUN="false")
     assert said.code == 1
     assert str(first) in said.err

@@ -12,12 +12,12 @@ import pytest
 import torch
 from records import WEIGHT, record
 
-import ckpt
 import models
-from ckpt import Checkpoint, CheckpointError
-from ckpt.rebuild import build_model, build_tokenizer, restore_optimizer
-from data import tokenization
-from runtime.optim import build_optimizer
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.restore import build_model, build_tokenizer, restore_optimizer
+from milepost.runtime.optim import build_optimizer
+from milepost.text import tokenization
 
 CPU = torch.device("cpu")
 SETTINGS = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 8, "dropout": 0.0, "bias": True}
@@ -61,7 +61,7 @@ import sys
 import torch
 from records import record
 import models
-from ckpt.rebuild import build_model
+from milepost.ckpt.restore import build_model
 
 settings = {settings}
 state = models.build("gpt2", settings).state_dict()

@@ -12,9 +12,9 @@ import torch
 from drive import ROOT, at_step, newest, small_text, tensor_bytes, train
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import ckpt
 import training
-from ckpt.locks import RunLock
+from milepost import ckpt
+from milepost.locks import RunLock
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_a_second_process_on_a_living_run_is_refused(stopped):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from ckpt.locks import RunLock
+from milepost.locks import RunLock
 lock = RunLock(Path({str(stopped / "checkpoints")!r}), {run_id!r})
 lock.acquire()
 print("held", flush=True)

@@ -16,14 +16,12 @@ from drive import ROOT, TINY, at_step, command, environment, small_text, tensor_
 from drive import train as trained_in
 from records import flipped
 
-import ckpt
-import config
-import run
 import training
-from data.batches import Batches
-from resume import resumed
-from runtime.optim import Schedule, lr_at
-from runtime.progress import Log, read_metrics
+from milepost import ckpt, config, run
+from milepost.resume import resumed
+from milepost.runtime.optim import Schedule, lr_at
+from milepost.runtime.progress import Log, read_metrics
+from milepost.text.batches import Batches
 
 SCRIPT = ROOT / "scripts" / "load_checkpoint.py"
 SPEC = importlib.util.spec_from_file_location("load_checkpoint", SCRIPT)

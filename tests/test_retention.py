@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import NOON, assert_same, bits, hugging_face_folder, newest, record, save, set_clock
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError, Found, files, keep, store
-from ckpt.keep import file_word
-from ckpt.layouts import unified
-from ckpt.locks import FOLDER_LOCK
+from milepost import ckpt, files
+from milepost.ckpt import Checkpoint, CheckpointError, Found, finding, retention
+from milepost.ckpt.layouts import unified
+from milepost.ckpt.retention import file_word
+from milepost.locks import FOLDER_LOCK
 
 LAYOUTS = sorted(ckpt.WRITERS)
 
@@ -269,7 +269,7 @@ def test_what_happens_to_one_name_leaves_the_other(layout, tmp_path):
     saved = ckpt.save(better(1), tmp_path, layout=layout)
     kept = ckpt.keep_best(better(1), tmp_path, saved=saved, layout=layout)
     ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=None)
-    keep.strip(saved)
+    retention.strip(saved)
     assert_same(ckpt.load(kept, verify=True), better(1))
     (one,) = ckpt.find(tmp_path)
     assert (one.path, one.resumable) == (kept, True)  # the fuller of two names
@@ -328,7 +328,7 @@ def policy(
 ) -> tuple[list[int], list[int]]:
     """Steps that go, and steps that are stripped."""
     good = None if newest_good is None else FOLDER / f"mine-{newest_good}"
-    gone = store.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, newest_good=good)
+    gone = finding.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, newest_good=good)
     return [one.step for one in gone.remove], [one.step for one in gone.strip]
 
 
@@ -387,7 +387,7 @@ saves = st.lists(
 def test_no_policy_takes_the_newest_or_what_is_not_its_own(found, keep_last, keep_every, newest_good):
     good = None if newest_good is None else FOLDER / f"mine-{newest_good}"
     before = list(found)
-    gone = store.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, newest_good=good)
+    gone = finding.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, newest_good=good)
     assert found == before
     touched = [*gone.remove, *gone.strip]
     assert all(any(one is other for other in found) for one in touched)
@@ -412,7 +412,9 @@ def saves_of(folder: Path, layout: str, *, steps: range = range(10, 70, 10), run
     return [ckpt.save(record(step, run_id=run_id), folder, layout=layout) for step in steps]
 
 
-def pruned(folder: Path, *, keep_last: int = 2, keep_every: int = 20, newest_good: Path | None = None) -> store.Expired:
+def pruned(
+    folder: Path, *, keep_last: int = 2, keep_every: int = 20, newest_good: Path | None = None
+) -> finding.Expired:
     return ckpt.prune(folder, run_id="one", keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
 
 
@@ -487,17 +489,17 @@ def test_a_strip_that_was_interrupted_is_ended_by_the_next(layout, tmp_path):
     """A single file is written anew before the old one goes: between the two both are there, and are one save."""
     path = saves_of(tmp_path, layout, steps=range(10, 30, 10))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keep, "remove", lambda files: None)
-        keep.strip(path)
+        patch.setattr(retention, "remove", lambda files: None)
+        retention.strip(path)
     assert len(ckpt.find(tmp_path)) == 2
     pruned(tmp_path, keep_last=1, keep_every=10)
     assert held(tmp_path) == {10: False, 20: True}
-    assert len(list(store.scan(tmp_path))) == 2
+    assert len(list(finding.scan(tmp_path))) == 2
 
 
 def test_names_of_what_was_stripped_say_so(tmp_path):
     path = save(tmp_path)
-    keep.strip(path)
+    retention.strip(path)
     assert names(tmp_path) == [f"{path.stem}_model.pt"]
 
 
@@ -553,7 +555,7 @@ def test_one_that_cannot_be_let_go_does_not_keep_the_others(tmp_path, monkeypatc
     def refused(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(keep, "strip", refused)
+    monkeypatch.setattr(retention, "strip", refused)
     with pytest.raises(OSError, match="No space"):
         ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=10, newest_good=paths[-1])
     assert [one.step for one in ckpt.find(tmp_path)] == [10, 20, 30]

@@ -15,10 +15,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from milepost.generate.sampling import draw, generate, keep_top_k, keep_top_p, next_token, penalize
 from models import Model
 from models.bigram import Bigram, BigramSettings
 from models.gpt2 import GPT2, GPT2Cache, GPT2Settings
-from models.sampling import draw, generate, keep_top_k, keep_top_p, next_token, penalize
 
 VOCAB, BLOCK = 61, 16
 Net = TypeVar("Net", bound=Model)

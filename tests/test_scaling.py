@@ -1,4 +1,4 @@
-"""runtime/scaling.py: each formula against values worked by hand, a count of what really happens, or the function that it minimises."""
+"""milepost/runtime/scaling.py: each formula against values worked by hand, a count of what really happens, or the function that it minimises."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from runtime import scaling
-from runtime.scaling import Cluster, Step
+from milepost.runtime import scaling
+from milepost.runtime.scaling import Cluster, Step
 
 CLUSTER = Cluster(
     machines=4, devices=8, flops=1e14, memory=16e9, within=1e11, between=1e10, copy=1e10, disk=1e9, machine_mtbf=4e6

@@ -1,4 +1,4 @@
-"""models/scoring.py against one prediction at a time, against transformers, and against the table of a bigram."""
+"""milepost/evaluate/scoring.py against one prediction at a time, against transformers, and against the table of a bigram."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from records import gpt2_record, record
 from transformers import GPT2LMHeadModel
 
-import ckpt
 import models
-from ckpt.rebuild import build_model
-from models import scoring
-from models.scoring import Window, log_likelihoods, windows
+from milepost import ckpt
+from milepost.ckpt.restore import build_model
+from milepost.evaluate import scoring
+from milepost.evaluate.scoring import Window, log_likelihoods, windows
 
 CPU = torch.device("cpu")
 SETTINGS = {"vocab_size": 23, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd": 8}

@@ -9,7 +9,7 @@ from drive import ROOT, command
 from records import record
 from script import NOTHING_OF_TRAINING
 
-import ckpt
+from milepost import ckpt
 
 NAMES = ("list", "inspect", "verify", "convert", "prune", "evaluate")
 

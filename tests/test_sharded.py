@@ -26,11 +26,11 @@ from saver import of_step
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError, keep, sidecar
-from ckpt.layouts import sharded
-from ckpt.layouts.sharded import NAMED
-from ckpt.record import bytes_on_disk, named_tensors
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError, manifest, retention
+from milepost.ckpt.layouts import sharded
+from milepost.ckpt.layouts.sharded import NAMED
+from milepost.ckpt.record import bytes_on_disk, named_tensors
 
 SCRIPT = Path(shards.__file__)
 SECONDS = 5.0  # in which a process must notice that the other is gone
@@ -255,7 +255,7 @@ def test_alone_there_is_nobody_to_lead_or_to_follow():
 def test_torchs_checkpointing_is_imported_when_one_is_written_and_not_before(tmp_path):
     """It takes most of a second, as long as all of training's other imports but torch."""
     path = saved(tmp_path, record(3))
-    asked = "import sys, pathlib, ckpt; ckpt.load(pathlib.Path(sys.argv[1]), verify=True); print('torch.distributed.checkpoint' in sys.modules)"
+    asked = "import sys; import pathlib; from milepost import ckpt; ckpt.load(pathlib.Path(sys.argv[1]), verify=True); print('torch.distributed.checkpoint' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", asked, str(path)], capture_output=True, text=True, cwd=shards.ROOT, check=True
     )
@@ -265,7 +265,7 @@ def test_torchs_checkpointing_is_imported_when_one_is_written_and_not_before(tmp
 
 def test_a_checkpoint_stripped_of_its_optimizer_keeps_the_whole_of_its_name(tmp_path):
     path = ckpt.save(gpt2_record(4), tmp_path, layout="sharded", prefix="v1.0")
-    keep.strip(path)
+    retention.strip(path)
     stripped = only(tmp_path)
     assert stripped.name == f"{path.name}_model"
     read = ckpt.load(stripped, verify=True)
@@ -274,7 +274,7 @@ def test_a_checkpoint_stripped_of_its_optimizer_keeps_the_whole_of_its_name(tmp_
 
 
 def test_what_could_not_be_read_again_never_appears(tmp_path, monkeypatch):
-    monkeypatch.setattr(sidecar, "PARTS_LIMIT", 200)
+    monkeypatch.setattr(manifest, "PARTS_LIMIT", 200)
     with pytest.raises(CheckpointError, match="more than 200 values"):
         saved(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -375,7 +375,7 @@ def relisted(path: Path, name: str, data: bytes) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     digest = hashlib.sha256(data).hexdigest()
     manifest["files"][name] = {"size": len(data), "sha256": digest, "begins_sha256": digest}
-    manifest["sha256"] = sidecar._own_sum(manifest)
+    manifest["sha256"] = manifest._own_sum(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -462,6 +462,6 @@ def test_a_manifest_that_names_a_file_outside_is_refused(name, tmp_path):
     path = saved(tmp_path)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = manifest["files"]["__0_0.distcp"]
-    manifest["sha256"] = sidecar._own_sum(manifest)
+    manifest["sha256"] = manifest._own_sum(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert "outside its folder" in refused(path)

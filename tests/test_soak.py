@@ -3,8 +3,8 @@
 import pytest
 from drive import ROOT, train
 
-from data import corpus, tokenization, tokens
-from runtime.progress import read_metrics
+from milepost.runtime.progress import read_metrics
+from milepost.text import corpus, token_files, tokenization
 
 pytestmark = pytest.mark.soak
 
@@ -31,5 +31,5 @@ def test_tiny_shakespeare_has_338025_gpt2_tokens(tmp_path):
     tokenizer = tokenization.build(
         "gpt2", text.pieces(), alphabet=seen.alphabet, documents=seen.documents, vocab_size=0
     )
-    split = tokens.prepare(text, seen, tokenizer, validation_fraction=0.1, cache_dir=tmp_path)
+    split = token_files.prepare(text, seen, tokenizer, validation_fraction=0.1, cache_dir=tmp_path)
     assert (len(split.train), len(split.validation)) == (301966, 36059)

@@ -1,4 +1,4 @@
-"""runtime/statistics.py against published values, exact enumeration and the normal distribution."""
+"""milepost/evaluate/statistics.py against published values, exact enumeration and the normal distribution."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.statistics import DRAWS, FEWEST, mcnemar, paired, wilson
+from milepost.evaluate.statistics import DRAWS, FEWEST, mcnemar, paired, wilson
 
 
 @pytest.mark.parametrize(

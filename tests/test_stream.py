@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenization import TOKENIZERS
 
-from data.decoding import StreamDecoder
-from data.tokenization import ByteTokenizer, Tokenizer
+from milepost.generate.stream import StreamDecoder
+from milepost.text.tokenization import ByteTokenizer, Tokenizer
 
 
 def cut_at_stop(text: str, stops: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""ckpt/contents.py: tensors listed from headers, hashed and compared byte by byte."""
+"""milepost/ckpt/tensor_listing.py: tensors listed from headers, hashed and compared byte by byte."""
 
 import hashlib
 
@@ -7,10 +7,10 @@ import torch
 from records import WEIGHT, record
 from safetensors.torch import save_file
 
-from ckpt import CheckpointError
-from ckpt.contents import differing, held, labelled
-from ckpt.layouts import WRITERS, known_layout
-from ckpt.tensors import digest
+from milepost.ckpt import CheckpointError
+from milepost.ckpt.layouts import WRITERS, known_layout
+from milepost.ckpt.tensor_listing import differing, held, labelled
+from milepost.ckpt.tensors import digest
 
 
 @pytest.mark.parametrize("layout", WRITERS)

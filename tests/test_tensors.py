@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from records import WEIGHT, gpt2_record, record
 from safetensors import torch as library
 
-from ckpt import CheckpointError
-from ckpt.tensors import (
+from milepost.ckpt import CheckpointError
+from milepost.ckpt.tensors import (
     DTYPES,
     HEADER_LIMIT,
     checked_tensors,

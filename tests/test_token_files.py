@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import tokens as tokens_module
-from data.corpus import Corpus, DataError, Scan, open_corpus, scan
-from data.tokenization import ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer, UnknownCharacters, build
-from data.tokens import TokenSplit, prepare
+from milepost.text import token_files as tokens_module
+from milepost.text.corpus import Corpus, DataError, Scan, open_corpus, scan
+from milepost.text.token_files import TokenSplit, prepare
+from milepost.text.tokenization import ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer, UnknownCharacters, build
 
 ROOT = Path(__file__).parent.parent
 TEXT = "Dear Wren,\n\nI can't decide — “stay” or go?  It's 12 o'clock.\n" * 30
@@ -237,9 +237,9 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_tokens(tmp_path: Path
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from data.corpus import open_corpus, scan
-from data.tokenization import ByteTokenizer
-from data.tokens import prepare
+from milepost.text.corpus import open_corpus, scan
+from milepost.text.tokenization import ByteTokenizer
+from milepost.text.token_files import prepare
 class Dying(ByteTokenizer):
     def encode_array(self, text):
         if text == "\\n":
@@ -317,9 +317,9 @@ def test_memory_would_grow_if_text_were_tokenized_whole(tmp_path: Path, monkeypa
 RESIDENT = """
 import sys
 from pathlib import Path
-from data.corpus import open_corpus, scan
-from data.tokenization import Gpt2Tokenizer
-from data.tokens import prepare
+from milepost.text.corpus import open_corpus, scan
+from milepost.text.tokenization import Gpt2Tokenizer
+from milepost.text.token_files import prepare
 
 def peak():  # of this process's memory, in MB
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
@@ -346,7 +346,7 @@ def test_the_whole_process_stays_as_small_with_a_corpus_of_64_megabytes(tmp_path
 
 def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr("data.corpus.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("milepost.text.corpus.time.monotonic", lambda: next(clock))
     corpus, found = corpus_of(tmp_path, "x" * 2_000_000)
     said: list[str] = []
     prepare(corpus, found, ByteTokenizer(), validation_fraction=0, cache_dir=tmp_path / "cache", say=said.append)

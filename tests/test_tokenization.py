@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import tokenization
-from data.corpus import DataError
-from data.tokenization import (
+from milepost.text import tokenization
+from milepost.text.corpus import DataError
+from milepost.text.tokenization import (
     BpeTokenizer,
     ByteTokenizer,
     CharTokenizer,
@@ -171,7 +171,7 @@ def test_the_same_text_trains_the_same_bpe_however_it_comes_in_pieces(size: int)
 
 def test_training_gives_the_same_bpe_in_every_process() -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from data.tokenization import build\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from milepost.text.tokenization import build\n"
         f"print(build('bpe', [({LETTERS * 20!r}, True)], alphabet='', documents=1, vocab_size=400).digest)"
     )
     for variables in ({"PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "1"}, {"PYTHONHASHSEED": "2"}):
@@ -460,9 +460,9 @@ def test_other_files_than_the_published_ones_are_refused(tmp_path: Path, monkeyp
 
 
 def test_importing_is_light() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import data.tokens; print(*sys.modules)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import milepost.text.token_files; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
-    assert "data.tokenization" in modules.stdout.split()
+    assert "milepost.text.tokenization" in modules.stdout.split()
     assert not {"torch", "tiktoken", "tokenizers", "requests"} & set(modules.stdout.split())
 
 

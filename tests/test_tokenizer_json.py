@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Theirs
 from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from data import tokenization
-from data.exchange import GPT2_DIGEST, from_tokenizers_json, tokenizer_config, tokenizers_json
-from data.tokenization import END_OF_TEXT, KINDS, Tokenizer, UnknownCharacters, from_dict
+from milepost.text import tokenization
+from milepost.text.tokenization import END_OF_TEXT, KINDS, Tokenizer, UnknownCharacters, from_dict
+from milepost.text.tokenizer_json import GPT2_DIGEST, from_tokenizers_json, tokenizer_config, tokenizers_json
 
 BUNDLED = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
 TRICKY = [

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from drive import ROOT, at_step, environment, newest, tensor_bytes, train
 
-import config
 import training
-from runtime import trackers
-from runtime.progress import read_metrics
-from runtime.trackers import Mirror, Sink
+from milepost import config
+from milepost.runtime import trackers
+from milepost.runtime.progress import read_metrics
+from milepost.runtime.trackers import Mirror, Sink
 
 KINDS = [kind for kind in config.VARIABLES["TRACKER"].metadata["choices"] if kind != "none"]
 
@@ -165,7 +165,7 @@ def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What config.py says of others' variables.
+# What milepost/config says of others' variables.
 
 
 @pytest.mark.parametrize(

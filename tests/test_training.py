@@ -15,14 +15,12 @@ import torch
 from drive import ROOT, command, environment, logged, newest, small_text, train
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import ckpt
-import config
-import run
 import training
-from ckpt import store
-from ckpt.layouts import unified
-from data.batches import validation_windows
-from runtime.progress import Log, read_metrics
+from milepost import ckpt, config, run
+from milepost.ckpt import finding
+from milepost.ckpt.layouts import unified
+from milepost.runtime.progress import Log, read_metrics
+from milepost.text.batches import validation_windows
 
 
 def metrics(folder):
@@ -390,14 +388,16 @@ def test_a_policy_of_keeping_leaves_what_it_says(tmp_path):
     code, said = train(tmp_path, CHECKPOINT_INTERVAL="1", EVAL_INTERVAL="1", CHECKPOINT_PREFIX="my-run", **policy)
     assert code == 0, said
     folder = tmp_path / "checkpoints"
-    ordinary = {one.step: one.resumable for one in store.scan(folder, bests=False)}
+    ordinary = {one.step: one.resumable for one in finding.scan(folder, bests=False)}
     assert ordinary == {3: False, 6: False, 7: True, 8: True}
     losses = {
         line["step"]: line["loss"]
         for line in read_metrics(next((tmp_path / "runs").glob("*/metrics.jsonl")))
         if line["split"] == "validation" and line["step"]
     }
-    bests = {one.step: one.metadata["validation_loss"] for one in store.scan(folder) if one.path.parent.name == "best"}
+    bests = {
+        one.step: one.metadata["validation_loss"] for one in finding.scan(folder) if one.path.parent.name == "best"
+    }
     running = [step for step in losses if losses[step] == min(losses[other] for other in losses if other <= step)]
     assert bests == {step: losses[step] for step in sorted(running, key=losses.__getitem__)[:2]}
     assert all(path.name.startswith("my-run_gpt2_letters_step000") for path in folder.glob("*.pt"))

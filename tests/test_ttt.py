@@ -11,15 +11,14 @@ from script import call, script
 from torch import Tensor
 from torch.nn import functional as F
 
-import ckpt
-import config
-from ckpt import CheckpointError
-from ckpt.layouts import WRITERS
-from ckpt.rebuild import build_model, merged, with_base
+from milepost import ckpt, config
+from milepost.ckpt import CheckpointError
+from milepost.ckpt.layouts import WRITERS
+from milepost.ckpt.restore import build_model, merged, with_base
+from milepost.generate.decoder import Decoder
+from milepost.generate.sampling import generate
 from models import adapter_counts, build, plain, training_bytes
-from models.decode import Decoder
 from models.gpt2 import GPT2, GPT2Settings
-from models.sampling import generate
 from models.ttt import TTTMLP, TTTSettings, is_ttt
 
 H, HS, B = 2, 3, 2

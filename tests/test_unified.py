@@ -11,9 +11,9 @@ import torch
 from drive import tensor_bytes
 from records import FULL, GIVEN_BY_THE_STORE, WEIGHT, assert_same, mapped_and_touched, members, pack, record, refused
 
-import ckpt
-from ckpt.layouts import unified
-from ckpt.record import FORMAT_VERSION, MEMORY_FIELDS, MIGRATIONS, TENSOR_FIELDS, metadata, migrated
+from milepost import ckpt
+from milepost.ckpt.layouts import unified
+from milepost.ckpt.record import FORMAT_VERSION, MEMORY_FIELDS, MIGRATIONS, TENSOR_FIELDS, metadata, migrated
 
 FIXTURE = Path(__file__).parent / "fixtures" / "unified_v1.pt"
 GOLDEN = "c60e4fc937608ab542c38233f583ded0fe7abf4224ae306da22a79a537ab8765"  # of its tensors' bytes

@@ -11,9 +11,8 @@ from drive import named_tensors, small_text
 from records import WEIGHT, flipped, record
 from script import call, copied, family, rows, script, train_family
 
-import ckpt
-import run
-from ckpt.layouts import WRITERS, unified
+from milepost import ckpt, run
+from milepost.ckpt.layouts import WRITERS, unified
 
 verifier = script("verify_checkpoint")
 

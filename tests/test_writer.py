@@ -9,9 +9,9 @@ import torch
 from drive import tensor_bytes, train
 from records import WEIGHT, record
 
-import ckpt
-from ckpt import Checkpoint, writer
-from ckpt.writer import Writer
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, writer
+from milepost.ckpt.writer import Writer
 
 PLENTY = 10**12
 SHORT = 0.2  # seconds in which what must wait would have come back

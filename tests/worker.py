@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training.py"
 sys.path.insert(0, str(ROOT))
 
-from data.batches import Batches  # noqa: E402
-from runtime import device  # noqa: E402
-from runtime.distributed import World  # noqa: E402
+from milepost.runtime import hardware  # noqa: E402
+from milepost.runtime.distributed import World  # noqa: E402
+from milepost.text.batches import Batches  # noqa: E402
 
 rank = os.environ["RANK"]
 if rank == "1" and (other := os.environ.get("WORKER_OTHER")):
@@ -29,7 +29,7 @@ if folder := os.environ.get("WORKER_PIDS"):
     (Path(folder) / rank).write_text(str(os.getpid()), encoding="utf-8")
 
 if memory := os.environ.get("WORKER_MEMORY"):
-    device.all_memory = lambda _: int(memory)
+    hardware.all_memory = lambda _: int(memory)
 
 if fault := os.environ.get("WORKER_FAULT"):
     its_rank, its_step, *place = fault.split(":")

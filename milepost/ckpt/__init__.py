@@ -3,14 +3,14 @@
 import os
 from pathlib import Path
 
-from ckpt import archive
-from ckpt.convert import convert, export
-from ckpt.exports import EXPORTS, exporter
-from ckpt.keep import best_is_kept, free_space_problem, keep_best, prune, save, why_not_saved
-from ckpt.layouts import LAYOUTS, WRITERS, layout_of
-from ckpt.record import Checkpoint, CheckpointError, printable
-from ckpt.store import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
-from ckpt.together import follow, leading, not_finite
+from milepost.ckpt import archive
+from milepost.ckpt.collective import follow, leading, not_finite
+from milepost.ckpt.conversion import convert, export
+from milepost.ckpt.exports import EXPORTS, exporter
+from milepost.ckpt.finding import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
+from milepost.ckpt.layouts import LAYOUTS, WRITERS, layout_of
+from milepost.ckpt.record import Checkpoint, CheckpointError, printable
+from milepost.ckpt.retention import best_is_kept, free_space_problem, keep_best, prune, save, why_not_saved
 
 __all__ = [
     "BEST_FOLDER",

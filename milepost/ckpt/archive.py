@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckpt import pickles
-from ckpt.files import CHUNK
-from ckpt.record import CheckpointError, Json
-from ckpt.sidecar import JSON_LIMIT, parse_json
+from milepost.ckpt import pickles
+from milepost.ckpt.manifest import JSON_LIMIT, parse_json
+from milepost.ckpt.record import CheckpointError, Json
+from milepost.files import CHUNK
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 ROOT = "archive"

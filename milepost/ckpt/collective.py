@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ckpt import tensors
-from ckpt.record import Checkpoint
+from milepost.ckpt import tensors
+from milepost.ckpt.record import Checkpoint
 
 
 @contextlib.contextmanager
@@ -52,12 +52,12 @@ def follow(record: Checkpoint) -> None:
     """
     if record.shared_by is None:
         return
-    from ckpt import pieces  # which takes most of a second, and a process alone does not need
+    from milepost.ckpt import shard_writer  # which takes most of a second, and a process alone does not need
 
-    state = pieces.state_of(record)
+    state = shard_writer.state_of(record)
     while (place := _announced(record)) is not None:
-        with contextlib.suppress(pieces.CheckpointException):
-            pieces.write(state, place, group=record.shared_by)
+        with contextlib.suppress(shard_writer.CheckpointException):
+            shard_writer.write(state, place, group=record.shared_by)
 
 
 def _announced(record: Checkpoint) -> Path | None:

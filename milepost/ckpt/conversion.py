@@ -10,16 +10,16 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.contents import all_files, labelled
-from ckpt.exports import Export, Proof
-from ckpt.files import remove, remove_leftovers, second_name
-from ckpt.keep import PREFIX, free_space_problem, free_stem, home_of
-from ckpt.layouts import WRITERS, Layout, known_layout
-from ckpt.locks import folder_lock
-from ckpt.rebuild import logits
-from ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
-from ckpt.store import BEST_FOLDER, folder_of
-from ckpt.tensors import digest, not_finite
+from milepost.ckpt.exports import Export, Proof
+from milepost.ckpt.finding import BEST_FOLDER, folder_of
+from milepost.ckpt.layouts import WRITERS, Layout, known_layout
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
+from milepost.ckpt.restore import logits
+from milepost.ckpt.retention import PREFIX, free_space_problem, free_stem, home_of
+from milepost.ckpt.tensor_listing import all_files, labelled
+from milepost.ckpt.tensors import digest, not_finite
+from milepost.files import remove, remove_leftovers, second_name
+from milepost.locks import folder_lock
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 HEADROOM = 2**20  # bytes of a checkpoint besides its tensors: metadata, a tokenizer

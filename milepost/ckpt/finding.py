@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpt.layouts import Layout, layout_of
-from ckpt.record import CheckpointError, Json
+from milepost.ckpt.layouts import Layout, layout_of
+from milepost.ckpt.record import CheckpointError, Json
 
 BEST_FOLDER = "best"
 SEEN = 4096  # checkpoints whose metadata is remembered, so that a save every step does not open every file again

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ckpt.record import CheckpointError
-from ckpt.weightfiles import PICKLED, SAFETENSORS
+from milepost.ckpt.record import CheckpointError
+from milepost.ckpt.weight_files import PICKLED, SAFETENSORS
 
 # Nothing that could be code. The weights from safetensors; from a torch archive, which is looked through first, only where there are none.
 SMALL = ["config.json", "generation_config.json"]

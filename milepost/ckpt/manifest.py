@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt.files import BEGINNING, CHUNK, NewFile, write_json
-from ckpt.record import Checkpoint, CheckpointError, Json, check_metadata, metadata, without_optimizer
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, check_metadata, metadata, without_optimizer
+from milepost.files import BEGINNING, CHUNK, NewFile, write_json
 
 JSON_LIMIT = 16 * 2**20  # bytes; a 50,000-piece BPE vocabulary takes about 3 MB
 PARTS_LIMIT = 1_000_000  # values in it; such a vocabulary has 200,000. An object of 8 bytes takes 200 in memory

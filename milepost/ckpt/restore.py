@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import models
-from ckpt.record import Checkpoint, CheckpointError
-from ckpt.tensors import digest
-from data import exchange, tokenization
+from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.tensors import digest
+from milepost.runtime.distributed import sharded_like
+from milepost.text import tokenization, tokenizer_json
 from models.lora import LoraSettings
 from models.lora import merged as merged_weights
-from runtime.distributed import sharded_like
 
 SHOWN = 10  # names and shapes that one message lists
 
@@ -205,20 +205,20 @@ def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
         return {}
     tokenizer = build_tokenizer(record)
     return {
-        "tokenizer.json": exchange.tokenizers_json(tokenizer),
-        "tokenizer_config.json": exchange.tokenizer_config(tokenizer)
+        "tokenizer.json": tokenizer_json.tokenizers_json(tokenizer),
+        "tokenizer_config.json": tokenizer_json.tokenizer_config(tokenizer)
         | {"model_max_length": record.model_settings["block_size"]},
     }
 
 
 def tokenizer_from_file(values: dict[str, Any]) -> dict[str, Any]:
     """The record's form of a Hugging Face folder's tokenizer.json: one of ours is known again, any other is a BPE to be tried."""
-    return exchange.from_tokenizers_json(values)
+    return tokenizer_json.from_tokenizers_json(values)
 
 
 def tokenizer_from_parts(vocab: Any, merges: str, added: Any, special: Iterable[str]) -> dict[str, Any]:
     """The same of vocab.json, merges.txt, added_tokens.json and the special ones among those."""
-    return exchange.from_vocab_and_merges(vocab, merges, added, special)
+    return tokenizer_json.from_vocab_and_merges(vocab, merges, added, special)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> Restored:

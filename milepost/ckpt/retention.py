@@ -8,12 +8,12 @@ import re
 import shutil
 from pathlib import Path
 
-from ckpt.exports import Export
-from ckpt.files import make_folder, remove, remove_leftovers, second_name, sync_folder
-from ckpt.layouts import WRITERS, Layout, known_layout
-from ckpt.locks import folder_lock
-from ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk
-from ckpt.store import BEST_FOLDER, Expired, Found, expired, find, look, loss_of, scan
+from milepost.ckpt.exports import Export
+from milepost.ckpt.finding import BEST_FOLDER, Expired, Found, expired, find, look, loss_of, scan
+from milepost.ckpt.layouts import WRITERS, Layout, known_layout
+from milepost.ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk
+from milepost.files import make_folder, remove, remove_leftovers, second_name, sync_folder
+from milepost.locks import folder_lock
 
 PREFIX = "checkpoint"
 # What every name given by `free_stem` has: the step and the second of the save, or the step alone in six digits at the end.

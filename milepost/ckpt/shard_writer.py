@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.futures import Future
 
-from ckpt import archive
-from ckpt.files import NewFile, written
-from ckpt.record import Checkpoint, Json
-from ckpt.tensors import DTYPES, optimizer_names
+from milepost.ckpt import archive
+from milepost.ckpt.record import Checkpoint, Json
+from milepost.ckpt.tensors import DTYPES, optimizer_names
+from milepost.files import NewFile, written
 
 __all__ = ["CheckpointException", "cause", "state_of", "write"]
 

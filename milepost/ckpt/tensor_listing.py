@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ckpt import archive
-from ckpt.layouts import known_layout, sharded
-from ckpt.record import Checkpoint, CheckpointError
-from ckpt.tensors import DTYPES, optimizer_tensors, tensor_shapes
+from milepost.ckpt import archive
+from milepost.ckpt.layouts import known_layout, sharded
+from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.tensors import DTYPES, optimizer_tensors, tensor_shapes
 
 DEEPEST = 16  # levels of dicts and lists in a file that are looked through
 TORCH_NAMES = {short: str(dtype).removeprefix("torch.") for dtype, short in DTYPES.items()}

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ckpt.archive import bytes_of
-from ckpt.files import CHUNK, NewFile, written
-from ckpt.record import Checkpoint, CheckpointError, Json, note_missing_optimizer
-from ckpt.sidecar import is_regular
+from milepost.ckpt.archive import bytes_of
+from milepost.ckpt.manifest import is_regular
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, note_missing_optimizer
+from milepost.files import CHUNK, NewFile, written
 
 NAME_LIMIT = 512  # characters of a tensor's name
 HEADER_LIMIT = 16 * 2**20  # bytes of a safetensors file's header; a hundred thousand tensors fit

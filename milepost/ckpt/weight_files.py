@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt import archive
-from ckpt.record import CheckpointError
-from ckpt.sidecar import read_json
-from ckpt.tensors import checked_tensors, read_safetensors
+from milepost.ckpt import archive
+from milepost.ckpt.manifest import read_json
+from milepost.ckpt.record import CheckpointError
+from milepost.ckpt.tensors import checked_tensors, read_safetensors
 
 PARTS, SMALLEST = 16, 2**20  # in how many parts the weights are read, and bytes below which one is not worth it
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ckpt.archive import bytes_of
-from ckpt.record import Checkpoint, named_tensors
-from ckpt.tensors import local
-from ckpt.together import everywhere
+from milepost.ckpt.archive import bytes_of
+from milepost.ckpt.collective import everywhere
+from milepost.ckpt.record import Checkpoint, named_tensors
+from milepost.ckpt.tensors import local
 
 SPARE = 0.9  # of the free memory that the copy may take
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.choices import Benchmark, Item
-from data.passages import Score, opening
-from data.tokenization import Tokenizer
+from milepost.evaluate.choices import Benchmark, Item
+from milepost.evaluate.passages import Score, opening
+from milepost.text.tokenization import Tokenizer
 
 GROUP = 64  # items whose choices are scored together
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpus import DataError, lines_of, suffix_of
+from milepost.text.corpus import DataError, lines_of, suffix_of
 
 Row = Mapping[str, Any]  # by names as `_plain` has them
 

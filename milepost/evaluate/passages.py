@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.corpus import Corpus, DataError, Scan
-from data.tokenization import Tokenizer, UnknownCharacters, rechunk
-from data.tokens import CHUNK, cut
+from milepost.text.corpus import Corpus, DataError, Scan
+from milepost.text.token_files import CHUNK, cut
+from milepost.text.tokenization import Tokenizer, UnknownCharacters, rechunk
 
 # From sequences of ids, each (N,), the log-probabilities of all but its first, in nats, each (N - 1,).
 Score = Callable[[list[np.ndarray]], list[np.ndarray]]

@@ -8,11 +8,11 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from milepost.generate.decoder import DecodeCache, Decoder
+from milepost.generate.lookup import Lookup
 from models import Model
 from models.bigram import BigramCache
-from models.decode import DecodeCache, Decoder
 from models.gpt2 import GPT2Cache
-from models.lookup import Lookup
 
 Cache = BigramCache | GPT2Cache | DecodeCache
 

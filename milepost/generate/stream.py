@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
-from data.tokenization import Tokenizer
+from milepost.text.tokenization import Tokenizer
 
 
 class StreamDecoder:

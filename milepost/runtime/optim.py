@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from runtime.device import multiplies_bfloat16
-from runtime.distributed import ALONE, World, full, local, sharded_like
+from milepost.runtime.distributed import ALONE, World, full, local, sharded_like
+from milepost.runtime.hardware import multiplies_bfloat16
 
 Arriving = Callable[[], Tensor]
 

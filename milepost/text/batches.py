@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from data.corpus import DataError
+from milepost.text.corpus import DataError
 
 ROUNDS = 8  # with 6 the orders of very short texts are visibly uneven
 AHEAD = 4096  # windows placed at once: of 16 alone, each takes seventy times as long

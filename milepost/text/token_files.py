@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpus import Corpus, DataError, Piece, Progress, Say, Scan, add_to_digest, sync_folder
-from data.tokenization import Tokenizer, rechunk
+from milepost.text.corpus import Corpus, DataError, Piece, Progress, Say, Scan, add_to_digest, sync_folder
+from milepost.text.tokenization import Tokenizer, rechunk
 
 FORMAT = 1  # raise it when the same inputs give other files
 FILES = ("train.npy", "validation.npy")

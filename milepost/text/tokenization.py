@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.corpus import DataError, Piece
+from milepost.text.corpus import DataError, Piece
 
 END_OF_TEXT = "<|endoftext|>"
 KINDS = ("char", "byte", "bpe", "gpt2")

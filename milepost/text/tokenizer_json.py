@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from data.tokenization import (
+from milepost.text.tokenization import (
     END_OF_TEXT,
     BpeTokenizer,
     ByteTokenizer,

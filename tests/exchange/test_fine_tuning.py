@@ -14,7 +14,7 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from runtime.progress import amount, read_metrics
+from milepost.runtime.progress import amount, read_metrics
 
 PAGE = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -12,11 +12,11 @@ from gguf.quants import dequantize
 from script import call, script
 from test_export import TEXT, exported, model_of, saved, untied
 
-import ckpt
-from ckpt import Checkpoint, CheckpointError
-from ckpt.exports.gguf import TYPES, our_name, their_name
-from ckpt.rebuild import build_tokenizer
-from data import tokenization
+from milepost import ckpt
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.exports.gguf import TYPES, our_name, their_name
+from milepost.ckpt.restore import build_tokenizer
+from milepost.text import tokenization
 
 converter = script("convert_checkpoint")
 # An independent statement of what llama.cpp's src/models/gpt2.cpp asks for, in its order.

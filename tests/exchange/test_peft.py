@@ -10,10 +10,10 @@ import transformers
 from records import gpt2_record
 from script import call, script
 
-import ckpt
 import models
-from ckpt.layouts.huggingface import CONV1D
-from ckpt.rebuild import build_model
+from milepost import ckpt
+from milepost.ckpt.layouts.huggingface import CONV1D
+from milepost.ckpt.restore import build_model
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
 IDS = torch.arange(24).view(2, 12) % 31

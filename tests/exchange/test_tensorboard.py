@@ -12,7 +12,7 @@ from drive import ROOT, at_step, environment, newest, tensor_bytes, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from runtime.progress import read_metrics
+from milepost.runtime.progress import read_metrics
 
 TAGS = {"train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/tok_s", "validation/loss", "validation/tokens"}  # fmt: skip
 

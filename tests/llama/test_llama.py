@@ -10,11 +10,11 @@ from llama_cpp import Llama
 from records import gpt2_record
 from torch.nn import functional as F
 
-import ckpt
-from ckpt import Checkpoint
-from ckpt.exports.gguf import TYPES
-from ckpt.rebuild import build_model, build_tokenizer
-from data import tokenization
+from milepost import ckpt
+from milepost.ckpt import Checkpoint
+from milepost.ckpt.exports.gguf import TYPES
+from milepost.ckpt.restore import build_model, build_tokenizer
+from milepost.text import tokenization
 
 STORY = (
     "Dear Wren, in June my neighbour replaced the fence between our gardens, and the old one ran from the corner of my "

@@ -6,9 +6,9 @@ A layout keeps all that a run needs; an export keeps what its program has a plac
 from pathlib import Path
 from typing import Protocol, cast
 
-from ckpt.exports import gguf, nanogpt, peft
-from ckpt.exports.common import Proof
-from ckpt.record import Checkpoint
+from milepost.ckpt.exports import gguf, nanogpt, peft
+from milepost.ckpt.exports.common import Proof
+from milepost.ckpt.record import Checkpoint
 
 __all__ = ["EXPORTS", "Export", "Proof", "exporter"]
 

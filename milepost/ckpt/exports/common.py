@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt.contents import differing
-from ckpt.rebuild import logits, weight_shapes
-from ckpt.record import Checkpoint, CheckpointError
-from ckpt.tensors import digest
+from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.restore import logits, weight_shapes
+from milepost.ckpt.tensor_listing import differing
+from milepost.ckpt.tensors import digest
 
 GELUS = {"gelu": "GELU's tanh form", "gelu_erf": "the exact GELU"}
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckpt.exports.common import Proof, as_gpt2, check_gpt2, proved, with_biases
-from ckpt.files import new_path
-from ckpt.rebuild import tokenizer_files
-from ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt.exports.common import Proof, as_gpt2, check_gpt2, proved, with_biases
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt.restore import tokenizer_files
+from milepost.files import new_path
 
 NAME = "gguf"
 # Of the matrices; norms, biases and positions stay float32, as llama.cpp's converter has them.

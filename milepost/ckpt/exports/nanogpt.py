@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ckpt import archive
-from ckpt.exports.common import Proof, check_gpt2, proved
-from ckpt.files import new_folder, written
-from ckpt.layouts import nanogpt
-from ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt import archive
+from milepost.ckpt.exports.common import Proof, check_gpt2, proved
+from milepost.ckpt.layouts import nanogpt
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.files import new_folder, written
 
 NAME = "nanogpt"
 FILE, META = "ckpt.pt", "meta.pkl"

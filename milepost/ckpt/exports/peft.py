@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ckpt.contents import differing
-from ckpt.exports.common import Proof
-from ckpt.files import new_folder, write_json
-from ckpt.record import Checkpoint, CheckpointError, Json
-from ckpt.tensors import digest, read_safetensors, write_safetensors
+from milepost.ckpt.exports.common import Proof
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt.tensor_listing import differing
+from milepost.ckpt.tensors import digest, read_safetensors, write_safetensors
+from milepost.files import new_folder, write_json
 
 NAME = "peft"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ckpt.foreign.models import translated
-from ckpt.foreign.words import config_of, epoch_of, plain, step_of, together, validation_loss_of, weights_of
-from ckpt.record import CheckpointError, Json
-from ckpt.tensors import check_dense
+from milepost.ckpt.foreign.keys import config_of, epoch_of, plain, step_of, together, validation_loss_of, weights_of
+from milepost.ckpt.foreign.weights import translated
+from milepost.ckpt.record import CheckpointError, Json
+from milepost.ckpt.tensors import check_dense
 
 OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states")
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps for a parameter

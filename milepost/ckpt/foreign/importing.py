@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt import archive, foreign
-from ckpt.foreign.tokenizer import META_LIMIT, Choice, read_meta, tokenizer_for
-from ckpt.record import Checkpoint, CheckpointError, Json, metadata
-from ckpt.sidecar import is_regular, read_json
+from milepost.ckpt import archive, foreign
+from milepost.ckpt.foreign.tokenizer import META_LIMIT, Choice, read_meta, tokenizer_for
+from milepost.ckpt.manifest import is_regular, read_json
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
 
 CONFIG, TOKENIZER, META = "config.json", "tokenizer.json", "meta.pkl"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ckpt.record import LARGEST, CheckpointError, Json
-from ckpt.tensors import FLOATS, NAME_LIMIT, check_dense, same_tensor
+from milepost.ckpt.record import LARGEST, CheckpointError, Json
+from milepost.ckpt.tensors import FLOATS, NAME_LIMIT, check_dense, same_tensor
 
 SHOWN = 10  # names that one message lists
 DEPTH_LIMIT = 64  # of dicts and lists in each other

@@ -9,7 +9,7 @@ import pickletools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckpt.record import CheckpointError, Json
+from milepost.ckpt.record import CheckpointError, Json
 
 GPT2_TOKENS = 50257
 GPT2_ROWS = (GPT2_TOKENS, 50304)  # nanoGPT pads the vocabulary to a multiple of 64

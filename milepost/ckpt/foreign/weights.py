@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt.foreign.words import SHOWN, SIZES, described, more, short, size_of, strip_prefixes
-from ckpt.record import CheckpointError, Json
-from ckpt.tensors import checked_tensors, same_tensor
+from milepost.ckpt.foreign.keys import SHOWN, SIZES, described, more, short, size_of, strip_prefixes
+from milepost.ckpt.record import CheckpointError, Json
+from milepost.ckpt.tensors import checked_tensors, same_tensor
 
 # What each word for an activation computes: torch's nn.GELU(), which others call gelu, is the exact one, our `gelu` is GPT-2's.
 OUR_ACTIVATIONS = {"gelu": "gelu", "gelu_erf": "gelu_erf", "gelu_new": "gelu", "gelu_tanh": "gelu", "relu": "relu"}

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
-from ckpt.layouts import (
+from milepost.ckpt.layouts import (
     consolidated,
     directory,
     huggingface,
@@ -17,7 +17,7 @@ from ckpt.layouts import (
     stepfiles,
     unified,
 )
-from ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json
 
 
 class Layout(Protocol):

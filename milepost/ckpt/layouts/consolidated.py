@@ -8,11 +8,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckpt.adopt import adopted, files, home
-from ckpt.files import NewFile, new_folder, write_json
-from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, metadata
-from ckpt.sidecar import check_files, file_problems, is_regular, manifest_metadata, read_manifest, write_manifest
-from ckpt.tensors import (
+from milepost.ckpt.foreign.importing import adopted, files, home
+from milepost.ckpt.manifest import (
+    check_files,
+    file_problems,
+    is_regular,
+    manifest_metadata,
+    read_manifest,
+    write_manifest,
+)
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, metadata
+from milepost.ckpt.tensors import (
     checked_tensors,
     optimizer_groups,
     optimizer_tensors,
@@ -20,6 +26,7 @@ from ckpt.tensors import (
     take_optimizer,
     write_safetensors,
 )
+from milepost.files import NewFile, new_folder, write_json
 
 __all__ = [
     "MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "targets", "verify_file", "write",

@@ -9,19 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ckpt import archive
-from ckpt.adopt import adopted, files, home
-from ckpt.files import NewFile, new_folder, write_json, written
-from ckpt.layouts import sharded
-from ckpt.record import (
-    Checkpoint,
-    CheckpointError,
-    Json,
-    from_metadata,
-    metadata,
-    note_missing_optimizer,
-)
-from ckpt.sidecar import (
+from milepost.ckpt import archive
+from milepost.ckpt.foreign.importing import adopted, files, home
+from milepost.ckpt.layouts import sharded
+from milepost.ckpt.manifest import (
     check_files,
     file_problems,
     is_regular,
@@ -30,7 +21,9 @@ from ckpt.sidecar import (
     read_manifest,
     write_manifest,
 )
-from ckpt.tensors import checked_tensors
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, from_metadata, metadata, note_missing_optimizer
+from milepost.ckpt.tensors import checked_tensors
+from milepost.files import NewFile, new_folder, write_json, written
 
 __all__ = [
     "MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "targets", "verify_file", "write",

@@ -12,11 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt.adopt import TOKENIZER, files, home, tokenizer_beside
-from ckpt.files import NewFile, new_folder, write_json
-from ckpt.rebuild import tokenizer_files, tokenizer_from_file, tokenizer_from_parts
-from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
-from ckpt.sidecar import (
+from milepost.ckpt.foreign.importing import TOKENIZER, files, home, tokenizer_beside
+from milepost.ckpt.manifest import (
     JSON_LIMIT,
     file_problems,
     is_regular,
@@ -25,14 +22,11 @@ from ckpt.sidecar import (
     read_manifest,
     write_manifest,
 )
-from ckpt.tensors import (
-    optimizer_groups,
-    optimizer_tensors,
-    same_tensor,
-    take_optimizer,
-    write_safetensors,
-)
-from ckpt.weightfiles import PICKLED, SAFETENSORS, damaged, mapped, read_weights
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
+from milepost.ckpt.restore import tokenizer_files, tokenizer_from_file, tokenizer_from_parts
+from milepost.ckpt.tensors import optimizer_groups, optimizer_tensors, same_tensor, take_optimizer, write_safetensors
+from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, damaged, mapped, read_weights
+from milepost.files import NewFile, new_folder, write_json
 
 __all__ = [
     "MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "targets", "verify_file", "write",

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ckpt import adopt
-from ckpt.adopt import files, home, optimizer_file, verify_file
-from ckpt.record import Checkpoint, Json
+from milepost.ckpt.foreign import importing
+from milepost.ckpt.foreign.importing import files, home, optimizer_file, verify_file
+from milepost.ckpt.record import Checkpoint, Json
 
 __all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "verify_file"]
 
@@ -15,14 +15,14 @@ MEMBERS: tuple[str, ...] = ()
 
 def detect(path: Path) -> bool:
     """Whether `path` is an archive that Lightning signed."""
-    return adopt.kind(path) == NAME
+    return importing.kind(path) == NAME
 
 
 def peek(path: Path) -> dict[str, Json]:
     """The metadata alone; the tensors are mapped and left unread."""
-    return adopt.peek(path, layout=NAME)
+    return importing.peek(path, layout=NAME)
 
 
 def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
     """The record of the archive at `path`; raises CheckpointError in one sentence."""
-    return adopt.read(path, layout=NAME, optimizer=optimizer, verify=verify)
+    return importing.read(path, layout=NAME, optimizer=optimizer, verify=verify)

@@ -5,13 +5,13 @@ and metrics.
 from pathlib import Path
 from typing import Any
 
-from ckpt import archive
-from ckpt.adopt import adopted, adopted_metadata, optimizer_file
-from ckpt.foreign.words import LOSSES
-from ckpt.layouts import huggingface, stepfiles
-from ckpt.record import Checkpoint, CheckpointError, Json
-from ckpt.sidecar import is_regular, read_json
-from ckpt.tensors import read_safetensors
+from milepost.ckpt import archive
+from milepost.ckpt.foreign.importing import adopted, adopted_metadata, optimizer_file
+from milepost.ckpt.foreign.keys import LOSSES
+from milepost.ckpt.layouts import huggingface, stepfiles
+from milepost.ckpt.manifest import is_regular, read_json
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt.tensors import read_safetensors
 
 __all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "verify_file"]
 

@@ -7,11 +7,11 @@ is the head: a pair is there when it is.
 from pathlib import Path
 from typing import Any
 
-from ckpt import archive
-from ckpt.adopt import adopted
-from ckpt.files import new_group, written
-from ckpt.foreign.words import WEIGHTS, keys_seen
-from ckpt.record import (
+from milepost.ckpt import archive
+from milepost.ckpt.foreign.importing import adopted
+from milepost.ckpt.foreign.keys import WEIGHTS, keys_seen
+from milepost.ckpt.manifest import plain_metadata
+from milepost.ckpt.record import (
     Checkpoint,
     CheckpointError,
     Json,
@@ -21,8 +21,8 @@ from ckpt.record import (
     note_missing_optimizer,
     without_optimizer,
 )
-from ckpt.sidecar import plain_metadata
-from ckpt.tensors import checked_tensors
+from milepost.ckpt.tensors import checked_tensors
+from milepost.files import new_group, written
 
 NAME = "separated"
 RUN_STEM = ""

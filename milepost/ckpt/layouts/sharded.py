@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt import pickles, together
-from ckpt.adopt import files, home, optimizer_file
-from ckpt.files import new_folder, write_json
-from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
-from ckpt.sidecar import check_files, file_problems, is_regular, read_json, read_manifest, write_manifest
-from ckpt.tensors import DTYPES, checked_tensors, optimizer_groups, optimizer_state
+from milepost.ckpt import collective, pickles
+from milepost.ckpt.foreign.importing import files, home, optimizer_file
+from milepost.ckpt.manifest import check_files, file_problems, is_regular, read_json, read_manifest, write_manifest
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
+from milepost.ckpt.tensors import DTYPES, checked_tensors, optimizer_groups, optimizer_state
+from milepost.files import new_folder, write_json
 
 __all__ = [
     "MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "shapes", "targets", "verify_file",
@@ -78,18 +78,18 @@ def write(record: Checkpoint, folder: Path, stem: str) -> Path:
 
     Of a record that is shared, the other processes write their pieces meanwhile, in `together.follow`.
     """
-    from ckpt import pieces  # which takes most of a second, and nothing else needs
+    from milepost.ckpt import shard_writer  # which takes most of a second, and nothing else needs
 
     (path,) = targets(folder, stem)
-    state, groups = pieces.state_of(record), None
+    state, groups = shard_writer.state_of(record), None
     if record.optimizer_state is not None:
         groups = optimizer_groups(record.optimizer_state)
     with new_folder(path) as hidden:
-        together.announce(record, hidden)
+        collective.announce(record, hidden)
         try:
-            made, index = pieces.write(state, hidden, group=record.shared_by)
-        except pieces.CheckpointException as error:
-            raise pieces.cause(error) from None
+            made, index = shard_writer.write(state, hidden, group=record.shared_by)
+        except shard_writer.CheckpointException as error:
+            raise shard_writer.cause(error) from None
         made[INDEX] = write_json(hidden / INDEX, index).entry
         _index(hidden, {"files": made})  # what could not be read, as more pieces than JSON may have, never appears
         write_manifest(hidden / MANIFEST, record, made, first={"format": "milepost sharded"}, groups=groups)

@@ -7,11 +7,17 @@ epoch and metrics for people, then everything else of the record, and the sha256
 from pathlib import Path
 from typing import Any
 
-from ckpt import archive
-from ckpt.files import new_group
-from ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
-from ckpt.sidecar import check_files, file_problems, manifest_metadata, read_json, read_manifest, write_manifest
-from ckpt.tensors import (
+from milepost.ckpt import archive
+from milepost.ckpt.manifest import (
+    check_files,
+    file_problems,
+    manifest_metadata,
+    read_json,
+    read_manifest,
+    write_manifest,
+)
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
+from milepost.ckpt.tensors import (
     checked_tensors,
     optimizer_groups,
     optimizer_tensors,
@@ -19,6 +25,7 @@ from ckpt.tensors import (
     take_optimizer,
     write_safetensors,
 )
+from milepost.files import new_group
 
 NAME = "stepfiles"
 RUN_STEM = "step_{step:06d}"

@@ -7,13 +7,13 @@ another program's: `model`, `state_dict` or `model_state_dict`, `optimizer`, `gl
 
 from pathlib import Path
 
-from ckpt import archive
-from ckpt.adopt import adopted, adopted_metadata, files, home, kind, optimizer_file, verify_file
-from ckpt.files import new_file
-from ckpt.layouts import separated
-from ckpt.layouts.separated import read_model
-from ckpt.record import Checkpoint, CheckpointError, Json, check_metadata
-from ckpt.sidecar import plain_metadata
+from milepost.ckpt import archive
+from milepost.ckpt.foreign.importing import adopted, adopted_metadata, files, home, kind, optimizer_file, verify_file
+from milepost.ckpt.layouts import separated
+from milepost.ckpt.layouts.separated import read_model
+from milepost.ckpt.manifest import plain_metadata
+from milepost.ckpt.record import Checkpoint, CheckpointError, Json, check_metadata
+from milepost.files import new_file
 
 __all__ = [
     "MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "targets", "verify_file", "write",
