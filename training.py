@@ -9,13 +9,13 @@
 brings one back from a checkpoint, and door.py says what went wrong.
 """
 
-import signal
 import sys
 
 import config
+from runtime.interrupt import exit_on_signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    exit_on_signal()  # while torch is imported
     SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
 
 import contextlib

@@ -196,16 +196,27 @@ def command_line(script: Path, *, processes: int | None = None, **variables: obj
 
 
 def tell(text: str) -> None:
-    """Prints to stdout; on a terminal, nothing in the text can steer it. A reader that is gone is no reason to stop."""
+    """Prints to stdout; on a terminal, nothing in the text can steer it. A reader or a terminal that is gone is no reason to stop."""
     try:
         print(harmless(text) if sys.stdout.isatty() else text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         ignore_stdout()
 
 
 def ignore_stdout() -> None:
     """Leads stdout nowhere: Python would complain about a closed pipe once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def flush_streams() -> None:
+    """Writes out what stdout and stderr hold. Of a closed terminal or pipe, Python would make an exit code of its own at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except ValueError:  # closed already
+            continue
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -7,7 +7,6 @@ CHECKPOINT_PATH=checkpoints CONVERT_TO=separated OUTPUT=new-checkpoints python3 
 
 import importlib.util
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -15,9 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import config
+from runtime.interrupt import exit_on_signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    exit_on_signal()  # while torch is imported
     SETTINGS = config.door(sys.argv)  # before that, so that a typing error costs no seconds
 
 from typing import Any
