@@ -32,8 +32,9 @@ from torch import Tensor
 import ckpt
 import models
 from ckpt import Checkpoint
-from ckpt.files import prepare_folder
+from ckpt.leftovers import prepare_folder
 from ckpt.locks import RunLock
+from ckpt.paths import check_inside
 from ckpt.record import bytes_on_disk
 from config import Config, ConfigError
 from data.batches import validation_windows
@@ -56,6 +57,7 @@ from runtime.progress import (
     read_metrics,
     shown,
     tell,
+    write_own,
 )
 from runtime.trackers import missing, open_mirror
 
@@ -65,6 +67,7 @@ SAVE_FAILED = 5  # exit code of a run that finished, but whose last save did not
 SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200
 LEASE = 120  # seconds after which a network file system frees the locks of a machine that is gone
+FOLDERS_OF_A_RUN = ("samples", "tensorboard", "wandb")  # in RUNS_DIR/<run_id>, made when they are needed
 PROBE_SECONDS = 2.0  # of the time that an estimate of the run's length may take, once it has two measurements
 TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"
 
@@ -324,7 +327,7 @@ def write_sample(run: Run, text: str) -> None:
     with may_be_refused(run, "samples/"):
         path = run.folder / "samples" / f"step{run.step:06d}.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_own(path, text)
 
 
 @torch.no_grad()
@@ -448,33 +451,45 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     """
     if problem := missing(run.settings.tracker):
         raise ConfigError([problem])
-    places = [run.folder, *([Path(run.settings.checkpoint_dir)] if run.settings.enable_checkpoints else [])]
-    for place in places:
-        try:
-            prepare_folder(place)
-        except (OSError, NotImplementedError) as error:
-            problem = f"{place} cannot be written ({error})"
-            raise ConfigError(
-                [f"{problem}: mend its permissions, or set another CHECKPOINT_DIR or RUNS_DIR"]
-            ) from error
-        lock = RunLock(place, run.run_id)
-        lock.acquire(patience=LEASE if config.restarted() else 0)
-        held.callback(lock.release)
+    runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
+    own = [run.folder, *(run.folder / name for name in FOLDERS_OF_A_RUN)]
+    with refused_as("RUNS_DIR", run.folder):
+        for place in own:
+            check_inside(runs, place)
+        lock_place(run, run.folder, held)
     if run.settings.enable_checkpoints:
+        with refused_as("CHECKPOINT_DIR", checkpoints):
+            for place in (checkpoints / ckpt.BEST_FOLDER, checkpoints / run.run_id / ckpt.BEST_FOLDER):
+                check_inside(checkpoints, place)
+            lock_place(run, checkpoints, held)
         check_space(run)
-    try:
+    with refused_as("RUNS_DIR", run.folder):
         run.log.open(run.folder / "training.log")
-        (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
+        write_own(run.folder / "config.env", config.as_env(run.settings))
         origin = {"run_id": run.run_id, "parent": run.parent}
-        (run.folder / "run.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            [f"RUNS_DIR: {run.folder} cannot be written ({error}): make room, or set another RUNS_DIR"]
-        ) from error
-    run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl")))
-    # What was logged after the checkpoint is logged again, so it goes; what it had not seen yet at its own step, too.
-    run.metrics.rewind(lambda line: was_seen(run, line))
+        write_own(run.folder / "run.json", json.dumps(origin, indent=1) + "\n")
+        run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl")))
+        # What was logged after the checkpoint is logged again, so it goes; what it had not seen yet at its own step, too.
+        run.metrics.rewind(lambda line: was_seen(run, line))
     open_tracker(run, held)
+
+
+def lock_place(run: Run, place: Path, held: contextlib.ExitStack) -> None:
+    """Makes the folder and locks the run there for this process."""
+    prepare_folder(place)
+    lock = RunLock(place, run.run_id)
+    lock.acquire(patience=LEASE if config.restarted() else 0)
+    held.callback(lock.release)
+
+
+@contextlib.contextmanager
+def refused_as(variable: str, place: Path) -> Iterator[None]:
+    """Raises ConfigError naming the variable of a folder that cannot be written."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        problem = f"{variable}: {place} cannot be written ({error})"
+        raise ConfigError([f"{problem}: make room or mend its permissions, or set another {variable}"]) from error
 
 
 def open_tracker(run: Run, held: contextlib.ExitStack) -> None:

@@ -1,21 +1,23 @@
 """Conversion: a checkpoint of any layout that can be read, written in any that can be written, and the proof that it is the same."""
 
+import contextlib
 import dataclasses
 import datetime
 import errno
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.contents import all_files, labelled
 from ckpt.exports import Export, Proof
-from ckpt.files import remove, remove_leftovers, second_name
+from ckpt.files import remove, second_name
 from ckpt.keep import PREFIX, free_space_problem, free_stem, home_of
 from ckpt.layouts import WRITERS, Layout, known_layout
-from ckpt.locks import folder_lock
+from ckpt.leftovers import remove_leftovers_below
+from ckpt.locks import FOLDER_LOCK, folder_lock
+from ckpt.paths import check_inside, is_real_folder
 from ckpt.rebuild import logits
 from ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
 from ckpt.store import BEST_FOLDER, folder_of
@@ -72,6 +74,7 @@ def convert(
         raise
     if best_too:
         with folder_lock(folder):
+            check_inside(folder, target.parent / BEST_FOLDER)
             (target.parent / BEST_FOLDER).mkdir(exist_ok=True)
             second_name(WRITERS[layout].files(target), target.parent / BEST_FOLDER)
     return Converted(
@@ -137,17 +140,28 @@ def _written(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefi
             raise OSError(errno.ENOSPC, problem)
         return _written_into(record, folder, writer=writer, prefix=prefix, in_best=in_best)
     except BaseException:
-        if made:  # it holds a lock, and nothing of anybody's
-            shutil.rmtree(folder, ignore_errors=True)
+        if made:
+            _unmake(folder)
         raise
+
+
+def _unmake(folder: Path) -> None:
+    """Removes a folder made for nothing, and the empty ones in it; what another process has put there meanwhile stays."""
+    inner = sorted((path for path in folder.rglob("*") if is_real_folder(path)), reverse=True)
+    with contextlib.suppress(OSError):
+        for place in inner:
+            place.rmdir()
+        if [path.name for path in folder.iterdir()] == [FOLDER_LOCK]:
+            (folder / FOLDER_LOCK).unlink()
+        folder.rmdir()
 
 
 def _written_into(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
     with folder_lock(folder):
         place = home_of(record, folder, writer=writer)
-        for each in {folder, folder / BEST_FOLDER, place, place / BEST_FOLDER}:
-            remove_leftovers(each)
+        remove_leftovers_below(folder, {folder / BEST_FOLDER, place, place / BEST_FOLDER})
         target = place / BEST_FOLDER if in_best else place
+        check_inside(folder, target)
         target.mkdir(parents=True, exist_ok=True)
         stem = free_stem(record, place, writer=writer, now=_moment(record), prefix=prefix)
         new = dataclasses.replace(record, save_id=os.urandom(8).hex())  # two checkpoints, not two names of one

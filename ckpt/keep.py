@@ -9,9 +9,11 @@ import shutil
 from pathlib import Path
 
 from ckpt.exports import Export
-from ckpt.files import make_folder, remove, remove_leftovers, second_name, sync_folder
+from ckpt.files import make_folder, remove, second_name, sync_folder
 from ckpt.layouts import WRITERS, Layout, known_layout
+from ckpt.leftovers import remove_leftovers_below
 from ckpt.locks import folder_lock
+from ckpt.paths import check_inside
 from ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk
 from ckpt.store import BEST_FOLDER, Expired, Found, expired, find, look, loss_of, scan
 
@@ -30,8 +32,7 @@ def save(
     writer = WRITERS[layout]
     with folder_lock(folder):
         place = home_of(record, folder, writer=writer)
-        for each in {folder, folder / BEST_FOLDER, place, place / BEST_FOLDER}:
-            remove_leftovers(each)
+        remove_leftovers_below(folder, {folder / BEST_FOLDER, place, place / BEST_FOLDER})
         now = datetime.datetime.now(datetime.UTC)
         numbers = [one.metadata.get("save_number") or 0 for one in find(folder)]
         record.save_number = min(LARGEST, 1 + max(numbers, default=0))  # at the limit, the time decides
@@ -39,6 +40,7 @@ def save(
         record.save_id = os.urandom(8).hex()
         stem = free_stem(record, place, writer=writer, now=now, prefix=prefix)
         target = place / BEST_FOLDER if best_only else place
+        check_inside(folder, target)
         make_folder(target)
         if free_space_problem(folder, need=bytes_on_disk(record)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
@@ -103,6 +105,7 @@ def keep_best(
     What is not worse stays: a run that goes on from an earlier step has yet to reach again what it once was.
     """
     place = home_of(record, folder, writer=WRITERS[layout]) / BEST_FOLDER
+    check_inside(folder, place)
     place.mkdir(parents=True, exist_ok=True)
     if saved is None:
         kept = save(record, folder, layout=layout, prefix=prefix, best_only=True)

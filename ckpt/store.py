@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt.layouts import Layout, layout_of
+from ckpt.paths import is_real_folder
 from ckpt.record import CheckpointError, Json
 
 BEST_FOLDER = "best"
@@ -84,13 +85,15 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
 
 
 def _places(folder: Path) -> Iterator[Path]:
-    """The folders in which the checkpoints of `folder` lie: it, those of runs, and the best/ of each."""
+    """The folders in which the checkpoints of `folder` lie: it, those of runs, and the best/ of each. Links are not followed:
+    what is found here may be pruned.
+    """
     if not os.path.isdir(folder):
         return
-    runs = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    runs = [path for path in sorted(folder.iterdir()) if is_real_folder(path) and not path.name.startswith(".")]
     for place in (folder, *(path for path in runs if path.name != BEST_FOLDER and layout_of(path) is None)):
         yield place
-        if os.path.isdir(place / BEST_FOLDER):
+        if is_real_folder(place / BEST_FOLDER):
             yield place / BEST_FOLDER
 
 

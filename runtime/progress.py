@@ -1,11 +1,13 @@
 """What a run tells: lines and one bar on stderr, the same lines in training.log, figures in metrics.jsonl."""
 
 import contextlib
+import errno
 import json
 import math
 import os
 import shlex
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,22 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 QUIET_SECONDS = 10  # without a terminal: at most one plain progress line in so many seconds
+
+
+def own_file(name: str, flags: int) -> int:
+    """An opener for `open` of a run's own file to write. Raises OSError for a link, a pipe or a device in its place."""
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
+    descriptor = os.open(name, flags | safe, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file where Milepost writes one of its own: remove it", name)
+    return descriptor
+
+
+def write_own(path: Path, text: str) -> None:
+    """Writes a run's own file anew; raises OSError as `own_file` does."""
+    with open(path, "w", encoding="utf-8", opener=own_file) as file:
+        file.write(text)
 
 
 class Log:
@@ -29,7 +47,7 @@ class Log:
     def open(self, path: Path) -> None:
         """From now on lines go to `path` too, those said so far first."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (it lives as long as the run)
+        self._file = open(path, "a", encoding="utf-8", opener=own_file)  # noqa: SIM115  (it lives as long as the run)
         self._file.writelines(line + "\n" for line in self._early)
         self._file.flush()
 
@@ -118,7 +136,7 @@ class Metrics:
     def write(self, **values: Any) -> None:
         """Appends one line. A number that is not finite becomes null: JSON has no word for it."""
         if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (it lives as long as the run)
+            self._file = open(self.path, "a", encoding="utf-8", opener=own_file)  # noqa: SIM115  (it lives as long as the run)
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
@@ -136,7 +154,7 @@ class Metrics:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to that takes the place of `path` at the end, or leaves it as it was if something is raised."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -146,6 +164,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, NaN as null; a line that is no whole JSON object (the last one after a kill) is left out."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "is no regular file, expected the metrics of a run: remove it", str(path))
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
