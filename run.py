@@ -16,7 +16,7 @@ import ckpt
 import config
 import models
 from ckpt import Checkpoint, CheckpointError
-from ckpt.adopt import with_chars
+from ckpt.adopt import with_chars, with_kind
 from ckpt.hub import local_folder
 from ckpt.rebuild import build_model, build_tokenizer, name_the_base, with_base
 from ckpt.tensors import digest
@@ -275,13 +275,28 @@ def init_from(settings: Config, notes: list[str]) -> Checkpoint | None:
 
 
 def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """The record itself, with the characters of TRAINING_DATA_SOURCE for its tokenizer if another program's had none beside it.
+    """The record itself if it has a tokenizer, else with the one that the settings name.
 
-    Raises CheckpointError if their number is not that of the model's rows.
+    That is TOKENIZER=byte or gpt2, or the characters of TRAINING_DATA_SOURCE. Raises CheckpointError if neither is set, also where the
+    default text would have as many characters: its alphabet is not the checkpoint's.
     """
     if record.tokenizer is not None:
         return record
-    return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+    if names_tokenizer(settings):
+        return with_kind(record, settings.tokenizer)
+    if settings.given("TRAINING_DATA_SOURCE"):
+        return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+    for note in record.notes:
+        log(note)
+    remedy = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2"
+    raise CheckpointError(
+        f"{record.path}: carries no tokenizer that can be used: {remedy}, or put its tokenizer.json or meta.pkl beside it"
+    )
+
+
+def names_tokenizer(settings: Config) -> bool:
+    """Whether TOKENIZER names one that is complete without a text."""
+    return settings.given("TOKENIZER") and settings.tokenizer in ("byte", "gpt2")
 
 
 def shaped_like(weights: Checkpoint, settings: Config) -> Config:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Converted:
     bytes_before: int
     bytes_after: int
     notes: list[str]
+    has_tokenizer: bool  # without one the target generates nothing
 
 
 def convert(
@@ -52,15 +54,16 @@ def convert(
     prefix: str | None = None,
     in_best: bool = False,
     best_too: bool = False,
+    complete: Callable[[Checkpoint], Checkpoint] = lambda record: record,
 ) -> Converted:
     """Writes the checkpoint at `source` once more, as `layout`, to `folder` (None: beside it), and proves that it is the same.
 
     Step, run, lineage, save number and time stay, everything but the save id; `source` is untouched and no name is replaced. `prefix`
-    begins the name (None: as the run's names began). `in_best` writes into best/, `best_too` gives it a second name there. Raises
-    CheckpointError if the source is damaged or was edited by hand, the layout has no place for what it holds, or the two are not the
-    same; OSError if the disk refuses. Nothing new is left then.
+    begins the name (None: as the run's names began). `in_best` writes into best/, `best_too` gives it a second name there. `complete`
+    may add a tokenizer to a record that carries none. Raises CheckpointError if the source is damaged or was edited by hand, the layout
+    has no place for what it holds, or the two are not the same; OSError if the disk refuses. Nothing new is left then.
     """
-    record = _opened(source, optimizer=not model_only)
+    record = complete(_opened(source, optimizer=not model_only))
     if record.tokenizer is None:
         record.notes.append(f"{source}: carries no tokenizer, and neither does what it is converted to")
     if folder is None:
@@ -80,6 +83,7 @@ def convert(
     return Converted(
         source=source, target=target, layout_before=record.layout or "", tensors=len(labelled(record)), sha256=sha256,
         logits=shape, fields=fields, bytes_before=size_of(source), bytes_after=size_of(target), notes=record.notes,
+        has_tokenizer=record.tokenizer is not None,
     )  # fmt: skip
 
 
@@ -95,12 +99,19 @@ class Exported:
     notes: list[str]
 
 
-def export(source: Path, folder: Path, *, to: Export, prefix: str | None = None) -> Exported:
+def export(
+    source: Path,
+    folder: Path,
+    *,
+    to: Export,
+    prefix: str | None = None,
+    complete: Callable[[Checkpoint], Checkpoint] = lambda record: record,
+) -> Exported:
     """Writes the model of the checkpoint at `source` into `folder` as another program has it, and proves that it is the same.
 
     Raises as `convert` does; nothing new is left then.
     """
-    record = _opened(source, optimizer=False)
+    record = complete(_opened(source, optimizer=False))
     target = _written(record, folder, writer=to, prefix=prefix or _prefix(record), in_best=False)
     try:
         proof = to.proof(record, target)
