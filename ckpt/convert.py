@@ -13,9 +13,10 @@ from pathlib import Path
 from ckpt.contents import all_files, labelled
 from ckpt.exports import Export, Proof
 from ckpt.files import remove, remove_leftovers, second_name
-from ckpt.keep import PREFIX, free_space_problem, free_stem, home_of
+from ckpt.keep import free_space_problem
 from ckpt.layouts import WRITERS, Layout, known_layout
 from ckpt.locks import folder_lock
+from ckpt.names import PREFIX, free_stem, home_of
 from ckpt.rebuild import logits
 from ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
 from ckpt.store import BEST_FOLDER, folder_of

@@ -28,6 +28,7 @@ from ckpt.contents import all_files, held
 from ckpt.keep import what_expires
 from ckpt.layouts import known_layout
 from ckpt.locks import RunLock, RunLockedError
+from ckpt.names import ours
 from ckpt.store import look, scan
 from ckpt.tensors import not_finite
 from config import Config, ConfigError
@@ -114,8 +115,11 @@ def gone(one: Found, *, stripped: bool) -> bool:
 
 
 def newest_good(folder: Path, run_id: str, log: Log) -> Path | None:
-    """The newest checkpoint of the run outside best/ whose every byte agrees with its checksum and whose weights are numbers."""
-    own = [one for one in scan(folder, bests=False) if one.run_id == run_id]
+    """Return the newest save of the run outside best/ whose bytes agree with their checksums and whose weights are finite.
+
+    A person's copy does not count: its owner may delete it.
+    """
+    own = [one for one in ours(list(scan(folder, bests=False))) if one.run_id == run_id]
     for one in sorted(own, key=lambda one: one.save_order, reverse=True):
         try:
             if not (bad := not_finite(ckpt.load(one.path, optimizer=False, verify=True).model_state)):
