@@ -462,6 +462,7 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         held.callback(lock.release)
     if run.settings.enable_checkpoints:
         check_space(run)
+        protect_base(run)
     try:
         run.log.open(run.folder / "training.log")
         (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
@@ -475,6 +476,20 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     # What was logged after the checkpoint is logged again, so it goes; what it had not seen yet at its own step, too.
     run.metrics.rewind(lambda line: was_seen(run, line))
     open_tracker(run, held)
+
+
+def protect_base(run: Run) -> None:
+    """Leave a note beside the base of adapters that are saved elsewhere: retention in its folder does not see them."""
+    if not (run.base and run.settings.checkpoint_adapters_only):
+        return
+    try:
+        note = ckpt.note_use(run.base, run_id=run.run_id, checkpoint_dir=Path(run.settings.checkpoint_dir))
+    except OSError as error:
+        base, why = run.base.get("source"), f"no note can be left beside it ({error})"
+        run.log(f"warning: pruning may delete {base}, which these adapters need, because {why}: copy it elsewhere")
+    else:
+        if note:
+            run.log(f"{shown(note)} keeps the base of these adapters from being pruned; delete it with them")
 
 
 def open_tracker(run: Run, held: contextlib.ExitStack) -> None:

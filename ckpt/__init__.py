@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ckpt import archive
+from ckpt.bases import note_use
 from ckpt.convert import convert, export
 from ckpt.exports import EXPORTS, exporter
 from ckpt.keep import best_is_kept, free_space_problem, keep_best, prune, save, why_not_saved
@@ -34,6 +35,7 @@ __all__ = [
     "listing",
     "load",
     "not_finite",
+    "note_use",
     "prune",
     "resolve",
     "save",

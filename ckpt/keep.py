@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from ckpt.bases import needed
 from ckpt.files import make_folder, remove, remove_leftovers, second_name, sync_folder
 from ckpt.layouts import WRITERS, Layout, known_layout
 from ckpt.locks import folder_lock
@@ -68,16 +69,21 @@ def keep_best(
     for each in (place, place.parent):  # the new name is durable before an earlier one goes
         sync_folder(each)
     with folder_lock(folder):
-        for one in _outdone(record, place, count=count):
+        for one in _outdone(record, place, folder=folder, count=count):
             remove(known_layout(one.path).files(one.path))
     return kept
 
 
-def _outdone(record: Checkpoint, place: Path, *, count: int) -> list[Found]:
-    """Return the run's checkpoints in best/ that are worse than the record and than `count` of them in all; no person's own copy."""
+def _outdone(record: Checkpoint, place: Path, *, folder: Path, count: int) -> list[Found]:
+    """Return the run's checkpoints in best/ that are worse than the record and than `count` of them in all.
+
+    A person's own copy and the base of adapters are not among them.
+    """
     own = [one for one in ours(scan_best(place)) if one.run_id == record.run_id is not None]
     own.sort(key=lambda one: (loss_of(one) is None, loss_of(one), one.save_order))
-    return [one for one in own[count:] if _is_worse(one, record)]
+    worse = [one for one in own[count:] if _is_worse(one, record)]
+    bases = needed(worse, folder)
+    return [one for one in worse if one.path not in bases]
 
 
 def scan_best(place: Path) -> list[Found]:
@@ -120,14 +126,19 @@ def prune(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_
 
 
 def what_expires(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None) -> Expired:
-    """Return what `prune` would delete now.
+    """Return what `prune` would delete now, and which bases of adapters it spares.
 
     A checkpoint under another name than its save's is somebody's own copy and stays. One that is linked into the folder belongs to
     another place: through a link its files would be deleted there.
     """
     own = ours(list(scan(folder, bests=False)))
     found = [one for one in own if not any(map(os.path.islink, known_layout(one.path).files(one.path)))]
-    return expired(found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
+    gone = expired(found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
+    # Without its optimizer a base is still one, unless it gets another name by that.
+    at_risk = [*gone.remove, *(one for one in gone.strip if known_layout(one.path).optimizer_file(one.path) is None)]
+    kept = needed(at_risk, folder)
+    remove, strip = ([one for one in each if one.path not in kept] for each in (gone.remove, gone.strip))
+    return Expired(remove=remove, strip=strip, kept=kept)
 
 
 def strip(path: Path) -> None:

@@ -69,7 +69,7 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
     if (whole := layout_of(folder)) is not None:
         yield look(folder, whole)
         return
-    for place in _places(folder):
+    for place in places(folder):
         if not bests and place.name == BEST_FOLDER:
             continue
         seen = set()
@@ -83,7 +83,7 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
                 yield look(home, layout)
 
 
-def _places(folder: Path) -> Iterator[Path]:
+def places(folder: Path) -> Iterator[Path]:
     """The folders in which the checkpoints of `folder` lie: it, those of runs, and the best/ of each."""
     if not os.path.isdir(folder):
         return
@@ -106,7 +106,7 @@ def _entries(place: Path, *, required: bool) -> list[Path]:
 
 def look(path: Path, layout: Layout) -> Found:
     """The checkpoint at `path` without its tensors."""
-    return _look(path, layout, tuple(_stamps(layout.files(path))))  # type: ignore[arg-type]
+    return _look(path, layout, tuple(stamps(layout.files(path))))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=SEEN)
@@ -119,7 +119,7 @@ def _look(path: Path, layout: Layout, stamps: tuple[tuple[int, ...], ...]) -> Fo
         return Found(path, {}, str(error), layout=layout.NAME, size=size)
 
 
-def _stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
+def stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
     """What changes when one of the files, or one in such a folder, does: inode, bytes, time."""
     for file in files:
         for path in sorted(file.rglob("*")) if file.is_dir() else [file]:
@@ -161,10 +161,11 @@ def due(step: int, interval: int, *, last: int) -> bool:
 
 @dataclass(frozen=True)
 class Expired:
-    """What a policy lets go: `remove` altogether, `strip` of the optimizer's state."""
+    """What a policy deletes: `remove` altogether, `strip` of the optimizer's state. `kept` are those it spares, with what needs them."""
 
     remove: list[Found]
     strip: list[Found]
+    kept: dict[Path, Path] = field(default_factory=dict)
 
 
 def expired(
