@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -94,6 +95,7 @@ class Run:
     # Where it stands.
     step: int = 0
     tokens_seen: int = 0
+    resumed_save: float = math.inf  # when the checkpoint was saved that the same run resumes from (Unix seconds)
     observed_step: int | None = None
     saved_step: int = 0
     validation_loss: float | None = None

@@ -54,6 +54,7 @@ from runtime.progress import (
     command_line,
     duration,
     read_metrics,
+    replacing,
     shown,
     tell,
 )
@@ -66,6 +67,7 @@ SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it
 SAMPLE_TOKENS = 200
 LEASE = 120  # seconds after which a network file system frees the locks of a machine that is gone
 PROBE_SECONDS = 2.0  # of the time that an estimate of the run's length may take, once it has two measurements
+METRICS = "metrics.jsonl"
 TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"
 
 
@@ -89,10 +91,18 @@ def train_as_told(settings: Config, log: Log, world: World) -> int:
     if reasons := not_exact(run, record, restored):
         log(f"not bit-exact: {'; '.join(reasons)}")
     if finished(run, record):
+        repair(run)
         more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
         log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. More: {more}")
         return 0
     return train(run)
+
+
+def repair(run: Run) -> None:
+    """Bring back what a finished run lacks on the disk: lines of its metrics that an earlier resume had set aside."""
+    if run.folder.exists() and Metrics(run.folder / METRICS).set_aside.exists():
+        with contextlib.ExitStack() as held:
+            run.world.by_first(lambda: open_run(run, held))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +293,7 @@ def write_metrics(
         return
     values = {"split": split, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen, "tok_s": tok_s}
     line = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3)} | values
-    with may_be_refused(run, "metrics.jsonl"):
+    with may_be_refused(run, METRICS):
         run.metrics.write(**line)
     run.mirror.write(line)
 
@@ -324,7 +334,8 @@ def write_sample(run: Run, text: str) -> None:
     with may_be_refused(run, "samples/"):
         path = run.folder / "samples" / f"step{run.step:06d}.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        with replacing(path) as file:
+            file.write_text(text, encoding="utf-8")
 
 
 @torch.no_grad()
@@ -465,16 +476,18 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         protect_base(run)
     try:
         run.log.open(run.folder / "training.log")
-        (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
         origin = {"run_id": run.run_id, "parent": run.parent}
-        (run.folder / "run.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+        written = {"config.env": config.as_env(run.settings), "run.json": json.dumps(origin, indent=1) + "\n"}
+        for name, text in written.items():
+            with replacing(run.folder / name) as file:
+                file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             [f"RUNS_DIR: {run.folder} cannot be written ({error}): make room, or set another RUNS_DIR"]
         ) from error
-    run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl")))
-    # What was logged after the checkpoint is logged again, so it goes; what it had not seen yet at its own step, too.
-    run.metrics.rewind(lambda line: was_seen(run, line))
+    run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / METRICS)))
+    # Set aside metrics newer than the checkpoint: resuming rewrites them.
+    run.metrics.rewind(lambda line: was_seen(run, line), until=run.resumed_save)
     open_tracker(run, held)
 
 
