@@ -12,7 +12,7 @@ from ckpt.files import make_folder, remove, remove_leftovers, second_name, sync_
 from ckpt.layouts import WRITERS, Layout, known_layout
 from ckpt.locks import folder_lock
 from ckpt.names import PREFIX, free_stem, home_of, ours
-from ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk
+from ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk, from_metadata
 from ckpt.store import BEST_FOLDER, Expired, Found, expired, find, look, loss_of, scan
 
 
@@ -97,23 +97,43 @@ def _is_worse(one: Found, record: Checkpoint) -> bool:
     return loss is not None and ours is not None and loss > ours
 
 
-def best_is_kept(folder: Path, record: Checkpoint) -> bool:
-    """Whether a best/ of `folder` holds one of the record's run that is at least as good."""
-    kept = [one for one in scan(folder) if one.path.parent.name == BEST_FOLDER and one.run_id == record.run_id]
-    return any(one.problem is None and not _is_worse(one, record) for one in kept)
+def best_is_kept(folder: Path, *, run_id: str | None, loss: float) -> bool:
+    """Return whether a best/ of `folder` holds a checkpoint of the run whose validation loss is `loss` or lower, or unknown."""
+    kept = [one for one in scan(folder) if one.path.parent.name == BEST_FOLDER and one.run_id == run_id]
+    return any(one.problem is None and not (loss_of(one) or loss) > loss for one in kept)
+
+
+def saved_best(folder: Path, *, run_id: str | None, step: int, loss: float) -> Found | None:
+    """Return the ordinary save of a run's best step; None if there is none, or it was saved before it was evaluated."""
+    own = [one for one in scan(folder, bests=False) if one.problem is None and one.run_id == run_id]
+    same = [one for one in own if (one.step, loss_of(one)) == (step, loss)]
+    return max(same, key=lambda one: (one.resumable, one.save_order), default=None)
+
+
+def keep_saved_best(folder: Path, *, run_id: str | None, step: int, loss: float, count: int = 1) -> Path | None:
+    """Do what `keep_best` does with the ordinary save of a run's best step; return None if there is none."""
+    saved = saved_best(folder, run_id=run_id, step=step, loss=loss)
+    if saved is None:
+        return None
+    record = from_metadata(saved.metadata, model_state={}, optimizer_state=None, where=str(saved.path))
+    return keep_best(record, folder, saved=saved.path, layout=saved.layout, count=count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Letting go.
 
 
-def prune(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None) -> Expired:
-    """Lets go what the policy says is expired, and returns it; `newest_good` is known to be whole and stays.
+def prune(
+    folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None, spare: Path | None = None
+) -> Expired:
+    """Delete what the policy says is expired, and return it; `newest_good` is known to be whole and stays, and so does `spare`.
 
     Raises the first OSError or CheckpointError that came in between, after all the others are gone.
     """
     with folder_lock(folder):
-        gone = what_expires(folder, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
+        gone = what_expires(
+            folder, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good, spare=spare
+        )
         failed: list[Exception] = []
         for one in [*gone.remove, *gone.strip]:  # what makes room comes first
             try:
@@ -125,7 +145,9 @@ def prune(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_
     return gone
 
 
-def what_expires(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None) -> Expired:
+def what_expires(
+    folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None, spare: Path | None = None
+) -> Expired:
     """Return what `prune` would delete now, and which bases of adapters it spares.
 
     A checkpoint under another name than its save's is somebody's own copy and stays. One that is linked into the folder belongs to
@@ -133,7 +155,9 @@ def what_expires(folder: Path, *, run_id: str, keep_last: int, keep_every: int, 
     """
     own = ours(list(scan(folder, bests=False)))
     found = [one for one in own if not any(map(os.path.islink, known_layout(one.path).files(one.path)))]
-    gone = expired(found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
+    gone = expired(
+        found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good, spare=spare
+    )
     # Without its optimizer a base is still one, unless it gets another name by that.
     at_risk = [*gone.remove, *(one for one in gone.strip if known_layout(one.path).optimizer_file(one.path) is None)]
     kept = needed(at_risk, folder)

@@ -169,13 +169,13 @@ class Expired:
 
 
 def expired(
-    found: Iterable[Found], *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None
-) -> Expired:
+    found: Iterable[Found], *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None, spare: Path | None = None
+) -> Expired:  # fmt: skip
     """Which checkpoints of the run the policy lets go, given everything that its folder holds.
 
     The newest `keep_last` stay as they are (0: all do). Of those before them, the ones whose step is a multiple of `keep_every`
-    optimizer steps (0: none) stay to generate from. The run's final one stays, and so do `newest_good`, what is damaged, what is in
-    best/, and every other run's.
+    optimizer steps (0: none) stay to generate from. The run's final one stays, and so do `newest_good`, `spare`, what is damaged, what
+    is in best/, and every other run's.
     """
     own = [one for one in found if one.problem is None and one.run_id == run_id and one.path.parent.name != BEST_FOLDER]
     own.sort(key=lambda one: one.save_order)
@@ -183,7 +183,7 @@ def expired(
     saves = sorted({one.metadata.get("save_number") or 0 for one in own})
     old = saves[:-keep_last] if keep_last else []
     leaving = [one for one in own if (one.metadata.get("save_number") or 0) in old]
-    leaving = [one for one in leaving if not one.is_final and one.path != newest_good]
+    leaving = [one for one in leaving if not one.is_final and one.path not in (newest_good, spare)]
     stays = [one for one in leaving if keep_every and one.step % keep_every == 0]
     return Expired(remove=[one for one in leaving if one not in stays], strip=[one for one in stays if one.resumable])
 

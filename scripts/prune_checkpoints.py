@@ -90,7 +90,7 @@ def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[tu
     if good is None:
         log(f"left alone: no checkpoint of run {run_id} is known to be whole")
         return
-    policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
+    policy: dict[str, Any] = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
     expired = what_expires(folder, run_id=run_id, newest_good=good, **policy)
     sizes = {one.path: freed_by_removing(one.path) for one in expired.remove}
     sizes |= {one.path: freed_by_stripping(one.path) for one in expired.strip}

@@ -231,12 +231,12 @@ def test_what_is_not_worse_stays_until_it_is(tmp_path):
     assert lower.exists()
 
 
-def test_whether_the_best_is_kept_goes_by_run_and_step(tmp_path):
-    assert not ckpt.best_is_kept(tmp_path, better(2))
+def test_whether_the_best_is_kept_goes_by_run_and_loss(tmp_path):
+    assert not ckpt.best_is_kept(tmp_path, run_id="one", loss=0.5)
     ckpt.keep_best(better(2), tmp_path, saved=None)
-    assert ckpt.best_is_kept(tmp_path, better(2))
-    assert not ckpt.best_is_kept(tmp_path, better(3))
-    assert not ckpt.best_is_kept(tmp_path, better(2, run_id="other"))
+    assert ckpt.best_is_kept(tmp_path, run_id="one", loss=0.5)
+    assert not ckpt.best_is_kept(tmp_path, run_id="one", loss=0.25)
+    assert not ckpt.best_is_kept(tmp_path, run_id="other", loss=0.5)
 
 
 def test_what_belongs_to_no_run_is_never_removed_for_a_better_one(tmp_path):
