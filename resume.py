@@ -1,6 +1,8 @@
 """A run from a checkpoint: which checkpoint is meant, what of it comes back, and the table that says so."""
 
+import contextlib
 import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -286,13 +288,16 @@ def other_plan(record: Checkpoint, schedule: Schedule) -> dict[str, Any]:
 
 
 def take_standing(run: Run, record: Checkpoint) -> None:
-    """Where the same run stood: what it had looked at and kept."""
+    """Take over where the same run stood: what it had evaluated and kept, and when."""
+    with contextlib.suppress(ValueError):
+        run.resumed_save = datetime.datetime.fromisoformat(record.saved_at or "").timestamp()
     run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
     run.best_loss, run.best_step = record.best_loss, record.best_step
-    # A kill may have come between saving a best step and keeping it as the best; then it is kept first of all.
-    folder = Path(run.settings.checkpoint_dir)
-    lost = record.best_step == record.step and not run.world.by_first(lambda: ckpt.best_is_kept(folder, record))
-    run.kept_best_step = None if run.world.broadcast(lost) else record.best_step
+    run.saved_observed_step = record.observed_step
+    # A kill, or a disk that refused, may have come between saving a best step and keeping it as the best: then it is kept later.
+    folder, loss = Path(run.settings.checkpoint_dir), record.best_loss
+    kept = loss is None or run.world.by_first(lambda: ckpt.best_is_kept(folder, run_id=record.run_id, loss=loss))
+    run.kept_best_step = record.best_step if run.world.broadcast(kept) else None
 
 
 def finished(run: Run, record: Checkpoint) -> bool:

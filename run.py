@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -94,12 +95,14 @@ class Run:
     # Where it stands.
     step: int = 0
     tokens_seen: int = 0
+    resumed_save: float = math.inf  # when the checkpoint was saved that the same run resumes from (Unix seconds)
     observed_step: int | None = None
     saved_step: int = 0
+    saved_observed_step: int | None = None  # `observed_step` as the last save has it
     validation_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
-    kept_best_step: int | None = None
+    kept_best_step: int | None = None  # the best step once it is in best/
     last_saved: Path | None = None
     save_failed: bool = False
     skipped_updates: int = 0
@@ -120,6 +123,12 @@ class Run:
     def saves_parts(self) -> bool:
         """Whether each process saves the part that it has; else one saves all."""
         return self.engine == "fsdp" and self.settings.checkpoint_layout == "sharded"
+
+    @property
+    def best_is_pending(self) -> bool:
+        """Whether the best step should be in best/ and is not, as far as rank 0 knows."""
+        wanted = self.settings.enable_checkpoints and self.settings.checkpoint_keep_best > 0
+        return wanted and self.best_step not in (None, self.kept_best_step)
 
     @property
     def end(self) -> int:

@@ -4,9 +4,19 @@ import os
 from pathlib import Path
 
 from ckpt import archive
+from ckpt.bases import note_use
 from ckpt.convert import convert, export
 from ckpt.exports import EXPORTS, exporter
-from ckpt.keep import best_is_kept, free_space_problem, keep_best, prune, save, why_not_saved
+from ckpt.keep import (
+    best_is_kept,
+    free_space_problem,
+    keep_best,
+    keep_saved_best,
+    prune,
+    save,
+    saved_best,
+    why_not_saved,
+)
 from ckpt.layouts import LAYOUTS, WRITERS, layout_of
 from ckpt.record import Checkpoint, CheckpointError, printable
 from ckpt.store import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
@@ -29,14 +39,17 @@ __all__ = [
     "follow",
     "free_space_problem",
     "keep_best",
+    "keep_saved_best",
     "latest",
     "leading",
     "listing",
     "load",
     "not_finite",
+    "note_use",
     "prune",
     "resolve",
     "save",
+    "saved_best",
     "several",
     "verify",
     "whole_folder",

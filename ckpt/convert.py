@@ -14,10 +14,11 @@ from pathlib import Path
 from ckpt.contents import all_files, labelled
 from ckpt.exports import Export, Proof
 from ckpt.files import remove, second_name
-from ckpt.keep import PREFIX, free_space_problem, free_stem, home_of
+from ckpt.keep import free_space_problem
 from ckpt.layouts import WRITERS, Layout, known_layout
 from ckpt.leftovers import remove_leftovers_below
 from ckpt.locks import FOLDER_LOCK, folder_lock
+from ckpt.names import PREFIX, free_stem, home_of
 from ckpt.paths import check_inside, is_real_folder
 from ckpt.rebuild import logits
 from ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from drive import ROOT, TINY, at_step, command, environment, newest, small_text, tensor_bytes, train
+from drive import ROOT, TINY, at_step, command, environment, logged, newest, small_text, tensor_bytes, train
+from test_exact_resume import KILLED
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import ckpt
@@ -511,3 +512,29 @@ def test_of_a_damaged_latest_the_same_runs_previous_one_is_taken(two_runs, tmp_p
 def of_a_run(checkpoints: Path, run_id: str, *, besides: Path) -> Path:
     """The newest of the run's checkpoints but for one."""
     return [one.path for one in ckpt.find(checkpoints) if one.run_id == run_id and one.path != besides][-1]
+
+
+def killed_at(step: int, folder: Path, **changes: str) -> None:
+    """A training in a process of its own that SIGKILL ends right after a step."""
+    env = {"PATH": os.environ["PATH"]} | environment(folder, **changes)
+    done = subprocess.run([sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize("end", [6, 8])
+def test_metrics_of_later_steps_come_back_if_the_branch_saved_nothing(end, straight, tmp_path):
+    """Back to step 4, killed at 5, then on from the newest: step 6, or 8, where the run is finished."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before, policy = logged(folder), {"RESUME": "auto", "CHECKPOINT_KEEP_BEST": "0"}
+    if end == 6:
+        shutil.rmtree(folder / "checkpoints" / "best")
+        at_step(folder, 8).unlink()
+        assert train(folder, CHECKPOINT_INTERVAL="2", **policy)[0] == 0
+        at_step(folder, 8).unlink()
+    killed_at(5, folder, RESUME_STEP="4", CHECKPOINT_INTERVAL="0", **policy)
+    assert logged(folder)[-1][0] <= 5  # the control: they were not in the way
+    assert newest(folder).step == end
+    code, said = train(folder, RESUME="auto")
+    assert code == 0, said
+    assert logged(folder) == before
