@@ -204,7 +204,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 def new_group(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     """Yields a hidden folder to write files of these `names` into; they appear in `folder` when the block ends, or none does.
 
-    The last name appears last: it is the mark that all are there. Raises as `new_file` does.
+    The last name appears last: it is the mark that all are there. Raises as `new_file` does. What a kill leaves visible is removed later
+    if the layout's `parts_of` proves by the hidden head that it was of this save.
     """
     hidden, all_free = hidden_name(folder / names[-1]), False
     try:

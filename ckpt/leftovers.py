@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ckpt.files import TEMPORARY, discard, hidden_name, make_folder, written
-from ckpt.layouts import layout_of, separated, stepfiles
+from ckpt.layouts import LAYOUTS, layout_of
 from ckpt.locks import folder_lock
 from ckpt.paths import is_real_folder
 
@@ -61,7 +61,10 @@ def _visible_parts(hidden: Path) -> list[Path]:
     if named is None or not is_real_folder(hidden) or os.path.lexists(hidden.parent / named["name"]):
         return []
     head = hidden / named["name"]
-    parts = [part for layout in (separated, stepfiles) for part in layout.parts_of(head, hidden.parent)]
+    proofs = [
+        layout.parts_of for layout in LAYOUTS if hasattr(layout, "parts_of")
+    ]  # of those that write groups of files
+    parts = [part for parts_of in proofs for part in parts_of(head, hidden.parent)]
     return [part for part in parts if not _is_in_a_checkpoint(part)]
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 
 
 def check_file(path: Path) -> None:
-    """Raise OSError if something other than a regular file with one name lies at `path`."""
+    """Raise OSError if something other than a regular file lies at `path`, or a second name of a file that holds something.
+
+    An empty lock may have a second name in a backup made of hard links; emptying it again harms nothing.
+    """
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         return
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+    if not stat.S_ISREG(status.st_mode) or (status.st_nlink > 1 and status.st_size):
         problem = "is a link, a pipe or a device where Milepost writes a file of its own: remove it"
         raise OSError(errno.EINVAL, problem, str(path))
 

@@ -33,8 +33,10 @@ from ckpt.files import (
     write_json,
     written,
 )
+from ckpt.layouts import stepfiles
 from ckpt.leftovers import prepare_folder, remove_leftovers
 from ckpt.locks import FOLDER_LOCK, RunLock, RunLockedError, folder_lock
+from ckpt.sidecar import write_manifest
 
 
 def visible(folder: Path) -> list[str]:
@@ -631,6 +633,20 @@ def test_a_visible_file_that_the_hidden_head_does_not_prove_stays(harm, layout, 
     assert part.read_bytes() == before
 
 
+def test_a_file_of_a_checkpoint_that_is_whole_stays_though_a_hidden_head_has_its_sha256(tmp_path):
+    """Somebody else's CHECKPOINT_DIR, which is itself a checkpoint and holds a head that was made for its weights."""
+    folder = ckpt.save(record(), tmp_path, layout="huggingface")
+    with written(tmp_path / "copy", hashed=True) as copy:
+        copy.write((folder / "model.safetensors").read_bytes())
+    place = folder / f".tmp-model_state.json-{DEAD}"
+    place.mkdir()
+    write_manifest(place / "model_state.json", record(), {"model.safetensors": copy}, first={}, groups=None)
+    assert stepfiles.parts_of(place / "model_state.json", folder) == [folder / "model.safetensors"]  # control
+    remove_leftovers(folder)
+    assert not place.exists()
+    assert ckpt.load(folder, verify=True).step == 1
+
+
 @pytest.mark.parametrize("layout", ckpt.WRITERS)
 def test_a_list_of_names_in_a_hidden_folder_removes_nothing(layout, tmp_path):
     """Somebody else's folder: earlier versions removed what `.names` listed."""
@@ -735,6 +751,20 @@ def test_what_is_done_under_the_folder_lock_is_done_by_one_process_at_a_time(tmp
     children = [os.fork() or count() for _ in range(2)]
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
     assert counter.read_text() == str(2 * times)
+
+
+def test_a_lock_that_is_a_second_name_of_a_file_does_not_empty_it(tmp_path):
+    (tmp_path / "valued").write_text("of value")
+    os.link(tmp_path / "valued", tmp_path / FOLDER_LOCK)
+    with pytest.raises(OSError, match="remove it"), folder_lock(tmp_path):
+        pass
+    assert (tmp_path / "valued").read_text() == "of value"
+    (tmp_path / FOLDER_LOCK).unlink()
+    with folder_lock(tmp_path):
+        pass
+    os.link(tmp_path / FOLDER_LOCK, tmp_path / "backup")  # as `cp -al` makes one
+    with folder_lock(tmp_path):
+        pass
 
 
 def run_holder(folder: Path, run_id: str) -> Callable[[], RunLock]:
