@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from drive import ROOT, environment
+from work import HANGING
 
 import training
 from runtime.interrupt import INTERRUPTED, Interrupt
@@ -36,7 +37,7 @@ def test_the_first_signal_sets_a_flag_and_the_second_ends_the_process_at_once(fi
         assert child.stdout.readline() == "asked to stop\n"
         assert child.poll() is None
         child.send_signal(second)
-        assert child.wait(timeout=30) == INTERRUPTED == 130
+        assert child.wait(timeout=HANGING) == INTERRUPTED == 130
         assert child.stdout.read() == ""  # no "cleaned up": nothing may delay it
 
 
@@ -64,7 +65,7 @@ def test_a_second_signal_ends_a_training_without_its_last_save(tmp_path):
     # Not in the background, where the save of step 2 may not be done by then.
     env = {"PATH": os.environ["PATH"]} | environment(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_ASYNC="false")
     done = subprocess.run(
-        [sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=HANGING
     )
     assert done.returncode == 130
     assert "still here\n" in done.stderr
