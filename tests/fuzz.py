@@ -30,12 +30,12 @@ import torch  # noqa: E402
 from folders import every_file, sentence_of  # noqa: E402
 from records import FULL, bits, gpt2_record, members, pack, record  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from work import HANGING  # noqa: E402
 
 import ckpt  # noqa: E402
 from ckpt import Checkpoint, archive, files, rebuild, sidecar, store  # noqa: E402
 from runtime.optim import build_optimizer  # noqa: E402
 
-SECONDS = 10  # for one case; each takes milliseconds
 MOST_TOLD = 20
 MEMORY = 2**30  # bytes of address space beyond what the process has when it begins
 
@@ -569,7 +569,7 @@ def main() -> None:
     progress = os.open(folder / "progress", os.O_WRONLY | os.O_CREAT)
     for number in range(first, first + count):
         os.pwrite(progress, b"%12d" % number, 0)
-        signal.alarm(SECONDS)  # ends the process, also from within C
+        signal.alarm(HANGING)  # ends the process, also from within C
         try:
             counts[case(random.Random(f"{seed}/{number}"), every)] += 1
         except BaseException:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from drive import ROOT, environment
+from work import HANGING
 
 import ckpt
 import training
@@ -52,7 +53,7 @@ def test_the_first_signal_sets_a_flag_and_a_later_one_ends_the_process_at_once(f
         assert child.stdout.readline() == "asked to stop\n"
         assert child.poll() is None
         child.send_signal(second)
-        assert child.wait(timeout=30) == INTERRUPTED == 130
+        assert child.wait(timeout=HANGING) == INTERRUPTED == 130
         assert child.stdout.read() == ""  # no "cleaned up": nothing may delay it
 
 
@@ -106,7 +107,7 @@ def test_a_later_signal_ends_a_training_without_its_last_save_and_a_double_tap_s
     env = {"PATH": os.environ["PATH"], "TOGETHER": str(together)}
     env |= environment(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_ASYNC="false")
     done = subprocess.run(
-        [sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=HANGING
     )
     assert "still here\n" in done.stderr
     assert ("after the second" in done.stderr) == (together > 0)
