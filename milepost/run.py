@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import nn
 import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.foreign.importing import with_chars
+from milepost.ckpt.foreign.importing import with_chars, with_kind
 from milepost.ckpt.hub import local_folder
 from milepost.ckpt.restore import build_model, build_tokenizer, name_the_base, with_base
 from milepost.ckpt.tensors import digest
@@ -92,12 +93,14 @@ class Run:
     # Where it stands.
     step: int = 0
     tokens_seen: int = 0
+    resumed_save: float = math.inf  # when the checkpoint was saved that the same run resumes from (Unix seconds)
     observed_step: int | None = None
     saved_step: int = 0
+    saved_observed_step: int | None = None  # `observed_step` as the last save has it
     validation_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
-    kept_best_step: int | None = None
+    kept_best_step: int | None = None  # the best step once it is in best/
     last_saved: Path | None = None
     save_failed: bool = False
     skipped_updates: int = 0
@@ -118,6 +121,12 @@ class Run:
     def saves_parts(self) -> bool:
         """Whether each process saves the part that it has; else one saves all."""
         return self.engine == "fsdp" and self.settings.checkpoint_layout == "sharded"
+
+    @property
+    def best_is_pending(self) -> bool:
+        """Whether the best step should be in best/ and is not, as far as rank 0 knows."""
+        wanted = self.settings.enable_checkpoints and self.settings.checkpoint_keep_best > 0
+        return wanted and self.best_step not in (None, self.kept_best_step)
 
     @property
     def end(self) -> int:
@@ -273,13 +282,28 @@ def init_from(settings: Config, notes: list[str]) -> Checkpoint | None:
 
 
 def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """The record itself, with the characters of TRAINING_DATA_SOURCE for its tokenizer if another program's had none beside it.
+    """The record itself if it has a tokenizer, else with the one that the settings name.
 
-    Raises CheckpointError if their number is not that of the model's rows.
+    That is TOKENIZER=byte or gpt2, or the characters of TRAINING_DATA_SOURCE. Raises CheckpointError if neither is set, also where the
+    default text would have as many characters: its alphabet is not the checkpoint's.
     """
     if record.tokenizer is not None:
         return record
-    return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+    if names_tokenizer(settings):
+        return with_kind(record, settings.tokenizer)
+    if settings.given("TRAINING_DATA_SOURCE"):
+        return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+    for note in record.notes:
+        log(note)
+    remedy = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2"
+    raise CheckpointError(
+        f"{record.path}: carries no tokenizer that can be used: {remedy}, or put its tokenizer.json or meta.pkl beside it"
+    )
+
+
+def names_tokenizer(settings: Config) -> bool:
+    """Whether TOKENIZER names one that is complete without a text."""
+    return settings.given("TOKENIZER") and settings.tokenizer in ("byte", "gpt2")
 
 
 def shaped_like(weights: Checkpoint, settings: Config) -> Config:

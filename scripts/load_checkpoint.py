@@ -4,7 +4,6 @@ CHECKPOINT_PATH=latest PROMPT="Dear Wren," python3 scripts/load_checkpoint.py
 CHECKPOINT_PATH=latest MODE=resume RESUME_TRAINING_STEPS=2000 RESUME_LEARNING_RATE=1e-4 python3 scripts/load_checkpoint.py
 """
 
-import signal
 import sys
 from pathlib import Path
 
@@ -12,9 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from milepost import config
+from milepost.runtime.interrupt import exit_on_signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    exit_on_signal()  # while torch is imported
     SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import dataclasses
@@ -67,22 +67,27 @@ def opened(settings: Config, log: Log, *, resuming: bool) -> Checkpoint:
     path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
+    rest = earlier(path, Path(settings.checkpoint_dir)) if settings.checkpoint_path == "latest" else []
     while True:
         try:
             return ckpt.load(path, optimizer=resuming, verify=resuming)
         except CheckpointError as error:
-            earlier = previous(path, Path(settings.checkpoint_dir)) if settings.checkpoint_path == "latest" else None
-            if earlier is None:
+            if not rest:
                 raise
             log(f"skipped: {error}")
-            log(f"taking {earlier}")
-            path = earlier
+            path = rest.pop(0)
+            log(f"taking {path}")
 
 
-def previous(path: Path, folder: Path) -> Path | None:
-    """The readable checkpoint of `folder` that was saved before the one at `path`."""
-    readable = [one.path for one in ckpt.find(folder) if one.problem is None]
-    return readable[readable.index(path) - 1] if path in readable[1:] else None
+def earlier(path: Path, folder: Path) -> list[Path]:
+    """The readable checkpoints of `folder` saved before the one at `path`, newest first: those of its run, then other runs'."""
+    readable = [one for one in reversed(ckpt.find(folder)) if one.problem is None]
+    places = [one.path for one in readable]
+    if path not in places:
+        return []
+    place = places.index(path)
+    before = sorted(readable[place + 1 :], key=lambda one: one.run_id != readable[place].run_id)
+    return [one.path for one in before]
 
 
 def obey(record: Checkpoint, settings: Config, log: Log) -> Config:

@@ -4,7 +4,6 @@ CHECKPOINT_PATH=latest OUTPUT=merged python3 scripts/merge_adapters.py
 CHECKPOINT_PATH=latest BASE_CHECKPOINT=base.pt OUTPUT=merged CHECKPOINT_LAYOUT=huggingface python3 scripts/merge_adapters.py
 """
 
-import signal
 import sys
 from pathlib import Path
 
@@ -12,9 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from milepost import config
+from milepost.runtime.interrupt import exit_on_signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    exit_on_signal()  # while torch is imported
     SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import dataclasses

@@ -4,7 +4,6 @@ python3 scripts/plot_run.py
 RUN=latest,20251110 OUTPUT=curves.png python3 scripts/plot_run.py
 """
 
-import signal
 import sys
 from pathlib import Path
 
@@ -12,9 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from milepost import config
+from milepost.runtime.interrupt import exit_on_signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    exit_on_signal()  # while torch is imported
     SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import fnmatch

@@ -5,7 +5,6 @@ CHECKPOINT_PATH=checkpoints python3 scripts/verify_checkpoint.py
 CHECKPOINT_PATH=latest REPLAY=true python3 scripts/verify_checkpoint.py     # trains again from the one before, and compares
 """
 
-import signal
 import sys
 from pathlib import Path
 
@@ -13,9 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from milepost import config
+from milepost.runtime.interrupt import exit_on_signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
+    exit_on_signal()  # while torch is imported
     SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
 
 import contextlib

@@ -711,7 +711,7 @@ def valid(variables: Mapping[str, str]) -> Config:
     return c
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(variables=VALID)
 def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
     before = valid(variables)
@@ -722,7 +722,7 @@ def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: 
         assert getattr(after, name.lower()) == getattr(before, name.lower()), name
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(variables=VALID)
 def test_to_dict_reads_back(variables: dict[str, str]) -> None:
     before = valid(variables)
@@ -731,7 +731,7 @@ def test_to_dict_reads_back(variables: dict[str, str]) -> None:
     assert all(after.sources[name] == "checkpoint" for name in IDENTITY | MATH | HABIT)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(variables=st.dictionaries(st.sampled_from(sorted(set(VARIABLES) - {"ENV_FILE"})), st.text(max_size=8)))
 def test_any_text_is_taken_or_refused(variables: dict[str, str]) -> None:
     c, found = outcome(config.read, ALONE | variables)
@@ -742,7 +742,7 @@ def test_any_text_is_taken_or_refused(variables: dict[str, str]) -> None:
     assert (c is None) == bool(found)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(text=st.one_of(st.text(), st.text("SED=#'\"\\ \n$\0{}:-1")))
 def test_any_env_file_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.env"
@@ -751,7 +751,7 @@ def test_any_env_file_is_taken_or_refused(tmp_path_factory: pytest.TempPathFacto
     assert found if c is None else c.env_file == str(path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(
     saved=st.dictionaries(
         st.sampled_from(sorted(VARIABLES)),

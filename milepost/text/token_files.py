@@ -192,6 +192,8 @@ def _write_header(file: object, count: int, dtype: np.dtype) -> None:
 def _open(folder: Path, dtype: np.dtype) -> TokenSplit | None:
     """The token files of a folder, or None if any is missing, damaged or not of the size and type that its header says."""
     arrays = []
+    if not all(map(os.path.isfile, (folder / name for name in (*FILES, SUMS)))):  # a pipe would be waited for
+        return None
     for name in FILES:
         try:
             if json.loads((folder / SUMS).read_text(encoding="utf-8"))[name] != _digest(folder / name):
