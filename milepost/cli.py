@@ -13,7 +13,7 @@ from milepost.runtime.distributed import ElsewhereError, World
 from milepost.runtime.interrupt import INTERRUPTED
 from milepost.runtime.progress import Log, ignore_stdout
 from milepost.text import tokenization
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 
 
 class TrainingError(Exception):
