@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from milepost.text.chunks import rechunk
 from milepost.text.errors import DataError
+from milepost.text.registry import TOKENIZERS as TOKENIZERS_BY_NAME
 from milepost.text.tokenization import (
     BpeTokenizer,
     ByteTokenizer,
@@ -28,9 +29,11 @@ from milepost.text.tokenization import (
     build,
     choose,
     from_dict,
+    tokenizer_class,
 )
 from milepost.text.tokenization import bpe as bpe_module
 from milepost.text.tokenization import gpt2 as gpt2_module
+from milepost.text.tokenization.base import REQUIRED
 
 ROOT = Path(__file__).parent.parent
 LETTERS = "Dear Wren, I can't say — we've tried 12 times… “what”\n\n\tshe'd ask.  Nothing 日本 é\r\n"
@@ -496,6 +499,42 @@ def test_building_each_kind() -> None:
         build("word", pieces, alphabet="", documents=1, vocab_size=0)
     with pytest.raises(ValueError, match="256 is too small: expected at least 257"):
         build("bpe", pieces, alphabet="", documents=1, vocab_size=256)
+
+
+# The registry
+
+
+class Toy(Tokenizer):
+    """Lacks everything."""
+
+
+class Incomplete(CharTokenizer):
+    """Lacks one method, as a mistaken name would leave it."""
+
+    kind = "incomplete"
+    decode_bytes = None  # type: ignore[assignment]
+
+
+class Misnamed(CharTokenizer):
+    """Is registered under another name than its kind."""
+
+
+@pytest.mark.parametrize(
+    ("cls", "named"),
+    [(Toy, list(REQUIRED)), (Incomplete, ["decode_bytes"]), (Misnamed, ["'char'"])],
+)
+def test_an_incomplete_class_is_refused_with_what_it_lacks(
+    cls: type[Tokenizer], named: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOKENIZERS_BY_NAME, "incomplete", f"{__name__}:{cls.__name__}")
+    with pytest.raises(TypeError) as caught:
+        build("incomplete", [], alphabet="ab", documents=1, vocab_size=0)
+    assert all(name in str(caught.value) for name in ["incomplete", cls.__name__, *named])
+
+
+def test_every_registered_class_is_complete() -> None:
+    for kind in TOKENIZERS_BY_NAME:
+        assert tokenizer_class(kind).kind == kind
 
 
 # Chunks
