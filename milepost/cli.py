@@ -13,7 +13,7 @@ from milepost.runtime.distributed import ElsewhereError, World
 from milepost.runtime.interrupt import INTERRUPTED, raise_on_signal, stopping_signals, was_interrupted
 from milepost.runtime.progress import Log, flush_streams, ignore_stdout
 from milepost.text import tokenization
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 
 
 class TrainingError(Exception):

@@ -145,16 +145,17 @@ def write_json(path: Path, values: Any) -> NewFile:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[NewFile]:
+def new_file(path: Path, *, replace: bool = False) -> Iterator[NewFile]:
     """Yields a file that appears as `path`, whole and durable, when the block ends; on an error nothing appears.
 
-    Raises FileExistsError if `path` is there already: a visible name is never replaced. Raises OSError if the disk refuses.
+    Raises FileExistsError if `path` is there already: a visible name is never replaced, except with `replace`, which is for
+    caches. Raises OSError if the disk refuses.
     """
     temporary = hidden_name(path)
     try:
         with told_by_name(path), written(temporary) as file:
             yield file
-        reveal(temporary, path)
+        (os.replace if replace else reveal)(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

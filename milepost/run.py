@@ -29,7 +29,9 @@ from milepost.runtime.progress import Log, Metrics, Progress
 from milepost.runtime.trackers import Mirror
 from milepost.text import token_files, tokenization
 from milepost.text.batches import Batches, largest_block_size
-from milepost.text.corpus import Corpus, DataError, Scan, open_corpus, scan
+from milepost.text.corpus import Corpus, open_corpus
+from milepost.text.errors import DataError
+from milepost.text.scan import Scan, cached_scan
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
@@ -376,7 +378,7 @@ def read_text(
         tokenizer.encode(scanned.alphabet)  # all at once, before any is met: the message lists every unknown character
         split = world.in_turn(
             lambda: token_files.prepare(
-                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log
+                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
             )
         )
     except tokenization.UnknownCharacters as error:
@@ -406,7 +408,7 @@ def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenizati
 def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
     """The corpus of TRAINING_DATA_SOURCE and its fingerprint; read once however often it is asked for."""
     corpus = open_corpus(source, data_dir=DATA_FOLDER)
-    return corpus, scan(corpus, say=log)
+    return corpus, cached_scan(corpus, cache_dir=CACHE_FOLDER, log=log)
 
 
 def put_together(settings: Config, log: Log, world: World, *, device: torch.device, model: models.Model, text: Text,

@@ -43,7 +43,8 @@ from milepost.resume import saved_settings
 from milepost.run import DATA_FOLDER, scan_source, with_its_base, with_tokenizer
 from milepost.runtime import hardware
 from milepost.runtime.progress import QUIET_SECONDS, Log, replacing, shown, table, tell
-from milepost.text.corpus import DataError, open_corpus
+from milepost.text.corpus import open_corpus
+from milepost.text.errors import DataError
 from milepost.text.token_files import split_at
 from milepost.text.tokenization import UnknownCharacters
 

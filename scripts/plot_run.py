@@ -31,7 +31,7 @@ from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.runtime.chart import LETTERS, Points, chart
 from milepost.runtime.progress import Log, harmless, ignore_stdout, read_metrics, replacing, shown, table
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 
 METRICS = "metrics.jsonl"
 DRAWN = {".png", ".svg", ".pdf"}

@@ -12,10 +12,11 @@ ROOMS: dict[str, set[str]] = {
     "files": {"locks", "paths"},
     "paths": set(),
     "locks": {"paths"},
-    "config": set(),
+    "splitmix": set(),
+    "config": {"text"},  # only its registry of names, which imports nothing
     "models": set(),
-    "text": {"files"},
-    "runtime": {"files"},
+    "text": {"files", "splitmix"},
+    "runtime": {"files", "splitmix"},
     "generate": {"models", "text", "runtime"},
     "evaluate": {"models", "text", "runtime"},
     "ckpt": {"models", "text", "runtime", "files", "locks", "paths"},
@@ -27,7 +28,8 @@ ALLOWED = ROOMS | {
     "cli": BELOW_RUN,
     "training": BELOW_RUN | {"run", "resume", "cli"},
     "scripts": BELOW_RUN | {"run", "resume", "cli", "training"},
-    "milepost": {"config"},  # `import milepost` costs no import of torch
+    "api": BELOW_RUN | {"run", "resume", "cli", "training"},
+    "milepost": {"api"},  # when a name of it is first used
 }
 SOURCES = [
     path

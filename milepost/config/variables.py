@@ -8,6 +8,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from milepost.text.registry import TOKENIZERS
+
 Json = str | int | float | bool | None
 
 
@@ -104,7 +106,7 @@ class Config:
         ".gz), folder, glob, several joined by commas, https URL, or the named set tinyshakespeare",
         group="Data", scope="identity", form="source")
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char up to 256 different characters, else "
-        "bpe", group="Data", scope="identity", choices=("auto", "char", "byte", "bpe", "gpt2"))
+        "bpe", group="Data", scope="identity", choices=("auto", *TOKENIZERS))
     bpe_vocab_size: int = var(1024, "tokens of a BPE trained on the text; small, so that a small model meets each "
         "token often", group="Data", scope="identity", minimum=257, maximum=1_000_000)
     validation_fraction: float = var(0.1, "share of the characters, taken from the end, that is kept for validation",
