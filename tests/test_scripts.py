@@ -46,7 +46,6 @@ MORE = {
     "convert_checkpoint": {"CHECKPOINT_LAYOUT": "directory", "OUTPUT": "new"},
     "prune_checkpoints": {"CHECKPOINT_KEEP_LAST": "1"},
     "compare_samples": {"MAX_NEW_TOKENS": "5", "OUTPUT": "compared.md"},
-    "plan_scaling": {"MODEL_TYPE": "gpt2", "BATCH_SIZE": "8"},
     "evaluate_checkpoint": {"EVAL_DATA": "text.txt", "OUTPUT": "figures.json"},
 }
 

@@ -290,24 +290,6 @@ class Config:
         "terminal, and that scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write besides",
         group="Looking after", form="path")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only says what it would do", group="Looking after")
-
-    machines: int = var(1, "machines that train together, in the plan of scripts/plan_scaling.py, as all of this group; what is assumed "
-        "here stands with its sources in docs/scaling.md", group="Scaling", minimum=1, maximum=1_000_000)
-    devices_per_machine: int = var(8, "devices (GPUs) of a machine, with a process each", group="Scaling", minimum=1, maximum=10_000)
-    device_tflops: float = var(400.0, "TFLOP/s that a device reaches in training, not its peak: 40 % of an H100's in bfloat16",
-        group="Scaling", minimum=1e-3, maximum=1e6)
-    device_memory_gb: float = var(80.0, "memory of a device in GB", group="Scaling", minimum=1e-3, maximum=1e6)
-    device_gb_s: float = var(400.0, "GB/s that a device sends to the others of its machine, one way",
-        group="Scaling", minimum=1e-3, maximum=1e6)
-    machine_gb_s: float = var(50.0, "GB/s that a machine sends to the others, one way, all its network cards together: 50 is 400 Gbit/s",
-        group="Scaling", minimum=1e-3, maximum=1e6)
-    copy_gb_s: float = var(20.0, "GB/s at which a device's state is copied to main memory, to be saved in the background",
-        group="Scaling", minimum=1e-3, maximum=1e6)
-    disk_gb_s: float = var(2.0, "GB/s at which one machine writes checkpoints", group="Scaling", minimum=1e-3, maximum=1e6)
-    machine_mtbf_hours: float = var(6000.0, "mean time between failures of one machine in hours",
-        group="Scaling", minimum=1e-2, maximum=1e9)
-    restart_minutes: float = var(5.0, "minutes from a failure until training goes on: noticing it, starting, loading",
-        group="Scaling", minimum=0, maximum=1e6)
     # fmt: on
 
     # Where each value came from: "environment", the env file's name, "checkpoint" or "default".
