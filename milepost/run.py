@@ -296,7 +296,7 @@ def shaped_like(weights: Checkpoint, settings: Config) -> Config:
             [f"{name}={given}: the weights to begin with have {kept}; unset {name}" for name, given, kept in wrong]
         )
     settings, longest = config.from_saved(settings, own), weights.model_settings["block_size"]
-    if settings.given("BLOCK_SIZE"):
+    if settings.is_set("BLOCK_SIZE"):
         return settings
     return config.replaced(
         settings, "weights", block_size=longest if settings.init_from else min(longest, settings.block_size)
@@ -394,7 +394,7 @@ def put_together(settings: Config, log: Log, world: World, *, device: torch.devi
     dtype, compile_step = numerics(settings, log, device=device, width=getattr(model.settings, "n_embd", 0))
     engine = choose_engine(settings, world, device=device, model=model, dtype=dtype, record=record)
     forward = shared_out(model, engine, device=device, compile_step=compile_step)
-    if engine == "fsdp" and not settings.given("CHECKPOINT_LAYOUT") and record is None:
+    if engine == "fsdp" and not settings.is_set("CHECKPOINT_LAYOUT") and record is None:
         settings = config.replaced(settings, "plan", checkpoint_layout="sharded")  # each process writes what it has
     rows = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps}
     return Run(

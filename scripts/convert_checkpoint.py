@@ -5,21 +5,19 @@ CHECKPOINT_PATH=latest CONVERT_TO=gguf GGUF_TYPE=q8_0 python3 scripts/convert_ch
 CHECKPOINT_PATH=checkpoints CONVERT_TO=separated OUTPUT=new-checkpoints python3 scripts/convert_checkpoint.py
 """
 
-import importlib.util
-import shlex
-import signal
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = (
+    "CHECKPOINT_PATH", "CONVERT_TO", "OUTPUT", "CHECKPOINT_LAYOUT", "CHECKPOINT_MODEL_ONLY", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "GGUF_TYPE",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
+import importlib.util
+import shlex
+from pathlib import Path
 from typing import Any
 
 from milepost import ckpt
@@ -75,7 +73,7 @@ def form(settings: Config) -> dict[str, Any]:
 
 def prefix(settings: Config) -> str | None:
     """How the name begins, if it was said; else as the run's own names do."""
-    return settings.checkpoint_prefix if settings.given("CHECKPOINT_PREFIX") else None
+    return settings.checkpoint_prefix if settings.is_set("CHECKPOINT_PREFIX") else None
 
 
 def say(done: Converted, settings: Config, log: Log) -> None:
@@ -103,7 +101,7 @@ def export(path: Path, settings: Config, log: Log) -> int:
     for package in to.NEEDS:
         if importlib.util.find_spec(package) is None:
             raise ConfigError([f"CONVERT_TO={to.NAME} needs the package {package}: pip install {package}"])
-    folder = ROOT / "exports" if settings.output is None else Path(settings.output)
+    folder = config.ROOT / "exports" if settings.output is None else Path(settings.output)
     if folder.resolve().is_relative_to(Path(settings.checkpoint_dir).resolve()):
         raise ConfigError([f"OUTPUT={folder}: lies in the folder of checkpoints, which this is none of; name another"])
     done = ckpt.export(path, folder, to=to, prefix=prefix(settings))

@@ -31,8 +31,9 @@ def test_help_and_arguments(name, folder):
     run = lambda *words: subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)  # noqa: E731
     said = run("--help")
     assert said.returncode == 0
-    assert "CHECKPOINT_PATH  (default: latest)" in said.stdout
-    assert "torch" not in said.stderr
+    assert "CHECKPOINT_DIR  (default: checkpoints)" in said.stdout
+    assert "LEARNING_RATE" not in said.stdout
+    assert said.stderr == ""
     said = run("--checkpoint", "x.pt")
     assert said.returncode == 2
     assert "takes no arguments" in said.stderr
