@@ -12,11 +12,13 @@ brings one back from a checkpoint, and milepost/cli.py says what went wrong.
 import sys
 
 from milepost import config
-from milepost.runtime.interrupt import exit_on_signal
 
-if __name__ == "__main__":
-    exit_on_signal()  # while torch is imported
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = (
+    "TRAINING_DATA_SOURCE", "MODEL_TYPE", "GPT2_MODEL_NAME", "TRAINING_STEPS", "BATCH_SIZE", "LEARNING_RATE", "ENABLE_CHECKPOINTS", "RESUME",
+    "Data", "Model", "Adapters", "Training", "Logging", "Hardware and seed", "Checkpoints",
+    "RESUME_STEP", "INIT_FROM", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import contextlib
 import json
@@ -517,7 +519,7 @@ def lock_place(run: Run, place: Path, held: contextlib.ExitStack) -> None:
     """Makes the folder and locks the run there for this process."""
     prepare_folder(place)
     lock = RunLock(place, run.run_id)
-    lock.acquire(patience=LEASE if config.restarted() else 0)
+    lock.acquire(patience=LEASE if config.was_restarted() else 0)
     held.callback(lock.release)
 
 
@@ -550,7 +552,7 @@ def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
     kind, path = run.settings.tracker, run.metrics.path
     run.mirror = open_mirror(
         kind, folder=run.folder, run_id=run.run_id, lines=read_metrics(path) if kind != "none" and path.exists() else [],
-        settings=config.to_dict(run.settings), wandb=config.wandb_wishes(), say=run.log,
+        settings=config.to_dict(run.settings), wandb=config.wandb_options(), say=run.log,
     )  # fmt: skip
     # Stopped before an evaluation that is due, the step is not whole: the resume evaluates it first.
     held.callback(lambda: run.mirror.close(whole=run.observed_step == run.step or not is_due(run, "eval")))

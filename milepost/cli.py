@@ -91,9 +91,9 @@ def processes(settings: Config, log: Log) -> Iterator[World]:
     for number, handler in before.items():
         signal.signal(number, handler)
     if world.size > 1:
-        check_alike(config.same_everywhere(settings) | {"DEVICE": device.type}, world)
+        check_alike(config.shared_settings(settings) | {"DEVICE": device.type}, world)
         prepare_processes(settings, log, world)
-    elif settings.given("DISTRIBUTED"):
+    elif settings.is_set("DISTRIBUTED"):
         log(f"DISTRIBUTED={settings.distributed} is not used: one process alone; torchrun --nproc_per_node starts more")
     yield world
     distributed.leave()
@@ -115,8 +115,8 @@ def prepare_processes(settings: Config, log: Log, world: World) -> None:
     """Silences all but the first, shares out this machine's processors, and says so."""
     if not world.first:
         ignore_stdout()
-    if config.threads_left_at_one():
+    if config.omp_threads_is_one():
         count = f"{hardware.share_threads(world.local_size)} for each of the {world.local_size} processes here"
         log(f"OMP_NUM_THREADS is 1, as torchrun leaves it: {count}; set it for another number")
-    if config.restarts() and settings.resume == "never":
+    if config.max_restarts() and settings.resume == "never":
         log("torchrun's restarts would begin anew each time; RESUME=auto and ENABLE_CHECKPOINTS=true go on instead")

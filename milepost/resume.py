@@ -210,7 +210,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = ALONE
     if "TRAINING_STEPS" in changed and settings.training_steps < record.step:
         problem = f"TRAINING_STEPS={settings.training_steps}: the checkpoint is at step {record.step} already"
         raise ConfigError([f"{problem}; set more, or go on from an earlier one with RESUME_STEP"])
-    if "OPTIMIZER" in changed and schedule is None and not settings.given("LEARNING_RATE"):
+    if "OPTIMIZER" in changed and schedule is None and not settings.is_set("LEARNING_RATE"):
         before, now = changed["OPTIMIZER"]
         log(
             f"OPTIMIZER={now}: the learning rates stay those that were planned for {before}; set LEARNING_RATE for others"
@@ -223,7 +223,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = ALONE
     child = schedule is not None or bool(changed) or not same_text
     if schedule is None:
         schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)
-    if not settings.given("CHECKPOINT_LAYOUT"):
+    if not settings.is_set("CHECKPOINT_LAYOUT"):
         layout = record.layout if record.layout in ckpt.WRITERS else "unified"
         settings = config.replaced(settings, "checkpoint", checkpoint_layout=layout)
     settings = config.replaced(

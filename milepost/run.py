@@ -293,7 +293,7 @@ def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint
         return record
     if names_tokenizer(settings):
         return with_kind(record, settings.tokenizer)
-    if settings.given("TRAINING_DATA_SOURCE"):
+    if settings.is_set("TRAINING_DATA_SOURCE"):
         return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
     for note in record.notes:
         log(note)
@@ -305,7 +305,7 @@ def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint
 
 def names_tokenizer(settings: Config) -> bool:
     """Whether TOKENIZER names one that is complete without a text."""
-    return settings.given("TOKENIZER") and settings.tokenizer in ("byte", "gpt2")
+    return settings.is_set("TOKENIZER") and settings.tokenizer in ("byte", "gpt2")
 
 
 def shaped_like(weights: Checkpoint, settings: Config) -> Config:
@@ -322,7 +322,7 @@ def shaped_like(weights: Checkpoint, settings: Config) -> Config:
             [f"{name}={given}: the weights to begin with have {kept}; unset {name}" for name, given, kept in wrong]
         )
     settings, longest = config.from_saved(settings, own), weights.model_settings["block_size"]
-    if settings.given("BLOCK_SIZE"):
+    if settings.is_set("BLOCK_SIZE"):
         return settings
     return config.replaced(
         settings, "weights", block_size=longest if settings.init_from else min(longest, settings.block_size)
@@ -420,7 +420,7 @@ def put_together(settings: Config, log: Log, world: World, *, device: torch.devi
     dtype, compile_step = numerics(settings, log, device=device, width=getattr(model.settings, "n_embd", 0))
     engine = choose_engine(settings, world, device=device, model=model, dtype=dtype, record=record)
     forward = shared_out(model, engine, device=device, compile_step=compile_step)
-    if engine == "fsdp" and not settings.given("CHECKPOINT_LAYOUT") and record is None:
+    if engine == "fsdp" and not settings.is_set("CHECKPOINT_LAYOUT") and record is None:
         settings = config.replaced(settings, "plan", checkpoint_layout="sharded")  # each process writes what it has
     rows = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps}
     return Run(

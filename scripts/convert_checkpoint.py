@@ -5,21 +5,19 @@ CHECKPOINT_PATH=latest CONVERT_TO=gguf GGUF_TYPE=q8_0 python3 scripts/convert_ch
 CHECKPOINT_PATH=checkpoints CONVERT_TO=separated OUTPUT=new-checkpoints python3 scripts/convert_checkpoint.py
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
+from milepost import config
+
+READS = (
+    "CHECKPOINT_PATH", "CONVERT_TO", "OUTPUT", "CHECKPOINT_LAYOUT", "CHECKPOINT_MODEL_ONLY", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "GGUF_TYPE",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
+
 import importlib.util
 import shlex
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from milepost import config
-from milepost.runtime.interrupt import exit_on_signal
-
-if __name__ == "__main__":
-    exit_on_signal()  # while torch is imported
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
-
 from typing import Any
 
 from milepost import ckpt
@@ -84,13 +82,13 @@ def form(settings: Config, log: Log) -> dict[str, Any]:
 
 def completed(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     """The record, with the tokenizer that the settings name if it carries none and they name one."""
-    named = names_tokenizer(settings) or settings.given("TRAINING_DATA_SOURCE")
+    named = names_tokenizer(settings) or settings.is_set("TRAINING_DATA_SOURCE")
     return with_tokenizer(record, settings, log) if named else record
 
 
 def prefix(settings: Config) -> str | None:
     """How the name begins, if it was said; else as the run's own names do."""
-    return settings.checkpoint_prefix if settings.given("CHECKPOINT_PREFIX") else None
+    return settings.checkpoint_prefix if settings.is_set("CHECKPOINT_PREFIX") else None
 
 
 def say(done: Converted, settings: Config, log: Log) -> None:
@@ -118,7 +116,7 @@ def export(path: Path, settings: Config, log: Log) -> int:
     for package in to.NEEDS:
         if importlib.util.find_spec(package) is None:
             raise ConfigError([f"CONVERT_TO={to.NAME} needs the package {package}: pip install {package}"])
-    folder = ROOT / "exports" if settings.output is None else Path(settings.output)
+    folder = config.ROOT / "exports" if settings.output is None else Path(settings.output)
     if folder.resolve().is_relative_to(Path(settings.checkpoint_dir).resolve()):
         raise ConfigError([f"OUTPUT={folder}: lies in the folder of checkpoints, which this is none of; name another"])
     complete = form(settings, log)["complete"]

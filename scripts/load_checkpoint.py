@@ -5,22 +5,22 @@ CHECKPOINT_PATH=latest MODE=resume RESUME_TRAINING_STEPS=2000 RESUME_LEARNING_RA
 """
 
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
-from milepost.runtime.interrupt import exit_on_signal
 
-if __name__ == "__main__":
-    exit_on_signal()  # while torch is imported
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = (
+    "CHECKPOINT_PATH", "MODE", "PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE",
+    "Generation", "Training", "Logging", "Hardware and seed", "Checkpoints",
+    "TRAINING_DATA_SOURCE", "VALIDATION_FRACTION", "DROPOUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -301,7 +301,7 @@ UNUSED_KEEPING = (*UNUSED, "LR_SCHEDULE", "MIN_LEARNING_RATE", "WARMUP_STEPS")
 
 def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
     """Trains RESUME_TRAINING_STEPS more steps; with 0 it prints what it would do and stops."""
-    for name in filter(settings.given, UNUSED_KEEPING if settings.resume_learning_rate == "keep" else UNUSED):
+    for name in filter(settings.is_set, UNUSED_KEEPING if settings.resume_learning_rate == "keep" else UNUSED):
         log(f"{name} is not used: MODE=resume follows RESUME_LEARNING_RATE and RESUME_TRAINING_STEPS")
     schedule = plan(settings, record)
     end = record.step + settings.resume_training_steps
@@ -317,8 +317,8 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
 
 def destination(settings: Config, record: Checkpoint) -> dict[str, Any]:
     """Where the result is saved, asked for or not: in CHECKPOINT_DIR if it is given, else beside the checkpoint."""
-    saves = {} if settings.given("ENABLE_CHECKPOINTS") else {"enable_checkpoints": True}
-    if settings.given("CHECKPOINT_DIR") or record.path is None:
+    saves = {} if settings.is_set("ENABLE_CHECKPOINTS") else {"enable_checkpoints": True}
+    if settings.is_set("CHECKPOINT_DIR") or record.path is None:
         return saves
     return saves | {"checkpoint_dir": str(folder_of(record.path, record.run_id))}
 
@@ -337,11 +337,11 @@ def plan(settings: Config, record: Checkpoint) -> Schedule:
         peak=float(settings.resume_learning_rate),
         start_step=record.step,
         steps=max(1, settings.resume_training_steps),
-        warmup_steps=settings.warmup_steps if settings.given("WARMUP_STEPS") else 0,
+        warmup_steps=settings.warmup_steps if settings.is_set("WARMUP_STEPS") else 0,
     )
     given = {"lr_schedule": "kind", "min_learning_rate": "floor"}
     new = dataclasses.replace(
-        new, **{field: getattr(settings, name) for name, field in given.items() if settings.given(name.upper())}
+        new, **{field: getattr(settings, name) for name, field in given.items() if settings.is_set(name.upper())}
     )
     if new.floor > new.peak:
         problem = f"MIN_LEARNING_RATE={new.floor:g} is above RESUME_LEARNING_RATE={new.peak:g}"

@@ -5,17 +5,12 @@ RUN=latest,20251110 OUTPUT=curves.png python3 scripts/plot_run.py
 """
 
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
-from milepost.runtime.interrupt import exit_on_signal
 
-if __name__ == "__main__":
-    exit_on_signal()  # while torch is imported
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = ("RUN", "OUTPUT", "RUNS_DIR")
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import fnmatch
 import importlib.util
@@ -25,6 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from milepost.cli import guarded
@@ -231,7 +227,7 @@ def draw_terminal(runs: list[Drawn]) -> None:
     """The four charts and a line for each run to stdout: in colour on a terminal, as plain text into a pipe or with NO_COLOR."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     ascii_only = not _can(encoding)
-    coloured = sys.stdout.isatty() and not config.colour_unwanted()
+    coloured = sys.stdout.isatty() and not config.no_color()
     letters = ascii_only or (len(runs) > 1 and not coloured)
     columns = min(WIDEST, max(NARROW, shutil.get_terminal_size().columns))
     abreast = 2 if columns >= SIDE_BY_SIDE else 1

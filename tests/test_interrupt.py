@@ -80,7 +80,7 @@ TWICE = """
 import os, signal, sys
 sys.argv = ["training.py"]
 from milepost import config
-settings = config.from_command_line(sys.argv)
+settings = config.from_command_line(__name__, __doc__, [])
 import training
 from milepost.runtime import interrupt
 interrupt.TOGETHER = float(os.environ["TOGETHER"])

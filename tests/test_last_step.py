@@ -114,7 +114,7 @@ KILLED = """
 import os, signal, sys
 sys.argv = ["training.py"]
 from milepost import config
-settings = config.from_command_line(sys.argv)
+settings = config.from_command_line("__main__", "", ())
 from milepost import ckpt; import training
 keep_best = ckpt.keep_best
 def killed(record, *rest, **words):
