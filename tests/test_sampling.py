@@ -155,7 +155,7 @@ def test_half_precision_logits_draw_what_their_float32_values_draw() -> None:
 def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) -> None:
     logits = spread(10)
     logits[17] = bad
-    with pytest.raises(ValueError, match=f"the model's best logit is {bad}: its weights are not usable"):
+    with pytest.raises(ValueError, match=f"best logit is {bad}: "):
         pick(logits, temperature=temperature)
 
 
