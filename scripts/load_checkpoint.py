@@ -31,7 +31,7 @@ from milepost.ckpt.finding import folder_of
 from milepost.ckpt.restore import build_model, build_tokenizer, merged
 from milepost.cli import guarded, processes
 from milepost.config import Config, ConfigError
-from milepost.generate.decoder import Decoder
+from milepost.generate.decoder import Decoder, decoder_of
 from milepost.generate.sampling import generate
 from milepost.generate.stream import StreamDecoder
 from milepost.resume import explain, fixed_settings, let_go, resumed, saved_schedule, saved_settings
@@ -42,8 +42,8 @@ from milepost.runtime.hardware import mix
 from milepost.runtime.optim import Schedule, replan
 from milepost.runtime.progress import Log, harmless, ignore_stdout, tell
 from milepost.text.tokenization import Tokenizer, UnknownCharacters
-from models import Model, adapter_counts
-from models.gpt2 import GPT2
+from models import adapter_counts
+from models.model import Model
 from training import train
 
 
@@ -172,13 +172,13 @@ def what_generates(
     Raises ConfigError if QUANTIZE cannot be followed.
     """
     tokens = prompt_tokens + settings.max_new_tokens * settings.num_samples
-    weights, reason = weights_for(model, settings, device, tokens=tokens)
+    kind, weights, reason = decoder_for(model, settings, device, tokens=tokens)
     if reason and settings.quantize != "none":
-        raise ConfigError([f"QUANTIZE={settings.quantize} is for a GPT-2 on a CPU: {reason}; set QUANTIZE=none"])
+        raise ConfigError([f"QUANTIZE={settings.quantize} needs a fast decoder: {reason}; set QUANTIZE=none"])
     lookup = settings.speculate == "lookup"
     fast: Model | Decoder = model
-    if isinstance(model, GPT2) and not reason:
-        fast = decoder = Decoder(model, weights=weights)
+    if kind is not None:
+        fast = decoder = kind(model, weights=weights)
         if lookup and not decoder.agrees():
             reason = "this processor rounds a pass of several tokens in another way, which could change the text"
     if lookup and reason:
@@ -186,23 +186,26 @@ def what_generates(
     return fast, lookup and not reason
 
 
-def weights_for(model: Model, settings: Config, device: torch.device, *, tokens: int) -> tuple[str, str]:
-    """The format in which a Decoder keeps the weights, and if there should be none, the reason. Raises DeviceError for a DTYPE that
-    the device does not compute in."""
+def decoder_for(
+    model: Model, settings: Config, device: torch.device, *, tokens: int
+) -> tuple[Callable[..., Decoder] | None, str, str]:
+    """Return the class of a fast decoder and the format in which it keeps the weights; or None, "" and the reason for none.
+
+    Raises DeviceError for a DTYPE that the device does not support.
+    """
     width = getattr(model.settings, "n_embd", 0)
     hardware.choose_dtype(settings.dtype, device, width=width)
-    if not isinstance(model, GPT2):
-        return "", "a bigram model has no matrices"
-    if model.settings.ttt is not None:
-        return "", "TTT layers learn from each token, and cannot take it back"
+    kind, reason = decoder_of(model)
+    if kind is None:
+        return None, "", reason
     if device.type != "cpu":
-        return "", f"this runs on {device.type}"
+        return None, "", f"this runs on {device.type}"
     if settings.quantize != "none":
-        return settings.quantize, ""
+        return kind, settings.quantize, ""
     weights = hardware.decode_dtype(settings.dtype, device, width=width, tokens=tokens)
     if weights == "float32" and width < hardware.WIDE_ENOUGH_TO_DECODE:
-        return "", f"a model of N_EMBD={width} spends its time elsewhere"
-    return weights, ""
+        return None, "", f"a model of N_EMBD={width} spends its time elsewhere"
+    return kind, weights, ""
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, settings: Config) -> list[int]:

@@ -25,12 +25,11 @@ import models
 from milepost.ckpt.restore import skeleton
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.run import SIZES as SHAPE
-from milepost.run import architecture
+from milepost.run import architecture, shape_variables
 from milepost.runtime import scaling
 from milepost.runtime.progress import Log, amount, duration, table, tell
 from milepost.runtime.scaling import Cluster, Saving, Step, Way
-from models.gpt2 import SIZES, GPT2Settings
+from models.model import Model
 
 VOCABULARY = {"gpt2": 50257, "byte": 256, "char": 256, "auto": 256}  # of the last two the most that there can be
 MOST_LAYERS = 1000  # for which shapes are laid out in a second
@@ -76,37 +75,37 @@ def cluster_of(settings: Config) -> Cluster:
     )
 
 
-def model_of(settings: Config) -> models.GPT2:
+def model_of(settings: Config) -> Model:
     """The model's shapes; no memory is taken for its weights. Raises ConfigError for a model that no plan is made for."""
     if refused := list(refusals(settings)):
         raise ConfigError(refused)
     settings = published(settings)
     vocab_size = settings.bpe_vocab_size if settings.tokenizer == "bpe" else VOCABULARY[settings.tokenizer]
     try:
-        model = skeleton("gpt2", architecture(settings, vocab_size=vocab_size))
+        model = skeleton(settings.model_type, architecture(settings, vocab_size=vocab_size))
     except (ValueError, RuntimeError) as error:  # the second for more weights than can be counted
         raise ConfigError([f"these sizes make no model: {str(error).splitlines()[0]:.200}"]) from error
     if config.frozen_base(settings):
         models.freeze_base(model)
-    assert isinstance(model, models.GPT2)
     return model
 
 
 def refusals(settings: Config) -> Iterator[str]:
     """What no plan is made for."""
-    name, layers = settings.gpt2_model_name, settings.n_layer or 0
-    if settings.model_type != "gpt2":
-        yield "MODEL_TYPE=bigram: a bigram is one table, and a second device gains nothing; set MODEL_TYPE=gpt2"
+    name, layers, model_type = settings.gpt2_model_name, settings.n_layer or 0, settings.model_type
+    sizes = models.load(model_type).published
+    if "n_layer" not in models.MODELS[model_type].defaults:
+        yield f"MODEL_TYPE={model_type}: it has no blocks (N_LAYER), and a second device gains nothing; set MODEL_TYPE=gpt2"
     if settings.ttt_layers:
         yield f"TTT_LAYERS={settings.ttt_layers}: how long a TTT layer takes is not in the formulas; unset it"
     if settings.init_from:
         yield f"INIT_FROM={settings.init_from}: no checkpoint is opened; unset it, and set its sizes (N_LAYER, N_HEAD, N_EMBD)"
     if layers > MOST_LAYERS:
         yield f"N_LAYER={layers}: a plan is made for up to {MOST_LAYERS} blocks"
-    if name and name not in SIZES:
-        yield f"GPT2_MODEL_NAME={name}: expected one of {', '.join(SIZES)}; for another set N_LAYER, N_HEAD, N_EMBD and TOKENIZER=gpt2"
-    elif name and settings.block_size > SIZES[name].block_size:
-        yield f"BLOCK_SIZE={settings.block_size}: {name} has {SIZES[name].block_size} positions; set that or less"
+    if name and name not in sizes:
+        yield f"GPT2_MODEL_NAME={name}: expected one of {', '.join(sizes)}; for another set N_LAYER, N_HEAD, N_EMBD and TOKENIZER=gpt2"
+    elif name and settings.block_size > sizes[name].block_size:
+        yield f"BLOCK_SIZE={settings.block_size}: {name} has {sizes[name].block_size} positions; set that or less"
 
 
 def published(settings: Config) -> Config:
@@ -114,24 +113,26 @@ def published(settings: Config) -> Config:
     name = settings.gpt2_model_name
     if not name:
         return settings
-    own = {each.upper(): getattr(SIZES[name], each) for each in SHAPE} | {"TOKENIZER": "gpt2"}
+    shape = models.plain(models.load(settings.model_type).published[name])
+    own = {each: shape[each.lower()] for each in shape_variables(shape)} | {"TOKENIZER": "gpt2"}
     if wrong := config.contradictions(settings, own):
         raise ConfigError([f"{given}={value}: {name} has {kept}; unset {given}" for given, value, kept in wrong])
     return config.from_saved(settings, own)
 
 
-def step_of(settings: Config, model: models.GPT2, cluster: Cluster) -> Step:
+def step_of(settings: Config, model: Model, cluster: Cluster) -> Step:
     """A step as one device sees it. Raises ConfigError if the rows cannot be shared evenly."""
     rows, left = divmod(settings.batch_size, cluster.size)
     if left:
         given = f"BATCH_SIZE={settings.batch_size} ({settings.sources['BATCH_SIZE']})"
         fits = (rows + 1) * cluster.size
         raise ConfigError([f"{given}: {cluster.size} devices share the rows evenly; set BATCH_SIZE={fits}"])
-    shape: GPT2Settings = model.settings
-    block = models.parameter_count(model.h[0])
+    shape = model.settings
+    block = models.parameter_count(model.blocks()[0])
     weights, trained = models.parameter_count(model), models.trained_count(model)
-    positions = model.wpe.weight.numel()  # are looked up, not multiplied
-    learned = trained - positions if model.wpe.weight.requires_grad else trained
+    tables = [model.get_parameter(name) for name in model.position_tables]
+    positions = sum(table.numel() for table in tables)  # are looked up, not multiplied
+    learned = trained - sum(table.numel() for table in tables if table.requires_grad)
     costs = {"layers": shape.n_layer, "width": shape.n_embd, "context": shape.block_size}
     device_type = "cuda" if settings.device == "auto" else settings.device
     wide = settings.dtype == "float32" or (settings.dtype == "auto" and device_type != "cuda")
@@ -160,7 +161,7 @@ def notes(settings: Config) -> Iterator[str]:
 # What is printed.
 
 
-def sections(settings: Config, model: models.GPT2, step: Step, cluster: Cluster) -> Iterator[str]:
+def sections(settings: Config, model: Model, step: Step, cluster: Cluster) -> Iterator[str]:
     """The text of each section."""
     both, wish = scaling.ways(step, cluster), wish_of(settings)
     way = scaling.chosen(both, cluster, wish)
@@ -176,7 +177,7 @@ def sections(settings: Config, model: models.GPT2, step: Step, cluster: Cluster)
     yield "=== COMMAND ===\n" + command(settings, cluster, way, kept)
 
 
-def basics(model: models.GPT2, step: Step, cluster: Cluster) -> Iterator[tuple[str, str]]:
+def basics(model: Model, step: Step, cluster: Cluster) -> Iterator[tuple[str, str]]:
     """What is computed, on what."""
     shape, tokens = model.settings, step.tokens * step.micro_batches
     trained = f", {step.trained:,} of them trained" if step.trained < step.weights else ""

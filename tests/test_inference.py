@@ -23,7 +23,7 @@ import training
 from milepost import ckpt, config, run
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_model, build_tokenizer
-from milepost.generate.decoder import Decoder
+from milepost.generate.decoder import DECODERS, Decoder
 from milepost.generate.sampling import generate
 from milepost.runtime.hardware import available_devices
 from milepost.runtime.progress import Log
@@ -165,7 +165,7 @@ def greedy(folder: Path, ids: list[int], count: int) -> str:
     model, tokenizer = build_model(record, device=torch.device("cpu")).eval(), build_tokenizer(record)
     with torch.no_grad():
         for _ in range(count):
-            logits, _ = model(torch.tensor([ids]))
+            logits, _, _ = model(torch.tensor([ids]))
             ids = [*ids, int(logits[0, -1].argmax())]
     return tokenizer.decode(ids)
 
@@ -564,7 +564,7 @@ def test_float32_says_what_the_model_itself_says(gpt2):
 )
 def test_the_format_is_the_one_asked_for(settings, weights, gpt2, monkeypatch):
     made = []
-    monkeypatch.setattr(load_checkpoint, "Decoder", lambda model, weights: made.append(weights) or Decoder(model, weights=weights))  # fmt: skip
+    monkeypatch.setitem(DECODERS, GPT2, lambda model, weights: made.append(weights) or Decoder(model, weights=weights))
     assert infer(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="60", **settings).code == 0
     assert made == weights
 
@@ -579,7 +579,7 @@ def test_a_narrow_model_drafts_nothing_and_says_so(gpt2):
 @pytest.mark.parametrize(("wish", "weights"), [("float32", ["float32"]), ("bfloat16", ["bfloat16"])])
 def test_a_wide_model_is_decoded_in_its_format(wish, weights, tmp_path, monkeypatch):
     folder, made = wide(tmp_path), []
-    monkeypatch.setattr(load_checkpoint, "Decoder", lambda model, weights: made.append(weights) or Decoder(model, weights=weights))  # fmt: skip
+    monkeypatch.setitem(DECODERS, GPT2, lambda model, weights: made.append(weights) or Decoder(model, weights=weights))
     settings = {"DTYPE": wish, "PROMPT": "ab", "MAX_NEW_TOKENS": "60", "SAMPLE_SEED": "3"}
     plain = text(folder, **settings)
     assert text(folder, SPECULATE="lookup", **settings) == plain
@@ -601,10 +601,10 @@ def test_a_bigram_is_not_quantized_and_drafts_nothing(tmp_path):
     folder = circle(tmp_path, "abc")
     said = infer(folder, PROMPT="a", QUANTIZE="int8")
     assert (said.code, said.out) == (2, "")
-    assert "QUANTIZE=int8 is for a GPT-2 on a CPU: a bigram model has no matrices; set QUANTIZE=none" in said.err
+    assert "QUANTIZE=int8 needs a fast decoder: Bigram has no fast decoder; set QUANTIZE=none" in said.err
     said = infer(folder, PROMPT="a", MAX_NEW_TOKENS="5", SPECULATE="lookup")
     assert (said.code, said.out) == (0, "abcabc\n")
-    assert "SPECULATE=lookup is not used: a bigram model has no matrices" in said.err  # fmt: skip
+    assert "SPECULATE=lookup is not used: Bigram has no fast decoder" in said.err  # fmt: skip
 
 
 def test_float16_on_a_cpu_is_refused(gpt2):

@@ -28,7 +28,6 @@ from milepost.config.resolve import (
     without,
 )
 from milepost.config.variables import (
-    DEFAULTS_BY_MODEL,
     LAYERS,
     MAY_BE_BLANK,
     ROOT,
@@ -39,7 +38,6 @@ from milepost.config.variables import (
 )
 
 __all__ = [
-    "DEFAULTS_BY_MODEL",
     "LAYERS",
     "MAY_BE_BLANK",
     "ROOT",

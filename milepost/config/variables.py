@@ -3,10 +3,14 @@
 To add a setting, add one line to `Config`; help, .env.example and docs/configuration.md follow from it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from milepost.runtime.optimizers import OPTIMIZERS
+from models import MODELS
+from models.adapters import LORA_TARGETS
 
 Json = str | int | float | bool | None
 
@@ -20,7 +24,7 @@ LORA_OTHERS = ("LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS")
 TTT_OTHERS = ("TTT_BASE_LR", "TTT_MINI_BATCH_SIZE", "TTT_INITIAL_GATING_ALPHA")
 
 
-LAYERS = ("c_attn", "c_proj", "c_fc")  # that adapters may stand beside
+LAYERS = LORA_TARGETS
 
 
 BIGGEST = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
@@ -40,22 +44,14 @@ MACHINE_S_OWN = (
 MAY_BE_BLANK = ("PROMPT", "STOP")  # white space is text to them
 
 
-# Defaults that depend on the model; `pretrained` is GPT2_MODEL_NAME set: None is what its weights bring.
+DEFAULT_MODEL = "bigram"
+
+
 # fmt: off
-DEFAULTS_BY_MODEL: dict[str, dict[str, Any]] = {
-    "bigram": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0, "training_steps": 2000,
-               "batch_size": 32, "learning_rate": 1e-2, "warmup_steps": 0, "lr_schedule": "cosine", "optimizer": "adamw"},
-    "gpt2": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.0, "training_steps": 1000,
-             "batch_size": 12, "learning_rate": 1e-2, "warmup_steps": 100, "lr_schedule": "linear", "optimizer": "muon"},
-    "pretrained": {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1, "training_steps": 2000,
-                   "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100, "lr_schedule": "cosine", "optimizer": "adamw"},
-}
-
-
 LORA_DEFAULTS = {"learning_rate": 5e-4, "optimizer": "adamw"}  # ten times what all weights bear (Schulman et al. 2025, "LoRA without regret")
 
 
-ADAMW_RATE, ITS_WIDTH = 3e-3, 128  # a gpt2's from random weights; wider ones bear less, as 1 / N_EMBD (Yang et al. 2022, arXiv 2203.03466)
+ADAMW_WIDTH = 128  # of a model's `adamw_learning_rate`; wider models bear less, as 1 / N_EMBD (Yang et al. 2022, arXiv 2203.03466)
 
 
 MUON_PAYS = 10  # tokens a step for each of N_EMBD, below which orthogonalizing takes longer than it saves steps
@@ -64,7 +60,7 @@ MUON_PAYS = 10  # tokens a step for each of N_EMBD, below which orthogonalizing 
 LAYOUTS = ("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface", "sharded")
 
 
-BY_MODEL = DEFAULTS_BY_MODEL["bigram"]
+BY_MODEL = MODELS[DEFAULT_MODEL].defaults
 
 
 SCOPES = {  # scope -> what becomes of the value when a run goes on from a checkpoint
@@ -85,10 +81,13 @@ class ConfigError(Exception):
 
 
 # fmt: off
-def var(default: Any, doc: str, *, group: str, scope: str = "session", form: str = "", choices: tuple[str, ...] = (),
+def var(default: Any, doc: str, *, group: str, scope: str = "session", form: str = "", choices: Collection[str] = (),
         words: tuple[str, ...] = (), minimum: float | None = None, above: float | None = None,
         maximum: float | None = None, below: float | None = None) -> Any:
-    """One variable: `words` are taken besides the values of its type, `form` names its reader in FORMS."""
+    """Return the field of one variable: `words` are accepted besides the values of its type, `form` names its reader in FORMS.
+
+    `choices` may be a registry: what is added to it later is accepted too.
+    """
     return field(default=default, metadata={
         "doc": doc, "group": group, "scope": scope, "form": form, "choices": choices, "words": words,
         "minimum": minimum, "above": above, "maximum": maximum, "below": below})
@@ -112,21 +111,21 @@ class Config:
     env_file: str | None = var(None, "file of settings to read instead of the repository's .env; only from the "
         "process environment", group="Data", form="path")
 
-    model_type: str = var("bigram", "bigram trains in seconds, gpt2 in minutes",
-        group="Model", scope="identity", choices=("bigram", "gpt2"))
+    model_type: str = var(DEFAULT_MODEL, "bigram trains in seconds, gpt2 in minutes",
+        group="Model", scope="identity", choices=MODELS)
     gpt2_model_name: str | None = var(None, "pretrained weights to start from, with MODEL_TYPE=gpt2: gpt2, "
         "gpt2-medium, gpt2-large, gpt2-xl, another hub name, or a Hugging Face folder",
         group="Model", scope="identity", form="hub")
-    n_layer: int | None = var(BY_MODEL["n_layer"], "transformer blocks; 4 of width 128 are 0.8 million parameters, 3 "
+    n_layer: int | None = var(4, "transformer blocks; 4 of width 128 are 0.8 million parameters, 3 "
         "MB, trained in minutes on a CPU; pretrained weights bring their own",
         group="Model", scope="identity", minimum=1)
-    n_head: int | None = var(BY_MODEL["n_head"], "attention heads a block; must divide N_EMBD",
+    n_head: int | None = var(4, "attention heads a block; must divide N_EMBD",
         group="Model", scope="identity", minimum=1)
-    n_embd: int | None = var(BY_MODEL["n_embd"], "width of the model: numbers for each token",
+    n_embd: int | None = var(128, "width of the model: numbers for each token",
         group="Model", scope="identity", minimum=1)
     block_size: int = var(BY_MODEL["block_size"], "context length in tokens; pretrained GPT-2 could use 1024, too "
         "slow on a laptop", group="Model", scope="identity", minimum=1)
-    dropout: float = var(BY_MODEL["dropout"], "share of activations dropped in training, against learning a small "
+    dropout: float = var(0.0, "share of activations dropped in training, against learning a small "
         "text by heart; a small model needs none for its first epochs, and none is faster", group="Model", scope="math", minimum=0, below=1)
     bias: bool = var(True, "biases in linear layers and layer norms, as published", group="Model", scope="identity")
 
@@ -169,7 +168,7 @@ class Config:
         group="Training", scope="math", choices=("constant", "cosine", "linear", "wsd"))
     optimizer: str = var(BY_MODEL["optimizer"], "muon orthogonalizes the updates of hidden matrices and leaves the rest "
         "to AdamW: fewer steps, but below 10 x N_EMBD tokens a step each costs more than it saves, and adamw is the default",
-        group="Training", scope="math", choices=("adamw", "muon"))
+        group="Training", scope="math", choices=OPTIMIZERS)
     weight_decay: float = var(0.1, "decoupled weight decay, on matrices only; 0.1 as for GPT-3",
         group="Training", scope="math", minimum=0)
     beta1: float = var(0.9, "Adam's decay of the gradient's average",

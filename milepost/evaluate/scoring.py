@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import Model
+from models.model import Model
 
 LOGITS: Final = 2**26  # at once, 256 MB in float32: rather than take more, a batch is made smaller
 
@@ -70,6 +70,6 @@ def _log_probabilities(model: Model, rows: list[np.ndarray]) -> np.ndarray:
             row.astype(np.int64)
         )  # what comes later changes nothing before it: any padding will do
     ids = padded.to(next(model.parameters()).device)
-    logits: Tensor = model(ids[:, :-1])[0].float()  # (B, T, V)
+    logits: Tensor = model(ids[:, :-1]).logits.float()  # (B, T, V)
     chosen = logits.gather(-1, ids[:, 1:, None])[..., 0]  # (B, T)
     return (chosen - logits.logsumexp(-1)).cpu().double().numpy()

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from models.gpt2 import GPT2, Block
 from models.linears import LINEARS, Linear
+from models.model import Model
 
 # The most tokens of a draft: a pass that verifies them takes at most half as long again as one of a single token.
 LONGEST_DRAFT: Final = {"float32": 11, "bfloat16": 11, "int8": 3}
@@ -118,6 +119,18 @@ class Decoder:
         best = logits.topk(min(RESCORED, logits.numel())).indices
         bias = self.head_bias[best] if self.head_bias.dim() else self.head_bias
         return logits.index_copy(0, best, F.linear(x, self.head_weight[best])[0] + bias)
+
+
+# The models that have a fast decoder.
+DECODERS: Final[dict[type[Model], Callable[..., Decoder]]] = {GPT2: Decoder}
+
+
+def decoder_of(model: Model) -> tuple[Callable[..., Decoder] | None, str]:
+    """Return the model's fast decoder; without one None, and the reason."""
+    if getattr(model.settings, "ttt", None) is not None:
+        return None, "TTT layers learn from each token, and cannot take it back"
+    found = DECODERS.get(type(model))
+    return found, "" if found else f"{type(model).__name__} has no fast decoder"
 
 
 def _layer(block: Block, linear: Callable[..., Linear], activation: str) -> _Layer:

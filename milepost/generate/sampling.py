@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 from milepost.generate.decoder import DecodeCache, Decoder
 from milepost.generate.lookup import Lookup
-from models import Model
-from models.bigram import BigramCache
-from models.gpt2 import GPT2Cache
-
-Cache = BigramCache | GPT2Cache | DecodeCache
+from models.model import Cache, Model
 
 # Above so many tokens, the best of them are tried before all are sorted, which takes milliseconds.
 FEW: Final = 1024
@@ -230,5 +226,5 @@ def _last_logits(model: Model | Decoder, window: list[int], cache: Cache | None,
     if isinstance(model, Decoder):
         return model.rows(fresh, cache if isinstance(cache, DecodeCache) else model.new_cache(), last=last)
     device = next(model.parameters()).device
-    logits, _ = model(torch.tensor([fresh], device=device), cache=cache, last_only=True)  # (1, 1, V)
+    logits: Tensor = model(torch.tensor([fresh], device=device), cache=cache, last_only=True).logits  # (1, 1, V)
     return logits[0].float().cpu()
