@@ -7,6 +7,7 @@ before torch is imported, so that a mistake in them is reported at once: this fi
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
@@ -48,10 +49,10 @@ MODELS: Final[dict[str, Entry]] = {}
 def register(name: str, model: str | type[Model], *, defaults: Mapping[str, Any], **traits: Any) -> None:
     """Add a model: MODEL_TYPE takes its name from then on. `traits` are the other fields of Entry.
 
-    Raises ValueError for a name that is taken, and for a default that is not declared.
+    Raises ValueError for a name that is taken or not in lower case, and for a default that is not declared.
     """
-    if name in MODELS:
-        raise ValueError(f"model {name!r} is registered already.")
+    if name in MODELS or not re.fullmatch("[a-z][a-z0-9_-]*", name):
+        raise ValueError(f"model {name!r}: expected a new name of lower-case letters, digits, _ and -.")
     if lacks := [variable for variable in OF_EVERY_MODEL if variable not in defaults]:
         raise ValueError(f"model {name!r}: its defaults do not declare {', '.join(lacks)}.")
     MODELS[name] = Entry(model=model, defaults=defaults, **traits)
