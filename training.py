@@ -9,14 +9,16 @@
 brings one back from a checkpoint, and milepost/cli.py says what went wrong.
 """
 
-import signal
 import sys
 
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = (
+    "TRAINING_DATA_SOURCE", "MODEL_TYPE", "GPT2_MODEL_NAME", "TRAINING_STEPS", "BATCH_SIZE", "LEARNING_RATE", "ENABLE_CHECKPOINTS", "RESUME",
+    "Data", "Model", "Adapters", "Training", "Logging", "Hardware and seed", "Checkpoints",
+    "RESUME_STEP", "INIT_FROM", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import contextlib
 import json
@@ -33,19 +35,31 @@ from torch import Tensor
 import models
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
+from milepost.ckpt.leftovers import prepare_folder
 from milepost.ckpt.record import bytes_on_disk
 from milepost.cli import TrainingError, guarded, processes
 from milepost.config import Config, ConfigError
-from milepost.files import prepare_folder
 from milepost.generate.sampling import generate
 from milepost.locks import RunLock
+from milepost.paths import check_inside
 from milepost.resume import explain, find_record, finished, let_go, not_exact, resumed
 from milepost.run import Run, agreed, fresh, memory_needed, to_record
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 from milepost.runtime.optim import clip_gradients, gradient_norm, lr_at
-from milepost.runtime.progress import Log, Metrics, Progress, amount, command_line, duration, read_metrics, shown, tell
+from milepost.runtime.progress import (
+    Log,
+    Metrics,
+    Progress,
+    amount,
+    command_line,
+    duration,
+    read_metrics,
+    shown,
+    tell,
+    write_own,
+)
 from milepost.runtime.trackers import missing, open_mirror
 from milepost.text.batches import validation_windows
 
@@ -55,7 +69,9 @@ SAVE_FAILED = 5  # exit code of a run that finished, but whose last save did not
 SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200
 LEASE = 120  # seconds after which a network file system frees the locks of a machine that is gone
+FOLDERS_OF_A_RUN = ("samples", "tensorboard", "wandb")  # in RUNS_DIR/<run_id>, made when they are needed
 PROBE_SECONDS = 2.0  # that estimating the seconds per step may take beyond the warm-up
+METRICS = "metrics.jsonl"
 TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"
 
 
@@ -79,10 +95,20 @@ def train_as_told(settings: Config, log: Log, world: World) -> int:
     if reasons := not_exact(run, record, restored):
         log(f"not bit-exact: {'; '.join(reasons)}")
     if finished(run, record):
+        world.by_first(lambda: repair(run))
         more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
         log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. More: {more}")
         return 0
     return train(run)
+
+
+def repair(run: Run) -> None:
+    """Bring back what a finished run lacks on the disk: metrics that an earlier resume had set aside, the best step in best/."""
+    aside = Metrics(run.folder / METRICS).set_aside
+    if aside.exists() or (run.best_is_pending and ckpt.saved_best(Path(run.settings.checkpoint_dir), **best_of(run))):
+        with contextlib.ExitStack() as held:
+            open_run(run, held)
+            keep_saved_best(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,14 +163,19 @@ def loop(run: Run, stop: Interrupt) -> None:
             stopping = run.world.any(stop.requested)
             clock.restart()
 
-        # Keep: at the interval, at the end and when asked to stop; and the best so far beside them.
-        save = run.step > run.saved_step and (stopping or is_due(run, "checkpoint"))
-        if run.settings.enable_checkpoints and (save or run.best_step not in (None, run.kept_best_step)):
+        # Keep: at the interval, at the end and when asked to stop; and the best so far beside them. The last step is saved again
+        # if a signal had come before its evaluation.
+        unsaved = run.step > run.saved_step or (
+            run.step == run.end and run.observed_step == run.step != run.saved_observed_step
+        )
+        save = unsaved and (stopping or is_due(run, "checkpoint"))
+        if run.settings.enable_checkpoints and (save or (run.best_is_pending and run.best_step == run.step)):
             keep(run, save=save)
             clock.restart()
 
         if run.step >= run.end or stopping:
             run.writer.wait()
+            keep_saved_best(run)
             return
 
         # Learn: one optimizer step, and its line in the metrics when it is due.
@@ -156,11 +187,11 @@ def loop(run: Run, stop: Interrupt) -> None:
 
 
 # Further metrics of a training step, by name: 0-dim tensors, computed from the run while the gradients are in place, before clipping.
-METRICS: dict[str, Callable[[Run], Tensor]] = {}
+MEASURES: dict[str, Callable[[Run], Tensor]] = {}
 
 
 def training_step(run: Run, lr: float) -> dict[str, Tensor]:
-    """Take one optimizer step; return its metrics, 0-dim: loss (nats per token), lr, grad_norm before clipping, the model's and METRICS.
+    """Take one optimizer step; return its metrics, 0-dim: loss (nats per token), lr, grad_norm before clipping, the model's and MEASURES.
 
     Raises TrainingError before the weights are touched if loss or grad_norm is not finite.
     """
@@ -174,7 +205,7 @@ def training_step(run: Run, lr: float) -> dict[str, Tensor]:
     # Clip, and stop while the weights are still good if something is not finite.
     run.scaler.unscale_(run.optimizer)
     metrics |= {"lr": torch.tensor(lr, dtype=torch.float64), "grad_norm": gradient_norm(run.optimizer)}
-    metrics |= {name: distributed.full(measure(run)).detach() for name, measure in METRICS.items()}
+    metrics |= {name: distributed.full(measure(run)).detach() for name, measure in MEASURES.items()}
     check_finite(run, metrics["loss"], metrics["grad_norm"])
     clip_gradients(run.optimizer, metrics["grad_norm"], limit=run.settings.grad_clip)
 
@@ -271,7 +302,7 @@ def write_metrics(run: Run, split: str, values: Mapping[str, float]) -> None:
     own = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3), "split": split}
     usual = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.tokens_seen, "tok_s": None}
     line: dict[str, Any] = own | usual | dict(values) | own  # no metric takes the place of what a line is known by
-    with may_be_refused(run, "metrics.jsonl"):
+    with may_be_refused(run, METRICS):
         run.metrics.write(**line)
     run.mirror.write(line)
 
@@ -312,7 +343,7 @@ def write_sample(run: Run, text: str) -> None:
     with may_be_refused(run, "samples/"):
         path = run.folder / "samples" / f"step{run.step:06d}.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_own(path, text)
 
 
 @torch.no_grad()
@@ -368,26 +399,26 @@ def first_character(run: Run) -> str:
 
 
 def keep(run: Run, *, save: bool) -> None:
-    """Has this step saved if `save`, and kept under best/ if it is the best so far; in the background where that is set.
+    """Save this step if `save`, and put it into best/ if it is the best so far; in the background where that is set.
 
     Raises what the save before raised.
     """
     run.writer.wait()
-    best = run.best_step == run.step and run.settings.checkpoint_keep_best > 0
-    run.kept_best_step = run.best_step
+    best = run.best_is_pending and run.best_step == run.step
     if save:
-        run.saved_step, run.save_failed = run.step, run.world.first  # until it has not
+        run.saved_step, run.saved_observed_step = run.step, run.observed_step
+        run.save_failed = run.world.first  # until it has not
     if save or best:
         record = to_record(run)
         if run.world.first or run.saves_parts:
-            run.writer.submit(record, lambda copy: write(run, copy, save=save, best=best))
+            run.writer.submit(record, lambda copy: write(run, copy, save=save))
 
 
-def write(run: Run, record: Checkpoint, *, save: bool, best: bool) -> None:
-    """Saves the record, keeps it as the best, and lets go what has expired. A disk that refuses does not stop the training.
+def write(run: Run, record: Checkpoint, *, save: bool) -> None:
+    """Save the record, keep the best, and delete expired checkpoints. A disk that refuses does not stop the training.
 
-    Raises TrainingError instead of saving weights that are no numbers: the next step would find out too late. Of several processes
-    that each save a part, the first leads.
+    Raises TrainingError instead of saving weights that are NaN or Inf: the next step would find out too late. Of several processes
+    that each save a part, rank 0 leads.
     """
     if bad := ckpt.not_finite(record):
         raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
@@ -395,33 +426,56 @@ def write(run: Run, record: Checkpoint, *, save: bool, best: bool) -> None:
         ckpt.follow(record)
         return
     with ckpt.leading(record):
-        write_and_prune(run, record, save=save, best=best)
+        write_and_prune(run, record, save=save)
 
 
-def write_and_prune(run: Run, record: Checkpoint, *, save: bool, best: bool) -> None:
-    """What the first process does of it."""
+def write_and_prune(run: Run, record: Checkpoint, *, save: bool) -> None:
+    """Do rank 0's part of `write`."""
     settings, folder, saved = run.settings, Path(run.settings.checkpoint_dir), None
     form: dict[str, Any] = {"layout": settings.checkpoint_layout, "prefix": settings.checkpoint_prefix}
+    need = bytes_on_disk(record)
     if save:
-        with told_if_refused(run, f"step {record.step} could not be saved", record):
+        with told_if_refused(run, f"step {record.step} could not be saved", need):
             saved = run.last_saved = ckpt.save(record, folder, **form)
             run.save_failed = False
-    if best:
-        with told_if_refused(run, f"step {record.step}, the best so far, could not be saved", record):
-            ckpt.keep_best(record, folder, saved=saved, count=settings.checkpoint_keep_best, **form)
+    # An earlier best step that the disk refused is tried again from its ordinary save, which stays until then.
+    best, spare = best_of(record), None
+    if record.best_step not in (None, run.kept_best_step) and settings.checkpoint_keep_best:
+        if record.best_step != record.step or (not saved and ckpt.saved_best(folder, **best)):
+            keep_saved_best(run, record)
+        else:
+            with told_if_refused(run, f"step {record.step}, the best so far, could not be saved", need):
+                ckpt.keep_best(record, folder, saved=saved, count=settings.checkpoint_keep_best, **form)
+                run.kept_best_step = record.step
+        ordinary = ckpt.saved_best(folder, **best)
+        spare = ordinary.path if ordinary and run.kept_best_step != record.best_step else None
     if saved and settings.checkpoint_keep_last:
-        with told_if_refused(run, "older checkpoints could not be removed", record):
+        with told_if_refused(run, "older checkpoints could not be removed", need):
             policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
-            ckpt.prune(folder, run_id=run.run_id, newest_good=saved, **policy)
+            ckpt.prune(folder, run_id=run.run_id, newest_good=saved, spare=spare, **policy)
+
+
+def best_of(one: Run | Checkpoint) -> dict[str, Any]:
+    """The best step of a run so far, as `ckpt.saved_best` looks for it."""
+    return {"run_id": one.run_id, "step": one.best_step, "loss": one.best_loss}
+
+
+def keep_saved_best(run: Run, record: Checkpoint | None = None) -> None:
+    """Put the best step, as of the record or of the run, into best/ from its ordinary save, if it is not there; rank 0 only."""
+    if run.world.first and run.best_is_pending:
+        best, count = best_of(record or run), run.settings.checkpoint_keep_best
+        with told_if_refused(run, f"step {best['step']}, the best so far, could not be saved", 0):
+            if ckpt.keep_saved_best(Path(run.settings.checkpoint_dir), count=count, **best):
+                run.kept_best_step = best["step"]
 
 
 @contextlib.contextmanager
-def told_if_refused(run: Run, what: str, record: Checkpoint) -> Iterator[None]:
+def told_if_refused(run: Run, what: str, need: int) -> Iterator[None]:
     """Says why the disk refused something, and what it would have needed."""
     try:
         yield
     except (OSError, ckpt.CheckpointError) as error:
-        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=bytes_on_disk(record))
+        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=need)
         run.log(f"{what} ({why}); training goes on")
 
 
@@ -436,33 +490,60 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     """
     if problem := missing(run.settings.tracker):
         raise ConfigError([problem])
-    places = [run.folder, *([Path(run.settings.checkpoint_dir)] if run.settings.enable_checkpoints else [])]
-    for place in places:
-        try:
-            prepare_folder(place)
-        except (OSError, NotImplementedError) as error:
-            problem = f"{place} cannot be written ({error})"
-            raise ConfigError(
-                [f"{problem}: mend its permissions, or set another CHECKPOINT_DIR or RUNS_DIR"]
-            ) from error
-        lock = RunLock(place, run.run_id)
-        lock.acquire(patience=LEASE if config.restarted() else 0)
-        held.callback(lock.release)
+    runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
+    own = [run.folder, *(run.folder / name for name in FOLDERS_OF_A_RUN)]
+    with refused_as("RUNS_DIR", run.folder):
+        for place in own:
+            check_inside(runs, place)
+        lock_place(run, run.folder, held)
     if run.settings.enable_checkpoints:
+        with refused_as("CHECKPOINT_DIR", checkpoints):
+            for place in (checkpoints / ckpt.BEST_FOLDER, checkpoints / run.run_id / ckpt.BEST_FOLDER):
+                check_inside(checkpoints, place)
+            lock_place(run, checkpoints, held)
         check_space(run)
-    try:
+        protect_base(run)
+    with refused_as("RUNS_DIR", run.folder):
         run.log.open(run.folder / "training.log")
-        (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
+        write_own(run.folder / "config.env", config.as_env(run.settings))
         origin = {"run_id": run.run_id, "parent": run.parent}
-        (run.folder / "run.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            [f"RUNS_DIR: {run.folder} cannot be written ({error}): make room, or set another RUNS_DIR"]
-        ) from error
-    run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl")))
-    # What was logged after the checkpoint is logged again, so it goes; what it had not seen yet at its own step, too.
-    run.metrics.rewind(lambda line: was_seen(run, line))
+        write_own(run.folder / "run.json", json.dumps(origin, indent=1) + "\n")
+        run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / METRICS)))
+        # Set aside metrics newer than the checkpoint: resuming rewrites them.
+        run.metrics.rewind(lambda line: was_seen(run, line), until=run.resumed_save)
     open_tracker(run, held)
+
+
+def lock_place(run: Run, place: Path, held: contextlib.ExitStack) -> None:
+    """Makes the folder and locks the run there for this process."""
+    prepare_folder(place)
+    lock = RunLock(place, run.run_id)
+    lock.acquire(patience=LEASE if config.was_restarted() else 0)
+    held.callback(lock.release)
+
+
+@contextlib.contextmanager
+def refused_as(variable: str, place: Path) -> Iterator[None]:
+    """Raises ConfigError naming the variable of a folder that cannot be written."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        problem = f"{variable}: {place} cannot be written ({error})"
+        raise ConfigError([f"{problem}: make room or mend its permissions, or set another {variable}"]) from error
+
+
+def protect_base(run: Run) -> None:
+    """Leave a note beside the base of adapters that are saved elsewhere: retention in its folder does not see them."""
+    if not (run.base and run.settings.checkpoint_adapters_only):
+        return
+    try:
+        note = ckpt.note_use(run.base, run_id=run.run_id, checkpoint_dir=Path(run.settings.checkpoint_dir))
+    except OSError as error:
+        base, why = run.base.get("source"), f"no note can be left beside it ({error})"
+        run.log(f"warning: pruning may delete {base}, which these adapters need, because {why}: copy it elsewhere")
+    else:
+        if note:
+            run.log(f"{shown(note)} keeps the base of these adapters from being pruned; delete it with them")
 
 
 def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
@@ -470,7 +551,7 @@ def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
     kind, path = run.settings.tracker, run.metrics.path
     run.mirror = open_mirror(
         kind, folder=run.folder, run_id=run.run_id, lines=read_metrics(path) if kind != "none" and path.exists() else [],
-        settings=config.to_dict(run.settings), wandb=config.wandb_wishes(), say=run.log,
+        settings=config.to_dict(run.settings), wandb=config.wandb_options(), say=run.log,
     )  # fmt: skip
     # Stopped before an evaluation that is due, the step is not whole: the resume evaluates it first.
     held.callback(lambda: run.mirror.close(whole=run.observed_step == run.step or not is_due(run, "eval")))

@@ -10,10 +10,10 @@ from milepost.config import Config, ConfigError
 from milepost.locks import RunLockedError
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import ElsewhereError, World
-from milepost.runtime.interrupt import INTERRUPTED
-from milepost.runtime.progress import Log, ignore_stdout
+from milepost.runtime.interrupt import INTERRUPTED, raise_on_signal, stopping_signals, was_interrupted
+from milepost.runtime.progress import Log, flush_streams, ignore_stdout
 from milepost.text import tokenization
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 
 
 class TrainingError(Exception):
@@ -26,23 +26,31 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 
 
 def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log | None = None) -> int:
-    """The exit code of `action`; what it raises is said in one sentence, with a traceback only if DEBUG is exactly 1."""
+    """The exit code of `action`; what it raises is said in one sentence, with a traceback only if DEBUG is exactly 1.
+
+    After a signal it is 130, unless the action was finished all the same.
+    """
     log = log or Log()
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):  # before the loop, both stop at once
-            signal.signal(number, signal.default_int_handler)
+        raise_on_signal()
         torchrun = config.torchrun()
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
         code = action(settings, log)
+        code = INTERRUPTED if code and was_interrupted() else code
     except KeyboardInterrupt:
         log("interrupted")
         code = INTERRUPTED
     except Exception as error:
-        if config.debug():
+        if was_interrupted():  # a library has made another exception of it
+            log("interrupted")
+            code = INTERRUPTED
+        elif config.debug():
             raise
-        code = told(error, log)
+        else:
+            code = told(error, log)
     finally:
         log.close()
+        flush_streams()
     return distributed.ended(code)
 
 
@@ -77,14 +85,15 @@ def processes(settings: Config, log: Log) -> Iterator[World]:
     local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
     device = hardware.choose_device(settings.device, **local)
     # While it waits for the others, a handler of Python's would not be reached.
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    waiting = stopping_signals() if torchrun else []
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in waiting}
     world = distributed.join(torchrun, accelerator=device.type)
     for number, handler in before.items():
         signal.signal(number, handler)
     if world.size > 1:
-        check_alike(config.same_everywhere(settings) | {"DEVICE": device.type}, world)
+        check_alike(config.shared_settings(settings) | {"DEVICE": device.type}, world)
         prepare_processes(settings, log, world)
-    elif settings.given("DISTRIBUTED"):
+    elif settings.is_set("DISTRIBUTED"):
         log(f"DISTRIBUTED={settings.distributed} is not used: one process alone; torchrun --nproc_per_node starts more")
     yield world
     distributed.leave()
@@ -106,8 +115,8 @@ def prepare_processes(settings: Config, log: Log, world: World) -> None:
     """Silences all but the first, shares out this machine's processors, and says so."""
     if not world.first:
         ignore_stdout()
-    if config.threads_left_at_one():
+    if config.omp_threads_is_one():
         count = f"{hardware.share_threads(world.local_size)} for each of the {world.local_size} processes here"
         log(f"OMP_NUM_THREADS is 1, as torchrun leaves it: {count}; set it for another number")
-    if config.restarts() and settings.resume == "never":
+    if config.max_restarts() and settings.resume == "never":
         log("torchrun's restarts would begin anew each time; RESUME=auto and ENABLE_CHECKPOINTS=true go on instead")

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import nn
 import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.foreign.importing import with_chars
+from milepost.ckpt.foreign.importing import with_chars, with_kind
 from milepost.ckpt.hub import local_folder
 from milepost.ckpt.restore import build_model, build_tokenizer, name_the_base, with_base
 from milepost.ckpt.tensors import digest
@@ -28,7 +29,9 @@ from milepost.runtime.progress import Log, Metrics, Progress
 from milepost.runtime.trackers import Mirror
 from milepost.text import token_files, tokenization
 from milepost.text.batches import Batches, largest_block_size
-from milepost.text.corpus import Corpus, DataError, Scan, open_corpus, scan
+from milepost.text.corpus import Corpus, open_corpus
+from milepost.text.errors import DataError
+from milepost.text.scan import Scan, cached_scan
 from models.model import Model
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
@@ -92,12 +95,14 @@ class Run:
     # Where it stands.
     step: int = 0
     tokens_seen: int = 0
+    resumed_save: float = math.inf  # when the checkpoint was saved that the same run resumes from (Unix seconds)
     observed_step: int | None = None
     saved_step: int = 0
+    saved_observed_step: int | None = None  # `observed_step` as the last save has it
     validation_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
-    kept_best_step: int | None = None
+    kept_best_step: int | None = None  # the best step once it is in best/
     last_saved: Path | None = None
     save_failed: bool = False
     skipped_updates: int = 0
@@ -118,6 +123,12 @@ class Run:
     def saves_parts(self) -> bool:
         """Whether each process saves the part that it has; else one saves all."""
         return self.engine == "fsdp" and self.settings.checkpoint_layout == "sharded"
+
+    @property
+    def best_is_pending(self) -> bool:
+        """Whether the best step should be in best/ and is not, as far as rank 0 knows."""
+        wanted = self.settings.enable_checkpoints and self.settings.checkpoint_keep_best > 0
+        return wanted and self.best_step not in (None, self.kept_best_step)
 
     @property
     def end(self) -> int:
@@ -273,13 +284,28 @@ def init_from(settings: Config, notes: list[str]) -> Checkpoint | None:
 
 
 def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """The record itself, with the characters of TRAINING_DATA_SOURCE for its tokenizer if another program's had none beside it.
+    """The record itself if it has a tokenizer, else with the one that the settings name.
 
-    Raises CheckpointError if their number is not that of the model's rows.
+    That is TOKENIZER=byte or gpt2, or the characters of TRAINING_DATA_SOURCE. Raises CheckpointError if neither is set, also where the
+    default text would have as many characters: its alphabet is not the checkpoint's.
     """
     if record.tokenizer is not None:
         return record
-    return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+    if names_tokenizer(settings):
+        return with_kind(record, settings.tokenizer)
+    if settings.is_set("TRAINING_DATA_SOURCE"):
+        return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+    for note in record.notes:
+        log(note)
+    remedy = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2"
+    raise CheckpointError(
+        f"{record.path}: carries no tokenizer that can be used: {remedy}, or put its tokenizer.json or meta.pkl beside it"
+    )
+
+
+def names_tokenizer(settings: Config) -> bool:
+    """Whether TOKENIZER names one that is complete without a text."""
+    return settings.is_set("TOKENIZER") and settings.tokenizer in ("byte", "gpt2")
 
 
 def shaped_like(weights: Checkpoint, settings: Config) -> Config:
@@ -296,7 +322,7 @@ def shaped_like(weights: Checkpoint, settings: Config) -> Config:
             [f"{name}={given}: the weights to begin with have {kept}; unset {name}" for name, given, kept in wrong]
         )
     settings, longest = config.from_saved(settings, own), weights.model_settings["block_size"]
-    if settings.given("BLOCK_SIZE"):
+    if settings.is_set("BLOCK_SIZE"):
         return settings
     return config.replaced(
         settings, "weights", block_size=longest if settings.init_from else min(longest, settings.block_size)
@@ -357,7 +383,7 @@ def read_text(
         tokenizer.encode(scanned.alphabet)  # all at once, before any is met: the message lists every unknown character
         split = world.in_turn(
             lambda: token_files.prepare(
-                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log
+                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
             )
         )
     except tokenization.UnknownCharacters as error:
@@ -387,7 +413,7 @@ def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenizati
 def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
     """The corpus of TRAINING_DATA_SOURCE and its fingerprint; read once however often it is asked for."""
     corpus = open_corpus(source, data_dir=DATA_FOLDER)
-    return corpus, scan(corpus, say=log)
+    return corpus, cached_scan(corpus, cache_dir=CACHE_FOLDER, log=log)
 
 
 def put_together(settings: Config, log: Log, world: World, *, device: torch.device, model: Model, text: Text,
@@ -399,7 +425,7 @@ def put_together(settings: Config, log: Log, world: World, *, device: torch.devi
     dtype, compile_step = numerics(settings, log, device=device, model=model)
     engine = choose_engine(settings, world, device=device, model=model, dtype=dtype, record=record)
     forward = shared_out(model, engine, device=device, compile_step=compile_step)
-    if engine == "fsdp" and not settings.given("CHECKPOINT_LAYOUT") and record is None:
+    if engine == "fsdp" and not settings.is_set("CHECKPOINT_LAYOUT") and record is None:
         settings = config.replaced(settings, "plan", checkpoint_layout="sharded")  # each process writes what it has
     rows = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps}
     return Run(

@@ -4,24 +4,24 @@ CHECKPOINT_PATH=best,latest PROMPT="Dear Wren," python3 scripts/compare_samples.
 CHECKPOINT_PATH=checkpoints/*_step1000_*.pt SAMPLE_SEED=7 OUTPUT=compared.md python3 scripts/compare_samples.py
 """
 
-import signal
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = (
+    "CHECKPOINT_PATH", "PROMPT", "PROMPT_FILE", "NUM_SAMPLES", "SAMPLE_SEED", "OUTPUT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P",
+    "REPETITION_PENALTY", "STOP", "QUANTIZE", "SPECULATE", "DEVICE", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME",
+    "INIT_FROM", "TRAINING_DATA_SOURCE",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import itertools
 import json
 import re
 import shutil
 import textwrap
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from load_checkpoint import drawn_seed, obey, read_prompt, texts_of

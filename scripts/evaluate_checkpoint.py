@@ -4,18 +4,16 @@ CHECKPOINT_PATH=latest python3 scripts/evaluate_checkpoint.py
 CHECKPOINT_PATH=best,latest EVAL_TYPE=both EVAL_DATA=letters.txt BENCHMARK_DATA=blimp/*.jsonl OUTPUT=figures.json python3 scripts/evaluate_checkpoint.py
 """
 
-import signal
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = (
+    "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DTYPE", "DETERMINISTIC",
+    "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import json
 import math
@@ -23,6 +21,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,8 @@ from milepost.resume import saved_settings
 from milepost.run import DATA_FOLDER, scan_source, with_its_base, with_tokenizer
 from milepost.runtime import hardware
 from milepost.runtime.progress import QUIET_SECONDS, Log, replacing, shown, table, tell
-from milepost.text.corpus import DataError, open_corpus
+from milepost.text.corpus import open_corpus
+from milepost.text.errors import DataError
 from milepost.text.token_files import split_at
 from milepost.text.tokenization import UnknownCharacters
 

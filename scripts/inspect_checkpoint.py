@@ -4,21 +4,17 @@ CHECKPOINT_PATH=latest python3 scripts/inspect_checkpoint.py
 CHECKPOINT_PATH=best COMPARE_WITH=latest python3 scripts/inspect_checkpoint.py
 """
 
-import signal
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = ("CHECKPOINT_PATH", "COMPARE_WITH", "CHECKPOINT_DIR")
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import models

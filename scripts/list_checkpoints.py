@@ -4,19 +4,15 @@ python3 scripts/list_checkpoints.py
 CHECKPOINT_PATH=old-checkpoints python3 scripts/list_checkpoints.py
 """
 
-import signal
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = ("CHECKPOINT_DIR", "CHECKPOINT_PATH")
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
+from pathlib import Path
 from typing import Any
 
 from milepost import ckpt
@@ -50,7 +46,7 @@ def main(settings: Config, log: Log) -> int:
 
 def chosen_folder(settings: Config) -> Path:
     """CHECKPOINT_PATH if it is given, which must be a folder of checkpoints then, else CHECKPOINT_DIR."""
-    if not settings.given("CHECKPOINT_PATH") or settings.checkpoint_path == "latest":
+    if not settings.is_set("CHECKPOINT_PATH") or settings.checkpoint_path == "latest":
         return Path(settings.checkpoint_dir)
     folder = ckpt.whole_folder(settings.checkpoint_path)
     if folder is None:

@@ -4,23 +4,23 @@ CHECKPOINT_PATH=latest PROMPT="Dear Wren," python3 scripts/load_checkpoint.py
 CHECKPOINT_PATH=latest MODE=resume RESUME_TRAINING_STEPS=2000 RESUME_LEARNING_RATE=1e-4 python3 scripts/load_checkpoint.py
 """
 
-import signal
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = (
+    "CHECKPOINT_PATH", "MODE", "PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE",
+    "Generation", "Training", "Logging", "Hardware and seed", "Checkpoints",
+    "TRAINING_DATA_SOURCE", "VALIDATION_FRACTION", "DROPOUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,22 +67,27 @@ def opened(settings: Config, log: Log, *, resuming: bool) -> Checkpoint:
     path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
+    rest = earlier(path, Path(settings.checkpoint_dir)) if settings.checkpoint_path == "latest" else []
     while True:
         try:
             return ckpt.load(path, optimizer=resuming, verify=resuming)
         except CheckpointError as error:
-            earlier = previous(path, Path(settings.checkpoint_dir)) if settings.checkpoint_path == "latest" else None
-            if earlier is None:
+            if not rest:
                 raise
             log(f"skipped: {error}")
-            log(f"taking {earlier}")
-            path = earlier
+            path = rest.pop(0)
+            log(f"taking {path}")
 
 
-def previous(path: Path, folder: Path) -> Path | None:
-    """The readable checkpoint of `folder` that was saved before the one at `path`."""
-    readable = [one.path for one in ckpt.find(folder) if one.problem is None]
-    return readable[readable.index(path) - 1] if path in readable[1:] else None
+def earlier(path: Path, folder: Path) -> list[Path]:
+    """The readable checkpoints of `folder` saved before the one at `path`, newest first: those of its run, then other runs'."""
+    readable = [one for one in reversed(ckpt.find(folder)) if one.problem is None]
+    places = [one.path for one in readable]
+    if path not in places:
+        return []
+    place = places.index(path)
+    before = sorted(readable[place + 1 :], key=lambda one: one.run_id != readable[place].run_id)
+    return [one.path for one in before]
 
 
 def obey(record: Checkpoint, settings: Config, log: Log) -> Config:
@@ -299,7 +304,7 @@ UNUSED_KEEPING = (*UNUSED, "LR_SCHEDULE", "MIN_LEARNING_RATE", "WARMUP_STEPS")
 
 def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
     """Trains RESUME_TRAINING_STEPS more steps; with 0 it prints what it would do and stops."""
-    for name in filter(settings.given, UNUSED_KEEPING if settings.resume_learning_rate == "keep" else UNUSED):
+    for name in filter(settings.is_set, UNUSED_KEEPING if settings.resume_learning_rate == "keep" else UNUSED):
         log(f"{name} is not used: MODE=resume follows RESUME_LEARNING_RATE and RESUME_TRAINING_STEPS")
     schedule = plan(settings, record)
     end = record.step + settings.resume_training_steps
@@ -315,8 +320,8 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
 
 def destination(settings: Config, record: Checkpoint) -> dict[str, Any]:
     """Where the result is saved, asked for or not: in CHECKPOINT_DIR if it is given, else beside the checkpoint."""
-    saves = {} if settings.given("ENABLE_CHECKPOINTS") else {"enable_checkpoints": True}
-    if settings.given("CHECKPOINT_DIR") or record.path is None:
+    saves = {} if settings.is_set("ENABLE_CHECKPOINTS") else {"enable_checkpoints": True}
+    if settings.is_set("CHECKPOINT_DIR") or record.path is None:
         return saves
     return saves | {"checkpoint_dir": str(folder_of(record.path, record.run_id))}
 
@@ -335,11 +340,11 @@ def plan(settings: Config, record: Checkpoint) -> Schedule:
         peak=float(settings.resume_learning_rate),
         start_step=record.step,
         steps=max(1, settings.resume_training_steps),
-        warmup_steps=settings.warmup_steps if settings.given("WARMUP_STEPS") else 0,
+        warmup_steps=settings.warmup_steps if settings.is_set("WARMUP_STEPS") else 0,
     )
     given = {"lr_schedule": "kind", "min_learning_rate": "floor"}
     new = dataclasses.replace(
-        new, **{field: getattr(settings, name) for name, field in given.items() if settings.given(name.upper())}
+        new, **{field: getattr(settings, name) for name, field in given.items() if settings.is_set(name.upper())}
     )
     if new.floor > new.peak:
         problem = f"MIN_LEARNING_RATE={new.floor:g} is above RESUME_LEARNING_RATE={new.peak:g}"

@@ -4,20 +4,18 @@ CHECKPOINT_PATH=latest OUTPUT=merged python3 scripts/merge_adapters.py
 CHECKPOINT_PATH=latest BASE_CHECKPOINT=base.pt OUTPUT=merged CHECKPOINT_LAYOUT=huggingface python3 scripts/merge_adapters.py
 """
 
-import signal
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = (
+    "CHECKPOINT_PATH", "OUTPUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "CHECKPOINT_LAYOUT", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import dataclasses
+from pathlib import Path
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
@@ -28,7 +26,7 @@ from milepost.config import Config, ConfigError
 from milepost.run import with_its_base
 from milepost.runtime.progress import Log, amount, command_line, shown, tell
 
-LOAD_CHECKPOINT = ROOT / "scripts" / "load_checkpoint.py"
+LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
 CLOSE = 1e-5  # how far the logits of float32 weights may move, against the largest of them
 
 

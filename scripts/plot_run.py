@@ -4,18 +4,13 @@ python3 scripts/plot_run.py
 RUN=latest,20251110 OUTPUT=curves.png python3 scripts/plot_run.py
 """
 
-import signal
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = ("RUN", "OUTPUT", "RUNS_DIR")
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import fnmatch
 import importlib.util
@@ -25,13 +20,14 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.runtime.chart import LETTERS, Points, chart
 from milepost.runtime.progress import Log, harmless, ignore_stdout, read_metrics, replacing, shown, table
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 
 METRICS = "metrics.jsonl"
 DRAWN = {".png", ".svg", ".pdf"}
@@ -56,6 +52,8 @@ PANELS = (
     Panel("learning rate", "train", "lr", True),
     Panel("tokens a second", "train", "tok_s", True),
 )
+
+USUAL = ("run_id", "step", "time", "split", "loss", "lr", "grad_norm", "tokens", "tok_s")  # names in every line
 
 
 class Drawn(NamedTuple):
@@ -209,6 +207,13 @@ def parent_of(folder: Path) -> dict[str, Any] | None:
     return parent if isinstance(parent, dict) else None
 
 
+def panels(runs: list[Drawn]) -> list[Panel]:
+    """Return the usual panels, and one for each further metric of the training lines."""
+    lines = [line for run in runs for line in run.lines if line.get("split") == "train"]
+    names = dict.fromkeys(name for line in lines for name, y in line.items() if math.isfinite(_figure(y)))
+    return [*PANELS, *(Panel(harmless(name), "train", name, False) for name in names if name not in USUAL)]
+
+
 def points(run: Drawn, panel: Panel) -> Points:
     """What a panel shows of a run: (step, figure)."""
     own = [line for line in run.lines if line.get("split") == panel.split]
@@ -228,10 +233,10 @@ def _figure(value: Any) -> float:
 
 
 def draw_terminal(runs: list[Drawn]) -> None:
-    """The four charts and a line for each run to stdout: in colour on a terminal, as plain text into a pipe or with NO_COLOR."""
+    """The charts and a line for each run to stdout: in colour on a terminal, as plain text into a pipe or with NO_COLOR."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     ascii_only = not _can(encoding)
-    coloured = sys.stdout.isatty() and not config.colour_unwanted()
+    coloured = sys.stdout.isatty() and not config.no_color()
     letters = ascii_only or (len(runs) > 1 and not coloured)
     columns = min(WIDEST, max(NARROW, shutil.get_terminal_size().columns))
     abreast = 2 if columns >= SIDE_BY_SIDE else 1
@@ -239,7 +244,7 @@ def draw_terminal(runs: list[Drawn]) -> None:
     charts = [
         chart(panel.title, [points(run, panel) for run in runs], columns=width, rows=ROWS, letters=letters, ascii_only=ascii_only,
               floor=0 if panel.from_zero else None, paint=painted if coloured else None)
-        for panel in PANELS
+        for panel in panels(runs)
     ]  # fmt: skip
     text = "\n\n".join(beside(charts[at : at + abreast], width) for at in range(0, len(charts), abreast))
     legend = harmless(summary(runs, letters=letters))
@@ -315,11 +320,16 @@ def check_output(output: Path) -> None:
 
 
 def draw_file(runs: list[Drawn], output: Path) -> None:
-    """The four charts with a legend into `output`, whole or not at all."""
+    """The charts with a legend into `output`, whole or not at all."""
     from matplotlib.figure import Figure  # draws without a screen, as long as pyplot is left alone
 
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    for panel, axes in zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True):
+    drawn = panels(runs)
+    rows = math.ceil(len(drawn) / 2)
+    figure = Figure(figsize=(12, 4 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, 2, sharex=True).flat)
+    for axes in grid[len(drawn) :]:
+        axes.set_visible(False)
+    for panel, axes in zip(drawn, grid, strict=False):
         for number, run in enumerate(runs):
             xs, ys = [list(values) for values in zip(*points(run, panel), strict=True)] or ([], [])
             style = {"color": f"C{number}", "linestyle": "-" if run.asked else "--", "label": legend_of(run)}
@@ -328,7 +338,7 @@ def draw_file(runs: list[Drawn], output: Path) -> None:
         axes.grid(alpha=0.3)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-    for axes in figure.axes[2:]:
+    for axes in figure.axes[-2:]:
         axes.set_xlabel("optimizer step", fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     with replacing(output) as temporary:

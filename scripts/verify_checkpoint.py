@@ -5,23 +5,21 @@ CHECKPOINT_PATH=checkpoints python3 scripts/verify_checkpoint.py
 CHECKPOINT_PATH=latest REPLAY=true python3 scripts/verify_checkpoint.py     # trains again from the one before, and compares
 """
 
-import signal
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C just ends
-    SETTINGS = config.from_command_line(sys.argv)  # before that, so that a typing error costs no seconds
+READS = (
+    "CHECKPOINT_PATH", "REPLAY", "CHECKPOINT_DIR", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "INIT_FROM", "DEVICE",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +39,7 @@ from milepost.run import Run, fresh, to_record, with_its_base
 from milepost.runtime.hardware import DeviceError
 from milepost.runtime.interrupt import Interrupt
 from milepost.runtime.progress import Log, Progress, amount, shown, table, tell
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 from milepost.text.tokenization import UnknownCharacters
 from training import loop, open_run
 

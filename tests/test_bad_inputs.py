@@ -27,7 +27,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from drive import ROOT, command, tensor_bytes
 from folders import opened as opened_or_said
 from records import WEIGHT, gpt2_record, in_child, members, pack, record, walkable_folder
 from safetensors.torch import load_file, save_file
+from work import HANGING, calls
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError, archive, tensors
@@ -47,7 +47,6 @@ from milepost.ckpt.layouts import sharded
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.ckpt.tensors import not_finite
 
-SECONDS = 3  # of a slow machine's processor; each takes milliseconds
 JSON_MEMBER = "archive/milepost.json"
 
 
@@ -60,13 +59,16 @@ def opened(wish: str | Path, folder: Path) -> Checkpoint:
     return one
 
 
+def enough(folder: Path) -> int:
+    """Function calls in which the files of `folder` must be refused or listed: some for each byte, whatever the bytes promise."""
+    return 500_000 + 10 * sum(path.lstat().st_size for path in folder.rglob("*"))
+
+
 def refusal(wish: str | Path, folder: Path) -> str:
-    """The one sentence in which `wish` is refused, by name and soon."""
-    start = time.process_time()
+    """The one sentence in which `wish` is refused, by name and with no more work than its bytes are worth."""
     with pytest.raises(CheckpointError) as caught:
-        opened(wish, folder)
+        calls(lambda: opened(wish, folder), most=enough(folder))
     text = str(caught.value)
-    assert time.process_time() - start < SECONDS
     assert str(wish) in text
     assert text.isprintable()  # no line breaks, and nothing that could steer a terminal
     assert "weights_only" not in text  # torch's advice is to turn the safety off
@@ -540,13 +542,12 @@ def test_a_pickle_that_is_larger_than_it_looks_is_refused(case, tmp_path):
 
 
 @pytest.mark.parametrize("opcodes", [b"N0" * 4_000_000 + b"N.", b"(" + b"N" * 4_000_000 + b"t."], ids=["N0", "N"])
-def test_a_large_pickle_of_another_program_is_listed_soon(opcodes, tmp_path):
+def test_a_large_pickle_of_another_program_is_listed_with_little_work(opcodes, tmp_path):
     parts = members(good(tmp_path))
     del parts[JSON_MEMBER]
     path = pack(tmp_path / "bad.pt", parts | {"archive/data.pkl": b"\x80\x02" + opcodes})
-    start = time.process_time()
-    assert [one.problem is None for one in ckpt.find(tmp_path) if one.path == path] == [False]
-    assert time.process_time() - start < 3 * SECONDS
+    found, _ = calls(lambda: ckpt.find(tmp_path), most=enough(tmp_path))
+    assert [one.problem is None for one in found if one.path == path] == [False]
 
 
 def test_control_what_programs_save_is_opened(tmp_path):
@@ -917,7 +918,7 @@ def test_56_what_changes_between_two_looks_at_it_is_refused_or_right(layout, cha
 
         return call
 
-    monkeypatch.setattr(archive, "_load_archive", changing(archive._load_archive))
+    monkeypatch.setattr(archive, "_map", changing(archive._map))
     monkeypatch.setattr(sharded, "_mapped", changing(sharded._mapped))
     check = tensors.check_header
     monkeypatch.setattr(tensors, "check_header", lambda file: (check(file), changing(lambda _: None)(file))[0])
@@ -1097,7 +1098,13 @@ def test_bombs_are_refused_in_a_quarter_of_a_gigabyte(tmp_path):
         paths.append(make(folder))
     lines = "\n".join(map(str, [*paths, good(tmp_path)]))
     done = subprocess.run(
-        [sys.executable, "-c", OPENS], cwd=ROOT, input=lines, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", OPENS],
+        cwd=ROOT,
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=HANGING,
+        check=True,
     )
     *said, control = done.stdout.splitlines()
     assert control == "opened 3"

@@ -156,7 +156,7 @@ KILLED = """
 import os, signal, sys
 sys.argv = ["training.py"]
 from milepost import config
-settings = config.from_command_line(sys.argv)
+settings = config.from_command_line(__name__, __doc__, [])
 import training
 learn = training.training_step
 def killed(run, lr):

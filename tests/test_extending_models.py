@@ -59,7 +59,7 @@ training.guarded(training.main, config.read())
 @pytest.fixture(autouse=True)
 def registries():
     """Registries as they were, after each test."""
-    kept = [(registry, dict(registry)) for registry in (models.MODELS, optimizers.OPTIMIZERS, training.METRICS)]
+    kept = [(registry, dict(registry)) for registry in (models.MODELS, optimizers.OPTIMIZERS, training.MEASURES)]
     yield
     for registry, before in kept:
         registry.clear()
@@ -168,7 +168,7 @@ def test_the_blocks_norms_make_up_less_than_the_whole(tmp_path):
 
 
 def test_a_metric_takes_no_name_of_a_line(tmp_path):
-    training.METRICS["step"] = training.METRICS["split"] = lambda run: torch.tensor(1e9)
+    training.MEASURES["step"] = training.MEASURES["split"] = lambda run: torch.tensor(1e9)
     assert train(tmp_path, TRAINING_STEPS="2")[0] == 0
     assert [(line["step"], line["split"]) for line in lines_of(tmp_path) if line["split"] == "train"] == [(1, "train"), (2, "train")]  # fmt: skip
 

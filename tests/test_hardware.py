@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from milepost.runtime import hardware
 from milepost.runtime.hardware import DECIDES_BITS, DeviceError
+from milepost.splitmix import mix
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -148,19 +149,19 @@ def reference_splitmix64(state: int) -> int:
 
 
 def test_mix_of_one_number_is_the_published_generators_first():
-    assert hardware.mix(0) == 0xE220A8397B1DCDAF >> 1  # splitmix64's well-known first output for the seed 0
+    assert mix(0) == 0xE220A8397B1DCDAF >> 1  # splitmix64's well-known first output for the seed 0
 
 
 @settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
 def test_mix_folds_splitmix64_into_a_seed_that_torch_takes(seed, step):
     folded = reference_splitmix64((reference_splitmix64(seed) + step) % 2**64)
-    assert hardware.mix(seed, step) == folded >> 1
-    assert 0 <= hardware.mix(seed, step) < 2**63
+    assert mix(seed, step) == folded >> 1
+    assert 0 <= mix(seed, step) < 2**63
 
 
 def test_neighbouring_steps_and_seeds_have_seeds_of_their_own():
-    seeds = {hardware.mix(seed, step) for seed in range(60) for step in range(60)}
+    seeds = {mix(seed, step) for seed in range(60) for step in range(60)}
     assert len(seeds) == 3600  # (1, 2) and (2, 1) differ too
 
 
@@ -286,7 +287,7 @@ def test_out_of_memory_is_told_from_other_errors(error, expected):
 
 
 @pytest.mark.parametrize(
-    ("hardware", "wish", "width", "tokens", "expected"),
+    ("supported", "wish", "width", "tokens", "expected"),
     [
         (True, "auto", 768, 300, "bfloat16"),
         (True, "auto", 768, 31, "float32"),
@@ -296,8 +297,8 @@ def test_out_of_memory_is_told_from_other_errors(error, expected):
         (True, "float32", 768, 300, "float32"),
     ],
 )
-def test_format_for_generating(monkeypatch, hardware, wish, width, tokens, expected):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+def test_format_for_generating(monkeypatch, supported, wish, width, tokens, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert hardware.decode_dtype(wish, CPU, width=width, tokens=tokens) == expected
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from drive import ROOT
 from transformers import GPT2Config, GPT2LMHeadModel
+from work import HANGING
 
 COMMIT = "a" * 40
 ASK = """
@@ -114,6 +115,8 @@ def ask(hub: Hub, name: str, cache: Path, **environment: str) -> subprocess.Comp
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(cache),
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(HANGING),
+        "HF_HUB_ETAG_TIMEOUT": str(HANGING),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     return subprocess.run(

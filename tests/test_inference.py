@@ -18,6 +18,7 @@ import pytest
 import torch
 from drive import ROOT, TINY, at_step, command, environment, newest
 from drive import train as trained_in
+from work import HANGING
 
 import training
 from milepost import ckpt, config, run
@@ -372,7 +373,7 @@ def test_a_closed_pipe_ends_it_quietly(tmp_path):
         assert child.stdout.read(10) == b"abcdefghab"
         child.stdout.close()
         said = child.stderr.read().decode()
-        assert child.wait(timeout=60) == 0
+        assert child.wait(timeout=HANGING) == 0
     assert re.fullmatch(r"taking .*\n.*: bigram at step 1, char tokenizer, on cpu in float32; SAMPLE_SEED=\d+\n", said)
 
 

@@ -362,13 +362,13 @@ def test_merging_a_checkpoint(base, tmp_path):
     ("changes", "said"),
     [
         ({"LORA_RANK": "4", "MODEL_TYPE": "bigram"}, "LORA_RANK=4 (environment) needs MODEL_TYPE=gpt2"),
-        ({"LORA_RANK": "4", "MODEL_TYPE": "gpt2"}, "freezes a base: set GPT2_MODEL_NAME or INIT_FROM"),
-        ({"LORA_RANK": "4", "INIT_FROM": "x.pt", "MODEL_TYPE": "gpt2", "CHECKPOINT_LAYOUT": "huggingface"}, "transformers has no place for adapters"),
-        ({"CHECKPOINT_ADAPTERS_ONLY": "true"}, "saves adapters, and LORA_RANK=0 (default) adds none"),
+        ({"LORA_RANK": "4", "MODEL_TYPE": "gpt2"}, "freezes the base: name it with GPT2_MODEL_NAME or INIT_FROM"),
+        ({"LORA_RANK": "4", "INIT_FROM": "x.pt", "MODEL_TYPE": "gpt2", "CHECKPOINT_LAYOUT": "huggingface"}, "transformers cannot hold adapters"),
+        ({"CHECKPOINT_ADAPTERS_ONLY": "true"}, "saves adapters, but LORA_RANK=0 (default) adds none"),
         ({"LORA_TARGETS": "c_attn,wte"}, "expected some of c_attn, c_proj, c_fc, joined by commas"),
         ({"LORA_RANK": "-1"}, "expected a whole number at least 0"),
-        ({"LORA_ALPHA": "8"}, "LORA_ALPHA=8 (environment) says how, but LORA_RANK is not set: set it, or unset LORA_ALPHA"),
-        ({"TTT_BASE_LR": "2"}, "TTT_BASE_LR=2 (environment) says how, but TTT_LAYERS is not set"),
+        ({"LORA_ALPHA": "8"}, "LORA_ALPHA=8 (environment) has no effect without LORA_RANK: set that, or unset LORA_ALPHA"),
+        ({"TTT_BASE_LR": "2"}, "TTT_BASE_LR=2 (environment) has no effect without TTT_LAYERS"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together(changes, said):

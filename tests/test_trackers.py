@@ -183,7 +183,7 @@ def test_wandb_is_offline_unless_its_own_variables_say_otherwise(variables, mode
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert config.wandb_wishes() == {"mode": mode, "project": project}
+    assert config.wandb_options() == {"mode": mode, "project": project}
 
 
 def test_the_tracker_goes_on_with_the_run(tmp_path):

@@ -466,7 +466,7 @@ def test_blocks_that_the_weights_do_not_have_are_refused(tmp_path: Path) -> None
     code, said = train(tmp_path, INIT_FROM="latest", TTT_LAYERS="0,2", N_LAYER=None)
     assert (
         code,
-        "TTT_LAYERS=0,2 (environment) names a block that is not there: N_LAYER=2 (checkpoint) makes 0 to 1" in said,
+        "TTT_LAYERS=0,2 (environment) names a missing block: N_LAYER=2 (checkpoint) has blocks 0 to 1" in said,
     ) == (2, True)
     code, said = train(tmp_path, RESUME="auto", TTT_LAYERS="0")
     assert (code, "TTT_LAYERS is '0', the checkpoint has None" in said) == (2, True)
@@ -546,7 +546,7 @@ def test_adapters_alone_need_a_base_that_is_named() -> None:
     values = {"PYTHON_DOTENV_DISABLED": "1", "MODEL_TYPE": "gpt2", "CHECKPOINT_ADAPTERS_ONLY": "true"}
     with pytest.raises(
         config.ConfigError,
-        match=r"^CHECKPOINT_ADAPTERS_ONLY=true \(environment\) freezes a base: set GPT2_MODEL_NAME or",
+        match=r"^CHECKPOINT_ADAPTERS_ONLY=true \(environment\) freezes the base: name it with GPT2_MODEL_NAME or",
     ):
         config.read(values | {"TTT_LAYERS": "1"})
     with pytest.raises(config.ConfigError, match=r"adds none: set LORA_RANK or TTT_LAYERS$"):

@@ -4,13 +4,23 @@ import os
 from pathlib import Path
 
 from milepost.ckpt import archive
+from milepost.ckpt.bases import note_use
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
 from milepost.ckpt.finding import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
 from milepost.ckpt.layouts import LAYOUTS, WRITERS, layout_of
 from milepost.ckpt.record import Checkpoint, CheckpointError, printable
-from milepost.ckpt.retention import best_is_kept, free_space_problem, keep_best, prune, save, why_not_saved
+from milepost.ckpt.retention import (
+    best_is_kept,
+    free_space_problem,
+    keep_best,
+    keep_saved_best,
+    prune,
+    save,
+    saved_best,
+    why_not_saved,
+)
 
 __all__ = [
     "BEST_FOLDER",
@@ -29,14 +39,17 @@ __all__ = [
     "follow",
     "free_space_problem",
     "keep_best",
+    "keep_saved_best",
     "latest",
     "leading",
     "listing",
     "load",
     "not_finite",
+    "note_use",
     "prune",
     "resolve",
     "save",
+    "saved_best",
     "several",
     "verify",
     "whole_folder",

@@ -226,8 +226,12 @@ def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
     if record.tokenizer is None:
         return {}
     tokenizer = build_tokenizer(record)
+    try:
+        values = tokenizer_json.tokenizers_json(tokenizer)
+    except ValueError as error:
+        raise CheckpointError(f"{_where(record)}: {error}: choose another layout") from error
     return {
-        "tokenizer.json": tokenizer_json.tokenizers_json(tokenizer),
+        "tokenizer.json": values,
         "tokenizer_config.json": tokenizer_json.tokenizer_config(tokenizer)
         | {"model_max_length": record.model_settings["block_size"]},
     }

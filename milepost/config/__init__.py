@@ -1,19 +1,19 @@
-"""The settings: one environment variable each, read once at the start. Nothing here imports torch.
+"""The settings: environment variables, read once at the start. Nothing here imports torch.
 
-`variables.py` declares them and is the only file to edit for a new one. Only this package reads or writes os.environ.
+`variables.py` declares them and is the only file to edit for a new setting. Only this package reads or writes os.environ.
 """
 
 from milepost.config.command_line import from_command_line
-from milepost.config.docs import as_env, describe, env_example, help_text, reference
+from milepost.config.docs import as_env, declared, describe, env_example, help_text, reference
 from milepost.config.host import (
-    colour_unwanted,
     debug,
-    restarted,
-    restarts,
-    threads_left_at_one,
+    max_restarts,
+    no_color,
+    omp_threads_is_one,
     torchrun,
     tqdm_disabled,
-    wandb_wishes,
+    wandb_options,
+    was_restarted,
 )
 from milepost.config.parse import expected
 from milepost.config.resolve import (
@@ -23,13 +23,13 @@ from milepost.config.resolve import (
     frozen_base,
     read,
     replaced,
-    same_everywhere,
+    shared_settings,
     to_dict,
     without,
 )
 from milepost.config.variables import (
-    LAYERS,
-    MAY_BE_BLANK,
+    ALLOW_BLANK,
+    LORA_LAYERS,
     ROOT,
     SCOPES,
     VARIABLES,
@@ -38,8 +38,8 @@ from milepost.config.variables import (
 )
 
 __all__ = [
-    "LAYERS",
-    "MAY_BE_BLANK",
+    "ALLOW_BLANK",
+    "LORA_LAYERS",
     "ROOT",
     "SCOPES",
     "VARIABLES",
@@ -47,9 +47,9 @@ __all__ = [
     "ConfigError",
     "as_env",
     "changes",
-    "colour_unwanted",
     "contradictions",
     "debug",
+    "declared",
     "describe",
     "env_example",
     "expected",
@@ -57,16 +57,17 @@ __all__ = [
     "from_saved",
     "frozen_base",
     "help_text",
+    "max_restarts",
+    "no_color",
+    "omp_threads_is_one",
     "read",
     "reference",
     "replaced",
-    "restarted",
-    "restarts",
-    "same_everywhere",
-    "threads_left_at_one",
+    "shared_settings",
     "to_dict",
     "torchrun",
     "tqdm_disabled",
-    "wandb_wishes",
+    "wandb_options",
+    "was_restarted",
     "without",
 ]

@@ -1,4 +1,4 @@
-"""`python3 -m milepost.config` writes .env.example and docs/configuration.md anew from the declarations."""
+"""`python3 -m milepost.config` writes .env.example and docs/configuration.md from the declarations."""
 
 from milepost.config.docs import write_files
 

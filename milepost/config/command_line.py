@@ -1,4 +1,4 @@
-"""The settings of a script that is started from a command line, or its help, or what is wrong with them."""
+"""The first call of every script: its settings, its help, or the list of mistakes."""
 
 import os
 import sys
@@ -7,37 +7,46 @@ from typing import TextIO
 
 from milepost.config.docs import help_text
 from milepost.config.host import debug
-from milepost.config.names import arguments_refused
+from milepost.config.names import refuse_arguments
 from milepost.config.resolve import read
 from milepost.config.variables import Config, ConfigError, printable
+from milepost.runtime.interrupt import exit_on_signal
 
 
-def from_command_line(argv: Sequence[str]) -> Config:
-    """What every script calls first, with sys.argv: the settings; else help (exit 0) or what is wrong (exit 2)."""
-    refuse_arguments(argv)
+def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Config:
+    """Return the settings of the script whose __name__ and __doc__ these are; print its help (exit 0) or the mistakes (exit 2).
+
+    `reads` names the variables that the script reads, and groups of variables; --help lists them. Call it before torch is
+    imported, so that a mistake is reported at once and a signal ends the import. A script that is imported, not run, gets the
+    declared defaults.
+    """
+    if module != "__main__":
+        return Config()
+    exit_on_signal()
+    script, *arguments = sys.argv
+    if {"-h", "--help"}.intersection(arguments):
+        _print_help(help_text(script, doc or "", reads))
+        raise SystemExit(0)
+    if arguments:
+        _print_once(printable(refuse_arguments(script, arguments)), sys.stderr)
+        raise SystemExit(2)
     try:
         return read()
     except ConfigError as error:
         if debug():
             raise
-        print_once(str(error), sys.stderr)
+        _print_once(str(error), sys.stderr)
         raise SystemExit(2) from None
 
 
-def print_once(text: str, stream: TextIO) -> None:
-    """Prints what every process that torchrun starts would print: the first one of each machine does."""
+def _print_help(text: str) -> None:
+    try:
+        _print_once(text, sys.stdout)
+    except BrokenPipeError:  # as by `| head`; an open stdout would make Python complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_once(text: str, stream: TextIO) -> None:
+    """Print in one process per machine, as torchrun's processes would all print the same."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=stream, flush=True)
-
-
-def refuse_arguments(argv: Sequence[str]) -> None:
-    """Print help and exit 0 for --help; exit 2 for any other argument, naming the variable that was probably meant."""
-    if {"-h", "--help"}.intersection(argv[1:]):
-        try:
-            print_once(help_text(argv[0]), sys.stdout)
-        except BrokenPipeError:  # as by `| head`; without this, Python complains once more when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0)
-    if argv[1:]:
-        print_once(printable(arguments_refused(argv)), sys.stderr)
-        raise SystemExit(2)

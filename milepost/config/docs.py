@@ -1,10 +1,10 @@
 """The settings as text: --help, an env file, .env.example and docs/configuration.md.
 
-`python3 -m milepost.config` writes the last two anew.
+`python3 -m milepost.config` writes the last two.
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from milepost.config.parse import as_text, expected, quoted, short_text
 from milepost.config.resolve import defaults_of
@@ -13,8 +13,8 @@ from models import MODELS
 
 
 def as_env(config: Config) -> str:
-    """The settings as the text of an env file that, given as ENV_FILE, sets them all again."""
-    lines = ["# The settings of a run, to be used again: ENV_FILE=path/of/this/file python3 training.py"]
+    """Return the settings as an env file; used as ENV_FILE, it sets them all again."""
+    lines = ["# The settings of a run. To use them again: ENV_FILE=path/of/this/file python3 training.py"]
     for name in VARIABLES:
         text = "" if name == "ENV_FILE" else as_text(getattr(config, name.lower()))
         lines.append(f"{name}={quoted(text)}" if text else f"# {name}=")
@@ -22,17 +22,20 @@ def as_env(config: Config) -> str:
 
 
 def describe(config: Config) -> list[str]:
-    """A few lines on the settings that differ from their defaults, each with its source."""
-    values = {name: getattr(config, name.lower()) for name in VARIABLES}
-    usual = defaults_of(values)
-    changed = [name for name in VARIABLES if values[name] != usual[name]]
-    said = [f"{name}={short_text(values[name])} ({config.sources[name]})" for name in changed]
-    text = "non-default settings: " + (", ".join(said) or "none")
+    """Return lines on the settings that differ from their defaults, each with its source."""
+    changed = [name for name in VARIABLES if getattr(config, name.lower()) != _default_beside(config, name)]
+    shown = [f"{name}={short_text(getattr(config, name.lower()))} ({config.sources[name]})" for name in changed]
+    text = "non-default settings: " + (", ".join(shown) or "none")
     return textwrap.wrap(printable(text), 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def default_text(name: str) -> str:
-    """The default of a variable in words, for every model where they differ."""
+def _default_beside(config: Config, name: str) -> object:
+    """Return the value that the variable would have if only it were not set: defaults depend on other variables."""
+    return defaults_of({each: getattr(config, each.lower()) for each in VARIABLES if each != name})[name]
+
+
+def _default_text(name: str) -> str:
+    """Return the default of a variable as text, for each model where they differ."""
     return _default_by_model(name) or as_text(VARIABLES[name].default)
 
 
@@ -49,26 +52,47 @@ def _meaning(name: str) -> str:
 
 
 def _groups() -> Iterator[tuple[str, list[str]]]:
-    """The groups of variables in the order of their declaration."""
+    """Yield each group and its variables, in the order of declaration."""
     for group in dict.fromkeys(each.metadata["group"] for each in VARIABLES.values()):
         yield group, [name for name, each in VARIABLES.items() if each.metadata["group"] == group]
 
 
-def help_text(script: str) -> str:
-    """What --help prints."""
-    lines = [f"usage: [NAME=value ...] python3 {script}", "Settings are environment variables, or lines of .env."]
-    for group, names in _groups():
-        lines += ["", group]
+def declared(reads: Sequence[str]) -> dict[str, list[str]]:
+    """Return the variables of a script's READS by heading: the names before its first group are its common settings.
+
+    A group stands for its variables but for those that READS names itself, and ENV_FILE, which every script reads. Raises KeyError
+    for a name that is neither a variable nor a group.
+    """
+    groups = dict(_groups())
+    heading = "Settings" if set(reads) <= VARIABLES.keys() else "Common settings"
+    headings: dict[str, list[str]] = {heading: []}
+    for word in reads:
+        if word in VARIABLES:
+            headings.setdefault(heading, []).append(word)
+        else:
+            headings[word] = [name for name in groups[word] if name not in (*reads, "ENV_FILE")]
+            heading = "Other settings"
+    return headings
+
+
+def help_text(script: str, doc: str, reads: Sequence[str]) -> str:
+    """Return the text of --help: usage, the first paragraph of the script's docstring, and the variables that it reads."""
+    summary = textwrap.wrap(doc.strip().partition("\n\n")[0], 100)
+    lines = [f"usage: [NAME=value ...] python3 {script}", "", *summary, "",
+             "Settings are environment variables, or lines of .env or of the file that ENV_FILE names.",
+             "docs/configuration.md describes the variables of all scripts."]  # fmt: skip
+    for heading, names in declared(reads).items():
+        lines += ["", heading]
         for name in names:
-            lines.append(f"  {name}  (default: {default_text(name) or 'not set'})")
+            lines.append(f"  {name}  (default: {_default_text(name) or 'not set'})")
             lines += textwrap.wrap(_meaning(name), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
 def env_example() -> str:
-    """The text of .env.example: every variable with its default, commented out."""
+    """Return the text of .env.example: every variable with its default, commented out."""
     lines = [
-        "# Copy this file to .env, remove the # before a setting and change it. Made by: python3 -m milepost.config"
+        "# Copy this file to .env, remove the # before a setting and change it. Written by: python3 -m milepost.config"
     ]
     for group, names in _groups():
         lines += ["", f"# --- {group} ---"]
@@ -81,13 +105,13 @@ def env_example() -> str:
 
 
 def reference() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     lines = [INTRODUCTION]
     for group, names in _groups():
-        lines += [f"## {group}", "", "| Variable | Default | Takes | On going on | Meaning |", "| --- " * 5 + "|"]
+        lines += [f"## {group}", "", "| Variable | Default | Takes | On resume | Meaning |", "| --- " * 5 + "|"]
         for name in names:
             rules = VARIABLES[name].metadata
-            cells = [f"`{name}`", default_text(name) or "not set", expected(VARIABLES[name])]
+            cells = [f"`{name}`", _default_text(name) or "not set", expected(VARIABLES[name])]
             lines.append("| " + " | ".join([*cells, SCOPES[rules["scope"]], rules["doc"]]) + " |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
@@ -96,27 +120,28 @@ def reference() -> str:
 INTRODUCTION = """# Configuration
 
 Every setting is an environment variable, or a line of the file `.env` in the repository. Scripts take no argument but
-`--help`. This page is written by `python3 -m milepost.config`; `.env.example` holds the same list to start from.
+`--help`, which lists the variables that the script reads. `python3 -m milepost.config` writes this page and
+`.env.example`, which holds the same list to start from.
 
 - The process environment comes first, then `.env`, then the default. `ENV_FILE=other.env` reads that file instead, and
-  `PYTHON_DOTENV_DISABLED=1` none. The first lines of a run say where each setting that is not a default came from.
-- An empty value counts as unset. Switches take true, false, 1, 0, yes, no, on and off. Whole numbers may be written
-  `5_000` or `1e4`. In an env file, `${NAME}` stands for another variable.
-- Paths that are given are relative to the current folder, defaults to the repository.
-- All mistakes are reported together, and the exit code is 2. In the env file every unknown name is one. In the process
-  environment only a name of 8 letters or more with an underscore is, if it nearly is a variable here (difflib's ratio
-  is at least 0.9), such as `CHECKPOINT_INTERVALS`.
-- "On going on" says what `RESUME` and `MODE=resume` do with a setting. "must match": `RESUME=auto` takes only a
-  checkpoint that shares it. "saved": taken from the checkpoint when not given. "saved, else a fork": so too, and a new
-  value starts a child run, as it changes the trained weights. "as given": never taken from a checkpoint.
-- The variables of others keep their meaning, and may stand in the env file too: `CUDA_VISIBLE_DEVICES`,
-  `OMP_NUM_THREADS`, `HF_HOME`, `HF_HUB_OFFLINE`, `TIKTOKEN_CACHE_DIR`, `NO_COLOR`, `TQDM_DISABLE` and such.
+  `PYTHON_DOTENV_DISABLED=1` reads no file. A run starts by logging every setting that is not a default, and its source.
+- An empty value counts as unset. Booleans take true, false, 1, 0, yes, no, on and off. Whole numbers may be written
+  `5_000` or `1e4`. In an env file, `${NAME}` expands to another variable.
+- Paths that are set are relative to the current folder, default paths to the repository.
+- All mistakes are reported together, and the exit code is 2. In the env file every unknown name is a mistake. In the
+  process environment a name is one if it has 8 letters or more and an underscore, and nearly is a variable of this
+  page (difflib's ratio is at least 0.9), such as `CHECKPOINT_INTERVALS`.
+- "On resume" tells what `RESUME` and `MODE=resume` do with a setting. "must match": `RESUME=auto` takes only a
+  checkpoint with the same value. "saved": taken from the checkpoint unless set. "saved, else a fork": likewise, and a
+  new value starts a child run, because it changes the trained weights. "as set": never taken from a checkpoint.
+- Other programs' variables keep their meaning and may stand in the env file: `CUDA_VISIBLE_DEVICES`,
+  `OMP_NUM_THREADS`, `HF_HOME`, `HF_HUB_OFFLINE`, `TIKTOKEN_CACHE_DIR`, `NO_COLOR`, `TQDM_DISABLE` and so on.
   `DEBUG=1` shows the traceback of an error.
 """
 
 
 def write_files() -> None:
-    """Writes the two generated files anew."""
+    """Write .env.example and docs/configuration.md."""
     for name, text in ((".env.example", env_example()), ("docs/configuration.md", reference())):
         (ROOT / name).write_text(text, encoding="utf-8", newline="\n")
         print(f"wrote {name}")

@@ -1,4 +1,4 @@
-"""What other programs say in the environment: torchrun, the terminal, Weights & Biases, tqdm."""
+"""Settings that belong to other programs: torchrun, the terminal, Weights & Biases, tqdm."""
 
 import os
 
@@ -7,56 +7,53 @@ from milepost.config.variables import ConfigError
 
 
 def debug() -> bool:
-    """Whether errors show their traceback: DEBUG is exactly 1, as others use the name too."""
+    """Return whether errors show their traceback: DEBUG is exactly 1, because other programs use that name too."""
     return os.environ.get("DEBUG") == "1"
 
 
 def torchrun() -> dict[str, int]:
-    """What torchrun tells each process that it starts: its rank and their number, in all and on this machine. Empty without it.
+    """Return rank, size, local_rank and local_size of this process; an empty dict without torchrun or with one process.
 
-    Raises ConfigError if a part of it is missing or no number: other programs set some of these names too.
+    Raises ConfigError if a variable is missing or not a number: other programs set some of these names too.
     """
-    wanted = {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
-    if os.environ.get("WORLD_SIZE", "1").strip() in ("", "1"):
+    names = {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
+    size = os.environ.get("WORLD_SIZE", "").strip()
+    if size in ("", "1"):
         return {}
-    names = [*wanted.values(), "MASTER_ADDR", "MASTER_PORT"]
-    if wrong := [name for name in names if not os.environ.get(name)] or [
-        name for name in wanted.values() if not os.environ[name].isdecimal()
-    ]:
-        size = os.environ["WORLD_SIZE"]
-        raise ConfigError(
-            [f"WORLD_SIZE={size:.20} without a valid {', '.join(wrong)}: start with torchrun, or unset WORLD_SIZE"]
-        )
-    return {field: int(os.environ[name]) for field, name in wanted.items()}
+    missing = [name for name in (*names.values(), "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if wrong := missing or [name for name in names.values() if not os.environ[name].isdecimal()]:
+        problem = f"WORLD_SIZE={size:.20} without a valid {', '.join(wrong)}"
+        raise ConfigError([f"{problem}: start with torchrun, or unset WORLD_SIZE"])
+    return {field: int(os.environ[name]) for field, name in names.items()}
 
 
-def threads_left_at_one() -> bool:
-    """Whether OMP_NUM_THREADS is 1, as torchrun leaves it if nobody sets it."""
+def omp_threads_is_one() -> bool:
+    """Return whether OMP_NUM_THREADS is 1, to which torchrun sets it unless the user does."""
     return os.environ.get("OMP_NUM_THREADS") == "1"
 
 
-def restarts() -> int:
-    """How often torchrun starts the processes anew if one fails (`--max-restarts`)."""
+def max_restarts() -> int:
+    """Return torchrun's --max-restarts: how often it restarts all processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
 
 
-def restarted() -> bool:
-    """Whether torchrun has started the processes before, and one of them failed."""
+def was_restarted() -> bool:
+    """Return whether torchrun started these processes after a failure of earlier ones."""
     return (os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0") != "0"
 
 
-def wandb_wishes() -> dict[str, str]:
-    """Mode and project of Weights & Biases: its own variables', else offline, so that it never asks for a login, and `milepost`."""
-    usual = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return {"mode": os.environ.get("WANDB_MODE") or usual, "project": os.environ.get("WANDB_PROJECT") or "milepost"}
+def wandb_options() -> dict[str, str]:
+    """Return mode and project of Weights & Biases. Without an API key the mode is offline, so that it never asks for a login."""
+    mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    return {"mode": os.environ.get("WANDB_MODE") or mode, "project": os.environ.get("WANDB_PROJECT") or "milepost"}
 
 
-def colour_unwanted() -> bool:
-    """Whether NO_COLOR (https://no-color.org) or a terminal without any asks for none."""
+def no_color() -> bool:
+    """Return whether NO_COLOR (https://no-color.org) or TERM=dumb turns colors off."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
 def tqdm_disabled() -> bool:
-    """Whether TQDM_DISABLE asks for no progress bar; tqdm itself takes any text, 0 included, for yes."""
+    """Return whether TQDM_DISABLE turns the progress bar off; unlike tqdm itself, false and 0 leave it on."""
     text = os.environ.get("TQDM_DISABLE", "").strip().lower()
     return bool(text) and BOOLEANS.get(text, True)

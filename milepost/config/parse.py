@@ -1,4 +1,4 @@
-"""One value of a variable: from text, from a checkpoint, back to text, and the sentence that refuses it."""
+"""Values of variables: parse them from text or from a checkpoint, format them as text, refuse invalid ones."""
 
 import difflib
 import glob
@@ -12,10 +12,9 @@ from dataclasses import Field
 from types import NoneType
 from typing import Any, get_args
 
-from milepost.config.variables import BIGGEST, LAYERS, MAY_BE_BLANK
+from milepost.config.variables import ALLOW_BLANK, LORA_LAYERS, MAX_INT
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-
 
 LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "minimum": ("at least", operator.ge),
@@ -26,9 +25,9 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 def parse_value(variable: Field[Any], text: str, folder: str) -> Any:
-    """The value of a variable; ValueError where `text` is not as `expected` says. Relative paths start at `folder`."""
+    """Return the value of a variable. Raise ValueError if `text` is not what `expected` describes. Relative paths start at `folder`."""
     rules, word = variable.metadata, text.strip().lower()
-    text.encode("utf-8")  # bytes that are no UTF-8 arrive as lone surrogates; UnicodeEncodeError is a ValueError
+    text.encode("utf-8")  # invalid UTF-8 arrives as lone surrogates; UnicodeEncodeError is a ValueError
     if word in rules["words"]:
         return word
     if rules["choices"]:
@@ -37,7 +36,7 @@ def parse_value(variable: Field[Any], text: str, folder: str) -> Any:
         if word not in rules["choices"]:
             raise ValueError(text)
         return word
-    blank = not (text if variable.name.upper() in MAY_BE_BLANK else word)
+    blank = not (text if variable.name.upper() in ALLOW_BLANK else word)
     if blank or "\0" in text or (variable.name == "resume" and word in BOOLEANS):
         raise ValueError(text)
     if rules["form"]:
@@ -49,7 +48,7 @@ def parse_value(variable: Field[Any], text: str, folder: str) -> Any:
 
 
 def parse_saved(variable: Field[Any], value: object, folder: str) -> Any:
-    """Return a saved value, held to the same limits. Relative paths start at `folder`."""
+    """Return the value that a checkpoint holds, checked like text. Relative paths start at `folder`."""
     if value is None and NoneType in get_args(variable.type):
         return None
     if not isinstance(value, str | int | float) or (variable.metadata["form"] and not isinstance(value, str)):
@@ -64,9 +63,9 @@ def _boolean(text: str) -> bool:
 
 
 def _integer(text: str) -> int:
-    number = _number(text)  # 1e4 is a whole number too
+    number = _number(text)  # accepts 1e4
     value = int(number) if re.search("[.eE]", text) else int(text)
-    if not number.is_integer() or abs(value) > BIGGEST:
+    if not number.is_integer() or abs(value) > MAX_INT:
         raise ValueError(text)
     return value
 
@@ -79,7 +78,7 @@ def _number(text: str) -> float:
 
 
 def absolute_path(text: str, folder: str) -> str:
-    """The absolute path; a glob keeps its meaning below a folder whose own name holds brackets."""
+    """Return the absolute path. A glob stays valid below a folder whose name has brackets."""
     text = os.path.expanduser(text)
     path = os.path.abspath(os.path.join(folder, text))
     if glob.has_magic(text) and not os.path.lexists(path):
@@ -88,8 +87,8 @@ def absolute_path(text: str, folder: str) -> str:
 
 
 def _source(text: str, folder: str) -> str:
-    """A data source, its paths made absolute; URLs and named sets stay as they are."""
-    if os.path.lexists(absolute_path(text, folder)):  # one path, though it may hold a comma
+    """Return a data source with absolute paths; URLs and named sets stay as they are."""
+    if os.path.lexists(absolute_path(text, folder)):  # a single path that may contain a comma
         return absolute_path(text, folder)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
@@ -100,8 +99,8 @@ def _source(text: str, folder: str) -> str:
 
 
 def _paths(text: str, folder: str) -> str:
-    """Paths joined by commas, made absolute; latest and best among them stay as they are."""
-    if "," not in text or os.path.lexists(absolute_path(text, folder)):  # one path, though it may hold a comma
+    """Return paths joined by commas as absolute paths; latest and best stay as they are."""
+    if "," not in text or os.path.lexists(absolute_path(text, folder)):  # a single path that may contain a comma
         return absolute_path(text, folder)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
@@ -112,13 +111,13 @@ def _paths(text: str, folder: str) -> str:
 
 
 def _hub(text: str, folder: str) -> str:
-    """The absolute path of what is a folder or written like one, else the hub name as it is."""
+    """Return the absolute path of a folder, or a hub name as it is."""
     path = absolute_path(text.strip(), folder)
     return path if text.strip().startswith((".", "/", "~")) or os.path.isdir(path) else text.strip()
 
 
 def _list(text: str, _folder: str) -> tuple[str, ...]:
-    """The strings of a JSON list, or the one string that `text` is, with escapes."""
+    """Return the strings of a JSON list, or `text` as a single string with its escapes replaced."""
     if not text.lstrip().startswith("["):
         return (re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text),)
     values = json.loads(text)
@@ -129,63 +128,67 @@ def _list(text: str, _folder: str) -> tuple[str, ...]:
 
 
 def _name(text: str, folder: str) -> str:
-    """The beginning of a file's name: it must not lead out of its folder, nor hide it."""
+    """Return the prefix of a file name. It must not contain a separator or start with a dot."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", text.strip()):
         raise ValueError(text)
     return text.strip()
 
 
 def _layers(text: str, _folder: str) -> str:
-    """Names of layers joined by commas, in their own order."""
+    """Return layer names joined by commas, in the order of LORA_LAYERS."""
     names = [name.strip() for name in text.split(",")]
-    if not names or not set(names) <= set(LAYERS):
+    if not names or not set(names) <= set(LORA_LAYERS):
         raise ValueError(text)
-    return ",".join(name for name in LAYERS if name in names)
+    return ",".join(name for name in LORA_LAYERS if name in names)
 
 
 def _blocks(text: str, _folder: str) -> str:
-    """Numbers joined by commas, each once, in order."""
+    """Return distinct block numbers joined by commas, sorted."""
     numbers = sorted(_integer(word.strip()) for word in text.split(","))
     if numbers[0] < 0 or len(set(numbers)) < len(numbers):
         raise ValueError(text)
     return ",".join(map(str, numbers))
 
 
+# How to parse the value of a variable with a `form`: text and current folder -> value.
 FORMS: dict[str, Callable[[str, str], Any]] = {
-    **{
-        "path": absolute_path,
-        "paths": _paths,
-        "source": _source,
-        "hub": _hub,
-        "list": _list,
-        "name": _name,
-        "layers": _layers,
-    },
-    **{"blocks": _blocks},
+    "path": absolute_path,
+    "paths": _paths,
+    "source": _source,
+    "hub": _hub,
+    "list": _list,
+    "name": _name,
+    "layers": _layers,
+    "blocks": _blocks,
 }
-
 
 PARSERS: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _integer, float: _number, str: str}
 
-
+# What a type or form accepts, in messages and in the documentation.
 NOUNS: dict[Any, str] = {
-    **{bool: "true or false", int: "a whole number", float: "a number", str: "text in UTF-8", "path": "a path"},
-    **{"paths": "a path, or several joined by commas"},
-    **{"source": "files, folders, globs, an https URL or tinyshakespeare", "hub": "a hub name or a folder"},
-    **{"list": 'text, or a JSON list like ["a", "b"]', "name": "up to 40 letters, digits, `_`, `.` and `-`"},
-    **{"layers": f"some of {', '.join(LAYERS)}, joined by commas"},
-    **{"blocks": "different whole numbers from 0, joined by commas"},
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text in UTF-8",
+    "path": "a path",
+    "paths": "a path, or several joined by commas",
+    "source": "files, folders, globs, an https URL or tinyshakespeare",
+    "hub": "a hub name or a folder",
+    "list": 'text, or a JSON list like ["a", "b"]',
+    "name": "up to 40 letters, digits, `_`, `.` and `-`",
+    "layers": f"some of {', '.join(LORA_LAYERS)}, joined by commas",
+    "blocks": "different whole numbers from 0, joined by commas",
 }
 
 
 def kind_of(variable: Field[Any]) -> type:
-    """bool, int, float or str: the type without None and words."""
+    """Return bool, int, float or str: the type without None and words."""
     kind: Any = variable.type
     return (get_args(kind) or (kind,))[0]
 
 
 def expected(variable: Field[Any]) -> str:
-    """What a variable takes, in words."""
+    """Describe the values that a variable accepts."""
     rules = variable.metadata
     if rules["choices"]:
         return "one of " + ", ".join(rules["choices"])
@@ -195,20 +198,20 @@ def expected(variable: Field[Any]) -> str:
 
 
 def refusal(variable: Field[Any], value: object, source: str) -> str:
-    """Return the sentence that refuses a value: what it is, where it was set, what was expected."""
-    if isinstance(value, int) and abs(value) > BIGGEST:  # Python refuses to print the very large ones
+    """Return the sentence that refuses a value: the value, where it was set, and what was expected."""
+    if isinstance(value, int) and abs(value) > MAX_INT:  # Python does not print very large integers
         value = shown = f"(a number of {value.bit_length()} bits)"
     else:
-        shown = clipped(repr(value))
+        shown = clip(repr(value))
     digits = str(value).strip()
-    limit = " below 2**63" if kind_of(variable) is int and digits.isdecimal() and int(digits[:40]) > BIGGEST else ""
+    limit = " below 2**63" if kind_of(variable) is int and digits.isdecimal() and int(digits[:40]) > MAX_INT else ""
     options = (*variable.metadata["choices"], *variable.metadata["words"])
     hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(str(value).lower(), options, 1))
     return f"{variable.name.upper()}={shown} ({source}): expected {expected(variable)}{limit}{hint}"
 
 
 def as_text(value: Any) -> str:
-    """A value as an environment variable would hold it; empty is not set."""
+    """Return a value as the text of its environment variable; an empty text means not set."""
     if value is None or value == ():
         return ""
     if isinstance(value, float):
@@ -217,7 +220,7 @@ def as_text(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """`text` so that python-dotenv reads exactly it back: there is no escape for ${, but a nameless default will do."""
+    """Quote `text` for python-dotenv, which has no escape for `${`; a default without a name stands in for it."""
     if re.fullmatch(r"[\w./:@%+,-]*", text, re.ASCII):
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r")
@@ -225,11 +228,11 @@ def quoted(text: str) -> str:
 
 
 def short_text(value: Any) -> str:
-    """A value for one line: bare if it is plain, else quoted and clipped."""
+    """Return a value for a line of the log: bare if it is plain, else quoted and shortened."""
     text = as_text(value)
-    return text if re.fullmatch(r"[\w./:@%+,*-]+", text) else clipped(repr(text))
+    return text if re.fullmatch(r"[\w./:@%+,*-]+", text) else clip(repr(text))
 
 
-def clipped(text: str, length: int = 60) -> str:
-    """Return `text`, or its first `length` - 3 characters and an ellipsis."""
+def clip(text: str, length: int = 60) -> str:
+    """Return `text`, shortened to `length` characters with an ellipsis."""
     return text if len(text) <= length else text[: length - 3] + "..."

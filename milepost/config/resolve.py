@@ -1,4 +1,4 @@
-"""Reads the settings from the environment, the env file and the defaults, and merges them with those of a checkpoint.
+"""Read the settings from the environment, the env file and the defaults, and merge them with those of a checkpoint.
 
 All mistakes are reported together, before torch is imported.
 """
@@ -18,23 +18,23 @@ try:
 except ModuleNotFoundError:
     sys.exit(
         "python-dotenv is not installed for this Python: pip install -r requirements.txt, "
-        "or run .venv/bin/python, which make train makes"
+        "or run .venv/bin/python, which `make train` creates"
     )
 
 from milepost.config.names import is_foreign, unknown_in_environment, unknown_in_file
 from milepost.config.parse import absolute_path, parse_saved, parse_value, refusal, short_text
 from milepost.config.variables import (
-    ADAMW_WIDTH,
-    DATA,
+    ADAMW_N_EMBD,
+    ALLOW_BLANK,
+    DATA_VARIABLES,
     DEFAULT_MODEL,
-    DERIVED,
+    DERIVED_SOURCES,
     LORA_DEFAULTS,
-    LORA_OTHERS,
-    MACHINE_S_OWN,
-    MAY_BE_BLANK,
-    MUON_PAYS,
+    LORA_OPTIONS,
+    MUON_MIN_TOKENS,
+    PER_MACHINE,
     ROOT,
-    TTT_OTHERS,
+    TTT_OPTIONS,
     VARIABLES,
     Config,
     ConfigError,
@@ -45,10 +45,10 @@ from models import MODELS, with_trait
 
 
 def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str] | None = None) -> Config:
-    """The settings of `environ` (default: the process environment), then of the env file, then the defaults.
+    """Return the settings: those of `environ` (default: the process environment), then of the env file, then the defaults.
 
-    Given paths are relative to `cwd` (default: the current folder), defaults to the repository. With the process
-    environment, variables of others that the env file holds are put into it. Raises ConfigError with every problem.
+    Paths that are set are relative to `cwd` (default: the current folder), default paths to the repository. Other programs'
+    variables in the env file enter the process environment, unless `environ` is passed. Raises ConfigError with every problem.
     """
     variables = os.environ if environ is None else environ
     folder = os.path.abspath(os.getcwd() if cwd is None else cwd)
@@ -57,13 +57,13 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
     if environ is None:
         for name in filter(is_foreign, in_file):
             os.environ.setdefault(name, in_file[name])
-        # cuBLAS reads it when it starts; without it, its workspaces may change the order of sums.
+        # cuBLAS reads this when it starts. Without it, its workspaces may change the order of sums.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     problems += [*unknown_in_environment(variables), *unknown_in_file(in_file, label)]
-    texts = {name: (in_file[name], label) for name in VARIABLES if _says_something(name, in_file.get(name, ""))}
+    texts = {name: (in_file[name], label) for name in VARIABLES if _is_set(name, in_file.get(name, ""))}
     for name in VARIABLES:
         text = variables.get(name, "")
-        if _says_something(name, text) and (name, text) != ("PROMPT", "$P$G"):  # what Windows' own shell sets
+        if _is_set(name, text) and (name, text) != ("PROMPT", "$P$G"):  # which the shell of Windows sets
             texts[name] = text, "environment"
     values: dict[str, Any] = {}
     for name, (text, source) in texts.items():
@@ -74,21 +74,21 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
     return _finish(values, {name: source for name, (_, source) in texts.items()}, problems)
 
 
-def _says_something(name: str, text: str) -> bool:
-    """Whether a value counts as set: an empty one does not, nor does one of white space, but for texts that may consist of it."""
-    return bool(text if name in MAY_BE_BLANK else text.strip())
+def _is_set(name: str, text: str) -> bool:
+    """Return whether a value counts as set. Empty text does not, and blank text only where ALLOW_BLANK says so."""
+    return bool(text if name in ALLOW_BLANK else text.strip())
 
 
 def from_saved(current: Config, saved: Mapping[str, Any]) -> Config:
-    """`current` with every setting of training that was not given taken from `saved`, what `to_dict` once returned.
+    """Return `current` with the unset settings of training taken from `saved`, which `to_dict` wrote.
 
-    Names in `saved` that are unknown, or never taken from a checkpoint, are ignored: another version may have written
-    them. Raises ConfigError naming variable and checkpoint where a saved value is none or contradicts a given one.
+    Unknown names and names of scope "session" in `saved` are ignored: another version may have written them. Raises
+    ConfigError if a saved value is invalid or contradicts one that is set.
     """
-    values, sources = _given(current)
+    values, sources = _set_values(current)
     problems: list[str] = []
     for name, each in VARIABLES.items():
-        if each.metadata["scope"] != "session" and name in saved and not current.given(name):
+        if each.metadata["scope"] != "session" and name in saved and not current.is_set(name):
             sources[name] = "checkpoint"
             try:
                 values[name] = parse_saved(each, saved[name], str(ROOT))
@@ -98,56 +98,56 @@ def from_saved(current: Config, saved: Mapping[str, Any]) -> Config:
 
 
 def frozen_base(config: Config) -> bool:
-    """Whether adapters alone are trained, beside a base that stays as it is."""
+    """Return whether the base is frozen and only adapters train."""
     return config.lora_rank > 0 or config.checkpoint_adapters_only
 
 
 def contradictions(current: Config, saved: Mapping[str, Any]) -> list[tuple[str, Json, Json]]:
-    """The given settings of model and tokenizer that `saved` has otherwise: name, given and saved value.
+    """Return (name, set value, saved value) of each model or tokenizer setting that is set and differs from `saved`.
 
-    TOKENIZER=auto contradicts nothing. Data is no part of this: a text is known by its hash, not by its name.
+    TOKENIZER=auto contradicts nothing. The data source is left out: a text is known by its hash, not by its name.
     """
-    wished = [name for name, each in VARIABLES.items() if each.metadata["scope"] == "identity" and name not in DATA]
-    return [(name, now, before) for name, (before, now) in _differences(current, saved, wished).items()]
+    compared = [n for n, each in VARIABLES.items() if each.metadata["scope"] == "identity" and n not in DATA_VARIABLES]
+    return [(name, now, before) for name, (before, now) in _differences(current, saved, compared).items()]
 
 
 def changes(current: Config, saved: Mapping[str, Any]) -> dict[str, list[Json]]:
-    """The given settings that change the trained weights and that `saved` has otherwise: name -> [saved, given]."""
+    """Return {name: [saved value, set value]} of each setting that is set, changes the trained weights and differs from `saved`."""
     return _differences(current, saved, [name for name, each in VARIABLES.items() if each.metadata["scope"] == "math"])
 
 
 def replaced(current: Config, source: str, **values: Any) -> Config:
-    """`current` with `values`, told to come from `source`: neither given nor a default."""
+    """Return `current` with `values`, whose source is now `source`: derived, so neither set by the user nor a default."""
     derived = {name.upper(): source for name, value in values.items() if value != getattr(current, name)}
     return dataclasses.replace(current, **values, sources={**current.sources, **derived})
 
 
 def without(current: Config, names: Iterable[str]) -> Config:
-    """`current` as if `names` had not been given."""
-    values, sources = _given(current)
+    """Return `current` as if `names` were not set."""
+    values, sources = _set_values(current)
     left = {name: value for name, value in values.items() if name not in set(names)}
     return _build(left, {name: sources[name] for name in left})
 
 
 def _differences(current: Config, saved: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[Json]]:
-    values, _ = _given(current)
+    values, _ = _set_values(current)
     shared = [name for name in names if name in values and name in saved and values[name] != "auto"]
     return {name: [saved[name], values[name]] for name in shared if saved[name] != values[name]}
 
 
-def _given(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """The given values and their sources."""
-    values = {name: getattr(config, name.lower()) for name in VARIABLES if config.given(name)}
+def _set_values(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values that the user set, and their sources."""
+    values = {name: getattr(config, name.lower()) for name in VARIABLES if config.is_set(name)}
     return values, {name: config.sources[name] for name in values}
 
 
 def to_dict(config: Config) -> dict[str, Json]:
-    """What a checkpoint keeps: every variable but those of a session, and DEVICE for who reads it.
+    """Return the settings that a checkpoint stores: every variable but those of a session, and DEVICE for information.
 
-    A data source inside the repository is kept relative to it, so that the repository may move.
+    A data source inside the repository is stored relative to it, so that the repository can move.
     """
-    kept = [name for name, each in VARIABLES.items() if each.metadata["scope"] != "session" or name == "DEVICE"]
-    values = {name: getattr(config, name.lower()) for name in kept}
+    stored = [name for name, each in VARIABLES.items() if each.metadata["scope"] != "session" or name == "DEVICE"]
+    values = {name: getattr(config, name.lower()) for name in stored}
     values["TRAINING_DATA_SOURCE"] = ",".join(map(_portable, config.training_data_source.split(",")))
     return values
 
@@ -157,14 +157,14 @@ def _portable(path: str) -> str:
 
 
 def _finish(values: dict[str, Any], sources: dict[str, str], problems: list[str], *, merged: bool = False) -> Config:
-    """The Config of `values` and the defaults; raises ConfigError if there are problems or contradictions."""
+    """Return the Config of `values` and the defaults. Raise ConfigError if there are problems or contradictions."""
     bad = sources.keys() - values.keys()
     config = _build(values, sources)
-    # What a run that goes on is not given will come from its checkpoint: until then its default proves nothing.
-    open_ends = not merged and (config.resume != "never" or config.mode == "resume" or config.init_from is not None)
+    # A resumed run takes unset values from its checkpoint, so their defaults contradict nothing before that.
+    incomplete = not merged and (config.resume != "never" or config.mode == "resume" or config.init_from is not None)
     for names, sentence in _clashes(config):
-        known = [config.given(name) or VARIABLES[name].metadata["scope"] == "session" for name in names]
-        if any(map(config.given, names)) and not bad.intersection(names) and (all(known) or not open_ends):
+        known = [config.is_set(name) or VARIABLES[name].metadata["scope"] == "session" for name in names]
+        if any(map(config.is_set, names)) and not bad.intersection(names) and (all(known) or not incomplete):
             problems.append(sentence)
     if problems:
         raise ConfigError(problems)
@@ -176,14 +176,14 @@ def _build(values: dict[str, Any], sources: Mapping[str, str]) -> Config:
     return Config(**resolved, sources={name: sources.get(name, "default") for name in VARIABLES})
 
 
-def _pair(config: Config, one: str, other: str, text: str) -> tuple[tuple[str, ...], str]:
-    """Two variables, and the text with both settings in it."""
-    said = [f"{name}={short_text(getattr(config, name.lower()))} ({config.sources[name]})" for name in (one, other)]
-    return (one, other), text.format(*said)
+def _pair(config: Config, first: str, second: str, text: str) -> tuple[tuple[str, ...], str]:
+    """Return both variables, and `text` with their settings in the place of its braces."""
+    settings = [f"{n}={short_text(getattr(config, n.lower()))} ({config.sources[n]})" for n in (first, second)]
+    return (first, second), text.format(*settings)
 
 
 def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that are each right but not together: the variables concerned and the sentence."""
+    """Yield settings that are valid but contradict each other: the variables concerned and the sentence."""
     pair = functools.partial(_pair, config)
     yield from _adapter_clashes(config)
     heads, width, model = config.n_head, config.n_embd, MODELS[config.model_type]
@@ -194,17 +194,19 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if "n_head" in model.defaults and not config.gpt2_model_name and heads and width and width % heads:
         yield pair("N_EMBD", "N_HEAD", f"{{}} must be a multiple of {{}}: set N_EMBD={-(-width // heads) * heads}")
     if OPTIMIZERS[config.optimizer].hidden_matrices and not model.hidden_matrices:
-        yield pair("OPTIMIZER", "MODEL_TYPE", _needs_model("hidden_matrices") + ", which declares no hidden matrices")
+        yield pair("OPTIMIZER", "MODEL_TYPE", _needs_model("hidden_matrices") + ", which has no hidden matrices")
     # MODE=resume plans a schedule of its own, from RESUME_TRAINING_STEPS and RESUME_LEARNING_RATE.
     if config.mode != "resume" and config.warmup_steps > config.training_steps:
         yield pair("WARMUP_STEPS", "TRAINING_STEPS", "{} is more than {}: set fewer WARMUP_STEPS")
     if config.mode != "resume" and (config.min_learning_rate or 0) > config.learning_rate:
         yield pair("MIN_LEARNING_RATE", "LEARNING_RATE", "{} is above {}: set a lower MIN_LEARNING_RATE")
     if config.prompt is not None and config.prompt_file is not None:
-        yield pair("PROMPT", "PROMPT_FILE", "{} and {} are both given: unset one")
+        yield pair("PROMPT", "PROMPT_FILE", "{} and {} are both set: unset one")
     if config.checkpoint_keep_every and not config.checkpoint_keep_last:
         yield pair(
-            "CHECKPOINT_KEEP_EVERY", "CHECKPOINT_KEEP_LAST", "{} is about those leaving {}, which keeps all: set that"
+            "CHECKPOINT_KEEP_EVERY",
+            "CHECKPOINT_KEEP_LAST",
+            "{} thins what {} would delete, and that keeps everything: set CHECKPOINT_KEEP_LAST",
         )
     if config.resume_step is not None and config.mode == "resume":
         yield pair(
@@ -222,7 +224,7 @@ def _needs_model(trait: str, value: str | None = None) -> str:
 
 
 def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """`_clashes` of the adapters' settings."""
+    """Yield the contradictions among the settings of adapters."""
     pair = functools.partial(_pair, config)
     taken = MODELS[config.model_type].adapters
     if config.lora_rank and "lora" not in taken:
@@ -230,12 +232,12 @@ def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.ttt_layers and "ttt" not in taken:
         yield pair("TTT_LAYERS", "MODEL_TYPE", _needs_model("adapters", "ttt"))
     elif config.ttt_layers and config.n_layer and int(config.ttt_layers.split(",")[-1]) >= config.n_layer:
-        there = f"0 to {config.n_layer - 1}"
-        yield pair("TTT_LAYERS", "N_LAYER", f"{{}} names a block that is not there: {{}} makes {there}")
-    for off, others in (("LORA_RANK", LORA_OTHERS), ("TTT_LAYERS", TTT_OTHERS)):
-        for name in others:
-            if not getattr(config, off.lower()) and getattr(config, name.lower()) != VARIABLES[name].default:
-                yield pair(name, off, f"{{}} says how, but {off} is not set: set it, or unset {name}")
+        blocks = f"0 to {config.n_layer - 1}"
+        yield pair("TTT_LAYERS", "N_LAYER", f"{{}} names a missing block: {{}} has blocks {blocks}")
+    for switch, options in (("LORA_RANK", LORA_OPTIONS), ("TTT_LAYERS", TTT_OPTIONS)):
+        for name in options:
+            if not getattr(config, switch.lower()) and getattr(config, name.lower()) != VARIABLES[name].default:
+                yield pair(name, switch, f"{{}} has no effect without {switch}: set that, or unset {name}")
     freezes = "LORA_RANK" if config.lora_rank else "CHECKPOINT_ADAPTERS_ONLY"
     if (
         frozen_base(config)
@@ -246,34 +248,35 @@ def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair(
             freezes,
             "GPT2_MODEL_NAME",
-            "{} freezes a base: set GPT2_MODEL_NAME or INIT_FROM to the one that is meant",
+            "{} freezes the base: name it with GPT2_MODEL_NAME or INIT_FROM",
         )
     if config.checkpoint_adapters_only and not config.lora_rank and not config.ttt_layers:
         yield pair(
-            "CHECKPOINT_ADAPTERS_ONLY", "LORA_RANK", "{} saves adapters, and {} adds none: set LORA_RANK or TTT_LAYERS"
+            "CHECKPOINT_ADAPTERS_ONLY", "LORA_RANK", "{} saves adapters, but {} adds none: set LORA_RANK or TTT_LAYERS"
         )
     if config.lora_rank and config.checkpoint_layout == "huggingface":
         yield pair(
             "LORA_RANK",
             "CHECKPOINT_LAYOUT",
-            "{} and {}: transformers has no place for adapters; train in another layout, and convert "
-            "with CONVERT_TO=peft, or merge them first (scripts/merge_adapters.py)",
+            "{} and {}: transformers cannot hold adapters; train in another layout, then convert with "
+            "CONVERT_TO=peft or merge them (scripts/merge_adapters.py)",
         )
     if config.ttt_layers and config.checkpoint_layout == "huggingface":
         yield pair(
-            "TTT_LAYERS", "CHECKPOINT_LAYOUT", "{} and {}: transformers has no place for them; train in another layout"
+            "TTT_LAYERS", "CHECKPOINT_LAYOUT", "{} and {}: transformers has no TTT layers; train in another layout"
         )
 
 
 def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The default of every variable, given the model among `values`; paths are absolute, from the repository."""
+    """Return the default of every variable, which may depend on `values`. Paths are absolute, from the repository."""
     model = MODELS[values.get("MODEL_TYPE", DEFAULT_MODEL)]
     row: dict[str, Any] = dict(model.defaults)
     if values.get("GPT2_MODEL_NAME"):
         row = dict(next(entry.pretrained for entry in MODELS.values() if entry.pretrained))
-    elif model.adamw_learning_rate and values.get("OPTIMIZER", _fitting_optimizer(values, row)) == "adamw":
-        width = max(ADAMW_WIDTH, values.get("N_EMBD") or ADAMW_WIDTH)
-        row |= {"learning_rate": float(f"{model.adamw_learning_rate * ADAMW_WIDTH / width:.2g}"), "optimizer": "adamw"}
+    elif model.adamw_learning_rate and values.get("OPTIMIZER", _default_optimizer(values, row)) == "adamw":
+        n_embd = max(ADAMW_N_EMBD, values.get("N_EMBD") or ADAMW_N_EMBD)
+        learning_rate = float(f"{model.adamw_learning_rate * ADAMW_N_EMBD / n_embd:.2g}")
+        row |= {"learning_rate": learning_rate, "optimizer": "adamw"}
     if values.get("LORA_RANK"):
         row = row | LORA_DEFAULTS
     defaults = {name: row.get(each.name, each.default) for name, each in VARIABLES.items()}
@@ -288,45 +291,45 @@ def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | {"WARMUP_STEPS": min(defaults["WARMUP_STEPS"], steps // 10), "SAMPLE_INTERVAL": between}
 
 
-def _fitting_optimizer(values: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """Return the default optimizer of a model that declares Muon: a fixed rule on its width and the tokens of a step."""
+def _default_optimizer(values: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Return the default optimizer of a model that declares Muon in `row`: a fixed rule on N_EMBD and the tokens per step."""
     sizes = [values.get(name, row[name.lower()]) for name in ("BATCH_SIZE", "BLOCK_SIZE", "N_EMBD")]
     batch_size, block_size, n_embd = sizes
     tokens = batch_size * block_size * values.get("GRADIENT_ACCUMULATION_STEPS", 1)
-    return str(row["optimizer"]) if tokens >= MUON_PAYS * (n_embd or 0) else "adamw"
+    return str(row["optimizer"]) if tokens >= MUON_MIN_TOKENS * (n_embd or 0) else "adamw"
 
 
 def _read_env_file(environ: Mapping[str, str], folder: str, problems: list[str]) -> tuple[str, dict[str, str]]:
-    """The env file's name as shown to the user, and its variables; what is wrong with it goes to `problems`."""
-    given = environ.get("ENV_FILE", "") if environ.get("ENV_FILE", "").strip() else None
-    label = f"./{given}" if given in ("environment", *DERIVED) else given or ".env"
+    """Return the env file's name for messages, and its variables. Add what is wrong with it to `problems`."""
+    name = environ.get("ENV_FILE", "") if environ.get("ENV_FILE", "").strip() else None
+    label = f"./{name}" if name in ("environment", *DERIVED_SOURCES) else name or ".env"
     if environ.get("PYTHON_DOTENV_DISABLED", "").casefold() in ("1", "true", "t", "yes", "y"):
-        if given:
-            problems.append(f"ENV_FILE={given!r} is not read while PYTHON_DOTENV_DISABLED is set: unset one of them")
+        if name:
+            problems.append(f"ENV_FILE={name!r} is not read while PYTHON_DOTENV_DISABLED is set: unset one of them")
         return label, {}
-    path = Path(absolute_path(given, folder) if given else ROOT / ".env")
-    if not given and (path.is_dir() or not path.exists()):  # a folder .env is somebody's virtual environment
+    path = Path(absolute_path(name, folder) if name else ROOT / ".env")
+    if not name and (path.is_dir() or not path.exists()):  # a folder .env may be a virtual environment
         return label, {}
     try:
-        if path.is_fifo() or (path.is_char_device() and str(path) != os.devnull):  # it could be read for ever
-            raise OSError("it is no regular file")
+        if path.is_fifo() or (path.is_char_device() and str(path) != os.devnull):  # reading it might never end
+            raise OSError("not a regular file")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        problems.append(f"{label} cannot be read ({error}): expected UTF-8 text, one NAME=value a line")
+        problems.append(f"{label} cannot be read ({error}): expected UTF-8 text, one NAME=value per line")
         return label, {}
     lines = list(parse_stream(io.StringIO(text)))
     bad = [line for line in lines if line.error or "\0" in line.original.string or (line.key and line.value is None)]
     problems += [f"{label}, line {_line(line)}: expected NAME=value" for line in bad]
     readable = io.StringIO("".join(line.original.string for line in lines if line not in bad))
-    return label, {name: value or "" for name, value in dotenv_values(stream=readable).items()}
+    return label, {key: value or "" for key, value in dotenv_values(stream=readable).items()}
 
 
 def _line(binding: Binding) -> int:
-    """The line on which a statement begins; python-dotenv counts from the empty lines before it."""
+    """Return the line on which a statement begins; python-dotenv counts from the empty lines before it."""
     text = binding.original.string
     return binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
 
 
-def same_everywhere(config: Config) -> dict[str, Json]:
-    """What the processes of one training must have in common: all but where things lie on their machines."""
-    return {name: getattr(config, name.lower()) for name in VARIABLES if name not in MACHINE_S_OWN}
+def shared_settings(config: Config) -> dict[str, Json]:
+    """Return the settings that must be equal in all processes of one training: all but those of PER_MACHINE."""
+    return {name: getattr(config, name.lower()) for name in VARIABLES if name not in PER_MACHINE}

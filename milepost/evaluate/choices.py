@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.text.corpus import DataError, lines_of, suffix_of
+from milepost.text.errors import DataError
+from milepost.text.readers import lines_of, suffix_of
 
 Row = Mapping[str, Any]  # by names as `_plain` has them
 

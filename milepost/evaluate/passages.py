@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from milepost.text.corpus import Corpus, DataError, Scan
+from milepost.text.chunks import rechunk
+from milepost.text.corpus import Corpus
+from milepost.text.errors import DataError, UnknownCharacters
+from milepost.text.scan import Scan
 from milepost.text.token_files import CHUNK, cut
-from milepost.text.tokenization import Tokenizer, UnknownCharacters, rechunk
+from milepost.text.tokenization import Tokenizer
 
 # From sequences of ids, each (N,), the log-probabilities of all but its first, in nats, each (N - 1,).
 Score = Callable[[list[np.ndarray]], list[np.ndarray]]

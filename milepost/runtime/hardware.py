@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from milepost.splitmix import mix
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # On a CPU, bfloat16 pays once the matrices are this wide: in training, where casting costs, and in generating, where calls do.
@@ -186,17 +188,6 @@ def seed_step(device: torch.device, seed: int, step: int, *, rank: int = 0) -> N
         torch.cuda.manual_seed(drawn)
     elif device.type == "mps":
         torch.mps.manual_seed(drawn)
-
-
-def mix(*values: int) -> int:
-    """One 63-bit seed from several numbers: splitmix64 (Steele, Lea and Flood 2014), folded over the values."""
-    state = 0
-    for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:

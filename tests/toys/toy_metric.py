@@ -9,4 +9,4 @@ def norm_of(block):
     return lambda run: get_total_norm([parameter.grad for parameter in run.model.blocks()[block].parameters()])
 
 
-training.METRICS |= {f"grad_norm_block{block}": norm_of(block) for block in range(2)}
+training.MEASURES |= {f"grad_norm_block{block}": norm_of(block) for block in range(2)}
