@@ -24,7 +24,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it
 SAMPLE_TOKENS = 200
 LEASE = 120  # seconds after which a network file system frees the locks of a machine that is gone
 FOLDERS_OF_A_RUN = ("samples", "tensorboard", "wandb")  # in RUNS_DIR/<run_id>, made when they are needed
-PROBE_SECONDS = 2.0  # of the time that an estimate of the run's length may take, once it has two measurements
+PROBE_SECONDS = 2.0  # that estimating the seconds per step may take beyond the warm-up
 METRICS = "metrics.jsonl"
 TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"
 
@@ -122,6 +123,7 @@ def train(run: Run) -> int:
         try:
             with Interrupt() as stop:
                 say_start(run)
+                say_plan(run, warm_up(run))
                 bar = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
                 with contextlib.closing(bar) as run.progress, kept_if_lost(run):
                     loop(run, stop)
@@ -178,29 +180,34 @@ def loop(run: Run, stop: Interrupt) -> None:
 
         # Learn: one optimizer step, and its line in the metrics when it is due.
         lr = lr_at(run.step, run.schedule)
-        loss, grad_norm = training_step(run, lr)
+        metrics = training_step(run, lr)
         run.progress.advance(run.step)
         if is_due(run, "log"):
-            report(run, clock, loss=loss, lr=lr, grad_norm=grad_norm)
+            report(run, clock, metrics)
 
 
-def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
-    """One optimizer step; returns its loss (mean over the batch, nats per token) and its gradient's norm before clipping, both 0-dim.
+# Further metrics of a training step, by name: 0-dim tensors, computed from the run while the gradients are in place, before clipping.
+MEASURES: dict[str, Callable[[Run], Tensor]] = {}
 
-    Raises TrainingError before the weights are touched if either is not finite.
+
+def training_step(run: Run, lr: float) -> dict[str, Tensor]:
+    """Take one optimizer step; return its metrics, 0-dim: loss (nats per token), lr, grad_norm before clipping, the model's and MEASURES.
+
+    Raises TrainingError before the weights are touched if loss or grad_norm is not finite.
     """
     # Every random draw of the step, dropout's, is a function of (seed, step, rank): resuming needs no generator's state.
     hardware.seed_step(run.device, run.settings.seed, run.step, rank=run.world.rank)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
 
-    loss = accumulate_gradients(run)
+    metrics = accumulate_gradients(run)
 
     # Clip, and stop while the weights are still good if something is not finite.
     run.scaler.unscale_(run.optimizer)
-    grad_norm = gradient_norm(run.optimizer)
-    check_finite(run, loss, grad_norm)
-    clip_gradients(run.optimizer, grad_norm, limit=run.settings.grad_clip)
+    metrics |= {"lr": torch.tensor(lr, dtype=torch.float64), "grad_norm": gradient_norm(run.optimizer)}
+    metrics |= {name: distributed.full(measure(run)).detach() for name, measure in MEASURES.items()}
+    check_finite(run, metrics["loss"], metrics["grad_norm"])
+    clip_gradients(run.optimizer, metrics["grad_norm"], limit=run.settings.grad_clip)
 
     # Update, once what is being saved is copied. The scaler leaves out an update whose float16 gradients overflowed; without float16 it does nothing.
     run.writer.settle()
@@ -211,24 +218,26 @@ def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
     run.step += 1
     run.tokens_seen += run.batches.rows_per_step * run.settings.block_size
     run.updating = False
-    return loss, grad_norm
+    return metrics
 
 
-def accumulate_gradients(run: Run) -> Tensor:
-    """Leaves the step's gradients on the parameters and returns its loss: each micro-batch counts for its share of the whole batch.
+def accumulate_gradients(run: Run) -> dict[str, Tensor]:
+    """Leave the step's gradients on the parameters; return the loss and the model's metrics, each the mean over the micro-batches.
 
-    Of several processes each takes its own rows of every micro-batch; gradients and loss are the means over all.
+    Each process takes its own sequences of every micro-batch; gradients, loss and metrics are means over all processes.
     """
     x, y = (ids.to(run.device, non_blocking=True) for ids in run.batches.at(run.step))  # (A, B, T) both
-    total = torch.zeros((), device=run.device)
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=run.device))
     for number, (micro_x, micro_y) in enumerate(zip(x, y, strict=True), 1):
         with distributed.syncing(run.forward, run.engine, now=number == len(x)):
             with hardware.autocast(run.device, run.dtype):
-                _, loss = run.forward(micro_x, micro_y)
-                loss = loss / len(x)
+                output = run.forward(micro_x, micro_y)
+                loss = output.loss / len(x)
             run.scaler.scale(loss).backward()
-        total += loss.detach()
-    return run.world.mean(total)
+        parts = {name: value.detach() / len(x) for name, value in output.metrics.items()} | {"loss": loss.detach()}
+        for name, value in parts.items():
+            totals[name] += value
+    return {name: run.world.mean(total) for name, total in totals.items()}
 
 
 def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
@@ -278,31 +287,21 @@ class Clock:
         return rate
 
 
-def report(run: Run, clock: Clock, *, loss: Tensor, lr: float, grad_norm: Tensor) -> None:
-    """One line of training in metrics.jsonl, and the figures beside the bar."""
-    value, rate = loss.item(), clock.rate()
-    write_metrics(run, split="train", loss=value, lr=lr, grad_norm=grad_norm.item(), tok_s=round(rate, 1))
+def report(run: Run, clock: Clock, metrics: Mapping[str, Tensor]) -> None:
+    """Write a line of training to metrics.jsonl, and show loss and speed beside the bar."""
+    values, rate = {name: value.item() for name, value in metrics.items()}, clock.rate()
+    write_metrics(run, "train", values | {"tok_s": round(rate, 1)})
     left = (run.end - run.step) * run.batches.rows_per_step * run.settings.block_size / max(rate, 1e-9)
-    run.progress.show(run.step, loss=f"{value:.4f}", tok_s=amount(rate), seconds_left=left)
+    run.progress.show(run.step, loss=f"{values['loss']:.4f}", tok_s=amount(rate), seconds_left=left)
 
 
-def write_metrics(
-    run: Run,
-    *,
-    split: str,
-    loss: float | None,
-    lr: float | None = None,
-    grad_norm: float | None = None,
-    tok_s: float | None = None,
-) -> None:
-    """One object with the same names in every line, null where a name has no meaning for the split; and its mirror in the tracker.
-
-    Of several processes, the first one's.
-    """
+def write_metrics(run: Run, split: str, values: Mapping[str, float]) -> None:
+    """Write one line to metrics.jsonl and to the tracker, on rank 0. Every line has the first names, null where the split has no value."""
     if not run.world.first:
         return
-    values = {"split": split, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen, "tok_s": tok_s}
-    line = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3)} | values
+    own = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3), "split": split}
+    usual = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.tokens_seen, "tok_s": None}
+    line: dict[str, Any] = own | usual | dict(values) | own  # no metric takes the place of what a line is known by
     with may_be_refused(run, METRICS):
         run.metrics.write(**line)
     run.mirror.write(line)
@@ -327,7 +326,7 @@ def observe(run: Run, stop: Interrupt) -> None:
             return
         if not math.isfinite(loss):
             raise TrainingError(f"the validation loss after step {run.step} is {loss}; {TRY_INSTEAD}")
-        write_metrics(run, split="validation", loss=loss)
+        write_metrics(run, "validation", {"loss": loss})
         run.progress.show(run.step, validation=f"{loss:.4f}")
         run.validation_loss = loss
         if run.step and loss < (math.inf if run.best_loss is None else run.best_loss):
@@ -362,7 +361,7 @@ def evaluate(run: Run, stop: Interrupt) -> float | None:
         counted = x[own].numel()
         rows = own if counted else slice(1)
         with hardware.autocast(run.device, run.dtype):
-            _, loss = run.model(x[rows].to(run.device), y[rows].to(run.device))
+            loss = run.model(x[rows].to(run.device), y[rows].to(run.device)).loss
         total, count = total + loss.item() * counted, count + counted
         if stopping := world.any(stop.requested):
             break
@@ -567,7 +566,7 @@ def was_seen(run: Run, line: dict[str, Any]) -> bool:
 def say_start(run: Run) -> None:
     """At most 15 lines: what is trained on what, for how long, and where it goes."""
     settings, text, say = run.settings, run.text, run.log
-    count, steps, rows = models.parameter_count(run.model), run.end - run.step, run.batches.rows_per_step
+    count = models.parameter_count(run.model)
     shared = f"{run.world.size} processes by {run.engine}, each " if run.world.size > 1 else ""
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     numerics = f"{shared}{threads}, {run.dtype}, {'compiled' if run.compile_step else 'eager'}"
@@ -579,10 +578,6 @@ def say_start(run: Run) -> None:
     adapters = f", {amount(trained)} of them trained" if trained < count else ""
     say(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB){adapters}, block size {settings.block_size}")
     warn_of_memory(run)
-    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
-    amounts = f"{amount(steps * rows * settings.block_size)} tokens, {epochs:.2g} epochs"
-    left = duration(steps * seconds_per_step(run))
-    say(f"plan: {steps} steps of {rows} x {settings.block_size} tokens = {amounts}; about {left}")
     say(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
     say_checkpoints(run)
     for line in config.describe(settings):
@@ -605,8 +600,8 @@ def say_checkpoints(run: Run) -> None:
     say(f"checkpoints: {every}{kept}, to {shown(Path(settings.checkpoint_dir))} ({settings.checkpoint_layout})")
     if settings.checkpoint_model_only:
         say("CHECKPOINT_MODEL_ONLY=true: without their optimizer, checkpoints generate but cannot go on exactly")
-    if settings.checkpoint_layout == "huggingface" and settings.model_type == "bigram":
-        say("transformers has no bigram model: only milepost will open these folders")
+    if settings.checkpoint_layout == "huggingface" and settings.model_type not in models.with_trait("transformers"):
+        say(f"transformers has no {settings.model_type} model: only milepost will open these folders")
 
 
 def check_space(run: Run) -> None:
@@ -634,20 +629,47 @@ def warn_of_memory(run: Run) -> None:
         run.log(f"warning: {estimate}; lower BATCH_SIZE, BLOCK_SIZE or N_LAYER if it fails")
 
 
-def seconds_per_step(run: Run) -> float:
-    """Times a few passes over the next batch, forward and backward, and takes the fastest; weights stay as they are.
+def say_plan(run: Run, seconds: float) -> None:
+    """Log how long the run is, in steps, tokens and time. `seconds` is what a step takes at most."""
+    steps, rows, block_size = run.end - run.step, run.batches.rows_per_step, run.settings.block_size
+    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
+    amounts = f"{amount(steps * rows * block_size)} tokens, {epochs:.2g} epochs"
+    left = duration(steps * seconds_per_step(run, seconds))
+    run.log(f"plan: {steps} steps of {rows} x {block_size} tokens = {amounts}; about {left}")
 
-    Two at least: with them DistributedDataParallel has arranged its buckets (see `data_parallel`), and its sums have their order.
+
+def warm_up(run: Run) -> float:
+    """Pass forward and backward twice over the next batch without an update; return the seconds that the second pass took.
+
+    After the first backward pass DistributedDataParallel rearranges its buckets, and the order of its sums with them: every run, new or
+    resumed, makes these two passes before its first step, so that its steps have the same bits. A compiler compiles in the first one,
+    and caches fill. Weights and buffers stay as they are.
     """
-    began, fastest = time.monotonic(), math.inf
-    for number in range(4):  # the first one also warms caches up, or compiles
-        since = time.monotonic()
-        if number >= 2 and run.world.any(since - began > PROBE_SECONDS):
+    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    seconds = 0.0
+    for _ in range(2):
+        seconds = time_pass(run)
+    for name, before in buffers.items():
+        run.model.get_buffer(name).copy_(before)
+    return seconds
+
+
+def time_pass(run: Run) -> float:
+    """Return the seconds that a pass over the next batch takes, forward and backward."""
+    since = time.monotonic()
+    accumulate_gradients(run)["loss"].item()
+    run.optimizer.zero_grad(set_to_none=True)
+    return time.monotonic() - since
+
+
+def seconds_per_step(run: Run, seconds: float) -> float:
+    """Return the seconds of the fastest pass: `seconds`, or those of two more if they are short. For display only."""
+    began = time.monotonic()
+    for _ in range(2):
+        if run.world.any(seconds + time.monotonic() - began > PROBE_SECONDS):
             break
-        accumulate_gradients(run).item()
-        run.optimizer.zero_grad(set_to_none=True)
-        fastest = min(fastest, time.monotonic() - since)
-    return fastest
+        seconds = min(seconds, time_pass(run))
+    return seconds
 
 
 def say_end(run: Run) -> int:

@@ -243,7 +243,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = ALONE
         window=record.windows_seen if same_text else 0,
     )
     run.base = record.base
-    restored = restore_optimizer(run.optimizer, record)
+    restored = restore_optimizer(run.optimizer, record, kind=settings.optimizer)
     if record.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(record.scaler)
     if child or restored.missing or record.run_id is None:

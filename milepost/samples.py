@@ -19,7 +19,8 @@ from milepost.runtime import hardware
 from milepost.runtime.progress import Log
 from milepost.text.errors import UnknownCharacters
 from milepost.text.tokenization import Tokenizer
-from models import Model, adapter_counts
+from models import adapter_counts
+from models.model import Model
 
 
 def drop_conflicts(record: Checkpoint, settings: Config, log: Log) -> Config:

@@ -9,17 +9,18 @@ Two settings make it the models of other projects: the activation, and a head of
 
 import math
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import ClassVar, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.adapters import LORA_NAMES
 from models.attention import SHORT, causal_attention
 from models.head import CHUNK, head_loss
-from models.lora import NAMES as LORA_NAMES
 from models.lora import LoraSettings, linear
-from models.ttt import TTTMLP, TTTSettings, TTTState, activation_bytes
+from models.model import Model, Output
+from models.ttt import TTTMLP, VECTORS, TTTSettings, TTTState, activation_bytes
 
 # "gelu" is the tanh approximation, as published; "gelu_erf" the exact one, as nanoGPT computes it; "relu" is the lecture model's.
 ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
@@ -193,14 +194,17 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT2(nn.Module):
-    """The whole model. A tied head is no parameter of its own: logits are products with the rows of wte."""
+class GPT2(Model):
+    """The whole model. A tied head has no parameter of its own: the logits are products with the rows of wte."""
 
-    model_type: Final = "gpt2"
+    settings_type: ClassVar = GPT2Settings
+    position_tables: ClassVar = ("wpe.weight",)
+    compile_pays: ClassVar = True
+    published: ClassVar = SIZES
+    settings: GPT2Settings
 
     def __init__(self, settings: GPT2Settings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         self.wte = nn.Embedding(settings.vocab_size, settings.n_embd)
         self.wpe = nn.Embedding(settings.block_size, settings.n_embd)
         self.drop = nn.Dropout(settings.dropout)
@@ -241,10 +245,10 @@ class GPT2(nn.Module):
         *,
         cache: GPT2Cache | None = None,
         last_only: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The logits (B, T, V) of each next token, (B, 1, V) with last_only; or, with targets, None and the mean loss in nats.
+    ) -> Output:
+        """Return the logits (B, T, V) of each next token, (B, 1, V) with last_only; or, with targets, only the mean loss in nats.
 
-        ids and targets are int64 (B, T). With a cache, ids go on where it ends, and it grows by T.
+        ids and targets are int64 (B, T). With a cache, the ids follow the tokens it holds, and it grows by T.
         Raises ValueError when the tokens exceed block_size.
         """
         start, T = 0 if cache is None else cache.length, ids.size(1)
@@ -257,11 +261,11 @@ class GPT2(nn.Module):
             cache.length += T
         x = self.ln_f(x[:, -1:] if last_only else x)
         if targets is not None and self.lm_head is None:
-            return None, head_loss(x.flatten(0, 1), self.wte.weight, targets.flatten())
+            return Output(None, head_loss(x.flatten(0, 1), self.wte.weight, targets.flatten()), {})
         logits = F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)  # (B, T, V)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return Output(logits, None, {})
+        return Output(None, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), {})
 
     def _check_length(self, start: int, T: int) -> None:
         if start + T > self.settings.block_size:
@@ -272,8 +276,22 @@ class GPT2(nn.Module):
             )
 
     def new_cache(self, batch_size: int) -> GPT2Cache:
-        """An empty key/value cache for forward(), for batch_size rows of up to block_size tokens."""
+        """Return an empty key/value cache for forward(), for batch_size sequences of up to block_size tokens."""
         return GPT2Cache(batch_size, self.settings.block_size)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks."""
+        return list(self.h)
+
+    def muon_matrices(self) -> dict[str, int]:
+        """Return the blocks' matrices; c_attn is three, query, key and value. Adapters beside them are matrices too."""
+        inner = {f"h.{name}": parameter for name, parameter in self.h.named_parameters()}
+        matrices = [name for name, parameter in inner.items() if parameter.dim() == 2 and self.decays(name, parameter)]
+        return {name: 3 if name.endswith(".c_attn.weight") else 1 for name in matrices}
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Return whether weight decay applies: to matrices, including those that a TTT layer has for each head."""
+        return parameter.dim() >= 2 and name.rpartition(".")[2] not in VECTORS
 
     def activation_bytes(self, batch_size: int, *, bytes_per_value: int, device_type: str | None = None) -> int:
         """About how many bytes a training step needs beside weights, gradients and optimizer: counts from measured peaks, not theory.

@@ -6,14 +6,12 @@ In the shapes below r is the rank, `in` and `out` are the widths of the layer.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TARGETS: Final = ("c_attn", "c_proj", "c_fc")  # a block's linear layers; c_proj is attention's and the MLP's
-NAMES: Final = ("lora_A", "lora_B")
+from models.adapters import LORA_NAMES, LORA_TARGETS
 
 
 @dataclass(frozen=True)
@@ -23,12 +21,12 @@ class LoraSettings:
     rank: int
     alpha: float
     dropout: float = 0.0
-    targets: str = ",".join(TARGETS)
+    targets: str = ",".join(LORA_TARGETS)
 
     def __post_init__(self) -> None:
         names = self.targets.split(",")
-        if unknown := [name for name in names if name not in TARGETS]:
-            raise ValueError(f"targets={self.targets!r:.80}: {unknown[0]!r:.40} is none of {', '.join(TARGETS)}.")
+        if unknown := [name for name in names if name not in LORA_TARGETS]:
+            raise ValueError(f"targets={self.targets!r:.80}: {unknown[0]!r:.40} is none of {', '.join(LORA_TARGETS)}.")
         if len(set(names)) < len(names):
             raise ValueError(f"targets={self.targets!r:.80}: names a layer twice.")
         if not 0 <= self.dropout < 1:
@@ -69,7 +67,7 @@ def linear(name: str, n_in: int, n_out: int, *, bias: bool, lora: LoraSettings |
 def merged(state: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
     """The state without adapters: each product added to the weight that it stands beside, in float32, as they were trained: a narrower
     format of the weight would round off what they learned."""
-    plain = {name: tensor for name, tensor in state.items() if not name.endswith(NAMES)}
+    plain = {name: tensor for name, tensor in state.items() if not name.endswith(LORA_NAMES)}
     for name in (name for name in state if name.endswith(".lora_A")):
         layer = name.removesuffix(".lora_A")
         A, B = state[name].float(), state[f"{layer}.lora_B"].float()  # (r, in), (out, r)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPS: Final = 1e-6  # of both norms, as published
+# A vector for each head, though the tensor has two or three dimensions: weight decay does not apply to it.
+VECTORS: Final = ("b1", "b2", "learnable_ttt_lr_bias", "ttt_norm_weight", "ttt_norm_bias")
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,6 @@ class TTTSettings:
     def numbers(self) -> tuple[int, ...]:
         """The blocks that have the layer."""
         return tuple(int(word) for word in self.layers.split(","))
-
-
-def is_ttt(name: str) -> bool:
-    """Whether a GPT2's parameter of this name belongs to a TTT layer: h.{block}.ttt.*"""
-    words = name.split(".")
-    return len(words) > 3 and (words[0], words[2]) == ("h", "ttt")
 
 
 def activation_bytes(settings: TTTSettings, *, width: int, n_head: int) -> int:

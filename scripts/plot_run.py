@@ -53,6 +53,8 @@ PANELS = (
     Panel("tokens a second", "train", "tok_s", True),
 )
 
+USUAL = ("run_id", "step", "time", "split", "loss", "lr", "grad_norm", "tokens", "tok_s")  # names in every line
+
 
 class Drawn(NamedTuple):
     """A run as it is drawn: its lines up to where the run that was asked for left it, and what it goes on from."""
@@ -205,6 +207,13 @@ def parent_of(folder: Path) -> dict[str, Any] | None:
     return parent if isinstance(parent, dict) else None
 
 
+def panels(runs: list[Drawn]) -> list[Panel]:
+    """Return the usual panels, and one for each further metric of the training lines."""
+    lines = [line for run in runs for line in run.lines if line.get("split") == "train"]
+    names = dict.fromkeys(name for line in lines for name, y in line.items() if math.isfinite(_figure(y)))
+    return [*PANELS, *(Panel(harmless(name), "train", name, False) for name in names if name not in USUAL)]
+
+
 def points(run: Drawn, panel: Panel) -> Points:
     """What a panel shows of a run: (step, figure)."""
     own = [line for line in run.lines if line.get("split") == panel.split]
@@ -224,7 +233,7 @@ def _figure(value: Any) -> float:
 
 
 def draw_terminal(runs: list[Drawn]) -> None:
-    """The four charts and a line for each run to stdout: in colour on a terminal, as plain text into a pipe or with NO_COLOR."""
+    """The charts and a line for each run to stdout: in colour on a terminal, as plain text into a pipe or with NO_COLOR."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     ascii_only = not _can(encoding)
     coloured = sys.stdout.isatty() and not config.no_color()
@@ -235,7 +244,7 @@ def draw_terminal(runs: list[Drawn]) -> None:
     charts = [
         chart(panel.title, [points(run, panel) for run in runs], columns=width, rows=ROWS, letters=letters, ascii_only=ascii_only,
               floor=0 if panel.from_zero else None, paint=painted if coloured else None)
-        for panel in PANELS
+        for panel in panels(runs)
     ]  # fmt: skip
     text = "\n\n".join(beside(charts[at : at + abreast], width) for at in range(0, len(charts), abreast))
     legend = harmless(summary(runs, letters=letters))
@@ -311,11 +320,16 @@ def check_output(output: Path) -> None:
 
 
 def draw_file(runs: list[Drawn], output: Path) -> None:
-    """The four charts with a legend into `output`, whole or not at all."""
+    """The charts with a legend into `output`, whole or not at all."""
     from matplotlib.figure import Figure  # draws without a screen, as long as pyplot is left alone
 
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    for panel, axes in zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True):
+    drawn = panels(runs)
+    rows = math.ceil(len(drawn) / 2)
+    figure = Figure(figsize=(12, 4 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, 2, sharex=True).flat)
+    for axes in grid[len(drawn) :]:
+        axes.set_visible(False)
+    for panel, axes in zip(drawn, grid, strict=False):
         for number, run in enumerate(runs):
             xs, ys = [list(values) for values in zip(*points(run, panel), strict=True)] or ([], [])
             style = {"color": f"C{number}", "linestyle": "-" if run.asked else "--", "label": legend_of(run)}
@@ -324,7 +338,7 @@ def draw_file(runs: list[Drawn], output: Path) -> None:
         axes.grid(alpha=0.3)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-    for axes in figure.axes[2:]:
+    for axes in figure.axes[-2:]:
         axes.set_xlabel("optimizer step", fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     with replacing(output) as temporary:

@@ -649,7 +649,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         ["${HOME}", "$${A:-x}", "a'b\"c", "\\n\\", "# no", "a #b", "é\r\n\u2028", "$P$G x", "`ls`"]
     )
     if rules["choices"]:
-        return st.sampled_from(rules["choices"])
+        return st.sampled_from(sorted(rules["choices"]))
     if rules["form"] == "name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "layers":

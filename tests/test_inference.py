@@ -168,7 +168,7 @@ def greedy(folder: Path, ids: list[int], count: int) -> str:
     model, tokenizer = build_model(record, device=torch.device("cpu")).eval(), build_tokenizer(record)
     with torch.no_grad():
         for _ in range(count):
-            logits, _ = model(torch.tensor([ids]))
+            logits, _, _ = model(torch.tensor([ids]))
             ids = [*ids, int(logits[0, -1].argmax())]
     return tokenizer.decode(ids)
 

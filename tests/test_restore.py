@@ -18,12 +18,13 @@ from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.restore import build_model, build_tokenizer, restore_optimizer
 from milepost.runtime.optim import build_optimizer
 from milepost.text import tokenization
+from models.model import Model
 
 CPU = torch.device("cpu")
 SETTINGS = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 8, "dropout": 0.0, "bias": True}
 
 
-def trained(kind: str = "adamw", *, steps: int = 2) -> tuple[models.Model, torch.optim.Optimizer]:
+def trained(kind: str = "adamw", *, steps: int = 2) -> tuple[Model, torch.optim.Optimizer]:
     """A tiny GPT-2 after a few steps, so that every moment is its own."""
     torch.manual_seed(3)
     model = models.build("gpt2", SETTINGS)
@@ -35,7 +36,7 @@ def trained(kind: str = "adamw", *, steps: int = 2) -> tuple[models.Model, torch
     return model, optimizer
 
 
-def optimizer_of(model: models.Model, kind: str = "adamw", **changes: Any) -> torch.optim.Optimizer:
+def optimizer_of(model: Model, kind: str = "adamw", **changes: Any) -> torch.optim.Optimizer:
     return build_optimizer(model, kind, **({"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)} | changes))
 
 

@@ -141,8 +141,8 @@ def poisoned(monkeypatch, *, step: int, value: float) -> None:
     learn = training.accumulate_gradients
 
     def gradients(run):
-        loss = learn(run)
-        return loss * value if run.step >= step else loss
+        metrics = learn(run)
+        return metrics | {"loss": metrics["loss"] * value} if run.step >= step else metrics
 
     monkeypatch.setattr(training, "accumulate_gradients", gradients)
 

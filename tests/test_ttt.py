@@ -18,8 +18,9 @@ from milepost.ckpt.restore import build_model, merged, with_base
 from milepost.generate.decoder import Decoder
 from milepost.generate.sampling import generate
 from models import adapter_counts, build, plain, training_bytes
+from models.adapters import is_ttt
 from models.gpt2 import GPT2, GPT2Settings
-from models.ttt import TTTMLP, TTTSettings, is_ttt
+from models.ttt import TTTMLP, TTTSettings
 
 H, HS, B = 2, 3, 2
 C = H * HS

@@ -14,7 +14,7 @@ from milepost.evaluate.scoring import log_likelihoods
 from milepost.evaluate.statistics import FEWEST, mcnemar, paired
 from milepost.runtime.progress import QUIET_SECONDS
 from milepost.text.tokenization.base import Tokenizer
-from models import Model
+from models.model import Model
 
 Log = Callable[[str], None]
 

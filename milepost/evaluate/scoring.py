@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import Model
+from models.model import Model
 
 LOGITS: Final = 2**26  # the most per batch, 256 MB in float32: larger batches are made smaller
 
@@ -65,6 +65,6 @@ def _log_probabilities(model: Model, rows: list[np.ndarray]) -> np.ndarray:
     for into, row in zip(padded, rows, strict=True):  # any padding will do: later ids do not affect earlier predictions
         into[: len(row)] = torch.from_numpy(row.astype(np.int64))
     ids = padded.to(next(model.parameters()).device)
-    logits: Tensor = model(ids[:, :-1])[0].float()  # (B, T, V)
+    logits: Tensor = model(ids[:, :-1]).logits.float()  # (B, T, V)
     chosen = logits.gather(-1, ids[:, 1:, None])[..., 0]  # (B, T)
     return (chosen - logits.logsumexp(-1)).cpu().double().numpy()

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from models.gpt2 import GPT2, Block
 from models.linears import LINEARS, Linear
+from models.model import Model
 
 # The most tokens of a draft: a pass that verifies them takes at most 1.5 times as long as a pass of one token.
 LONGEST_DRAFT: Final = {"float32": 11, "bfloat16": 11, "int8": 3}
@@ -121,10 +122,10 @@ class Decoder:
 
 
 # The models that have a fast decoder.
-DECODERS: Final[dict[type[nn.Module], Callable[..., Decoder]]] = {GPT2: Decoder}
+DECODERS: Final[dict[type[Model], Callable[..., Decoder]]] = {GPT2: Decoder}
 
 
-def decoder_of(model: nn.Module) -> tuple[Callable[..., Decoder] | None, str]:
+def decoder_of(model: Model) -> tuple[Callable[..., Decoder] | None, str]:
     """Return the model's fast decoder; without one None, and the reason."""
     if getattr(model.settings, "ttt", None) is not None:
         return None, "TTT layers learn from each token, and cannot take it back"

@@ -3,21 +3,14 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, takewhile, zip_longest
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from milepost.generate.decoder import DecodeCache, Decoder
 from milepost.generate.lookup import Lookup
-from models import Model
-
-
-class Cache(Protocol):
-    """What a model keeps of the `length` tokens it has seen, so that it need not compute them again."""
-
-    length: int
-
+from models.model import Cache, Model
 
 # In a larger vocabulary, the best tokens are tried first: sorting all takes milliseconds.
 FEW: Final = 1024
@@ -235,5 +228,5 @@ def _last_logits(model: Model | Decoder, window: list[int], cache: Cache | None,
     if isinstance(model, Decoder):
         return model.rows(fresh, cache if isinstance(cache, DecodeCache) else model.new_cache(), last=last)
     device = next(model.parameters()).device
-    logits: Tensor = model(torch.tensor([fresh], device=device), cache=cache, last_only=True)[0]  # (1, 1, V)
+    logits: Tensor = model(torch.tensor([fresh], device=device), cache=cache, last_only=True).logits  # (1, 1, V)
     return logits[0].float().cpu()

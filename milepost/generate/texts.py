@@ -11,7 +11,7 @@ from milepost.generate.stream import StreamDecoder
 from milepost.runtime import hardware
 from milepost.splitmix import mix
 from milepost.text.tokenization.base import Tokenizer
-from models import Model
+from models.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)

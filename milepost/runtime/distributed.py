@@ -185,10 +185,10 @@ def lost(error: BaseException) -> bool:
 
 
 def data_parallel(forward: nn.Module) -> nn.Module:
-    """`forward` with the gradients' mean over all processes taken while the backward pass goes on.
+    """Return `forward` with its gradients averaged over all processes during the backward pass.
 
-    Buckets are arranged anew after the first backward pass, and from three processes on a sum's order depends on its place in one:
-    whoever wants the same bits after a resume makes two passes before the first step, as the estimate of a run's length does.
+    Buckets are rearranged after the first backward pass, and from three processes on the order of a sum depends on its place in a
+    bucket: `training.warm_up` runs two passes before the first step, so that a resumed run has the same buckets.
     """
     return nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
 

@@ -122,9 +122,12 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def choose_compile(wish: str, device: torch.device, *, model_type: str, steps: int) -> tuple[bool, str | None]:
-    """Whether to compile the training step, and a line to tell if the wish cannot be met. A fixed rule, so that a resume agrees."""
-    pays_back = device.type == "cuda" and model_type == "gpt2" and steps >= 1000
+def choose_compile(wish: str, device: torch.device, *, pays: bool, steps: int) -> tuple[bool, str | None]:
+    """Return whether to compile the training step, and a line to log if that is requested and impossible.
+
+    A fixed rule, so that a resume chooses the same. `pays` says whether compiling saves more time than it takes in a long run.
+    """
+    pays_back = device.type == "cuda" and pays and steps >= 1000
     if wish == "false" or (wish == "auto" and not pays_back):
         return False, None
     if _has_compiler(device):
