@@ -58,8 +58,8 @@ def build_model(
         settings["block_size"] = block_size
     if dropout is not None and "dropout" in settings:
         settings["dropout"] = dropout
-    _check_layers(settings, state, where=_where(record))
     try:
+        _check_layers(record, state)
         model = skeleton(
             record.model_type, settings
         )  # no memory and no random draws for weights that are replaced at once
@@ -157,13 +157,22 @@ def _crop_positions(
     }
 
 
-def _check_layers(settings: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str) -> None:
-    """Every layer has tensors of its own: checked before a model of a billion layers is begun. No other size costs time or memory."""
-    layers = settings.get("n_layer")
-    if isinstance(layers, int) and layers > len(state):
-        raise CheckpointError(
-            f"{where}: n_layer is {layers}, but it holds only {len(state)} tensors: its settings are damaged"
+def _check_layers(record: Checkpoint, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the tensors suffice for the layers: a model of many takes memory even without weights.
+
+    No other setting costs time or memory.
+    """
+    layers = record.model_settings.get("n_layer")
+    if not isinstance(layers, int) or layers < 3:
+        return
+    if layers <= len(state):
+        one, two = (
+            len(skeleton(record.model_type, record.model_settings | {"n_layer": few}).state_dict()) for few in (1, 2)
         )
+        if layers * (two - one) <= len(state):
+            return
+    problem = f"n_layer is {layers}, but it holds only {len(state)} tensors"
+    raise CheckpointError(f"{_where(record)}: {problem}: its settings are damaged")
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
