@@ -36,16 +36,29 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
         torchrun = config.torchrun()
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
         code = action(settings, log)
-    except KeyboardInterrupt:
-        log("interrupted")
-        code = INTERRUPTED
-    except Exception as error:
-        if config.debug():
-            raise
-        code = told(error, log)
+    except (KeyboardInterrupt, Exception) as error:
+        if config.torchrun():  # as soon as one process has failed, it sends a signal to those that are about to end
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        code = stopped(error, log)
     finally:
         log.close()
     return distributed.ended(code)
+
+
+def stopped(error: BaseException, log: Log) -> int:
+    """Report why an action stopped and return the exit code. torchrun's signal adds nothing to an error that it comes after."""
+    cause = error
+    while isinstance(cause, KeyboardInterrupt) and cause.__context__ is not None:
+        cause = cause.__context__
+    if distributed.lost(cause):
+        error = cause
+    if not isinstance(error, Exception):
+        log("interrupted")
+        return INTERRUPTED
+    if config.debug():
+        raise error
+    return told(error, log)
 
 
 def told(error: Exception, log: Log) -> int:
