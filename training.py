@@ -118,18 +118,18 @@ def train(run: Run) -> int:
     machine.keep_freed_memory()
     with contextlib.ExitStack() as held:
         run.world.by_first(lambda: open_run(run, held))
-        try:
-            with Interrupt() as stop:
+        with Interrupt() as stop:
+            try:
                 say_start(run)
                 bar = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
                 with contextlib.closing(bar) as run.progress, kept_if_lost(run):
                     loop(run, stop)
                 return say_end(run)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                run.writer.wait()  # what was being saved is whole then
-            run.log(f"stopped after step {run.step}: {kept(run)}")
-            raise
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    run.writer.wait()  # what was being saved is whole then, whatever signal comes meanwhile
+                run.log(f"stopped after step {run.step}: {kept(run)}")
+                raise
 
 
 @contextlib.contextmanager
