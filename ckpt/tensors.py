@@ -39,8 +39,6 @@ def checked_tensors(values: Any, where: str) -> dict[str, Tensor]:
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= NAME_LIMIT:
             raise CheckpointError(f"{where}: {name!r:.80} is no name of a tensor")
         check_dense(tensor, where, name)
-        if not tensor.numel():  # a file of a few bytes each would make a model of any number of layers
-            raise CheckpointError(f"{where}: {name:.80} of shape {tuple(tensor.shape)} is empty, expected weights")
     # A hundred tensors of one storage would claim too much as well, where a tied pair is the most that is ever needed.
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in values.values()}
     if sum(map(_bytes, values.values())) > 2 * sum(storages.values()):

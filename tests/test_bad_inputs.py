@@ -1106,18 +1106,15 @@ def metadata_of_file(path: Path) -> dict[str, Any]:
     return json.loads(members(path)[JSON_MEMBER])
 
 
-@pytest.mark.parametrize(
-    ("tensor", "reason"),
-    [(torch.empty(0), "is empty, expected weights"), (torch.ones(1), "n_layer is 1000, but it holds only")],
-)
-def test_a_model_of_more_layers_than_its_tensors_make_is_not_built(tensor, reason, tmp_path):
+@pytest.mark.parametrize("tensor", [torch.empty(0), torch.ones(1)], ids=["empty", "of one number"])
+def test_a_model_of_more_layers_than_its_tensors_make_is_not_built(tensor, tmp_path):
     """Of as many layers as tensors, a model would take hundreds of times the bytes of its file."""
     path = layers(tensor)(tmp_path)
     tracemalloc.start()
     text = refusal(path, tmp_path)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert reason in text
+    assert "n_layer is 1000, but it holds only" in text
     assert most < 40 * path.stat().st_size
 
 

@@ -63,7 +63,9 @@ def _is_mask(name: str, tensor: Any) -> bool:
 def _check_weights(state: dict[str, Any], where: str) -> None:
     if not state:
         raise CheckpointError(f"{where}: holds no weights, expected those of a model: try an earlier checkpoint")
-    checked_tensors(state, where)
+    for name, tensor in checked_tensors(state, where).items():
+        if not tensor.numel():
+            raise CheckpointError(f"{where}: {described(name, tensor)} is empty, expected weights")
 
 
 def _from_bigram(table: Tensor, config: Mapping[str, Json], where: str) -> Translation:
