@@ -120,19 +120,19 @@ def train(run: Run) -> int:
     hardware.keep_freed_memory()
     with contextlib.ExitStack() as held:
         run.world.by_first(lambda: open_run(run, held))
-        try:
-            with Interrupt() as stop:
+        with Interrupt() as stop:
+            try:
                 say_start(run)
                 say_plan(run, warm_up(run))
                 bar = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
                 with contextlib.closing(bar) as run.progress, kept_if_lost(run):
                     loop(run, stop)
                 return say_end(run)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                run.writer.wait()  # what was being saved is whole then
-            run.log(f"stopped after step {run.step}: {kept(run)}")
-            raise
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    run.writer.wait()  # what was being saved is whole then, whatever signal comes meanwhile
+                run.log(f"stopped after step {run.step}: {kept(run)}")
+                raise
 
 
 @contextlib.contextmanager
@@ -439,19 +439,20 @@ def write_and_prune(run: Run, record: Checkpoint, *, save: bool) -> None:
             saved = run.last_saved = ckpt.save(record, folder, **form)
             run.save_failed = False
     # An earlier best step that the disk refused is tried again from its ordinary save, which stays until then.
-    best, spare = best_of(record), None
+    best = best_of(record)
     if record.best_step not in (None, run.kept_best_step) and settings.checkpoint_keep_best:
-        if record.best_step != record.step or (not saved and ckpt.saved_best(folder, **best)):
-            keep_saved_best(run, record)
-        else:
-            with told_if_refused(run, f"step {record.step}, the best so far, could not be saved", need):
+        with told_if_refused(run, f"step {record.best_step}, the best so far, could not be saved", need):
+            if record.best_step != record.step or (not saved and ckpt.saved_best(folder, **best)):
+                keep_saved_best(run, record)
+            else:
                 ckpt.keep_best(record, folder, saved=saved, count=settings.checkpoint_keep_best, **form)
                 run.kept_best_step = record.step
-        ordinary = ckpt.saved_best(folder, **best)
-        spare = ordinary.path if ordinary and run.kept_best_step != record.best_step else None
     if saved and settings.checkpoint_keep_last:
         with told_if_refused(run, "older checkpoints could not be removed", need):
             policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
+            pending = record.best_step not in (None, run.kept_best_step) and settings.checkpoint_keep_best
+            ordinary = ckpt.saved_best(folder, **best) if pending else None
+            spare = ordinary.path if ordinary else None
             ckpt.prune(folder, run_id=run.run_id, newest_good=saved, spare=spare, **policy)
 
 

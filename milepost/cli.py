@@ -37,21 +37,31 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
         code = action(settings, log)
         code = INTERRUPTED if code and was_interrupted() else code
-    except KeyboardInterrupt:
-        log("interrupted")
-        code = INTERRUPTED
-    except Exception as error:
-        if was_interrupted():  # a library has made another exception of it
-            log("interrupted")
-            code = INTERRUPTED
-        elif config.debug():
-            raise
-        else:
-            code = told(error, log)
+    except (KeyboardInterrupt, Exception) as error:
+        if config.torchrun():  # as soon as one process has failed, it sends a signal to those that are about to end
+            for number in stopping_signals():
+                signal.signal(number, signal.SIG_IGN)
+        code = stopped(error, log)
     finally:
         log.close()
         flush_streams()
     return distributed.ended(code)
+
+
+def stopped(error: BaseException, log: Log) -> int:
+    """Report why an action stopped and return the exit code. torchrun's signal adds nothing to an error that it comes after."""
+    cause = error
+    while isinstance(cause, KeyboardInterrupt) and cause.__context__ is not None:
+        cause = cause.__context__
+    if distributed.lost(cause):
+        error = cause
+    elif was_interrupted() or not isinstance(error, Exception):  # a library may have made another exception of it
+        log("interrupted")
+        return INTERRUPTED
+    assert isinstance(error, Exception)
+    if config.debug():
+        raise error
+    return told(error, log)
 
 
 def told(error: Exception, log: Log) -> int:

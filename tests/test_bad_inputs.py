@@ -27,6 +27,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -1053,8 +1054,68 @@ def test_38_unknown_fields_are_left_out_and_said(tmp_path):
     assert tensor_bytes(one) == tensor_bytes(record(3))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hyperparameters": {"DATA": "\ud800"}},
+        {"hyperparameters": {"\udc80": 1}},
+        {"saved_at": "2025\udfff"},
+        {"parent": {"run_id": "one", "step": 1, "changed": {"SEED": ["\ud800", 1]}}},
+    ],
+)
+def test_half_a_surrogate_pair_is_a_problem_of_its_own_file_only(changes, tmp_path):
+    """Printed, it would end the command, and with it the list of the whole folder."""
+    path = with_metadata(tmp_path, json.dumps(metadata_of(tmp_path) | changes))
+    beside = ckpt.save(record(4), tmp_path)
+    reason = refusal(path, tmp_path)
+    assert ckpt.verify(path) == [reason]
+    assert {each.path: each.problem for each in ckpt.find(tmp_path)} == {path: reason, beside: None}
+    done = command("scripts/list_checkpoints.py", tmp_path, CHECKPOINT_PATH=str(tmp_path))
+    assert done.returncode == 0
+    assert beside.name in done.stdout
+    assert path.name in done.stdout
+
+
+def test_a_name_that_is_no_utf8_is_listed(tmp_path):
+    path = good(tmp_path)
+    path.rename(tmp_path / os.fsdecode(b"\xff.pt"))
+    done = command("scripts/list_checkpoints.py", tmp_path, CHECKPOINT_PATH=str(tmp_path))
+    assert done.returncode == 0
+    assert r"\udcff.pt" in done.stdout
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
+
+
+def layers(tensor: torch.Tensor, *, count: int = 1000) -> Callable[[Path], Path]:
+    """A file of so many tensors, and of as many layers by its settings."""
+
+    def make(folder: Path) -> Path:
+        one = gpt2_record()
+        one.model_state |= {f"h.{number}.ln_1.weight": tensor.clone() for number in range(count)}
+        path = ckpt.save(one, folder)
+        values = metadata_of_file(path)
+        values["model_settings"]["n_layer"] = count
+        return pack(path, members(path) | {JSON_MEMBER: json.dumps(values)})
+
+    return make
+
+
+def metadata_of_file(path: Path) -> dict[str, Any]:
+    return json.loads(members(path)[JSON_MEMBER])
+
+
+@pytest.mark.parametrize("tensor", [torch.empty(0), torch.ones(1)], ids=["empty", "of one number"])
+def test_a_model_of_more_layers_than_its_tensors_make_is_not_built(tensor, tmp_path):
+    """Of as many layers as tensors, a model would take hundreds of times the bytes of its file."""
+    path = layers(tensor)(tmp_path)
+    tracemalloc.start()
+    text = refusal(path, tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "n_layer is 1000, but it holds only" in text
+    assert most < 40 * path.stat().st_size
 
 
 BOMBS = {

@@ -323,7 +323,7 @@ def test_two_checkpoints_side_by_side(folder):
     assert by_bytes["p"] < 0.01
     assert by_bytes["pieces"] == 8000 // 512
     assert by_items["only_it"] - by_items["only_the_other"] == 4 * round(by_items["difference"] * 4) / 4
-    assert [line.split()[0] for line in said.out.splitlines() if line.startswith(str(folder))] == [
+    assert [line.split("  ")[0] for line in said.out.splitlines() if line.startswith(str(folder))] == [
         *(str(at_step(folder, step)) for step in (30, 60)), *[str(at_step(folder, 60))] * 2
     ]  # fmt: skip
 

@@ -54,7 +54,7 @@ def test_it_only_says_so_at_first(folder):
     assert said.code == 0
     head, *lines, total = said.out.splitlines()
     assert head.split() == ["step", "frees", "run", "path"]
-    assert [(line.split("  ")[0], line.split()[-1]) for line in lines] == [
+    assert [(line.split("  ")[0], line.split("  ")[-1]) for line in lines] == [
         ("remove", str(paths[0])), ("remove", str(paths[1])), ("remove", str(paths[2])), ("to model-only", str(paths[3])),
     ]  # fmt: skip
     freed = sum(path.stat().st_size for path in paths[:3]) + sum(
@@ -121,7 +121,7 @@ def test_what_has_gone_is_told_and_not_what_was_planned(folder, monkeypatch):
     assert said.code == 1
     assert str(first) in said.err
     _, *lines, total = said.out.splitlines()
-    assert [(line.split()[0], line.split()[-1]) for line in lines] == [("removed", str(second))]
+    assert [(line.split()[0], line.split("  ")[-1]) for line in lines] == [("removed", str(second))]
     assert total == f"{size:,} bytes freed"
     assert left(folder) == {1: True, 4: True, 5: True, 6: True}
 

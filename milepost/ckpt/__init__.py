@@ -21,6 +21,7 @@ from milepost.ckpt.retention import (
     saved_best,
     why_not_saved,
 )
+from milepost.ckpt.tensor_listing import held
 
 __all__ = [
     "BEST_FOLDER",
@@ -73,10 +74,18 @@ def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with the checkpoint at `path`, one sentence each; empty if nothing is."""
+    """What is wrong with the checkpoint at `path`, one sentence each; empty if nothing is.
+
+    Every byte is compared with its checksum; then the metadata is read, and every tensor looked up without reading it.
+    """
     layout = layout_of(path)
-    return (
-        [printable(problem) for problem in layout.verify_file(path)]
-        if layout
-        else [f"{path}: is no checkpoint of a known layout"]
-    )
+    if layout is None:
+        return [f"{path}: is no checkpoint of a known layout"]
+    problems = layout.verify_file(path)
+    if not problems:
+        try:
+            layout.peek(path)
+            held(path)
+        except CheckpointError as error:
+            problems = [str(error)]
+    return [printable(problem) for problem in problems]

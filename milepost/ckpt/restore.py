@@ -62,8 +62,8 @@ def build_model(
         settings["block_size"] = block_size
     if dropout is not None and "dropout" in settings:
         settings["dropout"] = dropout
-    _check_layers(settings, state, where=_where(record))
     try:
+        _check_layers(record, state)
         # Without memory or random draws: its weights are replaced at once.
         model = skeleton(record.model_type, settings)
     except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape of more elements than can be counted
@@ -179,13 +179,23 @@ def _cropped(model_type: str, state: Mapping[str, Tensor], block_size: int) -> d
     return {name: state[name][:block_size] for name in tables if name in state and state[name].dim()}
 
 
-def _check_layers(settings: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str) -> None:
-    """Raise CheckpointError for more layers than tensors, before building a billion layers. No other size costs time or memory."""
-    layers = settings.get("n_layer")
-    if isinstance(layers, int) and layers > len(state):
-        raise CheckpointError(
-            f"{where}: n_layer is {layers}, but it holds only {len(state)} tensors: its settings are damaged"
+def _check_layers(record: Checkpoint, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the tensors suffice for the layers: a model of many takes memory even without weights.
+
+    No other setting costs time or memory.
+    """
+    layers = record.model_settings.get("n_layer")
+    if not isinstance(layers, int) or layers < 3:
+        return
+    held = sum(tensor.numel() > 0 for tensor in state.values())  # empty tensors take no place in a file
+    if layers <= held:
+        one, two = (
+            len(skeleton(record.model_type, record.model_settings | {"n_layer": few}).state_dict()) for few in (1, 2)
         )
+        if layers * (two - one) <= held:
+            return
+    problem = f"n_layer is {layers}, but it holds only {held} tensors with numbers"
+    raise CheckpointError(f"{_where(record)}: {problem}: its settings are damaged")
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:

@@ -280,7 +280,8 @@ def command_line(script: Path, *, processes: int | None = None, **variables: obj
 
 
 def tell(text: str) -> None:
-    """Prints to stdout; on a terminal, nothing in the text can steer it. A reader or a terminal that is gone is no reason to stop."""
+    """Print to stdout; on a terminal, nothing in the text can steer it. A reader or a terminal that is gone is no reason to stop."""
+    text = text.encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
     try:
         print(harmless(text) if sys.stdout.isatty() else text, flush=True)
     except OSError:
