@@ -644,23 +644,22 @@ def warm_up(run: Run) -> float:
 
     After the first backward pass DistributedDataParallel rearranges its buckets, and the order of its sums with them: every run, new or
     resumed, makes these two passes before its first step, so that its steps have the same bits. A compiler compiles in the first one,
-    and caches fill. Weights and buffers stay as they are.
+    and caches fill.
     """
-    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-    seconds = 0.0
-    for _ in range(2):
-        seconds = time_pass(run)
-    for name, before in buffers.items():
-        run.model.get_buffer(name).copy_(before)
-    return seconds
+    time_pass(run)
+    return time_pass(run)
 
 
 def time_pass(run: Run) -> float:
-    """Return the seconds that a pass over the next batch takes, forward and backward."""
+    """Return the seconds that a pass over the next batch takes, forward and backward; weights and buffers stay as they are."""
+    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
     since = time.monotonic()
     accumulate_gradients(run)["loss"].item()
+    seconds = time.monotonic() - since
     run.optimizer.zero_grad(set_to_none=True)
-    return time.monotonic() - since
+    for name, before in buffers.items():
+        run.model.get_buffer(name).copy_(before)
+    return seconds
 
 
 def seconds_per_step(run: Run, seconds: float) -> float:

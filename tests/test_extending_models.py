@@ -115,6 +115,9 @@ def test_a_toy_goes_through_everything(toy, tmp_path):
     assert lines_of(folder) == lines_of(straight)
     assert all(metrics <= line.keys() for line in lines_of(straight) if line["split"] == "train")
 
+    plotted = call(script("plot_run"), folder)
+    assert (plotted.code, {name for name in metrics if name in plotted.out}) == (0, metrics), plotted.err
+
     final = newest(folder)
     said = call(script("convert_checkpoint"), folder, CHECKPOINT_PATH=final.path, CONVERT_TO=layout, OUTPUT=tmp_path / "converted")  # fmt: skip
     assert said.code == 0, said.err
@@ -173,6 +176,38 @@ def test_a_metric_takes_no_name_of_a_line(tmp_path):
     assert [(line["step"], line["split"]) for line in lines_of(tmp_path) if line["split"] == "train"] == [(1, "train"), (2, "train")]  # fmt: skip
 
 
+class Counting(torch.nn.Module):
+    """Counts the passes of the model that it stands for, here and in a buffer of that model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen = model, 0
+        model.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, ids, targets):
+        self.model.passes += 1
+        self.seen += 1
+        return self.model(ids, targets)
+
+
+def test_the_warm_up_passes_twice_and_changes_nothing(tmp_path, monkeypatch):
+    """However long a pass takes: the order of DistributedDataParallel's sums depends on it. The estimate may then pass again, or not."""
+    run = training.fresh(config.read(environment(tmp_path)), training.Log())
+    run.forward = Counting(run.model)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    monkeypatch.setattr(training, "PROBE_SECONDS", 0.0)
+    seconds = training.warm_up(run)
+    assert run.forward.seen == 2
+    assert training.seconds_per_step(run, seconds) == seconds
+    assert run.forward.seen == 2
+    assert all(tensor.equal(before[name]) for name, tensor in run.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    assert run.step == 0
+    monkeypatch.setattr(training, "PROBE_SECONDS", float("inf"))
+    assert training.seconds_per_step(run, seconds) <= seconds
+    assert (run.forward.seen, run.model.passes.item()) == (4, 0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is not declared is named.
 
@@ -215,7 +250,7 @@ def test_an_optimizer_without_names_is_refused():
     registered("toy_optimizer")
     optimizers.register("nameless", lambda model, **_: torch.optim.SGD(model.parameters()))
     model = models.build("bigram", {"vocab_size": 5, "block_size": 4})
-    with pytest.raises(ValueError, match=r"optimizer 'nameless': .* named_parameters"):
+    with pytest.raises(ValueError, match=r"optimizer 'nameless': .*named_parameters"):
         build_optimizer(model, "nameless", lr=1.0, weight_decay=0.0, betas=(0.9, 0.99))
 
 

@@ -16,9 +16,9 @@ from transformers.generation.logits_process import (
 )
 
 from milepost.generate.sampling import draw, generate, keep_top_k, keep_top_p, next_token, penalize
-from models import Model
 from models.bigram import Bigram, BigramSettings
 from models.gpt2 import GPT2, GPT2Cache, GPT2Settings
+from models.model import Model
 
 VOCAB, BLOCK = 61, 16
 Net = TypeVar("Net", bound=Model)

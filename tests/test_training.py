@@ -230,7 +230,7 @@ def test_out_of_memory_names_three_variables(tmp_path, monkeypatch):
 
 
 def test_an_estimate_above_free_memory_is_said_at_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.machine, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(training.hardware, "free_memory", lambda device: 1000)
     code, said = train(tmp_path)
     assert code == 0
     assert "warning: a step needs about" in said

@@ -356,14 +356,5 @@ def logits(record: Checkpoint) -> Tensor:
     return found
 
 
-PLAIN = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tied")  # what a GPT-2's weights depend on
-
-
-def weight_shapes(settings: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """Return name and shape of every weight of a plain GPT-2 of these sizes, in the order of its modules; nothing is allocated."""
-    sizes = {name: settings[name] for name in PLAIN if name in settings}
-    return {name: tensor.shape for name, tensor in skeleton("gpt2", sizes).state_dict().items()}
-
-
 def _where(record: Checkpoint) -> str:
     return str(record.path or "checkpoint")
