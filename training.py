@@ -94,7 +94,7 @@ def train(run: Run) -> int:
     """Trains from `run.step` to the plan's end or to a signal; returns the exit code. There is no second loop."""
     hardware.keep_freed_memory()
     with contextlib.ExitStack() as held:
-        run.world.by_first(lambda: open_run(run, held))
+        run.world.on_rank0(lambda: open_run(run, held))
         try:
             with Interrupt() as stop:
                 say_start(run)
@@ -118,7 +118,7 @@ def kept_if_lost(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        whole = run.world.first and run.engine == "ddp" and not run.updating
+        whole = run.world.is_rank0 and run.engine == "ddp" and not run.updating
         if distributed.lost(error) and whole and run.settings.enable_checkpoints and run.step > run.saved_step:
             keep(run, save=True)
             run.writer.wait()
@@ -270,7 +270,7 @@ def write_metrics(
 
     Of several processes, the first one's.
     """
-    if not run.world.first:
+    if not run.world.is_rank0:
         return
     values = {"split": split, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen, "tok_s": tok_s}
     line = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3)} | values
@@ -305,7 +305,7 @@ def observe(run: Run, stop: Interrupt) -> None:
             run.best_loss, run.best_step = loss, run.step
     if run.step and is_due(run, "sample"):
         run.last_sample = sample(run)
-        if run.world.first:
+        if run.world.is_rank0:
             write_sample(run, run.last_sample)
     run.observed_step = run.step
 
@@ -379,10 +379,10 @@ def keep(run: Run, *, save: bool) -> None:
     best = run.best_step == run.step and run.settings.checkpoint_keep_best > 0
     run.kept_best_step = run.best_step
     if save:
-        run.saved_step, run.save_failed = run.step, run.world.first  # until it has not
+        run.saved_step, run.save_failed = run.step, run.world.is_rank0  # until it has not
     if save or best:
         record = to_record(run)
-        if run.world.first or run.saves_parts:
+        if run.world.is_rank0 or run.saves_parts:
             run.writer.submit(record, lambda copy: write(run, copy, save=save, best=best))
 
 
@@ -394,7 +394,7 @@ def write(run: Run, record: Checkpoint, *, save: bool, best: bool) -> None:
     """
     if bad := ckpt.not_finite(record):
         raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
-    if not run.world.first:
+    if not run.world.is_rank0:
         ckpt.follow(record)
         return
     with ckpt.leading(record):
@@ -592,7 +592,7 @@ def say_end(run: Run) -> int:
 
 def kept(run: Run) -> str:
     """What is left of a run that stopped early, and how to go on with it."""
-    if not run.world.first:
+    if not run.world.is_rank0:
         return "the first process tells"
     if not run.settings.enable_checkpoints:
         return "nothing was kept, because ENABLE_CHECKPOINTS is false"

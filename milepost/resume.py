@@ -24,7 +24,7 @@ from milepost.run import (
     with_its_base,
 )
 from milepost.runtime import hardware
-from milepost.runtime.distributed import ALONE, World
+from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.optim import Schedule, lr_at
 from milepost.runtime.progress import Log, amount, shown, table
 
@@ -145,7 +145,7 @@ def fixed_settings(record: Checkpoint) -> dict[str, Any]:
     }
 
 
-def resumed(settings: Config, record: Checkpoint, log: Log, world: World = ALONE, *, schedule: Schedule | None = None,
+def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGLE, *, schedule: Schedule | None = None,
             end: int | None = None) -> tuple[Run, Restored]:  # fmt: skip
     """The record's run at its step, and how much of the optimizer came back.
 
@@ -241,7 +241,7 @@ def take_standing(run: Run, record: Checkpoint) -> None:
     run.best_loss, run.best_step = record.best_loss, record.best_step
     # A kill may have come between saving a best step and keeping it as the best; then it is kept first of all.
     folder = Path(run.settings.checkpoint_dir)
-    lost = record.best_step == record.step and not run.world.by_first(lambda: ckpt.best_is_kept(folder, record))
+    lost = record.best_step == record.step and not run.world.on_rank0(lambda: ckpt.best_is_kept(folder, record))
     run.kept_best_step = None if run.world.broadcast(lost) else record.best_step
 
 

@@ -200,7 +200,7 @@ def weights_for(model: Model, settings: Config, device: torch.device, *, tokens:
     if settings.quantize != "none":
         return settings.quantize, ""
     weights = hardware.decode_dtype(settings.dtype, device, width=width, tokens=tokens)
-    if weights == "float32" and width < hardware.WIDE_ENOUGH_TO_DECODE:
+    if weights == "float32" and width < hardware.BFLOAT16_DECODE_WIDTH:
         return "", f"a model of N_EMBD={width} spends its time elsewhere"
     return weights, ""
 

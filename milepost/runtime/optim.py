@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from milepost.runtime.distributed import ALONE, World, full, local, sharded_like
+from milepost.runtime.distributed import SINGLE, World, full, local, sharded_like
 from milepost.runtime.hardware import multiplies_bfloat16
 
 Arriving = Callable[[], Tensor]
@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         momentum: float = 0.95,
-        world: World = ALONE,
+        world: World = SINGLE,
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1})
         self._world = world
@@ -246,7 +246,7 @@ class MuonWithAdamW:
 
 
 def build_optimizer(
-    model: nn.Module, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float], world: World = ALONE
+    model: nn.Module, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float], world: World = SINGLE
 ) -> torch.optim.Optimizer:
     """The optimizer over `model`'s named parameters, which `world`'s processes step together.
 
