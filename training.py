@@ -95,7 +95,7 @@ def train_as_told(settings: Config, log: Log, world: World) -> int:
     if reasons := not_exact(run, record, restored):
         log(f"not bit-exact: {'; '.join(reasons)}")
     if finished(run, record):
-        world.by_first(lambda: repair(run))
+        world.on_rank0(lambda: repair(run))
         more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
         log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. More: {more}")
         return 0
@@ -119,7 +119,7 @@ def train(run: Run) -> int:
     """Trains from `run.step` to the plan's end or to a signal; returns the exit code. There is no second loop."""
     hardware.keep_freed_memory()
     with contextlib.ExitStack() as held:
-        run.world.by_first(lambda: open_run(run, held))
+        run.world.on_rank0(lambda: open_run(run, held))
         with Interrupt() as stop:
             try:
                 say_start(run)
@@ -144,7 +144,7 @@ def kept_if_lost(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        whole = run.world.first and run.engine == "ddp" and not run.updating
+        whole = run.world.is_rank0 and run.engine == "ddp" and not run.updating
         if distributed.lost(error) and whole and run.settings.enable_checkpoints and run.step > run.saved_step:
             keep(run, save=True)
             run.writer.wait()
@@ -297,7 +297,7 @@ def report(run: Run, clock: Clock, metrics: Mapping[str, Tensor]) -> None:
 
 def write_metrics(run: Run, split: str, values: Mapping[str, float]) -> None:
     """Write one line to metrics.jsonl and to the tracker, on rank 0. Every line has the first names, null where the split has no value."""
-    if not run.world.first:
+    if not run.world.is_rank0:
         return
     own = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3), "split": split}
     usual = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.tokens_seen, "tok_s": None}
@@ -333,7 +333,7 @@ def observe(run: Run, stop: Interrupt) -> None:
             run.best_loss, run.best_step = loss, run.step
     if run.step and is_due(run, "sample"):
         run.last_sample = sample(run)
-        if run.world.first:
+        if run.world.is_rank0:
             write_sample(run, run.last_sample)
     run.observed_step = run.step
 
@@ -407,10 +407,10 @@ def keep(run: Run, *, save: bool) -> None:
     best = run.best_is_pending and run.best_step == run.step
     if save:
         run.saved_step, run.saved_observed_step = run.step, run.observed_step
-        run.save_failed = run.world.first  # until it has not
+        run.save_failed = run.world.is_rank0  # until it has not
     if save or best:
         record = to_record(run)
-        if run.world.first or run.saves_parts:
+        if run.world.is_rank0 or run.saves_parts:
             run.writer.submit(record, lambda copy: write(run, copy, save=save))
 
 
@@ -422,7 +422,7 @@ def write(run: Run, record: Checkpoint, *, save: bool) -> None:
     """
     if bad := ckpt.not_finite(record):
         raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
-    if not run.world.first:
+    if not run.world.is_rank0:
         ckpt.follow(record)
         return
     with ckpt.leading(record):
@@ -463,7 +463,7 @@ def best_of(one: Run | Checkpoint) -> dict[str, Any]:
 
 def keep_saved_best(run: Run, record: Checkpoint | None = None) -> None:
     """Put the best step, as of the record or of the run, into best/ from its ordinary save, if it is not there; rank 0 only."""
-    if run.world.first and run.best_is_pending:
+    if run.world.is_rank0 and run.best_is_pending:
         best, count = best_of(record or run), run.settings.checkpoint_keep_best
         with told_if_refused(run, f"step {best['step']}, the best so far, could not be saved", 0):
             if ckpt.keep_saved_best(Path(run.settings.checkpoint_dir), count=count, **best):
@@ -693,7 +693,7 @@ def say_end(run: Run) -> int:
 
 def kept(run: Run) -> str:
     """What is left of a run that stopped early, and how to go on with it."""
-    if not run.world.first:
+    if not run.world.is_rank0:
         return "the first process tells"
     if not run.settings.enable_checkpoints:
         return "nothing was kept, because ENABLE_CHECKPOINTS is false"

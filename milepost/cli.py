@@ -123,7 +123,7 @@ def check_alike(values: dict[str, Any], world: World) -> None:
 
 def prepare_processes(settings: Config, log: Log, world: World) -> None:
     """Silences all but the first, shares out this machine's processors, and says so."""
-    if not world.first:
+    if not world.is_rank0:
         ignore_stdout()
     if config.omp_threads_is_one():
         count = f"{hardware.share_threads(world.local_size)} for each of the {world.local_size} processes here"

@@ -26,7 +26,7 @@ from milepost.run import (
     with_its_base,
 )
 from milepost.runtime import hardware
-from milepost.runtime.distributed import ALONE, World
+from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.optim import Schedule, lr_at
 from milepost.runtime.progress import Log, amount, shown, table
 
@@ -196,7 +196,7 @@ def fixed_settings(record: Checkpoint) -> dict[str, Any]:
     }
 
 
-def resumed(settings: Config, record: Checkpoint, log: Log, world: World = ALONE, *, schedule: Schedule | None = None,
+def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGLE, *, schedule: Schedule | None = None,
             end: int | None = None) -> tuple[Run, Restored]:  # fmt: skip
     """The record's run at its step, and how much of the optimizer came back.
 
@@ -295,7 +295,7 @@ def take_standing(run: Run, record: Checkpoint) -> None:
     run.saved_observed_step = record.observed_step
     # A kill, or a disk that refused, may have come between saving a best step and keeping it as the best: then it is kept later.
     folder, loss = Path(run.settings.checkpoint_dir), record.best_loss
-    kept = loss is None or run.world.by_first(lambda: ckpt.best_is_kept(folder, run_id=record.run_id, loss=loss))
+    kept = loss is None or run.world.on_rank0(lambda: ckpt.best_is_kept(folder, run_id=record.run_id, loss=loss))
     run.kept_best_step = record.best_step if run.world.broadcast(kept) else None
 
 

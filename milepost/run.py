@@ -23,7 +23,7 @@ from milepost.ckpt.tensors import digest
 from milepost.ckpt.writer import Writer
 from milepost.config import Config, ConfigError
 from milepost.runtime import distributed, hardware
-from milepost.runtime.distributed import ALONE, World
+from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.optim import Schedule, build_optimizer
 from milepost.runtime.progress import Log, Metrics, Progress
 from milepost.runtime.trackers import Mirror
@@ -87,7 +87,7 @@ class Run:
     batches: Batches
     # Who it is, and which of its processes this one.
     run_id: str
-    world: World = ALONE
+    world: World = SINGLE
     engine: str = "none"
     savers: Any = None  # the processes' group for saving, which goes on beside their training
     parent: dict[str, Any] | None = None
@@ -148,7 +148,7 @@ class Run:
         )
 
 
-def fresh(settings: Config, log: Log, world: World = ALONE) -> Run:
+def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
     """A run at step 0: from random weights, from GPT2_MODEL_NAME's or from those of INIT_FROM's checkpoint."""
     device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     hardware.make_deterministic(settings.deterministic, device)
@@ -249,7 +249,7 @@ def agreed(find: Callable[[], Checkpoint | None], world: World, *, optimizer: bo
 
     Folders change, and machines that share one may see it change at different times.
     """
-    record = world.by_first(find)
+    record = world.on_rank0(find)
     path, save = world.broadcast((record.path, record.save_id) if record else (None, None))
     if path is not None and record is None:
         record = ckpt.load(path, optimizer=optimizer)
@@ -263,7 +263,7 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
     notes: list[str] = []
     if settings.gpt2_model_name:
         name = settings.gpt2_model_name
-        record: Checkpoint | None = ckpt.load(world.in_turn(lambda: local_folder(name)), optimizer=False)
+        record: Checkpoint | None = ckpt.load(world.local_rank0_first(lambda: local_folder(name)), optimizer=False)
     else:
         record = agreed(lambda: init_from(settings, notes), world, optimizer=False)
     if record is None:
@@ -366,22 +366,22 @@ def new_run_id(settings: Config, text_name: str) -> str:
 
 
 def read_text(
-    settings: Config, log: Log, world: World = ALONE, *, tokenizer: tokenization.Tokenizer | None
+    settings: Config, log: Log, world: World = SINGLE, *, tokenizer: tokenization.Tokenizer | None
 ) -> tuple[Text, tokenization.Tokenizer]:
     """The text's tokens, and the tokenizer: the given one, or the one that the settings ask for. The same in every process."""
-    corpus, scanned = world.in_turn(lambda: scan_source(settings.training_data_source, log))
+    corpus, scanned = world.local_rank0_first(lambda: scan_source(settings.training_data_source, log))
     if len(set(world.all_gather(scanned.sha256))) > 1:
         raise DataError(
             f"{settings.training_data_source}: is not the same text on every machine; copy it to all of them"
         )
     if tokenizer is None:
-        made = world.by_first(lambda: new_tokenizer(settings, corpus, scanned))
+        made = world.on_rank0(lambda: new_tokenizer(settings, corpus, scanned))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
     fraction, block_size = settings.validation_fraction, settings.block_size
     try:
         tokenizer.encode(scanned.alphabet)  # all at once, before any is met: the message lists every unknown character
-        split = world.in_turn(
+        split = world.local_rank0_first(
             lambda: token_files.prepare(
                 corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
             )
@@ -461,7 +461,7 @@ def put_together(settings: Config, log: Log, world: World, *, device: torch.devi
         run_id=world.broadcast(new_run_id(settings, text.corpus.name)),
         world=world,
         engine=engine,
-        savers=distributed.another_group() if engine == "fsdp" else None,
+        savers=distributed.new_control_group() if engine == "fsdp" else None,
         step=step,
         saved_step=step,
         tokens_seen=record.tokens_seen if record else 0,
@@ -575,4 +575,4 @@ def gathered(state: Any, world: World) -> Any:
     if not isinstance(state, torch.Tensor):
         return state
     tensor = distributed.full(state)
-    return tensor.cpu() if world.first else tensor.new_empty(0)
+    return tensor.cpu() if world.is_rank0 else tensor.new_empty(0)

@@ -1,4 +1,4 @@
-"""Show what a checkpoint is and holds, without loading a tensor; or what differs between two.
+"""Show the metadata and contents of a checkpoint without loading a tensor, or the differences between two.
 
 CHECKPOINT_PATH=latest python3 scripts/inspect_checkpoint.py
 CHECKPOINT_PATH=best COMPARE_WITH=latest python3 scripts/inspect_checkpoint.py
@@ -27,30 +27,30 @@ from milepost.config import Config
 from milepost.runtime.progress import Log, amount, shown, table, tell
 from milepost.text import tokenization
 
-FIRST = 5  # tensors that are named, as in document 004's example
-WIDEST = 60  # characters of a value
-# What two saves of one state may have otherwise, and what is shown under other names.
+SHOWN_TENSORS = 5  # per part
+MAX_WIDTH = 60  # characters of a value
+# Differs between two saves of the same state, or is shown under another name.
 NOT_COMPARED = ("save_id", "model_settings", "hyperparameters", "tokenizer")
 
 
 def main(settings: Config, log: Log) -> int:
-    """Prints the sections of CHECKPOINT_PATH, or how it differs from COMPARE_WITH; returns the exit code."""
+    """Print the sections of CHECKPOINT_PATH, or its differences from COMPARE_WITH; return the exit code."""
     path = resolved(settings.checkpoint_path, settings, log)
     if settings.compare_with is None:
         tell("\n\n".join(sections(path)))
         return 0
     other = resolved(settings.compare_with, settings, log)
-    records = [ckpt.load(each) for each in (path, other)]
+    records = ckpt.load(path), ckpt.load(other)
     if differences := compared(*records):
         tell(table([("", "", shown(path), shown(other)), *differences]))
     else:
-        log(f"{shown(path)} and {shown(other)} are the same")
+        log(f"{shown(path)} and {shown(other)} are identical")
     return 0
 
 
-def resolved(wish: str, settings: Config, log: Log) -> Path:
-    """The checkpoint that `wish` means; what is to be told of the choice goes to the log."""
-    path, notes = ckpt.resolve(wish, Path(settings.checkpoint_dir))
+def resolved(name: str, settings: Config, log: Log) -> Path:
+    """Return the path of the checkpoint that `name` stands for; log notes on the choice."""
+    path, notes = ckpt.resolve(name, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
     return path
@@ -61,7 +61,7 @@ def resolved(wish: str, settings: Config, log: Log) -> Path:
 
 
 def sections(path: Path) -> Iterator[str]:
-    """The text of each section, metadata and headers read and no tensor."""
+    """Yield the text of each section. Reads metadata and headers, no tensor."""
     values, tensors = known_layout(path).peek(path), held(path)
     yield "=== FORMAT ===\n" + file_lines(path, values)
     settings = values.get("model_settings", {}) | values.get("hyperparameters", {})
@@ -72,7 +72,7 @@ def sections(path: Path) -> Iterator[str]:
 
 
 def file_lines(path: Path, values: Mapping[str, Any]) -> str:
-    """Layout, location and files."""
+    """Return the lines on layout, location and files."""
     written = values.get("written_by") or "another program"
     top = {"layout": known_layout(path).NAME, "format": values.get("format_version"), "written by": written}
     files = [(str(file.relative_to(path.parent)), f"{file.stat().st_size:,} bytes") for file in all_files(path)]
@@ -80,10 +80,10 @@ def file_lines(path: Path, values: Mapping[str, Any]) -> str:
 
 
 def tokenizer_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Kind, size and hash of the tokenizer that the metadata carries."""
+    """Return kind, vocabulary size and hash of the tokenizer in the metadata."""
     saved = values.get("tokenizer")
     if not saved:
-        return {"kind": "none recorded; what is taken instead is said when it is opened"}
+        return {"kind": "not recorded; opening the checkpoint logs which tokenizer it takes instead"}
     try:
         tokenizer = tokenization.from_dict(saved)
     except ValueError as error:
@@ -92,42 +92,44 @@ def tokenizer_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def state_lines(values: Mapping[str, Any]) -> str:
-    """Where training stands, and whether it can go on."""
+    """Return the lines on the training state, and on whether it can be resumed."""
     names = ("epoch", "tokens_seen", "windows_seen", "validation_loss", "best_loss", "best_step", "schedule", "data", "run_id", "parent", "base",
              "save_number", "saved_at", "runtime")  # fmt: skip
     full = "optimizer" in values.get("parts", ())
-    can = "Optimizer state available - can resume training" if full else "No optimizer state - model-only checkpoint"
+    resumable = (
+        "Optimizer state available - can resume training" if full else "No optimizer state - model-only checkpoint"
+    )
     planned = values.get("hyperparameters", {}).get("TRAINING_STEPS")
     last = f"Last recorded training step: {values.get('step')}" + (f" of {planned}" if planned else "")
-    return f"{last}\n{pairs({name: values.get(name) for name in names})}\n{can}"
+    return f"{last}\n{pairs({name: values.get(name) for name in names})}\n{resumable}"
 
 
 def tensor_lines(path: Path, tensors: list[Held], *, apart: bool) -> str:
-    """How many there are, the first of each part, and bytes by part. `apart`: its weights are adapters without their base."""
+    """Return the lines on tensors: their number, the first of each part, and bytes by part. `apart`: adapters without their base."""
     total = sum(file.stat().st_size for file in all_files(path))
     lines, parts = [f"Number of tensors: {len(tensors)}"], []
-    weights = {one.name: one.shape for one in tensors if one.part == "weights"}
-    without = " (the base is not in it)" if apart else ""
+    weights = {tensor.name: tensor.shape for tensor in tensors if tensor.part == "weights"}
+    without = " (without their base)" if apart else ""
     lines += [f"Found {count}{without}" for count in models.adapter_counts(weights).values()]
     for part in ("weights", "optimizer"):
-        own = [one for one in tensors if one.part == part]
+        own = [tensor for tensor in tensors if tensor.part == part]
         if own:
-            names = [(f"  {one.name}", one.dtype, str(one.shape)) for one in own[:FIRST]]
-            rest = [f"  ... and {len(own) - FIRST} more"] if len(own) > FIRST else []
+            names = [(f"  {tensor.name}", tensor.dtype, str(tensor.shape)) for tensor in own[:SHOWN_TENSORS]]
+            rest = [f"  ... and {len(own) - SHOWN_TENSORS} more"] if len(own) > SHOWN_TENSORS else []
             lines += [f"{part}:", table(names), *rest]
-        parts.append((part, sum(one.size for one in own)))
+        parts.append((part, sum(tensor.size for tensor in own)))
     parts += [("rest", total - sum(size for _, size in parts)), ("total", total)]
     return "\n".join([*lines, table([(name, f"{size:,} bytes", amount(size, "B")) for name, size in parts])])
 
 
 def pairs(values: Mapping[str, Any]) -> str:
-    """A line for each name and value; dicts become lines of their own."""
+    """Return a line per name and value; nested dicts get dotted names."""
     rows = [(f"{name}:", clipped(value)) for name, value in flat(values).items() if value is not None]
-    return table(rows or [("nothing recorded",)])
+    return table(rows or [("not recorded",)])
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """The values by dotted names; a list is one value."""
+    """Return the values by dotted names; a list counts as one value."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
@@ -135,36 +137,36 @@ def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def clipped(value: Any) -> str:
-    """A value in one line of at most WIDEST characters."""
+    """Return a value as one line of at most MAX_WIDTH characters."""
     text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
-    return text if len(text) <= WIDEST + 4 else text[:WIDEST] + " ..."
+    return text if len(text) <= MAX_WIDTH + 4 else text[:MAX_WIDTH] + " ..."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two of them.
+# Two checkpoints.
 
 
-def compared(one: Checkpoint, other: Checkpoint) -> list[tuple[str, ...]]:
-    """A row for each setting, field of the metadata and tensor that is not the same in both."""
+def compared(first: Checkpoint, second: Checkpoint) -> list[tuple[str, ...]]:
+    """Return a row for each setting, metadata field and tensor that differs."""
     rows = []
     for kind, values in (
-        ("setting", (settings_of(one), settings_of(other))),
-        ("metadata", (fields_of(one), fields_of(other))),
+        ("setting", (settings_of(first), settings_of(second))),
+        ("metadata", (fields_of(first), fields_of(second))),
     ):
         for name in dict.fromkeys([*values[0], *values[1]]):
             if values[0].get(name) != values[1].get(name):
-                rows.append((kind, name, *(clipped(each.get(name)) for each in values)))
-    tensors = differing(labelled(one), labelled(other))
+                rows.append((kind, name, *(clipped(side.get(name)) for side in values)))
+    tensors = differing(labelled(first), labelled(second))
     return rows + [("tensor", name, difference, "") for name, difference in tensors.items()]
 
 
 def settings_of(record: Checkpoint) -> dict[str, Any]:
-    """What the model is made of, and what it was trained with."""
+    """Return the settings of the model and of its training."""
     return record.model_settings | record.hyperparameters
 
 
 def fields_of(record: Checkpoint) -> dict[str, Any]:
-    """The rest of the metadata by dotted names."""
+    """Return the rest of the metadata by dotted names."""
     return flat({name: value for name, value in metadata(record).items() if name not in NOT_COMPARED})
 
 

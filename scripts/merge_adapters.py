@@ -1,4 +1,4 @@
-"""Add a checkpoint's LoRA adapters to its weights: a checkpoint without adapters that answers as it did, in OUTPUT.
+"""Merge a checkpoint's LoRA adapters into its weights, and write a checkpoint without adapters to OUTPUT.
 
 CHECKPOINT_PATH=latest OUTPUT=merged python3 scripts/merge_adapters.py
 CHECKPOINT_PATH=latest BASE_CHECKPOINT=base.pt OUTPUT=merged CHECKPOINT_LAYOUT=huggingface python3 scripts/merge_adapters.py
@@ -27,21 +27,21 @@ from milepost.run import with_its_base
 from milepost.runtime.progress import Log, amount, command_line, shown, tell
 
 LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
-CLOSE = 1e-5  # how far the logits of float32 weights may move, against the largest of them
+TOLERANCE = 1e-5  # largest change of the logits of float32 weights, relative to the largest logit
 
 
 def main(settings: Config, log: Log) -> int:
-    """Merges and saves; returns the exit code."""
+    """Merge and save; return the exit code."""
     if settings.output is None:
-        raise ConfigError(["OUTPUT: the merged checkpoint needs a folder of its own; set OUTPUT to its name"])
+        raise ConfigError(["OUTPUT: not set; set it to a folder for the merged checkpoint"])
     path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
     record = with_its_base(ckpt.load(path, optimizer=False), settings, log)
     if not record.model_settings.get("lora"):
-        raise ckpt.CheckpointError(f"{path}: has no LoRA adapters to merge; it is whole as it is")
-    whole = alone(merged(record))
-    difference = moved(record, whole)
+        raise ckpt.CheckpointError(f"{path}: has no LoRA adapters to merge: use it as it is")
+    whole = without_adapters(merged(record))
+    difference = change_of_logits(record, whole)
     saved = ckpt.save(
         whole, Path(settings.output), layout=settings.checkpoint_layout, prefix=settings.checkpoint_prefix
     )
@@ -51,19 +51,19 @@ def main(settings: Config, log: Log) -> int:
     return 0
 
 
-def alone(record: Checkpoint) -> Checkpoint:
-    """The record as a model that no adapter trains any more: going on from it would train all of it."""
+def without_adapters(record: Checkpoint) -> Checkpoint:
+    """Return the record with adapters turned off, so that resuming from it trains all weights."""
     off = {"LORA_RANK": 0, "CHECKPOINT_ADAPTERS_ONLY": False}
     return dataclasses.replace(record, hyperparameters=record.hyperparameters | off)
 
 
-def moved(before: Checkpoint, after: Checkpoint) -> float:
-    """The largest difference of the logits on fixed tokens, relative to the largest of them; raises CheckpointError if it is no rounding."""
+def change_of_logits(before: Checkpoint, after: Checkpoint) -> float:
+    """Return the largest change of the logits on fixed tokens, relative to the largest logit. Raise CheckpointError above TOLERANCE."""
     old, new = logits(before), logits(after)
     difference = ((new - old).abs().max() / old.abs().max()).item()
-    if not difference <= CLOSE:  # true for NaN too
-        problem = f"{before.path}: merged, its logits would be {difference:.2g} away from those with adapters"
-        raise ckpt.CheckpointError(f"{problem}, relative to the largest; keep them apart")
+    if not difference <= TOLERANCE:  # true for NaN too
+        problem = f"{before.path}: merging would change its logits by {difference:.2g} relative to the largest"
+        raise ckpt.CheckpointError(f"{problem}, at most {TOLERANCE:g} is expected; keep the adapters separate")
     return difference
 
 

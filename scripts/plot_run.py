@@ -1,4 +1,4 @@
-"""Draw loss, validation loss, learning rate and throughput of runs, with what they go on from: on the terminal, or into a file.
+"""Plot loss, validation loss, learning rate and throughput of runs and their parents, on the terminal or into a file.
 
 python3 scripts/plot_run.py
 RUN=latest,20251110 OUTPUT=curves.png python3 scripts/plot_run.py
@@ -30,43 +30,44 @@ from milepost.runtime.progress import Log, harmless, ignore_stdout, read_metrics
 from milepost.text.errors import DataError
 
 METRICS = "metrics.jsonl"
-DRAWN = {".png", ".svg", ".pdf"}
-LARGEST = 1e300  # figure: differences and means of a few are floats too
-MOST_NAMED = 8  # runs in a message
-ROWS, NARROW, SIDE_BY_SIDE, WIDEST = 8, 40, 110, 180  # of charts on the terminal: rows of one, columns
-COLOURS = (36, 33, 35, 32, 34, 31)  # of a terminal (ECMA-48): they can be told apart on dark and on light
+SUFFIXES = {".png", ".svg", ".pdf"}
+MAX_VALUE = 1e300  # differences and means of a few such values are finite
+MAX_NAMED = 8  # runs in a message
+ROWS = 8  # of a chart on the terminal
+MIN_COLUMNS, SIDE_BY_SIDE, MAX_COLUMNS = 40, 110, 180  # SIDE_BY_SIDE: from here on two charts per line
+COLORS = (36, 33, 35, 32, 34, 31)  # of a terminal (ECMA-48), legible on dark and light backgrounds
 
 
 class Panel(NamedTuple):
-    """One chart: what it shows of which lines, and whether its scale begins at zero."""
+    """A chart: a field of the lines of a split, and whether its y axis starts at zero."""
 
     title: str
     split: str
-    figure: str
+    field: str
     from_zero: bool
 
 
 PANELS = (
-    Panel("training loss (nats a token)", "train", "loss", False),
-    Panel("validation loss (nats a token)", "validation", "loss", False),
+    Panel("training loss (nats per token)", "train", "loss", False),
+    Panel("validation loss (nats per token)", "validation", "loss", False),
     Panel("learning rate", "train", "lr", True),
-    Panel("tokens a second", "train", "tok_s", True),
+    Panel("tokens per second", "train", "tok_s", True),
 )
 
 USUAL = ("run_id", "step", "time", "split", "loss", "lr", "grad_norm", "tokens", "tok_s")  # names in every line
 
 
-class Drawn(NamedTuple):
-    """A run as it is drawn: its lines up to where the run that was asked for left it, and what it goes on from."""
+class Curve(NamedTuple):
+    """A run to draw: its lines, up to the step where a requested run resumed from it, and its parent."""
 
     name: str
     lines: list[dict[str, Any]]
     parent: dict[str, Any] | None
-    asked: bool
+    requested: bool
 
 
 def main(settings: Config, log: Log) -> int:
-    """Draws the runs that RUN means; returns the exit code."""
+    """Draw the runs that RUN names; return the exit code."""
     output = Path(settings.output) if settings.output else None
     if output:
         check_output(output)
@@ -74,7 +75,7 @@ def main(settings: Config, log: Log) -> int:
     runs = with_parents(folders, log)
     if not any(run.lines for run in runs):
         raise DataError(
-            f"{', '.join(map(shown, folders))}: {METRICS} holds no line yet; a run writes one every LOG_INTERVAL steps"
+            f"{', '.join(map(shown, folders))}: {METRICS} is empty; a run writes a line every LOG_INTERVAL steps"
         )
     if output:
         draw_file(runs, output)
@@ -88,30 +89,30 @@ def main(settings: Config, log: Log) -> int:
 # Which runs.
 
 
-def chosen(wish: str, folder: Path) -> list[Path]:
-    """The folders of the runs that RUN means, each once, as they were named; those of one prefix or glob by name, so by their start.
+def chosen(requested: str, folder: Path) -> list[Path]:
+    """Return the folders of the runs that RUN names, each once, in its order; matches of a prefix or glob by name, so by start.
 
-    Raises ConfigError if `wish` names none at all, and listing what there is if a part of it means none.
+    Raises ConfigError if RUN is empty, and listing the runs if a part of it matches none.
     """
-    parts = [part.strip() for part in wish.split(",") if part.strip()]
+    parts = [part.strip() for part in requested.split(",") if part.strip()]
     if not parts:
         raise ConfigError(
-            [f"RUN={wish}: names no run: expected latest, the beginning of a name, a glob or a run's folder"]
+            [f"RUN={requested}: expected latest, the beginning of a run's name, a glob or a run's folder"]
         )
     if not folder.is_dir():
-        raise ConfigError([f"RUNS_DIR={folder}: there is no such folder; training makes it, or name another"])
+        raise ConfigError([f"RUNS_DIR={folder}: no such folder; training creates it, or set another"])
     there = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
-    meant: dict[Path, None] = {}
+    folders: dict[Path, None] = {}
     for part in parts:
         found = runs_of(part, there)
         if not found:
-            raise ConfigError([f"RUN={part}: no run in {shown(folder)} is meant by it; {listed(there)}"])
-        meant |= dict.fromkeys(found)
-    return list(meant)
+            raise ConfigError([f"RUN={part}: no run in {shown(folder)} matches; {listed(there)}"])
+        folders |= dict.fromkeys(found)
+    return list(folders)
 
 
 def runs_of(part: str, there: list[Path]) -> list[Path]:
-    """What one part of RUN means: latest, a run's folder, a glob of names, a name or the beginning of some."""
+    """Return the runs that a part of RUN names: latest, a folder, a name, or a prefix or glob of names."""
     if part.lower() == "latest":
         return [max(there, key=last_time)] if there else []
     if os.path.isfile(os.path.join(part, METRICS)):
@@ -121,69 +122,69 @@ def runs_of(part: str, there: list[Path]) -> list[Path]:
 
 
 def last_time(folder: Path) -> float:
-    """When the run wrote its last whole line (Unix seconds): times of files change when they are copied."""
+    """Return the Unix time of the run's last complete line. File times would change with a copy."""
     with open(folder / METRICS, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         ends = file.read().splitlines()
     for end in reversed(ends):
         try:
             return float(json.loads(end)["time"])
-        except (ValueError, TypeError, KeyError, OverflowError):  # a torn line, or somebody else's
+        except (ValueError, TypeError, KeyError, OverflowError):  # a torn line, or not one of ours
             continue
     return -math.inf
 
 
 def listed(there: list[Path]) -> str:
-    """The names of the runs, newest first, for a message."""
+    """Return the names of the runs, latest first, for a message."""
     if not there:
-        return "it holds none; was RUNS_DIR another when training?"
+        return "it holds no runs; was RUNS_DIR different in training?"
     names = [path.name for path in sorted(there, key=last_time, reverse=True)]
-    return f"it holds {', '.join(names[:MOST_NAMED])}" + (
-        f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else ""
+    return f"it holds {', '.join(names[:MAX_NAMED])}" + (
+        f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else ""
     )
 
 
-def with_parents(folders: list[Path], log: Log) -> list[Drawn]:
-    """The runs of `folders` and those they go on from, parents first; of a parent that nobody asked for, the part that led on."""
-    drawn: dict[str, Drawn] = {}
+def with_parents(folders: list[Path], log: Log) -> list[Curve]:
+    """Return the runs of `folders` and their parents, parents first. A parent that is not requested ends where its child resumed."""
+    curves: dict[str, Curve] = {}
     for folder in folders:
-        own = drawable(folder, asked=True)
-        drawn[folder.name] = own
+        own = drawable(folder, requested=True)
+        curves[folder.name] = own
         for name, step in ancestors(own, folder.parent, log):
-            known = drawn.get(name)
-            if known and (known.asked or max((line["step"] for line in known.lines), default=0) >= step):
+            known = curves.get(name)
+            if known and (known.requested or max((line["step"] for line in known.lines), default=0) >= step):
                 continue
-            parent = drawable(folder.with_name(name), asked=False)
-            drawn[name] = parent._replace(lines=[line for line in parent.lines if line["step"] <= step])
-    return sorted(drawn.values(), key=lambda run: (run.asked, run.lines[0]["time"] if run.lines else math.inf))
+            parent = drawable(folder.with_name(name), requested=False)
+            curves[name] = parent._replace(lines=[line for line in parent.lines if line["step"] <= step])
+    return sorted(curves.values(), key=lambda run: (run.requested, run.lines[0]["time"] if run.lines else math.inf))
 
 
-def drawable(folder: Path, *, asked: bool) -> Drawn:
-    """The run of a folder with all of its lines."""
-    return Drawn(folder.name, lines_of(folder), parent_of(folder), asked)
+def drawable(folder: Path, *, requested: bool) -> Curve:
+    """Return the run of a folder with all its lines."""
+    return Curve(folder.name, lines_of(folder), parent_of(folder), requested)
 
 
-def ancestors(run: Drawn, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]:
-    """Name and last step of each run whose steps this one goes on counting, nearest first, as far as they are there."""
+def ancestors(run: Curve, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]:
+    """Yield name and last step of each run that this one continues, nearest first, as far as they exist."""
     seen, last = {run.name}, run
-    while (parent := last.parent) and not weights_alone(last):
+    while (parent := last.parent) and not weights_only(last):
         if not (isinstance(parent.get("run_id"), str) and isinstance(parent.get("step"), int)):
             return
-        name = Path(parent["run_id"]).name  # a file of anybody's must not lead elsewhere
+        name = Path(parent["run_id"]).name  # the file must not lead out of RUNS_DIR
         if name in seen:
             return
         if not (runs_dir / name / METRICS).is_file():
-            log(f"{run.name} goes on from {name}, which is not in {shown(runs_dir)}")
+            log(f"{run.name} resumed from {name}, which is missing in {shown(runs_dir)}")
             return
         seen.add(name)
         yield name, parent["step"]
-        last = drawable(runs_dir / name, asked=False)
+        last = drawable(runs_dir / name, requested=False)
 
 
-def weights_alone(run: Drawn) -> bool:
-    """Whether the run took its parent's weights but counts its steps anew, as with INIT_FROM: it is no continuation of that curve.
+def weights_only(run: Curve) -> bool:
+    """Return whether the run took its parent's weights but counts its steps from 0, as with INIT_FROM: it continues no curve.
 
-    One that goes on trains from the parent's step on; that step itself it may only validate.
+    A resumed run trains from the parent's step on, and may validate at that step.
     """
     step = run.parent.get("step") if run.parent else None
     if not isinstance(step, int):
@@ -192,14 +193,14 @@ def weights_alone(run: Drawn) -> bool:
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """The run's lines that have a step, no larger than any program counts, and a time."""
+    """Return the run's lines that have a time and a step that a float can hold exactly."""
     lines = read_metrics(folder / METRICS)
     timed = [line for line in lines if isinstance(line.get("time"), int | float)]
     return [line for line in timed if isinstance(line.get("step"), int) and abs(line["step"]) < 2**53]
 
 
 def parent_of(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint that the run goes on from, as run.json has it; None if from none, or if that is not known."""
+    """Return the checkpoint that the run began with, from run.json; None if there is none or it is unknown."""
     try:
         parent = json.loads((folder / "run.json").read_text(encoding="utf-8"))["parent"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -207,23 +208,23 @@ def parent_of(folder: Path) -> dict[str, Any] | None:
     return parent if isinstance(parent, dict) else None
 
 
-def panels(runs: list[Drawn]) -> list[Panel]:
+def panels(runs: list[Curve]) -> list[Panel]:
     """Return the usual panels, and one for each further metric of the training lines."""
     lines = [line for run in runs for line in run.lines if line.get("split") == "train"]
-    names = dict.fromkeys(name for line in lines for name, y in line.items() if math.isfinite(_figure(y)))
+    names = dict.fromkeys(name for line in lines for name, y in line.items() if math.isfinite(_number(y)))
     return [*PANELS, *(Panel(harmless(name), "train", name, False) for name in names if name not in USUAL)]
 
 
-def points(run: Drawn, panel: Panel) -> Points:
+def points(run: Curve, panel: Panel) -> Points:
     """What a panel shows of a run: (step, figure)."""
     own = [line for line in run.lines if line.get("split") == panel.split]
-    values = [(line["step"], _figure(line.get(panel.figure))) for line in own]
+    values = [(line["step"], _number(line.get(panel.field))) for line in own]
     return sorted((step, y) for step, y in values if math.isfinite(y))
 
 
-def _figure(value: Any) -> float:
-    """A figure as a number; NaN for null, true, words, and what is so large that reckoning with it would overflow."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
+def _number(value: Any) -> float:
+    """Return a value as a float; NaN if it is not a number, or so large that arithmetic would overflow."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_VALUE:
         return math.nan
     return float(value)
 
@@ -232,23 +233,23 @@ def _figure(value: Any) -> float:
 # On the terminal.
 
 
-def draw_terminal(runs: list[Drawn]) -> None:
+def draw_terminal(runs: list[Curve]) -> None:
     """The charts and a line for each run to stdout: in colour on a terminal, as plain text into a pipe or with NO_COLOR."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    ascii_only = not _can(encoding)
-    coloured = sys.stdout.isatty() and not config.no_color()
-    letters = ascii_only or (len(runs) > 1 and not coloured)
-    columns = min(WIDEST, max(NARROW, shutil.get_terminal_size().columns))
+    ascii_only = not _has_characters(encoding)
+    colored = sys.stdout.isatty() and not config.no_color()
+    letters = ascii_only or (len(runs) > 1 and not colored)
+    columns = min(MAX_COLUMNS, max(MIN_COLUMNS, shutil.get_terminal_size().columns))
     abreast = 2 if columns >= SIDE_BY_SIDE else 1
     width = (columns - 2) // 2 if abreast == 2 else columns
     charts = [
         chart(panel.title, [points(run, panel) for run in runs], columns=width, rows=ROWS, letters=letters, ascii_only=ascii_only,
-              floor=0 if panel.from_zero else None, paint=painted if coloured else None)
+              floor=0 if panel.from_zero else None, paint=painted if colored else None)
         for panel in panels(runs)
     ]  # fmt: skip
     text = "\n\n".join(beside(charts[at : at + abreast], width) for at in range(0, len(charts), abreast))
     legend = harmless(summary(runs, letters=letters))
-    if coloured:
+    if colored:
         head, *rest = legend.splitlines()
         legend = "\n".join([head, *(painted(number, line) for number, line in enumerate(rest))])
     try:
@@ -257,8 +258,8 @@ def draw_terminal(runs: list[Drawn]) -> None:
         ignore_stdout()
 
 
-def _can(encoding: str) -> bool:
-    """Whether a stream of this encoding shows what charts are drawn with."""
+def _has_characters(encoding: str) -> bool:
+    """Return whether the encoding has the characters of the charts."""
     try:
         "⣿│└─".encode(encoding)
     except (UnicodeEncodeError, LookupError):
@@ -267,41 +268,41 @@ def _can(encoding: str) -> bool:
 
 
 def painted(curve: int, text: str) -> str:
-    """`text` in a curve's colour."""
-    return f"\x1b[{COLOURS[curve % len(COLOURS)]}m{text}\x1b[0m"
+    """Return `text` in the color of a curve."""
+    return f"\x1b[{COLORS[curve % len(COLORS)]}m{text}\x1b[0m"
 
 
 def beside(charts: list[list[str]], width: int) -> str:
-    """Charts of one width side by side."""
+    """Return charts of equal width side by side."""
     rows = itertools.zip_longest(*charts, fillvalue=" " * width)
     return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
-def summary(runs: list[Drawn], *, letters: bool) -> str:
-    """A table with a line for each run: how far it is, how well it does, and what it goes on from."""
-    head = ("", "run", "step", "loss", "validation", "best", "tokens/s", "goes on from")
+def summary(runs: list[Curve], *, letters: bool) -> str:
+    """Return a table with a row per run: its last step, losses, speed and parent."""
+    head = ("", "run", "step", "loss", "validation", "best", "tokens/s", "resumed from")
     rows: list[tuple[str, ...]] = [head]
     for number, run in enumerate(runs):
         train, validation, _, speed = ([y for _, y in points(run, panel)] for panel in PANELS)
         middle = f"{sorted(speed)[len(speed) // 2]:.0f}" if speed else ""
         losses = [f"{ys[-1]:.4f}" if ys else "" for ys in (train, validation)]
         best = f"{min(validation):.4f}" if validation else ""
-        mark = LETTERS[number % len(LETTERS)] if letters else "*" if run.asked else "."
+        mark = LETTERS[number % len(LETTERS)] if letters else "*" if run.requested else "."
         rows.append((mark, run.name, str(last_step(run)), *losses, best, middle, origin(run)))
     return table(rows)
 
 
-def last_step(run: Drawn) -> int:
-    """The last step that is drawn."""
+def last_step(run: Curve) -> int:
+    """Return the last step that is drawn."""
     return max((line["step"] for line in run.lines), default=0)
 
 
-def origin(run: Drawn) -> str:
-    """What the run goes on from, in words."""
+def origin(run: Curve) -> str:
+    """Describe the checkpoint that the run began with."""
     if run.parent is None:
         return ""
     parent = f"{run.parent.get('run_id') or run.parent.get('file')} at step {run.parent.get('step')}"
-    return f"weights from {parent}" if weights_alone(run) else parent
+    return f"weights from {parent}" if weights_only(run) else parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,17 +310,17 @@ def origin(run: Drawn) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raises ConfigError if OUTPUT cannot be drawn into, before anything is read."""
-    if output.suffix.lower() not in DRAWN or output.is_dir() or not output.parent.is_dir():
+    """Raise ConfigError if OUTPUT cannot be written, before anything is read."""
+    if output.suffix.lower() not in SUFFIXES or output.is_dir() or not output.parent.is_dir():
         raise ConfigError(
-            [f"OUTPUT={output}: expected a file whose name ends in .png, .svg or .pdf, in a folder that is there"]
+            [f"OUTPUT={output}: expected a file name that ends in .png, .svg or .pdf, in an existing folder"]
         )
     if importlib.util.find_spec("matplotlib") is None:
-        without = "without OUTPUT the curves are drawn on the terminal"
-        raise ConfigError([f"OUTPUT={output}: drawing into a file needs matplotlib: pip install matplotlib; {without}"])
+        remedy = "pip install matplotlib, or unset OUTPUT to plot on the terminal"
+        raise ConfigError([f"OUTPUT={output}: plotting into a file needs matplotlib: {remedy}"])
 
 
-def draw_file(runs: list[Drawn], output: Path) -> None:
+def draw_file(runs: list[Curve], output: Path) -> None:
     """The charts with a legend into `output`, whole or not at all."""
     from matplotlib.figure import Figure  # draws without a screen, as long as pyplot is left alone
 
@@ -332,7 +333,7 @@ def draw_file(runs: list[Drawn], output: Path) -> None:
     for panel, axes in zip(drawn, grid, strict=False):
         for number, run in enumerate(runs):
             xs, ys = [list(values) for values in zip(*points(run, panel), strict=True)] or ([], [])
-            style = {"color": f"C{number}", "linestyle": "-" if run.asked else "--", "label": legend_of(run)}
+            style = {"color": f"C{number}", "linestyle": "-" if run.requested else "--", "label": legend_of(run)}
             axes.plot(xs, ys, marker="." if panel.split == "validation" else "", linewidth=1, **style)
         axes.set_title(panel.title, fontsize=10)
         axes.grid(alpha=0.3)
@@ -345,11 +346,11 @@ def draw_file(runs: list[Drawn], output: Path) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def legend_of(run: Drawn) -> str:
-    """The run's name, and what it goes on from."""
+def legend_of(run: Curve) -> str:
+    """Return the run's name and parent."""
     if run.parent is None:
         return run.name
-    return f"{run.name} ({origin(run)})" if weights_alone(run) else f"{run.name} (from {origin(run)})"
+    return f"{run.name} ({origin(run)})" if weights_only(run) else f"{run.name} (from {origin(run)})"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Check a checkpoint, or every one of a folder: bytes, shapes, numbers, tokenizer, and whether it can go on exactly.
+"""Verify a checkpoint, or every checkpoint of a folder: bytes, shapes, numbers, tokenizer, and whether it resumes exactly.
 
 CHECKPOINT_PATH=latest python3 scripts/verify_checkpoint.py
 CHECKPOINT_PATH=checkpoints python3 scripts/verify_checkpoint.py
-CHECKPOINT_PATH=latest REPLAY=true python3 scripts/verify_checkpoint.py     # trains again from the one before, and compares
+CHECKPOINT_PATH=latest REPLAY=true python3 scripts/verify_checkpoint.py     # trains again from the previous one, and compares
 """
 
 import sys
@@ -43,17 +43,17 @@ from milepost.text.errors import DataError
 from milepost.text.tokenization import UnknownCharacters
 from training import loop, open_run
 
-Row = tuple[str, str, str]  # what was checked, how it went, and more about it
+Row = tuple[str, str, str]  # check, status, details
 FAILED, BAD = "FAILED", 3
-SAMPLE = "Dear Wren,\nna\u00efve \u6f22\u5b57 \U0001f642 \t1,234 == 5\n"  # for tokenizers that take any text
+SAMPLE = "Dear Wren,\nna\u00efve \u6f22\u5b57 \U0001f642 \t1,234 == 5\n"  # for tokenizers that encode any text
 
 
 def main(settings: Config, log: Log) -> int:
-    """Prints a table for each checkpoint; returns the exit code, 3 if any check failed."""
-    paths = meant(settings, log)
+    """Print a table per checkpoint; return the exit code, 3 if any check failed."""
+    paths = chosen(settings, log)
     failed = []
     for path in paths:
-        rows = examined(path, settings, log)
+        rows = verified(path, settings, log)
         failed += [path] if any(status == FAILED for _, status, _ in rows) else []
         tell(f"{shown(path)}\n{table(rows)}\n")
     if len(paths) > 1:
@@ -61,23 +61,23 @@ def main(settings: Config, log: Log) -> int:
     return BAD if failed else 0
 
 
-def meant(settings: Config, log: Log) -> list[Path]:
-    """The one checkpoint that CHECKPOINT_PATH means, or all of the folder that it names, each file once."""
+def chosen(settings: Config, log: Log) -> list[Path]:
+    """Return the checkpoint that CHECKPOINT_PATH names, or every checkpoint of a folder, each file once."""
     folder = ckpt.whole_folder(settings.checkpoint_path)
     if folder is None:
         path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
         for note in notes:
             log(note)
         return [path]
-    paths = [one.path for one in sorted(scan(folder), key=lambda one: one.save_order)]
-    once = {identity(path): path for path in reversed(paths)}  # best/ holds second names
-    if not once:
+    paths = [found.path for found in sorted(scan(folder), key=lambda found: found.save_order)]
+    by_file = {identity(path): path for path in reversed(paths)}  # best/ holds hard links
+    if not by_file:
         raise CheckpointError(ckpt.listing(folder))
-    return list(reversed(once.values()))
+    return list(reversed(by_file.values()))
 
 
 def identity(path: Path) -> Any:
-    """What all names of one file have in common; of a link to nothing, its own name."""
+    """Return what all hard links of a file share; of a broken link, its path."""
     try:
         status = path.stat()
     except OSError:
@@ -85,8 +85,8 @@ def identity(path: Path) -> Any:
     return status.st_dev, status.st_ino
 
 
-def examined(path: Path, settings: Config, log: Log) -> list[Row]:
-    """Every check of one checkpoint."""
+def verified(path: Path, settings: Config, log: Log) -> list[Row]:
+    """Return the rows of every check of a checkpoint."""
     rows = [checked("bytes", lambda: bytes_agree(path))]
     try:
         record = ckpt.load(path)
@@ -97,17 +97,19 @@ def examined(path: Path, settings: Config, log: Log) -> list[Row]:
     rows += [
         shapes(record, settings, log),
         checked("numbers", lambda: numbers_finite(record)),
-        checked("tokenizer", lambda: round_trip(record)) if record.tokenizer else ("tokenizer", "none", "carries none"),
+        checked("tokenizer", lambda: round_trip(record))
+        if record.tokenizer
+        else ("tokenizer", "none", "not saved with it"),
     ]
     damaged = any(status == FAILED for _, status, _ in rows)
-    rows += [("goes on exactly", "no", "it is damaged") if damaged else can_go_on(record, settings, log)]
+    rows += [("resumes exactly", "no", "it is damaged") if damaged else resumes_exactly(record, settings, log)]
     if settings.replay:
         rows += replayed(record, settings, log)
     return rows
 
 
 def checked(name: str, check: Callable[[], str]) -> Row:
-    """The row of a check that returns what it saw, and raises for what is wrong."""
+    """Return the row of a check, which returns details or raises what is wrong."""
     try:
         return name, "ok", check()
     except (CheckpointError, ValueError) as error:
@@ -115,14 +117,14 @@ def checked(name: str, check: Callable[[], str]) -> Row:
 
 
 def bytes_agree(path: Path) -> str:
-    """Whether every byte agrees with its checksum, as far as the layout has any."""
+    """Compare every byte with its checksum, as far as the layout has checksums."""
     if problems := ckpt.verify(path):
         raise CheckpointError("; ".join(problems))
     return f"{amount(size_of(path), 'B')}, files: {len(all_files(path))}"
 
 
 def shapes(record: Checkpoint, settings: Config, log: Log) -> Row:
-    """The row of the shapes; adapters alone have theirs checked where their base is named."""
+    """Return the row of the shapes. Those of a checkpoint of adapters need its base."""
     try:
         return checked("shapes", lambda: shapes_fit(with_its_base(record, settings, log)))
     except ConfigError as error:
@@ -130,41 +132,41 @@ def shapes(record: Checkpoint, settings: Config, log: Log) -> Row:
 
 
 def shapes_fit(record: Checkpoint) -> str:
-    """Whether the weights are those of the model that the settings describe."""
+    """Check that the weights fit the model that the settings describe."""
     model = build_model(record, device=torch.device("cpu"))
     return f"{len(record.model_state)} tensors, {amount(models.parameter_count(model))} parameters"
 
 
 def numbers_finite(record: Checkpoint) -> str:
-    """Whether weights and optimizer hold no NaN and no infinity."""
+    """Check weights and optimizer for NaN and Inf."""
     tensors = labelled(record)
     if bad := not_finite(tensors):
-        raise CheckpointError(f"NaN or infinity in {', '.join(bad[:5])}" + (" and more" if len(bad) > 5 else ""))
+        raise CheckpointError(f"NaN or Inf in {', '.join(bad[:5])}" + (" and more" if len(bad) > 5 else ""))
     return f"{len(tensors)} tensors are finite"
 
 
 def round_trip(record: Checkpoint) -> str:
-    """Whether the tokenizer is the one that was saved, and gives back the text that it was given."""
+    """Check the tokenizer's hash, and that it decodes what it encodes."""
     tokenizer = build_tokenizer(record)
     text = "".join((record.tokenizer or {}).get("chars", ())) or SAMPLE
     if tokenizer.decode(tokenizer.encode(text)) != text:
-        raise CheckpointError(f"decoding what was encoded gives another text than {text[:40]!r}")
+        raise CheckpointError(f"decoding the encoded text differs from {text[:40]!r}")
     known = f"sha256 {tokenizer.digest[:12]}..." if record.tokenizer_sha256 else "no hash recorded"
     return f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, {known}, round trip of {len(text)} characters"
 
 
-def can_go_on(record: Checkpoint, settings: Config, log: Log) -> Row:
-    """Whether a resume here and now would end with the uninterrupted run's bits; no is no failure."""
+def resumes_exactly(record: Checkpoint, settings: Config, log: Log) -> Row:
+    """Return the row on whether a resume on this machine would be bit-exact. "no" does not count as a failure."""
     try:
         run, restored = resumed(own_settings(settings), record, log)
         reasons = not_exact(run, record, restored)
     except (ConfigError, DataError, DeviceError, UnknownCharacters, CheckpointError) as error:
         reasons = [str(error)]
-    return "goes on exactly", "no" if reasons else "yes", "; ".join(reasons)
+    return "resumes exactly", "no" if reasons else "yes", "; ".join(reasons)
 
 
 def own_settings(settings: Config) -> Config:
-    """The settings without those of training, which are the run's own; where the text lies may be given."""
+    """Return the settings without those of training, which come from the checkpoint; the place of the text may be set."""
     scopes = {name: each.metadata["scope"] for name, each in config.VARIABLES.items()}
     own = [name for name, scope in scopes.items() if scope != "session" and name != "TRAINING_DATA_SOURCE"]
     return config.without(settings, own)
@@ -175,18 +177,18 @@ def own_settings(settings: Config) -> Config:
 
 
 def replayed(record: Checkpoint, settings: Config, log: Log) -> list[Row]:
-    """Trains again to the record's step and compares every byte of every tensor."""
+    """Train again to the record's step and compare every byte of every tensor."""
     try:
         start = beginning(record)
         with tempfile.TemporaryDirectory() as temporary:
             again = trained(record, start, own_settings(settings), log, folder=temporary)
     except (ConfigError, DataError, DeviceError, UnknownCharacters, CheckpointError) as error:
-        return [("replay", FAILED, f"cannot be done: {error}")]
+        return [("replay", FAILED, f"cannot be replayed: {error}")]
     if record.optimizer_state is None:
         again = dataclasses.replace(again, optimizer_state=None)
     saved, made = labelled(record), labelled(again)
     hashes = [("sha256 saved", "", digest(saved)), ("sha256 replayed", "", digest(made))]
-    since = f"from step {start.step} ({shown(start.path)})" if start else "from fresh weights"
+    since = f"from step {start.step} ({shown(start.path)})" if start else "from new weights"
     if different := differing(saved, made):
         name, how = next(iter(different.items()))
         return [
@@ -197,41 +199,42 @@ def replayed(record: Checkpoint, settings: Config, log: Log) -> list[Row]:
 
 
 def beginning(record: Checkpoint) -> Found | None:
-    """What to train again from: the run's newest full checkpoint before the record's step, else the one that the run began with.
+    """Return the checkpoint to replay from: the run's latest resumable one before the record's step, else the one it began with.
 
-    None for fresh weights. Raises CheckpointError if there is nothing to begin with.
+    None for new weights. Raises CheckpointError if the run began with a checkpoint that is missing.
     """
     if record.path is None or record.run_id is None or not record.schedule:
-        raise CheckpointError("another program's training cannot be repeated")
+        raise CheckpointError("the training of another program cannot be replayed")
     if (processes := record.runtime.get("processes", 1)) > 1:
-        raise CheckpointError(f"{processes} processes trained it, whose rounding one process does not repeat")
-    full = [one for one in ckpt.find(origin(record, record.path)[0]) if one.resumable and one.step < record.step]
-    if own := [one for one in full if one.run_id == record.run_id]:
-        return max(own, key=lambda one: (one.step, one.save_order))
+        raise CheckpointError(f"{processes} processes trained it, and one process rounds differently")
+    earlier = [f for f in ckpt.find(origin(record, record.path)[0]) if f.resumable and f.step < record.step]
+    if own := [found for found in earlier if found.run_id == record.run_id]:
+        return max(own, key=lambda found: (found.step, found.save_order))
     parent = record.parent or {}
     if parent.get("run_id") is None:
         return None
-    if went_on(record, parent):
-        for one in full:
-            if one.metadata.get("save_id") == parent.get("save_id"):
-                return one
+    if continues(record, parent):
+        for found in earlier:
+            if found.metadata.get("save_id") == parent.get("save_id"):
+                return found
     began = f"its run began with step {parent.get('step')} of run {parent['run_id']}"
-    raise CheckpointError(f"{began}, which is not there in full, and neither is an earlier one of its own")
+    raise CheckpointError(
+        f"{began}; neither that checkpoint nor an earlier one of its own run is there with its optimizer"
+    )
 
 
-def went_on(record: Checkpoint, parent: dict[str, Any]) -> bool:
-    """Whether the run surely went on from its parent's step; INIT_FROM takes the weights alone, and is not told apart otherwise."""
+def continues(record: Checkpoint, parent: dict[str, Any]) -> bool:
+    """Return whether the run certainly continued its parent's steps. One with INIT_FROM took only the weights."""
     return bool(parent.get("changed")) or record.schedule.get("start_step") == parent.get("step") != 0
 
 
 def trained(record: Checkpoint, start: Found | None, settings: Config, log: Log, *, folder: str) -> Checkpoint:
-    """The run at the record's step again, from `start` or from nothing; what it writes besides goes to `folder`."""
+    """Train to the record's step again, from `start` or new weights, and return the record. Logs go to `folder`."""
     schedule = saved_schedule(record)
     if start:
         first = ckpt.load(start.path, verify=True)
-        first = dataclasses.replace(
-            first, hyperparameters=record.hyperparameters, runtime=record.runtime
-        )  # a parent has others
+        # A parent run may have had other settings.
+        first = dataclasses.replace(first, hyperparameters=record.hyperparameters, runtime=record.runtime)
         run, _ = resumed(settings, first, log, schedule=schedule, end=record.step)
     else:
         run = fresh(config.from_saved(settings, saved_settings(record)), log)
@@ -244,14 +247,14 @@ def trained(record: Checkpoint, start: Found | None, settings: Config, log: Log,
         checkpoint_model_only=False,
         runs_dir=folder,
     )
-    run.observed_step = record.step  # neither evaluated nor sampled there: the weights do not depend on it
+    run.observed_step = record.step  # skips evaluation and samples, which do not change the weights
     train_quietly(run, log)
     return to_record(run)
 
 
 def train_quietly(run: Run, log: Log) -> None:
-    """The one training loop, without what a run says at its start and end; raises KeyboardInterrupt if it was stopped."""
-    run.log = log = Log(log.stream)  # so that the run's training.log ends with it
+    """Run the training loop without its reports at start and end. Raise KeyboardInterrupt if it was stopped."""
+    run.log = log = Log(log.stream)  # closes the run's training.log with it
     with contextlib.closing(log), contextlib.ExitStack() as held, Interrupt() as stop:
         open_run(run, held)
         bar = Progress(log, start=run.step, total=run.end, plain=config.tqdm_disabled())

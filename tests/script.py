@@ -84,7 +84,7 @@ def rows(text: str) -> dict[str, tuple[str, str]]:
     """Of a table of checks: how each went, and more about it."""
     lines = [
         line.split(None, 2)
-        for line in text.replace("goes on exactly", "exactly").splitlines()
+        for line in text.replace("resumes exactly", "exactly").splitlines()
         if line.startswith(CHECKS)
     ]
     return {words[0]: (words[1], words[2] if len(words) > 2 else "") for words in lines}

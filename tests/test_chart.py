@@ -1,4 +1,4 @@
-"""Curves as text: dots and letters where an eye would put them, in lines of one width."""
+"""Charts as text: dots and letters at the right places, in lines of equal width."""
 
 import math
 

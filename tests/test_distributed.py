@@ -18,7 +18,7 @@ from work import HANGING
 
 from milepost import ckpt
 from milepost.locks import RunLock
-from milepost.runtime.distributed import ALONE, World
+from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import read_metrics
 
 WORKER, LAUNCHER = Path(__file__).with_name("worker.py"), Path(__file__).with_name("launcher.py")
@@ -452,14 +452,14 @@ def test_shares_are_the_whole_in_order_and_differ_by_one_at_most(count, size):
 
 
 def test_alone_everything_is_answered_at_once():
-    assert ALONE.first
-    assert ALONE.any(True)
-    assert not ALONE.any(False)
-    assert ALONE.sum(1.5, 2) == [1.5, 2]
-    assert ALONE.broadcast("word") == "word"
-    assert ALONE.all_gather(3) == [3]
+    assert SINGLE.is_rank0
+    assert SINGLE.any(True)
+    assert not SINGLE.any(False)
+    assert SINGLE.sum(1.5, 2) == [1.5, 2]
+    assert SINGLE.broadcast("word") == "word"
+    assert SINGLE.all_gather(3) == [3]
     value = torch.tensor(2.0)
-    assert ALONE.mean(value) is value
-    assert ALONE.by_first(lambda: 7) == ALONE.in_turn(lambda: 7) == 7
+    assert SINGLE.mean(value) is value
+    assert SINGLE.on_rank0(lambda: 7) == SINGLE.local_rank0_first(lambda: 7) == 7
     with pytest.raises(KeyError):
-        ALONE.by_first(lambda: {}["nothing"])
+        SINGLE.on_rank0(lambda: {}["nothing"])

@@ -1,4 +1,4 @@
-"""The machine at hand: what is chosen for it follows fixed rules, and what decides bits is recorded."""
+"""Choices of device, dtype and compilation follow fixed rules, and everything that affects bits is recorded."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milepost.runtime import hardware
-from milepost.runtime.hardware import DECIDES_BITS, DeviceError
+from milepost.runtime.hardware import AFFECTS_BITS, DeviceError
 from milepost.splitmix import mix
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -36,26 +36,26 @@ def test_every_machine_has_a_cpu_and_it_comes_last():
     assert set(hardware.available_devices()) <= {"cuda", "mps", "cpu"}
 
 
-def test_auto_takes_the_best_device_there_is():
+def test_auto_takes_the_best_available_device():
     assert hardware.choose_device("auto").type == hardware.available_devices()[0]
 
 
-@pytest.mark.parametrize("wish", hardware.available_devices())
-def test_a_device_that_is_there_is_taken(wish):
-    assert hardware.choose_device(wish) == torch.device(wish)
+@pytest.mark.parametrize("requested", hardware.available_devices())
+def test_an_available_device_is_taken(requested):
+    assert hardware.choose_device(requested) == torch.device(requested)
 
 
-@pytest.mark.parametrize("wish", sorted({"cuda", "mps", "tpu"} - set(hardware.available_devices())))
-def test_an_absent_device_is_refused_with_the_list_of_those_there_are(wish):
+@pytest.mark.parametrize("requested", sorted({"cuda", "mps", "tpu"} - set(hardware.available_devices())))
+def test_an_absent_device_is_refused_with_the_available_ones(requested):
     with pytest.raises(DeviceError) as refusal:
-        hardware.choose_device(wish)
+        hardware.choose_device(requested)
     said = str(refusal.value)
-    assert f"DEVICE={wish}" in said
+    assert f"DEVICE={requested}" in said
     assert f"available: {', '.join(hardware.available_devices())}" in said
     assert "\n" not in said
 
 
-# Number formats
+# Dtypes
 
 AUTO_ON_CPU = [
     *((False, False, width, "float32") for width in (64, 127, 128, 4096)),
@@ -84,9 +84,9 @@ def test_auto_dtype_on_mps_is_float32():
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS], ids=str)
-@pytest.mark.parametrize("wish", ["float32", "bfloat16"])
-def test_a_given_dtype_is_taken(wish, device):
-    assert hardware.choose_dtype(wish, device, width=4) == wish
+@pytest.mark.parametrize("requested", ["float32", "bfloat16"])
+def test_a_requested_dtype_is_taken(requested, device):
+    assert hardware.choose_dtype(requested, device, width=4) == requested
 
 
 def test_float16_is_for_cuda_and_mps():
@@ -97,7 +97,7 @@ def test_float16_is_for_cuda_and_mps():
 
 
 @pytest.mark.parametrize(("dtype", "product"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_autocast_multiplies_in_the_format_and_leaves_the_weights_alone(dtype, product):
+def test_autocast_multiplies_in_its_dtype_and_leaves_the_weights_alone(dtype, product):
     layer = torch.nn.Linear(4, 4)
     with hardware.autocast(CPU, dtype):
         assert layer(torch.ones(2, 4)).dtype == product
@@ -123,7 +123,7 @@ def test_compiling_follows_a_fixed_rule(wish, device, pays, steps, expected, com
     monkeypatch.setattr(hardware, "_has_compiler", lambda device: compiler)
     chosen, remark = hardware.choose_compile(wish, device, pays=pays, steps=steps)
     assert chosen == (expected and compiler)
-    assert (remark is not None) == (expected and not compiler)  # a wish that cannot be met is told
+    assert (remark is not None) == (expected and not compiler)  # a requested that cannot be met is told
 
 
 # Bits
@@ -165,7 +165,7 @@ def test_neighbouring_steps_and_seeds_have_seeds_of_their_own():
     assert len(seeds) == 3600  # (1, 2) and (2, 1) differ too
 
 
-def test_the_draws_of_a_step_depend_on_seed_and_step_alone():
+def test_the_draws_of_a_step_depend_only_on_seed_and_step():
     def draws(seed: int, step: int) -> list[float]:
         hardware.seed_step(torch.device("cpu"), seed, step)
         return torch.rand(8).tolist()
@@ -177,7 +177,7 @@ def test_the_draws_of_a_step_depend_on_seed_and_step_alone():
     assert draws(2, 7) != first
 
 
-def test_each_process_draws_its_own_and_the_first_what_the_only_one_would():
+def test_processes_draw_differently_and_rank_0_as_a_single_process():
     def draws(**rank: int) -> list[float]:
         hardware.seed_step(torch.device("cpu"), 1, 7, **rank)
         return torch.rand(8).tolist()
@@ -193,64 +193,66 @@ def fingerprint(**changes: object) -> dict[str, object]:
     return hardware.fingerprint(CPU, dtype="float32", compile_step=False, deterministic=True) | changes
 
 
-def test_a_fingerprint_is_json_and_names_all_that_decides_bits():
+def test_a_fingerprint_is_json_and_has_everything_that_affects_bits():
     values = fingerprint()
     assert json.loads(json.dumps(values)) == values
-    assert set(DECIDES_BITS) <= values.keys()
+    assert set(AFFECTS_BITS) <= values.keys()
     assert values["device"] == "cpu"
     assert values["threads"] == torch.get_num_threads()
     assert values["torch"] == torch.__version__
 
 
-def test_the_same_machine_gives_the_same_bits():
+def test_the_same_machine_is_bit_exact():
     assert hardware.bit_changes(fingerprint(), fingerprint()) == []
 
 
-@pytest.mark.parametrize("name", DECIDES_BITS)
-def test_each_thing_that_decides_bits_is_named_when_it_changes(name):
+@pytest.mark.parametrize("name", AFFECTS_BITS)
+def test_a_change_that_affects_bits_is_named(name):
     reasons = hardware.bit_changes(fingerprint(**{name: "before"}), fingerprint(**{name: "now"}))
     told = (
-        "now processes, was before" if name == "processes" else f"{hardware.CALLED.get(name, name)} is now, was before"
+        "now processes, was before"
+        if name == "processes"
+        else f"{hardware.IN_WORDS.get(name, name)} is now, was before"
     )
     assert reasons == [told]
 
 
-def test_another_number_of_processes_is_told_in_words_and_how_they_share_the_work_goes_with_it():
+def test_another_number_of_processes_is_one_reason():
     shared = {"processes": 4, "local_processes": 4, "distributed": "ddp"}
     assert hardware.bit_changes(fingerprint(**shared), fingerprint(processes=2, distributed="fsdp")) == [
         "2 processes, was 4"
     ]
     assert hardware.bit_changes(fingerprint(**shared), fingerprint()) == ["1 process, was 4"]
     two_machines = shared | {"local_processes": 2}
-    said = ["the number of processes on a machine is 2, was 4"]  # whose sums have another order
+    said = ["the number of processes per machine is 2, was 4"]  # sums have another order
     assert hardware.bit_changes(fingerprint(**shared), fingerprint(**two_machines)) == said
     older = {name: value for name, value in fingerprint().items() if name not in shared}  # checkpoints of one process
     assert hardware.bit_changes(older, fingerprint()) == []
 
 
 @pytest.mark.parametrize("name", ["python", "platform"])
-def test_what_decides_no_bits_is_no_reason(name):
+def test_a_change_that_affects_no_bits_is_not_a_reason(name):
     assert hardware.bit_changes(fingerprint(**{name: "before"}), fingerprint()) == []
 
 
-def test_a_run_without_deterministic_kernels_or_on_mps_promises_nothing():
+def test_without_deterministic_kernels_or_on_mps_nothing_is_bit_exact():
     loose = fingerprint(deterministic=False)
     assert hardware.bit_changes(loose, loose) == ["DETERMINISTIC=false"]
     apple = fingerprint(device="mps")
-    assert hardware.bit_changes(apple, apple) == ["mps promises no equal bits"]
+    assert hardware.bit_changes(apple, apple) == ["mps does not promise bit-identical results"]
 
 
-def test_a_checkpoint_without_a_fingerprint_promises_nothing():
+def test_a_checkpoint_without_a_fingerprint_is_not_bit_exact():
     (reason,) = hardware.bit_changes({}, fingerprint())
-    assert reason == "on what machine and versions it was trained is not recorded"
-    unsaid = len(DECIDES_BITS) - 4  # the first versions had one process and the first kernels
+    assert reason.endswith("not recorded")
+    unsaid = len(AFFECTS_BITS) - 4  # the first versions had one process and the first kernels
     assert len(hardware.bit_changes({"git": "abc"}, fingerprint())) == unsaid + 1
 
 
 # Memory
 
 
-def test_free_memory_of_the_cpu_is_what_the_system_tells():
+def test_free_memory_of_the_cpu_is_what_the_system_reports():
     free = hardware.free_memory(CPU)
     if Path("/proc/meminfo").exists():
         assert free is not None
@@ -265,13 +267,13 @@ def raised_by(allocate) -> BaseException:
     return error.value
 
 
-def test_real_allocations_that_fail_are_known_as_out_of_memory():
+def test_failing_allocations_are_recognized_as_out_of_memory():
     assert hardware.is_out_of_memory(raised_by(lambda: torch.empty(2**60, dtype=torch.uint8)))
     assert hardware.is_out_of_memory(raised_by(lambda: np.empty(2**60, dtype=np.uint8)))
     assert hardware.is_out_of_memory(raised_by(lambda: bytearray(2**60)))
 
 
-OTHERS = [  # what other machines say
+OTHERS = [  # messages of other machines
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), True),
     (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"), True),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
@@ -282,7 +284,7 @@ OTHERS = [  # what other machines say
 
 
 @pytest.mark.parametrize(("error", "expected"), OTHERS, ids=lambda value: str(value)[:30])
-def test_out_of_memory_is_told_from_other_errors(error, expected):
+def test_out_of_memory_is_distinguished_from_other_errors(error, expected):
     assert hardware.is_out_of_memory(error) == expected
 
 
@@ -306,14 +308,14 @@ def test_format_for_generating(monkeypatch, supported, wish, width, tokens, expe
 # Several processes on a machine
 
 
-def test_processes_of_a_machine_take_a_gpu_each_and_none_takes_mps(monkeypatch):
+def test_each_process_takes_its_own_gpu_and_several_do_not_take_mps(monkeypatch):
     taken = []
     monkeypatch.setattr(hardware, "available_devices", lambda: ["cuda", "mps", "cpu"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert hardware.choose_device("auto", local_rank=1, local_size=2) == torch.device("cuda", 1)
     assert taken == [1]
-    with pytest.raises(DeviceError, match="3 processes on this machine have 2 GPUs: set --nproc_per_node to that"):
+    with pytest.raises(DeviceError, match=r"3 processes .* 2 GPUs: set --nproc_per_node"):
         hardware.choose_device("cuda", local_rank=0, local_size=3)
     monkeypatch.setattr(hardware, "available_devices", lambda: ["mps", "cpu"])
     assert hardware.choose_device("auto") == torch.device("mps")
@@ -322,7 +324,7 @@ def test_processes_of_a_machine_take_a_gpu_each_and_none_takes_mps(monkeypatch):
         hardware.choose_device("mps", local_rank=1, local_size=2)
 
 
-def test_processes_share_the_processors_and_none_is_without(monkeypatch):
+def test_processes_share_the_processors_and_each_has_a_thread(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
     try:

@@ -1,4 +1,4 @@
-"""scripts/list_checkpoints.py and scripts/inspect_checkpoint.py: what they show, and what they leave unread."""
+"""scripts/list_checkpoints.py and scripts/inspect_checkpoint.py: what they print, and what they do not read."""
 
 import dataclasses
 import math
@@ -59,7 +59,7 @@ def test_the_best_of_the_latest_run_is_marked(tmp_path):
     ]
 
 
-def test_lineage_tells_where_each_run_began(trained):
+def test_lineage_shows_where_each_run_began(trained):
     head, first, child = call(lister, trained).out.split("\n\n")[1].splitlines()
     assert head.split() == ["run", "checkpoints", "began", "with", "changed"]
     assert first.split()[1:] == ["4", "fresh", "weights"]
@@ -68,7 +68,7 @@ def test_lineage_tells_where_each_run_began(trained):
     assert child.endswith("  BATCH_SIZE 4 -> 2, LEARNING_RATE 0.001 -> 0.0001")
 
 
-def test_a_damaged_one_is_a_row_and_a_reason(trained, tmp_path):
+def test_a_damaged_checkpoint_is_a_row_and_a_reason(trained, tmp_path):
     folder = copied(trained, tmp_path)
     path = family(folder)[6]
     os.truncate(path, 5000)
@@ -81,7 +81,7 @@ def test_a_damaged_one_is_a_row_and_a_reason(trained, tmp_path):
     assert len(said.out.split("damaged: ")[0].splitlines()) == 1 + 6
 
 
-def test_model_only_is_told(tmp_path):
+def test_model_only_is_marked(tmp_path):
     save(tmp_path, record(1, optimizer_state=None))
     save(tmp_path, record(2))
     lines = call(lister, tmp_path).out.splitlines()[1:3]
@@ -105,10 +105,10 @@ def test_another_folder_by_checkpoint_path(trained, tmp_path):
     assert said.out.count("step000") >= 6
 
 
-def test_what_is_no_folder_of_checkpoints_is_refused(trained, tmp_path):
+def test_other_than_a_folder_of_checkpoints_is_refused(trained, tmp_path):
     said = call(lister, trained, CHECKPOINT_PATH=family(trained)[2])
     assert (said.code, said.out) == (2, "")
-    assert "is no folder of checkpoints; name one" in said.err
+    assert "is not a folder of checkpoints" in said.err
     assert call(lister, tmp_path).code == 3
     (tmp_path / "checkpoints").mkdir()
     said = call(lister, tmp_path)
@@ -187,7 +187,7 @@ def check_tensors(text, original, folder):
 
 
 @pytest.mark.parametrize("layout", [layout for layout in WRITERS if layout != "huggingface"])
-def test_ttt_tensors_are_counted_by_what_owns_them(tmp_path, layout):
+def test_ttt_tensors_are_counted(tmp_path, layout):
     saved = gpt2_record(settings={"ttt": {"layers": "1"}})
     said = call(inspector, tmp_path, CHECKPOINT_PATH=save(tmp_path, saved, layout))
     own = [tensor.numel() for name, tensor in saved.model_state.items() if name.startswith("h.1.ttt.")]
@@ -214,13 +214,13 @@ def test_model_only_cannot_resume(tmp_path):
     assert [line.split()[1] for line in text.splitlines() if line.startswith("optimizer ")] == ["0"]
 
 
-def test_a_prefix_with_the_word_optimizer_confuses_nobody(tmp_path):
+def test_a_prefix_with_the_word_optimizer_changes_nothing(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     ckpt.save(record(1, optimizer_state=None), tmp_path / "checkpoints", prefix="optimizer")
     assert "\noptimizer  0 bytes" in call(inspector, tmp_path).out
 
 
-def test_a_damaged_one_is_refused_in_a_sentence(tmp_path):
+def test_a_damaged_checkpoint_is_refused_in_a_sentence(tmp_path):
     path = save(tmp_path, record(1))
     os.truncate(path, 1000)
     said = call(inspector, tmp_path, CHECKPOINT_PATH=path)
@@ -244,7 +244,7 @@ for path in {paths!r}:
 def peaks(folder, *paths, **changes):
     """The peak memory in bytes of a process while it looks at each path."""
     if not os.path.exists("/proc/self/clear_refs"):
-        pytest.skip("the system does not tell a process's peak")
+        pytest.skip("the system does not report peak memory")
     program = PEAK.format(root=str(ROOT), paths=[str(path) for path in paths], folder=str(folder), changes=changes)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -269,12 +269,12 @@ def test_control_comparing_does_load_them(tmp_path):
 # COMPARE_WITH
 
 
-def test_nothing_is_said_of_two_that_are_equal(trained, tmp_path):
+def test_equal_checkpoints_print_nothing(trained, tmp_path):
     path = family(trained)[8]
     other = save(tmp_path, dataclasses.replace(ckpt.load(path)), "stepfiles")
     said = call(inspector, trained, CHECKPOINT_PATH=path, COMPARE_WITH=path)
     assert (said.code, said.out) == (0, "")
-    assert "are the same" in said.err
+    assert "are identical" in said.err
     differing = call(inspector, trained, CHECKPOINT_PATH=path, COMPARE_WITH=other).out.splitlines()[1:]
     assert [line.split()[:2] for line in differing] == [["metadata", "save_number"], ["metadata", "saved_at"]]
 
@@ -293,7 +293,7 @@ def test_settings_metadata_and_tensors_that_differ(tmp_path):
     assert sum(kind == "tensor" for kind, _ in found) == 1
 
 
-def test_tensors_of_other_shapes_and_of_one_alone(tmp_path):
+def test_tensors_of_other_shapes_and_in_only_one(tmp_path):
     paths = [save(tmp_path, each) for each in (record(1), record(1, size=9, optimizer_state=None))]
     out = call(inspector, tmp_path, CHECKPOINT_PATH=paths[0], COMPARE_WITH=paths[1]).out
     assert f"{WEIGHT}" in out

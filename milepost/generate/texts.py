@@ -44,7 +44,7 @@ def choose_decoder(
     if quantize != "none":
         return build(model, weights=quantize), ""
     weights = hardware.decode_dtype(dtype, device, width=width, tokens=tokens)
-    if weights == "float32" and width < hardware.WIDE_ENOUGH_TO_DECODE:
+    if weights == "float32" and width < hardware.BFLOAT16_DECODE_WIDTH:
         return None, f"a model with an embedding dimension of {width} spends its time elsewhere"
     return build(model, weights=weights), ""
 

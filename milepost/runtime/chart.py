@@ -1,21 +1,21 @@
-"""Curves as text: braille dots on a terminal that can show them, one letter a curve where colours or such characters are missing."""
+"""Plot curves as text: braille dots, or a letter per curve where colors or Unicode are missing."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 Points = Sequence[tuple[float, float]]  # (x, y), x rising
-Paint = Callable[[int, str], str]  # the number of a curve and a character of it -> what is printed
+Paint = Callable[[int, str], str]  # (index of a curve, character) -> colored character
 
 # The bits of U+2800 for the eight dots of a character, by row and column (Unicode, "Braille Patterns").
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-MARGIN = 9  # columns of a chart that its scale takes
+UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+MARGIN = 9  # columns for the scale of the y axis
 
 
 class Frame(NamedTuple):
-    """What a chart shows of the plane."""
+    """The limits of a chart's axes."""
 
     left: float
     right: float
@@ -24,7 +24,7 @@ class Frame(NamedTuple):
 
 
 def frame(curves: Sequence[Points], *, floor: float | None = None) -> Frame:
-    """The smallest frame around all points, which must be at least one; down to `floor` if that is given."""
+    """Return the smallest frame around all points, down to `floor` if set. There must be a point."""
     xs = [x for points in curves for x, _ in points]
     ys = [y for points in curves for _, y in points] + ([] if floor is None else [floor])
     low, high = min(ys), max(ys)
@@ -34,9 +34,9 @@ def frame(curves: Sequence[Points], *, floor: float | None = None) -> Frame:
 
 def chart(title: str, curves: Sequence[Points], *, columns: int, rows: int, letters: bool, ascii_only: bool = False,
           floor: float | None = None, paint: Paint | None = None) -> list[str]:  # fmt: skip
-    """The lines of one chart, each `columns` characters wide, its curves `rows` high: a title, the curves with their scale, and the steps.
+    """Return the lines of a chart, `columns` characters wide: a title, the curves in `rows` lines with their scale, and the x axis.
 
-    Later curves are drawn over earlier ones. `letters` marks each by a letter of its own, else by dots. `paint` colours a character.
+    Later curves cover earlier ones. With `letters` each curve is drawn in its own letter, otherwise in dots. `paint` colors a character.
     """
     if not any(curves):
         return [f"{title}: nothing logged"[:columns].ljust(columns)]
@@ -66,7 +66,7 @@ def _mark(cell: tuple[int, int] | None, *, letters: bool, paint: Paint | None) -
 def _cells(
     curves: Sequence[Points], seen: Frame, *, width: int, rows: int, across: int, down: int
 ) -> dict[tuple[int, int], tuple[int, int]]:
-    """Of each character that is not empty, by row and column: the curve that was drawn there last, and its dots."""
+    """Return {(row, column): (topmost curve, its dots)} for every character that is not empty."""
     cells: dict[tuple[int, int], tuple[int, int]] = {}
     for curve, points in enumerate(curves):
         dots = _thinned(points, seen, width=width * across, height=rows * down)
@@ -79,7 +79,7 @@ def _cells(
 
 
 def _thinned(points: Points, seen: Frame, *, width: int, height: int) -> list[tuple[int, int]]:
-    """One dot for each column of dots that has points, at their mean; rows count from the top."""
+    """Return one dot per column of dots, at the mean of its points; rows count from the top."""
     columns: dict[int, list[float]] = {}
     for x, y in points:
         columns.setdefault(round((x - seen.left) / (seen.right - seen.left) * (width - 1)), []).append(y)
@@ -88,7 +88,7 @@ def _thinned(points: Points, seen: Frame, *, width: int, height: int) -> list[tu
 
 
 def _joined(dots: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The dots, and those of the straight lines between them."""
+    """Yield the dots, and those on straight lines between them."""
     yield from dots[:1]
     for (x, y), (next_x, next_y) in itertools.pairwise(dots):
         steps = max(abs(next_x - x), abs(next_y - y))
@@ -97,7 +97,7 @@ def _joined(dots: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def number(value: float) -> str:
-    """A value in at most eight characters, with as many of four figures as they hold."""
-    size, letter = next((pair for pair in SIZES if abs(value) >= pair[0]), (1.0, ""))
+    """Format a value in at most eight characters, with up to four significant digits."""
+    size, letter = next((pair for pair in UNITS if abs(value) >= pair[0]), (1.0, ""))
     texts = [f"{value / size:.{figures}g}{letter}" for figures in (4, 3, 2, 1)]
     return next((text for text in texts if len(text) < MARGIN), texts[-1])

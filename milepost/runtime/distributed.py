@@ -1,6 +1,6 @@
-"""What torchrun's environment means for us: which process this is, what it shares with the others, and what they agree on.
+"""The processes of one training under torchrun: their ranks, what they communicate, and how they share the model.
 
-All of it is PyTorch's own: DistributedDataParallel (every process holds the whole model) and fully_shard (each holds a part of it).
+The engines are PyTorch's: DistributedDataParallel (every process holds the whole model) and fully_shard (each holds a part).
 """
 
 import contextlib
@@ -20,54 +20,55 @@ from torch import Tensor, nn
 
 Value = TypeVar("Value")
 POLL_SECONDS = 0.02
-LONGEST_WORK = datetime.timedelta(
-    days=1
-)  # of one process while the others wait, as for a tokenizer; the death of one is noticed at once
+# How long processes wait for the work of another, such as training a tokenizer. A process that dies is noticed at once.
+CONTROL_TIMEOUT = datetime.timedelta(days=1)
 
 
 class ElsewhereError(Exception):
-    """Another process found something wrong, and says what: this one ends without a word."""
+    """Another process failed and reports why: this one ends without a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of one training, and which of them this is. Alone, every method answers at once."""
+    """The processes of one training, and this one's rank. A single process gets every answer at once."""
 
     rank: int = 0  # among all
     size: int = 1
     local_rank: int = 0  # among those of this machine
     local_size: int = 1
-    words: dist.ProcessGroup | None = None  # over which they talk; gradients and weights have torch's default group
+    control: dist.ProcessGroup | None = (
+        None  # gloo group for everything but gradients and weights, which use the default group
+    )
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one process that tells, saves and writes metrics."""
+    def is_rank0(self) -> bool:
+        """Whether this process logs, saves and writes metrics."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` rows; the parts of all make up the whole, in order."""
+        """Return this process's part of `count` sequences; the parts of all processes make up the whole, in order."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process. Every process asks."""
+        """Return whether `here` is true in any process. Every process must call this."""
         return self.sum(float(here))[0] > 0 if self.size > 1 else here
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the processes."""
+        """Return each value summed over the processes."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(total, group=self.words)
+            dist.all_reduce(total, group=self.control)
         return total.tolist()
 
     def mean(self, value: Tensor) -> Tensor:
-        """A 0-dim tensor's mean over the processes, on its device."""
+        """Return the mean of a 0-dim tensor over the processes, on its device."""
         if self.size > 1:
             dist.all_reduce(value)
             value = value / self.size
         return value
 
     def broadcast_tensor(self, tensor: Tensor, source: int) -> Callable[[], Tensor]:
-        """Gives `tensor` what it holds in process `source`; the answer waits until it has arrived, and returns it."""
+        """Send `tensor` of rank `source` to all. The function that is returned waits for it and returns it."""
         if self.size == 1:
             return lambda: tensor
         tensor = tensor.contiguous()
@@ -80,30 +81,30 @@ class World:
         return arrived
 
     def broadcast(self, value: Value) -> Value:
-        """What the first process has for `value`: any plain object."""
+        """Return the `value` of rank 0, any plain object."""
         box = [value]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.words)
+            dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def all_gather(self, value: Value) -> list[Value]:
-        """The value of each process, by rank."""
+        """Return the value of each process, by rank."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value, group=self.words)
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def by_first(self, work: Callable[[], Value]) -> Value | None:
-        """What `work` gives in the first process; the others wait for it and get None. Its error ends all."""
-        return self._by(self.first, work)
+    def on_rank0(self, work: Callable[[], Value]) -> Value | None:
+        """Run `work` on rank 0 and return its result there, None elsewhere, when it is done. Its error ends all processes."""
+        return self._run_if(self.is_rank0, work)
 
-    def in_turn(self, work: Callable[[], Value]) -> Value:
-        """What `work` gives in each process; on every machine one of them goes first, so that the others find what it put into a cache."""
-        value = self._by(self.local_rank == 0, work)
+    def local_rank0_first(self, work: Callable[[], Value]) -> Value:
+        """Run `work` in every process, first on local rank 0 of each machine, so that the others find its result in the cache."""
+        value = self._run_if(self.local_rank == 0, work)
         return work() if value is None else value
 
-    def _by(self, chosen: bool, work: Callable[[], Value]) -> Value | None:
+    def _run_if(self, chosen: bool, work: Callable[[], Value]) -> Value | None:
         value, error = None, None
         if chosen:
             try:
@@ -118,54 +119,54 @@ class World:
         return value
 
 
-ALONE = World()
+SINGLE = World()
 
 
 def join(torchrun: dict[str, int], *, accelerator: str) -> World:
-    """This process among those that torchrun started; `accelerator` ("cpu" or "cuda") is what they compute on.
+    """Join the processes that torchrun started, which compute on `accelerator` ("cpu" or "cuda").
 
-    Without torchrun, and with a single process of it, nothing is set up: such a run is the plain one, bit for bit.
+    Without torchrun or with a single process nothing is set up, so that such a run is bit-identical to the plain one.
     """
     if not torchrun:
-        return ALONE
-    world = World(**torchrun, words=None)
+        return SINGLE
+    world = World(**torchrun, control=None)
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_store_of_this_attempt(world), rank=world.rank, world_size=world.size)
-    return replace(world, words=another_group(timeout=LONGEST_WORK))
+    dist.init_process_group(backend, store=_store_of_attempt(world), rank=world.rank, world_size=world.size)
+    return replace(world, control=new_control_group(timeout=CONTROL_TIMEOUT))
 
 
-def _store_of_this_attempt(world: World) -> dist.Store:
-    """The store by which the processes find each other, without what those of an attempt before left there.
+def _store_of_attempt(world: World) -> dist.Store:
+    """Return the store through which the processes find each other, with a prefix of its own for this attempt.
 
-    torchrun's restarts share one store, where a process may read the address of one that was killed
-    (https://github.com/pytorch/pytorch/issues/135712), and no number of the attempt is the same on every machine. So the first
-    process draws a name for it, and it counts once each of the others has put under that name what it has drawn itself.
+    torchrun's restarts share one store, in which a process may read the address of a killed one
+    (https://github.com/pytorch/pytorch/issues/135712), and no attempt number is the same on every machine. So rank 0 draws a name
+    for the attempt, every other process writes its own token under that name, and the name counts once rank 0 has seen all tokens.
     """
     store, _, _ = next(dist.rendezvous("env://"))
-    drawn, others = secrets.token_hex(8), range(1, world.size)
-    if world.first:
-        store.set("attempt", drawn)
-        store.set(f"{drawn}/all", " ".join(store.get(f"{drawn}/{rank}").decode() for rank in others))  # `get` waits
-        return dist.PrefixStore(drawn, store)
+    token, others = secrets.token_hex(8), range(1, world.size)
+    if world.is_rank0:
+        store.set("attempt", token)
+        store.set(f"{token}/all", " ".join(store.get(f"{token}/{rank}").decode() for rank in others))  # `get` waits
+        return dist.PrefixStore(token, store)
     while True:
         attempt = store.get("attempt").decode()
-        store.set(f"{attempt}/{world.rank}", drawn)
-        if store.check([f"{attempt}/all"]) and drawn in store.get(f"{attempt}/all").decode().split():
+        store.set(f"{attempt}/{world.rank}", token)
+        if store.check([f"{attempt}/all"]) and token in store.get(f"{attempt}/all").decode().split():
             return dist.PrefixStore(attempt, store)
         time.sleep(POLL_SECONDS)
 
 
 def leave() -> None:
-    """Ends what `join` began. The engine's last references go first: gloo's threads must have ended before the interpreter does."""
+    """Undo `join`. Collect the engine's last references first: gloo's threads must end before the interpreter does."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
 
 
 def ended(code: int) -> int:
-    """The exit code `code`; but a process that never left the others, because something was raised, ends here and now.
+    """Return the exit code; a process that has not left the others, because of an error, exits here at once.
 
-    To leave them it might wait for those that are gone, and the interpreter's own end may abort in gloo's threads.
+    Leaving them could wait for dead processes, and the interpreter's own shutdown may abort in gloo's threads.
     """
     if dist.is_initialized():
         for stream in (sys.stdout, sys.stderr):
@@ -176,7 +177,7 @@ def ended(code: int) -> int:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether `error` says that a process which should have answered is gone."""
+    """Return whether the error means that another process is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
@@ -194,23 +195,23 @@ def data_parallel(forward: nn.Module) -> nn.Module:
 
 
 def fully_sharded(model: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
-    """Leaves each process a part of every parameter of `model`, on `device`; a block's are gathered while it is at work."""
+    """Shard every parameter of `model` over the processes, on `device`; a block's parameters are gathered while it computes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for each in (*blocks, model):
-        fully_shard(each, mesh=mesh)
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)
 
 
-def another_group(*, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
-    """All processes once more, for what they say to each other in main memory, beside other talk or for longer than that may last."""
+def new_control_group(*, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
+    """Return a gloo group of all processes, for communication in main memory beside the training's or with a longer timeout."""
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
 @contextlib.contextmanager
 def syncing(forward: nn.Module, engine: str, *, now: bool) -> Iterator[None]:
-    """Whether the passes in the block share their gradients: only the last micro-batch of a step need do so."""
+    """Share the gradients of the passes in this context if `now`: only the last micro-batch of a step needs to."""
     if engine == "fsdp":
         forward.set_requires_gradient_sync(now)  # type: ignore[operator]
     with contextlib.nullcontext() if now or engine != "ddp" else forward.no_sync():  # type: ignore[operator]
@@ -218,26 +219,25 @@ def syncing(forward: nn.Module, engine: str, *, now: bool) -> Iterator[None]:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered if each process holds a part; every process asks, in the same order."""
-    return tensor.full_tensor() if _in_parts(tensor) else tensor  # type: ignore[attr-defined]
+    """Return the whole tensor, gathered if it is sharded. Every process must call this, in the same order."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor is in this process, in the same memory."""
-    return tensor.to_local() if _in_parts(tensor) else tensor  # type: ignore[attr-defined]
+    """Return this process's part of a tensor, in the same memory."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of `tensor`, of which this process keeps the part that it has of `like`."""
-    if not _in_parts(like):
+    """Return a copy of `tensor`, sharded like `like`."""
+    if not _is_sharded(like):
         return tensor.clone()
     from torch.distributed.tensor import distribute_tensor
 
     where: dict[str, Any] = {"device_mesh": like.device_mesh, "placements": like.placements}  # type: ignore[attr-defined]
-    return distribute_tensor(
-        tensor.to(like.device), **where, src_data_rank=None
-    )  # each has all of it, so nothing is sent
+    # Every process has the whole tensor, so nothing is sent.
+    return distribute_tensor(tensor.to(like.device), **where, src_data_rank=None)
 
 
-def _in_parts(tensor: Tensor) -> bool:
+def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")

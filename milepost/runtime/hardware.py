@@ -1,4 +1,4 @@
-"""Which device, which number format, and everything that decides bits on them."""
+"""Device, dtype and compilation, and everything on the machine that affects bitwise reproducibility."""
 
 import contextlib
 import ctypes
@@ -13,20 +13,20 @@ from milepost.splitmix import mix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# On a CPU, bfloat16 pays once the matrices are this wide: in training, where casting costs, and in generating, where calls do.
-WIDE_ENOUGH_TO_TRAIN, WIDE_ENOUGH_TO_DECODE = 128, 256
+# Embedding dimensions from which bfloat16 pays on a CPU: casts cost time in training, calls in generation.
+BFLOAT16_TRAIN_WIDTH, BFLOAT16_DECODE_WIDTH = 128, 256
 
-# Converting all weights takes about as long as bfloat16 saves on so many generated tokens, whatever the model's size.
-ENOUGH_TO_CONVERT = 32
+# Converting all weights takes about as long as bfloat16 saves on this many generated tokens, whatever the model's size.
+BFLOAT16_DECODE_TOKENS = 32
 
-# What mallopt(3) calls the most blocks that are mapped one by one, and the size of a free end that goes back to the system.
+# Parameters of mallopt(3): how many blocks may be mapped singly, and from what size free memory at the top returns to the system.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
-# Raised when a change of ours gives a step other bits: 2 has attention, the head, GELU and Muon by other kernels than 1.
+# Increased when a change of ours changes the bits of a step. Version 2 has other kernels for attention, the head, GELU and Muon.
 KERNELS = 2
 
-# Everything of the machine and the versions that can change the bits of a step.
-DECIDES_BITS = (
+# Entries of a fingerprint that affect the bits of a step.
+AFFECTS_BITS = (
     "processes",
     "local_processes",
     "distributed",
@@ -40,84 +40,84 @@ DECIDES_BITS = (
     "compile",
     "deterministic",
 )
-CALLED = {
+IN_WORDS = {
     "kernels": "the version of milepost's own kernels",
-    "local_processes": "the number of processes on a machine",
-}  # what has another name in a sentence
+    "local_processes": "the number of processes per machine",
+}
 
 
 class DeviceError(Exception):
-    """A device or number format that this machine does not have. Exit code 2 at the door."""
+    """A device or dtype that this machine does not have. Exit code 2."""
 
 
 def available_devices() -> list[str]:
-    """The device types of this machine, best first."""
+    """Return the device types of this machine, the best first."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [name for name, here in present.items() if here]
 
 
-def choose_device(wish: str, *, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The device that DEVICE means: the best one for `auto`. Raises DeviceError listing the devices there are.
+def choose_device(requested: str, *, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """Return the requested device, or the best for `auto`. Raise DeviceError listing the available devices.
 
-    Of several processes on a machine each takes a GPU of its own. MPS, which no library sends tensors from, is not for them.
+    Each of several processes takes its own GPU. MPS serves one process only: no library communicates its tensors.
     """
     present = [name for name in available_devices() if local_size == 1 or name != "mps"]
-    wish = present[0] if wish == "auto" else wish
-    if wish not in present:
+    kind = present[0] if requested == "auto" else requested
+    if kind not in present:
         raise DeviceError(
-            f"DEVICE={wish}: this machine has no {wish} device; available: {', '.join(present)} (DEVICE=auto takes the first)"
+            f"DEVICE={kind}: this machine has no {kind} device; available: {', '.join(present)} (DEVICE=auto takes the first)"
         )
-    if wish != "cuda" or local_size == 1:
-        return torch.device(wish)
+    if kind != "cuda" or local_size == 1:
+        return torch.device(kind)
     if local_size > torch.cuda.device_count():
         raise DeviceError(
-            f"{local_size} processes on this machine have {torch.cuda.device_count()} GPUs: set --nproc_per_node to that, or DEVICE=cpu"
+            f"{local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs: set --nproc_per_node to that, or DEVICE=cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def share_threads(local_size: int) -> int:
-    """Gives each of `local_size` processes on this machine its share of the processors; returns how many threads that makes.
+    """Set the number of threads to this process's share of the processors, and return it.
 
-    torchrun leaves every process with one, however many processors there are.
+    torchrun gives every process one thread, however many processors there are.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, usable // local_size))
     return torch.get_num_threads()
 
 
-def choose_dtype(wish: str, device: torch.device, *, width: int) -> str:
-    """The number format of matrix products: a fixed rule on device, processor and model width, never on timing.
+def choose_dtype(requested: str, device: torch.device, *, width: int) -> str:
+    """Return the dtype of matrix products: a fixed rule on device, processor and embedding dimension, never on timing.
 
-    Weights, their gradients and the optimizer stay float32 throughout; this is the format that autocast multiplies in.
+    This is the dtype of autocast. Weights, gradients and the optimizer stay float32.
     """
-    if wish == "float16" and device.type == "cpu":
+    if requested == "float16" and device.type == "cpu":
         raise DeviceError("DTYPE=float16 is for cuda and mps; on a CPU use DTYPE=bfloat16 or DTYPE=float32")
-    if wish != "auto":
-        return wish
+    if requested != "auto":
+        return requested
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    pays = device.type == "cpu" and multiplies_bfloat16() and width >= WIDE_ENOUGH_TO_TRAIN
+    pays = device.type == "cpu" and multiplies_bfloat16() and width >= BFLOAT16_TRAIN_WIDTH
     return "bfloat16" if pays else "float32"
 
 
-def decode_dtype(wish: str, device: torch.device, *, width: int, tokens: int) -> str:
-    """The format of the weights for generating `tokens` on a CPU: a fixed rule on processor, width and their number.
+def decode_dtype(requested: str, device: torch.device, *, width: int, tokens: int) -> str:
+    """Return the dtype of the weights to generate `tokens` on a CPU: a fixed rule on processor, embedding dimension and tokens.
 
-    Reading the weights is most of the time, so half the bytes pay wherever bfloat16 is multiplied by hardware, once
-    there are as many tokens as converting the weights costs. Raises DeviceError for float16, which no CPU multiplies.
+    Reading the weights takes most of the time, so half the bytes pay where hardware multiplies bfloat16, once there are enough
+    tokens to make up for converting the weights. Raises DeviceError for float16, which no CPU multiplies.
     """
-    if wish != "auto":
-        return choose_dtype(wish, device, width=width)
-    pays = multiplies_bfloat16() and width >= WIDE_ENOUGH_TO_DECODE and tokens >= ENOUGH_TO_CONVERT
+    if requested != "auto":
+        return choose_dtype(requested, device, width=width)
+    pays = multiplies_bfloat16() and width >= BFLOAT16_DECODE_WIDTH and tokens >= BFLOAT16_DECODE_TOKENS
     return "bfloat16" if pays else "float32"
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it: AVX-512's multiply it four times, AMX tiles eight times as fast as float32.
+    """Return whether the processor has bfloat16 instructions: AVX-512 is four times, AMX eight times as fast as float32.
 
-    Without either it is imitated, and slower than float32.
+    Without them bfloat16 is emulated, and slower than float32.
     """
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -132,7 +132,7 @@ def choose_compile(wish: str, device: torch.device, *, pays: bool, steps: int) -
         return False, None
     if _has_compiler(device):
         return True, None
-    return False, "COMPILE: no working compiler here, so the run stays eager"
+    return False, "COMPILE: no working compiler found, so the run stays eager"
 
 
 def _has_compiler(device: torch.device) -> bool:
@@ -144,43 +144,43 @@ def _has_compiler(device: torch.device) -> bool:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         return bool(get_cpp_compiler())
-    except Exception:  # any failure to find one means the same thing: there is none
+    except Exception:  # any failure to find a compiler means that there is none
         return False
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """The model compiled for one shape. It shares its parameters with `model`, which stays the one to save, evaluate and sample."""
+    """Return the model compiled for one shape. It shares its parameters with `model`; save, evaluate and sample with that."""
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]
 
 
 def make_deterministic(on: bool, device: torch.device) -> None:
-    """Selects kernels that give the same bits at every run, and refuses those that cannot. Call before the device's first use.
+    """Select deterministic kernels and refuse the others. Call before the first use of the device.
 
-    On MPS, which promises no equal bits, it only warns. (To warn alone would be wrong on CUDA: flash attention's backward pass is
-    deterministic only where the others are refused.)
+    On MPS, which does not promise bit-identical results, torch only warns. On CUDA a warning would not do: the backward pass of
+    flash attention is deterministic only where nondeterministic kernels are refused.
     """
     torch.use_deterministic_algorithms(on, warn_only=device.type == "mps")
-    # Filling fresh memory with NaN would only cost time: nothing here reads memory that was not written.
+    # Filling new memory with NaN would only cost time: nothing here reads memory before writing it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what a training step frees for the next one, where it can (glibc); elsewhere nothing changes.
+    """Make glibc keep the memory that a training step frees; elsewhere do nothing.
 
-    By default blocks over 32 MB go back to the system at once, and every step has their pages zeroed anew: with 124 million
-    parameters up to a third of it. https://man7.org/linux/man-pages/man3/mallopt.3.html
+    By default blocks over 32 MB return to the system at once, and the kernel zeroes their pages in every step: up to a third of
+    its time with 124 million parameters. https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc here
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def seed_step(device: torch.device, seed: int, step: int, *, rank: int = 0) -> None:
-    """Makes every random draw of a step a function of (seed, step, rank), so that no generator's state needs keeping.
+    """Seed torch so that every random draw of a step is a function of (seed, step, rank), and no generator state need be saved.
 
-    The first process draws as the only one would. Only the generators that the step draws from: torch.manual_seed would spend most of a millisecond on absent devices.
+    Rank 0 draws as a single process does. torch.manual_seed would spend most of a millisecond on absent devices.
     """
     drawn = mix(seed, step, rank) if rank else mix(seed, step)
     torch.default_generator.manual_seed(drawn)
@@ -191,7 +191,7 @@ def seed_step(device: torch.device, seed: int, step: int, *, rank: int = 0) -> N
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """The context that multiplies in `dtype`; nothing at all for float32."""
+    """Return the context in which matrix products have `dtype`; a null context for float32."""
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[dtype])
@@ -207,7 +207,7 @@ def fingerprint(
     local_processes: int = 1,
     distributed: str = "none",
 ) -> dict[str, Any]:
-    """What a checkpoint records of machine and versions, to tell later whether a resume can be bit-exact."""
+    """Return what a checkpoint records of machine and versions, from which a resume decides whether it is bit-exact."""
     return {
         "processes": processes,
         "local_processes": local_processes,
@@ -227,7 +227,7 @@ def fingerprint(
 
 
 def processor_name() -> str:
-    """The processor's model, where the system tells: libraries choose kernels by it."""
+    """Return the processor's model, if the system reports it: libraries choose kernels by it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
@@ -236,18 +236,18 @@ def processor_name() -> str:
 
 
 def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Why a step here may give other bits than the steps of a checkpoint did, one reason each; empty if it cannot."""
+    """Return the reasons why a step here may not be bit-identical to the checkpoint's steps; none if it is."""
     if not before:
-        return ["on what machine and versions it was trained is not recorded"]
+        return ["the machine and versions that trained it are not recorded"]
     before = {
         "kernels": 1,
         "processes": 1,
         "local_processes": 1,
         "distributed": "none",
-    } | before  # the first did not say
-    differ = [name for name in DECIDES_BITS if before.get(name) != now.get(name)]
-    reasons = [f"{CALLED.get(name, name)} is {now.get(name)}, was {before.get(name)}" for name in differ]
-    if "processes" in differ:  # how they share the work is no reason of its own then
+    } | before  # the first versions did not record these
+    differ = [name for name in AFFECTS_BITS if before.get(name) != now.get(name)]
+    reasons = [f"{IN_WORDS.get(name, name)} is {now.get(name)}, was {before.get(name)}" for name in differ]
+    if "processes" in differ:  # which implies that they share the work differently
         count = now.get("processes")
         others = [
             reason
@@ -258,42 +258,40 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if not now.get("deterministic"):
         reasons.append("DETERMINISTIC=false")
     if now.get("device") == "mps":
-        reasons.append("mps promises no equal bits")
+        reasons.append("mps does not promise bit-identical results")
     return reasons
 
 
 def all_memory(device: torch.device) -> int | None:
-    """Bytes that the device has, free or not; None where the system does not tell."""
-    return (
-        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _of_main_memory("MemTotal")
-    )
+    """Return the device's memory in bytes, free or not; None if unknown."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _meminfo("MemTotal")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on the device; None where the system does not tell."""
+    """Return the free bytes of the device; None if unknown."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_main_memory()
 
 
 def free_main_memory() -> int | None:
-    """Bytes of main memory that can still be had; None where the system does not tell."""
-    return _of_main_memory("MemAvailable")
+    """Return the free bytes of main memory; None if unknown."""
+    return _meminfo("MemAvailable")
 
 
-def _of_main_memory(what: str) -> int | None:
+def _meminfo(name: str) -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
-            line = next(line for line in lines if line.startswith(f"{what}:"))
+            line = next(line for line in lines if line.startswith(f"{name}:"))
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration, ValueError):
         return None
 
 
-# CUDA has a class for it; the CPU's allocator and MPS have only words.
-MEMORY_RAN_OUT = ("not enough memory", "can't allocate memory", "MPS backend out of memory")
+# CUDA raises a class of its own; the CPU allocator and MPS raise a RuntimeError with these texts.
+OUT_OF_MEMORY_TEXTS = ("not enough memory", "can't allocate memory", "MPS backend out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out."""
+    """Return whether the error means that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_RAN_OUT)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)

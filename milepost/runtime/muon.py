@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from milepost.runtime.distributed import ALONE, World, full, local, sharded_like
+from milepost.runtime.distributed import SINGLE, World, full, local, sharded_like
 from milepost.runtime.hardware import multiplies_bfloat16
 from milepost.runtime.optim import Trainable, adamw, trainable
 
@@ -21,7 +21,7 @@ TOGETHER = 2**18
 
 
 def muon_with_adamw(
-    model: Trainable, *, lr: float, weight_decay: float, betas: tuple[float, float], world: World = ALONE
+    model: Trainable, *, lr: float, weight_decay: float, betas: tuple[float, float], world: World = SINGLE
 ) -> torch.optim.Optimizer:
     """Return Muon over the matrices that the model declares, and AdamW over the rest of what is trained."""
     stacked, named = model.muon_matrices(), trainable(model)
@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         momentum: float = 0.95,
-        world: World = ALONE,
+        world: World = SINGLE,
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1})
         self._world = world

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from milepost.runtime import optimizers
-from milepost.runtime.distributed import ALONE, World, full, local
+from milepost.runtime.distributed import SINGLE, World, full, local
 
 KINDS = ("constant", "cosine", "linear", "wsd")
 WSD_DECAY = (
@@ -77,7 +77,7 @@ def replan(schedule: Schedule, *, peak: float, start_step: int, steps: int, warm
 
 
 def build_optimizer(
-    model: Trainable, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float], world: World = ALONE
+    model: Trainable, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float], world: World = SINGLE
 ) -> torch.optim.Optimizer:
     """Return the registered optimizer `kind` over the model's trainable parameters, stepped by all processes of `world` together.
 

@@ -22,7 +22,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_axes_hold_the_figures_of_the_runs_and_of_what_they_go_on_from(folder, monkeypatch):
+def test_the_axes_hold_the_values_of_the_runs_and_their_parents(folder, monkeypatch):
     figures = []
     save = matplotlib.figure.Figure.savefig
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *words, **more: (figures.append(self), save(self, *words, **more)))  # fmt: skip
@@ -42,7 +42,7 @@ def test_the_axes_hold_the_figures_of_the_runs_and_of_what_they_go_on_from(folde
     assert speed.get_ylim()[0] == 0
 
 
-def test_a_png_with_colours_in_it_and_nothing_beside_it(folder):
+def test_a_png_in_color_and_no_other_file(folder):
     output = folder / "curves.png"
     assert call(plot, folder, RUN="a1,b1", OUTPUT=str(output)).code == 0
     pixels = matplotlib.image.imread(output)
@@ -57,7 +57,7 @@ def test_a_png_with_colours_in_it_and_nothing_beside_it(folder):
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".pdf", ".PNG"])
-def test_the_other_kinds_of_file(suffix, folder):
+def test_other_file_types(suffix, folder):
     output = folder / f"curves{suffix}"
     assert call(plot, folder, RUN="a1", OUTPUT=str(output)).code == 0
     assert output.read_bytes()[:4] == {".svg": b"<?xm", ".pdf": b"%PDF", ".PNG": b"\x89PNG"}[suffix]
@@ -65,7 +65,7 @@ def test_the_other_kinds_of_file(suffix, folder):
         ElementTree.parse(output)
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(folder, monkeypatch):
+def test_a_failed_write_leaves_the_old_picture(folder, monkeypatch):
     output = folder / "curves.png"
     output.write_bytes(b"old")
 
