@@ -11,13 +11,14 @@ from drive import ROOT
 ROOMS: dict[str, set[str]] = {
     "files": {"locks"},
     "locks": set(),
-    "config": set(),
+    "registry": set(),
+    "config": {"registry"},
     "models": set(),
     "text": {"files"},
     "runtime": {"files"},
     "generate": {"models", "text", "runtime"},
     "evaluate": {"models", "text", "runtime"},
-    "ckpt": {"models", "text", "runtime", "files", "locks"},
+    "ckpt": {"models", "text", "runtime", "files", "locks", "registry"},
 }
 BELOW_RUN = {*ROOMS}
 ALLOWED = ROOMS | {

@@ -140,7 +140,7 @@ def two_hundred(folder, tokenizer):
     (folder / "checkpoints").mkdir()
     for step in range(1, 201):
         one = record(step, save_id=f"{step:016x}", save_number=step, tokenizer=tokenizer)
-        unified.write(one, folder / "checkpoints", f"checkpoint_step{step}")
+        unified.LAYOUT.write(one, folder / "checkpoints", f"checkpoint_step{step}")
 
 
 def test_two_hundred_files_in_under_a_second(tmp_path):

@@ -529,7 +529,7 @@ def test_what_somebody_has_named_stays(tmp_path):
 
 def test_a_number_at_the_limit_does_not_make_later_saves_unreadable(tmp_path):
     ckpt.save(record(1), tmp_path)
-    path = unified.write(
+    path = unified.LAYOUT.write(
         record(2, save_number=2**53, save_id="x", saved_at="2000-01-01T00:00:00.000000+00:00"), tmp_path, "odd"
     )
     for step in (3, 4):

@@ -3,13 +3,12 @@
 import os
 from pathlib import Path
 
-from milepost.ckpt import archive
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
 from milepost.ckpt.finding import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
-from milepost.ckpt.layouts import LAYOUTS, WRITERS, layout_of
-from milepost.ckpt.record import Checkpoint, CheckpointError, printable
+from milepost.ckpt.layouts import WRITERS, known_layout
+from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.retention import best_is_kept, free_space_problem, keep_best, prune, save, why_not_saved
 
 __all__ = [
@@ -45,25 +44,18 @@ __all__ = [
 
 
 def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
-    """The record at `path`, in whatever layout it is. Raises CheckpointError in one sentence.
+    """Return the record at `path`, in any layout; raise CheckpointError.
 
     `optimizer=False` leaves the optimizer's tensors unread; `verify=True` checks every byte against its checksum first.
     """
     if not os.path.exists(path):
-        raise CheckpointError(f"Checkpoint not found: {path}. {listing(path.parent)}")
-    layout = layout_of(path)
-    if layout is None:
-        known = ", ".join(layout.NAME for layout in LAYOUTS)
-        kind = archive.kind_of(path) if os.path.isfile(path) else None
-        raise CheckpointError(f"{path}: is no checkpoint of a known layout ({known}){f', but {kind}' if kind else ''}")
-    return layout.read(path, optimizer=optimizer, verify=verify)
+        raise CheckpointError(f"Checkpoint not found: {path}. {listing(path.parent)}", kind="not found")
+    return known_layout(path).read(path, optimizer=optimizer, verify=verify)
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with the checkpoint at `path`, one sentence each; empty if nothing is."""
-    layout = layout_of(path)
-    return (
-        [printable(problem) for problem in layout.verify_file(path)]
-        if layout
-        else [f"{path}: is no checkpoint of a known layout"]
-    )
+    """Return what is wrong with the bytes of the checkpoint at `path`, a sentence each; empty if nothing is."""
+    try:
+        return [str(problem) for problem in known_layout(path).problems(path)]
+    except CheckpointError as error:
+        return [str(error)]

@@ -273,7 +273,7 @@ def _odd_members(archive: zipfile.ZipFile) -> str | None:
 def _metadata_member(archive: zipfile.ZipFile, path: Path) -> Json:
     if MEMBER not in archive.namelist():
         return None
-    return parse_json(_member(archive, MEMBER, path, limit=JSON_LIMIT), f"{path}: {MEMBER}")
+    return parse_json(_member(archive, MEMBER, path, limit=JSON_LIMIT), path, part=MEMBER)
 
 
 def _member(archive: zipfile.ZipFile, name: str, path: Path, *, limit: int) -> bytes:

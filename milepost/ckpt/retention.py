@@ -47,7 +47,7 @@ def save(
 
 def home_of(record: Checkpoint, folder: Path, *, writer: Layout | Export) -> Path:
     """Where a layout puts a record: in `folder`, or in the run's own folder there if its names repeat from run to run."""
-    return folder / (record.run_id or "run") if writer.RUN_STEM else folder
+    return folder / (record.run_id or "run") if writer.run_stem else folder
 
 
 def free_stem(
@@ -59,10 +59,10 @@ def free_stem(
     `step_000100` is followed by `_2`, `_3` and so on.
     """
     for number in range(10**6):
-        if writer.RUN_STEM:
-            begin = "" if prefix == PREFIX or "{prefix}" in writer.RUN_STEM else f"{prefix}_"
+        if writer.run_stem:
+            begin = "" if prefix == PREFIX or "{prefix}" in writer.run_stem else f"{prefix}_"
             stem = (
-                begin + writer.RUN_STEM.format(step=record.step, prefix=prefix) + (f"_{number + 1}" if number else "")
+                begin + writer.run_stem.format(step=record.step, prefix=prefix) + (f"_{number + 1}" if number else "")
             )
         else:
             stamp = (now + datetime.timedelta(seconds=number)).strftime("%m%d%Y_%H%M%S")
@@ -109,7 +109,7 @@ def keep_best(
     else:
         with folder_lock(folder):
             kept = second_name(known_layout(saved).files(saved), place)
-        kept = known_layout(kept).home(kept) or kept
+        kept = known_layout(kept).primary_file(kept) or kept
     for each in (place, place.parent):  # the new name is durable before an earlier one goes
         sync_folder(each)
     with folder_lock(folder):
@@ -185,7 +185,7 @@ def strip(path: Path) -> None:
     if file is not None:
         file.unlink(missing_ok=True)
         sync_folder(file.parent)
-    elif not layout.verify_file(path):
+    elif not layout.problems(path):
         _write_stripped(path, layout)
         remove(layout.files(path))
 
@@ -196,9 +196,9 @@ def _write_stripped(path: Path, layout: Layout) -> None:
     for number in itertools.count(1):
         name = path.name if path.is_dir() else path.stem
         stem = f"{name}_model" + (f"_{number}" if number > 1 else "")
-        (target,) = WRITERS[layout.NAME].targets(path.parent, stem)
+        (target,) = WRITERS[layout.name].targets(path.parent, stem)
         if not os.path.lexists(target):
-            WRITERS[layout.NAME].write(layout.read(path, optimizer=False), path.parent, stem)
+            WRITERS[layout.name].write(layout.read(path, optimizer=False), path.parent, stem)
             return
         if save_id is not None and look(target, layout).metadata.get("save_id") == save_id:
             return

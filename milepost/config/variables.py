@@ -8,6 +8,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from milepost.registry import layouts_to_save
+
 Json = str | int | float | bool | None
 
 
@@ -61,7 +63,7 @@ ADAMW_RATE, ITS_WIDTH = 3e-3, 128  # a gpt2's from random weights; wider ones be
 MUON_PAYS = 10  # tokens a step for each of N_EMBD, below which orthogonalizing takes longer than it saves steps
 
 
-LAYOUTS = ("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface", "sharded")
+LAYOUTS = layouts_to_save()
 
 
 BY_MODEL = DEFAULTS_BY_MODEL["bigram"]
