@@ -25,7 +25,7 @@ def killed(step: int) -> None:
     import training
     from milepost import config
 
-    settings, train_step = config.from_command_line(["training.py"]), training.training_step
+    settings, train_step = config.read(), training.training_step
 
     def dying(run, *arguments):
         result = train_step(run, *arguments)

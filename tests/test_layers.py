@@ -108,6 +108,7 @@ LIGHT = (
     "milepost.runtime.optimizers",
     "milepost.runtime.interrupt",
     "milepost.text.registry",
+    "milepost.registry",
 )
 LIGHT_FILES = [
     ROOT / name.replace(".", "/") / "__init__.py" if name == "models" else ROOT / f"{name.replace('.', '/')}.py"
