@@ -993,7 +993,7 @@ METADATA = {
         "its tokenizer has 9 tokens, but its model only 8 rows",
     ),
     "41 no tokenizer": ({"tokenizer": None}, "carries no tokenizer"),
-    "41 a token twice": ({"tokenizer": {"kind": "char", "chars": ["a", "a"]}}, "must differ from each other"),
+    "41 a token twice": ({"tokenizer": {"kind": "char", "chars": ["a", "a"]}}, "distinct"),
     "41 unknown kind": ({"tokenizer": {"kind": "word\x1b"}}, "unknown tokenizer kind"),
     "48 negative step": ({"step": -1}, "step is -1, expected int"),
     "48 true step": ({"step": True}, "step is True, expected int"),

@@ -16,6 +16,7 @@ from milepost.ckpt.foreign.tokenizer import read_meta
 from milepost.ckpt.layouts import WRITERS, huggingface, layout_of
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.text import tokenization
+from milepost.text.registry import TOKENIZERS
 
 converter = script("convert_checkpoint")
 TEXT = "Dear Wren,\n\nmy neighbour's naïve cat (“Señor” 😀 日本…) has adopted me.\tWhat do I owe?\r\n"
@@ -47,7 +48,7 @@ def exported(folder: Path, one: Checkpoint, to: str, **changes: str) -> tuple[Pa
 # transformers
 
 
-@pytest.mark.parametrize("kind", tokenization.KINDS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_transformers_opens_the_model_and_its_tokenizer(tmp_path, kind):
     """The same logits to 1e-4 and the same ids, of a text of many scripts, for every kind of tokenizer."""
     torch.manual_seed(1)

@@ -21,6 +21,7 @@ from milepost.ckpt.hub import local_folder
 from milepost.ckpt.layouts import huggingface
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.text import tokenization
+from milepost.text.tokenization.gpt2 import gpt2_file
 
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 97, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -204,7 +205,7 @@ def test_as_many_rows_as_gpt2_mean_gpt2s_own_tokenizer(rows, tmp_path):
 def two_files(folder: Path) -> dict[str, int]:
     """GPT-2's vocab.json and merges.txt in place of tokenizer.json, and what fine-tunes add; returns the added tokens."""
     for name, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
-        (folder / name).write_bytes(tokenization.gpt2_file(ours))
+        (folder / name).write_bytes(gpt2_file(ours))
     added = {"<|speaker|>": 50257, "[PAD]": 50258}
     (folder / "added_tokens.json").write_text(json.dumps(added))
     roles = {"bos_token": "<|endoftext|>", "pad_token": "[PAD]", "unk_token": {"content": "<|endoftext|>"}}
@@ -244,10 +245,10 @@ def test_gpt2s_two_files_alone_are_gpt2s_tokenizer(tmp_path):
     ("file", "text", "reason"),
     [
         ("vocab.json", "{", "vocab.json: "),
-        ("vocab.json", '{"a": 0}', "are not each of 0 to 2"),
+        ("vocab.json", '{"a": 0}', "exactly 0 to 2"),
         ("merges.txt", "\udcff", "merges.txt: cannot be read"),
-        ("added_tokens.json", '{"<new>": "x"}', "are not each of 0 to"),
-        ("added_tokens.json", '{"two words": 50257}', "words that take nothing beside them"),
+        ("added_tokens.json", '{"<new>": "x"}', "exactly 0 to"),
+        ("added_tokens.json", '{"two words": 50257}', "words without whitespace"),
         ("special_tokens_map.json", "[]", "special_tokens_map.json: holds list"),
     ],
 )
