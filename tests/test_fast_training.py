@@ -216,7 +216,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     script = (
         "import resource, sys, torch\n"
         "from milepost.runtime import hardware\n"
-        "device.keep_freed_memory() if sys.argv[1] == 'keep' else None\n"
+        "hardware.keep_freed_memory() if sys.argv[1] == 'keep' else None\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "make = lambda: torch.ones(16 * 2**20)\n"  # 64 MB
         "for _ in range(10): make()\n"  # until the heap has found its form
