@@ -24,7 +24,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,31 @@ from torch import Tensor
 import models
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
+from milepost.ckpt.leftovers import prepare_folder
 from milepost.ckpt.record import bytes_on_disk
 from milepost.cli import TrainingError, guarded, processes
 from milepost.config import Config, ConfigError
-from milepost.files import prepare_folder
 from milepost.generate.sampling import generate
 from milepost.locks import RunLock
+from milepost.paths import check_inside
 from milepost.resume import explain, find_record, finished, let_go, not_exact, resumed
 from milepost.run import Run, agreed, fresh, memory_needed, to_record
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 from milepost.runtime.optim import clip_gradients, gradient_norm, lr_at
-from milepost.runtime.progress import Log, Metrics, Progress, amount, command_line, duration, read_metrics, shown, tell
+from milepost.runtime.progress import (
+    Log,
+    Metrics,
+    Progress,
+    amount,
+    command_line,
+    duration,
+    read_metrics,
+    shown,
+    tell,
+    write_own,
+)
 from milepost.runtime.trackers import missing, open_mirror
 from milepost.text.batches import validation_windows
 
@@ -56,7 +69,9 @@ SAVE_FAILED = 5  # exit code of a run that finished, but whose last save did not
 SKIPS_ALLOWED = 20  # float16 updates in a row that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200
 LEASE = 120  # seconds after which a network file system frees the locks of a machine that is gone
-PROBE_SECONDS = 2.0  # of the time that an estimate of the run's length may take, once it has two measurements
+FOLDERS_OF_A_RUN = ("samples", "tensorboard", "wandb")  # in RUNS_DIR/<run_id>, made when they are needed
+PROBE_SECONDS = 2.0  # that estimating the seconds per step may take beyond the warm-up
+METRICS = "metrics.jsonl"
 TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"
 
 
@@ -80,10 +95,20 @@ def train_as_told(settings: Config, log: Log, world: World) -> int:
     if reasons := not_exact(run, record, restored):
         log(f"not bit-exact: {'; '.join(reasons)}")
     if finished(run, record):
+        world.on_rank0(lambda: repair(run))
         more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
         log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. More: {more}")
         return 0
     return train(run)
+
+
+def repair(run: Run) -> None:
+    """Bring back what a finished run lacks on the disk: metrics that an earlier resume had set aside, the best step in best/."""
+    aside = Metrics(run.folder / METRICS).set_aside
+    if aside.exists() or (run.best_is_pending and ckpt.saved_best(Path(run.settings.checkpoint_dir), **best_of(run))):
+        with contextlib.ExitStack() as held:
+            open_run(run, held)
+            keep_saved_best(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,18 +120,19 @@ def train(run: Run) -> int:
     hardware.keep_freed_memory()
     with contextlib.ExitStack() as held:
         run.world.on_rank0(lambda: open_run(run, held))
-        try:
-            with Interrupt() as stop:
+        with Interrupt() as stop:
+            try:
                 say_start(run)
+                say_plan(run, warm_up(run))
                 bar = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
                 with contextlib.closing(bar) as run.progress, kept_if_lost(run):
                     loop(run, stop)
                 return say_end(run)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                run.writer.wait()  # what was being saved is whole then
-            run.log(f"stopped after step {run.step}: {kept(run)}")
-            raise
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    run.writer.wait()  # what was being saved is whole then, whatever signal comes meanwhile
+                run.log(f"stopped after step {run.step}: {kept(run)}")
+                raise
 
 
 @contextlib.contextmanager
@@ -137,41 +163,51 @@ def loop(run: Run, stop: Interrupt) -> None:
             stopping = run.world.any(stop.requested)
             clock.restart()
 
-        # Keep: at the interval, at the end and when asked to stop; and the best so far beside them.
-        save = run.step > run.saved_step and (stopping or is_due(run, "checkpoint"))
-        if run.settings.enable_checkpoints and (save or run.best_step not in (None, run.kept_best_step)):
+        # Keep: at the interval, at the end and when asked to stop; and the best so far beside them. The last step is saved again
+        # if a signal had come before its evaluation.
+        unsaved = run.step > run.saved_step or (
+            run.step == run.end and run.observed_step == run.step != run.saved_observed_step
+        )
+        save = unsaved and (stopping or is_due(run, "checkpoint"))
+        if run.settings.enable_checkpoints and (save or (run.best_is_pending and run.best_step == run.step)):
             keep(run, save=save)
             clock.restart()
 
         if run.step >= run.end or stopping:
             run.writer.wait()
+            keep_saved_best(run)
             return
 
         # Learn: one optimizer step, and its line in the metrics when it is due.
         lr = lr_at(run.step, run.schedule)
-        loss, grad_norm = training_step(run, lr)
+        metrics = training_step(run, lr)
         run.progress.advance(run.step)
         if is_due(run, "log"):
-            report(run, clock, loss=loss, lr=lr, grad_norm=grad_norm)
+            report(run, clock, metrics)
 
 
-def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
-    """One optimizer step; returns its loss (mean over the batch, nats per token) and its gradient's norm before clipping, both 0-dim.
+# Further metrics of a training step, by name: 0-dim tensors, computed from the run while the gradients are in place, before clipping.
+MEASURES: dict[str, Callable[[Run], Tensor]] = {}
 
-    Raises TrainingError before the weights are touched if either is not finite.
+
+def training_step(run: Run, lr: float) -> dict[str, Tensor]:
+    """Take one optimizer step; return its metrics, 0-dim: loss (nats per token), lr, grad_norm before clipping, the model's and MEASURES.
+
+    Raises TrainingError before the weights are touched if loss or grad_norm is not finite.
     """
     # Every random draw of the step, dropout's, is a function of (seed, step, rank): resuming needs no generator's state.
     hardware.seed_step(run.device, run.settings.seed, run.step, rank=run.world.rank)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
 
-    loss = accumulate_gradients(run)
+    metrics = accumulate_gradients(run)
 
     # Clip, and stop while the weights are still good if something is not finite.
     run.scaler.unscale_(run.optimizer)
-    grad_norm = gradient_norm(run.optimizer)
-    check_finite(run, loss, grad_norm)
-    clip_gradients(run.optimizer, grad_norm, limit=run.settings.grad_clip)
+    metrics |= {"lr": torch.tensor(lr, dtype=torch.float64), "grad_norm": gradient_norm(run.optimizer)}
+    metrics |= {name: distributed.full(measure(run)).detach() for name, measure in MEASURES.items()}
+    check_finite(run, metrics["loss"], metrics["grad_norm"])
+    clip_gradients(run.optimizer, metrics["grad_norm"], limit=run.settings.grad_clip)
 
     # Update, once what is being saved is copied. The scaler leaves out an update whose float16 gradients overflowed; without float16 it does nothing.
     run.writer.settle()
@@ -182,24 +218,26 @@ def training_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
     run.step += 1
     run.tokens_seen += run.batches.rows_per_step * run.settings.block_size
     run.updating = False
-    return loss, grad_norm
+    return metrics
 
 
-def accumulate_gradients(run: Run) -> Tensor:
-    """Leaves the step's gradients on the parameters and returns its loss: each micro-batch counts for its share of the whole batch.
+def accumulate_gradients(run: Run) -> dict[str, Tensor]:
+    """Leave the step's gradients on the parameters; return the loss and the model's metrics, each the mean over the micro-batches.
 
-    Of several processes each takes its own rows of every micro-batch; gradients and loss are the means over all.
+    Each process takes its own sequences of every micro-batch; gradients, loss and metrics are means over all processes.
     """
     x, y = (ids.to(run.device, non_blocking=True) for ids in run.batches.at(run.step))  # (A, B, T) both
-    total = torch.zeros((), device=run.device)
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=run.device))
     for number, (micro_x, micro_y) in enumerate(zip(x, y, strict=True), 1):
         with distributed.syncing(run.forward, run.engine, now=number == len(x)):
             with hardware.autocast(run.device, run.dtype):
-                _, loss = run.forward(micro_x, micro_y)
-                loss = loss / len(x)
+                output = run.forward(micro_x, micro_y)
+                loss = output.loss / len(x)
             run.scaler.scale(loss).backward()
-        total += loss.detach()
-    return run.world.mean(total)
+        parts = {name: value.detach() / len(x) for name, value in output.metrics.items()} | {"loss": loss.detach()}
+        for name, value in parts.items():
+            totals[name] += value
+    return {name: run.world.mean(total) for name, total in totals.items()}
 
 
 def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
@@ -249,32 +287,22 @@ class Clock:
         return rate
 
 
-def report(run: Run, clock: Clock, *, loss: Tensor, lr: float, grad_norm: Tensor) -> None:
-    """One line of training in metrics.jsonl, and the figures beside the bar."""
-    value, rate = loss.item(), clock.rate()
-    write_metrics(run, split="train", loss=value, lr=lr, grad_norm=grad_norm.item(), tok_s=round(rate, 1))
+def report(run: Run, clock: Clock, metrics: Mapping[str, Tensor]) -> None:
+    """Write a line of training to metrics.jsonl, and show loss and speed beside the bar."""
+    values, rate = {name: value.item() for name, value in metrics.items()}, clock.rate()
+    write_metrics(run, "train", values | {"tok_s": round(rate, 1)})
     left = (run.end - run.step) * run.batches.rows_per_step * run.settings.block_size / max(rate, 1e-9)
-    run.progress.show(run.step, loss=f"{value:.4f}", tok_s=amount(rate), seconds_left=left)
+    run.progress.show(run.step, loss=f"{values['loss']:.4f}", tok_s=amount(rate), seconds_left=left)
 
 
-def write_metrics(
-    run: Run,
-    *,
-    split: str,
-    loss: float | None,
-    lr: float | None = None,
-    grad_norm: float | None = None,
-    tok_s: float | None = None,
-) -> None:
-    """One object with the same names in every line, null where a name has no meaning for the split; and its mirror in the tracker.
-
-    Of several processes, the first one's.
-    """
+def write_metrics(run: Run, split: str, values: Mapping[str, float]) -> None:
+    """Write one line to metrics.jsonl and to the tracker, on rank 0. Every line has the first names, null where the split has no value."""
     if not run.world.is_rank0:
         return
-    values = {"split": split, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen, "tok_s": tok_s}
-    line = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3)} | values
-    with may_be_refused(run, "metrics.jsonl"):
+    own = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3), "split": split}
+    usual = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.tokens_seen, "tok_s": None}
+    line: dict[str, Any] = own | usual | dict(values) | own  # no metric takes the place of what a line is known by
+    with may_be_refused(run, METRICS):
         run.metrics.write(**line)
     run.mirror.write(line)
 
@@ -298,7 +326,7 @@ def observe(run: Run, stop: Interrupt) -> None:
             return
         if not math.isfinite(loss):
             raise TrainingError(f"the validation loss after step {run.step} is {loss}; {TRY_INSTEAD}")
-        write_metrics(run, split="validation", loss=loss)
+        write_metrics(run, "validation", {"loss": loss})
         run.progress.show(run.step, validation=f"{loss:.4f}")
         run.validation_loss = loss
         if run.step and loss < (math.inf if run.best_loss is None else run.best_loss):
@@ -315,7 +343,7 @@ def write_sample(run: Run, text: str) -> None:
     with may_be_refused(run, "samples/"):
         path = run.folder / "samples" / f"step{run.step:06d}.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_own(path, text)
 
 
 @torch.no_grad()
@@ -333,7 +361,7 @@ def evaluate(run: Run, stop: Interrupt) -> float | None:
         counted = x[own].numel()
         rows = own if counted else slice(1)
         with hardware.autocast(run.device, run.dtype):
-            _, loss = run.model(x[rows].to(run.device), y[rows].to(run.device))
+            loss = run.model(x[rows].to(run.device), y[rows].to(run.device)).loss
         total, count = total + loss.item() * counted, count + counted
         if stopping := world.any(stop.requested):
             break
@@ -371,26 +399,26 @@ def first_character(run: Run) -> str:
 
 
 def keep(run: Run, *, save: bool) -> None:
-    """Has this step saved if `save`, and kept under best/ if it is the best so far; in the background where that is set.
+    """Save this step if `save`, and put it into best/ if it is the best so far; in the background where that is set.
 
     Raises what the save before raised.
     """
     run.writer.wait()
-    best = run.best_step == run.step and run.settings.checkpoint_keep_best > 0
-    run.kept_best_step = run.best_step
+    best = run.best_is_pending and run.best_step == run.step
     if save:
-        run.saved_step, run.save_failed = run.step, run.world.is_rank0  # until it has not
+        run.saved_step, run.saved_observed_step = run.step, run.observed_step
+        run.save_failed = run.world.is_rank0  # until it has not
     if save or best:
         record = to_record(run)
         if run.world.is_rank0 or run.saves_parts:
-            run.writer.submit(record, lambda copy: write(run, copy, save=save, best=best))
+            run.writer.submit(record, lambda copy: write(run, copy, save=save))
 
 
-def write(run: Run, record: Checkpoint, *, save: bool, best: bool) -> None:
-    """Saves the record, keeps it as the best, and lets go what has expired. A disk that refuses does not stop the training.
+def write(run: Run, record: Checkpoint, *, save: bool) -> None:
+    """Save the record, keep the best, and delete expired checkpoints. A disk that refuses does not stop the training.
 
-    Raises TrainingError instead of saving weights that are no numbers: the next step would find out too late. Of several processes
-    that each save a part, the first leads.
+    Raises TrainingError instead of saving weights that are NaN or Inf: the next step would find out too late. Of several processes
+    that each save a part, rank 0 leads.
     """
     if bad := ckpt.not_finite(record):
         raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
@@ -398,33 +426,57 @@ def write(run: Run, record: Checkpoint, *, save: bool, best: bool) -> None:
         ckpt.follow(record)
         return
     with ckpt.leading(record):
-        write_and_prune(run, record, save=save, best=best)
+        write_and_prune(run, record, save=save)
 
 
-def write_and_prune(run: Run, record: Checkpoint, *, save: bool, best: bool) -> None:
-    """What the first process does of it."""
+def write_and_prune(run: Run, record: Checkpoint, *, save: bool) -> None:
+    """Do rank 0's part of `write`."""
     settings, folder, saved = run.settings, Path(run.settings.checkpoint_dir), None
     form: dict[str, Any] = {"layout": settings.checkpoint_layout, "prefix": settings.checkpoint_prefix}
+    need = bytes_on_disk(record)
     if save:
-        with told_if_refused(run, f"step {record.step} could not be saved", record):
+        with told_if_refused(run, f"step {record.step} could not be saved", need):
             saved = run.last_saved = ckpt.save(record, folder, **form)
             run.save_failed = False
-    if best:
-        with told_if_refused(run, f"step {record.step}, the best so far, could not be saved", record):
-            ckpt.keep_best(record, folder, saved=saved, count=settings.checkpoint_keep_best, **form)
+    # An earlier best step that the disk refused is tried again from its ordinary save, which stays until then.
+    best = best_of(record)
+    if record.best_step not in (None, run.kept_best_step) and settings.checkpoint_keep_best:
+        with told_if_refused(run, f"step {record.best_step}, the best so far, could not be saved", need):
+            if record.best_step != record.step or (not saved and ckpt.saved_best(folder, **best)):
+                keep_saved_best(run, record)
+            else:
+                ckpt.keep_best(record, folder, saved=saved, count=settings.checkpoint_keep_best, **form)
+                run.kept_best_step = record.step
     if saved and settings.checkpoint_keep_last:
-        with told_if_refused(run, "older checkpoints could not be removed", record):
+        with told_if_refused(run, "older checkpoints could not be removed", need):
             policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
-            ckpt.prune(folder, run_id=run.run_id, newest_good=saved, **policy)
+            pending = record.best_step not in (None, run.kept_best_step) and settings.checkpoint_keep_best
+            ordinary = ckpt.saved_best(folder, **best) if pending else None
+            spare = ordinary.path if ordinary else None
+            ckpt.prune(folder, run_id=run.run_id, newest_good=saved, spare=spare, **policy)
+
+
+def best_of(one: Run | Checkpoint) -> dict[str, Any]:
+    """The best step of a run so far, as `ckpt.saved_best` looks for it."""
+    return {"run_id": one.run_id, "step": one.best_step, "loss": one.best_loss}
+
+
+def keep_saved_best(run: Run, record: Checkpoint | None = None) -> None:
+    """Put the best step, as of the record or of the run, into best/ from its ordinary save, if it is not there; rank 0 only."""
+    if run.world.is_rank0 and run.best_is_pending:
+        best, count = best_of(record or run), run.settings.checkpoint_keep_best
+        with told_if_refused(run, f"step {best['step']}, the best so far, could not be saved", 0):
+            if ckpt.keep_saved_best(Path(run.settings.checkpoint_dir), count=count, **best):
+                run.kept_best_step = best["step"]
 
 
 @contextlib.contextmanager
-def told_if_refused(run: Run, what: str, record: Checkpoint) -> Iterator[None]:
+def told_if_refused(run: Run, what: str, need: int) -> Iterator[None]:
     """Says why the disk refused something, and what it would have needed."""
     try:
         yield
     except (OSError, ckpt.CheckpointError) as error:
-        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=bytes_on_disk(record))
+        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=need)
         run.log(f"{what} ({why}); training goes on")
 
 
@@ -439,33 +491,60 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     """
     if problem := missing(run.settings.tracker):
         raise ConfigError([problem])
-    places = [run.folder, *([Path(run.settings.checkpoint_dir)] if run.settings.enable_checkpoints else [])]
-    for place in places:
-        try:
-            prepare_folder(place)
-        except (OSError, NotImplementedError) as error:
-            problem = f"{place} cannot be written ({error})"
-            raise ConfigError(
-                [f"{problem}: mend its permissions, or set another CHECKPOINT_DIR or RUNS_DIR"]
-            ) from error
-        lock = RunLock(place, run.run_id)
-        lock.acquire(patience=LEASE if config.was_restarted() else 0)
-        held.callback(lock.release)
+    runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
+    own = [run.folder, *(run.folder / name for name in FOLDERS_OF_A_RUN)]
+    with refused_as("RUNS_DIR", run.folder):
+        for place in own:
+            check_inside(runs, place)
+        lock_place(run, run.folder, held)
     if run.settings.enable_checkpoints:
+        with refused_as("CHECKPOINT_DIR", checkpoints):
+            for place in (checkpoints / ckpt.BEST_FOLDER, checkpoints / run.run_id / ckpt.BEST_FOLDER):
+                check_inside(checkpoints, place)
+            lock_place(run, checkpoints, held)
         check_space(run)
-    try:
+        protect_base(run)
+    with refused_as("RUNS_DIR", run.folder):
         run.log.open(run.folder / "training.log")
-        (run.folder / "config.env").write_text(config.as_env(run.settings), encoding="utf-8")
+        write_own(run.folder / "config.env", config.as_env(run.settings))
         origin = {"run_id": run.run_id, "parent": run.parent}
-        (run.folder / "run.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            [f"RUNS_DIR: {run.folder} cannot be written ({error}): make room, or set another RUNS_DIR"]
-        ) from error
-    run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl")))
-    # What was logged after the checkpoint is logged again, so it goes; what it had not seen yet at its own step, too.
-    run.metrics.rewind(lambda line: was_seen(run, line))
+        write_own(run.folder / "run.json", json.dumps(origin, indent=1) + "\n")
+        run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / METRICS)))
+        # Set aside metrics newer than the checkpoint: resuming rewrites them.
+        run.metrics.rewind(lambda line: was_seen(run, line), until=run.resumed_save)
     open_tracker(run, held)
+
+
+def lock_place(run: Run, place: Path, held: contextlib.ExitStack) -> None:
+    """Makes the folder and locks the run there for this process."""
+    prepare_folder(place)
+    lock = RunLock(place, run.run_id)
+    lock.acquire(patience=LEASE if config.was_restarted() else 0)
+    held.callback(lock.release)
+
+
+@contextlib.contextmanager
+def refused_as(variable: str, place: Path) -> Iterator[None]:
+    """Raises ConfigError naming the variable of a folder that cannot be written."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        problem = f"{variable}: {place} cannot be written ({error})"
+        raise ConfigError([f"{problem}: make room or mend its permissions, or set another {variable}"]) from error
+
+
+def protect_base(run: Run) -> None:
+    """Leave a note beside the base of adapters that are saved elsewhere: retention in its folder does not see them."""
+    if not (run.base and run.settings.checkpoint_adapters_only):
+        return
+    try:
+        note = ckpt.note_use(run.base, run_id=run.run_id, checkpoint_dir=Path(run.settings.checkpoint_dir))
+    except OSError as error:
+        base, why = run.base.get("source"), f"no note can be left beside it ({error})"
+        run.log(f"warning: pruning may delete {base}, which these adapters need, because {why}: copy it elsewhere")
+    else:
+        if note:
+            run.log(f"{shown(note)} keeps the base of these adapters from being pruned; delete it with them")
 
 
 def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
@@ -488,7 +567,7 @@ def was_seen(run: Run, line: dict[str, Any]) -> bool:
 def say_start(run: Run) -> None:
     """At most 15 lines: what is trained on what, for how long, and where it goes."""
     settings, text, say = run.settings, run.text, run.log
-    count, steps, rows = models.parameter_count(run.model), run.end - run.step, run.batches.rows_per_step
+    count = models.parameter_count(run.model)
     shared = f"{run.world.size} processes by {run.engine}, each " if run.world.size > 1 else ""
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     numerics = f"{shared}{threads}, {run.dtype}, {'compiled' if run.compile_step else 'eager'}"
@@ -500,10 +579,6 @@ def say_start(run: Run) -> None:
     adapters = f", {amount(trained)} of them trained" if trained < count else ""
     say(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB){adapters}, block size {settings.block_size}")
     warn_of_memory(run)
-    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
-    amounts = f"{amount(steps * rows * settings.block_size)} tokens, {epochs:.2g} epochs"
-    left = duration(steps * seconds_per_step(run))
-    say(f"plan: {steps} steps of {rows} x {settings.block_size} tokens = {amounts}; about {left}")
     say(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
     say_checkpoints(run)
     for line in config.describe(settings):
@@ -526,8 +601,8 @@ def say_checkpoints(run: Run) -> None:
     say(f"checkpoints: {every}{kept}, to {shown(Path(settings.checkpoint_dir))} ({settings.checkpoint_layout})")
     if settings.checkpoint_model_only:
         say("CHECKPOINT_MODEL_ONLY=true: without their optimizer, checkpoints generate but cannot go on exactly")
-    if settings.checkpoint_layout == "huggingface" and settings.model_type == "bigram":
-        say("transformers has no bigram model: only milepost will open these folders")
+    if settings.checkpoint_layout == "huggingface" and settings.model_type not in models.with_trait("transformers"):
+        say(f"transformers has no {settings.model_type} model: only milepost will open these folders")
 
 
 def check_space(run: Run) -> None:
@@ -555,20 +630,46 @@ def warn_of_memory(run: Run) -> None:
         run.log(f"warning: {estimate}; lower BATCH_SIZE, BLOCK_SIZE or N_LAYER if it fails")
 
 
-def seconds_per_step(run: Run) -> float:
-    """Times a few passes over the next batch, forward and backward, and takes the fastest; weights stay as they are.
+def say_plan(run: Run, seconds: float) -> None:
+    """Log how long the run is, in steps, tokens and time. `seconds` is what a step takes at most."""
+    steps, rows, block_size = run.end - run.step, run.batches.rows_per_step, run.settings.block_size
+    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
+    amounts = f"{amount(steps * rows * block_size)} tokens, {epochs:.2g} epochs"
+    left = duration(steps * seconds_per_step(run, seconds))
+    run.log(f"plan: {steps} steps of {rows} x {block_size} tokens = {amounts}; about {left}")
 
-    Two at least: with them DistributedDataParallel has arranged its buckets (see `data_parallel`), and its sums have their order.
+
+def warm_up(run: Run) -> float:
+    """Pass forward and backward twice over the next batch without an update; return the seconds that the second pass took.
+
+    After the first backward pass DistributedDataParallel rearranges its buckets, and the order of its sums with them: every run, new or
+    resumed, makes these two passes before its first step, so that its steps have the same bits. A compiler compiles in the first one,
+    and caches fill.
     """
-    began, fastest = time.monotonic(), math.inf
-    for number in range(4):  # the first one also warms caches up, or compiles
-        since = time.monotonic()
-        if number >= 2 and run.world.any(since - began > PROBE_SECONDS):
+    time_pass(run)
+    return time_pass(run)
+
+
+def time_pass(run: Run) -> float:
+    """Return the seconds that a pass over the next batch takes, forward and backward; weights and buffers stay as they are."""
+    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    since = time.monotonic()
+    accumulate_gradients(run)["loss"].item()
+    seconds = time.monotonic() - since
+    run.optimizer.zero_grad(set_to_none=True)
+    for name, before in buffers.items():
+        run.model.get_buffer(name).copy_(before)
+    return seconds
+
+
+def seconds_per_step(run: Run, seconds: float) -> float:
+    """Return the seconds of the fastest pass: `seconds`, or those of two more if they are short. For display only."""
+    began = time.monotonic()
+    for _ in range(2):
+        if run.world.any(seconds + time.monotonic() - began > PROBE_SECONDS):
             break
-        accumulate_gradients(run).item()
-        run.optimizer.zero_grad(set_to_none=True)
-        fastest = min(fastest, time.monotonic() - since)
-    return fastest
+        seconds = min(seconds, time_pass(run))
+    return seconds
 
 
 def say_end(run: Run) -> int:

@@ -26,8 +26,12 @@ from milepost import config  # noqa: E402
 from milepost.run import fresh  # noqa: E402
 from milepost.runtime.progress import Log, Metrics  # noqa: E402
 from milepost.text import tokenization  # noqa: E402
-from milepost.text.corpus import open_corpus, scan  # noqa: E402
+from milepost.text.chunks import rechunk  # noqa: E402
+from milepost.text.corpus import open_corpus  # noqa: E402
+from milepost.text.scan import scan  # noqa: E402
 from milepost.text.token_files import CHUNK, prepare, token_ids  # noqa: E402
+from milepost.text.tokenization.bpe import check_bpe  # noqa: E402
+from milepost.text.tokenization.gpt2 import gpt2_encoding  # noqa: E402
 
 CAP = 64  # MB
 SIZES = {  # name of the model: its settings
@@ -64,7 +68,7 @@ def tokenizing(kind: str, path: Path, folder: Path) -> None:
     corpus = open_corpus(str(path), data_dir=folder)
     found, pieces, numbers = scan(corpus), list(corpus.pieces()), iter(range(100))
     tokenizer = tokenization.build(kind, pieces[:2], alphabet=found.alphabet, documents=1, vocab_size=1024)
-    chunks = [text for text, _ in tokenization.rechunk(pieces, size=CHUNK)]
+    chunks = [text for text, _ in rechunk(pieces, size=CHUNK)]
     arms = {
         "in memory": lambda: [ids.size for ids in token_ids(pieces, tokenizer)],
         "file to files": lambda: prepare(
@@ -89,14 +93,14 @@ def tokenizing(kind: str, path: Path, folder: Path) -> None:
 
 def tiktoken_batch(tokenizer: tokenization.Tokenizer, chunks: list[str]) -> list[list[int]]:
     """Return tiktoken's ids of each chunk, with a thread per core."""
-    return tokenization.gpt2_encoding().encode_ordinary_batch(chunks, num_threads=os.cpu_count() or 1)
+    return gpt2_encoding().encode_ordinary_batch(chunks, num_threads=os.cpu_count() or 1)
 
 
 def tokenizers_batch(tokenizer: tokenization.Tokenizer, chunks: list[str]) -> list[list[int]]:
     """Return the tokenizers library's ids of each chunk, with its default threads."""
     import tokenizers
 
-    library = tokenizers.Tokenizer.from_str(tokenization.check_bpe(tokenizer.to_dict()["tokenizer"]))
+    library = tokenizers.Tokenizer.from_str(check_bpe(tokenizer.to_dict()["tokenizer"]))
     return [encoding.ids for encoding in library.encode_batch_fast(chunks, add_special_tokens=False)]
 
 
@@ -104,7 +108,8 @@ CAPPED = """
 import resource, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from milepost.text.corpus import open_corpus, scan
+from milepost.text.corpus import open_corpus
+from milepost.text.scan import scan
 from milepost.text.tokenization import Gpt2Tokenizer
 from milepost.text.token_files import prepare
 def memory(word):  # of this process, in bytes

@@ -108,7 +108,9 @@ def curve() -> None:
     }.items():
         attention.SHORT, head.CHUNK = short, chunk
         run = prepared(settings("0.8M", DTYPE=dtype, TRAINING_STEPS=str(CURVE)))
-        each = [training.training_step(run, training.lr_at(run.step, run.schedule))[0].item() for _ in range(CURVE)]
+        each = [
+            training.training_step(run, training.lr_at(run.step, run.schedule))["loss"].item() for _ in range(CURVE)
+        ]
         losses[arm] = statistics.mean(each[-50:])
     figures = {"ours": f"{losses['ours']:.4f}", "peer": f"{losses['plain']:.4f} plain"}
     row(

@@ -10,10 +10,10 @@ from milepost.config import Config, ConfigError
 from milepost.locks import RunLockedError
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import ElsewhereError, World
-from milepost.runtime.interrupt import INTERRUPTED
-from milepost.runtime.progress import Log, ignore_stdout
+from milepost.runtime.interrupt import INTERRUPTED, raise_on_signal, stopping_signals, was_interrupted
+from milepost.runtime.progress import Log, flush_streams, ignore_stdout
 from milepost.text import tokenization
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 
 
 class TrainingError(Exception):
@@ -26,24 +26,42 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 
 
 def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log | None = None) -> int:
-    """The exit code of `action`; what it raises is said in one sentence, with a traceback only if DEBUG is exactly 1."""
+    """The exit code of `action`; what it raises is said in one sentence, with a traceback only if DEBUG is exactly 1.
+
+    After a signal it is 130, unless the action was finished all the same.
+    """
     log = log or Log()
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):  # before the loop, both stop at once
-            signal.signal(number, signal.default_int_handler)
+        raise_on_signal()
         torchrun = config.torchrun()
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
         code = action(settings, log)
-    except KeyboardInterrupt:
-        log("interrupted")
-        code = INTERRUPTED
-    except Exception as error:
-        if config.debug():
-            raise
-        code = told(error, log)
+        code = INTERRUPTED if code and was_interrupted() else code
+    except (KeyboardInterrupt, Exception) as error:
+        if config.torchrun():  # as soon as one process has failed, it sends a signal to those that are about to end
+            for number in stopping_signals():
+                signal.signal(number, signal.SIG_IGN)
+        code = stopped(error, log)
     finally:
         log.close()
+        flush_streams()
     return distributed.ended(code)
+
+
+def stopped(error: BaseException, log: Log) -> int:
+    """Report why an action stopped and return the exit code. torchrun's signal adds nothing to an error that it comes after."""
+    cause = error
+    while isinstance(cause, KeyboardInterrupt) and cause.__context__ is not None:
+        cause = cause.__context__
+    if distributed.lost(cause):
+        error = cause
+    elif was_interrupted() or not isinstance(error, Exception):  # a library may have made another exception of it
+        log("interrupted")
+        return INTERRUPTED
+    assert isinstance(error, Exception)
+    if config.debug():
+        raise error
+    return told(error, log)
 
 
 def told(error: Exception, log: Log) -> int:
@@ -77,7 +95,8 @@ def processes(settings: Config, log: Log) -> Iterator[World]:
     local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
     device = hardware.choose_device(settings.device, **local)
     # While it waits for the others, a handler of Python's would not be reached.
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    waiting = stopping_signals() if torchrun else []
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in waiting}
     world = distributed.join(torchrun, accelerator=device.type)
     for number, handler in before.items():
         signal.signal(number, handler)

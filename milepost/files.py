@@ -15,11 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from milepost.locks import folder_lock
+from milepost.paths import is_real_folder
 
 TEMPORARY = ".tmp-"  # nothing that begins so is ever read; what a crash leaves is removed under the folder's lock
-NAMES = ".names"  # in a group's hidden folder: the names that its files have when they are visible, the head's last
-NAMES_LIMIT = 4096  # characters of it
 CHUNK = 4 * 2**20  # bytes handed to the system at once
 BEGINNING = 2**20  # bytes of a file whose hash tells at every load that it is the one of this save
 BLOCK = 4096  # what a device that is written past the page cache wants addresses and sizes to be multiples of
@@ -147,16 +145,17 @@ def write_json(path: Path, values: Any) -> NewFile:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[NewFile]:
+def new_file(path: Path, *, replace: bool = False) -> Iterator[NewFile]:
     """Yields a file that appears as `path`, whole and durable, when the block ends; on an error nothing appears.
 
-    Raises FileExistsError if `path` is there already: a visible name is never replaced. Raises OSError if the disk refuses.
+    Raises FileExistsError if `path` is there already: a visible name is never replaced, except with `replace`, which is for
+    caches. Raises OSError if the disk refuses.
     """
-    temporary = _hidden(path)
+    temporary = hidden_name(path)
     try:
         with told_by_name(path), written(temporary) as file:
             yield file
-        reveal(temporary, path)
+        (os.replace if replace else reveal)(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -169,7 +168,7 @@ def new_path(path: Path) -> Iterator[Path]:
 
     Raises as `new_file` does.
     """
-    hidden = _hidden(path)
+    hidden = hidden_name(path)
     try:
         with told_by_name(path):
             yield hidden
@@ -188,7 +187,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises as `new_file` does.
     """
-    hidden = _hidden(path)
+    hidden = hidden_name(path)
     try:
         with told_by_name(path):
             hidden.mkdir()
@@ -206,49 +205,63 @@ def new_folder(path: Path) -> Iterator[Path]:
 def new_group(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     """Yields a hidden folder to write files of these `names` into; they appear in `folder` when the block ends, or none does.
 
-    The last name appears last: it is the mark that all are there. Raises as `new_file` does.
+    The last name appears last: it is the mark that all are there. Raises as `new_file` does. What a kill leaves visible is removed later
+    if the layout's `parts_of` proves by the hidden head that it was of this save.
     """
-    hidden = _hidden(folder / names[-1])
+    hidden, all_free = hidden_name(folder / names[-1]), False
     try:
         with told_by_name(folder / names[-1]):
-            _hide(hidden, names)
+            hidden.mkdir()
             yield hidden
             sync_folder(hidden)
             for name in names:
                 _check_free(folder / name)  # all of them first: a head that is taken would leave the others without one
+            all_free = True
             for name in names[:-1]:
                 reveal(hidden / name, folder / name)
             sync_folder(folder)  # the others are durable before the head is seen
             reveal(hidden / names[-1], folder / names[-1])
     except BaseException:
-        _clear(hidden)
+        if all_free:
+            _take_back(hidden, folder, names)
+        discard(hidden)
         raise
     sync_folder(folder)
-    _clear(hidden)
+    discard(hidden)
+
+
+def _take_back(hidden: Path, folder: Path, names: Sequence[str]) -> None:
+    """Removes what is visible of a group whose head is not; its names were free before."""
+    if not os.path.lexists(folder / names[-1]):
+        for name in names[:-1]:
+            if not os.path.lexists(hidden / name):
+                (folder / name).unlink(missing_ok=True)
 
 
 def remove(files: Sequence[Path]) -> None:
-    """Removes the checkpoint that consists of these files, its head last of them, or of one folder: at any moment it is whole or gone."""
+    """Removes the checkpoint that consists of these files, its head last of them, or of one folder: at any moment it is whole or gone.
+
+    The head is hidden first: after a kill it proves which of the other files were of its save.
+    """
     head = files[-1]
     if len(files) == 1 and not head.is_dir():
         head.unlink(missing_ok=True)
         return
-    hidden = _hidden(head)
+    hidden = hidden_name(head)
     if len(files) == 1:
         os.replace(head, hidden)
+        discard(hidden)
+        return
+    try:
+        hidden.mkdir()
+    except OSError:  # a full disk, which removing is to help: the head still goes first
+        head.unlink(missing_ok=True)
+        sync_folder(head.parent)
     else:
-        try:
-            _hide(hidden, [file.name for file in files])
-        except (
-            OSError
-        ):  # a full disk, which removing is to help: without a note of what belongs together, the head still goes first
-            shutil.rmtree(hidden, ignore_errors=True)
-            for file in reversed(files):
-                file.unlink(missing_ok=True)
-                sync_folder(file.parent)
-            return
         os.replace(head, hidden / head.name)
-    _clear(hidden)
+    for file in files[:-1]:
+        file.unlink(missing_ok=True)
+    discard(hidden)
 
 
 def second_name(files: Sequence[Path], place: Path) -> Path:
@@ -263,7 +276,7 @@ def second_name(files: Sequence[Path], place: Path) -> Path:
                 copy = hidden / one.relative_to(head)
                 copy.mkdir() if one.is_dir() else _link_or_copy(one, copy)
     elif len(files) == 1:
-        temporary = _hidden(place / head.name)
+        temporary = hidden_name(place / head.name)
         try:
             with told_by_name(place / head.name):
                 _link_or_copy(head, temporary)
@@ -288,40 +301,18 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(old, new, CHUNK)
 
 
-def _hidden(path: Path) -> Path:
+def hidden_name(path: Path) -> Path:
+    """A new temporary name beside `path`: its name, this process's number and eight random digits."""
     return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
-def _hide(hidden: Path, names: Sequence[str]) -> None:
-    """A group's hidden folder, which knows by name what belongs together."""
-    hidden.mkdir()
-    write_json(hidden / NAMES, list(names))
-
-
-def _clear(hidden: Path) -> None:
-    """Removes a hidden folder or file, and of a group whose head is not visible also what is. What cannot be removed now is left to the next time."""
+def discard(hidden: Path) -> None:
+    """Removes a hidden folder or file, following no link. What cannot be removed now is left to the next time."""
     with contextlib.suppress(OSError):
-        if hidden.is_symlink() or not hidden.is_dir():
+        if is_real_folder(hidden):
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
             hidden.unlink(missing_ok=True)
-            return
-        for path in _without_head(hidden):  # while their names are still known
-            path.unlink(missing_ok=True)
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _without_head(hidden: Path) -> list[Path]:
-    """The visible files of a hidden folder's group if its head is not visible: they are out already, or are going with it."""
-    if not (hidden / NAMES).is_file():
-        return []
-    try:
-        with open(hidden / NAMES, encoding="utf-8") as file:
-            names = json.loads(file.read(NAMES_LIMIT))
-        *others, head = [name for name in names if Path(name).name == name]
-    except (ValueError, TypeError, RecursionError):  # cut short: nothing is out yet
-        return []
-    if os.path.lexists(hidden.parent / head) or not hidden.name.startswith(f"{TEMPORARY}{head}-"):
-        return []
-    return [hidden.parent / name for name in others if not os.path.lexists(hidden / name)]
 
 
 @contextlib.contextmanager
@@ -376,47 +367,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Removes what killed writers left; returns it. The caller holds the folder's lock.
-
-    In a run's own folder or in best/ another process may write under the lock of the folder above: what is a living process's stays.
-    """
-    leftovers = [path for path in folder.glob(f"{TEMPORARY}*") if not _has_writer(path)]
-    for path in leftovers:
-        _clear(path)
-    return leftovers
-
-
-def _has_writer(hidden: Path) -> bool:
-    """Whether another process of the number in the name is alive on this machine."""
-    number = hidden.name.split("-")[-2] if hidden.name.count("-") > 2 else ""
-    if os.name == "nt" or not number.isascii() or not number.isdecimal() or int(number) == os.getpid():
-        return False  # on Windows, asking would end the process
-    try:
-        os.kill(int(number), 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def make_folder(folder: Path) -> None:
     """Makes the folder, and those above it that are missing, so that they outlast a power cut like what is put there."""
     missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
         sync_folder(each.parent)
-
-
-def prepare_folder(folder: Path) -> None:
-    """Makes the folder and proves that it can be written, so that a run fails before its first step and not at its first save.
-
-    Raises OSError if it cannot, NotImplementedError if its file system knows no locks.
-    """
-    make_folder(folder)
-    with folder_lock(folder):
-        remove_leftovers(folder)
-        probe = folder / f"{TEMPORARY}probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()

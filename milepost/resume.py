@@ -1,6 +1,8 @@
 """A run from a checkpoint: which checkpoint is meant, what of it comes back, and the table that says so."""
 
+import contextlib
 import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +37,75 @@ PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", 
 def find_record(settings: Config, log: Log) -> Checkpoint | None:
     """The newest valid checkpoint that RESUME means, of the same model, data and tokenizer; None if there is none at all.
 
-    Damaged ones are skipped loudly. Raises ConfigError listing the differences if none fits, CheckpointError if all are damaged.
+    Damaged ones are skipped loudly. Raises ConfigError listing the differences if none fits, or the steps of the run if RESUME_STEP
+    is not among them; CheckpointError if all are damaged.
     """
-    folder, auto = Path(settings.checkpoint_dir), settings.resume == "auto"
-    if not auto:
-        path, notes = ckpt.resolve(settings.resume, folder)
-        for note in notes:
-            log(note)
-        if settings.resume_step is None:
-            return check_fits(ckpt.load(path, verify=True), settings, log)
-        folder = folder_of(path, ckpt.load(path, optimizer=False).run_id)
+    if settings.resume != "auto":
+        return _named(settings, log)
+    folder = Path(settings.checkpoint_dir)
     found = ckpt.find(folder)
-    for one in found:
-        if one.problem:
-            log(f"skipped: {one.problem}")
-    readable = [one for one in reversed(found) if not one.problem]
-    wanted = [one for one in readable if settings.resume_step in (None, one.step)]
-    if readable and not wanted:
-        raise ConfigError([f"RESUME_STEP={settings.resume_step}: no checkpoint of that step; {ckpt.listing(folder)}"])
-    record = newest_fitting(exact_first(wanted), settings, log)
+    readable = _readable(found, log)
+    if settings.resume_step is None or not readable:
+        record = newest_fitting(exact_first(readable), settings, log)
+    else:
+        # The run that RESUME=auto alone would resume: the newest one that fits. Another run's step is never taken for its own.
+        newest = newest_fitting(exact_first(readable), settings, log, verify=False)
+        if newest:
+            log(f"RESUME=auto takes step {settings.resume_step} of run {newest.run_id}, the newest run that fits")
+        record = _of_step(newest, readable, folder, settings, log) if newest else None
     if record is None and found:
         raise ckpt.CheckpointError(f"no checkpoint in {folder} can be read; RESUME=never starts a new run beside them")
     return record
+
+
+def _named(settings: Config, log: Log) -> Checkpoint:
+    """The checkpoint that RESUME names, or the one of RESUME_STEP of the same run. Raises as `find_record` does."""
+    path, notes = ckpt.resolve(settings.resume, Path(settings.checkpoint_dir))
+    for note in notes:
+        log(note)
+    if settings.resume_step is None:
+        return check_fits(ckpt.load(path, verify=True), settings, log)
+    named = ckpt.load(path, optimizer=False)
+    if named.step == settings.resume_step:
+        return check_fits(ckpt.load(path, verify=True), settings, log)
+    folder = folder_of(path, named.run_id)
+    return _of_step(named, _readable(ckpt.find(folder), log), folder, settings, log)
+
+
+def _readable(found: list[ckpt.Found], log: Log) -> list[ckpt.Found]:
+    """The checkpoints without a problem, newest first; the others are logged."""
+    for each in found:
+        if each.problem:
+            log(f"skipped: {each.problem}")
+    return [each for each in reversed(found) if not each.problem]
+
+
+def _of_step(record: Checkpoint, readable: list[ckpt.Found], folder: Path, settings: Config, log: Log) -> Checkpoint:
+    """The checkpoint of RESUME_STEP of the record's run.
+
+    Raises ConfigError listing the steps of that run, and the other runs that have such a step, if the run has none;
+    CheckpointError if all of them are damaged.
+    """
+    step, run_id = settings.resume_step, record.run_id
+    same_step = [each for each in readable if each.step == step]
+    own = [each for each in same_step if each.run_id == run_id is not None]
+    if own and (whole := newest_fitting(exact_first(own), settings, log)):
+        return whole
+    if own:
+        problem = f"step {step} of run {run_id} in {folder} is damaged"
+        raise ckpt.CheckpointError(f"{problem}: set another RESUME_STEP; {_steps_of(record, readable)}")
+    problem = f"RESUME_STEP={step}: not found in {folder}: {_steps_of(record, readable)}"
+    others = sorted({str(each.run_id or each.path) for each in same_step})
+    elsewhere = f"; step {step} of another run is there ({', '.join(others[:5])})" if others else ""
+    raise ConfigError([f"{problem}{elsewhere}: set a step of this run, or name the checkpoint in RESUME"])
+
+
+def _steps_of(record: Checkpoint, readable: list[ckpt.Found]) -> str:
+    """Which steps of the record's run can be read, for a message."""
+    if record.run_id is None:
+        return f"{record.path} is at step {record.step} and names no run, so no other step is known to be of its run"
+    steps = sorted({each.step for each in readable if each.run_id == record.run_id})
+    return f"run {record.run_id} has the steps {', '.join(map(str, steps)) or record.step}"
 
 
 def let_go(record: Checkpoint) -> None:
@@ -70,12 +119,14 @@ def exact_first(newest_first: list[ckpt.Found]) -> list[ckpt.Found]:
     return sorted(newest_first, key=lambda one: (runs.index(one.run_id), not one.resumable))
 
 
-def newest_fitting(candidates: list[ckpt.Found], settings: Config, log: Log) -> Checkpoint | None:
+def newest_fitting(
+    candidates: list[ckpt.Found], settings: Config, log: Log, *, verify: bool = True
+) -> Checkpoint | None:
     """The first of `candidates` that is whole and fits; None if all are damaged, ConfigError if a whole one does not fit."""
     misfits = []
     for one in candidates:
         try:
-            return check_fits(ckpt.load(one.path, verify=True), settings, log)
+            return check_fits(ckpt.load(one.path, verify=verify), settings, log)
         except ckpt.CheckpointError as error:
             log(f"skipped: {error}")
         except ConfigError as error:
@@ -192,7 +243,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
         window=record.windows_seen if same_text else 0,
     )
     run.base = record.base
-    restored = restore_optimizer(run.optimizer, record)
+    restored = restore_optimizer(run.optimizer, record, kind=settings.optimizer)
     if record.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(record.scaler)
     if child or restored.missing or record.run_id is None:
@@ -236,13 +287,16 @@ def other_plan(record: Checkpoint, schedule: Schedule) -> dict[str, Any]:
 
 
 def take_standing(run: Run, record: Checkpoint) -> None:
-    """Where the same run stood: what it had looked at and kept."""
+    """Take over where the same run stood: what it had evaluated and kept, and when."""
+    with contextlib.suppress(ValueError):
+        run.resumed_save = datetime.datetime.fromisoformat(record.saved_at or "").timestamp()
     run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
     run.best_loss, run.best_step = record.best_loss, record.best_step
-    # A kill may have come between saving a best step and keeping it as the best; then it is kept first of all.
-    folder = Path(run.settings.checkpoint_dir)
-    lost = record.best_step == record.step and not run.world.on_rank0(lambda: ckpt.best_is_kept(folder, record))
-    run.kept_best_step = None if run.world.broadcast(lost) else record.best_step
+    run.saved_observed_step = record.observed_step
+    # A kill, or a disk that refused, may have come between saving a best step and keeping it as the best: then it is kept later.
+    folder, loss = Path(run.settings.checkpoint_dir), record.best_loss
+    kept = loss is None or run.world.on_rank0(lambda: ckpt.best_is_kept(folder, run_id=record.run_id, loss=loss))
+    run.kept_best_step = record.best_step if run.world.broadcast(kept) else None
 
 
 def finished(run: Run, record: Checkpoint) -> bool:

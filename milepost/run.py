@@ -3,8 +3,9 @@
 import dataclasses
 import datetime
 import functools
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.foreign.importing import with_chars
+from milepost.ckpt.foreign.importing import with_chars, with_kind
 from milepost.ckpt.hub import local_folder
 from milepost.ckpt.restore import build_model, build_tokenizer, name_the_base, with_base
 from milepost.ckpt.tensors import digest
@@ -28,11 +29,13 @@ from milepost.runtime.progress import Log, Metrics, Progress
 from milepost.runtime.trackers import Mirror
 from milepost.text import token_files, tokenization
 from milepost.text.batches import Batches, largest_block_size
-from milepost.text.corpus import Corpus, DataError, Scan, open_corpus, scan
+from milepost.text.corpus import Corpus, open_corpus
+from milepost.text.errors import DataError
+from milepost.text.scan import Scan, cached_scan
+from models.model import Model
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
-SIZES = ("n_layer", "n_head", "n_embd", "bias")  # what a transformer is made of, besides its vocabulary and context
 # The fields of a model's settings that a variable each names: LORA_RANK.
 ADAPTERS = {
     "lora": ("rank", "alpha", "dropout", "targets"),
@@ -70,7 +73,7 @@ class Run:
     device: torch.device
     dtype: str
     compile_step: bool
-    model: models.Model
+    model: Model
     forward: (
         nn.Module
     )  # the model, or its compiled twin that shares the parameters; with `ddp` what averages their gradients, too
@@ -92,12 +95,14 @@ class Run:
     # Where it stands.
     step: int = 0
     tokens_seen: int = 0
+    resumed_save: float = math.inf  # when the checkpoint was saved that the same run resumes from (Unix seconds)
     observed_step: int | None = None
     saved_step: int = 0
+    saved_observed_step: int | None = None  # `observed_step` as the last save has it
     validation_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
-    kept_best_step: int | None = None
+    kept_best_step: int | None = None  # the best step once it is in best/
     last_saved: Path | None = None
     save_failed: bool = False
     skipped_updates: int = 0
@@ -118,6 +123,12 @@ class Run:
     def saves_parts(self) -> bool:
         """Whether each process saves the part that it has; else one saves all."""
         return self.engine == "fsdp" and self.settings.checkpoint_layout == "sharded"
+
+    @property
+    def best_is_pending(self) -> bool:
+        """Whether the best step should be in best/ and is not, as far as rank 0 knows."""
+        wanted = self.settings.enable_checkpoints and self.settings.checkpoint_keep_best > 0
+        return wanted and self.best_step not in (None, self.kept_best_step)
 
     @property
     def end(self) -> int:
@@ -273,13 +284,28 @@ def init_from(settings: Config, notes: list[str]) -> Checkpoint | None:
 
 
 def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """The record itself, with the characters of TRAINING_DATA_SOURCE for its tokenizer if another program's had none beside it.
+    """The record itself if it has a tokenizer, else with the one that the settings name.
 
-    Raises CheckpointError if their number is not that of the model's rows.
+    That is TOKENIZER=byte or gpt2, or the characters of TRAINING_DATA_SOURCE. Raises CheckpointError if neither is set, also where the
+    default text would have as many characters: its alphabet is not the checkpoint's.
     """
     if record.tokenizer is not None:
         return record
-    return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+    if names_tokenizer(settings):
+        return with_kind(record, settings.tokenizer)
+    if settings.is_set("TRAINING_DATA_SOURCE"):
+        return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+    for note in record.notes:
+        log(note)
+    remedy = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2"
+    raise CheckpointError(
+        f"{record.path}: carries no tokenizer that can be used: {remedy}, or put its tokenizer.json or meta.pkl beside it"
+    )
+
+
+def names_tokenizer(settings: Config) -> bool:
+    """Whether TOKENIZER names one that is complete without a text."""
+    return settings.is_set("TOKENIZER") and settings.tokenizer in ("byte", "gpt2")
 
 
 def shaped_like(weights: Checkpoint, settings: Config) -> Config:
@@ -287,7 +313,7 @@ def shaped_like(weights: Checkpoint, settings: Config) -> Config:
 
     A given BLOCK_SIZE may crop the context; not given, INIT_FROM keeps the weights' own and GPT2_MODEL_NAME the default, if it fits.
     """
-    own = {name.upper(): value for name, value in weights.model_settings.items() if name in SIZES}
+    own = {name: weights.model_settings[name.lower()] for name in shape_variables(weights.model_settings)}
     own |= adapter_variables(weights.model_settings)
     own |= {"MODEL_TYPE": weights.model_type} | ({"TOKENIZER": weights.tokenizer["kind"]} if weights.tokenizer else {})
     wrong = config.contradictions(settings, own)
@@ -303,15 +329,20 @@ def shaped_like(weights: Checkpoint, settings: Config) -> Config:
     )
 
 
+def shape_variables(model_settings: Iterable[str]) -> list[str]:
+    """Return the variables among a model's settings that decide its shape (N_LAYER), besides its vocabulary and context."""
+    named = {name.upper() for name in model_settings} - {"BLOCK_SIZE"}
+    return [name for name, each in config.VARIABLES.items() if name in named and each.metadata["scope"] == "identity"]
+
+
 def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
-    """The model's own settings, as models.build takes them."""
-    sizes = {"vocab_size": vocab_size, "block_size": settings.block_size}
-    if settings.model_type == "bigram":
-        return sizes
-    return sizes | {name: getattr(settings, name) for name in (*SIZES, "dropout")} | adapters(settings)
+    """Return the model's settings, as models.build takes them: each field that is a variable has its value."""
+    names = [each.name for each in dataclasses.fields(models.load(settings.model_type).settings_type)]
+    values = {name: getattr(settings, name) for name in names if name.upper() in config.VARIABLES}
+    return {"vocab_size": vocab_size} | values | adapters(settings)
 
 
-def new_model(settings: Config, *, vocab_size: int) -> models.Model:
+def new_model(settings: Config, *, vocab_size: int) -> Model:
     """The model of the settings with fresh weights, drawn from torch's global generator."""
     try:
         return models.build(settings.model_type, architecture(settings, vocab_size=vocab_size))
@@ -352,7 +383,7 @@ def read_text(
         tokenizer.encode(scanned.alphabet)  # all at once, before any is met: the message lists every unknown character
         split = world.local_rank0_first(
             lambda: token_files.prepare(
-                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, say=log
+                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
             )
         )
     except tokenization.UnknownCharacters as error:
@@ -382,16 +413,16 @@ def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenizati
 def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
     """The corpus of TRAINING_DATA_SOURCE and its fingerprint; read once however often it is asked for."""
     corpus = open_corpus(source, data_dir=DATA_FOLDER)
-    return corpus, scan(corpus, say=log)
+    return corpus, cached_scan(corpus, cache_dir=CACHE_FOLDER, log=log)
 
 
-def put_together(settings: Config, log: Log, world: World, *, device: torch.device, model: models.Model, text: Text,
+def put_together(settings: Config, log: Log, world: World, *, device: torch.device, model: Model, text: Text,
                  tokenizer: tokenization.Tokenizer, schedule: Schedule, record: Checkpoint | None = None, window: int = 0) -> Run:  # fmt: skip
     """A run of these parts under a new name: at step 0, or where `record` stands, with its data going on at `window`."""
     if config.frozen_base(settings):
         models.freeze_base(model)
     step = record.step if record else 0
-    dtype, compile_step = numerics(settings, log, device=device, width=getattr(model.settings, "n_embd", 0))
+    dtype, compile_step = numerics(settings, log, device=device, model=model)
     engine = choose_engine(settings, world, device=device, model=model, dtype=dtype, record=record)
     forward = shared_out(model, engine, device=device, compile_step=compile_step)
     if engine == "fsdp" and not settings.is_set("CHECKPOINT_LAYOUT") and record is None:
@@ -442,7 +473,7 @@ def choose_engine(
     world: World,
     *,
     device: torch.device,
-    model: models.Model,
+    model: Model,
     dtype: str,
     record: Checkpoint | None,
 ) -> str:
@@ -470,7 +501,7 @@ def check_shares(settings: Config, world: World) -> None:
 
 
 def memory_needed(
-    model: models.Model, settings: Config, world: World, *, engine: str, device: torch.device, dtype: str
+    model: Model, settings: Config, world: World, *, engine: str, device: torch.device, dtype: str
 ) -> int:
     """About how many bytes of the device's memory a training step takes; on a CPU, in all the processes that have it in common."""
     need = models.training_bytes(
@@ -482,24 +513,24 @@ def memory_needed(
     return need * (world.local_size if device.type == "cpu" else 1)
 
 
-def shared_out(model: models.Model, engine: str, *, device: torch.device, compile_step: bool) -> nn.Module:
+def shared_out(model: Model, engine: str, *, device: torch.device, compile_step: bool) -> nn.Module:
     """Brings the model to the device, whole or this process's part of it; returns what the training step calls in its place."""
     if engine == "fsdp":
-        distributed.fully_sharded(model, list(getattr(model, "h", [])), device)
+        distributed.fully_sharded(model, model.blocks(), device)
     else:
         model.to(device)
     forward = hardware.compiled(model) if compile_step else model
     return distributed.data_parallel(forward) if engine == "ddp" else forward
 
 
-def numerics(settings: Config, log: Log, *, device: torch.device, width: int) -> tuple[str, bool]:
-    """The number format and whether to compile, by fixed rules; a resume finds its checkpoint's resolved ones in the settings."""
+def numerics(settings: Config, log: Log, *, device: torch.device, model: Model) -> tuple[str, bool]:
+    """Return the dtype and whether to compile, by fixed rules; a resume finds its checkpoint's resolved values in the settings."""
     compile_step, remark = hardware.choose_compile(
-        settings.compile, device, model_type=settings.model_type, steps=settings.training_steps
+        settings.compile, device, pays=model.compile_pays, steps=settings.training_steps
     )
     if remark:
         log(remark)
-    return hardware.choose_dtype(settings.dtype, device, width=width), compile_step
+    return hardware.choose_dtype(settings.dtype, device, width=getattr(model.settings, "n_embd", 0)), compile_step
 
 
 def to_record(run: Run) -> Checkpoint:

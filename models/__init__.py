@@ -1,68 +1,129 @@
-"""The models by name, and how to build one from plain values such as a checkpoint's JSON."""
+"""The registry of models, and how to build one from plain values such as a checkpoint's JSON.
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
-from typing import Any, Final, get_args
+A model is one file and one `register` call here. The file holds the class, a `models.model.Model`; the call holds what the settings need
+before torch is imported, so that a mistake in them is reported at once: this file imports no torch.
+"""
 
-from torch import nn
+from __future__ import annotations
 
-from models.bigram import Bigram, BigramSettings
-from models.gpt2 import GPT2, GPT2Settings
-from models.lora import NAMES, LoraLinear
-from models.ttt import TTTMLP, is_ttt
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
+
+from models.adapters import ADAPTERS, adapter_counts, adapter_kind, draw_adapters, freeze_base, is_adapter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from models.model import Model
 
 __all__ = [
-    "ADAPTERS", "MODELS", "Model", "Settings", "adapter_counts", "adapter_kind", "build", "draw_adapters", "freeze_base", "is_adapter",
-    "parameter_count", "plain", "settings_from", "trained_count", "training_bytes",
+    "ADAPTERS", "MODELS", "Entry", "adapter_counts", "adapter_kind", "build", "draw_adapters", "freeze_base", "is_adapter", "load",
+    "parameter_count", "plain", "register", "settings_from", "trained_count", "training_bytes", "with_trait",
 ]  # fmt: skip
 
-Model = Bigram | GPT2
-Settings = BigramSettings | GPT2Settings
+# Variables whose default every model declares: no other model's suits it.
+OF_EVERY_MODEL: Final = (
+    "block_size", "training_steps", "batch_size", "learning_rate", "warmup_steps", "lr_schedule", "optimizer",
+)  # fmt: skip
 
-MODELS: Final[dict[str, tuple[type[Settings], type[Model]]]] = {
-    "bigram": (BigramSettings, Bigram),
-    "gpt2": (GPT2Settings, GPT2),
-}
-ADAPTERS: Final = {"lora": "LoRA", "ttt": "TTT"}  # the settings that add adapters to a base, and what people call those
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of a model without torch."""
+
+    model: str | type[Model]  # the class, or "module:Class", which is imported at its first use
+    defaults: Mapping[str, Any]  # of its variables, in lower case
+    pretrained: Mapping[str, Any] | None = None  # the same with GPT2_MODEL_NAME; None: it has no pretrained weights
+    adapters: tuple[str, ...] = ()  # of ADAPTERS, those that its settings take
+    hidden_matrices: bool = False  # whether it has matrices for Muon to orthogonalize
+    adamw_learning_rate: float | None = None  # at N_EMBD=128, where its default optimizer is Muon and AdamW is used
+    transformers: str | None = None  # the architecture that Hugging Face transformers opens it as
+
+
+MODELS: Final[dict[str, Entry]] = {}
+
+
+def register(name: str, model: str | type[Model], *, defaults: Mapping[str, Any], **traits: Any) -> None:
+    """Add a model: MODEL_TYPE takes its name from then on. `traits` are the other fields of Entry.
+
+    Raises ValueError for a name that is taken or not in lower case, and for a default that is not declared.
+    """
+    if name in MODELS or not re.fullmatch("[a-z][a-z0-9_-]*", name):
+        raise ValueError(f"model {name!r}: expected a new name of lower-case letters, digits, _ and -.")
+    if lacks := [variable for variable in OF_EVERY_MODEL if variable not in defaults]:
+        raise ValueError(f"model {name!r}: its defaults do not declare {', '.join(lacks)}.")
+    MODELS[name] = Entry(model=model, defaults=defaults, **traits)
+
+
+# fmt: off
+register("bigram", "models.bigram:Bigram",
+         defaults={"block_size": 64, "training_steps": 2000, "batch_size": 32, "learning_rate": 1e-2, "warmup_steps": 0,
+                   "lr_schedule": "cosine", "optimizer": "adamw"})
+register("gpt2", "models.gpt2:GPT2",
+         defaults={"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.0, "training_steps": 1000,
+                   "batch_size": 12, "learning_rate": 1e-2, "warmup_steps": 100, "lr_schedule": "linear", "optimizer": "muon"},
+         pretrained={"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1, "training_steps": 2000,
+                     "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100, "lr_schedule": "cosine", "optimizer": "adamw"},
+         adapters=("lora", "ttt"), hidden_matrices=True, adamw_learning_rate=3e-3, transformers="GPT2LMHeadModel")
+# fmt: on
+
+
+def with_trait(trait: str, value: object = None) -> list[str]:
+    """Return the names of the models whose Entry has the trait, or has `value` among its values."""
+    held = {name: getattr(entry, trait) for name, entry in MODELS.items()}
+    return [name for name, own in held.items() if (value in own if value is not None else own)]
+
+
+def load(model_type: str) -> type[Model]:
+    """Return the class of a registered model. Raises ValueError for an unknown name, and naming the traits that a class does not declare."""
+    from models.model import undeclared
+
+    if model_type not in MODELS:
+        raise ValueError(f"model_type={model_type!r}: expected one of {', '.join(MODELS)}.")
+    found = MODELS[model_type].model
+    if isinstance(found, str):
+        module, _, name = found.partition(":")
+        found = getattr(importlib.import_module(module), name)
+    if problem := undeclared(found):
+        raise ValueError(f"model {model_type!r}: {problem}.")
+    return found
 
 
 def build(model_type: str, settings: Mapping[str, object]) -> Model:
-    """A freshly initialised float32 model, drawn from torch's global generator, with `.settings` and `.model_type`.
+    """Return a freshly initialised float32 model, drawn from torch's global generator.
 
     Raises ValueError, naming field and value, for an unknown model, for fields that are unknown, missing or of
     the wrong type, and for sizes that make no model.
     """
-    checked = settings_from(model_type, settings)
-    return Bigram(checked) if isinstance(checked, BigramSettings) else GPT2(checked)
+    return load(model_type)(settings_from(model_type, settings))
 
 
-def settings_from(model_type: str, values: Mapping[str, object]) -> Settings:
-    """A model's settings from plain values, checked as build() says; nothing is allocated yet."""
-    if model_type not in MODELS:
-        raise ValueError(f"model_type={model_type!r}: expected one of {', '.join(MODELS)}.")
-    checked: Settings = _checked(MODELS[model_type][0], values, of=f"the {model_type} model")
-    return checked
+def settings_from(model_type: str, values: Mapping[str, object]) -> Any:
+    """Return a model's settings from plain values, checked as build() says; nothing is allocated yet."""
+    return _checked(load(model_type).settings_type, values, of=f"the {model_type} model")
 
 
-def plain(settings: Settings) -> dict[str, Any]:
-    """The settings as JSON values, without adapters that are not there: what knows none reads them too."""
+def plain(settings: Any) -> dict[str, Any]:
+    """Return the settings as JSON values, without adapters that are not there: a version that knows no adapters reads them too."""
     return {name: value for name, value in asdict(settings).items() if value is not None}
 
 
 def _checked(kind: Any, values: Mapping[str, object], *, of: str) -> Any:
-    """The settings of dataclass `kind` from plain values; raises ValueError."""
-    known = {f.name: f for f in fields(kind)}
+    """Return the settings of dataclass `kind` from plain values; raises ValueError."""
+    known, kinds = {f.name: f for f in fields(kind)}, get_type_hints(kind)
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{name}={value!r:.80}: {of} has {', '.join(known)} and no such setting.")
     if missing := [name for name, f in known.items() if f.default is MISSING and name not in values]:
         raise ValueError(f"{', '.join(missing)}: missing from the settings of {of}.")
-    return kind(**{name: _typed(name, value, known[name].type) for name, value in values.items()})
+    return kind(**{name: _typed(name, value, kinds[name]) for name, value in values.items()})
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """The value if it is of its kind (int, float, bool, str, or settings within settings); whole numbers must be at least 1."""
+    """Return the value if it is of its kind (int, float, bool, str, or settings within settings); whole numbers must be at least 1."""
     inner = next(filter(is_dataclass, get_args(kind)), None)
     if inner is not None and value is None:
         return None
@@ -78,58 +139,20 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-def is_adapter(name: str) -> bool:
-    """Whether the parameter of this name is an adapter's, and not the base's."""
-    return adapter_kind(name) is not None
-
-
-def adapter_kind(name: str) -> str | None:
-    """Which of ADAPTERS the parameter of this name belongs to."""
-    if is_ttt(name):
-        return "ttt"
-    return "lora" if name.endswith(NAMES) else None
-
-
-def adapter_counts(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """How many of a model's tensors, given by name and shape, are adapters', and how many elements those have: a text for each kind."""
-    counts, sizes = {}, {name: math.prod(shape) for name, shape in shapes.items()}
-    for kind, called in ADAPTERS.items():
-        own = [size for name, size in sizes.items() if adapter_kind(name) == kind]
-        if own:
-            counts[kind] = f"{len(own)} {called} tensors, {sum(own):,} elements of {sum(sizes.values()):,}"
-    return counts
-
-
-def draw_adapters(model: nn.Module, missing: Iterable[str]) -> None:
-    """Gives the adapters whose parameters are among the `missing` fresh values, from torch's global generator."""
-    names = set(missing)
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLinear | TTTMLP) and names & {
-            f"{path}.{name}" for name, _ in module.named_parameters()
-        }:
-            module.draw()
-
-
-def freeze_base(model: nn.Module) -> None:
-    """Lets the adapters alone learn."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
-
-
 def parameter_count(model: nn.Module) -> int:
-    """How many numbers the model learns; a tied tensor counts once."""
+    """Return the number of parameters; a tied tensor counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def trained_count(model: nn.Module) -> int:
-    """How many numbers of the model a training moves."""
+    """Return the number of parameters that are trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def training_bytes(model: Model, batch_size: int, *, bytes_per_value: int, processes: int = 1) -> int:
-    """About how much memory a training step of this model needs, in bytes: a basis for a warning, right within 1.5x.
+    """Return about how much memory a training step of this model needs, in bytes: a basis for a warning, right within 1.5x.
 
-    Weights take 4 bytes each, and those that are trained 12 more for the gradient and AdamW's two moments, shared by so many `processes`.
+    Weights take 4 bytes each, and those that are trained 12 more for the gradient and AdamW's two moments, sharded over `processes`.
     bytes_per_value is 4 for float32 activations and 2 under autocast.
     """
     activations = model.activation_bytes(batch_size, bytes_per_value=bytes_per_value)

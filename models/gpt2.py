@@ -4,22 +4,23 @@ Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learne
 https://github.com/openai/gpt-2/blob/master/src/model.py. In the shapes below B is the batch, T the tokens,
 C = n_embd, H = n_head, hs = C / H and V = vocab_size.
 
-Two settings make it the models of other projects: the activation, and a head of its own (`tied=False`).
+Two settings make it the models of other projects: the activation, and a separate head (`tied=False`).
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import ClassVar, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.adapters import LORA_NAMES
 from models.attention import SHORT, causal_attention
 from models.head import CHUNK, head_loss
-from models.lora import NAMES as LORA_NAMES
 from models.lora import LoraSettings, linear
-from models.ttt import TTTMLP, TTTSettings, TTTState, activation_bytes
+from models.model import Model, Output
+from models.ttt import TTTMLP, VECTORS, TTTSettings, TTTState, activation_bytes
 
 # "gelu" is the tanh approximation, as published; "gelu_erf" the exact one, as nanoGPT computes it; "relu" is the lecture model's.
 ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
@@ -27,10 +28,10 @@ ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
 
 @dataclass(frozen=True)
 class GPT2Settings:
-    """What builds a GPT2. bias=False leaves the biases out of every Linear and LayerNorm, as nanoGPT can.
+    """The settings of a GPT2. bias=False leaves the biases out of every Linear and LayerNorm, as nanoGPT can.
 
-    tied=False adds a head of its own, `lm_head`, which always has a bias. lora adds adapters to the blocks' linear layers,
-    ttt layers that learn while they read.
+    tied=False adds a separate head, `lm_head`, which always has a bias. lora adds adapters to the blocks' linear layers, ttt adds
+    layers that learn while they read.
     """
 
     vocab_size: int
@@ -48,11 +49,11 @@ class GPT2Settings:
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd={self.n_embd} and n_head={self.n_head}: the heads share the width evenly, "
+                f"n_embd={self.n_embd} and n_head={self.n_head}: every head has the same size, "
                 "so n_embd must be a multiple of n_head."
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: expected a share of values to drop, from 0 to below 1.")
+            raise ValueError(f"dropout={self.dropout}: expected a probability from 0 to below 1.")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r:.80}: expected one of {', '.join(ACTIVATIONS)}.")
         if self.ttt is not None and max(self.ttt.numbers) >= self.n_layer:
@@ -78,9 +79,8 @@ SIZES: Final = {
 class GPT2Cache:
     """Keys and values of the `length` tokens seen so far, so that a new token costs one position, not all of them.
 
-    A buffer for each layer, (B, H, block_size, hs), is made at first use: under autocast only the keys that arrive
-    know their dtype. Set length = 0 to start over in the same buffers. For use without gradients. `learned` holds what
-    the TTT layers are by now, by the number of their block.
+    A buffer per layer, (B, H, block_size, hs), is allocated at first use, because only the keys know their dtype under autocast. Set
+    length = 0 to start over in the same buffers. For use without gradients. `learned` holds the states of the TTT layers by block.
     """
 
     batch_size: int
@@ -91,7 +91,7 @@ class GPT2Cache:
     learned: dict[int, TTTState] = field(default_factory=dict)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, H, T, hs) of new tokens; returns those of all tokens, (B, H, length + T, hs)."""
+        """Store k and v (B, H, T, hs) of new tokens; return those of all tokens, (B, H, length + T, hs)."""
         if layer == len(self.keys):
             _, H, _, hs = k.shape
             self.keys.append(k.new_empty(self.batch_size, H, self.block_size, hs))
@@ -102,7 +102,7 @@ class GPT2Cache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def learner(self, layer: int, ttt: TTTMLP) -> TTTState:
-        """The state of a block's TTT layer, a new one at length 0. Raises ValueError for any other length than it has read."""
+        """Return the state of a block's TTT layer, a new state at length 0. Raises ValueError if it has read another number of tokens."""
         if self.length == 0:
             self.learned[layer] = ttt.new_state(self.batch_size)
         if self.learned[layer].seen != self.length:
@@ -140,14 +140,14 @@ class Attention(nn.Module):
 
 
 def _offset_mask(T: int, start: int, device: torch.device) -> Tensor | None:
-    """Which of start + T keys each of T new queries may see, (T, start + T); None for one query, which sees all."""
+    """Return which of start + T keys each of T new queries may see, (T, start + T); None for one query, which sees all."""
     if T == 1:
         return None
     return torch.ones(T, start + T, dtype=torch.bool, device=device).tril(diagonal=start)
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide in between, applied to each position alone."""
+    """Two layers with a hidden size of 4 C, applied to each position."""
 
     def __init__(self, settings: GPT2Settings) -> None:
         super().__init__()
@@ -163,8 +163,8 @@ class MLP(nn.Module):
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:
-    """The activation of x. In bfloat16 on a CPU the exact GELU stands for its tanh approximation, whose kernel takes five times as long:
-    they differ by less than 0.0005 everywhere, a quarter of what rounding changes a value of 1 by, though more than that of small ones."""
+    """Return the activation of x. In bfloat16 on a CPU the exact GELU replaces its tanh approximation, whose kernel takes five times as long:
+    they differ by less than 0.0005 everywhere, a quarter of the rounding error of a value of 1, though more than that of small values."""
     if activation == "relu":
         return F.relu(x)
     slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
@@ -172,9 +172,9 @@ def _activated(x: Tensor, activation: str) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each reading a normalised copy of the residual stream and adding to the stream itself.
+    """Attention and MLP, each reading the normalised residual stream and adding to it.
 
-    A TTT layer, where there is one, reads what attention adds, and adds to the stream too (Dalal et al. 2025, section 3.2).
+    A TTT layer, if the block has one, reads what attention adds, and adds to the stream too (Dalal et al. 2025, section 3.2).
     """
 
     def __init__(self, settings: GPT2Settings) -> None:
@@ -193,14 +193,17 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT2(nn.Module):
-    """The whole model. A tied head is no parameter of its own: logits are products with the rows of wte."""
+class GPT2(Model):
+    """The whole model. A tied head has no parameter of its own: the logits are products with the rows of wte."""
 
-    model_type: Final = "gpt2"
+    settings_type: ClassVar = GPT2Settings
+    position_tables: ClassVar = ("wpe.weight",)
+    compile_pays: ClassVar = True
+    published: ClassVar = SIZES
+    settings: GPT2Settings
 
     def __init__(self, settings: GPT2Settings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         self.wte = nn.Embedding(settings.vocab_size, settings.n_embd)
         self.wpe = nn.Embedding(settings.block_size, settings.n_embd)
         self.drop = nn.Dropout(settings.dropout)
@@ -215,14 +218,14 @@ class GPT2(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """The most tokens that forward() takes, those in the cache included."""
+        """The most tokens that forward() takes, including those in the cache."""
         return self.settings.block_size
 
     def _initialise(self) -> None:
-        """Normal(0, 0.02) for matrices, 0.01 for positions, 0.02 / sqrt(2 n_layer) for the 2 n_layer projections
-        that add to the residual stream; biases 0, LayerNorm weights 1.
+        """Initialise matrices with Normal(0, 0.02), positions with 0.01, the 2 n_layer projections that add to the residual stream
+        with 0.02 / sqrt(2 n_layer), biases with 0 and LayerNorm weights with 1.
 
-        OpenAI's model.py has all but the scaling, which the paper names in section 2.3. Adapters have drawn their own.
+        OpenAI's model.py has all but the scaling, which the paper gives in section 2.3. Adapters have initialised themselves.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(LORA_NAMES):
@@ -241,10 +244,10 @@ class GPT2(nn.Module):
         *,
         cache: GPT2Cache | None = None,
         last_only: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The logits (B, T, V) of each next token, (B, 1, V) with last_only; or, with targets, None and the mean loss in nats.
+    ) -> Output:
+        """Return the logits (B, T, V) of each next token, (B, 1, V) with last_only; or, with targets, only the mean loss in nats.
 
-        ids and targets are int64 (B, T). With a cache, ids go on where it ends, and it grows by T.
+        ids and targets are int64 (B, T). With a cache, the ids follow the tokens it holds, and it grows by T.
         Raises ValueError when the tokens exceed block_size.
         """
         start, T = 0 if cache is None else cache.length, ids.size(1)
@@ -257,11 +260,11 @@ class GPT2(nn.Module):
             cache.length += T
         x = self.ln_f(x[:, -1:] if last_only else x)
         if targets is not None and self.lm_head is None:
-            return None, head_loss(x.flatten(0, 1), self.wte.weight, targets.flatten())
+            return Output(None, head_loss(x.flatten(0, 1), self.wte.weight, targets.flatten()), {})
         logits = F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)  # (B, T, V)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return Output(logits, None, {})
+        return Output(None, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), {})
 
     def _check_length(self, start: int, T: int) -> None:
         if start + T > self.settings.block_size:
@@ -272,16 +275,30 @@ class GPT2(nn.Module):
             )
 
     def new_cache(self, batch_size: int) -> GPT2Cache:
-        """An empty key/value cache for forward(), for batch_size rows of up to block_size tokens."""
+        """Return an empty key/value cache for forward(), for batch_size sequences of up to block_size tokens."""
         return GPT2Cache(batch_size, self.settings.block_size)
 
-    def activation_bytes(self, batch_size: int, *, bytes_per_value: int, device_type: str | None = None) -> int:
-        """About how many bytes a training step needs beside weights, gradients and optimizer: counts from measured peaks, not theory.
+    def blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks."""
+        return list(self.h)
 
-        For each token and layer, and once more for the layer at work, 22 C values and attention's scores (H, T, T). Logits,
-        their float32 copy, softmax and gradient, of which a tied head holds no more than CHUNK (on CUDA a compiler may hold all). And
-        the embedding's gradient twice more, as head and embedding add to it apart. A TTT layer adds its own. `device_type` is the
-        weights' own unless another is meant.
+    def muon_matrices(self) -> dict[str, int]:
+        """Return the blocks' matrices; c_attn is three, query, key and value. Adapters beside them are matrices too."""
+        inner = {f"h.{name}": parameter for name, parameter in self.h.named_parameters()}
+        matrices = [name for name, parameter in inner.items() if parameter.dim() == 2 and self.decays(name, parameter)]
+        return {name: 3 if name.endswith(".c_attn.weight") else 1 for name in matrices}
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Return whether weight decay applies: to matrices, including those that a TTT layer has for each head."""
+        return parameter.dim() >= 2 and name.rpartition(".")[2] not in VECTORS
+
+    def activation_bytes(self, batch_size: int, *, bytes_per_value: int, device_type: str | None = None) -> int:
+        """Return about how many bytes a training step needs besides weights, gradients and optimizer state, from measured peaks.
+
+        For each token and layer, and for one more layer, the one being computed: 22 C values and attention's scores (H, T, T). Logits,
+        their float32 copy, softmax and gradient, of which a tied head holds at most CHUNK (on CUDA a compiler may hold all). The
+        embedding's gradient twice more, because head and embedding add to it separately. TTT layers add theirs. `device_type` is by
+        default that of the weights.
         """
         s, cuda = self.settings, (device_type or self.wte.weight.device.type) == "cuda"
         tokens = batch_size * s.block_size
@@ -295,7 +312,8 @@ class GPT2(nn.Module):
         return (s.n_layer + 1) * tokens * per_layer + tokens * learned + logits * (bytes_per_value + 12) + gradients
 
     def _square_bytes(self, bytes_per_value: int) -> int:
-        """Of each score of a layer's attention on a CPU: one tensor of them where it is written out, four with dropout, none where it is fused."""
+        """Return the bytes per attention score of a layer on a CPU: one tensor of scores where they are explicit, four with dropout, none
+        where attention is fused."""
         if self.settings.block_size > SHORT:
-            return 4 * 4 if self.settings.dropout else 0  # with dropout PyTorch writes them out, in float32
+            return 4 * 4 if self.settings.dropout else 0  # with dropout PyTorch computes explicit scores in float32
         return bytes_per_value * (4 if self.settings.dropout else 1)

@@ -1,4 +1,4 @@
-"""The head and its loss, a few rows of logits at a time: (N, V) of them would be the largest tensor of a step, several times over."""
+"""The head and its loss in chunks of rows: all logits (N, V) would be the largest tensor of a step, several times over."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ CHUNK = 2**25  # logits held at once, 128 MB in float32; smaller chunks only add
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy, in nats, of the logits x @ weight.T against targets; x (N, C), weight (V, C), targets int64 (N,).
+    """Return the mean cross-entropy, in nats, of the logits x @ weight.T against targets; x (N, C), weight (V, C), targets int64 (N,).
 
-    Beyond CHUNK logits they are made and used up chunk by chunk, with the gradients taken on the way. A compiler fuses by itself, and
-    float16 needs its loss scaled before its gradients are rounded: both take the plain way.
+    Above CHUNK logits it is computed chunk by chunk, gradients included. A compiler fuses by itself, and float16 needs the loss scaled
+    before the gradients are rounded: both use the plain formula.
     """
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
@@ -26,12 +26,12 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The mean cross-entropy in `chunks` parts; d loss / d logits = softmax - one_hot needs nothing of the backward pass but its scale."""
+    """The mean cross-entropy in `chunks` parts; d loss / d logits = softmax - one_hot needs only the scale of the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:
         total = weight.new_zeros(())
-        narrow = weight.to(x.dtype)  # the format that is multiplied in; sums over chunks are in the weight's own
+        narrow = weight.to(x.dtype)  # the dtype of the products; sums over chunks keep the weight's own
         x_learns, weight_learns = ctx.needs_input_grad[:2]  # a frozen head's gradient is a third of the work
         dx, dweight = torch.zeros_like(x) if x_learns else None, torch.zeros_like(weight) if weight_learns else None
         for first in range(0, len(x), -(-len(x) // chunks)):
@@ -41,24 +41,25 @@ class _ChunkedLoss(torch.autograd.Function):
             total += losses.sum()
             if x_learns or weight_learns:
                 probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
-                logits.copy_(probs)  # their gradient from here on, rounded as autocast rounds it
+                logits.copy_(probs)  # now the gradient of the logits, rounded as autocast rounds it
             if dx is not None:
                 torch.mm(logits, narrow, out=dx[part])
             if dweight is not None:
-                dweight += (logits.t() @ x[part]).to(dweight.dtype)  # adding two formats at once is slow
+                dweight += (logits.t() @ x[part]).to(dweight.dtype)  # adding two dtypes at once is slow
         ctx.gradients, ctx.count = (dx, dweight), len(targets)
         return total / len(targets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0] / ctx.count
-        return *(one if one is None else one * scale.to(one.dtype) for one in ctx.gradients), None, None
+        dx, dweight = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.gradients)
+        return dx, dweight, None, None
 
 
 def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each row and its softmax, both float32: (n, 1) and (n, V). targets (n, 1).
+    """Return the loss of each row (n, 1) and its softmax (n, V), both float32; targets are (n, 1).
 
-    The best logit's probability is never below 1 / V, so its logarithm gives the normaliser without a pass of its own.
+    The largest logit's probability is at least 1 / V, so its logarithm gives the normaliser without another pass.
     """
     probs = logits.float().softmax(-1)
     normaliser = logits.amax(-1, keepdim=True).float() - probs.amax(-1, keepdim=True).log()

@@ -1,7 +1,7 @@
-"""Linear layers for generating on a CPU: the weights in a format, and in an order, in which one row is multiplied fast.
+"""Linear layers for generating on a CPU: weights in a dtype and memory order in which a single row is multiplied fast.
 
-Each function takes a weight (out, in), a bias and an activation of a GPT2's settings, and returns what maps rows
-(R, in) to (R, out). Between two and any number of rows, a row comes out the same to the last bit.
+Each function takes a weight (out, in), a bias and an activation of a GPT2's settings, and returns a function from rows (R, in) to
+(R, out). For two or more rows, the result of a row is bit-identical whatever their number.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from torch.nn import functional as F
 
 Linear = Callable[[Tensor], Tensor]
 
-# What oneDNN applies to a product before it is rounded, and by which algorithm.
+# The activation that oneDNN applies to a product before rounding, and its algorithm.
 FUSED: Final = {"": ("none", ""), "gelu": ("gelu", "tanh"), "gelu_erf": ("gelu", "none"), "relu": ("relu", "")}
-CHUNK: Final = 1 << 20  # weights quantized at a time, so that what is in between stays in the processor's cache
+CHUNK: Final = 1 << 20  # weights quantized at a time, so that intermediate values stay in the processor's cache
 
 
 def float32_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
-    """In float32, the weight where it is: F.linear in oneDNN's order of sums, which uses all threads for one row too."""
+    """Return the layer in float32, without a copy of the weight: F.linear in oneDNN's order of sums, which uses all threads for one row too."""
     return _onednn(weight, bias, activation)
 
 
 def bfloat16_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
-    """Weight, bias and rows rounded to bfloat16, products summed in float32, and the result in bfloat16."""
+    """Return the layer with weight, bias, rows and result in bfloat16; products are summed in float32."""
     half, narrow_bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         multiply = _onednn(torch.ops.mkldnn._reorder_linear_weight(half, 1), narrow_bias, activation)
@@ -45,7 +45,7 @@ def _onednn(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
-    """Weights as 8-bit integers with one scale for each output; rows and products as bfloat16_linear has them."""
+    """Return the layer with 8-bit integer weights and a scale per output; rows and products as in bfloat16_linear."""
     whole, scales = quantized(weight)
     scales = scales.bfloat16()
 
@@ -57,12 +57,12 @@ def int8_linear(weight: Tensor, bias: Tensor | None = None, activation: str = ""
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers (out, in) from -127 to 127 and scales (out,), whose product is the weight to half a scale."""
+    """Return integers (out, in) from -127 to 127 and scales (out,) whose product is the weight, up to half a scale."""
     whole, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.size(0))
     rows = max(1, CHUNK // weight.size(1))
     for part, target, scale in zip(weight.split(rows), whole.split(rows), scales.split(rows), strict=True):
         low, high = part.aminmax(dim=1)
-        # Rounded as the product will read it; a row of zeros has any scale.
+        # Rounded as the product reads it; a row of zeros may have any scale.
         scale.copy_((torch.maximum(high, -low) / 127).clamp(min=1e-30).bfloat16())
         target.copy_((part / scale[:, None]).round_().clamp_(-127, 127))
     return whole, scales

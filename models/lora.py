@@ -1,4 +1,4 @@
-"""LoRA: beside a frozen matrix, the product of two thin ones learns (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: the product of two low-rank matrices is trained beside a frozen one (Hu et al. 2021, arXiv 2106.09685).
 
 In the shapes below r is the rank, `in` and `out` are the widths of the layer.
 """
@@ -6,39 +6,39 @@ In the shapes below r is the rank, `in` and `out` are the widths of the layer.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TARGETS: Final = ("c_attn", "c_proj", "c_fc")  # a block's linear layers; c_proj is attention's and the MLP's
-NAMES: Final = ("lora_A", "lora_B")
+from models.adapters import LORA_NAMES, LORA_TARGETS
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What adds adapters to a model. The product is scaled by alpha / rank; `targets` are layers' names, joined by commas."""
+    """The adapters of a model. The product is scaled by alpha / rank; `targets` are names of layers, joined by commas."""
 
     rank: int
     alpha: float
     dropout: float = 0.0
-    targets: str = ",".join(TARGETS)
+    targets: str = ",".join(LORA_TARGETS)
 
     def __post_init__(self) -> None:
         names = self.targets.split(",")
-        if unknown := [name for name in names if name not in TARGETS]:
-            raise ValueError(f"targets={self.targets!r:.80}: {unknown[0]!r:.40} is none of {', '.join(TARGETS)}.")
+        if unknown := [name for name in names if name not in LORA_TARGETS]:
+            raise ValueError(
+                f"targets={self.targets!r:.80}: {unknown[0]!r:.40} is not one of {', '.join(LORA_TARGETS)}."
+            )
         if len(set(names)) < len(names):
             raise ValueError(f"targets={self.targets!r:.80}: names a layer twice.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: expected a share of values to drop, from 0 to below 1.")
+            raise ValueError(f"dropout={self.dropout}: expected a probability from 0 to below 1.")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha}: expected a number above 0.")
 
 
 class LoraLinear(nn.Linear):
-    """y = x W^T + b + (alpha / r) dropout(x) A^T B^T, with A (r, in) and B (out, r). B begins at 0, so y as it was without them."""
+    """y = x W^T + b + (alpha / r) dropout(x) A^T B^T, with A (r, in) and B (out, r). B starts at 0, so y starts unchanged."""
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool, settings: LoraSettings) -> None:
         super().__init__(n_in, n_out, bias=bias)
@@ -48,28 +48,28 @@ class LoraLinear(nn.Linear):
         self.draw()
 
     def draw(self) -> None:
-        """Fresh adapters: A as a linear layer's weight is drawn by default, B zero."""
+        """Initialise the adapters: A as torch initialises a linear layer's weight, B with zeros."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)  # (..., out)
         narrow = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., r)
-        # Added while it is multiplied: a product of its own would be as large as y.
+        # Fused multiply and add: a separate product would be as large as y.
         return torch.addmm(y.flatten(0, -2), narrow.flatten(0, -2), self.lora_B.t(), alpha=self.scale).view(y.shape)
 
 
 def linear(name: str, n_in: int, n_out: int, *, bias: bool, lora: LoraSettings | None) -> nn.Linear:
-    """The layer `name` of a block, with adapters if `lora` means it."""
+    """Return the layer `name` of a block, with adapters if `lora` targets it."""
     if lora is None or name not in lora.targets.split(","):
         return nn.Linear(n_in, n_out, bias=bias)
     return LoraLinear(n_in, n_out, bias=bias, settings=lora)
 
 
 def merged(state: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
-    """The state without adapters: each product added to the weight that it stands beside, in float32, as they were trained: a narrower
-    format of the weight would round off what they learned."""
-    plain = {name: tensor for name, tensor in state.items() if not name.endswith(NAMES)}
+    """Return the state without adapters: each product added to its weight, in float32, since a narrower dtype of the weight would round off
+    what the adapters learned."""
+    plain = {name: tensor for name, tensor in state.items() if not name.endswith(LORA_NAMES)}
     for name in (name for name in state if name.endswith(".lora_A")):
         layer = name.removesuffix(".lora_A")
         A, B = state[name].float(), state[f"{layer}.lora_B"].float()  # (r, in), (out, r)

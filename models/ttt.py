@@ -1,13 +1,12 @@
 """A layer that learns while it reads: TTT-MLP, added to a block of a pretrained transformer through a gate.
 
-Its state is a small MLP for each head, which takes a step of gradient descent on each token: from the token's key it is to tell
-the token's value. What it has learned so far then answers the token's query. Training the model learns where that MLP
-begins, and what keys, values and step sizes are.
+Its state is a small MLP per head, which takes a step of gradient descent on each token: it learns to map the token's key to its value. The
+updated MLP is then applied to the token's query. Training the model learns the MLP's initial weights, keys, values and step sizes.
 
 Sources: Sun et al. 2024, "Learning to (Learn at Test Time)", arXiv 2407.04620, for the layer and the dual form (sections 2.4 and
 2.5, appendix A); Dalal et al. 2025, "One-Minute Video Generation with Test-Time Training", arXiv 2504.05298, for the gate and for
 normalised keys, queries and targets, with the names of the parameters in their code (test-time-training/ttt-video-dit).
-Theirs reads a mini-batch as a whole; here a token reads with what it and those before it taught, as a language model must.
+Theirs reads a mini-batch as a whole; here a token sees only the updates of itself and earlier tokens, as a language model must.
 
 In the shapes below B is the batch, T the tokens, C the width, H the heads, hs = C / H, and N = B H.
 """
@@ -22,13 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPS: Final = 1e-6  # of both norms, as published
+# Vectors per head, though the tensors have two or three dimensions: weight decay does not apply to them.
+VECTORS: Final = ("b1", "b2", "learnable_ttt_lr_bias", "ttt_norm_weight", "ttt_norm_bias")
 
 
 @dataclass(frozen=True)
 class TTTSettings:
     """Which blocks have the layer, counted from 0 ("1,5,10"), and how it learns while it reads.
 
-    mini_batch_size: tokens whose gradients are taken at the same weights. base_lr: the inner step size, before the learned share.
+    mini_batch_size: tokens whose gradients are taken at the same weights. base_lr: the inner step size, before the learned factor.
     """
 
     layers: str
@@ -57,16 +58,10 @@ class TTTSettings:
         return tuple(int(word) for word in self.layers.split(","))
 
 
-def is_ttt(name: str) -> bool:
-    """Whether a GPT2's parameter of this name belongs to a TTT layer: h.{block}.ttt.*"""
-    words = name.split(".")
-    return len(words) > 3 and (words[0], words[2]) == ("h", "ttt")
-
-
 def activation_bytes(settings: TTTSettings, *, width: int, n_head: int) -> int:
-    """About how many bytes for each token a layer keeps for the backward pass: measured peaks, right within a third.
+    """Return about how many bytes per token a layer keeps for the backward pass: measured peaks, right within a third.
 
-    Most of it is float32 values of each token; the rest is a copy of the inner weights for each mini-batch.
+    Most are float32 values of each token; the rest is a copy of the inner weights per mini-batch.
     """
     return 4 * width * (80 + 12 * (width // n_head) // settings.mini_batch_size)
 
@@ -82,7 +77,7 @@ class Weights(NamedTuple):
 
 @dataclass
 class TTTState:
-    """What the inner MLPs are after `seen` tokens, and what they were when the current mini-batch began, where gradients are taken."""
+    """The inner MLPs after `seen` tokens, and at the start of the current mini-batch, where gradients are taken."""
 
     start: Weights
     now: Weights
@@ -90,7 +85,7 @@ class TTTState:
 
 
 class TTTMLP(nn.Module):
-    """The layer, gate included: what it returns is added to the residual stream."""
+    """The layer with its gate; its output is added to the residual stream."""
 
     def __init__(self, settings: TTTSettings, *, width: int, n_head: int) -> None:
         super().__init__()
@@ -110,7 +105,7 @@ class TTTMLP(nn.Module):
         self.draw()
 
     def draw(self) -> None:
-        """Fresh parameters, as published: Normal(0, 0.02) for weights, biases 0, norms 1, the gate tanh of initial_gating_alpha."""
+        """Initialise as published: weights Normal(0, 0.02), biases 0, norms 1, the gate tanh of initial_gating_alpha."""
         for name, parameter in self.named_parameters():
             if name == "gating_alpha":
                 nn.init.constant_(parameter, self.settings.initial_gating_alpha)
@@ -122,14 +117,14 @@ class TTTMLP(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def new_state(self, batch_size: int) -> TTTState:
-        """The state before the first token, in which all rows are alike."""
-        weights = Weights(*(each.repeat(batch_size, 1, 1) for each in (self.W1, self.b1, self.W2, self.b2)))
+        """Return the state before the first token, equal for all sequences."""
+        weights = Weights(*(initial.repeat(batch_size, 1, 1) for initial in (self.W1, self.b1, self.W2, self.b2)))
         return TTTState(weights, weights)
 
     def forward(self, x: Tensor, state: TTTState | None = None) -> Tensor:
-        """tanh(gating_alpha) times what the layer reads out of x, (B, T, C) both. A state goes on where it stands, and is moved on.
+        """Return tanh(gating_alpha) times the layer's answer to x, both (B, T, C). A state continues from its tokens, and is updated.
 
-        Under autocast only the five matrix products of C x C follow it: what is learned by many small steps stays in the parameters' dtype.
+        Autocast applies only to the five C x C products: the inner weights, updated by many small steps, keep the parameters' dtype.
         """
         B, T, C = x.shape
         projected = [projection(x) for projection in (self.wq, self.wk, self.wv)]
@@ -143,33 +138,33 @@ class TTTMLP(nn.Module):
         return self.gating_alpha.tanh() * cast(Tensor, self.wo(self.post_norm(y)))
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, T, C) by heads, (N, T, hs)."""
+        """Return x (B, T, C) split into heads, (N, T, hs)."""
         B, T, C = x.shape
         return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2).flatten(0, 1)
 
     def _step_sizes(self, x: Tensor) -> Tensor:
-        """How far each head moves on each token of x (B, T, C), (N, T, 1): base_lr times a learned share, the mean over hs and mini-batch."""
+        """Return each head's step size on each token of x (B, T, C), (N, T, 1): base_lr times a learned factor, over hs and mini-batch."""
         share = F.linear(x, self.learnable_ttt_lr_weight[:, 0], self.learnable_ttt_lr_bias[:, 0]).sigmoid()  # (B, T, H)
         scale = self.settings.base_lr / (self.W2.size(-1) * self.settings.mini_batch_size)
         return (scale * share).transpose(1, 2).flatten(0, 1).unsqueeze(-1)
 
     def _norm(self, z: Tensor) -> Tensor:
-        """z (N, T, hs) normalised over hs, with a weight and bias for each head."""
+        """Return z (N, T, hs) normalised over hs, with a weight and bias per head."""
         weight, bias = self._norms(z.size(0))
         return F.layer_norm(z, z.shape[-1:], eps=EPS) * weight + bias
 
     def _norms(self, N: int) -> tuple[Tensor, Tensor]:
-        """The inner norm's weight and bias for each row and head, (N, 1, hs) both."""
+        """Return the inner norm's weight and bias per sequence and head, both (N, 1, hs)."""
         rows = N // self.n_head
         return self.ttt_norm_weight.repeat(rows, 1).unsqueeze(1), self.ttt_norm_bias.repeat(rows, 1).unsqueeze(1)
 
     def _read(self, q: Tensor, k: Tensor, target: Tensor, step: Tensor, state: TTTState) -> Tensor:
-        """The inner MLPs' answers to the queries, (N, T, hs), one mini-batch after the other; the state is moved on."""
+        """Return the inner MLPs' answers to the queries, (N, T, hs), one mini-batch after the other, and update the state."""
         K, T = self.settings.mini_batch_size, q.size(1)
-        first = min(K - state.seen % K, T)  # what is left of the mini-batch in which the last call ended
+        first = min(K - state.seen % K, T)  # the rest of the mini-batch in which the last call ended
         sizes = [end - begin for begin, end in pairwise([0, *range(first, T, K), T])]
         answers = []
-        for tokens in zip(*(each.split(sizes, dim=1) for each in (q, k, target, step)), strict=True):
+        for tokens in zip(*(x.split(sizes, dim=1) for x in (q, k, target, step)), strict=True):
             answer, state.now = self._learn(*tokens, state=state)
             answers.append(answer)
             state.seen += answer.size(1)
@@ -178,24 +173,24 @@ class TTTMLP(nn.Module):
         return torch.cat(answers, dim=1)
 
     def _learn(self, q: Tensor, k: Tensor, target: Tensor, step: Tensor, *, state: TTTState) -> tuple[Tensor, Weights]:
-        """What the inner MLPs answer to tokens (N, T, ·) of one mini-batch, and what they are after these tokens.
+        """Return the inner MLPs' answers to tokens (N, T, ·) of one mini-batch, and their weights after these tokens.
 
-        The dual form: W_t = now - sum over s <= t of step_s grad_s is never built for each t. A row vector x answers
-        x W_t = x now - sum over s <= t of (x . input_s) step_s delta_s, as grad_s is the product of input_s and delta_s.
+        The dual form: W_t = now - sum over s <= t of step_s grad_s is never materialised for each t. For a row vector x,
+        x W_t = x now - sum over s <= t of (x . input_s) step_s delta_s, because grad_s is the product of input_s and delta_s.
         """
         start, now = state.start, state.now
         hidden = torch.baddbmm(start.b1, k, start.W1)  # (N, T, 4hs)
         active = F.gelu(hidden, approximate="tanh")
         delta2 = step * self._loss_gradient(torch.baddbmm(start.b2, active, start.W2), target)  # (N, T, hs)
         delta1 = torch.ops.aten.gelu_backward(torch.bmm(delta2, start.W2.mT), hidden, approximate="tanh")  # (N, T, 4hs)
-        asked = F.gelu(_answers(q, k, delta1, now.W1, now.b1), approximate="tanh")  # (N, T, 4hs)
-        answer = _answers(asked, active, delta2, now.W2, now.b2)  # (N, T, hs)
+        answer1 = F.gelu(_answers(q, k, delta1, now.W1, now.b1), approximate="tanh")  # (N, T, 4hs)
+        answer = _answers(answer1, active, delta2, now.W2, now.b2)  # (N, T, hs)
         W1, b1 = torch.baddbmm(now.W1, k.mT, delta1, alpha=-1), now.b1 - delta1.sum(1, keepdim=True)
         W2, b2 = torch.baddbmm(now.W2, active.mT, delta2, alpha=-1), now.b2 - delta2.sum(1, keepdim=True)
         return answer, Weights(W1, b1, W2, b2)
 
     def _loss_gradient(self, z: Tensor, target: Tensor) -> Tensor:
-        """The gradient of half the squared distance of norm(z) to the target by z, (N, T, hs)."""
+        """Return the gradient, with respect to z, of half the squared distance of norm(z) to the target, (N, T, hs)."""
         weight, bias = self._norms(z.size(0))
         variance, mean = torch.var_mean(z, dim=-1, correction=0, keepdim=True)
         scale = (variance + EPS).rsqrt()
@@ -205,6 +200,6 @@ class TTTMLP(nn.Module):
 
 
 def _answers(x: Tensor, inputs: Tensor, deltas: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """x W_t + b_t for each token t, where a token s <= t moved W by inputs_s deltas_s and b by deltas_s; x is (N, T, in)."""
+    """Return x W_t + b_t for each token t, where each token s <= t subtracted inputs_s deltas_s from W and deltas_s from b; x is (N, T, in)."""
     moved = torch.tril(torch.bmm(x, inputs.mT) + 1)  # (N, T, T); the 1 is the bias
     return torch.baddbmm(torch.baddbmm(b, x, W), moved, deltas, alpha=-1)

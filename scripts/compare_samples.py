@@ -1,4 +1,4 @@
-"""Draw texts from several checkpoints with one prompt and one seed, side by side.
+"""Generate texts from several checkpoints with the same prompt and seed, side by side.
 
 CHECKPOINT_PATH=best,latest PROMPT="Dear Wren," python3 scripts/compare_samples.py
 CHECKPOINT_PATH=checkpoints/*_step1000_*.pt SAMPLE_SEED=7 OUTPUT=compared.md python3 scripts/compare_samples.py
@@ -12,7 +12,7 @@ from milepost import config
 READS = (
     "CHECKPOINT_PATH", "PROMPT", "PROMPT_FILE", "NUM_SAMPLES", "SAMPLE_SEED", "OUTPUT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P",
     "REPETITION_PENALTY", "STOP", "QUANTIZE", "SPECULATE", "DEVICE", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME",
-    "INIT_FROM", "TRAINING_DATA_SOURCE",
+    "INIT_FROM", "TRAINING_DATA_SOURCE", "TOKENIZER",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -24,126 +24,123 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from load_checkpoint import drawn_seed, obey, read_prompt, texts_of
-
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.run import with_tokenizer
 from milepost.runtime.progress import Log, harmless, replacing, shown, tell
+from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
 
-NARROWEST = 30  # columns of a text that stands beside another
-BETWEEN = " | "
-WRITTEN = (".json", ".md")
-DRAWN_WITH = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "quantize")
+MIN_WIDTH = 30  # columns of a text beside another
+SEPARATOR = " | "
+FORMATS = (".json", ".md")
+SAMPLING_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "quantize")
 
 
 class Sampled(NamedTuple):
-    """A checkpoint, and what it made of the prompt: each text with the prompt at its head."""
+    """A checkpoint and the texts generated from it, each including the prompt."""
 
     record: Checkpoint
     texts: list[str]
 
 
 def main(settings: Config, log: Log) -> int:
-    """Texts of what CHECKPOINT_PATH means to stdout, and to OUTPUT if that is given; returns the exit code."""
+    """Write texts of the checkpoints of CHECKPOINT_PATH to stdout, and to OUTPUT if it is set; return the exit code."""
     output = Path(settings.output) if settings.output else None
-    if output and (output.suffix not in WRITTEN or output.is_dir() or not output.parent.is_dir()):
-        raise ConfigError(
-            [f"OUTPUT={output}: expected a file whose name ends in .json or .md, in a folder that is there"]
-        )
+    if output and (output.suffix not in FORMATS or output.is_dir() or not output.parent.is_dir()):
+        raise ConfigError([f"OUTPUT={output}: expected a file name that ends in .json or .md, in an existing folder"])
     paths, notes = ckpt.several(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
-    prompt, seed = read_prompt(settings), drawn_seed(settings)
+    prompt, seed = read_prompt(settings), sample_seed(settings)
     sampled = [sample(path, settings, log, prompt=prompt, seed=seed) for path in paths]
     tell(beside(sampled, columns=shutil.get_terminal_size().columns))
     if output:
         write = as_json if output.suffix == ".json" else as_markdown
         with replacing(output) as temporary:
             temporary.write_text(write(sampled, settings, prompt=prompt, seed=seed), encoding="utf-8")
-        log(f"written: {shown(output)}")
+        log(f"wrote {shown(output)}")
     return 0
 
 
 def sample(path: Path, settings: Config, log: Log, *, prompt: str, seed: int) -> Sampled:
-    """NUM_SAMPLES texts of one checkpoint, those that scripts/load_checkpoint.py draws with the same settings."""
+    """Return NUM_SAMPLES texts of one checkpoint, equal to those of scripts/load_checkpoint.py with the same settings."""
     record = with_tokenizer(ckpt.load(path, optimizer=False), settings, log)
     for note in record.notes:
         log(note)
-    drawn = texts_of(obey(record, settings, log), record, log, prompt=prompt, seed=seed)
-    return Sampled(record, [prompt + "".join(pieces) for pieces in drawn])
+    texts = sample_texts(drop_conflicts(record, settings, log), record, log, prompt=prompt, seed=seed)
+    return Sampled(record, [prompt + "".join(pieces) for pieces in texts])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On the terminal.
+# Terminal
 
 
 def beside(sampled: list[Sampled], *, columns: int) -> str:
-    """All texts in columns, or one after another if they would be narrow; nothing in them can steer a terminal."""
-    width = (columns - len(BETWEEN) * (len(sampled) - 1)) // len(sampled)
-    if width < NARROWEST:
-        return "\n\n".join("\n".join(itertools.chain(*parts(one, width=columns))) for one in sampled)
+    """Return all texts in columns, or one below another if columns would be too narrow. Control characters are replaced."""
+    width = (columns - len(SEPARATOR) * (len(sampled) - 1)) // len(sampled)
+    if width < MIN_WIDTH:
+        return "\n\n".join("\n".join(itertools.chain(*parts(item, width=columns))) for item in sampled)
     rows = (
         itertools.zip_longest(*same, fillvalue="")
-        for same in zip(*(parts(one, width=width) for one in sampled), strict=True)
+        for same in zip(*(parts(item, width=width) for item in sampled), strict=True)
     )
-    return "\n".join(BETWEEN.join(line.ljust(width) for line in row).rstrip() for row in itertools.chain(*rows))
+    return "\n".join(SEPARATOR.join(line.ljust(width) for line in row).rstrip() for row in itertools.chain(*rows))
 
 
-def parts(one: Sampled, *, width: int) -> list[list[str]]:
-    """The lines of a checkpoint's heading and of each of its texts, at most `width` characters each."""
-    name = one.record.path.name if one.record.path else ""
-    heading = [*wrapped(title(one.record), width), *wrapped(name, width)]
-    return [heading, *(["-" * width, *wrapped(text, width)] for text in one.texts)]
+def parts(item: Sampled, *, width: int) -> list[list[str]]:
+    """Return the lines of a checkpoint's heading and of each of its texts, at most `width` characters per line."""
+    name = item.record.path.name if item.record.path else ""
+    heading = [*wrapped(title(item.record), width), *wrapped(name, width)]
+    return [heading, *(["-" * width, *wrapped(text, width)] for text in item.texts)]
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """The lines of a text, broken where they are longer than `width`."""
+    """Return the lines of a text, wrapped at `width`."""
     lines = harmless(text).expandtabs(4).splitlines()
     return [part for line in lines for part in textwrap.wrap(line, width, break_on_hyphens=False) or [""]]
 
 
 def title(record: Checkpoint) -> str:
-    """Model, step and, if it was measured there, the validation loss."""
+    """Return model, step and, if it was evaluated at that step, the validation loss."""
     loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"
     return f"{record.model_type} at step {record.step}{loss}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Into a file.
+# Files
 
 
 def as_json(sampled: list[Sampled], settings: Config, *, prompt: str, seed: int) -> str:
-    """Prompt, seed and settings, and for each checkpoint who it is and its texts."""
+    """Return JSON with prompt, seed, settings, and the texts of each checkpoint."""
     checkpoints = [
         {
-            "path": str(one.record.path), "model_type": one.record.model_type, "step": one.record.step, "run_id": one.record.run_id,
-            "validation_loss": one.record.validation_loss, "texts": one.texts,
+            "path": str(item.record.path), "model_type": item.record.model_type, "step": item.record.step,
+            "run_id": item.record.run_id, "validation_loss": item.record.validation_loss, "texts": item.texts,
         }
-        for one in sampled
+        for item in sampled
     ]  # fmt: skip
-    values = {"prompt": prompt, "sample_seed": seed} | drawn_with(settings) | {"checkpoints": checkpoints}
+    values = {"prompt": prompt, "sample_seed": seed} | sampling_settings(settings) | {"checkpoints": checkpoints}
     return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
 def as_markdown(sampled: list[Sampled], settings: Config, *, prompt: str, seed: int) -> str:
-    """A heading for each checkpoint with its texts below, each in a fence that nothing in it can end."""
-    how = ", ".join(f"{name.upper()}={value}" for name, value in drawn_with(settings).items())
+    """Return Markdown: a heading per checkpoint with its texts below, each in a fence longer than any inside it."""
+    how = ", ".join(f"{name.upper()}={value}" for name, value in sampling_settings(settings).items())
     parts = [f"# Samples\n\nSAMPLE_SEED={seed}, {how}. Prompt:\n\n{fenced(prompt)}"]
-    for one in sampled:
-        parts += [f"## {title(one.record)}\n\n`{one.record.path}`", *map(fenced, one.texts)]
+    for item in sampled:
+        parts += [f"## {title(item.record)}\n\n`{item.record.path}`", *map(fenced, item.texts)]
     return "\n\n".join(parts) + "\n"
 
 
-def drawn_with(settings: Config) -> dict[str, Any]:
-    """The settings that decide the texts, besides prompt and seed."""
-    return {name: getattr(settings, name) for name in DRAWN_WITH}
+def sampling_settings(settings: Config) -> dict[str, Any]:
+    """Return the settings that determine the texts, besides prompt and seed."""
+    return {name: getattr(settings, name) for name in SAMPLING_SETTINGS}
 
 
 def fenced(text: str) -> str:
-    """A text as Markdown shows it letter by letter (CommonMark 0.31, 4.5: a longer fence holds a shorter one)."""
+    """Return a text as a Markdown code block (CommonMark 0.31, 4.5: a fence may contain shorter ones)."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}text\n{text}\n{ticks}"
 

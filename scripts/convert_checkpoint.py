@@ -12,6 +12,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "CONVERT_TO", "OUTPUT", "CHECKPOINT_LAYOUT", "CHECKPOINT_MODEL_ONLY", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "GGUF_TYPE",
+    "TRAINING_DATA_SOURCE", "TOKENIZER",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -21,15 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from milepost import ckpt
-from milepost.ckpt import BEST_FOLDER, CheckpointError, Found
+from milepost.ckpt import BEST_FOLDER, Checkpoint, CheckpointError, Found
 from milepost.ckpt.conversion import Converted, modified_at
 from milepost.ckpt.finding import scan
 from milepost.ckpt.layouts import known_layout
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.run import names_tokenizer, with_tokenizer
 from milepost.runtime.progress import Log, shown, tell
 
 BAD = 3
+
+
+NAME_ONE = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2, and convert it again"
 
 
 def main(settings: Config, log: Log) -> int:
@@ -52,7 +57,11 @@ def main(settings: Config, log: Log) -> int:
         variable = "CONVERT_TO" if settings.convert_to else "CHECKPOINT_LAYOUT"
         problem = f"{variable}={layout_of(settings)}: {path} is laid out so already"
         raise ConfigError([f"{problem}; set another, or OUTPUT to a folder for a copy"])
-    say(ckpt.convert(path, folder, **form(settings)), settings, log)
+    done = ckpt.convert(path, folder, **form(settings, log))
+    say(done, settings, log)
+    if not done.has_tokenizer:
+        log(f"{shown(done.target)} is written without a tokenizer: {NAME_ONE}")
+        return BAD
     tell("Conversion complete!")
     return 0
 
@@ -62,13 +71,20 @@ def layout_of(settings: Config) -> str:
     return settings.convert_to or settings.checkpoint_layout
 
 
-def form(settings: Config) -> dict[str, Any]:
-    """How it is to be written."""
+def form(settings: Config, log: Log) -> dict[str, Any]:
+    """How it is to be written, with the tokenizer that the settings name if it carries none."""
     return {
         "layout": layout_of(settings),
         "model_only": settings.checkpoint_model_only,
         "prefix": prefix(settings),
+        "complete": lambda record: completed(record, settings, log),
     }
+
+
+def completed(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
+    """The record, with the tokenizer that the settings name if it carries none and they name one."""
+    named = names_tokenizer(settings) or settings.is_set("TRAINING_DATA_SOURCE")
+    return with_tokenizer(record, settings, log) if named else record
 
 
 def prefix(settings: Config) -> str | None:
@@ -104,7 +120,8 @@ def export(path: Path, settings: Config, log: Log) -> int:
     folder = config.ROOT / "exports" if settings.output is None else Path(settings.output)
     if folder.resolve().is_relative_to(Path(settings.checkpoint_dir).resolve()):
         raise ConfigError([f"OUTPUT={folder}: lies in the folder of checkpoints, which this is none of; name another"])
-    done = ckpt.export(path, folder, to=to, prefix=prefix(settings))
+    complete = form(settings, log)["complete"]
+    done = ckpt.export(path, folder, to=to, prefix=prefix(settings), complete=complete)
     for note in done.notes:
         log(note)
     proof, shape = done.proof, " x ".join(map(str, done.proof.logits))
@@ -130,7 +147,7 @@ def convert_folder(source: Path, settings: Config, log: Log) -> int:
         raise CheckpointError(ckpt.listing(source))
     done = {identity(one) for one in ckpt.find(output)}
     kept_as_best = {one.metadata.get("save_id") for one in scan(source) if one.path.parent.name == BEST_FOLDER}
-    bad = 0
+    bad = without = 0
     for one in found:
         if (*identity(one)[:-1], layout_of(settings)) in done:
             log(f"{shown(one.path)} is in {shown(output)} already")
@@ -138,13 +155,17 @@ def convert_folder(source: Path, settings: Config, log: Log) -> int:
         in_best = one.path.parent.name == BEST_FOLDER
         best_too = not in_best and one.metadata.get("save_id") is not None and one.metadata["save_id"] in kept_as_best
         try:
-            say(ckpt.convert(one.path, output, in_best=in_best, best_too=best_too, **form(settings)), settings, log)
+            made = ckpt.convert(one.path, output, in_best=in_best, best_too=best_too, **form(settings, log))
+            say(made, settings, log)
+            without += not made.has_tokenizer
         except CheckpointError as error:
             bad += 1
             log(f"skipped: {error}")
     left_out = f"{bad} of {len(found)} could not be converted. " if bad else ""
-    tell(f"Conversion complete! {left_out}Check {shown(output)}")
-    return BAD if bad else 0
+    if without:
+        log(f"{without} of {len(found)} are written without a tokenizer: {NAME_ONE}")
+    tell(f"{'Conversion complete! ' if not without else ''}{left_out}Check {shown(output)}")
+    return BAD if bad or without else 0
 
 
 def target_folder(source: Path, settings: Config) -> Path:

@@ -27,7 +27,7 @@ from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.runtime.chart import LETTERS, Points, chart
 from milepost.runtime.progress import Log, harmless, ignore_stdout, read_metrics, replacing, shown, table
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 
 METRICS = "metrics.jsonl"
 SUFFIXES = {".png", ".svg", ".pdf"}
@@ -53,6 +53,8 @@ PANELS = (
     Panel("learning rate", "train", "lr", True),
     Panel("tokens per second", "train", "tok_s", True),
 )
+
+USUAL = ("run_id", "step", "time", "split", "loss", "lr", "grad_norm", "tokens", "tok_s")  # names in every line
 
 
 class Curve(NamedTuple):
@@ -206,6 +208,13 @@ def parent_of(folder: Path) -> dict[str, Any] | None:
     return parent if isinstance(parent, dict) else None
 
 
+def panels(runs: list[Curve]) -> list[Panel]:
+    """Return the usual panels, and one for each further metric of the training lines."""
+    lines = [line for run in runs for line in run.lines if line.get("split") == "train"]
+    names = dict.fromkeys(name for line in lines for name, y in line.items() if math.isfinite(_number(y)))
+    return [*PANELS, *(Panel(harmless(name), "train", name, False) for name in names if name not in USUAL)]
+
+
 def points(run: Curve, panel: Panel) -> Points:
     """Return the (step, value) pairs of a run in a panel."""
     own = [line for line in run.lines if line.get("split") == panel.split]
@@ -225,7 +234,7 @@ def _number(value: Any) -> float:
 
 
 def draw_terminal(runs: list[Curve]) -> None:
-    """Print the four charts and a table of the runs: in color on a terminal, as plain text into a pipe or with NO_COLOR."""
+    """Print the charts and a table of the runs: in color on a terminal, as plain text into a pipe or with NO_COLOR."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     ascii_only = not _has_characters(encoding)
     colored = sys.stdout.isatty() and not config.no_color()
@@ -236,7 +245,7 @@ def draw_terminal(runs: list[Curve]) -> None:
     charts = [
         chart(panel.title, [points(run, panel) for run in runs], columns=width, rows=ROWS, letters=letters, ascii_only=ascii_only,
               floor=0 if panel.from_zero else None, paint=painted if colored else None)
-        for panel in PANELS
+        for panel in panels(runs)
     ]  # fmt: skip
     text = "\n\n".join(beside(charts[at : at + abreast], width) for at in range(0, len(charts), abreast))
     legend = harmless(summary(runs, letters=letters))
@@ -312,11 +321,16 @@ def check_output(output: Path) -> None:
 
 
 def draw_file(runs: list[Curve], output: Path) -> None:
-    """Write the four charts and a legend to `output`, atomically."""
+    """Write the charts and a legend to `output`, atomically."""
     from matplotlib.figure import Figure  # without pyplot, no screen is needed
 
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    for panel, axes in zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True):
+    drawn = panels(runs)
+    rows = math.ceil(len(drawn) / 2)
+    figure = Figure(figsize=(12, 4 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, 2, sharex=True).flat)
+    for axes in grid[len(drawn) :]:
+        axes.set_visible(False)
+    for panel, axes in zip(drawn, grid, strict=False):
         for number, run in enumerate(runs):
             xs, ys = [list(values) for values in zip(*points(run, panel), strict=True)] or ([], [])
             style = {"color": f"C{number}", "linestyle": "-" if run.requested else "--", "label": legend_of(run)}
@@ -325,7 +339,7 @@ def draw_file(runs: list[Curve], output: Path) -> None:
         axes.grid(alpha=0.3)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-    for axes in figure.axes[2:]:
+    for axes in figure.axes[-2:]:
         axes.set_xlabel("optimizer step", fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     with replacing(output) as temporary:

@@ -22,6 +22,7 @@ from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import look, scan
 from milepost.ckpt.layouts import known_layout
+from milepost.ckpt.names import ours
 from milepost.ckpt.retention import what_expires
 from milepost.ckpt.tensor_listing import all_files, held
 from milepost.ckpt.tensors import not_finite
@@ -48,13 +49,13 @@ def main(settings: Config, log: Log) -> int:
         if one.problem:
             log(f"left alone: {one.problem}")
     rows: list[tuple[str, ...]] = []
-    freed, failed = 0, []
+    freed, deleted, failed = 0, 0, []
     for run_id in sorted({one.run_id for one in found if one.run_id}):
         try:
             with contextlib.nullcontext() if settings.dry_run else locked(folder, run_id):
                 for action, one, size in pruned(folder, run_id, settings, log):
                     rows.append((action, str(one.step), amount(size, "B"), run_id, shown(one.path)))
-                    freed += size
+                    freed, deleted = freed + size, deleted + (not action.startswith("kept"))
         except RunLockedError as error:
             log(f"left alone: {error}")
         except (OSError, CheckpointError) as error:
@@ -62,7 +63,7 @@ def main(settings: Config, log: Log) -> int:
     if rows:
         tell(table([("", "step", "frees", "run", "path"), *rows]))
     would = "would be freed; DRY_RUN=false does it" if settings.dry_run else "freed"
-    tell(f"{freed:,} bytes {would}" if rows or failed else "nothing to let go")
+    tell(f"{freed:,} bytes {would}" if deleted or failed else "nothing to let go")
     if failed:
         raise failed[0]
     return 0
@@ -80,19 +81,19 @@ def locked(folder: Path, run_id: str) -> Any:
 
 
 def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[tuple[str, Found, int]]:
-    """What goes of a run, or went: in words, which one, and the bytes that it frees; then raises what kept the rest from going."""
+    """Yield what is deleted of a run, and the bases that are spared: in words, which, bytes freed; then raise what failed."""
     good = newest_good(folder, run_id, log)
     if good is None:
         log(f"left alone: no checkpoint of run {run_id} is known to be whole")
         return
-    policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
+    policy: dict[str, Any] = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
     expired = what_expires(folder, run_id=run_id, newest_good=good, **policy)
     sizes = {one.path: freed_by_removing(one.path) for one in expired.remove}
     sizes |= {one.path: freed_by_stripping(one.path) for one in expired.strip}
     failed: Exception | None = None
     if not settings.dry_run:
         try:
-            expired = ckpt.prune(folder, run_id=run_id, newest_good=good, **policy)
+            ckpt.prune(folder, run_id=run_id, newest_good=good, **policy)
         except (OSError, CheckpointError) as error:
             failed = error
     actions = [("remove" if settings.dry_run else "removed", one) for one in expired.remove]
@@ -100,6 +101,8 @@ def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[tu
     for action, one in sorted(actions, key=lambda each: each[1].save_order):
         if settings.dry_run or gone(one, stripped=one in expired.strip):
             yield action, one, sizes.get(one.path, one.size)
+    for path, adapters in expired.kept.items():
+        yield f"kept: the base of {shown(adapters)}", look(path, known_layout(path)), 0
     if failed:
         raise failed
 
@@ -110,8 +113,11 @@ def gone(one: Found, *, stripped: bool) -> bool:
 
 
 def newest_good(folder: Path, run_id: str, log: Log) -> Path | None:
-    """The newest checkpoint of the run outside best/ whose every byte agrees with its checksum and whose weights are numbers."""
-    own = [one for one in scan(folder, bests=False) if one.run_id == run_id]
+    """Return the newest save of the run outside best/ whose bytes agree with their checksums and whose weights are finite.
+
+    A person's copy does not count: its owner may delete it.
+    """
+    own = [one for one in ours(list(scan(folder, bests=False))) if one.run_id == run_id]
     for one in sorted(own, key=lambda one: one.save_order, reverse=True):
         try:
             if not (bad := not_finite(ckpt.load(one.path, optimizer=False, verify=True).model_state)):

@@ -39,7 +39,7 @@ from milepost.run import Run, fresh, to_record, with_its_base
 from milepost.runtime.hardware import DeviceError
 from milepost.runtime.interrupt import Interrupt
 from milepost.runtime.progress import Log, Progress, amount, shown, table, tell
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 from milepost.text.tokenization import UnknownCharacters
 from training import loop, open_run
 

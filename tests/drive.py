@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from work import HANGING
 
 import training
 from milepost import ckpt, config
@@ -64,7 +65,7 @@ def command(
         if name in os.environ
     }
     return subprocess.run(
-        [sys.executable, script], cwd=cwd, env=env | environment(folder, **changes), input=stdin, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, script], cwd=cwd, env=env | environment(folder, **changes), input=stdin, capture_output=True, text=True, timeout=HANGING, check=False
     )  # fmt: skip
 
 

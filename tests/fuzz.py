@@ -5,6 +5,7 @@ Blind changes are an accident's: whatever still loads must be the original in ev
 work: their checksums are right, so that they reach what is behind them, and a load must only be harmless.
 """
 
+import io
 import json
 import os
 import pickletools
@@ -15,6 +16,7 @@ import struct
 import sys
 import traceback
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,12 +30,12 @@ import torch  # noqa: E402
 from folders import every_file, sentence_of  # noqa: E402
 from records import FULL, bits, gpt2_record, members, pack, record  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from work import HANGING  # noqa: E402
 
 from milepost import ckpt, files  # noqa: E402
 from milepost.ckpt import Checkpoint, archive, finding, manifest, restore  # noqa: E402
 from milepost.runtime.optim import build_optimizer  # noqa: E402
 
-SECONDS = 10  # for one case; each takes milliseconds
 MOST_TOLD = 20
 MEMORY = 2**30  # bytes of address space beyond what the process has when it begins
 
@@ -347,7 +349,106 @@ def respliced(draw: random.Random, pickled: bytes) -> bytes:
     return pickled
 
 
+# Offset in the record and format of each field of a zip file's records that says where its members lie and what they are.
+ENTRY_FIELDS = (
+    (8, "<H"),
+    (10, "<H"),
+    (16, "<L"),
+    (20, "<L"),
+    (24, "<L"),
+    (28, "<H"),
+    (30, "<H"),
+    (32, "<H"),
+    (42, "<L"),
+)
+LOCAL_FIELDS = ((6, "<H"), (8, "<H"), (14, "<L"), (18, "<L"), (22, "<L"), (26, "<H"), (28, "<H"))
+END_FIELDS = ((4, "<H"), (6, "<H"), (8, "<H"), (10, "<H"), (12, "<L"), (16, "<L"), (20, "<H"))
+
+
+def zip_records(data: bytes) -> list[tuple[int, tuple[tuple[int, str], ...]]]:
+    """Where each entry of the directory, each local header and the end record begin, and their fields; the entries first."""
+    end = data.rindex(b"PK\x05\x06")
+    (at,) = struct.unpack_from("<L", data, end + 16)
+    entries, headers = [], []
+    while data[at : at + 4] == b"PK\x01\x02":
+        entries.append((at, ENTRY_FIELDS))
+        headers.append((struct.unpack_from("<L", data, at + 42)[0], LOCAL_FIELDS))
+        at += 46 + sum(struct.unpack_from("<3H", data, at + 28))
+    return [*entries, *headers, (end, END_FIELDS)]
+
+
+def zip_field(draw: random.Random, data: bytes) -> bytes:
+    """One field of one record has another value: its neighbour's, one more or less, a limit."""
+    records = zip_records(data)
+    at, fields = draw.choice(records)
+    offset, form = draw.choice(fields)
+    other, _ = draw.choice([record for record in records if record[1] is fields])
+    limit = 256 ** struct.calcsize(form) - 1
+    (now,), (others,) = (struct.unpack_from(form, data, place + offset) for place in (at, other))
+    changed = bytearray(data)
+    struct.pack_into(form, changed, at + offset, draw.choice((others, now + 1, now - 1, now ^ 8, 0, limit)) & limit)
+    return bytes(changed)
+
+
+def zip_names(draw: random.Random, data: bytes) -> bytes:
+    """A letter of one name has the other case, or is a slash or a backslash, in one of its two headers or in both."""
+    records = zip_records(data)
+    number = draw.randrange(len(records) // 2)
+    entry, header = records[number][0], records[number + len(records) // 2][0]
+    (length,) = struct.unpack_from("<H", data, entry + 28)
+    place, changed = draw.randrange(length), bytearray(data)
+    letter = draw.choice((data[entry + 46 + place] ^ 0x20, *b"/\\A\xe9"))
+    for begin in draw.choice(([entry + 46], [header + 30], [entry + 46, header + 30])):
+        changed[begin + place] = letter
+    return bytes(changed)
+
+
+def zip_twin(draw: random.Random, data: bytes) -> bytes:
+    """One more member, its name nearly or exactly another's, its bytes another's or that one's with a change."""
+    with zipfile.ZipFile(file := io.BytesIO(data), "a") as archive:
+        name, other = draw.choice(archive.namelist()), draw.choice(archive.namelist())
+        folder, _, rest = name.partition("/")
+        names = (name, name.upper(), f"{folder}/{rest.upper()}", f"{folder.upper()}/{rest}", f"other/{rest}", rest)
+        content = draw.choice((archive.read(other), flip(draw, archive.read(name), b"")))
+        with warnings.catch_warnings(action="ignore"):
+            archive.writestr(draw.choice((*names, name.replace("/", "\\"), f"{folder}/./{rest}", f"/{name}")), content)
+    return file.getvalue()
+
+
+def zip_order(draw: random.Random, data: bytes) -> bytes:
+    """Two entries of the directory exchanged, left out or doubled, the end record made right."""
+    records = zip_records(data)
+    (end, _), starts = records[-1], [at for at, fields in records if fields is ENTRY_FIELDS]
+    parts = [data[one:other] for one, other in zip(starts, [*starts[1:], end], strict=True)]
+    one, other = draw.randrange(len(parts)), draw.randrange(len(parts))
+    parts[one : one + 1] = draw.choice(([parts[other]], [], [parts[one], parts[one]]))
+    tail = bytearray(data[end:])
+    struct.pack_into("<HHL", tail, 8, len(parts), len(parts), sum(map(len, parts)))
+    return data[: starts[0]] + b"".join(parts) + tail
+
+
+def zip_gap(draw: random.Random, data: bytes) -> bytes:
+    """Bytes before, between or behind the members, every offset behind them made right or not."""
+    records = zip_records(data)
+    at = draw.choice([*(start for start, fields in records if fields is LOCAL_FIELDS), records[0][0], records[-1][0]])
+    filling = draw.choice((b"x", bytes(22), data[-22:], data[: draw.randrange(1, 200)]))
+    changed = bytearray(data[:at] + filling + data[at:])
+    for start, fields in records if draw.random() < 0.8 else []:
+        shifted, offset = start + len(filling) * (start >= at), 42 if fields is ENTRY_FIELDS else 16
+        if fields is not LOCAL_FIELDS and struct.unpack_from("<L", data, start + offset)[0] >= at:
+            (now,) = struct.unpack_from("<L", data, start + offset)
+            struct.pack_into("<L", changed, shifted + offset, now + len(filling))
+    return bytes(changed)
+
+
+def zip_structure(draw: random.Random, data: bytes) -> bytes:
+    """The archive with the same members' bytes and another structure."""
+    return draw.choice((zip_field, zip_field, zip_names, zip_twin, zip_order, zip_gap))(draw, data)
+
+
 def informed_archive(draw: random.Random, path: Path) -> bytes:
+    if draw.random() < 0.3:
+        return zip_structure(draw, path.read_bytes())
     content: dict[str, Any] = members(path)
     name = draw.choice([each for each in content if each.endswith((".pkl", ".json"))])
     if name.endswith(".json"):
@@ -468,7 +569,7 @@ def main() -> None:
     progress = os.open(folder / "progress", os.O_WRONLY | os.O_CREAT)
     for number in range(first, first + count):
         os.pwrite(progress, b"%12d" % number, 0)
-        signal.alarm(SECONDS)  # ends the process, also from within C
+        signal.alarm(HANGING)  # ends the process, also from within C
         try:
             counts[case(random.Random(f"{seed}/{number}"), every)] += 1
         except BaseException:

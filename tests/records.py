@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import encodings.cp437  # noqa: F401  (zipfile's; a child that is nobody may not reach the files of root's Python)
 import json
 import os
 import tempfile
@@ -191,10 +192,14 @@ def flipped(path: Path, position: int, bit: int = 0) -> None:
 
 @contextlib.contextmanager
 def walkable_folder() -> Iterator[Path]:
-    """A folder that every user can reach; pytest's own are closed to others."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)
-        yield Path(name)
+    """A folder that every user can reach, with all that is made in it meanwhile; pytest's own are closed to others."""
+    before = os.umask(0o022)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            os.chmod(name, 0o755)
+            yield Path(name)
+    finally:
+        os.umask(before)
 
 
 def in_child(action: Callable[[], Any], *, as_nobody: bool = False) -> Any:

@@ -7,6 +7,7 @@ that had started them would wait for them for ever in its first parallel operati
 import fcntl
 import io
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -146,11 +147,11 @@ def half(descriptor: int, data: Any) -> None:
 
 
 def main() -> None:
-    """`COMMAND ARGUMENTS` forks a child that does it; `|` between two forks both. Says what they say, and then how they ended."""
+    """Fork a child for each `COMMAND ARGUMENTS`, quoted as for a shell; two with `|` between them run at once. Say how they ended."""
     torch.save({}, io.BytesIO())  # imports what it needs, once and not in every child
     for line in sys.stdin:
         pids = []
-        for words in (part.split() for part in line.split("|")):
+        for words in map(shlex.split, line.split("|")):
             pid = os.fork()
             if pid == 0:
                 torch.set_num_threads(1)

@@ -1,16 +1,18 @@
 """One of several processes that each hold a part of a record. test_sharded.py starts them by torchrun, or side by side to kill one.
 
 `python3 -m torch.distributed.run --nproc_per_node=2 tests/shards.py FOLDER` does everything below `together` once and says in
-FOLDER/{rank}.json what it saw. `python3 tests/shards.py` reads `RANK KILLED NUMBER MODE STORE FOLDER` from each line and forks a
-child that saves step 2 and, if it is the one to be KILLED, ends before the NUMBER-th of its calls that change the disk.
+FOLDER/{rank}.json what it saw. `python3 tests/shards.py` reads `RANK KILLED NUMBER MODE STORE FOLDER` from each line, quoted as for a
+shell, and forks a child that saves step 2 and, if it is the one to be KILLED, ends before the NUMBER-th of its calls that change
+the disk.
 """
 
 import dataclasses
+import datetime
 import errno
 import json
 import os
+import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from milepost.ckpt import Checkpoint, retention, shard_writer  # noqa: E402, F40
 from milepost.ckpt.record import bytes_on_disk, named_tensors  # noqa: E402
 from milepost.ckpt.writer import Writer  # noqa: E402
 
+NEVER = datetime.timedelta(days=10)  # so that no wait for a process that has died ends by itself
 UNEVEN = 7  # rows: four and three
 SIZES = {"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
@@ -197,27 +200,28 @@ def together(folder: Path) -> None:
 
 
 def child(rank: str, killed: str, number: str, mode: str, store: str, folder: str) -> None:
-    """Saves step 2 together with the other; says `saved`, or `failed` with the error and when."""
+    """Save step 2 together with the other; say `saved`, or `failed` with the error."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-    one = shared(of_step(2), dist.new_group(backend="gloo"))
+    # Not by init_method, a URL, which takes no `?` or `#` of a path for what it is.
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=int(rank), world_size=2, timeout=NEVER)
+    one = shared(of_step(2), dist.new_group(backend="gloo", timeout=NEVER))
     if rank == killed:
         killed_before(int(number))
     try:
         save(one, Path(folder), background=mode == "background")
         say("saved")
     except Exception as error:
-        say("failed", time.monotonic(), type(error).__name__)
+        say("failed", type(error).__name__)
     os._exit(0)
 
 
 def main() -> None:
-    """A child for each line, and how and when it ended."""
+    """A child for each line, and how it ended."""
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            child(*line.split())
-        say("ended", os.waitpid(pid, 0)[1], time.monotonic())
+            child(*shlex.split(line))
+        say("ended", os.waitpid(pid, 0)[1])
 
 
 if __name__ == "__main__":

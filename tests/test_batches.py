@@ -1,4 +1,5 @@
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from milepost.splitmix import splitmix64
 from milepost.text import batches as batches_module
-from milepost.text.batches import Batches, largest_block_size, permuted, splitmix64, validation_windows
-from milepost.text.corpus import DataError
+from milepost.text.batches import Batches, largest_block_size, permuted, validation_windows
+from milepost.text.errors import DataError
 
 
 def numbers(count: int) -> np.ndarray:
@@ -208,14 +210,13 @@ def test_the_global_generators_are_left_alone() -> None:
 
 
 def test_too_little_text_is_refused_with_the_largest_size() -> None:
-    expected = "BLOCK_SIZE=1024 needs at least 1025 tokens, the training text has 812: set BLOCK_SIZE=811 or less"
     with pytest.raises(DataError) as caught:
         Batches(numbers(812), block_size=1024, batch_size=1, seed=0)
-    assert str(caught.value) == expected
-    with pytest.raises(DataError, match="the validation text has 8: set BLOCK_SIZE=7 or less"):
+    assert re.findall(r"\d+", str(caught.value)) == ["1024", "1025", "812", "811"]
+    with pytest.raises(DataError, match=r"validation text has 8\b.* 7 or less"):
         validation_windows(numbers(8), block_size=8, batch_size=1, steps=0)
     for count in (0, 1):
-        with pytest.raises(DataError, match="too little for any BLOCK_SIZE"):
+        with pytest.raises(DataError, match=f"training text has {count} tokens"):
             Batches(numbers(count), block_size=1, batch_size=1, seed=0)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from models import MODELS, build, parameter_count, settings_from, training_bytes
+from models import build, load, parameter_count, settings_from, training_bytes
 from models.bigram import Bigram, BigramSettings
 
 GPT2_FIELDS = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8}
@@ -22,7 +22,7 @@ def bigram_with(table: list[list[float]]) -> Bigram:
 def test_logits_are_the_rows_and_the_loss_is_their_mean_cross_entropy() -> None:
     half, quarter = math.log(1 / 2), math.log(1 / 4)
     model = bigram_with([[half, quarter, quarter], [quarter, quarter, half], [0.0, 0.0, 0.0]])
-    logits, loss = model(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0, 2], [1, 1]]))
+    logits, loss, _ = model(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0, 2], [1, 1]]))
     assert logits[0, 1].tolist() == pytest.approx([quarter, quarter, half])
     # -log of 1/2, 1/2, 1/3 and 1/4, averaged
     assert loss.item() == pytest.approx((2 * math.log(2) + math.log(3) + math.log(4)) / 4)
@@ -41,7 +41,7 @@ def test_last_only_and_a_cache_give_the_same_last_logits() -> None:
     ids = torch.tensor([[3, 1, 6, 6, 2, 0]])  # longer than block_size, which binds only the training windows
     cache = model.new_cache(1)
     model(ids[:, :4], cache=cache)
-    logits, loss = model(ids[:, 4:], cache=cache, last_only=True)
+    logits, loss, _ = model(ids[:, 4:], cache=cache, last_only=True)
     assert loss is None
     assert cache.length == 6
     assert torch.equal(logits, model(ids)[0][:, -1:])
@@ -66,8 +66,8 @@ def test_state_has_one_tensor_under_the_lectures_name() -> None:
 def test_settings_survive_json_and_build_the_same_shapes(model_type: str, fields: dict[str, int]) -> None:
     model = build(model_type, fields)
     stored = json.loads(json.dumps(dataclasses.asdict(model.settings)))
-    again = build(model.model_type, stored)
-    assert (type(again), again.settings) == (MODELS[model_type][1], model.settings)
+    again = build(model_type, stored)
+    assert (type(again), again.settings) == (load(model_type), model.settings)
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(model.settings, "block_size", 1)  # noqa: B010

@@ -7,7 +7,7 @@ import pytest
 from drive import ROOT
 
 from milepost.evaluate.choices import Item, read_benchmark
-from milepost.text.corpus import DataError
+from milepost.text.errors import DataError
 
 FILES = ROOT / "tests" / "fixtures" / "benchmarks"
 PAIR = {"sentence_good": "She sings.", "sentence_bad": "She sing."}

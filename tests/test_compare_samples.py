@@ -112,7 +112,7 @@ def test_refusals(folder):
     for name in ("compared.txt", "checkpoints", "nowhere/x.json"):
         said = compared(folder, 2, OUTPUT=str(folder / name))
         assert (said.code, said.out) == (2, "")
-        assert "expected a file whose name ends in .json or .md, in a folder that is there" in said.err
+        assert "expected a file name that ends in .json or .md, in an existing folder" in said.err
     said = call(compare, folder, CHECKPOINT_PATH=f"latest,{folder}/missing.pt")
     assert said.code == 3
     assert "missing.pt" in said.err

@@ -649,7 +649,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         ["${HOME}", "$${A:-x}", "a'b\"c", "\\n\\", "# no", "a #b", "é\r\n\u2028", "$P$G x", "`ls`"]
     )
     if rules["choices"]:
-        return st.sampled_from(rules["choices"])
+        return st.sampled_from(sorted(rules["choices"]))
     if rules["form"] == "name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "layers":
@@ -710,7 +710,7 @@ def valid(variables: Mapping[str, str]) -> Config:
     return c
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(variables=VALID)
 def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
     before = valid(variables)
@@ -721,7 +721,7 @@ def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: 
         assert getattr(after, name.lower()) == getattr(before, name.lower()), name
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(variables=VALID)
 def test_to_dict_reads_back(variables: dict[str, str]) -> None:
     before = valid(variables)
@@ -730,7 +730,7 @@ def test_to_dict_reads_back(variables: dict[str, str]) -> None:
     assert all(after.sources[name] == "checkpoint" for name in IDENTITY | MATH | HABIT)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(variables=st.dictionaries(st.sampled_from(sorted(set(VARIABLES) - {"ENV_FILE"})), st.text(max_size=8)))
 def test_any_text_is_taken_or_refused(variables: dict[str, str]) -> None:
     c, found = outcome(config.read, ALONE | variables)
@@ -741,7 +741,7 @@ def test_any_text_is_taken_or_refused(variables: dict[str, str]) -> None:
     assert (c is None) == bool(found)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(text=st.one_of(st.text(), st.text("SED=#'\"\\ \n$\0{}:-1")))
 def test_any_env_file_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.env"
@@ -750,7 +750,7 @@ def test_any_env_file_is_taken_or_refused(tmp_path_factory: pytest.TempPathFacto
     assert found if c is None else c.env_file == str(path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(
     saved=st.dictionaries(
         st.sampled_from(sorted(VARIABLES)),
@@ -843,7 +843,8 @@ def test_help_prints_the_summary_and_the_variables_that_the_script_reads(
     assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.01, pretrained 5e-5)" in out
     assert "OPTIMIZER  (default: bigram adamw, gpt2 muon, pretrained adamw)" in out
     shown = [line.split()[0] for line in out.splitlines() if "  (default: " in line]
-    assert shown == ["LEARNING_RATE", "OPTIMIZER", "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE"]
+    resuming = [name for name, each in VARIABLES.items() if each.metadata["group"] == "Resuming"]
+    assert shown == ["LEARNING_RATE", *resuming, "OPTIMIZER"]  # common settings, groups, other settings
 
 
 def test_a_script_that_is_imported_gets_the_declared_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

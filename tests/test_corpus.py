@@ -5,17 +5,24 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tracemalloc
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milepost.text import corpus as corpus_module
-from milepost.text.corpus import Corpus, DataError, Progress, fetch, open_corpus, scan
+from milepost.text import download, readers, stamps
+from milepost.text import scan as scan_module
+from milepost.text.corpus import Corpus, open_corpus
+from milepost.text.download import fetch
+from milepost.text.errors import DataError
+from milepost.text.scan import ByteProgress, Scan, cached_scan, scan
 
 URL = "https://example.org/letters/first.txt"
 
@@ -98,12 +105,12 @@ def test_empty_documents_are_left_out(tmp_path: Path) -> None:
 def test_blocks_of_any_size_give_the_same_text(text: str, block: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write(tmp_path_factory.getbasetemp() / "blocks.txt", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "BLOCK", block)
+        patch.setattr(readers, "BLOCK", block)
         assert "".join(documents(opened(path))) == text.removeprefix("\ufeff")
 
 
 def test_long_records_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "BLOCK", 4)
+    monkeypatch.setattr(readers, "BLOCK", 4)
     path = write(tmp_path / "a.jsonl", '{"text": "abcdefghi"}\n{"text": "abcd"}')
     assert list(opened(path).pieces()) == [("abcd", False), ("efgh", False), ("i", True), ("abcd", True)]
 
@@ -135,7 +142,7 @@ def test_invalid_utf8_is_found_where_python_finds_it(
     joined = b"".join(data)
     path = write(tmp_path_factory.getbasetemp() / "invalid.txt.gz", joined)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "BLOCK", block)
+        patch.setattr(readers, "BLOCK", block)
         if (position := first_invalid_byte(joined)) is not None:
             assert f"invalid.txt.gz is not valid UTF-8: byte {position} is 0x" in refusal(path)
         else:
@@ -309,7 +316,7 @@ def test_a_damaged_or_unrecorded_download_is_fetched_again(tmp_path: Path) -> No
         (Web(b"x", 101), "larger than 100 bytes"),
         (Web(b"x" * 50, 60), "broke off after 50 of 60 bytes"),
         (Web(b"x", -1), "broke off"),
-        (no_network, f"{URL} could not be fetched: urlopen error Name or service not known"),
+        (no_network, f"{URL} could not be downloaded: urlopen error Name or service not known"),
     ],
 )
 def test_failed_downloads_leave_nothing(tmp_path: Path, web: Web, expected: str) -> None:
@@ -320,11 +327,11 @@ def test_failed_downloads_leave_nothing(tmp_path: Path, web: Web, expected: str)
 
 
 def test_only_https_and_readable_kinds_are_fetched(tmp_path: Path) -> None:
-    assert "only https is fetched" in refusal("http://example.org/a.txt", tmp_path)
-    assert "only https is fetched" in refusal("ftp://example.org/a.txt", tmp_path)
+    assert "only https is supported" in refusal("http://example.org/a.txt", tmp_path)
+    assert "only https is supported" in refusal("ftp://example.org/a.txt", tmp_path)
     assert "expected .txt" in refusal("https://example.org/a.zip", tmp_path)
     assert "expected .txt" in refusal("https://[::1", tmp_path)
-    handler, headers = corpus_module._HttpsOnly(), email.message.Message()
+    handler, headers = download._HttpsOnly(), email.message.Message()
     request = urllib.request.Request(URL)
     for elsewhere in ("http://example.org/a.txt", "ftp://example.org/a.txt"):
         with pytest.raises(DataError, match="not https"):
@@ -334,7 +341,7 @@ def test_only_https_and_readable_kinds_are_fetched(tmp_path: Path) -> None:
 
 
 def test_tiny_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(b"First Citizen:").hexdigest())
+    monkeypatch.setattr(download, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(b"First Citizen:").hexdigest())
     web = Web(b"First Citizen:")
     for _ in range(2):
         corpus = open_corpus("tinyshakespeare", data_dir=tmp_path, open_url=web)
@@ -357,14 +364,14 @@ def test_without_a_network_one_sentence_says_which_file_to_put_where(tmp_path: P
         open_corpus("tinyshakespeare", data_dir=tmp_path, open_url=no_network)
     assert str(caught.value) == (
         f"put the text of tiny Shakespeare at {tmp_path}/tinyshakespeare.txt and start again, because "
-        f"{corpus_module.TINY_SHAKESPEARE_URL} could not be fetched: urlopen error Name or service not known"
+        f"{download.TINY_SHAKESPEARE_URL} could not be downloaded: urlopen error Name or service not known"
     )
 
 
 # Scanning
 
 
-def scanned(tmp_path: Path, texts: list[str]) -> corpus_module.Scan:
+def scanned(tmp_path: Path, texts: list[str]) -> Scan:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     return scan(opened(write(tmp_path / "scan.jsonl", lines)))
 
@@ -382,7 +389,7 @@ def test_the_hash_sees_document_ends_but_not_pieces(tmp_path: Path, monkeypatch:
     joined = scanned(tmp_path, ["ab", "c"]).sha256
     assert joined != scanned(tmp_path, ["a", "bc"]).sha256
     assert joined != scanned(tmp_path, ["abc"]).sha256
-    monkeypatch.setattr(corpus_module, "BLOCK", 1)
+    monkeypatch.setattr(readers, "BLOCK", 1)
     assert joined == scanned(tmp_path, ["ab", "c"]).sha256
 
 
@@ -407,9 +414,163 @@ def test_scanning_takes_flat_memory(tmp_path: Path) -> None:
 
 def test_progress_is_told_about_every_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.9, 2.0, 2.0, 3.9, 4.1, 4.1])
-    monkeypatch.setattr(corpus_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(scan_module.time, "monotonic", lambda: next(clock))
     said: list[str] = []
-    progress = Progress(said.append, "reading")
+    progress = ByteProgress(said.append, "reading")
     for _ in range(4):
         progress.add(3_000_000)
     assert said == ["reading: 6 MB done", "reading: 12 MB done"]
+
+
+# Remembering a scan
+
+
+def bytes_read() -> int:
+    """The bytes that this process has read so far."""
+    return next(int(line.split()[1]) for line in open("/proc/self/io") if line.startswith("rchar"))
+
+
+LATER = 2**62  # nanoseconds: long after any file of a test was written
+SIZE = 8_000_000
+counts_bytes = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/io")
+
+
+def scan_and_count(path: Path, *, now: int = LATER) -> tuple[Scan, int]:
+    """The cached scan of a file, and the bytes that were read for it."""
+    corpus, before = opened(path), bytes_read()
+    found = cached_scan(corpus, cache_dir=path.parent / "cache", now=lambda: now)
+    return found, bytes_read() - before
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A text of SIZE bytes whose scan is cached."""
+    path = write(tmp_path / "large.txt", b"Dear Wren,\n" * (SIZE // 11))
+    found, read = scan_and_count(path)
+    assert found == scan(opened(path))
+    assert read >= path.stat().st_size  # the control: the measure sees a file that is read whole
+    return path
+
+
+@counts_bytes
+def test_an_unchanged_text_is_not_read_again(large: Path) -> None:
+    found, read = scan_and_count(large)
+    assert found == scan(opened(large))
+    assert read < SIZE / 20
+
+
+def edit_middle(path: Path) -> None:
+    """Change one byte in the middle."""
+    with open(path, "r+b") as file:
+        file.seek(SIZE // 2)
+        file.write(b"#")
+
+
+def edit_middle_and_restore_mtime(path: Path) -> None:
+    status = path.stat()
+    edit_middle(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def replace_and_restore_mtime(path: Path) -> None:
+    status = path.stat()
+    other = write(path.with_name("other.txt"), path.read_bytes().replace(b"Wren", b"Nerw"))
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(other, path)
+
+
+EDITS = {
+    "appended": lambda path: path.write_bytes(path.read_bytes() + b"#"),
+    "same size": edit_middle,
+    "same size and mtime": edit_middle_and_restore_mtime,
+    "replaced by a file of the same size and mtime": replace_and_restore_mtime,
+}
+
+
+@counts_bytes
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_changed_text_is_read_again(large: Path, edit: str) -> None:
+    before = scan_and_count(large)[0]
+    EDITS[edit](large)
+    found, read = scan_and_count(large)
+    assert found == scan(opened(large)) != before
+    assert read >= SIZE
+    assert scan_and_count(large)[1] < SIZE / 20
+
+
+def without_ctime(patch: pytest.MonkeyPatch) -> None:
+    """Compare files as on Windows, which has no time that a program cannot set."""
+    plain = stamps._stamp
+    patch.setattr(stamps, "_stamp", lambda path: plain(path) | {"ctime_ns": 0})
+
+
+@counts_bytes
+@pytest.mark.parametrize(("position", "noticed"), [(0, True), (SIZE // 2, False), (-1, True)])
+def test_without_ctime_a_same_size_edit_is_noticed_at_the_edges_only(
+    large: Path, monkeypatch: pytest.MonkeyPatch, position: int, noticed: bool
+) -> None:
+    """The documented limit on Windows."""
+    without_ctime(monkeypatch)
+    before, status = scan_and_count(large)[0], large.stat()
+    data = bytearray(large.read_bytes())
+    data[position] = ord("#")
+    large.write_bytes(data)
+    os.utime(large, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (scan_and_count(large)[0] != before) == noticed
+
+
+@counts_bytes
+def test_a_text_modified_just_before_it_was_read_is_read_again(large: Path) -> None:
+    """A later edit may carry the same time stamps."""
+    written = max(large.stat().st_mtime_ns, large.stat().st_ctime_ns)
+    os.truncate(large, SIZE // 2)  # so that the cached scan is out of date
+    for now, again in ((written + 10**9, True), (written + 10**9, True), (written + 10**10, True), (LATER, False)):
+        assert (scan_and_count(large, now=now)[1] >= SIZE // 2) == again
+
+
+@counts_bytes
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: record.unlink(),
+        lambda record: record.write_text("{"),
+        lambda record: record.write_text(record.read_text().replace('"documents": 1', '"documents": 2')),
+        lambda record: record.write_text("[1]"),
+    ],
+)
+def test_a_damaged_record_is_not_believed(large: Path, damage: Callable[[Path], object]) -> None:
+    (record,) = (large.parent / "cache" / "scans").iterdir()
+    damage(record)
+    found, read = scan_and_count(large)
+    assert found == scan(opened(large))
+    assert read >= SIZE
+
+
+def test_each_set_of_files_has_a_record_of_its_own(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a.txt", "ab"), write(tmp_path / "b.txt", "cde")
+    sources = (one, two, f"{one},{two}", f"{two},{one}")
+    for _ in range(2):
+        found = [cached_scan(opened(source), cache_dir=tmp_path / "cache", now=lambda: LATER) for source in sources]
+        assert found == [scan(opened(source)) for source in sources]
+    assert len(list((tmp_path / "cache" / "scans").iterdir())) == 4
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "ab")
+    write(tmp_path / "cache", "a file, not a folder")
+    assert scan_and_count(path)[0] == scan(opened(path))
+
+
+@counts_bytes
+def test_a_download_is_hashed_once(tmp_path: Path) -> None:
+    web = Web(b"Dear Wren,\n" * (SIZE // 11))
+    path = fetch(URL, data_dir=tmp_path, open_url=web)
+    os.utime(path, (1, 1))
+    (tmp_path / ".cache" / "hashes").mkdir()
+    remember = partial(stamps.remembered, "sha256", [path], tmp_path / ".cache" / "hashes", now=lambda: LATER)
+    assert remember(lambda: stamps.file_sha256(path)) == hashlib.sha256(web.data).hexdigest()
+    before = bytes_read()
+    assert fetch(URL, data_dir=tmp_path, open_url=web) == path
+    assert bytes_read() - before < SIZE / 20
+    assert web.asked == 1

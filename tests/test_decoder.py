@@ -140,7 +140,7 @@ def test_a_processor_without_bfloat16_generates_in_it_too() -> None:
     """oneDNN refuses there to turn the weights; then they are multiplied as they are."""
     code = """
 import torch
-from test_decode import MODEL, through_cache
+from test_decoder import MODEL, through_cache
 from milepost.generate.decoder import Decoder
 assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 for weights in ("bfloat16", "int8"):
@@ -155,14 +155,14 @@ for weights in ("bfloat16", "int8"):
 def test_the_cache_never_grows_and_forgets_what_it_is_told_to() -> None:
     decoder = Decoder(MODEL, weights="float32")
     cache = decoder.new_cache()
-    place, size = cache.kept.data_ptr(), cache.kept.nbytes
+    place, size = cache.states.data_ptr(), cache.states.nbytes
     assert size == 3 * 2 * 48 * 64 * 4
     decoder.rows([1, 2, 3, 4], cache)
     decoder.rows([50, 51, 52], cache)
     cache.length = 4
     (logits,) = decoder.rows([5], cache)
     assert torch.equal(logits, through_cache(decoder, [1, 2, 3, 4, 5], [4, 1])[-1])
-    assert (cache.kept.data_ptr(), cache.kept.nbytes, cache.length) == (place, size, 5)
+    assert (cache.states.data_ptr(), cache.states.nbytes, cache.length) == (place, size, 5)
 
 
 # --- int8

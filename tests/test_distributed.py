@@ -7,20 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from drive import ROOT, command, environment, logged, newest, tensor_bytes, train
+from work import HANGING
 
 from milepost import ckpt
 from milepost.locks import RunLock
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import read_metrics
 
-WORKER = Path(__file__).with_name("worker.py")
-SECONDS = 120  # until a test gives a hanging process up
+WORKER, LAUNCHER = Path(__file__).with_name("worker.py"), Path(__file__).with_name("launcher.py")
 
 
 def start(
@@ -31,7 +32,7 @@ def start(
     env = {name: os.environ[name] for name in kept if name in os.environ} | {
         "OMP_NUM_THREADS": "2" if processes == 1 else "1"
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    torchrun = [sys.executable, str(LAUNCHER), "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [*torchrun, f"--max-restarts={restarts}", str(script)], env=env | environment(folder, **changes), cwd=ROOT,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -42,7 +43,7 @@ def torchrun(folder: Path, processes: int, **changes: object) -> subprocess.Comp
     """The same to its end."""
     process = start(folder, processes, **changes)  # type: ignore[arg-type]
     try:
-        out, err = process.communicate(timeout=SECONDS)
+        out, err = process.communicate(timeout=HANGING)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -246,34 +247,44 @@ def test_an_update_that_is_half_done_is_not_kept_as_a_step(tmp_path):
 
 @pytest.mark.parametrize(("rank", "left"), [(0, 4), (1, 6)])  # the first saves before it ends; without it nobody does
 def test_without_restarts_the_others_end_too_and_the_newest_checkpoint_opens(tmp_path, rank, left):
-    done = torchrun(tmp_path, 2, script=WORKER, WORKER_FAULT=f"{rank}:6")
+    # Not in the background, where the save of step 4 may not be done when the first process is killed.
+    done = torchrun(tmp_path, 2, script=WORKER, WORKER_FAULT=f"{rank}:6", CHECKPOINT_ASYNC="false")
     assert done.returncode == 1
-    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    assert done.stderr.count("Traceback") == 1, done.stderr  # torchrun's own
     assert "another process of this training is gone" in done.stderr
     if rank == 1:
         assert "torch.distributed.run --nproc_per_node=2 training.py" in done.stderr  # how to go on
     assert newest(tmp_path).step == left
 
 
+@pytest.mark.parametrize("late", ["lock", "report"])
+def test_a_signal_that_comes_while_a_process_ends_changes_nothing(tmp_path, late):
+    """torchrun sends one to all that are left; on a slow machine they are not gone by then."""
+    done = torchrun(tmp_path, 2, script=WORKER, WORKER_FAULT="1:6", WORKER_LATE=late)
+    assert done.stderr.count("Traceback") == 1, done.stderr  # torchrun's own
+    assert done.stderr.count("another process of this training is gone") == 1
+    assert newest(tmp_path).step == 6
+
+
 ENDLESS = {"TRAINING_STEPS": "1000000", "EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0"}
-SOON = 40  # seconds until all have ended: torchrun gives them 30 to do so
 
 
 def killed(folder: Path, count: int, random: Random, **changes: str) -> int:
     """One of `count` processes that save every step is killed at a random moment; returns the step of the newest checkpoint, which is whole."""
     pids = folder / "pids"
-    pids.mkdir(exist_ok=True)
+    shutil.rmtree(pids, ignore_errors=True)
+    pids.mkdir()
     before = max((found.step for found in ckpt.find(folder / "checkpoints")), default=0)
     process = start(folder, count, script=WORKER, WORKER_PIDS=str(pids), RESUME="auto", CHECKPOINT_INTERVAL="1", **ENDLESS, **changes)  # fmt: skip
     wait_for_step(folder, process, before + 3)
     time.sleep(random.uniform(0, 0.5))  # not to wait for anything: the moment is to be no particular one
     told = max(losses(folder, "train"))
     os.kill(int((pids / str(random.randrange(count))).read_text()), signal.SIGKILL)
-    since = time.monotonic()
-    _, err = process.communicate(timeout=SECONDS)
-    assert time.monotonic() - since < SOON, err
+    _, err = process.communicate(timeout=HANGING)
     assert process.returncode == 1
-    assert all(gone(int(pid.read_text())) for pid in pids.iterdir())
+    assert all(gone(int(pid.read_text())) for pid in pids.glob("?"))
+    # All others noticed and ended: what torchrun has to kill leaves no exit code.
+    assert len([*pids.glob("?.code")]) == count - 1, err
     record = newest(folder)
     assert record.step >= told - 2  # one save was under way when the next step was told, and the other waits for it
     return record.step
@@ -316,16 +327,19 @@ def test_a_signal_stops_all_after_the_same_step_and_saves_it(tmp_path, whom):
         process.send_signal(signal.SIGTERM)  # torchrun hands it on
     else:
         os.kill(int((pids / "1").read_text()), signal.SIGTERM)
-    _, err = process.communicate(timeout=SECONDS)
+    _, err = process.communicate(timeout=HANGING)
     stopped = re.findall(r"^interrupted after step (\d+): step (\d+) is kept", err, re.MULTILINE)
     assert len(stopped) == 1, err
     assert newest(tmp_path).step == int(stopped[0][0]) == int(stopped[0][1]) >= 20
-    assert all(gone(int(pid.read_text())) for pid in pids.iterdir())
+    assert all(gone(int(pid.read_text())) for pid in pids.glob("?"))
+    assert len([*pids.glob("?.code")]) == 2, err  # none had to be killed
 
 
 def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> None:
-    """Returns when the metrics have reached `step`."""
+    """Return when the metrics have reached `step`."""
     while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):  # not in vain: reading on and on would slow the processes down
+            process.wait(0.05)
         for path in (folder / "runs").glob("*/metrics.jsonl"):
             if any(line["step"] >= step for line in read_metrics(path)):
                 return
@@ -346,7 +360,7 @@ def test_the_first_process_alone_is_heard_and_threads_are_shared_out(tmp_path):
         "--nproc_per_node=2",
         "training.py",
     ]
-    done = subprocess.run(torchrun_alone, env=env | environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
+    done = subprocess.run(torchrun_alone, env=env | environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=HANGING)  # fmt: skip
     assert done.returncode == 0, done.stderr
     threads = (
         max(1, len(os.sched_getaffinity(0)) // 2)

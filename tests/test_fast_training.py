@@ -214,8 +214,9 @@ def test_the_exact_gelu_stands_for_its_approximation_only_in_bfloat16():
 def test_freed_memory_is_kept_for_the_next_step():
     """Without it every step has its pages zeroed anew; the control is the same process without the call."""
     script = (
-        "import resource, sys, torch\n"
+        "import ctypes, resource, sys, torch\n"
         "from milepost.runtime import hardware\n"
+        "ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)\n"  # PR_SET_THP_DISABLE: pages of the usual size on every machine
         "hardware.keep_freed_memory() if sys.argv[1] == 'keep' else None\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "make = lambda: torch.ones(16 * 2**20)\n"  # 64 MB

@@ -9,7 +9,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import stat
 import struct
 import subprocess
@@ -32,6 +31,7 @@ from folders import (
 )
 from records import FULL, NOON, flipped, in_child, record, set_clock, walkable_folder
 from saver import CHANGING, of_step, save_keep_prune
+from work import limited
 
 from milepost import ckpt, files
 from milepost.ckpt import Checkpoint, manifest, retention
@@ -40,7 +40,6 @@ from milepost.locks import FOLDER_LOCK
 
 LAYOUTS = list(ckpt.WRITERS)
 ALLOCATING = ("open", "write", "mkdir", "link")  # the calls that a full disk refuses
-SECONDS = 5  # in which everything that could wait for ever must have ended
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -449,22 +448,6 @@ def test_control_a_load_that_does_not_verify_takes_flipped_weights(layout, tmp_p
 # Something else where a file should be.
 
 
-@contextlib.contextmanager
-def deadline() -> Iterator[None]:
-    """Ends whatever waits longer, as opening a pipe does that nobody writes to."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"more than {SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def linked_outside(file: Path, outside: Path) -> None:
     shutil.copy(file, outside)
     file.unlink()
@@ -505,7 +488,7 @@ def test_another_kind_of_file_never_hangs_and_never_misleads(kind, layout, tmp_p
         place = tmp_path / str(number)  # copied, so that nothing is remembered of it
         shutil.copytree(first.parent, place)
         INSTEAD[kind](place / name, tmp_path / f"outside-{number}")
-        with deadline():
+        with limited():  # opening a pipe that nobody writes to waits for ever
             asked_in_every_way(place / first.name, place / name, saved)
 
 

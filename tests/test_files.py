@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import stat
@@ -19,15 +20,17 @@ from filelock import FileLock, Timeout
 from records import in_child, record, snapshot, walkable_folder
 
 from milepost import ckpt, files
+from milepost.ckpt import layouts
+from milepost.ckpt.layouts import stepfiles
+from milepost.ckpt.leftovers import prepare_folder, remove_leftovers
+from milepost.ckpt.manifest import write_manifest
 from milepost.files import (
     NewFile,
     new_file,
     new_folder,
     new_group,
     new_path,
-    prepare_folder,
     remove,
-    remove_leftovers,
     second_name,
     sync_folder,
     write_json,
@@ -520,72 +523,151 @@ def test_other_errors_of_the_writer_stay_what_they_are(tmp_path):
 # What killed writers left.
 
 
+DEAD = "99999999-0123abcd"  # the end of a temporary name: a process that cannot be, and random digits
+
+
 def test_leftovers_go_and_nothing_else(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "kept").write_bytes(b"kept")
     folder = tmp_path / "checkpoints"
-    (folder / ".tmp-folder" / "inner").mkdir(parents=True)
-    (folder / ".tmp-file").write_bytes(b"half")
-    (folder / ".tmp-link").symlink_to(outside)
-    for name in (".lock", ".tm", "tmp-visible", "checkpoint.pt"):
+    (folder / f".tmp-folder-{DEAD}" / "inner").mkdir(parents=True)
+    (folder / f".tmp-folder-{DEAD}" / "inner" / "link").symlink_to(outside)
+    (folder / f".tmp-file-{DEAD}").write_bytes(b"half")
+    os.mkfifo(folder / f".tmp-pipe-{DEAD}")
+    (folder / f".tmp-link-{DEAD}").symlink_to(outside)
+    theirs = [
+        ".lock",
+        ".tm",
+        "tmp-visible",
+        "checkpoint.pt",
+        ".tmp-",
+        ".tmp-notes",
+        ".tmp-a-99999999-0123ABCD",
+        ".tmp-a-b-0123abcd",
+    ]
+    living = f".tmp-file-{os.getppid()}-0123abcd"
+    for name in (*theirs, living):
         (folder / name).write_bytes(b"")
     removed = remove_leftovers(folder)
-    assert sorted(path.name for path in removed) == [".tmp-file", ".tmp-folder", ".tmp-link"]
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", ".tm", "checkpoint.pt", "tmp-visible"]
+    assert sorted(path.name for path in removed) == [f".tmp-{name}-{DEAD}" for name in ("file", "folder", "pipe")]
+    left = [*theirs, living, f".tmp-link-{DEAD}"]  # a link is never made by this program
+    assert sorted(path.name for path in folder.iterdir()) == sorted(left)
     assert (outside / "kept").read_bytes() == b"kept"
     assert remove_leftovers(tmp_path / "missing") == []
 
 
-def half_a_group(folder: Path, hidden: list[str], seen: list[str]) -> None:
-    """What a kill leaves of a group a, b, head: these files still or again in its hidden folder, those visible."""
-    place = folder / ".tmp-head-99999999-abc"
+PARTS = {
+    "separated": ["-optimizer.pt", "-model.pt"],
+    "stepfiles": [".safetensors", "_optimizer.safetensors", "_state.json"],
+}
+
+
+def half_a_save(folder: Path, layout: str, hidden: list[int], seen: list[int]) -> tuple[list[str], Path]:
+    """What a kill leaves of a checkpoint: of its files (the last is its head) these in its hidden folder and those visible."""
+    path = ckpt.save(record(), folder / "made", layout=layout)
+    whole = layouts.known_layout(path).files(path)
+    place = folder / f".tmp-{whole[-1].name}-{DEAD}"
     place.mkdir()
-    (place / files.NAMES).write_text(json.dumps(["a", "b", "head"]))
-    group(place, *hidden)
-    group(folder, *seen)
+    for number in hidden:
+        os.link(whole[number], place / whole[number].name)
+    for number in seen:
+        os.link(whole[number], folder / whole[number].name)
+    names = [file.name for file in whole]
+    shutil.rmtree(folder / "made")
+    return names, place
 
 
 KILLED = [
-    (["a", "b"], [], []),  # while it was written
-    (["a", "b", "head"], [], []),
-    (["b", "head"], ["a"], []),  # while it was being shown
-    (["head"], ["a", "b"], []),
-    ([], ["a", "b", "head"], ["a", "b", "head"]),  # all of it is there
-    (["head"], ["a", "b"], []),  # while it was removed
-    (["head"], ["b"], []),
-    ([], ["a"], []),
-    (["b", "head"], ["a", "head"], ["a", "head"]),  # another's head of this name: nothing visible is touched
+    ("separated", [0], [], []),  # while it was written
+    ("separated", [0, 1], [], []),
+    ("separated", [1], [0], []),  # while it was shown, or removed
+    ("separated", [], [0, 1], [0, 1]),  # all of it is there
+    ("separated", [0], [1], [1]),
+    ("stepfiles", [0, 1], [], []),
+    ("stepfiles", [1, 2], [0], []),  # while it was shown
+    ("stepfiles", [2], [0, 1], []),
+    ("stepfiles", [2], [1], []),  # while it was removed
+    ("stepfiles", [2], [], []),
+    ("stepfiles", [], [0, 1, 2], [0, 1, 2]),
+    ("stepfiles", [1, 2], [0, 2], [0, 2]),  # a head of this name is visible: nothing visible is touched
+    ("stepfiles", [], [0, 1], [0, 1]),  # without a head nothing proves whose they are
+    ("stepfiles", [0, 1], [1], [1]),
 ]
 
 
-@pytest.mark.parametrize(("hidden", "seen", "left"), KILLED)
-def test_of_a_group_whose_head_is_not_there_nothing_stays(hidden, seen, left, tmp_path):
-    half_a_group(tmp_path, hidden, seen)
-    group(tmp_path, "other")
+@pytest.mark.parametrize(("layout", "hidden", "seen", "left"), KILLED)
+def test_of_a_save_whose_head_is_not_visible_nothing_stays(layout, hidden, seen, left, tmp_path):
+    names, _ = half_a_save(tmp_path, layout, hidden, seen)
+    group(tmp_path, "other.safetensors", "other-optimizer.pt")
     remove_leftovers(tmp_path)
-    assert visible(tmp_path) == sorted([*left, "other"])
+    assert visible(tmp_path) == sorted([*(names[number] for number in left), "other.safetensors", "other-optimizer.pt"])
     assert temporaries(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "names", ["[", "[]", "{}", "3", '["../outside", "head"]', '["/etc/hostname", "head"]'], ids=str
-)
-def test_a_damaged_list_of_names_removes_nothing_else(names, tmp_path):
+@pytest.mark.parametrize("layout", PARTS)
+@pytest.mark.parametrize("harm", ["another save", "a link", "a living writer", "a linked hidden folder"])
+def test_a_visible_file_that_the_hidden_head_does_not_prove_stays(harm, layout, tmp_path):
+    """Negative control of the removal: each of these is like a killed save but for one thing."""
     folder = tmp_path / "checkpoints"
-    group(tmp_path, "outside")
-    group(folder, "a")
-    (folder / ".tmp-head-99999999-abc").mkdir()
-    (folder / ".tmp-head-99999999-abc" / files.NAMES).write_text(names)
+    folder.mkdir()
+    _, place = half_a_save(folder, layout, [-1], [0])
+    part = folder / place.name.removeprefix(".tmp-").replace(f"-{DEAD}", "").replace(
+        *{"separated": ("-model.pt", "-optimizer.pt"), "stepfiles": ("_state.json", ".safetensors")}[layout]
+    )
+    assert part.exists()
+    if harm == "another save":
+        other = ckpt.save(record(2), tmp_path / "other", layout=layout)
+        part.unlink()
+        os.link(layouts.known_layout(other).files(other)[0], part)
+    elif harm == "a link":
+        part.rename(tmp_path / "outside")
+        part.symlink_to(tmp_path / "outside")
+    elif harm == "a living writer":
+        place.rename(place.with_name(place.name.replace("99999999", str(os.getppid()))))
+    else:
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    before = part.read_bytes()
     remove_leftovers(folder)
-    assert snapshot(tmp_path) == {"outside": b"outside", "checkpoints/a": b"a"}
+    assert part.read_bytes() == before
+
+
+def test_a_file_of_a_checkpoint_that_is_whole_stays_though_a_hidden_head_has_its_sha256(tmp_path):
+    """Somebody else's CHECKPOINT_DIR, which is itself a checkpoint and holds a head that was made for its weights."""
+    folder = ckpt.save(record(), tmp_path, layout="huggingface")
+    with written(tmp_path / "copy", hashed=True) as copy:
+        copy.write((folder / "model.safetensors").read_bytes())
+    place = folder / f".tmp-model_state.json-{DEAD}"
+    place.mkdir()
+    write_manifest(place / "model_state.json", record(), {"model.safetensors": copy}, first={}, groups=None)
+    assert stepfiles.parts_of(place / "model_state.json", folder) == [folder / "model.safetensors"]  # control
+    remove_leftovers(folder)
+    assert not place.exists()
+    assert ckpt.load(folder, verify=True).step == 1
+
+
+@pytest.mark.parametrize("layout", ckpt.WRITERS)
+def test_a_list_of_names_in_a_hidden_folder_removes_nothing(layout, tmp_path):
+    """Somebody else's folder: earlier versions removed what `.names` listed."""
+    path = ckpt.save(record(), tmp_path / "checkpoints", layout=layout)
+    names = [file.name for file in layouts.known_layout(path).files(path)]
+    place = path.parent / ".tmp-head-3999999-0123abcd"
+    place.mkdir()
+    (place / ".names").write_text(json.dumps([*names, "head"]))
+    (place / "head").write_bytes(b"")
+    before = snapshot(tmp_path)
+    remove_leftovers(path.parent)
     assert temporaries(tmp_path) == []
+    after = snapshot(tmp_path)
+    assert after == {name: content for name, content in before.items() if ".tmp-head" not in name}
+    assert ckpt.load(path, verify=True).step == 1
 
 
 def test_a_save_removes_leftovers_of_the_folder_and_of_its_best(tmp_path):
     (tmp_path / "best").mkdir()
     for folder in (tmp_path, tmp_path / "best"):
-        (folder / ".tmp-checkpoint-99999999-abc").write_bytes(b"half")
+        (folder / f".tmp-checkpoint-{DEAD}").write_bytes(b"half")
     ckpt.save(record(), tmp_path)
     assert temporaries(tmp_path) == []
 
@@ -593,7 +675,7 @@ def test_a_save_removes_leftovers_of_the_folder_and_of_its_best(tmp_path):
 def test_a_folder_is_made_and_proved_writable(tmp_path):
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
-    (folder / ".tmp-old").write_bytes(b"half")
+    (folder / f".tmp-old-{DEAD}").write_bytes(b"half")
     prepare_folder(folder)
     prepare_folder(tmp_path / "c" / "d")
     assert visible(tmp_path / "c") == ["d"]
@@ -669,6 +751,20 @@ def test_what_is_done_under_the_folder_lock_is_done_by_one_process_at_a_time(tmp
     children = [os.fork() or count() for _ in range(2)]
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
     assert counter.read_text() == str(2 * times)
+
+
+def test_a_lock_that_is_a_second_name_of_a_file_does_not_empty_it(tmp_path):
+    (tmp_path / "valued").write_text("of value")
+    os.link(tmp_path / "valued", tmp_path / FOLDER_LOCK)
+    with pytest.raises(OSError, match="remove it"), folder_lock(tmp_path):
+        pass
+    assert (tmp_path / "valued").read_text() == "of value"
+    (tmp_path / FOLDER_LOCK).unlink()
+    with folder_lock(tmp_path):
+        pass
+    os.link(tmp_path / FOLDER_LOCK, tmp_path / "backup")  # as `cp -al` makes one
+    with folder_lock(tmp_path):
+        pass
 
 
 def run_holder(folder: Path, run_id: str) -> Callable[[], RunLock]:

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from records import NOON, flipped, hugging_face_folder, in_child, newest, record, save, set_clock, walkable_folder
+from work import calls, opened
 
 from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found, finding, retention
@@ -244,14 +244,18 @@ def test_a_run_folder_is_a_folder_of_checkpoints(tmp_path):
     )  # fmt: skip
 
 
-def test_two_hundred_files_are_listed_in_a_second(tmp_path):
-    save(tmp_path, 1)
-    (path,) = tmp_path.glob("*.pt")
-    for number in range(200):
-        shutil.copy(path, tmp_path / f"copy{number}.pt")
-    before = time.process_time()
-    assert len(list(finding.scan(tmp_path))) == 201
-    assert time.process_time() - before < 1
+def test_scanning_opens_a_file_as_often_and_works_as_little_among_200_as_among_20(tmp_path):
+    path, work = save(tmp_path / "one", 1), {}
+    for count in (2, 20, 200):  # the first has what is done once, like an import
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            shutil.copy(path, folder / f"copy{number}.pt")
+        (found, openings), made = calls(lambda folder=folder: opened(lambda: list(finding.scan(folder)), folder))
+        assert len(found) == count
+        work[count] = openings, made
+    assert (work[20][0], work[200][0]) == (20, 200)
+    assert work[200][1] < 11 * work[20][1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

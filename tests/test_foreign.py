@@ -18,13 +18,14 @@ from milepost.ckpt.foreign import weights as foreign_models
 from milepost.ckpt.foreign.tokenizer import read_meta, tokenizer_for
 from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.restore import build_model, restore_optimizer
+from models.model import Model
 
 WHERE = "old/ckpt.pt"
 IDS = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(3))  # (B, T)
 C, HS = 12, 4
 
 
-def ours(**changes: Any) -> models.Model:
+def ours(**changes: Any) -> Model:
     torch.manual_seed(5)
     return shaken(models.build("gpt2", SIZES | changes))
 
@@ -436,7 +437,7 @@ def test_epochs_and_losses() -> None:
 # nanoGPT's optimizer
 
 
-def trained(*, bias: bool = True) -> tuple[models.Model, dict[str, Any]]:
+def trained(*, bias: bool = True) -> tuple[Model, dict[str, Any]]:
     """A model after two steps of AdamW grouped as nanoGPT's configure_optimizers() does, and the optimizer's state."""
     model = ours(activation="gelu_erf", bias=bias)
     parameters = list(model.parameters())

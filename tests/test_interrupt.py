@@ -1,21 +1,33 @@
-"""Signals: the first asks for a stop, the second stops at once, and afterwards everything is as it was."""
+"""Signals: the first asks for a stop, a later one stops at once, and afterwards everything is as it was."""
 
+import contextlib
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from drive import ROOT, environment
+from work import HANGING
 
 import training
+from milepost import ckpt
+from milepost.runtime import interrupt
 from milepost.runtime.interrupt import INTERRUPTED, Interrupt
+
+ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 # It says when it is ready and when it was asked to stop, and then goes on for ever; only an orderly end would say "cleaned up".
 CHILD = """
 import atexit, signal
+from milepost.runtime import interrupt
 from milepost.runtime.interrupt import Interrupt
+interrupt.TOGETHER = float("TOGETHER")
 atexit.register(print, "cleaned up", flush=True)
+signal.signal(signal.SIGWINCH, lambda *_: print("alive", flush=True))
 with Interrupt() as stop:
     print("ready", stop.requested, flush=True)
     while not stop.requested:
@@ -26,18 +38,41 @@ with Interrupt() as stop:
 """
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_sets_a_flag_and_the_second_ends_the_process_at_once(first, second):
-    with subprocess.Popen([sys.executable, "-c", CHILD], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+def child_with(together: float) -> list[str]:
+    """CHILD, for which signals within so many seconds are one."""
+    return [sys.executable, "-c", CHILD.replace('TOGETHER")', f'{together}")')]
+
+
+@pytest.mark.parametrize("second", ALL)
+@pytest.mark.parametrize("first", ALL)
+def test_the_first_signal_sets_a_flag_and_a_later_one_ends_the_process_at_once(first, second):
+    with subprocess.Popen(child_with(0), cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready False\n"
         child.send_signal(first)
         assert child.stdout.readline() == "asked to stop\n"
         assert child.poll() is None
         child.send_signal(second)
-        assert child.wait(timeout=30) == INTERRUPTED == 130
+        assert child.wait(timeout=HANGING) == INTERRUPTED == 130
         assert child.stdout.read() == ""  # no "cleaned up": nothing may delay it
+
+
+@pytest.mark.parametrize("second", ALL)
+def test_signals_close_together_are_one(second):
+    """A double tap, or the terminal's and the launcher's: the child is still there to be asked whether it lives."""
+    with subprocess.Popen(child_with(1e9), cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready False\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.readline() == "asked to stop\n"
+        child.send_signal(second)
+        child.send_signal(signal.SIGWINCH)  # handled after the one before: Python goes by their numbers
+        assert child.stdout.readline() == "alive\n"
+        child.kill()
+
+
+def test_signals_are_one_for_about_a_second():
+    assert 0.5 <= interrupt.TOGETHER <= 2
 
 
 # Both signals arrive in the third step of a training.
@@ -47,6 +82,8 @@ sys.argv = ["training.py"]
 from milepost import config
 settings = config.from_command_line(__name__, __doc__, [])
 import training
+from milepost.runtime import interrupt
+interrupt.TOGETHER = float(os.environ["TOGETHER"])
 learn = training.training_step
 def interrupted(run, lr):
     if run.step == 2:
@@ -60,17 +97,131 @@ training.guarded(training.main, settings)
 """
 
 
-def test_a_second_signal_ends_a_training_without_its_last_save(tmp_path):
+def steps_saved(folder: Path) -> list[int]:
+    return [one.step for one in ckpt.find(folder / "checkpoints")]
+
+
+@pytest.mark.parametrize(("together", "saved"), [(0, [2]), (1e9, [2, 3])])
+def test_a_later_signal_ends_a_training_without_its_last_save_and_a_double_tap_saves(together, saved, tmp_path):
     # Not in the background, where the save of step 2 may not be done by then.
-    env = {"PATH": os.environ["PATH"]} | environment(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_ASYNC="false")
+    env = {"PATH": os.environ["PATH"], "TOGETHER": str(together)}
+    env |= environment(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_ASYNC="false")
     done = subprocess.run(
-        [sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=HANGING
     )
-    assert done.returncode == 130
     assert "still here\n" in done.stderr
-    assert "after the second" not in done.stderr
-    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt"))
-    assert [name.split("_step")[1][:4] for name in names] == ["0002"]
+    assert ("after the second" in done.stderr) == (together > 0)
+    assert steps_saved(tmp_path) == saved
+    assert done.returncode == (130 if together == 0 else 0)  # TWICE does not pass on what guarded returns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a library makes of a signal.
+
+# Python imports it at its start: a module that is about to be imported raises the signal first, and its exception meets what
+# `MADE_OF_IT` says. No library is replaced.
+HOOK = """
+import os, signal, sys
+
+class Hook:
+    def find_spec(name, path=None, target=None):
+        if name == os.environ.get("AT_IMPORT_OF") and not os.path.exists(os.environ["SAID"]):
+            open(os.environ["SAID"], "w").close()
+            try:
+                os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+            except:
+                if os.environ["MADE_OF_IT"] != "nothing":
+                    raise ImportError("cannot import " + name) from None
+
+sys.meta_path.insert(0, Hook)
+"""
+
+
+def hooked(
+    folder: Path, script: str, *, at: str, number: str, made_of_it: str, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """A script in whose process the signal comes while it imports `at`."""
+    hook = folder / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(HOOK)
+    env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(hook), "SAID": str(folder / "said")}
+    env |= {"AT_IMPORT_OF": at, "SIGNAL": number, "MADE_OF_IT": made_of_it} | environment(folder, **changes)
+    return subprocess.run(
+        [sys.executable, script], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+# Modules imported before the script's own main begins, and one that is imported after: by torch, when a tracker is opened.
+SWALLOWED = [
+    *(
+        ("SIGTERM", at, made)
+        for at in ("torch.nn", "torch.utils.tensorboard")
+        for made in ("nothing", "another exception")
+    ),
+    ("SIGINT", "numpy", "nothing"),
+    ("SIGHUP", "ckpt", "nothing"),
+]
+
+
+@pytest.mark.parametrize(("number", "at", "made_of_it"), SWALLOWED)
+def test_a_signal_that_a_library_swallows_stops_before_the_first_step(number, at, made_of_it, tmp_path):
+    if at == "torch.utils.tensorboard":
+        pytest.importorskip("tensorboard")
+    done = hooked(tmp_path, "training.py", at=at, number=number, made_of_it=made_of_it, TRACKER="tensorboard")
+    assert (tmp_path / "said").exists()  # it did come
+    assert done.returncode == INTERRUPTED, done.stderr
+    assert "interrupted" in done.stderr
+    assert list(tmp_path.glob("runs/*/metrics.jsonl")) == []
+    assert not (tmp_path / "checkpoints").is_dir() or steps_saved(tmp_path) == []
+
+
+def test_control_without_a_signal_the_same_training_trains(tmp_path):
+    done = hooked(tmp_path, "training.py", at="no_such_module", number="SIGTERM", made_of_it="nothing")
+    assert done.returncode == 0, done.stderr
+    assert steps_saved(tmp_path) == [4, 8]
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+def test_every_script_hears_a_signal_while_it_imports(script, tmp_path):
+    """Whatever settings each would want: it ends before it looks at them again."""
+    changes = {"MODE": "inference"} if script == "load_checkpoint.py" else {}
+    done = hooked(tmp_path, f"scripts/{script}", at="torch", number="SIGTERM", made_of_it="nothing", **changes)
+    if (tmp_path / "said").exists():
+        assert done.returncode == INTERRUPTED, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A terminal that is closed.
+
+
+def in_a_terminal(folder: Path, *, ignoring: bool) -> int:
+    """Trains in a terminal of its own that is closed when the plan is on it; returns how the process ended."""
+    env = {"PATH": os.environ["PATH"]} | environment(
+        folder, TRAINING_STEPS="200", CHECKPOINT_INTERVAL="0", SAMPLE_INTERVAL="0", EVAL_INTERVAL="0"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignoring else signal.SIG_DFL)
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "training.py"], env)
+    shown = b""
+    while b"output:" not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_closed_terminal_saves_and_stops(tmp_path):
+    assert in_a_terminal(tmp_path, ignoring=False) == INTERRUPTED
+    steps = steps_saved(tmp_path)
+    (log,) = tmp_path.glob("runs/*/training.log")
+    (step,) = re.findall(r"interrupted after step (\d+)", log.read_text())
+    assert steps == ([int(step)] if int(step) else [])
+
+
+def test_under_nohup_it_trains_on(tmp_path):
+    assert in_a_terminal(tmp_path, ignoring=True) == 0
+    assert steps_saved(tmp_path) == [200]
 
 
 def handler(number, frame):
@@ -79,7 +230,7 @@ def handler(number, frame):
 
 @pytest.fixture
 def handlers_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in ALL}
     yield
     for number, each in before.items():
         signal.signal(number, each)
@@ -96,6 +247,14 @@ def test_the_handlers_of_before_come_back(before, handlers_as_before):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_an_ignored_hangup_stays_ignored(handlers_as_before):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interrupt() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def fails_inside() -> None:
     with Interrupt():
         raise RuntimeError("inside")
@@ -108,7 +267,7 @@ def test_they_come_back_after_an_error_too(handlers_as_before):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ALL)
 def test_a_signal_is_remembered_and_raises_nothing(number, handlers_as_before):
     with Interrupt() as stop:
         assert not stop.requested
@@ -118,7 +277,7 @@ def test_a_signal_is_remembered_and_raises_nothing(number, handlers_as_before):
         assert not again.requested
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ALL)
 def test_before_the_loop_one_signal_is_enough(number, tmp_path, handlers_as_before, capsys):
     def reading_text(settings, log):
         os.kill(os.getpid(), number)
@@ -126,3 +285,33 @@ def test_before_the_loop_one_signal_is_enough(number, tmp_path, handlers_as_befo
 
     assert training.guarded(reading_text, None) == INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_an_exception_that_a_library_makes_of_the_interrupt_is_one(number, handlers_as_before, capsys):
+    def importing(settings, log):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise ImportError("no module") from None
+
+    def failing(settings, log):
+        raise ImportError("no module")
+
+    assert training.guarded(importing, None) == INTERRUPTED
+    assert training.guarded(failing, None) == 1  # control: of the one before nothing is remembered
+
+
+def test_a_swallowed_interrupt_is_known_where_training_begins(handlers_as_before):
+    seen = []
+
+    def swallows(settings, log):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with Interrupt() as stop:
+            seen.append(stop.requested)
+        return 0
+
+    training.guarded(swallows, None)
+    training.guarded(lambda *_: seen.append(Interrupt().__enter__().requested), None)
+    assert seen == [True, False]

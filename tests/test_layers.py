@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -9,24 +10,28 @@ from drive import ROOT
 
 # A room may import itself and what stands here; training.py and scripts/ may import everything below them.
 ROOMS: dict[str, set[str]] = {
-    "files": {"locks"},
-    "locks": set(),
-    "config": set(),
+    "files": {"locks", "paths"},
+    "paths": set(),
+    "locks": {"paths"},
+    "splitmix": set(),
+    "config": {"models", "text", "runtime"},  # only registries and interrupt.py, which import no torch
     "models": set(),
-    "text": {"files"},
-    "runtime": {"files"},
-    "generate": {"models", "text", "runtime"},
+    "text": {"files", "splitmix"},
+    "runtime": {"files", "splitmix"},
+    "generate": {"models", "text", "runtime", "splitmix"},
     "evaluate": {"models", "text", "runtime"},
-    "ckpt": {"models", "text", "runtime", "files", "locks"},
+    "ckpt": {"models", "text", "runtime", "files", "locks", "paths"},
 }
 BELOW_RUN = {*ROOMS}
 ALLOWED = ROOMS | {
     "run": BELOW_RUN,
     "resume": BELOW_RUN | {"run"},
     "cli": BELOW_RUN,
+    "samples": BELOW_RUN | {"run", "resume"},
     "training": BELOW_RUN | {"run", "resume", "cli"},
-    "scripts": BELOW_RUN | {"run", "resume", "cli", "training"},
-    "milepost": {"config"},  # `import milepost` costs no import of torch
+    "scripts": BELOW_RUN | {"run", "resume", "cli", "samples", "training"},
+    "api": BELOW_RUN | {"run", "resume", "cli", "samples", "training"},
+    "milepost": {"api"},  # when a name of it is first used
 }
 SOURCES = [
     path
@@ -51,8 +56,25 @@ def room_of(module: str) -> str | None:
 
 def imports(path: Path) -> set[str]:
     """Every module that the file imports, anywhere in it, by its dotted name."""
+    return imported(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def imports_at_once(path: Path) -> set[str]:
+    """The modules that are imported with the file: not those in its functions, nor those for type checkers."""
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
+    return imported(
+        inner
+        for node in nodes
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        for inner in ast.walk(node)
+    )
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """The modules of the import statements among the nodes."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -73,11 +95,33 @@ def test_imports_point_down(path):
     assert {room_of(module) for module in imports(path)} - {None} <= ALLOWED[room] | {room}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "milepost" / "config").glob("*.py")), ids=name_of)
-def test_config_needs_only_dotenv(path):
-    """So that a mistake is reported before torch is imported."""
-    outside = {module.split(".")[0] for module in imports(path)}
-    assert outside <= {*sys.stdlib_module_names, "dotenv", "milepost"}
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=name_of)
+def test_no_script_imports_a_script(path):
+    assert not {module.split(".")[0] for module in imports(path)} & {other.stem for other in path.parent.glob("*.py")}
+
+
+# What config imports of other rooms: the choices of settings and the handling of signals. Like config, they are imported before torch.
+LIGHT = (
+    "models",
+    "models.adapters",
+    "milepost.runtime.optimizers",
+    "milepost.runtime.interrupt",
+    "milepost.text.registry",
+)
+LIGHT_FILES = [
+    ROOT / name.replace(".", "/") / "__init__.py" if name == "models" else ROOT / f"{name.replace('.', '/')}.py"
+    for name in LIGHT
+]
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted((ROOT / "milepost" / "config").glob("*.py")), *LIGHT_FILES], ids=name_of
+)  # fmt: skip
+def test_config_and_what_it_imports_need_only_dotenv(path):
+    """So that a mistake is reported before torch is imported. (A registry imports torch for type checkers, and a model at its first use.)"""
+    named = {module for module in imports_at_once(path) if module not in LIGHT}
+    assert {room_of(module) for module in named} <= {None, "config", "milepost"}
+    assert {module.split(".")[0] for module in named} <= {*sys.stdlib_module_names, "dotenv", "milepost"}
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import models
-from milepost.runtime import optim
+from milepost.runtime import muon
+from milepost.runtime import optim as optim_module
+from milepost.runtime.muon import Muon, MuonWithAdamW, orthogonalised
 from milepost.runtime.optim import (
     KINDS,
-    Muon,
-    MuonWithAdamW,
     Schedule,
     build_optimizer,
     clip_gradients,
     gradient_norm,
     lr_at,
-    orthogonalised,
     replan,
 )
+from models.model import Model
 
 
 def schedule(kind: str = "cosine", **changes: float) -> Schedule:
@@ -152,13 +152,13 @@ def test_replan_of_a_plan_without_a_rate_has_no_floor():
 # AdamW
 
 
-def gpt2() -> models.Model:
+def gpt2() -> Model:
     torch.manual_seed(0)
     settings = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8, "dropout": 0.0, "bias": True}
     return models.build("gpt2", settings)
 
 
-def bigram() -> models.Model:
+def bigram() -> Model:
     torch.manual_seed(0)
     return models.build("bigram", {"vocab_size": 11, "block_size": 8})
 
@@ -307,10 +307,10 @@ def distance(moved: Tensor, wanted: Tensor, before: Tensor) -> float:
 
 # In float32 the iteration is the formula; bfloat16 (8 bits) leaves some percent, which is what torch.optim.Muon works with too.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("together", [optim.TOGETHER, 1])
+@pytest.mark.parametrize("together", [muon.TOGETHER, 1])
 def test_every_block_moves_as_a_float64_reference(dtype, tolerance, together, monkeypatch):
-    monkeypatch.setattr(optim, "_iteration_dtype", lambda device: dtype)
-    monkeypatch.setattr(optim, "TOGETHER", together)
+    monkeypatch.setattr(muon, "_iteration_dtype", lambda device: dtype)
+    monkeypatch.setattr(muon, "TOGETHER", together)
     model = gpt2()
     before = {name: parameter.detach().clone() for name, parameter in hidden(model).items()}
     gradients: dict[str, list[Tensor]] = {name: [] for name in before}
@@ -482,7 +482,7 @@ def clipped(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_clipping_is_torchs_clip_grad_norm(kind, readers, monkeypatch):
     """Steps of unequal gradients, the second below the limit: the moments see by how much each was clipped."""
-    monkeypatch.setattr(optim, "READS_GRAD_SCALE", readers)
+    monkeypatch.setattr(optim_module, "READS_GRAD_SCALE", readers)
     plain, ours, free = gpt2(), gpt2(), gpt2()
     optimizers = {model: optimizer_of(model, kind) for model in (plain, ours, free)}
     for seed, size in enumerate((30.0, 0.001, 3.0)):

@@ -316,7 +316,8 @@ def test_as_a_user_runs_it(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("training loss (nats per token)")
     assert done.stdout.count("└") == 4
-    line = f"{{ {sys.executable} {ROOT / 'scripts' / 'plot_run.py'}; echo $? >&3; }} 3>{tmp_path}/code | true"
+    line = '{ "$0" "$1"; echo $? >&3; } 3>"$2/code" | true'
+    words = [sys.executable, str(ROOT / "scripts" / "plot_run.py"), str(tmp_path)]
     env = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(tmp_path / "runs")}
-    piped = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, check=False)
+    piped = subprocess.run(["bash", "-c", line, *words], env=env, capture_output=True, text=True, check=False)
     assert ((tmp_path / "code").read_text().strip(), piped.stderr) == ("0", "")

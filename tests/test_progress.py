@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import termios
 import threading
 from collections.abc import Callable
@@ -242,7 +243,115 @@ def test_rewinding_leaves_no_doubled_steps(tmp_path):
     metrics.write(step=4, loss=0.25)
     metrics.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 0.25)]
-    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [line["step"] for line in read_metrics(metrics.set_aside)] == [4, 5, 6]
+    assert {each.name for each in tmp_path.iterdir()} == {"metrics.jsonl", "metrics.set-aside.jsonl"}
+
+
+def history_of(path: Path) -> list[tuple[int, float]]:
+    """Step and time of each line: which writing of a step it is."""
+    return [(line["step"], line["time"]) for line in read_metrics(path)]
+
+
+def logged_from(path: Path, steps: range, *, since: float) -> None:
+    """Lines of a run at these steps, a second each; the figures of a step are the same whenever it is taken."""
+    metrics_of(path, *({"step": n, "split": "train", "loss": 1 / n, "time": since + n} for n in steps)).close()
+
+
+def back_to(path: Path, step: int, *, saved: float = math.inf) -> None:
+    Metrics(path).rewind(lambda line: line["step"] <= step, until=saved)
+
+
+def test_lines_set_aside_come_back_with_their_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    logged_from(path, range(1, 31), since=100)
+    back_to(path, 10, saved=110)
+    assert history_of(path) == [(n, 100 + n) for n in range(1, 11)]
+    logged_from(path, range(11, 13), since=1000)
+    back_to(path, 30, saved=130)
+    assert history_of(path) == [(n, 100 + n) for n in range(1, 31)]
+
+
+def test_a_branch_that_saved_keeps_its_own_lines(tmp_path):
+    """Back to 10, on to 20, saved there; the next resume is of 20, and the one after it of the old 30."""
+    path = tmp_path / "metrics.jsonl"
+    logged_from(path, range(1, 31), since=100)
+    back_to(path, 10, saved=110)
+    logged_from(path, range(11, 26), since=1000)
+    back_to(path, 20, saved=1020)
+    branch = [*((n, 100 + n) for n in range(1, 11)), *((n, 1000 + n) for n in range(11, 21))]
+    assert history_of(path) == branch
+    for _ in range(2):
+        back_to(path, 30, saved=130)
+        assert history_of(path) == [(n, 100 + n) for n in range(1, 31)]
+        back_to(path, 20, saved=1020)
+        assert [step for step, _ in history_of(path)] == list(range(1, 21))  # of two writings, both were there by then
+
+
+def test_lines_of_a_history_with_other_figures_are_never_mixed_in(tmp_path):
+    """A branch that logs more seldom has no line at the steps between."""
+    path = tmp_path / "metrics.jsonl"
+    logged_from(path, range(1, 31), since=100)
+    back_to(path, 10, saved=110)
+    logged_from(path, range(15, 26, 5), since=1000)
+    back_to(path, 20, saved=1020)
+    assert [step for step, _ in history_of(path)] == [*range(1, 11), 15, 20]
+
+
+@pytest.mark.parametrize("saved", [0.0, 50.0, 115.0, 1e9, math.inf])
+def test_a_clock_that_was_set_loses_no_line(saved, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    logged_from(path, range(1, 11), since=500)
+    logged_from(path, range(11, 31), since=100)
+    back_to(path, 30, saved=saved)
+    assert [step for step, _ in history_of(path)] == list(range(1, 31))
+
+
+def test_nothing_is_gone_if_the_disk_refuses_a_rewind(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    logged_from(path, range(1, 31), since=100)
+    replace = os.replace
+    for refused in (1, 2):
+        calls: list[object] = []
+
+        def sometimes(source, target, *, refused=refused, calls=calls):
+            calls.append(target)
+            if len(calls) == refused:
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", sometimes)
+            with pytest.raises(OSError, match="No space"):
+                back_to(path, 10, saved=110)
+        assert history_of(path) == [(n, 100 + n) for n in range(1, 31)]
+    back_to(path, 30, saved=130)
+    assert history_of(path) == [(n, 100 + n) for n in range(1, 31)]
+
+
+def test_after_a_torn_line_the_next_is_whole(tmp_path):
+    """Torn by a kill, and by a disk that was full for a while."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    metrics_of(path, {"step": 3}, {"step": 4}).close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 3, 4]
+    metrics, limits = Metrics(path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics.write(step=5)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            metrics.write(step=6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    metrics.write(step=7)
+    metrics.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 3, 4, 5, 7]
+
+
+def test_a_whole_line_after_a_torn_one_is_read(tmp_path):
+    """As an earlier version left them; what is within a line is no line."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "lo{"step": 2, "loss": 2.5}\n{"step": 3, "more": {"a": 1}\n{"step": 4}\n')
+    assert read_metrics(path) == [{"step": 2, "loss": 2.5}, {"step": 4}]
 
 
 def test_a_line_torn_at_any_byte_is_dropped_and_the_next_one_is_whole(tmp_path):

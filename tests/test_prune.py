@@ -2,9 +2,11 @@
 
 import math
 import os
+import shutil
+from pathlib import Path
 
 import pytest
-from drive import small_text
+from drive import at_step, small_text, train
 from records import WEIGHT, flipped, in_child, record, walkable_folder
 from script import call, files_of, script
 
@@ -52,7 +54,7 @@ def test_it_only_says_so_at_first(folder):
     assert said.code == 0
     head, *lines, total = said.out.splitlines()
     assert head.split() == ["step", "frees", "run", "path"]
-    assert [(line.split("  ")[0], line.split()[-1]) for line in lines] == [
+    assert [(line.split("  ")[0], line.split("  ")[-1]) for line in lines] == [
         ("remove", str(paths[0])), ("remove", str(paths[1])), ("remove", str(paths[2])), ("to model-only", str(paths[3])),
     ]  # fmt: skip
     freed = sum(path.stat().st_size for path in paths[:3]) + sum(
@@ -119,7 +121,7 @@ def test_what_has_gone_is_told_and_not_what_was_planned(folder, monkeypatch):
     assert said.code == 1
     assert str(first) in said.err
     _, *lines, total = said.out.splitlines()
-    assert [(line.split()[0], line.split()[-1]) for line in lines] == [("removed", str(second))]
+    assert [(line.split()[0], line.split("  ")[-1]) for line in lines] == [("removed", str(second))]
     assert total == f"{size:,} bytes freed"
     assert left(folder) == {1: True, 4: True, 5: True, 6: True}
 
@@ -215,3 +217,47 @@ def test_nothing_there_is_refused(tmp_path):
     said = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1")
     assert (said.code, said.out) == (3, "")
     assert "There is no folder" in said.err
+
+
+def copies_of(path):
+    """What people make of one file: beside it, in a folder, under another end."""
+    names = [f"{path.stem}-my-favourite.pt", f"{path.stem}_keep_me.pt", f"my_{path.name}", f"copy of {path.name}", f"{path.stem} (1).pt",
+             f"{path.stem} - Copy.pt", f"{path.stem} copy.pt", f"{path.name}.bak", path.name.upper(), f"backup/{path.name}"]  # fmt: skip
+    (path.parent / "backup").mkdir(exist_ok=True)
+    return [Path(shutil.copy(path, path.parent / name)) for name in names]
+
+
+def test_a_persons_copies_stay(folder):
+    paths = save(folder, 1, 2, 3)
+    copies = copies_of(paths[0])
+    shown_first = call(pruner, folder, CHECKPOINT_KEEP_LAST="1")
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert said.code == 0
+    assert not any(str(copy) in text for copy in copies for text in (shown_first.out, said.out))
+    assert [copy for copy in copies if not copy.exists()] == []
+    assert [path.exists() for path in paths] == [False, False, True]
+
+
+def test_a_persons_copy_is_not_the_good_one_for_which_a_save_may_go(folder):
+    """The last save is damaged: the newest good one that stays must be a save, though a copy is as new."""
+    paths = save(folder, 1, 2, size=32)
+    shutil.copy(paths[0], paths[0].with_name("a copy.pt"))
+    data = paths[1].read_bytes()
+    flipped(paths[1], data.find(ckpt.load(paths[1]).model_state[WEIGHT].numpy().tobytes()) + 5)
+    assert call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false").code == 0
+    assert all(path.exists() for path in paths)
+
+
+def test_pruning_during_a_resume_leaves_a_persons_copies(tmp_path):
+    """Also of the best, which the resumed run outdoes."""
+    assert train(tmp_path, CHECKPOINT_INTERVAL="2", EVAL_INTERVAL="2", CHECKPOINT_KEEP_BEST="0")[0] == 0
+    for step in (6, 8):
+        at_step(tmp_path, step).unlink()
+    first = at_step(tmp_path, 4)
+    best = ckpt.keep_best(ckpt.load(first), tmp_path / "checkpoints", saved=first)
+    copies = [*copies_of(first), Path(shutil.copy(best, best.with_name(f"{best.stem}_keep_me.pt")))]
+    code, said = train(tmp_path, RESUME="auto", CHECKPOINT_KEEP_LAST="1", CHECKPOINT_KEEP_BEST="1")
+    assert code == 0, said
+    assert [copy for copy in copies if not copy.exists()] == []
+    assert not first.exists()
+    assert not best.exists()

@@ -1,5 +1,6 @@
 """RESUME in training.py: which checkpoint is gone on with, when it refuses, and what it says."""
 
+import io
 import os
 import shutil
 import signal
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from drive import ROOT, at_step, newest, small_text, tensor_bytes, train
+from drive import ROOT, TINY, at_step, command, environment, logged, newest, small_text, tensor_bytes, train
+from test_exact_resume import KILLED
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import training
-from milepost import ckpt
+from milepost import ckpt, config, resume
+from milepost.ckpt.finding import scan
 from milepost.locks import RunLock
+from milepost.runtime.progress import Log
 
 
 @pytest.fixture(scope="module")
@@ -367,3 +371,168 @@ def test_of_a_run_what_goes_on_exactly_comes_before_what_is_newer(stopped):
     code, said = train(stopped, RESUME="auto", TRAINING_STEPS="9")
     assert code == 0, said
     assert newest(stopped).parent["run_id"] == run_id  # nothing is exact any more, and so it is a child
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RESUME_STEP is a step of one run.
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """Run A has steps 4 and 8; run B, newer, has 2, 4 and 6, and a best/ of its own. Their weights differ."""
+    folder = tmp_path_factory.mktemp("two")
+    assert train(folder)[0] == 0
+    assert train(folder, SEED="2", TRAINING_STEPS="6", CHECKPOINT_INTERVAL="2")[0] == 0
+    return folder
+
+
+def of_two(folder: Path, run: str, step: int) -> Path:
+    """The checkpoint of `A`, the run of seed 1337, or of `B`."""
+    seed = {"A": 1337, "B": 2}[run]
+    found = [one for one in ckpt.find(folder / "checkpoints") if one.metadata["hyperparameters"]["SEED"] == seed]
+    (path,) = (one.path for one in found if one.step == step)
+    return path
+
+
+def start_of(folder: Path, settings: dict[str, str]) -> ckpt.Checkpoint:
+    """What `find_record` takes for these settings."""
+    record = resume.find_record(config.read(environment(folder, **dict.fromkeys(TINY) | settings)), Log(io.StringIO()))
+    assert record is not None
+    return record
+
+
+@pytest.mark.parametrize("run", ["A", "B"])
+@pytest.mark.parametrize("form", ["file", "other folder", "run folder", "best", "stem glob"])
+@pytest.mark.parametrize("layout", ["unified", "stepfiles"])
+def test_a_step_is_one_of_the_named_checkpoints_run(layout, form, run, two_runs, tmp_path):
+    """By whatever name the checkpoint is meant, RESUME_STEP=4 is step 4 of its run, in every folder."""
+    shutil.copytree(two_runs, tmp_path / "two")
+    folder, last = tmp_path / "two", {"A": 8, "B": 6}[run]
+    if layout != "unified":
+        for one in ckpt.find(two_runs / "checkpoints"):
+            ckpt.convert(one.path, tmp_path / "new", layout=layout, in_best=form == "best" and one.step == last)
+        shutil.rmtree(folder / "checkpoints")
+        (tmp_path / "new").rename(folder / "checkpoints")
+    named = of_two(folder, run, last)
+    wanted = ckpt.load(of_two(folder, run, 4))
+    changes = {}
+    if form == "other folder":
+        changes = {"CHECKPOINT_DIR": str(tmp_path / "elsewhere")}
+    elif form == "run folder":
+        (folder / "checkpoints" / "a_copy").mkdir()
+        for path in map(Path, {*map(str, (folder / "checkpoints").glob("*.pt"))}):
+            one = ckpt.load(path, optimizer=False)
+            if one.run_id == wanted.run_id:
+                path.rename(folder / "checkpoints" / "a_copy" / path.name)
+        named = folder / "checkpoints" / "a_copy" if layout == "unified" else named.parent
+    elif form == "best" and layout == "unified":
+        (named,) = (
+            one.path
+            for one in scan(folder / "checkpoints")
+            if one.path.parent.name == "best" and one.run_id == wanted.run_id
+        )
+    name = str(named) if form != "stem glob" else f"{named.parent}/{named.name[:-4]}*"
+    record = start_of(folder, {"RESUME": name, "RESUME_STEP": "4"} | changes)
+    assert (record.run_id, record.step) == (wanted.run_id, 4)
+    assert tensor_bytes(record) == tensor_bytes(wanted)
+
+
+@pytest.mark.parametrize("name", ["auto", "latest", "checkpoints"])
+def test_without_a_name_the_step_is_the_newest_runs(name, two_runs):
+    name = name if name in ("auto", "latest") else str(two_runs / name)
+    assert start_of(two_runs, {"RESUME": name, "RESUME_STEP": "4"}).path == of_two(two_runs, "B", 4)
+
+
+def test_auto_takes_a_step_of_the_newest_run_that_fits(two_runs):
+    """Control: what fits decides, as without RESUME_STEP."""
+    settings = {"RESUME": "auto", "SEED": "2"}
+    assert start_of(two_runs, settings | {"RESUME_STEP": "2"}).path == of_two(two_runs, "B", 2)
+    assert start_of(two_runs, {"RESUME": str(of_two(two_runs, "A", 8)), "RESUME_STEP": "8"}).step == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "has", "other"), [("A", 2, "4, 8", "B"), ("auto", 8, "2, 4, 6", "A"), ("B", 5, "2, 4, 6", None)]
+)
+def test_a_step_that_the_run_lacks_is_refused_with_those_it_has(name, step, has, other, two_runs):
+    """Step 2 is there, but of the other run."""
+    wish = str(of_two(two_runs, name, {"A": 8, "B": 6}[name])) if name != "auto" else name
+    before = {path: path.read_bytes() for path in (two_runs / "checkpoints").rglob("*.pt")}
+    done = command("training.py", two_runs, RESUME=wish, RESUME_STEP=str(step))
+    assert done.returncode == 2
+    runs = {run: ckpt.load(of_two(two_runs, run, 4), optimizer=False).run_id for run in ("A", "B")}
+    mine = runs["B" if name == "auto" else name]
+    assert f"RESUME_STEP={step}" in done.stderr
+    assert f"run {mine} has the steps {has}" in done.stderr
+    assert (
+        (runs[other] in done.stderr) if other else all(run == mine or run not in done.stderr for run in runs.values())
+    )
+    assert {path: path.read_bytes() for path in (two_runs / "checkpoints").rglob("*.pt")} == before
+
+
+def test_a_checkpoint_without_a_run_has_only_its_own_step(two_runs, tmp_path):
+    """Another program's file beside our runs: their step 4 is not its."""
+    shutil.copytree(two_runs, tmp_path / "two")
+    record = ckpt.load(of_two(tmp_path / "two", "A", 8))
+    record.run_id, record.step = None, 1
+    path = ckpt.layouts.unified.write(record, tmp_path / "two" / "checkpoints", "theirs")
+    with pytest.raises(config.ConfigError, match="is at step 1 and names no run"):
+        start_of(tmp_path / "two", {"RESUME": str(path), "RESUME_STEP": "4"})
+    assert start_of(tmp_path / "two", {"RESUME": str(path), "RESUME_STEP": "1"}).path == path
+
+
+def test_a_damaged_step_of_the_run_is_not_replaced_by_another_runs(two_runs, tmp_path):
+    shutil.copytree(two_runs, tmp_path / "two")
+    wanted = of_two(tmp_path / "two", "A", 4)
+    for one in scan(tmp_path / "two" / "checkpoints"):
+        if one.run_id == ckpt.load(wanted, optimizer=False).run_id and one.step == 4:
+            damage(one.path)
+    wish = {"RESUME": str(of_two(tmp_path / "two", "A", 8)), "RESUME_STEP": "4"}
+    with pytest.raises(ckpt.CheckpointError, match="is damaged"):
+        start_of(tmp_path / "two", wish)
+
+
+def test_of_a_damaged_latest_the_same_runs_previous_one_is_taken(two_runs, tmp_path):
+    """MODE=resume of CHECKPOINT_PATH=latest, where another run saved in between."""
+    shutil.copytree(two_runs, tmp_path / "two")
+    folder, checkpoints = tmp_path / "two", tmp_path / "two" / "checkpoints"
+    newest = ckpt.load(of_two(folder, "A", 8))
+    ckpt.save(newest, checkpoints)  # A's once more, after B's
+    latest_one = ckpt.latest(ckpt.find(checkpoints))
+    damage(latest_one.path)
+    done = command(
+        "scripts/load_checkpoint.py", folder, MODE="resume", RESUME_TRAINING_STEPS="0", CHECKPOINT_PATH="latest",
+        **dict.fromkeys(TINY),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"taking {of_a_run(checkpoints, newest.run_id, besides=latest_one.path)}" in done.stderr
+
+
+def of_a_run(checkpoints: Path, run_id: str, *, besides: Path) -> Path:
+    """The newest of the run's checkpoints but for one."""
+    return [one.path for one in ckpt.find(checkpoints) if one.run_id == run_id and one.path != besides][-1]
+
+
+def killed_at(step: int, folder: Path, **changes: str) -> None:
+    """A training in a process of its own that SIGKILL ends right after a step."""
+    env = {"PATH": os.environ["PATH"]} | environment(folder, **changes)
+    done = subprocess.run([sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize("end", [6, 8])
+def test_metrics_of_later_steps_come_back_if_the_branch_saved_nothing(end, straight, tmp_path):
+    """Back to step 4, killed at 5, then on from the newest: step 6, or 8, where the run is finished."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before, policy = logged(folder), {"RESUME": "auto", "CHECKPOINT_KEEP_BEST": "0"}
+    if end == 6:
+        shutil.rmtree(folder / "checkpoints" / "best")
+        at_step(folder, 8).unlink()
+        assert train(folder, CHECKPOINT_INTERVAL="2", **policy)[0] == 0
+        at_step(folder, 8).unlink()
+    killed_at(5, folder, RESUME_STEP="4", CHECKPOINT_INTERVAL="0", **policy)
+    assert logged(folder)[-1][0] <= 5  # the control: they were not in the way
+    assert newest(folder).step == end
+    code, said = train(folder, RESUME="auto")
+    assert code == 0, said
+    assert logged(folder) == before

@@ -6,20 +6,21 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from drive import tensor_bytes
 from filelock import FileLock, Timeout
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import NOON, assert_same, bits, hugging_face_folder, newest, record, save, set_clock
 
 from milepost import ckpt, files
 from milepost.ckpt import Checkpoint, CheckpointError, Found, finding, retention
 from milepost.ckpt.layouts import unified
-from milepost.ckpt.retention import file_word
+from milepost.ckpt.names import file_word, own_stem
 from milepost.locks import FOLDER_LOCK
 
 LAYOUTS = sorted(ckpt.WRITERS)
@@ -230,12 +231,12 @@ def test_what_is_not_worse_stays_until_it_is(tmp_path):
     assert lower.exists()
 
 
-def test_whether_the_best_is_kept_goes_by_run_and_step(tmp_path):
-    assert not ckpt.best_is_kept(tmp_path, better(2))
+def test_whether_the_best_is_kept_goes_by_run_and_loss(tmp_path):
+    assert not ckpt.best_is_kept(tmp_path, run_id="one", loss=0.5)
     ckpt.keep_best(better(2), tmp_path, saved=None)
-    assert ckpt.best_is_kept(tmp_path, better(2))
-    assert not ckpt.best_is_kept(tmp_path, better(3))
-    assert not ckpt.best_is_kept(tmp_path, better(2, run_id="other"))
+    assert ckpt.best_is_kept(tmp_path, run_id="one", loss=0.5)
+    assert not ckpt.best_is_kept(tmp_path, run_id="one", loss=0.25)
+    assert not ckpt.best_is_kept(tmp_path, run_id="other", loss=0.5)
 
 
 def test_what_belongs_to_no_run_is_never_removed_for_a_better_one(tmp_path):
@@ -516,6 +517,209 @@ def test_a_conversion_beside_its_source_is_no_save_of_its_own(tmp_path):
     paths[8] = save(tmp_path, 8)
     ckpt.prune(tmp_path, run_id="one", keep_last=2, keep_every=0, newest_good=paths[8])
     assert [(one.step, one.resumable) for one in ckpt.find(tmp_path)] == [(6, False), (6, True), (8, True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies: only the exact name that a save gave is retention's to delete.
+
+
+def renamed(name: str, new: Callable[[str], str]) -> str:
+    """The name of a copy of a file; of one file of several, what follows the stem stays."""
+    ends = ("_optimizer.safetensors", "_state.json", ".safetensors", "-optimizer.pt", "-model.pt", ".pt")
+    end = next((end for end in ends if name.endswith(end)), "")
+    return new(name.removesuffix(end)) + end
+
+
+COPIES: dict[str, Callable[[str], str]] = {
+    "word after": lambda stem: f"{stem}-my-favourite",
+    "underscored word after": lambda stem: f"{stem}_keep_me",
+    "best": lambda stem: f"{stem}_best",
+    "digits after": lambda stem: f"{stem}0",
+    "number after": lambda stem: f"{stem}_02",
+    "number far after": lambda stem: f"{stem} 2",
+    "model": lambda stem: f"{stem}_model",  # the copy has an optimizer, what `strip` writes has not
+    "model and number": lambda stem: f"{stem}_model_2",
+    "Windows": lambda stem: f"{stem} - Copy",
+    "Windows, again": lambda stem: f"{stem} - Copy (2)",
+    "macOS": lambda stem: f"{stem} copy",
+    "Linux": lambda stem: f"{stem} (1)",
+    "GNOME": lambda stem: f"{stem} (copy)",
+    "date after": lambda stem: f"{stem}_20251110",
+    "another stamp after": lambda stem: f"{stem}_11102025_120001",
+    "newline after": lambda stem: f"{stem}\n",
+    "word before": lambda stem: f"my_{stem}",
+    "copy of": lambda stem: f"copy of {stem}",
+    "Copy_": lambda stem: f"Copy_{stem}",
+    "digit before": lambda stem: f"0_{stem}",
+    "upper case": str.upper,
+    "title": str.title,
+    "other digits": lambda stem: stem.translate({ord("0") + n: chr(0x0660 + n) for n in range(10)}),
+    "another step": lambda stem: stem.replace("step0001", "step0009").replace("000001", "000009"),
+    "a longer step": lambda stem: stem.replace("step0001", "step00001").replace("000001", "0000001"),
+}
+
+
+def copied_as(path: Path, layout: str, new: Callable[[str], str], *, place: Path | None = None) -> list[Path]:
+    """Copies a checkpoint, all of its files, as a person does; returns the copies."""
+    copies = []
+    for file in ckpt.WRITERS[layout].files(path):
+        copies.append((place or file.parent) / renamed(file.name, new))
+        (shutil.copytree if file.is_dir() else shutil.copy2)(file, copies[-1])
+    return copies
+
+
+def content(paths: list[Path]) -> dict[Path, bytes]:
+    files = [each for path in paths for each in ([path] if path.is_file() else path.rglob("*")) if each.is_file()]
+    assert files
+    return {file: file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_under_any_name_of_a_persons_stays_as_it_is(way, layout, tmp_path):
+    """Copied beside the first of three, it neither goes nor takes the place of a save among the last."""
+    first, second, last = (save(tmp_path, step, layout=layout) for step in (1, 2, 3))
+    before = content(copied_as(first, layout, COPIES[way]))
+    newest_copy = content(copied_as(last, layout, COPIES["word after"]))
+    for keep_every in (0, 1):  # the second would take the optimizer
+        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=keep_every, newest_good=last)
+        assert content(list(before)) == before
+    assert content(list(newest_copy)) == newest_copy
+    assert last.exists()
+    assert not second.exists()
+    assert not first.exists()  # the control: what retention is for still happens
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_renamed_checkpoint_stays_and_the_last_save_under_its_own_name_too(layout, tmp_path):
+    paths = [save(tmp_path, step, layout=layout) for step in (1, 2, 3)]
+    before = content(copied_as(paths[2], layout, COPIES["word after"]))
+    files.remove(ckpt.WRITERS[layout].files(paths[2]))
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=None)
+    assert content(list(before)) == before
+    assert [path.exists() for path in paths] == [False, True, False]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copy_under_a_name_that_a_save_could_have_protects_both(layout, tmp_path, monkeypatch):
+    """`step_000001_2`, or the next second: only while the original is there can it be told to be a copy."""
+    set_clock(monkeypatch, NOON)
+    paths = [save(tmp_path, step, layout=layout) for step in (1, 2, 3)]
+    numbered = bool(ckpt.WRITERS[layout].RUN_STEM)
+    copies = copied_as(paths[0], layout, lambda stem: f"{stem}_2" if numbered else f"{stem[:-1]}9")
+    before = content(copies)
+    for _ in range(2):
+        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=paths[2])
+        assert content(copies) == before
+    assert [path.exists() for path in paths] == [True, False, True]
+
+
+def test_a_second_save_of_a_step_is_no_copy(tmp_path):
+    """The control of the test above: it has a save id of its own."""
+    for layout in LAYOUTS:
+        folder = tmp_path / layout
+        paths = [save(folder, step, layout=layout) for step in (1, 1, 3)]
+        ckpt.prune(folder, run_id="one", keep_last=1, keep_every=0, newest_good=paths[2])
+        assert [path.exists() for path in paths] == [False, False, True]
+
+
+@pytest.mark.parametrize("layout", ["unified", "sharded"])
+def test_copies_of_a_model_without_its_optimizer_stay(layout, tmp_path):
+    alone = {"optimizer_state": None, "hyperparameters": {"CHECKPOINT_MODEL_ONLY": True}}
+    paths = [save(tmp_path, step, layout=layout, **alone) for step in (1, 2, 3)]
+    full = [save(tmp_path, step, layout=layout) for step in (4, 5)]
+    retention.strip(full[0])
+    (stripped,) = tmp_path.glob("*step0004*")
+    copies = copied_as(paths[0], layout, lambda stem: f"{stem}_model") + copied_as(
+        stripped, layout, lambda stem: f"{stem}_2"
+    )
+    before = content(copies)
+    for _ in range(2):
+        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=full[1])
+        assert content(copies) == before
+    assert not paths[1].exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("place", ["one copy", "backup", "Best", "best copy"])
+def test_a_copied_folder_stays(place, layout, tmp_path):
+    """Of the layouts whose names repeat in each run's folder, a copy of that folder is found, and known by its name."""
+    first, last = (save(tmp_path, step, layout=layout) for step in (1, 2))
+    (tmp_path / place).mkdir()
+    before = content(copied_as(first, layout, str, place=tmp_path / place))
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    assert content(list(before)) == before
+    assert not first.exists()
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("unified", "separated", "stepfiles")])
+def test_a_folder_with_a_file_of_somebodys_in_it_stays(layout, tmp_path):
+    paths = [save(tmp_path, step, layout=layout) for step in (1, 2, 3)]
+    (paths[0] / "README.md").write_text("my notes")
+    (paths[1] / ".DS_Store").write_text("the system's")
+    before = content([paths[0]])
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=paths[2])
+    assert content([paths[0]]) == before
+    assert not paths[1].exists()
+
+
+@pytest.mark.parametrize("name", ["{}.bak", "{}.pt.bak", "{}.pt~", "{}.PT", "{}.pt.1", "old-{}.pt.txt"])
+def test_a_copy_with_another_end_stays(name, tmp_path):
+    first, last = (save(tmp_path, step) for step in (1, 2))
+    copy = Path(shutil.copy(first, tmp_path / name.format(first.stem)))
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    assert copy.exists()
+    assert not first.exists()
+
+
+def test_whose_prefix_it_is_is_known_from_the_runs_own_settings(tmp_path):
+    """`my_checkpoint` may be a setting or a person's renaming."""
+    own = {"hyperparameters": {"CHECKPOINT_PREFIX": "my_checkpoint"}}
+    mine, theirs = record(1, **own), record(2)
+    with_prefix = ckpt.save(mine, tmp_path, prefix="my_checkpoint")
+    plain = ckpt.save(theirs, tmp_path)
+    copies = [
+        with_prefix.rename(tmp_path / f"my_{with_prefix.name}"),
+        shutil.copy(plain, tmp_path / f"my_{plain.name}"),
+    ]
+    again = ckpt.save(mine, tmp_path, prefix="my_checkpoint")
+    last = ckpt.save(record(3), tmp_path)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    assert {path.name for path in tmp_path.glob("*.pt")} == {last.name, *(Path(copy).name for copy in copies)}
+    assert not again.exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_persons_copy_under_best_stays_and_takes_no_place_there(layout, tmp_path):
+    kept = [ckpt.keep_best(better(step), tmp_path, saved=None, layout=layout, count=2) for step in (1, 2)]
+    before = content(copied_as(kept[1], layout, COPIES["word after"]))
+    kept.append(ckpt.keep_best(better(3), tmp_path, saved=None, layout=layout, count=2))
+    assert content(list(before)) == before
+    assert [path.exists() for path in kept] == [False, True, True]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_name_but_the_saves_own_is_retentions(data):
+    """Insert, delete or replace anything anywhere in a name: it is the very same name, or not the program's."""
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    values = {"model_type": "gpt2", "step": 350, "run_id": "one", "save_id": "ab", "parts": ["model", "optimizer"],
+              "data": {"name": "letters"}, "hyperparameters": {}, "saved_at": "2025-11-10T12:00:00.500000+00:00"}  # fmt: skip
+    numbered = {"stepfiles": "step_000350.safetensors", "consolidated": "checkpoint_000350"}
+    stem = "checkpoint_gpt2_letters_step0350_11102025_120000"
+    ends = {"unified": ".pt", "separated": "-model.pt"}
+    name = numbered.get(layout, stem + ends.get(layout, ""))
+    place = FOLDER / "one" if layout in numbered else FOLDER
+    assert own_stem(Found(place / name, values, layout=layout)) is not None
+    start = data.draw(st.integers(0, len(name)))
+    end = data.draw(st.integers(start, min(len(name), start + 3)))
+    text = st.text(st.characters(exclude_characters="/\0") | st.sampled_from("0123456789_-.() "), max_size=4)
+    changed = name[:start] + data.draw(text) + name[end:]
+    could_be_a_later_save = re.fullmatch(
+        r"(checkpoint_gpt2_letters_step0350_11102025_1[23]\d{4}|step_000350_\d+|checkpoint_000350_\d+)(\.pt|-model\.pt|\.safetensors)?", changed, re.ASCII
+    )  # fmt: skip
+    if changed not in ("", ".", "..", name) and not could_be_a_later_save:
+        assert own_stem(Found(place / changed, values, layout=layout)) is None
 
 
 def test_what_somebody_has_named_stays(tmp_path):

@@ -16,9 +16,9 @@ from transformers.generation.logits_process import (
 )
 
 from milepost.generate.sampling import draw, generate, keep_top_k, keep_top_p, next_token, penalize
-from models import Model
 from models.bigram import Bigram, BigramSettings
 from models.gpt2 import GPT2, GPT2Cache, GPT2Settings
+from models.model import Model
 
 VOCAB, BLOCK = 61, 16
 Net = TypeVar("Net", bound=Model)
@@ -155,7 +155,7 @@ def test_half_precision_logits_draw_what_their_float32_values_draw() -> None:
 def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) -> None:
     logits = spread(10)
     logits[17] = bad
-    with pytest.raises(ValueError, match=f"the model's best logit is {bad}: its weights are not usable"):
+    with pytest.raises(ValueError, match=f"best logit is {bad}: "):
         pick(logits, temperature=temperature)
 
 

@@ -61,9 +61,10 @@ def test_from_any_folder_into_a_pipe_that_closes(name, folder):
         "NO_COLOR": "1",
         "DEVICE": "cpu",
     }
-    line = f"{{ {sys.executable} {ROOT / 'scripts' / name}.py; echo $? >&3; }} 3>code | true"
+    line = '{ "$0" "$1"; echo $? >&3; } 3>code | true'
+    words = [sys.executable, str(ROOT / "scripts" / f"{name}.py")]
     done = subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=env | MORE[name], capture_output=True, text=True, check=False
+        ["bash", "-c", line, *words], cwd=folder, env=env | MORE[name], capture_output=True, text=True, check=False
     )
     assert (folder / "code").read_text().strip() == "0", done.stderr
     assert "Traceback" not in done.stderr

@@ -4,7 +4,9 @@ import pytest
 from drive import ROOT, train
 
 from milepost.runtime.progress import read_metrics
-from milepost.text import corpus, token_files, tokenization
+from milepost.text import token_files, tokenization
+from milepost.text.corpus import open_corpus
+from milepost.text.scan import scan
 
 pytestmark = pytest.mark.soak
 
@@ -26,8 +28,8 @@ def test_tiny_shakespeare_is_learned_as_well_as_nanogpt_learns_it(tmp_path):
 
 def test_tiny_shakespeare_has_338025_gpt2_tokens(tmp_path):
     """The count that nanoGPT's data/shakespeare/readme.md gives: 301,966 and 36,059."""
-    text = corpus.open_corpus("tinyshakespeare", data_dir=ROOT / "data")
-    seen = corpus.scan(text)
+    text = open_corpus("tinyshakespeare", data_dir=ROOT / "data")
+    seen = scan(text)
     tokenizer = tokenization.build(
         "gpt2", text.pieces(), alphabet=seen.alphabet, documents=seen.documents, vocab_size=0
     )

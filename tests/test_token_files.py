@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milepost.text import token_files as tokens_module
-from milepost.text.corpus import Corpus, DataError, Scan, open_corpus, scan
+from milepost.text.corpus import Corpus, open_corpus
+from milepost.text.errors import DataError
+from milepost.text.scan import Scan, cached_scan, scan
 from milepost.text.token_files import TokenSplit, prepare
 from milepost.text.tokenization import ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer, UnknownCharacters, build
 
@@ -237,7 +239,8 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_tokens(tmp_path: Path
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from milepost.text.corpus import open_corpus, scan
+from milepost.text.corpus import open_corpus
+from milepost.text.scan import scan
 from milepost.text.tokenization import ByteTokenizer
 from milepost.text.token_files import prepare
 class Dying(ByteTokenizer):
@@ -271,10 +274,56 @@ def test_a_text_that_changed_since_the_scan_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "cache") == []
 
 
+def test_a_stale_scan_is_forgotten_so_that_starting_again_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change that the scan's cache cannot see: here the compared stamps are the same for every file."""
+    monkeypatch.setattr("milepost.text.stamps._stamp", lambda path: {"mtime_ns": 0, "ctime_ns": 0})
+    cache = tmp_path / "cache"
+    corpus, _ = corpus_of(tmp_path, "one text")
+    before = cached_scan(corpus, cache_dir=cache)
+    corpus_of(tmp_path, "two text")
+    assert cached_scan(corpus, cache_dir=cache) == before  # the control: it is stale
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(corpus, before, ByteTokenizer(), validation_fraction=0, cache_dir=cache)
+    found = cached_scan(corpus, cache_dir=cache)
+    split = prepare(corpus, found, ByteTokenizer(), validation_fraction=0, cache_dir=cache)
+    assert bytes(split.train.tolist()) == b"two text"
+
+
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
     with pytest.raises(DataError, match=r"cache cannot be written"):
         prepared(tmp_path, ByteTokenizer(), "text")
+
+
+class Words(ByteTokenizer):
+    """Records what it is asked to encode."""
+
+    splits_at = "document"
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def encode_array(self, text: str) -> np.ndarray:
+        self.seen.append(text)
+        return super().encode_array(text)
+
+
+def test_documents_stay_whole_for_a_tokenizer_that_splits_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens_module, "CHUNK", 4)
+    monkeypatch.setattr("milepost.text.readers.BLOCK", 8)
+    whole, cut = Words(), Words()
+    cut.splits_at = "word"
+    for tokenizer in (whole, cut):
+        corpus, found = corpus_of(tmp_path, TEXT, "a second document")
+        split = prepare(corpus, found, tokenizer, validation_fraction=0.1, cache_dir=tmp_path / tokenizer.splits_at)
+        assert bytes([*split.train, *split.validation]) == f"{TEXT}\na second document".encode()
+    at = tokens_module.split_at(len(TEXT) + len("a second document"), 0.1)
+    assert sorted(text for text in whole.seen if text != "\n") == sorted([TEXT[:at], TEXT[at:], "a second document"])
+    assert len(cut.seen) > 20  # the control
 
 
 # Size
@@ -317,7 +366,8 @@ def test_memory_would_grow_if_text_were_tokenized_whole(tmp_path: Path, monkeypa
 RESIDENT = """
 import sys
 from pathlib import Path
-from milepost.text.corpus import open_corpus, scan
+from milepost.text.corpus import open_corpus
+from milepost.text.scan import scan
 from milepost.text.tokenization import Gpt2Tokenizer
 from milepost.text.token_files import prepare
 
@@ -346,8 +396,8 @@ def test_the_whole_process_stays_as_small_with_a_corpus_of_64_megabytes(tmp_path
 
 def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr("milepost.text.corpus.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("milepost.text.scan.time.monotonic", lambda: next(clock))
     corpus, found = corpus_of(tmp_path, "x" * 2_000_000)
     said: list[str] = []
-    prepare(corpus, found, ByteTokenizer(), validation_fraction=0, cache_dir=tmp_path / "cache", say=said.append)
+    prepare(corpus, found, ByteTokenizer(), validation_fraction=0, cache_dir=tmp_path / "cache", log=said.append)
     assert said == ["tokenizing: 1 MB done", "tokenizing: 2 MB done"]

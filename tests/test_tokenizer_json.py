@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Theirs
 from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from milepost.text import tokenization
-from milepost.text.tokenization import END_OF_TEXT, KINDS, Tokenizer, UnknownCharacters, from_dict
+from milepost.text.registry import TOKENIZERS
+from milepost.text.tokenization import END_OF_TEXT, Tokenizer, UnknownCharacters, from_dict
 from milepost.text.tokenizer_json import GPT2_DIGEST, from_tokenizers_json, tokenizer_config, tokenizers_json
 
 BUNDLED = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
@@ -58,7 +59,7 @@ def write_folder(folder: Path, tokenizer: Tokenizer) -> Path:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     top = tmp_path_factory.mktemp("tokenizers")
-    return {kind: write_folder(top / kind, ours(kind)) for kind in KINDS}
+    return {kind: write_folder(top / kind, ours(kind)) for kind in TOKENIZERS}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def check_same(their: Any, tokenizer: Tokenizer, text: str) -> None:
 
 LIBRARIES = ("tokenizers", "PreTrainedTokenizerFast", "AutoTokenizer")
 each_library = pytest.mark.parametrize("library", LIBRARIES)
-each_kind = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
 # The same ids and the same text
@@ -262,7 +263,7 @@ def test_another_tokenizer_is_taken_for_none_of_ours(name: str) -> None:
     change(values)
     assert from_tokenizers_json(values) == {"kind": "bpe", "tokenizer": values}
     if kind == "char":
-        with pytest.raises(ValueError, match=r"^the tokenizer is no byte-level BPE: model.type must be BPE$"):
+        with pytest.raises(ValueError, match=r"^the tokenizer is not a byte-level BPE: model.type must be BPE$"):
             from_dict(from_tokenizers_json(values))
 
 
@@ -274,7 +275,7 @@ def test_half_a_character_as_a_token_is_refused_when_it_is_built() -> None:
 
 
 def test_what_is_written_is_a_copy() -> None:
-    for kind in KINDS:
+    for kind in TOKENIZERS:
         first = tokenizers_json(ours(kind))
         first["model"]["vocab"].clear()
         first["pre_tokenizer"].get("pattern", {}).clear()

@@ -141,8 +141,8 @@ def poisoned(monkeypatch, *, step: int, value: float) -> None:
     learn = training.accumulate_gradients
 
     def gradients(run):
-        loss = learn(run)
-        return loss * value if run.step >= step else loss
+        metrics = learn(run)
+        return metrics | {"loss": metrics["loss"] * value} if run.step >= step else metrics
 
     monkeypatch.setattr(training, "accumulate_gradients", gradients)
 
@@ -230,7 +230,7 @@ def test_out_of_memory_names_three_variables(tmp_path, monkeypatch):
 
 
 def test_an_estimate_above_free_memory_is_said_at_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.machine, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(training.hardware, "free_memory", lambda device: 1000)
     code, said = train(tmp_path)
     assert code == 0
     assert "warning: a step needs about" in said

@@ -18,8 +18,9 @@ from milepost.ckpt.restore import build_model, merged, with_base
 from milepost.generate.decoder import Decoder
 from milepost.generate.sampling import generate
 from models import adapter_counts, build, plain, training_bytes
+from models.adapters import is_ttt
 from models.gpt2 import GPT2, GPT2Settings
-from models.ttt import TTTMLP, TTTSettings, is_ttt
+from models.ttt import TTTMLP, TTTSettings
 
 H, HS, B = 2, 3, 2
 C = H * HS
@@ -423,7 +424,7 @@ def test_what_is_loaded_is_told(trained: Path) -> None:
     assert "SPECULATE=lookup is not used: TTT layers learn from each token, and cannot take it back" in done.stderr
     assert len(done.stdout) == 4 + 40 + 1
     said = call(loader, trained, QUANTIZE="int8")
-    assert (said.code, "QUANTIZE=int8 is for a GPT-2 on a CPU: TTT layers learn" in said.err) == (2, True)
+    assert (said.code, "QUANTIZE=int8 needs a fast decoder: TTT layers learn" in said.err) == (2, True)
 
 
 def test_fresh_layers_on_other_weights_leave_them_as_they_are(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Saving in the background: what is written is what stood when it was submitted, one save at a time, and no error is lost."""
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +9,14 @@ import pytest
 import torch
 from drive import tensor_bytes, train
 from records import WEIGHT, record
+from work import HANGING
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, writer
 from milepost.ckpt.writer import Writer
 
 PLENTY = 10**12
-SHORT = 0.2  # seconds in which what must wait would have come back
-LONG = 10.0  # and after which what must not wait is taken for hanging
+WAITING = ("wait", "join", "_wait_for_tstate_lock")  # functions of `threading`
 
 
 @pytest.fixture
@@ -68,11 +69,20 @@ def test_control_what_changes_before_it_is_settled_is_not_kept(background, monke
 
 
 def start(action: Callable[[], None]) -> tuple[threading.Thread, threading.Event]:
-    """Does `action` in a thread of its own, which nobody has to wait for; the event tells that it has come back."""
+    """Do `action` in a thread of its own, which nobody has to wait for; the event is set when it has come back."""
     back = threading.Event()
     thread = threading.Thread(target=lambda: (action(), back.set()), daemon=True)
     thread.start()
     return thread, back
+
+
+def waits(thread: threading.Thread, back: threading.Event) -> bool:
+    """Return whether the thread stands in a wait, once it does or has come back."""
+    while not back.is_set():
+        frame = sys._current_frames().get(thread.ident or 0)
+        if frame is not None and frame.f_code.co_filename == threading.__file__ and frame.f_code.co_name in WAITING:
+            return True
+    return False
 
 
 def test_settle_waits_for_the_copy_and_not_for_the_job(background, monkeypatch):
@@ -80,12 +90,12 @@ def test_settle_waits_for_the_copy_and_not_for_the_job(background, monkeypatch):
 
     def slow(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
         copying.set()
-        copied.wait(LONG)
+        copied.wait(HANGING)
         copy(tensor, buffer)
         seen.append("copied")
 
     def job(_: Checkpoint) -> None:
-        written.wait(LONG)
+        written.wait(HANGING)
         seen.append("written")
 
     background.submit(record(1), lambda _: None)
@@ -93,11 +103,11 @@ def test_settle_waits_for_the_copy_and_not_for_the_job(background, monkeypatch):
     monkeypatch.setattr(writer, "_copy", slow)
     try:
         background.submit(record(1, optimizer_state=None), job)
-        assert copying.wait(LONG)
-        _, back = start(lambda: (background.settle(), seen.append("settled")))
-        assert not back.wait(SHORT)
+        assert copying.wait(HANGING)
+        thread, back = start(lambda: (background.settle(), seen.append("settled")))
+        assert waits(thread, back)
         copied.set()
-        assert back.wait(LONG)  # although the job is not done
+        assert back.wait(HANGING)  # although the job is not done
         assert seen == ["copied", "settled"]
     finally:
         copied.set()
@@ -113,7 +123,7 @@ def test_one_save_is_in_flight_and_the_next_waits(background):
     def first(_: Checkpoint) -> None:
         events.append("first begins")
         begun.set()
-        free.wait(LONG)
+        free.wait(HANGING)
         events.append("first ends")
 
     def submit_second() -> None:
@@ -121,12 +131,12 @@ def test_one_save_is_in_flight_and_the_next_waits(background):
 
     try:
         background.submit(record(1), first)
-        assert begun.wait(LONG)
-        _, back = start(submit_second)
-        assert not back.wait(SHORT)
+        assert begun.wait(HANGING)
+        thread, back = start(submit_second)
+        assert waits(thread, back)
         assert events == ["first begins"]
         free.set()
-        assert back.wait(LONG)
+        assert back.wait(HANGING)
     finally:
         free.set()
         background.wait()
@@ -201,7 +211,7 @@ def test_control_training_that_does_not_settle_leaves_other_files(tmp_path, monk
     seen = {}
 
     def copied(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
-        late.wait(LONG)
+        late.wait(HANGING)
         copy(tensor, buffer)
 
     def waited(self: Writer) -> None:

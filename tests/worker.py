@@ -1,12 +1,15 @@
 """training.py as torchrun starts it, with what a test wants to go wrong; its process numbers are told in a folder.
 
-WORKER_PIDS: a folder where each process leaves a file named by its rank that holds its number.
+WORKER_PIDS: a folder where each process leaves a file named by its rank that holds its number, and when it ends by itself, whatever
+    its exit code, another one named {rank}.code.
 WORKER_FAULT: "RANK:STEP" kills that process before it learns from the batch of that step, the first time it is started;
     "RANK:STEP:update" when it has told a direction of that step's update by muon, and others wait for the next.
+WORKER_LATE: "lock" or "report": a signal comes, as from torchrun, when a process that lost another gives its lock free or says so.
 WORKER_MEMORY: bytes that each device seems to have.
 WORKER_OTHER: "NAME=value" that the second process finds in its environment, as if it were on another machine.
 """
 
+import atexit
 import os
 import runpy
 import signal
@@ -17,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training.py"
 sys.path.insert(0, str(ROOT))
 
+from milepost import cli as door  # noqa: E402
+from milepost.locks import RunLock  # noqa: E402
 from milepost.runtime import hardware  # noqa: E402
 from milepost.runtime.distributed import World  # noqa: E402
 from milepost.text.batches import Batches  # noqa: E402
@@ -27,6 +32,24 @@ if rank == "1" and (other := os.environ.get("WORKER_OTHER")):
     os.environ[name] = value
 if folder := os.environ.get("WORKER_PIDS"):
     (Path(folder) / rank).write_text(str(os.getpid()), encoding="utf-8")
+    end = os._exit
+
+    def ended(code: object) -> None:
+        (Path(str(folder)) / f"{rank}.code").write_text(str(code), encoding="utf-8")
+        end(code)
+
+    os._exit = ended  # where a training ends that lost another process
+    atexit.register(lambda: (Path(str(folder)) / f"{rank}.code").write_text("", encoding="utf-8"))  # and any other
+
+if late := os.environ.get("WORKER_LATE"):
+    where, name = {"lock": (RunLock, "release"), "report": (door, "told")}[late]
+    action = getattr(where, name)
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return action(*arguments)
+
+    setattr(where, name, signalled)
 
 if memory := os.environ.get("WORKER_MEMORY"):
     hardware.all_memory = lambda _: int(memory)

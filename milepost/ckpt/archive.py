@@ -1,42 +1,43 @@
 """A torch archive: a zip file of a pickle, of tensors, and of one JSON member, so that what it is can be told without unpickling.
 
 Each member carries its CRC-32. Written here rather than by torch.save, because that keeps the interpreter's lock while it writes,
-reads every byte twice and goes through the page cache; torch.load opens the result like its own.
+reads every byte twice and goes through the page cache; torch.load opens the result like its own. Read here too, and not by torch.load:
+the bytes that were checked are the bytes that are opened, and nothing else has a say in what they mean.
 """
 
 import collections
+import contextlib
 import functools
 import io
 import json
+import mmap
 import os
 import pickle
 import stat
 import sys
-import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from milepost.ckpt import pickles
+from milepost.ckpt import pickles, torch_pickle, zip_reader
 from milepost.ckpt.manifest import JSON_LIMIT, parse_json
 from milepost.ckpt.record import CheckpointError, Json
+from milepost.ckpt.zip_reader import PICKLE, Member
 from milepost.files import CHUNK
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 ROOT = "archive"
-MEMBER = f"{ROOT}/milepost.json"
-PICKLE = "/data.pkl"  # below a folder of any name
+MEMBER = "milepost.json"  # in ROOT only: in a folder of another name torch.save has written the rest
 PICKLE_LIMIT = JSON_LIMIT  # bytes; the metadata is in the pickle too
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 SEEN = 4096  # files of which it is remembered what they are
 ALIGNMENT = 64  # bytes; torch's own, so that a mapped tensor begins where its element may
-
-Found = TypeVar("Found")
 
 # What the first bytes of a file that is no torch archive tell about it.
 KINDS = (
@@ -57,7 +58,7 @@ def is_archive(path: Path) -> bool:
 
 def read_metadata(path: Path) -> Json:
     """The JSON member alone, tensors untouched, None if there is none; raises CheckpointError if the file is damaged."""
-    return _glance(path, _stamp(path))[0]
+    return _seen(path, _stamp(path))[0]
 
 
 def words(path: Path) -> frozenset[str]:
@@ -87,16 +88,29 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=SEEN)  # what it is does not change from save to save
 def _marks(path: Path, stamp: tuple[int, ...]) -> tuple[Json, frozenset[str]]:
-    values, strings = _glance(path, stamp)
+    values, strings = _seen(path, stamp)
     return values.get("half") if isinstance(values, dict) else None, strings
 
 
-@functools.lru_cache(maxsize=2)  # a file is asked what it is, and then for its metadata
-def _glance(path: Path, stamp: tuple[int, ...]) -> tuple[Json, frozenset[str]]:
-    with _open_archive(path) as archive:
-        values = _metadata_member(archive, path)
-        strings = _of_pickle(pickles.words, archive, path) if values is None else frozenset()
+def _seen(path: Path, stamp: tuple[int, ...]) -> tuple[Json, frozenset[str]]:
+    """The JSON member, and the strings of the pickle if there is none; raises CheckpointError."""
+    values, strings, problem = _glance(path, stamp)
+    if problem:
+        raise CheckpointError(problem)
     return values, strings
+
+
+@functools.lru_cache(maxsize=2)  # a file is asked what it is, and then for its metadata
+def _glance(path: Path, stamp: tuple[int, ...]) -> tuple[Json, frozenset[str], str | None]:
+    """What `_seen` returns, or the problem: every layout asks, and a damaged file may take long to be read."""
+    try:
+        with _opened(path) as archive:
+            values = archive.metadata()
+            return values, archive.words() if values is None else frozenset(), None
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):  # which may pass without a change of the file
+            raise
+        return None, frozenset(), str(error)
 
 
 def load(path: Path) -> tuple[dict[Any, Any], Json]:
@@ -104,22 +118,22 @@ def load(path: Path) -> tuple[dict[Any, Any], Json]:
 
     Raises CheckpointError in one sentence for whatever is wrong with it.
     """
-    with _open_archive(path) as archive:
-        values = _metadata_member(archive, path)
-        _check_pickle(archive, path)
-    return _load_archive(path), values
+    with _opened(path) as archive:
+        return archive.content(), archive.metadata()
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with the file's bytes, one sentence each; empty if every member agrees with its CRC-32."""
+    """What is wrong with the file, one sentence each; empty if every member agrees with its CRC-32 and `load` would open it."""
     try:
-        with _open_archive(path) as archive:
-            damaged = archive.testzip()
+        with _opened(path) as archive:
+            if name := zip_reader.damaged(archive.file, archive.members):
+                name = f"{archive.folder}/{name}"
+                return [f"{path}: is damaged: the bytes of {name:.80} do not agree with their checksum"]
+            archive.metadata()
+            archive.content()
     except CheckpointError as error:
         return [str(error)]
-    except Exception as error:  # zipfile raises whatever a flipped bit in a header leads it to
-        return [f"{path}: is damaged ({_first_line(error)}): take an earlier checkpoint"]
-    return [f"{path}: is damaged: the bytes of {damaged} do not agree with their checksum"] if damaged else []
+    return []
 
 
 def dump(content: Any, file: io.RawIOBase, *, metadata: Json = None) -> list[int]:
@@ -135,9 +149,7 @@ def dump(content: Any, file: io.RawIOBase, *, metadata: Json = None) -> list[int
         begins = [_add(archive, f"data/{key}", bytes_of(tensor)) for key, tensor in enumerate(pickler.tensors)]
         _add(archive, "version", b"3\n")
         if metadata is not None:
-            _add(
-                archive, MEMBER.removeprefix(f"{ROOT}/"), json.dumps(metadata, allow_nan=False, sort_keys=True).encode()
-            )
+            _add(archive, MEMBER, json.dumps(metadata, allow_nan=False, sort_keys=True).encode())
     return begins
 
 
@@ -212,24 +224,110 @@ def head(path: Path) -> bytes:
         return b""
 
 
-def _open_archive(path: Path) -> zipfile.ZipFile:
+@dataclass(frozen=True)
+class _Archive:
+    """An open archive: all that is read of it is read through this one file, by where its members were found."""
+
+    path: Path
+    file: io.BufferedReader
+    folder: str
+    members: Mapping[str, Member]
+
+    def metadata(self) -> Json:
+        """The JSON member; None if there is none."""
+        if self.folder != ROOT or MEMBER not in self.members:
+            return None
+        return parse_json(self._read(MEMBER, limit=JSON_LIMIT), f"{self.path}: {ROOT}/{MEMBER}")
+
+    def words(self) -> frozenset[str]:
+        """The strings in the pickle."""
+        pickled = self._read(PICKLE, limit=PICKLE_LIMIT)
+        with _damage(self.path):
+            return pickles.words(pickled)
+
+    def content(self) -> dict[Any, Any]:
+        """The pickled dict with its tensors memory-mapped: only what is used is ever read from disk."""
+        self._check_byte_order()
+        pickled = self._read(PICKLE, limit=PICKLE_LIMIT)
+        with _damage(self.path):
+            mapped = _map(self.path, file=self.file)
+            content = torch_pickle.content_of(pickled, lambda key: _storage(mapped, self.members[f"data/{key}"]))
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            raise CheckpointError(f"{self.path}: holds {kind}, expected a dictionary with model_state_dict")
+        return content
+
+    def _check_byte_order(self) -> None:
+        if "byteorder" in self.members and self._read("byteorder", limit=16) != sys.byteorder.encode():
+            problem = f"its numbers are not stored {sys.byteorder}-endian, as this machine has them"
+            raise CheckpointError(f"{self.path}: cannot be read ({problem}): save it anew with torch on such a machine")
+
+    def _read(self, name: str, *, limit: int) -> bytes:
+        member, where = self.members[name], f"{self.path}: its {self.folder}/{name}"
+        if member.size > limit:
+            raise CheckpointError(f"{where} is larger than {limit} bytes: the file is damaged")
+        with _damage(self.path):
+            data = zip_reader.bytes_of(self.file, member)
+        if data is None:
+            raise CheckpointError(
+                f"{where} is damaged (it does not agree with its checksum): take an earlier checkpoint"
+            )
+        return data
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Archive]:
+    """The archive at `path`, its structure checked; raises CheckpointError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path}: is no regular file, expected a checkpoint")
-        archive = zipfile.ZipFile(path)
+        file = open(path, "rb")  # noqa: SIM115  (closed below)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    with file:
+        try:
+            folder, members = zip_reader.read_members(file)
+        except zip_reader.OddArchive as error:
+            raise CheckpointError(f"{path}: is {error}") from error
+        except zip_reader.NotAnArchive as error:
+            raise CheckpointError(_not_an_archive(path, error)) from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if path.suffix == ".safetensors":  # other programs go by this name
+            raise CheckpointError(f"{path}: is a torch archive under another format's name: rename it to .pt")
+        yield _Archive(path, file, folder, members)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns whatever a damaged member leads to into a CheckpointError: a pickle fails in as many ways as there are opcodes."""
+    try:
+        yield
     except CheckpointError:
         raise
+    except pickles.Forbidden as error:
+        listed = ", ".join(f"{wanted!r:.60}".strip("'") for wanted in error.names[:8])
+        raise CheckpointError(
+            f"{path}: asks for Python objects that a checkpoint never needs ({listed}) and was not opened"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # zipfile raises whatever a flipped bit in a header leads it to
-        raise CheckpointError(_not_an_archive(path, error)) from error
-    problem = _odd_members(archive)
-    if path.suffix == ".safetensors":  # torch.load goes by this name, not by what is inside
-        problem = "a torch archive under another format's name: rename it to .pt"
-    if problem:
-        archive.close()
-        raise CheckpointError(f"{path}: is {problem}")
-    return archive
+    except Exception as error:
+        raise CheckpointError(f"{path}: is damaged ({_first_line(error)}): take an earlier checkpoint") from error
+
+
+def _map(path: Path, *, file: io.BufferedReader) -> mmap.mmap:
+    """The file in memory, private: what a tensor is given to write never reaches the disk."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _storage(mapped: mmap.mmap, member: Member) -> torch.UntypedStorage:
+    """The bytes of a member, which keep the file mapped for as long as a tensor uses them."""
+    if member.start + member.size > len(mapped):
+        raise ValueError("it was cut short while it was read")
+    if not member.size:  # torch takes no empty buffer
+        return torch.UntypedStorage(0)
+    return torch.frombuffer(mapped, dtype=torch.uint8, offset=member.start, count=member.size).untyped_storage()
 
 
 def _not_an_archive(path: Path, error: Exception) -> str:
@@ -246,77 +344,6 @@ def kind_of(path: Path) -> str | None:
     """What the first bytes of a file that is no torch archive tell about it; None if nothing."""
     first = head(path).lstrip()
     return next((kind for start, kind in reversed(KINDS) if first.startswith(start) and (start or not first)), None)
-
-
-def _odd_members(archive: zipfile.ZipFile) -> str | None:
-    """What the archive is instead of one that torch wrote; torch should not see it then."""
-    names, listed = archive.namelist(), archive.infolist()
-    if len(set(names)) != len(names):  # torch would silently take the last of the two
-        return "damaged: two members of its archive have one name"
-    if any(name.endswith("/constants.pkl") for name in names):
-        return "a TorchScript program, which is never run"
-    for member in listed:
-        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 0x1:
-            return f"no checkpoint: the member {member.filename!r:.80} is compressed or encrypted"
-        if member.filename.startswith("/") or ".." in member.filename.split("/"):
-            return f"no checkpoint: the member {member.filename!r:.80} points outside the archive"
-    if len([name for name in names if name.endswith(PICKLE)]) != 1:
-        return "no checkpoint: a zip archive without torch's data.pkl, or with more than one"
-    # Python and torch place members differently if something stands before the first, and so would not see the same file.
-    if min(member.header_offset for member in listed) != 0:
-        return "damaged: it does not begin with its archive"
-    if sum(member.file_size for member in listed) > archive.start_dir:
-        return "damaged: its members claim more bytes than it holds"
-    return None
-
-
-def _metadata_member(archive: zipfile.ZipFile, path: Path) -> Json:
-    if MEMBER not in archive.namelist():
-        return None
-    return parse_json(_member(archive, MEMBER, path, limit=JSON_LIMIT), f"{path}: {MEMBER}")
-
-
-def _member(archive: zipfile.ZipFile, name: str, path: Path, *, limit: int) -> bytes:
-    if archive.getinfo(name).file_size > limit:
-        raise CheckpointError(f"{path}: its {name} is larger than {limit} bytes: the file is damaged")
-    try:
-        return archive.read(name)
-    except Exception as error:  # zipfile raises whatever a flipped bit in a header leads it to
-        raise CheckpointError(
-            f"{path}: its {name} is damaged ({_first_line(error)}): take an earlier checkpoint"
-        ) from error
-
-
-def _check_pickle(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raises CheckpointError listing what the pickle asks for beyond tensors and plain values; nothing is executed."""
-    foreign = _of_pickle(pickles.asked_for, archive, path)
-    if foreign:
-        listed = ", ".join(f"{wanted!r:.60}".strip("'") for wanted in foreign[:8])
-        raise CheckpointError(
-            f"{path}: asks for Python objects that a checkpoint never needs ({listed}) and was not opened"
-        )
-
-
-def _of_pickle(read: Callable[[bytes], Found], archive: zipfile.ZipFile, path: Path) -> Found:
-    """What `read` finds in the archive's pickle; raises CheckpointError if it is damaged."""
-    (name,) = (name for name in archive.namelist() if name.endswith(PICKLE))
-    pickled = _member(archive, name, path, limit=PICKLE_LIMIT)
-    try:
-        return read(pickled)
-    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        raise CheckpointError(f"{path}: is damaged ({_first_line(error)}): take an earlier checkpoint") from error
-
-
-def _load_archive(path: Path) -> dict[Any, Any]:
-    """The pickled dict with its tensors memory-mapped: only what is used is ever read from disk."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's doubts about a strange file are no sentence of ours
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        raise CheckpointError(f"{path}: is damaged ({_first_line(error)}): take an earlier checkpoint") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a dictionary with model_state_dict")
-    return content
 
 
 def _first_line(error: Exception) -> str:

@@ -1,25 +1,29 @@
 """Conversion: a checkpoint of any layout that can be read, written in any that can be written, and the proof that it is the same."""
 
+import contextlib
 import dataclasses
 import datetime
 import errno
 import json
 import os
 import re
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from milepost.ckpt.exports import Export, Proof
 from milepost.ckpt.finding import BEST_FOLDER, folder_of
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
+from milepost.ckpt.leftovers import remove_leftovers_below
+from milepost.ckpt.names import PREFIX, free_stem, home_of
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
 from milepost.ckpt.restore import logits
-from milepost.ckpt.retention import PREFIX, free_space_problem, free_stem, home_of
+from milepost.ckpt.retention import free_space_problem
 from milepost.ckpt.tensor_listing import all_files, labelled
 from milepost.ckpt.tensors import digest, not_finite
-from milepost.files import remove, remove_leftovers, second_name
-from milepost.locks import folder_lock
+from milepost.files import remove, second_name
+from milepost.locks import FOLDER_LOCK, folder_lock
+from milepost.paths import check_inside, is_real_folder
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 HEADROOM = 2**20  # bytes of a checkpoint besides its tensors: metadata, a tokenizer
@@ -39,6 +43,7 @@ class Converted:
     bytes_before: int
     bytes_after: int
     notes: list[str]
+    has_tokenizer: bool  # without one the target generates nothing
 
 
 def convert(
@@ -50,15 +55,16 @@ def convert(
     prefix: str | None = None,
     in_best: bool = False,
     best_too: bool = False,
+    complete: Callable[[Checkpoint], Checkpoint] = lambda record: record,
 ) -> Converted:
     """Writes the checkpoint at `source` once more, as `layout`, to `folder` (None: beside it), and proves that it is the same.
 
     Step, run, lineage, save number and time stay, everything but the save id; `source` is untouched and no name is replaced. `prefix`
-    begins the name (None: as the run's names began). `in_best` writes into best/, `best_too` gives it a second name there. Raises
-    CheckpointError if the source is damaged or was edited by hand, the layout has no place for what it holds, or the two are not the
-    same; OSError if the disk refuses. Nothing new is left then.
+    begins the name (None: as the run's names began). `in_best` writes into best/, `best_too` gives it a second name there. `complete`
+    may add a tokenizer to a record that carries none. Raises CheckpointError if the source is damaged or was edited by hand, the layout
+    has no place for what it holds, or the two are not the same; OSError if the disk refuses. Nothing new is left then.
     """
-    record = _opened(source, optimizer=not model_only)
+    record = complete(_opened(source, optimizer=not model_only))
     if record.tokenizer is None:
         record.notes.append(f"{source}: carries no tokenizer, and neither does what it is converted to")
     if folder is None:
@@ -72,11 +78,13 @@ def convert(
         raise
     if best_too:
         with folder_lock(folder):
+            check_inside(folder, target.parent / BEST_FOLDER)
             (target.parent / BEST_FOLDER).mkdir(exist_ok=True)
             second_name(WRITERS[layout].files(target), target.parent / BEST_FOLDER)
     return Converted(
         source=source, target=target, layout_before=record.layout or "", tensors=len(labelled(record)), sha256=sha256,
         logits=shape, fields=fields, bytes_before=size_of(source), bytes_after=size_of(target), notes=record.notes,
+        has_tokenizer=record.tokenizer is not None,
     )  # fmt: skip
 
 
@@ -92,12 +100,19 @@ class Exported:
     notes: list[str]
 
 
-def export(source: Path, folder: Path, *, to: Export, prefix: str | None = None) -> Exported:
+def export(
+    source: Path,
+    folder: Path,
+    *,
+    to: Export,
+    prefix: str | None = None,
+    complete: Callable[[Checkpoint], Checkpoint] = lambda record: record,
+) -> Exported:
     """Writes the model of the checkpoint at `source` into `folder` as another program has it, and proves that it is the same.
 
     Raises as `convert` does; nothing new is left then.
     """
-    record = _opened(source, optimizer=False)
+    record = complete(_opened(source, optimizer=False))
     target = _written(record, folder, writer=to, prefix=prefix or _prefix(record), in_best=False)
     try:
         proof = to.proof(record, target)
@@ -137,17 +152,28 @@ def _written(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefi
             raise OSError(errno.ENOSPC, problem)
         return _written_into(record, folder, writer=writer, prefix=prefix, in_best=in_best)
     except BaseException:
-        if made:  # it holds a lock, and nothing of anybody's
-            shutil.rmtree(folder, ignore_errors=True)
+        if made:
+            _unmake(folder)
         raise
+
+
+def _unmake(folder: Path) -> None:
+    """Removes a folder made for nothing, and the empty ones in it; what another process has put there meanwhile stays."""
+    inner = sorted((path for path in folder.rglob("*") if is_real_folder(path)), reverse=True)
+    with contextlib.suppress(OSError):
+        for place in inner:
+            place.rmdir()
+        if [path.name for path in folder.iterdir()] == [FOLDER_LOCK]:
+            (folder / FOLDER_LOCK).unlink()
+        folder.rmdir()
 
 
 def _written_into(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
     with folder_lock(folder):
         place = home_of(record, folder, writer=writer)
-        for each in {folder, folder / BEST_FOLDER, place, place / BEST_FOLDER}:
-            remove_leftovers(each)
+        remove_leftovers_below(folder, {folder / BEST_FOLDER, place, place / BEST_FOLDER})
         target = place / BEST_FOLDER if in_best else place
+        check_inside(folder, target)
         target.mkdir(parents=True, exist_ok=True)
         stem = free_stem(record, place, writer=writer, now=_moment(record), prefix=prefix)
         new = dataclasses.replace(record, save_id=os.urandom(8).hex())  # two checkpoints, not two names of one

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from milepost.ckpt.layouts import Layout, layout_of
 from milepost.ckpt.record import CheckpointError, Json
+from milepost.paths import is_real_folder
 
 BEST_FOLDER = "best"
 SEEN = 4096  # checkpoints whose metadata is remembered, so that a save every step does not open every file again
@@ -69,7 +70,7 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
     if (whole := layout_of(folder)) is not None:
         yield look(folder, whole)
         return
-    for place in _places(folder):
+    for place in places(folder):
         if not bests and place.name == BEST_FOLDER:
             continue
         seen = set()
@@ -83,14 +84,16 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
                 yield look(home, layout)
 
 
-def _places(folder: Path) -> Iterator[Path]:
-    """The folders in which the checkpoints of `folder` lie: it, those of runs, and the best/ of each."""
+def places(folder: Path) -> Iterator[Path]:
+    """Yield the folders in which the checkpoints of `folder` lie: it, those of runs, and the best/ of each. Links are not followed:
+    what is found here may be pruned.
+    """
     if not os.path.isdir(folder):
         return
-    runs = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    runs = [path for path in sorted(folder.iterdir()) if is_real_folder(path) and not path.name.startswith(".")]
     for place in (folder, *(path for path in runs if path.name != BEST_FOLDER and layout_of(path) is None)):
         yield place
-        if os.path.isdir(place / BEST_FOLDER):
+        if is_real_folder(place / BEST_FOLDER):
             yield place / BEST_FOLDER
 
 
@@ -106,7 +109,7 @@ def _entries(place: Path, *, required: bool) -> list[Path]:
 
 def look(path: Path, layout: Layout) -> Found:
     """The checkpoint at `path` without its tensors."""
-    return _look(path, layout, tuple(_stamps(layout.files(path))))  # type: ignore[arg-type]
+    return _look(path, layout, tuple(stamps(layout.files(path))))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=SEEN)
@@ -119,7 +122,7 @@ def _look(path: Path, layout: Layout, stamps: tuple[tuple[int, ...], ...]) -> Fo
         return Found(path, {}, str(error), layout=layout.NAME, size=size)
 
 
-def _stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
+def stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
     """What changes when one of the files, or one in such a folder, does: inode, bytes, time."""
     for file in files:
         for path in sorted(file.rglob("*")) if file.is_dir() else [file]:
@@ -161,20 +164,21 @@ def due(step: int, interval: int, *, last: int) -> bool:
 
 @dataclass(frozen=True)
 class Expired:
-    """What a policy lets go: `remove` altogether, `strip` of the optimizer's state."""
+    """What a policy deletes: `remove` altogether, `strip` of the optimizer's state. `kept` are those it spares, with what needs them."""
 
     remove: list[Found]
     strip: list[Found]
+    kept: dict[Path, Path] = field(default_factory=dict)
 
 
 def expired(
-    found: Iterable[Found], *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None
-) -> Expired:
+    found: Iterable[Found], *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None, spare: Path | None = None
+) -> Expired:  # fmt: skip
     """Which checkpoints of the run the policy lets go, given everything that its folder holds.
 
     The newest `keep_last` stay as they are (0: all do). Of those before them, the ones whose step is a multiple of `keep_every`
-    optimizer steps (0: none) stay to generate from. The run's final one stays, and so do `newest_good`, what is damaged, what is in
-    best/, and every other run's.
+    optimizer steps (0: none) stay to generate from. The run's final one stays, and so do `newest_good`, `spare`, what is damaged, what
+    is in best/, and every other run's.
     """
     own = [one for one in found if one.problem is None and one.run_id == run_id and one.path.parent.name != BEST_FOLDER]
     own.sort(key=lambda one: one.save_order)
@@ -182,7 +186,7 @@ def expired(
     saves = sorted({one.metadata.get("save_number") or 0 for one in own})
     old = saves[:-keep_last] if keep_last else []
     leaving = [one for one in own if (one.metadata.get("save_number") or 0) in old]
-    leaving = [one for one in leaving if not one.is_final and one.path != newest_good]
+    leaving = [one for one in leaving if not one.is_final and one.path not in (newest_good, spare)]
     stays = [one for one in leaving if keep_every and one.step % keep_every == 0]
     return Expired(remove=[one for one in leaving if one not in stays], strip=[one for one in stays if one.resumable])
 

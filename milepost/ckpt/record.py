@@ -191,6 +191,11 @@ MIGRATIONS = (_parts_are_named,)  # the n-th takes format n to format n + 1
 
 def _check_values(known: dict[str, Json], where: str) -> None:
     """Raises CheckpointError for what is of its type but cannot be."""
+    for name in known.keys() - {"tokenizer"}:  # which is large and has a check of its own
+        if not _is_text(known[name]):
+            raise CheckpointError(
+                f"{where}: {name} holds half of a surrogate pair, which no program can print: the file is damaged"
+            )
     for name in ("vocab_size", "block_size"):  # every model has them
         size = known["model_settings"].get(name)
         if type(size) is not int or not 0 < size <= LARGEST:
@@ -202,6 +207,20 @@ def _check_values(known: dict[str, Json], where: str) -> None:
         raise CheckpointError(
             f"{where}: run_id is {run_id!r:.80}, expected letters, digits, `_`, `.` and `-`: the file is damaged"
         )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every string in nested values is one that can be encoded."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str) and any("\ud800" <= letter <= "\udfff" for letter in one):
+            return False
+        if isinstance(one, dict):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            waiting += one
+    return True
 
 
 def _fits(value: Json, hint: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Checkpoint -> model, tokenizer, optimizer: the one module that knows both sides."""
+"""Rebuild model, tokenizer and optimizer state from a Checkpoint: the only module that knows both sides."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,22 @@ import models
 from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.tensors import digest
 from milepost.runtime.distributed import sharded_like
+from milepost.runtime.muon import Muon
+from milepost.runtime.optim import parts
 from milepost.text import tokenization, tokenizer_json
 from models.lora import LoraSettings
 from models.lora import merged as merged_weights
+from models.model import Model
 
 SHOWN = 10  # names and shapes that one message lists
 
-# What an optimizer keeps for one parameter, by a word that only its groups have: the other's moments are of no use to it.
-MOMENTS = {"betas": {"step", "exp_avg", "exp_avg_sq"}, "momentum": {"momentum_buffer"}}  # AdamW, Muon
+# The state of one parameter, of optimizers that would fail or go wrong with any other. Others take what they saved.
+STATE_OF = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What an optimizer got back: parameters whose state came, parameters in all, and the names of those without."""
+    """What an optimizer got back: the number of parameters with restored state, of all parameters, and the names of those without."""
 
     restored: int
     total: int
@@ -41,28 +44,28 @@ def build_model(
     shared: bool = False,
     adapters: Mapping[str, Any] | None = None,
     take: bool = False,
-) -> models.Model:
-    """The record's model with its weights, in float32 on `device`. A smaller `block_size` crops learned positions.
+) -> Model:
+    """Return the record's model with its weights, in float32 on `device`. A smaller `block_size` crops learned positions.
 
-    `adapters` (settings by kind, see models.ADAPTERS) adds fresh ones, drawn from torch's global generator. `shared` leaves the weights
-    where they are, mapped from the checkpoint's file: for a model that is not trained. `take` moves them out of a record that owns
-    them, which has none then: a copy would take their memory twice. Raises CheckpointError listing names and shapes if the weights
-    are not exactly those of the recorded settings.
+    `adapters` (settings by kind, see models.ADAPTERS) adds new adapters, drawn from torch's global generator. `shared` leaves the weights
+    mapped from the checkpoint's file: for a model that is not trained. `take` moves the weights out of a record that owns them, which
+    is then empty: a copy would take their memory twice. Raises CheckpointError listing names and shapes if the weights are not
+    exactly those of the recorded settings.
     """
     if record.adapters_only:
-        raise CheckpointError(f"{_where(record)}: holds adapters alone; {name_the_base(record)}")
+        raise CheckpointError(f"{_where(record)}: holds only adapters; {name_the_base(record)}")
     settings = {**record.model_settings, **(adapters or {})}
     state = dict(record.model_state)
     if block_size is not None and block_size != settings["block_size"]:
-        state = _crop_positions(state, settings, block_size, where=_where(record))
+        _check_crop(block_size, settings["block_size"], where=_where(record))
+        state |= {name: table.clone() for name, table in _cropped(record.model_type, state, block_size).items()}
         settings["block_size"] = block_size
     if dropout is not None and "dropout" in settings:
         settings["dropout"] = dropout
-    _check_layers(settings, state, where=_where(record))
     try:
-        model = skeleton(
-            record.model_type, settings
-        )  # no memory and no random draws for weights that are replaced at once
+        _check_layers(record, state)
+        # Without memory or random draws: its weights are replaced at once.
+        model = skeleton(record.model_type, settings)
     except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape of more elements than can be counted
         reason = f"{str(error).splitlines()[0]:.300}"  # torch adds frames of C++
         raise CheckpointError(f"{_where(record)}: its settings make no model: {reason}") from error
@@ -72,26 +75,43 @@ def build_model(
     _check_shapes({name: wanted[name] for name in wanted if name not in fresh}, state, where=_where(record))
     if shared or (take and record.owned):
         if take:
-            record.model_state = {}  # so that each goes as soon as it is converted
+            record.model_state = {}  # frees each tensor as soon as it is converted
         state |= {name: torch.empty(wanted[name].shape) for name in fresh}
         model.load_state_dict({name: state.pop(name).float() for name in list(state)}, assign=True)
+        _fill_buffers(model, record.model_type, settings)
         model.to(device)
     else:
         model.to_empty(device=device)
         model.load_state_dict(state, strict=not fresh)
+        _fill_buffers(model, record.model_type, settings)
     models.draw_adapters(model, fresh)
     return model
 
 
-def skeleton(model_type: str, settings: Mapping[str, Any]) -> models.Model:
-    """A model of these settings whose weights have shapes and no memory. Raises what models.build raises, and torch's RuntimeError for
-    a shape of more elements than can be counted."""
+def _fill_buffers(model: Model, model_type: str, settings: Mapping[str, Any]) -> None:
+    """Set the buffers that no checkpoint holds (`persistent=False`) to what the model initialises them to."""
+    saved = model.state_dict().keys()
+    unsaved = [name for name, _ in model.named_buffers() if name not in saved]
+    if not unsaved:
+        return
+    with torch.random.fork_rng(devices=[]):
+        initial = dict(models.build(model_type, settings).named_buffers())
+    for name in unsaved:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, initial[name].to(next(model.parameters()).device))
+
+
+def skeleton(model_type: str, settings: Mapping[str, Any]) -> Model:
+    """Return a model of these settings whose weights have shapes but no memory.
+
+    Raises what models.build raises, and torch's RuntimeError for a shape with more elements than can be counted.
+    """
     with torch.device("meta"), _Unfilled():
         return models.build(model_type, settings)
 
 
 def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """The record of adapters alone with the weights of their base; raises CheckpointError if `base` is another one."""
+    """Return the record of adapters with the weights of their base added; raises CheckpointError if `base` is another base."""
     recorded = (record.base or {}).get("sha256")
     found = digest(base.model_state)
     if base.adapters_only or found != recorded:
@@ -103,10 +123,8 @@ def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
         raise CheckpointError(
             f"{_where(base)}: {what}: it is not the base of {_where(record)}; {name_the_base(record)}"
         )
-    rows = record.model_settings["block_size"]
-    state = base.model_state | (
-        {"wpe.weight": base.model_state["wpe.weight"][:rows]} if "wpe.weight" in base.model_state else {}
-    )
+    block_size = record.model_settings["block_size"]
+    state = base.model_state | _cropped(record.model_type, base.model_state, block_size)
     return dataclasses.replace(
         record,
         model_state=state | record.model_state,
@@ -116,13 +134,13 @@ def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
 
 
 def name_the_base(record: Checkpoint) -> str:
-    """What to do about adapters without their base."""
+    """Return the remedy for adapters without their base."""
     source = (record.base or {}).get("source")
     return f"set GPT2_MODEL_NAME or BASE_CHECKPOINT to the base that they were trained on ({source})"
 
 
 def merged(record: Checkpoint) -> Checkpoint:
-    """The record with LoRA's products added to the weights: a model without adapters that answers as it did."""
+    """Return the record with LoRA's products added to the weights: a model without adapters that computes the same."""
     if not record.model_settings.get("lora"):
         return record
     settings = {name: value for name, value in record.model_settings.items() if name != "lora"}
@@ -135,7 +153,7 @@ def merged(record: Checkpoint) -> Checkpoint:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Passes over torch.nn.init: to draw weights that have no memory, torch first imports its compiler, a second's work."""
+    """Skip torch.nn.init: to initialise weights that have no memory, torch first imports its compiler, which takes a second."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -145,25 +163,39 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _crop_positions(
-    state: dict[str, Tensor], settings: dict[str, Any], block_size: int, *, where: str
-) -> dict[str, Tensor]:
-    if block_size > settings["block_size"]:
+def _check_crop(block_size: int, positions: int, *, where: str) -> None:
+    if block_size > positions:
         raise CheckpointError(
-            f"{where}: BLOCK_SIZE={block_size} is more than its {settings['block_size']} positions; set BLOCK_SIZE={settings['block_size']} or less"
+            f"{where}: BLOCK_SIZE={block_size} is more than its {positions} positions; set BLOCK_SIZE={positions} or less"
         )
-    return state | {
-        name: state[name][:block_size].clone() for name in ("wpe.weight",) if name in state and state[name].dim()
-    }
 
 
-def _check_layers(settings: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str) -> None:
-    """Every layer has tensors of its own: checked before a model of a billion layers is begun. No other size costs time or memory."""
-    layers = settings.get("n_layer")
-    if isinstance(layers, int) and layers > len(state):
-        raise CheckpointError(
-            f"{where}: n_layer is {layers}, but it holds only {len(state)} tensors: its settings are damaged"
+def _cropped(model_type: str, state: Mapping[str, Tensor], block_size: int) -> dict[str, Tensor]:
+    """Return the first `block_size` rows of each table of positions in the state."""
+    try:
+        tables = models.load(model_type).position_tables
+    except ValueError:  # an unknown model is refused where it is built
+        return {}
+    return {name: state[name][:block_size] for name in tables if name in state and state[name].dim()}
+
+
+def _check_layers(record: Checkpoint, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the tensors suffice for the layers: a model of many takes memory even without weights.
+
+    No other setting costs time or memory.
+    """
+    layers = record.model_settings.get("n_layer")
+    if not isinstance(layers, int) or layers < 3:
+        return
+    held = sum(tensor.numel() > 0 for tensor in state.values())  # empty tensors take no place in a file
+    if layers <= held:
+        one, two = (
+            len(skeleton(record.model_type, record.model_settings | {"n_layer": few}).state_dict()) for few in (1, 2)
         )
+        if layers * (two - one) <= held:
+            return
+    problem = f"n_layer is {layers}, but it holds only {held} tensors with numbers"
+    raise CheckpointError(f"{_where(record)}: {problem}: its settings are damaged")
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
@@ -182,7 +214,7 @@ def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, 
 
 
 def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
-    """The record's own tokenizer. Raises CheckpointError if it has none, or one with more tokens than the model has rows."""
+    """Return the record's tokenizer. Raises CheckpointError if it has none, or one with more tokens than the model has rows."""
     if record.tokenizer is None:
         raise CheckpointError(f"{_where(record)}: carries no tokenizer")
     try:
@@ -200,61 +232,80 @@ def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
 
 
 def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
-    """The record's tokenizer as the JSON files of a Hugging Face folder, by name; none if it carries none."""
+    """Return the record's tokenizer as the JSON files of a Hugging Face folder, by name; empty if it carries no tokenizer."""
     if record.tokenizer is None:
         return {}
     tokenizer = build_tokenizer(record)
+    try:
+        values = tokenizer_json.tokenizers_json(tokenizer)
+    except ValueError as error:
+        raise CheckpointError(f"{_where(record)}: {error}: choose another layout") from error
     return {
-        "tokenizer.json": tokenizer_json.tokenizers_json(tokenizer),
+        "tokenizer.json": values,
         "tokenizer_config.json": tokenizer_json.tokenizer_config(tokenizer)
         | {"model_max_length": record.model_settings["block_size"]},
     }
 
 
 def tokenizer_from_file(values: dict[str, Any]) -> dict[str, Any]:
-    """The record's form of a Hugging Face folder's tokenizer.json: one of ours is known again, any other is a BPE to be tried."""
+    """Return the record's form of a Hugging Face folder's tokenizer.json: ours is recognised, any other is read as a BPE."""
     return tokenizer_json.from_tokenizers_json(values)
 
 
 def tokenizer_from_parts(vocab: Any, merges: str, added: Any, special: Iterable[str]) -> dict[str, Any]:
-    """The same of vocab.json, merges.txt, added_tokens.json and the special ones among those."""
+    """Return the record's form of vocab.json, merges.txt, added_tokens.json and the special tokens among them."""
     return tokenizer_json.from_vocab_and_merges(vocab, merges, added, special)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint) -> Restored:
-    """Gives `optimizer` the record's moments, matched by parameter name and shape.
+def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint, *, kind: str | None = None) -> Restored:
+    """Load the record's optimizer state into `optimizer`, matched by parameter name and shape.
 
-    Its own learning rate, weight decay and betas stay: torch's `load_state_dict` would overwrite them, and checks almost nothing itself.
+    `kind` is the name that the optimizer is registered by. State of AdamW and of Muon must be exactly theirs. Other optimizers take whatever
+    dense tensors and numbers they have saved, provided the record was saved by the same `kind`. Learning rate, weight decay and
+    betas stay those of `optimizer`: torch's `load_state_dict` would overwrite them, and checks almost nothing itself.
     """
+    saved, same = _state_by_name(record), kind is not None and record.hyperparameters.get("OPTIMIZER") == kind
+    state: dict[str, dict[str, Any]] = {}
+    for part in parts(optimizer):
+        for name, parameter in _named(part):
+            shape = record.model_state[name].shape if name in record.model_state else None
+            known = same and shape == parameter.shape
+            if _fits(saved.get(name), parameter.shape, STATE_OF.get(type(part)), known=known):
+                state[name] = {key: _copied(value, parameter) for key, value in saved[name].items()}
     current = optimizer.state_dict()
-    wanted = {
-        name: (parameter, kinds)
-        for group in optimizer.param_groups
-        for kinds in (kinds for word, kinds in MOMENTS.items() if word in group)
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    }
-    saved = _state_by_name(record)
     names = {
         index: name
         for group in current["param_groups"]
         for index, name in zip(group["params"], group["param_names"], strict=True)
     }
-    state = {
-        index: saved[name]
-        for index, name in names.items()
-        if name in saved and _fits(saved[name], wanted[name][0].shape, wanted[name][1])
-    }
-    # A copy: the record's tensors are mapped from the file, and the optimizer writes into what it is given.
-    copied = {
-        index: {
-            key: value.clone() if value.dim() == 0 else sharded_like(value, wanted[names[index]][0])
-            for key, value in moments.items()
-        }
-        for index, moments in state.items()
-    }
-    optimizer.load_state_dict({"state": copied, "param_groups": current["param_groups"]})
-    missing = tuple(name for index, name in names.items() if index not in state)
-    return Restored(len(state), len(names), missing)
+    loaded = {index: state[name] for index, name in names.items() if name in state}
+    optimizer.load_state_dict({"state": loaded, "param_groups": current["param_groups"]})
+    for part in parts(optimizer):
+        _keep_dtypes(part, state)
+    return Restored(len(loaded), len(names), tuple(name for name in names.values() if name not in state))
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter of the optimizer with its name."""
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def _copied(value: Any, parameter: Tensor) -> Any:
+    """Return a copy, because the record's tensors are mapped from the file and the optimizer updates its state in place."""
+    if not isinstance(value, Tensor):
+        return value
+    return sharded_like(value, parameter) if value.shape == parameter.shape else value.clone()
+
+
+def _keep_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put back the dtypes of the saved state: torch's `load_state_dict` casts all but `step` to the parameter's."""
+    if type(optimizer) in STATE_OF:
+        return
+    for name, parameter in _named(optimizer):
+        for key, value in state.get(name, {}).items():
+            if isinstance(value, Tensor) and optimizer.state[parameter][key].dtype != value.dtype:
+                optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def _state_by_name(record: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -272,39 +323,37 @@ def _state_by_name(record: Checkpoint) -> dict[str, dict[str, Any]]:
         ) from error
 
 
-def _fits(moments: Any, shape: torch.Size, kinds: set[str]) -> bool:
-    """Whether `moments` holds one dense tensor of each kind, of the parameter's shape; Adam's step counter is a scalar."""
-    if not isinstance(moments, dict) or moments.keys() != kinds:
+def _fits(values: Any, shape: torch.Size, keys: set[str] | None, *, known: bool) -> bool:
+    """Return whether a parameter's saved state can be loaded.
+
+    With `keys`, it must hold one dense tensor of the parameter's shape for each; AdamW's step counter is a scalar. Without, `known`
+    says whether it was saved by the same optimizer for a parameter of the same shape; any dense tensors and numbers fit then.
+    """
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         return False
-    return all(
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and not value.is_meta
-        and value.shape == (() if kind == "step" else shape)
-        for kind, value in moments.items()
+    if keys is None:
+        return known and all(_is_dense(value) or isinstance(value, int | float) for value in values.values())
+    return values.keys() == keys and all(
+        _is_dense(value) and value.shape == (() if key == "step" else shape) for key, value in values.items()
     )
 
 
-ROWS, LONGEST = 2, 64  # of the random tokens whose logits are compared
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+ROWS, LONGEST = 2, 64  # sequences and tokens of the random input whose logits are compared
 
 
 @torch.no_grad()
 def logits(record: Checkpoint) -> Tensor:
-    """The model's answer to fixed random tokens: (rows, tokens, vocabulary), float32."""
+    """Return the model's logits (B, T, V) for fixed random tokens, float32."""
     model = build_model(record, device=torch.device("cpu")).eval()
     length = min(LONGEST, model.settings.block_size)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.settings.vocab_size, (ROWS, length), generator=draw)
-    return model(ids)[0]  # (B, T, V)
-
-
-PLAIN = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tied")  # what a GPT-2's weights depend on
-
-
-def weight_shapes(settings: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """Name and shape of every weight of a plain GPT-2 of these sizes, in the order of its modules; nothing is allocated."""
-    sizes = {name: settings[name] for name in PLAIN if name in settings}
-    return {name: tensor.shape for name, tensor in skeleton("gpt2", sizes).state_dict().items()}
+    found: Tensor = model(ids).logits
+    return found
 
 
 def _where(record: Checkpoint) -> str:

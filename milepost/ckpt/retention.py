@@ -4,20 +4,18 @@ import datetime
 import errno
 import itertools
 import os
-import re
 import shutil
 from pathlib import Path
 
-from milepost.ckpt.exports import Export
+from milepost.ckpt.bases import needed
 from milepost.ckpt.finding import BEST_FOLDER, Expired, Found, expired, find, look, loss_of, scan
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
-from milepost.ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk
-from milepost.files import make_folder, remove, remove_leftovers, second_name, sync_folder
+from milepost.ckpt.leftovers import remove_leftovers_below
+from milepost.ckpt.names import PREFIX, free_stem, home_of, ours
+from milepost.ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk, from_metadata
+from milepost.files import make_folder, remove, second_name, sync_folder
 from milepost.locks import folder_lock
-
-PREFIX = "checkpoint"
-# What every name given by `free_stem` has: the step and the second of the save, or the step alone in six digits at the end.
-GIVEN_NAME = re.compile(r"_step\d{4,}_\d{8}_\d{6}|_\d{6,}(_\d+)?(\.safetensors)?$")
+from milepost.paths import check_inside
 
 
 def save(
@@ -30,8 +28,7 @@ def save(
     writer = WRITERS[layout]
     with folder_lock(folder):
         place = home_of(record, folder, writer=writer)
-        for each in {folder, folder / BEST_FOLDER, place, place / BEST_FOLDER}:
-            remove_leftovers(each)
+        remove_leftovers_below(folder, {folder / BEST_FOLDER, place, place / BEST_FOLDER})
         now = datetime.datetime.now(datetime.UTC)
         numbers = [one.metadata.get("save_number") or 0 for one in find(folder)]
         record.save_number = min(LARGEST, 1 + max(numbers, default=0))  # at the limit, the time decides
@@ -39,50 +36,11 @@ def save(
         record.save_id = os.urandom(8).hex()
         stem = free_stem(record, place, writer=writer, now=now, prefix=prefix)
         target = place / BEST_FOLDER if best_only else place
+        check_inside(folder, target)
         make_folder(target)
         if free_space_problem(folder, need=bytes_on_disk(record)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         return writer.write(record, target, stem)
-
-
-def home_of(record: Checkpoint, folder: Path, *, writer: Layout | Export) -> Path:
-    """Where a layout puts a record: in `folder`, or in the run's own folder there if its names repeat from run to run."""
-    return folder / (record.run_id or "run") if writer.RUN_STEM else folder
-
-
-def free_stem(
-    record: Checkpoint, place: Path, *, writer: Layout | Export, now: datetime.datetime, prefix: str = PREFIX
-) -> str:
-    """`{prefix}_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}` at the first second from `now` whose name is free.
-
-    Free means: in `place` and in its best/, so that what is saved in one can have a second name in the other. A layout's own
-    `step_000100` is followed by `_2`, `_3` and so on.
-    """
-    for number in range(10**6):
-        if writer.RUN_STEM:
-            begin = "" if prefix == PREFIX or "{prefix}" in writer.RUN_STEM else f"{prefix}_"
-            stem = (
-                begin + writer.RUN_STEM.format(step=record.step, prefix=prefix) + (f"_{number + 1}" if number else "")
-            )
-        else:
-            stamp = (now + datetime.timedelta(seconds=number)).strftime("%m%d%Y_%H%M%S")
-            stem = "_".join([*_words(record, prefix), f"step{record.step:04d}", stamp])
-        names = [path for each in (place, place / BEST_FOLDER) for path in writer.targets(each, stem)]
-        if not any(map(os.path.lexists, names)):
-            return stem
-    raise CheckpointError(f"{place} has no free name for step {record.step}")
-
-
-def _words(record: Checkpoint, prefix: str) -> list[str]:
-    words = [prefix, file_word(record.model_type), file_word(str(record.data.get("name") or "text"))]
-    pretrained = str(record.hyperparameters.get("GPT2_MODEL_NAME") or "").rstrip("/").split("/")[-1]
-    weights = re.sub(r"[^a-z0-9]", "", pretrained.lower())[:40]
-    return [*words, weights] if weights else words
-
-
-def file_word(text: str) -> str:
-    """`text` in [a-z0-9_], at most 40 characters, for a file's name."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:40] or "text"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,6 +61,7 @@ def keep_best(
     What is not worse stays: a run that goes on from an earlier step has yet to reach again what it once was.
     """
     place = home_of(record, folder, writer=WRITERS[layout]) / BEST_FOLDER
+    check_inside(folder, place)
     place.mkdir(parents=True, exist_ok=True)
     if saved is None:
         kept = save(record, folder, layout=layout, prefix=prefix, best_only=True)
@@ -113,16 +72,21 @@ def keep_best(
     for each in (place, place.parent):  # the new name is durable before an earlier one goes
         sync_folder(each)
     with folder_lock(folder):
-        for one in _outdone(record, place, count=count):
+        for one in _outdone(record, place, folder=folder, count=count):
             remove(known_layout(one.path).files(one.path))
     return kept
 
 
-def _outdone(record: Checkpoint, place: Path, *, count: int) -> list[Found]:
-    """Of the run's in best/, those worse than the record and than `count` of them in all."""
-    own = [one for one in scan_best(place) if one.run_id == record.run_id is not None and one.problem is None]
+def _outdone(record: Checkpoint, place: Path, *, folder: Path, count: int) -> list[Found]:
+    """Return the run's checkpoints in best/ that are worse than the record and than `count` of them in all.
+
+    A person's own copy and the base of adapters are not among them.
+    """
+    own = [one for one in ours(scan_best(place)) if one.run_id == record.run_id is not None]
     own.sort(key=lambda one: (loss_of(one) is None, loss_of(one), one.save_order))
-    return [one for one in own[count:] if _is_worse(one, record)]
+    worse = [one for one in own[count:] if _is_worse(one, record)]
+    bases = needed(worse, folder)
+    return [one for one in worse if one.path not in bases]
 
 
 def scan_best(place: Path) -> list[Found]:
@@ -136,23 +100,43 @@ def _is_worse(one: Found, record: Checkpoint) -> bool:
     return loss is not None and ours is not None and loss > ours
 
 
-def best_is_kept(folder: Path, record: Checkpoint) -> bool:
-    """Whether a best/ of `folder` holds one of the record's run that is at least as good."""
-    kept = [one for one in scan(folder) if one.path.parent.name == BEST_FOLDER and one.run_id == record.run_id]
-    return any(one.problem is None and not _is_worse(one, record) for one in kept)
+def best_is_kept(folder: Path, *, run_id: str | None, loss: float) -> bool:
+    """Return whether a best/ of `folder` holds a checkpoint of the run whose validation loss is `loss` or lower, or unknown."""
+    kept = [one for one in scan(folder) if one.path.parent.name == BEST_FOLDER and one.run_id == run_id]
+    return any(one.problem is None and not (loss_of(one) or loss) > loss for one in kept)
+
+
+def saved_best(folder: Path, *, run_id: str | None, step: int, loss: float) -> Found | None:
+    """Return the ordinary save of a run's best step; None if there is none, or it was saved before it was evaluated."""
+    own = [one for one in scan(folder, bests=False) if one.problem is None and one.run_id == run_id]
+    same = [one for one in own if (one.step, loss_of(one)) == (step, loss)]
+    return max(same, key=lambda one: (one.resumable, one.save_order), default=None)
+
+
+def keep_saved_best(folder: Path, *, run_id: str | None, step: int, loss: float, count: int = 1) -> Path | None:
+    """Do what `keep_best` does with the ordinary save of a run's best step; return None if there is none."""
+    saved = saved_best(folder, run_id=run_id, step=step, loss=loss)
+    if saved is None:
+        return None
+    record = from_metadata(saved.metadata, model_state={}, optimizer_state=None, where=str(saved.path))
+    return keep_best(record, folder, saved=saved.path, layout=saved.layout, count=count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Letting go.
 
 
-def prune(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None) -> Expired:
-    """Lets go what the policy says is expired, and returns it; `newest_good` is known to be whole and stays.
+def prune(
+    folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None, spare: Path | None = None
+) -> Expired:
+    """Delete what the policy says is expired, and return it; `newest_good` is known to be whole and stays, and so does `spare`.
 
     Raises the first OSError or CheckpointError that came in between, after all the others are gone.
     """
     with folder_lock(folder):
-        gone = what_expires(folder, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
+        gone = what_expires(
+            folder, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good, spare=spare
+        )
         failed: list[Exception] = []
         for one in [*gone.remove, *gone.strip]:  # what makes room comes first
             try:
@@ -164,15 +148,24 @@ def prune(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_
     return gone
 
 
-def what_expires(folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None) -> Expired:
-    """What `prune` would let go now.
+def what_expires(
+    folder: Path, *, run_id: str, keep_last: int, keep_every: int, newest_good: Path | None, spare: Path | None = None
+) -> Expired:
+    """Return what `prune` would delete now, and which bases of adapters it spares.
 
-    What was given another name than a save has is somebody's own copy and stays. What is linked into the folder is another place's:
-    through a link its files would go there.
+    A checkpoint under another name than its save's is somebody's own copy and stays. One that is linked into the folder belongs to
+    another place: through a link its files would be deleted there.
     """
-    ours = [one for one in scan(folder, bests=False) if GIVEN_NAME.search(one.path.name)]
-    found = [one for one in ours if not any(map(os.path.islink, known_layout(one.path).files(one.path)))]
-    return expired(found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
+    own = ours(list(scan(folder, bests=False)))
+    found = [one for one in own if not any(map(os.path.islink, known_layout(one.path).files(one.path)))]
+    gone = expired(
+        found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, newest_good=newest_good, spare=spare
+    )
+    # Without its optimizer a base is still one, unless it gets another name by that.
+    at_risk = [*gone.remove, *(one for one in gone.strip if known_layout(one.path).optimizer_file(one.path) is None)]
+    kept = needed(at_risk, folder)
+    remove, strip = ([one for one in each if one.path not in kept] for each in (gone.remove, gone.strip))
+    return Expired(remove=remove, strip=strip, kept=kept)
 
 
 def strip(path: Path) -> None:

@@ -29,7 +29,6 @@ from milepost.config.resolve import (
 )
 from milepost.config.variables import (
     ALLOW_BLANK,
-    DEFAULTS_BY_MODEL,
     LORA_LAYERS,
     ROOT,
     SCOPES,
@@ -40,7 +39,6 @@ from milepost.config.variables import (
 
 __all__ = [
     "ALLOW_BLANK",
-    "DEFAULTS_BY_MODEL",
     "LORA_LAYERS",
     "ROOT",
     "SCOPES",

@@ -1,7 +1,6 @@
 """The first call of every script: its settings, its help, or the list of mistakes."""
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -11,18 +10,19 @@ from milepost.config.host import debug
 from milepost.config.names import refuse_arguments
 from milepost.config.resolve import read
 from milepost.config.variables import Config, ConfigError, printable
+from milepost.runtime.interrupt import exit_on_signal
 
 
 def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Config:
     """Return the settings of the script whose __name__ and __doc__ these are; print its help (exit 0) or the mistakes (exit 2).
 
     `reads` names the variables that the script reads, and groups of variables; --help lists them. Call it before torch is
-    imported, so that a mistake is reported at once and Ctrl-C ends the import. A script that is imported, not run, gets the
+    imported, so that a mistake is reported at once and a signal ends the import. A script that is imported, not run, gets the
     declared defaults.
     """
     if module != "__main__":
         return Config()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    exit_on_signal()
     script, *arguments = sys.argv
     if {"-h", "--help"}.intersection(arguments):
         _print_help(help_text(script, doc or "", reads))

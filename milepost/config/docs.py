@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from milepost.config.parse import as_text, expected, quoted, short_text
 from milepost.config.resolve import defaults_of
-from milepost.config.variables import BY_MODEL, DEFAULTS_BY_MODEL, ROOT, SCOPES, VARIABLES, Config, printable
+from milepost.config.variables import ROOT, SCOPES, VARIABLES, Config, printable
+from models import MODELS
 
 
 def as_env(config: Config) -> str:
@@ -35,9 +36,15 @@ def _default_beside(config: Config, name: str) -> object:
 
 def _default_text(name: str) -> str:
     """Return the default of a variable as text, for each model where they differ."""
-    rows = {model: row[name.lower()] for model, row in DEFAULTS_BY_MODEL.items() if name.lower() in row}
-    by_model = ", ".join(f"{model} {as_text(value) or 'its own'}" for model, value in rows.items())
-    return by_model or as_text(VARIABLES[name].default)
+    return _default_by_model(name) or as_text(VARIABLES[name].default)
+
+
+def _default_by_model(name: str) -> str:
+    """Return the default for each model that declares one, and for pretrained weights."""
+    rows = [(model, entry.defaults) for model, entry in MODELS.items()]
+    rows += [("pretrained", entry.pretrained) for entry in MODELS.values() if entry.pretrained]
+    declared = {model: row[name.lower()] for model, row in rows if name.lower() in row}
+    return ", ".join(f"{model} {as_text(value) or 'its own'}" for model, value in declared.items())
 
 
 def _meaning(name: str) -> str:
@@ -90,8 +97,9 @@ def env_example() -> str:
     for group, names in _groups():
         lines += ["", f"# --- {group} ---"]
         for name in names:
-            by_model = f" Default: {_default_text(name)}." if name.lower() in BY_MODEL else ""
-            lines += textwrap.wrap(_meaning(name) + by_model, 118, initial_indent="# ", subsequent_indent="# ")
+            by_model = _default_by_model(name)
+            default = f" Default: {by_model}." if by_model else ""
+            lines += textwrap.wrap(_meaning(name) + default, 118, initial_indent="# ", subsequent_indent="# ")
             lines.append(f"#{name}={quoted(as_text(VARIABLES[name].default))}")
     return "\n".join(lines) + "\n"
 

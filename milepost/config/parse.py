@@ -205,7 +205,7 @@ def refusal(variable: Field[Any], value: object, source: str) -> str:
         shown = clip(repr(value))
     digits = str(value).strip()
     limit = " below 2**63" if kind_of(variable) is int and digits.isdecimal() and int(digits[:40]) > MAX_INT else ""
-    options = variable.metadata["choices"] + variable.metadata["words"]
+    options = (*variable.metadata["choices"], *variable.metadata["words"])
     hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(str(value).lower(), options, 1))
     return f"{variable.name.upper()}={shown} ({source}): expected {expected(variable)}{limit}{hint}"
 

@@ -24,11 +24,10 @@ except ModuleNotFoundError:
 from milepost.config.names import is_foreign, unknown_in_environment, unknown_in_file
 from milepost.config.parse import absolute_path, parse_saved, parse_value, refusal, short_text
 from milepost.config.variables import (
-    ADAMW_LEARNING_RATE,
     ADAMW_N_EMBD,
     ALLOW_BLANK,
     DATA_VARIABLES,
-    DEFAULTS_BY_MODEL,
+    DEFAULT_MODEL,
     DERIVED_SOURCES,
     LORA_DEFAULTS,
     LORA_OPTIONS,
@@ -41,6 +40,8 @@ from milepost.config.variables import (
     ConfigError,
     Json,
 )
+from milepost.runtime.optimizers import OPTIMIZERS
+from models import MODELS, with_trait
 
 
 def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str] | None = None) -> Config:
@@ -185,15 +186,15 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield settings that are valid but contradict each other: the variables concerned and the sentence."""
     pair = functools.partial(_pair, config)
     yield from _adapter_clashes(config)
-    heads, width = config.n_head, config.n_embd
-    if config.gpt2_model_name and config.model_type != "gpt2":
-        yield pair("GPT2_MODEL_NAME", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}")
+    heads, width, model = config.n_head, config.n_embd, MODELS[config.model_type]
+    if config.gpt2_model_name and not model.pretrained:
+        yield pair("GPT2_MODEL_NAME", "MODEL_TYPE", _needs_model("pretrained"))
     if config.gpt2_model_name and config.init_from:
         yield pair("GPT2_MODEL_NAME", "INIT_FROM", "{} and {} both name the first weights: unset one")
-    if config.model_type == "gpt2" and not config.gpt2_model_name and heads and width and width % heads:
+    if "n_head" in model.defaults and not config.gpt2_model_name and heads and width and width % heads:
         yield pair("N_EMBD", "N_HEAD", f"{{}} must be a multiple of {{}}: set N_EMBD={-(-width // heads) * heads}")
-    if config.optimizer == "muon" and config.model_type != "gpt2":
-        yield pair("OPTIMIZER", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}, which has no hidden matrices")
+    if OPTIMIZERS[config.optimizer].hidden_matrices and not model.hidden_matrices:
+        yield pair("OPTIMIZER", "MODEL_TYPE", _needs_model("hidden_matrices") + ", which has no hidden matrices")
     # MODE=resume plans a schedule of its own, from RESUME_TRAINING_STEPS and RESUME_LEARNING_RATE.
     if config.mode != "resume" and config.warmup_steps > config.training_steps:
         yield pair("WARMUP_STEPS", "TRAINING_STEPS", "{} is more than {}: set fewer WARMUP_STEPS")
@@ -217,13 +218,19 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("RESUME_STEP", "RESUME", "{} needs RESUME=auto or RESUME=a path, not {}")
 
 
+def _needs_model(trait: str, value: str | None = None) -> str:
+    """Return the sentence, for `_pair`, that a setting needs a model with the trait of its registry entry."""
+    return f"{{}} needs MODEL_TYPE={' or '.join(with_trait(trait, value))}, not {{}}"
+
+
 def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the contradictions among the settings of adapters."""
     pair = functools.partial(_pair, config)
-    if config.lora_rank and config.model_type != "gpt2":
-        yield pair("LORA_RANK", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}")
-    if config.ttt_layers and config.model_type != "gpt2":
-        yield pair("TTT_LAYERS", "MODEL_TYPE", "{} needs MODEL_TYPE=gpt2, not {}")
+    taken = MODELS[config.model_type].adapters
+    if config.lora_rank and "lora" not in taken:
+        yield pair("LORA_RANK", "MODEL_TYPE", _needs_model("adapters", "lora"))
+    if config.ttt_layers and "ttt" not in taken:
+        yield pair("TTT_LAYERS", "MODEL_TYPE", _needs_model("adapters", "ttt"))
     elif config.ttt_layers and config.n_layer and int(config.ttt_layers.split(",")[-1]) >= config.n_layer:
         blocks = f"0 to {config.n_layer - 1}"
         yield pair("TTT_LAYERS", "N_LAYER", f"{{}} names a missing block: {{}} has blocks {blocks}")
@@ -262,12 +269,14 @@ def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the default of every variable, which may depend on `values`. Paths are absolute, from the repository."""
-    kind = "pretrained" if values.get("GPT2_MODEL_NAME") else values.get("MODEL_TYPE", "bigram")
-    row = DEFAULTS_BY_MODEL[kind]
-    if kind == "gpt2" and values.get("OPTIMIZER", _default_optimizer(values)) == "adamw":
+    model = MODELS[values.get("MODEL_TYPE", DEFAULT_MODEL)]
+    row: dict[str, Any] = dict(model.defaults)
+    if values.get("GPT2_MODEL_NAME"):
+        row = dict(next(entry.pretrained for entry in MODELS.values() if entry.pretrained))
+    elif model.adamw_learning_rate and values.get("OPTIMIZER", _default_optimizer(values, row)) == "adamw":
         n_embd = max(ADAMW_N_EMBD, values.get("N_EMBD") or ADAMW_N_EMBD)
-        learning_rate = float(f"{ADAMW_LEARNING_RATE * ADAMW_N_EMBD / n_embd:.2g}")
-        row = row | {"learning_rate": learning_rate, "optimizer": "adamw"}
+        learning_rate = float(f"{model.adamw_learning_rate * ADAMW_N_EMBD / n_embd:.2g}")
+        row |= {"learning_rate": learning_rate, "optimizer": "adamw"}
     if values.get("LORA_RANK"):
         row = row | LORA_DEFAULTS
     defaults = {name: row.get(each.name, each.default) for name, each in VARIABLES.items()}
@@ -282,13 +291,12 @@ def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | {"WARMUP_STEPS": min(defaults["WARMUP_STEPS"], steps // 10), "SAMPLE_INTERVAL": between}
 
 
-def _default_optimizer(values: Mapping[str, Any]) -> str:
-    """Return the default optimizer of a gpt2 from random weights: a fixed rule on N_EMBD and the tokens per step."""
-    row = DEFAULTS_BY_MODEL["gpt2"]
+def _default_optimizer(values: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Return the default optimizer of a model that declares Muon in `row`: a fixed rule on N_EMBD and the tokens per step."""
     sizes = [values.get(name, row[name.lower()]) for name in ("BATCH_SIZE", "BLOCK_SIZE", "N_EMBD")]
     batch_size, block_size, n_embd = sizes
     tokens = batch_size * block_size * values.get("GRADIENT_ACCUMULATION_STEPS", 1)
-    return "muon" if tokens >= MUON_MIN_TOKENS * (n_embd or 0) else "adamw"
+    return str(row["optimizer"]) if tokens >= MUON_MIN_TOKENS * (n_embd or 0) else "adamw"
 
 
 def _read_env_file(environ: Mapping[str, str], folder: str, problems: list[str]) -> tuple[str, dict[str, str]]:

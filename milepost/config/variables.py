@@ -3,10 +3,15 @@
 To add a setting, add one line to `Config`; help, .env.example and docs/configuration.md follow from it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from milepost.runtime.optimizers import OPTIMIZERS
+from milepost.text.registry import TOKENIZERS
+from models import MODELS
+from models.adapters import LORA_TARGETS
 
 Json = str | int | float | bool | None
 
@@ -17,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent  # of the repository
 LORA_OPTIONS = ("LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS")
 TTT_OPTIONS = ("TTT_BASE_LR", "TTT_MINI_BATCH_SIZE", "TTT_INITIAL_GATING_ALPHA")
 
-LORA_LAYERS = ("c_attn", "c_proj", "c_fc")  # that LORA_TARGETS can name
+LORA_LAYERS = LORA_TARGETS  # that the variable LORA_TARGETS can name
 LAYOUTS = ("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface", "sharded")
 MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
@@ -32,24 +37,15 @@ PER_MACHINE = (
     "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
 )  # fmt: skip
 
-# fmt: off
-# Defaults that depend on the model. `pretrained` applies where GPT2_MODEL_NAME is set; None comes from its weights.
-DEFAULTS_BY_MODEL: dict[str, dict[str, Any]] = {
-    "bigram": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0, "training_steps": 2000,
-               "batch_size": 32, "learning_rate": 1e-2, "warmup_steps": 0, "lr_schedule": "cosine", "optimizer": "adamw"},
-    "gpt2": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.0, "training_steps": 1000,
-             "batch_size": 12, "learning_rate": 1e-2, "warmup_steps": 100, "lr_schedule": "linear", "optimizer": "muon"},
-    "pretrained": {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1, "training_steps": 2000,
-                   "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100, "lr_schedule": "cosine", "optimizer": "adamw"},
-}
-BY_MODEL = DEFAULTS_BY_MODEL["bigram"]
+DEFAULT_MODEL = "bigram"
+BY_MODEL = MODELS[DEFAULT_MODEL].defaults
 
+# fmt: off
 # Ten times the learning rate of full fine-tuning (Schulman et al. 2025, "LoRA without regret").
 LORA_DEFAULTS = {"learning_rate": 5e-4, "optimizer": "adamw"}
 
-# Learning rate of a gpt2 trained from random weights with AdamW, up to this N_EMBD; above, it falls as 1 / N_EMBD (Yang et al. 2022,
-# arXiv 2203.03466).
-ADAMW_LEARNING_RATE, ADAMW_N_EMBD = 3e-3, 128
+# A model's `adamw_learning_rate` holds up to this N_EMBD; above, it falls as 1 / N_EMBD (Yang et al. 2022, arXiv 2203.03466).
+ADAMW_N_EMBD = 128
 
 # Muon is the default from this many tokens per step and unit of N_EMBD; below, orthogonalizing costs more time than it saves in steps.
 MUON_MIN_TOKENS = 10
@@ -72,10 +68,13 @@ class ConfigError(Exception):
 
 
 # fmt: off
-def var(default: Any, doc: str, *, group: str, scope: str = "session", form: str = "", choices: tuple[str, ...] = (),
+def var(default: Any, doc: str, *, group: str, scope: str = "session", form: str = "", choices: Collection[str] = (),
         words: tuple[str, ...] = (), minimum: float | None = None, above: float | None = None,
         maximum: float | None = None, below: float | None = None) -> Any:
-    """Declare a variable. `words` are accepted besides values of its type; `form` names its parser in parse.FORMS."""
+    """Declare a variable. `words` are accepted besides values of its type; `form` names its parser in parse.FORMS.
+
+    `choices` may be a registry: what is added to it later is accepted too.
+    """
     return field(default=default, metadata={
         "doc": doc, "group": group, "scope": scope, "form": form, "choices": choices, "words": words,
         "minimum": minimum, "above": above, "maximum": maximum, "below": below})
@@ -90,7 +89,7 @@ class Config:
     training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .csv, each also .gz), folder, glob, "
         "several joined by commas, https URL, or the named set tinyshakespeare", group="Data", scope="identity", form="source")
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char for up to 256 different characters, else bpe",
-        group="Data", scope="identity", choices=("auto", "char", "byte", "bpe", "gpt2"))
+        group="Data", scope="identity", choices=("auto", *TOKENIZERS))
     bpe_vocab_size: int = var(1024, "vocabulary size of a BPE trained on the text; small, so that a small model sees each token often",
         group="Data", scope="identity", minimum=257, maximum=1_000_000)
     validation_fraction: float = var(0.1, "fraction of the text, taken from its end, held out for validation",
@@ -98,19 +97,19 @@ class Config:
     env_file: str | None = var(None, "file of settings to read instead of the repository's .env; only from the process environment",
         group="Data", form="path")
 
-    model_type: str = var("bigram", "bigram trains in seconds, gpt2 in minutes",
-        group="Model", scope="identity", choices=("bigram", "gpt2"))
+    model_type: str = var(DEFAULT_MODEL, "bigram trains in seconds, gpt2 in minutes",
+        group="Model", scope="identity", choices=MODELS)
     gpt2_model_name: str | None = var(None, "pretrained weights to start from, with MODEL_TYPE=gpt2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
         "another hub name, or a Hugging Face folder", group="Model", scope="identity", form="hub")
-    n_layer: int | None = var(BY_MODEL["n_layer"], "transformer blocks; 4 with N_EMBD=128 have 0.8 million parameters, 3 MB, and train in "
+    n_layer: int | None = var(4, "transformer blocks; 4 with N_EMBD=128 have 0.8 million parameters, 3 MB, and train in "
         "minutes on a CPU; pretrained weights bring their own", group="Model", scope="identity", minimum=1)
-    n_head: int | None = var(BY_MODEL["n_head"], "attention heads per block; must divide N_EMBD",
+    n_head: int | None = var(4, "attention heads per block; must divide N_EMBD",
         group="Model", scope="identity", minimum=1)
-    n_embd: int | None = var(BY_MODEL["n_embd"], "embedding dimension",
+    n_embd: int | None = var(128, "embedding dimension",
         group="Model", scope="identity", minimum=1)
     block_size: int = var(BY_MODEL["block_size"], "context length in tokens; pretrained GPT-2 allows 1024, which is slow on a laptop",
         group="Model", scope="identity", minimum=1)
-    dropout: float = var(BY_MODEL["dropout"], "dropout probability, against overfitting; a small model needs none in its first epochs, "
+    dropout: float = var(0.0, "dropout probability, against overfitting; a small model needs none in its first epochs, "
         "and trains faster without", group="Model", scope="math", minimum=0, below=1)
     bias: bool = var(True, "biases in linear layers and layer norms, as published", group="Model", scope="identity")
 
@@ -151,7 +150,7 @@ class Config:
         "decays to zero, which learns most from few steps", group="Training", scope="math", choices=("constant", "cosine", "linear", "wsd"))
     optimizer: str = var(BY_MODEL["optimizer"], "muon orthogonalizes the updates of hidden matrices and leaves the rest to AdamW: fewer "
         "steps, but below 10 x N_EMBD tokens per step it costs more than it saves, and adamw is the default",
-        group="Training", scope="math", choices=("adamw", "muon"))
+        group="Training", scope="math", choices=OPTIMIZERS)
     weight_decay: float = var(0.1, "decoupled weight decay, on matrices only; 0.1 as for GPT-3",
         group="Training", scope="math", minimum=0)
     beta1: float = var(0.9, "decay rate of Adam's first moment",

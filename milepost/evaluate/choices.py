@@ -1,4 +1,4 @@
-"""Benchmarks from files: of several texts the right one. HellaSwag, BLiMP and story cloze become one form."""
+"""Multiple-choice benchmarks from files. HellaSwag, BLiMP and story cloze are read into one form."""
 
 import csv
 import json
@@ -8,23 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.text.corpus import DataError, lines_of, suffix_of
+from milepost.text.errors import DataError
+from milepost.text.readers import lines_of, suffix_of
 
-Row = Mapping[str, Any]  # by names as `_plain` has them
+Row = Mapping[str, Any]  # the keys as `_plain` returns them
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question: which of `choices` goes on from `context`, a space between them; without context each choice is a whole text."""
+    """A question: which of `choices` continues `context`, after a space. Without context each choice is a whole text."""
 
     context: str
     choices: tuple[str, ...]
-    answer: int  # which choice is right, from 0
+    answer: int  # index of the correct choice
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The items of one file, all of one format."""
+    """The items of a file, all of the same format."""
 
     path: Path
     format: str
@@ -32,18 +33,18 @@ class Benchmark:
 
     @property
     def name(self) -> str:
-        """The file's name without suffixes."""
+        """The file name without suffixes."""
         return self.path.name.split(".")[0]
 
     @property
     def alphabet(self) -> str:
-        """The different characters of all its texts, sorted."""
+        """The distinct characters of all texts, sorted."""
         texts = {char for item in self.items for text in (" ", item.context, *item.choices) for char in text}
         return "".join(sorted(texts))
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """The benchmark of a .jsonl or .csv file, also with .gz; DataError naming the line where something is not of a known format."""
+    """Return the benchmark of a .jsonl or .csv file, also with .gz. Raise DataError naming the line that has no known format."""
     if suffix_of(path.name) not in ROWS:
         raise DataError(f"{path}: benchmarks are read from {' and '.join(ROWS)}, each also with .gz")
     items, formats = [], set()
@@ -53,16 +54,16 @@ def read_benchmark(path: Path) -> Benchmark:
         formats.add(kind)
         if len(formats) > 1:
             raise DataError(
-                f"{where} is of format {kind}, the lines before are not: put each format into a file of its own"
+                f"{where} is of format {kind}, the lines before are not: put each format into a separate file"
             )
         items.append(FORMATS[kind][1](row, where))
     if not items:
-        raise DataError(f"{path} holds no item: expected one a line")
+        raise DataError(f"{path} holds no item: expected one per line")
     return Benchmark(path=path, format=formats.pop(), items=tuple(items))
 
 
 def _plain(name: str) -> str:
-    """A name in lower case without underscores: the published files do not agree on them."""
+    """Return a name in lower case without underscores: published files differ in both."""
     return name.strip().lower().replace("_", "")
 
 
@@ -78,7 +79,7 @@ def _format_of(row: Row, where: str) -> str:
     raise DataError(f"{where} has {', '.join(list(row)[:10]) or 'nothing'}, which is no known format: {expected}")
 
 
-# Rows of a file, each with its place
+# The rows of a file, each with its position
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -89,7 +90,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not valid JSON ({error}): expected one object a line") from None
+            raise DataError(f"{where} is not valid JSON ({error}): expected one object per line") from None
         if not isinstance(values, dict):
             raise DataError(f"{where}: expected an object, found a {type(values).__name__}")
         yield where, values
@@ -107,7 +108,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 ROWS: dict[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {".jsonl": _json_rows, ".csv": _csv_rows}
 
 
-# One row of each format
+# The formats
 
 
 def _text(row: Row, name: str, where: str) -> str:
@@ -118,7 +119,7 @@ def _text(row: Row, name: str, where: str) -> str:
 
 
 def _answer(row: Row, name: str, where: str, *, first: int, count: int) -> int:
-    """Which one is right, counted from 0; in the file from `first`, as a number or its digits."""
+    """Return the index of the correct choice. The file counts from `first`, as a number or as digits."""
     value = row[_plain(name)]
     digits = str(value).strip()
     if isinstance(value, bool) or not re.fullmatch("[0-9]", digits) or not 0 <= int(digits) - first < count:
@@ -129,7 +130,7 @@ def _answer(row: Row, name: str, where: str, *, first: int, count: int) -> int:
 
 
 def _hellaswag(row: Row, where: str) -> Item:
-    """As lm-evaluation-harness 0.4 asks it (lm_eval/tasks/hellaswag): the activity, a colon, the context; one whose parts are not there, by `ctx`."""
+    """Return the item as lm-evaluation-harness 0.4 builds it (lm_eval/tasks/hellaswag): activity, colon, context; else `ctx` only."""
     endings = row["endings"]
     if not isinstance(endings, list) or not 2 <= len(endings) <= 10:
         raise DataError(f"{where}: endings is {endings!r:.60}: expected a list of 2 to 10 texts")
@@ -139,17 +140,17 @@ def _hellaswag(row: Row, where: str) -> Item:
     elif "ctx" in row:
         context = _text(row, "ctx", where)
     else:
-        raise DataError(f"{where} has no ctx: expected the text that the endings go on from")
-    choices = tuple(_cleaned(_text({"ending": each}, "ending", where), "ending", where) for each in endings)
+        raise DataError(f"{where} has no ctx: expected the text that the endings continue")
+    choices = tuple(_cleaned(_text({"ending": ending}, "ending", where), "ending", where) for ending in endings)
     answer = _answer(row, "label", where, first=0, count=len(choices))
     return Item(context=_cleaned(context, "ctx", where), choices=choices, answer=answer)
 
 
 def _cleaned(text: str, name: str, where: str) -> str:
-    """A HellaSwag text without the marks that WikiHow's headings left in brackets; DataError if it was nothing else."""
+    """Return a HellaSwag text without WikiHow's markup in brackets. Raise DataError if nothing else is left."""
     cleaned = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
     if not cleaned.strip():
-        raise DataError(f"{where}: {name} is {text!r:.60}: nothing of it is left without the marks in brackets")
+        raise DataError(f"{where}: {name} is {text!r:.60}: nothing of it is left without the markup in brackets")
     return cleaned
 
 
@@ -159,7 +160,8 @@ def _minimal_pair(row: Row, where: str) -> Item:
 
 
 def _story(row: Row, where: str) -> Item:
-    """Four sentences and two endings (Mostafazadeh et al. 2016, "A corpus and cloze evaluation for deeper understanding of commonsense stories")."""
+    """Return the item of four sentences and two endings (Mostafazadeh et al. 2016, "A corpus and cloze evaluation for deeper
+    understanding of commonsense stories")."""
     names = next((pair for pair in QUIZZES if _has(row, pair)), None)
     if names is None:
         raise DataError(f"{where} has no endings: expected {' or '.join(', '.join(pair) for pair in QUIZZES)}")

@@ -1,0 +1,1 @@
+"""From a model, a tokenizer and a prompt to text: sampling, fast decoding, streaming."""

@@ -1,49 +1,50 @@
-"""Prompt lookup: what followed the last few tokens before is drafted to follow them now.
+"""Prompt-lookup (n-gram) speculative decoding: draft what followed the last few tokens at their previous occurrence.
 
-Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding. Where text repeats itself, several tokens are then
-verified in a pass that costs little more than one token's. Where it does not, drafting soon rests.
+Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding. Where text repeats itself, several tokens are verified in a
+pass that costs little more than one token's. Where it does not, drafting soon pauses.
 """
 
 from collections.abc import Sequence
 from typing import Final
 
-NGRAM: Final = 3  # tokens that must recur
-LONGEST_REST: Final = 64  # tokens without a draft after many that failed
+NGRAM: Final = 3  # tokens that must match
+LONGEST_PAUSE: Final = 64  # tokens without a draft after many failures
 
 
 class Lookup:
     """Drafts for one text. `longest` is the most tokens of a draft: as many as cost little in a pass.
 
-    Every failure doubles a rest, every success ends it, so that a text without repeats costs a few passes in all.
+    Every failure doubles the pause before the next draft, every success resets it, so a text without repeats costs only a few
+    wasted passes.
     """
 
     def __init__(self, *, longest: int) -> None:
         self.longest, self.length = longest, longest
-        self.resting, self.rest = 0, 1
-        self.follows: dict[tuple[int, ...], int] = {}  # the last NGRAM tokens -> where that which followed begins
+        self.waiting, self.pause = 0, 1
+        self.follows: dict[tuple[int, ...], int] = {}  # NGRAM tokens -> the position after them
         self.indexed = NGRAM
 
     def draft(self, history: Sequence[int], room: int) -> list[int]:
-        """Up to `room` tokens that may follow; none if the end of history is new or drafting rests."""
+        """Return up to `room` tokens that may follow; none if the last NGRAM tokens are new or drafting is paused."""
         for end in range(self.indexed, len(history)):
             self.follows[tuple(history[end - NGRAM : end])] = end
         self.indexed = max(self.indexed, len(history))
-        if self.resting:
-            self.resting -= 1
+        if self.waiting:
+            self.waiting -= 1
             return []
         begin = self.follows.get(tuple(history[-NGRAM:]))
         if begin is None:
             return []
-        again = history[begin:]  # in a circle, as long as the text itself turns in one
-        return [again[i % len(again)] for i in range(min(self.length, room))]
+        repeated = history[begin:]  # shorter than the draft if the text loops: then the draft loops too
+        return [repeated[i % len(repeated)] for i in range(min(self.length, room))]
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Takes note of how many tokens of a draft were right: the next is twice as long, as long as that, or later."""
+        """Adapt to the result of a draft: double the next one's length, cut it to what was accepted, or pause."""
         if accepted == drafted:
             self.length = min(self.longest, 2 * self.length)
         else:
             self.length = max(1, accepted)
         if accepted:
-            self.rest = 1
+            self.pause = 1
         else:
-            self.resting, self.rest = self.rest, min(LONGEST_REST, 2 * self.rest)
+            self.waiting, self.pause = self.pause, min(LONGEST_PAUSE, 2 * self.pause)

@@ -1,4 +1,4 @@
-"""From logits to text: pure functions that shape one row of logits (V,), and generate(), which yields token ids."""
+"""Sampling: pure functions on one row of logits (V,), and generate(), which yields token ids."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,20 +10,16 @@ from torch import Tensor, nn
 
 from milepost.generate.decoder import DecodeCache, Decoder
 from milepost.generate.lookup import Lookup
-from models import Model
-from models.bigram import BigramCache
-from models.gpt2 import GPT2Cache
+from models.model import Cache, Model
 
-Cache = BigramCache | GPT2Cache | DecodeCache
-
-# Above so many tokens, the best of them are tried before all are sorted, which takes milliseconds.
+# In a larger vocabulary, the best tokens are tried first: sorting all takes milliseconds.
 FEW: Final = 1024
 
 
 def penalize(logits: Tensor, ids: Collection[int], penalty: float) -> Tensor:
-    """Logits (V,) with those of the ids seen before divided by penalty if positive and multiplied by it if negative.
+    """Return logits (V,) with those of the seen ids divided by penalty if positive and multiplied by it if negative.
 
-    penalty 1 changes nothing, above 1 repeats less. Keskar et al. 2019, "CTRL", section 4.1.
+    A penalty of 1 changes nothing; above 1 the text repeats less. Keskar et al. 2019, "CTRL", section 4.1.
     """
     if penalty == 1.0 or not ids:
         return logits
@@ -33,41 +29,41 @@ def penalize(logits: Tensor, ids: Collection[int], penalty: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Logits (V,) with all below the k-th best set to -inf; ties with it stay. k = 0 keeps all."""
+    """Return logits (V,) with all below the k-th best set to -inf. Ties with it stay; k = 0 keeps all."""
     if k == 0 or k >= logits.numel():
         return logits
     return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits (V,) with all set to -inf but the fewest best ones whose probabilities sum to p > 0 or more.
+    """Return logits (V,) with all set to -inf except the fewest best ones whose probabilities sum to at least p > 0.
 
-    At least the best one stays; p >= 1 keeps all. Nucleus sampling: Holtzman et al. 2019, "The Curious Case of
+    At least the best logit stays; p >= 1 keeps all. Nucleus sampling: Holtzman et al. 2019, "The Curious Case of
     Neural Text Degeneration".
     """
     if p >= 1.0:
         return logits
     best, order = _best_first(logits, p)
     probs = (best - logits.logsumexp(-1)).exp()
-    surplus = probs.cumsum(-1) - probs >= p  # those before it suffice
+    surplus = probs.cumsum(-1) - probs >= p  # better tokens already sum to p
     kept = order[~surplus]
     return torch.full_like(logits, -torch.inf).index_copy(0, kept, logits[kept])
 
 
 def _best_first(logits: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """The best logits, falling, and their ids: a few if their probabilities surely reach p, else all."""
+    """Return the logits in descending order, and their ids: only the best FEW if their probabilities surely sum to p."""
     if logits.numel() > FEW:
         best, order = logits.topk(FEW)
-        if (best - logits.logsumexp(-1)).exp().sum() > p + 1e-4:  # far beyond the rounding of the sums
+        if (best - logits.logsumexp(-1)).exp().sum() > p + 1e-4:  # a margin far above rounding errors
             return best, order
     return logits.sort(descending=True, stable=True)
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> int:
-    """One index drawn by probs (V,): where a uniform number falls in their running sum.
+    """Return an index drawn with probabilities probs (V,): where a uniform number falls in their cumulative sum.
 
-    It takes one number from the generator whatever V is, so surplus rows change no draw, and plain uniform numbers
-    are the same on every processor, which those behind torch.multinomial are not.
+    It takes one number from the generator whatever V is, so surplus rows change no draw. Uniform numbers are the same on every
+    processor; those that torch.multinomial draws are not.
     """
     mass = probs.double().cumsum(-1)
     uniform = torch.rand((), dtype=torch.float64, generator=generator)  # below 1, so the index is below V
@@ -75,23 +71,23 @@ def draw(probs: Tensor, generator: torch.Generator) -> int:
 
 
 def next_token(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """The id drawn from logits (V,), or the best one when temperature is below 1e-6, where dividing would overflow.
+    """Return an id drawn from logits (V,), or the best id if temperature is below 1e-6, where dividing would overflow.
 
-    Runs in float32 on the CPU with a CPU generator, so that equal logits draw the same id for every device.
-    Raises ValueError when the logits are not finite.
+    Runs in float32 on the CPU with a CPU generator, so equal logits draw the same id on every device. Raise ValueError if the
+    logits are not finite.
     """
     logits = logits.float().cpu()
     if not logits.max().isfinite():
         raise ValueError(
-            f"the model's best logit is {logits.max().item()}: its weights are not usable, "
-            "because training diverged or the file is damaged; take an earlier checkpoint."
+            f"the model's best logit is {logits.max().item()}: training diverged or the file is damaged; "
+            "use an earlier checkpoint"
         )
     if temperature < 1e-6:
         return int(logits.argmax())
     logits = logits / temperature
     if not 0 < top_k < logits.numel():
         return draw(keep_top_p(logits, top_p).softmax(-1), generator)
-    kept = keep_top_k(logits, top_k).isfinite().nonzero()[:, 0]  # the rest would be as many zeros
+    kept = keep_top_k(logits, top_k).isfinite().nonzero()[:, 0]  # the rest have probability 0
     return int(kept[draw(keep_top_p(logits[kept], top_p).softmax(-1), generator)])
 
 
@@ -111,24 +107,24 @@ def generate(
     on_slide: Callable[[], None] | None = None,
     lookup: bool = False,
 ) -> Iterator[int]:
-    """Yields up to max_new_tokens ids that continue `ids`, one at a time; ends before one of stop_ids.
+    """Yield up to max_new_tokens ids that continue `ids`; stop before one of stop_ids.
 
-    vocab_size: the tokenizer's, when the model's head has surplus rows, which are then never drawn.
-    generator: a CPU generator; None takes a fresh one, so that torch's global one is never touched.
-    Between two ids the model is in the mode (train or eval) that the caller left it in.
+    vocab_size: the tokenizer's, if the model's head has surplus rows, which are then never drawn.
+    generator: a CPU generator; None creates a fresh one, so torch's global generator is never touched.
+    Between two ids the model is in the mode (train or eval) in which the caller left it.
 
-    The model sees a window of at most model.max_length tokens. A token (or prompt) too many cuts it to its last
-    max_length // 2, whose keys and values are computed anew, since positions are learned and absolute; then there is
-    room again. on_slide() is called the first time. With and without use_cache the model sees the very same windows.
-    The repetition penalty counts every token of prompt and continuation, as transformers does.
-    lookup: a Decoder verifies several drafted tokens at a time (models.lookup). The text is the same: each token is
-    chosen from its own logits with its own draw, and a draft only says which are computed early. Others ignore it.
-    Raises ValueError at the call for arguments that make no sense.
+    The model sees a window of at most model.max_length tokens. When it is full, the oldest tokens are dropped: the window is cut
+    to its last max_length // 2 tokens, whose keys and values are recomputed, because positions are learned and absolute.
+    on_slide() is called the first time. With and without use_cache the model sees the same windows. The repetition penalty counts
+    every token of prompt and continuation, as in transformers.
+    lookup: verify several drafted tokens at a time (generate.lookup), with a Decoder only. The text is the same: each token is
+    drawn from its own logits, and a draft only decides which logits are computed early.
+    Raise ValueError at the call for invalid arguments.
     """
     rows = model.settings.vocab_size
     vocab_size = rows if vocab_size is None else min(vocab_size, rows)
     _check_prompt(ids, vocab_size)
-    _check_knobs(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    _check_options(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     if generator is None:
         generator = torch.Generator()
         generator.seed()
@@ -146,25 +142,27 @@ def generate(
 
 def _check_prompt(ids: Sequence[int], vocab_size: int) -> None:
     if not ids:
-        raise ValueError("the prompt has no tokens; begin with at least one, such as the end-of-text token.")
+        raise ValueError("the prompt has no tokens: pass at least one, such as the end-of-text token")
     if outside := [i for i in ids if not 0 <= i < vocab_size]:
         raise ValueError(
             f"the prompt holds token {outside[0]}, but the vocabulary ends at {vocab_size - 1}; "
-            "was it encoded by the tokenizer that the model was trained with?"
+            "encode it with the tokenizer of the model"
         )
 
 
-def _check_knobs(max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
-    knobs = [
+def _check_options(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float
+) -> None:
+    options = [
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
         ("top_k", top_k, top_k >= 0, "0 (off) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
         ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0, with 1 for off"),
     ]
-    for name, value, sensible, expected in knobs:
-        if not sensible:
-            raise ValueError(f"{name}={value!r}: expected a number {expected}.")
+    for name, value, valid, expected in options:
+        if not valid:
+            raise ValueError(f"{name}={value!r}: expected a number {expected}")
 
 
 def _stream(
@@ -176,7 +174,7 @@ def _stream(
     on_slide: Callable[[], None] | None,
     lookup: Lookup | None,
 ) -> Iterator[int]:
-    """generate() without an end: history is the prompt and grows, the window is what follows `start` in it."""
+    """Yield ids without end. `history` is the prompt and grows; the window is history[start:]."""
     modules, seen, start = list(model.modules()), set(history), 0
     while True:
         if model.max_length is not None and len(history) - start > model.max_length:
@@ -200,11 +198,11 @@ def _stream(
                 break
         if lookup is not None and cache is not None and draft:
             lookup.learn(len(draft), taken - 1)
-            cache.length -= 1 + len(draft) - taken  # what was computed for guesses that were wrong
+            cache.length -= 1 + len(draft) - taken  # drop the states of rejected tokens
 
 
 def _draft(lookup: Lookup | None, history: list[int], start: int, cache: Cache | None, room: int | None) -> list[int]:
-    """What to verify behind the window: nothing with a prompt still to be read, and nothing that would not fit."""
+    """Return the tokens to verify after the window: none while the prompt is unread, and none that would not fit."""
     if lookup is None or cache is None or room is None or cache.length == 0:
         return []
     return lookup.draft(history, room - (len(history) - start))
@@ -212,7 +210,7 @@ def _draft(lookup: Lookup | None, history: list[int], start: int, cache: Cache |
 
 @contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Dropout off inside; afterwards each module as it was, since a model in training may hold some in eval mode."""
+    """Turn dropout off, then restore the mode of each module: a model in training may hold some in eval mode."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
@@ -225,10 +223,10 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
 
 @torch.inference_mode()
 def _last_logits(model: Model | Decoder, window: list[int], cache: Cache | None, *, last: int) -> Iterable[Tensor]:
-    """The logits (V,) after each of the window's `last` tokens, float32 on the CPU. A cache saves computing what it holds."""
+    """Return the logits (V,) after each of the window's `last` tokens, float32 on the CPU. Tokens in the cache are not recomputed."""
     fresh = window if cache is None else window[cache.length :]
     if isinstance(model, Decoder):
         return model.rows(fresh, cache if isinstance(cache, DecodeCache) else model.new_cache(), last=last)
     device = next(model.parameters()).device
-    logits, _ = model(torch.tensor([fresh], device=device), cache=cache, last_only=True)  # (1, 1, V)
+    logits: Tensor = model(torch.tensor([fresh], device=device), cache=cache, last_only=True).logits  # (1, 1, V)
     return logits[0].float().cpu()

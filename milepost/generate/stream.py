@@ -1,16 +1,16 @@
-"""Text out of token ids that arrive one by one."""
+"""Text from token ids that arrive one by one."""
 
 import codecs
 from collections.abc import Sequence
 
-from milepost.text.tokenization import Tokenizer
+from milepost.text.tokenization.base import Tokenizer
 
 
 class StreamDecoder:
-    """Text that may be shown while ids arrive: no half characters, nothing of a stop string.
+    """Decodes ids as they arrive, and holds back incomplete characters and possible stop strings.
 
-    Everything pushed and flushed together is `decode(ids)` up to the stop string that begins first; `stopped` says
-    that one was found.
+    The concatenated output of push() and flush() is `decode(ids)` up to the stop string that begins first; `stopped` is True
+    once one was found.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -23,14 +23,14 @@ class StreamDecoder:
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        """The text that can be shown now that `token_id` has come."""
-        return self._shown(self._utf8.decode(self._tokenizer.decode_bytes([token_id])), final=False)
+        """Return the text that `token_id` completes."""
+        return self._release(self._utf8.decode(self._tokenizer.decode_bytes([token_id])), final=False)
 
     def flush(self) -> str:
-        """The text still held back, when no more ids come."""
-        return self._shown(self._utf8.decode(b"", final=True), final=True)
+        """Return the text still held back, when no more ids follow."""
+        return self._release(self._utf8.decode(b"", final=True), final=True)
 
-    def _shown(self, text: str, *, final: bool) -> str:
+    def _release(self, text: str, *, final: bool) -> str:
         if self.stopped:
             return ""
         self._held += text
@@ -38,11 +38,11 @@ class StreamDecoder:
         pending = len(self._held) if final else self._pending()
         self.stopped = found < len(self._held) and found <= pending
         end = min(found, pending)
-        shown, self._held = self._held[:end], self._held[end:]
-        return shown
+        released, self._held = self._held[:end], self._held[end:]
+        return released
 
     def _pending(self) -> int:
-        """Where the text held begins to look like a stop string that has not wholly arrived."""
+        """Return the position in the held text where an incomplete stop string may begin."""
         longest = max(map(len, self._stop), default=1)
         for at in range(max(0, len(self._held) - longest + 1), len(self._held)):
             if any(stop.startswith(self._held[at:]) for stop in self._stop):

@@ -188,8 +188,8 @@ def lost(error: BaseException) -> bool:
 def data_parallel(forward: nn.Module) -> nn.Module:
     """Return `forward` with its gradients averaged over all processes during the backward pass.
 
-    DDP rearranges its buckets after the first backward pass, and from three processes on the order of a sum depends on its place in
-    a bucket. For a bit-exact resume, make two passes before the first step, as the estimate of a run's length does.
+    Buckets are rearranged after the first backward pass, and from three processes on the order of a sum depends on its place in a
+    bucket: `training.warm_up` runs two passes before the first step, so that a resumed run has the same buckets.
     """
     return nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
 

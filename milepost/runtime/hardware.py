@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from milepost.splitmix import mix
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Embedding dimensions from which bfloat16 pays on a CPU: casts cost time in training, calls in generation.
@@ -120,9 +122,12 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def choose_compile(requested: str, device: torch.device, *, model_type: str, steps: int) -> tuple[bool, str | None]:
-    """Return whether to compile the training step, and a line to log if that is not possible. A fixed rule, so that a resume agrees."""
-    pays_back = device.type == "cuda" and model_type == "gpt2" and steps >= 1000
+def choose_compile(requested: str, device: torch.device, *, pays: bool, steps: int) -> tuple[bool, str | None]:
+    """Return whether to compile the training step, and a line to log if that is requested and impossible.
+
+    A fixed rule, so that a resume chooses the same. `pays` says whether compiling saves more time than it takes in a long run.
+    """
+    pays_back = device.type == "cuda" and pays and steps >= 1000
     if requested == "false" or (requested == "auto" and not pays_back):
         return False, None
     if _has_compiler(device):
@@ -183,17 +188,6 @@ def seed_step(device: torch.device, seed: int, step: int, *, rank: int = 0) -> N
         torch.cuda.manual_seed(drawn)
     elif device.type == "mps":
         torch.mps.manual_seed(drawn)
-
-
-def mix(*values: int) -> int:
-    """Return one 63-bit seed from several numbers: splitmix64 (Steele, Lea and Flood 2014), folded over the values."""
-    state = 0
-    for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -1,11 +1,14 @@
 """What a run tells: lines and one bar on stderr, the same lines in training.log, figures in metrics.jsonl."""
 
 import contextlib
+import errno
+import io
 import json
 import math
 import os
 import shlex
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +18,24 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 QUIET_SECONDS = 10  # without a terminal: at most one plain progress line in so many seconds
+
+
+def own_file(name: str, flags: int) -> int:
+    """An opener for `open` of a run's own file to write. Raises OSError for a link, a pipe or a device in its place."""
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
+    descriptor = os.open(name, flags | safe, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file where Milepost writes one of its own: remove it", name)
+    return descriptor
+
+
+def write_own(path: Path, text: str) -> None:
+    """Durably replace a run's own file. Raise OSError for a link, a pipe or a device in its place."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file where Milepost writes one of its own: remove it", str(path))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 class Log:
@@ -29,7 +50,7 @@ class Log:
     def open(self, path: Path) -> None:
         """From now on lines go to `path` too, those said so far first."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (it lives as long as the run)
+        self._file = open(path, "a", encoding="utf-8", opener=own_file)  # noqa: SIM115  (it lives as long as the run)
         self._file.writelines(line + "\n" for line in self._early)
         self._file.flush()
 
@@ -101,60 +122,123 @@ class Progress:
 
 
 class Metrics:
-    """metrics.jsonl: one strict JSON object a line, appended and flushed; a torn last line is tolerated."""
+    """metrics.jsonl: one strict JSON object a line, appended at once; a line that a kill or a full disk has torn is tolerated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: TextIO | None = None
+        self.set_aside = path.with_name(f"{path.stem}.set-aside{path.suffix}")
+        self._file: io.FileIO | None = None
+        self._torn = True  # whether the file may end within a line
 
-    def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Keeps only the lines that `keep` says yes to, and drops a torn one, so that going on leaves no doubled steps."""
+    def rewind(self, keep: Callable[[dict[str, Any]], bool], *, until: float = math.inf) -> None:
+        """Leave the history of the checkpoint that the run resumes from in metrics.jsonl, and set every other line aside.
+
+        `keep` selects the steps that the checkpoint had reached, `until` is when it was saved (Unix seconds). A run that had gone back
+        to an earlier step and now resumes from a later one finds that one's lines in the file of those set aside: they come back.
+        """
         if not self.path.exists():
             return
-        kept = [line for line in read_metrics(self.path) if keep(line)]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
+        current = read_metrics(self.path)
+        aside = read_metrics(self.set_aside) if self.set_aside.exists() else []
+        history = _history(current, aside, keep=keep, until=until)
+        chosen = set(map(json.dumps, history))
+        rest = {text: line for line in [*aside, *current] if (text := json.dumps(line)) not in chosen}
+        if rest or aside:  # first: at any moment each line is in one of the two
+            _replace_lines(self.set_aside, list(rest.values()))
+        _replace_lines(self.path, history)
 
     def write(self, **values: Any) -> None:
-        """Appends one line. A number that is not finite becomes null: JSON has no word for it."""
+        """Append one line. A number that is not finite becomes null: JSON has no word for it."""
         if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (it lives as long as the run)
+            self._file = open(self.path, "ab+", buffering=0, opener=own_file)  # noqa: SIM115  (it lives as long as the run)
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        print(json.dumps(finite, allow_nan=False), file=self._file, flush=True)
+        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+        rest = memoryview(b"\n" + line if self._torn and _ends_within_a_line(self._file) else line)
+        self._torn = True
+        while len(rest):
+            rest = rest[self._file.write(rest) :]
+        self._torn = False
 
     def close(self) -> None:
         """Ends the file."""
         if self._file:
-            with contextlib.suppress(OSError):  # each line was flushed, or its refusal told, when it was written
+            with contextlib.suppress(OSError):  # each line was written, or its refusal logged, at once
                 self._file.close()
             self._file = None
 
 
+def _ends_within_a_line(file: io.FileIO) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
+def _history(
+    current: list[dict[str, Any]], aside: list[dict[str, Any]], *, keep: Callable[[dict[str, Any]], bool], until: float
+) -> list[dict[str, Any]]:
+    """Return the lines that lead to a checkpoint: those of the file as far as they were written before it, continued by those set aside.
+
+    A clock that was set back in between only makes the choice coarser: then later lines continue where nothing else does.
+    """
+    early = [number for number, line in enumerate(current, 1) if _was_written(line, until)]
+    end = early[-1] if early else 0
+    history = [line for line in current[:end] if keep(line)]
+    for source in ([line for line in aside if _was_written(line, until)], current[end:], aside):
+        reached = max(map(_place, history), default=(-1, 0))
+        more = {_place(line): line for line in source if keep(line) and _place(line) > reached}
+        history += [more[place] for place in sorted(more)]
+    return history
+
+
+def _was_written(line: dict[str, Any], until: float) -> bool:
+    when = line.get("time")
+    return not isinstance(when, int | float) or when <= until + 0.001  # times are rounded to milliseconds
+
+
+def _place(line: dict[str, Any]) -> tuple[int, int]:
+    """Where a line stands in a history: by step, and at one step training comes before validation."""
+    step = line.get("step")
+    return (step if isinstance(step, int) else -1, int(line.get("split") == "validation"))
+
+
+def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` at the end, or leaves it as it was if something is raised."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    """Yield a path to write to; it durably takes the place of `path` at the end, or leaves it as it was if something is raised."""
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, NaN as null; a line that is no whole JSON object (the last one after a kill) is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text, parse_constant=lambda _: None)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
+    """Return the lines of a metrics.jsonl, NaN as null; what is no whole JSON object (a line that a kill has torn) is left out."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "is no regular file, expected the metrics of a run: remove it", str(path))
+    lines = (_read_line(text) for text in path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [line for line in lines if line is not None]
+
+
+def _read_line(text: str) -> dict[str, Any] | None:
+    """Return the object of a line; of a torn one that the next was appended to, the next."""
+    for start in sorted({0, max(0, text.rfind('{"'))}):
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text[start:], parse_constant=lambda _: None)
+            if isinstance(line, dict) and (start == 0 or isinstance(line.get("step"), int)):
+                return line
+    return None
 
 
 def duration(seconds: float) -> str:
@@ -196,16 +280,28 @@ def command_line(script: Path, *, processes: int | None = None, **variables: obj
 
 
 def tell(text: str) -> None:
-    """Prints to stdout; on a terminal, nothing in the text can steer it. A reader that is gone is no reason to stop."""
+    """Print to stdout; on a terminal, nothing in the text can steer it. A reader or a terminal that is gone is no reason to stop."""
+    text = text.encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
     try:
         print(harmless(text) if sys.stdout.isatty() else text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         ignore_stdout()
 
 
 def ignore_stdout() -> None:
     """Leads stdout nowhere: Python would complain about a closed pipe once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def flush_streams() -> None:
+    """Writes out what stdout and stderr hold. Of a closed terminal or pipe, Python would make an exit code of its own at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except ValueError:  # closed already
+            continue
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

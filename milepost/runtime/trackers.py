@@ -18,11 +18,16 @@ SECONDS_UNSEEN = 10  # that events may wait in memory before TensorBoard can see
 
 
 class Sink(NamedTuple):
-    """An open tracker: `first` is the lowest step that its series lacks, `write` takes a step, its time (Unix seconds) and its figures."""
+    """An open tracker: `first` is the lowest step that its series lacks, `write` takes a step, its time (Unix seconds) and its figures.
+
+    `flush` returns when what was written is in the tracker's files, which then take the place of those it `replaces`.
+    """
 
     first: int
     write: Callable[[int, float, dict[str, float]], None]
     close: Callable[[], None]
+    flush: Callable[[], None] = lambda: None
+    replaces: tuple[Path, ...] = ()
 
 
 def missing(kind: str) -> str | None:
@@ -52,6 +57,14 @@ class Mirror:
             self._send()
             self._step, self._time = step, when if isinstance(when, float) else 0.0
         self._row |= {f"{line.get('split')}/{name}": value for name, value in line.items() if _is_figure(name, value)}
+
+    def replace_earlier(self) -> None:
+        """Delete the files of the earlier series, now that the new one holds the same steps."""
+        with self._guarded():
+            if self._sink:
+                self._sink.flush()
+                for path in self._sink.replaces:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def close(self, *, whole: bool) -> None:
         """Ends the series; without its last step if that is not `whole`, since the resume will have more of it."""
@@ -101,6 +114,7 @@ def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping
     mirror = Mirror(kind, starts[kind], say=say)
     for line in lines:
         mirror.write(line)
+    mirror.replace_earlier()
     return mirror
 
 
@@ -110,15 +124,14 @@ def _tensorboard(folder: Path) -> Sink:
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    for earlier in folder.glob("events.out.tfevents.*"):
-        earlier.unlink()
+    earlier = tuple(folder.glob("events.out.tfevents.*"))
     writer = SummaryWriter(str(folder), purge_step=0, flush_secs=SECONDS_UNSEEN)
 
     def write(step: int, when: float, values: dict[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step, walltime=when)
 
-    return Sink(0, write, writer.close)
+    return Sink(0, write, writer.close, writer.flush, earlier)
 
 
 def _wandb(
@@ -134,9 +147,7 @@ def _wandb(
         say("TRACKER=wandb: no API key is configured, so nothing is sent: `wandb login` or WANDB_API_KEY change that")
         mode = "offline"
     online = mode in ("online", "shared")
-    if mode == "offline":
-        for earlier in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
-            shutil.rmtree(earlier)
+    earlier = set((folder / "wandb").glob(f"offline-run-*-{run_id}")) if mode == "offline" else set()
     run = wandb.init(
         project=project, id=run_id, name=run_id, dir=str(folder), config=dict(settings), mode=mode,
         resume="allow" if online else None, settings=wandb.Settings(silent=True, console="off"),
@@ -145,7 +156,8 @@ def _wandb(
         say(f"TRACKER=wandb: recorded offline; send it with: wandb sync {Path(run.dir).parent}")
     elif run.url:
         say(f"TRACKER=wandb: {run.url}")
-    return Sink(run.step, lambda step, _, values: run.log(values, step=step), run.finish)
+    replaced = tuple(earlier - {Path(run.dir).parent})
+    return Sink(run.step, lambda step, _, values: run.log(values, step=step), run.finish, replaces=replaced)
 
 
 def _trackio(run_id: str, settings: Mapping[str, Any]) -> Sink:

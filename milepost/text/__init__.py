@@ -1,1 +1,1 @@
-"""Text on its way to the model: corpus -> tokenization -> tokens -> batches."""
+"""Text on its way to the model: corpus -> scan -> tokenization -> token_files -> batches."""

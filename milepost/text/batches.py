@@ -1,6 +1,6 @@
-"""Batches as a pure function: which windows a step sees depends on the seed and on how many windows came before.
+"""Batches as a pure function: the windows of a step depend only on the seed and on the number of windows before it.
 
-Nothing is drawn from a stream, so any step is reached at once and nothing but a count has to be stored.
+There is no random stream to advance, so any step's batch is computed at once and a checkpoint stores only a count.
 """
 
 import math
@@ -9,20 +9,20 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from milepost.text.corpus import DataError
+from milepost.splitmix import splitmix64
+from milepost.text.errors import DataError
 
 ROUNDS = 8  # with 6 the orders of very short texts are visibly uneven
-AHEAD = 4096  # windows placed at once: of 16 alone, each takes seventy times as long
-_PHASE, _ORDER = 1, 2  # what a key is for
+AHEAD = 4096  # window positions computed at once: computing 16 at a time takes seventy times as long per window
+_PHASE, _ORDER = 1, 2  # the two uses of a key
 
 
 class Batches:
-    """Training batches: in each epoch every window of `tokens` once, in an order keyed by (seed, epoch).
+    """Training batches: every window of `tokens` once per epoch, in an order keyed by (seed, epoch).
 
-    Windows lie side by side, `block_size` apart, from a phase that is also drawn from (seed, epoch). `step` counts
-    completed optimizer steps, so `at(start_step)` is the first batch, and it begins at window `start_window` of the
-    whole count. Of each micro-batch only `rows` are given: one process's share. DataError if there is too little text
-    for one window.
+    Windows are adjacent, `block_size` apart, and start at an offset also drawn from (seed, epoch). `step` counts completed
+    optimizer steps, so `at(start_step)` is the first batch; it begins at window `start_window`, counted over all epochs. `rows`
+    selects one process's sequences of each micro-batch. Raise DataError if the text is shorter than one window.
     """
 
     def __init__(
@@ -38,40 +38,42 @@ class Batches:
         rows: slice = slice(None),
     ) -> None:
         _check_length(len(tokens), block_size, "training")
-        self._tokens = np.asarray(tokens)  # a memmap's own slices cost several times more
+        self._tokens = np.asarray(tokens)  # slicing a memmap costs several times more
         self._shape, self._rows = (accumulation, batch_size), rows
         self._seed = seed
         self._start = (start_step, start_window)
-        self._ahead = (0, np.zeros(0, dtype=np.int64))  # where windows start, from which one of the whole count on
+        self._ahead = (
+            0,
+            np.zeros(0, dtype=np.int64),
+        )  # the first window computed ahead, and where it and the next ones start
         self.block_size = block_size
         self.rows_per_step = accumulation * batch_size
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
         self._phases = min(block_size, len(tokens) - self.windows_per_epoch * block_size)
 
     def windows_seen(self, step: int) -> int:
-        """How many windows come before the batch of `step`, over all epochs."""
+        """Return the number of windows before the batch of `step`, over all epochs."""
         start_step, start_window = self._start
         return start_window + (step - start_step) * self.rows_per_step
 
     def epoch(self, step: int) -> float:
-        """How many epochs come before the batch of `step`."""
+        """Return the number of epochs before the batch of `step`."""
         return self.windows_seen(step) / self.windows_per_epoch
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of `step`, each (accumulation, rows, block_size) int64; targets are one token on."""
+        """Return inputs and targets of `step`, each (accumulation, rows, block_size) int64; targets are shifted by one token."""
         first = self.windows_seen(step)
         known, starts = self._ahead
         if not known <= first <= known + len(starts) - self.rows_per_step:
             count = max(AHEAD, self.rows_per_step)
             known, starts = self._ahead = first, self._window_starts(np.arange(first, first + count))
-        starts = starts[first - known :][: self.rows_per_step].reshape(self._shape)[
-            :, self._rows
-        ]  # (accumulation, rows)
+        starts = starts[first - known :][: self.rows_per_step]
+        starts = starts.reshape(self._shape)[:, self._rows]  # (accumulation, rows)
         x, y = _windows(self._tokens, starts.reshape(-1), self.block_size)
         return x.view(*starts.shape, self.block_size), y.view(*starts.shape, self.block_size)
 
     def _window_starts(self, positions: np.ndarray) -> np.ndarray:
-        """Where the windows at `positions` of the whole count start in the tokens."""
+        """Return the first token of each of the windows at `positions`, which count over all epochs."""
         epochs, indices = np.divmod(positions.astype(np.uint64), np.uint64(self.windows_per_epoch))
         phases = _key(self._seed, epochs, _PHASE) % np.uint64(self._phases)
         windows = permuted(indices, size=self.windows_per_epoch, keys=_key(self._seed, epochs, _ORDER))
@@ -79,17 +81,17 @@ class Batches:
 
 
 def largest_block_size(train_tokens: int, validation_tokens: int) -> int:
-    """The largest block size for which both texts have a window; an empty validation text sets no limit."""
+    """Return the largest block size for which both parts of the text have a window. An empty validation part sets no limit."""
     return min(train_tokens, validation_tokens or train_tokens) - 1
 
 
 def validation_windows(
     tokens: np.ndarray, *, block_size: int, batch_size: int, steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Fixed batches (x, y) for evaluation, each (B, block_size) int64 with B = batch_size but for the last.
+    """Yield fixed batches (x, y) for evaluation, each (B, block_size) int64; only the last B may be below batch_size.
 
-    Of the windows that lie side by side in `tokens` all are taken if `steps` is 0, else steps * batch_size of them,
-    evenly spaced. Nothing comes from empty `tokens`; DataError if they are too few for one window.
+    They hold all adjacent windows of `tokens` if `steps` is 0, else steps * batch_size of them, evenly spaced. Empty `tokens`
+    yield nothing. Raise DataError if there are too few for one window.
     """
     if len(tokens):
         _check_length(len(tokens), block_size, "validation")
@@ -101,11 +103,11 @@ def validation_windows(
 
 
 def permuted(indices: np.ndarray, *, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where keyed permutations of range(size) send `indices`: element by element, `keys[i]` says which one; uint64.
+    """Return keyed permutations of range(size), applied to `indices` element by element: `keys[i]` selects the i-th; uint64.
 
-    A balanced Feistel network over pairs of numbers below ceil(sqrt(size)), added modulo that (Black and Rogaway
-    2002, "Ciphers with Arbitrary Finite Domains"). What lands past `size` is sent on until it lands inside (cycle
-    walking), which is rare since the square is hardly larger than `size`. Constant memory and time for each index.
+    A balanced Feistel network over pairs of numbers below ceil(sqrt(size)), combined by addition modulo that (Black and Rogaway
+    2002, "Ciphers with Arbitrary Finite Domains"). Results past `size` are permuted again until they fall inside (cycle walking),
+    which is rare because the square is hardly larger than `size`. Constant memory and time per index.
     """
     side = np.uint64(math.isqrt(size - 1) + 1)
     result = indices.astype(np.uint64)
@@ -124,19 +126,8 @@ def _feistel(values: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarra
     return left * side + right
 
 
-def splitmix64(values: np.ndarray) -> np.ndarray:
-    """The 64-bit mix of Steele, Lea and Flood 2014 ("Fast Splittable Pseudorandom Number Generators"), uint64.
-
-    Written out here so that the order of the data never depends on a library's generator.
-    """
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
 def _key(seed: int, epochs: np.ndarray, use: int) -> np.ndarray:
-    """A key for each epoch, uint64."""
+    """Return a key for each epoch, uint64."""
     first = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
     return splitmix64(splitmix64(first ^ np.uint64(use)) + epochs)
 
@@ -151,9 +142,9 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[t
 
 def _check_length(count: int, block_size: int, text: str) -> None:
     if count < 2:
-        raise DataError(f"the {text} text has {count} tokens, which is too little for any BLOCK_SIZE: give more text")
+        raise DataError(f"the {text} text has {count} tokens, too few for any block size: use more text")
     if count <= block_size:
         raise DataError(
-            f"BLOCK_SIZE={block_size} needs at least {block_size + 1} tokens, the {text} text has {count}: "
-            f"set BLOCK_SIZE={count - 1} or less"
+            f"a block size of {block_size} needs at least {block_size + 1} tokens, the {text} text has {count}: "
+            f"use a block size of {count - 1} or less"
         )

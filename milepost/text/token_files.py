@@ -1,4 +1,4 @@
-"""Text as token ids in memory-mapped files, tokenized once for each text, tokenizer and split."""
+"""Token ids in memory-mapped files: a text is tokenized once per text, tokenizer and split."""
 
 import contextlib
 import functools
@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import secrets
 import shutil
 import time
 from collections import deque
@@ -19,24 +18,30 @@ from pathlib import Path
 
 import numpy as np
 
-from milepost.text.corpus import Corpus, DataError, Piece, Progress, Say, Scan, add_to_digest, sync_folder
-from milepost.text.tokenization import Tokenizer, rechunk
+from milepost.files import flush_to_disk, new_folder, write_json
+from milepost.text.chunks import rechunk, whole_documents
+from milepost.text.corpus import Corpus
+from milepost.text.errors import DataError
+from milepost.text.readers import Piece
+from milepost.text.scan import ByteProgress, Log, Scan, add_to_digest, forget_scan
+from milepost.text.stamps import file_sha256
+from milepost.text.tokenization.base import Tokenizer
 
 FORMAT = 1  # raise it when the same inputs give other files
 FILES = ("train.npy", "validation.npy")
-SUMS = "sha256.json"  # what the two must hash to: a flipped bit in them would change what is learned, and nothing would tell
+SUMS = "sha256.json"  # the sha256 of both: a flipped bit in them would change the training and nothing would notice
 CHUNK = 1 << 18  # characters tokenized at once
-THREADS = min(8, os.cpu_count() or 1)  # more would wait for the one that reads, hashes and writes
-ABANDONED = 24 * 3600  # seconds without a write after which a half-built folder belongs to no living process
+THREADS = min(8, os.cpu_count() or 1)  # more would wait for the thread that reads, hashes and writes
+ABANDONED = 24 * 3600  # seconds without a write after which a partial folder belongs to no living process
+ATTEMPTS = 10  # at building the folder while other processes build or remove it
 
-Group = tuple[
-    bool, list[Piece]
-]  # pieces in a row, and whether the first of them begins a document that is not the first
+# Consecutive pieces, and whether the first one begins a document other than the first.
+Group = tuple[bool, list[Piece]]
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """Token ids of both parts of a text: read-only memory maps, uint16 or for large vocabularies uint32, (N,)."""
+    """Token ids of both parts of a text: read-only memory maps, (N,), uint16, or uint32 for large vocabularies."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -49,29 +54,28 @@ def prepare(
     *,
     validation_fraction: float,
     cache_dir: Path,
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> TokenSplit:
-    """The tokens of `corpus`, from `cache_dir` if they are there undamaged, else tokenized into it.
+    """Return the tokens of `corpus`, from `cache_dir` if they are there and intact, else tokenized into it.
 
-    The text is split at character int(characters * (1 - validation_fraction)), training text first, and each side is
-    tokenized on its own. Within a side the tokenizer's end of text, else "\\n", stands between documents. DataError
-    if the text is no longer what `scan` saw or the files cannot be written.
+    The text is split at character int(characters * (1 - validation_fraction)), training text first, and each part is tokenized
+    separately. Within a part, the tokenizer's end of text, else "\\n", separates documents. Raise DataError if the text differs
+    from what `scan` saw or the files cannot be written.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
-    folder = cache_dir / _key(scan, tokenizer, validation_fraction)
-    found = _open(folder, dtype)
-    if found is None:
-        at = split_at(scan.characters, validation_fraction)
-        pieces = _checked(corpus, scan, Progress(say, "tokenizing"))
-        try:
-            found = _build(folder, cut(pieces, at), tokenizer=tokenizer, dtype=dtype)
-        except OSError as error:
-            raise DataError(f"the token files in {cache_dir} cannot be written: {error}") from error
-    return found
+    at = split_at(scan.characters, validation_fraction)
+
+    def parts() -> Iterator[tuple[int, Piece]]:
+        return cut(_verified(corpus, scan, cache_dir, ByteProgress(log, "tokenizing")), at)
+
+    try:
+        return _open_or_build(cache_dir / _key(scan, tokenizer, validation_fraction), parts, tokenizer, dtype)
+    except OSError as error:
+        raise DataError(f"the token files in {cache_dir} cannot be written: {error}") from error
 
 
 def split_at(characters: int, validation_fraction: float) -> int:
-    """The character of a text with which its validation part begins."""
+    """Return the position of the first character of the validation part."""
     return int(characters * (1 - Fraction(str(validation_fraction))))  # exact where floats are not
 
 
@@ -80,18 +84,19 @@ def _key(scan: Scan, tokenizer: Tokenizer, validation_fraction: float) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
-def _checked(corpus: Corpus, scan: Scan, progress: Progress) -> Iterator[Piece]:
-    """The pieces of `corpus`; DataError at their end if they are not the text that was scanned."""
+def _verified(corpus: Corpus, scan: Scan, cache_dir: Path, progress: ByteProgress) -> Iterator[Piece]:
+    """Yield the pieces of `corpus`. Raise DataError after the last one if they are not the text that was scanned."""
     digest = hashlib.sha256()
     for text, ends in corpus.pieces():
         progress.add(add_to_digest(digest, text, ends))
         yield text, ends
     if digest.hexdigest() != scan.sha256:
+        forget_scan(corpus, cache_dir=cache_dir)  # else the next start would trust it again
         raise DataError(f"{corpus.source} changed while it was read: start again")
 
 
 def cut(pieces: Iterable[Piece], at: int) -> Iterator[tuple[int, Piece]]:
-    """Pieces with the side they are on: 0 before character `at` of the text, 1 from there."""
+    """Yield the pieces with the part they belong to: 0 before character `at` of the text, 1 from there."""
     position = 0
     for text, ends in pieces:
         room = min(max(0, at - position), len(text))
@@ -103,15 +108,16 @@ def cut(pieces: Iterable[Piece], at: int) -> Iterator[tuple[int, Piece]]:
 
 
 def token_ids(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The ids of one side in chunks, with a separator between documents and none after the last."""
+    """Yield the ids of one part in chunks, with a separator between documents."""
     encode = functools.partial(_group_ids, tokenizer=tokenizer)
-    if tokenizer.kind in ("char", "byte"):  # these may be cut anywhere, and take no longer than reading the text
+    if tokenizer.splits_at == "character":  # these take no longer than reading the text: threads would not help
         return map(encode, _groups(pieces))
-    return _in_threads(encode, _groups(rechunk(pieces, size=CHUNK)))
+    chunks = rechunk(pieces, size=CHUNK) if tokenizer.splits_at == "word" else whole_documents(pieces)
+    return _in_threads(encode, _groups(chunks))
 
 
 def _groups(pieces: Iterable[Piece]) -> Iterator[Group]:
-    """Pieces in a row that have about CHUNK characters together, however short each of them is."""
+    """Yield groups of consecutive pieces of about CHUNK characters in total, however short each piece is."""
     between, room, group = False, CHUNK, []
     for text, ends in pieces:
         group.append((text, ends))
@@ -124,7 +130,7 @@ def _groups(pieces: Iterable[Piece]) -> Iterator[Group]:
 
 
 def _group_ids(group: Group, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of pieces in a row, (N,)."""
+    """Return the ids of consecutive pieces, (N,)."""
     between, pieces = group
     arrays = []
     for text, ends in pieces:
@@ -137,9 +143,9 @@ def _group_ids(group: Group, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _in_threads(encode: Callable[[Group], np.ndarray], groups: Iterable[Group]) -> Iterator[np.ndarray]:
-    """What `encode` makes of each group, in their order; the next ones are under way meanwhile, one for each thread.
+    """Yield `encode(group)` in order, while the threads work on the next groups.
 
-    Threads, because tiktoken and tokenizers work outside the interpreter's lock.
+    Threads suffice: tiktoken and tokenizers release the interpreter's lock.
     """
     waiting: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -147,31 +153,51 @@ def _in_threads(encode: Callable[[Group], np.ndarray], groups: Iterable[Group]) 
             waiting.append(pool.submit(encode, group))
             if len(waiting) > THREADS:
                 yield waiting.popleft().result()
-        yield from (each.result() for each in waiting)
+        yield from (future.result() for future in waiting)
 
 
 # Files
 
 
-def _build(folder: Path, sides: Iterable[tuple[int, Piece]], *, tokenizer: Tokenizer, dtype: np.dtype) -> TokenSplit:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
-    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        for name in FILES:
-            _write(temporary / name, [], dtype)
-        for side, group in itertools.groupby(sides, key=itemgetter(0)):
-            _write(temporary / FILES[side], token_ids((piece for _, piece in group), tokenizer), dtype)
-        (temporary / SUMS).write_text(json.dumps({name: _digest(temporary / name) for name in FILES}), encoding="utf-8")
-        sync_folder(temporary)
-        return _reveal(temporary, folder, dtype)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _open_or_build(
+    folder: Path, parts: Callable[[], Iterable[tuple[int, Piece]]], tokenizer: Tokenizer, dtype: np.dtype
+) -> TokenSplit:
+    """Return the token files of `folder`, building them if they are missing or damaged. Other processes may do the same."""
+    for _ in range(ATTEMPTS):
+        exists = os.path.lexists(folder)
+        if found := _open(folder, dtype):
+            return found
+        if exists:
+            _discard(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
+        try:
+            with new_folder(folder) as hidden:
+                _build(hidden, parts(), tokenizer, dtype)
+        except OSError:
+            if not os.path.lexists(folder):  # else another process was faster
+                raise
+    raise DataError(f"the token files in {folder} cannot be replaced: remove that folder")
+
+
+def _build(folder: Path, parts: Iterable[tuple[int, Piece]], tokenizer: Tokenizer, dtype: np.dtype) -> None:
+    for name in FILES:
+        _write(folder / name, [], dtype)
+    for part, group in itertools.groupby(parts, key=itemgetter(0)):
+        _write(folder / FILES[part], token_ids((piece for _, piece in group), tokenizer), dtype)
+    write_json(folder / SUMS, {name: file_sha256(folder / name) for name in FILES})
+
+
+def _discard(folder: Path) -> None:
+    """Rename a damaged folder out of the way before deleting it, so that nobody sees it half deleted."""
+    aside = folder.with_name(f".{folder.name}-{os.urandom(4).hex()}")
+    with contextlib.suppress(OSError):
+        os.rename(folder, aside)
+        aside.unlink() if aside.is_file() or aside.is_symlink() else shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(path: Path, arrays: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    """Stream ids into a .npy file, whose length is known only at the end."""
+    """Stream ids into a .npy file. Its length is known only at the end, so the header is written twice."""
     count = 0
     with open(path, "wb") as file:
         _write_header(file, 0, dtype)
@@ -179,9 +205,9 @@ def _write(path: Path, arrays: Iterable[np.ndarray], dtype: np.dtype) -> None:
             file.write(ids.astype(dtype).tobytes())
             count += len(ids)
         file.seek(0)
-        _write_header(file, count, dtype)  # takes the same room: numpy pads it for any length
+        _write_header(file, count, dtype)  # of the same size: numpy pads it for any length
         file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file.fileno())
 
 
 def _write_header(file: object, count: int, dtype: np.dtype) -> None:
@@ -190,44 +216,28 @@ def _write_header(file: object, count: int, dtype: np.dtype) -> None:
 
 
 def _open(folder: Path, dtype: np.dtype) -> TokenSplit | None:
-    """The token files of a folder, or None if any is missing, damaged or not of the size and type that its header says."""
+    """Return the token files of a folder; None if one is missing, damaged, or not of the expected size and type."""
+    if not all(os.path.isfile(folder / name) for name in (*FILES, SUMS)):  # opening a named pipe would block
+        return None
     arrays = []
+    if not all(map(os.path.isfile, (folder / name for name in (*FILES, SUMS)))):  # a pipe would be waited for
+        return None
     for name in FILES:
         try:
-            if json.loads((folder / SUMS).read_text(encoding="utf-8"))[name] != _digest(folder / name):
+            if json.loads((folder / SUMS).read_text(encoding="utf-8"))[name] != file_sha256(folder / name):
                 return None
             array = np.load(folder / name, mmap_mode="r")
             end = array.offset + array.nbytes
             if array.dtype != dtype or array.ndim != 1 or os.path.getsize(folder / name) != end:
                 return None
-        except Exception:  # whatever is wrong with a cache, it is made again
+        except Exception:  # whatever is wrong with a cache, it is rebuilt
             return None
         arrays.append(array)
     return TokenSplit(*arrays)
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _reveal(temporary: Path, folder: Path, dtype: np.dtype) -> TokenSplit:
-    """Give a finished folder its name unless another process was faster; a damaged one there is moved aside."""
-    for _ in range(10):
-        with contextlib.suppress(OSError):
-            os.rename(temporary, folder)
-            sync_folder(folder.parent)
-        if found := _open(folder, dtype):
-            return found
-        aside = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-        with contextlib.suppress(OSError):
-            os.rename(folder, aside)
-            shutil.rmtree(aside, ignore_errors=True)
-    raise DataError(f"the token files in {folder} cannot be replaced: remove that folder")
-
-
-def _sweep(cache_dir: Path) -> None:
-    """Remove half-built folders that a killed process left behind."""
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Delete partial folders that a killed process left behind."""
     for folder in cache_dir.glob(".*-*"):
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))

@@ -1,4 +1,4 @@
-"""Our tokenizers as the JSON files that Hugging Face's `tokenizers` and `transformers` open, and back."""
+"""The tokenizers as the JSON files that Hugging Face's `tokenizers` and `transformers` open, and back."""
 
 import copy
 import hashlib
@@ -6,35 +6,28 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from milepost.text.tokenization import (
-    END_OF_TEXT,
-    BpeTokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Gpt2Tokenizer,
-    Tokenizer,
-    adds_nothing,
-    byte_letters,
-    check_bpe,
-    gpt2_file,
-)
+from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters
+from milepost.text.tokenization.bpe import BpeTokenizer, adds_nothing, check_bpe
+from milepost.text.tokenization.byte import ByteTokenizer
+from milepost.text.tokenization.char import CharTokenizer
+from milepost.text.tokenization.gpt2 import Gpt2Tokenizer, gpt2_file
 
 Json = dict[str, Any]
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 # An empty pattern matches between any two characters, line ends and combining marks included.
 EACH_CHARACTER = {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False}
-# Of GPT-2's vocabulary and merges as `_content_digest` puts them; a test holds it equal to that of the published files.
+# `_content_digest` of GPT-2's vocabulary and merges; a test compares it with that of the published files.
 GPT2_DIGEST = "2a84aa51ea049287ee4c5e438e96023cd6c3bc5250a519851ff57885941f125c"
 
 
 def tokenizers_json(tokenizer: Tokenizer) -> Json:
-    """What `tokenizer.json` of a Hugging Face folder holds: encodes to the ids of `tokenizer` and decodes to its text.
+    """Return the values of a Hugging Face folder's `tokenizer.json`, which encodes and decodes as `tokenizer` does.
 
-    Two things the library does in its own way. It raises an error for characters that a char vocabulary lacks, as ours
-    does. And it takes "<|endoftext|>" in a text for the special token, where ours encodes ordinary text; its
-    `encode_special_tokens = True` (`split_special_tokens=True` in transformers) makes it do the same.
-    DataError if the files of GPT-2 are not on this machine.
+    Two behaviours are the library's. Characters outside a char vocabulary raise an error, as here. "<|endoftext|>" in a text
+    becomes the special token, where ours encodes ordinary text; `encode_special_tokens = True` there (`split_special_tokens=True`
+    in transformers) makes it do the same. Raise ValueError for a tokenizer that has no such form, DataError if the files of GPT-2
+    are not on this machine.
     """
     if isinstance(tokenizer, CharTokenizer):
         return _char_json(tokenizer.chars)
@@ -44,14 +37,13 @@ def tokenizers_json(tokenizer: Tokenizer) -> Json:
         return _gpt2_json()
     if isinstance(tokenizer, BpeTokenizer):
         return tokenizer.to_dict()["tokenizer"]
-    raise TypeError(f"no tokenizer.json is known for a {type(tokenizer).__name__}")
+    raise ValueError(f"the tokenizer {tokenizer.kind} has no form as a tokenizer.json")
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> Json:
-    """What `tokenizer_config.json` beside it holds, so that transformers' AutoTokenizer opens the folder.
+    """Return the values of the `tokenizer_config.json` beside it, with which transformers' AutoTokenizer opens the folder.
 
-    The class is the one that adds nothing of its own to tokenizer.json. `model_max_length`, in tokens, is the model's
-    to say: the caller adds it.
+    Its class adds nothing to tokenizer.json. The caller adds `model_max_length`, in tokens, which depends on the model.
     """
     config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.end_of_text is not None:
@@ -60,10 +52,10 @@ def tokenizer_config(tokenizer: Tokenizer) -> Json:
 
 
 def from_tokenizers_json(values: Mapping[str, Any]) -> Json:
-    """The form of `Tokenizer.to_dict` for what a `tokenizer.json` holds; `tokenization.from_dict` checks it.
+    """Return the `Tokenizer.to_dict` form of the values of a `tokenizer.json`; `tokenization.from_dict` checks it.
 
-    A char or byte tokenizer is recognised if it is exactly what `tokenizers_json` writes, and GPT-2's by the content of
-    its vocabulary and merges, whoever wrote it. Everything else is taken for a byte-level BPE.
+    A char or byte tokenizer is recognised if it equals what `tokenizers_json` writes, GPT-2's by the content of its vocabulary and
+    merges, whatever program wrote it. Everything else is taken for a byte-level BPE.
     """
     plain = _without_empty_template(values)
     if _is_gpt2(plain):
@@ -76,16 +68,16 @@ def from_tokenizers_json(values: Mapping[str, Any]) -> Json:
 
 
 def from_vocab_and_merges(vocab: Json, merges: str, added: Mapping[str, int], special: Iterable[str]) -> Json:
-    """The form of `Tokenizer.to_dict` for `vocab.json` and `merges.txt`, GPT-2's own two files, which older fine-tunes have.
+    """Return the `Tokenizer.to_dict` form of GPT-2's own two files, `vocab.json` and `merges.txt`, which older fine-tunes have.
 
-    `added` is added_tokens.json, `special` what a text never has for a token; `tokenization.from_dict` checks the result.
+    `added` is added_tokens.json, `special` the tokens that encoding text never produces. `tokenization.from_dict` checks the result.
     """
-    apart = {END_OF_TEXT, *special}
+    never_encoded = {END_OF_TEXT, *special}
     tokens = {END_OF_TEXT: vocab[END_OF_TEXT], **added} if END_OF_TEXT in vocab else dict(added)
-    ordered = sorted(tokens.items(), key=lambda one: one[1] if type(one[1]) is int else -1)
+    ordered = sorted(tokens.items(), key=lambda item: item[1] if type(item[1]) is int else -1)
     lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
     values = _byte_level_json(vocab, [line.split(" ") for line in lines])
-    values["added_tokens"] = [_added_token(text, i, special=text in apart) for text, i in ordered]
+    values["added_tokens"] = [_added_token(text, i, special=text in never_encoded) for text, i in ordered]
     return from_tokenizers_json(values)
 
 
@@ -95,7 +87,7 @@ def _added_token(text: str, i: int, *, special: bool) -> Json:
 
 
 def _char_json(chars: list[str]) -> Json:
-    # The library wants a name for unknown tokens. One that is in no vocabulary makes them an error, not a silent gap.
+    # The library requires a name for unknown tokens. A name outside the vocabulary makes them an error, not a silent gap.
     model = {"type": "WordLevel", "vocab": {char: i for i, char in enumerate(chars)}, "unk_token": "<unk>"}
     return _tokenizer_json(model, before=EACH_CHARACTER, decoder={"type": "Fuse"})
 
@@ -118,13 +110,13 @@ def _byte_level_json(vocab: dict[str, int], merges: list[list[str]]) -> Json:
 
 def _gpt2_json() -> Json:
     vocab = json.loads(gpt2_file("encoder.json"))
-    lines = gpt2_file("vocab.bpe").decode("utf-8").split("\n")[1:-1]  # between the version and the last line's end
+    lines = gpt2_file("vocab.bpe").decode("utf-8").split("\n")[1:-1]  # without the version and the end of the last line
     special = _added_token(END_OF_TEXT, Gpt2Tokenizer.end_of_text, special=True)
     return _byte_level_json(vocab, [line.split(" ") for line in lines]) | {"added_tokens": [special]}
 
 
 def _tokenizer_json(model: Json, *, before: Json, decoder: Json) -> Json:
-    """The library's file with everything that changes text left out."""
+    """Return the library's file without the steps that change text."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -139,7 +131,7 @@ def _tokenizer_json(model: Json, *, before: Json, decoder: Json) -> Json:
 
 
 def _without_empty_template(values: Mapping[str, Any]) -> Json:
-    """`values` without the template that transformers puts in whenever it saves a tokenizer, and that adds no token."""
+    """Return `values` without the template that transformers writes when it saves any tokenizer and that adds no token."""
     if adds_nothing(values.get("post_processor")):
         return {**values, "post_processor": None}
     return dict(values)
@@ -151,7 +143,7 @@ def _is_char(values: Json) -> bool:
 
 
 def _is_gpt2(values: Json) -> bool:
-    """Whether `values` has GPT-2's tokens and merges, and nothing around them that would make other ids of a text."""
+    """Whether `values` has GPT-2's tokens and merges, and no step around them that would change the ids of a text."""
     if _content_digest(values) != GPT2_DIGEST:
         return False
     try:
@@ -162,9 +154,9 @@ def _is_gpt2(values: Json) -> bool:
 
 
 def _content_digest(values: Json) -> str | None:
-    """sha256 of the tokens in the order of their ids and of the merges, in hex; None if these are no such lists.
+    """Return the sha256 of the tokens in id order and of the merges, in hex; None if they are malformed.
 
-    Older files write a merge as one string, newer ones as a pair.
+    Older files write a merge as one string, newer files as a pair.
     """
     tokens = _tokens_by_id(values)
     merges = values["model"].get("merges") if tokens else None
@@ -173,13 +165,13 @@ def _content_digest(values: Json) -> str | None:
     ):
         return None
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    if not all(isinstance(pair, list) and all(isinstance(half, str) for half in pair) for pair in pairs):
+    if not all(isinstance(pair, list) and all(isinstance(part, str) for part in pair) for pair in pairs):
         return None
     return hashlib.sha256(json.dumps([tokens, pairs], separators=(",", ":")).encode()).hexdigest()
 
 
 def _tokens_by_id(values: Json) -> list[str]:
-    """The tokens of the model's vocabulary in the order of their ids; none if it is no vocabulary."""
+    """Return the tokens of the model's vocabulary in id order; empty if it is not a vocabulary."""
     model = values.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict) or any(type(i) is not int for i in vocab.values()):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import gguf
@@ -125,7 +124,7 @@ def test_the_merged_model_says_the_same_in_transformers(said):
     folder, answers = said
     ours = of(answers, "TEMPERATURE=0").stdout
     (code,) = blocks(PAGE, "python")
-    theirs = run(f"{sys.executable} - <<'END'\n{code}END", folder)
+    theirs = run(f"python3 - <<'END'\n{code}END", folder)
     assert (theirs.returncode, theirs.stdout) == (0, ours), theirs.stderr
     assert ours.startswith("Dear Wren,")
 

@@ -3,16 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from milepost.ckpt.record import Checkpoint, CheckpointError
-from milepost.ckpt.restore import logits, weight_shapes
+from milepost.ckpt.restore import logits, skeleton
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest
 
 GELUS = {"gelu": "GELU's tanh form", "gelu_erf": "the exact GELU"}
+
+
+SHAPE = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tied")  # what a GPT-2's weights depend on
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,12 @@ class Proof:
     difference: float  # the largest of two logits, and
     spread: float  # the standard deviation of ours, to judge it by
     remark: str  # why there is a difference; empty if there is none
+
+
+def weight_shapes(settings: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Return name and shape of every weight of a plain GPT-2 of these sizes, in the order of its modules; nothing is allocated."""
+    sizes = {name: settings[name] for name in SHAPE if name in settings}
+    return {name: tensor.shape for name, tensor in skeleton("gpt2", sizes).state_dict().items()}
 
 
 def check_gpt2(record: Checkpoint, program: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.ckpt import archive, foreign
+from milepost.ckpt.foreign.embedded_tokenizer import tokenizer_inside
 from milepost.ckpt.foreign.tokenizer import META_LIMIT, Choice, read_meta, tokenizer_for
 from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
@@ -21,13 +22,13 @@ def adopted(
 ) -> Checkpoint:
     """The record of what was loaded from `path`, a file or a folder. Raises CheckpointError if anything of it cannot be translated.
 
-    Without a tokenizer of its own it takes tokenizer.json or meta.pkl beside it, or GPT-2's if the rows fit; else it has none.
+    Its tokenizer is the one inside the file, else tokenizer.json or meta.pkl beside it, else GPT-2's if the rows fit; else it has none.
     If not `whole`, only its metadata is of use.
     """
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / CONFIG) if is_regular(folder / CONFIG) else None
     meant = foreign.understood(content, config, where=str(path), optimizer=optimizer, whole=whole)
-    tokenizer, note = tokenizer_beside(path, meant.model_settings["vocab_size"])
+    tokenizer, note = _tokenizer_of(path, [content, config or {}], meant.model_settings["vocab_size"])
     return Checkpoint(
         model_state=meant.model_state,
         optimizer_state=meant.optimizer_state,
@@ -41,7 +42,7 @@ def adopted(
         written_by=f"another program ({layout})",
         path=path,
         layout=layout,
-        notes=[*meant.notes, *([note] if tokenizer else [])],
+        notes=[*meant.notes, *([note] if note else [])],
     )
 
 
@@ -50,10 +51,23 @@ def adopted_metadata(path: Path, content: Mapping[Any, Any], *, layout: str) -> 
     return metadata(adopted(path, content, layout=layout, whole=False))
 
 
+def _tokenizer_of(path: Path, contents: list[Mapping[Any, Any]], vocab_size: int) -> Choice:
+    """The tokenizer inside the file, else the one beside it; the note is empty if there is none and nothing to tell."""
+    tokenizer, note = tokenizer_inside(contents, vocab_size, where=str(path))
+    if tokenizer or (note and _token_file(path) is None):
+        return tokenizer, note
+    tokenizer, beside = tokenizer_beside(path, vocab_size)
+    return tokenizer, beside if tokenizer else ""
+
+
+def _token_file(path: Path) -> Path | None:
+    folder = path if path.is_dir() else path.parent
+    return next((folder / name for name in (TOKENIZER, META) if is_regular(folder / name)), None)
+
+
 def tokenizer_beside(path: Path, vocab_size: int) -> Choice:
     """What `tokenizer_for` says of the weights at `path`, a file or a folder, by tokenizer.json or meta.pkl beside them."""
-    folder = path if path.is_dir() else path.parent
-    file = next((folder / name for name in (TOKENIZER, META) if is_regular(folder / name)), None)
+    file = _token_file(path)
     return tokenizer_for(vocab_size, _read_token_file(file), where=str(file or path))
 
 
@@ -68,12 +82,23 @@ def _read_token_file(path: Path | None) -> Mapping[str, Json] | None:
 
 
 def with_chars(record: Checkpoint, chars: list[str]) -> Checkpoint:
-    """The record with `chars`, the sorted characters of the training text, for its tokenizer; raises CheckpointError if they do not fit."""
+    """The record with `chars`, the sorted characters of the text that the user named, for its tokenizer.
+
+    Raises CheckpointError if their number is not that of the model's rows.
+    """
     rows = record.model_settings["vocab_size"]
     record.tokenizer, note = tokenizer_for(rows, chars=chars, where=str(record.path))
     if record.tokenizer is None:
         raise CheckpointError(note)
     record.notes.append(note)
+    return record
+
+
+def with_kind(record: Checkpoint, kind: str) -> Checkpoint:
+    """The record with the tokenizer of this kind, `byte` or `gpt2`; raises CheckpointError if it has more tokens than the model rows."""
+    rows = record.model_settings["vocab_size"]
+    record.tokenizer, _ = tokenizer_for(rows, {"kind": kind}, where=f"{record.path}: TOKENIZER={kind}")
+    record.notes.append(f"{record.path}: carries no tokenizer; {kind} is taken, which was set")
     return record
 
 

@@ -22,8 +22,8 @@ def tokenizer_for(
 ) -> Choice:
     """The tokenizer as our JSON values, or None, and a note on which was taken and why.
 
-    `token_file` is what a tokenizer.json held, or `read_meta` returned; `chars` are the sorted characters of the training text,
-    taken if their number is right. Raises CheckpointError for a file that is no tokenizer, or has more tokens than rows.
+    `token_file` is what a tokenizer.json held, or `read_meta` returned; `chars` are the sorted characters of the text that the user
+    named, taken if their number is right. Raises CheckpointError for a file that is no tokenizer, or has more tokens than rows.
     """
     if token_file is not None:
         tokenizer, size = _from_token_file(token_file, vocab_size, where)
@@ -36,7 +36,7 @@ def tokenizer_for(
     if vocab_size in GPT2_ROWS:
         return {"kind": "gpt2"}, f"{begin}; GPT-2's own is taken, because its vocabulary has {vocab_size} rows"
     if chars is not None and len(chars) == vocab_size:
-        kept = _chars(chars, vocab_size, where)
+        kept = characters(chars, vocab_size, where)
         return kept, f"{begin}; the {vocab_size} different characters of TRAINING_DATA_SOURCE are taken, one a row"
     but = f", nor do the {len(chars)} different characters of TRAINING_DATA_SOURCE" if chars is not None else ""
     return None, (
@@ -50,15 +50,15 @@ def _from_token_file(values: Mapping[str, Any], vocab_size: int, where: str) -> 
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{where}: holds {type(values).__name__}, expected a tokenizer as a JSON object")
     if "itos" in values or "stoi" in values:
-        kept = _chars(_checked_meta(values, where), vocab_size, where)
+        kept = characters(_checked_meta(values, where), vocab_size, where)
         return kept, len(kept["chars"])
-    model = values.get("model")
-    if isinstance(model, Mapping) and isinstance(model.get("vocab"), Mapping):  # of the `tokenizers` library
-        _check_rows(len(model["vocab"]), vocab_size, where)
-        return {"kind": "bpe", "tokenizer": dict(values)}, len(model["vocab"])
+    if is_tokenizers_json(values):
+        size = len(values["model"]["vocab"])
+        check_rows(size, vocab_size, where)
+        return {"kind": "bpe", "tokenizer": dict(values)}, size
     kind = values.get("token_kind", values.get("kind"))
     if kind == "char":
-        kept = _chars(values.get("chars"), vocab_size, where)
+        kept = characters(values.get("chars"), vocab_size, where)
         return kept, len(kept["chars"])
     if kind == "bpe" and isinstance(values.get("tokenizer"), Mapping):
         return {"kind": "bpe", "tokenizer": dict(values["tokenizer"])}, None
@@ -67,8 +67,14 @@ def _from_token_file(values: Mapping[str, Any], vocab_size: int, where: str) -> 
         raise CheckpointError(
             f"{where}: is no tokenizer that milepost knows (kind {_short(kind)}), expected char, byte, bpe, gpt2 or one of the tokenizers library"
         )
-    _check_rows(tokens, vocab_size, where)
+    check_rows(tokens, vocab_size, where)
     return {"kind": kind}, tokens
+
+
+def is_tokenizers_json(values: Mapping[Any, Any]) -> bool:
+    """Whether these are what the `tokenizers` library writes."""
+    model = values.get("model")
+    return isinstance(model, Mapping) and isinstance(model.get("vocab"), Mapping)
 
 
 def _short(value: Any) -> str:
@@ -76,18 +82,19 @@ def _short(value: Any) -> str:
     return f"{value!r:.80}" if isinstance(value, str) else type(value).__name__
 
 
-def _check_rows(tokens: int, vocab_size: int, where: str) -> None:
+def check_rows(tokens: int, vocab_size: int, where: str) -> None:
+    """Raise CheckpointError if a tokenizer has more tokens than the model has rows."""
     if tokens > vocab_size:
         raise CheckpointError(
             f"{where}: has {tokens} tokens, but the model beside it only {vocab_size} rows: put the one there that was saved with it"
         )
 
 
-def _chars(chars: Any, vocab_size: int, where: str) -> dict[str, Json]:
+def characters(chars: Any, vocab_size: int, where: str) -> dict[str, Json]:
     """A char tokenizer of these characters, the n-th for row n."""
     if not isinstance(chars, list | tuple) or not chars:
         raise CheckpointError(f"{where}: chars is {_short(chars)}, expected a list of single characters")
-    _check_rows(len(chars), vocab_size, where)
+    check_rows(len(chars), vocab_size, where)
     for char in chars:
         if not isinstance(char, str) or len(char) != 1 or "\ud800" <= char <= "\udfff":
             raise CheckpointError(f"{where}: {_short(char)} is among its characters, expected single characters")

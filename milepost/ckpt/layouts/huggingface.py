@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import models
 from milepost.ckpt.foreign.importing import TOKENIZER, files, home, tokenizer_beside
 from milepost.ckpt.manifest import (
     JSON_LIMIT,
@@ -121,8 +122,8 @@ def _read_own(path: Path, *, optimizer: bool, verify: bool) -> Checkpoint:
     problems = file_problems(path, manifest, hashed=verify, begins=begins, optional=[OPTIMIZER])
     if problems:
         raise CheckpointError(f"{problems[0]}; or remove {MANIFEST} to open the folder as transformers would")
-    settings, gpt2 = manifest["metadata"]["model_settings"], manifest["metadata"]["model_type"] == "gpt2"
-    weights = read_weights(path, lambda found: _translate(path, found, settings) if gpt2 else found)
+    settings, known = manifest["metadata"]["model_settings"], _is_known(manifest["metadata"]["model_type"])
+    weights = read_weights(path, lambda found: _translate(path, found, settings) if known else found)
     record = from_metadata(manifest["metadata"], model_state=weights, optimizer_state=None, where=str(path / MANIFEST))
     take_optimizer(record, path / OPTIMIZER, manifest["optimizer_groups"], wanted=optimizer)
     record.path, record.layout, record.owned = path, NAME, True
@@ -155,9 +156,11 @@ def write(record: Checkpoint, folder: Path, stem: str) -> Path:
     """
     (path,) = targets(folder, stem)
     _refuse_adapters(record)
-    gpt2 = record.model_type == "gpt2"
-    weights = _their_weights(record) if gpt2 else record.model_state
-    config = _their_config(record) if gpt2 else {"model_type": f"milepost-{record.model_type}", **record.model_settings}
+    known = _is_known(record.model_type)
+    weights = _their_weights(record) if known else record.model_state
+    config = (
+        _their_config(record) if known else {"model_type": f"milepost-{record.model_type}", **record.model_settings}
+    )
     with new_folder(path) as hidden:
         made: dict[str, NewFile] = {WEIGHTS: write_safetensors(hidden / WEIGHTS, weights)}
         tokens = tokenizer_files(record)
@@ -170,6 +173,11 @@ def write(record: Checkpoint, folder: Path, stem: str) -> Path:
             groups = optimizer_groups(record.optimizer_state)
         write_manifest(hidden / MANIFEST, record, made, first={"format": "milepost"}, groups=groups)
     return path
+
+
+def _is_known(model_type: str) -> bool:
+    """Return whether transformers has the model."""
+    return model_type in models.with_trait("transformers")
 
 
 def targets(folder: Path, stem: str) -> list[Path]:
@@ -194,7 +202,7 @@ def _their_config(record: Checkpoint) -> dict[str, Json]:
     dropout = {f"{part}_pdrop": ours.get("dropout", 0.0) for part in ("resid", "embd", "attn")}
     theirs = next(theirs for theirs, name in ACTIVATIONS.items() if name == ours.get("activation", "gelu"))
     return {
-        "architectures": ["GPT2LMHeadModel"],
+        "architectures": [models.MODELS[record.model_type].transformers],
         "model_type": "gpt2",
         **sizes,
         "n_ctx": ours["block_size"],

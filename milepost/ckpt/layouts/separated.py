@@ -23,6 +23,7 @@ from milepost.ckpt.record import (
 )
 from milepost.ckpt.tensors import checked_tensors
 from milepost.files import new_group, written
+from milepost.paths import is_real_file
 
 NAME = "separated"
 RUN_STEM = ""
@@ -150,6 +151,19 @@ def _check_pair(model: Path, other: Path) -> None:
             f"{other}: belongs to another save than {model.name} ({ids[1]!r:.40}, not {ids[0]!r:.40}): "
             f"move it away to open {model.name} alone"
         )
+
+
+def parts_of(head: Path, folder: Path) -> list[Path]:
+    """The visible optimizer's half in `folder` that is of the same save as `head`, the model's half of a killed save or removal."""
+    other = _sibling(folder / head.name, OPTIMIZER)
+    if not head.name.endswith(MODEL) or not (is_real_file(head) and is_real_file(other)):
+        return []
+    try:
+        model, optimizer = (archive.read_metadata(half) for half in (head, other))
+    except CheckpointError:
+        return []
+    same = isinstance(model, dict) and isinstance(optimizer, dict) and optimizer.get("half") == "optimizer"
+    return [other] if same and model.get("save_id") == optimizer.get("save_id") is not None else []
 
 
 def _optimizer_of(content: dict[Any, Any], path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from milepost.ckpt.manifest import (
     manifest_metadata,
     read_json,
     read_manifest,
+    sha256,
     write_manifest,
 )
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, from_metadata
@@ -26,6 +27,7 @@ from milepost.ckpt.tensors import (
     write_safetensors,
 )
 from milepost.files import new_group
+from milepost.paths import is_real_file
 
 NAME = "stepfiles"
 RUN_STEM = "step_{step:06d}"
@@ -112,6 +114,23 @@ def write(record: Checkpoint, folder: Path, stem: str) -> Path:
 def targets(folder: Path, stem: str) -> list[Path]:
     """The paths that `write` gives a checkpoint of this stem, its head last."""
     return [folder / f"{stem}{suffix}" for suffix in (WEIGHTS, OPTIMIZER, STATE)]
+
+
+def parts_of(head: Path, folder: Path) -> list[Path]:
+    """The visible files in `folder` whose bytes `head`, the state JSON of a killed save or removal, has the sha256 of."""
+    if not head.name.endswith(STATE) or not is_real_file(head):
+        return []
+    try:
+        manifest = read_manifest(head)
+        entries = {} if manifest["problem"] else manifest["files"]
+        parts = [_sibling(folder / head.name, suffix) for suffix in (WEIGHTS, OPTIMIZER)]
+        return [part for part in parts if is_real_file(part) and _is_entry(part, entries.get(part.name))]
+    except (CheckpointError, OSError):
+        return []
+
+
+def _is_entry(part: Path, entry: dict[str, Json] | None) -> bool:
+    return entry is not None and part.stat().st_size == entry["size"] and sha256(part) == entry["sha256"]
 
 
 def verify_file(path: Path) -> list[str]:

@@ -1,0 +1,118 @@
+"""The names that torch's pickles of tensors ask for, and the tensors over the bytes of their storages.
+
+A tensor is a view of a storage. It is only made if it lies within its storage and claims no more bytes than that has: torch itself
+would enlarge the storage, or read whatever follows it in the file.
+"""
+
+import collections
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from milepost.ckpt.pickles import Call, built
+
+DIMENSIONS = 64  # of a tensor, at most; torch computes with no more
+STORAGES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A class of storages, which a pickle only names."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """Bytes in the file as so many elements of a dtype."""
+
+    data: UntypedStorage
+    dtype: torch.dtype
+    count: int
+
+
+def content_of(pickled: bytes, storage: Callable[[str], UntypedStorage]) -> Any:
+    """The value of torch's pickle, its tensors over what `storage` gives for their keys.
+
+    Raises Forbidden if it asks for anything but tensors and plain values, any other exception if it is damaged.
+    """
+    storages: dict[str, _Storage] = {}
+
+    def reference(wanted: Any) -> _Storage:
+        return _storage(wanted, storage, storages)
+
+    return built(pickled, NAMES, reference=reference)
+
+
+def _storage(wanted: Any, storage: Callable[[str], UntypedStorage], storages: dict[str, _Storage]) -> _Storage:
+    """The storage of a persistent id: its word, kind, key, device and number of elements."""
+    if type(wanted) is not tuple or len(wanted) != 5 or wanted[0] != "storage":
+        raise ValueError("a reference in it is not to a storage")
+    _, kind, key, _, count = wanted
+    if type(kind) is not _Kind or type(key) is not str or type(count) is not int:
+        raise ValueError("a reference in it is not to a storage")
+    if key not in storages:
+        storages[key] = _Storage(storage(key), kind.dtype, count)
+    found, each = storages[key], kind.dtype.itemsize
+    if (found.dtype, found.count) != (kind.dtype, count):  # torch takes the first for both
+        raise ValueError(f"data/{key:.40} is described twice and differently")
+    size = found.data.nbytes()
+    if size // each != count:  # of a view in another dtype, torch leaves out what makes no whole element
+        raise ValueError(f"data/{key:.40} claims {count} elements of {each} bytes, but has {size} bytes")
+    return found
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    """The view of a storage that a pickle describes; what autograd knew of it is left out."""
+    plain = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= DIMENSIONS
+    if type(storage) is not _Storage or not plain or not _are_sizes((offset, *size, *stride)):
+        raise ValueError("a tensor in it is described by what cannot describe one")
+    count = math.prod(size)
+    last = offset + (sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if count else 0)
+    if count > storage.count or last > storage.count:
+        raise ValueError(f"a tensor of shape {tuple(size)} claims more bytes than the file holds for it"[:110])
+    return torch.empty(0, dtype=storage.dtype).set_(storage.data, offset, tuple(size), tuple(stride))
+
+
+def _are_sizes(values: tuple[Any, ...]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _parameter(tensor: Any, *_: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError("a parameter in it is no tensor")
+    return tensor
+
+
+def _size(values: Any) -> torch.Size:
+    if not isinstance(values, tuple) or not _are_sizes(values):
+        raise ValueError("a shape in it is no shape")
+    return torch.Size(values)
+
+
+NAMES: Mapping[str, Any] = {
+    "collections OrderedDict": Call(lambda: collections.OrderedDict()),
+    "torch._utils _rebuild_tensor_v2": Call(_tensor),
+    "torch._utils _rebuild_parameter": Call(_parameter),
+    "torch Size": Call(_size),
+    "torch device": Call(torch.device),
+    **{f"torch {name}": getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")},
+    **{f"torch {name}Storage": _Kind(dtype) for name, dtype in STORAGES.items()},
+}

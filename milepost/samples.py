@@ -1,0 +1,144 @@
+"""Texts generated from a checkpoint as the settings ask: what load_checkpoint.py and compare_samples.py share."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from milepost import config
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.restore import build_model, build_tokenizer, merged
+from milepost.config import Config, ConfigError
+from milepost.generate.decoder import Decoder
+from milepost.generate.texts import Sampling, choose_decoder, no_lookup_reason, texts
+from milepost.resume import fixed_settings
+from milepost.run import with_its_base
+from milepost.runtime import hardware
+from milepost.runtime.progress import Log
+from milepost.text.errors import UnknownCharacters
+from milepost.text.tokenization import Tokenizer
+from models import adapter_counts
+from models.model import Model
+
+
+def drop_conflicts(record: Checkpoint, settings: Config, log: Log) -> Config:
+    """Return the settings without those that contradict the checkpoint's model and tokenizer; log each one dropped.
+
+    Raise ConfigError if one was set in the process environment, where it was surely intended.
+    """
+    refused: list[str] = []
+    dropped: list[str] = []
+    for name, requested, saved in config.contradictions(settings, fixed_settings(record)):
+        problem = f"{name}={requested} ({settings.sources[name]}): the checkpoint has {saved}"
+        if settings.sources[name] == "environment":
+            refused.append(f"{problem}; unset {name}")
+        else:
+            dropped.append(name)
+            log(f"{problem}, which is used")
+    if refused:
+        raise ConfigError(refused)
+    return config.without(settings, dropped)
+
+
+def read_prompt(settings: Config) -> str:
+    """Return the prompt of PROMPT, of the file PROMPT_FILE, or of stdin (PROMPT_FILE=-); empty if none is set."""
+    if settings.prompt_file is None:
+        return settings.prompt or ""
+    try:
+        data = sys.stdin.buffer.read() if settings.prompt_file == "-" else Path(settings.prompt_file).read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"is not valid UTF-8 at byte {error.start}; save it as UTF-8"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}); set a text file, or - for stdin"
+    raise ConfigError([f"PROMPT_FILE={settings.prompt_file}: {problem}"])
+
+
+def sample_seed(settings: Config) -> int:
+    """Return SAMPLE_SEED, or a random seed if it is not set."""
+    return int.from_bytes(os.urandom(4), "little") if settings.sample_seed is None else settings.sample_seed
+
+
+def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str, seed: int) -> Iterator[Iterator[str]]:
+    """Yield NUM_SAMPLES continuations of the prompt, each as an iterator over pieces, to be read before the next.
+
+    Raise CheckpointError if the model's logits are not finite.
+    """
+    record = with_its_base(record, settings, log)
+    for count in adapter_counts({name: tensor.shape for name, tensor in record.model_state.items()}).values():
+        log(f"Loaded {count}")
+    record = merged(record)
+    device = hardware.choose_device(settings.device)
+    model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
+    ids = _encode_prompt(tokenizer, prompt, settings)
+    generator, lookup = _choose_generator(model, settings, device, log, prompt_tokens=len(ids))
+    dtype = generator.weights if isinstance(generator, Decoder) else "float32"
+    what = f"{record.model_type} at step {record.step}, {tokenizer.kind} tokenizer"
+    log(f"{record.path}: {what}, on {device.type} in {dtype}; SAMPLE_SEED={seed}")
+    slid: set[bool] = set()
+    drawn = texts(
+        generator,
+        tokenizer,
+        ids,
+        sampling=_sampling(settings),
+        seed=seed,
+        count=settings.num_samples,
+        lookup=lookup,
+        on_slide=lambda: slid.add(True),
+    )
+    for number, pieces in enumerate(drawn, 1):
+        if settings.num_samples > 1:
+            log(f"sample {number} of {settings.num_samples}")
+        yield _blame_checkpoint(pieces, record)
+    if slid:  # not while the text is shown: on a terminal the line would break it
+        log(f"the context window of {model.settings.block_size} tokens was full; the oldest tokens were dropped")
+
+
+def _sampling(settings: Config) -> Sampling:
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        stop=settings.stop,
+    )
+
+
+def _encode_prompt(tokenizer: Tokenizer, prompt: str, settings: Config) -> list[int]:
+    """Return the prompt's tokens. Raise ConfigError with the characters that the checkpoint's vocabulary lacks."""
+    try:
+        return tokenizer.encode(prompt)
+    except UnknownCharacters as error:
+        name = "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}"
+        raise ConfigError([f"{name}: {error}; remove them, the model has never seen them"]) from error
+
+
+def _choose_generator(
+    model: Model, settings: Config, device: torch.device, log: Log, *, prompt_tokens: int
+) -> tuple[Model | Decoder, bool]:
+    """Return the decoder, or the model itself where a decoder does not pay, and whether it verifies drafts.
+
+    Raise ConfigError if QUANTIZE cannot be applied.
+    """
+    tokens = prompt_tokens + settings.max_new_tokens * settings.num_samples
+    decoder, reason = choose_decoder(
+        model, device=device, dtype=settings.dtype, quantize=settings.quantize, tokens=tokens
+    )
+    if decoder is None and settings.quantize != "none":
+        raise ConfigError([f"QUANTIZE={settings.quantize} needs a fast decoder: {reason}; set QUANTIZE=none"])
+    if settings.speculate == "lookup":
+        reason = no_lookup_reason(decoder, reason)
+        if reason:
+            log(f"SPECULATE=lookup is not used: {reason}")
+    return decoder or model, settings.speculate == "lookup" and not reason
+
+
+def _blame_checkpoint(pieces: Iterator[str], record: Checkpoint) -> Iterator[str]:
+    """Yield the pieces. Logits that are not finite are the checkpoint's fault."""
+    try:
+        yield from pieces
+    except ValueError as error:
+        raise CheckpointError(f"{record.path}: {error}") from error

@@ -1,0 +1,88 @@
+"""One pass over a corpus: its fingerprint, its length and its alphabet, remembered until a file changes."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milepost.text.corpus import Corpus
+from milepost.text.errors import DataError
+from milepost.text.stamps import forget, remembered
+
+Log = Callable[[str], None]
+
+RECORD, FOLDER = "scan1", "scans"  # raise the number when the same files give another Scan
+LOG_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a corpus finds. `sha256` covers the text and where its documents end."""
+
+    sha256: str
+    characters: int
+    documents: int
+    alphabet: str  # the distinct characters, sorted
+
+
+def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
+    """Read all of `corpus` in flat memory. Raise DataError if it holds no text."""
+    digest = hashlib.sha256()
+    seen = np.zeros(0x110000, dtype=bool)  # one flag per code point
+    characters = documents = 0
+    progress = ByteProgress(log, "reading")
+    for text, ends in corpus.pieces():
+        progress.add(add_to_digest(digest, text, ends))
+        seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+        characters += len(text)
+        documents += ends
+    if not characters:
+        raise DataError(f"{corpus.source} holds no text: all its files are empty")
+    alphabet = "".join(map(chr, np.flatnonzero(seen).tolist()))
+    return Scan(sha256=digest.hexdigest(), characters=characters, documents=documents, alphabet=alphabet)
+
+
+def cached_scan(
+    corpus: Corpus, *, cache_dir: Path, log: Log | None = None, now: Callable[[], int] = time.time_ns
+) -> Scan:
+    """Return `scan(corpus)`, from `cache_dir` if no file has changed since; see milepost.text.stamps for what that means."""
+    values = remembered(
+        RECORD, corpus.paths, cache_dir / FOLDER, lambda: dataclasses.asdict(scan(corpus, log=log)), now=now
+    )
+    return Scan(**values)
+
+
+def forget_scan(corpus: Corpus, *, cache_dir: Path) -> None:
+    """Make the next `cached_scan` read the files."""
+    forget(RECORD, corpus.paths, cache_dir / FOLDER)
+
+
+def add_to_digest(digest: Any, text: str, ends: bool) -> int:
+    """Add a piece to a hash and return its size in UTF-8 bytes. 0xff, which UTF-8 never uses, marks the end of a document."""
+    data = text.encode()
+    digest.update(data)
+    if ends:
+        digest.update(b"\xff")
+    return len(data)
+
+
+class ByteProgress:
+    """Logs about every two seconds how many MB are done."""
+
+    def __init__(self, log: Log | None, verb: str) -> None:
+        self._log = log
+        self._verb = verb
+        self._bytes = 0
+        self._next = time.monotonic() + LOG_SECONDS
+
+    def add(self, size: int) -> None:
+        """Count `size` more bytes of text."""
+        self._bytes += size
+        if self._log is not None and time.monotonic() >= self._next:
+            self._log(f"{self._verb}: {self._bytes / 1e6:,.0f} MB done")
+            self._next = time.monotonic() + LOG_SECONDS

@@ -1,0 +1,107 @@
+"""The interface of a tokenizer, and what several tokenizers share."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+
+from milepost.text.readers import Piece
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Special tokens are never parsed: "<|endoftext|>" in a text is ordinary text.
+
+    Subclass it, set the attributes, and define the methods of REQUIRED. `kind` is the name in milepost.text.registry.
+    `end_of_text` is the id that separates documents; None separates them by a line feed.
+
+    `splits_at` declares where a document may be cut so that the ids of its parts, concatenated, are the ids of the whole:
+    between any two characters, between words (before a space or line feed that follows another character), or nowhere. The
+    default is always right, but holds a whole document in memory.
+    """
+
+    kind: str
+    vocab_size: int
+    end_of_text: int | None = None
+    splits_at: Literal["character", "word", "document"] = "document"
+
+    @classmethod
+    def build(cls, pieces: Iterable[Piece], *, alphabet: str, documents: int, vocab_size: int) -> Self:
+        """Return a tokenizer for a text, given as `pieces`, with the distinct characters `alphabet`.
+
+        It must depend on the text only, not on where its pieces are cut. `vocab_size` is the requested number of tokens, for
+        tokenizers that learn their vocabulary.
+        """
+        ...
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        """Return the tokenizer that `to_dict` described. Raise ValueError if `saved` is not such a dictionary."""
+        ...
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Return the ids of `text` as an array of unsigned integers, (N,)."""
+        ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 bytes of `ids`. Raise ValueError for an id outside the vocabulary."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, with the kind as "kind", from which `from_dict` makes an equal tokenizer."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`."""
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`, with U+FFFD for bytes that are not valid UTF-8."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the tokenizer's canonical JSON, in hex."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+REQUIRED = ("kind", "build", "from_dict", "encode_array", "decode_bytes", "to_dict")
+
+
+def missing_from(cls: type) -> list[str]:
+    """Return the names of REQUIRED that a tokenizer class does not define."""
+    return [name for name in REQUIRED if getattr(cls, name, None) is None or _inherited(cls, name)]
+
+
+def _inherited(cls: type, name: str) -> bool:
+    """Whether the class has only the interface's own empty definition."""
+    return next(base for base in cls.__mro__ if name in vars(base)) is Tokenizer
+
+
+def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Return `ids` as a list. Raise ValueError for an id outside the vocabulary."""
+    checked = list(map(int, ids))
+    for i in checked:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"token {i} is outside the vocabulary of {vocab_size} tokens")
+    return checked
+
+
+def replace_surrogates(text: str) -> str:
+    """Return `text` with U+FFFD for lone surrogates, as tiktoken does; the environment has them for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def byte_letters() -> list[str]:
+    """Return the printable letter that stands for each byte in GPT-2's vocabulary (openai/gpt-2 src/encoder.py)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,0 +1,207 @@
+"""Byte-level byte-pair encoding, trained on the text."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from milepost.text.chunks import rechunk
+from milepost.text.readers import Piece
+from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters, checked_ids, replace_surrogates
+
+BPE_TRAINING_CHARACTERS = 64_000_000  # merges learned from more text hardly differ
+
+
+class BpeTokenizer(Tokenizer):
+    """Byte-level byte-pair encoding over GPT-2's pre-tokenizer, from the JSON of the `tokenizers` library."""
+
+    kind = "bpe"
+    splits_at = "word"
+
+    def __init__(self, tokenizer: Mapping[str, Any]) -> None:
+        import tokenizers
+
+        text = check_bpe(tokenizer)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"the bpe tokenizer cannot be built: {error}") from error
+        self._tokenizer.encode_special_tokens = True  # encode them as ordinary text
+        self._json = json.loads(text)
+        _check_ids(self._json, self._tokenizer.get_vocab())
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.end_of_text = self._tokenizer.token_to_id(END_OF_TEXT)
+        added = {token["content"] for token in self._json["added_tokens"]}
+        letters = {letter: byte for byte, letter in enumerate(byte_letters())}
+        self._bytes = [b""] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab().items():
+            self._bytes[i] = token.encode() if token in added else bytes(letters[letter] for letter in token)
+
+    @classmethod
+    def build(cls, pieces: Iterable[Piece], *, alphabet: str, documents: int, vocab_size: int) -> Self:
+        """Return a BPE of `vocab_size` tokens, trained on the first BPE_TRAINING_CHARACTERS of the text."""
+        return cls(_train(pieces, vocab_size))
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        return cls(saved.get("tokenizer"))  # type: ignore[arg-type]  # check_bpe refuses what is not a mapping
+
+    def encode_array(self, text: str) -> np.ndarray:
+        # Short texts in a batch take a fifth of the time of one long text.
+        texts = [chunk for chunk, _ in rechunk([(replace_surrogates(text), True)], size=1 << 14)]
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return np.concatenate([np.zeros(0, np.uint32), *(np.array(encoding.ids, np.uint32) for encoding in encoded)])
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._bytes[i] for i in checked_ids(ids, self.vocab_size))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "bpe", "tokenizer": json.loads(json.dumps(self._json))}
+
+
+# Training
+
+
+def _train(pieces: Iterable[Piece], vocab_size: int) -> dict[str, Any]:
+    """Return the JSON of a trained tokenizer."""
+    from tokenizers import Tokenizer as Trainee
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise ValueError(
+            f"a bpe vocabulary of {vocab_size} is too small: expected at least 257 (256 bytes and the end of text)"
+        )
+    trainee = Trainee(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    trainee.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=byte_letters(),
+        show_progress=False,
+    )
+    chunks = (text for text, _ in rechunk(_head(pieces, BPE_TRAINING_CHARACTERS), size=1 << 16))
+    trainee.train_from_iterator(chunks, trainer=trainer)
+    return json.loads(trainee.to_str())
+
+
+def _head(pieces: Iterable[Piece], characters: int) -> Iterator[Piece]:
+    """Yield the first `characters` characters of the pieces."""
+    for text, ends in pieces:
+        yield text[:characters], ends
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def check_bpe(spec: object) -> str:
+    """Return `spec` as JSON text. Raise ValueError unless it describes a lossless byte-level BPE.
+
+    The library itself accepts two tokens with one id, ids outside the vocabulary, and steps that change or drop text.
+    """
+    try:
+        text = json.dumps(spec)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the bpe tokenizer does not consist of JSON values: {type(error).__name__}") from None
+    top = spec if isinstance(spec, dict) else {}
+    model, before, after = (_section(top, name) for name in ("model", "pre_tokenizer", "post_processor"))
+    rules = {
+        "model.type must be BPE": model.get("type") == "BPE",
+        "model.dropout must be null": model.get("dropout") is None,
+        "tokens must have no prefix or suffix": not (
+            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        ),
+        "model.ignore_merges must be false": not model.get("ignore_merges"),  # else a special token may match a word
+        "model.byte_fallback must be false": not model.get("byte_fallback"),
+        "the normalizer must be null": top.get("normalizer") is None,
+        "truncation and padding must be null": top.get("truncation") is None and top.get("padding") is None,
+        "the pre_tokenizer must be ByteLevel with GPT-2's regex and no prefix space": (
+            before.get("type") == "ByteLevel"
+            and before.get("add_prefix_space") is False
+            and before.get("use_regex", True) is True
+        ),
+        "the post_processor must be null or ByteLevel": (
+            after.get("type", "ByteLevel") == "ByteLevel" or adds_nothing(after)
+        ),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(f"the tokenizer is not a byte-level BPE: {rule}")
+    special = _check_bpe_tokens(model.get("vocab"), top.get("added_tokens"))
+    _check_special_tokens(model, special)
+    return text
+
+
+def adds_nothing(post_processor: object) -> bool:
+    """Whether it is the template that transformers writes when it saves any tokenizer: one text, or a pair of texts."""
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    template = {"type": "TemplateProcessing", "single": [first], "pair": [first, second], "special_tokens": {}}
+    return post_processor == template
+
+
+def _section(top: dict[str, Any], name: str) -> dict[str, Any]:
+    section = top.get(name)
+    return section if isinstance(section, dict) else {} if section is None else {"type": "?"}
+
+
+def _check_bpe_tokens(vocab: object, added: object) -> set[str]:
+    """Return the special tokens. Raise ValueError unless tokens and ids correspond one to one and every token decodes to bytes."""
+    if not isinstance(vocab, dict) or not isinstance(added, list):
+        raise ValueError("the bpe tokenizer needs model.vocab (an object) and added_tokens (a list)")
+    ids = dict(vocab)
+    special = set()
+    for token in added:
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or not content or not (token.get("special") is True or _is_word(token)):
+            raise ValueError(
+                "the bpe tokenizer's added tokens must be special tokens with a content, or words without whitespace or strip flags"
+            )
+        if ids.setdefault(content, token.get("id")) != token.get("id"):
+            raise ValueError(f"the bpe tokenizer gives {content!r} two ids")
+        special.add(content)
+    if any(type(i) is not int for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"the bpe tokenizer's ids are not exactly 0 to {len(ids) - 1}")
+    letters = set(byte_letters())
+    if not letters <= vocab.keys():
+        raise ValueError("the bpe tokenizer lacks some of the 256 bytes")
+    for token in vocab.keys() - special:
+        if not token or not letters.issuperset(token):
+            raise ValueError(f"the bpe tokenizer's token {token!r} does not consist of GPT-2's byte letters")
+    return special
+
+
+def _is_word(token: dict[str, Any]) -> bool:
+    """Whether an added token matches only its own text and has no whitespace, so that cutting between words never splits it.
+
+    The end of text is not a word: encoding never produces it.
+    """
+    if token["content"] == END_OF_TEXT:
+        return False
+    strips = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
+    return not strips and not re.search(r"\s", token["content"])
+
+
+def _check_special_tokens(model: dict[str, Any], special: set[str]) -> None:
+    """Raise ValueError if ordinary text can become a special token, which decodes to its content, not to its letters' bytes."""
+    merges = model.get("merges")
+    pairs = (
+        [merge.split(" ") if isinstance(merge, str) else merge for merge in merges] if isinstance(merges, list) else []
+    )
+    merged = {"".join(map(str, pair)) for pair in pairs if isinstance(pair, list)}
+    if ambiguous := sorted(special & merged.union(byte_letters())):
+        raise ValueError(
+            f"the bpe tokenizer's token {ambiguous[0]!r} is special and also a result of merging ordinary text"
+        )
+
+
+def _check_ids(spec: dict[str, Any], ids: dict[str, int]) -> None:
+    """Raise ValueError if the file's ids are not the library's, which numbers added tokens itself, after the vocabulary."""
+    stated = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    for token, i in stated.items():
+        if ids.get(token) != i:
+            raise ValueError(
+                f"the bpe tokenizer gives {token!r} the id {i}, expected {ids.get(token)}: added tokens follow the vocabulary"
+            )

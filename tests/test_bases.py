@@ -1,0 +1,165 @@
+"""Retention and adapters: the base that saved adapters name is not deleted, wherever its run or a policy would."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from drive import at_step, train
+from records import record
+from script import call, script
+from test_lora import SHAPE_OF_THE_BASE, WITH
+
+from milepost import ckpt
+from milepost.ckpt import finding
+from milepost.ckpt.layouts import WRITERS
+from milepost.ckpt.tensors import digest
+
+pruner, loader = script("prune_checkpoints"), script("load_checkpoint")
+ADAPTERS = SHAPE_OF_THE_BASE | WITH | {"CHECKPOINT_ADAPTERS_ONLY": "true"}
+LAYOUTS = sorted(WRITERS)
+
+
+def base_run(folder: Path) -> dict[int, Path]:
+    """A run that was stopped after step 6; its ordinary checkpoints by step."""
+    folder.mkdir(exist_ok=True)
+    assert train(folder, CHECKPOINT_INTERVAL="2", SAMPLE_INTERVAL="0", CHECKPOINT_KEEP_BEST="0")[0] == 0
+    at_step(folder, 8).unlink()
+    return {step: at_step(folder, step) for step in (2, 4, 6)}
+
+
+def tuned(folder: Path, base: Path, **changes: str) -> str:
+    """Trains adapters from a base and returns what was logged."""
+    code, said = train(folder, INIT_FROM=str(base), **ADAPTERS | changes)
+    assert code == 0, said
+    return said
+
+
+def opens(folder: Path, **changes: str | Path) -> bool:
+    """Whether the newest adapters generate text, with nothing named but themselves."""
+    return call(loader, folder, PROMPT="a", MAX_NEW_TOKENS="3", **changes).code == 0
+
+
+@pytest.mark.parametrize("by", ["script", "run"])
+def test_the_base_of_adapters_in_the_folder_stays(by, tmp_path):
+    bases = base_run(tmp_path)
+    tuned(tmp_path, bases[2])
+    if by == "script":
+        shown = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1")
+        said = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+        assert said.code == 0
+        for text in (shown.out, said.out):
+            (line,) = (line for line in text.splitlines() if line.startswith("kept: the base of "))
+            assert line.split()[-1] == str(bases[2])
+            assert Path(line.split()[4]).is_relative_to(tmp_path / "checkpoints")
+    else:
+        code, said = train(tmp_path, RESUME=str(bases[6]), CHECKPOINT_KEEP_LAST="1", CHECKPOINT_INTERVAL="1")
+        assert code == 0, said
+    assert bases[2].exists()
+    assert not bases[4].exists()  # the control
+    adapters = next(one for one in ckpt.find(tmp_path / "checkpoints") if "adapters" in one.metadata["parts"])
+    assert opens(tmp_path, CHECKPOINT_PATH=adapters.path)
+
+
+def test_adapters_in_another_folder_leave_a_note_beside_their_base(tmp_path):
+    bases = base_run(tmp_path / "base")
+    said = tuned(tmp_path, bases[2])
+    (note,) = (tmp_path / "base" / "checkpoints").glob(".base-*.json")
+    assert str(note) in said
+    assert json.loads(note.read_text())["needed_by"] == str(tmp_path / "checkpoints")
+    assert call(pruner, tmp_path / "base", CHECKPOINT_KEEP_LAST="1", DRY_RUN="false").code == 0
+    assert [bases[step].exists() for step in (2, 4, 6)] == [True, False, True]
+    assert opens(tmp_path)
+    note.unlink()  # the control
+    assert call(pruner, tmp_path / "base", CHECKPOINT_KEEP_LAST="1", DRY_RUN="false").code == 0
+    assert not bases[2].exists()
+    assert not opens(tmp_path)
+
+
+def test_a_base_that_no_retention_deletes_gets_no_note(tmp_path):
+    bases = base_run(tmp_path / "base")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    tuned(tmp_path / "one", Path(shutil.copy(bases[2], tmp_path / "a base of mine.pt")))
+    tuned(tmp_path / "two", bases[2], CHECKPOINT_ADAPTERS_ONLY="false")
+    assert list(tmp_path.rglob(".base-*")) == []
+
+
+def adapters_of(base: Path, **changes: object) -> ckpt.Checkpoint:
+    """A record of adapters that names its base as a run does."""
+    whole = ckpt.load(base)
+    named = {"sha256": digest(whole.model_state), "source": str(base), "step": whole.step}
+    return dataclasses.replace(record(1, run_id="tuned"), parts=["adapters"], base=named | changes)
+
+
+def saved(folder: Path, layout: str) -> list[Path]:
+    return [ckpt.save(record(step), folder, layout=layout) for step in (10, 20, 30)]
+
+
+def pruned(folder: Path, newest: Path, *, keep_every: int = 0) -> finding.Expired:
+    return ckpt.prune(folder, run_id="one", keep_last=1, keep_every=keep_every, newest_good=newest)
+
+
+@pytest.mark.parametrize("known", ["by path", "by weights", "by path alone"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_base_of_every_layout_is_known_by_its_path_or_by_its_weights(layout, known, tmp_path):
+    paths = saved(tmp_path, layout)
+    changes = {"by path": {}, "by weights": {"source": "/gone/base.pt"}, "by path alone": {"sha256": "0" * 64}}[known]
+    adapters = ckpt.save(adapters_of(paths[0], **changes), tmp_path)
+    assert pruned(tmp_path, paths[2]).kept == {paths[0]: adapters}
+    assert [path.exists() for path in paths] == [True, False, True]
+    adapters.unlink()
+    pruned(tmp_path, paths[2])
+    assert not paths[0].exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_base_that_loses_its_optimizer_is_still_found(layout, tmp_path):
+    paths = saved(tmp_path, layout)
+    before = adapters_of(paths[0])
+    ckpt.save(before, tmp_path)
+    pruned(tmp_path, paths[2], keep_every=10)
+    assert digest(ckpt.load(paths[0]).model_state) == before.base["sha256"]
+    assert not ckpt.find(tmp_path)[1].resumable  # the control: step 20, or the base, was stripped
+
+
+def test_the_base_of_a_copy_of_adapters_and_of_adapters_in_best_stays(tmp_path):
+    for place in ("renamed", "best"):
+        folder = tmp_path / place
+        paths = saved(folder, "unified")
+        adapters = ckpt.save(adapters_of(paths[0]), folder, best_only=place == "best")
+        if place == "renamed":
+            adapters.rename(folder / "mine.pt")
+        pruned(folder, paths[2])
+        assert paths[0].exists()
+
+
+def test_a_base_in_best_is_not_outdone(tmp_path):
+    first, second = (record(step, validation_loss=1 / step) for step in (1, 2))
+    base = ckpt.keep_best(first, tmp_path, saved=None)
+    ckpt.save(adapters_of(base), tmp_path)
+    ckpt.keep_best(second, tmp_path, saved=None)
+    assert base.exists()
+
+
+def test_a_base_whose_weights_cannot_be_read_stays(tmp_path):
+    paths = saved(tmp_path, "unified")
+    ckpt.save(adapters_of(paths[0], source="/gone/base.pt"), tmp_path)
+    with open(paths[0], "r+b") as file:
+        file.seek(paths[0].read_bytes().index(b"PK", 4) + 26)
+        file.write(b"\xff\xff")
+    pruned(tmp_path, paths[2])
+    assert paths[0].exists()
+    assert not paths[1].exists()
+
+
+def test_a_folder_where_no_note_can_be_left_is_said(tmp_path, monkeypatch):
+    bases = base_run(tmp_path / "base")
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("milepost.ckpt.bases.new_file", refused)
+    said = tuned(tmp_path, bases[2])
+    assert f"pruning may delete {bases[2]}" in said
