@@ -1,9 +1,9 @@
-# make train: a fresh machine to a trained model. make test: a fresh machine to a tested checkout.
+# make train: from a fresh machine to a trained model. make test: from a fresh machine to a tested checkout.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# make test-exchange: against the programs that we exchange with. make test-llama: in llama.cpp, which is built from source.
+# make test-exchange: test against other programs. make test-llama: test in llama.cpp, which is built from source.
 .PHONY: train test test-exchange test-llama check soak bench bench-long clean
 
 train: $(VENV)/.runtime
@@ -26,14 +26,14 @@ check: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m soak
 
-# Compared with nanoGPT where NANOGPT_DIR names a checkout of it, and on tiny Shakespeare where TINYSHAKESPEARE names that text.
+# NANOGPT_DIR names a checkout of nanoGPT to compare with, TINYSHAKESPEARE the text of tiny Shakespeare.
 bench: $(VENV)/.dev
-	for one in steps time_to_loss lora generation startup data saving scaling; do $(BIN)/python benchmarks/$$one.py || exit; done
+	for name in steps time_to_loss lora generation startup data saving scaling; do $(BIN)/python benchmarks/$$name.py || exit; done
 
 bench-long: $(VENV)/.dev
 	$(BIN)/python benchmarks/time_to_loss.py long
 
-clean:  # never what a run has written
+clean:  # keeps checkpoints and runs
 	rm -rf $(VENV) data/.cache .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.runtime: requirements.txt

@@ -1,9 +1,9 @@
-"""Text to tokens to batches: how fast, in how much memory, and how long a training step waits for its batch.
+"""Measure text to tokens to batches: speed, memory, and how long a training step waits for its batch.
 
     python3 benchmarks/data.py            # about two minutes and 0.7 GB of disk
 
-The text is the bundled one, its sentences shuffled. "In memory" tokenizes chunks of text that are there; "file to files" also reads,
-checks, hashes and writes, against the same peer. The cap is of the process's own memory (RLIMIT_DATA), beside what it has when it begins.
+The text is the bundled one, its sentences shuffled. "In memory" tokenizes chunks in memory; "file to files" also reads, checks,
+hashes and writes, against the same peer. The cap limits the process's own memory (RLIMIT_DATA), above its baseline.
 """
 
 import os
@@ -41,7 +41,7 @@ SIZES = {  # name of the model: its settings
 
 
 def main() -> None:
-    """Prints the rows."""
+    """Print the rows."""
     header()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def written(path: Path, megabytes: int) -> Path:
-    """A file of the bundled text's sentences, in another order each time that they come."""
+    """Write a file of the bundled text's sentences, shuffled again for each repetition."""
     draw, size = random.Random(1), megabytes * 10**6
     sentences = re.split(r"(?<=[.!?\n]) *", (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8"))
     with open(path, "wb") as file:
@@ -64,7 +64,7 @@ def written(path: Path, megabytes: int) -> Path:
 
 
 def tokenizing(kind: str, path: Path, folder: Path) -> None:
-    """The rate of token_ids() and of prepare(), against the library's own way with many texts where there is one."""
+    """Measure the rate of token_ids() and of prepare(), against the library's own batch function where it has one."""
     corpus = open_corpus(str(path), data_dir=folder)
     found, pieces, numbers = scan(corpus), list(corpus.pieces()), iter(range(100))
     tokenizer = tokenization.build(kind, pieces[:2], alphabet=found.alphabet, documents=1, vocab_size=1024)
@@ -92,16 +92,16 @@ def tokenizing(kind: str, path: Path, folder: Path) -> None:
 
 
 def tiktoken_batch(tokenizer: tokenization.Tokenizer, chunks: list[str]) -> list[list[int]]:
-    """tiktoken's own ids of each chunk, with as many threads as there are cores."""
+    """Return tiktoken's ids of each chunk, with a thread per core."""
     return gpt2_encoding().encode_ordinary_batch(chunks, num_threads=os.cpu_count() or 1)
 
 
 def tokenizers_batch(tokenizer: tokenization.Tokenizer, chunks: list[str]) -> list[list[int]]:
-    """The tokenizers library's own ids of each chunk, with the threads that it takes by itself."""
+    """Return the tokenizers library's ids of each chunk, with its default threads."""
     import tokenizers
 
     library = tokenizers.Tokenizer.from_str(check_bpe(tokenizer.to_dict()["tokenizer"]))
-    return [each.ids for each in library.encode_batch_fast(chunks, add_special_tokens=False)]
+    return [encoding.ids for encoding in library.encode_batch_fast(chunks, add_special_tokens=False)]
 
 
 CAPPED = """
@@ -124,7 +124,7 @@ print((memory("VmHWM") - base) / 1e6)
 
 
 def under_a_cap(path: Path, folder: Path) -> None:
-    """The most memory that a corpus of four times the cap takes, beside what the process had."""
+    """Measure the peak memory for a corpus of four times the cap, above the process's baseline."""
     metric = f"peak memory, corpus of {os.path.getsize(path) // 10**6} MB"
     if not sys.platform.startswith("linux"):
         not_measured(metric, "needs Linux's RLIMIT_DATA")
@@ -135,7 +135,7 @@ def under_a_cap(path: Path, folder: Path) -> None:
 
 
 def waiting(model: str, folder: Path) -> None:
-    """How long a training step waits for its batch: percent of the step's own time."""
+    """Measure how long a training step waits for its batch, in percent of the step."""
     settings = {"MODEL_TYPE": "gpt2", "TOKENIZER": "char", "RUNS_DIR": str(folder), "PYTHON_DOTENV_DISABLED": "1"}
     run = fresh(config.read(settings | SIZES[model]), Log())
     run.metrics, steps = Metrics(folder / "metrics.jsonl"), iter(range(10**9))

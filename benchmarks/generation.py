@@ -1,8 +1,9 @@
-"""Generating with a GPT-2 of 124M parameters on a CPU: one text, 256 new tokens, against transformers with its cache.
+"""Measure generation with GPT-2 (124M parameters) on a CPU: one text, 256 new tokens, against transformers with its cache.
 
     python3 benchmarks/generation.py      # about three minutes
 
-The limit is a pass that only reads as many bytes as the matrices have, by the fastest way that torch has to read. Lookup is measured against the same without: its text must be equal.
+The limit is the time to read as many bytes as the matrices have, by torch's fastest read. Lookup is measured against the same decoder without it;
+the text must be equal.
 """
 
 import random
@@ -29,7 +30,7 @@ LEARNED, STEPS = 192, 36  # tokens of a passage that the model learns by heart, 
 
 
 def main() -> None:
-    """Prints the rows."""
+    """Print the rows."""
     torch.manual_seed(0)
     header()
     model = GPT2(SIZES["gpt2"]).eval()
@@ -40,10 +41,10 @@ def main() -> None:
 
 
 def against_transformers(model: GPT2, decoders: dict[str, Decoder], default: str) -> None:
-    """Tokens a second of greedy decoding, and their share of what reading the matrices would allow."""
+    """Measure tokens per second of greedy decoding, and their share of the rate at which the matrices can be read."""
     prompt = [464, 3290]
     arms: dict[str, Callable[[], object]] = {
-        name: lambda one=one: tokens(one, prompt, temperature=0.0) for name, one in decoders.items()
+        name: lambda decoder=decoder: tokens(decoder, prompt, temperature=0.0) for name, decoder in decoders.items()
     }
     theirs = peer(model)
     if theirs is not None:
@@ -65,17 +66,17 @@ def against_transformers(model: GPT2, decoders: dict[str, Decoder], default: str
 
 
 def matrix_numbers(model: GPT2) -> int:
-    """How many numbers one token is multiplied with: the matrices of all layers, and the head."""
+    """Return how many weights multiply one token: the matrices of all layers and the head."""
     return sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name != "wpe.weight")
 
 
 def tokens(model: GPT2 | Decoder, prompt: list[int], **how: Any) -> list[int]:
-    """NEW tokens, drawn by the same seed at every call."""
+    """Return NEW tokens, sampled with the same seed at every call."""
     return list(generate(model, prompt, max_new_tokens=NEW, generator=torch.Generator().manual_seed(1), **how))
 
 
 def peer(model: GPT2) -> Callable[[list[int]], object] | None:
-    """transformers' generate() for a model of the same shape, in float32; None without transformers."""
+    """Return transformers' generate() for a model of the same shape, in float32; None without transformers."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
@@ -92,7 +93,7 @@ def peer(model: GPT2) -> Callable[[list[int]], object] | None:
 
 
 def with_lookup(model: GPT2) -> None:
-    """Where the model goes on with a passage that stands in the prompt, with one that does not, and with noise."""
+    """Measure speculative decoding of a passage from the prompt, of another passage, and of noise."""
     noise = random.Random(0).sample(range(50257), LEARNED)
     untrained = Decoder(model, weights="bfloat16")
     passage = Gpt2Tokenizer().encode((ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")[:4000])[:LEARNED]
@@ -117,7 +118,7 @@ def with_lookup(model: GPT2) -> None:
 
 
 def learn(model: GPT2, passage: list[int]) -> None:
-    """Some steps on one passage, repeated, after which the model knows it by heart."""
+    """Overfit the model to a repeated passage."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     window = torch.tensor([passage + passage[:65]])
     for number in range(STEPS):

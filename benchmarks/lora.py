@@ -1,4 +1,4 @@
-"""What a training step of LoRA costs, against one that trains every weight, at equal shapes.
+"""Measure a training step with LoRA against one that trains every weight, at equal shapes.
 
 python3 benchmarks/lora.py        # about a minute
 """
@@ -23,7 +23,7 @@ RANK = "8"
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     header()
     for name, bound in BOUNDS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def steps(run: Run) -> None:
-    """As many steps as a turn of this size takes."""
+    """Run the steps of one round at this size."""
     count = next(steps for layers, _, width, _, _, steps in SHAPES.values() if width == run.settings.n_embd)
     for _ in range(count):
         training.training_step(run, 1e-4)

@@ -1,9 +1,9 @@
-"""What saving costs: a 124M GPT-2 with AdamW's state, 1.5 GB, against torch.save and against the disk's own speed.
+"""Measure saving GPT-2 (124M parameters) with AdamW's state, 1.5 GB, against torch.save and against the disk.
 
     python3 benchmarks/saving.py          # about six minutes and 8 GB of disk
 
-Every figure is a ratio of medians whose arms took turns in one run. "Stall" is what a run loses in all: the wall time of steps with a
-save, the last one drained, minus that of as many steps without.
+Every figure is a ratio of medians of alternating arms. "Stall" is the total loss of a run: the wall time of steps with a save, drained at the
+end, minus that of as many steps without.
 """
 
 import statistics
@@ -36,7 +36,7 @@ from milepost.runtime.progress import Log, Metrics  # noqa: E402
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     (ROOT / "checkpoints").mkdir(exist_ok=True)  # on the disk that checkpoints are written to
     with tempfile.TemporaryDirectory(dir=ROOT / "checkpoints") as name:
         folder = Path(name)
@@ -53,14 +53,14 @@ def main() -> None:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """The wall time of one call."""
+    """Return the wall time of a call."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
 def compare(arms: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """The median seconds of each arm, the arms taking turns; the first round is not counted."""
+    """Return the median seconds of each arm. The arms alternate; the first round does not count."""
     taken: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
         for name, arm in arms.items():
@@ -71,7 +71,7 @@ def compare(arms: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict
 
 
 def inside_save(run: Run, folder: Path) -> None:
-    """How long the loop is held up by handing a save over, and by the copy that the next update waits for."""
+    """Measure how long save() blocks the loop, and how long the next update waits for the copy."""
 
     def torch_save() -> None:
         record = to_record(run)
@@ -95,7 +95,7 @@ def inside_save(run: Run, folder: Path) -> None:
 
 
 def blocking(run: Run, folder: Path, size: int) -> None:
-    """A durable save, checksums included, against dd of as many zeros."""
+    """Measure a durable save with checksums against dd of as many zeros."""
     target, zeros, record = folder / "save.pt", folder / "zeros", to_record(run)
 
     def ours() -> None:
@@ -135,7 +135,7 @@ print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
 
 
 def opening(run: Run, folder: Path) -> None:
-    """Opening a full checkpoint to generate from, against torch.load of the whole; both from a warm page cache."""
+    """Measure opening a full checkpoint for generation against torch.load of the whole; both from a warm page cache."""
     path = ckpt.save(to_record(run), folder)
 
     def ours() -> None:
@@ -151,7 +151,7 @@ def opening(run: Run, folder: Path) -> None:
 
 
 def whole_run(run: Run) -> None:
-    """So many steps with a save at their beginning, drained at their end, against the same steps without."""
+    """Measure steps with a save at their start, drained at their end, against the same steps without."""
 
     def steps(*, save: bool) -> None:
         if save:

@@ -1,10 +1,9 @@
-"""What a second process brings: the same steps shared by two (strong scaling), and twice the rows on two (weak), against one process.
+"""Measure two processes against one: the same batch shared by both (strong scaling), and twice the batch (weak scaling).
 
     python3 benchmarks/scaling.py         # about a quarter of an hour, on a machine with two processors
 
-Every process has one thread. The limit is what two processes reach that train at the same time and know nothing of each other. Each arm is
-`training.py` itself with muon, its default at these sizes (OPTIMIZER=adamw may be set), and what counts is the time from line to line of
-its metrics.
+Every process has one thread. The limit is the efficiency of two independent processes that train at the same time. Each arm is `training.py`
+itself with muon, the default at these sizes (OPTIMIZER=adamw may be set), timed by the lines of its metrics.
 """
 
 import itertools
@@ -20,50 +19,50 @@ from pathlib import Path
 from measure import ROUNDS, header, row
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {  # name: variables, rows of a batch, steps between two lines
+SHAPES = {  # name: variables, sequences per batch, steps between two lines
     "0.8M": ({}, 12, 20),
     "10.7M": ({"N_LAYER": "6", "N_HEAD": "6", "N_EMBD": "384", "BLOCK_SIZE": "256"}, 16, 2),
 }
-LINES = 6  # of metrics in a turn; the first one ends the warm-up
+LINES = 6  # of metrics per round; the first ends the warm-up
 BOUND = "0.85"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def main() -> None:
-    """Prints two rows for each shape."""
+    """Print two rows per shape."""
     header()
     for name in SHAPES:
         taken: dict[str, list[float]] = {}
         for number in range(ROUNDS):
-            for arm, seconds in turn(name).items():
-                print(f"  {name} {arm}: {seconds:.4f} s a step (turn {number + 1})", file=sys.stderr)
+            for arm, seconds in measure_round(name).items():
+                print(f"  {name} {arm}: {seconds:.4f} s per step (round {number + 1})", file=sys.stderr)
                 taken.setdefault(arm, []).append(seconds)
-        step = {arm: statistics.median(each) for arm, each in taken.items()}
-        told(f"strong scaling, 2 processes, {name}", step, arm="shared", apart="apart, half the rows", work=2)
-        told(f"weak scaling, 2 processes, {name}", step, arm="twice the rows", apart="apart", work=1)
+        step = {arm: statistics.median(times) for arm, times in taken.items()}
+        print_row(f"strong scaling, 2 processes, {name}", step, arm="shared", apart="apart, half the rows", work=2)
+        print_row(f"weak scaling, 2 processes, {name}", step, arm="twice the rows", apart="apart", work=1)
 
 
-def told(metric: str, step: dict[str, float], *, arm: str, apart: str, work: int) -> None:
-    """One row: a step's time of two and of one, and the efficiency beside that of two which share nothing but the machine."""
-    efficiency, limit = (step["one"] / (work * step[each]) for each in (arm, apart))
-    figures = {"ours": f"{1e3 * step[arm]:.1f} ms", "peer": f"{1e3 * step['one']:.1f} ms alone"}
+def print_row(metric: str, step: dict[str, float], *, arm: str, apart: str, work: int) -> None:
+    """Print the time per step of two processes and of one, and the efficiency against that of two independent processes."""
+    efficiency, limit = (step["one"] / (work * step[name]) for name in (arm, apart))
+    figures = {"ours": f"{1e3 * step[arm]:.1f} ms", "peer": f"{1e3 * step['one']:.1f} ms, one"}
     row(metric, **figures, ratio=efficiency, bound=BOUND, limit=f"{limit:.2f}, apart", share=efficiency / limit)
 
 
-def turn(name: str) -> dict[str, float]:
-    """Seconds a step of every arm, one after another."""
+def measure_round(name: str) -> dict[str, float]:
+    """Return the seconds per step of every arm, one after another."""
     rows = SHAPES[name][1]
     return {
-        "one": seconds_a_step(name, rows=rows),
-        "shared": seconds_a_step(name, TORCHRUN, rows=rows),
-        "twice the rows": seconds_a_step(name, TORCHRUN, rows=2 * rows),
-        "apart": seconds_a_step(name, rows=rows, at_once=2),
-        "apart, half the rows": seconds_a_step(name, rows=rows // 2, at_once=2),
+        "one": seconds_per_step(name, rows=rows),
+        "shared": seconds_per_step(name, TORCHRUN, rows=rows),
+        "twice the rows": seconds_per_step(name, TORCHRUN, rows=2 * rows),
+        "apart": seconds_per_step(name, rows=rows, at_once=2),
+        "apart, half the rows": seconds_per_step(name, rows=rows // 2, at_once=2),
     }
 
 
-def seconds_a_step(name: str, launcher: Sequence[str] = (), *, rows: int, at_once: int = 1) -> float:
-    """Of a training that `launcher` starts, after its first line; of several at the same time, that of the slowest."""
+def seconds_per_step(name: str, launcher: Sequence[str] = (), *, rows: int, at_once: int = 1) -> float:
+    """Return the seconds per step of a training that `launcher` starts, after its first line; the slowest of `at_once`."""
     sizes, _, between = SHAPES[name]
     variables = {"MODEL_TYPE": "gpt2", "BATCH_SIZE": str(rows), "TRAINING_STEPS": str(LINES * between), "LOG_INTERVAL": str(between)}  # fmt: skip
     quiet = {
@@ -73,7 +72,7 @@ def seconds_a_step(name: str, launcher: Sequence[str] = (), *, rows: int, at_onc
         "ENABLE_CHECKPOINTS": "false",
         "DEVICE": "cpu",
     }
-    # With fewer rows the default would be another optimizer. The limit holds where a process would take more of many processors.
+    # With smaller batches the default optimizer would differ. The thread limit keeps a process to one of many processors.
     fixed = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "PYTHON_DOTENV_DISABLED": "1", "TQDM_DISABLE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / str(number) for number in range(at_once)]
@@ -90,7 +89,7 @@ def seconds_a_step(name: str, launcher: Sequence[str] = (), *, rows: int, at_onc
 
 
 def between_lines(runs: Path) -> float:
-    """The median seconds a step between two lines of training in the one run below `runs`."""
+    """Return the median seconds per step between two training lines of the run below `runs`."""
     (path,) = runs.glob("*/metrics.jsonl")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     trained = [(line["step"], line["time"]) for line in lines if line["split"] == "train"]

@@ -1,9 +1,9 @@
-"""How long a checkpoint of a GPT-2 of 124M parameters takes to give its first token, from the start of the process.
+"""Measure the time from process start to the first token of a checkpoint of GPT-2 (124M parameters).
 
     python3 benchmarks/startup.py         # about a minute and 1.5 GB of disk
 
-The checkpoint is one that training saves, with AdamW's state, in the page cache. Both arms are whole processes, their ends included.
-The limit is torch's import and one pass over the weights, which the first token needs.
+The checkpoint has AdamW's state and is in the page cache. Both arms are whole processes, including their exit. The limit is torch's import
+and one pass over the weights.
 """
 
 import os
@@ -30,7 +30,7 @@ ROUNDS = 7
 
 
 def main() -> None:
-    """Prints the row."""
+    """Print the row."""
     header()
     (ROOT / "checkpoints").mkdir(exist_ok=True)  # on the disk that checkpoints are written to
     with tempfile.TemporaryDirectory(dir=ROOT / "checkpoints") as name:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def trained(folder: Path) -> Run:
-    """A run after a step, so that the optimizer has its state."""
+    """Return a run after one step, so that the optimizer has state."""
     run = fresh(config.read(SETTINGS | {"CHECKPOINT_DIR": str(folder), "RUNS_DIR": str(folder)}), Log())
     run.metrics = Metrics(folder / "metrics.jsonl")
     training.training_step(run, 1e-4)
@@ -50,7 +50,7 @@ def trained(folder: Path) -> Run:
 
 
 def first_token(path: Path, size: int) -> None:
-    """The script that generates one token, against a process that only imports torch."""
+    """Measure the script that generates one token against a process that only imports torch."""
     wanted = {
         "CHECKPOINT_PATH": str(path),
         "PROMPT": "Dear Wren,",

@@ -1,8 +1,8 @@
-"""What a training step costs, against nanoGPT as shipped (float32, eager on a CPU) with the same batch and shapes, and against the machine.
+"""Measure a training step against unmodified nanoGPT (float32, eager on a CPU) with equal batch and shapes, and against the machine.
 
     NANOGPT_DIR=~/nanoGPT python3 benchmarks/steps.py        # about five minutes
 
-Both train in processes of their own, which take turns: neither profits from what the other has done to its process.
+Each trains in its own process, and the processes alternate.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from models import attention, head, parameter_count  # noqa: E402
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     header()
     for name in BOUNDS:
         throughput(name)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def settings(name: str, **more: str) -> dict[str, str]:
-    """The variables of one shape, all else as by default."""
+    """Return the variables of a shape; all others have their defaults."""
     layers, heads, width, tokens, rows, _ = SHAPES[name]
     sizes = {"N_LAYER": layers, "N_HEAD": heads, "N_EMBD": width, "BLOCK_SIZE": tokens, "BATCH_SIZE": rows}
     kind = {"MODEL_TYPE": "gpt2", "TOKENIZER": "gpt2" if width == 768 else "char", "BIAS": "false", "DROPOUT": "0"}
@@ -58,7 +58,7 @@ def settings(name: str, **more: str) -> dict[str, str]:
 
 
 def throughput(name: str) -> None:
-    """Steps per second of both, and our share of what matrix products alone would allow."""
+    """Measure the steps per second of both, and our share of the rate that matrix products allow."""
     layers, _, width, tokens, rows, steps = SHAPES[name]
     arms = {arm: Worker(arm, name) for arm in ("ours", "nanogpt") if arm == "ours" or nanogpt_folder()}
     taken: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -85,7 +85,7 @@ def throughput(name: str) -> None:
 
 
 def memory() -> None:
-    """The peak memory of two steps with long windows, where all logits would be the largest tensor."""
+    """Measure the peak memory of two steps with long sequences, where the logits would be the largest tensor."""
     if not nanogpt_folder():
         return not_measured(f"peak memory, {LONG}", "NANOGPT_DIR is not set")
     peaks = {}
@@ -100,7 +100,7 @@ def memory() -> None:
 
 
 def curve() -> None:
-    """How far the loss is after so many steps of the same data from plain float32's: no kernel of ours, no chunks."""
+    """Compare the loss after equal steps on the same data with that of plain float32: no kernel of ours, no chunks."""
     losses = {}
     for arm, (dtype, short, chunk) in {
         "ours": ("auto", attention.SHORT, head.CHUNK),
@@ -126,25 +126,25 @@ def curve() -> None:
 
 
 class Worker:
-    """A process that trains one arm; it is asked for so many steps and answers with their seconds."""
+    """A process that trains one arm: asked for a number of steps, it answers with their seconds."""
 
     def __init__(self, arm: str, name: str) -> None:
         command = [sys.executable, __file__, arm, name]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, steps: int) -> float:
-        """The seconds of `steps` steps; for 0 the number of parameters, for -1 the peak memory in bytes."""
+        """Return the seconds of `steps` steps; for 0 the number of parameters, for -1 the peak memory in bytes."""
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: PT018
         print(steps, file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.communicate()
 
 
 def work(arm: str, name: str) -> None:
-    """Answers on stdout what is asked on stdin."""
+    """Answer on stdout the requests on stdin."""
     step, count = (ours if arm == "ours" else nanogpt)(name)
     for line in sys.stdin:
         asked = int(line)
@@ -156,20 +156,20 @@ def work(arm: str, name: str) -> None:
 
 
 def prepared(values: dict[str, str]) -> Run:
-    """A run as training.py makes it, on the bundled text."""
+    """Return a run as training.py builds it, on the bundled text."""
     run = fresh(config.read(values), Log())
     hardware.keep_freed_memory()
     return run
 
 
 def ours(name: str) -> tuple[Callable[[], object], int]:
-    """The loop's own step, and the number of parameters."""
+    """Return the training step of the loop, and the number of parameters."""
     run = prepared(settings(name, OPTIMIZER="adamw"))  # as there
     return lambda: training.training_step(run, 1e-3), parameter_count(run.model)
 
 
 def nanogpt(name: str) -> tuple[Callable[[], object], int]:
-    """The step of nanoGPT's train.py: its model, its optimizer, its clipping, on random tokens."""
+    """Return the step of nanoGPT's train.py (its model, optimizer and clipping) on random tokens, and the number of parameters."""
     _, _, width, tokens, rows, _ = SHAPES[name]
     vocab_size = 50304 if width == 768 else 65
     model, optimizer = nanogpt_model(name, vocab_size=vocab_size, beta2=0.95)
@@ -185,7 +185,7 @@ def nanogpt(name: str) -> tuple[Callable[[], object], int]:
 
 
 def nanogpt_model(name: str, *, vocab_size: int, beta2: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Its model of one of the shapes and its optimizer, from its own checkout."""
+    """Return nanoGPT's model of a shape and its optimizer, from its checkout."""
     layers, heads, width, tokens, _, _ = SHAPES[name]
     sys.path.insert(0, str(nanogpt_folder()))
     from model import GPT, GPTConfig
@@ -197,9 +197,9 @@ def nanogpt_model(name: str, *, vocab_size: int, beta2: float) -> tuple[torch.nn
 
 
 def nanogpt_folder() -> Path | None:
-    """Where a checkout of https://github.com/karpathy/nanoGPT is, if anywhere."""
-    given = os.environ.get("NANOGPT_DIR")
-    return Path(given).expanduser() if given else None
+    """Return the folder of a checkout of https://github.com/karpathy/nanoGPT, if NANOGPT_DIR names one."""
+    folder = os.environ.get("NANOGPT_DIR")
+    return Path(folder).expanduser() if folder else None
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How long until a validation loss of 1.90 on tiny Shakespeare: with our optimizer, schedule and batch against nanoGPT's setting for a CPU.
+"""Measure the time to a validation loss of 1.90 on tiny Shakespeare, with our optimizer, schedule and batch and with nanoGPT's CPU setting.
 
     NANOGPT_DIR=~/nanoGPT TINYSHAKESPEARE=~/input.txt python3 benchmarks/time_to_loss.py          # about five minutes
     ... python3 benchmarks/time_to_loss.py long                                                   # hours on a CPU: the 10.7M setting
 
-The model is nanoGPT's (4 layers, 4 heads, 128 wide, 64 tokens); it trains 2000 steps of 12 rows with AdamW, we 300 of 32 with Muon and
-a linear schedule, the defaults of both. Each seed trains in a process of its own, three of ours and
-two of theirs in turn. Counted is training alone; the loss is over all windows that lie side by side in the last tenth of the characters.
+The model is nanoGPT's (4 layers, 4 heads, N_EMBD=128, 64 tokens). nanoGPT trains 2000 steps of 12 sequences with AdamW, ours 300 of 32 with Muon and
+a linear schedule. Each seed trains in its own process: three seeds of ours and two of nanoGPT alternate. Only training is timed; the loss is
+over all adjacent windows in the last tenth of the characters.
 """
 
 import math
@@ -36,13 +36,13 @@ LONG_TARGET = 1.47
 
 
 class Never:
-    """A signal that does not come."""
+    """An interrupt that is never requested."""
 
     requested = False
 
 
 def main() -> None:
-    """Prints the rows."""
+    """Print the rows."""
     header()
     text = os.environ.get("TINYSHAKESPEARE")
     name = f"seconds to validation loss {TARGET:.2f}, 0.8M"
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def alone(arm: str, seed: int) -> tuple[float, float]:
-    """Seconds and validation loss of one training, in a process of its own."""
+    """Return seconds and validation loss of a training in its own process."""
     said = subprocess.run(
         [sys.executable, __file__, arm, str(seed)], stdout=subprocess.PIPE, text=True, check=True
     ).stdout
@@ -76,7 +76,7 @@ def alone(arm: str, seed: int) -> tuple[float, float]:
 
 
 def one(arm: str, seed: int) -> None:
-    """Trains one arm and prints its seconds and its validation loss."""
+    """Train one arm and print its seconds and validation loss."""
     text = os.environ["TINYSHAKESPEARE"]
     run = fresh(config.read(settings("0.8M", TRAINING_DATA_SOURCE=text, SEED=str(seed), **OURS)), Log())
     if arm == "nanogpt":
@@ -91,18 +91,18 @@ def one(arm: str, seed: int) -> None:
 
 
 def train(run: Run) -> None:
-    """All steps of the run, without its evaluations."""
+    """Run all steps without evaluations."""
     while run.step < run.end:
         training.training_step(run, training.lr_at(run.step, run.schedule))
 
 
 def validation_loss(run: Run) -> float:
-    """Over all windows of the validation text."""
+    """Return the loss over all windows of the validation text."""
     return training.evaluate(run, Never()) or math.nan  # type: ignore[arg-type]
 
 
 def nanogpt(run: Run) -> tuple[float, float]:
-    """Seconds and validation loss of nanoGPT's loop on the run's own tokens: its batches, its schedule, its optimizer."""
+    """Return seconds and validation loss of nanoGPT's loop on the run's tokens: its batches, schedule and optimizer."""
     tokens = torch.from_numpy(run.text.split.train[:].astype("int64"))
     model, optimizer = nanogpt_model("0.8M", vocab_size=run.tokenizer.vocab_size, beta2=0.99)
 
@@ -125,7 +125,7 @@ def nanogpt(run: Run) -> tuple[float, float]:
 
 
 def long(text: str) -> None:
-    """The 10.7M setting, one seed: half of the tokens that nanoGPT needs to its best loss."""
+    """Measure the 10.7M setting with one seed and half of the tokens that nanoGPT needs for its best loss."""
     run = prepared(settings("10.7M", TRAINING_DATA_SOURCE=text, **LONG))
     took = seconds(lambda: train(run))
     loss = f"{validation_loss(run):.3f} in {took / 60:.0f} min"

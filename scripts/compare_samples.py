@@ -12,7 +12,7 @@ from milepost import config
 READS = (
     "CHECKPOINT_PATH", "PROMPT", "PROMPT_FILE", "NUM_SAMPLES", "SAMPLE_SEED", "OUTPUT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P",
     "REPETITION_PENALTY", "STOP", "QUANTIZE", "SPECULATE", "DEVICE", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME",
-    "INIT_FROM", "TRAINING_DATA_SOURCE",
+    "INIT_FROM", "TRAINING_DATA_SOURCE", "TOKENIZER",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 

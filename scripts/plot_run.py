@@ -216,7 +216,7 @@ def panels(runs: list[Curve]) -> list[Panel]:
 
 
 def points(run: Curve, panel: Panel) -> Points:
-    """What a panel shows of a run: (step, figure)."""
+    """Return the (step, value) pairs of a run in a panel."""
     own = [line for line in run.lines if line.get("split") == panel.split]
     values = [(line["step"], _number(line.get(panel.field))) for line in own]
     return sorted((step, y) for step, y in values if math.isfinite(y))
@@ -234,7 +234,7 @@ def _number(value: Any) -> float:
 
 
 def draw_terminal(runs: list[Curve]) -> None:
-    """The charts and a line for each run to stdout: in colour on a terminal, as plain text into a pipe or with NO_COLOR."""
+    """Print the charts and a table of the runs: in color on a terminal, as plain text into a pipe or with NO_COLOR."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     ascii_only = not _has_characters(encoding)
     colored = sys.stdout.isatty() and not config.no_color()
@@ -321,8 +321,8 @@ def check_output(output: Path) -> None:
 
 
 def draw_file(runs: list[Curve], output: Path) -> None:
-    """The charts with a legend into `output`, whole or not at all."""
-    from matplotlib.figure import Figure  # draws without a screen, as long as pyplot is left alone
+    """Write the charts and a legend to `output`, atomically."""
+    from matplotlib.figure import Figure  # without pyplot, no screen is needed
 
     drawn = panels(runs)
     rows = math.ceil(len(drawn) / 2)

@@ -3,15 +3,24 @@
 import ast
 import itertools
 import re
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 from drive import ROOT
 
+import models
 from milepost import config
 
 FIELDS = {name.lower(): name for name in config.VARIABLES if name != "ENV_FILE"}
-ABOVE_CKPT = ("training", "milepost.run", "milepost.resume", "milepost.cli", "milepost.reporting")  # see Config
+ABOVE_CKPT = (
+    "training",
+    "milepost.run",
+    "milepost.resume",
+    "milepost.samples",
+    "milepost.cli",
+    "milepost.reporting",
+)  # see Config
 CHECKS = {"_finish", "_clashes", "_adapter_clashes"}  # check settings for any script, whatever it reads
 SETTINGS = r"((run|self)\.)?settings|config|current"  # what the code calls a Config; not a model's settings
 Function = tuple[Path, str]  # a file, and a function, class or constant at its top level
@@ -84,6 +93,10 @@ def fields_of(function: Function) -> set[str]:
 
 def computed(function: Function, name: ast.expr) -> set[str]:
     """Return the fields that a computed name can be, from the texts in the function and in the constants that it refers to."""
+    if "settings_type" in ast.unparse(parsed(function[0])[0][function[1]]):  # the fields of the models' own settings
+        return {
+            field.name for kind in models.MODELS for field in fields(models.load(kind).settings_type)
+        } & FIELDS.keys()
     texts = set().union(*map(strings, {function, *(place for place in referred(function) if place[1].isupper())}))
     if not isinstance(name, ast.JoinedStr):
         return texts & FIELDS.keys()

@@ -843,7 +843,8 @@ def test_help_prints_the_summary_and_the_variables_that_the_script_reads(
     assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.01, pretrained 5e-5)" in out
     assert "OPTIMIZER  (default: bigram adamw, gpt2 muon, pretrained adamw)" in out
     shown = [line.split()[0] for line in out.splitlines() if "  (default: " in line]
-    assert shown == ["LEARNING_RATE", "OPTIMIZER", "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE"]
+    resuming = [name for name, each in VARIABLES.items() if each.metadata["group"] == "Resuming"]
+    assert shown == ["LEARNING_RATE", *resuming, "OPTIMIZER"]  # common settings, groups, other settings
 
 
 def test_a_script_that_is_imported_gets_the_declared_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

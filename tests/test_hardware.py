@@ -107,7 +107,7 @@ def test_autocast_multiplies_in_its_dtype_and_leaves_the_weights_alone(dtype, pr
 
 # Compiling
 
-COMPILE = [  # wish, device, model, steps, compiled where there is a compiler
+COMPILE = [  # requested, device, model, steps, compiled where there is a compiler
     ("false", CUDA, True, 10**6, False),
     ("auto", CPU, True, 10**6, False),
     ("auto", CUDA, True, 999, False),
@@ -117,13 +117,13 @@ COMPILE = [  # wish, device, model, steps, compiled where there is a compiler
 ]
 
 
-@pytest.mark.parametrize(("wish", "device", "pays", "steps", "expected"), COMPILE)
+@pytest.mark.parametrize(("requested", "device", "pays", "steps", "expected"), COMPILE)
 @pytest.mark.parametrize("compiler", [True, False])
-def test_compiling_follows_a_fixed_rule(wish, device, pays, steps, expected, compiler, monkeypatch):
+def test_compiling_follows_a_fixed_rule(requested, device, pays, steps, expected, compiler, monkeypatch):
     monkeypatch.setattr(hardware, "_has_compiler", lambda device: compiler)
-    chosen, remark = hardware.choose_compile(wish, device, pays=pays, steps=steps)
+    chosen, remark = hardware.choose_compile(requested, device, pays=pays, steps=steps)
     assert chosen == (expected and compiler)
-    assert (remark is not None) == (expected and not compiler)  # a requested that cannot be met is told
+    assert (remark is not None) == (expected and not compiler)  # an impossible request is logged
 
 
 # Bits
@@ -160,7 +160,7 @@ def test_mix_folds_splitmix64_into_a_seed_that_torch_takes(seed, step):
     assert 0 <= mix(seed, step) < 2**63
 
 
-def test_neighbouring_steps_and_seeds_have_seeds_of_their_own():
+def test_neighbouring_steps_and_seeds_have_different_seeds():
     seeds = {mix(seed, step) for seed in range(60) for step in range(60)}
     assert len(seeds) == 3600  # (1, 2) and (2, 1) differ too
 
@@ -289,7 +289,7 @@ def test_out_of_memory_is_distinguished_from_other_errors(error, expected):
 
 
 @pytest.mark.parametrize(
-    ("supported", "wish", "width", "tokens", "expected"),
+    ("supported", "requested", "width", "tokens", "expected"),
     [
         (True, "auto", 768, 300, "bfloat16"),
         (True, "auto", 768, 31, "float32"),
@@ -299,7 +299,7 @@ def test_out_of_memory_is_distinguished_from_other_errors(error, expected):
         (True, "float32", 768, 300, "float32"),
     ],
 )
-def test_format_for_generating(monkeypatch, supported, wish, width, tokens, expected):
+def test_dtype_for_generation(monkeypatch, supported, requested, width, tokens, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert hardware.decode_dtype(wish, CPU, width=width, tokens=tokens) == expected

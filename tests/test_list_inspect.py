@@ -135,7 +135,7 @@ def test_listing_opens_a_file_as_often_and_works_as_little_among_200_as_among_20
     assert work[200][1] < 11 * work[20][1]
 
 
-def test_what_has_not_changed_is_not_opened_again(tmp_path):
+def test_unchanged_files_are_not_opened_again(tmp_path):
     many(tmp_path, {"kind": "bpe", "tokenizer": {"model": {"vocab": {f"piece{id}": id for id in range(2000)}}}})
     first, before = opened(lambda: call(lister, tmp_path), tmp_path)
     again, after = opened(lambda: call(lister, tmp_path), tmp_path)

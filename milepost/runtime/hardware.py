@@ -122,13 +122,13 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def choose_compile(wish: str, device: torch.device, *, pays: bool, steps: int) -> tuple[bool, str | None]:
+def choose_compile(requested: str, device: torch.device, *, pays: bool, steps: int) -> tuple[bool, str | None]:
     """Return whether to compile the training step, and a line to log if that is requested and impossible.
 
     A fixed rule, so that a resume chooses the same. `pays` says whether compiling saves more time than it takes in a long run.
     """
     pays_back = device.type == "cuda" and pays and steps >= 1000
-    if wish == "false" or (wish == "auto" and not pays_back):
+    if requested == "false" or (requested == "auto" and not pays_back):
         return False, None
     if _has_compiler(device):
         return True, None
