@@ -140,7 +140,7 @@ def opening(run: Run, folder: Path) -> None:
 
     def ours() -> None:
         record = ckpt.load(path, optimizer=False)
-        ckpt.rebuild.build_model(record, device=torch.device("cpu"), shared=True)
+        ckpt.restore.build_model(record, device=torch.device("cpu"), shared=True)
 
     median = compare({"open": ours, "torch.load": lambda: torch.load(path, weights_only=True)})
     ratio = median["torch.load"] / median["open"]

@@ -58,7 +58,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Checkpoint:
     """Tensors and JSON values, nothing else, so that `torch.load(weights_only=True)` always suffices to read one.
 
@@ -112,6 +112,13 @@ class Checkpoint:
     def adapters_only(self) -> bool:
         """Whether the record holds adapters without the weights of their base."""
         return "adapters" in self.parts
+
+    def __repr__(self) -> str:
+        """Return one line, without tensors."""
+        parameters = sum(tensor.numel() for tensor in self.model_state.values())
+        optimizer = "with" if self.optimizer_state else "without"
+        where = f" from {self.path}" if self.path else ""
+        return f"<Checkpoint: {self.model_type} at step {self.step}, {parameters:,} parameters, {optimizer} optimizer state{where}>"
 
 
 TENSOR_FIELDS = {"model_state", "optimizer_state"}

@@ -15,7 +15,7 @@ from milepost.config.host import (
     wandb_options,
     was_restarted,
 )
-from milepost.config.parse import expected
+from milepost.config.parse import as_text, expected
 from milepost.config.resolve import (
     changes,
     contradictions,
@@ -46,6 +46,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "as_env",
+    "as_text",
     "changes",
     "contradictions",
     "debug",

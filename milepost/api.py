@@ -1,0 +1,145 @@
+"""The Python interface: train, load and generate, and what the scripts do with checkpoints.
+
+Settings are keywords, the variables of docs/configuration.md in lower case, with the same checks; the process environment and .env
+are not read. Paths are `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a file, a folder, a stem, a glob,
+"latest" or "best". Errors are raised: ConfigError, CheckpointError, DataError.
+"""
+
+import difflib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import training
+from milepost import ckpt, config
+from milepost.ckpt import Checkpoint, CheckpointError, Found
+from milepost.ckpt.conversion import Converted
+from milepost.ckpt.finding import newest_valid
+from milepost.cli import processes
+from milepost.config import Config, ConfigError
+from milepost.run import Run, with_tokenizer
+from milepost.runtime.progress import Log
+from milepost.samples import sample_texts
+
+CHECKPOINTS = config.Config().checkpoint_dir
+Name = str | os.PathLike[str]
+
+
+def train(**settings: Any) -> Run:
+    """Train a model and return its run: `run.model`, `run.tokenizer`, `run.step`, `run.validation_loss`, ...
+
+    `train(resume="auto", enable_checkpoints=True, ...)` resumes as RESUME does. Ctrl-C stops after the step, saves if checkpoints are
+    enabled, and returns.
+    """
+    resolved, log = settings_of(**settings), Log()
+    with processes(resolved, log) as world:
+        run, done = training.prepare(resolved, log, world)
+        if not done:
+            training.train(run)
+    return run
+
+
+def load(checkpoint: Name, *, folder: Name = CHECKPOINTS, optimizer: bool = True, verify: bool = False) -> Checkpoint:
+    """Return the checkpoint; "latest" and "best" look in `folder`.
+
+    `optimizer=False` leaves the optimizer's tensors unread; `verify=True` compares every byte with its checksum first.
+    """
+    return ckpt.load(_resolved(checkpoint, folder), optimizer=optimizer, verify=verify)
+
+
+def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -> str:
+    """Return a continuation of the prompt, without the prompt.
+
+    Settings are those of generation: max_new_tokens, temperature, top_k, top_p, stop, sample_seed, device, quantize, ...
+    """
+    resolved, log = settings_of(**settings), Log(io.StringIO())
+    if resolved.num_samples != 1:
+        raise ConfigError(["num_samples: generate returns one text; call it once for each, with another sample_seed"])
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load(checkpoint, folder=resolved.checkpoint_dir, optimizer=False)
+    seed = resolved.sample_seed if resolved.sample_seed is not None else int.from_bytes(os.urandom(4), "little")
+    record = with_tokenizer(checkpoint, resolved, log)
+    (text,) = ("".join(pieces) for pieces in sample_texts(resolved, record, log, prompt=prompt, seed=seed))
+    return text
+
+
+def find(folder: Name = CHECKPOINTS) -> list[Found]:
+    """Return every checkpoint of the folder, of its run folders and of best/, the oldest save first; damaged ones have a `problem`."""
+    return ckpt.find(Path(folder))
+
+
+def latest(folder: Name = CHECKPOINTS) -> Path:
+    """Return the path of the latest valid checkpoint; raise CheckpointError if there is none."""
+    return _resolved("latest", folder)
+
+
+def best(folder: Name = CHECKPOINTS) -> Path:
+    """Return the path of the checkpoint with the lowest validation loss; raise CheckpointError if there is none."""
+    return _resolved("best", folder)
+
+
+def save(checkpoint: Checkpoint, folder: Name = CHECKPOINTS, *, layout: str = "unified") -> Path:
+    """Save the checkpoint under the folder's next name and return its path. Nothing is overwritten.
+
+    Raise CheckpointError before writing if what is written could not be loaded again.
+    """
+    return ckpt.save(checkpoint, Path(folder), layout=layout)
+
+
+def convert(checkpoint: Name, layout: str, *, folder: Name | None = None, model_only: bool = False) -> Converted:
+    """Write the checkpoint in another layout, to `folder` or beside the source, and prove that nothing was lost."""
+    if layout not in ckpt.WRITERS:
+        raise ConfigError([f"layout={layout!r}: expected one of {', '.join(ckpt.WRITERS)}"])
+    target = None if folder is None else Path(folder)
+    return ckpt.convert(_resolved(checkpoint, CHECKPOINTS), target, layout=layout, model_only=model_only)
+
+
+def verify(checkpoint: Name, *, folder: Name = CHECKPOINTS) -> list[str]:
+    """Return what is wrong with the checkpoint, a sentence each; empty if every byte agrees with its checksum."""
+    return ckpt.verify(_resolved(checkpoint, folder))
+
+
+def prune(folder: Name = CHECKPOINTS, *, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints of each run, as CHECKPOINT_KEEP_LAST does, and return what was deleted.
+
+    Never deleted: best/, a run's final checkpoint, a base that adapters need, damaged files, and any file under another name than a
+    save gave it.
+    """
+    if keep_last < 1:
+        raise ConfigError([f"keep_last={keep_last}: expected at least 1"])
+    place, deleted = Path(folder), []
+    for run_id in sorted({found.run_id for found in ckpt.find(place) if found.run_id}):
+        valid = newest_valid(place, run_id)
+        if valid is not None:
+            policy = {"keep_last": keep_last, "keep_every": keep_every}
+            expired = ckpt.prune(place, run_id=run_id, newest_good=valid, **policy)
+            deleted += [found.path for found in expired.remove]
+    return deleted
+
+
+def settings_of(**values: Any) -> Config:
+    """Return the settings that keywords name; None is not set. Raise ConfigError listing every unknown name and bad value."""
+    unknown = [name for name in values if name.upper() not in config.VARIABLES or name != name.lower()]
+    problems = []
+    for name in unknown:
+        close = difflib.get_close_matches(name.upper(), config.VARIABLES, 1)
+        hint = f"did you mean {close[0].lower()}?" if close else "docs/configuration.md lists them, here in lower case"
+        problems.append(f"{name} is not a setting; {hint}")
+    texts = {name.upper(): config.as_text(value) for name, value in values.items() if name not in unknown}
+    if "ENV_FILE" not in texts:
+        texts["PYTHON_DOTENV_DISABLED"] = "1"
+    try:
+        resolved = config.read(texts)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _resolved(checkpoint: Name, folder: Name) -> Path:
+    return ckpt.resolve(os.fspath(checkpoint), Path(folder))[0]
+
+
+__all__ = ["CheckpointError", "ConfigError", "best", "convert", "find", "generate", "latest", "load", "prune", "save", "train", "verify"]

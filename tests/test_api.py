@@ -1,0 +1,171 @@
+"""`import milepost`: the Python interface of docs/python.md."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from drive import ROOT, TINY, small_text, tensor_bytes, train
+from records import FULL, record
+
+import milepost
+from milepost import ckpt
+from milepost.ckpt import CheckpointError
+from milepost.config import VARIABLES, ConfigError
+
+SETTINGS = {name.lower(): value for name, value in TINY.items()}
+
+
+def settings(folder: Path, **changes):
+    places = {"checkpoint_dir": folder / "checkpoints", "runs_dir": folder / "runs", "enable_checkpoints": True}
+    return SETTINGS | places | changes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    return folder, milepost.train(**settings(folder, training_data_source=small_text(folder)))
+
+
+def test_importing_the_package_imports_neither_torch_nor_the_settings():
+    code = "import sys, milepost; print([name for name in ('torch', 'dotenv', 'milepost.config') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_interface_is_what_the_page_lists():
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert {name.split("(")[0] for name in re.findall(r"^\| `(\w+\()", page, re.MULTILINE)} == set(milepost.__all__)
+    assert set(milepost.__all__) <= set(dir(milepost))
+    with pytest.raises(AttributeError):
+        _ = milepost.no_such_name
+
+
+def test_a_training_is_the_one_of_the_script(trained, tmp_path):
+    """The same settings as keywords and as variables give the same tensors."""
+    folder, run = trained
+    assert train(tmp_path)[0] == 0
+    here, there = milepost.load("latest", folder=folder / "checkpoints"), ckpt.load(milepost.latest(tmp_path / "checkpoints"))
+    assert tensor_bytes(here) == tensor_bytes(there)
+    assert run.step == here.step == int(TINY["TRAINING_STEPS"])
+    other = milepost.load("latest", folder=folder / "checkpoints")
+    other.model_state = {name: tensor + 1 for name, tensor in other.model_state.items()}
+    assert tensor_bytes(other) != tensor_bytes(there)  # the control
+
+
+def test_every_mistake_is_raised_at_once():
+    with pytest.raises(ConfigError) as caught:
+        milepost.train(model_tpye="gpt2", batch_size=0, TRAINING_STEPS=3)
+    problems = caught.value.problems
+    assert len(problems) == 3
+    assert any("model_tpye" in problem and "model_type" in problem for problem in problems)
+    assert any("BATCH_SIZE" in problem for problem in problems)
+
+
+def test_every_variable_is_a_keyword_and_the_environment_is_not_read(monkeypatch):
+    from milepost.api import settings_of
+
+    monkeypatch.setenv("SEED", "4")
+    assert settings_of().seed == VARIABLES["SEED"].default
+    assert settings_of(seed=5, stop=["a", "b"], prompt=None, dropout=0.5).stop == ("a", "b")
+
+
+@pytest.mark.parametrize("kind", [str, Path, os.fspath])
+def test_paths_are_strings_or_path_objects(kind, trained):
+    folder = trained[0] / "checkpoints"
+    path = milepost.latest(kind(folder))
+    assert milepost.load(kind(path), optimizer=False).optimizer_state is None
+    assert milepost.verify(kind(path)) == []
+    assert [found.step for found in milepost.find(kind(folder))][-1] == milepost.load(path).step
+
+
+def test_generated_text_is_a_function_of_the_seed(trained):
+    folder, _ = trained
+    path = milepost.best(folder / "checkpoints")
+    words = {"max_new_tokens": 20, "device": "cpu"}
+    one, same, other = (milepost.generate(path, "a", sample_seed=seed, **words) for seed in (1, 1, 2))
+    assert one == same != other
+    assert len(one) == 20
+    assert milepost.generate(milepost.load(path), "a", sample_seed=1, **words) == one
+
+
+def test_a_conversion_holds_the_same_tensors(trained, tmp_path):
+    path = milepost.latest(trained[0] / "checkpoints")
+    target = milepost.convert(path, "directory", folder=tmp_path / "converted").target
+    assert tensor_bytes(milepost.load(target)) == tensor_bytes(milepost.load(path))
+    with pytest.raises(ConfigError, match="unified"):
+        milepost.convert(path, "zip")
+
+
+def test_what_is_saved_can_be_loaded(tmp_path):
+    path = milepost.save(record(3, **FULL), tmp_path)
+    assert tensor_bytes(milepost.load(path, verify=True)) == tensor_bytes(record(3, **FULL))
+
+
+def unnamed(optimizer_state):
+    groups = [{key: value for key, value in group.items() if key != "param_names"} for group in optimizer_state["param_groups"]]
+    return optimizer_state | {"param_groups": groups}
+
+
+def test_an_optimizer_state_without_names_takes_those_of_the_model(tmp_path):
+    given, named = record(3, **FULL), record(3, **FULL)
+    given.optimizer_state = unnamed(given.optimizer_state)
+    assert tensor_bytes(milepost.load(milepost.save(given, tmp_path))) == tensor_bytes(named)
+
+
+REFUSED = {
+    "settings": {"model_settings": {}},
+    "sizes": {"model_settings": {"vocab_size": 0, "block_size": 4}},
+    "step": {"step": -1},
+    "run": {"run_id": "../outside"},
+    "object": {"data": {"path": Path("x")}},
+    "nan": {"validation_loss": float("nan")},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_could_not_be_loaded_again_is_not_written(case, tmp_path):
+    made = record(3, **FULL)
+    for name, value in REFUSED[case].items():
+        setattr(made, name, value)
+    with pytest.raises(CheckpointError) as caught:
+        milepost.save(made, tmp_path)
+    assert caught.value.kind == "refused"
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_an_optimizer_state_that_fits_no_weight_is_refused(tmp_path):
+    made = record(3, **FULL)
+    made.optimizer_state = unnamed(made.optimizer_state)
+    first = next(iter(made.optimizer_state["state"]))
+    made.optimizer_state["state"][first]["exp_avg"] = torch.zeros(999)
+    with pytest.raises(CheckpointError) as caught:
+        milepost.save(made, tmp_path)
+    assert caught.value.kind == "refused"
+
+
+def test_an_unknown_layout_is_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match="unified"):
+        milepost.save(record(3, **FULL), tmp_path, layout="zip")
+
+
+def test_pruning_deletes_what_the_policy_says(tmp_path):
+    for step in (1, 2, 3):
+        milepost.save(record(step, **FULL), tmp_path)
+    copy = tmp_path / "mine.pt"
+    copy.write_bytes(milepost.find(tmp_path)[0].path.read_bytes())
+    deleted = milepost.prune(tmp_path, keep_last=1)
+    assert [int(re.search(r"step(\d+)", path.name)[1]) for path in deleted] == [1, 2]
+    assert copy.exists()
+    with pytest.raises(ConfigError):
+        milepost.prune(tmp_path, keep_last=0)
+
+
+def test_a_checkpoint_is_shown_in_one_line(trained):
+    shown = repr(milepost.load("latest", folder=trained[0] / "checkpoints"))
+    assert "\n" not in shown
+    assert len(shown) < 300
+    assert "step 8" in shown or f"step {TINY['TRAINING_STEPS']}" in shown
