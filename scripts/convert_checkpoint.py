@@ -53,7 +53,7 @@ def main(settings: Config, log: Log) -> int:
     if exports:
         return export(path, settings, log)
     folder = None if settings.output is None else Path(settings.output)
-    if folder is None and not settings.checkpoint_model_only and layout_of(settings) == known_layout(path).NAME:
+    if folder is None and not settings.checkpoint_model_only and layout_of(settings) == known_layout(path).name:
         variable = "CONVERT_TO" if settings.convert_to else "CHECKPOINT_LAYOUT"
         problem = f"{variable}={layout_of(settings)}: {path} is laid out so already"
         raise ConfigError([f"{problem}; set another, or OUTPUT to a folder for a copy"])
@@ -114,9 +114,9 @@ def say(done: Converted, settings: Config, log: Log) -> None:
 def export(path: Path, settings: Config, log: Log) -> int:
     """Exports the checkpoint at `path` as CONVERT_TO says, into OUTPUT or exports/. Raises ConfigError if that needs what is not here."""
     to = ckpt.exporter(str(settings.convert_to), gguf_type=settings.gguf_type)
-    for package in to.NEEDS:
+    for package in to.needs:
         if importlib.util.find_spec(package) is None:
-            raise ConfigError([f"CONVERT_TO={to.NAME} needs the package {package}: pip install {package}"])
+            raise ConfigError([f"CONVERT_TO={to.name} needs the package {package}: pip install {package}"])
     folder = config.ROOT / "exports" if settings.output is None else Path(settings.output)
     if folder.resolve().is_relative_to(Path(settings.checkpoint_dir).resolve()):
         raise ConfigError([f"OUTPUT={folder}: lies in the folder of checkpoints, which this is none of; name another"])
@@ -131,7 +131,7 @@ def export(path: Path, settings: Config, log: Log) -> int:
     apart = f"differ by at most {proof.difference:.2g}, of a standard deviation of {proof.spread:.2g}{why}"
     tell(f"  logits ({shape}) {apart}" if shape else "  adapters alone have no logits")
     tell(f"  Size: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
-    tell(f"next: {to.HOW.format(path=shlex.quote(str(done.target)), name=done.target.name)}")
+    tell(f"next: {to.how.format(path=shlex.quote(str(done.target)), name=done.target.name)}")
     return 0
 
 

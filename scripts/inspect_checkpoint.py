@@ -62,7 +62,7 @@ def resolved(name: str, settings: Config, log: Log) -> Path:
 
 def sections(path: Path) -> Iterator[str]:
     """Yield the text of each section. Reads metadata and headers, no tensor."""
-    values, tensors = known_layout(path).peek(path), held(path)
+    values, tensors = known_layout(path).read_metadata(path), held(path)
     yield "=== FORMAT ===\n" + file_lines(path, values)
     settings = values.get("model_settings", {}) | values.get("hyperparameters", {})
     yield "=== CONFIG ===\n" + pairs({"model_type": values.get("model_type"), **settings})
@@ -74,7 +74,7 @@ def sections(path: Path) -> Iterator[str]:
 def file_lines(path: Path, values: Mapping[str, Any]) -> str:
     """Return the lines on layout, location and files."""
     written = values.get("written_by") or "another program"
-    top = {"layout": known_layout(path).NAME, "format": values.get("format_version"), "written by": written}
+    top = {"layout": known_layout(path).name, "format": values.get("format_version"), "written by": written}
     files = [(str(file.relative_to(path.parent)), f"{file.stat().st_size:,} bytes") for file in all_files(path)]
     return f"{pairs(top)}\nLocation: {shown(path)}\n{table([('  ' + name, size) for name, size in files])}"
 

@@ -148,14 +148,19 @@ def hugging_face_folder(path: Path) -> Path:
     return path
 
 
-def refused(path: Path, **options: Any) -> str:
-    """The one printable sentence in which loading `path` is refused; it must be."""
+def refusal(path: Path, **options: Any) -> ckpt.CheckpointError:
+    """Return the error that loading `path` must raise: one printable sentence."""
     with pytest.raises(ckpt.CheckpointError) as caught:
         ckpt.load(path, **options)
     text = str(caught.value)
     assert text.isprintable()
     assert "weights_only" not in text  # torch's advice is to turn the safety off
-    return text
+    return caught.value
+
+
+def refused(path: Path, **options: Any) -> str:
+    """Return the sentence in which loading `path` is refused."""
+    return str(refusal(path, **options))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

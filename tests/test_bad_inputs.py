@@ -144,9 +144,9 @@ KINDS = {
     "3 folder without checkpoints": (folder_of_nothing, "holds no checkpoint"),
     "5 glob without a match": (lambda folder: folder / "checkpoint_*_step9.pt", "nothing matches"),
     "7 pipe": (pipe, "is no regular file"),
-    "7 pipe of another name": (lambda folder: pipe(folder, "pipe"), "is no checkpoint of a known layout"),
+    "7 pipe of another name": (lambda folder: pipe(folder, "pipe"), "is not a checkpoint of a known layout"),
     "7 socket": (unix_socket, "is no regular file"),
-    "7 device": (lambda _: Path("/dev/zero"), "is no checkpoint of a known layout"),
+    "7 device": (lambda _: Path("/dev/zero"), "is not a checkpoint of a known layout"),
     "7 link to a device": (linked("/dev/zero"), "is no regular file"),
     "8 dangling link": (linked("nowhere"), "Checkpoint not found"),
     "8 looping link": (linked("link.pt"), "Checkpoint not found"),
@@ -155,7 +155,7 @@ KINDS = {
     "12 JSON": (written('{"model_state_dict": {}}'), "JSON text"),
     "12 text": (written("the weights are in the other file\n"), "of an unknown kind"),
     "13 safetensors": (safetensors_file, "a safetensors file"),
-    "13 tokenizer.json": (written("{}", "tokenizer.json"), "is no checkpoint of a known layout"),
+    "13 tokenizer.json": (written("{}", "tokenizer.json"), "is not a checkpoint of a known layout"),
     "16 GGUF": (written(b"GGUF\x03\x00\x00\x00"), "a GGUF file"),
     "16 HDF5": (written(b"\x89HDF\r\n\x1a\n"), "an HDF5 file"),
 }
@@ -793,7 +793,7 @@ def test_44_without_its_optimizer_it_generates_and_says_what_it_cannot(tmp_path)
     next(tmp_path.glob("*-optimizer.pt")).unlink()
     one = opened(path, tmp_path)
     assert one.parts == ["model"]
-    assert "without it this checkpoint generates but cannot go on exactly" in one.notes[0]
+    assert "without it this checkpoint generates but cannot resume bit-exactly" in one.notes[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -858,15 +858,15 @@ def tensor(shape: list[int], dtype: str = "F32", end: int = 4) -> dict[str, Any]
 
 
 FOLDERS = {
-    "49 a file that is not there": (manifest(x={"size": 1, "sha256": "0"}), "is missing, but its manifest names it"),
+    "49 a file that is not there": (manifest(x={"size": 1, "sha256": "0"}), "is missing, but its manifest lists it"),
     "49 no size": (manifest(x={"sha256": "0"}), "expected size and sha256"),
     "50 above": (manifest(**{"../x": {"size": 1, "sha256": "0"}}), "names '../x', which lies outside its folder"),
     "50 absolute": (manifest(**{"/etc/passwd": {"size": 1, "sha256": "0"}}), "which lies outside its folder"),
     "50 with a control character": (manifest(**{"\x1b[2J/../x": {"size": 1, "sha256": "0"}}), "which lies outside its folder"),
-    "51 missing shard": (shards(without="two.safetensors"), "names 'two.safetensors', which is not there"),
+    "51 missing shard": (shards(without="two.safetensors"), "lists 'two.safetensors', which is missing"),
     "51 overlapping shards": (shards(second=3), "is in an earlier shard too"),
     "51 shards with a gap": (shards(second=6), "is missing"),
-    "51 a tensor in no shard": (shards(names={"more": "one.safetensors"}), "names 'more', which is in none of its files"),
+    "51 a tensor in no shard": (shards(names={"more": "one.safetensors"}), "lists 'more', which is in none of its files"),
     "51 a shard outside": (shards(names={"more": "../one.safetensors"}), "which lies outside its folder"),
     "53 header beyond the file": (safetensors({}, length=2**40), "its header claims 1099511627776 bytes"),
     "53 metadata bomb": (safetensors({"__metadata__": {"k": "x" * 2**24}}), "is no whole safetensors file"),
@@ -942,13 +942,13 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_57_another_programs_format_is_called_what_it_is(name, tmp_path):
     text = refusal(written(FORMATS[name], "weights.bin")(tmp_path), tmp_path)
-    assert "is no checkpoint of a known layout" in text
+    assert "is not a checkpoint of a known layout" in text
     assert name in text
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "msgpack", "h5", "npz", "ckpt.index", "ckpt.data-00000-of-00001"])
 def test_57_what_milepost_has_never_heard_of_is_refused_too(suffix, tmp_path):
-    assert "is no checkpoint of a known layout" in refusal(
+    assert "is not a checkpoint of a known layout" in refusal(
         written(b"\x08\x07\x12\x07other", f"weights.{suffix}")(tmp_path), tmp_path
     )
 
@@ -983,7 +983,7 @@ METADATA = {
     "37 layers of a bigram": ({"model_settings": SIZES | {"n_layer": 2}}, "n_layer"),
     "38 newer format": (
         {"format_version": 3, "written_by": "milepost 9.0\x1b[2J"},
-        r"format 3 was written by 'milepost 9.0\x1b[2J'; this is milepost 0.1.0, which reads up to 2: update it",
+        r"format 3 was written by 'milepost 9.0\x1b[2J': update milepost: this is 0.1.0, which reads formats up to 2",
     ),
     "38 format of a wrong type": ({"format_version": "1"}, "format_version is '1', expected int"),
     "39 unknown model": ({"model_type": "llama"}, "model_type='llama': expected one of bigram, gpt2"),
@@ -993,7 +993,7 @@ METADATA = {
         "its tokenizer has 9 tokens, but its model only 8 rows",
     ),
     "41 no tokenizer": ({"tokenizer": None}, "carries no tokenizer"),
-    "41 a token twice": ({"tokenizer": {"kind": "char", "chars": ["a", "a"]}}, "must differ from each other"),
+    "41 a token twice": ({"tokenizer": {"kind": "char", "chars": ["a", "a"]}}, "distinct"),
     "41 unknown kind": ({"tokenizer": {"kind": "word\x1b"}}, "unknown tokenizer kind"),
     "48 negative step": ({"step": -1}, "step is -1, expected int"),
     "48 true step": ({"step": True}, "step is True, expected int"),
@@ -1021,15 +1021,15 @@ TEXTS = {
         '{"validation_loss": 1e999, "step": 1, "model_type": "a", "model_settings": {}}',
         "inf",
     ),
-    "a number of 5000 digits": ('{"step": ' + "9" * 5000 + "}", "archive/milepost.json: is no sound JSON"),
+    "a number of 5000 digits": ('{"step": ' + "9" * 5000 + "}", "archive/milepost.json: is damaged: not valid JSON"),
     "no object": ("[]", "archive/milepost.json: holds list, expected an object"),
     "null": ("null", "archive/milepost.json: holds NoneType, expected an object"),
-    "a name twice": ('{"step": 1, "step": 2}', "a name is there twice"),
+    "a name twice": ('{"step": 1, "step": 2}', "a name is repeated"),
     "a million lists": ('{"a": [' + "[]," * 1_000_000 + "[]]}", "has more than 1000000 values"),
     "an empty object": ("{}", "its metadata has no model_type"),
-    "no JSON": ("model_type: bigram", "archive/milepost.json: is no sound JSON"),
-    "nothing": ("", "archive/milepost.json: is no sound JSON"),
-    "too deep": ("[" * 100_000, "archive/milepost.json: is no sound JSON"),
+    "no JSON": ("model_type: bigram", "archive/milepost.json: is damaged: not valid JSON"),
+    "nothing": ("", "archive/milepost.json: is damaged: not valid JSON"),
+    "too deep": ("[" * 100_000, "archive/milepost.json: is damaged: not valid JSON"),
 }
 
 

@@ -16,12 +16,12 @@ from milepost.text.errors import DataError
 
 
 def numbers(count: int) -> np.ndarray:
-    """Tokens that are their own positions, so that a window says where it was cut."""
+    """Tokens equal to their positions, so that a window shows where it starts."""
     return np.arange(count, dtype=np.uint32)
 
 
 def first_tokens(batches: Batches, steps: range) -> list[int]:
-    """Where each window starts, in the order of training."""
+    """The first token of each window, in training order."""
     return [start for step in steps for start in batches.at(step)[0][..., 0].flatten().tolist()]
 
 
@@ -34,7 +34,7 @@ sizes = st.tuples(st.integers(1, 9), st.integers(2, 200)).filter(lambda size: si
 
 @settings(max_examples=100, deadline=None)
 @given(size=sizes, batch=st.integers(1, 7), accumulation=st.integers(1, 3), step=st.integers(0, 10**9))
-def test_windows_are_slices_and_targets_are_one_token_on(
+def test_windows_are_slices_and_targets_are_shifted_by_one(
     size: tuple[int, int], batch: int, accumulation: int, step: int
 ) -> None:
     block_size, count = size
@@ -73,7 +73,7 @@ def test_an_epoch_is_every_window_once(size: tuple[int, int], seed: int, epoch: 
     ahead=st.integers(1, 40),
     steps=st.lists(st.integers(5, 300) | st.integers(0, 10**12), min_size=2, max_size=30),
 )
-def test_a_batch_does_not_depend_on_what_was_asked_before(
+def test_a_batch_does_not_depend_on_earlier_calls(
     size: tuple[int, int], batch: int, ahead: int, steps: list[int]
 ) -> None:
     def new() -> Batches:
@@ -146,7 +146,7 @@ def test_all_orders_of_few_windows_are_about_equally_frequent(size: int) -> None
 
 @settings(max_examples=50, deadline=None)
 @given(steps=st.permutations(range(12)), batch=st.integers(1, 30))
-def test_a_step_is_the_same_whatever_was_asked_before(steps: list[int], batch: int) -> None:
+def test_a_step_is_the_same_after_any_earlier_calls(steps: list[int], batch: int) -> None:
     def fresh() -> Batches:
         return Batches(numbers(300), block_size=7, batch_size=batch, seed=3)
 
@@ -169,7 +169,7 @@ def test_rows_do_not_depend_on_how_a_step_is_divided(batch: int, accumulation: i
 
 
 def test_going_on_from_a_count_of_windows() -> None:
-    """A run that changes its batch size goes on where it was; one that does not sees the same batches."""
+    """A run that changes its batch size resumes at the same window; without a change it sees the same batches."""
     first = Batches(numbers(500), block_size=8, batch_size=6, seed=9)
     same_size = Batches(
         numbers(500), block_size=8, batch_size=6, seed=9, start_step=10, start_window=first.windows_seen(10)
@@ -198,7 +198,7 @@ def test_memory_maps_are_read_as_they_are(tmp_path: Path) -> None:
     assert from_disk[0].min() >= 64_000
 
 
-def test_the_global_generators_are_left_alone() -> None:
+def test_the_global_generators_are_not_touched() -> None:
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]
     Batches(numbers(100), block_size=8, batch_size=4, seed=1).at(3)
     list(validation_windows(numbers(100), block_size=8, batch_size=4, steps=2))
@@ -206,10 +206,10 @@ def test_the_global_generators_are_left_alone() -> None:
     assert np.random.get_state()[1].tolist() == numpy_before  # type: ignore[index]
 
 
-# Too little text
+# Too short texts
 
 
-def test_too_little_text_is_refused_with_the_largest_size() -> None:
+def test_a_too_short_text_is_refused_with_the_largest_size() -> None:
     with pytest.raises(DataError) as caught:
         Batches(numbers(812), block_size=1024, batch_size=1, seed=0)
     assert re.findall(r"\d+", str(caught.value)) == ["1024", "1025", "812", "811"]

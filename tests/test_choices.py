@@ -1,4 +1,4 @@
-"""milepost/evaluate/choices.py: three published formats become one, and what is none of them is refused with its line."""
+"""milepost/evaluate/choices.py: three published formats become one, and other rows are refused with their line."""
 
 import gzip
 import json
@@ -40,7 +40,7 @@ def test_minimal_pairs():
     )
 
 
-def test_hellaswag_is_asked_as_the_harness_asks_it():
+def test_hellaswag_items_are_those_of_the_harness():
     first, second, third = read_benchmark(FILES / "endings.jsonl").items
     assert first.context == "Mending a fence: A woman carries a board to the fence. She"
     assert first.choices[:2] == ("nails it to the two posts.", "pours it into a cup of tea.")
@@ -78,7 +78,7 @@ def test_the_alphabet_has_every_character_and_the_space_between():
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
+    ("rows", "message"),
     [
         ([PAIR, {"text": "no item"}], "FILE line 2 has text, which is no known format: hellaswag has endings, label"),
         ([PAIR, ENDINGS], "FILE line 2 is of format hellaswag, the lines before are not"),
@@ -102,8 +102,8 @@ def test_the_alphabet_has_every_character_and_the_space_between():
         ([], "FILE holds no item"),
     ],
 )
-def test_what_is_refused(tmp_path, rows, says):
-    assert says in refused(written(tmp_path, *rows))
+def test_invalid_rows_are_refused(tmp_path, rows, message):
+    assert message in refused(written(tmp_path, *rows))
 
 
 def test_broken_files_are_refused_with_their_line(tmp_path):

@@ -1,4 +1,4 @@
-"""Texts of several checkpoints side by side: the very texts that generating from each gives."""
+"""Texts of several checkpoints side by side: equal to the texts generated from each checkpoint."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_one_after_another_where_columns_would_be_narrow(folder, monkeypatch):
     assert compared(folder, 2, 4).code == 0
 
 
-def test_a_seed_that_is_not_given_is_drawn_once_for_all(folder):
+def test_an_unset_seed_is_drawn_once_for_all(folder):
     said = compared(folder, 2, 4, SAMPLE_SEED=None)
     seeds = re.findall(r"SAMPLE_SEED=(\d+)", said.err)
     assert len(seeds) == 2
@@ -76,7 +76,7 @@ def test_a_seed_that_is_not_given_is_drawn_once_for_all(folder):
     assert compared(folder, 2, 4, SAMPLE_SEED=seeds[0]).out == said.out
 
 
-def test_a_folder_a_glob_and_words(folder):
+def test_a_folder_a_glob_and_latest(folder):
     checkpoints = folder / "checkpoints"
     whole = call(compare, folder, **SETTINGS, CHECKPOINT_PATH=checkpoints, OUTPUT=folder / "x.json")
     assert whole.code == 0
@@ -85,7 +85,7 @@ def test_a_folder_a_glob_and_words(folder):
     assert call(compare, folder, **SETTINGS).out.count("gpt2 at step") == 1
 
 
-def test_markdown_holds_every_letter(folder):
+def test_markdown_holds_every_character(folder):
     output = folder / "compared.md"
     assert compared(folder, 2, 4, OUTPUT=str(output), NUM_SAMPLES="2").code == 0
     text = output.read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ def test_a_fence_is_longer_than_any_in_the_text():
     assert compare.fenced("plain") == "```text\nplain\n```"
 
 
-def test_nothing_in_a_text_can_steer_a_terminal():
+def test_control_characters_are_replaced():
     assert compare.wrapped("a\x1b[2Jb\rc\td", 40) == ["a\ufffd[2Jb\ufffdc    d"]
 
 

@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from milepost import run
+from milepost.runtime.progress import Log
 from milepost.text import download, readers, stamps
 from milepost.text import scan as scan_module
 from milepost.text.corpus import Corpus, open_corpus
@@ -50,15 +52,15 @@ def documents(corpus: Corpus) -> list[str]:
     return found
 
 
-def refusal(source: object, data_dir: Path = Path("unused")) -> str:
-    """The message with which reading all of `source` is refused."""
+def error_of(source: object, data_dir: Path = Path("unused")) -> str:
+    """The DataError of reading all of `source`."""
     with pytest.raises(DataError) as caught:
         documents(opened(source, data_dir))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-# Kinds of files
+# File formats
 
 
 def as_csv(rows: list[list[str]]) -> str:
@@ -78,7 +80,7 @@ KINDS = {
 
 @pytest.mark.parametrize("gz", ["", ".gz"])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_gives_its_documents(tmp_path: Path, name: str, gz: str) -> None:
+def test_every_format_gives_its_documents(tmp_path: Path, name: str, gz: str) -> None:
     text, expected = KINDS[name]
     assert documents(opened(write(tmp_path / (name + gz), text))) == expected
 
@@ -120,7 +122,7 @@ def test_csv_fields_may_be_larger_than_the_default_limit(tmp_path: Path) -> None
     assert documents(opened(write(tmp_path / "a.csv", as_csv([["text"], [text]])))) == [text]
 
 
-# Damaged and unfit files
+# Damaged and unsupported files
 
 
 def first_invalid_byte(data: bytes) -> int | None:
@@ -144,16 +146,16 @@ def test_invalid_utf8_is_found_where_python_finds_it(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "BLOCK", block)
         if (position := first_invalid_byte(joined)) is not None:
-            assert f"invalid.txt.gz is not valid UTF-8: byte {position} is 0x" in refusal(path)
+            assert f"invalid.txt.gz is not valid UTF-8: byte {position} is 0x" in error_of(path)
         else:
             assert "".join(documents(opened(path))) == joined.decode()
 
 
 def test_invalid_utf8_in_later_lines_counts_from_the_start_of_the_file(tmp_path: Path) -> None:
     first = b'{"text": "one"}\n'
-    message = refusal(write(tmp_path / "a.jsonl", first + b'{"text": "\xe9"}\n'))
+    message = error_of(write(tmp_path / "a.jsonl", first + b'{"text": "\xe9"}\n'))
     assert f"a.jsonl is not valid UTF-8: byte {len(first) + 10} is 0xe9" in message
-    assert "byte 7 is 0xe9" in refusal(write(tmp_path / "a.csv", b"text\nab\xe9\n"))
+    assert "byte 7 is 0xe9" in error_of(write(tmp_path / "a.csv", b"text\nab\xe9\n"))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_invalid_utf8_in_later_lines_counts_from_the_start_of_the_file(tmp_path:
     ],
 )
 def test_jsonl_errors_name_file_and_line(tmp_path: Path, line: str, expected: str) -> None:
-    message = refusal(write(tmp_path / "a.jsonl", '{"text": "good"}\n' + line + "\n"))
+    message = error_of(write(tmp_path / "a.jsonl", '{"text": "good"}\n' + line + "\n"))
     assert "a.jsonl line 2" in message
     assert expected in message
 
@@ -183,7 +185,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path: Path, line: str, expected: st
     ],
 )
 def test_csv_errors_name_file_and_line(tmp_path: Path, text: str, expected: str) -> None:
-    message = refusal(write(tmp_path / "a.csv", text))
+    message = error_of(write(tmp_path / "a.csv", text))
     assert "a.csv" in message
     assert expected in message
 
@@ -194,7 +196,7 @@ def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
     broken[len(whole) // 2] ^= 0xFF
     for data in (whole[:-1], whole[: len(whole) // 2], bytes(broken), b"no gzip at all"):
         (tmp_path / "a.txt.gz").write_bytes(data)
-        assert "a.txt.gz is a damaged gzip file" in refusal(tmp_path / "a.txt.gz")
+        assert "a.txt.gz is a damaged gzip file" in error_of(tmp_path / "a.txt.gz")
 
 
 # Finding files
@@ -218,9 +220,9 @@ def test_globs_commas_and_relative_paths(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_unknown_suffixes_are_refused_with_the_supported_ones(tmp_path: Path) -> None:
     for name in ("a.pdf", "noext", "a.pdf.gz"):
-        assert ".txt, .md, .jsonl, .csv, each also with .gz" in refusal(write(tmp_path / name, "x"))
-    assert "expected .txt" in refusal(tmp_path / "*.pdf")
-    assert "expected .txt" in refusal(tmp_path)
+        assert ".txt, .md, .jsonl, .csv, each also with .gz" in error_of(write(tmp_path / name, "x"))
+    assert "expected .txt" in error_of(tmp_path / "*.pdf")
+    assert "expected .txt" in error_of(tmp_path)
 
 
 def test_a_missing_path_lists_at_most_ten_names(tmp_path: Path) -> None:
@@ -229,17 +231,17 @@ def test_a_missing_path_lists_at_most_ten_names(tmp_path: Path) -> None:
     expected = (
         f"{tmp_path} holds 00.txt, 01.txt, 02.txt, 03.txt, 04.txt, 05.txt, 06.txt, 07.txt, 08.txt, 09.txt and 2 more"
     )
-    assert refusal(tmp_path / "12.txt") == f"{tmp_path}/12.txt does not exist: {expected}"
-    assert refusal(tmp_path / "no" / "folder.txt").endswith(expected)
-    assert refusal(tmp_path / "*.md") == f"no file matches {tmp_path}/*.md: {expected}"
+    assert error_of(tmp_path / "12.txt") == f"{tmp_path}/12.txt does not exist: {expected}"
+    assert error_of(tmp_path / "no" / "folder.txt").endswith(expected)
+    assert error_of(tmp_path / "*.md") == f"no file matches {tmp_path}/*.md: {expected}"
 
 
 def test_odd_sources_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
-    assert "neither a file nor a folder" in refusal(tmp_path / "pipe.txt")
-    assert "names nothing" in refusal(" , ")
-    assert "does not exist" in refusal("x" * 5000)
-    assert "does not exist" in refusal(write(tmp_path / "a.txt", "x").with_name("\0"))
+    assert "neither a file nor a folder" in error_of(tmp_path / "pipe.txt")
+    assert "names nothing" in error_of(" , ")
+    assert "does not exist" in error_of("x" * 5000)
+    assert "does not exist" in error_of(write(tmp_path / "a.txt", "x").with_name("\0"))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,9 @@ def test_odd_sources_are_refused(tmp_path: Path) -> None:
         (".", "folder"),
     ],
 )
-def test_names_are_fit_for_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, name: str) -> None:
+def test_corpus_names_are_safe_for_file_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, name: str
+) -> None:
     folder = tmp_path / "folder"
     for part in source.split(","):
         write(folder / part / "x.txt" if part in (".", "v1.5") else folder / part, "x")
@@ -262,7 +266,7 @@ def test_names_are_fit_for_file_names(tmp_path: Path, monkeypatch: pytest.Monkey
     assert opened(source).name == name
 
 
-# Fetching
+# Downloading
 
 
 class Response(io.BytesIO):
@@ -272,13 +276,13 @@ class Response(io.BytesIO):
 
 
 class Web:
-    """Stands for the network: what each address holds, and what was asked."""
+    """A stand-in for the network: returns `data` for every address and counts requests."""
 
     def __init__(self, data: bytes, length: int | None = None) -> None:
-        self.data, self.length, self.asked = data, length, 0
+        self.data, self.length, self.requests = data, length, 0
 
     def __call__(self, url: str) -> Response:
-        self.asked += 1
+        self.requests += 1
         return Response(self.data, self.length)
 
 
@@ -286,7 +290,7 @@ def no_network(url: str) -> Response:
     raise urllib.error.URLError("Name or service not known")
 
 
-def test_a_url_is_fetched_once_and_its_hash_recorded(tmp_path: Path) -> None:
+def test_a_url_is_downloaded_once_and_its_hash_recorded(tmp_path: Path) -> None:
     web = Web(b"Dear Wren,\n", 11)
     first = open_corpus(URL + "?raw=1", data_dir=tmp_path, open_url=web)
     again = open_corpus(URL + "?raw=1", data_dir=tmp_path, open_url=no_network)
@@ -299,14 +303,14 @@ def test_a_url_is_fetched_once_and_its_hash_recorded(tmp_path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == sorted([path.name, path.name + ".json"])
 
 
-def test_a_damaged_or_unrecorded_download_is_fetched_again(tmp_path: Path) -> None:
+def test_a_damaged_or_unrecorded_download_is_repeated(tmp_path: Path) -> None:
     web = Web(b"text")
     path = fetch(URL, data_dir=tmp_path, open_url=web)
     path.write_bytes(b"tex")
     assert fetch(URL, data_dir=tmp_path, open_url=web).read_bytes() == b"text"
     path.with_name(path.name + ".json").unlink()
     fetch(URL, data_dir=tmp_path, open_url=web)
-    assert web.asked == 3
+    assert web.requests == 3
 
 
 @pytest.mark.parametrize(
@@ -326,11 +330,11 @@ def test_failed_downloads_leave_nothing(tmp_path: Path, web: Web, expected: str)
     assert os.listdir(tmp_path / ".cache" / "downloads") == []
 
 
-def test_only_https_and_readable_kinds_are_fetched(tmp_path: Path) -> None:
-    assert "only https is supported" in refusal("http://example.org/a.txt", tmp_path)
-    assert "only https is supported" in refusal("ftp://example.org/a.txt", tmp_path)
-    assert "expected .txt" in refusal("https://example.org/a.zip", tmp_path)
-    assert "expected .txt" in refusal("https://[::1", tmp_path)
+def test_only_https_and_supported_formats_are_downloaded(tmp_path: Path) -> None:
+    assert "only https is supported" in error_of("http://example.org/a.txt", tmp_path)
+    assert "only https is supported" in error_of("ftp://example.org/a.txt", tmp_path)
+    assert "expected .txt" in error_of("https://example.org/a.zip", tmp_path)
+    assert "expected .txt" in error_of("https://[::1", tmp_path)
     handler, headers = download._HttpsOnly(), email.message.Message()
     request = urllib.request.Request(URL)
     for elsewhere in ("http://example.org/a.txt", "ftp://example.org/a.txt"):
@@ -340,26 +344,26 @@ def test_only_https_and_readable_kinds_are_fetched(tmp_path: Path) -> None:
     assert followed.full_url == "https://example.org/b.txt"
 
 
-def test_tiny_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_shakespeare_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(b"First Citizen:").hexdigest())
     web = Web(b"First Citizen:")
     for _ in range(2):
         corpus = open_corpus("tinyshakespeare", data_dir=tmp_path, open_url=web)
-        assert (corpus.name, documents(corpus), web.asked) == ("tinyshakespeare", ["First Citizen:"], 1)
+        assert (corpus.name, documents(corpus), web.requests) == ("tinyshakespeare", ["First Citizen:"], 1)
     local = write(tmp_path / "tinyshakespeare.txt", "First Citizen:")
     assert opened("tinyshakespeare", tmp_path).paths == (local,)
 
 
-def test_another_text_is_not_tiny_shakespeare(tmp_path: Path) -> None:
+def test_another_text_is_refused_as_tiny_shakespeare(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not the expected file"):
         open_corpus("tinyshakespeare", data_dir=tmp_path, open_url=Web(b"Hamlet"))
     write(tmp_path / "tinyshakespeare.txt", "Hamlet")
-    message = refusal("tinyshakespeare", tmp_path)
+    message = error_of("tinyshakespeare", tmp_path)
     assert f"{tmp_path}/tinyshakespeare.txt is not tiny Shakespeare" in message
     assert "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed" in message
 
 
-def test_without_a_network_one_sentence_says_which_file_to_put_where(tmp_path: Path) -> None:
+def test_without_a_network_the_error_names_the_file_to_provide(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_corpus("tinyshakespeare", data_dir=tmp_path, open_url=no_network)
     assert str(caught.value) == (
@@ -412,14 +416,14 @@ def test_scanning_takes_flat_memory(tmp_path: Path) -> None:
     assert flat < 16e6 < whole  # bytes; the control shows that the measure sees a text held whole
 
 
-def test_progress_is_told_about_every_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_logged_about_every_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.9, 2.0, 2.0, 3.9, 4.1, 4.1])
     monkeypatch.setattr(scan_module.time, "monotonic", lambda: next(clock))
-    said: list[str] = []
-    progress = ByteProgress(said.append, "reading")
+    lines: list[str] = []
+    progress = ByteProgress(lines.append, "reading")
     for _ in range(4):
         progress.add(3_000_000)
-    assert said == ["reading: 6 MB done", "reading: 12 MB done"]
+    assert lines == ["reading: 6 MB done", "reading: 12 MB done"]
 
 
 # Remembering a scan
@@ -547,7 +551,7 @@ def test_a_damaged_record_is_not_believed(large: Path, damage: Callable[[Path], 
     assert read >= SIZE
 
 
-def test_each_set_of_files_has_a_record_of_its_own(tmp_path: Path) -> None:
+def test_each_set_of_files_has_its_own_record(tmp_path: Path) -> None:
     one, two = write(tmp_path / "a.txt", "ab"), write(tmp_path / "b.txt", "cde")
     sources = (one, two, f"{one},{two}", f"{two},{one}")
     for _ in range(2):
@@ -573,4 +577,20 @@ def test_a_download_is_hashed_once(tmp_path: Path) -> None:
     before = bytes_read()
     assert fetch(URL, data_dir=tmp_path, open_url=web) == path
     assert bytes_read() - before < SIZE / 20
-    assert web.asked == 1
+    assert web.requests == 1
+
+
+@counts_bytes
+def test_a_start_does_not_read_an_unchanged_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As run.py opens a text; a Log belongs to one start."""
+    path = write(tmp_path / "large.txt", b"Dear Wren,\n" * (SIZE // 11))
+    monkeypatch.setattr(run, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(stamps, "RECENT", -LATER)  # the file was written just now
+    counts = []
+    for _ in range(2):
+        before = bytes_read()
+        found = run.scan_source(str(path), Log())[1]
+        counts.append(bytes_read() - before)
+        assert found == scan(opened(path))
+    assert counts[0] >= path.stat().st_size
+    assert counts[1] < SIZE / 20

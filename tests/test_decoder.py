@@ -1,4 +1,4 @@
-"""The fast ways to generate, each against the plain model: logits, tokens, and that drafting changes no text."""
+"""The fast decoder against the plain model: logits, tokens, and that drafting changes no text."""
 
 import os
 import subprocess
@@ -70,7 +70,7 @@ def through_cache(decoder: Decoder, ids: Sequence[int], parts: Sequence[int]) ->
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[GPT2, torch.Tensor]:
-    """A model that has learned sentences of a small grammar, and held-out tokens of it."""
+    """A model trained on sentences of a small grammar, and held-out tokens."""
     generator = seeded(0)
     text = torch.randint(0, 24, (9000,), generator=generator)
     table = torch.randint(0, VOCAB, (24, 8), generator=generator)
@@ -152,7 +152,7 @@ for weights in ("bfloat16", "int8"):
     assert (said.returncode, said.stdout) == (0, "bfloat16 True\nint8 True\n"), said.stderr
 
 
-def test_the_cache_never_grows_and_forgets_what_it_is_told_to() -> None:
+def test_the_cache_has_a_fixed_size_and_can_be_truncated() -> None:
     decoder = Decoder(MODEL, weights="float32")
     cache = decoder.new_cache()
     place, size = cache.states.data_ptr(), cache.states.nbytes
@@ -182,7 +182,7 @@ def test_quantized_weights_are_the_weights_to_half_a_scale() -> None:
 
 
 def against_plain(decoder: Decoder, model: GPT2, held_out: torch.Tensor) -> tuple[float, float]:
-    """The share of teacher-forced positions with the same next token, and the relative change of perplexity."""
+    """The fraction of teacher-forced positions with the same next token, and the relative change of perplexity."""
     logits = torch.stack([through_cache(decoder, ids, [20, *[4] * 11]) for ids in held_out.tolist()])
     expected = torch.stack([plain(model, ids) for ids in held_out.tolist()])
     ours, theirs = (
@@ -231,7 +231,7 @@ def tokens(model: GPT2 | Decoder, prompt: list[int], seed: int = 0, **how: Any) 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("prompt", [[5], [7, 30, 2], list(range(48)), list(range(90))], ids=len)
-def test_float32_says_what_the_plain_model_says(prompt: list[int], temperature: float) -> None:
+def test_float32_generates_what_the_plain_model_generates(prompt: list[int], temperature: float) -> None:
     """Through three slides of the window, and from prompts that fill it or exceed it."""
     model = lively(GPT2(SETTINGS))
     how = {"temperature": temperature, "repetition_penalty": 1.2, "top_k": 20}
@@ -282,7 +282,7 @@ def test_lookup_is_ignored_by_a_plain_model() -> None:
 # --- drafts
 
 
-def test_drafts_are_what_followed_last_time() -> None:
+def test_drafts_are_the_tokens_that_followed_before() -> None:
     lookup = Lookup(longest=5)
     assert lookup.draft([1, 2, 3, 4], room=9) == []
     assert lookup.draft([1, 2, 3, 4, 9, 1, 2, 3], room=9) == [4, 9, 1, 2, 3]
@@ -296,7 +296,7 @@ def test_drafts_turn_in_circles_with_the_text() -> None:
     assert Lookup(longest=6).draft([1, 2, 1, 2, 1], room=9) == [2, 1, 2, 1, 2, 1]
 
 
-def test_drafting_rests_longer_after_each_failure_and_recovers() -> None:
+def test_drafting_pauses_longer_after_each_failure_and_recovers() -> None:
     lookup, history, tried = Lookup(longest=4), [1, 2, 3] * 4, []
     for step in range(300):
         if draft := lookup.draft(history, room=9):
@@ -329,7 +329,7 @@ def test_top_p_of_many_tokens_is_that_of_all_sorted(p: float, spread: float) -> 
     assert kept[order[: count - max(1, count // 1000)]].all()
 
 
-def test_top_k_draws_what_masking_would_draw() -> None:
+def test_top_k_draws_as_masking_does() -> None:
     logits = torch.randn(5000, generator=seeded(8)).mul(3).mul(4).round().div(4)  # many ties
     kept = set(keep_top_k(logits, 40).isfinite().nonzero()[:, 0].tolist())
     assert len(kept) > 40

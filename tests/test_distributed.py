@@ -435,7 +435,7 @@ def test_two_processes_resume_the_run_of_one_and_inference_takes_one_process(tmp
     assert newest(tmp_path).step == 12
     assert newest(tmp_path).runtime["processes"] == 2
     done = torchrun(tmp_path, 2, script=LOAD)
-    assert said_once(done, "MODE=inference is the work of one process: start it without torchrun")
+    assert said_once(done, "MODE=inference runs in one process: start it without torchrun")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

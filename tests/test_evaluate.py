@@ -1,4 +1,4 @@
-"""scripts/evaluate_checkpoint.py: every figure against transformers or by hand, and what it refuses."""
+"""scripts/evaluate_checkpoint.py: every figure against transformers or by hand, and errors."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ WREN = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A GPT-2 of 300 BPE tokens, kept at its steps 30 and 60, a text of 8000 characters to measure it on, and its exports."""
+    """A GPT-2 of 300 BPE tokens, saved at steps 30 and 60, a text of 8000 characters to measure it on, and its exports."""
     folder = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "CACHE_FOLDER", folder / "cache")
@@ -57,7 +57,7 @@ def log_probabilities(model, ids):
 
 
 def evaluate(folder, **changes):
-    """What the script says and writes of step 60, or of what CHECKPOINT_PATH names."""
+    """The output and the figures of step 60, or of CHECKPOINT_PATH."""
     output = folder / "figures.json"
     output.unlink(missing_ok=True)
     path = changes.pop("CHECKPOINT_PATH", None) or at_step(folder, 60)
@@ -108,7 +108,7 @@ def test_without_eval_data_it_is_the_validation_text(folder):
     assert f"measured on {folder / 'letters.txt'} from character 5,400 on (sha256 " in said.out
 
 
-def test_dtype_is_float32_unless_it_is_given(folder):
+def test_dtype_is_float32_unless_set(folder):
     text = folder / "held_out.txt"
     usual, narrow = (evaluate(folder, EVAL_DATA=text, DTYPE=dtype)[1] for dtype in (None, "bfloat16"))
     assert (usual["dtype"], narrow["dtype"]) == ("float32", "bfloat16")
@@ -118,7 +118,7 @@ def test_dtype_is_float32_unless_it_is_given(folder):
 
 
 @pytest.mark.parametrize("batch", ["1", "7", "500"])
-def test_the_batch_decides_no_figure(folder, batch):
+def test_the_batch_size_changes_no_figure(folder, batch):
     figures = [
         evaluate(folder, EVAL_DATA=folder / "held_out.txt", BATCH_SIZE=size)[1]["checkpoints"][0]["standard"]["loss"]
         for size in (batch, None)
@@ -165,7 +165,7 @@ def test_bits_per_byte_count_every_byte_whatever_the_tokenizer():
         assert figures.bits_per_byte == pytest.approx(tokens * math.log2(size) / figures.bytes)
 
 
-def test_documents_are_measured_one_by_one(folder):
+def test_documents_are_measured_separately(folder):
     lines = [WREN[51_000:51_300].strip(), WREN[52_000:52_017].strip()]
     rows = folder / "documents.jsonl"
     rows.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
@@ -257,7 +257,7 @@ def test_accuracies_are_those_of_transformers(folder, theirs):
     assert second["accuracy_by_length"] == np.mean([each.argmax() == 1 for each in by_length])
 
 
-def test_encoding_keeps_the_end_of_what_is_too_long():
+def test_encoding_truncates_long_contexts_from_the_left():
     tokenizer = tokenization.ByteTokenizer()
     ids, count = encode(Item("a long context", ("yes", "no"), 0), "yes", tokenizer, context=6)
     assert (tokenizer.decode(ids), count) == ("ext yes", 4)  # 7 ids are 6 predictions
@@ -275,7 +275,7 @@ def test_a_tie_is_wrong(folder):
     assert values["checkpoints"][0]["benchmarks"][0]["accuracy"] == 0
 
 
-def test_length_is_taken_out_by_characters():
+def test_length_is_normalised_by_characters():
     """With all bytes equally likely the shorter ending is the likelier. Per character it is not: the space before it weighs more."""
     benchmark = read_benchmark(FILES / "stories.csv")
     lengths = [tuple(map(len, item.choices)) for item in benchmark.items]
@@ -287,7 +287,7 @@ def test_length_is_taken_out_by_characters():
     assert found.correct_by_length.tolist() == [True, False]
 
 
-def test_files_of_one_format_are_counted_together_too():
+def test_files_of_the_same_format_are_also_pooled():
     one, two = (Answers(name, "blimp", np.array(right), None) for name, right in (("a", [True]), ("b", [True, False])))
     story = Answers("c", "storycloze", np.array([True]), np.array([False]))
     (together,) = pooled([one, story, two])
@@ -295,7 +295,7 @@ def test_files_of_one_format_are_counted_together_too():
     assert pooled([one, story]) == []
 
 
-def test_where_no_opening_is_known():
+def test_openings():
     assert opening(tokenization.CharTokenizer("ab")).tolist() == []
     assert opening(tokenization.CharTokenizer("\nab")).tolist() == [0]
     assert opening(tokenization.Gpt2Tokenizer()).tolist() == [50256]
@@ -328,7 +328,7 @@ def test_two_checkpoints_side_by_side(folder):
     ]  # fmt: skip
 
 
-def test_comparisons_name_checkpoints_as_the_list_of_them_does(folder, monkeypatch):
+def test_comparisons_name_checkpoints_by_path(folder, monkeypatch):
     monkeypatch.chdir(folder)  # where the shortest names are relative
     said, values = evaluate(folder, CHECKPOINT_PATH="checkpoints", EVAL_DATA=folder / "held_out.txt")
     paths = [one["path"] for one in values["checkpoints"]]
@@ -336,7 +336,7 @@ def test_comparisons_name_checkpoints_as_the_list_of_them_does(folder, monkeypat
     assert str(folder) not in said.out.split("\n\n")[-1]
 
 
-def test_a_folder_means_all_of_it_and_one_against_itself_differs_in_nothing(folder, tmp_path):
+def test_a_folder_is_all_its_checkpoints_and_a_copy_does_not_differ(folder, tmp_path):
     said, values = evaluate(folder, CHECKPOINT_PATH=folder / "checkpoints")
     assert [one["step"] for one in values["checkpoints"]] == [30, 60]
     assert "the text is too short to compare" in said.err
@@ -347,7 +347,7 @@ def test_a_folder_means_all_of_it_and_one_against_itself_differs_in_nothing(fold
     assert (same["difference"], same["interval"], same["p"]) == (0.0, [0.0, 0.0], 1.0)
 
 
-def test_other_tokenizers_are_compared_byte_by_byte(folder, tmp_path):
+def test_different_tokenizers_are_compared_by_bytes(folder, tmp_path):
     """A byte bigram, whose 8000 bytes of text have as many tokens, beside the GPT-2 with its own."""
     (tmp_path / "checkpoints").mkdir()
     table = torch.zeros(256, 256)
@@ -378,7 +378,7 @@ def test_different_texts_are_not_compared(folder, tmp_path):
     assert said.out.count("measured on ") == 2
 
 
-def test_adapters_alone_are_measured_with_their_base(folder, tmp_path):
+def test_adapter_checkpoints_are_measured_with_their_base(folder, tmp_path):
     base = at_step(folder, 60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "CACHE_FOLDER", folder / "cache")
@@ -404,11 +404,11 @@ def test_adapters_alone_are_measured_with_their_base(folder, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "says"),
+    ("changes", "code", "message"),
     [
         ({"EVAL_TYPE": "benchmark"}, 2, "EVAL_TYPE=benchmark needs questions: set BENCHMARK_DATA"),
         ({"EVAL_TYPE": "both"}, 2, "EVAL_TYPE=both needs questions"),
@@ -422,10 +422,10 @@ def test_adapters_alone_are_measured_with_their_base(folder, tmp_path):
         ({"EVAL_TYPE": "benchmark", "BENCHMARK_DATA": str(ROOT / "data" / "dear_wren.md")}, 4, "are read from .jsonl"),
     ],
 )
-def test_refusals(folder, changes, code, says):
+def test_errors(folder, changes, code, message):
     said = call(evaluator, folder, **{"CHECKPOINT_PATH": at_step(folder, 60)} | changes)
     assert (said.code, said.out) == (code, "")
-    assert says in said.err
+    assert message in said.err
     assert "Traceback" not in said.err
 
 
@@ -447,7 +447,7 @@ def test_characters_that_a_vocabulary_lacks(tmp_path):
     assert "pairs.jsonl" in said.err
 
 
-def test_texts_that_a_checkpoint_does_not_know_any_more(folder, tmp_path):
+def test_a_checkpoint_without_its_text(folder, tmp_path):
     said = call(evaluator, tmp_path, CHECKPOINT_PATH=save(tmp_path / "checkpoints", 1))
     assert (said.code, "does not record its training text: set EVAL_DATA" in said.err) == (4, True)
     changed = ckpt.load(at_step(folder, 60))
@@ -466,7 +466,7 @@ def test_texts_that_a_checkpoint_does_not_know_any_more(folder, tmp_path):
     )
 
 
-def test_weights_that_are_no_numbers(folder, tmp_path):
+def test_nan_weights(folder, tmp_path):
     broken = ckpt.load(at_step(folder, 60))
     broken.model_state = broken.model_state | {
         "ln_f.weight": torch.full_like(broken.model_state["ln_f.weight"], math.nan)
@@ -476,7 +476,7 @@ def test_weights_that_are_no_numbers(folder, tmp_path):
     assert "not finite" in said.err
 
 
-def test_what_is_not_used_is_said(folder):
+def test_unused_settings_are_logged(folder):
     said, _ = evaluate(folder, BENCHMARK_DATA=FILES / "pairs.jsonl", EVAL_STRIDE="1000")
     assert "BENCHMARK_DATA is not used" in said.err
     assert "context of 16 tokens, shorter than the stride of 1000" in said.err

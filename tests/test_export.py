@@ -16,6 +16,7 @@ from milepost.ckpt.foreign.tokenizer import read_meta
 from milepost.ckpt.layouts import WRITERS, huggingface, layout_of
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.text import tokenization
+from milepost.text.registry import TOKENIZERS
 
 converter = script("convert_checkpoint")
 TEXT = "Dear Wren,\n\nmy neighbour's naïve cat (“Señor” 😀 日本…) has adopted me.\tWhat do I owe?\r\n"
@@ -47,7 +48,7 @@ def exported(folder: Path, one: Checkpoint, to: str, **changes: str) -> tuple[Pa
 # transformers
 
 
-@pytest.mark.parametrize("kind", tokenization.KINDS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_transformers_opens_the_model_and_its_tokenizer(tmp_path, kind):
     """The same logits to 1e-4 and the same ids, of a text of many scripts, for every kind of tokenizer."""
     torch.manual_seed(1)
@@ -66,7 +67,7 @@ def test_transformers_opens_the_model_and_its_tokenizer(tmp_path, kind):
         ours = build_model(one, device=torch.device("cpu")).eval()(batch)[0]
         assert ours.std() > 0.5
         torch.testing.assert_close(theirs(batch).logits, ours, atol=1e-4, rtol=0)
-    assert layout_of(path) is huggingface
+    assert layout_of(path) is huggingface.LAYOUT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,21 +169,22 @@ def with_adapter() -> Checkpoint:
 
 @pytest.mark.parametrize("to", [name for name in ckpt.EXPORTS if name != "peft"])
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("make", "named"),
     [
-        (lambda: record(1), "is a bigram, and .* has no such model: export a gpt2"),
-        (lambda: model_of("char", activation="relu"), "its activation is relu, .*CONVERT_TO=huggingface keeps it"),
-        (lambda: untied(1.0), r"lm_head.bias \(\d+,\) has no place"),
-        (with_adapter, r"h.0.attn.c_attn.lora_A and 0 more of its tensors have no place"),
-        (lambda: model_of("byte"), "its tokenizer is byte, .* train with TOKENIZER="),
-        (lambda: dataclasses.replace(model_of("char"), tokenizer=None), "its tokenizer is no tokenizer, "),
+        (lambda: record(1), "bigram"),
+        (lambda: model_of("char", activation="relu"), "relu.*CONVERT_TO=huggingface"),
+        (lambda: untied(1.0), r"lm_head.bias \(\d+,\)"),
+        (with_adapter, r"h.0.attn.c_attn.lora_A and 0 more"),
+        (lambda: model_of("byte"), "tokenizer is byte.* train with TOKENIZER="),
+        (lambda: dataclasses.replace(model_of("char"), tokenizer=None), "no tokenizer"),
     ],
     ids=["bigram", "relu", "head bias", "adapter", "byte", "none"],
 )
-def test_what_has_no_place_is_refused_in_one_sentence(tmp_path, to, make, reason):
+def test_what_has_no_place_is_refused_in_one_sentence(tmp_path, to, make, named):
     path = tmp_path / "x"
-    with pytest.raises(CheckpointError, match=reason) as caught:
+    with pytest.raises(CheckpointError, match=named) as caught:
         ckpt.exporter(to).write(make(), tmp_path, "x")
+    assert caught.value.kind == "refused"
     assert "\n" not in str(caught.value)
     assert not path.exists()
     assert list(tmp_path.iterdir()) == []
@@ -192,13 +194,14 @@ def test_a_tokenizer_that_nanogpt_has_not_is_refused_by_the_script(tmp_path):
     path = saved(tmp_path, model_of("bpe"))
     said = call(converter, tmp_path, CHECKPOINT_PATH=path, CONVERT_TO="nanogpt", OUTPUT=tmp_path / "out")
     assert (said.code, said.out) == (3, "")
-    assert "its tokenizer is bpe, and nanoGPT's sample.py knows characters and GPT-2's tokens alone" in said.err
+    assert f"{path}: its tokenizer is bpe" in said.err
     assert files_of(tmp_path / "out") == {}
 
 
 def test_nanogpt_ties_the_head(tmp_path):
-    with pytest.raises(CheckpointError, match="has a head of its own, and nanoGPT's model ties it"):
+    with pytest.raises(CheckpointError, match="has a head of its own") as caught:
         ckpt.exporter("nanogpt").write(untied(0.0), tmp_path, "x")
+    assert caught.value.kind == "refused"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ def test_convert_to_wins_over_checkpoint_layout(tmp_path):
     path = saved(tmp_path, record(1))
     said = call(converter, tmp_path, CHECKPOINT_PATH=path, CONVERT_TO="directory", CHECKPOINT_LAYOUT="separated")
     assert said.code == 0, said.err
-    assert layout_of(Path(said.out.split(" -> ")[1].splitlines()[0])).NAME == "directory"
+    assert layout_of(Path(said.out.split(" -> ")[1].splitlines()[0])).name == "directory"
     said = call(converter, tmp_path, CHECKPOINT_PATH=path, CONVERT_TO="unified", CHECKPOINT_LAYOUT="separated")
     assert (said.code, said.out) == (2, "")
     assert f"CONVERT_TO=unified: {path} is laid out so already" in said.err

@@ -15,6 +15,7 @@ import pytest
 import torch
 from drive import ROOT, environment, newest, tensor_bytes, train
 from script import call, script
+from test_distributed import torchrun
 
 import models
 import training
@@ -53,6 +54,17 @@ def killed(run, lr):
     return learn(run, lr)
 training.training_step = killed
 training.guarded(training.main, config.read())
+"""
+
+TOGETHER = """
+import sys
+sys.path[:0] = [{root!r}, {toys!r}]
+from milepost import config
+import toy_loss
+settings = config.read()
+import toy_metric
+import training
+sys.exit(training.guarded(training.main, settings))
 """
 
 
@@ -168,6 +180,25 @@ def test_the_blocks_norms_make_up_less_than_the_whole(tmp_path):
     assert metrics.keys() == {"loss", "lr", "grad_norm", "grad_norm_block0", "grad_norm_block1"}
     both = metrics["grad_norm_block0"] ** 2 + metrics["grad_norm_block1"] ** 2
     assert 0 < both < metrics["grad_norm"] ** 2
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_metrics_of_two_processes_are_those_of_one(engine, tmp_path):
+    """The parts of the loss are means over all; a norm of sharded gradients is that of the whole."""
+    settings = {"MODEL_TYPE": "zgpt2", "DROPOUT": "0", "TRAINING_STEPS": "2", "WARMUP_STEPS": "0", "OPTIMIZER": "adamw"}
+    program = tmp_path / "program.py"
+    program.write_text(TOGETHER.format(root=str(ROOT), toys=str(FOLDER)), encoding="utf-8")
+    lines = []
+    for processes, more in ((1, {}), (2, {"DISTRIBUTED": engine})):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        done = torchrun(folder, processes, script=program, **settings, **more)
+        assert done.returncode == 0, done.stderr
+        lines.append([line for line in lines_of(folder) if line["split"] == "train"])
+    names = {"loss", "grad_norm", "cross_entropy", "z_loss", "grad_norm_block0", "grad_norm_block1"}
+    for one, both in zip(*lines, strict=True):
+        assert one.keys() == both.keys() >= names
+        assert {name: both[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-4)
 
 
 def test_a_metric_takes_no_name_of_a_line(tmp_path):

@@ -641,7 +641,7 @@ def test_a_file_of_a_checkpoint_that_is_whole_stays_though_a_hidden_head_has_its
     place = folder / f".tmp-model_state.json-{DEAD}"
     place.mkdir()
     write_manifest(place / "model_state.json", record(), {"model.safetensors": copy}, first={}, groups=None)
-    assert stepfiles.parts_of(place / "model_state.json", folder) == [folder / "model.safetensors"]  # control
+    assert stepfiles.LAYOUT.parts_of(place / "model_state.json", folder) == [folder / "model.safetensors"]  # control
     remove_leftovers(folder)
     assert not place.exists()
     assert ckpt.load(folder, verify=True).step == 1

@@ -43,7 +43,7 @@ import training
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, archive
 from milepost.ckpt.foreign.importing import adopted, adopted_metadata
-from milepost.ckpt.layouts import LAYOUTS
+from milepost.ckpt.layouts import known_layout
 from milepost.ckpt.record import metadata
 from milepost.ckpt.restore import build_model, build_tokenizer, restore_optimizer
 from milepost.runtime.optim import build_optimizer
@@ -60,6 +60,11 @@ def answer(record: Checkpoint) -> Tensor:
     """What the record's model computes, through the same door as every checkpoint."""
     with torch.no_grad():
         return build_model(record, device=torch.device("cpu")).eval()(IDS)[0]
+
+
+def name_of(path: Path) -> str:
+    """Return the name of the layout that reads `path`."""
+    return known_layout(path).name
 
 
 def assert_computes(record: Checkpoint, theirs: nn.Module, *, atol: float = 1e-5) -> None:
@@ -136,7 +141,7 @@ def test_golden_files_open_to_their_values(name: str, place: str, made_today: Pa
     """Those of today's torch too, so that they can be made again."""
     opened, layout, step, epoch, loss, moments = GOLDENS[name]
     path = (GOLDEN if place == "committed" else made_today) / name / opened
-    assert [one.NAME for one in LAYOUTS if one.detect(path)] == [layout]
+    assert name_of(path) == layout
     record = ckpt.load(path, verify=True)
     assert (record.layout, record.path, record.run_id) == (layout, path, None)
     assert (record.step, record.epoch, record.validation_loss) == (step, epoch, loss)
@@ -164,8 +169,8 @@ def test_golden_files_open_to_their_values(name: str, place: str, made_today: Pa
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_listing_tells_what_opening_tells(name: str) -> None:
     opened = GOLDENS[name][0]
-    verbs = next(one for one in LAYOUTS if one.detect(GOLDEN / name / opened))
-    assert verbs.peek(GOLDEN / name / opened) == metadata(ckpt.load(GOLDEN / name / opened))
+    verbs = known_layout(GOLDEN / name / opened)
+    assert verbs.read_metadata(GOLDEN / name / opened) == metadata(ckpt.load(GOLDEN / name / opened))
 
 
 WIDE = SIZES | {"vocab_size": 3000, "n_embd": 192, "n_head": 6}
@@ -398,7 +403,7 @@ def test_the_lecture_model_in_one_file(name: str, key: str, tmp_path: Path) -> N
     content = {key: model.state_dict(), "config": SIZES | {"dropout": 0.2}, "step": 77} if key else model.state_dict()
     path = saved(tmp_path / "dante" / name, content)
     (path.parent / "tokenizer.json").write_text(json.dumps({"token_kind": "char", "chars": ELEVEN}))
-    assert [one.NAME for one in LAYOUTS if one.detect(path)] == ["lecture"]
+    assert name_of(path) == "lecture"
     record = ckpt.load(path, verify=True)
     assert_computes(record, model)
     assert record.model_settings["activation"] == "relu"
@@ -410,7 +415,7 @@ def test_the_lecture_model_in_one_file(name: str, key: str, tmp_path: Path) -> N
 def test_a_folder_of_the_lecture_model(tmp_path: Path) -> None:
     model = lecture()
     path = write_lecture_folder(tmp_path / "dante", model, {"token_kind": "char", "chars": ELEVEN})
-    assert [one.NAME for one in LAYOUTS if one.detect(path)] == ["directory"]
+    assert name_of(path) == "directory"
     for wish in (path, path / "model.pt", path / "config.json", path / "optimizer.pt"):
         assert ckpt.resolve(str(wish), tmp_path)[0] == path
     record = ckpt.load(path, verify=True)
@@ -423,7 +428,7 @@ def test_a_folder_of_the_lecture_model(tmp_path: Path) -> None:
     assert set(said.out) <= set(ELEVEN)
     for name in ("optimizer.pt", "training_state.json"):
         (path / name).unlink()
-    alone = f"{path}: holds no optimizer's state: it generates but cannot go on exactly"
+    alone = f"{path}: holds no optimizer state: it generates but cannot resume bit-exactly"
     assert (ckpt.load(path).step, ckpt.load(path).notes) == (0, [*record.notes[1:], alone])
     config_file = path / "config.json"
     config_file.write_text(config_file.read_text().replace('"n_layer": 2', '"n_layer": 3'))
@@ -465,7 +470,7 @@ def test_old_names_and_keys(name: str, key: str, tmp_path: Path) -> None:
         "epoch": 5,
     }
     path = saved(tmp_path / name, {key: model.state_dict(), **rest, "config": config})
-    assert [one.NAME for one in LAYOUTS if one.detect(path)] == ["unified"]
+    assert name_of(path) == "unified"
     record = ckpt.load(path, verify=True)
     assert_computes(record, model)
     assert (record.step, record.epoch, record.layout) == (1000, 5.0, "unified")
@@ -489,7 +494,7 @@ def test_a_pair_is_opened_by_either_name_and_by_the_stem(halves: tuple[Path, Nan
     (found,) = ckpt.find(tmp_path)
     assert (found.path, found.layout, found.step, found.resumable) == (path, "separated", 1000, True)
     for name in (path, Path(f"{stem}-optimizer.pt")):
-        assert [one.NAME for one in LAYOUTS if one.detect(name)] == ["separated"]
+        assert name_of(name) == "separated"
         record = ckpt.load(name)
         assert_computes(record, model)
         assert (record.path, record.epoch, record.parts) == (path, 5.0, ["model", "optimizer"])
@@ -542,7 +547,7 @@ def test_files_by_step(tmp_path: Path) -> None:
     state = tmp_path / "step_000100_state.json"
     for wish in (path, state, tmp_path / "step_000100", tmp_path):
         assert ckpt.resolve(str(wish), tmp_path)[0] == path
-    assert [one.NAME for one in LAYOUTS if one.detect(state)] == ["mlx"]
+    assert name_of(state) == "mlx"
     assert sorted(one.path for one in ckpt.find(tmp_path)) == sorted([first, path, best])
     assert ckpt.resolve("best", tmp_path)[0] in (first, best)
     said = call(tmp_path, CHECKPOINT_PATH=best, PROMPT="abc", MAX_NEW_TOKENS="4", SAMPLE_SEED="1")
@@ -574,7 +579,7 @@ def test_nested_names_in_an_archive(tmp_path: Path) -> None:
 def test_consolidated_weights_without_training_state(tmp_path: Path) -> None:
     model = nano()
     path = write_consolidated(tmp_path / "checkpoint_001000", bare(model), SIZES | {"activation": "gelu_erf"})
-    assert [one.NAME for one in LAYOUTS if one.detect(path)] == ["consolidated"]
+    assert name_of(path) == "consolidated"
     record = ckpt.load(path, verify=True)
     assert_computes(record, model)
     assert (record.layout, record.path, record.parts) == ("consolidated", path, ["model"])
@@ -617,34 +622,32 @@ NAMES = [
 @pytest.mark.parametrize("layout", ARCHIVES)
 def test_a_misleading_name_misleads_nobody(layout: str, name: str, tmp_path: Path) -> None:
     path = saved(tmp_path / name, ARCHIVES[layout]())
-    assert [one.NAME for one in LAYOUTS if one.detect(path)] == [layout]
+    assert name_of(path) == layout
     assert ckpt.load(path).layout == layout
     if "lightning" in (layout, name) or layout == "unified":  # beside the optimizer's half of another
         torch.save(pair(nano(), SIZES)[1], tmp_path / "x-optimizer.pt")
-        assert [one.NAME for one in LAYOUTS if one.detect(path)] == (
-            [layout] if name != "x-optimizer.pt" else ["separated"]
-        )
+        assert name_of(path) == (layout if name != "x-optimizer.pt" else "separated")
 
 
 @pytest.mark.parametrize("layout", ARCHIVES)
 def test_an_archive_under_the_name_of_safetensors_is_refused_by_what_it_is(layout: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "model.pt", ARCHIVES[layout]()).rename(tmp_path / "step_000100.safetensors")
     (tmp_path / "step_000100_state.json").write_text('{"step": 100}')
-    assert [one.NAME for one in LAYOUTS if one.detect(path)] == ["unified"]
+    assert name_of(path) == "unified"
     assert "a torch archive under another format's name: rename it to .pt" in refused(path)
 
 
 def test_safetensors_under_the_name_of_an_archive_are_refused_by_what_they_are(tmp_path: Path) -> None:
     path = tmp_path / "ckpt.pt"
     save_file({name: tensor.clone() for name, tensor in bare(nano()).items()}, path)
-    assert [one.NAME for one in LAYOUTS if one.detect(path)] == ["unified"]
+    assert name_of(path) == "unified"
     assert "is no torch file but a safetensors file" in refused(path)
 
 
 def test_a_lecture_pair_is_a_pair(tmp_path: Path) -> None:
     model = lecture()
     path = write_pair(tmp_path, pair(model, SIZES))
-    assert [one.NAME for one in LAYOUTS if one.detect(path)] == ["separated"]
+    assert name_of(path) == "separated"
     assert_computes(ckpt.load(path), model)
 
 
@@ -778,7 +781,7 @@ def same_model(one: Checkpoint, other: Checkpoint) -> None:
 def test_what_was_adopted_is_written_in_every_layout_and_back(source: str, target: str, tmp_path: Path) -> None:
     record = ckpt.load(GOLDEN / source / GOLDENS[source][0])
     if target == "huggingface" and source in ("lecture", "directory"):
-        with pytest.raises(ckpt.CheckpointError, match=r"lm_head\.bias \(5,\): transformers' GPT-2 has none"):
+        with pytest.raises(ckpt.CheckpointError, match=r"lm_head\.bias \(5,\)"):
             ckpt.WRITERS[target].write(record, tmp_path, "stem")
         assert list(tmp_path.iterdir()) == []
         return

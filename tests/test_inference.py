@@ -1,4 +1,4 @@
-"""MODE=inference of scripts/load_checkpoint.py: what it says, to whom, and that it says the same again."""
+"""MODE=inference of scripts/load_checkpoint.py: its output, its streams, and reproducibility."""
 
 import contextlib
 import dataclasses
@@ -77,7 +77,7 @@ def train_once(tmp_path_factory, name: str, **changes: str) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    """A run of a GPT-2 with characters and a context of 16, kept at its steps 4 and 8."""
+    """A run of a GPT-2 with characters and a context of 16, saved at steps 4 and 8."""
     return train_once(tmp_path_factory, "gpt2", SAMPLE_INTERVAL="0")
 
 
@@ -101,14 +101,14 @@ def chain(folder: Path, successors: dict[int, int], tokenizer: dict, *, vocab_si
 
 
 def circle(folder: Path, characters: str, **changes) -> Path:
-    """Saves a bigram of different characters that says them in a circle."""
+    """Saves a bigram that repeats distinct characters in a cycle."""
     following = {i: (i + 1) % len(characters) for i in range(len(characters))}
     tokenizer = {"kind": "char", "chars": list(characters)}
     return chain(folder, following, tokenizer, vocab_size=len(characters), **changes)
 
 
 def byte_circle(folder: Path, characters: str) -> Path:
-    """Saves a bigram of bytes that says the characters, whose bytes all differ, in a circle."""
+    """Saves a byte bigram that repeats the characters, whose bytes are distinct, in a cycle."""
     data = characters.encode()
     assert len(set(data)) == len(data)
     following = dict(zip(data, data[1:] + data[:1], strict=True))
@@ -118,7 +118,7 @@ def byte_circle(folder: Path, characters: str) -> Path:
 # The prompt
 
 
-def test_prompt_and_continuation_alone_go_to_stdout(gpt2):
+def test_only_prompt_and_continuation_go_to_stdout(gpt2):
     said = infer(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="10")
     assert said.code == 0
     assert re.fullmatch(r"Dear.{10}\n", said.out, re.DOTALL)
@@ -163,7 +163,7 @@ def test_an_empty_prompt_starts_from_a_character_drawn_by_the_seed(gpt2):
 
 
 def greedy(folder: Path, ids: list[int], count: int) -> str:
-    """What the likeliest tokens after `ids` say: a reference without cache, sampling or streaming."""
+    """The text of the most likely tokens after `ids`: a reference without cache, sampling or streaming."""
     record = newest(folder)
     model, tokenizer = build_model(record, device=torch.device("cpu")).eval(), build_tokenizer(record)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_an_empty_prompt_starts_from_end_of_text_where_there_is_one(bpe):
 
 
 def test_generating_ends_at_end_of_text_and_does_not_show_it(tmp_path):
-    """A tokenizer of bytes and a mark; the chain says "hi" and then the mark."""
+    """A tokenizer of bytes and <|endoftext|>; the chain generates "hi" and then the end."""
     letters = tuple("hi")
     pieces = {letter: i for i, letter in enumerate(byte_letters())} | {"<|endoftext|>": 256}
     mark = {"id": 256, "content": "<|endoftext|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}  # fmt: skip
@@ -202,7 +202,7 @@ def byte_letters() -> list[str]:
     return sorted(ByteLevel.alphabet())
 
 
-# Saying the same again, or something else
+# Reproducibility
 
 
 def test_temperature_zero_takes_the_likeliest_token_whatever_the_seed(gpt2):
@@ -232,7 +232,7 @@ def test_a_seed_repeats_and_another_differs(gpt2):
     assert text(gpt2, **settings, SAMPLE_SEED="2") != first
 
 
-def test_a_seed_that_is_not_set_is_drawn_anew_and_printed(gpt2):
+def test_an_unset_seed_is_random_and_logged(gpt2):
     settings = {"PROMPT": "Dear", "MAX_NEW_TOKENS": "40"}
     first, second = infer(gpt2, **settings), infer(gpt2, **settings)
     assert first.out != second.out
@@ -240,7 +240,7 @@ def test_a_seed_that_is_not_set_is_drawn_anew_and_printed(gpt2):
     assert infer(gpt2, **settings, SAMPLE_SEED=seed).out == first.out
 
 
-def test_several_samples_differ_and_the_first_is_the_only_one_of_one(gpt2):
+def test_several_samples_differ_and_the_first_equals_a_single_sample(gpt2):
     settings = {"PROMPT": "Dear", "MAX_NEW_TOKENS": "40", "SAMPLE_SEED": "5"}
     three = infer(gpt2, **settings, NUM_SAMPLES="3")
     length = len("Dear") + 40 + 1
@@ -290,7 +290,7 @@ def pieces_of(folder: Path, **changes: str) -> list[str]:
     return [piece for piece in stdout.pieces if piece]
 
 
-def test_streaming_shows_each_token_and_without_it_the_same_text_comes_at_once(gpt2):
+def test_streaming_shows_each_token_and_otherwise_the_same_text_at_once(gpt2):
     settings = {"PROMPT": "Dear", "MAX_NEW_TOKENS": "40", "SAMPLE_SEED": "1"}
     streamed, whole = (pieces_of(gpt2, **settings, STREAM=stream) for stream in ("true", "false"))
     assert len(streamed) == 1 + 40 + 1
@@ -302,7 +302,7 @@ WORDS = "\u00e9\u20ac\U0001d11e"  # of two, three and four bytes
 
 
 @pytest.mark.parametrize("prompt", ["", "\u00e9"])
-def test_half_arrived_characters_are_held_back(prompt, tmp_path):
+def test_incomplete_characters_are_held_back(prompt, tmp_path):
     folder = byte_circle(tmp_path, WORDS)
     first_bytes = (first_id(build_tokenizer(newest(folder)), generator(seed)) for seed in itertools.count())
     seed = next(seed for seed, byte in enumerate(first_bytes) if byte == WORDS.encode()[0])
@@ -316,12 +316,12 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(mix(seed, 0))
 
 
-def test_a_character_that_never_arrives_whole_is_shown_as_such_at_the_end(tmp_path):
+def test_an_incomplete_character_at_the_end_is_replaced(tmp_path):
     folder = byte_circle(tmp_path, WORDS)
     assert text(folder, PROMPT="\u00e9", MAX_NEW_TOKENS="5") == "\u00e9\u20ac\ufffd"
 
 
-def test_past_the_context_window_it_says_so_once(gpt2):
+def test_a_full_context_window_is_logged_once(gpt2):
     said = infer(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="60", NUM_SAMPLES="2")
     assert said.code == 0
     assert len(re.findall(r"context window of 16 tokens", said.err)) == 1
@@ -348,7 +348,7 @@ def everything_from(terminal: int) -> str:
 
 
 @pytest.mark.parametrize("stream", ["true", "false"])
-def test_control_characters_are_harmless_on_a_terminal(stream, tmp_path):
+def test_control_characters_are_replaced_on_a_terminal(stream, tmp_path):
     folder = circle(tmp_path, STEERING)
     ours, theirs = os.openpty()
     attributes = termios.tcgetattr(theirs)
@@ -378,7 +378,7 @@ def test_a_closed_pipe_ends_it_quietly(tmp_path):
 
 
 def test_a_script_as_it_is_typed(tmp_path, gpt2):
-    """A glob that no shell expanded, relative to the current folder; the prompt through a pipe; stdout is the text alone."""
+    """A glob that no shell expanded, relative to the current folder; the prompt through a pipe; stdout holds only the text."""
     unset = NOTHING_OF_TRAINING | {"CHECKPOINT_PATH": "checkpoints/checkpoint_gpt2_*_step0004_*.pt"}
     settings = {"PROMPT_FILE": "-", "MAX_NEW_TOKENS": "12", "SAMPLE_SEED": "1", "CHECKPOINT_DIR": None}
     done = command(str(SCRIPT), gpt2, cwd=gpt2, stdin="Dear", **unset | settings)
@@ -396,7 +396,7 @@ def test_generating_leaves_no_trace(gpt2):
     assert everything() == before
 
 
-# What the settings say otherwise
+# Settings that contradict the checkpoint
 
 CONTRADICTIONS = [("N_LAYER", "3", "2"), ("BLOCK_SIZE", "8", "16"), ("TOKENIZER", "bpe", "char"), ("MODEL_TYPE", "bigram", "gpt2"), ("BIAS", "false", "True")]  # fmt: skip
 GREEDY = {"PROMPT": "Dear", "TEMPERATURE": "0", "MAX_NEW_TOKENS": "12"}
@@ -422,21 +422,21 @@ def test_a_contradiction_in_the_process_environment_is_refused(name, value, save
     assert f"unset {name}" in said.err
 
 
-def test_all_contradictions_are_told_together(gpt2):
+def test_all_contradictions_are_reported_together(gpt2):
     said = infer(gpt2, N_LAYER="3", N_HEAD="4", **GREEDY)
     assert said.code == 2
     assert "N_LAYER=3" in said.err
     assert "N_HEAD=4" in said.err
 
 
-def test_what_agrees_or_concerns_only_training_is_no_contradiction(gpt2):
+def test_equal_and_training_only_settings_do_not_contradict(gpt2):
     same = {"MODEL_TYPE": "gpt2", "N_LAYER": "2", "TOKENIZER": "auto", "BLOCK_SIZE": "16"}
     training_only = {"LEARNING_RATE": "0.5", "BATCH_SIZE": "99", "DROPOUT": "0.9", "TRAINING_STEPS": "1", "TRAINING_DATA_SOURCE": "none.txt"}  # fmt: skip
     assert text(gpt2, **same, **training_only, **GREEDY) == text(gpt2, **GREEDY)
 
 
 @pytest.mark.parametrize("absent", sorted({"cuda", "mps"} - set(available_devices())))
-def test_a_device_that_is_not_there_is_refused_with_the_list(absent, gpt2):
+def test_a_missing_device_is_refused_with_the_available_devices(absent, gpt2):
     said = infer(gpt2, DEVICE=absent)
     assert (said.code, said.out) == (2, "")
     assert f"DEVICE={absent}" in said.err
@@ -483,7 +483,7 @@ def test_a_relative_glob_starts_at_the_current_folder(three, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["checkpoint_gpt2_none.pt", "*_step9999_*.pt"])
-def test_a_checkpoint_that_is_not_there_lists_what_is(name, three):
+def test_a_missing_checkpoint_lists_the_existing(name, three):
     said = infer(three, CHECKPOINT_PATH=str(three / "checkpoints" / name))
     assert (said.code, said.out) == (3, "")
     assert "Checkpoint not found" in said.err
@@ -492,12 +492,12 @@ def test_a_checkpoint_that_is_not_there_lists_what_is(name, three):
     assert at == sorted(at)  # newest first
 
 
-@pytest.mark.parametrize("wish", ["latest", "best", "{folder}/checkpoints", "{folder}/checkpoints/*.pt"])
+@pytest.mark.parametrize("requested", ["latest", "best", "{folder}/checkpoints", "{folder}/checkpoints/*.pt"])
 @pytest.mark.parametrize("exists", [True, False])
-def test_where_there_is_no_checkpoint_at_all_the_way_to_one_is_told(wish, exists, tmp_path):
+def test_without_any_checkpoint_the_error_says_how_to_get_one(requested, exists, tmp_path):
     if exists:
         (tmp_path / "checkpoints").mkdir()
-    said = infer(tmp_path, CHECKPOINT_PATH=wish.format(folder=tmp_path))
+    said = infer(tmp_path, CHECKPOINT_PATH=requested.format(folder=tmp_path))
     assert (said.code, said.out) == (3, "")
     assert "ENABLE_CHECKPOINTS=true" in said.err
     assert str(tmp_path / "checkpoints") in said.err
@@ -543,7 +543,7 @@ def test_drafting_changes_no_text(settings, gpt2):
     assert "SPECULATE" not in drafted.err
 
 
-def test_float32_says_what_the_model_itself_says(gpt2):
+def test_float32_generates_what_the_model_generates(gpt2):
     model, tokenizer = (
         build_model(newest(gpt2), device=torch.device("cpu")).eval(),
         build_tokenizer(newest(gpt2)),
@@ -563,25 +563,25 @@ def test_float32_says_what_the_model_itself_says(gpt2):
     ],
     ids=str,
 )
-def test_the_format_is_the_one_asked_for(settings, weights, gpt2, monkeypatch):
+def test_the_dtype_is_the_requested(settings, weights, gpt2, monkeypatch):
     made = []
     monkeypatch.setitem(DECODERS, GPT2, lambda model, weights: made.append(weights) or Decoder(model, weights=weights))
     assert infer(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="60", **settings).code == 0
     assert made == weights
 
 
-def test_a_narrow_model_drafts_nothing_and_says_so(gpt2):
+def test_a_narrow_model_logs_that_it_does_not_draft(gpt2):
     settings = {"PROMPT": "Dear", "SAMPLE_SEED": "3", "MAX_NEW_TOKENS": "40"}
     said = infer(gpt2, SPECULATE="lookup", **settings)
     assert (said.code, said.out) == (0, infer(gpt2, **settings).out)
     assert re.search(r"SPECULATE=lookup is not used: .*\b16\b", said.err)
 
 
-@pytest.mark.parametrize(("wish", "weights"), [("float32", ["float32"]), ("bfloat16", ["bfloat16"])])
-def test_a_wide_model_is_decoded_in_its_format(wish, weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("requested", "weights"), [("float32", ["float32"]), ("bfloat16", ["bfloat16"])])
+def test_a_wide_model_is_decoded_in_the_requested_dtype(requested, weights, tmp_path, monkeypatch):
     folder, made = wide(tmp_path), []
     monkeypatch.setitem(DECODERS, GPT2, lambda model, weights: made.append(weights) or Decoder(model, weights=weights))
-    settings = {"DTYPE": wish, "PROMPT": "ab", "MAX_NEW_TOKENS": "60", "SAMPLE_SEED": "3"}
+    settings = {"DTYPE": requested, "PROMPT": "ab", "MAX_NEW_TOKENS": "60", "SAMPLE_SEED": "3"}
     plain = text(folder, **settings)
     assert text(folder, SPECULATE="lookup", **settings) == plain
     assert made == weights * 2

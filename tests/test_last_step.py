@@ -144,7 +144,7 @@ def test_a_best_that_the_disk_refused_is_tried_again_at_the_next_save(layout, ba
 
     def block() -> None:
         place = tmp_path / "checkpoints"
-        if ckpt.WRITERS[layout].RUN_STEM:
+        if ckpt.WRITERS[layout].run_stem:
             place = place / next((tmp_path / "runs").iterdir()).name
             place.mkdir(exist_ok=True)
         places.append(place / "best")

@@ -14,13 +14,14 @@ ROOMS: dict[str, set[str]] = {
     "paths": set(),
     "locks": {"paths"},
     "splitmix": set(),
-    "config": {"models", "text", "runtime"},  # only registries and interrupt.py, which import no torch
+    "registry": set(),
+    "config": {"models", "text", "runtime", "registry"},  # only registries and interrupt.py, which import no torch
     "models": set(),
     "text": {"files", "splitmix"},
     "runtime": {"files", "splitmix"},
     "generate": {"models", "text", "runtime", "splitmix"},
     "evaluate": {"models", "text", "runtime"},
-    "ckpt": {"models", "text", "runtime", "files", "locks", "paths"},
+    "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry"},
 }
 BELOW_RUN = {*ROOMS}
 ALLOWED = ROOMS | {
@@ -107,6 +108,7 @@ LIGHT = (
     "milepost.runtime.optimizers",
     "milepost.runtime.interrupt",
     "milepost.text.registry",
+    "milepost.registry",
 )
 LIGHT_FILES = [
     ROOT / name.replace(".", "/") / "__init__.py" if name == "models" else ROOT / f"{name.replace('.', '/')}.py"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from records import FULL, WEIGHT, assert_same, bits, flipped, gpt2_record, plain, record, refused, snapshot
+from records import FULL, WEIGHT, assert_same, bits, flipped, gpt2_record, plain, record, refusal, refused, snapshot
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.layouts import LAYOUTS
+from milepost.ckpt.layouts import layout_of
 from milepost.ckpt.record import metadata
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.text import tokenization
@@ -90,7 +90,7 @@ def test_what_is_saved_is_what_is_loaded_by_every_name(layout, made, full, tmp_p
 @pytest.mark.parametrize("layout", NAMES)
 def test_a_look_gives_the_metadata_of_a_load(layout, full, tmp_path):
     home = ckpt.save(MADE["gpt2"]() if full else model_only(MADE["gpt2"]()), tmp_path, layout=layout)
-    peeked = ckpt.WRITERS[layout].peek(home)
+    peeked = ckpt.WRITERS[layout].read_metadata(home)
     assert peeked == json.loads(json.dumps(metadata(ckpt.load(home))))
     (one,) = ckpt.find(tmp_path)
     assert (one.path, one.layout, one.resumable, one.problem) == (home, layout, full, None)
@@ -164,13 +164,14 @@ def test_control_one_bit_more_or_less_would_be_seen(layout, tmp_path):
 
 
 def claims(path: Path) -> list[str]:
-    """The layouts that say `path` is theirs."""
-    return [layout.NAME for layout in LAYOUTS if layout.detect(path)]
+    """Return the name of the layout that reads `path`: the first in the registry that detects it. Empty if none does."""
+    layout = layout_of(path)
+    return [] if layout is None else [layout.name]
 
 
 @pytest.mark.parametrize("made", ["bigram", "gpt2"])
 @pytest.mark.parametrize("layout", NAMES)
-def test_exactly_one_layout_claims_a_checkpoint_and_each_of_its_files(layout, made, tmp_path):
+def test_a_checkpoint_and_each_of_its_files_are_read_by_its_layout(layout, made, tmp_path):
     home = ckpt.save(MADE[made](), tmp_path, layout=layout)
     for path in {home, *ckpt.WRITERS[layout].files(home)}:
         assert claims(path) == [layout], path
@@ -215,7 +216,7 @@ def test_names_mean_nothing_to_a_layout(layout, tmp_path):
 def golden_paths() -> list[Path]:
     layouts = [(layout, FIXTURES / name) for name, layout in ckpt.WRITERS.items()]
     paths = [layout.targets(place, make.STEM)[-1] for layout, place in layouts]
-    return [ckpt.WRITERS[path.relative_to(FIXTURES).parts[0]].home(path) or path for path in paths]
+    return [ckpt.WRITERS[path.relative_to(FIXTURES).parts[0]].primary_file(path) or path for path in paths]
 
 
 @pytest.mark.parametrize("path", golden_paths(), ids=lambda path: path.relative_to(FIXTURES).parts[0])
@@ -297,8 +298,9 @@ def test_transformers_finds_every_tensor_and_no_other(tmp_path):
 def test_a_head_with_a_bias_has_no_place_in_transformers(tmp_path):
     one = gpt2_record(settings=UNTIED)
     one.model_state["lm_head.bias"] = torch.ones(12)
-    with pytest.raises(CheckpointError, match=r"lm_head.bias \(12,\): transformers' GPT-2 has none"):
+    with pytest.raises(CheckpointError, match=r"lm_head.bias \(12,\)") as caught:
         ckpt.save(one, tmp_path, layout="huggingface")
+    assert caught.value.kind == "refused"
     assert snapshot(tmp_path) == {}
     assert list(tmp_path.glob(".tmp-*")) == []
 
@@ -346,9 +348,9 @@ def test_loaded_by_either_half_it_is_the_pair(pair):
 def test_halves_of_two_saves_are_never_a_pair(options, pair, tmp_path):
     second = ckpt.save(record(8, **FULL), tmp_path, layout="separated")
     shutil.copy(other_half(second), other_half(pair))
-    text = refused(pair, **options)
-    assert text.startswith(f"{other_half(pair)}: belongs to another save than {pair.name}")
-    assert "move it away to open" in text
+    error = refusal(pair, **options)
+    assert (error.kind, error.path) == ("refused", other_half(pair))
+    assert "move it away to open" in error.remedy
     other_half(pair).unlink()
     assert ckpt.load(pair).step == 7
 
@@ -358,7 +360,7 @@ def test_without_the_optimizers_half_it_generates_and_says_so(pair):
     read = ckpt.load(pair, verify=True)
     assert_same(read, record(7, **FULL, optimizer_state=None))
     assert read.notes == [
-        f"{other_half(pair)}: not found; without it this checkpoint generates but cannot go on exactly"
+        f"{other_half(pair)}: not found; without it this checkpoint generates but cannot resume bit-exactly"
     ]
     (one,) = ckpt.find(pair.parent)
     assert (one.path, one.resumable) == (pair, False)
@@ -367,7 +369,9 @@ def test_without_the_optimizers_half_it_generates_and_says_so(pair):
 def test_an_optimizers_half_alone_is_no_checkpoint(pair):
     pair.unlink()
     other = other_half(pair)
-    assert f"{other}: holds only an optimizer's state; its model's half {pair.name} is not there" == refused(other)
+    error = refusal(other)
+    assert (error.kind, error.path) == ("lacking", other)
+    assert pair.name in error.problem
     assert ckpt.find(pair.parent) == []
     assert len(ckpt.verify(other)) == 1
 
@@ -418,7 +422,7 @@ def test_what_a_hand_may_change_is_taken_and_told(folder):
     assert (read.hyperparameters["BATCH_SIZE"], read.model_settings["dropout"]) == (16, 0.25)
     assert len(read.notes) == 3
     config = folder / "config.json"
-    assert f"{config}: batch_size was saved as 2 and is now 16: taken" in read.notes
+    assert f"{config}: batch_size was saved as 2 and is now 16: applied" in read.notes
     assert bits(read) == bits(gpt2_record())
     assert build_model(read, device=torch.device("cpu")).settings.dropout == 0.25
     assert ckpt.verify(folder) == []
@@ -433,27 +437,27 @@ def test_an_edit_that_was_taken_is_saved_as_it_is_now(folder, tmp_path):
 
 
 WRONG = [
-    ({"n_layer": 3}, "n_layer was saved as 2 and is now 3, but the weights are those of 2: set it back"),
+    ({"n_layer": 3}, "n_layer was saved as 2 and is now 3, but the weights are those of 2"),
     ({"n_embd": 16}, "n_embd was saved as 8 and is now 16"),
     ({"vocab_size": 13}, "vocab_size was saved as 12 and is now 13"),
     ({"n_layer": 2.0}, "n_layer was saved as 2 and is now 2.0"),
     ({"bias": False}, "bias was saved as True and is now False"),
     ({"model_type": "bigram"}, "model_type was saved as 'gpt2' and is now 'bigram'"),
-    ({"batch_size": 0}, "batch_size was saved as 2 and is now 0, which is no batch_size"),
-    ({"batch_size": "8"}, "is now '8', which is no batch_size"),
-    ({"batch_size": True}, "is now True, which is no batch_size"),
-    ({"dropout": 1.0}, "is now 1.0, which is no dropout"),
-    ({"dropout": None}, "is now None, which is no dropout"),
-    ({"device": 3}, "is now 3, which is no device"),
+    ({"batch_size": 0}, "batch_size was saved as 2 and is now 0, not a valid batch_size"),
+    ({"batch_size": "8"}, "is now '8', not a valid batch_size"),
+    ({"batch_size": True}, "is now True, not a valid batch_size"),
+    ({"dropout": 1.0}, "is now 1.0, not a valid dropout"),
+    ({"dropout": None}, "is now None, not a valid dropout"),
+    ({"device": 3}, "is now 3, not a valid device"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "reason"), WRONG, ids=[str(changes) for changes, _ in WRONG])
 def test_what_a_hand_may_not_change_is_refused_by_name(changes, reason, folder):
     edit(folder, **changes)
-    text = refused(folder)
-    assert text.startswith(f"{folder / 'config.json'}: ")
-    assert reason in text
+    error = refusal(folder)
+    assert (error.kind, error.path) == ("refused", folder / "config.json")
+    assert reason in error.problem
 
 
 def test_an_unknown_and_a_missing_field_are_told(folder):
@@ -465,7 +469,7 @@ def test_an_unknown_and_a_missing_field_are_told(folder):
     assert_same(read, gpt2_record(settings={"dropout": 0.1}, hyperparameters={"BATCH_SIZE": 2, "DEVICE": "cpu"}))
     assert [note.split(": ", 1)[1] for note in read.notes] == [
         "fields that this version does not know were left out: ['invented']",
-        "has no n_head; what was saved is taken",
+        "lacks n_head; the saved values apply",
     ]
 
 
@@ -473,7 +477,7 @@ def test_without_config_json_the_manifests_settings_are_taken(folder):
     (folder / "config.json").unlink()
     read = ckpt.load(folder, verify=True)
     assert read.model_settings == gpt2_record(settings={"dropout": 0.1}).model_settings
-    assert read.notes == [f"{folder / 'config.json'}: not found; the settings in manifest.json are taken"]
+    assert read.notes == [f"{folder / 'config.json'}: not found; the settings in manifest.json apply"]
     assert claims(folder) == ["directory"]
 
 
@@ -483,7 +487,7 @@ def test_without_optimizer_and_training_state_it_generates_and_says_so(folder):
     read = ckpt.load(folder, verify=True)
     assert bits(read) == bits(model_only(gpt2_record()))
     assert read.notes == [
-        f"{folder / 'optimizer.pt'}: not found; without it this checkpoint generates but cannot go on exactly"
+        f"{folder / 'optimizer.pt'}: not found; without it this checkpoint generates but cannot resume bit-exactly"
     ]
     assert (read.parts, read.step) == (["model"], 3)
     assert [one.resumable for one in ckpt.find(folder.parent)] == [False]
@@ -492,7 +496,8 @@ def test_without_optimizer_and_training_state_it_generates_and_says_so(folder):
 def test_another_tokenizer_is_refused(folder):
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"a"', '"z"'))
-    assert f"{path}: is not the tokenizer of these weights" in refused(folder)
+    error = refusal(folder)
+    assert (error.kind, error.path) == ("refused", path)
     path.write_text(path.read_text() + " ")
     assert str(path) in refused(folder)
 

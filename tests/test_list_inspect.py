@@ -120,7 +120,7 @@ def many(folder, tokenizer, *, count=200):
     (folder / "checkpoints").mkdir(parents=True)
     for step in range(1, count + 1):
         one = record(step, save_id=f"{step:016x}", save_number=step, tokenizer=tokenizer)
-        unified.write(one, folder / "checkpoints", f"checkpoint_step{step}")
+        unified.LAYOUT.write(one, folder / "checkpoints", f"checkpoint_step{step}")
 
 
 def test_listing_opens_a_file_as_often_and_works_as_little_among_200_as_among_20(tmp_path):

@@ -181,7 +181,7 @@ def test_a_conversion_that_fails_leaves_what_another_process_put_into_the_new_fo
         (output / "theirs" / "kept").write_text("of value")
         raise OSError("no")
 
-    monkeypatch.setattr(writer, "write", fails)
+    monkeypatch.setattr(type(writer), "write", fails)
     with pytest.raises(OSError, match="no"):
         ckpt.convert(source, output, layout="directory")
     assert (output / "theirs" / "kept").read_text() == "of value"

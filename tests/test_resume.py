@@ -474,7 +474,7 @@ def test_a_checkpoint_without_a_run_has_only_its_own_step(two_runs, tmp_path):
     shutil.copytree(two_runs, tmp_path / "two")
     record = ckpt.load(of_two(tmp_path / "two", "A", 8))
     record.run_id, record.step = None, 1
-    path = ckpt.layouts.unified.write(record, tmp_path / "two" / "checkpoints", "theirs")
+    path = ckpt.WRITERS["unified"].write(record, tmp_path / "two" / "checkpoints", "theirs")
     with pytest.raises(config.ConfigError, match="is at step 1 and names no run"):
         start_of(tmp_path / "two", {"RESUME": str(path), "RESUME_STEP": "4"})
     assert start_of(tmp_path / "two", {"RESUME": str(path), "RESUME_STEP": "1"}).path == path

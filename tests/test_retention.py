@@ -605,7 +605,7 @@ def test_a_copy_under_a_name_that_a_save_could_have_protects_both(layout, tmp_pa
     """`step_000001_2`, or the next second: only while the original is there can it be told to be a copy."""
     set_clock(monkeypatch, NOON)
     paths = [save(tmp_path, step, layout=layout) for step in (1, 2, 3)]
-    numbered = bool(ckpt.WRITERS[layout].RUN_STEM)
+    numbered = bool(ckpt.WRITERS[layout].run_stem)
     copies = copied_as(paths[0], layout, lambda stem: f"{stem}_2" if numbered else f"{stem[:-1]}9")
     before = content(copies)
     for _ in range(2):
@@ -733,7 +733,7 @@ def test_what_somebody_has_named_stays(tmp_path):
 
 def test_a_number_at_the_limit_does_not_make_later_saves_unreadable(tmp_path):
     ckpt.save(record(1), tmp_path)
-    path = unified.write(
+    path = unified.LAYOUT.write(
         record(2, save_number=2**53, save_id="x", saved_at="2000-01-01T00:00:00.000000+00:00"), tmp_path, "odd"
     )
     for step in (3, 4):

@@ -1,4 +1,4 @@
-"""Sampling against transformers' own processors, and generate()'s promises: cached = uncached, nothing disturbed."""
+"""Sampling against transformers' own processors, and generate()'s promises: cached equals uncached, no side effects."""
 
 from collections import Counter
 from itertools import islice
@@ -144,7 +144,7 @@ def test_temperature_scales_before_top_p_as_in_transformers() -> None:
     assert {pick(logits, temperature=1.0, top_p=0.95, seed=s) for s in range(400)} == {0, 1, 2}
 
 
-def test_half_precision_logits_draw_what_their_float32_values_draw() -> None:
+def test_half_precision_logits_draw_as_their_float32_values() -> None:
     logits = spread(9).bfloat16()
     drawn = [pick(logits, temperature=0.7, seed=s) for s in range(500)]
     assert drawn == [pick(logits.float(), temperature=0.7, seed=s) for s in range(500)]
@@ -237,7 +237,7 @@ def test_prompt_too_long_is_cut_to_the_same_half(length: int, first: int) -> Non
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_sliding_is_told_once_and_only_where_it_happens(use_cache: bool) -> None:
+def test_sliding_is_reported_once_and_only_where_it_happens(use_cache: bool) -> None:
     def slides(model: Model, prompt: int, new: int) -> int:
         told: list[int] = []
         for _ in generate(
@@ -351,7 +351,7 @@ def test_stop_id_ends_and_is_not_yielded() -> None:
     assert tokens == whole[: whole.index(stop)]
 
 
-def test_no_more_is_computed_than_asked_for() -> None:
+def test_no_more_is_computed_than_requested() -> None:
     calls: list[int] = []
     hook = SMALL.register_forward_hook(lambda *_: calls.append(1))
     stream = generate(SMALL, [1], max_new_tokens=5)

@@ -20,7 +20,7 @@ SETTINGS = {"vocab_size": 23, "block_size": 6, "n_layer": 2, "n_head": 2, "n_emb
 
 @pytest.fixture(scope="module")
 def model():
-    """A GPT-2 whose weights are large enough that what it reads matters."""
+    """A GPT-2 with weights so large that its context matters."""
     torch.manual_seed(3)
     built = models.build("gpt2", SETTINGS).eval()
     with torch.no_grad():
@@ -35,7 +35,7 @@ def ids(length, seed=0):
 
 @torch.no_grad()
 def one_by_one(model, sequence, first_read):
-    """Each prediction in a pass of its own; `first_read[i]` is the first id that prediction i is made from."""
+    """Every prediction in a separate pass; `first_read[i]` is the first id used for prediction i."""
     found = []
     for i, start in enumerate(first_read):
         logits = model(torch.tensor(sequence[start : i + 1].astype(np.int64))[None])[0][0, -1]
@@ -47,7 +47,7 @@ def one_by_one(model, sequence, first_read):
 # windows
 
 
-def test_windows_side_by_side_and_the_last_one_at_the_end():
+def test_windows_are_adjacent_except_the_last():
     assert list(windows(11, context=4, stride=4)) == [Window(0, 0, 4), Window(4, 4, 8), Window(6, 8, 10)]
 
 
@@ -66,7 +66,7 @@ def test_nothing_is_predicted_without_two_ids(length):
 
 
 @given(st.integers(2, 200), st.integers(1, 20), st.data())
-def test_each_prediction_is_made_once_and_from_enough(length, context, data):
+def test_each_prediction_is_made_once_with_enough_context(length, context, data):
     stride = data.draw(st.integers(1, context))
     found = list(windows(length, context=context, stride=stride))
     assert [i for one in found for i in range(one.first, one.end)] == list(range(length - 1))
@@ -81,7 +81,7 @@ def test_each_prediction_is_made_once_and_from_enough(length, context, data):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_side_by_side_is_one_prediction_at_a_time(model, batch_size):
+def test_adjacent_windows_equal_one_prediction_at_a_time(model, batch_size):
     sequences = [ids(length, seed=length) for length in (15, 2, 6, 1, 7, 9)]
     found = log_likelihoods(model, sequences, batch_size=batch_size)
     # 15 ids make 14 predictions: windows of 6 read from 0 and 6, and the last one reads the six before the end, from 8.
@@ -91,7 +91,7 @@ def test_side_by_side_is_one_prediction_at_a_time(model, batch_size):
         np.testing.assert_allclose(each, one_by_one(model, sequence, reads[len(sequence)]), atol=1e-5)
 
 
-def test_a_stride_of_one_gives_each_prediction_all_the_context_there_is(model):
+def test_a_stride_of_one_gives_each_prediction_the_full_context(model):
     sequence = ids(20)
     (found,) = log_likelihoods(model, [sequence], batch_size=4, stride=1)
     np.testing.assert_allclose(found, one_by_one(model, sequence, [max(0, i - 5) for i in range(19)]), atol=1e-5)
@@ -99,14 +99,14 @@ def test_a_stride_of_one_gives_each_prediction_all_the_context_there_is(model):
     assert np.abs(found - apart).max() > 0.01  # the context matters to this model, so the above could have failed
 
 
-def test_sequences_do_not_see_each_other(model):
+def test_sequences_are_independent(model):
     sequences = [ids(length, seed=length) for length in (3, 14, 8)]
     together = log_likelihoods(model, sequences, batch_size=9)
     for sequence, each in zip(sequences, together, strict=True):
         np.testing.assert_allclose(each, log_likelihoods(model, [sequence], batch_size=1)[0], atol=1e-5)
 
 
-def test_a_batch_whose_logits_would_be_too_many_is_made_smaller(model, monkeypatch):
+def test_a_batch_with_too_many_logits_is_made_smaller(model, monkeypatch):
     sequences = [ids(30)]
     before = log_likelihoods(model, sequences, batch_size=100)[0]
     rows = []

@@ -77,7 +77,7 @@ def test_the_sign_flip_test_against_all_flips():
     assert paired(differences).p == pytest.approx(exact, abs=4 * math.sqrt(exact / DRAWS))
 
 
-def test_the_interval_of_many_pairs_is_the_normal_one():
+def test_the_interval_of_many_pairs_is_the_normal_interval():
     differences = np.random.default_rng(4).normal(0.1, 2.0, size=900)
     found, half = paired(differences), 1.959964 * differences.std() / 30
     assert found.mean == pytest.approx(differences.mean(), rel=1e-12)
@@ -87,7 +87,7 @@ def test_the_interval_of_many_pairs_is_the_normal_one():
     assert found.p == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
 
 
-def test_no_difference_is_none_and_a_steady_one_is_sure():
+def test_zero_and_constant_differences():
     nothing, steady = paired(np.zeros(50)), paired(np.full(50, -0.25))
     assert (nothing.mean, nothing.low, nothing.high, nothing.p) == (0.0, 0.0, 0.0, 1.0)
     assert (steady.mean, steady.low, steady.high) == (-0.25, -0.25, -0.25)

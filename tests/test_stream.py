@@ -1,4 +1,4 @@
-"""Text out of ids that arrive one by one: whole characters, and nothing of a stop string."""
+"""Text from ids that arrive one by one: whole characters, and no part of a stop string."""
 
 import pytest
 from hypothesis import given, settings

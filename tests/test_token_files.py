@@ -40,7 +40,7 @@ def prepared(folder: Path, tokenizer: Tokenizer, *documents: str, fraction: floa
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.kind)
-def test_each_side_holds_the_tokens_of_its_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_each_part_holds_the_tokens_of_its_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     split = prepared(tmp_path, tokenizer, TEXT)
     at = int(len(TEXT) * 0.9)
     assert split.train.tolist() == tokenizer.encode(TEXT[:at])
@@ -94,7 +94,7 @@ def test_no_validation_gives_an_empty_array(tmp_path: Path) -> None:
     assert split.validation.shape == (0,)
 
 
-def test_a_vocabulary_without_line_feed_serves_one_document_but_not_two(tmp_path: Path) -> None:
+def test_a_vocabulary_without_line_feed_works_for_a_single_document_only(tmp_path: Path) -> None:
     tokenizer = CharTokenizer("abc")
     assert prepared(tmp_path, tokenizer, "abc", fraction=0).train.tolist() == [0, 1, 2]
     with pytest.raises(UnknownCharacters):
@@ -183,7 +183,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", ["train.npy", "validation.npy"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str, name: str) -> None:
+def test_a_damaged_cache_is_rebuilt(tmp_path: Path, damage: str, name: str) -> None:
     first = prepared(tmp_path, ByteTokenizer(), TEXT)
     expected = (first.train.tolist(), first.validation.tolist())
     DAMAGES[damage](only_folder(tmp_path) / name)
@@ -199,7 +199,7 @@ def test_a_file_where_the_folder_belongs_is_replaced(tmp_path: Path) -> None:
     assert prepared(tmp_path, ByteTokenizer(), TEXT).train[:4].tolist() == list(b"Dear")
 
 
-def test_several_at_once_do_no_harm(tmp_path: Path) -> None:
+def test_concurrent_builds_are_safe(tmp_path: Path) -> None:
     corpus, found = corpus_of(tmp_path, TEXT)
 
     def one(_: int) -> list[int]:
@@ -215,7 +215,7 @@ def test_the_faster_process_wins(tmp_path: Path) -> None:
     corpus, found = corpus_of(tmp_path, TEXT)
 
     class Slow(ByteTokenizer):
-        """While it works, another process finishes."""
+        """Another process finishes while this one works."""
 
         def encode_array(self, text: str) -> np.ndarray:
             prepare(corpus, found, ByteTokenizer(), validation_fraction=0, cache_dir=tmp_path / "cache")
@@ -233,7 +233,7 @@ def only_visible(folder: Path) -> Path:
     return path
 
 
-def test_a_killed_process_leaves_nothing_that_is_taken_for_tokens(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_nothing_that_is_mistaken_for_tokens(tmp_path: Path) -> None:
     corpus_of(tmp_path, TEXT, TEXT)
     code = """
 import os, sys
@@ -259,7 +259,7 @@ prepare(corpus, scan(corpus), Dying(), validation_fraction=0.1, cache_dir=folder
     split = prepared(tmp_path, ByteTokenizer(), TEXT, TEXT)
     both = (TEXT + "\n" + TEXT).encode()
     assert split.train.tolist() + split.validation.tolist() == list(both)
-    assert left.exists()  # for all we know its process is alive
+    assert left.exists()  # its process may be alive
     for path in (*left.iterdir(), left):
         os.utime(path, (time.time() - 2 * 86400,) * 2)
     prepared(tmp_path, ByteTokenizer(), "other text")
@@ -291,14 +291,14 @@ def test_a_stale_scan_is_forgotten_so_that_starting_again_helps(
     assert bytes(split.train.tolist()) == b"two text"
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
     with pytest.raises(DataError, match=r"cache cannot be written"):
         prepared(tmp_path, ByteTokenizer(), "text")
 
 
 class Words(ByteTokenizer):
-    """Records what it is asked to encode."""
+    """Records every text that it encodes."""
 
     splits_at = "document"
 
@@ -330,7 +330,7 @@ def test_documents_stay_whole_for_a_tokenizer_that_splits_nowhere(
 
 
 def peak_memory(tmp_path: Path, tokenizer: Tokenizer, megabytes: int) -> float:
-    """The most memory in MB that preparing a corpus of this size takes."""
+    """The peak memory in MB of preparing a corpus of this size."""
     path = tmp_path / f"{megabytes}.txt"
     path.write_bytes((b"Dear Wren, I can't decide what to say.\n" * 25_642)[:1_000_000] * megabytes)
     corpus = open_corpus(str(path), data_dir=tmp_path)
@@ -383,8 +383,8 @@ for name in ("small.txt", "large.txt"):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_whole_process_stays_as_small_with_a_corpus_of_64_megabytes(tmp_path: Path) -> None:
-    """What tiktoken allocates too, which tracemalloc does not see."""
+def test_the_resident_memory_does_not_grow_with_a_corpus_of_64_megabytes(tmp_path: Path) -> None:
+    """Includes tiktoken's allocations, which tracemalloc does not see."""
     for name, megabytes in (("small.txt", 2), ("large.txt", 64)):
         (tmp_path / name).write_bytes((b"Dear Wren, I can't decide what to say.\n" * 25_642)[:1_000_000] * megabytes)
     done = subprocess.run(
@@ -394,10 +394,10 @@ def test_the_whole_process_stays_as_small_with_a_corpus_of_64_megabytes(tmp_path
     assert large - small < 16
 
 
-def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 3))
     monkeypatch.setattr("milepost.text.scan.time.monotonic", lambda: next(clock))
     corpus, found = corpus_of(tmp_path, "x" * 2_000_000)
-    said: list[str] = []
-    prepare(corpus, found, ByteTokenizer(), validation_fraction=0, cache_dir=tmp_path / "cache", log=said.append)
-    assert said == ["tokenizing: 1 MB done", "tokenizing: 2 MB done"]
+    lines: list[str] = []
+    prepare(corpus, found, ByteTokenizer(), validation_fraction=0, cache_dir=tmp_path / "cache", log=lines.append)
+    assert lines == ["tokenizing: 1 MB done", "tokenizing: 2 MB done"]

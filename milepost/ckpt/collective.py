@@ -1,11 +1,11 @@
-"""A checkpoint that several processes write: one leads, which names, announces and reveals it, the others follow.
+"""Collective saves: rank 0 names, announces and reveals a checkpoint, and every rank writes its part.
 
-    with ckpt.leading(record):                  # on the first process of `record.shared_by`
+    with ckpt.leading(record):                  # on rank 0 of `record.shared_by`
         ckpt.save(record, folder, layout="sharded")
-    ckpt.follow(record)                         # on each of the others
+    ckpt.follow(record)                         # on every other rank
 
-Saving is done in a thread beside training, so that `shared_by` is a gloo group of its own: two threads that used one group would
-take each other's messages for answers. If a process dies, what waits for it raises RuntimeError.
+Saves run in a thread beside training, so `shared_by` is a gloo group of its own: two threads in one group would receive
+each other's messages. If a process dies, those that wait for it raise RuntimeError.
 """
 
 import contextlib
@@ -20,24 +20,26 @@ from milepost.ckpt.record import Checkpoint
 
 @contextlib.contextmanager
 def leading(record: Checkpoint) -> Iterator[None]:
-    """Tells the followers at the end of the block that no other write comes, also if one failed; nothing for a record of one process."""
+    """Announce at the end of the block, also after an error, that no other write follows. Does nothing for a record of
+    one process.
+    """
     try:
         yield
-    except Exception:  # after a KeyboardInterrupt this process ends, and the others see that
-        with contextlib.suppress(RuntimeError):  # of a process that has died; what led here is the error to tell
+    except Exception:  # after a KeyboardInterrupt this process ends, and the others notice
+        with contextlib.suppress(RuntimeError):  # another process has died; report the first error instead
             announce(record, None)
         raise
     announce(record, None)
 
 
 def announce(record: Checkpoint, place: Path | None) -> None:
-    """Tells the followers into which hidden folder to write their pieces now, or by None that it was the last."""
+    """Broadcast the hidden folder to write pieces into now, or None after the last."""
     if record.shared_by is not None:
         dist.broadcast_object_list([place and str(place.absolute())], group=record.shared_by, group_src=0)
 
 
 def everywhere(record: Checkpoint, here: bool) -> bool:
-    """Whether it is so in all processes of `shared_by`, which ask together."""
+    """Return whether `here` is true on every rank of `shared_by`; all ranks call it together."""
     answers = [here]
     if record.shared_by is not None:
         answers = [here] * record.shared_by.size()
@@ -46,13 +48,14 @@ def everywhere(record: Checkpoint, here: bool) -> bool:
 
 
 def follow(record: Checkpoint) -> None:
-    """Writes this process's pieces of `record` into each folder that the leader announces, until it says that none comes.
+    """Write this rank's pieces of `record` into each folder that rank 0 announces, until it announces the end.
 
-    A write that fails in any process fails in all: the leader raises why, and its folder is gone; here the next one is waited for.
+    A write that fails on any rank fails on all: rank 0 raises the cause and removes its folder; here the next folder is
+    awaited.
     """
     if record.shared_by is None:
         return
-    from milepost.ckpt import shard_writer  # which takes most of a second, and a process alone does not need
+    from milepost.ckpt import shard_writer  # its import takes most of a second, and a single process does not need it
 
     state = shard_writer.state_of(record)
     while (place := _announced(record)) is not None:
@@ -61,17 +64,19 @@ def follow(record: Checkpoint) -> None:
 
 
 def _announced(record: Checkpoint) -> Path | None:
-    told: list[str | None] = [None]
-    dist.broadcast_object_list(told, group=record.shared_by, group_src=0)
-    return Path(told[0]) if told[0] else None
+    place: list[str | None] = [None]
+    dist.broadcast_object_list(place, group=record.shared_by, group_src=0)
+    return Path(place[0]) if place[0] else None
 
 
 def not_finite(record: Checkpoint) -> list[str]:
-    """The names of the weights that hold NaN or infinity. All processes of `shared_by` call it together and get the same answer."""
+    """Return the names of the weights that hold NaN or Inf. All ranks of `shared_by` call it together and get the same
+    answer.
+    """
     bad = tensors.not_finite(record.model_state)
     if record.shared_by is None:
         return bad
     found: list[list[str]] = [[] for _ in range(record.shared_by.size())]
     dist.all_gather_object(found, bad, group=record.shared_by)
-    everywhere = {name for names in found for name in names}
-    return [name for name in record.model_state if name in everywhere]
+    on_any_rank = {name for names in found for name in names}
+    return [name for name in record.model_state if name in on_any_rank]

@@ -1,4 +1,4 @@
-"""Conversion: a checkpoint of any layout that can be read, written in any that can be written, and the proof that it is the same."""
+"""Conversion of a checkpoint from any layout to any that can be written, with a proof that nothing was lost."""
 
 import contextlib
 import dataclasses
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milepost.ckpt.exports import Export, Proof
+from milepost.ckpt.exports.common import not_the_same
 from milepost.ckpt.finding import BEST_FOLDER, folder_of
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
@@ -26,20 +27,20 @@ from milepost.locks import FOLDER_LOCK, folder_lock
 from milepost.paths import check_inside, is_real_folder
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
-HEADROOM = 2**20  # bytes of a checkpoint besides its tensors: metadata, a tokenizer
+HEADROOM = 2**20  # bytes of a checkpoint besides its tensors: metadata and tokenizer
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made, and what was the same before and after: read back from the disk, not from memory."""
+    """The result of a conversion, and what was equal after reading it back from the disk."""
 
     source: Path
     target: Path
     layout_before: str
     tensors: int
-    sha256: str  # over all tensors, of both
-    logits: tuple[int, ...]  # the shape of those that were equal; () for adapters alone
-    fields: int  # of the metadata and the optimizer's groups
+    sha256: str  # over all tensors, equal in both
+    logits: tuple[int, ...]  # the shape of the logits that were equal; () for adapters without a base
+    fields: int  # compared: of the metadata, and the optimizer's groups
     bytes_before: int
     bytes_after: int
     notes: list[str]
@@ -57,16 +58,18 @@ def convert(
     best_too: bool = False,
     complete: Callable[[Checkpoint], Checkpoint] = lambda record: record,
 ) -> Converted:
-    """Writes the checkpoint at `source` once more, as `layout`, to `folder` (None: beside it), and proves that it is the same.
+    """Write the checkpoint at `source` in another `layout` to `folder` (None: beside it), and prove that nothing was
+    lost.
 
-    Step, run, lineage, save number and time stay, everything but the save id; `source` is untouched and no name is replaced. `prefix`
-    begins the name (None: as the run's names began). `in_best` writes into best/, `best_too` gives it a second name there. `complete`
-    may add a tokenizer to a record that carries none. Raises CheckpointError if the source is damaged or was edited by hand, the layout
-    has no place for what it holds, or the two are not the same; OSError if the disk refuses. Nothing new is left then.
+    Step, run, lineage, save number and time stay, everything but the save id; `source` is untouched and no name is
+    replaced. `prefix` begins the name (None: as the run's names began). `in_best` writes into best/, `best_too` adds a
+    second name there. `complete` may add a tokenizer to a record that has none. Raises CheckpointError if the source is
+    damaged or was edited by hand, the layout cannot hold it, or the result differs; OSError if the disk fails. Nothing
+    new is left then.
     """
     record = complete(_opened(source, optimizer=not model_only))
     if record.tokenizer is None:
-        record.notes.append(f"{source}: carries no tokenizer, and neither does what it is converted to")
+        record.notes.append(f"{source}: has no tokenizer, so the converted checkpoint has none either")
     if folder is None:
         folder, in_best = origin(record, source)
     target = _written(record, folder, writer=WRITERS[layout], prefix=prefix or _prefix(record), in_best=in_best)
@@ -90,7 +93,7 @@ def convert(
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made, and its proof."""
+    """The result of an export, and its proof."""
 
     source: Path
     target: Path
@@ -108,7 +111,7 @@ def export(
     prefix: str | None = None,
     complete: Callable[[Checkpoint], Checkpoint] = lambda record: record,
 ) -> Exported:
-    """Writes the model of the checkpoint at `source` into `folder` as another program has it, and proves that it is the same.
+    """Write the model of the checkpoint at `source` into `folder` for another program, and prove that nothing was lost.
 
     Raises as `convert` does; nothing new is left then.
     """
@@ -126,25 +129,32 @@ def export(
 
 
 def _opened(source: Path, *, optimizer: bool) -> Checkpoint:
-    """The record at `source`, every byte verified, with the time of its save and a note of numbers that are none."""
+    """Return the record at `source`, every byte verified, with the time of its save, and a note if it holds NaN or
+    infinity.
+    """
     record = known_layout(source).read(source, optimizer=optimizer, verify=True)
     _refuse_edited(record)
     record.saved_at = record.saved_at or modified_at(source)
     if bad := not_finite(record.model_state):
-        record.notes.append(f"{source}: {bad[0]} holds NaN or infinity, and so does what it is converted to")
+        record.notes.append(f"{source}: {bad[0]} holds NaN or infinity, and so does the converted checkpoint")
     return record
 
 
 def _refuse_edited(record: Checkpoint) -> None:
-    """A run that goes on from an edited checkpoint is a child; one written anew would pass for the run itself."""
+    """Refuse an edited checkpoint: a run resumed from one is a child run, but a conversion would pass for the run
+    itself.
+    """
     if record.edited:
         edits = ", ".join(f"{name} {saved!r:.40} -> {now!r:.40}" for name, (saved, now) in record.edited.items())
-        problem = f"{record.path}: was edited since it was saved ({edits}), and a conversion is what was saved"
-        raise CheckpointError(f"{problem}: set it back in its config.json, or go on from it as it is")
+        problem = f"was edited since it was saved ({edits}), and a conversion must equal what was saved"
+        remedy = "set it back in its config.json, or resume from it as it is"
+        raise CheckpointError(record.path or "checkpoint", problem, remedy, kind="refused")
 
 
 def _written(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
-    """Writes the record below `folder`, under the name that its own save would have had, or the next free one; returns its path."""
+    """Write the record below `folder`, under the name that its own save would have had, or the next free name; return
+    its path.
+    """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -181,29 +191,31 @@ def _written_into(record: Checkpoint, folder: Path, *, writer: Layout | Export, 
 
 
 def _prefix(record: Checkpoint) -> str:
-    """How the names of its run began; what is in a file may not lead a name out of its folder."""
+    """Return the prefix of its run's names, unless it could lead out of the folder."""
     saved = record.hyperparameters.get("CHECKPOINT_PREFIX")
     return saved if isinstance(saved, str) and PLAIN.fullmatch(saved) else PREFIX
 
 
 def origin(record: Checkpoint, path: Path) -> tuple[Path, bool]:
-    """The folder of checkpoints that `path` lies in, above its best/ and the run's own folder; and whether it is in a best/."""
+    """Return the folder of checkpoints that `path` lies in, above best/ and the run's own folder; and whether it is in
+    a best/.
+    """
     return folder_of(path, record.run_id), path.parent.name == BEST_FOLDER
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all the files of the checkpoint at `path`."""
+    """Return the bytes of all files of the checkpoint at `path`."""
     return sum(file.stat().st_size for file in all_files(path))
 
 
 def modified_at(path: Path) -> str:
-    """When the newest file of the checkpoint at `path` was written, in UTC: another program's records no other time."""
+    """Return when the newest file of the checkpoint at `path` was written, in UTC: other programs record no time."""
     newest = max(file.stat().st_mtime for file in all_files(path))
     return datetime.datetime.fromtimestamp(newest, datetime.UTC).isoformat(timespec="microseconds")
 
 
 def _moment(record: Checkpoint) -> datetime.datetime:
-    """When it was saved, so that its name stays what it was."""
+    """Return when it was saved, so that its name stays the same."""
     try:
         return datetime.datetime.fromisoformat(record.saved_at or "")
     except ValueError:
@@ -211,29 +223,28 @@ def _moment(record: Checkpoint) -> datetime.datetime:
 
 
 def _proof(record: Checkpoint, target: Path) -> tuple[str, tuple[int, ...], int]:
-    """The hash over all tensors, the shape of the logits and the number of fields, if all is the same after reading `target` back.
+    """Read `target` back; return the hash over all tensors, the shape of the logits and the number of fields that are
+    equal.
 
-    Raises CheckpointError if anything is not.
+    Raises CheckpointError if anything differs.
     """
     again = known_layout(target).read(target, verify=True)
     before, after = digest(labelled(record)), digest(labelled(again))
     if before != after:
-        raise CheckpointError(
-            f"{target}: its tensors are not those of {record.path} (sha256 {after}, not {before}): removed"
-        )
+        raise not_the_same(target, "tensors", record, f"sha256 {after}, not {before}")
     fields, read = _fields(record), _fields(again)
     if other := [name for name in fields | read if fields.get(name) != read.get(name)]:
-        raise CheckpointError(f"{target}: {', '.join(other)} of its metadata are not those of {record.path}: removed")
-    if record.adapters_only:  # without their base they answer nothing
+        raise not_the_same(target, f"fields {', '.join(other)}", record)
+    if record.adapters_only:  # without their base there are no logits
         return after, (), len(fields)
     old, new = logits(record), logits(again)
     if old.shape != new.shape or old.numpy().tobytes() != new.numpy().tobytes():
-        raise CheckpointError(f"{target}: its logits are not those of {record.path}: removed")
+        raise not_the_same(target, "logits", record)
     return after, tuple(new.shape), len(fields)
 
 
 def _fields(record: Checkpoint) -> dict[str, Json]:
-    """What a record holds beside tensors, as JSON has it, without the one field that a conversion gives anew."""
+    """Return the metadata and the optimizer's groups as JSON values, without the save id, which a conversion replaces."""
     groups = record.optimizer_state["param_groups"] if record.optimizer_state else None
     values = metadata(record) | {"param_groups": groups}
     del values["save_id"]

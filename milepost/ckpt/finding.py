@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from milepost.ckpt.layouts import Layout, layout_of
+from milepost.ckpt.layouts import LAYOUTS, Layout, layout_of
 from milepost.ckpt.record import CheckpointError, Json
 from milepost.paths import is_real_folder
 
@@ -76,9 +76,9 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
         seen = set()
         for path in sorted(_entries(place, required=place == folder)):
             layout = None if path.name.startswith(".") else layout_of(path)
-            home = layout.home(path) if layout else None
+            home = layout.primary_file(path) if layout else None
             # In a run's own folder only what is written there: any folder may lie beside checkpoints.
-            inside = layout is not None and (place in (folder, folder / BEST_FOLDER) or bool(layout.RUN_STEM))
+            inside = layout is not None and (place in (folder, folder / BEST_FOLDER) or bool(layout.run_stem))
             if layout and home and inside and home not in seen:
                 seen.add(home)
                 yield look(home, layout)
@@ -116,10 +116,10 @@ def look(path: Path, layout: Layout) -> Found:
 def _look(path: Path, layout: Layout, stamps: tuple[tuple[int, ...], ...]) -> Found:
     size = sum(stamp[1] for stamp in stamps)
     try:
-        metadata = {name: value for name, value in layout.peek(path).items() if name != "tokenizer"}
-        return Found(path, metadata, layout=layout.NAME, size=size)
+        metadata = {name: value for name, value in layout.read_metadata(path).items() if name != "tokenizer"}
+        return Found(path, metadata, layout=layout.name, size=size)
     except CheckpointError as error:
-        return Found(path, {}, str(error), layout=layout.NAME, size=size)
+        return Found(path, {}, str(error), layout=layout.name, size=size)
 
 
 def stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
@@ -227,7 +227,7 @@ def resolve(wish: str, folder: Path) -> tuple[Path, list[str]]:
     layout = layout_of(path)
     if os.path.isdir(path) and layout is None:
         return _choose(path, by=latest)
-    return (layout.home(path) if layout else None) or path, []
+    return (layout.primary_file(path) if layout else None) or path, []
 
 
 def whole_folder(wish: str) -> Path | None:
@@ -239,10 +239,10 @@ def whole_folder(wish: str) -> Path | None:
 def _of_stem(path: Path) -> Path | None:
     """The checkpoint of several files whose names begin with `path`, given with or without a suffix of its own."""
     stem = path.with_suffix("") if path.suffix in (".pt", ".safetensors") else path
-    for suffix in ("-model.pt", "_state.json"):
+    for suffix in (layout.suffixes[-1] for layout in LAYOUTS if len(layout.suffixes) > 1):
         file = stem.with_name(stem.name + suffix)
         if os.path.isfile(file) and (layout := layout_of(file)):
-            return layout.home(file)
+            return layout.primary_file(file)
     return None
 
 
@@ -251,7 +251,7 @@ def _around(path: Path) -> Path | None:
     for above in list(path.parents)[:2]:
         layout, place = layout_of(above), path.relative_to(above).as_posix()
         if layout and any(
-            fnmatch.fnmatchcase(place, member) or member.startswith(f"{place}/") for member in layout.MEMBERS
+            fnmatch.fnmatchcase(place, member) or member.startswith(f"{place}/") for member in layout.members
         ):
             return above
     return None
@@ -289,7 +289,7 @@ def _matching(wish: str) -> list[Found]:
     """Every checkpoint that a glob matches, one by any of its files."""
     pattern = os.path.expanduser(wish)
     layouts = {path: layout for name in sorted(glob.glob(pattern)) if (layout := layout_of(path := Path(name)))}
-    homes = {home: layout for path, layout in layouts.items() if (home := layout.home(path))}
+    homes = {home: layout for path, layout in layouts.items() if (home := layout.primary_file(path))}
     return [look(home, layout) for home, layout in homes.items()]
 
 

@@ -61,16 +61,13 @@ def _visible_parts(hidden: Path) -> list[Path]:
     if named is None or not is_real_folder(hidden) or os.path.lexists(hidden.parent / named["name"]):
         return []
     head = hidden / named["name"]
-    proofs = [
-        layout.parts_of for layout in LAYOUTS if hasattr(layout, "parts_of")
-    ]  # of those that write groups of files
-    parts = [part for parts_of in proofs for part in parts_of(head, hidden.parent)]
+    parts = [part for layout in LAYOUTS for part in layout.parts_of(head, hidden.parent)]
     return [part for part in parts if not _is_in_a_checkpoint(part)]
 
 
 def _is_in_a_checkpoint(part: Path) -> bool:
     layout = layout_of(part)
-    return layout_of(part.parent) is not None or (layout is not None and layout.home(part) is not None)
+    return layout_of(part.parent) is not None or (layout is not None and layout.primary_file(part) is not None)
 
 
 def prepare_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ LATEST_STAMP = datetime.timedelta(hours=1)  # after the save, for a name whose s
 
 def home_of(record: Checkpoint, folder: Path, *, writer: Layout | Export) -> Path:
     """Where a layout puts a record: in `folder`, or in the run's own folder there if its names repeat from run to run."""
-    return folder / (record.run_id or "run") if writer.RUN_STEM else folder
+    return folder / (record.run_id or "run") if writer.run_stem else folder
 
 
 def free_stem(
@@ -33,8 +33,8 @@ def free_stem(
     `step_000100` is followed by `_2`, `_3` and so on.
     """
     for number in range(10**6):
-        if writer.RUN_STEM:
-            stem = _run_stem(writer.RUN_STEM, record.step, prefix) + (f"_{number + 1}" if number else "")
+        if writer.run_stem:
+            stem = _run_stem(writer.run_stem, record.step, prefix) + (f"_{number + 1}" if number else "")
         else:
             stamp = (now + datetime.timedelta(seconds=number)).strftime(STAMP)
             stem = "_".join([*_words(metadata(record), prefix), f"step{record.step:04d}", stamp])
@@ -99,8 +99,8 @@ def own_stem(one: Found) -> str | None:
         return None
     ends = [path.name.removeprefix("@") for path in writer.targets(Path(), "@")]
     stems = [one.path.name.removesuffix(end) for end in ends if one.path.name.endswith(end)]
-    match = _numbered_stem if writer.RUN_STEM else _stamped_stem
-    return next((own for stem in stems if (own := match(one, stem, writer.RUN_STEM)) is not None), None)
+    match = _numbered_stem if writer.run_stem else _stamped_stem
+    return next((own for stem in stems if (own := match(one, stem, writer.run_stem)) is not None), None)
 
 
 def _holds_other_files(path: Path, layout: Layout) -> bool:
@@ -109,7 +109,7 @@ def _holds_other_files(path: Path, layout: Layout) -> bool:
         return False
     files = (each for each in path.rglob("*") if not each.is_dir() and not each.name.startswith("."))  # no .DS_Store
     names = (each.relative_to(path).as_posix() for each in files)
-    return any(not any(fnmatch.fnmatchcase(name, member) for member in layout.MEMBERS) for name in names)
+    return any(not any(fnmatch.fnmatchcase(name, member) for member in layout.members) for name in names)
 
 
 def _prefix_of(one: Found) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoint: the one in-memory form between every layout on disk and every user of a checkpoint."""
+"""Checkpoint: the in-memory record between every layout on disk and every user of a checkpoint; CheckpointError."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -14,23 +14,48 @@ from torch.distributed import ProcessGroup
 FORMAT_VERSION = 2
 VERSION = "0.1.0"
 
-LONGEST = 1400  # characters of one refusal
+LONGEST = 1400  # characters of an error
 
 Json = Any  # dict, list, str, int, float, bool or None: what json.dumps takes
 
 
-class CheckpointError(Exception):
-    """A checkpoint that is missing, damaged or does not fit. Exit code 3 at the door."""
+Kind = Literal["damaged", "not found", "not understood", "lacking", "refused", "unspecified"]
 
-    def __init__(self, sentence: str) -> None:
-        """Names and values of a file are in the sentence: they must not steer the terminal that it is shown on, nor fill it."""
-        text = printable(sentence)
-        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-250:]}")
+EARLIER = "take an earlier checkpoint"  # the remedy for damage
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used: which, why, and what to do next. Exit code 3.
+
+    `kind` is one of
+    - "damaged": its bytes are not those that were written;
+    - "not found": there is no such checkpoint or file;
+    - "not understood": it is of an unknown format, or another program's that cannot be translated;
+    - "lacking": a part that is needed is missing, such as a manifest or a base;
+    - "refused": it is intact, but does not fit what is asked for, or is unsafe to open.
+    """
+
+    def __init__(
+        self, path: Path | str, problem: str | None = None, remedy: str | None = None, *, kind: Kind = "unspecified"
+    ) -> None:
+        """Compose the sentence `{path}: {problem}: {remedy}`. A sentence instead of a path, without a problem, is taken
+        as it is.
+        """
+        self.path = None if problem is None else Path(path)
+        self.problem, self.remedy, self.kind = problem, remedy, kind
+        super().__init__(_shortened(printable(": ".join(str(part) for part in (path, problem, remedy) if part))))
+
+
+def _shortened(text: str) -> str:
+    """Keep beginning and end of a long sentence: names and values from a file must not fill the screen."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-250:]}"
 
 
 def printable(text: str) -> str:
-    """`text` with line breaks, escapes and what else a terminal would obey in the form that Python writes them in."""
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+    """Return `text` with line breaks, escapes and other unprintable characters as Python writes them: none may steer a
+    terminal.
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 @dataclass(kw_only=True)
@@ -43,12 +68,12 @@ class Checkpoint:
     # Tensors.
     model_state: dict[str, Tensor]
     optimizer_state: dict[str, Any] | None = None
-    # What the model is, and what turns text into its ids.
+    # Model and tokenizer.
     model_type: str
     model_settings: dict[str, Json]
     tokenizer: dict[str, Json] | None = None
     tokenizer_sha256: str | None = None  # of its canonical JSON
-    # Where training stands. A step is one optimizer update; a window is one row of BLOCK_SIZE tokens.
+    # Progress of training. A step is one optimizer update; a window is a sequence of BLOCK_SIZE tokens.
     step: int = 0
     epoch: float | None = None
     windows_seen: int = 0
@@ -59,16 +84,14 @@ class Checkpoint:
     validation_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
-    # Where it comes from.
+    # Provenance.
     hyperparameters: dict[str, Json] = field(default_factory=dict)
     data: dict[str, Json] = field(default_factory=dict)
     runtime: dict[str, Json] = field(default_factory=dict)
     run_id: str | None = None
     parent: dict[str, Json] | None = None
-    base: dict[str, Json] | None = (
-        None  # of adapters: the sha256 of the weights that they stand beside, and where those came from
-    )
-    # Given by the store when it is saved. "model" or, of weights that stand beside a base's, "adapters"; then "optimizer".
+    base: dict[str, Json] | None = None  # of adapters: the sha256 and the source of the weights that they adapt
+    # Set when the record is saved. "model", or "adapters" for adapters without their base; then "optimizer".
     parts: list[str] = field(default_factory=lambda: ["model"])
     save_id: str | None = None
     save_number: int | None = None
@@ -79,15 +102,15 @@ class Checkpoint:
     path: Path | None = None
     layout: str | None = None
     shared_by: ProcessGroup | None = (
-        None  # the processes that each hold a part of its tensors; None: they are whole here
+        None  # the processes that each hold a part of the tensors; None: this one holds all
     )
-    owned: bool = False  # its tensors are in memory of their own, not mapped from a file: a model may take them
+    owned: bool = False  # the tensors are in memory of their own, not mapped from a file: a model may take them
     notes: list[str] = field(default_factory=list)
-    edited: dict[str, list[Json]] = field(default_factory=dict)  # setting -> [saved, as a hand has changed it]
+    edited: dict[str, list[Json]] = field(default_factory=dict)  # setting -> [saved value, value edited by hand]
 
     @property
     def adapters_only(self) -> bool:
-        """Whether the weights of the base are not among its own."""
+        """Whether the record holds adapters without the weights of their base."""
         return "adapters" in self.parts
 
 
@@ -102,42 +125,47 @@ RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's 
 
 
 def metadata(record: Checkpoint) -> dict[str, Json]:
-    """Everything of a record but its tensors, as JSON values."""
+    """Return everything of a record but its tensors, as JSON values."""
     parts = ["adapters" if record.adapters_only else "model", *["optimizer"] * (record.optimizer_state is not None)]
     values = {name: getattr(record, name) for name in TYPES} | {"parts": parts}
     return values if record.base else {name: value for name, value in values.items() if name != "base"}
 
 
 def named_tensors(record: Checkpoint) -> dict[str, Tensor]:
-    """Every tensor of the record: weights under their names, the optimizer's under parameter index and kind."""
+    """Return every tensor of the record: weights by name, the optimizer's by `{parameter index}.{kind}`."""
     states = (record.optimizer_state or {"state": {}})["state"]
     moments = {f"{index}.{kind}": value for index, state in states.items() for kind, value in state.items()}
     return record.model_state | {name: value for name, value in moments.items() if isinstance(value, Tensor)}
 
 
 def bytes_on_disk(record: Checkpoint) -> int:
-    """About how many bytes the record takes on disk, never fewer: its tensors, a header for each, and its metadata as often as it is written."""
+    """Estimate from above the bytes that the record takes on disk: tensors, a header for each, and the metadata four
+    times.
+    """
     headers = HEADER * (record.shared_by.size() if record.shared_by else 1)
-    tensors = named_tensors(record).values()  # of one that is shared, `nbytes` are those of all its pieces
+    tensors = named_tensors(record).values()  # a shared tensor's `nbytes` count all its pieces
     return sum(tensor.nbytes + headers for tensor in tensors) + 4 * len(json.dumps(metadata(record))) + 2**14
 
 
 def without_optimizer(values: dict[str, Json]) -> dict[str, Json]:
-    """The metadata of a checkpoint whose optimizer's file is gone: it only generates."""
+    """Return the metadata of a checkpoint whose optimizer file was deleted: it still generates."""
     return values | {"parts": [part for part in values["parts"] if part != "optimizer"]}
 
 
 def note_missing_optimizer(record: Checkpoint, path: Path) -> None:
-    """Says that the optimizer's file that was saved at `path` is not there any more."""
+    """Note in `record` that the optimizer file saved at `path` is gone."""
     if "optimizer" in record.parts:
-        record.notes.append(f"{path}: not found; without it this checkpoint generates but cannot go on exactly")
+        record.notes.append(f"{path}: not found; without it this checkpoint generates but cannot resume bit-exactly")
     record.parts = [part for part in record.parts if part != "optimizer"]
 
 
 def from_metadata(
     values: Json, *, model_state: dict[str, Tensor], optimizer_state: dict[str, Any] | None, where: str
 ) -> Checkpoint:
-    """The record of `metadata`'s values. Unknown fields are noted, not taken; raises CheckpointError for what is wrong in one."""
+    """Return the record described by `values`, as `metadata` returns them. Unknown fields are left out with a note.
+
+    Raises CheckpointError for a field that is missing or wrong; `where` is the file they come from.
+    """
     known = check_metadata(values, where)
     unknown = sorted(set(values) - set(known))
     record = Checkpoint(model_state=model_state, optimizer_state=optimizer_state, **known)
@@ -148,65 +176,63 @@ def from_metadata(
 
 
 def check_metadata(values: Json, where: str) -> dict[str, Json]:
-    """The known fields of `values`, each of its declared type, numbers finite and not negative; raises CheckpointError naming the field."""
+    """Return the known fields of `values`, each of its declared type, numbers finite and not negative.
+
+    Raises CheckpointError naming the field that is missing or wrong, or the newer version that wrote it.
+    """
     if not isinstance(values, dict):
-        raise CheckpointError(f"{where}: its metadata is {type(values).__name__}, not an object: the file is damaged")
+        raise _damaged(where, f"its metadata is {type(values).__name__}, not an object")
     version = values.get("format_version", 1)
     if isinstance(version, int) and version > FORMAT_VERSION:
         writer = values.get("written_by", "a newer version")
-        raise CheckpointError(
-            f"{where}: format {version!r:.20} was written by {writer!r:.60}; this is milepost {VERSION}, which reads up to {FORMAT_VERSION}: update it"
-        )
+        problem = f"format {version!r:.20} was written by {writer!r:.60}"
+        remedy = f"update milepost: this is {VERSION}, which reads formats up to {FORMAT_VERSION}"
+        raise CheckpointError(where, problem, remedy, kind="not understood")
     values = migrated(values)
     known = {name: value for name, value in values.items() if name in TYPES}
     for name in ("model_type", "model_settings", "step"):
         if name not in known:
-            raise CheckpointError(
-                f"{where}: its metadata has no {name}: the file is damaged or was written by something else"
-            )
+            problem = f"its metadata has no {name}: it is damaged, or another program wrote it"
+            raise CheckpointError(where, problem, EARLIER, kind="damaged")
     for name, value in known.items():
         if not _fits(value, TYPES[name]):
-            raise CheckpointError(
-                f"{where}: {name} is {value!r:.80}, expected {_name_of(TYPES[name])}: the file is damaged"
-            )
+            raise _damaged(where, f"{name} is {value!r:.80}, expected {_name_of(TYPES[name])}")
     _check_values(known, where)
     return known
 
 
+def _damaged(where: str, problem: str) -> CheckpointError:
+    return CheckpointError(where, f"the file is damaged: {problem}", EARLIER, kind="damaged")
+
+
 def migrated(values: dict[str, Json]) -> dict[str, Json]:
-    """Metadata of an older format in the present one, one format after the other. What carries no number is the first format's."""
+    """Return the metadata of an older format in the present format. Metadata without a number is of format 1."""
     version = values.get("format_version", 1)
     for step in MIGRATIONS[version - 1 :] if type(version) is int and version > 0 else ():
         values = step(values)
     return values
 
 
-def _parts_are_named(values: dict[str, Json]) -> dict[str, Json]:
-    """1 -> 2: a checkpoint may be without its optimizer; before, every one had it."""
+def _name_the_parts(values: dict[str, Json]) -> dict[str, Json]:
+    """1 -> 2: a checkpoint may lack its optimizer; in format 1, every checkpoint had one."""
     return {**values, "parts": ["model", "optimizer"], "format_version": 2}
 
 
-MIGRATIONS = (_parts_are_named,)  # the n-th takes format n to format n + 1
+MIGRATIONS = (_name_the_parts,)  # the n-th converts format n to format n + 1
 
 
 def _check_values(known: dict[str, Json], where: str) -> None:
-    """Raises CheckpointError for what is of its type but cannot be."""
+    """Raise CheckpointError for a value of the right type that is impossible."""
     for name in known.keys() - {"tokenizer"}:  # which is large and has a check of its own
         if not _is_text(known[name]):
-            raise CheckpointError(
-                f"{where}: {name} holds half of a surrogate pair, which no program can print: the file is damaged"
-            )
+            raise _damaged(where, f"{name} holds half of a surrogate pair, which no program can print")
     for name in ("vocab_size", "block_size"):  # every model has them
         size = known["model_settings"].get(name)
         if type(size) is not int or not 0 < size <= LARGEST:
-            raise CheckpointError(
-                f"{where}: {name} is {size!r:.80}, expected a positive whole number: the file is damaged"
-            )
+            raise _damaged(where, f"{name} is {size!r:.80}, expected a positive whole number")
     run_id = known.get("run_id")
     if run_id is not None and not RUN_ID.fullmatch(run_id):
-        raise CheckpointError(
-            f"{where}: run_id is {run_id!r:.80}, expected letters, digits, `_`, `.` and `-`: the file is damaged"
-        )
+        raise _damaged(where, f"run_id is {run_id!r:.80}, expected letters, digits, `_`, `.` and `-`")
 
 
 def _is_text(value: Any) -> bool:
@@ -229,8 +255,8 @@ def _fits(value: Json, hint: Any) -> bool:
     if isinstance(value, bool):
         return False
     if isinstance(value, (int, float)):
-        wanted = (int, float) if float in plain else plain
-        return isinstance(value, wanted) and 0 <= value <= LARGEST  # false for NaN too
+        allowed = (int, float) if float in plain else plain
+        return isinstance(value, allowed) and 0 <= value <= LARGEST  # false for NaN too
     return isinstance(value, plain)
 
 

@@ -68,7 +68,7 @@ def keep_best(
     else:
         with folder_lock(folder):
             kept = second_name(known_layout(saved).files(saved), place)
-        kept = known_layout(kept).home(kept) or kept
+        kept = known_layout(kept).primary_file(kept) or kept
     for each in (place, place.parent):  # the new name is durable before an earlier one goes
         sync_folder(each)
     with folder_lock(folder):
@@ -178,7 +178,7 @@ def strip(path: Path) -> None:
     if file is not None:
         file.unlink(missing_ok=True)
         sync_folder(file.parent)
-    elif not layout.verify_file(path):
+    elif not layout.problems(path):
         _write_stripped(path, layout)
         remove(layout.files(path))
 
@@ -189,9 +189,9 @@ def _write_stripped(path: Path, layout: Layout) -> None:
     for number in itertools.count(1):
         name = path.name if path.is_dir() else path.stem
         stem = f"{name}_model" + (f"_{number}" if number > 1 else "")
-        (target,) = WRITERS[layout.NAME].targets(path.parent, stem)
+        (target,) = WRITERS[layout.name].targets(path.parent, stem)
         if not os.path.lexists(target):
-            WRITERS[layout.NAME].write(layout.read(path, optimizer=False), path.parent, stem)
+            WRITERS[layout.name].write(layout.read(path, optimizer=False), path.parent, stem)
             return
         if save_id is not None and look(target, layout).metadata.get("save_id") == save_id:
             return

@@ -1,4 +1,5 @@
-"""The pieces of a sharded checkpoint: torch.distributed.checkpoint plans who writes which, and they go to disk as all our files do.
+"""Writes the pieces of a sharded checkpoint: torch.distributed.checkpoint plans which rank writes which, we write them
+durably.
 
 Imported only when such a checkpoint is written, because torch.distributed.checkpoint takes most of a second to import.
 """
@@ -27,11 +28,13 @@ from milepost.files import NewFile, written
 
 __all__ = ["CheckpointException", "cause", "state_of", "write"]
 
-TORCHS = ".metadata"  # a pickle; torch's reader goes by it, ours does not open it
+TORCHS = ".metadata"  # a pickle, for torch's reader; ours never opens it
 
 
 def state_of(record: Checkpoint) -> dict[str, Any]:
-    """The record's tensors as PyTorch's tools nest them; their names become `model.{name}` and `optimizer.state.{parameter}.{kind}`."""
+    """Return the tensors nested as PyTorch's tools expect; the names become `model.{name}` and
+    `optimizer.state.{parameter}.{kind}`.
+    """
     state: dict[str, Any] = {"model": record.model_state}
     if record.optimizer_state is not None:
         names = optimizer_names(record.optimizer_state["param_groups"])
@@ -43,10 +46,11 @@ def state_of(record: Checkpoint) -> dict[str, Any]:
 def write(
     state: dict[str, Any], folder: Path, *, group: ProcessGroup | None
 ) -> tuple[dict[str, dict[str, Json]], dict[str, Json]]:
-    """Writes this process's pieces of `state` into `folder`; all processes of `group` do so together, or one alone if it is None.
+    """Write this rank's pieces of `state` into `folder`; all ranks of `group` call it together (None: a single
+    process).
 
-    Returns, on the first of them, size and sha256 of every process's file and of torch's `.metadata` by name, and where each tensor's
-    bytes lie. Raises the CheckpointException of all if it failed in any, and RuntimeError if one is not there any more.
+    Returns, on rank 0, size and sha256 of every rank's file and of torch's `.metadata` by name, and where each tensor's
+    bytes lie. Raises CheckpointException on all ranks if any failed, and RuntimeError if one is gone.
     """
     storage = _Storage(folder)
     if group is None:
@@ -57,7 +61,7 @@ def write(
 
 
 def _write_alone(state: dict[str, Any], storage: "_Storage") -> None:
-    """What `dcp.save` does for one process, which it warns of."""
+    """Do what `dcp.save` does for a single process, without its warning."""
     planner = DefaultSavePlanner()
     planner.set_up_planner(state, is_coordinator=True)
     (plan,), metadata = planner.create_global_plan([planner.create_local_plan()])
@@ -65,13 +69,13 @@ def _write_alone(state: dict[str, Any], storage: "_Storage") -> None:
 
 
 def cause(error: CheckpointException) -> BaseException:
-    """What went wrong in the process where it did; what a disk refused comes before what followed from that."""
-    causes = [each for each, _ in error.failures.values()]
-    return next((each for each in causes if isinstance(each, OSError)), causes[0])
+    """Return the error of the rank that failed; an OSError comes first, because others may follow from it."""
+    causes = [failure for failure, _ in error.failures.values()]
+    return next((failure for failure in causes if isinstance(failure, OSError)), causes[0])
 
 
 class _Storage(StorageWriter):
-    """Torch's interface to a place for pieces: a file for each process, hashed while it is written, durable when it is there."""
+    """Torch's interface to a storage: one file per rank, hashed while it is written, durable when it is visible."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rank = folder, 0
@@ -79,7 +83,7 @@ class _Storage(StorageWriter):
         self.index: dict[str, Json] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing: there is one for each write."""
+        """Do nothing: each write has a storage of its own."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self.rank = kwargs["rank"]
@@ -95,12 +99,12 @@ class _Storage(StorageWriter):
         return True
 
     def write_data(self, plan: Any, planner: Any) -> Future:
-        """Writes this process's file; gives its entry in the manifest, and where in it each piece lies."""
+        """Write this rank's file; return its entry in the manifest, and where in it each piece lies."""
         placed: list[_Placed] = []
         with written(self.folder / _name(self.rank), hashed=True) as file:
             for item in plan.items:
                 tensor = planner.resolve_data(item).detach()
-                if tensor.numel():  # of fewer rows than processes, some have none
+                if tensor.numel():  # with fewer rows than ranks, some ranks have none
                     file.write(bytes(-file.tell() % archive.ALIGNMENT))
                     start = file.tell()
                     (begin,) = archive.dump(tensor, _Part(file))
@@ -110,24 +114,24 @@ class _Storage(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[Any]) -> None:
-        """On the first process, of what all have written: makes the index, and writes torch's `.metadata`."""
+        """On rank 0, make the index of what all ranks have written, and write torch's `.metadata`."""
         self.made |= {_name(rank): entry for rank, (entry, _) in enumerate(results)}
-        placed = [(_name(rank), one) for rank, (_, pieces) in enumerate(results) for one in pieces]
+        placed = [(_name(rank), piece) for rank, (_, pieces) in enumerate(results) for piece in pieces]
         for name, about in cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata).items():
             self.index[name] = {"dtype": DTYPES[about.properties.dtype], "shape": list(about.size), "pieces": []}
-        for file, one in sorted(placed, key=lambda each: each[1].offset):
-            if any(one.offset[1:]):
-                raise NotImplementedError(f"{one.key.fqn} is split along another dimension than its first")
-            self.index[one.key.fqn]["pieces"].append([file, one.begin, *(one.shape or (1,))[:1]])
+        for file, piece in sorted(placed, key=lambda item: item[1].offset):
+            if any(piece.offset[1:]):
+                raise NotImplementedError(f"{piece.key.fqn} is split along another dimension than its first")
+            self.index[piece.key.fqn]["pieces"].append([file, piece.begin, *(piece.shape or (1,))[:1]])
         metadata.version = CURRENT_DCP_VERSION
-        metadata.storage_data = {one.key: _StorageInfo(file, one.start, one.size) for file, one in placed}
+        metadata.storage_data = {piece.key: _StorageInfo(file, piece.start, piece.size) for file, piece in placed}
         with written(self.folder / TORCHS, hashed=True) as new:
-            new.write(pickle.dumps(metadata, protocol=2))  # whose opcodes tell plainly what it asks for
+            new.write(pickle.dumps(metadata, protocol=2))  # protocol 2: its opcodes show plainly what it asks for
         self.made[TORCHS] = new.entry
 
 
 class _Placed(NamedTuple):
-    """Where a piece lies in its process's file: an archive of so many bytes, and in it the bytes of the tensor."""
+    """Where a piece lies in its rank's file: an archive from `start` of `size` bytes; the tensor's bytes from `begin`."""
 
     key: MetadataIndex
     shape: tuple[int, ...]
@@ -137,29 +141,29 @@ class _Placed(NamedTuple):
 
     @property
     def offset(self) -> tuple[int, ...]:
-        """Where in the whole tensor it begins."""
+        """Return the indices in the whole tensor at which it begins."""
         return tuple(self.key.offset or ())
 
 
 class _Part(io.RawIOBase):
-    """A file from where it stands now, so that an archive in it counts from its own beginning."""
+    """A view of a file from its present position, so that offsets in an archive count from there."""
 
     def __init__(self, file: NewFile) -> None:
         super().__init__()
         self._file, self._start = file, file.tell()
 
     def writable(self) -> bool:
-        """That it is."""
+        """Return True: zipfile asks."""
         return True
 
     def tell(self) -> int:
-        """Bytes of the part."""
+        """Return the bytes written to this part."""
         return self._file.tell() - self._start
 
     def write(self, data: Any) -> int:
-        """Takes all of `data`; returns its bytes."""
+        """Write all of `data`; return its bytes."""
         return self._file.write(data)
 
 
 def _name(rank: int) -> str:
-    return f"__{rank}_0.distcp"  # as torch calls them
+    return f"__{rank}_0.distcp"  # the names that torch uses

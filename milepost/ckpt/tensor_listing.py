@@ -1,6 +1,5 @@
-"""What a checkpoint holds, tensor by tensor: listed without reading any, and compared byte by byte."""
+"""The tensors of a checkpoint: listed without reading any, and compared byte by byte."""
 
-import fnmatch
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,17 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from milepost.ckpt import archive
-from milepost.ckpt.layouts import known_layout, sharded
+from milepost.ckpt.layouts import Layout, known_layout
+from milepost.ckpt.manifest import matches
 from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.tensors import DTYPES, optimizer_tensors, tensor_shapes
 
-DEEPEST = 16  # levels of dicts and lists in a file that are looked through
+MOST_LEVELS = 16  # of nested dicts and lists in a file
 TORCH_NAMES = {short: str(dtype).removeprefix("torch.") for dtype, short in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor in one of a checkpoint's files; `part` is weights or optimizer."""
+    """A tensor in a file of a checkpoint; `part` is weights or optimizer."""
 
     name: str
     part: str
@@ -31,85 +31,73 @@ class Held:
 
 
 def all_files(path: Path) -> list[Path]:
-    """Every file of the checkpoint at `path`, in order of name; of one that is a folder, all that lie in it."""
+    """Return every file of the checkpoint at `path` in order of name; of a folder, every file in it."""
     files = known_layout(path).files(path)
-    found = [each for file in files for each in (sorted(file.rglob("*")) if file.is_dir() else [file])]
+    found = [file for entry in files for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])]
     return [file for file in found if file.is_file()]
 
 
 def held(path: Path) -> list[Held]:
-    """The tensors in the files of the checkpoint at `path`, as they are called there: headers are read, and no tensor's bytes.
+    """Return the tensors of the checkpoint at `path` under their names in its files, from headers, without reading a
+    tensor.
 
     Raises CheckpointError if a file is damaged.
     """
-    if known_layout(path).NAME == sharded.NAME:
-        return list(_in_sharded(path))
-    members = known_layout(path).MEMBERS
+    layout = known_layout(path)
+    if (listed := layout.listed_tensors(path)) is not None:
+        return [_held(name, dtype, shape, part=part) for name, part, dtype, shape in listed]
     tensors: list[Held] = []
     for file in all_files(path):
+        part = "optimizer" if layout.is_optimizer_file(path, file) else "weights"
         if file.suffix == ".safetensors":
-            tensors += _in_safetensors(file)
-        elif archive.is_archive(file) and (not members or _is_among(file.relative_to(path).as_posix(), members)):
-            tensors += _in_archive(file)
+            shapes = tensor_shapes(file).items()
+            tensors += [_held(name, dtype, shape, part=part) for name, (dtype, shape) in shapes]
+        elif archive.is_archive(file) and _belongs(layout, path, file):
+            tensors += _in_archive(file, part)
     return tensors
 
 
-def _is_among(name: str, members: tuple[str, ...]) -> bool:
-    """Whether a file of this name belongs to the checkpoint; of shards its members have a pattern."""
-    return any(fnmatch.fnmatchcase(name, member) for member in members)
-
-
-def _in_safetensors(file: Path) -> Iterator[Held]:
-    for name, about in tensor_shapes(file).items():
-        yield _held(name, *about, part=_part(file.name))
+def _belongs(layout: Layout, path: Path, file: Path) -> bool:
+    """Whether an archive is part of the checkpoint: any file may lie in a folder."""
+    return not layout.is_folder or matches(file.relative_to(path).as_posix(), layout.members)
 
 
 def _held(name: str, dtype: str, shape: tuple[int, ...], *, part: str) -> Held:
-    """A tensor whose dtype is in safetensors' words."""
+    """Return a tensor whose dtype is in the words of safetensors."""
     bits = re.search(r"\d+", dtype)
     size = math.prod(shape) * (int(bits[0]) // 8 if bits else 1)
     return Held(name, part, TORCH_NAMES.get(dtype, dtype), shape, size)
 
 
-def _in_sharded(path: Path) -> Iterator[Held]:
-    for name, about in sharded.shapes(path).items():
-        part = "optimizer" if _is_optimizers(name) else "weights"
-        yield _held(name.removeprefix(sharded.MODEL), *about, part=part)
-
-
-def _in_archive(file: Path) -> Iterator[Held]:
+def _in_archive(file: Path, part: str) -> Iterator[Held]:
     content, _ = archive.load(file)  # mapped from the file
     for key, value in content.items():
-        part = "optimizer" if _is_optimizers(str(key)) else _part(file.name)
+        key_part = "optimizer" if str(key).startswith("optim") else part
         for name, tensor in _walk(value, [str(key)] if isinstance(value, Tensor) else [], seen=set()):
             dtype = str(tensor.dtype).removeprefix("torch.")
-            yield Held(name, part, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+            yield Held(name, key_part, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
 
 
-def _is_optimizers(key: str) -> bool:
-    return key.startswith("optim")
-
-
-def _part(name: str) -> str:
-    return "optimizer" if name.endswith(("optimizer.pt", "optimizer.safetensors")) else "weights"
-
-
-def _walk(value: Any, words: list[str], *, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors below `value` by their dotted names; what a file holds twice, or inside itself, is entered once."""
+def _walk(value: Any, path: list[str], *, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors below `value` by their dotted names; a container that occurs twice, or contains itself, is
+    entered once.
+    """
     if isinstance(value, Tensor):
-        yield ".".join(words), value
-    elif isinstance(value, dict | list | tuple) and id(value) not in seen and len(words) < DEEPEST:
+        yield ".".join(path), value
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen and len(path) < MOST_LEVELS:
         seen.add(id(value))
-        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _walk(each, [*words, str(key)], seen=seen)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _walk(item, [*path, str(key)], seen=seen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Records, by their bytes.
+# Comparing records by their bytes.
 
 
 def labelled(record: Checkpoint) -> dict[str, Tensor]:
-    """Weights by their names, and the optimizer's tensors as `optimizer: {parameter}.{kind}`, whatever layout they came from."""
+    """Return the weights by name, and the optimizer's tensors as `optimizer: {parameter}.{kind}`, independent of the
+    layout.
+    """
     return {**record.model_state, **{f"optimizer: {name}": tensor for name, tensor in _moments(record).items()}}
 
 
@@ -119,28 +107,27 @@ def _moments(record: Checkpoint) -> Mapping[str, Tensor]:
     try:
         return optimizer_tensors(record.optimizer_state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{record.path}: its optimizer state is not in torch's form with param_names ({error})"
-        ) from error
+        problem = f"its optimizer state is not in torch's form with param_names ({error})"
+        raise CheckpointError(record.path or "checkpoint", problem, kind="not understood") from error
 
 
-def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:
-    """The tensors that are not the same in both, by name, and how they differ in words."""
+def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the tensors that are not the same in both, by name, with a description of the difference."""
     found = {}
-    for name in [*one, *(name for name in other if name not in one)]:
-        if difference := _difference(one.get(name), other.get(name)):
+    for name in [*first, *(name for name in second if name not in first)]:
+        if difference := _difference(first.get(name), second.get(name)):
             found[name] = difference
     return found
 
 
-def _difference(one: Tensor | None, other: Tensor | None) -> str | None:
-    if one is None or other is None:
-        return "only in the second" if one is None else "only in the first"
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return f"{_kind(one)} against {_kind(other)}"
-    if (archive.bytes_of(one) == archive.bytes_of(other)).all():
+def _difference(first: Tensor | None, second: Tensor | None) -> str | None:
+    if first is None or second is None:
+        return "only in the second" if first is None else "only in the first"
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return f"{_kind(first)} against {_kind(second)}"
+    if (archive.bytes_of(first) == archive.bytes_of(second)).all():
         return None
-    most = (one.cpu().double() - other.cpu().double()).abs().max().item()
+    most = (first.cpu().double() - second.cpu().double()).abs().max().item()
     return f"max |difference| {most:.3g}" if most else "max |difference| 0, but other bytes"  # -0.0 and 0.0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from milepost.ckpt.archive import bytes_of
 from milepost.ckpt.manifest import is_regular
-from milepost.ckpt.record import Checkpoint, CheckpointError, Json, note_missing_optimizer
+from milepost.ckpt.record import CheckpointError, Json
 from milepost.files import CHUNK, NewFile, written
 
 NAME_LIMIT = 512  # characters of a tensor's name
@@ -200,14 +200,6 @@ def optimizer_state(tensors: Mapping[str, Tensor], groups: Any, where: str) -> d
         return {"state": dict(sorted(state.items())), "param_groups": groups}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{where}: its optimizer state does not fit its param_groups ({error!r:.80})") from error
-
-
-def take_optimizer(record: Checkpoint, path: Path, groups: Any, *, wanted: bool) -> None:
-    """Gives `record` the optimizer's state of the safetensors file at `path` if it is `wanted`; notes it if the file is gone."""
-    if not is_regular(path):
-        note_missing_optimizer(record, path)
-    elif wanted and "optimizer" in record.parts:
-        record.optimizer_state = optimizer_state(read_safetensors(path), groups, str(path))
 
 
 def optimizer_names(groups: Any) -> dict[int, str]:

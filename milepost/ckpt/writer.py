@@ -1,4 +1,4 @@
-"""Saving in the background: the state is copied into buffers kept for it, and a thread writes them while training goes on."""
+"""Background saves: the state is copied into reusable buffers, and a thread writes them while training continues."""
 
 import dataclasses
 import threading
@@ -15,20 +15,24 @@ from milepost.ckpt.collective import everywhere
 from milepost.ckpt.record import Checkpoint, named_tensors
 from milepost.ckpt.tensors import local
 
-SPARE = 0.9  # of the free memory that the copy may take
+SPARE = 0.9  # share of the free memory that the copy may take
 
 
 class Writer:
-    """Does jobs with records, one at a time; the next waits for the one before.
+    """Runs jobs on records, one at a time; each waits for the previous one.
 
-    The copy is made beside the next forward and backward pass, in which no weight changes: `settle` is called before one does.
+    The copy is made during the next forward and backward pass, in which no weight changes; `settle` is called before
+    the update.
 
-    Of a record that processes share (`shared_by`) each copies the part that it holds. The copy lies on a mesh of that group, not of
-    training's: that pass sends messages between the processes meanwhile, and one of this thread's would be taken for training's.
+    For a record that is distributed (`shared_by`), each rank copies its part. The copy lies on a mesh of that group,
+    not of training's: training sends messages between the ranks meanwhile, and a message of this thread would be
+    received as one of training's.
     """
 
     def __init__(self, *, background: bool, free_memory: Callable[[], int | None], say: Callable[[str], None]) -> None:
-        """`background=False` does every job at once; `free_memory` tells the bytes that are free in main memory, if it can."""
+        """`background=False` runs every job at once; `free_memory` returns the free bytes of main memory, or None if
+        unknown.
+        """
         self._background, self._free_memory, self._say = background, free_memory, say
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -36,9 +40,9 @@ class Writer:
         self._error: BaseException | None = None
 
     def submit(self, record: Checkpoint, job: Callable[[Checkpoint], None]) -> None:
-        """Has `job` done with `record` as it stands now; returns at once if that is possible. Raises what the job before raised."""
+        """Run `job` on `record` as it is now; return at once if that is possible. Raises what the previous job raised."""
         self.wait()
-        # All of the processes that share it or none: one that saved at once would wait for those that have gone on to train.
+        # All ranks or none: a rank that saves at once would wait for those that train meanwhile.
         if not everywhere(record, self._background and self._make_room(record)):
             job(record)
             return
@@ -47,20 +51,20 @@ class Writer:
         thread = threading.Thread(target=self._work, args=(record, copy, job), name="checkpoint writer")
         try:
             thread.start()
-        except RuntimeError:  # the system has no thread to give
+        except RuntimeError:  # the system has no more threads
             job(record)
             return
         self._thread = thread
         if any(tensor.device.type not in ("cpu", "cuda") for tensor in record.model_state.values()):
-            self.settle()  # whether another kind of device lets two threads use it is not known
+            self.settle()  # it is unknown whether two threads may use another kind of device
 
     def settle(self) -> None:
-        """Returns when the record may change again: it is copied."""
+        """Return when the record may change again, because it is copied."""
         if self._thread is not None:
             self._copied.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is in flight. Raises what the last job raised."""
+        """Return when nothing is in flight. Raises what the last job raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -76,11 +80,11 @@ class Writer:
             finally:
                 self._copied.set()
             job(copy)
-        except BaseException as error:  # raised again by whoever waits
+        except BaseException as error:  # raised again by wait()
             self._error = error
 
     def _make_room(self, record: Checkpoint) -> bool:
-        """Whether there are buffers for every tensor of the record; without memory for them, saves are done at once from then on."""
+        """Return whether there are buffers for every tensor; without memory for them, every later save runs at once."""
         tensors = {name: local(tensor) for name, tensor in named_tensors(record).items()}
         new = {name: tensor for name, tensor in tensors.items() if not _fits(self._buffers.get(name), tensor)}
         need, free = sum(tensor.nbytes for tensor in new.values()), self._free_memory()
@@ -88,14 +92,14 @@ class Writer:
             if free is not None and need > SPARE * free:
                 raise MemoryError
             self._buffers |= {name: _buffer(tensor) for name, tensor in new.items()}
-        except (MemoryError, RuntimeError):  # the second is torch's
+        except (MemoryError, RuntimeError):  # torch raises the second
             self._background, self._buffers = False, {}
             self._say(f"no memory for a copy of {need:,} bytes: training waits for each save (CHECKPOINT_ASYNC=false)")
         return self._background
 
 
 def _like(record: Checkpoint, buffers: dict[str, Tensor]) -> Checkpoint:
-    """The record with the buffers in place of its tensors."""
+    """Return the record with the buffers in place of its tensors."""
     copies = buffers if record.shared_by is None else _shared(buffers, record, record.shared_by)
     model_state = {name: copies[name] for name in record.model_state}
     optimizer_state: dict[str, Any] | None = None
@@ -107,7 +111,7 @@ def _like(record: Checkpoint, buffers: dict[str, Tensor]) -> Checkpoint:
 
 
 def _shared(buffers: dict[str, Tensor], record: Checkpoint, group: ProcessGroup) -> dict[str, Tensor]:
-    """Each buffer as what it is a copy of: of a DTensor, the part that this process holds, now in main memory."""
+    """Return the buffers; that of a DTensor as a DTensor whose local part is in main memory."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
@@ -115,7 +119,7 @@ def _shared(buffers: dict[str, Tensor], record: Checkpoint, group: ProcessGroup)
     copies = {}
     for name, tensor in named_tensors(record).items():
         copies[name] = buffers[name]
-        if isinstance(tensor, DTensor):  # whose shape is that of the whole, and asked of no other process
+        if isinstance(tensor, DTensor):  # the shape of the whole is known: no communication
             copies[name] = DTensor.from_local(
                 buffers[name], mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
             )
@@ -127,12 +131,12 @@ def _fits(buffer: Tensor | None, tensor: Tensor) -> bool:
 
 
 def _buffer(tensor: Tensor) -> Tensor:
-    """Main memory for a copy; pinned for one that comes from a GPU, which is then quicker."""
+    """Return main memory for a copy; pinned for a copy from a GPU, which is faster."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def _copy(tensor: Tensor, buffer: Tensor) -> None:
-    """From main memory by numpy: torch would start a second set of OpenMP threads that gets in the way of training's own."""
+    """Copy from main memory with numpy: torch would start a second set of OpenMP threads that slows training."""
     if tensor.device.type == "cpu":
         np.copyto(bytes_of(buffer), bytes_of(tensor))
     else:

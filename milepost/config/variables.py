@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from milepost.registry import layouts_to_save
 from milepost.runtime.optimizers import OPTIMIZERS
 from milepost.text.registry import TOKENIZERS
 from models import MODELS
@@ -23,7 +24,7 @@ LORA_OPTIONS = ("LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS")
 TTT_OPTIONS = ("TTT_BASE_LR", "TTT_MINI_BATCH_SIZE", "TTT_INITIAL_GATING_ALPHA")
 
 LORA_LAYERS = LORA_TARGETS  # that the variable LORA_TARGETS can name
-LAYOUTS = ("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface", "sharded")
+LAYOUTS = layouts_to_save()
 MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 

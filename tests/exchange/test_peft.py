@@ -126,4 +126,4 @@ def test_peft_keeps_nothing_but_adapters(tmp_path):
         script("convert_checkpoint"), tmp_path, CHECKPOINT_PATH=source, CONVERT_TO="peft", OUTPUT=tmp_path / "out"
     )
     assert said.code == 3
-    assert "has no LoRA adapters, and peft keeps nothing else" in said.err
+    assert "has no LoRA adapters" in said.err

@@ -1,6 +1,6 @@
-"""Exports: what other programs open, and no run goes on from. One file each, the same verbs in every one.
+"""Exports: files that other programs open, and that no run resumes from. One file each, with the same verbs.
 
-A layout keeps all that a run needs; an export keeps what its program has a place for, and refuses what it has none for.
+A layout holds all that a run needs; an export holds what its program can represent, and refuses anything else.
 """
 
 from pathlib import Path
@@ -14,27 +14,29 @@ __all__ = ["EXPORTS", "Export", "Proof", "exporter"]
 
 
 class Export(Protocol):
-    """What every export offers."""
+    """The traits and verbs of every export."""
 
-    NAME: str
-    NEEDS: tuple[str, ...]  # packages beyond requirements.txt, by the name that pip knows
-    HOW: str  # to run it there, with {path} and its {name}
-    RUN_STEM: str  # empty: it takes a name of the store's
+    name: str
+    needs: tuple[str, ...]  # packages beyond requirements.txt, by their names on PyPI
+    how: str  # the command that runs it there, with {path} and its {name}
+    run_stem: str  # as in a Layout; empty: named by model, source, step and time
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
-        """The visible path of an export of this stem."""
+        """Return the visible path of an export of this stem."""
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Writes the record as `targets(folder, stem)`; returns its path. Raises CheckpointError for what has no place in it."""
+        """Write the record as `targets(folder, stem)`; return its path. Raises CheckpointError for what the program
+        cannot represent.
+        """
 
     def proof(self, record: Checkpoint, path: Path) -> Proof:
-        """That what was written reads back with the record's tensors, as this form keeps them. Raises CheckpointError if not."""
+        """Read the export back and compare its tensors with the record's. Raises CheckpointError if they differ."""
 
 
 EXPORTS = (gguf.NAME, nanogpt.NAME, peft.NAME)
 
 
 def exporter(name: str, *, gguf_type: str = "f16") -> Export:
-    """The export of this name, one of EXPORTS; `gguf_type` is one of gguf.TYPES."""
+    """Return the export of this name, one of EXPORTS; `gguf_type` is one of gguf.TYPES."""
     made = {gguf.NAME: lambda: gguf.Gguf(gguf_type), nanogpt.NAME: nanogpt.NanoGpt, peft.NAME: peft.Peft}
     return cast(Export, made[name]())

@@ -1,4 +1,4 @@
-"""What the exports share: which models have a place in another program's GPT-2, and the proof that one was written whole."""
+"""What the exports share: which models another program's GPT-2 can represent, and the proof that an export is complete."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,14 +21,30 @@ SHAPE = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tie
 
 @dataclass(frozen=True)
 class Proof:
-    """What was the same after reading the export back from the disk, and how far the model that it is there is from ours."""
+    """The result of reading an export back from the disk: what was equal, and how far its logits are from ours."""
 
     tensors: int
-    sha256: str  # over all tensors, as the export keeps them
-    logits: tuple[int, ...]  # the shape of those that were compared
-    difference: float  # the largest of two logits, and
-    spread: float  # the standard deviation of ours, to judge it by
-    remark: str  # why there is a difference; empty if there is none
+    sha256: str  # over all tensors, as the export holds them
+    logits: tuple[int, ...]  # the shape of the logits that were compared
+    difference: float  # the largest absolute difference of two logits
+    spread: float  # the standard deviation of our logits, to judge the difference by
+    remark: str  # the reason for a difference; empty if there is none
+
+
+HERE_ONLY = "generate with scripts/load_checkpoint.py"
+TO_HUGGINGFACE = "use CONVERT_TO=huggingface, which can represent it"
+
+
+def cannot_represent(record: Checkpoint, problem: str, remedy: str) -> CheckpointError:
+    """Return the error for a part of `record` that the other program lacks."""
+    return CheckpointError(record.path or "checkpoint", problem, remedy, kind="refused")
+
+
+def not_the_same(path: Path, part: str, record: Checkpoint, details: str = "") -> CheckpointError:
+    """Return the error for a file that does not read back as it was written."""
+    more = f" ({details})" if details else ""
+    problem = f"its {part} are not those of {record.path}{more}"
+    return CheckpointError(path, problem, "it was removed; check the disk, and try again", kind="damaged")
 
 
 def weight_shapes(settings: Mapping[str, Any]) -> dict[str, torch.Size]:
@@ -38,37 +54,26 @@ def weight_shapes(settings: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 
 def check_gpt2(record: Checkpoint, program: str) -> None:
-    """Raises CheckpointError, naming the next step, unless the record is a plain GPT-2 with a GELU, whose head adds nothing of its own."""
+    """Raise CheckpointError unless the record is a plain GPT-2 with a GELU and no bias of its own in the head."""
     settings = record.model_settings
     if record.model_type != "gpt2":
-        raise CheckpointError(
-            f"{record.path}: is a {record.model_type}, and {program} has no such model: export a gpt2"
-        )
+        raise cannot_represent(record, f"is a {record.model_type}; {program} has no such model", "export a gpt2")
     if settings.get("activation", "gelu") == "relu":
-        raise CheckpointError(
-            f"{record.path}: its activation is relu, and {program}'s GPT-2 has GELU alone: "
-            "CONVERT_TO=huggingface keeps it, and transformers opens that"
-        )
+        raise cannot_represent(record, f"its activation is relu; {program}'s GPT-2 has only GELU", TO_HUGGINGFACE)
     if settings.get("lora"):
-        raise CheckpointError(
-            f"{record.path}: has LoRA adapters, which have no place in {program}'s GPT-2: "
-            "merge them into the weights first (scripts/merge_adapters.py)"
-        )
+        problem = f"has LoRA adapters, which have no place in {program}'s GPT-2"
+        raise cannot_represent(record, problem, "merge them first (scripts/merge_adapters.py)")
     if others := sorted(record.model_state.keys() - weight_shapes(dict(settings) | {"ttt": None}).keys()):
-        raise CheckpointError(
-            f"{record.path}: {others[0]} and {len(others) - 1} more of its tensors have no place in {program}'s GPT-2: "
-            "it generates with scripts/load_checkpoint.py alone"
-        )
+        problem = f"{others[0]} and {len(others) - 1} more of its tensors have no place in {program}'s GPT-2"
+        raise cannot_represent(record, problem, HERE_ONLY)
     bias = record.model_state.get("lm_head.bias")
     if bias is not None and bias.any():
-        raise CheckpointError(
-            f"{record.path}: lm_head.bias {tuple(bias.shape)} has no place in {program}'s GPT-2, nor in transformers': "
-            "it generates with scripts/load_checkpoint.py alone"
-        )
+        problem = f"lm_head.bias {tuple(bias.shape)} has no place in {program}'s GPT-2, nor in transformers'"
+        raise cannot_represent(record, problem, HERE_ONLY)
 
 
 def with_biases(record: Checkpoint) -> dict[str, Tensor]:
-    """The record's weights with zeros for the biases that a bias=False model leaves out."""
+    """Return the record's weights with zeros for the biases that a bias=False model lacks."""
     shapes = weight_shapes(dict(record.model_settings) | {"bias": True})
     dtype = record.model_state["wte.weight"].dtype
     return {
@@ -78,10 +83,14 @@ def with_biases(record: Checkpoint) -> dict[str, Tensor]:
 
 
 def proved(record: Checkpoint, again: Checkpoint, *, expected: Mapping[str, Tensor], rounded: str = "") -> Proof:
-    """The proof, if `again`, what was read back, has the `expected` tensors; `rounded` says to what. Raises CheckpointError naming those that differ."""
+    """Return the proof that `again`, read back from the disk, has the `expected` tensors; `rounded` describes their
+    rounding.
+
+    Raises CheckpointError naming the tensors that differ.
+    """
     if other := differing(expected, again.model_state):
         named = "; ".join(f"{name}: {how}" for name, how in list(other.items())[:3])
-        raise CheckpointError(f"{again.path}: its tensors are not those of {record.path} ({named}): removed")
+        raise not_the_same(again.path or Path(), "tensors", record, named)
     ours, theirs = logits(record), logits(again)
     return Proof(
         tensors=len(expected),
@@ -94,11 +103,11 @@ def proved(record: Checkpoint, again: Checkpoint, *, expected: Mapping[str, Tens
 
 
 def _other_gelu(record: Checkpoint, again: Checkpoint) -> str:
-    """That the program computes the other form of GELU, as it does of every GPT-2; the two are at most 0.0005 apart."""
-    ours, theirs = (GELUS[each.model_settings.get("activation", "gelu")] for each in (record, again))
+    """Return a remark if the program computes the other form of GELU; the two differ by at most 0.0005."""
+    ours, theirs = (GELUS[model.model_settings.get("activation", "gelu")] for model in (record, again))
     return "" if ours == theirs else f"it computes {theirs} where this model has {ours}"
 
 
 def as_gpt2(record: Checkpoint, path: Path, state: dict[str, Tensor], **settings: object) -> Checkpoint:
-    """The record with the weights and settings that another program finds at `path`."""
+    """Return the record with the weights and settings that another program finds at `path`."""
     return replace(record, model_state=state, model_settings=dict(record.model_settings) | settings, path=path)

@@ -1,6 +1,6 @@
-"""GGUF, the one file that llama.cpp and the programs built on it open: weights, sizes and tokenizer together.
+"""GGUF, the single file that llama.cpp and the programs built on it open: weights, sizes and tokenizer.
 
-Written and read back with llama.cpp's own package, `gguf`. Names and shapes are those that its GPT-2 asks for
+Written and read back with llama.cpp's own package, `gguf`. Names and shapes are those that its GPT-2 expects
 (https://github.com/ggml-org/llama.cpp/blob/master/src/models/gpt2.cpp); its linear layers are (out, in), as ours are.
 """
 
@@ -15,14 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milepost.ckpt.exports.common import Proof, as_gpt2, check_gpt2, proved, with_biases
-from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt.exports.common import (
+    TO_HUGGINGFACE,
+    Proof,
+    as_gpt2,
+    cannot_represent,
+    check_gpt2,
+    proved,
+    with_biases,
+)
+from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.restore import tokenizer_files
 from milepost.files import new_path
 
 NAME = "gguf"
-# Of the matrices; norms, biases and positions stay float32, as llama.cpp's converter has them.
-TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # ours: llama.cpp's word for such a file
+# Types of the matrices; norms, biases and positions stay float32, as in llama.cpp's converter.
+TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # ours: llama.cpp's name for such a file
 NAMES = {  # ours: theirs
     "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output", "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
@@ -33,20 +41,20 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Gguf:
-    """The export as ckpt.exports.Export has it; `type` is one of TYPES."""
+    """Implements ckpt.exports.Export; `type` is one of TYPES."""
 
     type: str = "f16"
-    NAME = NAME
-    NEEDS = ("gguf",)
-    HOW = "llama-completion -m {path} -p 'Dear'"
-    RUN_STEM = ""
+    name = NAME
+    needs = ("gguf",)
+    how = "llama-completion -m {path} -p 'Dear'"
+    run_stem = ""
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
-        """The file, which says its type in its name as is usual."""
+        """Return the file, with its type in its name as is usual."""
         return [folder / f"{stem}-{self.type}.gguf"]
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Writes the file. Raises CheckpointError for what llama.cpp's GPT-2 or its tokenizers have no place for."""
+        """Write the file. Raises CheckpointError for what llama.cpp's GPT-2 or its tokenizers cannot represent."""
         check_gpt2(record, "llama.cpp")
         tokens = _tokens(record)
         (path,) = self.targets(folder, stem)
@@ -61,7 +69,7 @@ class Gguf:
         return path
 
     def _add_tensors(self, writer: Any, record: Checkpoint) -> None:
-        """All headers first, then one tensor after the other, so that no second copy of the weights is ever in memory."""
+        """Write all headers first, then tensor after tensor, so that no second copy of the weights is ever in memory."""
         quants = _library().quants
         weights = dict(self._typed(record))
         for name, (tensor, kind) in weights.items():
@@ -76,10 +84,12 @@ class Gguf:
             writer.write_tensor_data(quants.quantize(tensor.float().contiguous().numpy(), kind))
 
     def _typed(self, record: Checkpoint) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
-        """Name -> tensor and its type. A row that is no whole number of Q8_0's blocks of 32 is kept in F16, as their converter does."""
+        """Yield name, tensor and type. Rows that are not a multiple of Q8_0's blocks of 32 become F16, as in their
+        converter.
+        """
         kinds = _library().GGMLQuantizationType
         for name, tensor in with_biases(record).items():
-            if name == "lm_head.bias":  # zeros: check_gpt2 has looked
+            if name == "lm_head.bias":  # zeros, by check_gpt2
                 continue
             kind = kinds[self.type.upper()] if name != "wpe.weight" and tensor.dim() == 2 else kinds.F32
             if kind == kinds.Q8_0 and tensor.shape[-1] % 32:
@@ -87,7 +97,7 @@ class Gguf:
             yield their_name(name), (tensor, kind)
 
     def proof(self, record: Checkpoint, path: Path) -> Proof:
-        """That llama.cpp finds the record's weights, rounded to their type; it computes them with the tanh GELU."""
+        """Prove that llama.cpp finds the record's weights, rounded to their type; it computes the tanh GELU."""
         quants = _library().quants
         expected = {
             our_name(name): torch.from_numpy(
@@ -105,11 +115,11 @@ class Gguf:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file under our names, in float32."""
+    """Return the tensors of a file under our names, in float32."""
     library = _library()
     return {
-        our_name(each.name): torch.from_numpy(np.array(library.quants.dequantize(each.data, each.tensor_type)))
-        for each in library.GGUFReader(path).tensors
+        our_name(tensor.name): torch.from_numpy(np.array(library.quants.dequantize(tensor.data, tensor.tensor_type)))
+        for tensor in library.GGUFReader(path).tensors
     }
 
 
@@ -133,7 +143,7 @@ def _split(name: str, blocks: str) -> tuple[str | None, str, str]:
 
 
 def _library() -> Any:
-    """llama.cpp's package, an extra; the door has seen that it is there."""
+    """Import llama.cpp's package, an extra; the command line entry checks that it is installed."""
     return importlib.import_module("gguf")
 
 
@@ -151,25 +161,25 @@ def _add_sizes(writer: Any, record: Checkpoint, *, file_type: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer: byte-level BPE over GPT-2's regex is the one kind that ours and llama.cpp's `gpt2` share.
+# The tokenizer: byte-level BPE over GPT-2's regex is the only kind that ours and llama.cpp's `gpt2` share.
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    texts: list[str]  # by id, in GPT-2's letters for bytes
-    types: list[int]  # of llama.cpp's: 1 normal, 3 control, 4 a word that was added, 5 unused
+    texts: list[str]  # by id, in GPT-2's characters for bytes
+    types: list[int]  # llama.cpp's: 1 normal, 3 control, 4 added by a user, 5 unused
     merges: list[str]
     end: int  # the id that ends a text
 
 
 def _tokens(record: Checkpoint) -> _Tokens:
-    """The record's tokenizer, with a name for each row of the vocabulary that has no token. Raises CheckpointError if llama.cpp has none such."""
+    """Return the record's tokenizer, padded to the rows of the vocabulary. Raises CheckpointError if llama.cpp cannot
+    represent it.
+    """
     kind = (record.tokenizer or {"kind": "no tokenizer"})["kind"]
     if kind not in ("bpe", "gpt2"):
-        raise CheckpointError(
-            f"{record.path}: its tokenizer is {kind}, and llama.cpp has no such: CONVERT_TO=huggingface keeps it, or train "
-            "with TOKENIZER=bpe or gpt2"
-        )
+        problem = f"its tokenizer is {kind}, which llama.cpp does not have"
+        raise cannot_represent(record, problem, f"{TO_HUGGINGFACE}, or train with TOKENIZER=bpe or gpt2")
     spec = tokenizer_files(record)["tokenizer.json"]
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     special = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
@@ -180,10 +190,8 @@ def _tokens(record: Checkpoint) -> _Tokens:
     padding = [f"[PAD{row}]" for row in range(len(texts), rows)]
     end = special.get(END_OF_TEXT, next(iter(special.values()), len(texts) if padding else None))
     if end is None or not spec["model"]["merges"] or set(padding) & ids.keys():
-        raise CheckpointError(
-            f"{record.path}: its tokenizer has no merges or no token that ends a text, and llama.cpp needs both: "
-            "CONVERT_TO=huggingface keeps it"
-        )
+        problem = "its tokenizer has no merges or no token that ends a text, and llama.cpp needs both"
+        raise cannot_represent(record, problem, TO_HUGGINGFACE)
     return _Tokens(texts + padding, types + [5] * len(padding), _merges(spec["model"]["merges"]), end)
 
 

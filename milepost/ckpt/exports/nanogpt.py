@@ -1,7 +1,7 @@
 """nanoGPT's `ckpt.pt`, which its sample.py runs, and beside it the `meta.pkl` of a character model.
 
-https://github.com/karpathy/nanoGPT: sample.py reads `model_args` and `model` out of out_dir/ckpt.pt and the characters out of
-data/{dataset}/meta.pkl; without that file it takes GPT-2's tokens.
+https://github.com/karpathy/nanoGPT: sample.py reads `model_args` and `model` from out_dir/ckpt.pt and the characters
+from data/{dataset}/meta.pkl; without that file it uses GPT-2's tokens.
 """
 
 import pickle
@@ -10,30 +10,32 @@ from pathlib import Path
 from torch import Tensor
 
 from milepost.ckpt import archive
-from milepost.ckpt.exports.common import Proof, check_gpt2, proved
-from milepost.ckpt.layouts import nanogpt
-from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt.exports.common import TO_HUGGINGFACE, Proof, cannot_represent, check_gpt2, not_the_same, proved
+from milepost.ckpt.layouts import known_layout
+from milepost.ckpt.record import Checkpoint, Json
 from milepost.files import new_folder, written
 
 NAME = "nanogpt"
 FILE, META = "ckpt.pt", "meta.pkl"
-UNKNOWN_LOSS = 1e9  # nanoGPT's own before its first evaluation
+UNKNOWN_LOSS = 1e9  # nanoGPT's value before its first evaluation
 
 
 class NanoGpt:
-    """The export as ckpt.exports.Export has it: a folder of one or two files."""
+    """Implements ckpt.exports.Export: a folder of one or two files."""
 
-    NAME = NAME
-    NEEDS: tuple[str, ...] = ()
-    RUN_STEM = ""
-    HOW = "in nanoGPT's folder: cp -r {path} data/ && python3 sample.py --out_dir=data/{name} --device=cpu"
+    name = NAME
+    needs: tuple[str, ...] = ()
+    run_stem = ""
+    how = "in nanoGPT's folder: cp -r {path} data/ && python3 sample.py --out_dir=data/{name} --device=cpu"
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
-        """The folder that is nanoGPT's out_dir."""
+        """Return the folder that is nanoGPT's out_dir."""
         return [folder / stem]
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Writes the folder `folder/stem`. Raises CheckpointError for what nanoGPT's model or sample.py has no place for."""
+        """Write the folder `folder/stem`. Raises CheckpointError for what nanoGPT's model or sample.py cannot
+        represent.
+        """
         check_gpt2(record, "nanoGPT")
         (path,) = self.targets(folder, stem)
         meta, weights = _meta(record), _their_weights(record)
@@ -54,25 +56,23 @@ class NanoGpt:
         return path
 
     def proof(self, record: Checkpoint, path: Path) -> Proof:
-        """That nanoGPT finds the record's weights and characters; nanoGPT computes them with the exact GELU."""
-        again = nanogpt.read(path / FILE, verify=True)
+        """Prove that nanoGPT finds the record's weights and characters; it computes the exact GELU."""
+        again = known_layout(path / FILE).read(path / FILE, verify=True)
         kind = (record.tokenizer or {}).get("kind")
         if kind == "char" and again.tokenizer != record.tokenizer:
-            raise CheckpointError(f"{path / META}: its characters are not those of {record.path}: removed")
-        expected = {name: each for name, each in record.model_state.items() if not name.startswith("lm_head.")}
+            raise not_the_same(path / META, "characters", record)
+        expected = {name: tensor for name, tensor in record.model_state.items() if not name.startswith("lm_head.")}
         return proved(record, again, expected=expected)
 
 
 def _meta(record: Checkpoint) -> dict[str, Json] | None:
-    """The characters as meta.pkl has them, None for GPT-2's tokens; raises CheckpointError for another tokenizer."""
+    """Return the content of meta.pkl, None for GPT-2's tokens; raise CheckpointError for another tokenizer."""
     tokenizer = record.tokenizer or {"kind": "no tokenizer"}
     if tokenizer["kind"] == "gpt2":
         return None
     if tokenizer["kind"] != "char":
-        raise CheckpointError(
-            f"{record.path}: its tokenizer is {tokenizer['kind']}, and nanoGPT's sample.py knows characters and GPT-2's "
-            "tokens alone: CONVERT_TO=huggingface keeps it, or train with TOKENIZER=char or gpt2"
-        )
+        problem = f"its tokenizer is {tokenizer['kind']}; nanoGPT's sample.py has only characters and GPT-2's tokens"
+        raise cannot_represent(record, problem, f"{TO_HUGGINGFACE}, or train with TOKENIZER=char or gpt2")
     chars = tokenizer["chars"]
     return {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {char: i for i, char in enumerate(chars)}}
 
@@ -84,10 +84,11 @@ def _model_args(record: Checkpoint) -> dict[str, Json]:
 
 
 def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
-    """Under nanoGPT's names, the tied head written out as its state_dict has it; raises CheckpointError for a head of its own."""
+    """Return the weights under nanoGPT's names, with the tied head as in its state_dict; raise CheckpointError for an
+    untied head.
+    """
     if not record.model_settings.get("tied", True):
-        raise CheckpointError(
-            f"{record.path}: has a head of its own, and nanoGPT's model ties it to the embedding: CONVERT_TO=huggingface keeps it"
-        )
+        problem = "has a head of its own; nanoGPT's model ties it to the embedding"
+        raise cannot_represent(record, problem, TO_HUGGINGFACE)
     weights = {f"transformer.{name}": tensor for name, tensor in record.model_state.items()}
     return weights | {"lm_head.weight": record.model_state["wte.weight"]}

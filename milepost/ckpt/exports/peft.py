@@ -1,14 +1,14 @@
-"""peft's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, LoRA alone, to stand beside transformers' GPT-2.
+"""peft's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, only LoRA, for transformers' GPT-2.
 
-https://huggingface.co/docs/peft/en/developer_guides/checkpoint has the format. Whoever opens it brings the base.
+The format: https://huggingface.co/docs/peft/en/developer_guides/checkpoint. The base is not part of it.
 """
 
 from pathlib import Path
 
 from torch import Tensor
 
-from milepost.ckpt.exports.common import Proof
-from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt.exports.common import HERE_ONLY, TO_HUGGINGFACE, Proof, cannot_represent, not_the_same
+from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest, read_safetensors, write_safetensors
 from milepost.files import new_folder, write_json
@@ -19,19 +19,21 @@ PREFIX = "base_model.model.transformer."
 
 
 class Peft:
-    """The export as ckpt.exports.Export has it: a folder of two files."""
+    """Implements ckpt.exports.Export: a folder of two files."""
 
-    NAME = NAME
-    NEEDS: tuple[str, ...] = ()
-    RUN_STEM = ""
-    HOW = 'in Python: peft.PeftModel.from_pretrained(base, "{path}"), where base is transformers\' model of the base'
+    name = NAME
+    needs: tuple[str, ...] = ()
+    run_stem = ""
+    how = 'in Python: peft.PeftModel.from_pretrained(base, "{path}"), where base is transformers\' model of the base'
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
-        """The folder that peft opens."""
+        """Return the folder that peft opens."""
         return [folder / stem]
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Writes the folder `folder/stem`. Raises CheckpointError for a model without LoRA, or with adapters that peft does not know."""
+        """Write the folder `folder/stem`. Raises CheckpointError for a model without LoRA, or with adapters that peft
+        does not have.
+        """
         (path,) = self.targets(folder, stem)
         weights, config = _their_weights(record), _their_config(record)
         with new_folder(path) as hidden:
@@ -40,23 +42,21 @@ class Peft:
         return path
 
     def proof(self, record: Checkpoint, path: Path) -> Proof:
-        """That peft finds the record's adapters; without a base they have no logits to compare."""
+        """Prove that peft finds the record's adapters; without a base they have no logits to compare."""
         expected, found = _their_weights(record), read_safetensors(path / WEIGHTS)
         if other := differing(expected, found):
-            raise CheckpointError(f"{path}: its tensors are not those of {record.path} ({', '.join(other)}): removed")
+            raise not_the_same(path, "tensors", record, ", ".join(other))
         return Proof(len(expected), digest(found), logits=(), difference=0.0, spread=0.0, remark="")
 
 
 def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
-    """The adapters under peft's names. It has A (r, in) and B (out, r) as we have them, beside a base whose weights lie across."""
+    """Return the adapters under peft's names. Its A (r, in) and B (out, r) are as ours, though its base's weights are
+    transposed.
+    """
     if record.model_settings.get("ttt"):
-        raise CheckpointError(
-            f"{record.path}: has TTT layers, which peft does not know; it generates with scripts/load_checkpoint.py alone"
-        )
+        raise cannot_represent(record, "has TTT layers, which peft does not have", HERE_ONLY)
     if not record.model_settings.get("lora"):
-        raise CheckpointError(
-            f"{record.path}: has no LoRA adapters, and peft keeps nothing else: CONVERT_TO=huggingface"
-        )
+        raise cannot_represent(record, "has no LoRA adapters, and peft holds nothing else", TO_HUGGINGFACE)
     state = record.model_state
     return {f"{PREFIX}{name}.weight": state[name] for name in state if name.endswith((".lora_A", ".lora_B"))}
 

@@ -3,12 +3,11 @@
 What the layouts that are only read have in common.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from milepost.ckpt import archive, foreign
+from milepost.ckpt import foreign
 from milepost.ckpt.foreign.embedded_tokenizer import tokenizer_inside
 from milepost.ckpt.foreign.tokenizer import META_LIMIT, Choice, read_meta, tokenizer_for
 from milepost.ckpt.manifest import is_regular, read_json
@@ -95,63 +94,8 @@ def with_chars(record: Checkpoint, chars: list[str]) -> Checkpoint:
 
 
 def with_kind(record: Checkpoint, kind: str) -> Checkpoint:
-    """The record with the tokenizer of this kind, `byte` or `gpt2`; raises CheckpointError if it has more tokens than the model rows."""
+    """Return the record with the tokenizer `byte` or `gpt2`; raise CheckpointError if it has more tokens than the model has rows."""
     rows = record.model_settings["vocab_size"]
     record.tokenizer, _ = tokenizer_for(rows, {"kind": kind}, where=f"{record.path}: TOKENIZER={kind}")
     record.notes.append(f"{record.path}: carries no tokenizer; {kind} is taken, which was set")
     return record
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whose archive it is.
-
-LIGHTNING, NANOGPT = "pytorch-lightning_version", {"model", "model_args"}
-LECTURE = re.compile(r"blocks\.0\.sa\.heads\.0\.key\.weight$")
-
-
-def kind(path: Path) -> str:
-    """The layout of a torch archive in one file, by the words in its pickle: `unified` if they are no other program's."""
-    words = archive.words(path)
-    if LIGHTNING in words:
-        return "lightning"
-    if words >= NANOGPT:
-        return "nanogpt"
-    return "lecture" if any(map(LECTURE.search, words)) else "unified"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The verbs of a layout that is one path, and those of one torch archive of another program.
-
-
-def home(path: Path) -> Path | None:
-    """The path under which it is listed: its own."""
-    return path
-
-
-def files(path: Path) -> list[Path]:
-    """What it consists of: the one file or folder."""
-    return [path]
-
-
-def optimizer_file(path: Path) -> Path | None:
-    """None: the optimizer's state, if any, is in the same file."""
-    return None
-
-
-def verify_file(path: Path) -> list[str]:
-    """What is wrong with the file's bytes, one sentence each; empty if every member agrees with its CRC-32."""
-    return archive.verify(path)
-
-
-def peek(path: Path, *, layout: str) -> dict[str, Json]:
-    """The metadata alone, of the archive unpickled with its tensors mapped."""
-    return adopted_metadata(path, archive.load(path)[0], layout=layout)
-
-
-def read(path: Path, *, layout: str, optimizer: bool = True, verify: bool = False) -> Checkpoint:
-    """The record of the archive at `path`; raises CheckpointError in one sentence."""
-    problems = verify_file(path) if verify else []
-    if problems:
-        raise CheckpointError(problems[0])
-    content, _ = archive.load(path)
-    return adopted(path, content, layout=layout, optimizer=optimizer)

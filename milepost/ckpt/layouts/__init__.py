@@ -1,93 +1,45 @@
-"""The layouts: one file each, the same verbs in every one. Order is priority; detection looks inside, never at a name alone."""
+"""The layouts of `milepost.registry`: one file declares each, three mechanisms read and write them.
 
+To add a layout, write a module with a `LAYOUT` and register it with one line.
+"""
+
+import importlib
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol, cast
 
-from milepost.ckpt.layouts import (
-    consolidated,
-    directory,
-    huggingface,
-    lecture,
-    lightning,
-    mlx,
-    nanogpt,
-    separated,
-    sharded,
-    stepfiles,
-    unified,
-)
-from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost import registry
+from milepost.ckpt import archive
+from milepost.ckpt.layouts.base import Layout
+from milepost.ckpt.record import CheckpointError
+
+__all__ = ["LAYOUTS", "WRITERS", "Layout", "known_layout", "layout_of", "load_layout"]
 
 
-class Layout(Protocol):
-    """What every module here offers; `write` and `targets` only those that can be written."""
-
-    NAME: str
-    RUN_STEM: str  # the documented name by step, in the run's own folder; empty where a name of the store's is taken
-    MEMBERS: tuple[str, ...]  # the files of a checkpoint that is a folder
-
-    def detect(self, path: Path) -> bool:
-        """Whether `path` is this layout's to read, or to refuse with a reason."""
-
-    def home(self, path: Path) -> Path | None:
-        """The one path under which the checkpoint that `path` is a part of is listed; None if it is no whole one."""
-
-    def files(self, path: Path) -> list[Path]:
-        """The files or the one folder that it consists of, the one that makes it visible last."""
-
-    def optimizer_file(self, path: Path) -> Path | None:
-        """The file without which it only generates; None if that is no file of its own."""
-
-    def peek(self, path: Path) -> dict[str, Json]:
-        """The metadata without any tensor; raises CheckpointError."""
-
-    def read(self, path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
-        """The whole record; raises CheckpointError."""
-
-    def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Writes the record under the names `targets(folder, stem)`; returns its home."""
-
-    def targets(self, folder: Path, stem: str) -> list[Path]:
-        """The visible paths of a checkpoint of this stem, the one that makes it visible last."""
-
-    def verify_file(self, path: Path) -> list[str]:
-        """What is wrong with the bytes, one sentence each."""
+def load_layout(name: str, module: str) -> Layout:
+    """Return the `LAYOUT` of a registered module; raise ValueError if it has another name than it is registered under."""
+    layout: Layout = importlib.import_module(module).LAYOUT
+    if layout.name != name:
+        raise ValueError(f"{module}: LAYOUT is named {layout.name!r}, but registered as {name!r}")
+    return layout
 
 
-def _as_layout(module: ModuleType) -> Layout:
-    return cast(Layout, module)
-
-
-LAYOUTS: tuple[Layout, ...] = tuple(
-    map(
-        _as_layout,
-        (
-            directory,
-            consolidated,
-            huggingface,
-            sharded,
-            stepfiles,
-            mlx,
-            separated,
-            nanogpt,
-            lightning,
-            lecture,
-            unified,
-        ),
-    )
-)
-WRITERS: dict[str, Layout] = {layout.NAME: layout for layout in LAYOUTS if hasattr(layout, "write")}
+LAYOUTS = tuple(load_layout(name, entry.module) for name, entry in registry.LAYOUTS.items())
+WRITERS = {name: layout for name in registry.layouts_to_save() for layout in LAYOUTS if layout.name == name}
 
 
 def layout_of(path: Path) -> Layout | None:
-    """The layout that claims `path`, or None."""
-    return next((layout for layout in LAYOUTS if layout.detect(path)), None)
+    """Return the first layout that detects `path`, or None."""
+    layout = next((layout for layout in LAYOUTS if layout.detect(path)), None)
+    if layout is not None and layout.yields_to_folder and any(other.owns(path.parent, path) for other in LAYOUTS):
+        return None
+    return layout
 
 
 def known_layout(path: Path) -> Layout:
-    """The layout that claims `path`; raises CheckpointError if none does."""
+    """Return the layout of the checkpoint at `path`; raise CheckpointError if it has none."""
     layout = layout_of(path)
     if layout is None:
-        raise CheckpointError(f"{path}: is no checkpoint of a known layout ({', '.join(one.NAME for one in LAYOUTS)})")
+        names = ", ".join(layout.name for layout in LAYOUTS)
+        kind = archive.kind_of(path) if path.is_file() else None
+        problem = f"is not a checkpoint of a known layout ({names}){f', but {kind}' if kind else ''}"
+        raise CheckpointError(path, problem, kind="not understood")
     return layout

@@ -1,28 +1,5 @@
-"""Lightning's `.ckpt`: read only. Its weights are state_dict, under the name that the module has in the LightningModule."""
+"""Lightning's `.ckpt`, read only: the weights are in `state_dict`, under the module's name in the LightningModule."""
 
-from pathlib import Path
+from milepost.ckpt.layouts.foreign_layout import torch_archive
 
-from milepost.ckpt.foreign import importing
-from milepost.ckpt.foreign.importing import files, home, optimizer_file, verify_file
-from milepost.ckpt.record import Checkpoint, Json
-
-__all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "verify_file"]
-
-NAME = "lightning"
-RUN_STEM = ""
-MEMBERS: tuple[str, ...] = ()
-
-
-def detect(path: Path) -> bool:
-    """Whether `path` is an archive that Lightning signed."""
-    return importing.kind(path) == NAME
-
-
-def peek(path: Path) -> dict[str, Json]:
-    """The metadata alone; the tensors are mapped and left unread."""
-    return importing.peek(path, layout=NAME)
-
-
-def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
-    """The record of the archive at `path`; raises CheckpointError in one sentence."""
-    return importing.read(path, layout=NAME, optimizer=optimizer, verify=verify)
+LAYOUT = torch_archive("lightning", lambda keys: "pytorch-lightning_version" in keys)

@@ -1,28 +1,5 @@
-"""nanoGPT's `ckpt.pt`: read only. Its settings are model_args; its characters are in meta.pkl, beside it if they are."""
+"""nanoGPT's `ckpt.pt`, read only: its settings are in `model_args`, and its characters in a `meta.pkl` beside it."""
 
-from pathlib import Path
+from milepost.ckpt.layouts.foreign_layout import torch_archive
 
-from milepost.ckpt.foreign import importing
-from milepost.ckpt.foreign.importing import files, home, optimizer_file, verify_file
-from milepost.ckpt.record import Checkpoint, Json
-
-__all__ = ["MEMBERS", "NAME", "RUN_STEM", "detect", "files", "home", "optimizer_file", "peek", "read", "verify_file"]
-
-NAME = "nanogpt"
-RUN_STEM = ""
-MEMBERS: tuple[str, ...] = ()
-
-
-def detect(path: Path) -> bool:
-    """Whether `path` is an archive with nanoGPT's words in it."""
-    return importing.kind(path) == NAME
-
-
-def peek(path: Path) -> dict[str, Json]:
-    """The metadata alone; the tensors are mapped and left unread."""
-    return importing.peek(path, layout=NAME)
-
-
-def read(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
-    """The record of the archive at `path`; raises CheckpointError in one sentence."""
-    return importing.read(path, layout=NAME, optimizer=optimizer, verify=verify)
+LAYOUT = torch_archive("nanogpt", lambda keys: keys >= {"model", "model_args"})
