@@ -302,7 +302,7 @@ def test_out_of_memory_is_distinguished_from_other_errors(error, expected):
 def test_dtype_for_generation(monkeypatch, supported, requested, width, tokens, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert hardware.decode_dtype(wish, CPU, width=width, tokens=tokens) == expected
+    assert hardware.decode_dtype(requested, CPU, width=width, tokens=tokens) == expected
 
 
 # Several processes on a machine
