@@ -82,9 +82,9 @@ def seconds_per_step(name: str, launcher: Sequence[str] = (), *, rows: int, at_o
             env = {"OPTIMIZER": "muon"} | os.environ | sizes | variables | quiet | fixed | {"RUNS_DIR": str(place)}
             started.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))  # fmt: skip
         for process in started:
-            said = process.communicate()[1]
+            errors = process.communicate()[1]
             if process.returncode:
-                sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{said}")
+                sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{errors}")
         return max(between_lines(place) for place in places)
 
 

@@ -53,25 +53,25 @@ def main() -> None:
     taken: dict[str, list[tuple[float, float]]] = {"ours": [], "nanogpt": []}
     for seed in SEEDS:
         for arm in taken if nanogpt_folder() and seed != SEEDS[-1] else ["ours"]:
-            taken[arm].append(alone(arm, seed))
+            taken[arm].append(measured(arm, seed))
             print(f"  {arm}, seed {seed}: {taken[arm][-1][0]:.1f} s to {taken[arm][-1][1]:.4f}", file=sys.stderr)
     seconds_of = {arm: statistics.median(one for one, _ in each) for arm, each in taken.items() if each}
     worst = {arm: max(loss for _, loss in each) for arm, each in taken.items() if each}
-    told = {arm: f"{took:.1f} s to {worst[arm]:.3f}" for arm, took in seconds_of.items()}
+    results = {arm: f"{took:.1f} s to {worst[arm]:.3f}" for arm, took in seconds_of.items()}
     if worst["ours"] > TARGET:
         return not_measured(name, f"a seed of ours ended at {worst['ours']:.3f}")
-    if "nanogpt" not in told:
-        return not_measured(name, f"NANOGPT_DIR is not set; ours took {told['ours']}")
+    if "nanogpt" not in results:
+        return not_measured(name, f"NANOGPT_DIR is not set; ours took {results['ours']}")
     ratio = seconds_of["ours"] / seconds_of["nanogpt"]
-    return row(name, ours=told["ours"], peer=told["nanogpt"], ratio=ratio, bound="0.25")
+    return row(name, ours=results["ours"], peer=results["nanogpt"], ratio=ratio, bound="0.25")
 
 
-def alone(arm: str, seed: int) -> tuple[float, float]:
+def measured(arm: str, seed: int) -> tuple[float, float]:
     """Return seconds and validation loss of a training in its own process."""
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, __file__, arm, str(seed)], stdout=subprocess.PIPE, text=True, check=True
     ).stdout
-    took, loss = map(float, said.split())
+    took, loss = map(float, output.split())
     return took, loss
 
 

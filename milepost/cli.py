@@ -31,6 +31,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
     After a signal it is 130, unless the action was finished all the same.
     """
     log = log or Log()
+    torchrun: dict[str, int] = {}
     try:
         raise_on_signal()
         torchrun = config.torchrun()
@@ -38,7 +39,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
         code = action(settings, log)
         code = INTERRUPTED if code and was_interrupted() else code
     except (KeyboardInterrupt, Exception) as error:
-        if config.torchrun():  # as soon as one process has failed, it sends a signal to those that are about to end
+        if torchrun:  # as soon as one process has failed, it sends a signal to those that are about to end
             for number in stopping_signals():
                 signal.signal(number, signal.SIG_IGN)
         code = stopped(error, log)

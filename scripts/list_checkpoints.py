@@ -34,8 +34,8 @@ def main(settings: Config, log: Log) -> int:
         raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
     if not found:
         raise CheckpointError(ckpt.listing(folder))
-    newest, best = ckpt.latest(found), ckpt.best(found)
-    tell(table([HEADER, *(row(checkpoint, marks(checkpoint, newest, best)) for checkpoint in found)]))
+    latest, best = ckpt.latest(found), ckpt.best(found)
+    tell(table([HEADER, *(row(checkpoint, marks(checkpoint, latest, best)) for checkpoint in found)]))
     for checkpoint in found:
         if checkpoint.problem:
             tell(f"damaged: {checkpoint.problem}")
@@ -73,9 +73,9 @@ def row(checkpoint: Found, names: str) -> tuple[str, ...]:
     )
 
 
-def marks(checkpoint: Found, newest: Found | None, best: Found | None) -> str:
+def marks(checkpoint: Found, latest: Found | None, best: Found | None) -> str:
     """Return the words by which CHECKPOINT_PATH can name the checkpoint."""
-    return ", ".join(word for word, other in (("latest", newest), ("best", best)) if checkpoint is other)
+    return ", ".join(word for word, other in (("latest", latest), ("best", best)) if checkpoint is other)
 
 
 def lineage(found: list[Found]) -> list[tuple[str, ...]]:

@@ -129,7 +129,7 @@ def test_the_rate_of_a_gpt2_from_random_weights_follows_its_optimizer(given: dic
     assert (c.learning_rate, c.is_set("LEARNING_RATE")) == (rate, "LEARNING_RATE" in given)
 
 
-def test_config_is_frozen_and_knows_what_was_given() -> None:
+def test_config_is_frozen_and_knows_what_is_set() -> None:
     c = read(BATCH_SIZE="8")
     assert c.is_set("BATCH_SIZE")
     assert c.is_set("batch_size")
@@ -154,7 +154,7 @@ def test_false_words(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["2", "t", "y", "enabled", "none", "tru e", "null"])
-def test_other_words_are_no_booleans(text: str) -> None:
+def test_other_words_are_not_booleans(text: str) -> None:
     assert problems(BIAS=text) == [f"BIAS={text!r} (environment): expected true or false"]
 
 
@@ -169,7 +169,7 @@ def test_whole_numbers(text: str, value: int) -> None:
 @pytest.mark.parametrize(
     "text", ["2k", "1.5", "0", "-3", "nan", "inf", "1e400", "5__0", "1e30", "5 0", "0x10", "٣", "9" * 5000, "1,000"]
 )
-def test_no_whole_numbers(text: str) -> None:
+def test_invalid_whole_numbers(text: str) -> None:
     (problem,) = problems(TRAINING_STEPS=text)
     assert problem.startswith("TRAINING_STEPS='")
     assert problem.removesuffix(" below 2**63").endswith(" (environment): expected a whole number at least 1")
@@ -187,7 +187,7 @@ def test_large_seeds_keep_every_digit() -> None:
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "1e-4x", "1e400", "ten", "1e-4 1"])
-def test_no_learning_rates(text: str) -> None:
+def test_invalid_learning_rates(text: str) -> None:
     assert problems(LEARNING_RATE=text) == [f"LEARNING_RATE={text!r} (environment): expected a number above 0"]
 
 
@@ -215,7 +215,7 @@ def test_words_besides_numbers_and_paths(tmp_path: Path) -> None:
     assert read(PROMPT_FILE="-").prompt_file == "-"
 
 
-def test_choices_take_any_case_and_name_what_was_meant() -> None:
+def test_choices_take_any_case_and_suggest_the_closest() -> None:
     assert read(MODEL_TYPE="GPT2").model_type == "gpt2"
     assert problems(MODEL_TYPE="gtp2") == [
         "MODEL_TYPE='gtp2' (environment): expected one of bigram, gpt2; did you mean gpt2?"
@@ -255,11 +255,11 @@ def test_stop(text: str, stops: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("text", ["[END]", "[1]", '[""]', '["a"', '["\\ud800"]', '[["a"]]'])
-def test_stop_lists_that_are_none(text: str) -> None:
+def test_invalid_stop_lists(text: str) -> None:
     assert "expected text, or a JSON list" in problems(STOP=text)[0]
 
 
-def test_free_text_is_taken_as_it_is_but_must_be_text() -> None:
+def test_free_text_is_taken_as_it_is_but_must_be_utf8() -> None:
     assert read(PROMPT=" Dear Wren, \n").prompt == " Dear Wren, \n"
     assert problems(PROMPT="a\udcffb") == [r"PROMPT='a\udcffb' (environment): expected text in UTF-8"]
     assert problems(PROMPT="a\0b") == [r"PROMPT='a\x00b' (environment): expected text in UTF-8"]
@@ -277,7 +277,7 @@ def test_messages_are_one_line_each_and_harmless_on_a_terminal() -> None:
 # Paths and sources
 
 
-def test_given_paths_start_at_the_current_folder(tmp_path: Path) -> None:
+def test_paths_that_are_set_start_at_the_current_folder(tmp_path: Path) -> None:
     c = read(
         tmp_path, CHECKPOINT_DIR="out/../ckpt", RUNS_DIR="/x/runs/", PROMPT_FILE="~/p", CHECKPOINT_PATH="c/*_2*.pt"
     )
@@ -329,7 +329,7 @@ def test_blocks_are_put_in_order() -> None:
 
 
 @pytest.mark.parametrize("text", ["1,1", "-1", "1,,2", "all", "1.5", "1;2", "nan", "1,5,"])
-def test_what_names_no_blocks_is_refused(text: str) -> None:
+def test_invalid_blocks_are_refused(text: str) -> None:
     expected = f"TTT_LAYERS={text!r} (environment): expected different whole numbers from 0, joined by commas"
     assert problems(MODEL_TYPE="gpt2", TTT_LAYERS=text) == [expected]
 
@@ -410,7 +410,7 @@ def test_the_environment_comes_before_the_file_and_the_file_before_defaults(tmp_
     assert c.is_set("BATCH_SIZE")
 
 
-def test_an_empty_variable_lets_the_file_speak(tmp_path: Path) -> None:
+def test_an_empty_variable_leaves_the_value_of_the_file(tmp_path: Path) -> None:
     assert of_file(tmp_path, "BLOCK_SIZE=32\nPROMPT=hi", BLOCK_SIZE=" ", PROMPT="$P$G").prompt == "hi"
 
 
@@ -428,7 +428,7 @@ def test_the_repositorys_env_is_the_default(tmp_path: Path, monkeypatch: pytest.
     assert config.read({"ENV_FILE": os.devnull}).seed == 1337
 
 
-def test_a_folder_called_env_is_no_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_called_env_is_not_an_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
     (tmp_path / ".env").mkdir()
     assert config.read({}).seed == 1337
@@ -444,7 +444,7 @@ def test_dotenv_syntax(tmp_path: Path) -> None:
     assert c.runs_dir == os.path.abspath("/data/runs")
 
 
-def test_lines_that_are_none_are_named(tmp_path: Path) -> None:
+def test_invalid_lines_are_named(tmp_path: Path) -> None:
     text = '\n\nSEED 5\nTRAINING_STEPS\n\nBATCH_SIZE=4\n\n\nPROMPT="open\nTOP_K=5\0\n'
     assert file_problems(tmp_path, text) == [f"settings.env, line {n}: expected NAME=value" for n in (3, 4, 9, 10)]
 
@@ -475,7 +475,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         config.read({"ENV_FILE": "x", **ALONE}, cwd=tmp_path)
 
 
-def test_a_file_called_default_still_counts_as_given(tmp_path: Path) -> None:
+def test_values_of_a_file_called_default_count_as_set(tmp_path: Path) -> None:
     (tmp_path / "default").write_text("SEED=2")
     c = config.read({"ENV_FILE": "default"}, cwd=tmp_path)
     assert (c.sources["SEED"], c.is_set("SEED")) == ("./default", True)
@@ -484,7 +484,7 @@ def test_a_file_called_default_still_counts_as_given(tmp_path: Path) -> None:
 FOREIGN = "HF_HOME=/h\nHF_TOKEN=secret\nWANDB_MODE=offline\nhttp_proxy=x\nOMP_NUM_THREADS=2\nNO_COLOR=1\nDEBUG=1\n"
 
 
-def test_variables_of_others_pass_through_to_the_process(tmp_path: Path) -> None:
+def test_variables_of_other_programs_enter_the_process_environment(tmp_path: Path) -> None:
     (tmp_path / "f.env").write_text(FOREIGN + "SEED=1\n")
     code = "import os; from milepost import config; config.read(); print(*(os.environ.get(n) for n in " + repr(
         ["HF_HOME", "WANDB_MODE", "http_proxy", "OMP_NUM_THREADS", "SEED"]
@@ -519,7 +519,7 @@ SESSION_MANAGER GPG_AGENT_INFO INVOCATION_ID JOURNAL_STREAM
 """)  # fmt: skip
 
 
-def test_other_peoples_variables_are_no_mistakes() -> None:
+def test_variables_of_other_programs_are_not_mistakes() -> None:
     assert len(OTHER_PEOPLES) > 100
     assert read(**dict.fromkeys(OTHER_PEOPLES, "x")) == read()
 
@@ -549,7 +549,7 @@ def test_short_names_and_names_without_underscore_are_left_alone() -> None:
 # Checkpoints
 
 
-def test_saved_settings_fill_what_was_not_given() -> None:
+def test_saved_settings_fill_what_is_not_set() -> None:
     old = read(MODEL_TYPE="gpt2", N_EMBD="64", BATCH_SIZE="3", SEED="5", EVAL_INTERVAL="9", PROMPT="x", TOP_K="4")
     saved = json.loads(json.dumps(config.to_dict(old)))
     new = config.from_saved(read(SEED="6", TOP_P="0.5"), saved)
@@ -560,7 +560,7 @@ def test_saved_settings_fill_what_was_not_given() -> None:
     assert not new.is_set("N_EMBD")
 
 
-def test_what_is_kept() -> None:
+def test_what_a_checkpoint_stores() -> None:
     assert set(config.to_dict(read())) == IDENTITY | MATH | HABIT | {"DEVICE"}
 
 
@@ -605,7 +605,7 @@ def test_saved_values_are_held_to_the_same_limits(name: str, value: Any, sentenc
     assert problem == sentence or (sentence is None and problem.startswith(f"{name}="))
 
 
-def test_saved_values_that_contradict_given_ones() -> None:
+def test_saved_values_that_contradict_set_values() -> None:
     with pytest.raises(ConfigError, match=r"^N_EMBD=96 \(checkpoint\) must be a multiple of N_HEAD=5 \(environment\)"):
         config.from_saved(read(RESUME="auto", N_HEAD="5"), {"MODEL_TYPE": "gpt2", "N_EMBD": 96})
     with pytest.raises(ConfigError, match=r"^WARMUP_STEPS=100 \(checkpoint\) is more than TRAINING_STEPS=50"):
@@ -629,7 +629,7 @@ def test_changes_against_a_checkpoint() -> None:
     assert config.changes(now, saved) == {"MIN_LEARNING_RATE": [None, 1e-4], "SEED": [5, 6]}
 
 
-def test_without_is_as_if_not_given() -> None:
+def test_without_is_as_if_not_set() -> None:
     both = read(MODEL_TYPE="gpt2", N_EMBD="96", N_HEAD="3", SEED="4")
     assert config.without(both, ["N_EMBD", "N_HEAD"]) == read(MODEL_TYPE="gpt2", SEED="4")
     # What is left may not fit together until the checkpoint has its say.
@@ -915,7 +915,7 @@ def test_the_reference_has_a_row_for_each_variable() -> None:
     assert all(len(row) == 5 for row in rows)
 
 
-def test_cublas_is_told_before_it_starts() -> None:
+def test_cublas_is_configured_before_it_starts() -> None:
     """In the process's real environment, where C code reads it; a user's own choice stays."""
     code = "from milepost import config; import os; config.read(); print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
     for env, expected in (({}, ":4096:8"), ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ":16:8")):
@@ -946,14 +946,14 @@ def launched(**variables: str) -> dict[str, int]:
         return config.torchrun()
 
 
-def test_what_torchrun_tells_is_read_and_a_single_process_is_none_of_several() -> None:
+def test_torchrun_is_read_and_a_single_process_needs_none() -> None:
     assert launched() == {"rank": 3, "size": 4, "local_rank": 1, "local_size": 2}
     assert launched(WORLD_SIZE="1", RANK="0") == {}
     assert launched(WORLD_SIZE="") == {}
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
-def test_a_part_of_what_torchrun_tells_is_refused(name: str) -> None:
+def test_an_incomplete_torchrun_environment_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^WORLD_SIZE=4 without a valid {name}: start with torchrun, or unset"):
         launched(**{name: ""})
 

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: the same training as one, exact resumes, one voice, and no process left behind when another dies."""
+"""Several processes under torchrun: the same training as one, exact resumes, one log, and no process left over when another dies."""
 
 import os
 import re
@@ -104,7 +104,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert losses(places[2], "validation")[200] == pytest.approx(losses(places[1], "validation")[200], abs=1e-3)
 
 
-def test_processes_that_took_the_same_rows_would_learn_something_else(tmp_path, monkeypatch):
+def test_control_processes_with_equal_sequences_learn_something_else(tmp_path, monkeypatch):
     """The control for the test above: half a batch, as if both had the first half, is seen in the loss."""
     whole, half = tmp_path / "whole", tmp_path / "half"
     for place in (whole, half):
@@ -121,7 +121,7 @@ def test_four_processes_learn_what_one_does(tmp_path):
 
 
 @pytest.mark.soak
-def test_four_processes_with_parts_of_the_weights_learn_what_one_does(tmp_path):
+def test_four_processes_with_sharded_weights_learn_what_one_does(tmp_path):
     alike(tmp_path, [1, 4], DISTRIBUTED="fsdp", GRADIENT_ACCUMULATION_STEPS="2")
 
 
@@ -155,7 +155,7 @@ def exactly_on(tmp_path: Path, count: int, **changes: str) -> Path:
     return straight
 
 
-def test_two_processes_resume_exactly_and_one_goes_on_and_says_what_it_cannot_promise(tmp_path):
+def test_two_processes_resume_exactly_and_one_resumes_inexactly(tmp_path):
     straight = exactly_on(tmp_path, 2, GRADIENT_ACCUMULATION_STEPS="2")
     alone = tmp_path / "alone"
     without_last(straight, alone, 4)
@@ -168,7 +168,7 @@ def test_two_processes_resume_exactly_and_one_goes_on_and_says_what_it_cannot_pr
     assert tensor_bytes(record) != tensor_bytes(whole)  # dropout is drawn by process: the control for the exact resume
 
 
-def test_parts_of_the_weights_resume_exactly_and_one_process_goes_on_with_them(tmp_path):
+def test_sharded_weights_resume_exactly_and_one_process_resumes_from_them(tmp_path):
     straight = exactly_on(tmp_path, 2, DISTRIBUTED="fsdp", OPTIMIZER="muon", GRADIENT_ACCUMULATION_STEPS="2")
     assert newest(straight).layout == "sharded"
     alone = tmp_path / "alone"
@@ -182,7 +182,7 @@ def test_parts_of_the_weights_resume_exactly_and_one_process_goes_on_with_them(t
 
 @pytest.mark.soak
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_four_processes_resume_exactly_and_two_go_on(tmp_path, engine):
+def test_four_processes_resume_exactly_and_two_resume_inexactly(tmp_path, engine):
     straight = exactly_on(tmp_path, 4, DISTRIBUTED=engine)
     fewer = tmp_path / "fewer"
     without_last(straight, fewer, 4)
@@ -192,7 +192,7 @@ def test_four_processes_resume_exactly_and_two_go_on(tmp_path, engine):
     assert newest(fewer).windows_seen == newest(straight).windows_seen
 
 
-def test_whole_layouts_are_saved_by_one_process_though_each_has_a_part(tmp_path):
+def test_unsharded_layouts_are_saved_by_one_process_from_sharded_weights(tmp_path):
     """Every update is gathered: it is what two processes with the whole model have, but for rounding."""
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     for place, engine in ((parts, "fsdp"), (whole, "ddp")):
@@ -207,7 +207,7 @@ def test_whole_layouts_are_saved_by_one_process_though_each_has_a_part(tmp_path)
         torch.testing.assert_close(tensor, other.model_state[name], atol=2e-4, rtol=1e-3)
 
 
-def test_a_model_that_does_not_fit_is_parted(tmp_path):
+def test_a_model_that_does_not_fit_is_sharded(tmp_path):
     fits, parted = tmp_path / "fits", tmp_path / "parted"
     for place, memory in ((fits, 10**9), (parted, 10**5)):
         place.mkdir()
@@ -221,7 +221,7 @@ def test_a_model_that_does_not_fit_is_parted(tmp_path):
 # Killed, restarted, stopped.
 
 
-def test_a_killed_process_ends_all_and_torchrun_s_restart_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_process_ends_all_and_the_restart_ends_bit_identical(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
     assert torchrun(straight, 2).returncode == 0
@@ -233,7 +233,7 @@ def test_a_killed_process_ends_all_and_torchrun_s_restart_ends_with_the_same_byt
     assert logged(killed) == logged(straight)
 
 
-def test_an_update_that_is_half_done_is_not_kept_as_a_step(tmp_path):
+def test_a_half_done_update_is_not_saved(tmp_path):
     """Processes wait for each other's directions in the midst of muon's update."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
@@ -246,7 +246,7 @@ def test_an_update_that_is_half_done_is_not_kept_as_a_step(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "left"), [(0, 4), (1, 6)])  # the first saves before it ends; without it nobody does
-def test_without_restarts_the_others_end_too_and_the_newest_checkpoint_opens(tmp_path, rank, left):
+def test_without_restarts_all_end_and_the_latest_checkpoint_opens(tmp_path, rank, left):
     # Not in the background, where the save of step 4 may not be done when the first process is killed.
     done = torchrun(tmp_path, 2, script=WORKER, WORKER_FAULT=f"{rank}:6", CHECKPOINT_ASYNC="false")
     assert done.returncode == 1
@@ -300,7 +300,7 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_whoever_is_killed_whenever_the_newest_checkpoint_is_whole_and_all_end(tmp_path, engine):
+def test_a_kill_at_any_moment_leaves_a_valid_checkpoint_and_ends_all(tmp_path, engine):
     random = Random(engine)
     steps = [killed(tmp_path, 2, random, DISTRIBUTED=engine) for _ in range(2)]
     assert steps == sorted(set(steps))  # each went on where the one before was killed
@@ -311,7 +311,7 @@ def test_whoever_is_killed_whenever_the_newest_checkpoint_is_whole_and_all_end(t
 
 @pytest.mark.soak
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_whoever_of_four_is_killed_whenever_the_newest_checkpoint_is_whole_and_all_end(tmp_path, engine):
+def test_a_kill_of_one_of_four_at_any_moment_leaves_a_valid_checkpoint_and_ends_all(tmp_path, engine):
     random = Random(engine)
     steps = [killed(tmp_path, 4, random, DISTRIBUTED=engine) for _ in range(12)]
     assert steps == sorted(set(steps))
@@ -350,7 +350,7 @@ def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> No
 # One voice, and clear refusals.
 
 
-def test_the_first_process_alone_is_heard_and_threads_are_shared_out(tmp_path):
+def test_only_rank_0_logs_and_threads_are_shared(tmp_path):
     env = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
     torchrun_alone = [
         sys.executable,
@@ -384,7 +384,7 @@ def test_the_first_process_alone_is_heard_and_threads_are_shared_out(tmp_path):
         ({"BLOCK_SIZE": "100000"}, "BLOCK_SIZE=100000 is too long for this text", 4),
     ],
 )
-def test_what_is_wrong_is_said_once(tmp_path, changes, said, code):
+def test_a_mistake_is_reported_once(tmp_path, changes, said, code):
     done = torchrun(tmp_path, 2, **changes)
     assert done.returncode == 1  # torchrun's own
     assert said_once(done, said), done.stderr
@@ -404,7 +404,7 @@ def test_a_run_that_another_process_trains_is_refused_once_by_all(tmp_path):
     assert said_once(done, f"run {run.name} is being trained by process {os.getpid()}"), done.stderr
 
 
-def test_processes_that_were_told_different_things_do_not_begin(tmp_path):
+def test_processes_with_different_settings_do_not_start(tmp_path):
     done = torchrun(tmp_path, 2, script=WORKER, WORKER_OTHER="BATCH_SIZE=8")
     assert done.returncode == 1
     assert re.search(r"rank +: 1 .*\n +exitcode +: 2 ", done.stderr), done.stderr  # a bad configuration there
@@ -417,7 +417,7 @@ def test_processes_that_were_told_different_things_do_not_begin(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_half_an_environment_is_no_torchrun(tmp_path):
+def test_an_incomplete_torchrun_environment_is_refused(tmp_path):
     done = command("training.py", tmp_path, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 2
     missing = "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
@@ -427,7 +427,7 @@ def test_half_an_environment_is_no_torchrun(tmp_path):
 LOAD = ROOT / "scripts" / "load_checkpoint.py"
 
 
-def test_two_processes_go_on_from_what_one_has_trained_and_inference_is_the_work_of_one(tmp_path):
+def test_two_processes_resume_the_run_of_one_and_inference_takes_one_process(tmp_path):
     assert train(tmp_path)[0] == 0
     more = {"MODE": "resume", "RESUME_TRAINING_STEPS": "4", "TRAINING_STEPS": None, "LEARNING_RATE": None}
     done = torchrun(tmp_path, 2, script=LOAD, **more)
@@ -444,14 +444,14 @@ def test_two_processes_go_on_from_what_one_has_trained_and_inference_is_the_work
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 12])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
-def test_shares_are_the_whole_in_order_and_differ_by_one_at_most(count, size):
+def test_shares_make_up_the_whole_in_order_and_differ_by_at_most_one(count, size):
     rows = list(range(count))
     shares = [rows[World(rank=rank, size=size).share(count)] for rank in range(size)]
     assert [row for share in shares for row in share] == rows
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_alone_everything_is_answered_at_once():
+def test_a_single_process_gets_every_answer_at_once():
     assert SINGLE.is_rank0
     assert SINGLE.any(True)
     assert not SINGLE.any(False)

@@ -159,7 +159,7 @@ SWALLOWED = [
         for made in ("nothing", "another exception")
     ),
     ("SIGINT", "numpy", "nothing"),
-    ("SIGHUP", "ckpt", "nothing"),
+    ("SIGHUP", "milepost.ckpt", "nothing"),
 ]
 
 
