@@ -86,8 +86,12 @@ class Layout(ABC):
 
     def stem(self, path: Path) -> str:
         """Return the name of `path` without the suffix of this layout."""
+        return path.name.removesuffix(self.suffix(path))
+
+    def suffix(self, path: Path) -> str:
+        """Return the longest suffix of this layout that the name of `path` ends with; empty if there is none."""
         longest_first = sorted(self.suffixes, key=len, reverse=True)
-        return path.name.removesuffix(next((end for end in longest_first if path.name.endswith(end)), ""))
+        return next((suffix for suffix in longest_first if path.name.endswith(suffix)), "")
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
         """Return the paths that `write` gives a checkpoint of this stem, the one that makes it visible last."""
