@@ -15,8 +15,7 @@ from milepost.ckpt import archive
 from milepost.ckpt.manifest import matches
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
 
-# A stem of `retention.free_stem`: {prefix}_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}; `_model`: stripped
-# of its optimizer.
+# {prefix}_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}, as saves give it; `_model`: without its optimizer.
 OWN_STEM = r"[A-Za-z0-9][A-Za-z0-9_.-]*_step\d{4,}_\d{8}_\d{6}(_model(_\d+)?)?"
 
 
@@ -36,14 +35,12 @@ class Layout(ABC):
     name: str
     # A folder: the files in it, as glob patterns, in the order in which a manifest lists them.
     members: tuple[str, ...] = ()
-    # Files side by side instead: the ends of their names, in the order in which they appear. The last makes the
-    # checkpoint visible.
+    # Files side by side instead: the ends of their names in order of appearance; the last makes a checkpoint visible.
     suffixes: tuple[str, ...] = ()
     primary: str = ""  # the suffix of the file that stands for the checkpoint; empty: the last
     # Documented names that repeat from run to run, with {step} and {prefix}: written into a folder of the run's own.
     run_stem: str = ""
-    # A regular expression for the stem of every name that a save gives: retention deletes nothing that does not fully
-    # match it.
+    # The pattern of the stems that saves give: retention deletes nothing that does not fully match it.
     own_stem: str = OWN_STEM
     # Leave a file to the layout of its folder, if that is a checkpoint that the file is part of.
     yields_to_folder: bool = False
@@ -79,9 +76,7 @@ class Layout(ABC):
     # Places.
 
     def locate(self, path: Path, member: str) -> Path:
-        """Return the file `member` (a name in the folder, or a suffix) of the checkpoint at `path`, any file of which
-        will do.
-        """
+        """Return the file `member`, a name in the folder or a suffix, of the checkpoint that `path` belongs to."""
         return path / member if self.is_folder else path.with_name(self.stem(path) + member)
 
     def stem(self, path: Path) -> str:
@@ -141,8 +136,7 @@ class Layout(ABC):
     def read(self, path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
         """Return the record; raise CheckpointError.
 
-        `optimizer=False` leaves the optimizer's tensors unread; `verify=True` compares every byte with its checksum
-        first.
+        `optimizer=False` leaves the optimizer's tensors unread; `verify=True` first compares every checksum.
         """
 
     @abstractmethod
@@ -150,9 +144,9 @@ class Layout(ABC):
         """Return what is wrong with the bytes of the checkpoint; empty if nothing is."""
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Write the record under the names `targets(folder, stem)`; return its primary file. The caller holds the
-        folder's lock.
+        """Write the record under the names `targets(folder, stem)`; return its primary file.
 
+        The caller holds the folder's lock.
         Raises CheckpointError for what the layout cannot hold, OSError if the disk fails; nothing new is left then.
         """
         raise NotImplementedError(f"{self.name} is read only")
