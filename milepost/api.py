@@ -142,4 +142,17 @@ def _resolved(checkpoint: Name, folder: Name) -> Path:
     return ckpt.resolve(os.fspath(checkpoint), Path(folder))[0]
 
 
-__all__ = ["CheckpointError", "ConfigError", "best", "convert", "find", "generate", "latest", "load", "prune", "save", "train", "verify"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "best",
+    "convert",
+    "find",
+    "generate",
+    "latest",
+    "load",
+    "prune",
+    "save",
+    "train",
+    "verify",
+]

@@ -31,7 +31,9 @@ def trained(tmp_path_factory):
 
 
 def test_importing_the_package_imports_neither_torch_nor_the_settings():
-    code = "import sys, milepost; print([name for name in ('torch', 'dotenv', 'milepost.config') if name in sys.modules])"
+    code = (
+        "import sys, milepost; print([name for name in ('torch', 'dotenv', 'milepost.config') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -48,7 +50,10 @@ def test_a_training_is_the_one_of_the_script(trained, tmp_path):
     """The same settings as keywords and as variables give the same tensors."""
     folder, run = trained
     assert train(tmp_path)[0] == 0
-    here, there = milepost.load("latest", folder=folder / "checkpoints"), ckpt.load(milepost.latest(tmp_path / "checkpoints"))
+    here, there = (
+        milepost.load("latest", folder=folder / "checkpoints"),
+        ckpt.load(milepost.latest(tmp_path / "checkpoints")),
+    )
     assert tensor_bytes(here) == tensor_bytes(there)
     assert run.step == here.step == int(TINY["TRAINING_STEPS"])
     other = milepost.load("latest", folder=folder / "checkpoints")
@@ -106,7 +111,10 @@ def test_what_is_saved_can_be_loaded(tmp_path):
 
 
 def unnamed(optimizer_state):
-    groups = [{key: value for key, value in group.items() if key != "param_names"} for group in optimizer_state["param_groups"]]
+    groups = [
+        {key: value for key, value in group.items() if key != "param_names"}
+        for group in optimizer_state["param_groups"]
+    ]
     return optimizer_state | {"param_groups": groups}
 
 

@@ -1,8 +1,6 @@
-"""A layout is added from outside the package by one file (toy_layout.py) and one line (in extended.py), and then does
-everything.
+"""A layout is added from outside the package by one file (toy_layout.py) and one line (in extended.py).
 
-Each step runs in a process of its own, because the layouts are those that were registered when the settings were first
-read.
+Each step runs in a process of its own, because layouts are registered before the settings are first read.
 """
 
 import ast

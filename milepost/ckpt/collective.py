@@ -20,9 +20,7 @@ from milepost.ckpt.record import Checkpoint
 
 @contextlib.contextmanager
 def leading(record: Checkpoint) -> Iterator[None]:
-    """Announce at the end of the block, also after an error, that no other write follows. Does nothing for a record of
-    one process.
-    """
+    """Announce at the end of the block, also after an error, that no other write follows."""
     try:
         yield
     except Exception:  # after a KeyboardInterrupt this process ends, and the others notice
@@ -70,9 +68,7 @@ def _announced(record: Checkpoint) -> Path | None:
 
 
 def not_finite(record: Checkpoint) -> list[str]:
-    """Return the names of the weights that hold NaN or Inf. All ranks of `shared_by` call it together and get the same
-    answer.
-    """
+    """Return the names of the weights that hold NaN or Inf; all ranks of `shared_by` call it together."""
     bad = tensors.not_finite(record.model_state)
     if record.shared_by is None:
         return bad

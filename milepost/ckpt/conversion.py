@@ -129,9 +129,7 @@ def export(
 
 
 def _opened(source: Path, *, optimizer: bool) -> Checkpoint:
-    """Return the record at `source`, every byte verified, with the time of its save, and a note if it holds NaN or
-    infinity.
-    """
+    """Return the record at `source`, verified, with the time of its save and a note of NaN or Inf."""
     record = known_layout(source).read(source, optimizer=optimizer, verify=True)
     _refuse_edited(record)
     record.saved_at = record.saved_at or modified_at(source)
@@ -141,9 +139,7 @@ def _opened(source: Path, *, optimizer: bool) -> Checkpoint:
 
 
 def _refuse_edited(record: Checkpoint) -> None:
-    """Refuse an edited checkpoint: a run resumed from one is a child run, but a conversion would pass for the run
-    itself.
-    """
+    """Refuse an edited checkpoint: its conversion would pass for the run that was saved."""
     if record.edited:
         edits = ", ".join(f"{name} {saved!r:.40} -> {now!r:.40}" for name, (saved, now) in record.edited.items())
         problem = f"was edited since it was saved ({edits}), and a conversion must equal what was saved"
@@ -152,9 +148,7 @@ def _refuse_edited(record: Checkpoint) -> None:
 
 
 def _written(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
-    """Write the record below `folder`, under the name that its own save would have had, or the next free name; return
-    its path.
-    """
+    """Write the record below `folder` under the name of its own save, or the next free one."""
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -197,9 +191,7 @@ def _prefix(record: Checkpoint) -> str:
 
 
 def origin(record: Checkpoint, path: Path) -> tuple[Path, bool]:
-    """Return the folder of checkpoints that `path` lies in, above best/ and the run's own folder; and whether it is in
-    a best/.
-    """
+    """Return the folder of checkpoints above `path`, and whether `path` is in a best/."""
     return folder_of(path, record.run_id), path.parent.name == BEST_FOLDER
 
 

@@ -180,9 +180,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def sha256(path: Path, *, most: int | None = None) -> str:
-    """Return the sha256 of the file's bytes, or of its first `most` bytes, in hex; raise CheckpointError if it cannot
-    be read.
-    """
+    """Return the sha256 of the file, or of its first `most` bytes, in hex; raise CheckpointError."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as file:

@@ -38,9 +38,7 @@ class CheckpointError(Exception):
     def __init__(
         self, path: Path | str, problem: str | None = None, remedy: str | None = None, *, kind: Kind = "unspecified"
     ) -> None:
-        """Compose the sentence `{path}: {problem}: {remedy}`. A sentence instead of a path, without a problem, is taken
-        as it is.
-        """
+        """Compose `{path}: {problem}: {remedy}`; a single sentence, without a problem, is taken as it is."""
         self.path = None if problem is None else Path(path)
         self.problem, self.remedy, self.kind = problem, remedy, kind
         super().__init__(_shortened(printable(": ".join(str(part) for part in (path, problem, remedy) if part))))
@@ -52,9 +50,7 @@ def _shortened(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` with line breaks, escapes and other unprintable characters as Python writes them: none may steer a
-    terminal.
-    """
+    """Return `text` with unprintable characters as Python writes them: none may steer a terminal."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
@@ -146,9 +142,7 @@ def named_tensors(record: Checkpoint) -> dict[str, Tensor]:
 
 
 def bytes_on_disk(record: Checkpoint) -> int:
-    """Estimate from above the bytes that the record takes on disk: tensors, a header for each, and the metadata four
-    times.
-    """
+    """Return an upper estimate of the bytes on disk: tensors, their headers, and the metadata four times."""
     headers = HEADER * (record.shared_by.size() if record.shared_by else 1)
     tensors = named_tensors(record).values()  # a shared tensor's `nbytes` count all its pieces
     return sum(tensor.nbytes + headers for tensor in tensors) + 4 * len(json.dumps(metadata(record))) + 2**14

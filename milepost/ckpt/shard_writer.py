@@ -1,5 +1,4 @@
-"""Writes the pieces of a sharded checkpoint: torch.distributed.checkpoint plans which rank writes which, we write them
-durably.
+"""Writes the pieces of a sharded checkpoint, as torch.distributed.checkpoint plans them.
 
 Imported only when such a checkpoint is written, because torch.distributed.checkpoint takes most of a second to import.
 """
@@ -32,9 +31,7 @@ TORCHS = ".metadata"  # a pickle, for torch's reader; ours never opens it
 
 
 def state_of(record: Checkpoint) -> dict[str, Any]:
-    """Return the tensors nested as PyTorch's tools expect; the names become `model.{name}` and
-    `optimizer.state.{parameter}.{kind}`.
-    """
+    """Return the tensors nested as `model.{name}` and `optimizer.state.{parameter}.{kind}`."""
     state: dict[str, Any] = {"model": record.model_state}
     if record.optimizer_state is not None:
         names = optimizer_names(record.optimizer_state["param_groups"])
@@ -46,8 +43,7 @@ def state_of(record: Checkpoint) -> dict[str, Any]:
 def write(
     state: dict[str, Any], folder: Path, *, group: ProcessGroup | None
 ) -> tuple[dict[str, dict[str, Json]], dict[str, Json]]:
-    """Write this rank's pieces of `state` into `folder`; all ranks of `group` call it together (None: a single
-    process).
+    """Write this rank's pieces of `state` into `folder`; all ranks of `group` (None: one process) call it together.
 
     Returns, on rank 0, size and sha256 of every rank's file and of torch's `.metadata` by name, and where each tensor's
     bytes lie. Raises CheckpointException on all ranks if any failed, and RuntimeError if one is gone.

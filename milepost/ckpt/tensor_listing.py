@@ -79,9 +79,7 @@ def _in_archive(file: Path, part: str) -> Iterator[Held]:
 
 
 def _walk(value: Any, path: list[str], *, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors below `value` by their dotted names; a container that occurs twice, or contains itself, is
-    entered once.
-    """
+    """Yield the tensors below `value` by their dotted names; enter each container once."""
     if isinstance(value, Tensor):
         yield ".".join(path), value
     elif isinstance(value, dict | list | tuple) and id(value) not in seen and len(path) < MOST_LEVELS:
@@ -95,9 +93,7 @@ def _walk(value: Any, path: list[str], *, seen: set[int]) -> Iterator[tuple[str,
 
 
 def labelled(record: Checkpoint) -> dict[str, Tensor]:
-    """Return the weights by name, and the optimizer's tensors as `optimizer: {parameter}.{kind}`, independent of the
-    layout.
-    """
+    """Return weights by name and optimizer tensors as `optimizer: {parameter}.{kind}`, in any layout."""
     return {**record.model_state, **{f"optimizer: {name}": tensor for name, tensor in _moments(record).items()}}
 
 

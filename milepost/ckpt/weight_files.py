@@ -50,9 +50,7 @@ def read_weights(folder: Path, translate: Callable[[dict[str, Tensor]], dict[str
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Yield all names in parts of a sixteenth of the bytes, or of one name: the largest first, while memory is still
-    empty.
-    """
+    """Yield the names in parts of a sixteenth of the bytes, the largest first, while memory is empty."""
     limit, total = max(SMALLEST, sum(sizes.values()) // PARTS), 0
     part: list[str] = []
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
@@ -87,9 +85,7 @@ def checksum_problems(folder: Path) -> list[CheckpointError]:
 
 
 def weight_files(folder: Path) -> tuple[Form, list[Path]]:
-    """Return the form of the weights, safetensors if there are any, and their files; raise CheckpointError if there are
-    none.
-    """
+    """Return the form of the weights, safetensors first, and their files; raise CheckpointError if none."""
     for form in (SAFETENSORS, PICKLED):
         if (folder / form.index).is_file():
             return form, _listed(folder, folder / form.index)

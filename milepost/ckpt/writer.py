@@ -30,9 +30,7 @@ class Writer:
     """
 
     def __init__(self, *, background: bool, free_memory: Callable[[], int | None], say: Callable[[str], None]) -> None:
-        """`background=False` runs every job at once; `free_memory` returns the free bytes of main memory, or None if
-        unknown.
-        """
+        """`background=False` runs every job at once; `free_memory` returns free bytes, or None if unknown."""
         self._background, self._free_memory, self._say = background, free_memory, say
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None

@@ -25,9 +25,7 @@ class Export(Protocol):
         """Return the visible path of an export of this stem."""
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Write the record as `targets(folder, stem)`; return its path. Raises CheckpointError for what the program
-        cannot represent.
-        """
+        """Write the record; return its path. Raises CheckpointError for what the program cannot represent."""
 
     def proof(self, record: Checkpoint, path: Path) -> Proof:
         """Read the export back and compare its tensors with the record's. Raises CheckpointError if they differ."""

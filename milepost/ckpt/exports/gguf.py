@@ -84,9 +84,7 @@ class Gguf:
             writer.write_tensor_data(quants.quantize(tensor.float().contiguous().numpy(), kind))
 
     def _typed(self, record: Checkpoint) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
-        """Yield name, tensor and type. Rows that are not a multiple of Q8_0's blocks of 32 become F16, as in their
-        converter.
-        """
+        """Yield name, tensor and type; rows that are not a multiple of Q8_0's blocks of 32 become F16."""
         kinds = _library().GGMLQuantizationType
         for name, tensor in with_biases(record).items():
             if name == "lm_head.bias":  # zeros, by check_gpt2
@@ -173,9 +171,7 @@ class _Tokens:
 
 
 def _tokens(record: Checkpoint) -> _Tokens:
-    """Return the record's tokenizer, padded to the rows of the vocabulary. Raises CheckpointError if llama.cpp cannot
-    represent it.
-    """
+    """Return the tokenizer, padded to the vocabulary; raise CheckpointError if llama.cpp has no such."""
     kind = (record.tokenizer or {"kind": "no tokenizer"})["kind"]
     if kind not in ("bpe", "gpt2"):
         problem = f"its tokenizer is {kind}, which llama.cpp does not have"

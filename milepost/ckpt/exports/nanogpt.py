@@ -33,9 +33,7 @@ class NanoGpt:
         return [folder / stem]
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Write the folder `folder/stem`. Raises CheckpointError for what nanoGPT's model or sample.py cannot
-        represent.
-        """
+        """Write the folder. Raises CheckpointError for what nanoGPT's model or sample.py cannot represent."""
         check_gpt2(record, "nanoGPT")
         (path,) = self.targets(folder, stem)
         meta, weights = _meta(record), _their_weights(record)
@@ -84,9 +82,7 @@ def _model_args(record: Checkpoint) -> dict[str, Json]:
 
 
 def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
-    """Return the weights under nanoGPT's names, with the tied head as in its state_dict; raise CheckpointError for an
-    untied head.
-    """
+    """Return the weights under nanoGPT's names, with the tied head; raise CheckpointError for an untied one."""
     if not record.model_settings.get("tied", True):
         problem = "has a head of its own; nanoGPT's model ties it to the embedding"
         raise cannot_represent(record, problem, TO_HUGGINGFACE)

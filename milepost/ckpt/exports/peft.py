@@ -31,9 +31,7 @@ class Peft:
         return [folder / stem]
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Write the folder `folder/stem`. Raises CheckpointError for a model without LoRA, or with adapters that peft
-        does not have.
-        """
+        """Write the folder. Raises CheckpointError for a model without LoRA, or with other adapters."""
         (path,) = self.targets(folder, stem)
         weights, config = _their_weights(record), _their_config(record)
         with new_folder(path) as hidden:
@@ -50,9 +48,7 @@ class Peft:
 
 
 def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
-    """Return the adapters under peft's names. Its A (r, in) and B (out, r) are as ours, though its base's weights are
-    transposed.
-    """
+    """Return the adapters under peft's names: A (r, in) and B (out, r), as ours."""
     if record.model_settings.get("ttt"):
         raise cannot_represent(record, "has TTT layers, which peft does not have", HERE_ONLY)
     if not record.model_settings.get("lora"):

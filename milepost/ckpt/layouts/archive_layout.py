@@ -33,9 +33,7 @@ Values = dict[str, Json]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ArchiveLayout(Layout):
-    """A layout of one or two torch archives. The archive with the model, the last of `suffixes`, makes the checkpoint
-    visible.
-    """
+    """A layout of one or two torch archives; the last of `suffixes` holds the model and makes them visible."""
 
     # The keys that programs find with torch.load, from the record and its metadata.
     model_keys: Callable[[Checkpoint, Values], dict[str, Any]] | None = None
@@ -135,9 +133,7 @@ class ArchiveLayout(Layout):
         return adopted_metadata(model, self._foreign_keys(model, content), layout=self.name)
 
     def _saved_again(self, content: dict[Any, Any]) -> Json:
-        """Return the metadata of a single archive that was loaded and saved by torch, which drops the JSON member; else
-        None.
-        """
+        """Return the metadata among the keys: torch.save of a loaded archive drops the JSON member."""
         return None if self.is_pair else content.get("metadata")
 
     def read(self, path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
@@ -169,9 +165,7 @@ class ArchiveLayout(Layout):
         return self.optimizer_state(content, path)
 
     def _foreign_keys(self, model: Path, content: dict[Any, Any]) -> dict[Any, Any]:
-        """Return the keys of another program's archives as if they were in a single one; a pair belongs together by its
-        step.
-        """
+        """Return another program's keys as if in a single archive; a pair belongs together by its step."""
         separate = self.optimizer_file(model)
         if separate is None or not separate.is_file():
             return content

@@ -31,8 +31,7 @@ class Layout(ABC):
     name: str
     # A folder: the files in it, as glob patterns, in the order in which a manifest lists them.
     members: tuple[str, ...] = ()
-    # Files side by side instead: the ends of their names, in the order in which they appear. The last makes the
-    # checkpoint visible.
+    # Files side by side instead: the ends of their names in order of appearance; the last makes a checkpoint visible.
     suffixes: tuple[str, ...] = ()
     primary: str = ""  # the suffix of the file that stands for the checkpoint; empty: the last
     # Documented names that repeat from run to run, with {step} and {prefix}: written into a folder of the run's own.
@@ -67,15 +66,17 @@ class Layout(ABC):
     # Places.
 
     def locate(self, path: Path, member: str) -> Path:
-        """Return the file `member` (a name in the folder, or a suffix) of the checkpoint at `path`, any file of which
-        will do.
-        """
+        """Return the file `member`, a name in the folder or a suffix, of the checkpoint that `path` belongs to."""
         return path / member if self.is_folder else path.with_name(self.stem(path) + member)
 
     def stem(self, path: Path) -> str:
         """Return the name of `path` without the suffix of this layout."""
+        return path.name.removesuffix(self.suffix(path))
+
+    def suffix(self, path: Path) -> str:
+        """Return the longest suffix of this layout that the name of `path` ends with; empty if there is none."""
         longest_first = sorted(self.suffixes, key=len, reverse=True)
-        return path.name.removesuffix(next((end for end in longest_first if path.name.endswith(end)), ""))
+        return next((suffix for suffix in longest_first if path.name.endswith(suffix)), "")
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
         """Return the paths that `write` gives a checkpoint of this stem, the one that makes it visible last."""
@@ -126,8 +127,7 @@ class Layout(ABC):
     def read(self, path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
         """Return the record; raise CheckpointError.
 
-        `optimizer=False` leaves the optimizer's tensors unread; `verify=True` compares every byte with its checksum
-        first.
+        `optimizer=False` leaves the optimizer's tensors unread; `verify=True` first compares every checksum.
         """
 
     @abstractmethod
@@ -135,9 +135,9 @@ class Layout(ABC):
         """Return what is wrong with the bytes of the checkpoint; empty if nothing is."""
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Write the record under the names `targets(folder, stem)`; return its primary file. The caller holds the
-        folder's lock.
+        """Write the record under the names `targets(folder, stem)`; return its primary file.
 
+        The caller holds the folder's lock.
         Raises CheckpointError for what the layout cannot hold, OSError if the disk fails; nothing new is left then.
         """
         raise NotImplementedError(f"{self.name} is read only")

@@ -48,9 +48,7 @@ def _tokenizer(tokenizer: dict[str, Json] | None) -> dict[str, Json]:
 
 
 def _apply_edits(path: Path, record: Checkpoint) -> None:
-    """Compare config.json and tokenizer.json with the record; apply the edits that are allowed, refuse any other by
-    name.
-    """
+    """Apply the allowed edits of config.json; refuse any other, and another tokenizer.json, by name."""
     if is_regular(path / TOKENIZER) and read_json(path / TOKENIZER) != _tokenizer(record.tokenizer):
         problem = "is not the tokenizer of these weights"
         raise CheckpointError(path / TOKENIZER, problem, "put the saved file back", kind="refused")

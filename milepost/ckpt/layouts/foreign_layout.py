@@ -1,6 +1,4 @@
-"""The layouts of other programs, read only: a layout says which files are whose, and `ckpt/foreign` translates what is
-in them.
-"""
+"""The layouts of other programs, read only: a layout recognises the files, and `ckpt/foreign` translates them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,9 +10,8 @@ from milepost.ckpt.foreign.importing import adopted, adopted_metadata
 from milepost.ckpt.layouts.base import Layout, archive_problems, raise_first
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
 
-Content = Callable[
-    [Path, bool], Mapping[Any, Any]
-]  # path, and whether the optimizer is wanted -> the program's own keys
+# Returns the program's own keys at a path, with the optimizer's state or without it.
+Content = Callable[[Path, bool], Mapping[Any, Any]]
 
 
 def archive_content(path: Path, optimizer: bool) -> Mapping[Any, Any]:
@@ -24,15 +21,12 @@ def archive_content(path: Path, optimizer: bool) -> Mapping[Any, Any]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForeignReader:
-    """Reads another program's checkpoint: a file of its own, or a folder that has the shape of a layout but no
-    manifest.
-    """
+    """Reads another program's checkpoint: its own file, or a folder in the shape of a layout without a manifest."""
 
     layout: str  # the name to record
     content: Content = archive_content
-    source: Callable[[Path], Path] = lambda path: (
-        path
-    )  # the file that a config.json and a tokenizer are looked for beside
+    # The file beside which a config.json and a tokenizer may lie.
+    source: Callable[[Path], Path] = lambda path: path
     checksums: Callable[[Path], list[CheckpointError]] | None = archive_problems  # None: the format has none
     note: Callable[[Path], str | None] = lambda path: None  # on what is missing from the checkpoint
 

@@ -117,9 +117,7 @@ def _their_config(record: Checkpoint) -> dict[str, Json]:
 
 
 def _end_of_text(files: dict[str, Json]) -> dict[str, Json]:
-    """Return the id of the token that ends a text, if there is one: without it transformers' generate() waits for
-    GPT-2's.
-    """
+    """Return the id of the end-of-text token, if any: without it generate() waits for GPT-2's."""
     added = files.get(TOKENIZER, {}).get("added_tokens", ())
     ids = [token["id"] for token in added if token["content"] == "<|endoftext|>"]
     return {"bos_token_id": ids[0], "eos_token_id": ids[0]} if ids else {}
@@ -268,9 +266,7 @@ def _read_tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, Json] | None
 
 
 def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:
-    """Return the tokenizer of vocab.json, merges.txt and the tokens added to them, as GPT-2 and early fine-tunes have
-    it.
-    """
+    """Return the tokenizer of vocab.json and merges.txt, as GPT-2 and early fine-tunes have it."""
     added = read_json(path / ADDED) if is_regular(path / ADDED) else {}
     roles = read_json(path / SPECIAL) if is_regular(path / SPECIAL) else {}
     special = [

@@ -184,7 +184,7 @@ class ManifestLayout(Layout):
         """Whether the optimizer's pattern matches `file`."""
         if self.optimizer is None:
             return False
-        name = file.relative_to(path).as_posix() if self.is_folder else file.name.removeprefix(self.stem(path))
+        name = file.relative_to(path).as_posix() if self.is_folder else self.suffix(file)
         return matches(name, [self.optimizer.pattern])
 
     def _weights_of(self, parts: Sequence[str]) -> TensorFiles | None:
@@ -199,7 +199,7 @@ class ManifestLayout(Layout):
         manifest = read_manifest(file)
         if not self.is_folder:  # all files may have been renamed since
             listed = manifest["files"].items()
-            manifest["files"] = {name.removeprefix(self.stem(Path(name))): entry for name, entry in listed}
+            manifest["files"] = {self.suffix(Path(name)): entry for name, entry in listed}
         self.check_manifest(path, manifest)
         return manifest
 

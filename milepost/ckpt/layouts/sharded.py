@@ -30,9 +30,7 @@ MOST_DIMENSIONS = 8  # of a tensor; a model's have two
 
 
 def _write_tensors(record: Checkpoint, folder: Path) -> Made:
-    """Write the pieces, torch's metadata and the index. The other processes write their pieces meanwhile, in
-    `collective.follow`.
-    """
+    """Write the pieces and the index; other ranks write theirs meanwhile, in `collective.follow`."""
     from milepost.ckpt import shard_writer  # its import takes most of a second, and nothing else needs it
 
     state = shard_writer.state_of(record)
@@ -105,9 +103,7 @@ def _torch_metadata_problems(path: Path) -> list[CheckpointError]:
 
 
 def _index(path: Path, manifest: Mapping[str, Any]) -> dict[str, Json]:
-    """Return the index; raise CheckpointError unless each piece lies in its file, and all together are no larger than
-    the files.
-    """
+    """Return the index; raise CheckpointError unless its pieces lie in the files and are no larger in all."""
     index, total = read_json(path / INDEX), 0
     sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
     for name, entry in index.items():
@@ -123,9 +119,7 @@ def _index(path: Path, manifest: Mapping[str, Any]) -> dict[str, Json]:
 
 
 def _claimed(entry: Any, sizes: Mapping[str, int]) -> int:
-    """Return the bytes of a tensor by its entry in the index; raise ValueError, or what Python raises, for an invalid
-    entry.
-    """
+    """Return the bytes of a tensor by its entry; raise ValueError, or what Python raises, if it is invalid."""
     shape, itemsize = entry["shape"], NAMED[entry["dtype"]].itemsize
     if (
         not isinstance(shape, list)
@@ -145,9 +139,7 @@ def _claimed(entry: Any, sizes: Mapping[str, int]) -> int:
 
 
 def _tensors(path: Path, manifest: Mapping[str, Any], index: Mapping[str, Json], *, begin: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `begin`, without it: mapped from the file, or joined from several
-    pieces.
-    """
+    """Return the tensors whose names start with `begin`, without it: mapped, or joined from several pieces."""
     chosen = {name: entry for name, entry in index.items() if name.startswith(begin)}
     files = {file for entry in chosen.values() for file, *_ in entry["pieces"]}
     mapped = {file: _mapped(path / file, size=manifest["files"][file]["size"]) for file in files}
