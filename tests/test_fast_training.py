@@ -217,7 +217,7 @@ def test_freed_memory_is_kept_for_the_next_step():
         "import ctypes, resource, sys, torch\n"
         "from milepost.runtime import hardware\n"
         "ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)\n"  # PR_SET_THP_DISABLE: pages of the usual size on every machine
-        "device.keep_freed_memory() if sys.argv[1] == 'keep' else None\n"
+        "hardware.keep_freed_memory() if sys.argv[1] == 'keep' else None\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "make = lambda: torch.ones(16 * 2**20)\n"  # 64 MB
         "for _ in range(10): make()\n"  # until the heap has found its form
