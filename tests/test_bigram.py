@@ -95,8 +95,8 @@ def test_largest_table_is_two_gibibytes() -> None:
         ("gpt2", {"n_head": 0}, "n_head=0: expected a whole number of at least 1"),
         ("gpt2", {"vocab_size": -5}, "vocab_size=-5: expected a whole number of at least 1"),
         ("gpt2", {"n_head": 3}, "n_embd=8 and n_head=3: .* n_embd must be a multiple of n_head"),
-        ("gpt2", {"dropout": 1.0}, r"dropout=1\.0: expected a share"),
-        ("gpt2", {"dropout": math.nan}, "dropout=nan: expected a share"),
+        ("gpt2", {"dropout": 1.0}, r"dropout=1\.0: expected a probability"),
+        ("gpt2", {"dropout": math.nan}, "dropout=nan: expected a probability"),
         ("bigram", {"n_layer": 2}, "n_layer=2: the bigram model has vocab_size, block_size and no such setting"),
     ],
 )

@@ -248,7 +248,7 @@ TOKENIZERS = [
     (None, "carries no tokenizer"),
     (char(*"abcdefghi"), "its tokenizer has 9 tokens, but its model only 8 rows"),
     ({"kind": "gpt2"}, "its tokenizer has 50257 tokens, but its model only 8 rows"),
-    (char("a", "a"), "distinct"),
+    (char("a", "a"), "must be distinct"),
     (char("ab"), "single characters"),
     (char("\ud800"), "surrogates"),
     ({"kind": "char", "chars": "abc"}, "single characters"),
