@@ -32,6 +32,7 @@ import training  # noqa: E402
 from milepost import ckpt  # noqa: E402
 from milepost.files import new_file  # noqa: E402
 from milepost.run import Run, fresh, to_record  # noqa: E402
+from milepost.run_files import save_checkpoint  # noqa: E402
 from milepost.runtime.progress import Log, Metrics  # noqa: E402
 
 
@@ -79,7 +80,7 @@ def inside_save(run: Run, folder: Path) -> None:
 
     def background() -> None:
         run.step += 1
-        training.keep(run, save=True)
+        save_checkpoint(run, regular=True)
 
     taken: list[tuple[float, float, float]] = []
     for number in range(ROUNDS + 1):
@@ -155,7 +156,7 @@ def whole_run(run: Run) -> None:
 
     def steps(*, save: bool) -> None:
         if save:
-            training.keep(run, save=True)
+            save_checkpoint(run, regular=True)
         for _ in range(STEPS):
             training.training_step(run, 1e-4)
         run.writer.wait()

@@ -10,15 +10,11 @@ from milepost.config import Config, ConfigError
 from milepost.locks import RunLockedError
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import ElsewhereError, World
+from milepost.runtime.errors import TrainingError
 from milepost.runtime.interrupt import INTERRUPTED, raise_on_signal, stopping_signals, was_interrupted
 from milepost.runtime.progress import Log, flush_streams, ignore_stdout
 from milepost.text import tokenization
 from milepost.text.errors import DataError
-
-
-class TrainingError(Exception):
-    """Training that cannot go on: a loss or a gradient that is not finite. Exit code 1 at the door."""
-
 
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (ckpt.CheckpointError, 3), (DataError, 4),

@@ -1,4 +1,4 @@
-"""A run from a checkpoint: which checkpoint is meant, what of it comes back, and the table that says so."""
+"""Rebuild a run from a checkpoint: find the checkpoint, restore its parts, and check whether the resume is bit-exact."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,6 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
@@ -15,30 +14,29 @@ from milepost.config import Config, ConfigError
 from milepost.run import (
     Run,
     adapter_variables,
-    built_on,
-    check_shares,
+    assemble,
+    build_device,
+    check_batch_size,
     lineage,
     planned,
-    put_together,
     read_text,
     scan_source,
-    shapes,
     with_its_base,
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
-from milepost.runtime.optim import Schedule, lr_at
-from milepost.runtime.progress import Log, amount, shown, table
+from milepost.runtime.optim import Schedule
+from milepost.runtime.progress import Log
 
-# The variables that make up the schedule: given anew, they plan it anew.
+# The variables that make up the schedule. Changing one makes a new schedule.
 PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", "LR_SCHEDULE"}
 
 
 def find_record(settings: Config, log: Log) -> Checkpoint | None:
-    """The newest valid checkpoint that RESUME means, of the same model, data and tokenizer; None if there is none at all.
+    """Return the latest valid checkpoint that RESUME selects, with the same model, data and tokenizer; None if the folder has none.
 
-    Damaged ones are skipped loudly. Raises ConfigError listing the differences if none fits, or the steps of the run if RESUME_STEP
-    is not among them; CheckpointError if all are damaged.
+    Log and skip damaged checkpoints. Raise ConfigError listing the differences if no checkpoint fits, or the steps of the run if it lacks
+    RESUME_STEP; CheckpointError if all are damaged.
     """
     if settings.resume != "auto":
         return _named(settings, log)
@@ -48,7 +46,7 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
     if settings.resume_step is None or not readable:
         record = newest_fitting(exact_first(readable), settings, log)
     else:
-        # The run that RESUME=auto alone would resume: the newest one that fits. Another run's step is never taken for its own.
+        # Take the step from the run that RESUME=auto without RESUME_STEP would resume, never from another run.
         newest = newest_fitting(exact_first(readable), settings, log, verify=False)
         if newest:
             log(f"RESUME=auto takes step {settings.resume_step} of run {newest.run_id}, the newest run that fits")
@@ -59,7 +57,7 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
 
 
 def _named(settings: Config, log: Log) -> Checkpoint:
-    """The checkpoint that RESUME names, or the one of RESUME_STEP of the same run. Raises as `find_record` does."""
+    """Return the checkpoint that RESUME names, or that of RESUME_STEP of the same run. Raise as `find_record` does."""
     path, notes = ckpt.resolve(settings.resume, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
@@ -73,60 +71,60 @@ def _named(settings: Config, log: Log) -> Checkpoint:
 
 
 def _readable(found: list[ckpt.Found], log: Log) -> list[ckpt.Found]:
-    """The checkpoints without a problem, newest first; the others are logged."""
-    for each in found:
-        if each.problem:
-            log(f"skipped: {each.problem}")
-    return [each for each in reversed(found) if not each.problem]
+    """Return the checkpoints without a problem, newest first; log the others."""
+    for checkpoint in found:
+        if checkpoint.problem:
+            log(f"skipped: {checkpoint.problem}")
+    return [checkpoint for checkpoint in reversed(found) if not checkpoint.problem]
 
 
 def _of_step(record: Checkpoint, readable: list[ckpt.Found], folder: Path, settings: Config, log: Log) -> Checkpoint:
-    """The checkpoint of RESUME_STEP of the record's run.
+    """Return the checkpoint of RESUME_STEP of the record's run.
 
-    Raises ConfigError listing the steps of that run, and the other runs that have such a step, if the run has none;
-    CheckpointError if all of them are damaged.
+    Raise ConfigError listing the steps of that run, and other runs with this step, if the run lacks it; CheckpointError if every
+    checkpoint of the step is damaged.
     """
     step, run_id = settings.resume_step, record.run_id
-    same_step = [each for each in readable if each.step == step]
-    own = [each for each in same_step if each.run_id == run_id is not None]
-    if own and (whole := newest_fitting(exact_first(own), settings, log)):
-        return whole
+    same_step = [found for found in readable if found.step == step]
+    own = [found for found in same_step if found.run_id == run_id is not None]
+    if own and (valid := newest_fitting(exact_first(own), settings, log)):
+        return valid
     if own:
         problem = f"step {step} of run {run_id} in {folder} is damaged"
         raise ckpt.CheckpointError(f"{problem}: set another RESUME_STEP; {_steps_of(record, readable)}")
     problem = f"RESUME_STEP={step}: not found in {folder}: {_steps_of(record, readable)}"
-    others = sorted({str(each.run_id or each.path) for each in same_step})
-    elsewhere = f"; step {step} of another run is there ({', '.join(others[:5])})" if others else ""
+    others = sorted({str(found.run_id or found.path) for found in same_step})
+    elsewhere = f"; another run has step {step} ({', '.join(others[:5])})" if others else ""
     raise ConfigError([f"{problem}{elsewhere}: set a step of this run, or name the checkpoint in RESUME"])
 
 
 def _steps_of(record: Checkpoint, readable: list[ckpt.Found]) -> str:
-    """Which steps of the record's run can be read, for a message."""
+    """Describe which steps of the record's run can be read, for a message."""
     if record.run_id is None:
-        return f"{record.path} is at step {record.step} and names no run, so no other step is known to be of its run"
-    steps = sorted({each.step for each in readable if each.run_id == record.run_id})
+        return f"{record.path} is at step {record.step} and records no run, so no other step is known to belong to it"
+    steps = sorted({found.step for found in readable if found.run_id == record.run_id})
     return f"run {record.run_id} has the steps {', '.join(map(str, steps)) or record.step}"
 
 
-def let_go(record: Checkpoint) -> None:
-    """Gives back the memory of its tensors, now that a run has taken what it needs of them."""
+def free_tensors(record: Checkpoint) -> None:
+    """Free the record's tensors, once a run has copied them."""
     record.model_state, record.optimizer_state = {}, None
 
 
 def exact_first(newest_first: list[ckpt.Found]) -> list[ckpt.Found]:
-    """Of each run first those that can go on exactly, and then those without an optimizer's state; the run of the newest first."""
-    runs = [one.run_id for one in newest_first]
-    return sorted(newest_first, key=lambda one: (runs.index(one.run_id), not one.resumable))
+    """Sort by run, the run of the newest checkpoint first; within a run, checkpoints without optimizer state come last."""
+    runs = [found.run_id for found in newest_first]
+    return sorted(newest_first, key=lambda found: (runs.index(found.run_id), not found.resumable))
 
 
 def newest_fitting(
     candidates: list[ckpt.Found], settings: Config, log: Log, *, verify: bool = True
 ) -> Checkpoint | None:
-    """The first of `candidates` that is whole and fits; None if all are damaged, ConfigError if a whole one does not fit."""
+    """Return the first of `candidates` that is valid and fits, or None if all are damaged. Raise ConfigError if the valid ones do not fit."""
     misfits = []
-    for one in candidates:
+    for candidate in candidates:
         try:
-            return check_fits(ckpt.load(one.path, verify=verify), settings, log)
+            return check_fits(ckpt.load(candidate.path, verify=verify), settings, log)
         except ckpt.CheckpointError as error:
             log(f"skipped: {error}")
         except ConfigError as error:
@@ -137,42 +135,40 @@ def newest_fitting(
 
 
 def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """The record itself if it has the model, data and tokenizer that were asked for; raises ConfigError listing what differs."""
-    saved = saved_settings(record)
+    """Return the record. Raise ConfigError listing the differences if its model, data or tokenizer is not the requested one."""
     differences = [
-        f"{name} is {given!r}, the checkpoint has {kept!r}"
-        for name, given, kept in config.contradictions(settings, fixed_settings(record))
+        f"{name} is {requested!r}, the checkpoint has {saved!r}"
+        for name, requested, saved in config.contradictions(settings, fixed_settings(record))
     ]
-    wanted = config.from_saved(settings, saved)
+    wanted = config.from_saved(settings, saved_settings(record))
     if "sha256" not in record.data:
         raise ConfigError(
             [
-                f"RESUME={settings.resume}: {record.path} does not say what text it was trained on, as another program's; "
-                "MODE=resume of scripts/load_checkpoint.py goes on from it"
+                f"RESUME={settings.resume}: {record.path} does not record its training text, since another program wrote it; "
+                "resume it with MODE=resume of scripts/load_checkpoint.py"
             ]
         )
     _, scanned = scan_source(wanted.training_data_source, log)
     if scanned.sha256 != record.data.get("sha256"):
         was = record.data.get("source")
         differences.append(
-            f"the text of {wanted.training_data_source} is not the one the checkpoint was trained on ({was})"
+            f"the text of {wanted.training_data_source} is not the text that the checkpoint was trained on ({was})"
         )
     if wanted.validation_fraction != record.data.get("validation_fraction"):
         was = record.data.get("validation_fraction")
         differences.append(f"VALIDATION_FRACTION is {wanted.validation_fraction}, the checkpoint has {was}")
     if differences:
-        remedy = "set what differs back, choose another CHECKPOINT_DIR, or RESUME=never"
+        remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
         raise ConfigError(
-            [f"RESUME={settings.resume}: cannot go on with {record.path}: {'; '.join(differences)}: {remedy}"]
+            [f"RESUME={settings.resume}: cannot resume {record.path}: {'; '.join(differences)}: {remedy}"]
         )
     return record
 
 
 def saved_settings(record: Checkpoint) -> dict[str, Any]:
-    """The settings of a checkpoint: what it was trained with, and what `auto` had come to mean there.
+    """Return the settings that a checkpoint was trained with, with `auto` resolved.
 
-    One that names neither optimizer nor schedule is another program's or an old one, and those had AdamW and cosine: what it brings
-    is to be gone on with.
+    A checkpoint that records neither optimizer nor schedule is another program's or an old one: those used AdamW and cosine.
     """
     shape = {name.upper(): value for name, value in record.model_settings.items() if name != "vocab_size"}
     resolved = {"MODEL_TYPE": record.model_type, "BLOCK_SIZE": record.model_settings["block_size"]}
@@ -190,7 +186,7 @@ def saved_settings(record: Checkpoint) -> dict[str, Any]:
 
 
 def fixed_settings(record: Checkpoint) -> dict[str, Any]:
-    """Those of `saved_settings` that a wish may not contradict. A base is known by its weights, whatever its folder is called."""
+    """Return the `saved_settings` that must not be contradicted. A base is identified by its weights, so its folder may be renamed."""
     return {
         name: value for name, value in saved_settings(record).items() if not (record.base and name == "GPT2_MODEL_NAME")
     }
@@ -198,23 +194,21 @@ def fixed_settings(record: Checkpoint) -> dict[str, Any]:
 
 def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGLE, *, schedule: Schedule | None = None,
             end: int | None = None) -> tuple[Run, Restored]:  # fmt: skip
-    """The record's run at its step, and how much of the optimizer came back.
+    """Return the record's run at its step, and how much of the optimizer was restored.
 
-    A setting given anew that changes the mathematics, another text, moments that are not there, or a `schedule` and an `end` of its
-    own (MODE=resume) make it a child run: it has an id of its own and names its parent.
+    Changed settings that affect the result, another text, missing moments, or a `schedule` and `end` (MODE=resume) make it a child run:
+    it gets its own id and records its parent.
     """
     saved = saved_settings(record)
-    changed = changes(settings, record, planned_anew=schedule is not None)
+    changed = changes(settings, record, new_schedule=schedule is not None)
     settings = config.from_saved(settings, saved)
-    check_shares(settings, world)
+    check_batch_size(settings, world)
     if "TRAINING_STEPS" in changed and settings.training_steps < record.step:
-        problem = f"TRAINING_STEPS={settings.training_steps}: the checkpoint is at step {record.step} already"
-        raise ConfigError([f"{problem}; set more, or go on from an earlier one with RESUME_STEP"])
+        problem = f"TRAINING_STEPS={settings.training_steps}: the checkpoint is already at step {record.step}"
+        raise ConfigError([f"{problem}; set more, or resume an earlier checkpoint with RESUME_STEP"])
     if "OPTIMIZER" in changed and schedule is None and not settings.is_set("LEARNING_RATE"):
         before, now = changed["OPTIMIZER"]
-        log(
-            f"OPTIMIZER={now}: the learning rates stay those that were planned for {before}; set LEARNING_RATE for others"
-        )
+        log(f"OPTIMIZER={now}: the learning-rate schedule is still that of {before}; set LEARNING_RATE to change it")
     record = with_its_base(record, settings, log)
     device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     hardware.make_deterministic(settings.deterministic, device)
@@ -230,12 +224,12 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
         settings, "plan", training_steps=settings.training_steps if end is None else end, lr_schedule=schedule.kind,
         learning_rate=schedule.peak, min_learning_rate=schedule.floor, warmup_steps=schedule.warmup_steps,
     )  # fmt: skip
-    run = put_together(
+    run = assemble(
         settings,
         log,
         world,
         device=device,
-        model=build_model(record, device=built_on(device, world), dropout=settings.dropout),
+        model=build_model(record, device=build_device(device, world), dropout=settings.dropout),
         text=text,
         tokenizer=tokenizer,
         schedule=schedule,
@@ -250,12 +244,12 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
         run.parent = lineage(record, changed | other_plan(record, schedule))
     else:
         run.run_id = record.run_id
-        take_standing(run, record)
+        restore_progress(run, record)
     return run, restored
 
 
 def saved_schedule(record: Checkpoint) -> Schedule:
-    """The record's plan of learning rates; raises CheckpointError if it is none."""
+    """Return the record's learning-rate schedule. Raise CheckpointError if it cannot be read."""
     try:
         return Schedule(**record.schedule)
     except TypeError as error:
@@ -264,119 +258,73 @@ def saved_schedule(record: Checkpoint) -> Schedule:
         ) from error
 
 
-def changes(settings: Config, record: Checkpoint, *, planned_anew: bool) -> dict[str, Any]:
-    """The settings given anew, or edited in the checkpoint, that change the mathematics: {name: [saved, given]}.
+def changes(settings: Config, record: Checkpoint, *, new_schedule: bool) -> dict[str, Any]:
+    """Return the settings changed in the environment, or edited in the checkpoint, that affect the result: {name: [saved, now]}.
 
-    A plan of its own leaves those of the plan out.
-
-    Who asks for what the run was once asked for changes nothing, whatever it came to: COMPILE=true without a compiler, say.
+    With a new schedule, the variables of the schedule do not count. Repeating the original request is not a change, however it resolved:
+    COMPILE=true without a compiler, for example.
     """
-    given = record.edited | config.changes(settings, saved_settings(record))
-    asked = record.hyperparameters
+    changed = record.edited | config.changes(settings, saved_settings(record))
+    original = record.hyperparameters
     return {
-        name: change
-        for name, change in given.items()
-        if not (planned_anew and name in PLAN) and not (name in ("DTYPE", "COMPILE") and change[1] == asked.get(name))
+        name: values
+        for name, values in changed.items()
+        if not (new_schedule and name in PLAN)
+        and not (name in ("DTYPE", "COMPILE") and values[1] == original.get(name))
     }
 
 
 def other_plan(record: Checkpoint, schedule: Schedule) -> dict[str, Any]:
-    """The peak learning rate if it is another than the record's: {name: [saved, planned]}."""
+    """Return the peak learning rate if it is not the record's: {name: [saved, now]}."""
     saved = record.schedule.get("peak")
     return {} if saved in (None, schedule.peak) else {"LEARNING_RATE": [saved, schedule.peak]}
 
 
-def take_standing(run: Run, record: Checkpoint) -> None:
-    """Take over where the same run stood: what it had evaluated and kept, and when."""
+def restore_progress(run: Run, record: Checkpoint) -> None:
+    """Restore the progress of the same run: what it had evaluated and saved, and when."""
     with contextlib.suppress(ValueError):
         run.resumed_save = datetime.datetime.fromisoformat(record.saved_at or "").timestamp()
     run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
     run.best_loss, run.best_step = record.best_loss, record.best_step
-    run.saved_observed_step = record.observed_step
-    # A kill, or a disk that refused, may have come between saving a best step and keeping it as the best: then it is kept later.
+    run.saved.observed_step = record.observed_step
+    # After a kill or a disk error, the best step may be saved but not in best/ yet: then it is pending.
     folder, loss = Path(run.settings.checkpoint_dir), record.best_loss
-    kept = loss is None or run.world.on_rank0(lambda: ckpt.best_is_kept(folder, run_id=record.run_id, loss=loss))
-    run.kept_best_step = record.best_step if run.world.broadcast(kept) else None
+    in_best = loss is None or run.world.on_rank0(lambda: ckpt.best_is_kept(folder, run_id=record.run_id, loss=loss))
+    run.saved.best_step = record.best_step if run.world.broadcast(in_best) else None
 
 
 def finished(run: Run, record: Checkpoint) -> bool:
-    """Whether nothing is left to do. A signal may have come before the last evaluation: a resume of the same run does it."""
-    looked = run.observed_step == run.step or run.run_id != record.run_id
-    return run.step > run.end or (run.step == run.end and looked)
+    """Return whether nothing is left to do. If a signal came before the last evaluation, a resume of the same run does it."""
+    observed = run.observed_step == run.step or run.run_id != record.run_id
+    return run.step > run.end or (run.step == run.end and observed)
 
 
-def explain(run: Run, record: Checkpoint, restored: Restored) -> str:
-    """The table of a resume: what became of each part, the next learning rates, and whether the bits will be the uninterrupted run's."""
-    child, plan = run.run_id != record.run_id, run.schedule
-    changed, same_text = _changed(run, record), _same_position(run, record)
-    rates = f"{plan.kind}, peak {plan.peak:g}, floor {plan.floor:g}, {plan.warmup_steps} warm-up steps from step {plan.start_step}"
-    position = f"window {run.batches.windows_seen(run.step)}, epoch {run.batches.epoch(run.step):.2f}"
-    reasons = not_exact(run, record, restored)
-    adapters = models.adapter_counts(shapes(run.model))
-    rows = [
-        ("checkpoint", "", shown(record.path) if record.path else ""),
-        ("run", "reset", f"{run.run_id}, a child of {record.run_id or 'another program'}")
-        if child
-        else ("run", "restored", run.run_id),
-        (
-            "weights",
-            "restored",
-            f"{len(record.model_state)} tensors, {amount(models.parameter_count(run.model))} parameters",
-        ),
-        *(("adapters", "restored", count) for count in adapters.values()),
-        (
-            "optimizer",
-            "missing" if restored.missing else "restored",
-            f"moments of {restored.restored} of {restored.total} parameters",
-        ),
-        ("step", "restored", f"{record.step}; {run.end - run.step} more, to {run.end}"),
-        ("learning rate", "restored" if _same_plan(run, record) else "overridden", rates),
-        ("data position", "restored" if same_text else "reset", position),
-        *([("float16 scale", "restored" if record.scaler else "missing", "")] if run.scaler.is_enabled() else []),
-        ("random draws", "restored", f"functions of SEED={run.settings.seed} and the step"),
-        ("tokenizer", "restored", f"{run.tokenizer.kind}, {run.tokenizer.vocab_size} tokens"),
-        *((name, "overridden", f"{before} -> {now}") for name, (before, now) in changed.items()),
-        *((f"group {number}", "", _group(run, group)) for number, group in enumerate(run.optimizer.param_groups, 1)),
-        (
-            "bit-exact",
-            "no" if reasons else "yes",
-            "; ".join(reasons) or "ends where the uninterrupted run would have ended",
-        ),
-    ]
-    return table(rows)
-
-
-def _group(run: Run, group: dict[str, Any]) -> str:
-    return f"next learning rate {lr_at(run.step, run.schedule):.4g}, weight decay {group['weight_decay']:g}, {len(group['params'])} tensors"
-
-
-def not_exact(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
-    """Why going on cannot give the uninterrupted run's bits, one reason each; empty if it can."""
-    reasons = [f"{name} was {before}, is {now}" for name, (before, now) in _changed(run, record).items()]
-    reasons += [] if _same_plan(run, record) else ["the learning rates are planned anew"]
-    text = "the text is another" if "sha256" in record.data else "what text it was trained on is not recorded"
-    reasons += [] if _same_position(run, record) else [text]
+def inexact_reasons(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
+    """Return the reasons why the resume is not bit-identical to the uninterrupted run; empty if it is."""
+    reasons = [f"{name} was {before}, is {now}" for name, (before, now) in changed_settings(run, record).items()]
+    reasons += [] if same_schedule(run, record) else ["the learning-rate schedule is a new one"]
+    text = "the training text differs" if "sha256" in record.data else "the training text is not recorded"
+    reasons += [] if same_position(run, record) else [text]
     reasons += [f"{len(restored.missing)} parameters have no optimizer state"] if restored.missing else []
     planned_end = record.hyperparameters.get("TRAINING_STEPS", run.end)
     reasons += [f"the uninterrupted run would have ended at step {planned_end}"] if run.end > planned_end else []
-    now, told = (
-        run.fingerprint(),
-        {name.lower() for name in _changed(run, record)},
-    )  # what was said above is not said twice
-    before = {name: now.get(name) if name in told else value for name, value in record.runtime.items()}
+    # Differences in settings that are reported above are not repeated.
+    now, reported = run.fingerprint(), {name.lower() for name in changed_settings(run, record)}
+    before = {name: now.get(name) if name in reported else value for name, value in record.runtime.items()}
     return reasons + hardware.bit_changes(before, now)
 
 
-def _changed(run: Run, record: Checkpoint) -> dict[str, Any]:
-    """The settings that this run was given anew; an exact run has the list of its own beginning instead."""
+def changed_settings(run: Run, record: Checkpoint) -> dict[str, Any]:
+    """Return the settings that this resume changed: {name: [saved, now]}. A run that keeps its id changed none; its `parent` is older."""
     return (run.parent or {}).get("changed", {}) if run.run_id != record.run_id else {}
 
 
-def _same_plan(run: Run, record: Checkpoint) -> bool:
+def same_schedule(run: Run, record: Checkpoint) -> bool:
+    """Return whether the learning rates of the remaining steps are those of the record's schedule."""
     return dataclasses.asdict(run.schedule) == record.schedule
 
 
-def _same_position(run: Run, record: Checkpoint) -> bool:
-    return run.batches.windows_seen(run.step) == record.windows_seen and run.text.scan.sha256 == record.data.get(
-        "sha256"
-    )
+def same_position(run: Run, record: Checkpoint) -> bool:
+    """Return whether the next batch is the one that followed the record's step."""
+    same_text = run.text.scan.sha256 == record.data.get("sha256")
+    return run.batches.windows_seen(run.step) == record.windows_seen and same_text

@@ -1,4 +1,4 @@
-"""One training, and how it is put together: from nothing, from other weights, or from parts that a checkpoint gave back."""
+"""`Run`, and how to build one: from random weights, from pretrained weights, or from the parts of a checkpoint."""
 
 import dataclasses
 import datetime
@@ -36,7 +36,8 @@ from models.model import Model
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
-# The fields of a model's settings that a variable each names: LORA_RANK.
+TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"  # where training diverges
+# Fields of the adapters' settings; each is a variable, such as LORA_RANK.
 ADAPTERS = {
     "lora": ("rank", "alpha", "dropout", "targets"),
     "ttt": ("layers", "base_lr", "mini_batch_size", "initial_gating_alpha"),
@@ -45,7 +46,7 @@ ADAPTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The training text: its fingerprint, and its tokens on both sides of the split."""
+    """The training text: its fingerprint, and the tokens of both splits."""
 
     corpus: Corpus
     scan: Scan
@@ -53,7 +54,7 @@ class Text:
     validation_fraction: float
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint records of the text, to know it again."""
+        """Return what a checkpoint records to recognize the text."""
         return {
             "source": self.corpus.source,
             "name": self.corpus.name,
@@ -63,52 +64,61 @@ class Text:
         }
 
 
+@dataclass(kw_only=True)
+class Saved:
+    """What of a run is on the disk. The thread that saves in the background updates `best_step`, `path` and `failed`."""
+
+    step: int = 0  # of the last regular checkpoint
+    observed_step: int | None = None  # the run's `observed_step` in that checkpoint
+    best_step: int | None = None  # the run's best step, once it is in best/
+    path: Path | None = None  # the last regular checkpoint written
+    failed: bool = False  # whether the last regular save failed
+
+
 @dataclass(kw_only=True, eq=False)
 class Run:
-    """One training: everything that the loop reads and moves on. A step is one optimizer update."""
+    """One training: everything that the loop reads and changes. A step is one optimizer update."""
 
     settings: Config
     log: Log
-    # What is trained, on what.
+    # Model and numerics.
     device: torch.device
     dtype: str
     compile_step: bool
     model: Model
-    forward: (
-        nn.Module
-    )  # the model, or its compiled twin that shares the parameters; with `ddp` what averages their gradients, too
+    forward: nn.Module  # what the loop calls: the model, compiled if `compile_step`, and wrapped if `engine` is ddp
     tokenizer: tokenization.Tokenizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedule: Schedule
     writer: Writer
-    # What it learns from.
+    # Data.
     text: Text
     batches: Batches
-    # Who it is, and which of its processes this one.
-    run_id: str
+    # Processes.
     world: World = SINGLE
-    engine: str = "none"
-    savers: Any = None  # the processes' group for saving, which goes on beside their training
-    parent: dict[str, Any] | None = None
-    base: dict[str, Any] | None = None
-    # Where it stands.
+    engine: str = "none"  # how the processes share the work: none, ddp or fsdp
+    savers: Any = None  # their group for saving in the background
+    # Identity and origin.
+    run_id: str
+    parent: dict[str, Any] | None = None  # of a child run: where it branched off, and with which settings
+    base: dict[str, Any] | None = None  # of adapters: sha256 and source of the frozen weights
+    resumed_save: float = math.inf  # when the checkpoint that this run resumes from was saved (Unix seconds)
+
+    # Progress: moves in the loop, and a checkpoint records it.
     step: int = 0
     tokens_seen: int = 0
-    resumed_save: float = math.inf  # when the checkpoint was saved that the same run resumes from (Unix seconds)
-    observed_step: int | None = None
-    saved_step: int = 0
-    saved_observed_step: int | None = None  # `observed_step` as the last save has it
+    observed_step: int | None = None  # the last step that was evaluated and sampled
     validation_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
-    kept_best_step: int | None = None  # the best step once it is in best/
-    last_saved: Path | None = None
-    save_failed: bool = False
-    skipped_updates: int = 0
-    updating: bool = False  # while the weights are between two steps
+    # Moves in the loop, and a checkpoint does not record it.
+    saved: Saved = field(default_factory=Saved)
+    skipped_updates: int = 0  # consecutive float16 updates that overflowed
+    updating: bool = False  # during the optimizer's update
     last_sample: str | None = None
-    refused: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)  # files whose write errors were logged
+
     # Opened when training begins.
     metrics: Metrics = field(init=False)
     mirror: Mirror = field(init=False)
@@ -116,27 +126,27 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where metrics, samples and the log of this run go."""
+        """RUNS_DIR/<run_id>: metrics, samples and the log of this run."""
         return Path(self.settings.runs_dir) / self.run_id
 
     @property
     def saves_parts(self) -> bool:
-        """Whether each process saves the part that it has; else one saves all."""
+        """Whether each process saves its own part of the weights; else rank 0 saves everything."""
         return self.engine == "fsdp" and self.settings.checkpoint_layout == "sharded"
 
     @property
     def best_is_pending(self) -> bool:
         """Whether the best step should be in best/ and is not, as far as rank 0 knows."""
-        wanted = self.settings.enable_checkpoints and self.settings.checkpoint_keep_best > 0
-        return wanted and self.best_step not in (None, self.kept_best_step)
+        enabled = self.settings.enable_checkpoints and self.settings.checkpoint_keep_best > 0
+        return enabled and self.best_step not in (None, self.saved.best_step)
 
     @property
     def end(self) -> int:
-        """The step at which the run is done."""
+        """The last step of the run."""
         return self.settings.training_steps
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of the machine and the versions decides this run's bits."""
+        """Return the hardware, versions and numerics that affect bitwise reproducibility."""
         return hardware.fingerprint(
             self.device,
             dtype=self.dtype,
@@ -148,23 +158,28 @@ class Run:
         )
 
 
+def is_due(run: Run, *names: str) -> bool:
+    """Return whether any of `names` (eval, sample, log, checkpoint) is due at this step by its interval. At the last step all are."""
+    return any(ckpt.due(run.step, getattr(run.settings, f"{name}_interval"), last=run.end) for name in names)
+
+
 def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
-    """A run at step 0: from random weights, from GPT2_MODEL_NAME's or from those of INIT_FROM's checkpoint."""
+    """Return a run at step 0 with random weights, or with those of GPT2_MODEL_NAME or INIT_FROM."""
     device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     hardware.make_deterministic(settings.deterministic, device)
     weights = initial_weights(settings, log, world)
     if weights:
-        settings = shaped_like(weights, settings)
-    check_shares(settings, world)
+        settings = with_model_of(weights, settings)
+    check_batch_size(settings, world)
     text, tokenizer = read_text(settings, log, world, tokenizer=build_tokenizer(weights) if weights else None)
     torch.manual_seed(settings.seed)
     base = None
     if weights:
         if config.frozen_base(settings):
-            base = weights.base or identity(weights, settings)  # now, as the model takes their memory
+            base = weights.base or identity(weights, settings)  # before build_model takes over their memory
         model = build_model(
             weights,
-            device=built_on(device, world),
+            device=build_device(device, world),
             block_size=settings.block_size,
             dropout=settings.dropout,
             adapters=adapters(settings),
@@ -175,7 +190,7 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
             log(f"{models.ADAPTERS[kind]} parameters {came}: {count}")
     else:
         model = new_model(settings, vocab_size=tokenizer.vocab_size)
-    run = put_together(
+    run = assemble(
         settings, log, world, device=device, model=model, text=text, tokenizer=tokenizer, schedule=planned(settings)
     )
     if weights:
@@ -183,18 +198,18 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
     return run
 
 
-def built_on(device: torch.device, world: World) -> torch.device:
-    """Where the weights of a model are made: in main memory if they may have to be shared out, as one device may not hold them all."""
+def build_device(device: torch.device, world: World) -> torch.device:
+    """Return where to build a model: in main memory with several processes, because one device may not hold all weights before sharding."""
     return device if world.size == 1 else torch.device("cpu")
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter by its name."""
+    """Return the shape of each parameter by name."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def adapters(settings: Config) -> dict[str, Any]:
-    """The adapters of the settings, as the model's own settings have them."""
+    """Return the enabled adapters as the model's settings name them: {"lora": {"rank": 8, ...}}."""
     on = {"lora": settings.lora_rank > 0, "ttt": settings.ttt_layers is not None}
     return {
         kind: {name: getattr(settings, f"{kind}_{name}") for name in names}
@@ -204,22 +219,21 @@ def adapters(settings: Config) -> dict[str, Any]:
 
 
 def adapter_variables(model_settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of the adapters that a model has: {"LORA_RANK": 8, ...}."""
+    """Return the variables of a model's adapters: {"LORA_RANK": 8, ...}."""
     return {
         f"{kind}_{name}".upper(): value for kind in ADAPTERS for name, value in (model_settings.get(kind) or {}).items()
     }
 
 
 def identity(base: Checkpoint, settings: Config) -> dict[str, Any]:
-    """By what a base is known again, and where it came from."""
+    """Return what identifies a base (the sha256 of its weights), and its source."""
     return {"sha256": digest(base.model_state), "source": settings.gpt2_model_name or str(base.path), "step": base.step}
 
 
 def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """The record itself, or if it holds adapters alone, with the weights of its base: those that the settings name, else those that it
-    was trained beside, if they are where they were.
+    """Return the record; if it holds only adapters, with the weights of its base, from the settings or else from where it was trained.
 
-    Raises ConfigError if there are none, CheckpointError if they are another base's.
+    Raise ConfigError if no base is found, CheckpointError if it is not the recorded one.
     """
     if not record.adapters_only:
         if settings.base_checkpoint:
@@ -234,32 +248,32 @@ def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         for note in notes:
             log(note)
     else:
-        raise ConfigError([f"{record.path} holds adapters alone: {name_the_base(record)}"])
+        raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record)}"])
     return with_base(record, ckpt.load(path, optimizer=False))
 
 
 def lineage(record: Checkpoint, changed: dict[str, Any]) -> dict[str, Any]:
-    """Where a run comes from: the checkpoint it began with, and the settings that were changed then (name: [before, now])."""
+    """Return the origin of a child run: its first checkpoint, and the settings changed there ({name: [before, now]})."""
     file = record.path.name if record.path else None
     return {"run_id": record.run_id, "step": record.step, "save_id": record.save_id, "file": file, "changed": changed}
 
 
 def agreed(find: Callable[[], Checkpoint | None], world: World, *, optimizer: bool = True) -> Checkpoint | None:
-    """What `find` finds in the first process; the others open the same checkpoint. Raises as it does.
+    """Return what `find` finds on rank 0; the other processes open the same checkpoint. Raise as `find` does.
 
-    Folders change, and machines that share one may see it change at different times.
+    Rank 0 decides because machines that share a folder may see it change at different times.
     """
     record = world.on_rank0(find)
     path, save = world.broadcast((record.path, record.save_id) if record else (None, None))
     if path is not None and record is None:
         record = ckpt.load(path, optimizer=optimizer)
     if world.any(record is not None and record.save_id != save):
-        raise CheckpointError(f"{path}: is another checkpoint on another machine: all must see the same CHECKPOINT_DIR")
+        raise CheckpointError(f"{path}: differs between machines: all must share one CHECKPOINT_DIR")
     return record
 
 
 def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | None:
-    """The record whose weights and tokenizer a fresh run begins with, if any."""
+    """Return the record whose weights and tokenizer a fresh run starts with, or None for random weights."""
     notes: list[str] = []
     if settings.gpt2_model_name:
         name = settings.gpt2_model_name
@@ -275,23 +289,23 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
 
 
 def init_from(settings: Config, notes: list[str]) -> Checkpoint | None:
-    """The checkpoint that INIT_FROM means, if any; what there is to say of the choice goes to `notes`."""
+    """Return the checkpoint of INIT_FROM, or None; append remarks on the choice to `notes`."""
     if settings.init_from is None:
         return None
-    path, said = ckpt.resolve(settings.init_from, Path(settings.checkpoint_dir))
-    notes.extend(said)
+    path, remarks = ckpt.resolve(settings.init_from, Path(settings.checkpoint_dir))
+    notes.extend(remarks)
     return ckpt.load(path, optimizer=False)
 
 
 def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """The record itself if it has a tokenizer, else with the one that the settings name.
+    """Return the record, with the tokenizer that the settings name if it has none.
 
-    That is TOKENIZER=byte or gpt2, or the characters of TRAINING_DATA_SOURCE. Raises CheckpointError if neither is set, also where the
-    default text would have as many characters: its alphabet is not the checkpoint's.
+    That is TOKENIZER=byte or gpt2, or the characters of TRAINING_DATA_SOURCE. Raise CheckpointError if neither is set, even if the alphabet
+    of the default text has the right size: an equal size does not make it the checkpoint's alphabet.
     """
     if record.tokenizer is not None:
         return record
-    if names_tokenizer(settings):
+    if names_complete_tokenizer(settings):
         return with_kind(record, settings.tokenizer)
     if settings.is_set("TRAINING_DATA_SOURCE"):
         return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
@@ -299,19 +313,19 @@ def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint
         log(note)
     remedy = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2"
     raise CheckpointError(
-        f"{record.path}: carries no tokenizer that can be used: {remedy}, or put its tokenizer.json or meta.pkl beside it"
+        f"{record.path}: carries no usable tokenizer: {remedy}, or put its tokenizer.json or meta.pkl beside it"
     )
 
 
-def names_tokenizer(settings: Config) -> bool:
-    """Whether TOKENIZER names one that is complete without a text."""
+def names_complete_tokenizer(settings: Config) -> bool:
+    """Return whether TOKENIZER names a tokenizer that needs no text."""
     return settings.is_set("TOKENIZER") and settings.tokenizer in ("byte", "gpt2")
 
 
-def shaped_like(weights: Checkpoint, settings: Config) -> Config:
-    """The settings with the model and tokenizer that the weights bring; raises ConfigError if others were given.
+def with_model_of(weights: Checkpoint, settings: Config) -> Config:
+    """Return the settings with the model and tokenizer of the weights. Raise ConfigError if the settings contradict them.
 
-    A given BLOCK_SIZE may crop the context; not given, INIT_FROM keeps the weights' own and GPT2_MODEL_NAME the default, if it fits.
+    BLOCK_SIZE may crop the context. If it is not set, INIT_FROM keeps the weights' block size and GPT2_MODEL_NAME the default, if it fits.
     """
     own = {name: weights.model_settings[name.lower()] for name in shape_variables(weights.model_settings)}
     own |= adapter_variables(weights.model_settings)
@@ -319,7 +333,7 @@ def shaped_like(weights: Checkpoint, settings: Config) -> Config:
     wrong = config.contradictions(settings, own)
     if wrong:
         raise ConfigError(
-            [f"{name}={given}: the weights to begin with have {kept}; unset {name}" for name, given, kept in wrong]
+            [f"{name}={requested}: the initial weights have {saved}; unset {name}" for name, requested, saved in wrong]
         )
     settings, longest = config.from_saved(settings, own), weights.model_settings["block_size"]
     if settings.is_set("BLOCK_SIZE"):
@@ -332,18 +346,22 @@ def shaped_like(weights: Checkpoint, settings: Config) -> Config:
 def shape_variables(model_settings: Iterable[str]) -> list[str]:
     """Return the variables among a model's settings that decide its shape (N_LAYER), besides its vocabulary and context."""
     named = {name.upper() for name in model_settings} - {"BLOCK_SIZE"}
-    return [name for name, each in config.VARIABLES.items() if name in named and each.metadata["scope"] == "identity"]
+    return [
+        name
+        for name, variable in config.VARIABLES.items()
+        if name in named and variable.metadata["scope"] == "identity"
+    ]
 
 
 def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
     """Return the model's settings, as models.build takes them: each field that is a variable has its value."""
-    names = [each.name for each in dataclasses.fields(models.load(settings.model_type).settings_type)]
+    names = [field.name for field in dataclasses.fields(models.load(settings.model_type).settings_type)]
     values = {name: getattr(settings, name) for name in names if name.upper() in config.VARIABLES}
     return {"vocab_size": vocab_size} | values | adapters(settings)
 
 
 def new_model(settings: Config, *, vocab_size: int) -> Model:
-    """The model of the settings with fresh weights, drawn from torch's global generator."""
+    """Return a model with random weights from torch's global generator. Raise ConfigError if its settings are invalid."""
     try:
         return models.build(settings.model_type, architecture(settings, vocab_size=vocab_size))
     except ValueError as error:
@@ -351,9 +369,9 @@ def new_model(settings: Config, *, vocab_size: int) -> Model:
 
 
 def planned(settings: Config) -> Schedule:
-    """The learning rates of a whole run of these settings."""
+    """Return the learning-rate schedule of a whole run."""
     peak = settings.learning_rate
-    tenth = float(f"{peak / 10:.12g}")  # 0.0003, not 0.00030000000000000003: people read it
+    tenth = float(f"{peak / 10:.12g}")  # 0.0003, not 0.00030000000000000003
     lowest = 0.0 if settings.lr_schedule == "linear" else tenth
     floor = lowest if settings.min_learning_rate is None else settings.min_learning_rate
     warmup, end = settings.warmup_steps, settings.training_steps
@@ -361,26 +379,24 @@ def planned(settings: Config) -> Schedule:
 
 
 def new_run_id(settings: Config, text_name: str) -> str:
-    """A name that no other run has: its start, its model, its text, and four random digits."""
+    """Return a unique name: start time, model, text, and four random hex digits."""
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.model_type}-{text_name}-{os.urandom(2).hex()}"
 
 
 def read_text(
     settings: Config, log: Log, world: World = SINGLE, *, tokenizer: tokenization.Tokenizer | None
 ) -> tuple[Text, tokenization.Tokenizer]:
-    """The text's tokens, and the tokenizer: the given one, or the one that the settings ask for. The same in every process."""
+    """Return the training text and its tokenizer: `tokenizer`, or else that of the settings. Equal in every process."""
     corpus, scanned = world.local_rank0_first(lambda: scan_source(settings.training_data_source, log))
     if len(set(world.all_gather(scanned.sha256))) > 1:
-        raise DataError(
-            f"{settings.training_data_source}: is not the same text on every machine; copy it to all of them"
-        )
+        raise DataError(f"{settings.training_data_source}: differs between machines; copy the same text to all of them")
     if tokenizer is None:
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, scanned))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
     fraction, block_size = settings.validation_fraction, settings.block_size
     try:
-        tokenizer.encode(scanned.alphabet)  # all at once, before any is met: the message lists every unknown character
+        tokenizer.encode(scanned.alphabet)  # first, so that the message lists every unknown character
         split = world.local_rank0_first(
             lambda: token_files.prepare(
                 corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
@@ -392,13 +408,13 @@ def read_text(
     if block_size > largest:
         held = f"{len(split.train)} tokens to train on, {len(split.validation)} to validate on"
         fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
-        remedy = f"{fits}take more text, or do without validation (VALIDATION_FRACTION=0)"
+        remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0)"
         raise DataError(f"BLOCK_SIZE={block_size} is too long for this text ({held}): {remedy}")
     return Text(corpus=corpus, scan=scanned, split=split, validation_fraction=fraction), tokenizer
 
 
 def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenization.Tokenizer:
-    """The tokenizer that the settings ask for, trained on the text if it is of a kind that is."""
+    """Return the tokenizer that the settings ask for; a BPE tokenizer is trained on the text."""
     kind = tokenization.choose(settings.tokenizer, alphabet=scanned.alphabet, pretrained=bool(settings.gpt2_model_name))
     return tokenization.build(
         kind,
@@ -409,24 +425,24 @@ def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenizati
     )
 
 
-@functools.lru_cache(maxsize=2)  # keyed by the log, so by the command: a text that changes later is read again
+@functools.lru_cache(maxsize=2)  # the log in the key makes every command read a changed text again
 def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
-    """The corpus of TRAINING_DATA_SOURCE and its fingerprint; read once however often it is asked for."""
+    """Return a text source and its fingerprint. Cached for the command."""
     corpus = open_corpus(source, data_dir=DATA_FOLDER)
     return corpus, cached_scan(corpus, cache_dir=CACHE_FOLDER, log=log)
 
 
-def put_together(settings: Config, log: Log, world: World, *, device: torch.device, model: Model, text: Text,
+def assemble(settings: Config, log: Log, world: World, *, device: torch.device, model: Model, text: Text,
                  tokenizer: tokenization.Tokenizer, schedule: Schedule, record: Checkpoint | None = None, window: int = 0) -> Run:  # fmt: skip
-    """A run of these parts under a new name: at step 0, or where `record` stands, with its data going on at `window`."""
+    """Return a run of these parts with a new id: at step 0, or at the step of `record` with its data continuing at `window`."""
     if config.frozen_base(settings):
         models.freeze_base(model)
     step = record.step if record else 0
     dtype, compile_step = numerics(settings, log, device=device, model=model)
     engine = choose_engine(settings, world, device=device, model=model, dtype=dtype, record=record)
-    forward = shared_out(model, engine, device=device, compile_step=compile_step)
+    forward = distribute(model, engine, device=device, compile_step=compile_step)
     if engine == "fsdp" and not settings.is_set("CHECKPOINT_LAYOUT") and record is None:
-        settings = config.replaced(settings, "plan", checkpoint_layout="sharded")  # each process writes what it has
+        settings = config.replaced(settings, "plan", checkpoint_layout="sharded")  # each process writes its part
     rows = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps}
     return Run(
         settings=settings,
@@ -463,7 +479,7 @@ def put_together(settings: Config, log: Log, world: World, *, device: torch.devi
         engine=engine,
         savers=distributed.new_control_group() if engine == "fsdp" else None,
         step=step,
-        saved_step=step,
+        saved=Saved(step=step),
         tokens_seen=record.tokens_seen if record else 0,
     )
 
@@ -477,8 +493,9 @@ def choose_engine(
     dtype: str,
     record: Checkpoint | None,
 ) -> str:
-    """How the processes share the work. `auto` is what a checkpoint of as many processes had, else ddp where every process has memory
-    for the whole model and its optimizer.
+    """Return how the processes share the work: none, ddp or fsdp.
+
+    `auto` keeps the checkpoint's engine if the number of processes is equal; else it is ddp if every device has memory for a whole step.
     """
     if world.size == 1:
         return "none"
@@ -488,22 +505,22 @@ def choose_engine(
     if before.get("processes") == world.size and before.get("distributed") in ("ddp", "fsdp"):
         return str(before["distributed"])
     need = memory_needed(model, settings, world, engine="ddp", device=device, dtype=dtype)
-    there = hardware.all_memory(device)
-    return "fsdp" if world.any(there is not None and need > there) else "ddp"
+    available = hardware.all_memory(device)
+    return "fsdp" if world.any(available is not None and need > available) else "ddp"
 
 
-def check_shares(settings: Config, world: World) -> None:
-    """Raises ConfigError if the processes cannot each have as many rows of a batch."""
+def check_batch_size(settings: Config, world: World) -> None:
+    """Raise ConfigError if BATCH_SIZE is not a multiple of the number of processes."""
     if settings.batch_size % world.size:
         nearest = max(1, round(settings.batch_size / world.size)) * world.size
-        problem = f"BATCH_SIZE={settings.batch_size} cannot be shared evenly by {world.size} processes"
-        raise ConfigError([f"{problem}: set a multiple of {world.size}, like {nearest}"])
+        problem = f"BATCH_SIZE={settings.batch_size} cannot be split evenly between {world.size} processes"
+        raise ConfigError([f"{problem}: set a multiple of {world.size}, for example {nearest}"])
 
 
 def memory_needed(
     model: Model, settings: Config, world: World, *, engine: str, device: torch.device, dtype: str
 ) -> int:
-    """About how many bytes of the device's memory a training step takes; on a CPU, in all the processes that have it in common."""
+    """Estimate the bytes of device memory that a training step takes; on a CPU, of all processes of this machine together."""
     need = models.training_bytes(
         model,
         settings.batch_size // world.size,
@@ -513,8 +530,8 @@ def memory_needed(
     return need * (world.local_size if device.type == "cpu" else 1)
 
 
-def shared_out(model: Model, engine: str, *, device: torch.device, compile_step: bool) -> nn.Module:
-    """Brings the model to the device, whole or this process's part of it; returns what the training step calls in its place."""
+def distribute(model: Model, engine: str, *, device: torch.device, compile_step: bool) -> nn.Module:
+    """Move the model, or this process's shard of it, to the device; return the module that the training step calls."""
     if engine == "fsdp":
         distributed.fully_sharded(model, model.blocks(), device)
     else:
@@ -524,7 +541,7 @@ def shared_out(model: Model, engine: str, *, device: torch.device, compile_step:
 
 
 def numerics(settings: Config, log: Log, *, device: torch.device, model: Model) -> tuple[str, bool]:
-    """Return the dtype and whether to compile, by fixed rules; a resume finds its checkpoint's resolved values in the settings."""
+    """Return the dtype and whether to compile, by fixed rules. A resume finds the resolved values of its checkpoint in the settings."""
     compile_step, remark = hardware.choose_compile(
         settings.compile, device, pays=model.compile_pays, steps=settings.training_steps
     )
@@ -534,9 +551,11 @@ def numerics(settings: Config, log: Log, *, device: torch.device, model: Model) 
 
 
 def to_record(run: Run) -> Checkpoint:
-    """The run as a checkpoint."""
-    settings, state, apart = config.to_dict(run.settings), run.model.state_dict(), run.settings.checkpoint_adapters_only
-    model_state = {name: tensor for name, tensor in state.items() if models.is_adapter(name)} if apart else state
+    """Return the run as a checkpoint. With sharded weights all processes must call it."""
+    state, adapters_only = run.model.state_dict(), run.settings.checkpoint_adapters_only
+    model_state = (
+        {name: tensor for name, tensor in state.items() if models.is_adapter(name)} if adapters_only else state
+    )
     optimizer_state = None if run.settings.checkpoint_model_only else run.optimizer.state_dict()
     if run.engine == "fsdp" and not run.saves_parts:
         model_state, optimizer_state = gathered(model_state, run.world), gathered(optimizer_state, run.world)
@@ -558,18 +577,18 @@ def to_record(run: Run) -> Checkpoint:
         validation_loss=run.validation_loss if run.observed_step == run.step else None,
         best_loss=run.best_loss,
         best_step=run.best_step,
-        hyperparameters=settings,
+        hyperparameters=config.to_dict(run.settings),
         data=run.text.fingerprint(),
         runtime=run.fingerprint(),
         run_id=run.run_id,
         parent=run.parent,
         base=run.base,
-        parts=["adapters" if apart else "model"],
+        parts=["adapters" if adapters_only else "model"],
     )
 
 
 def gathered(state: Any, world: World) -> Any:
-    """A state with its tensors whole, in the first process's main memory; the others take part and keep nothing."""
+    """Return a state with full tensors in the main memory of rank 0. All processes must call it; the others get empty tensors."""
     if isinstance(state, dict):
         return {name: gathered(value, world) for name, value in state.items()}
     if not isinstance(state, torch.Tensor):

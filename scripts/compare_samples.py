@@ -29,7 +29,7 @@ from milepost.ckpt import Checkpoint
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.run import with_tokenizer
-from milepost.runtime.progress import Log, harmless, replacing, shown, tell
+from milepost.runtime.progress import Log, harmless, replacing, shown, write_stdout
 from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
 
 MIN_WIDTH = 30  # columns of a text beside another
@@ -55,7 +55,7 @@ def main(settings: Config, log: Log) -> int:
         log(note)
     prompt, seed = read_prompt(settings), sample_seed(settings)
     sampled = [sample(path, settings, log, prompt=prompt, seed=seed) for path in paths]
-    tell(beside(sampled, columns=shutil.get_terminal_size().columns))
+    write_stdout(beside(sampled, columns=shutil.get_terminal_size().columns))
     if output:
         write = as_json if output.suffix == ".json" else as_markdown
         with replacing(output) as temporary:

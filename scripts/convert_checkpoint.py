@@ -28,8 +28,8 @@ from milepost.ckpt.finding import scan
 from milepost.ckpt.layouts import known_layout
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.run import names_tokenizer, with_tokenizer
-from milepost.runtime.progress import Log, shown, tell
+from milepost.run import names_complete_tokenizer, with_tokenizer
+from milepost.runtime.progress import Log, shown, write_stdout
 
 BAD = 3
 
@@ -62,7 +62,7 @@ def main(settings: Config, log: Log) -> int:
     if not done.has_tokenizer:
         log(f"{shown(done.target)} is written without a tokenizer: {NAME_ONE}")
         return BAD
-    tell("Conversion complete!")
+    write_stdout("Conversion complete!")
     return 0
 
 
@@ -83,7 +83,7 @@ def form(settings: Config, log: Log) -> dict[str, Any]:
 
 def completed(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     """The record, with the tokenizer that the settings name if it carries none and they name one."""
-    named = names_tokenizer(settings) or settings.is_set("TRAINING_DATA_SOURCE")
+    named = names_complete_tokenizer(settings) or settings.is_set("TRAINING_DATA_SOURCE")
     return with_tokenizer(record, settings, log) if named else record
 
 
@@ -97,14 +97,14 @@ def say(done: Converted, settings: Config, log: Log) -> None:
     for note in done.notes:
         log(note)
     size = "Model-only size" if settings.checkpoint_model_only else "New size"
-    tell(f"Converted: {shown(done.source)} -> {shown(done.target)}")
+    write_stdout(f"Converted: {shown(done.source)} -> {shown(done.target)}")
     answers = f"logits equal: {' x '.join(map(str, done.logits))}" if done.logits else "adapters alone have no logits"
     equal = f"{answers}; fields of metadata equal: {done.fields}"
-    tell(f"  tensors equal: {done.tensors}, sha256 {done.sha256}; {equal}")
-    tell(f"  Original size: {done.bytes_before / 1e6:,.2f} MB ({done.bytes_before:,} bytes)")
-    tell(f"  {size}: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
+    write_stdout(f"  tensors equal: {done.tensors}, sha256 {done.sha256}; {equal}")
+    write_stdout(f"  Original size: {done.bytes_before / 1e6:,.2f} MB ({done.bytes_before:,} bytes)")
+    write_stdout(f"  {size}: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
     if (done.layout_before, layout_of(settings)) == ("unified", "separated"):
-        tell("  Unified checkpoint split into separated format!")
+        write_stdout("  Unified checkpoint split into separated format!")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,12 +126,12 @@ def export(path: Path, settings: Config, log: Log) -> int:
         log(note)
     proof, shape = done.proof, " x ".join(map(str, done.proof.logits))
     why = f": {proof.remark}" if proof.remark else ""
-    tell(f"Exported: {shown(done.source)} -> {shown(done.target)}")
-    tell(f"  tensors equal: {proof.tensors}, sha256 {proof.sha256}")
+    write_stdout(f"Exported: {shown(done.source)} -> {shown(done.target)}")
+    write_stdout(f"  tensors equal: {proof.tensors}, sha256 {proof.sha256}")
     apart = f"differ by at most {proof.difference:.2g}, of a standard deviation of {proof.spread:.2g}{why}"
-    tell(f"  logits ({shape}) {apart}" if shape else "  adapters alone have no logits")
-    tell(f"  Size: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
-    tell(f"next: {to.how.format(path=shlex.quote(str(done.target)), name=done.target.name)}")
+    write_stdout(f"  logits ({shape}) {apart}" if shape else "  adapters alone have no logits")
+    write_stdout(f"  Size: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
+    write_stdout(f"next: {to.how.format(path=shlex.quote(str(done.target)), name=done.target.name)}")
     return 0
 
 
@@ -164,7 +164,7 @@ def convert_folder(source: Path, settings: Config, log: Log) -> int:
     left_out = f"{bad} of {len(found)} could not be converted. " if bad else ""
     if without:
         log(f"{without} of {len(found)} are written without a tokenizer: {NAME_ONE}")
-    tell(f"{'Conversion complete! ' if not without else ''}{left_out}Check {shown(output)}")
+    write_stdout(f"{'Conversion complete! ' if not without else ''}{left_out}Check {shown(output)}")
     return BAD if bad or without else 0
 
 

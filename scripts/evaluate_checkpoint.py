@@ -34,7 +34,7 @@ from milepost.evaluate.report import as_json, summary, tables
 from milepost.resume import saved_settings
 from milepost.run import DATA_FOLDER, scan_source, with_its_base, with_tokenizer
 from milepost.runtime import hardware
-from milepost.runtime.progress import Log, replacing, shown, tell
+from milepost.runtime.progress import Log, replacing, shown, write_stdout
 from milepost.text.corpus import open_corpus
 from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.token_files import split_at
@@ -60,7 +60,7 @@ def main(settings: Config, log: Log) -> int:
             done.append(evaluate_record(record, text, benchmarks, settings, log, device=device))
         log(summary(done[-1]))
     comparisons = [row for other in done[1:] for row in compare(done[0], other, log=log)]
-    tell(tables(done, comparisons))
+    write_stdout(tables(done, comparisons))
     if settings.output:
         how = {"milepost": VERSION, "device": device.type, "dtype": dtype, "eval_stride": settings.eval_stride}
         figures = {"checkpoints": [as_json(evaluation) for evaluation in done], "comparisons": comparisons}

@@ -24,7 +24,7 @@ from milepost.ckpt.record import Checkpoint, metadata
 from milepost.ckpt.tensor_listing import Held, all_files, differing, held, labelled
 from milepost.cli import guarded
 from milepost.config import Config
-from milepost.runtime.progress import Log, amount, shown, table, tell
+from milepost.runtime.progress import Log, amount, shown, table, write_stdout
 from milepost.text import tokenization
 
 SHOWN_TENSORS = 5  # per part
@@ -37,12 +37,12 @@ def main(settings: Config, log: Log) -> int:
     """Print the sections of CHECKPOINT_PATH, or its differences from COMPARE_WITH; return the exit code."""
     path = resolved(settings.checkpoint_path, settings, log)
     if settings.compare_with is None:
-        tell("\n\n".join(sections(path)))
+        write_stdout("\n\n".join(sections(path)))
         return 0
     other = resolved(settings.compare_with, settings, log)
     records = ckpt.load(path), ckpt.load(other)
     if differences := compared(*records):
-        tell(table([("", "", shown(path), shown(other)), *differences]))
+        write_stdout(table([("", "", shown(path), shown(other)), *differences]))
     else:
         log(f"{shown(path)} and {shown(other)} are identical")
     return 0

@@ -20,7 +20,7 @@ from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import loss_of
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.runtime.progress import Log, amount, shown, table, tell
+from milepost.runtime.progress import Log, amount, shown, table, write_stdout
 
 HEADER = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "", "path")
 
@@ -34,13 +34,13 @@ def main(settings: Config, log: Log) -> int:
         raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
     if not found:
         raise CheckpointError(ckpt.listing(folder))
-    latest, best = ckpt.latest(found), ckpt.best(found)
-    tell(table([HEADER, *(row(checkpoint, marks(checkpoint, latest, best)) for checkpoint in found)]))
+    newest, best = ckpt.latest(found), ckpt.best(found)
+    write_stdout(table([HEADER, *(row(checkpoint, marks(checkpoint, newest, best)) for checkpoint in found)]))
     for checkpoint in found:
         if checkpoint.problem:
-            tell(f"damaged: {checkpoint.problem}")
+            write_stdout(f"damaged: {checkpoint.problem}")
     if runs := lineage(found):
-        tell("\n" + table([("run", "checkpoints", "began with", "changed"), *runs]))
+        write_stdout("\n" + table([("run", "checkpoints", "began with", "changed"), *runs]))
     return 0
 
 

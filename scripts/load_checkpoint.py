@@ -27,11 +27,12 @@ from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.finding import folder_of
 from milepost.cli import guarded, processes
 from milepost.config import Config, ConfigError
-from milepost.resume import explain, let_go, resumed, saved_schedule, saved_settings
+from milepost.reporting import print_resume
+from milepost.resume import free_tensors, resumed, saved_schedule, saved_settings
 from milepost.run import agreed, planned, with_tokenizer
 from milepost.runtime.distributed import World
 from milepost.runtime.optim import Schedule, replan
-from milepost.runtime.progress import Log, harmless, ignore_stdout, tell
+from milepost.runtime.progress import Log, harmless, ignore_stdout
 from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
 from training import train
 
@@ -121,8 +122,8 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
     end = record.step + settings.resume_training_steps
     run, restored = resumed(settings, record, log, world, schedule=schedule, end=end)
     run.settings = config.replaced(run.settings, "plan", **destination(settings, record))
-    tell(explain(run, record, restored))
-    let_go(record)
+    print_resume(run, record, restored)
+    free_tensors(record)
     if settings.resume_training_steps == 0:
         log("RESUME_TRAINING_STEPS=0: nothing is trained")
         return 0

@@ -24,7 +24,7 @@ from milepost.ckpt.restore import merged
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.run import with_its_base
-from milepost.runtime.progress import Log, amount, command_line, shown, tell
+from milepost.runtime.progress import Log, amount, command_line, shown, write_stdout
 
 LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
 TOLERANCE = 1e-5  # largest change of the logits of float32 weights, relative to the largest logit
@@ -45,8 +45,8 @@ def main(settings: Config, log: Log) -> int:
     saved = ckpt.save(
         whole, Path(settings.output), layout=settings.checkpoint_layout, prefix=settings.checkpoint_prefix
     )
-    tell(f"Merged: {shown(path)} -> {shown(saved)} ({amount(size_of(saved), 'B')})")
-    tell(f"  logits within {difference:.1g} of those with adapters, relative to the largest")
+    write_stdout(f"Merged: {shown(path)} -> {shown(saved)} ({amount(size_of(saved), 'B')})")
+    write_stdout(f"  logits within {difference:.1g} of those with adapters, relative to the largest")
     log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=saved))
     return 0
 

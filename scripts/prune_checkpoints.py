@@ -29,7 +29,7 @@ from milepost.ckpt.tensors import not_finite
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.locks import RunLock, RunLockedError
-from milepost.runtime.progress import Log, amount, shown, table, tell
+from milepost.runtime.progress import Log, amount, shown, table, write_stdout
 
 
 def main(settings: Config, log: Log) -> int:
@@ -61,9 +61,9 @@ def main(settings: Config, log: Log) -> int:
         except (OSError, CheckpointError) as error:
             failed.append(error)
     if rows:
-        tell(table([("", "step", "frees", "run", "path"), *rows]))
+        write_stdout(table([("", "step", "frees", "run", "path"), *rows]))
     would = "would be freed; DRY_RUN=false does it" if settings.dry_run else "freed"
-    tell(f"{freed:,} bytes {would}" if deleted or failed else "nothing to let go")
+    write_stdout(f"{freed:,} bytes {would}" if deleted or failed else "nothing to let go")
     if failed:
         raise failed[0]
     return 0

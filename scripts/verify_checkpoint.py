@@ -34,14 +34,15 @@ from milepost.ckpt.tensor_listing import all_files, differing, labelled
 from milepost.ckpt.tensors import digest, not_finite
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.resume import not_exact, resumed, saved_schedule, saved_settings
+from milepost.resume import inexact_reasons, resumed, saved_schedule, saved_settings
 from milepost.run import Run, fresh, to_record, with_its_base
+from milepost.run_files import open_run
 from milepost.runtime.hardware import DeviceError
 from milepost.runtime.interrupt import Interrupt
-from milepost.runtime.progress import Log, Progress, amount, shown, table, tell
+from milepost.runtime.progress import Log, Progress, amount, shown, table, write_stdout
 from milepost.text.errors import DataError
 from milepost.text.tokenization import UnknownCharacters
-from training import loop, open_run
+from training import loop
 
 Row = tuple[str, str, str]  # check, status, details
 FAILED, BAD = "FAILED", 3
@@ -55,9 +56,9 @@ def main(settings: Config, log: Log) -> int:
     for path in paths:
         rows = verified(path, settings, log)
         failed += [path] if any(status == FAILED for _, status, _ in rows) else []
-        tell(f"{shown(path)}\n{table(rows)}\n")
+        write_stdout(f"{shown(path)}\n{table(rows)}\n")
     if len(paths) > 1:
-        tell(f"{len(paths)} checkpoints, {len(failed)} bad")
+        write_stdout(f"{len(paths)} checkpoints, {len(failed)} bad")
     return BAD if failed else 0
 
 
@@ -159,7 +160,7 @@ def resumes_exactly(record: Checkpoint, settings: Config, log: Log) -> Row:
     """Return the row on whether a resume on this machine would be bit-exact. "no" does not count as a failure."""
     try:
         run, restored = resumed(own_settings(settings), record, log)
-        reasons = not_exact(run, record, restored)
+        reasons = inexact_reasons(run, record, restored)
     except (ConfigError, DataError, DeviceError, UnknownCharacters, CheckpointError) as error:
         reasons = [str(error)]
     return "resumes exactly", "no" if reasons else "yes", "; ".join(reasons)

@@ -16,6 +16,7 @@ FIELDS = {name.lower(): name for name in config.VARIABLES if name != "ENV_FILE"}
 ABOVE_CKPT = (
     "training",
     "milepost.run",
+    "milepost.run_files",
     "milepost.resume",
     "milepost.samples",
     "milepost.cli",

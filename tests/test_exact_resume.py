@@ -142,7 +142,7 @@ def test_from_every_layout(layout, model, tmp_path, monkeypatch):
 def test_control_model_only_goes_on_and_says_that_it_differs(layout, straight, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "stopped"
     changes = {"CHECKPOINT_LAYOUT": layout, "CHECKPOINT_MODEL_ONLY": "true"}
-    assert "cannot go on exactly" in stopped_after(3, folder, monkeypatch, **changes)
+    assert "cannot resume bit-exactly" in stopped_after(3, folder, monkeypatch, **changes)
     capsys.readouterr()
     code, said = train(folder, RESUME="auto", CHECKPOINT_MODEL_ONLY="false")
     assert code == 0, said

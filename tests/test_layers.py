@@ -24,14 +24,17 @@ ROOMS: dict[str, set[str]] = {
     "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry"},
 }
 BELOW_RUN = {*ROOMS}
+BELOW_TRAINING = BELOW_RUN | {"run", "run_files", "resume", "reporting", "cli"}
 ALLOWED = ROOMS | {
     "run": BELOW_RUN,
     "resume": BELOW_RUN | {"run"},
     "cli": BELOW_RUN,
+    "reporting": BELOW_RUN | {"run", "resume"},
+    "run_files": BELOW_RUN | {"run"},
     "samples": BELOW_RUN | {"run", "resume"},
-    "training": BELOW_RUN | {"run", "resume", "cli"},
-    "scripts": BELOW_RUN | {"run", "resume", "cli", "samples", "training"},
-    "api": BELOW_RUN | {"run", "resume", "cli", "samples", "training"},
+    "training": BELOW_TRAINING,
+    "scripts": BELOW_TRAINING | {"samples", "training"},
+    "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"api"},  # when a name of it is first used
 }
 SOURCES = [

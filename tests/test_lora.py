@@ -225,7 +225,7 @@ def test_the_base_is_asked_for_and_another_refused(base, tmp_path):
     (away / "base.pt").unlink()
     said = call(loader, tmp_path, PROMPT="a")
     assert said.code == 2
-    assert f"{path} holds adapters alone: set GPT2_MODEL_NAME or BASE_CHECKPOINT to the base" in said.err
+    assert f"{path} holds only adapters: set GPT2_MODEL_NAME or BASE_CHECKPOINT to the base" in said.err
     assert str(away / "base.pt") in said.err  # where it was
     assert call(loader, tmp_path, PROMPT="a", MAX_NEW_TOKENS="1", BASE_CHECKPOINT=base / "base.pt").code == 0
     said = call(loader, tmp_path, PROMPT="a", BASE_CHECKPOINT=path)
@@ -333,7 +333,7 @@ def test_a_new_run_takes_adapters_over(base, tmp_path):
     assert all(torch.allclose(second.model_state[name], one, atol=1e-6) for name, one in first.model_state.items())
     code, said = train(tmp_path / "second", **changes, LORA_RANK="3")
     assert code == 2
-    assert "LORA_RANK=3: the weights to begin with have 2" in said
+    assert "LORA_RANK=3: the initial weights have 2" in said
 
 
 def test_merging_a_checkpoint(base, tmp_path):

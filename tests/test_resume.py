@@ -48,7 +48,7 @@ def damage(path: Path) -> None:
 def test_an_empty_folder_starts_fresh_and_says_so(tmp_path):
     code, said = train(tmp_path, RESUME="auto")
     assert code == 0
-    assert "holds no checkpoint, so this run starts fresh" in said
+    assert "so this run starts fresh" in said
     assert newest(tmp_path).step == 8
 
 
@@ -102,7 +102,8 @@ def test_a_damaged_newest_one_is_skipped_loudly_and_kept(straight, tmp_path):
 def test_fewer_steps_than_are_done_is_refused(stopped):
     code, said = train(stopped, RESUME="auto", TRAINING_STEPS="3", WARMUP_STEPS="0")
     assert code == 2
-    assert "TRAINING_STEPS=3: the checkpoint is at step 4 already" in said
+    assert "TRAINING_STEPS=3: " in said
+    assert "step 4" in said
 
 
 def test_the_printed_commands_can_be_pasted(tmp_path, monkeypatch):
@@ -170,7 +171,7 @@ def test_resume_from_a_folder_that_is_a_checkpoint_does_not_start_fresh(straight
     )
     code, said = train(tmp_path, RESUME=str(tmp_path / "weights"))
     assert code == 2
-    assert "does not say what text it was trained on" in said
+    assert "does not record its training text" in said
     assert "MODE=resume" in said
     assert "fresh" not in said
 
@@ -223,7 +224,7 @@ def test_another_text_is_refused(stopped):
     small_text(stopped, characters=5000)
     code, said = train(stopped, RESUME="auto")
     assert code == 2
-    assert "is not the one the checkpoint was trained on" in said
+    assert "is not the text that the checkpoint was trained on" in said
 
 
 @pytest.mark.parametrize(
@@ -475,7 +476,7 @@ def test_a_checkpoint_without_a_run_has_only_its_own_step(two_runs, tmp_path):
     record = ckpt.load(of_two(tmp_path / "two", "A", 8))
     record.run_id, record.step = None, 1
     path = ckpt.WRITERS["unified"].write(record, tmp_path / "two" / "checkpoints", "theirs")
-    with pytest.raises(config.ConfigError, match="is at step 1 and names no run"):
+    with pytest.raises(config.ConfigError, match="is at step 1 and records no run"):
         start_of(tmp_path / "two", {"RESUME": str(path), "RESUME_STEP": "4"})
     assert start_of(tmp_path / "two", {"RESUME": str(path), "RESUME_STEP": "1"}).path == path
 

@@ -178,7 +178,7 @@ def test_control_another_rate_gives_other_bytes(go_on, trained):
     straight = ckpt.load(at_step(trained, 8))
     said = go_on(RESUME_LEARNING_RATE="1e-3")
     assert tensor_bytes(child_of(trained)) != tensor_bytes(straight)
-    assert said.row("bit-exact").startswith("bit-exact  no  the learning rates are planned anew")
+    assert said.row("bit-exact").startswith("bit-exact  no  the learning-rate schedule is a new one")
 
 
 def test_keep_past_the_plan_holds_the_last_rate_that_was_not_zero(go_on, trained, tmp_path):
@@ -224,7 +224,7 @@ def test_new_data_starts_at_its_beginning(go_on, trained, tmp_path):
     assert (record.step, record.windows_seen) == (7, 3 * 4)
     assert record.data["source"] == str(tmp_path / "others.txt")
     assert said.row("data position") == "data position  reset  window 0, epoch 0.00"
-    assert "the text is another" in said.row("bit-exact")
+    assert "the training text differs" in said.row("bit-exact")
 
 
 def test_the_first_batch_of_new_data_is_that_of_window_0(trained, tmp_path):

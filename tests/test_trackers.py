@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from drive import ROOT, at_step, environment, newest, tensor_bytes, train
 
-import training
-from milepost import config
+from milepost import config, run_files
 from milepost.runtime import trackers
 from milepost.runtime.progress import read_metrics
 from milepost.runtime.trackers import Mirror, Sink
@@ -47,25 +46,25 @@ def line(step: int, split: str = "train", **figures: float | None) -> dict[str, 
 
 def test_a_steps_lines_become_one_row_when_the_next_step_begins():
     theirs = Recorder()
-    mirror = Mirror("trackio", theirs.sink, say=pytest.fail)
+    mirror = Mirror("trackio", theirs.sink, log=pytest.fail)
     mirror.write(line(1, loss=4.0, lr=0.1, tok_s=None))
     assert theirs.rows == []
     mirror.write(line(1, "validation", loss=4.5))
     mirror.write(line(2, loss=float("nan"), lr=0.2))  # what is no number is left out
     assert theirs.rows == [(1, {"train/loss": 4.0, "train/lr": 0.1, "validation/loss": 4.5})]
-    mirror.close(whole=True)
+    mirror.close(complete=True)
     assert theirs.rows[1:] == [(2, {"train/lr": 0.2})]
     mirror.write(line(3, loss=1.0))
-    mirror.close(whole=True)
+    mirror.close(complete=True)
     assert (len(theirs.rows), theirs.closed) == (2, 1)
 
 
 def test_steps_that_are_there_already_are_left_out_and_a_step_that_is_not_whole_is_left_to_the_resume():
     theirs = Recorder(first=3)
-    mirror = Mirror("wandb", theirs.sink, say=pytest.fail)
+    mirror = Mirror("wandb", theirs.sink, log=pytest.fail)
     for step in range(1, 6):
         mirror.write(line(step, loss=1.0 / step))
-    mirror.close(whole=False)
+    mirror.close(complete=False)
     assert [step for step, _ in theirs.rows] == [3, 4]
     assert theirs.closed == 1
 
@@ -73,13 +72,13 @@ def test_steps_that_are_there_already_are_left_out_and_a_step_that_is_not_whole_
 def test_a_failure_is_told_once_in_one_line_and_ends_the_mirror():
     said: list[str] = []
     theirs = Recorder(fails_at=1)
-    mirror = Mirror("wandb", theirs.sink, say=said.append)
+    mirror = Mirror("wandb", theirs.sink, log=said.append)
     for step in range(1, 6):
         mirror.write(line(step, loss=1.0))
-    mirror.close(whole=True)
+    mirror.close(complete=True)
     assert [step for step, _ in theirs.rows] == [1]
     assert said == [
-        "warning: TRACKER=wandb failed (the server is gone); training goes on, and metrics.jsonl has every figure"
+        "warning: TRACKER=wandb failed (the server is gone); training continues, and metrics.jsonl has every figure"
     ]
 
 
@@ -149,7 +148,7 @@ def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
         return theirs[-1].sink()
 
     monkeypatch.setattr(trackers, "_trackio", start)
-    monkeypatch.setattr(training, "missing", lambda kind: None)
+    monkeypatch.setattr(run_files, "missing", lambda kind: None)
     assert train(tmp_path, TRACKER="trackio")[0] == 0
     del theirs[0].rows[6:]  # as after a kill
     at_step(tmp_path, 8).unlink()

@@ -20,6 +20,7 @@ from milepost import ckpt, config, run
 from milepost.ckpt import finding
 from milepost.ckpt.layouts import unified
 from milepost.ckpt.layouts.archive_layout import ArchiveLayout
+from milepost.ckpt.writer import Writer
 from milepost.runtime.progress import Log, read_metrics
 from milepost.text.batches import validation_windows
 
@@ -265,7 +266,7 @@ def test_an_interrupt_without_checkpoints_says_that_nothing_was_kept(tmp_path, m
     monkeypatch.setattr(training, "training_step", interrupted)
     code, said = train(tmp_path, ENABLE_CHECKPOINTS="false")
     assert code == 130
-    assert "nothing was kept, because ENABLE_CHECKPOINTS is false" in said
+    assert "nothing was saved, because ENABLE_CHECKPOINTS is false" in said
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -376,7 +377,7 @@ def test_a_hub_name_without_a_network_names_the_folder_form(tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     code, said = train(tmp_path, GPT2_MODEL_NAME="gpt2", **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD"]))
     assert code == 3
-    assert "set GPT2_MODEL_NAME to a folder" in said
+    assert "folder that holds config.json" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,6 +408,23 @@ def test_a_policy_of_keeping_leaves_what_it_says(tmp_path):
 def test_keeping_no_best_leaves_no_folder_of_them(tmp_path):
     assert train(tmp_path, CHECKPOINT_KEEP_BEST="0")[0] == 0
     assert not (tmp_path / "checkpoints" / "best").exists()
+
+
+@pytest.mark.parametrize(("keep_best", "waits"), [("0", False), ("1", True)])
+def test_a_new_best_waits_for_the_save_in_flight_only_if_bests_are_kept(keep_best, waits, tmp_path, monkeypatch):
+    events = []
+
+    def recorded(name, action):
+        return lambda *arguments: (events.append(name), action(*arguments))[1]
+
+    monkeypatch.setattr(training, "training_step", recorded("step", training.training_step))
+    monkeypatch.setattr(Writer, "wait", recorded("wait", Writer.wait))
+    code, said = train(tmp_path, CHECKPOINT_INTERVAL="0", EVAL_INTERVAL="1", CHECKPOINT_KEEP_BEST=keep_best)
+    assert code == 0, said
+    assert events.count("step") == 8
+    while events[-1] != "step":  # the end waits in any case
+        events.pop()
+    assert ("wait" in events) is waits
 
 
 def test_another_run_in_the_folder_is_never_pruned(tmp_path):
@@ -460,7 +478,7 @@ def test_weights_that_are_no_numbers_are_never_saved(background, tmp_path, monke
     changes = {"CHECKPOINT_INTERVAL": "1", "EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0", "CHECKPOINT_KEEP_LAST": "1"}
     code, said = train(tmp_path, CHECKPOINT_ASYNC=background, **changes)
     assert code == 1
-    assert "step 3 is kept" in said
+    assert "step 3 is saved" in said
     assert [one.step for one in ckpt.find(tmp_path / "checkpoints")] == [3]
 
 

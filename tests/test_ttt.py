@@ -458,7 +458,7 @@ def test_layers_are_transferred_to_a_run_that_begins_with_them(trained: Path, tm
     ]
     assert all(close)
     code, said = train(tmp_path, **changes, TTT_LAYERS="0")
-    assert (code, "TTT_LAYERS=0: the weights to begin with have 1; unset TTT_LAYERS" in said) == (2, True)
+    assert (code, "TTT_LAYERS=0: the initial weights have 1; unset TTT_LAYERS" in said) == (2, True)
 
 
 def test_blocks_that_the_weights_do_not_have_are_refused(tmp_path: Path) -> None:
@@ -523,7 +523,7 @@ def test_the_layers_alone_are_trained_and_saved_and_the_base_is_asked_for(apart:
     moved = (apart / "base.pt").rename(apart / "moved.pt")
     said = call(loader, apart / "alone", PROMPT="a")
     moved.rename(apart / "base.pt")
-    assert (said.code, "holds adapters alone: set GPT2_MODEL_NAME or BASE_CHECKPOINT" in said.err) == (2, True)
+    assert (said.code, "holds only adapters: set GPT2_MODEL_NAME or BASE_CHECKPOINT" in said.err) == (2, True)
     code, said = train(apart / "alone", RESUME="auto", BASE_CHECKPOINT=str(apart / "base.pt"), TRAINING_STEPS="9")
     assert code == 0, said
     assert newest(apart / "alone").parts == ["adapters", "optimizer"]

@@ -145,7 +145,7 @@ def test_reasons_why_it_does_not_resume_exactly(trained, tmp_path):
     folder = copied(trained, tmp_path)
     small_text(tmp_path, characters=5000, name="other.txt")
     said = call(verifier, folder, CHECKPOINT_PATH=family(folder)[8], TRAINING_DATA_SOURCE=tmp_path / "other.txt")
-    assert (said.code, rows(said.out)["exactly"]) == (0, ("no", "the text is another"))
+    assert (said.code, rows(said.out)["exactly"]) == (0, ("no", "the training text differs"))
     said = call(verifier, folder, CHECKPOINT_PATH=family(folder)[8], TRAINING_DATA_SOURCE=tmp_path / "nothing.txt")
     status, why = rows(said.out)["exactly"]
     assert (said.code, status) == (0, "no")

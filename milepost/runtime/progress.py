@@ -279,7 +279,7 @@ def command_line(script: Path, *, processes: int | None = None, **variables: obj
     return " ".join([*words, python, shlex.quote(shown(script))])
 
 
-def tell(text: str) -> None:
+def write_stdout(text: str) -> None:
     """Print to stdout; on a terminal, nothing in the text can steer it. A reader or a terminal that is gone is no reason to stop."""
     text = text.encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
     try:

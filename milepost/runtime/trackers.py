@@ -41,8 +41,8 @@ def missing(kind: str) -> str | None:
 class Mirror:
     """A run's lines in a tracker. What the tracker raises is said once and ends the mirror, never the training."""
 
-    def __init__(self, kind: str, start: Callable[[], Sink | None], *, say: Callable[[str], None]) -> None:
-        self._kind, self._say = kind, say
+    def __init__(self, kind: str, start: Callable[[], Sink | None], *, log: Callable[[str], None]) -> None:
+        self._kind, self._log = kind, log
         self._sink: Sink | None = None
         self._step, self._time, self._row = -1, 0.0, dict[str, float]()
         with self._guarded():
@@ -66,9 +66,9 @@ class Mirror:
                 for path in self._sink.replaces:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def close(self, *, whole: bool) -> None:
-        """Ends the series; without its last step if that is not `whole`, since the resume will have more of it."""
-        if whole:
+    def close(self, *, complete: bool) -> None:
+        """Ends the series; without its last step if that is not `complete`, since the resume will have more of it."""
+        if complete:
             self._send()
         with self._guarded():
             if self._sink:
@@ -88,8 +88,8 @@ class Mirror:
         except Exception as error:
             self._sink = None
             why = " ".join(str(error).split()) or type(error).__name__
-            self._say(
-                f"warning: TRACKER={self._kind} failed ({why}); training goes on, and metrics.jsonl has every figure"
+            self._log(
+                f"warning: TRACKER={self._kind} failed ({why}); training continues, and metrics.jsonl has every figure"
             )
 
 
@@ -99,7 +99,7 @@ def _is_figure(name: str, value: object) -> bool:
 
 
 def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any],
-                wandb: Mapping[str, str], say: Callable[[str], None]) -> Mirror:  # fmt: skip
+                wandb: Mapping[str, str], log: Callable[[str], None]) -> Mirror:  # fmt: skip
     """The mirror of a run, with its files in the run's `folder` as far as the tracker lets them be.
 
     `lines` are the run's so far, of which it gets what it lacks; `settings` are shown beside the series; `wandb` holds the `mode` and the
@@ -108,10 +108,10 @@ def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping
     starts: dict[str, Callable[[], Sink | None]] = {
         "none": lambda: None,
         "tensorboard": lambda: _tensorboard(folder / "tensorboard"),
-        "wandb": lambda: _wandb(folder, run_id, settings, say, **wandb),
+        "wandb": lambda: _wandb(folder, run_id, settings, log, **wandb),
         "trackio": lambda: _trackio(run_id, settings),
     }
-    mirror = Mirror(kind, starts[kind], say=say)
+    mirror = Mirror(kind, starts[kind], log=log)
     for line in lines:
         mirror.write(line)
     mirror.replace_earlier()
@@ -119,7 +119,7 @@ def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping
 
 
 def _tensorboard(folder: Path) -> Sink:
-    """Events in `folder`, the whole series anew: which of several files is the later one, its readers would tell from the clock in its
+    """Events in `folder`, the complete series anew: which of several files is the later one, its readers would tell from the clock in its
     name. A TensorBoard that has seen the earlier file drops it at the mark (`purge_step`) with which the new one begins.
     """
     from torch.utils.tensorboard import SummaryWriter
@@ -135,7 +135,7 @@ def _tensorboard(folder: Path) -> Sink:
 
 
 def _wandb(
-    folder: Path, run_id: str, settings: Mapping[str, Any], say: Callable[[str], None], *, mode: str, project: str
+    folder: Path, run_id: str, settings: Mapping[str, Any], log: Callable[[str], None], *, mode: str, project: str
 ) -> Sink:
     """A run of Weights & Biases that is named as ours. Online it goes on where the server's history ends, which takes no step twice.
 
@@ -144,7 +144,7 @@ def _wandb(
     import wandb
 
     if mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
-        say("TRACKER=wandb: no API key is configured, so nothing is sent: `wandb login` or WANDB_API_KEY change that")
+        log("TRACKER=wandb: no API key is configured, so nothing is sent: `wandb login` or WANDB_API_KEY change that")
         mode = "offline"
     online = mode in ("online", "shared")
     earlier = set((folder / "wandb").glob(f"offline-run-*-{run_id}")) if mode == "offline" else set()
@@ -153,9 +153,9 @@ def _wandb(
         resume="allow" if online else None, settings=wandb.Settings(silent=True, console="off"),
     )  # fmt: skip
     if mode == "offline":
-        say(f"TRACKER=wandb: recorded offline; send it with: wandb sync {Path(run.dir).parent}")
+        log(f"TRACKER=wandb: recorded offline; send it with: wandb sync {Path(run.dir).parent}")
     elif run.url:
-        say(f"TRACKER=wandb: {run.url}")
+        log(f"TRACKER=wandb: {run.url}")
     replaced = tuple(earlier - {Path(run.dir).parent})
     return Sink(run.step, lambda step, _, values: run.log(values, step=step), run.finish, replaces=replaced)
 

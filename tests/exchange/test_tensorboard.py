@@ -152,4 +152,4 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch):
     code, said = train(tmp_path, RESUME="auto", TRACKER="tensorboard")
     assert code == 0
     assert said.count("warning: TRACKER=tensorboard failed (") == 1
-    assert "training goes on" in said
+    assert "training continues" in said

@@ -1,0 +1,180 @@
+"""What a run reports at its start, at a resume and at its end."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import models
+from milepost import ckpt, config
+from milepost.ckpt import Checkpoint
+from milepost.ckpt.restore import Restored
+from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule
+from milepost.run import Run, memory_needed, shapes
+from milepost.runtime import hardware
+from milepost.runtime.optim import lr_at
+from milepost.runtime.progress import amount, command_line, duration, shown, table, write_stdout
+
+TRAINING = config.ROOT / "training.py"
+LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start
+
+
+def log_start(run: Run) -> None:
+    """Log, in at most 15 lines, what is trained on which data and where the output goes."""
+    settings, text, log = run.settings, run.text, run.log
+    count, trained = models.parameter_count(run.model), models.trained_count(run.model)
+    shared = f"{run.world.size} processes by {run.engine}, each " if run.world.size > 1 else ""
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    numerics = f"{shared}{threads}, {run.dtype}, {'compiled' if run.compile_step else 'eager'}"
+    log(f"run {run.run_id}: {settings.model_type} on {run.device.type} ({numerics})")
+    sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on"
+    tokenizer = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
+    log(f"data: {shown(text.corpus.source)}: {amount(text.scan.characters)} characters, {tokenizer}; {sizes}")
+    adapters = f", {amount(trained)} of them trained" if trained < count else ""
+    log(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB){adapters}, block size {settings.block_size}")
+    warn_of_memory(run)
+    log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
+    log_checkpoint_policy(run)
+    for line in config.describe(settings):
+        log(line)
+
+
+def log_checkpoint_policy(run: Run) -> None:
+    """Log when and where checkpoints are saved, and which are kept."""
+    settings, log = run.settings, run.log
+    if not settings.enable_checkpoints:
+        log("checkpoints are OFF: this model will not be saved; set ENABLE_CHECKPOINTS=true to save it")
+        return
+    interval, last, multiple = (
+        settings.checkpoint_interval,
+        settings.checkpoint_keep_last,
+        settings.checkpoint_keep_every,
+    )
+    every = f"every {interval} steps and at the end" if interval else "at the end"
+    kept = f", the last {last} kept" + (f" and models at multiples of {multiple}" if multiple else "") if last else ""
+    log(f"checkpoints: {every}{kept}, to {shown(Path(settings.checkpoint_dir))} ({settings.checkpoint_layout})")
+    if settings.checkpoint_model_only:
+        log("CHECKPOINT_MODEL_ONLY=true: without the optimizer, checkpoints generate but cannot resume bit-exactly")
+    if settings.checkpoint_layout == "huggingface" and settings.model_type not in models.with_trait("transformers"):
+        log(f"transformers has no {settings.model_type} model: only milepost will open these folders")
+
+
+def warn_of_memory(run: Run) -> None:
+    """Log a warning if a step is estimated to need more memory than the device has free."""
+    need = memory_needed(run.model, run.settings, run.world, engine=run.engine, device=run.device, dtype=run.dtype)
+    free = hardware.free_memory(run.device)
+    if free is not None and need > free:
+        estimate = f"a step needs about {amount(need, 'B')} of memory and {amount(free, 'B')} are free"
+        run.log(f"warning: {estimate}; lower BATCH_SIZE, BLOCK_SIZE or N_LAYER if it fails")
+
+
+def log_plan(run: Run, *, seconds_per_step: float) -> None:
+    """Log how long the run is: in steps, tokens, epochs and time."""
+    steps, rows, block_size = run.end - run.step, run.batches.rows_per_step, run.settings.block_size
+    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
+    amounts = f"{amount(steps * rows * block_size)} tokens, {epochs:.2g} epochs"
+    run.log(
+        f"plan: {steps} steps of {rows} x {block_size} tokens = {amounts}; about {duration(steps * seconds_per_step)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+
+
+def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
+    """Print a table to stdout: what was restored, reset, overridden or missing, the learning rates, and whether the resume is bit-exact."""
+    child, schedule = run.run_id != record.run_id, run.schedule
+    changed, exact = changed_settings(run, record), same_position(run, record)
+    rates = (
+        f"{schedule.kind}, peak {schedule.peak:g}, floor {schedule.floor:g}, "
+        f"{schedule.warmup_steps} warm-up steps from step {schedule.start_step}"
+    )
+    parameters = amount(models.parameter_count(run.model))
+    moments = f"moments of {restored.restored} of {restored.total} parameters"
+    position = f"window {run.batches.windows_seen(run.step)}, epoch {run.batches.epoch(run.step):.2f}"
+    reasons = inexact_reasons(run, record, restored)
+    rows = [
+        ("checkpoint", "", shown(record.path) if record.path else ""),
+        ("run", "reset", f"{run.run_id}, a child of {record.run_id or 'another program'}")
+        if child
+        else ("run", "restored", run.run_id),
+        ("weights", "restored", f"{len(record.model_state)} tensors, {parameters} parameters"),
+        *(("adapters", "restored", count) for count in models.adapter_counts(shapes(run.model)).values()),
+        ("optimizer", "missing" if restored.missing else "restored", moments),
+        ("step", "restored", f"{record.step}; {run.end - run.step} more, to {run.end}"),
+        ("learning rate", "restored" if same_schedule(run, record) else "overridden", rates),
+        ("data position", "restored" if exact else "reset", position),
+        *([("float16 scale", "restored" if record.scaler else "missing", "")] if run.scaler.is_enabled() else []),
+        ("random draws", "restored", f"functions of SEED={run.settings.seed} and the step"),
+        ("tokenizer", "restored", f"{run.tokenizer.kind}, {run.tokenizer.vocab_size} tokens"),
+        *((name, "overridden", f"{before} -> {now}") for name, (before, now) in changed.items()),
+        *((f"group {number}", "", _group(run, group)) for number, group in enumerate(run.optimizer.param_groups, 1)),
+        ("bit-exact", "no", "; ".join(reasons))
+        if reasons
+        else ("bit-exact", "yes", "ends where the uninterrupted run would have ended"),
+    ]
+    write_stdout(table(rows))
+
+
+def _group(run: Run, group: dict[str, Any]) -> str:
+    rate = f"next learning rate {lr_at(run.step, run.schedule):.4g}"
+    return f"{rate}, weight decay {group['weight_decay']:g}, {len(group['params'])} tensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# End
+
+
+def log_finished_before(run: Run, record: Checkpoint) -> None:
+    """Log that the checkpoint's run has no step left, and the command that trains more."""
+    more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
+    run.log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. To train more: {more}")
+
+
+def log_done(run: Run, *, sample: str) -> None:
+    """Log the losses of a finished run, print a sample to stdout (rank 0 alone has one), and log the next command."""
+    losses = (
+        f"validation loss {run.validation_loss:.4f}, best {run.best_loss:.4f} at step {run.best_step}"
+        if run.validation_loss is not None and run.best_loss is not None
+        else "no validation text"
+    )
+    run.log(f"done: {run.step} steps, {losses}")
+    write_stdout(sample)
+    if run.saved.failed:
+        run.log(f"step {run.step} is not saved, for the reason above; {how_to_resume(run)}")
+    elif run.saved.path:
+        run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.saved.path, **_base_variable(run)))
+
+
+def how_to_resume(run: Run) -> str:
+    """Return which step of the run is saved, and the command that resumes from it."""
+    if not run.world.is_rank0:
+        return "see the log of rank 0"
+    if not run.settings.enable_checkpoints:
+        return "nothing was saved, because ENABLE_CHECKPOINTS is false"
+    folder, processes = Path(run.settings.checkpoint_dir), run.world.local_size
+    try:
+        latest = ckpt.latest([found for found in ckpt.find(folder) if found.metadata.get("run_id") == run.run_id])
+    except OSError as error:
+        return f"the saved checkpoints cannot be listed ({error})"
+    if latest is None:
+        return "nothing was saved"
+    saved = f"step {latest.step} is saved in {shown(latest.path)}"
+    if processes < run.world.size:
+        return f"{saved}; resume with the same torchrun commands and RESUME=auto"
+    variables = {"RESUME": "auto", "CHECKPOINT_DIR": folder} | _base_variable(run)
+    return (
+        f"{saved}; resume with: {command_line(TRAINING, processes=processes if processes > 1 else None, **variables)}"
+    )
+
+
+def _base_variable(run: Run) -> dict[str, Any]:
+    """Return the variable that names the base, if the run's checkpoints hold only adapters."""
+    if not (run.base and run.settings.checkpoint_adapters_only):
+        return {}
+    return {"GPT2_MODEL_NAME" if run.settings.gpt2_model_name else "BASE_CHECKPOINT": str(run.base.get("source"))}

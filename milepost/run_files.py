@@ -1,0 +1,269 @@
+"""The files of a run: its folders and locks, metrics, samples and trackers in RUNS_DIR, checkpoints in CHECKPOINT_DIR."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import models
+from milepost import ckpt, config
+from milepost.ckpt import Checkpoint
+from milepost.ckpt.leftovers import prepare_folder
+from milepost.ckpt.record import bytes_on_disk
+from milepost.config import ConfigError
+from milepost.locks import RunLock
+from milepost.paths import check_inside
+from milepost.run import TRY_INSTEAD, Run, is_due, to_record
+from milepost.runtime.errors import TrainingError
+from milepost.runtime.progress import Metrics, amount, read_metrics, shown, write_own
+from milepost.runtime.trackers import missing, open_mirror
+
+METRICS = "metrics.jsonl"
+SUBFOLDERS = ("samples", "tensorboard", "wandb")  # of RUNS_DIR/<run_id>, created when needed
+LOCK_PATIENCE = 120  # seconds after which a network file system releases the locks of a dead machine
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Open: folders, locks and logs, before the first step.
+
+
+def open_run(run: Run, held: contextlib.ExitStack) -> None:
+    """Create the run's folders, lock the run for this process and open its files, which `held` closes. Raise ConfigError if it cannot.
+
+    The run is locked in its checkpoint folder and in its metrics folder, since another process may share only one of them.
+    """
+    if problem := missing(run.settings.tracker):
+        raise ConfigError([problem])
+    runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
+    with _blaming("RUNS_DIR", run.folder):
+        for folder in (run.folder, *(run.folder / name for name in SUBFOLDERS)):
+            check_inside(runs, folder)
+        _lock(run, run.folder, held)
+    if run.settings.enable_checkpoints:
+        with _blaming("CHECKPOINT_DIR", checkpoints):
+            for folder in (checkpoints / ckpt.BEST_FOLDER, checkpoints / run.run_id / ckpt.BEST_FOLDER):
+                check_inside(checkpoints, folder)
+            _lock(run, checkpoints, held)
+        check_space(run)
+        protect_base(run)
+    with _blaming("RUNS_DIR", run.folder):
+        run.log.open(run.folder / "training.log")
+        write_own(run.folder / "config.env", config.as_env(run.settings))
+        origin = {"run_id": run.run_id, "parent": run.parent}
+        write_own(run.folder / "run.json", json.dumps(origin, indent=1) + "\n")
+        run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / METRICS)))
+        # Set aside metrics newer than the checkpoint: resuming rewrites them.
+        run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.resumed_save)
+    open_tracker(run, held)
+
+
+def _lock(run: Run, folder: Path, held: contextlib.ExitStack) -> None:
+    prepare_folder(folder)
+    lock = RunLock(folder, run.run_id)
+    lock.acquire(patience=LOCK_PATIENCE if config.was_restarted() else 0)
+    held.callback(lock.release)
+
+
+@contextlib.contextmanager
+def _blaming(variable: str, folder: Path) -> Iterator[None]:
+    """Raise ConfigError naming the variable of a folder that cannot be written."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        problem = f"{variable}: {folder} cannot be written ({error})"
+        raise ConfigError([f"{problem}: free space, fix its permissions, or set another {variable}"]) from error
+
+
+def check_space(run: Run) -> None:
+    """Raise ConfigError if the checkpoints that the policy keeps do not fit on the disk. If it keeps all of them, only warn."""
+    settings, folder = run.settings, Path(run.settings.checkpoint_dir)
+    interval, last = settings.checkpoint_interval, settings.checkpoint_keep_last
+    saves = 1 + (run.end - run.step) // interval if interval else 1
+    count = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # + 1: written before one is pruned
+    trained = models.trained_count(run.model)
+    weights = trained if settings.checkpoint_adapters_only else models.parameter_count(run.model)
+    size = 4 * (weights + (0 if settings.checkpoint_model_only else 2 * trained))
+    if problem := ckpt.free_space_problem(folder, need=count * size):
+        plan = f"{count} checkpoints of {amount(size, 'B')}: {problem}"
+        if last:
+            raise ConfigError([f"CHECKPOINT_KEEP_LAST={last}: {plan}; keep fewer, or set another CHECKPOINT_DIR"])
+        run.log(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
+
+
+def protect_base(run: Run) -> None:
+    """Leave a note beside the base of adapters saved in another folder, so that pruning the base's folder keeps the base."""
+    if not (run.base and run.settings.checkpoint_adapters_only):
+        return
+    try:
+        note = ckpt.note_use(run.base, run_id=run.run_id, checkpoint_dir=Path(run.settings.checkpoint_dir))
+    except OSError as error:
+        base, why = run.base.get("source"), f"no note can be left beside it ({error})"
+        run.log(f"warning: pruning may delete {base}, which these adapters need, because {why}: copy it elsewhere")
+    else:
+        if note:
+            run.log(f"{shown(note)} keeps the base of these adapters from being pruned; delete it with them")
+
+
+def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
+    """Start mirroring metrics.jsonl in the tracker, beginning with the earlier lines that the tracker lacks."""
+    kind, path = run.settings.tracker, run.metrics.path
+    run.mirror = open_mirror(
+        kind, folder=run.folder, run_id=run.run_id, lines=read_metrics(path) if kind != "none" and path.exists() else [],
+        settings=config.to_dict(run.settings), wandb=config.wandb_options(), log=run.log,
+    )  # fmt: skip
+    # A step that was stopped before its evaluation is incomplete: the resume evaluates it first.
+    held.callback(lambda: run.mirror.close(complete=run.observed_step == run.step or not is_due(run, "eval")))
+
+
+def _precedes_checkpoint(run: Run, line: dict[str, Any]) -> bool:
+    """Return whether this line of metrics was written before the checkpoint that the run resumes from."""
+    step = line.get("step", 0)
+    return step < run.step or (step == run.step and (line.get("split") == "train" or run.observed_step == run.step))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics and samples. Write errors are reported once and never stop training.
+
+
+def write_metrics(run: Run, split: str, values: Mapping[str, float]) -> None:
+    """Write one line to metrics.jsonl and to the tracker, on rank 0. Every line has the common names, null where the split lacks a value."""
+    if not run.world.is_rank0:
+        return
+    identity = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3), "split": split}
+    common = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.tokens_seen, "tok_s": None}
+    line: dict[str, Any] = identity | common | dict(values) | identity  # no metric replaces what identifies a line
+    with _report_once(run, METRICS):
+        run.metrics.write(**line)
+    run.mirror.write(line)
+
+
+def write_sample(run: Run, text: str) -> None:
+    """Write the sample of this step to samples/, on rank 0."""
+    if not run.world.is_rank0:
+        return
+    with _report_once(run, "samples/"):
+        path = run.folder / "samples" / f"step{run.step:06d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        write_own(path, text)
+
+
+@contextlib.contextmanager
+def _report_once(run: Run, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if name not in run.reported:
+            run.reported.add(name)
+            run.log(f"{name} could not be written ({error}); training continues")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints.
+
+
+def save_checkpoint(run: Run, *, regular: bool) -> None:
+    """Save this step: to CHECKPOINT_DIR if `regular`, and to best/ if it is the best so far; in the background if CHECKPOINT_ASYNC is set.
+
+    Wait for the previous save first, and raise what it raised.
+    """
+    run.writer.wait()
+    if regular:
+        run.saved.step, run.saved.observed_step = run.step, run.observed_step
+        run.saved.failed = run.world.is_rank0  # until the write succeeds
+    record = to_record(run)
+    if run.world.is_rank0 or run.saves_parts:
+        run.writer.submit(record, lambda copy: _write(run, copy, regular=regular))
+
+
+def _write(run: Run, record: Checkpoint, *, regular: bool) -> None:
+    """Write the record, keep it as the best if it is, and delete expired checkpoints. Disk errors are logged and do not stop training.
+
+    Raise TrainingError instead of saving NaN or Inf weights. Where each process saves its own part, rank 0 leads.
+    """
+    if bad := ckpt.not_finite(record):
+        raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
+    if not run.world.is_rank0:
+        ckpt.follow(record)
+        return
+    with ckpt.leading(record):
+        saved = _write_regular(run, record) if regular else None
+        _keep_best(run, record, saved=saved)
+        if saved and run.settings.checkpoint_keep_last:
+            _prune(run, record, saved=saved)
+
+
+def _write_regular(run: Run, record: Checkpoint) -> Path | None:
+    """Return the path of the new checkpoint, or None if the disk refused it."""
+    with _log_disk_error(run, f"step {record.step} could not be saved", record=record):
+        run.saved.path = ckpt.save(record, Path(run.settings.checkpoint_dir), **_form(run))
+        run.saved.failed = False
+        return run.saved.path
+    return None
+
+
+def _keep_best(run: Run, record: Checkpoint, *, saved: Path | None) -> None:
+    """Put the record's best step into best/. An earlier best step that could not be written is retried from its regular checkpoint."""
+    folder, count = Path(run.settings.checkpoint_dir), run.settings.checkpoint_keep_best
+    if not _is_pending(run, record):
+        return
+    with _log_disk_error(run, f"step {record.best_step}, the best so far, could not be saved", record=record):
+        if record.best_step != record.step or (not saved and ckpt.saved_best(folder, **_best_of(record))):
+            copy_best(run, record)
+        else:
+            ckpt.keep_best(record, folder, saved=saved, count=count, **_form(run))
+            run.saved.best_step = record.step
+
+
+def _prune(run: Run, record: Checkpoint, *, saved: Path) -> None:
+    """Delete expired checkpoints, except the regular checkpoint of a best step that is not in best/ yet."""
+    folder, settings = Path(run.settings.checkpoint_dir), run.settings
+    policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
+    with _log_disk_error(run, "expired checkpoints could not be deleted", record=record):
+        regular = ckpt.saved_best(folder, **_best_of(record)) if _is_pending(run, record) else None
+        spare = regular.path if regular else None
+        ckpt.prune(folder, run_id=run.run_id, newest_good=saved, spare=spare, **policy)
+
+
+def copy_best(run: Run, record: Checkpoint | None = None) -> None:
+    """Put the best step of the record, or of the run, into best/ from its regular checkpoint, if it is not there; on rank 0."""
+    if not (run.world.is_rank0 and run.best_is_pending):
+        return
+    best, count = _best_of(record or run), run.settings.checkpoint_keep_best
+    with _log_disk_error(run, f"step {best['step']}, the best so far, could not be saved"):
+        if ckpt.keep_saved_best(Path(run.settings.checkpoint_dir), count=count, **best):
+            run.saved.best_step = best["step"]
+
+
+def repair(run: Run) -> None:
+    """Restore files that a finished run lacks: metrics that an earlier resume had set aside, the best step in best/."""
+    metrics_aside = Metrics(run.folder / METRICS).set_aside.exists()
+    if metrics_aside or (run.best_is_pending and ckpt.saved_best(Path(run.settings.checkpoint_dir), **_best_of(run))):
+        with contextlib.ExitStack() as held:
+            open_run(run, held)
+            copy_best(run)
+
+
+def _form(run: Run) -> dict[str, Any]:
+    return {"layout": run.settings.checkpoint_layout, "prefix": run.settings.checkpoint_prefix}
+
+
+def _best_of(source: Run | Checkpoint) -> dict[str, Any]:
+    return {"run_id": source.run_id, "step": source.best_step, "loss": source.best_loss}
+
+
+def _is_pending(run: Run, record: Checkpoint) -> bool:
+    """Return whether the record's best step should be in best/ and is not. In the background the run may be at a later best already."""
+    return record.best_step not in (None, run.saved.best_step) and run.settings.checkpoint_keep_best > 0
+
+
+@contextlib.contextmanager
+def _log_disk_error(run: Run, what: str, *, record: Checkpoint | None = None) -> Iterator[None]:
+    """Log why the disk refused a write, and the space that the record needs; training continues."""
+    try:
+        yield
+    except (OSError, ckpt.CheckpointError) as error:
+        need = bytes_on_disk(record) if record else 0
+        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=need)
+        run.log(f"{what} ({why}); training continues")
