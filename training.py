@@ -453,7 +453,7 @@ def write_and_prune(run: Run, record: Checkpoint, *, save: bool) -> None:
             pending = record.best_step not in (None, run.kept_best_step) and settings.checkpoint_keep_best
             ordinary = ckpt.saved_best(folder, **best) if pending else None
             spare = ordinary.path if ordinary else None
-            ckpt.prune(folder, run_id=run.run_id, newest_good=saved, spare=spare, **policy)
+            ckpt.prune(folder, run_id=run.run_id, latest_valid=saved, spare=spare, **policy)
 
 
 def best_of(one: Run | Checkpoint) -> dict[str, Any]:
