@@ -113,7 +113,7 @@ def prune(folder: Name = CHECKPOINTS, *, keep_last: int, keep_every: int = 0) ->
         valid = newest_valid(place, run_id)
         if valid is not None:
             policy = {"keep_last": keep_last, "keep_every": keep_every}
-            expired = ckpt.prune(place, run_id=run_id, newest_good=valid, **policy)
+            expired = ckpt.prune(place, run_id=run_id, latest_valid=valid, **policy)
             deleted += [found.path for found in expired.remove]
     return deleted
 

@@ -1,6 +1,6 @@
-"""Atomic, durable writing: write under a temporary dot-name, fsync, reveal by one rename, fsync the folder.
+"""Atomic, durable writes: write to a temporary hidden name, fsync, rename, fsync the folder.
 
-A checkpoint is one file, one folder, or a group of files of which the last, its head, makes it visible.
+A checkpoint is a file, a folder, or a group of files. The last file of a group, the primary file, makes it visible.
 """
 
 import contextlib
@@ -17,43 +17,43 @@ from typing import Any
 
 from milepost.paths import is_real_folder
 
-TEMPORARY = ".tmp-"  # nothing that begins so is ever read; what a crash leaves is removed under the folder's lock
-CHUNK = 4 * 2**20  # bytes handed to the system at once
-BEGINNING = 2**20  # bytes of a file whose hash tells at every load that it is the one of this save
-BLOCK = 4096  # what a device that is written past the page cache wants addresses and sizes to be multiples of
+TEMPORARY = ".tmp-"  # names that begin so are never read; leftovers of a crash are removed under the folder's lock
+CHUNK = 4 * 2**20  # bytes of a write
+BEGINNING = 2**20  # bytes of a file whose hash every load compares with the manifest
+BLOCK = 4096  # bytes; direct writes need addresses and sizes that are multiples of it
 
 
 class NewFile(io.RawIOBase):
-    """A file written once, front to back, past the page cache where the system can.
+    """A file written once from start to end, with direct I/O where the system supports it.
 
-    A checkpoint is not read again soon: through the cache it would cost a second copy and push out what training needs.
+    A checkpoint is not read again soon: in the page cache it would cost a second copy and evict what training needs.
     """
 
     def __init__(self, path: Path, *, hashed: bool = False) -> None:
-        """Creates `path`; raises FileExistsError if it is there. `hashed` keeps the sha256 of what is written."""
+        """Create `path`; raise FileExistsError if it exists. `hashed` computes the sha256 of the content."""
         super().__init__()
         self._descriptor, self._direct = _create(path)
-        self._buffer, self._filled = mmap.mmap(-1, CHUNK), 0  # memory of its own begins at a block
+        self._buffer, self._filled = mmap.mmap(-1, CHUNK), 0  # anonymous memory is aligned to a block
         self._sha256 = hashlib.sha256() if hashed else None
         self._begins = hashlib.sha256()
         self.size = 0
 
     @property
     def entry(self) -> dict[str, Any]:
-        """Size and sha256 of all that was written, and sha256 of its first BEGINNING bytes, for a manifest."""
+        """Size and sha256 of the content, and sha256 of its first BEGINNING bytes, for a manifest."""
         assert self._sha256 is not None
         return {"size": self.size, "sha256": self._sha256.hexdigest(), "begins_sha256": self._begins.hexdigest()}
 
     def writable(self) -> bool:
-        """That it is."""
+        """Return True, as io.RawIOBase requires."""
         return True
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Return the bytes written so far."""
         return self.size
 
     def write(self, data: Any) -> int:
-        """Takes all of `data`, any buffer; returns its bytes. Raises OSError if the disk refuses."""
+        """Write all of `data`, any buffer; return its size in bytes. Raise OSError on a write error."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), CHUNK):
             self._take(view[start : start + CHUNK])
@@ -75,7 +75,7 @@ class NewFile(io.RawIOBase):
         view = memoryview(self._buffer)[: self._filled]
         try:
             if self._direct and self._filled % BLOCK:
-                self._stop_direct()  # the end of a file is seldom a whole block
+                self._stop_direct()  # the end of a file is seldom a full block
             while len(view):
                 view = view[self._hand_over(view) :]
                 if self._direct and len(view) % BLOCK:
@@ -85,7 +85,9 @@ class NewFile(io.RawIOBase):
         self._filled = 0
 
     def _hand_over(self, view: memoryview) -> int:
-        """Bytes that the system took. Some file systems open a file for direct writing and then refuse each such write."""
+        """Write and return the bytes written. Some file systems accept O_DIRECT at open and then refuse every such
+        write.
+        """
         try:
             return os.write(self._descriptor, view)
         except OSError as error:
@@ -102,25 +104,25 @@ class NewFile(io.RawIOBase):
         self._direct = False
 
     def finish(self) -> None:
-        """Returns when all of it is on the device."""
+        """Flush; return when the content is on the device."""
         self._drain()
         flush_to_disk(self._descriptor)
 
     def close(self) -> None:
-        """Gives the descriptor back; without `finish`, what was last written may be lost."""
+        """Close the descriptor; without `finish`, the last writes may be lost."""
         if not self.closed:
-            super().close()  # first: a descriptor is gone though its close fails, and its number may soon be another file's
+            super().close()  # first: a failed close frees the descriptor too, and another file may get its number
             os.close(self._descriptor)
 
 
 def _create(path: Path) -> tuple[int, bool]:
-    """A descriptor of the new file, and whether its writes go past the page cache."""
+    """Create the file; return its descriptor and whether it uses direct I/O."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     if hasattr(os, "O_DIRECT"):
         try:
             return os.open(path, flags | os.O_DIRECT, 0o666), True
         except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system without it; some have made the file by then
+            if error.errno != errno.EINVAL:  # no direct I/O on this file system; some have created the file by then
                 raise
             path.unlink(missing_ok=True)
     return os.open(path, flags, 0o666), False
@@ -128,32 +130,30 @@ def _create(path: Path) -> tuple[int, bool]:
 
 @contextlib.contextmanager
 def written(path: Path, *, hashed: bool = False) -> Iterator[NewFile]:
-    """Yields a new file in a folder that nobody sees yet; it is durable when the block ends."""
+    """Yield a new file in a hidden folder; it is durable when the block ends."""
     with NewFile(path, hashed=hashed) as file:
         yield file
         file.finish()
 
 
 def write_json(path: Path, values: Any) -> NewFile:
-    """Writes `values` as a JSON file that people read too; returns it for its size and sha256."""
+    """Write `values` as an indented JSON file; return it for its size and sha256."""
     with written(path, hashed=True) as file:
         text = json.dumps(values, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-        file.write(
-            text.encode(errors="backslashreplace")
-        )  # half a character, as a setting may hold, becomes JSON's own escape
+        file.write(text.encode(errors="backslashreplace"))  # a lone surrogate becomes its JSON escape
     return file
 
 
 @contextlib.contextmanager
 def new_file(path: Path, *, replace: bool = False) -> Iterator[NewFile]:
-    """Yields a file that appears as `path`, whole and durable, when the block ends; on an error nothing appears.
+    """Yield a file that appears as `path`, complete and durable, when the block ends; on an error nothing appears.
 
-    Raises FileExistsError if `path` is there already: a visible name is never replaced, except with `replace`, which is for
-    caches. Raises OSError if the disk refuses.
+    Raise FileExistsError if `path` exists: a visible name is never replaced, except with `replace`, which is for
+    caches. Raise OSError on a write error.
     """
     temporary = hidden_name(path)
     try:
-        with told_by_name(path), written(temporary) as file:
+        with naming_path(path), written(temporary) as file:
             yield file
         (os.replace if replace else reveal)(temporary, path)
     except BaseException:
@@ -164,13 +164,14 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[NewFile]:
 
 @contextlib.contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """Yields a hidden name for a library that opens its file itself; the file appears as `path` when the block ends, or not at all.
+    """Yield a hidden name for a library that opens the file itself; the file appears as `path` when the block ends, or
+    not at all.
 
-    Raises as `new_file` does.
+    Raise as `new_file` does.
     """
     hidden = hidden_name(path)
     try:
-        with told_by_name(path):
+        with naming_path(path):
             yield hidden
             with open(hidden, "rb+") as file:
                 flush_to_disk(file.fileno())
@@ -183,16 +184,16 @@ def new_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a hidden folder to write into; it appears as `path`, whole and durable, when the block ends, or not at all.
+    """Yield a hidden folder; it appears as `path`, complete and durable, when the block ends, or not at all.
 
-    Raises as `new_file` does.
+    Raise as `new_file` does.
     """
     hidden = hidden_name(path)
     try:
-        with told_by_name(path):
+        with naming_path(path):
             hidden.mkdir()
             yield hidden
-            for folder in [*(each for each in hidden.rglob("*") if each.is_dir()), hidden]:
+            for folder in [*(path for path in hidden.rglob("*") if path.is_dir()), hidden]:
                 sync_folder(folder)
         reveal(hidden, path)
     except BaseException:
@@ -203,23 +204,26 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_group(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Yields a hidden folder to write files of these `names` into; they appear in `folder` when the block ends, or none does.
+    """Yield a hidden folder for files of these `names`; all appear in `folder` when the block ends, or none does.
 
-    The last name appears last: it is the mark that all are there. Raises as `new_file` does. What a kill leaves visible is removed later
-    if the layout's `parts_of` proves by the hidden head that it was of this save.
+    The last name, the primary file, appears last and marks the group as complete. Raise as `new_file` does. Files that
+    a kill leaves visible are removed later if the layout's `parts_of` proves by the hidden primary file that they
+    belong to this save.
     """
     hidden, all_free = hidden_name(folder / names[-1]), False
     try:
-        with told_by_name(folder / names[-1]):
+        with naming_path(folder / names[-1]):
             hidden.mkdir()
             yield hidden
             sync_folder(hidden)
             for name in names:
-                _check_free(folder / name)  # all of them first: a head that is taken would leave the others without one
+                _check_free(
+                    folder / name
+                )  # all first: if the primary name were taken, the others would be left without it
             all_free = True
             for name in names[:-1]:
                 reveal(hidden / name, folder / name)
-            sync_folder(folder)  # the others are durable before the head is seen
+            sync_folder(folder)  # the other files are durable before the primary file appears
             reveal(hidden / names[-1], folder / names[-1])
     except BaseException:
         if all_free:
@@ -231,7 +235,7 @@ def new_group(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def _take_back(hidden: Path, folder: Path, names: Sequence[str]) -> None:
-    """Removes what is visible of a group whose head is not; its names were free before."""
+    """Remove the visible files of a group whose primary file is not visible; their names were free before."""
     if not os.path.lexists(folder / names[-1]):
         for name in names[:-1]:
             if not os.path.lexists(hidden / name):
@@ -239,48 +243,48 @@ def _take_back(hidden: Path, folder: Path, names: Sequence[str]) -> None:
 
 
 def remove(files: Sequence[Path]) -> None:
-    """Removes the checkpoint that consists of these files, its head last of them, or of one folder: at any moment it is whole or gone.
+    """Delete a checkpoint of these files, the primary file last, or of a single folder. A reader sees all of it or
+    nothing.
 
-    The head is hidden first: after a kill it proves which of the other files were of its save.
+    The primary file is hidden first: after a kill it proves which of the other files belong to its save.
     """
-    head = files[-1]
-    if len(files) == 1 and not head.is_dir():
-        head.unlink(missing_ok=True)
+    primary = files[-1]
+    if len(files) == 1 and not primary.is_dir():
+        primary.unlink(missing_ok=True)
         return
-    hidden = hidden_name(head)
+    hidden = hidden_name(primary)
     if len(files) == 1:
-        os.replace(head, hidden)
+        os.replace(primary, hidden)
         discard(hidden)
         return
     try:
         hidden.mkdir()
-    except OSError:  # a full disk, which removing is to help: the head still goes first
-        head.unlink(missing_ok=True)
-        sync_folder(head.parent)
+    except OSError:  # the disk may be full, and deleting is the cure: unlink the primary file first
+        primary.unlink(missing_ok=True)
+        sync_folder(primary.parent)
     else:
-        os.replace(head, hidden / head.name)
+        os.replace(primary, hidden / primary.name)
     for file in files[:-1]:
         file.unlink(missing_ok=True)
     discard(hidden)
 
 
-def second_name(files: Sequence[Path], place: Path) -> Path:
-    """The same checkpoint once more in the folder `place`: tensors are the same bytes where the file system can, else copies.
-
-    Returns its head.
+def link_or_copy(files: Sequence[Path], place: Path) -> Path:
+    """Put the checkpoint of these files into the folder `place` as well, by hard links where possible; return its
+    primary file.
     """
-    head = files[-1]
-    if head.is_dir():
-        with new_folder(place / head.name) as hidden:
-            for one in sorted(head.rglob("*")):  # a folder comes before what is in it
-                copy = hidden / one.relative_to(head)
-                copy.mkdir() if one.is_dir() else _link_or_copy(one, copy)
+    primary = files[-1]
+    if primary.is_dir():
+        with new_folder(place / primary.name) as hidden:
+            for path in sorted(primary.rglob("*")):  # a folder comes before its content
+                copy = hidden / path.relative_to(primary)
+                copy.mkdir() if path.is_dir() else _link_or_copy_file(path, copy)
     elif len(files) == 1:
-        temporary = hidden_name(place / head.name)
+        temporary = hidden_name(place / primary.name)
         try:
-            with told_by_name(place / head.name):
-                _link_or_copy(head, temporary)
-            reveal(temporary, place / head.name)
+            with naming_path(place / primary.name):
+                _link_or_copy_file(primary, temporary)
+            reveal(temporary, place / primary.name)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -288,12 +292,12 @@ def second_name(files: Sequence[Path], place: Path) -> Path:
     else:
         with new_group(place, [file.name for file in files]) as hidden:
             for file in files:
-                _link_or_copy(file, hidden / file.name)
-    return place / head.name
+                _link_or_copy_file(file, hidden / file.name)
+    return place / primary.name
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    if source.suffix != ".json":  # which a hand may edit: in one place, not in both
+def _link_or_copy_file(source: Path, target: Path) -> None:
+    if source.suffix != ".json":  # a user may edit it: copied, so that only one of the two changes
         with contextlib.suppress(OSError):
             os.link(source, target)
             return
@@ -302,12 +306,12 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def hidden_name(path: Path) -> Path:
-    """A new temporary name beside `path`: its name, this process's number and eight random digits."""
+    """Return a new temporary name beside `path`: its name, the process id and eight random digits."""
     return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def discard(hidden: Path) -> None:
-    """Removes a hidden folder or file, following no link. What cannot be removed now is left to the next time."""
+    """Delete a hidden folder or file without following links. On an error it stays for the next clean-up."""
     with contextlib.suppress(OSError):
         if is_real_folder(hidden):
             shutil.rmtree(hidden, ignore_errors=True)
@@ -316,8 +320,8 @@ def discard(hidden: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_by_name(path: Path) -> Iterator[None]:
-    """Names `path` in what the disk refuses, also where the writer hid that behind an error of its own."""
+def naming_path(path: Path) -> Iterator[None]:
+    """Raise OSErrors of the block with `path` as their file, also those that a library wrapped in its own error."""
     try:
         yield
     except FileExistsError:
@@ -332,7 +336,7 @@ def told_by_name(path: Path) -> Iterator[None]:
 
 
 def flush_to_disk(descriptor: int) -> None:
-    """Returns when the file's bytes are on the device. macOS needs F_FULLFSYNC: its fsync stops at the drive's cache."""
+    """Return when the file's bytes are on the device. macOS needs F_FULLFSYNC: its fsync stops at the drive's cache."""
     with contextlib.suppress(ImportError, AttributeError, OSError):
         import fcntl
 
@@ -342,7 +346,7 @@ def flush_to_disk(descriptor: int) -> None:
 
 
 def reveal(temporary: Path, path: Path) -> None:
-    """Renames `temporary` to `path`, which must not exist; the caller holds the folder's lock."""
+    """Rename `temporary` to `path`, which must not exist; the caller holds the folder's lock."""
     _check_free(path)
     os.replace(temporary, path)
 
@@ -353,14 +357,14 @@ def _check_free(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` durable. Windows has no such call, and some file systems answer EINVAL."""
+    """Make renames in `folder` durable. Windows has no such call, and some file systems answer EINVAL."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # The new name is visible but not proved durable: worse than hoped, yet no reason to lose the file.
+        # Without fsync the new name is visible but perhaps not durable: no reason to lose the file.
         if error.errno != errno.EINVAL:
             raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
@@ -368,8 +372,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder, and those above it that are missing, so that they outlast a power cut like what is put there."""
-    missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
+    """Create the folder and its missing parents durably."""
+    missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
     folder.mkdir(parents=True, exist_ok=True)
-    for each in missing:
-        sync_folder(each.parent)
+    for path in missing:
+        sync_folder(path.parent)

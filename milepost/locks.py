@@ -1,4 +1,4 @@
-"""Who may write: one at a time into a folder, and one process for each run. The system frees a dead holder's."""
+"""Locks: one writer per folder, one process per run. The system releases the locks of a dead process."""
 
 import contextlib
 import json
@@ -17,9 +17,9 @@ FOLDER_LOCK = ".lock"
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Holds the folder for one writer: names, numbers and clean-up are decided under it. Waits; the system frees a dead holder's.
+    """Hold the lock under which names and save numbers are chosen and leftovers removed; wait for it.
 
-    Raises OSError if something other than a lock file lies in its place: opening a lock empties it.
+    Raise OSError if anything but a lock file has its name: opening a lock file empties it.
     """
     check_file(folder / FOLDER_LOCK)
     with FileLock(folder / FOLDER_LOCK):
@@ -27,11 +27,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 class RunLockedError(Exception):
-    """Another living process trains the same run."""
+    """Another process is training the same run."""
 
 
 class RunLock:
-    """Held by the one living process of a run, from its start to its end; the system frees it when the process dies."""
+    """The lock of a run, held by its process from start to end."""
 
     def __init__(self, folder: Path, run_id: str) -> None:
         self._lock = FileLock(folder / f".run-{run_id}.lock")
@@ -39,9 +39,9 @@ class RunLock:
         self._run_id = run_id
 
     def acquire(self, *, patience: float = 0) -> None:
-        """Raises RunLockedError naming pid and host if another process trains this run, and still does after `patience` seconds.
+        """Acquire the lock; raise RunLockedError with pid and host if another process holds it for `patience` seconds.
 
-        Raises OSError if something other than a lock file lies in its place.
+        Raise OSError if anything but a lock file has its name.
         """
         check_file(Path(self._lock.lock_file))
         try:
@@ -51,20 +51,20 @@ class RunLock:
                 f"run {self._run_id} is being trained by {self._holder()}: wait for it or stop it first"
             ) from None
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        self._owner.unlink(missing_ok=True)  # a dead holder's, or a link, which is not followed
+        self._owner.unlink(missing_ok=True)  # of a dead process, or a link, which is not followed
         with open(self._owner, "x", encoding="utf-8") as file:
             file.write(json.dumps(owner))
 
     def _holder(self) -> str:
         try:
-            check_file(self._owner)  # a pipe would be waited for
+            check_file(self._owner)  # reading a pipe would block
             owner = json.loads(self._owner.read_text(encoding="utf-8"))
             return f"process {owner['pid']} on {owner['host']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
 
     def release(self) -> None:
-        """Gives the run free again."""
+        """Release the lock."""
         if self._lock.is_locked:
             self._owner.unlink(missing_ok=True)
             self._lock.release()

@@ -1,7 +1,7 @@
-"""Where this program may write: its own files and folders, never through a link that lies in a folder.
+"""Check where this program writes: its own files and folders, never through a link inside a folder.
 
-A folder of checkpoints may come from somebody else. The user names it, and it or a folder above it may be a link. What lies inside
-decides nothing about other places: a link, a pipe or a device in the place of a file or folder of ours is refused.
+A folder of checkpoints may come from another person. The folder itself, or one above it, may be a link, because the
+user named it. A link, pipe or device inside it is refused where this program writes a file or folder of its own.
 """
 
 import errno
@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def check_file(path: Path) -> None:
-    """Raise OSError if something other than a regular file lies at `path`, or a second name of a file that holds something.
+    """Raise OSError if `path` is not a regular file, or a non-empty file with another hard link.
 
-    An empty lock may have a second name in a backup made of hard links; emptying it again harms nothing.
+    An empty lock file may have a hard link in a backup; emptying it again does no harm.
     """
     try:
         status = os.lstat(path)
@@ -25,7 +25,7 @@ def check_file(path: Path) -> None:
 
 
 def check_inside(base: Path, folder: Path) -> None:
-    """Raise OSError if a part of `folder` below `base` is there and is a link or no folder. `base` itself may be a link."""
+    """Raise OSError if a part of `folder` below `base` exists and is a link or not a folder. `base` may be a link."""
     for place in [*(above for above in folder.parents if above.is_relative_to(base) and above != base), folder]:
         if place != base and os.path.lexists(place) and not is_real_folder(place):
             problem = "is a link or a file where Milepost keeps a folder of its own: remove it, or set another folder"
@@ -33,7 +33,7 @@ def check_inside(base: Path, folder: Path) -> None:
 
 
 def is_real_folder(path: Path) -> bool:
-    """Whether `path` is a folder and no link to one."""
+    """Whether `path` is a folder and not a link."""
     try:
         return stat.S_ISDIR(os.lstat(path).st_mode)
     except (OSError, ValueError):
@@ -41,7 +41,7 @@ def is_real_folder(path: Path) -> bool:
 
 
 def is_real_file(path: Path) -> bool:
-    """Whether `path` is a regular file and no link to one."""
+    """Whether `path` is a regular file and not a link."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):

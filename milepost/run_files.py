@@ -223,7 +223,7 @@ def _prune(run: Run, record: Checkpoint, *, saved: Path) -> None:
     with _log_disk_error(run, "expired checkpoints could not be deleted", record=record):
         regular = ckpt.saved_best(folder, **_best_of(record)) if _is_pending(run, record) else None
         spare = regular.path if regular else None
-        ckpt.prune(folder, run_id=run.run_id, newest_good=saved, spare=spare, **policy)
+        ckpt.prune(folder, run_id=run.run_id, latest_valid=saved, spare=spare, **policy)
 
 
 def copy_best(run: Run, record: Checkpoint | None = None) -> None:

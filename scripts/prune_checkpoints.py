@@ -22,8 +22,8 @@ from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import look, scan
 from milepost.ckpt.layouts import known_layout
-from milepost.ckpt.names import ours
-from milepost.ckpt.retention import what_expires
+from milepost.ckpt.names import own_checkpoints
+from milepost.ckpt.retention import select_expired
 from milepost.ckpt.tensor_listing import all_files, held
 from milepost.ckpt.tensors import not_finite
 from milepost.cli import guarded
@@ -82,18 +82,18 @@ def locked(folder: Path, run_id: str) -> Any:
 
 def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[tuple[str, Found, int]]:
     """Yield what is deleted of a run, and the bases that are spared: in words, which, bytes freed; then raise what failed."""
-    good = newest_good(folder, run_id, log)
+    good = latest_valid(folder, run_id, log)
     if good is None:
         log(f"left alone: no checkpoint of run {run_id} is known to be whole")
         return
     policy: dict[str, Any] = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
-    expired = what_expires(folder, run_id=run_id, newest_good=good, **policy)
+    expired = select_expired(folder, run_id=run_id, latest_valid=good, **policy)
     sizes = {one.path: freed_by_removing(one.path) for one in expired.remove}
     sizes |= {one.path: freed_by_stripping(one.path) for one in expired.strip}
     failed: Exception | None = None
     if not settings.dry_run:
         try:
-            ckpt.prune(folder, run_id=run_id, newest_good=good, **policy)
+            ckpt.prune(folder, run_id=run_id, latest_valid=good, **policy)
         except (OSError, CheckpointError) as error:
             failed = error
     actions = [("remove" if settings.dry_run else "removed", one) for one in expired.remove]
@@ -112,12 +112,12 @@ def gone(one: Found, *, stripped: bool) -> bool:
     return not os.path.lexists(one.path) or (stripped and not look(one.path, known_layout(one.path)).resumable)
 
 
-def newest_good(folder: Path, run_id: str, log: Log) -> Path | None:
+def latest_valid(folder: Path, run_id: str, log: Log) -> Path | None:
     """Return the newest save of the run outside best/ whose bytes agree with their checksums and whose weights are finite.
 
     A person's copy does not count: its owner may delete it.
     """
-    own = [one for one in ours(list(scan(folder, bests=False))) if one.run_id == run_id]
+    own = [one for one in own_checkpoints(list(scan(folder, bests=False))) if one.run_id == run_id]
     for one in sorted(own, key=lambda one: one.save_order, reverse=True):
         try:
             if not (bad := not_finite(ckpt.load(one.path, optimizer=False, verify=True).model_state)):

@@ -497,7 +497,7 @@ def case(draw: random.Random, every: list[Sample]) -> str:
         changed = {path: blind(draw, one.content[path], draw.choice(list(one.content.values())))}
     for place, data in changed.items():
         place.write_bytes(data)
-    archive._glance.cache_clear()  # which know a file by its time, and no two saves come so soon after each other
+    archive._cached.cache_clear()  # which know a file by its time, and no two saves come so soon after each other
     finding._look.cache_clear()
     try:
         return outcome(draw, one, exact=one.ours and not knowing)

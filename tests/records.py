@@ -17,7 +17,7 @@ import torch
 
 import models
 from milepost import ckpt
-from milepost.ckpt import Checkpoint, retention
+from milepost.ckpt import Checkpoint, saving
 from milepost.ckpt.record import metadata
 from milepost.runtime.optim import build_optimizer
 
@@ -137,7 +137,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, now: datetime.datetime) -> None:
     """The clock by which saves are named and dated stands at `now`."""
     clock = SimpleNamespace(now=lambda zone: now.astimezone(zone))
     words = SimpleNamespace(datetime=clock, UTC=datetime.UTC, timedelta=datetime.timedelta)
-    monkeypatch.setattr(retention, "datetime", words)
+    monkeypatch.setattr(saving, "datetime", words)
 
 
 def hugging_face_folder(path: Path) -> Path:

@@ -61,7 +61,7 @@ def save_keep_prune(
         say("saved", one.step)
     ckpt.keep_best(one, folder, saved=saved, layout=layout)
     say("kept", one.step)
-    ckpt.prune(folder, run_id=str(one.run_id), keep_last=keep_last, keep_every=keep_every, newest_good=saved)
+    ckpt.prune(folder, run_id=str(one.run_id), keep_last=keep_last, keep_every=keep_every, latest_valid=saved)
     say("pruned", one.step)
 
 

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # noqa: 
 
 import models  # noqa: E402
 from milepost import ckpt, files  # noqa: E402
-from milepost.ckpt import Checkpoint, retention, shard_writer  # noqa: E402, F401  (pieces: here, not in every child)
+from milepost.ckpt import Checkpoint, saving, shard_writer  # noqa: E402, F401  (pieces: here, not in every child)
 from milepost.ckpt.record import bytes_on_disk, named_tensors  # noqa: E402
 from milepost.ckpt.writer import Writer  # noqa: E402
 
@@ -115,7 +115,7 @@ def bests(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
 
 def full_disk(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     """A disk that is full for the second process alone (of four, for all but the first), then one that is full before anything is written, then room again."""
-    write, problem, seen = files.NewFile.write, retention.free_space_problem, []
+    write, problem, seen = files.NewFile.write, saving.free_space_problem, []
 
     def refused(self: files.NewFile, data: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -124,13 +124,13 @@ def full_disk(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
         if where == "second" and dist.get_rank():
             files.NewFile.write = refused  # type: ignore[method-assign]
         if where == "first":
-            retention.free_space_problem = lambda folder, *, need: "full"
+            saving.free_space_problem = lambda folder, *, need: "full"
         try:
             save(shared(record(4), group), folder / "full disk")
             seen.append("saved")
         except OSError as error:
             seen.append([error.errno, str(error)])
-        files.NewFile.write, retention.free_space_problem = write, problem  # type: ignore[method-assign]
+        files.NewFile.write, saving.free_space_problem = write, problem  # type: ignore[method-assign]
         dist.barrier()
         seen.append(sorted(path.name for path in (folder / "full disk").iterdir() if path.name != ".lock"))
         dist.barrier()

@@ -187,10 +187,12 @@ def test_known_by_its_name_or_its_first_bytes(tmp_path):
 
 def test_the_words_of_anothers_pickle_are_seen_and_not_unpickled(tmp_path):
     torch.save({"model": {"wte": torch.ones(2)}, "iter_num": 5}, tmp_path / "theirs.pt")
-    assert {"model", "wte", "iter_num"} <= archive.words(tmp_path / "theirs.pt")
+    assert {"model", "wte", "iter_num"} <= archive.pickle_strings(tmp_path / "theirs.pt")
     dumped(tmp_path / "ours.pt", {"model": 1}, metadata={"step": 1})
     (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04")
-    assert [archive.words(tmp_path / name) for name in ("ours.pt", "damaged.pt", "missing.pt")] == [frozenset()] * 3
+    assert [archive.pickle_strings(tmp_path / name) for name in ("ours.pt", "damaged.pt", "missing.pt")] == [
+        frozenset()
+    ] * 3
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -208,7 +210,7 @@ NO_ARCHIVES = [
     (b"GGUF\x03\0\0\0" + bytes(40), "a GGUF file"),
     (b"\x89HDF\r\n\x1a\n" + bytes(40), "an HDF5 file"),
     (b"\x80\x02}q\x00.", "a bare pickle, which is never opened"),
-    (b"\x10\0\0\0\0\0\0\0" + b'{"a":1}', "give the folder that holds it"),
+    (b"\x10\0\0\0\0\0\0\0" + b'{"a":1}', "name the folder that holds it"),
     (b"Dear Wren,", "of an unknown kind"),
 ]
 
@@ -217,6 +219,7 @@ NO_ARCHIVES = [
 def test_what_is_no_archive_is_called_what_it_is(data, kind, tmp_path):
     (tmp_path / "a.pt").write_bytes(data)
     assert kind in refusal(tmp_path / "a.pt")
+    assert kind_of_error(tmp_path / "a.pt") == "not understood"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,19 +239,28 @@ def data_ranges(path: Path) -> dict[str, range]:
 
 
 def attempt(path: Path, **options) -> Checkpoint | str:
-    """The record of `path`, or the one sentence in which it is refused."""
+    """Return the record of `path`, or the message of the error."""
     try:
         return ckpt.load(path, **options)
-    except CheckpointError as error:
-        text = str(error)
+    except CheckpointError as caught:
+        error, text = caught, str(caught)
+    assert error.path == path
+    assert error.kind in ("damaged", "not understood", "lacking", "refused")
     assert text.startswith(str(path))
     assert "\n" not in text
     assert "weights_only" not in text  # torch's advice is to turn the safety off
     return text
 
 
+def kind_of_error(path: Path) -> str:
+    """Return the kind of the error with which `path` is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        ckpt.load(path)
+    return caught.value.kind
+
+
 def refusal(path: Path, **options) -> str:
-    """The sentence in which `path` is refused; it must be."""
+    """Return the message of the error with which `path` is refused."""
     text = attempt(path, **options)
     assert isinstance(text, str)
     return text
@@ -267,6 +279,7 @@ def test_a_file_cut_anywhere_is_refused_and_the_one_before_is_offered(path, tmp_
         newer.write_bytes(whole[:cut])
         reason = refusal(newer)
         assert "empty" in reason or "cut short" in reason or cut < 4
+        assert kind_of_error(newer) == ("damaged" if "cut short" in reason else "not understood")
         assert ckpt.verify(newer) == [reason]
     chosen, notes = ckpt.resolve("latest", tmp_path)
     assert chosen == path
@@ -276,7 +289,8 @@ def test_a_file_cut_anywhere_is_refused_and_the_one_before_is_offered(path, tmp_
 @pytest.mark.parametrize("size", [1, 5, 32, 4096])
 def test_zeros_where_a_file_should_be_are_refused(size, path):
     path.write_bytes(bytes(size))
-    assert "is no checkpoint but" in refusal(path)
+    assert "is not a checkpoint but" in refusal(path)
+    assert kind_of_error(path) == "not understood"
 
 
 def test_a_bit_flipped_in_any_member_is_found(path):

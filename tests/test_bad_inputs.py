@@ -143,11 +143,11 @@ KINDS = {
     "2 zeros": (written(bytes(4096)), "of an unknown kind"),
     "3 folder without checkpoints": (folder_of_nothing, "holds no checkpoint"),
     "5 glob without a match": (lambda folder: folder / "checkpoint_*_step9.pt", "nothing matches"),
-    "7 pipe": (pipe, "is no regular file"),
+    "7 pipe": (pipe, "is not a regular file"),
     "7 pipe of another name": (lambda folder: pipe(folder, "pipe"), "is not a checkpoint of a known layout"),
-    "7 socket": (unix_socket, "is no regular file"),
+    "7 socket": (unix_socket, "is not a regular file"),
     "7 device": (lambda _: Path("/dev/zero"), "is not a checkpoint of a known layout"),
-    "7 link to a device": (linked("/dev/zero"), "is no regular file"),
+    "7 link to a device": (linked("/dev/zero"), "is not a regular file"),
     "8 dangling link": (linked("nowhere"), "Checkpoint not found"),
     "8 looping link": (linked("link.pt"), "Checkpoint not found"),
     "10 git-lfs pointer": (written("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "run `git lfs pull`"),
@@ -341,7 +341,7 @@ CONTAINERS = {
     ),
     "19 declared size": (patched(24, "<I", 2**31 - 1), "members claim more bytes than it holds"),
     "19 one place for a thousand members": (overlapped, "members claim more bytes than it holds"),
-    "20 checksum": (wrong_checksum, "the bytes of archive/data/0 do not agree with their checksum"),
+    "20 checksum": (wrong_checksum, "the bytes of archive/data/0 do not match their checksum"),
     "21 bytes before": (prefixed, "does not begin with its archive"),
     "22 legacy tar": (legacy_tar, "of an unknown kind"),
     "22 legacy pickle": (legacy_pickle, "a bare pickle, which is never opened"),
@@ -517,14 +517,14 @@ OPCODES = {
         raised(50, begin=b"}(K\x01", end=b"q\xf0K\x02h\xf0u"),
         "it would have more than 2000000 parts",
     ),
-    "25 filled after it was shared": (b"]q\xf0](h\xf0h\xf0eh\xf0K\x01a\x87", "something in it holds itself"),
-    "25 a list in itself": (b"]q\xf0h\xf0a", "something in it holds itself"),
-    "25 a list in its tuple": (b"](K\x01]q\xf0h\xf0\x85ae", "something in it holds itself"),
+    "25 filled after it was shared": (b"]q\xf0](h\xf0h\xf0eh\xf0K\x01a\x87", "a value in it contains itself"),
+    "25 a list in itself": (b"]q\xf0h\xf0a", "a value in it contains itself"),
+    "25 a list in its tuple": (b"](K\x01]q\xf0h\xf0\x85ae", "a value in it contains itself"),
     "25 a long text many times": (
         b"X\0\0\x01\0" + b"a" * 2**16 + b"q\xf0](" + b"h\xf0" * 1000 + b"e\x86",
         "it would have more than 2000000 parts",
     ),
-    "23 called without a name": (b"K\x01)R", "it calls what is no function"),
+    "23 called without a name": (b"K\x01)R", "it calls something that is not a function"),
     "16 MiB": (b"(" + b"N" * 2**24 + b"t", "is larger than 16777216 bytes"),
     "a million sets": (b"(" + b"\x8f" * 10**6 + b"t", "it has the opcode EMPTY_SET"),
     "millions of opcodes": (b"(" + b"N" * 4_000_000 + b"t", "it would have more than 2000000 parts"),
@@ -605,11 +605,11 @@ STRUCTURES = {
     "24 list": (value([1, 2]), "holds list, expected a dictionary"),
     "24 tensor": (value(torch.ones(2)), "holds Tensor, expected a dictionary"),
     "24 none": (value(None), "holds NoneType"),
-    "26 number for a name": (named(3), "3 is no name of a tensor"),
-    "26 empty name": (named(""), "'' is no name of a tensor"),
-    "26 long name": (named("w" * 513), "is no name of a tensor"),
-    "26 control characters": (named("w\x1b[2J"), r"'w\x1b[2J' is no name of a tensor"),
-    "26 line break": (named("a\nb"), r"'a\nb' is no name of a tensor"),
+    "26 number for a name": (named(3), "3 is not a tensor name"),
+    "26 empty name": (named(""), "'' is not a tensor name"),
+    "26 long name": (named("w" * 513), "is not a tensor name"),
+    "26 control characters": (named("w\x1b[2J"), r"'w\x1b[2J' is not a tensor name"),
+    "26 line break": (named("a\nb"), r"'a\nb' is not a tensor name"),
     "27 no weights": (
         value({"state": {}, "epoch\n": 3}),
         r"does not contain model_state_dict (keys seen: 'state', 'epoch\n')",
@@ -709,13 +709,13 @@ def adapter(folder: Path) -> Path:
 
 FOREIGN = {
     "14 optimizer's half": (half_alone, "holds only an optimizer's state"),
-    "14 optimizer.pt": (taken_out("directory", "optimizer.pt"), "is no name of a tensor"),
+    "14 optimizer.pt": (taken_out("directory", "optimizer.pt"), "is not a tensor name"),
     "14 optimizer.safetensors": (
         taken_out("consolidated", "optimizer.safetensors"),
         "are of no model that milepost knows",
     ),
     "25 deep": (foreign(model=nested_deep(70)), "is nested deeper than 64"),
-    "25 cyclic": (foreign(model=cyclic()), "something in it holds itself"),
+    "25 cyclic": (foreign(model=cyclic()), "a value in it contains itself"),
     "25 doubled": (foreign(model={"a": doubled(40)}), "it would have more than 2000000 parts"),
     "28 two that disagree": (
         foreign(model=STATE, state_dict=STATE | {"wte.weight": WTE + 1}, config=SETTINGS),
@@ -740,7 +740,7 @@ FOREIGN = {
         foreign(model=STATE | {"lm_head.weight": WTE + 1}, config=SETTINGS),
         "its lm_head is not its embedding",
     ),
-    "36 no config": (foreign(model=STATE), "n_head cannot be told from shapes, and nothing says it"),
+    "36 no config": (foreign(model=STATE), "has no n_head, which shapes do not determine"),
     "43 adapter": (adapter, "lora_A.weight (2, 8)"),
     "43 adapter among weights": (foreign(model=STATE | {A: torch.ones(2, 8)}, config=SETTINGS), "is not known"),
 }
@@ -777,7 +777,7 @@ def test_31_weights_that_are_no_numbers_are_found_by_what_decides_by_them(tmp_pa
 def test_36_weights_of_one_shape_only_need_no_config(tmp_path):
     one = ckpt.load(foreign(model_state_dict=record().model_state)(tmp_path))
     assert (one.model_type, one.model_settings["vocab_size"]) == ("bigram", 8)
-    assert "says no block_size" in one.notes[0]
+    assert "records no block_size" in one.notes[0]
 
 
 def test_44_an_optimizer_of_another_save_is_refused(tmp_path):
@@ -869,7 +869,7 @@ FOLDERS = {
     "51 a tensor in no shard": (shards(names={"more": "one.safetensors"}), "lists 'more', which is in none of its files"),
     "51 a shard outside": (shards(names={"more": "../one.safetensors"}), "which lies outside its folder"),
     "53 header beyond the file": (safetensors({}, length=2**40), "its header claims 1099511627776 bytes"),
-    "53 metadata bomb": (safetensors({"__metadata__": {"k": "x" * 2**24}}), "is no whole safetensors file"),
+    "53 metadata bomb": (safetensors({"__metadata__": {"k": "x" * 2**24}}), "is not a complete safetensors file"),
     "53 entries of nothing": (
         safetensors({f"t{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(100_000)}),
         "is empty, expected weights",

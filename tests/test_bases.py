@@ -12,7 +12,7 @@ from script import call, script
 from test_lora import SHAPE_OF_THE_BASE, WITH
 
 from milepost import ckpt
-from milepost.ckpt import finding
+from milepost.ckpt import retention
 from milepost.ckpt.layouts import WRITERS
 from milepost.ckpt.tensors import digest
 
@@ -97,8 +97,8 @@ def saved(folder: Path, layout: str) -> list[Path]:
     return [ckpt.save(record(step), folder, layout=layout) for step in (10, 20, 30)]
 
 
-def pruned(folder: Path, newest: Path, *, keep_every: int = 0) -> finding.Expired:
-    return ckpt.prune(folder, run_id="one", keep_last=1, keep_every=keep_every, newest_good=newest)
+def pruned(folder: Path, newest: Path, *, keep_every: int = 0) -> retention.Expired:
+    return ckpt.prune(folder, run_id="one", keep_last=1, keep_every=keep_every, latest_valid=newest)
 
 
 @pytest.mark.parametrize("known", ["by path", "by weights", "by path alone"])

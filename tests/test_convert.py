@@ -14,7 +14,7 @@ from records import FULL, WEIGHT, assert_same, gpt2_record, record
 from script import call, copied, family, files_of, same_tensors, script, train_family
 
 from milepost import ckpt
-from milepost.ckpt import CheckpointError, retention
+from milepost.ckpt import CheckpointError, finding, saving
 from milepost.ckpt.layouts import WRITERS, layout_of
 from milepost.ckpt.layouts.manifest_layout import ManifestLayout
 from milepost.locks import FOLDER_LOCK
@@ -146,7 +146,7 @@ def test_a_damaged_source_is_refused_and_leaves_nothing(tmp_path):
     before = files_of(path.parent)
     said = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_LAYOUT="directory")
     assert (said.code, said.out) == (3, "")
-    assert "do not agree with their checksum" in said.err
+    assert "do not match their checksum" in said.err
     assert files_of(path.parent) == before
 
 
@@ -243,7 +243,7 @@ def test_an_edited_one_is_refused(tmp_path, layout):
 def test_a_full_disk_is_seen_before(tmp_path, monkeypatch):
     path = save(tmp_path, record(1))
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: usage(10, 9, 1))
     before = files_of(path.parent)
     said = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_LAYOUT="directory")
     assert said.code == 1
@@ -279,7 +279,7 @@ def test_a_whole_folder(trained, tmp_path, layout):
 
 def bests(folder):
     """Run and step of what lies in a best/."""
-    return sorted((one.run_id, one.step) for one in retention.scan(folder) if one.path.parent.name == "best")
+    return sorted((one.run_id, one.step) for one in finding.scan(folder) if one.path.parent.name == "best")
 
 
 def test_damaged_ones_are_named_and_left_out(trained, tmp_path):

@@ -500,7 +500,7 @@ def test_what_is_linked_into_a_folder_is_never_pruned(layout, tmp_path):
     for file in files_of(outside):
         (newest.parent / file.name).symlink_to(file)
     before = sorted(visible(tmp_path / "outside"))
-    ckpt.prune(folder, run_id="one", keep_last=1, keep_every=1, newest_good=newest)
+    ckpt.prune(folder, run_id="one", keep_last=1, keep_every=1, latest_valid=newest)
     assert sorted(visible(tmp_path / "outside")) == before
     assert all((newest.parent / file.name).is_symlink() for file in files_of(outside))
     assert [one.resumable for one in scan(folder) if one.step == 4] == [False]

@@ -26,12 +26,12 @@ from milepost.ckpt.leftovers import prepare_folder, remove_leftovers
 from milepost.ckpt.manifest import write_manifest
 from milepost.files import (
     NewFile,
+    link_or_copy,
     new_file,
     new_folder,
     new_group,
     new_path,
     remove,
-    second_name,
     sync_folder,
     write_json,
     written,
@@ -378,13 +378,13 @@ def test_a_second_name_for_a_file_a_folder_and_a_group(links, tmp_path, monkeypa
     place.mkdir()
     group(tmp_path / "folder", "a", "inner")
     for paths in ([*group(tmp_path, "one")], [tmp_path / "folder"], group(tmp_path, "a", "head")):
-        assert second_name(paths, place) == place / paths[-1].name
+        assert link_or_copy(paths, place) == place / paths[-1].name
     assert snapshot(place) == {"one": b"one", "folder/a": b"a", "folder/inner": b"inner", "a": b"a", "head": b"head"}
     for name in snapshot(place):
         assert (place / name).samefile(tmp_path / name) == links
     assert temporaries(tmp_path) == []
     with pytest.raises(FileExistsError):
-        second_name([tmp_path / "one"], place)
+        link_or_copy([tmp_path / "one"], place)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a folder of checkpoints holds is read from inside the files: find, latest, best, and which one is meant."""
+"""Finding checkpoints by the metadata inside the files: find, latest, best, resolve, several."""
 
 import os
 import shutil
@@ -140,7 +140,7 @@ def test_every_layout_is_found_in_the_order_of_saving(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_second_name_is_no_second_checkpoint(layout, tmp_path):
+def test_a_hard_link_in_best_is_listed_once(layout, tmp_path):
     saved = save(tmp_path, 1, layout=layout)
     kept = ckpt.keep_best(record(1), tmp_path, saved=saved, layout=layout)
     assert [one.path for one in ckpt.find(tmp_path)] == [saved]
@@ -227,9 +227,9 @@ def test_every_form_of_a_wish_for_every_layout(layout, tmp_path, monkeypatch):
     ]
     place = paths[0].parent
     wishes = {"latest": 20, "best": 40, str(tmp_path): 20, f"{place}/*": 40, f"{place}/*30*": 30}
-    for wish, step in wishes.items():
-        path, _ = ckpt.resolve(wish, tmp_path)
-        assert ckpt.load(path).step == step, wish
+    for name, step in wishes.items():
+        path, _ = ckpt.resolve(name, tmp_path)
+        assert ckpt.load(path).step == step, name
         assert path in paths
     _, notes = ckpt.resolve(f"{place}/*", tmp_path)
     assert notes == [f"{place}/* matches 3: taking {paths[1]}"]  # of several files each is one checkpoint
@@ -243,7 +243,7 @@ def test_a_run_folder_is_a_folder_of_checkpoints(tmp_path):
     assert ckpt.whole_folder(str(home)) is None
     assert ckpt.whole_folder(str(home / "consolidated")) is None
     assert ckpt.resolve(str(home / "consolidated"), tmp_path) == (
-        home, [f"{home / 'consolidated'} is a part of {home}, which is taken"],
+        home, [f"{home / 'consolidated'} is part of {home}, which is used"],
     )  # fmt: skip
 
 
@@ -279,7 +279,7 @@ def step_of(answer: tuple[Path, list[str]]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("wish", "step"),
+    ("name", "step"),
     [
         ("latest", 20),
         ("best", 9500),
@@ -290,8 +290,8 @@ def step_of(answer: tuple[Path, list[str]]) -> int:
         ("{folder}/checkpoint_*_step0020_????????_??????.pt", 20),
     ],
 )
-def test_every_form_of_a_wish(wish, step, folder):
-    path, notes = ckpt.resolve(wish.format(folder=folder), folder)
+def test_every_form_of_a_wish(name, step, folder):
+    path, notes = ckpt.resolve(name.format(folder=folder), folder)
     assert ckpt.load(path).step == step
     assert any(f"taking {path}" in note for note in notes)
 
@@ -322,7 +322,7 @@ def test_a_checkpoint_that_is_a_folder_is_taken_itself(tmp_path):
     assert ckpt.resolve(str(foreign), tmp_path) == (foreign, [])
 
 
-def test_damaged_ones_are_skipped_loudly(folder):
+def test_damaged_checkpoints_are_skipped_with_a_note(folder):
     damaged = ckpt.resolve("latest", folder)[0]
     flipped(damaged, damaged.stat().st_size - 20)
     path, notes = ckpt.resolve("latest", folder)
@@ -331,35 +331,45 @@ def test_damaged_ones_are_skipped_loudly(folder):
     assert notes[-1] == f"taking {path}"
 
 
-REFUSED = [
-    ("latest", "There is no folder {empty}/none", "{empty}/none"),
-    ("latest", "No checkpoint can be read in {empty}. {empty} holds no checkpoint", "{empty}"),
-    ("best", "was ENABLE_CHECKPOINTS=true set when training?", "{empty}"),
-    ("{folder}/missing.pt", "Checkpoint not found: {folder}/missing.pt. {folder} holds checkpoint_", "{empty}"),
-    ("{empty}/no/missing.pt", "Checkpoint not found: {empty}/no/missing.pt. {folder} holds ", "{folder}"),
-    ("{folder}/*step7*", "nothing matches {folder}/*step7*. {folder} holds checkpoint_", "{empty}"),
-    ("{empty}", "No checkpoint can be read in {empty}", "{folder}"),
-    ("{folder}/" + "x" * 300, "Checkpoint not found: {folder}/xxx", "{folder}"),
-    ("~no-such-user-of-this-machine/x.pt", "Checkpoint not found: ~no-such-user", "{folder}"),
+# What is requested, the folder that is searched, the path in the error, and what its remedy lists.
+MISSING = [
+    ("latest", "{empty}/none", "{empty}/none", "there is no folder {empty}/none"),
+    ("latest", "{empty}", "{empty}", "{empty} holds no checkpoint"),
+    ("best", "{empty}", "{empty}", "was ENABLE_CHECKPOINTS=true set when training?"),
+    ("{folder}/missing.pt", "{empty}", "{folder}/missing.pt", "{folder} holds checkpoint_"),
+    ("{empty}/no/missing.pt", "{folder}", "{empty}/no/missing.pt", "{folder} holds checkpoint_"),
+    ("{folder}/*step7*", "{empty}", "{folder}/*step7*", "{folder} holds checkpoint_"),
+    ("{empty}", "{folder}", "{empty}", "{empty} holds no checkpoint"),
+    ("{folder}/" + "x" * 300, "{folder}", "{folder}/" + "x" * 300, "{folder} holds checkpoint_"),
+    ("~no-such-user-of-this-machine/x.pt", "{folder}", "~no-such-user-of-this-machine/x.pt", "{folder} holds "),
 ]
 
 
-@pytest.mark.parametrize(("wish", "message", "where"), REFUSED)
-def test_what_is_not_there_is_refused_with_what_is(wish, message, where, folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    places = {"folder": folder, "empty": tmp_path / "empty"}
+def missing_error(function, name: str, folder: Path, empty: Path, *, where: str) -> CheckpointError:
+    """The error of `function` for a checkpoint that does not exist, with the folders put into `name` and `where`."""
+    empty.mkdir()
     with pytest.raises(CheckpointError) as caught:
-        ckpt.resolve(wish.format(**places), Path(where.format(**places)))
-    assert message.format(**places) in str(caught.value)
+        function(name.format(folder=folder, empty=empty), Path(where.format(folder=folder, empty=empty)))
+    assert caught.value.kind == "not found"
     assert "\n" not in str(caught.value)
+    return caught.value
 
 
-def test_a_folder_of_damaged_ones_is_not_called_empty(folder):
+@pytest.mark.parametrize(("name", "where", "path", "listed"), MISSING)
+def test_a_missing_checkpoint_is_refused_with_a_listing(name, where, path, listed, folder, tmp_path):
+    empty = tmp_path / "empty"
+    error = missing_error(ckpt.resolve, name, folder, empty, where=where)
+    assert error.path == Path(path.format(folder=folder, empty=empty))
+    assert listed.format(folder=folder, empty=empty) in error.remedy
+
+
+def test_a_folder_of_damaged_checkpoints_is_not_called_empty(folder):
     for path in folder.glob("*.pt"):
         path.write_bytes(b"PK\x03\x04")
-    for wish in ("latest", str(folder), f"{folder}/*"):
-        with pytest.raises(CheckpointError, match=r"skipped: .*is damaged"):
-            ckpt.resolve(wish, folder)
+    for name in ("latest", str(folder), f"{folder}/*"):
+        with pytest.raises(CheckpointError, match=r"skipped: .*is damaged") as caught:
+            ckpt.resolve(name, folder)
+        assert caught.value.kind == "damaged"
     assert ckpt.listing(folder).count("(damaged)") == 3
 
 
@@ -368,10 +378,11 @@ def test_a_folder_that_may_not_be_listed_is_not_called_empty():
         folder = outer / "checkpoints"
         save(folder)
         folder.chmod(0o311)
-        for wish in ("latest", str(folder), f"{folder}/missing.pt"):
-            answer = in_child(lambda wish=wish: ckpt.resolve(wish, folder), as_nobody=True)
+        for name in ("latest", str(folder), f"{folder}/missing.pt"):
+            answer = in_child(lambda name=name: ckpt.resolve(name, folder), as_nobody=True)
             assert answer.startswith("CheckpointError")
-            assert f"{folder} cannot be listed (Permission denied)" in answer
+            assert str(folder) in answer
+            assert "cannot be listed (Permission denied)" in answer
         folder.chmod(0o755)
 
 
@@ -402,22 +413,24 @@ def test_a_folder_that_cannot_be_listed_does_not_stop_a_save():
         assert steps == [1]
 
 
-def test_a_misspelt_word_is_told(tmp_path):
-    with pytest.raises(CheckpointError, match=r"lastest. Did you mean latest\?"):
+def test_a_close_match_is_suggested_for_a_misspelt_word(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
         ckpt.resolve("lastest", tmp_path)
+    assert caught.value.path == Path("lastest")
+    assert "did you mean latest?" in caught.value.remedy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# several: what CHECKPOINT_PATH means where many are looked at
+# several: CHECKPOINT_PATH where many checkpoints are allowed
 
 
-def steps_of(wish: str, folder: Path) -> list[int]:
-    """The steps of what `several` answers, in its order."""
-    return [ckpt.load(path).step for path in ckpt.several(wish.format(folder=folder), folder)[0]]
+def steps_of(name: str, folder: Path) -> list[int]:
+    """Return the steps of the checkpoints that `several` returns, in order."""
+    return [ckpt.load(path).step for path in ckpt.several(name.format(folder=folder), folder)[0]]
 
 
 @pytest.mark.parametrize(
-    ("wish", "steps"),
+    ("name", "steps"),
     [
         ("latest", [20]),
         ("best,latest", [9500, 20]),
@@ -427,8 +440,8 @@ def steps_of(wish: str, folder: Path) -> list[int]:
         ("latest,{folder}/*step9500*,best,{folder}", [20, 9500, 10000]),  # as they were named, each once
     ],
 )
-def test_every_form_of_a_wish_for_several(wish, steps, folder):
-    assert steps_of(wish, folder) == steps
+def test_every_form_of_a_wish_for_several(name, steps, folder):
+    assert steps_of(name, folder) == steps
 
 
 def test_several_files_by_name_and_one_whose_name_holds_a_comma(folder):
@@ -442,34 +455,35 @@ def test_several_files_by_name_and_one_whose_name_holds_a_comma(folder):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_of_several_files_each_is_one_checkpoint(layout, tmp_path):
     paths = [save(tmp_path, step, layout=layout) for step in (3, 1)]
-    for wish in (str(tmp_path), f"{paths[0].parent}/*", f"{paths[0]},{paths[1]}"):
-        assert ckpt.several(wish, tmp_path)[0] == paths, wish
+    for name in (str(tmp_path), f"{paths[0].parent}/*", f"{paths[0]},{paths[1]}"):
+        assert ckpt.several(name, tmp_path)[0] == paths, name
 
 
-def test_of_several_the_damaged_are_skipped_with_a_note_and_none_left_is_refused(folder):
+def test_damaged_checkpoints_among_several_are_skipped_and_a_folder_without_valid_ones_is_refused(folder):
     damaged = ckpt.resolve("latest", folder)[0]
     damaged.write_bytes(damaged.read_bytes()[:-30])
-    for wish in (str(folder), f"{folder}/*"):
-        paths, notes = ckpt.several(wish, folder)
+    for name in (str(folder), f"{folder}/*"):
+        paths, notes = ckpt.several(name, folder)
         assert [ckpt.load(path).step for path in paths] == [10000, 9500]
         assert len(notes) == 1
         assert notes[0].startswith(f"skipped: {damaged}: ")
     for path in folder.glob("*.pt"):
         path.write_bytes(b"PK\x03\x04")
-    for wish in (str(folder), f"{folder}/*"):
+    for name in (str(folder), f"{folder}/*"):
         with pytest.raises(CheckpointError, match=r"skipped: .*is damaged"):
-            ckpt.several(wish, folder)
+            ckpt.several(name, folder)
 
 
-@pytest.mark.parametrize(("wish", "message", "where"), REFUSED)
-def test_one_of_several_that_is_not_there_is_refused(wish, message, where, folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    places = {"folder": folder, "empty": tmp_path / "empty"}
+@pytest.mark.parametrize(("name", "where", "path", "listed"), MISSING)
+def test_one_missing_checkpoint_among_several_is_refused(name, where, path, listed, folder, tmp_path):
+    empty = tmp_path / "empty"
+    error = missing_error(ckpt.several, f"{folder},{name}", folder, empty, where=where)
+    assert error.path == Path(path.format(folder=folder, empty=empty))
+    assert listed.format(folder=folder, empty=empty) in error.remedy
+
+
+def test_several_checkpoints_are_refused_where_one_is_expected(folder):
     with pytest.raises(CheckpointError) as caught:
-        ckpt.several(f"{folder},{wish}".format(**places), Path(where.format(**places)))
-    assert message.format(**places) in str(caught.value)
-
-
-def test_where_one_is_meant_several_are_refused(folder):
-    with pytest.raises(CheckpointError, match="Only one can be opened here"):
         ckpt.resolve(",".join(str(path) for path in folder.glob("*.pt")), folder)
+    assert caught.value.kind == "not found"
+    assert "a single checkpoint" in caught.value.remedy

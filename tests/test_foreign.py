@@ -56,10 +56,12 @@ def logits(found: foreign.Foreign) -> Tensor:
 
 
 def refusal(call: Any, *arguments: Any, **words: Any) -> str:
-    """The one sentence with which it refuses; it names the place and has no line break."""
+    """Return the message of the error that `call` raises: it names the place and its kind, and has no line break."""
     with pytest.raises(CheckpointError) as caught:
         call(*arguments, **({"where": WHERE} | words))
     message = str(caught.value)
+    assert caught.value.kind in ("damaged", "not understood", "lacking", "refused")
+    assert str(caught.value.path).startswith(WHERE)
     assert message.startswith(WHERE)
     assert message.isprintable()
     assert len(message) < 2000
@@ -97,8 +99,8 @@ def test_names_that_become_one_are_listed() -> None:
 
 @pytest.mark.parametrize("name", [1, "", "a\nb", "a" * 513, "a\ud800", None])
 def test_names_that_are_none_are_refused(name: Any) -> None:
-    assert "is no name of a tensor" in refusal(foreign_words.strip_prefixes, {name: torch.zeros(1)})
-    assert "is no name of a tensor" in refusal(foreign_words.flattened, {name: torch.zeros(1)})
+    assert "is not a tensor name" in refusal(foreign_words.strip_prefixes, {name: torch.zeros(1)})
+    assert "is not a tensor name" in refusal(foreign_words.flattened, {name: torch.zeros(1)})
 
 
 def test_nested_dicts_and_lists_become_dotted_names() -> None:
@@ -224,8 +226,8 @@ def test_heads_are_known_by_several_words(word: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, r'n_head cannot be told from shapes.*config\.json beside the file: \{"n_head": 6\}'),
-        ({"n_head": 5}, "n_head is 5 in its config, which does not divide its width n_embd=12"),
+        ({}, r'has no n_head, which shapes do not determine.*config\.json beside the file: \{"n_head": 6\}'),
+        ({"n_head": 5}, "n_head is 5 in its config, which does not divide n_embd=12"),
         ({"n_head": 0}, "n_head is 0 in its config, expected a positive whole number"),
         ({"n_head": -3}, "n_head is -3"),
         ({"n_head": True}, "n_head is True"),
@@ -274,7 +276,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(h__1__ln_1__bias=None), r"none were: h\.1\.ln_1\.bias \(12,\) is missing"),
         (changed(extra=torch.zeros(2, 3)), r"extra \(2, 3\) is not known"),
         (changed(wpe__weight=torch.zeros(6, 13)), r"wpe\.weight is \(6, 13\), expected \(6, 12\)"),
-        (changed(wte__weight=torch.zeros(12)), r"wte\.weight \(12,\) is no embedding"),
+        (changed(wte__weight=torch.zeros(12)), r"wte\.weight \(12,\) is not an embedding"),
         (changed(h__7__ln_1__bias=torch.zeros(12)), r"h\.7\.ln_1\.bias \(12,\) is not known; h\.2\."),
         (changed(ln_f__bias=torch.zeros(12, dtype=torch.int64)), "torch.int64 tensor on cpu, expected dense floats"),
         (changed(ln_f__bias=torch.zeros(12, dtype=torch.complex64)), "complex64"),
@@ -391,7 +393,7 @@ def test_the_lectures_bigram() -> None:
     found = foreign.understood({"token_embedding_table.weight": table}, where=WHERE)
     assert (found.model_type, found.model_settings) == ("bigram", {"vocab_size": 11, "block_size": 8})
     assert torch.equal(logits(found), table[IDS])
-    assert "says no block_size; 8 is taken" in found.notes[0]
+    assert "records no block_size; 8 is used" in found.notes[0]
     named = foreign.understood({"token_embedding_table.weight": table}, {"block_size": 32, "n_embd": 4}, where=WHERE)
     assert (named.model_settings["block_size"], named.notes) == (32, [])
     message = refusal(foreign_models.translated, {"token_embedding_table.weight": torch.zeros(11, 4)}, {})
@@ -540,7 +542,7 @@ def test_a_lecture_models_optimizer_is_left_out_with_a_note() -> None:
             {"kind": "char", "chars": ["b", "a"]},
             "2 tokens",
         ),
-        (50257, None, None, {"kind": "gpt2"}, "GPT-2's own is taken, because its vocabulary has 50257 rows"),
+        (50257, None, None, {"kind": "gpt2"}, "GPT-2's own is used, because its vocabulary has 50257 rows"),
         (50304, None, list("ab"), {"kind": "gpt2"}, "because its vocabulary has 50304 rows"),
         (2, None, list("ab"), {"kind": "char", "chars": ["a", "b"]}, "2 different characters of TRAINING_DATA_SOURCE"),
         (3, None, list("ab"), None, "has 3 tokens, nor do the 2 different characters of TRAINING_DATA_SOURCE; put"),
@@ -569,7 +571,7 @@ def test_which_tokenizer_is_taken_and_why(
         ({"token_kind": "char", "chars": ["a", "a"]}, "a character is there twice"),
         ({"token_kind": "char", "chars": "abc"}, "chars is 'abc', expected a list"),
         ({"token_kind": "char"}, "chars is NoneType"),
-        ({"token_kind": "words"}, "is no tokenizer that milepost knows .kind 'words'."),
+        ({"token_kind": "words"}, "is not a tokenizer that milepost knows .kind 'words'."),
         ({"token_kind": ["gpt2"]}, "kind list"),
         ({"model_max_length": 5}, "kind NoneType"),
         ({"itos": {0: "a"}, "stoi": {"a": 0}, "vocab_size": 2}, "vocab_size is 2, but itos has 1"),
@@ -642,7 +644,7 @@ def bomb() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is no meta.pkl of nanoGPT's, or damaged"),
+        (b"", "is not a meta.pkl of nanoGPT, or damaged"),
         (b"{}", "or damaged"),
         (pickle.dumps(meta())[:-20], "or damaged"),
         (pickle.dumps(meta())[:-1] + b"0.", "or damaged|more than plain"),
@@ -650,13 +652,13 @@ def bomb() -> dict[str, Any]:
         (pickle.dumps(torch.Size([1])), "asks for more than plain values"),
         (persistent(), "BINPERSID"),
         (pickle.dumps(meta() | {"extra": (1, 2)}), "TUPLE2"),
-        (pickle.dumps(meta() | {"vocab_size": 2**40}), "larger inside than out"),
-        (pickle.dumps(meta() | {"vocab_size": -(10**600)}), "more than plain|larger inside"),
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "larger inside than out"),  # a memo cell of number 2**31 - 1
-        (b"\x80\x02}r\x00\x00\x00\x70.", "larger inside than out"),
+        (pickle.dumps(meta() | {"vocab_size": 2**40}), "far more memory than its size"),
+        (pickle.dumps(meta() | {"vocab_size": -(10**600)}), "more than plain|far more memory"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "far more memory than its size"),  # a memo cell of number 2**31 - 1
+        (b"\x80\x02}r\x00\x00\x00\x70.", "far more memory than its size"),
         (b"\x80\x02]" + b"N0" * 10, "POP"),
         (b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.", "or damaged"),  # a string of 2**63 - 1 bytes
-        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fN.", "larger inside|damaged"),
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fN.", "far more memory|damaged"),
         (b"}]Ns.", "or damaged"),  # a list as a key
         (pickle.dumps([1]), "has no vocab_size, itos and stoi"),
         (pickle.dumps(5), "has no vocab_size"),
@@ -664,7 +666,7 @@ def bomb() -> dict[str, Any]:
         (pickle.dumps(meta() | {"vocab_size": True}), "has no vocab_size"),
         (pickle.dumps(meta() | {"itos": meta("1234567")["itos"]}), "disagree on token 0"),
         (b"\x80" * (4 * 2**20 + 1), "is larger than 4194304 bytes"),
-        (b"N" * 2_000_001 + b".", "larger inside than out"),
+        (b"N" * 2_000_001 + b".", "far more memory than its size"),
     ],
 )
 def test_meta_that_is_not_nanogpts_is_refused(data: bytes, message: str) -> None:

@@ -201,7 +201,7 @@ def test_a_listing_leaves_tensors_unread(name: str, tmp_path: Path) -> None:
 def test_a_listing_sees_by_the_first_rows_that_two_keys_disagree(tmp_path: Path) -> None:
     path = saved(tmp_path / "large.pt", {key: bare(NanoGPT(**WIDE)) for key in ("model", "state_dict")})
     content, _ = archive.load(path)
-    with pytest.raises(ckpt.CheckpointError, match="both hold weights, and not the same ones"):
+    with pytest.raises(ckpt.CheckpointError, match="both hold weights, but different ones"):
         adopted_metadata(path, content, layout="any")
     assert mapped_and_touched(path)[1] < path.stat().st_size / 8
 
@@ -269,7 +269,7 @@ def test_gpt2s_tokenizer_is_known_by_the_rows(rows: int, tmp_path: Path) -> None
     path = saved(tmp_path / "ckpt.pt", nanogpt(nano(vocab_size=rows, n_embd=3, n_layer=1)))
     record = ckpt.load(path)
     assert record.tokenizer == {"kind": "gpt2"}
-    assert any(f"GPT-2's own is taken, because its vocabulary has {rows} rows" in note for note in record.notes)
+    assert any(f"GPT-2's own is used, because its vocabulary has {rows} rows" in note for note in record.notes)
     said = call(tmp_path, CHECKPOINT_PATH=path, PROMPT="Hello", MAX_NEW_TOKENS="4", SAMPLE_SEED="1")
     assert (said.code, said.out.startswith("Hello")) == (0, True), said.err
 
@@ -314,7 +314,7 @@ def test_the_characters_of_the_text_are_taken_if_their_number_fits(tmp_path: Pat
     assert said.out.startswith("abc")
     assert set(said.out) <= set(ELEVEN)
     assert len(said.out) == len("abc") + 5 + 1
-    assert "the 11 different characters of TRAINING_DATA_SOURCE are taken" in said.err
+    assert "the 11 different characters of TRAINING_DATA_SOURCE are used" in said.err
     said = call(tmp_path, **asked, TRAINING_DATA_SOURCE=letters(tmp_path, [*ELEVEN, "j"]))
     assert (said.code, said.out) == (3, "")
     assert (
@@ -358,7 +358,7 @@ def test_a_fresh_run_begins_with_nanogpts_weights(tmp_path: Path) -> None:
     small = {"SAMPLE_INTERVAL": "0", "BATCH_SIZE": "2", "WARMUP_STEPS": "0", **dict.fromkeys(SHAPE)}
     code, said = train(tmp_path, INIT_FROM=str(path), **changes, **small)
     assert code == 0, said
-    assert "the 11 different characters of TRAINING_DATA_SOURCE are taken" in said
+    assert "the 11 different characters of TRAINING_DATA_SOURCE are used" in said
     record = newest(tmp_path)
     assert (record.step, record.parent["file"], record.parent["step"]) == (1, "ckpt.pt", 250)
     assert record.model_settings["activation"] == "gelu_erf"
@@ -641,7 +641,7 @@ def test_safetensors_under_the_name_of_an_archive_are_refused_by_what_they_are(t
     path = tmp_path / "ckpt.pt"
     save_file({name: tensor.clone() for name, tensor in bare(nano()).items()}, path)
     assert name_of(path) == "unified"
-    assert "is no torch file but a safetensors file" in refused(path)
+    assert "is a safetensors file, not a torch file" in refused(path)
 
 
 def test_a_lecture_pair_is_a_pair(tmp_path: Path) -> None:
@@ -659,7 +659,7 @@ def test_both_meanings_of_tokenizer_json(tmp_path: Path) -> None:
     (tmp_path / "meta.pkl").write_bytes(meta(ELEVEN[::-1]))
     assert ckpt.load(path).tokenizer["chars"] == ELEVEN  # the first of the two
     beside.write_text(json.dumps({"model_max_length": 5}))
-    assert refused(path).startswith(f"{beside}: is no tokenizer that milepost knows")
+    assert refused(path).startswith(f"{beside}: is not a tokenizer that milepost knows")
     beside.write_text('{"token_kind": "gpt2"}')
     assert refused(path).startswith(f"{beside}: has 50257 tokens, but the model beside it only 11 rows")
     bpe = tokenization.build("bpe", [("the cat and the hat " * 9, True)], alphabet="", documents=1, vocab_size=260)
@@ -704,7 +704,7 @@ REFUSED = {
     ),
     "two models": (
         {**nanogpt(nano()), "state_dict": shaken(nano()).state_dict()},
-        ["state_dict and model both hold weights, and not the same ones"],
+        ["state_dict and model both hold weights, but different ones"],
     ),
     "step": ({**nanogpt(nano()), "iter_num": -1}, ["iter_num is -1, expected a whole number"]),
     "heads": ({**nanogpt(nano()), "model_args": SIZES | {"n_head": 5}}, ["n_head is 5 in its config, which does not divide"]),
@@ -732,7 +732,7 @@ def test_config_beside_the_file_tells_what_shapes_cannot(tmp_path: Path) -> None
     """The remedy that the refusal names; and one that contradicts the file is refused."""
     model = nano()
     path = saved(tmp_path / "ckpt.pt", {"model": model.state_dict()})
-    assert "n_head cannot be told from shapes" in refused(path)
+    assert "has no n_head, which shapes do not determine" in refused(path)
     (tmp_path / "config.json").write_text('{"n_head": 3}')
     assert_computes(ckpt.load(path), model)
     (tmp_path / "config.json").write_text('{"n_head": 3, "n_layer": 4}')
@@ -747,7 +747,7 @@ def test_truncated_and_flipped_files_are_refused(tmp_path: Path) -> None:
     weights = nano().transformer.wte.weight.detach().numpy().tobytes()
     place = good.index(weights)
     (tmp_path / "flipped.pt").write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-    assert "do not agree with their checksum" in refused(tmp_path / "flipped.pt", verify=True)
+    assert "do not match their checksum" in refused(tmp_path / "flipped.pt", verify=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_as_many_rows_as_gpt2_mean_gpt2s_own_tokenizer(rows, tmp_path):
     sizes = SIZES | {"vocab_size": rows, "n_embd": 2, "n_head": 1, "n_layer": 1}
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
     record = ckpt.load(tmp_path)
-    assert f"GPT-2's own is taken, because its vocabulary has {rows} rows" in record.notes[0]
+    assert f"GPT-2's own is used, because its vocabulary has {rows} rows" in record.notes[0]
     assert build_tokenizer(record).encode("Dear Wren,") == [20266, 370, 918, 11]
 
 
@@ -298,7 +298,7 @@ CONFIGS = [
     ({"n_head": 3}, "n_embd=16 and n_head=3"),
     ({"n_layer": 10**9}, "n_layer is 1000000000, but it holds only 28 tensors"),
     ({"n_positions": 10**12}, "wpe.weight is (32, 16), expected (1000000000000, 16)"),
-    ({"vocab_size": 10**30}, "its settings make no model: "),
+    ({"vocab_size": 10**30}, "its settings do not build a model: "),
     ({"resid_pdrop": "much"}, "resid_pdrop is 'much', expected a number from 0 to below 1"),
     ({"resid_pdrop": None}, "resid_pdrop is None"),
     ({"resid_pdrop": 1.5}, "resid_pdrop is 1.5"),
@@ -428,8 +428,8 @@ def test_a_flipped_bit_in_a_torch_archive_is_found_when_every_byte_is_verified(f
     path = pickled(folder) / "pytorch_model.bin"
     flipped(path, path.stat().st_size // 2, bit=3)
     (problem,) = ckpt.verify(folder)
-    assert "do not agree with their checksum" in problem
-    with pytest.raises(CheckpointError, match="do not agree with their checksum"):
+    assert "do not match their checksum" in problem
+    with pytest.raises(CheckpointError, match="do not match their checksum"):
         ckpt.load(folder, verify=True)
 
 
@@ -526,13 +526,13 @@ def test_a_smaller_context_crops_the_positions(form, folder, theirs):
 def test_a_cut_file_is_refused(cut, folder):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:cut])
-    assert "is damaged" in refused(folder) or "is no whole safetensors file" in refused(folder)
+    assert "is damaged" in refused(folder) or "is not a complete safetensors file" in refused(folder)
     assert ckpt.verify(folder) == [refused(folder)]
 
 
 def test_a_flipped_bit_in_the_header_is_refused(folder):
     flipped(folder / WEIGHTS, 3, bit=6)
-    assert "is no whole safetensors file" in refused(folder)
+    assert "is not a complete safetensors file" in refused(folder)
     flipped(folder / WEIGHTS, 3, bit=6)
     flipped(folder / WEIGHTS, 8, bit=6)
     assert "is damaged" in refused(folder)
@@ -540,7 +540,7 @@ def test_a_flipped_bit_in_the_header_is_refused(folder):
 
 def test_a_torch_archive_in_the_place_of_safetensors_is_refused(folder):
     torch.save({"a": torch.ones(1)}, folder / WEIGHTS)
-    assert "is no whole safetensors file" in refused(folder)
+    assert "is not a complete safetensors file" in refused(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "gpt2"' + "[" * 100_000, "\ud800"], ids=range(5))

@@ -84,6 +84,7 @@ def test_building_a_model_does_not_import_torchs_compiler() -> None:
 def refused(one: Checkpoint, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         build_model(one, device=CPU, **options)
+    assert caught.value.kind in ("damaged", "lacking", "refused")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -136,7 +137,7 @@ def test_fewer_positions_are_the_first_ones():
 
 
 def test_more_positions_than_there_are_is_refused():
-    assert "BLOCK_SIZE=17 is more than its 16 positions; set BLOCK_SIZE=16 or less" in refused(
+    assert "BLOCK_SIZE=17 is more than its 16 positions: set BLOCK_SIZE=16 or less" in refused(
         gpt2_record(), block_size=17
     )
 
@@ -187,8 +188,8 @@ SETTINGS_REFUSED = [
     ({"n_layer": -1}, "n_layer=-1"),
     ({"n_layer": "2"}, "n_layer='2'"),
     ({"n_layer": True}, "n_layer=True"),
-    ({"n_embd": 2**62}, "its settings make no model"),
-    ({"n_embd": 10**30}, "its settings make no model"),
+    ({"n_embd": 2**62}, "its settings do not build a model"),
+    ({"n_embd": 10**30}, "its settings do not build a model"),
     ({"vocab_size": 10**12}, "wte.weight is (11, 8), expected (1000000000000, 8)"),
     ({"n_head": 3}, "n_embd=8 and n_head=3"),
     ({"n_head": 10**12}, "n_head=1000000000000"),
@@ -264,6 +265,7 @@ TOKENIZERS = [
 def test_a_tokenizer_that_cannot_be_is_refused(tokenizer, reason):
     with pytest.raises(CheckpointError) as caught:
         build_tokenizer(record(tokenizer=tokenizer))
+    assert caught.value.kind == ("lacking" if tokenizer is None else "damaged")
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 

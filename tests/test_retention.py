@@ -269,7 +269,7 @@ def test_the_best_of_every_layout_is_whole_and_the_earlier_one_goes(alone, layou
 def test_what_happens_to_one_name_leaves_the_other(layout, tmp_path):
     saved = ckpt.save(better(1), tmp_path, layout=layout)
     kept = ckpt.keep_best(better(1), tmp_path, saved=saved, layout=layout)
-    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=None)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=None)
     retention.strip(saved)
     assert_same(ckpt.load(kept, verify=True), better(1))
     (one,) = ckpt.find(tmp_path)
@@ -325,11 +325,11 @@ def seen(
 
 
 def policy(
-    found: list[Found], *, keep_last: int, keep_every: int = 0, newest_good: int | None = None
+    found: list[Found], *, keep_last: int, keep_every: int = 0, latest_valid: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Steps that go, and steps that are stripped."""
-    good = None if newest_good is None else FOLDER / f"mine-{newest_good}"
-    gone = finding.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, newest_good=good)
+    good = None if latest_valid is None else FOLDER / f"mine-{latest_valid}"
+    gone = retention.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, latest_valid=good)
     return [one.step for one in gone.remove], [one.step for one in gone.strip]
 
 
@@ -351,8 +351,8 @@ POLICIES = [
     ("stripped already", [seen(20, resumable=False), *SIX[2:]], {"keep_last": 1, "keep_every": 20}, [30, 50], [40]),
     ("the final one", FINAL, {"keep_last": 1}, [10, 20, 40], []),
     ("the final one as it is", FINAL, {"keep_last": 1, "keep_every": 30}, [10, 20, 40], []),
-    ("known to be whole", SIX, {"keep_last": 1, "newest_good": 30}, [10, 20, 40, 50], []),
-    ("known to be whole as it is", SIX, {"keep_last": 1, "keep_every": 10, "newest_good": 30}, [], [10, 20, 40, 50]),
+    ("known to be whole", SIX, {"keep_last": 1, "latest_valid": 30}, [10, 20, 40, 50], []),
+    ("known to be whole as it is", SIX, {"keep_last": 1, "keep_every": 10, "latest_valid": 30}, [], [10, 20, 40, 50]),
     ("damaged", [seen(10), seen(20, problem="damaged"), seen(30)], {"keep_last": 1}, [10], []),
     ("damaged ones do not count", [seen(10), seen(20), seen(30, problem="damaged")], {"keep_last": 1}, [10], []),
     ("best/", [seen(10, best=True), seen(20), seen(30)], {"keep_last": 1}, [20], []),
@@ -385,10 +385,10 @@ saves = st.lists(
 
 
 @given(saves, st.integers(0, 4), st.integers(0, 9), st.none() | st.integers(0, 50))
-def test_no_policy_takes_the_newest_or_what_is_not_its_own(found, keep_last, keep_every, newest_good):
-    good = None if newest_good is None else FOLDER / f"mine-{newest_good}"
+def test_no_policy_takes_the_newest_or_what_is_not_its_own(found, keep_last, keep_every, latest_valid):
+    good = None if latest_valid is None else FOLDER / f"mine-{latest_valid}"
     before = list(found)
-    gone = finding.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, newest_good=good)
+    gone = retention.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, latest_valid=good)
     assert found == before
     touched = [*gone.remove, *gone.strip]
     assert all(any(one is other for other in found) for one in touched)
@@ -414,9 +414,9 @@ def saves_of(folder: Path, layout: str, *, steps: range = range(10, 70, 10), run
 
 
 def pruned(
-    folder: Path, *, keep_last: int = 2, keep_every: int = 20, newest_good: Path | None = None
-) -> finding.Expired:
-    return ckpt.prune(folder, run_id="one", keep_last=keep_last, keep_every=keep_every, newest_good=newest_good)
+    folder: Path, *, keep_last: int = 2, keep_every: int = 20, latest_valid: Path | None = None
+) -> retention.Expired:
+    return ckpt.prune(folder, run_id="one", keep_last=keep_last, keep_every=keep_every, latest_valid=latest_valid)
 
 
 def held(folder: Path) -> dict[int, bool]:
@@ -474,7 +474,7 @@ def test_layouts_mixed_in_one_folder_are_one_run(tmp_path):
 def test_what_is_known_to_be_whole_stays_and_what_is_damaged_too(tmp_path):
     paths = saves_of(tmp_path, "unified")
     paths[3].write_bytes(paths[3].read_bytes()[:-9])
-    pruned(tmp_path, keep_last=1, keep_every=0, newest_good=paths[1])
+    pruned(tmp_path, keep_last=1, keep_every=0, latest_valid=paths[1])
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == sorted(paths[n].name for n in (1, 3, 5))
 
 
@@ -515,7 +515,7 @@ def test_a_conversion_beside_its_source_is_no_save_of_its_own(tmp_path):
     paths = {step: save(tmp_path, step) for step in (2, 4, 6)}
     ckpt.convert(paths[6], None, layout="separated", model_only=True)
     paths[8] = save(tmp_path, 8)
-    ckpt.prune(tmp_path, run_id="one", keep_last=2, keep_every=0, newest_good=paths[8])
+    ckpt.prune(tmp_path, run_id="one", keep_last=2, keep_every=0, latest_valid=paths[8])
     assert [(one.step, one.resumable) for one in ckpt.find(tmp_path)] == [(6, False), (6, True), (8, True)]
 
 
@@ -582,7 +582,7 @@ def test_a_copy_under_any_name_of_a_persons_stays_as_it_is(way, layout, tmp_path
     before = content(copied_as(first, layout, COPIES[way]))
     newest_copy = content(copied_as(last, layout, COPIES["word after"]))
     for keep_every in (0, 1):  # the second would take the optimizer
-        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=keep_every, newest_good=last)
+        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=keep_every, latest_valid=last)
         assert content(list(before)) == before
     assert content(list(newest_copy)) == newest_copy
     assert last.exists()
@@ -595,7 +595,7 @@ def test_a_renamed_checkpoint_stays_and_the_last_save_under_its_own_name_too(lay
     paths = [save(tmp_path, step, layout=layout) for step in (1, 2, 3)]
     before = content(copied_as(paths[2], layout, COPIES["word after"]))
     files.remove(ckpt.WRITERS[layout].files(paths[2]))
-    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=None)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=None)
     assert content(list(before)) == before
     assert [path.exists() for path in paths] == [False, True, False]
 
@@ -609,7 +609,7 @@ def test_a_copy_under_a_name_that_a_save_could_have_protects_both(layout, tmp_pa
     copies = copied_as(paths[0], layout, lambda stem: f"{stem}_2" if numbered else f"{stem[:-1]}9")
     before = content(copies)
     for _ in range(2):
-        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=paths[2])
+        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=paths[2])
         assert content(copies) == before
     assert [path.exists() for path in paths] == [True, False, True]
 
@@ -619,7 +619,7 @@ def test_a_second_save_of_a_step_is_no_copy(tmp_path):
     for layout in LAYOUTS:
         folder = tmp_path / layout
         paths = [save(folder, step, layout=layout) for step in (1, 1, 3)]
-        ckpt.prune(folder, run_id="one", keep_last=1, keep_every=0, newest_good=paths[2])
+        ckpt.prune(folder, run_id="one", keep_last=1, keep_every=0, latest_valid=paths[2])
         assert [path.exists() for path in paths] == [False, False, True]
 
 
@@ -635,7 +635,7 @@ def test_copies_of_a_model_without_its_optimizer_stay(layout, tmp_path):
     )
     before = content(copies)
     for _ in range(2):
-        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=full[1])
+        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=full[1])
         assert content(copies) == before
     assert not paths[1].exists()
 
@@ -647,7 +647,7 @@ def test_a_copied_folder_stays(place, layout, tmp_path):
     first, last = (save(tmp_path, step, layout=layout) for step in (1, 2))
     (tmp_path / place).mkdir()
     before = content(copied_as(first, layout, str, place=tmp_path / place))
-    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=last)
     assert content(list(before)) == before
     assert not first.exists()
 
@@ -658,7 +658,7 @@ def test_a_folder_with_a_file_of_somebodys_in_it_stays(layout, tmp_path):
     (paths[0] / "README.md").write_text("my notes")
     (paths[1] / ".DS_Store").write_text("the system's")
     before = content([paths[0]])
-    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=paths[2])
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=paths[2])
     assert content([paths[0]]) == before
     assert not paths[1].exists()
 
@@ -667,7 +667,7 @@ def test_a_folder_with_a_file_of_somebodys_in_it_stays(layout, tmp_path):
 def test_a_copy_with_another_end_stays(name, tmp_path):
     first, last = (save(tmp_path, step) for step in (1, 2))
     copy = Path(shutil.copy(first, tmp_path / name.format(first.stem)))
-    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=last)
     assert copy.exists()
     assert not first.exists()
 
@@ -684,7 +684,7 @@ def test_whose_prefix_it_is_is_known_from_the_runs_own_settings(tmp_path):
     ]
     again = ckpt.save(mine, tmp_path, prefix="my_checkpoint")
     last = ckpt.save(record(3), tmp_path)
-    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=last)
     assert {path.name for path in tmp_path.glob("*.pt")} == {last.name, *(Path(copy).name for copy in copies)}
     assert not again.exists()
 
@@ -727,7 +727,7 @@ def test_what_somebody_has_named_stays(tmp_path):
     first, second, last = (save(tmp_path, step) for step in (1, 2, 3))
     shutil.copy(first, tmp_path / "mybackup.pt")
     second.rename(tmp_path / "good.pt")
-    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=last)
     assert {path.name for path in tmp_path.glob("*.pt")} == {"mybackup.pt", "good.pt", last.name}
 
 
@@ -761,7 +761,7 @@ def test_one_that_cannot_be_let_go_does_not_keep_the_others(tmp_path, monkeypatc
 
     monkeypatch.setattr(retention, "strip", refused)
     with pytest.raises(OSError, match="No space"):
-        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=10, newest_good=paths[-1])
+        ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=10, latest_valid=paths[-1])
     assert [one.step for one in ckpt.find(tmp_path)] == [10, 20, 30]
 
 
@@ -773,6 +773,6 @@ def test_a_full_disk_does_not_hinder_letting_go(layout, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "write_json", refused)
-    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, newest_good=last)
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=last)
     assert [one.step for one in ckpt.find(tmp_path)] == [2]
     assert not list(first.parent.glob("*0001*"))

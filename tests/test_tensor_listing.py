@@ -69,7 +69,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         known_layout(tmp_path / "notes.txt")
     assert (caught.value.kind, caught.value.path) == ("not understood", tmp_path / "notes.txt")
     (tmp_path / "notes.pt").write_text("notes")
-    with pytest.raises(CheckpointError, match="is no checkpoint but"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint but"):
         held(tmp_path / "notes.pt")
 
 

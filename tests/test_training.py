@@ -336,7 +336,7 @@ def test_fine_tuning_pretrained_weights(pretrained, tmp_path, capsys):
     bare = dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"])
     code, said = train(tmp_path, GPT2_MODEL_NAME=str(pretrained), TRAINING_STEPS="4", CHECKPOINT_INTERVAL="2", **bare)
     assert code == 0, said
-    assert "GPT-2's own is taken" in said
+    assert "GPT-2's own is used" in said
     record = newest(tmp_path)
     assert record.path is not None
     assert re.fullmatch(r"checkpoint_gpt2_letters_tinygpt2v1_step0004_\d{8}_\d{6}\.pt", record.path.name)

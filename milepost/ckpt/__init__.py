@@ -1,4 +1,4 @@
-"""Checkpoints: the public verbs. Everything else in this package serves them."""
+"""Checkpoints: the public functions of this package."""
 
 import os
 from pathlib import Path
@@ -7,15 +7,27 @@ from milepost.ckpt.bases import note_use
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
-from milepost.ckpt.finding import BEST_FOLDER, Found, best, due, find, latest, listing, resolve, several, whole_folder
+from milepost.ckpt.finding import (
+    BEST_FOLDER,
+    Found,
+    best,
+    due,
+    find,
+    latest,
+    listing,
+    not_found,
+    resolve,
+    several,
+    whole_folder,
+)
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.record import Checkpoint, CheckpointError
-from milepost.ckpt.retention import (
+from milepost.ckpt.retention import prune
+from milepost.ckpt.saving import (
     best_is_kept,
     free_space_problem,
     keep_best,
     keep_saved_best,
-    prune,
     save,
     saved_best,
     why_not_saved,
@@ -63,12 +75,12 @@ def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     `optimizer=False` leaves the optimizer's tensors unread; `verify=True` checks every byte against its checksum first.
     """
     if not os.path.exists(path):
-        raise CheckpointError(f"Checkpoint not found: {path}. {listing(path.parent)}", kind="not found")
+        raise not_found(path, path.parent)
     return known_layout(path).read(path, optimizer=optimizer, verify=verify)
 
 
 def verify(path: Path) -> list[str]:
-    """Return what is wrong with the checkpoint at `path`, a sentence each; empty if nothing is.
+    """Return a sentence for each problem of the checkpoint at `path`; an empty list if it is intact.
 
     Compares every byte with its checksum; then reads the metadata and looks up every tensor without reading it.
     """

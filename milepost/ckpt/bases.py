@@ -1,4 +1,6 @@
-"""Which checkpoints are the base of saved adapters: without it, adapters can never be opened again, so retention leaves it alone."""
+"""Find the checkpoints that are the base of saved adapters. Retention keeps them: adapters cannot be opened without
+their base.
+"""
 
 import contextlib
 import functools
@@ -21,7 +23,7 @@ NOTE = ".base-{run_id}.json"  # beside a base, about adapters in another folder
 
 @dataclass(frozen=True)
 class Base:
-    """What adapters record about their base, and the checkpoint or the folder that holds those adapters."""
+    """The base that adapters record, and the checkpoint or folder that holds those adapters."""
 
     sha256: str
     source: str
@@ -30,9 +32,9 @@ class Base:
 
 
 def bases_in_use(folder: Path) -> list[Base]:
-    """Return every base that adapters in `folder`, its run folders and their best/ name, or that a note there names."""
-    adapters = (one for one in scan(folder) if "adapters" in one.metadata.get("parts", ()))
-    named = [_base(one.metadata.get("base"), one.path) for one in adapters]
+    """Return every base recorded by adapters in `folder`, its run folders and their best/, or by a note there."""
+    adapters = (found for found in scan(folder) if "adapters" in found.metadata.get("parts", ()))
+    named = [_base(found.metadata.get("base"), found.path) for found in adapters]
     notes = (note for place in places(folder) for note in sorted(place.glob(NOTE.format(run_id="*"))))
     named += [_base(values, Path(str(values.get("needed_by")))) for note in notes if (values := _read_note(note))]
     return [base for base in named if base is not None]
@@ -53,29 +55,29 @@ def _base(values: Json, needed_by: Path) -> Base | None:
     return Base(str(values.get("sha256")), str(values.get("source")), known, needed_by)
 
 
-def needed(candidates: Iterable[Found], folder: Path) -> dict[Path, Path]:
-    """Return of the candidates those that are a base in use, each with the adapters that need it.
+def bases_among(candidates: Iterable[Found], folder: Path) -> dict[Path, Path]:
+    """Return the candidates that are the base of saved adapters, each with the path of those adapters.
 
-    A base is known by its path, and by the sha256 of its weights if it was moved; that is computed only at the step that the adapters
-    name. A checkpoint of that step whose weights cannot be read counts as needed.
+    A base is identified by its path or, if it was moved, by the sha256 of its weights. The hash is computed only for
+    the step that the adapters record; a checkpoint of that step with unreadable weights counts as a base.
     """
     candidates = list(candidates)
     bases = bases_in_use(folder) if candidates else []
-    return {one.path: base.needed_by for one in candidates for base in bases if _is_base(one, base)}
+    return {found.path: base.needed_by for found in candidates for base in bases if _is_base(found, base)}
 
 
-def _is_base(one: Found, base: Base) -> bool:
-    if os.path.realpath(base.source) == os.path.realpath(one.path):
+def _is_base(found: Found, base: Base) -> bool:
+    if os.path.realpath(base.source) == os.path.realpath(found.path):
         return True
-    if base.step not in (None, one.step):
+    if base.step not in (None, found.step):
         return False
-    sha256 = _weights_digest(one.path, tuple(stamps(known_layout(one.path).files(one.path))))
+    sha256 = _weights_digest(found.path, tuple(stamps(known_layout(found.path).files(found.path))))
     return sha256 in (None, base.sha256)
 
 
 @functools.lru_cache(maxsize=64)
 def _weights_digest(path: Path, _: Any) -> str | None:
-    """The sha256 of the checkpoint's weights as `identity` of a base has it; None if they cannot be read."""
+    """Return the sha256 of the checkpoint's weights as adapters record it; None if they cannot be read."""
     try:
         return digest(known_layout(path).read(path, optimizer=False).model_state)
     except (CheckpointError, OSError):
@@ -83,12 +85,13 @@ def _weights_digest(path: Path, _: Any) -> str | None:
 
 
 def note_use(base: dict[str, Json], *, run_id: str, checkpoint_dir: Path) -> Path | None:
-    """Leave a note beside a base that retention could delete, if it does not look into `checkpoint_dir`; return the note.
+    """Write a note beside the base of adapters, so that retention in another folder keeps it; return the note's path.
 
-    Return None if there is no need: the base is no checkpoint of ours, or lies in `checkpoint_dir`. Raise OSError if it cannot be written.
+    Return None if no note is needed: the base is not a checkpoint of this program, or lies in `checkpoint_dir`. Raise
+    OSError on a write error.
     """
     source = Path(str(base.get("source")))
-    if not os.path.exists(source) or source.parent.resolve() in {each.resolve() for each in places(checkpoint_dir)}:
+    if not os.path.exists(source) or source.parent.resolve() in {place.resolve() for place in places(checkpoint_dir)}:
         return None
     try:
         found = look(source, known_layout(source))

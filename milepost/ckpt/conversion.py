@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint from any layout to any that can be written, with a proof that nothing was lost."""
+"""Convert a checkpoint to another layout, or export it, and prove that nothing was lost."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,13 @@ from milepost.ckpt.exports.common import not_the_same
 from milepost.ckpt.finding import BEST_FOLDER, folder_of
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
-from milepost.ckpt.names import PREFIX, free_stem, home_of
+from milepost.ckpt.names import PREFIX, free_stem, target_folder
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
 from milepost.ckpt.restore import logits
-from milepost.ckpt.retention import free_space_problem
+from milepost.ckpt.saving import free_space_problem
 from milepost.ckpt.tensor_listing import all_files, labelled
 from milepost.ckpt.tensors import digest, not_finite
-from milepost.files import remove, second_name
+from milepost.files import link_or_copy, remove
 from milepost.locks import FOLDER_LOCK, folder_lock
 from milepost.paths import check_inside, is_real_folder
 
@@ -61,7 +61,7 @@ def convert(
     """Write the checkpoint at `source` in another `layout` to `folder` (None: beside it), and prove that nothing was
     lost.
 
-    Step, run, lineage, save number and time stay, everything but the save id; `source` is untouched and no name is
+    Step, run, lineage, save number and time stay, everything but the save id; `source` is untouched and no file is
     replaced. `prefix` begins the name (None: as the run's names began). `in_best` writes into best/, `best_too` adds a
     second name there. `complete` may add a tokenizer to a record that has none. Raises CheckpointError if the source is
     damaged or was edited by hand, the layout cannot hold it, or the result differs; OSError if the disk fails. Nothing
@@ -83,7 +83,7 @@ def convert(
         with folder_lock(folder):
             check_inside(folder, target.parent / BEST_FOLDER)
             (target.parent / BEST_FOLDER).mkdir(exist_ok=True)
-            second_name(WRITERS[layout].files(target), target.parent / BEST_FOLDER)
+            link_or_copy(WRITERS[layout].files(target), target.parent / BEST_FOLDER)
     return Converted(
         source=source, target=target, layout_before=record.layout or "", tensors=len(labelled(record)), sha256=sha256,
         logits=shape, fields=fields, bytes_before=size_of(source), bytes_after=size_of(target), notes=record.notes,
@@ -93,7 +93,7 @@ def convert(
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export, and its proof."""
+    """The result of an export and its proof."""
 
     source: Path
     target: Path
@@ -162,7 +162,7 @@ def _written(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefi
 
 
 def _unmake(folder: Path) -> None:
-    """Removes a folder made for nothing, and the empty ones in it; what another process has put there meanwhile stays."""
+    """Delete a folder that was created in vain, and the empty folders in it; files of another process stay."""
     inner = sorted((path for path in folder.rglob("*") if is_real_folder(path)), reverse=True)
     with contextlib.suppress(OSError):
         for place in inner:
@@ -174,13 +174,13 @@ def _unmake(folder: Path) -> None:
 
 def _written_into(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
     with folder_lock(folder):
-        place = home_of(record, folder, writer=writer)
+        place = target_folder(record, folder, writer=writer)
         remove_leftovers_below(folder, {folder / BEST_FOLDER, place, place / BEST_FOLDER})
         target = place / BEST_FOLDER if in_best else place
         check_inside(folder, target)
         target.mkdir(parents=True, exist_ok=True)
         stem = free_stem(record, place, writer=writer, now=_moment(record), prefix=prefix)
-        new = dataclasses.replace(record, save_id=os.urandom(8).hex())  # two checkpoints, not two names of one
+        new = dataclasses.replace(record, save_id=os.urandom(8).hex())  # a checkpoint of its own, not another name
         return writer.write(new, target, stem)
 
 
@@ -207,7 +207,7 @@ def modified_at(path: Path) -> str:
 
 
 def _moment(record: Checkpoint) -> datetime.datetime:
-    """Return when it was saved, so that its name stays the same."""
+    """Return the time of its save, so that its name stays the same."""
     try:
         return datetime.datetime.fromisoformat(record.saved_at or "")
     except ValueError:
@@ -236,7 +236,7 @@ def _proof(record: Checkpoint, target: Path) -> tuple[str, tuple[int, ...], int]
 
 
 def _fields(record: Checkpoint) -> dict[str, Json]:
-    """Return the metadata and the optimizer's groups as JSON values, without the save id, which a conversion replaces."""
+    """Return metadata and optimizer groups as JSON values, without the save id, which a conversion replaces."""
     groups = record.optimizer_state["param_groups"] if record.optimizer_state else None
     values = metadata(record) | {"param_groups": groups}
     del values["save_id"]

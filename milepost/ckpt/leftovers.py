@@ -1,7 +1,7 @@
-"""What killed writers left: known by the full form of this program's temporary names, and removed under the folder's lock.
+"""Remove the temporary files of killed writers. They are recognised by the full form of this program's temporary names.
 
-Nothing that a file says decides what is removed. A killed save of several files may have left some of them visible: such a file goes
-only if its head is not visible, the head in the hidden folder names its bytes or its save id, and it is part of no checkpoint.
+A killed save of several files may have left some of them visible. Such a file is removed only if its primary file is
+not visible, the primary file in the hidden folder records its sha256 or its save id, and it is part of no checkpoint.
 """
 
 import os
@@ -17,9 +17,9 @@ OWN_NAME = re.compile(re.escape(TEMPORARY) + r"(?P<name>.+)-(?P<process>[0-9]{1,
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed writers left in `folder`; return it. The caller holds the folder's lock.
+    """Remove the temporary files of killed writers in `folder` and return them. The caller holds the folder's lock.
 
-    In a run's own folder or in best/ another process may write under the lock of the folder above: what is a living process's stays.
+    Files of a living process stay: in a run folder or in best/ it may hold the lock of the folder above instead.
     """
     leftovers = [path for path in folder.glob(f"{TEMPORARY}*") if _is_left_over(path)]
     for path in leftovers:
@@ -30,7 +30,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def remove_leftovers_below(folder: Path, places: set[Path]) -> None:
-    """`remove_leftovers` of `folder` and of those `places` in it that are no links."""
+    """Call `remove_leftovers` for `folder` and those `places` in it that are not links."""
     for place in {folder, *places}:
         steps = [above for above in (place, *place.parents) if above.is_relative_to(folder) and above != folder]
         if all(map(is_real_folder, steps)):
@@ -43,7 +43,7 @@ def _is_left_over(path: Path) -> bool:
 
 
 def _has_writer(process: int) -> bool:
-    """Whether another process of this number is alive on this machine."""
+    """Whether another process of this number is alive on this host."""
     if os.name == "nt" or process == os.getpid():
         return False  # on Windows, asking would end the process
     try:
@@ -56,12 +56,12 @@ def _has_writer(process: int) -> bool:
 
 
 def _visible_parts(hidden: Path) -> list[Path]:
-    """The visible files of a save or a removal that was killed half-way, as the head in its hidden folder proves them."""
+    """Return the visible files of an interrupted save or removal, as its hidden primary file proves."""
     named = OWN_NAME.fullmatch(hidden.name)
     if named is None or not is_real_folder(hidden) or os.path.lexists(hidden.parent / named["name"]):
         return []
-    head = hidden / named["name"]
-    parts = [part for layout in LAYOUTS for part in layout.parts_of(head, hidden.parent)]
+    primary = hidden / named["name"]
+    parts = [part for layout in LAYOUTS for part in layout.parts_of(primary, hidden.parent)]
     return [part for part in parts if not _is_in_a_checkpoint(part)]
 
 
@@ -71,9 +71,9 @@ def _is_in_a_checkpoint(part: Path) -> bool:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder and prove that it can be written, so that a run fails before its first step and not at its first save.
+    """Create the folder and write a probe file, so that a run fails before its first step and not at its first save.
 
-    Raises OSError if it cannot, NotImplementedError if its file system knows no locks.
+    Raise OSError if it cannot be written, NotImplementedError if its file system has no locks.
     """
     make_folder(folder)
     with folder_lock(folder):

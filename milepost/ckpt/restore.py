@@ -1,4 +1,4 @@
-"""Rebuild model, tokenizer and optimizer state from a Checkpoint: the only module that knows both sides."""
+"""Rebuild model, tokenizer and optimizer state from a Checkpoint. Only this module of ckpt imports models and text."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import models
-from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError
 from milepost.ckpt.tensors import digest
 from milepost.runtime.distributed import sharded_like
 from milepost.runtime.muon import Muon
@@ -20,15 +20,15 @@ from models.lora import LoraSettings
 from models.lora import merged as merged_weights
 from models.model import Model
 
-SHOWN = 10  # names and shapes that one message lists
+SHOWN = 10  # names and shapes listed in a message
 
-# The state of one parameter, of optimizers that would fail or go wrong with any other. Others take what they saved.
+# State of a parameter in the optimizers that work only with exactly these keys. Other optimizers take what they saved.
 STATE_OF = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What an optimizer got back: the number of parameters with restored state, of all parameters, and the names of those without."""
+    """Number of parameters with restored state, number of all parameters, and the names of those without."""
 
     restored: int
     total: int
@@ -45,15 +45,16 @@ def build_model(
     adapters: Mapping[str, Any] | None = None,
     take: bool = False,
 ) -> Model:
-    """Return the record's model with its weights, in float32 on `device`. A smaller `block_size` crops learned positions.
+    """Return the record's model with its weights, in float32 on `device`. A smaller `block_size` crops learned
+    positions.
 
-    `adapters` (settings by kind, see models.ADAPTERS) adds new adapters, drawn from torch's global generator. `shared` leaves the weights
-    mapped from the checkpoint's file: for a model that is not trained. `take` moves the weights out of a record that owns them, which
-    is then empty: a copy would take their memory twice. Raises CheckpointError listing names and shapes if the weights are not
-    exactly those of the recorded settings.
+    `adapters` (settings by kind, see models.ADAPTERS) adds new adapters, drawn from torch's global generator. `shared`
+    keeps the weights mapped from the checkpoint's file, for a model that is not trained. `take` moves the weights out
+    of a record that owns them, which avoids a second copy in memory and leaves the record empty. Raise CheckpointError
+    listing names and shapes if the weights do not match the recorded settings.
     """
     if record.adapters_only:
-        raise CheckpointError(f"{_where(record)}: holds only adapters; {name_the_base(record)}")
+        raise CheckpointError(_where(record), "holds only adapters", name_the_base(record), kind="lacking")
     settings = {**record.model_settings, **(adapters or {})}
     state = dict(record.model_state)
     if block_size is not None and block_size != settings["block_size"]:
@@ -66,9 +67,10 @@ def build_model(
         _check_layers(record, state)
         # Without memory or random draws: its weights are replaced at once.
         model = skeleton(record.model_type, settings)
-    except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape of more elements than can be counted
+    except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape with too many elements
         reason = f"{str(error).splitlines()[0]:.300}"  # torch adds frames of C++
-        raise CheckpointError(f"{_where(record)}: its settings make no model: {reason}") from error
+        problem = f"its settings do not build a model: {reason}"
+        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged") from error
     wanted = model.state_dict()
     added = {kind for kind in adapters or () if not record.model_settings.get(kind)}
     fresh = {name for name in wanted if models.adapter_kind(name) in added}
@@ -89,7 +91,7 @@ def build_model(
 
 
 def _fill_buffers(model: Model, model_type: str, settings: Mapping[str, Any]) -> None:
-    """Set the buffers that no checkpoint holds (`persistent=False`) to what the model initialises them to."""
+    """Set the buffers that are not saved (`persistent=False`) to their initial values."""
     saved = model.state_dict().keys()
     unsaved = [name for name, _ in model.named_buffers() if name not in saved]
     if not unsaved:
@@ -111,18 +113,16 @@ def skeleton(model_type: str, settings: Mapping[str, Any]) -> Model:
 
 
 def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """Return the record of adapters with the weights of their base added; raises CheckpointError if `base` is another base."""
+    """Return the record of adapters with the weights of their base added; raise CheckpointError if `base` is another
+    base.
+    """
     recorded = (record.base or {}).get("sha256")
     found = digest(base.model_state)
     if base.adapters_only or found != recorded:
-        what = (
-            "holds adapters itself"
-            if base.adapters_only
-            else f"has other weights (sha256 {found[:16]}..., not {str(recorded)[:16]}...)"
-        )
-        raise CheckpointError(
-            f"{_where(base)}: {what}: it is not the base of {_where(record)}; {name_the_base(record)}"
-        )
+        other = f"has other weights (sha256 {found[:16]}..., not {str(recorded)[:16]}...)"
+        reason = "holds adapters itself" if base.adapters_only else other
+        problem = f"is not the base of {_where(record)}: it {reason}"
+        raise CheckpointError(_where(base), problem, name_the_base(record), kind="refused")
     block_size = record.model_settings["block_size"]
     state = base.model_state | _cropped(record.model_type, base.model_state, block_size)
     return dataclasses.replace(
@@ -140,7 +140,7 @@ def name_the_base(record: Checkpoint) -> str:
 
 
 def merged(record: Checkpoint) -> Checkpoint:
-    """Return the record with LoRA's products added to the weights: a model without adapters that computes the same."""
+    """Return the record with the LoRA products added to the weights: an equivalent model without adapters."""
     if not record.model_settings.get("lora"):
         return record
     settings = {name: value for name, value in record.model_settings.items() if name != "lora"}
@@ -148,12 +148,13 @@ def merged(record: Checkpoint) -> Checkpoint:
         lora = LoraSettings(**record.model_settings["lora"])
         state = merged_weights(record.model_state, lora)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{_where(record)}: its adapters cannot be merged ({error})") from error
+        problem = f"its adapters cannot be merged ({error})"
+        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged") from error
     return dataclasses.replace(record, model_state=state, model_settings=settings, optimizer_state=None, base=None)
 
 
 class _Unfilled(TorchFunctionMode):
-    """Skip torch.nn.init: to initialise weights that have no memory, torch first imports its compiler, which takes a second."""
+    """Skip torch.nn.init: for weights without memory, torch would import its compiler first, which takes a second."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -165,13 +166,12 @@ class _Unfilled(TorchFunctionMode):
 
 def _check_crop(block_size: int, positions: int, *, where: str) -> None:
     if block_size > positions:
-        raise CheckpointError(
-            f"{where}: BLOCK_SIZE={block_size} is more than its {positions} positions; set BLOCK_SIZE={positions} or less"
-        )
+        problem = f"BLOCK_SIZE={block_size} is more than its {positions} positions"
+        raise CheckpointError(where, problem, f"set BLOCK_SIZE={positions} or less", kind="refused")
 
 
 def _cropped(model_type: str, state: Mapping[str, Tensor], block_size: int) -> dict[str, Tensor]:
-    """Return the first `block_size` rows of each table of positions in the state."""
+    """Return the first `block_size` rows of each position embedding in the state."""
     try:
         tables = models.load(model_type).position_tables
     except ValueError:  # an unknown model is refused where it is built
@@ -180,22 +180,22 @@ def _cropped(model_type: str, state: Mapping[str, Tensor], block_size: int) -> d
 
 
 def _check_layers(record: Checkpoint, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the tensors suffice for the layers: a model of many takes memory even without weights.
+    """Raise CheckpointError if there are fewer tensors than the layers need: many layers take memory even without
+    weights.
 
     No other setting costs time or memory.
     """
     layers = record.model_settings.get("n_layer")
     if not isinstance(layers, int) or layers < 3:
         return
-    held = sum(tensor.numel() > 0 for tensor in state.values())  # empty tensors take no place in a file
+    held = sum(tensor.numel() > 0 for tensor in state.values())  # empty tensors take no space in a file
     if layers <= held:
-        one, two = (
-            len(skeleton(record.model_type, record.model_settings | {"n_layer": few}).state_dict()) for few in (1, 2)
-        )
-        if layers * (two - one) <= held:
+        sizes = (record.model_settings | {"n_layer": few} for few in (1, 2))
+        with_one, with_two = (len(skeleton(record.model_type, settings).state_dict()) for settings in sizes)
+        if layers * (with_two - with_one) <= held:
             return
     problem = f"n_layer is {layers}, but it holds only {held} tensors with numbers"
-    raise CheckpointError(f"{_where(record)}: {problem}: its settings are damaged")
+    raise CheckpointError(_where(record), f"its settings are damaged: {problem}", EARLIER, kind="damaged")
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
@@ -210,36 +210,42 @@ def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, 
     ]
     if problems:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise CheckpointError(f"{where}: its weights do not fit its settings: {'; '.join(problems[:SHOWN])}{more}")
+        problem = f"its weights do not fit its settings: {'; '.join(problems[:SHOWN])}{more}"
+        raise CheckpointError(where, problem, kind="damaged")
 
 
 def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
-    """Return the record's tokenizer. Raises CheckpointError if it has none, or one with more tokens than the model has rows."""
+    """Return the record's tokenizer; raise CheckpointError if it has none, or one with more tokens than the model has
+    rows.
+    """
     if record.tokenizer is None:
-        raise CheckpointError(f"{_where(record)}: carries no tokenizer")
+        raise CheckpointError(_where(record), "carries no tokenizer", kind="lacking")
     try:
         tokenizer = tokenization.from_dict(record.tokenizer)
     except ValueError as error:
-        raise CheckpointError(f"{_where(record)}: its tokenizer cannot be rebuilt ({error})") from error
+        problem = f"its tokenizer cannot be rebuilt ({error})"
+        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged") from error
     if record.tokenizer_sha256 not in (None, tokenizer.digest):
-        raise CheckpointError(f"{_where(record)}: its tokenizer is not the one it was saved with: the file is damaged")
+        problem = "the file is damaged: its tokenizer is not the one it was saved with"
+        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged")
     rows = record.model_settings["vocab_size"]
     if tokenizer.vocab_size > rows:
-        raise CheckpointError(
-            f"{_where(record)}: its tokenizer has {tokenizer.vocab_size} tokens, but its model only {rows} rows"
-        )
+        problem = f"its tokenizer has {tokenizer.vocab_size} tokens, but its model only {rows} rows"
+        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged")
     return tokenizer
 
 
 def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
-    """Return the record's tokenizer as the JSON files of a Hugging Face folder, by name; empty if it carries no tokenizer."""
+    """Return the record's tokenizer as the JSON files of a Hugging Face folder, by name; empty if it carries no
+    tokenizer.
+    """
     if record.tokenizer is None:
         return {}
     tokenizer = build_tokenizer(record)
     try:
         values = tokenizer_json.tokenizers_json(tokenizer)
     except ValueError as error:
-        raise CheckpointError(f"{_where(record)}: {error}: choose another layout") from error
+        raise CheckpointError(_where(record), f"{error}", "choose another layout", kind="refused") from error
     return {
         "tokenizer.json": values,
         "tokenizer_config.json": tokenizer_json.tokenizer_config(tokenizer)
@@ -248,21 +254,23 @@ def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
 
 
 def tokenizer_from_file(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the record's form of a Hugging Face folder's tokenizer.json: ours is recognised, any other is read as a BPE."""
+    """Return the tokenizer.json of a Hugging Face folder as a record holds it; a file of another program is read as a
+    BPE.
+    """
     return tokenizer_json.from_tokenizers_json(values)
 
 
 def tokenizer_from_parts(vocab: Any, merges: str, added: Any, special: Iterable[str]) -> dict[str, Any]:
-    """Return the record's form of vocab.json, merges.txt, added_tokens.json and the special tokens among them."""
+    """Return vocab.json, merges.txt, added_tokens.json and their special tokens as a record holds a tokenizer."""
     return tokenizer_json.from_vocab_and_merges(vocab, merges, added, special)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint, *, kind: str | None = None) -> Restored:
     """Load the record's optimizer state into `optimizer`, matched by parameter name and shape.
 
-    `kind` is the name that the optimizer is registered by. State of AdamW and of Muon must be exactly theirs. Other optimizers take whatever
-    dense tensors and numbers they have saved, provided the record was saved by the same `kind`. Learning rate, weight decay and
-    betas stay those of `optimizer`: torch's `load_state_dict` would overwrite them, and checks almost nothing itself.
+    `kind` is the registered name of the optimizer. AdamW and Muon take exactly their own state; other optimizers take
+    any dense tensors and numbers, provided the record was saved by the same `kind`. Learning rate, weight decay and
+    betas stay those of `optimizer`: torch's `load_state_dict` would overwrite them, and checks almost nothing.
     """
     saved, same = _state_by_name(record), kind is not None and record.hyperparameters.get("OPTIMIZER") == kind
     state: dict[str, dict[str, Any]] = {}
@@ -292,14 +300,14 @@ def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
 
 
 def _copied(value: Any, parameter: Tensor) -> Any:
-    """Return a copy, because the record's tensors are mapped from the file and the optimizer updates its state in place."""
+    """Copy a value: the record's tensors are mapped from the file, and the optimizer updates its state in place."""
     if not isinstance(value, Tensor):
         return value
     return sharded_like(value, parameter) if value.shape == parameter.shape else value.clone()
 
 
 def _keep_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put back the dtypes of the saved state: torch's `load_state_dict` casts all but `step` to the parameter's."""
+    """Restore the saved dtypes: torch's `load_state_dict` casts all but `step` to the parameter's dtype."""
     if type(optimizer) in STATE_OF:
         return
     for name, parameter in _named(optimizer):
@@ -318,16 +326,16 @@ def _state_by_name(record: Checkpoint) -> dict[str, dict[str, Any]]:
             if index in values["state"]
         }
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{_where(record)}: its optimizer state is not in torch's form with param_names ({error})"
-        ) from error
+        problem = f"its optimizer state is not in torch's form with param_names ({error})"
+        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged") from error
 
 
 def _fits(values: Any, shape: torch.Size, keys: set[str] | None, *, known: bool) -> bool:
-    """Return whether a parameter's saved state can be loaded.
+    """Whether a parameter's saved state can be loaded.
 
-    With `keys`, it must hold one dense tensor of the parameter's shape for each; AdamW's step counter is a scalar. Without, `known`
-    says whether it was saved by the same optimizer for a parameter of the same shape; any dense tensors and numbers fit then.
+    With `keys`, it must hold a dense tensor of the parameter's shape for each; AdamW's step counter is a scalar.
+    Without `keys`, any dense tensors and numbers fit if it is `known` that the same optimizer saved them for a
+    parameter of the same shape.
     """
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         return False
@@ -342,7 +350,7 @@ def _is_dense(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-ROWS, LONGEST = 2, 64  # sequences and tokens of the random input whose logits are compared
+ROWS, LONGEST = 2, 64  # sequences, and tokens per sequence, of the random input whose logits are compared
 
 
 @torch.no_grad()

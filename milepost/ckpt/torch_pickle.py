@@ -1,7 +1,7 @@
-"""The names that torch's pickles of tensors ask for, and the tensors over the bytes of their storages.
+"""Build the tensors of a torch pickle as views of their storages, and list the names that such a pickle may ask for.
 
-A tensor is a view of a storage. It is only made if it lies within its storage and claims no more bytes than that has: torch itself
-would enlarge the storage, or read whatever follows it in the file.
+A tensor must lie within its storage: torch itself would enlarge the storage, or read the bytes that follow it in the
+file.
 """
 
 import collections
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from milepost.ckpt.pickles import Call, built
+from milepost.ckpt.pickles import Call, build
 
-DIMENSIONS = 64  # of a tensor, at most; torch computes with no more
+DIMENSIONS = 64  # torch's maximum
 STORAGES = {
     "Double": torch.float64,
     "Float": torch.float32,
@@ -34,14 +34,14 @@ STORAGES = {
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A class of storages, which a pickle only names."""
+    """A storage class that a pickle names."""
 
     dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """Bytes in the file as so many elements of a dtype."""
+    """Bytes of the file as `count` elements of a dtype."""
 
     data: UntypedStorage
     dtype: torch.dtype
@@ -49,41 +49,41 @@ class _Storage:
 
 
 def content_of(pickled: bytes, storage: Callable[[str], UntypedStorage]) -> Any:
-    """The value of torch's pickle, its tensors over what `storage` gives for their keys.
+    """Return the value of a torch pickle, its tensors as views of what `storage` returns for their keys.
 
-    Raises Forbidden if it asks for anything but tensors and plain values, any other exception if it is damaged.
+    Raise Forbidden if it asks for anything but tensors and plain values, any other exception if it is damaged.
     """
     storages: dict[str, _Storage] = {}
 
     def reference(wanted: Any) -> _Storage:
         return _storage(wanted, storage, storages)
 
-    return built(pickled, NAMES, reference=reference)
+    return build(pickled, NAMES, reference=reference)
 
 
 def _storage(wanted: Any, storage: Callable[[str], UntypedStorage], storages: dict[str, _Storage]) -> _Storage:
-    """The storage of a persistent id: its word, kind, key, device and number of elements."""
+    """Return the storage of a persistent id: ("storage", class, key, device, number of elements)."""
     if type(wanted) is not tuple or len(wanted) != 5 or wanted[0] != "storage":
-        raise ValueError("a reference in it is not to a storage")
+        raise ValueError("a reference in it is not a storage")
     _, kind, key, _, count = wanted
     if type(kind) is not _Kind or type(key) is not str or type(count) is not int:
-        raise ValueError("a reference in it is not to a storage")
+        raise ValueError("a reference in it is not a storage")
     if key not in storages:
         storages[key] = _Storage(storage(key), kind.dtype, count)
-    found, each = storages[key], kind.dtype.itemsize
-    if (found.dtype, found.count) != (kind.dtype, count):  # torch takes the first for both
+    found, itemsize = storages[key], kind.dtype.itemsize
+    if (found.dtype, found.count) != (kind.dtype, count):  # torch uses the first for both
         raise ValueError(f"data/{key:.40} is described twice and differently")
     size = found.data.nbytes()
-    if size // each != count:  # of a view in another dtype, torch leaves out what makes no whole element
-        raise ValueError(f"data/{key:.40} claims {count} elements of {each} bytes, but has {size} bytes")
+    if size // itemsize != count:  # torch drops an incomplete last element
+        raise ValueError(f"data/{key:.40} claims {count} elements of {itemsize} bytes, but has {size} bytes")
     return found
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """The view of a storage that a pickle describes; what autograd knew of it is left out."""
+    """Return the view of a storage that a pickle describes, without its autograd state."""
     plain = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= DIMENSIONS
     if type(storage) is not _Storage or not plain or not _are_sizes((offset, *size, *stride)):
-        raise ValueError("a tensor in it is described by what cannot describe one")
+        raise ValueError("a tensor in it has an invalid description")
     count = math.prod(size)
     last = offset + (sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if count else 0)
     if count > storage.count or last > storage.count:
@@ -97,13 +97,13 @@ def _are_sizes(values: tuple[Any, ...]) -> bool:
 
 def _parameter(tensor: Any, *_: Any) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise ValueError("a parameter in it is no tensor")
+        raise ValueError("a parameter in it is not a tensor")
     return tensor
 
 
 def _size(values: Any) -> torch.Size:
     if not isinstance(values, tuple) or not _are_sizes(values):
-        raise ValueError("a shape in it is no shape")
+        raise ValueError("a shape in it is invalid")
     return torch.Size(values)
 
 

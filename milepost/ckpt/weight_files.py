@@ -111,7 +111,7 @@ def _listed(folder: Path, index: Path) -> list[Path]:
 
 def _pickled(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a torch archive, whose pickle is checked before torch opens it with weights_only."""
-    if archive.head(file).startswith(b"\x80"):
+    if archive.first_bytes(file).startswith(b"\x80"):
         problem = "is a bare pickle, as torch wrote before 1.6, and is never opened"
         remedy = "load the folder with transformers, and let save_pretrained() write safetensors"
         raise CheckpointError(file, problem, remedy, kind="refused")

@@ -1,7 +1,7 @@
-"""Another program's checkpoint -> what it means here: pure functions over what a file was found to hold. No file is opened here.
+"""Translate another program's checkpoint: pure functions over its loaded content. Opens no file.
 
-From torch, Lightning or MLX, flat or nested, with the prefixes that compile, DDP and Lightning leave. What a file claims is not
-believed: every failure is a CheckpointError in one sentence, and nothing is loaded in part.
+From torch, Lightning or MLX, flat or nested, with the name prefixes of torch.compile, DDP and Lightning. No value is
+trusted: every failure is a CheckpointError, and nothing is loaded in part.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.tensors import check_dense
 
 OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states")
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps for a parameter
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's state of a parameter
 
 
 @dataclass(kw_only=True)
 class Foreign:
-    """What another program's checkpoint came to mean, in the fields of a Checkpoint."""
+    """Another program's checkpoint, translated into the fields of a Checkpoint."""
 
     model_type: str
     model_settings: dict[str, Json]
@@ -41,13 +41,13 @@ def understood(
     optimizer: bool = True,
     whole: bool = True,
 ) -> Foreign:
-    """What a loaded archive means; `config` is the config.json beside it, for what the archive does not say itself.
+    """Translate a loaded archive; `config` is the config.json beside it, for values that the archive lacks.
 
-    Raises CheckpointError if its weights are not all translated, or if it contradicts itself or `config`. If not `whole`, the weights
-    stay unread as in `translated`.
+    Raise CheckpointError if a tensor cannot be translated, or the archive contradicts itself or `config`. If not
+    `whole`, the weights stay unread as in `translated`.
     """
     key, weights = weights_of(content, where=where, whole=whole)
-    around = content if key else {}  # a bare state dict has no word beside its weights
+    around = content if key else {}  # a bare state dict has nothing beside its weights
     config = together(config_of(around), dict(config or {}), where=where)
     model_type, settings, state, notes = translated(weights, config, where=where, whole=whole)
     moments, note = _optimizer(around, state) if optimizer else (None, None)
@@ -65,7 +65,7 @@ def understood(
 
 def _optimizer(content: Mapping[Any, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Any] | None, str | None]:
     saved = next((content[word] for word in OPTIMIZERS if content.get(word) is not None), None)
-    if isinstance(saved, list | tuple) and len(saved) == 1:  # Lightning's, one an optimizer
+    if isinstance(saved, list | tuple) and len(saved) == 1:  # Lightning saves a list of optimizers
         saved = saved[0]
     if saved is None or (isinstance(saved, list | tuple) and not saved):
         return None, None
@@ -75,10 +75,10 @@ def _optimizer(content: Mapping[Any, Any], state: Mapping[str, Tensor]) -> tuple
 def nanogpt_optimizer(
     optimizer_state: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """nanoGPT's AdamW state with `param_names` in its groups, or None and the reason why it was left out.
+    """Return nanoGPT's AdamW state with `param_names` in its groups, or None and the reason for leaving it out.
 
-    nanoGPT's configure_optimizers() puts the parameters of two dimensions, in the order of named_parameters(), in its first
-    group and the rest in its second. `shapes` has our names in that order, as `translated` returns them.
+    nanoGPT's configure_optimizers() puts the 2D parameters into the first group and the rest into the second, both in
+    the order of named_parameters(). `shapes` has our names in that order, as `translated` returns them.
     """
     names = [name for name, shape in shapes.items() if len(shape) >= 2]
     count = len(names)
@@ -89,24 +89,24 @@ def nanogpt_optimizer(
     for index, name in enumerate(names):
         if not _are_moments(moments.get(index), shapes[name]):
             return None, f"its optimizer state does not fit {name} {shapes[name]} and was left out"
-    kept = [{str(word): plain(value)[1] for word, value in group.items() if plain(value)[0]} for group in groups]
+    settings = [{str(word): plain(value)[1] for word, value in group.items() if plain(value)[0]} for group in groups]
     named = [
         group | {"params": indices, "param_names": [names[index] for index in indices]}
-        for group, indices in zip(kept, (list(range(count)), list(range(count, len(names)))), strict=True)
+        for group, indices in zip(settings, (list(range(count)), list(range(count, len(names)))), strict=True)
     ]
     return {"state": {index: dict(moments[index]) for index in range(len(names))}, "param_groups": named}, None
 
 
 def _two_groups(values: Any, first: int, total: int) -> tuple[list[dict[str, Any]] | None, Mapping[Any, Any]]:
-    """The groups and the state if they have nanoGPT's numbers of parameters, numbered as torch does; else None."""
+    """Return groups and state if they have nanoGPT's numbers of parameters, indexed as in torch; else None and {}."""
     groups = values.get("param_groups") if isinstance(values, Mapping) else None
     state = values.get("state") if isinstance(values, Mapping) else None
     if not isinstance(groups, list) or len(groups) != 2 or not isinstance(state, Mapping) or len(state) != total:
         return None, {}
     wanted = (list(range(first)), list(range(first, total)))
     for group, indices in zip(groups, wanted, strict=True):
-        given = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(given, list) or any(type(one) is not int for one in given) or given != indices:
+        saved = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(saved, list) or any(type(index) is not int for index in saved) or saved != indices:
             return None, {}
         if not all(isinstance(word, str) and word.isprintable() for word in group):
             return None, {}

@@ -1,6 +1,7 @@
-"""The tokenizer inside another program's file, under whatever word it stands there.
+"""Find the tokenizer inside another program's checkpoint, under any of the names in use.
 
-Pure functions over what was read. Only what names its tokens, or is a tokenizer known by its name, counts: a number of tokens never does.
+Pure functions over the content that was read. A tokenizer counts if its tokens or its known name are there; a
+vocabulary size never does.
 """
 
 import json
@@ -12,7 +13,7 @@ from milepost.ckpt.foreign.tokenizer import GPT2_TOKENS, Choice, characters, che
 from milepost.ckpt.manifest import parse_json
 from milepost.ckpt.record import CheckpointError, Json
 
-TOKENIZERS = ("tokenizer", "tokenizer_state", "tokenizer_config", "meta")  # where a tokenizer's own words stand
+TOKENIZERS = ("tokenizer", "tokenizer_state", "tokenizer_config", "meta")  # keys of a tokenizer's own dictionary
 # A list or text of tokens in the order of their ids, or a dictionary from id to token or from token to id.
 VOCABULARIES = (
     *("chars", "characters", "alphabet", "vocab", "vocabulary", "itos", "stoi"),
@@ -20,33 +21,36 @@ VOCABULARIES = (
       ("id", "char"), ("char", "int"), ("int", "char"), ("char", "ix"), ("ix", "char"), ("token", "id"), ("id", "token"))),
 )  # fmt: skip
 KINDS = ("token_kind", "tokenizer_kind", "tokenizer_type", "tokenizer_name", "tokenizer")
-OWN_KINDS = ("kind", "type", "name")  # where nothing but a tokenizer can be meant
+OWN_KINDS = ("kind", "type", "name")  # in a tokenizer's own dictionary
 KNOWN = {"gpt2": GPT2_TOKENS, "byte": 256}
-UNSAID = {
+WITHOUT_TOKENS = {
     "char",
     "character",
     "characters",
     "char_level",
     "bpe",
     "custom",
-}  # a kind that leaves the tokens to another word
+}  # kinds whose tokens are under another key
 
 
 def tokenizer_inside(contents: Sequence[Mapping[Any, Any]], vocab_size: int, *, where: str) -> Choice:
-    """The tokenizer in any of `contents`, the dictionaries of one checkpoint, and a note; None and why not, "" if nothing is there.
+    """Return the tokenizer in `contents`, the dictionaries of one checkpoint, and a note; None and "" if there is none.
 
-    What is there and cannot be understood keeps nobody from opening the weights; it is told, and nothing else is taken in its place.
+    A tokenizer that cannot be understood does not stop the weights from loading: return None and a note with the
+    reason. Nothing is used in its place.
     """
     try:
-        places = [each for content in contents for each in _places(content)]
-        found = [each for place, own in places for each in _in(place, own, vocab_size)]
-        distinct = [each for number, each in enumerate(found) if each not in found[:number]]
+        places = [place for content in contents for place in _places(content)]
+        found = [tokenizer for place, own in places for tokenizer in _in(place, own, vocab_size)]
+        distinct = [tokenizer for number, tokenizer in enumerate(found) if tokenizer not in found[:number]]
         if len(distinct) > 1:
-            raise CheckpointError(f"it holds {len(distinct)} tokenizers that are not the same")
-        unknown = [words for place, own in places for words in _kinds(place, own) if words[1].lower() not in UNSAID]
+            raise CheckpointError("it", f"holds {len(distinct)} different tokenizers", kind="not understood")
+        kinds = [pair for place, own in places for pair in _kinds(place, own)]
+        unknown = [(word, kind) for word, kind in kinds if kind.lower() not in WITHOUT_TOKENS]
         if unknown and not distinct:
             word, kind = unknown[0]
-            raise CheckpointError(f"its {word} is {short(kind)}, expected its tokens, or gpt2 or byte")
+            problem = f"is {short(kind)}, expected its tokens, or gpt2 or byte"
+            raise CheckpointError(f"its {word}", problem, kind="not understood")
     except (CheckpointError, RecursionError) as error:
         return None, f"{where}: the tokenizer inside cannot be used: {error}"
     if not distinct:
@@ -57,7 +61,7 @@ def tokenizer_inside(contents: Sequence[Mapping[Any, Any]], vocab_size: int, *, 
 
 
 def _places(content: Mapping[Any, Any]) -> Iterator[tuple[Mapping[Any, Any], bool]]:
-    """The dictionaries in which a tokenizer's words may stand, and whether they are a tokenizer's own."""
+    """Yield the dictionaries that may hold a tokenizer, and whether each is a tokenizer's own."""
     yield content, False
     for word in (*TOKENIZERS, *CONFIGS):
         inner = _as_dictionary(content.get(word))
@@ -70,14 +74,14 @@ def _places(content: Mapping[Any, Any]) -> Iterator[tuple[Mapping[Any, Any], boo
 
 
 def _as_dictionary(value: Any) -> Mapping[Any, Any] | None:
-    """`value` if it is a dictionary or the JSON text of one."""
+    """Return `value` if it is a dictionary or the JSON text of one, else None."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         return parse_json(value.encode(errors="replace"), "its tokenizer")
     return value if isinstance(value, Mapping) else None
 
 
 def _in(place: Mapping[Any, Any], own: bool, vocab_size: int) -> Iterator[dict[str, Json]]:
-    """The tokenizers that one dictionary names, of which there should be one."""
+    """Yield the tokenizers in a dictionary; there should be only one."""
     if own and is_tokenizers_json(place):
         check_rows(len(place["model"]["vocab"]), vocab_size, "it")
         yield {"kind": "bpe", "tokenizer": _as_json(place)}
@@ -93,7 +97,7 @@ def _in(place: Mapping[Any, Any], own: bool, vocab_size: int) -> Iterator[dict[s
 
 
 def _kinds(place: Mapping[Any, Any], own: bool) -> Iterator[tuple[str, str]]:
-    """The words that say of what kind the tokenizer is, and what they say."""
+    """Yield the keys that name the kind of the tokenizer, and their values."""
     for word in (*KINDS, *(OWN_KINDS if own else ())):
         kind = place.get(word)
         if isinstance(kind, str) and not kind.lstrip().startswith("{"):
@@ -104,23 +108,24 @@ def _as_json(values: Mapping[Any, Any]) -> dict[str, Json]:
     try:
         return json.loads(json.dumps(values, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"it is no JSON ({error})") from error
+        raise CheckpointError("it", f"is not JSON ({error})", kind="not understood") from error
 
 
 def _in_order(value: Mapping[Any, Any] | Sequence[Any], word: str) -> list[Any]:
-    """The tokens by id, of a dictionary in either direction. Raises CheckpointError if the ids are not 0, 1, 2, ..."""
+    """Return the tokens by id, from a dictionary in either direction; raise CheckpointError if an id is missing."""
     if not isinstance(value, Mapping):
         return list(value)
     by_id = {_id(key): token for key, token in value.items()}
     if not all(isinstance(token, str) for token in value.values()):
         by_id = {_id(number): token for token, number in value.items()}
     if None in by_id or len(by_id) != len(value) or by_id.keys() != set(range(len(by_id))):
-        raise CheckpointError(f"its {word} does not number its tokens from 0 without a gap")
+        problem = "does not number its tokens from 0 without a gap"
+        raise CheckpointError(f"its {word}", problem, kind="not understood")
     return [by_id[number] for number in range(len(by_id))]
 
 
 def _id(value: Any) -> int | None:
-    """A token's number, which JSON writes as text where it is a key."""
+    """Return a token id, which JSON writes as text where it is a key; None if it is not one."""
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 9:
         return int(value)
     return value if type(value) is int else None

@@ -1,6 +1,6 @@
-"""Another program's file -> a record: its weights and words as `foreign` understands them, its tokenizer from beside it.
+"""Import another program's checkpoint as a record: weights and config translated, tokenizer from inside or beside it.
 
-What the layouts that are only read have in common.
+Shared by the layouts that are only read.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from milepost.ckpt import foreign
 from milepost.ckpt.foreign.embedded_tokenizer import tokenizer_inside
 from milepost.ckpt.foreign.tokenizer import META_LIMIT, Choice, read_meta, tokenizer_for
-from milepost.ckpt.manifest import is_regular, read_json
+from milepost.ckpt.manifest import is_regular, read_json, unreadable
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
 
 CONFIG, TOKENIZER, META = "config.json", "tokenizer.json", "meta.pkl"
@@ -19,10 +19,11 @@ CONFIG, TOKENIZER, META = "config.json", "tokenizer.json", "meta.pkl"
 def adopted(
     path: Path, content: Mapping[Any, Any], *, layout: str, optimizer: bool = True, whole: bool = True
 ) -> Checkpoint:
-    """The record of what was loaded from `path`, a file or a folder. Raises CheckpointError if anything of it cannot be translated.
+    """Return the record of the content loaded from `path`, a file or a folder; raise CheckpointError if it cannot be
+    translated.
 
-    Its tokenizer is the one inside the file, else tokenizer.json or meta.pkl beside it, else GPT-2's if the rows fit; else it has none.
-    If not `whole`, only its metadata is of use.
+    The tokenizer is the one inside the file, else tokenizer.json or meta.pkl beside it, else GPT-2's if the rows match,
+    else None. If not `whole`, only the metadata is usable.
     """
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / CONFIG) if is_regular(folder / CONFIG) else None
@@ -46,12 +47,14 @@ def adopted(
 
 
 def adopted_metadata(path: Path, content: Mapping[Any, Any], *, layout: str) -> dict[str, Json]:
-    """The metadata of what was loaded, the tensors mapped and left unread, but for the few rows that tell whether a head is tied."""
+    """Return the metadata of the loaded content; of the tensors only the rows that show whether the head is tied are
+    read.
+    """
     return metadata(adopted(path, content, layout=layout, whole=False))
 
 
 def _tokenizer_of(path: Path, contents: list[Mapping[Any, Any]], vocab_size: int) -> Choice:
-    """The tokenizer inside the file, else the one beside it; the note is empty if there is none and nothing to tell."""
+    """Return the tokenizer inside the file, else the one beside it, and a note; the note is empty if there is none."""
     tokenizer, note = tokenizer_inside(contents, vocab_size, where=str(path))
     if tokenizer or (note and _token_file(path) is None):
         return tokenizer, note
@@ -65,7 +68,9 @@ def _token_file(path: Path) -> Path | None:
 
 
 def tokenizer_beside(path: Path, vocab_size: int) -> Choice:
-    """What `tokenizer_for` says of the weights at `path`, a file or a folder, by tokenizer.json or meta.pkl beside them."""
+    """Return `tokenizer_for` the weights at `path`, a file or a folder, with the tokenizer.json or meta.pkl beside
+    them.
+    """
     file = _token_file(path)
     return tokenizer_for(vocab_size, _read_token_file(file), where=str(file or path))
 
@@ -77,25 +82,27 @@ def _read_token_file(path: Path | None) -> Mapping[str, Json] | None:
         with open(path, "rb") as file:
             return read_meta(file.read(META_LIMIT + 1), where=str(path))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise unreadable(path, error) from error
 
 
 def with_chars(record: Checkpoint, chars: list[str]) -> Checkpoint:
-    """The record with `chars`, the sorted characters of the text that the user named, for its tokenizer.
+    """Return the record with a tokenizer of `chars`, the sorted characters of the user's text.
 
-    Raises CheckpointError if their number is not that of the model's rows.
+    Raise CheckpointError unless their number is the model's vocabulary size.
     """
     rows = record.model_settings["vocab_size"]
     record.tokenizer, note = tokenizer_for(rows, chars=chars, where=str(record.path))
     if record.tokenizer is None:
-        raise CheckpointError(note)
+        raise CheckpointError(str(record.path), note.removeprefix(f"{record.path}: "), kind="refused")
     record.notes.append(note)
     return record
 
 
 def with_kind(record: Checkpoint, kind: str) -> Checkpoint:
-    """Return the record with the tokenizer `byte` or `gpt2`; raise CheckpointError if it has more tokens than the model has rows."""
+    """Return the record with the tokenizer `byte` or `gpt2`; raise CheckpointError if it has more tokens than the model
+    has rows.
+    """
     rows = record.model_settings["vocab_size"]
     record.tokenizer, _ = tokenizer_for(rows, {"kind": kind}, where=f"{record.path}: TOKENIZER={kind}")
-    record.notes.append(f"{record.path}: carries no tokenizer; {kind} is taken, which was set")
+    record.notes.append(f"{record.path}: carries no tokenizer; {kind} is used, as set")
     return record

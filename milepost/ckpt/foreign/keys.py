@@ -1,6 +1,6 @@
-"""What another program's file says: where in it the weights are, how they are called, and the words beside them.
+"""Locate the weights, the config and the progress in another program's checkpoint, under any of the names in use.
 
-Pure functions over what was loaded. What a file claims is not believed: every failure is a CheckpointError in one sentence.
+Pure functions over the loaded content. No value in a file is trusted: every failure is a CheckpointError.
 """
 
 import math
@@ -10,18 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from milepost.ckpt.record import LARGEST, CheckpointError, Json
+from milepost.ckpt.record import EARLIER, LARGEST, CheckpointError, Json
 from milepost.ckpt.tensors import FLOATS, NAME_LIMIT, check_dense, same_tensor
 
-SHOWN = 10  # names that one message lists
-DEPTH_LIMIT = 64  # of dicts and lists in each other
+SHOWN = 10  # names listed in a message
+DEPTH_LIMIT = 64  # of nested dicts and lists
 NODE_LIMIT = 1_000_000
+CORRECT = "correct it there"  # the remedy for a wrong value in a config
 
 WEIGHTS = ("model_state_dict", "state_dict", "model")
 CONFIGS = ("model_args", "hyper_parameters", "config", "hyperparameters", "model_config")
 LOSSES = ("validation_loss", "val_loss", "best_val_loss")
 STEPS = ("step", "global_step", "iter_num", "iteration", "it")
-SIZES = {  # our word: the words in use for it
+SIZES = {  # our name: the names in use for it
     "vocab_size": ("vocab_size",),
     "block_size": ("block_size", "n_positions", "n_ctx", "context_length", "max_seq_len"),
     "n_layer": ("n_layer", "n_layers", "num_layers", "num_hidden_layers"),
@@ -31,55 +32,55 @@ SIZES = {  # our word: the words in use for it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the weights are, and what they are called.
+# The weights and their names.
 
 
 def weights_of(content: Mapping[Any, Any], *, where: str, whole: bool = True) -> tuple[str, dict[str, Tensor]]:
-    """The key under which the weights are ("" if `content` is a bare state dict) and the weights by flat name.
+    """Return the key of the weights ("" if `content` is a bare state dict) and the weights by flat name.
 
-    Raises CheckpointError listing the keys seen if there are none, or if two of them hold different weights; if not `whole`, only
-    the first row of each is compared.
+    Raise CheckpointError listing the keys if none holds weights, or if two hold different weights. If not `whole`,
+    compare only the first row of each tensor.
     """
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{where}: holds {type(content).__name__}, expected a dictionary with model_state_dict")
+        problem = f"holds {type(content).__name__}, expected a dictionary with model_state_dict"
+        raise CheckpointError(where, problem, kind="not understood")
     keys = [key for key in WEIGHTS if isinstance(content.get(key), Mapping) and _holds_tensors(content[key], where)]
     found = {key: flattened(content[key], where=f"{where}: {key}") for key in keys}
     if not found:
         leaves = [value for _, value in _leaves(content, where)]
-        found = (
-            {"": flattened(content, where=where)} if leaves and all(isinstance(one, Tensor) for one in leaves) else {}
-        )
+        bare = leaves and all(isinstance(leaf, Tensor) for leaf in leaves)
+        found = {"": flattened(content, where=where)} if bare else {}
     if not found:
-        seen = keys_seen(content)
-        raise CheckpointError(
-            f"{where}: does not contain model_state_dict (keys seen: {seen}): it may be damaged, or no model's file; try an earlier checkpoint"
-        )
+        problem = f"does not contain model_state_dict (keys seen: {keys_seen(content)})"
+        remedy = f"it may be damaged, or not a checkpoint of a model; {EARLIER}"
+        raise CheckpointError(where, problem, remedy, kind="not understood")
     first, *others = found
     for other in others:
         if not _equal_states(found[first], found[other], where, whole=whole):
-            raise CheckpointError(
-                f"{where}: {first} and {other} both hold weights, and not the same ones: delete one of the two keys"
-            )
+            problem = f"{first} and {other} both hold weights, but different ones"
+            raise CheckpointError(where, problem, "delete one of the two keys", kind="not understood")
     return first, found[first]
 
 
 def flattened(nested: Any, *, where: str) -> dict[str, Tensor]:
-    """Nested dicts and lists of tensors, as MLX has them, under dotted names: `h.0.attn.c_attn.weight`.
+    """Return nested dicts and lists of tensors, as MLX writes them, by dotted name: `h.0.attn.c_attn.weight`.
 
-    Raises CheckpointError for anything else among them, for two tensors of one name, and for what is nested without end.
+    Raise CheckpointError for any other value, for a repeated name, and for cyclic or too deep nesting.
     """
     found: dict[str, Tensor] = {}
     for name, value in _leaves(nested, where):
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{where}: {name} is {type(value).__name__}, expected a tensor")
+            problem = f"{name} is {type(value).__name__}, expected a tensor"
+            raise CheckpointError(where, problem, kind="not understood")
         if name in found:
-            raise CheckpointError(f"{where}: {name} is there twice, {_shape(found[name])} and {_shape(value)}")
+            problem = f"{name} is there twice, {_shape(found[name])} and {_shape(value)}"
+            raise CheckpointError(where, problem, EARLIER, kind="damaged")
         found[name] = value
     return found
 
 
 def _leaves(nested: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of all that is no dict and no list, in order. The limits end a cycle as well as a large tree."""
+    """Yield dotted name and value of every leaf in order. The limits stop at cycles as well as at large trees."""
     waiting: list[tuple[str, int, Any]] = [("", 0, nested)]
     nodes = 0
     while waiting:
@@ -89,18 +90,18 @@ def _leaves(nested: Any, where: str) -> Iterator[tuple[str, Any]]:
             continue
         nodes += len(value)
         if depth >= DEPTH_LIMIT or nodes > NODE_LIMIT:
-            raise CheckpointError(
-                f"{where}: is nested deeper than {DEPTH_LIMIT} or has more than {NODE_LIMIT} parts, expected tensors by name"
-            )
+            problem = f"is nested deeper than {DEPTH_LIMIT} or has more than {NODE_LIMIT} parts"
+            raise CheckpointError(where, f"{problem}, expected tensors by name", kind="not understood")
         items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
         named = isinstance(value, Mapping)
-        waiting += [(_joined(prefix, key, named, where), depth + 1, one) for key, one in reversed(items)]
+        waiting += [(_joined(prefix, key, named, where), depth + 1, item) for key, item in reversed(items)]
 
 
 def _joined(prefix: str, key: Any, named: bool, where: str) -> str:
     name = f"{prefix}.{key}" if prefix else f"{key}" if isinstance(key, int | str) else ""
     if isinstance(key, str) is not named or not 0 < len(name) <= NAME_LIMIT or not name.isprintable():
-        raise CheckpointError(f"{where}: {name or str(type(key))!r:.80} is no name of a tensor")
+        problem = f"{name or str(type(key))!r:.80} is not a tensor name"
+        raise CheckpointError(where, problem, kind="not understood")
     return name
 
 
@@ -109,37 +110,38 @@ def _holds_tensors(nested: Any, where: str) -> bool:
 
 
 def keys_seen(content: Mapping[Any, Any]) -> str:
-    """The first keys of what should have held weights, for a message."""
+    """Return the first keys of `content`, for a message."""
     shown = (f"{key!r:.60}" if isinstance(key, str | int) else type(key).__name__ for key in list(content)[:SHOWN])
     return ", ".join(shown) or "none"
 
 
-def _equal_states(one: dict[str, Tensor], other: dict[str, Tensor], where: str, *, whole: bool) -> bool:
-    one, other = strip_prefixes(one, where=where), strip_prefixes(other, where=where)
-    if one.keys() != other.keys():
+def _equal_states(first: dict[str, Tensor], second: dict[str, Tensor], where: str, *, whole: bool) -> bool:
+    first, second = strip_prefixes(first, where=where), strip_prefixes(second, where=where)
+    if first.keys() != second.keys():
         return False
-    for state in (one, other):
+    for state in (first, second):
         for name, tensor in state.items():
-            check_dense(tensor, where, name, dtypes=(*FLOATS, tensor.dtype))  # a mask may be of any
-    return all(same_tensor(tensor, other[name], whole=whole) for name, tensor in one.items())
+            check_dense(tensor, where, name, dtypes=(*FLOATS, tensor.dtype))  # a mask may have any dtype
+    return all(same_tensor(tensor, second[name], whole=whole) for name, tensor in first.items())
 
 
 def strip_prefixes(state: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
-    """`state` without the prefixes that compile, DDP, Lightning and nanoGPT put before every name, in whatever order they are.
+    """Return `state` without the name prefixes of torch.compile, DDP, Lightning and nanoGPT, in any order.
 
-    `model.` comes off only where all names have it. Raises CheckpointError listing those that would get one name.
+    Strip `model.` only if all names have it. Raise CheckpointError if two names become equal.
     """
     for name in state:
         if not isinstance(name, str) or not 0 < len(name) <= NAME_LIMIT or not name.isprintable():
-            raise CheckpointError(f"{where}: {name!r:.80} is no name of a tensor")
+            raise CheckpointError(where, f"{name!r:.80} is not a tensor name", kind="not understood")
     bare = {name: _without_wrappers(name) for name in state}
-    while bare and all(one.startswith("model.") for one in bare.values()):
-        bare = {name: _without_wrappers(one.removeprefix("model.")) for name, one in bare.items()}
+    while bare and all(own.startswith("model.") for own in bare.values()):
+        bare = {name: _without_wrappers(own.removeprefix("model.")) for name, own in bare.items()}
     taken: dict[str, str] = {}
     for name, own in bare.items():
         if own in taken:
             both = f"{described(taken[own], state[taken[own]])} and {described(name, state[name])}"
-            raise CheckpointError(f"{where}: {both} are both {own:.80} without their prefixes: keep one of the two")
+            problem = f"{both} are both {own:.80} without their prefixes"
+            raise CheckpointError(where, problem, "keep one of the two", kind="not understood")
         taken[own] = name
     return {own: state[name] for own, name in taken.items()}
 
@@ -153,21 +155,21 @@ def _shape(value: Any) -> str:
 
 
 def described(name: str, value: Any) -> str:
-    """A tensor for a message, by its name and shape."""
+    """Return name and shape of a tensor, for a message."""
     return f"{name:.80} {_shape(value)}"
 
 
 def more(listed: Sequence[Any] | Mapping[Any, Any]) -> str:
-    """How many of `listed` a message leaves out, in words."""
+    """Return " and N more" for the part of `listed` that a message leaves out."""
     return f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the words beside the weights say.
+# The values beside the weights.
 
 
 def config_of(content: Mapping[Any, Any]) -> dict[str, Json]:
-    """What describes the model, as plain JSON values; empty if nothing does. Values that are no plain ones are left out."""
+    """Return the config of the model as JSON values, without values that JSON cannot hold; empty if there is none."""
     outer = [content[word] for word in CONFIGS if isinstance(content.get(word), Mapping)]
     inner = [values[word] for values in outer for word in (*CONFIGS, "model") if isinstance(values.get(word), Mapping)]
     known = {word for words in SIZES.values() for word in words}
@@ -181,7 +183,7 @@ def _is_word(name: Any) -> bool:
 
 
 def plain(value: Any) -> tuple[bool, Json]:
-    """Whether `value` can stand in JSON, and how."""
+    """Return whether JSON can hold `value`, and the value as JSON has it."""
     if isinstance(value, list | tuple) and len(value) <= 1000:
         parts = [_plain_scalar(part) for part in value]
         return all(parts), list(value)
@@ -197,60 +199,59 @@ def _plain_scalar(value: Any) -> bool:
 
 
 def together(inside: dict[str, Json], beside: dict[str, Json], *, where: str) -> dict[str, Json]:
-    """Both descriptions as one: what was saved with the weights, and from beside them what that does not say."""
+    """Merge both configs; values `inside` the checkpoint take precedence. Raise CheckpointError if sizes differ."""
     for size in SIZES:
-        said, also = (size_of(config, size, where=where) for config in (inside, beside))
-        if None not in (said, also) and said != also:
-            raise CheckpointError(
-                f"{where}: {size} is {said} inside, but {also} in the config.json beside it: take the config.json that was saved with it"
-            )
+        first, second = (size_of(config, size, where=where) for config in (inside, beside))
+        if None not in (first, second) and first != second:
+            problem = f"{size} is {first} inside, but {second} in the config.json beside it"
+            raise CheckpointError(where, problem, "take the config.json that was saved with it", kind="not understood")
     return beside | inside
 
 
 def size_of(config: Mapping[str, Json], size: str, *, where: str) -> int | None:
-    """What `config` says of one of SIZES, under whatever word; None if nothing. Raises CheckpointError for what is no size."""
-    said = {word: config[word] for word in SIZES[size] if config.get(word) is not None}
-    for word, value in said.items():
+    """Return a size in `config` under any of its names, None if it is absent; raise CheckpointError if invalid."""
+    values = {word: config[word] for word in SIZES[size] if config.get(word) is not None}
+    for word, value in values.items():
         if type(value) is not int or not 0 < value < 2**31:
-            raise CheckpointError(
-                f"{where}: {word} is {short(value)} in its config, expected a positive whole number: correct it there"
-            )
-    if len(set(said.values())) > 1:
-        listed = " and ".join(f"{word} {value}" for word, value in said.items())
-        raise CheckpointError(f"{where}: its config says {listed}, which are two words for one thing: correct it there")
-    return next(iter(said.values()), None)
+            problem = f"{word} is {short(value)} in its config, expected a positive whole number"
+            raise CheckpointError(where, problem, CORRECT, kind="not understood")
+    if len(set(values.values())) > 1:
+        listed = " and ".join(f"{word} {value}" for word, value in values.items())
+        problem = f"its config says {listed}, which are two words for one thing"
+        raise CheckpointError(where, problem, CORRECT, kind="not understood")
+    return next(iter(values.values()), None)
 
 
 def short(value: Any) -> str:
-    """`value` for a message; never of more than a plain value, whose repr is as small as it looks."""
+    """Return `value` for a message; only the type of anything but a scalar, whose repr could be large."""
     return f"{value!r:.80}" if _plain_scalar(value) else type(value).__name__
 
 
 def step_of(content: Mapping[Any, Any], *, where: str) -> int:
-    """The optimizer updates made, 0 if nothing says; raises CheckpointError for what is no whole number of them."""
+    """Return the optimizer steps done, 0 if it records none; raise CheckpointError if it is not a whole number."""
     for word in STEPS:
         value = content.get(word)
         if value is not None:
             if type(value) is not int or not 0 <= value <= LARGEST:
-                raise CheckpointError(
-                    f"{where}: {word} is {short(value)}, expected a whole number of at least 0: the file is damaged"
-                )
+                problem = f"the file is damaged: {word} is {short(value)}, expected a whole number of at least 0"
+                raise CheckpointError(where, problem, EARLIER, kind="damaged")
             return value
     return 0
 
 
 def epoch_of(content: Mapping[Any, Any], *, where: str) -> float | None:
-    """The passes over the data, None if nothing says; raises CheckpointError for what is no number of them."""
+    """Return the epochs done, None if it records none; raise CheckpointError if it is not a number."""
     value: Any = content.get("epoch")
     if value is None:
         return None
     if type(value) not in (int, float) or not 0 <= value <= LARGEST:
-        raise CheckpointError(f"{where}: epoch is {short(value)}, expected a number of at least 0: the file is damaged")
+        problem = f"the file is damaged: epoch is {short(value)}, expected a number of at least 0"
+        raise CheckpointError(where, problem, EARLIER, kind="damaged")
     return float(value)
 
 
 def validation_loss_of(content: Mapping[Any, Any]) -> float | None:
-    """The loss in nats, a float or a scalar tensor; None if nothing says it, and for the 1e9 with which nanoGPT begins."""
+    """Return the validation loss in nats per token; None if it records none, or 1e9, nanoGPT's initial value."""
     value: Any = next((content[word] for word in LOSSES if content.get(word) is not None), None)
     if isinstance(value, Tensor) and value.shape == () and value.dtype in FLOATS and value.device.type == "cpu":
         value = float(value)

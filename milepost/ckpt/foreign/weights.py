@@ -1,8 +1,8 @@
-"""Another program's weights as a model of ours: by names and shapes, with what its config says where shapes cannot tell.
+"""Translate another program's weights by their names and shapes, and by its config where shapes do not suffice.
 
-Known are nanoGPT (https://github.com/karpathy/nanoGPT), the two models of Karpathy's lecture
-(https://github.com/karpathy/ng-video-lecture), and our own names without our metadata. Nothing is loaded in part. In the shapes below
-C = n_embd, H = n_head, hs = C / H, T = block_size and V = vocab_size.
+Supported: nanoGPT (https://github.com/karpathy/nanoGPT), the two models of Karpathy's lecture
+(https://github.com/karpathy/ng-video-lecture), and this program's own names without its metadata. Never loads a part of
+a model. In the shapes below C = n_embd, H = n_head, hs = C / H, T = block_size and V = vocab_size.
 """
 
 import re
@@ -12,26 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milepost.ckpt.foreign.keys import SHOWN, SIZES, described, more, short, size_of, strip_prefixes
-from milepost.ckpt.record import CheckpointError, Json
+from milepost.ckpt.foreign.keys import CORRECT, SHOWN, SIZES, described, more, short, size_of, strip_prefixes
+from milepost.ckpt.record import EARLIER, CheckpointError, Json
 from milepost.ckpt.tensors import checked_tensors, same_tensor
 
-# What each word for an activation computes: torch's nn.GELU(), which others call gelu, is the exact one, our `gelu` is GPT-2's.
+# Activations by name. Others call torch's nn.GELU() gelu, which is the exact form; our `gelu` is GPT-2's tanh form.
 OUR_ACTIVATIONS = {"gelu": "gelu", "gelu_erf": "gelu_erf", "gelu_new": "gelu", "gelu_tanh": "gelu", "relu": "relu"}
 THEIR_ACTIVATIONS = OUR_ACTIVATIONS | {"gelu": "gelu_erf"}
 
 TABLE, POSITIONS = "token_embedding_table.weight", "position_embedding_table.weight"
-LECTURE_BLOCK_SIZE = 8  # of the lecture's bigram model, whose weights do not show it
+LECTURE_BLOCK_SIZE = 8  # of the lecture's bigram model; its weights do not determine it
 
 Translation = tuple[str, dict[str, Json], dict[str, Tensor], list[str]]
 
 
 def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: str, whole: bool = True) -> Translation:
-    """Model type, settings, weights under our names (in the order of nanoGPT's parameters) and notes.
+    """Return model type, settings, weights under our names (in the order of nanoGPT's parameters) and notes.
 
-    Names and shapes decide what it is; `config` gives n_head, dropout and block_size where shapes cannot, and must not
-    contradict them. Raises CheckpointError listing names and shapes if it is none of ours, or not wholly. If not `whole`, the
-    weights stay unread, but for a head's bias and first row: those that would be made anew have shapes only.
+    Names and shapes determine the model; `config` adds n_head, dropout and block_size and must not contradict them.
+    Raise CheckpointError listing names and shapes if any tensor cannot be translated. If not `whole`, only the head's
+    bias and first row are read, and tensors that would be computed have shapes but no memory.
     """
     theirs = {name: tensor for name, tensor in strip_prefixes(state, where=where).items() if not _is_mask(name, tensor)}
     _check_weights(theirs, where)
@@ -44,13 +44,13 @@ def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: s
         nanogpt = any("transformer." in name for name in state) or ("lm_head.weight" in theirs and not untied_by_us)
         return _from_gpt2(theirs, config, where, nanogpt=nanogpt, whole=whole)
     listed = ", ".join(described(name, tensor) for name, tensor in list(theirs.items())[:SHOWN])
-    raise CheckpointError(
-        f"{where}: its weights are of no model that milepost knows: {listed}{more(theirs)}; expected those of nanoGPT, of the lecture's models or of milepost"
-    )
+    problem = f"its weights are of no model that milepost knows: {listed}{more(theirs)}"
+    expected = "expected those of nanoGPT, of the lecture's models or of milepost"
+    raise CheckpointError(where, f"{problem}; {expected}", kind="not understood")
 
 
 def _is_mask(name: str, tensor: Any) -> bool:
-    """Whether it is a causal mask or its fill value, which some programs store beside the weights."""
+    """Whether it is a causal mask or its fill value, which some programs save with the weights."""
     if not isinstance(tensor, Tensor):
         return False
     if re.fullmatch(r"h\.[0-9]+\.attn\.bias", name):
@@ -62,23 +62,24 @@ def _is_mask(name: str, tensor: Any) -> bool:
 
 def _check_weights(state: dict[str, Any], where: str) -> None:
     if not state:
-        raise CheckpointError(f"{where}: holds no weights, expected those of a model: try an earlier checkpoint")
+        raise CheckpointError(where, "holds no weights, expected those of a model", EARLIER, kind="lacking")
     for name, tensor in checked_tensors(state, where).items():
         if not tensor.numel():
-            raise CheckpointError(f"{where}: {described(name, tensor)} is empty, expected weights")
+            raise CheckpointError(
+                where, f"{described(name, tensor)} is empty, expected weights", EARLIER, kind="damaged"
+            )
 
 
 def _from_bigram(table: Tensor, config: Mapping[str, Json], where: str) -> Translation:
     if table.dim() != 2 or table.shape[0] != table.shape[1]:
-        raise CheckpointError(
-            f"{where}: {described(TABLE, table)} is no bigram model's: expected as many columns as rows"
-        )
+        problem = f"{described(TABLE, table)} is no bigram model's: expected as many columns as rows"
+        raise CheckpointError(where, problem, kind="not understood")
     block_size = size_of(config, "block_size", where=where)
     notes = []
     if block_size is None:
         block_size = LECTURE_BLOCK_SIZE
         notes.append(
-            f"{where}: says no block_size; {block_size} is taken, which only sets how long training windows are"
+            f"{where}: records no block_size; {block_size} is used, which only sets the length of training sequences"
         )
     settings: dict[str, Json] = {"vocab_size": table.shape[0], "block_size": block_size}
     _check_sizes(settings, config, where)
@@ -88,7 +89,7 @@ def _from_bigram(table: Tensor, config: Mapping[str, Json], where: str) -> Trans
 def _from_gpt2(
     theirs: dict[str, Tensor], config: Mapping[str, Json], where: str, *, nanogpt: bool, whole: bool
 ) -> Translation:
-    """Our own names, which are nanoGPT's too: both have nn.Linear's orientation and query, key, value in one."""
+    """Translate nanoGPT's names, which are ours too: (out, in) weights; query, key and value in one."""
     sizes = _table_sizes(theirs, "wte.weight", "wpe.weight", where)
     layers = {found[1] for name in theirs if (found := re.match(r"h\.(0|[1-9][0-9]{0,5})\.", name))}
     tied, head, notes = _head(theirs, theirs["wte.weight"], config, where, whole=whole)
@@ -102,19 +103,19 @@ def _from_gpt2(
     settings |= {"activation": _activation(config, words, usual, where), "tied": tied}
     _check_sizes(settings, config, where)
     if type(config.get("bias")) is bool and config["bias"] is not bias:
-        raise CheckpointError(
-            f"{where}: bias is {config['bias']} in its config, but {bias} by its weights: correct it there"
-        )
+        problem = f"bias is {config['bias']} in its config, but {bias} by its weights"
+        raise CheckpointError(where, problem, CORRECT, kind="not understood")
     if nanogpt and config.get("activation") is None:
         notes.append(f"{where}: read as nanoGPT's, with the exact GELU that it computes since May 2023")
     return "gpt2", settings, {name: ours[name] for name in shapes}, notes
 
 
 def _table_sizes(theirs: Mapping[str, Tensor], tokens: str, positions: str, where: str) -> dict[str, Json]:
-    """vocab_size, block_size and n_embd by the two embeddings, (V, C) and (T, C)."""
+    """Return vocab_size, block_size and n_embd from the two embeddings, (V, C) and (T, C)."""
     for name in (tokens, positions):
         if theirs[name].dim() != 2:
-            raise CheckpointError(f"{where}: {described(name, theirs[name])} is no embedding, expected two dimensions")
+            problem = f"{described(name, theirs[name])} is not an embedding, expected two dimensions"
+            raise CheckpointError(where, problem, kind="not understood")
     vocab_size, n_embd = theirs[tokens].shape
     return {"vocab_size": vocab_size, "block_size": theirs[positions].shape[0], "n_embd": n_embd}
 
@@ -122,27 +123,25 @@ def _table_sizes(theirs: Mapping[str, Tensor], tokens: str, positions: str, wher
 def _head(
     theirs: Mapping[str, Tensor], embedding: Tensor, config: Mapping[str, Json], where: str, *, whole: bool
 ) -> tuple[bool, dict[str, Tensor], list[str]]:
-    """Whether the head is the embedding again; if it is not, the head's own tensors; and a note where that may surprise."""
+    """Return whether the head is tied to the embedding, the tensors of an untied head, and a note if unusual."""
     weight, bias = theirs.get("lm_head.weight"), theirs.get("lm_head.bias")
     twin = weight is None or same_tensor(weight, embedding, whole=whole)
     unbiased = bias is None or (bias.shape == embedding.shape[:1] and not bias.any())
     tied = config["tied"] if type(config.get("tied")) is bool else twin and unbiased
     if tied:
         if not (twin and unbiased):
-            raise CheckpointError(
-                f"{where}: tied is True in its config, but its lm_head is not its embedding: it is damaged"
-            )
+            problem = "tied is True in its config, but its lm_head is not its embedding"
+            raise CheckpointError(where, problem, EARLIER, kind="damaged")
         return True, {}, []
-    head = (
-        {} if weight is None else {"lm_head.weight": weight.clone() if twin and whole else weight}
-    )  # twins may share memory
+    # A head equal to the embedding may share its memory.
+    head = {} if weight is None else {"lm_head.weight": weight.clone() if twin and whole else weight}
     head["lm_head.bias"] = embedding.new_zeros(embedding.shape[0]) if bias is None else bias
     missing = "lm_head.weight differs from the token embedding and is kept as a head of its own"
     return False, head, [f"{where}: {missing}"] if bias is None and weight is not None else []
 
 
 def _gpt2_shapes(sizes: Mapping[str, Any], *, bias: bool, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Our names and shapes, in the order in which nanoGPT's named_parameters() has them."""
+    """Return our names and shapes in the order of nanoGPT's named_parameters()."""
     V, T, C = sizes["vocab_size"], sizes["block_size"], sizes["n_embd"]
     layer: dict[str, tuple[int, ...]] = {
         "ln_1.weight": (C,),
@@ -168,7 +167,7 @@ def _gpt2_shapes(sizes: Mapping[str, Any], *, bias: bool, tied: bool) -> dict[st
 def _check_fit(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str, *, optional: str = "\0"
 ) -> None:
-    """Raises CheckpointError listing what is unknown, missing (unless its name ends in `optional`) or of another shape."""
+    """Raise CheckpointError listing unknown, missing (unless named `*optional`) and wrongly shaped tensors."""
     problems = [f"{described(name, tensor)} is not known" for name, tensor in found.items() if name not in expected]
     problems += [
         f"{name} {shape} is missing"
@@ -180,32 +179,29 @@ def _check_fit(
     if not problems:
         return
     turned = any(tuple(found[name].shape) == shape[::-1] for name, shape in wrong.items() if len(shape) == 2)
-    hint = "; transposed weights are Hugging Face's: give the folder that save_pretrained() wrote" if turned else ""
-    raise CheckpointError(
-        f"{where}: its weights cannot be translated, and none were: {'; '.join(problems[:SHOWN])}{more(problems)}{hint}"
-    )
+    problem = f"its weights cannot be translated, and none were: {'; '.join(problems[:SHOWN])}{more(problems)}"
+    remedy = "transposed weights are Hugging Face's; name the folder that save_pretrained() wrote" if turned else None
+    raise CheckpointError(where, problem, remedy, kind="not understood")
 
 
 def _check_sizes(settings: Mapping[str, Json], config: Mapping[str, Json], where: str) -> None:
-    """Raises CheckpointError where `config` contradicts what the weights show."""
+    """Raise CheckpointError if `config` contradicts the shapes of the weights."""
     for size in SIZES.keys() & settings.keys():
-        said = size_of(config, size, where=where)
-        if said is not None and said != settings[size]:
-            raise CheckpointError(
-                f"{where}: {size} is {said} in its config, but {settings[size]} by its weights: take the config that was saved with them"
-            )
+        value = size_of(config, size, where=where)
+        if value is not None and value != settings[size]:
+            problem = f"{size} is {value} in its config, but {settings[size]} by its weights"
+            raise CheckpointError(where, problem, "take the config that was saved with them", kind="not understood")
 
 
 def _n_head(config: Mapping[str, Json], n_embd: int, where: str) -> int:
     n_head = size_of(config, "n_head", where=where)
     if n_head is None:
-        raise CheckpointError(
-            f'{where}: n_head cannot be told from shapes, and nothing says it; put it in config.json beside the file: {{"n_head": 6}}'
-        )
+        problem = "has no n_head, which shapes do not determine"
+        remedy = 'put it in config.json beside the file: {"n_head": 6}'
+        raise CheckpointError(where, problem, remedy, kind="lacking")
     if n_embd % n_head:
-        raise CheckpointError(
-            f"{where}: n_head is {n_head} in its config, which does not divide its width n_embd={n_embd}: correct it there"
-        )
+        problem = f"n_head is {n_head} in its config, which does not divide n_embd={n_embd}"
+        raise CheckpointError(where, problem, CORRECT, kind="not understood")
     return n_head
 
 
@@ -214,9 +210,8 @@ def _dropout(config: Mapping[str, Json], where: str) -> float:
     if value is None:
         return 0.0
     if type(value) not in (int, float) or not 0 <= value < 1:
-        raise CheckpointError(
-            f"{where}: dropout is {short(value)} in its config, expected a number from 0 to below 1: correct it there"
-        )
+        problem = f"dropout is {short(value)} in its config, expected a number from 0 to below 1"
+        raise CheckpointError(where, problem, CORRECT, kind="not understood")
     return float(value)
 
 
@@ -225,14 +220,13 @@ def _activation(config: Mapping[str, Json], words: Mapping[str, str], usual: str
     if value is None:
         return usual
     if not isinstance(value, str) or value not in words:
-        raise CheckpointError(
-            f"{where}: activation is {short(value)} in its config, expected one of {', '.join(words)}: no other is computed here"
-        )
+        problem = f"activation is {short(value)} in its config, expected one of {', '.join(words)}"
+        raise CheckpointError(where, problem, kind="not understood")
     return words[value]
 
 
-# The lecture's GPT (https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py): a Linear without bias for query, key and
-# value of each head, an untied head, ReLU.
+# The lecture's GPT (https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py): a Linear without bias for query,
+# key and value of each head, an untied head, ReLU.
 
 LECTURE_PARTS = {  # of blocks.N : of our h.N
     "ln1": "ln_1",
@@ -246,19 +240,21 @@ LECTURE_PARTS = {  # of blocks.N : of our h.N
 def _from_lecture(theirs: dict[str, Tensor], config: Mapping[str, Json], where: str, *, whole: bool) -> Translation:
     sizes = _table_sizes(theirs, TABLE, POSITIONS, where)
     found = [re.match(r"blocks\.(0|[1-9][0-9]{0,5})\.(?:sa\.heads\.(0|[1-9][0-9]{0,5})\.)?", name) for name in theirs]
-    n_layer = max(1, len({one[1] for one in found if one}))
-    n_head = max(1, len({one[2] for one in found if one and one[2]}))
+    n_layer = max(1, len({match[1] for match in found if match}))
+    n_head = max(1, len({match[2] for match in found if match and match[2]}))
     if 3 * n_layer * n_head > len(theirs) or sizes["n_embd"] % n_head:
-        raise CheckpointError(
-            f"{where}: its weights cannot be translated: {n_layer} blocks of {n_head} heads make no model of {len(theirs)} tensors and a width of {sizes['n_embd']}"
+        model = f"{n_layer} blocks of {n_head} heads"
+        problem = (
+            f"its weights cannot be translated: {len(theirs)} tensors with n_embd={sizes['n_embd']} are not {model}"
         )
+        raise CheckpointError(where, problem, kind="not understood")
     settings: dict[str, Json] = sizes | {"n_layer": n_layer, "n_head": n_head}
     _check_fit(_lecture_shapes(settings), theirs, where, optional=".bias")
     tied, head, _ = _head(theirs, theirs[TABLE], config, where, whole=whole)
     settings |= {"dropout": _dropout(config, where), "bias": True}
     settings |= {"activation": _activation(config, THEIR_ACTIVATIONS, "relu", where), "tied": tied}
     _check_sizes(settings, config, where)
-    if not whole:  # joining them would read them
+    if not whole:  # concatenating would read them
         theirs = {name: tensor.to("meta") for name, tensor in theirs.items()}
     joined = _joined_lecture(theirs, settings) | head
     shapes = _gpt2_shapes(settings, bias=True, tied=tied)
@@ -280,7 +276,9 @@ def _lecture_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _joined_lecture(theirs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What is there of our names but the head, query, key and value of all heads joined: their rows in this order, (3C, C)."""
+    """Return the weights under our names but the head; query, key and value of all heads are joined in this order, (3C,
+    C).
+    """
     ours = {"wte.weight": theirs[TABLE], "wpe.weight": theirs[POSITIONS]}
     renamed = {f"blocks.{n}.{a}": f"h.{n}.{b}" for n in range(settings["n_layer"]) for a, b in LECTURE_PARTS.items()}
     for theirs_name, our_name in (renamed | {"ln_f": "ln_f"}).items():
@@ -292,6 +290,6 @@ def _joined_lecture(theirs: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         heads = [f"blocks.{n}.sa.heads.{h}" for h in range(settings["n_head"])]
         parts = [f"{head}.{kind}" for kind in ("query", "key", "value") for head in heads]
         ours[f"h.{n}.attn.c_attn.weight"] = torch.cat([theirs[f"{part}.weight"] for part in parts])
-        none = theirs[TABLE].new_zeros(hs)
-        ours[f"h.{n}.attn.c_attn.bias"] = torch.cat([theirs.get(f"{part}.bias", none) for part in parts])
+        zeros = theirs[TABLE].new_zeros(hs)
+        ours[f"h.{n}.attn.c_attn.bias"] = torch.cat([theirs.get(f"{part}.bias", zeros) for part in parts])
     return ours

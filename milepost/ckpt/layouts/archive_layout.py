@@ -67,12 +67,12 @@ class ArchiveLayout(Layout):
         """Return `model` or `optimizer`, by what the archive holds; None if it is not part of a pair."""
         by_name = "optimizer" if path.name.endswith(self.suffixes[0]) else "model"
         try:
-            half = archive.half(path)
+            half = archive.pair_role(path)
         except CheckpointError:
             return by_name  # damaged: for this layout to refuse
         if half in ("model", "optimizer"):
             return half
-        words = archive.words(path)  # of another program's archive; empty for ours
+        words = archive.pickle_strings(path)  # of another program's archive; empty for ours
         if by_name == "optimizer":
             return "optimizer" if "optimizer_states" in words and not words & set(WEIGHTS) else None
         is_model = {"model_state_dict", "global_step"} <= words and "optimizer_states" not in words

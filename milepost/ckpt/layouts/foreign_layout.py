@@ -74,7 +74,7 @@ class ForeignLayout(Layout):
 
     def detect(self, path: Path) -> bool:
         """Whether `path` is this program's, by what is inside."""
-        return self.claims(path) if self.claims else self.keys is not None and self.keys(archive.words(path))
+        return self.claims(path) if self.claims else self.keys is not None and self.keys(archive.pickle_strings(path))
 
     def read_metadata(self, path: Path) -> dict[str, Json]:
         """Return the metadata that the checkpoint translates to."""

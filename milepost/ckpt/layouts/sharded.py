@@ -87,7 +87,7 @@ def _check_bytes(path: Path, manifest: Mapping[str, Any]) -> list[CheckpointErro
 def _torch_metadata_problems(path: Path) -> list[CheckpointError]:
     """Return what is wrong with torch's metadata: torch would run whatever the pickle asks for."""
     try:
-        foreign = pickles.foreign(path.read_bytes(), pickles.METADATA)
+        foreign = pickles.forbidden_names(path.read_bytes(), pickles.METADATA)
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         return [CheckpointError(path, f"is damaged ({type(error).__name__})", EARLIER, kind="damaged")]
     if not foreign:
