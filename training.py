@@ -31,12 +31,13 @@ from torch import Tensor
 
 from milepost.cli import guarded, processes
 from milepost.config import Config
-from milepost.generate.sampling import generate
+from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
 from milepost.run import TRY_INSTEAD, Run, agreed, fresh, is_due
 from milepost.run_files import copy_best, open_run, repair, save_checkpoint, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
+from milepost.runtime.distributed import World
 from milepost.runtime.errors import TrainingError
 from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 from milepost.runtime.optim import clip_gradients, gradient_norm, lr_at
@@ -52,22 +53,28 @@ PROBE_SECONDS = 2.0  # at most, to estimate the seconds per step after the warm-
 def main(settings: Config, log: Log) -> int:
     """Train as the settings say, resuming a checkpoint if RESUME asks for it; return the exit code."""
     with processes(settings, log) as world:
-        record = agreed(lambda: find_record(settings, log), world) if settings.resume != "never" else None
-        if record is None:
-            if settings.resume != "never":
-                log(f"RESUME={settings.resume}: no checkpoint in {settings.checkpoint_dir}, so this run starts fresh")
-            return train(fresh(settings, log, world))
+        run, done = prepare(settings, log, world)
+        return 0 if done else train(run)
 
-        run, restored = resumed(settings, record, log, world)
-        print_resume(run, record, restored)
-        free_tensors(record)
-        if reasons := inexact_reasons(run, record, restored):
-            log(f"not bit-exact: {'; '.join(reasons)}")
-        if finished(run, record):
-            world.on_rank0(lambda: repair(run))
-            log_finished_before(run, record)
-            return 0
-        return train(run)
+
+def prepare(settings: Config, log: Log, world: World) -> tuple[Run, bool]:
+    """Return a fresh run, or the one that RESUME asks for; and whether it is finished already."""
+    record = agreed(lambda: find_record(settings, log), world) if settings.resume != "never" else None
+    if record is None:
+        if settings.resume != "never":
+            log(f"RESUME={settings.resume}: no checkpoint in {settings.checkpoint_dir}, so this run starts fresh")
+        return fresh(settings, log, world), False
+
+    run, restored = resumed(settings, record, log, world)
+    print_resume(run, record, restored)
+    free_tensors(record)
+    if reasons := inexact_reasons(run, record, restored):
+        log(f"not bit-exact: {'; '.join(reasons)}")
+    done = finished(run, record)
+    if done:
+        world.on_rank0(lambda: repair(run))
+        log_finished_before(run, record)
+    return run, done
 
 
 def train(run: Run) -> int:

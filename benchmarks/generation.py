@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from measure import compare, header, not_measured, row  # noqa: E402
 
-from milepost.generate.decoder import Decoder  # noqa: E402
-from milepost.generate.sampling import generate  # noqa: E402
+from milepost.generation.decoder import Decoder  # noqa: E402
+from milepost.generation.sampling import generate  # noqa: E402
 from milepost.runtime.hardware import decode_dtype  # noqa: E402
 from milepost.text.tokenization import Gpt2Tokenizer  # noqa: E402
 from models.gpt2 import GPT2, SIZES  # noqa: E402

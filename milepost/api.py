@@ -15,9 +15,10 @@ import training
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, CheckpointError, Found
 from milepost.ckpt.conversion import Converted
-from milepost.ckpt.finding import newest_valid
+from milepost.ckpt.retention import latest_valid
 from milepost.cli import processes
 from milepost.config import Config, ConfigError
+from milepost.locks import hold_run
 from milepost.run import Run, with_tokenizer
 from milepost.runtime.progress import Log
 from milepost.samples import sample_texts
@@ -110,10 +111,12 @@ def prune(folder: Name = CHECKPOINTS, *, keep_last: int, keep_every: int = 0) ->
         raise ConfigError([f"keep_last={keep_last}: expected at least 1"])
     place, deleted = Path(folder), []
     for run_id in sorted({found.run_id for found in ckpt.find(place) if found.run_id}):
-        valid = newest_valid(place, run_id)
+        valid, _ = latest_valid(place, run_id)
         if valid is not None:
-            policy = {"keep_last": keep_last, "keep_every": keep_every}
-            expired = ckpt.prune(place, run_id=run_id, latest_valid=valid, **policy)
+            with hold_run(place, run_id):
+                expired = ckpt.prune(
+                    place, run_id=run_id, keep_last=keep_last, keep_every=keep_every, latest_valid=valid
+                )
             deleted += [found.path for found in expired.remove]
     return deleted
 
@@ -126,7 +129,8 @@ def settings_of(**values: Any) -> Config:
         close = difflib.get_close_matches(name.upper(), config.VARIABLES, 1)
         hint = f"did you mean {close[0].lower()}?" if close else "docs/configuration.md lists them, here in lower case"
         problems.append(f"{name} is not a setting; {hint}")
-    texts = {name.upper(): config.as_text(value) for name, value in values.items() if name not in unknown}
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
+    texts = {name.upper(): config.as_text(value) for name, value in plain.items() if name not in unknown}
     if "ENV_FILE" not in texts:
         texts["PYTHON_DOTENV_DISABLED"] = "1"
     try:

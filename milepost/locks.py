@@ -68,3 +68,14 @@ class RunLock:
         if self._lock.is_locked:
             self._owner.unlink(missing_ok=True)
             self._lock.release()
+
+
+@contextlib.contextmanager
+def hold_run(folder: Path, run_id: str) -> Iterator[None]:
+    """Hold the lock of a run, so that no process trains it meanwhile. Raise RunLockedError if one does."""
+    lock = RunLock(folder, run_id)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

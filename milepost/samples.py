@@ -11,8 +11,8 @@ from milepost import config
 from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.restore import build_model, build_tokenizer, merged
 from milepost.config import Config, ConfigError
-from milepost.generate.decoder import Decoder
-from milepost.generate.texts import Sampling, choose_decoder, no_lookup_reason, texts
+from milepost.generation.decoder import Decoder
+from milepost.generation.texts import Sampling, choose_decoder, no_lookup_reason, texts
 from milepost.resume import fixed_settings
 from milepost.run import with_its_base
 from milepost.runtime import hardware

@@ -22,13 +22,11 @@ from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import look, scan
 from milepost.ckpt.layouts import known_layout
-from milepost.ckpt.names import own_checkpoints
-from milepost.ckpt.retention import select_expired
+from milepost.ckpt.retention import latest_valid, select_expired
 from milepost.ckpt.tensor_listing import all_files, held
-from milepost.ckpt.tensors import not_finite
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.locks import RunLock, RunLockedError
+from milepost.locks import RunLockedError, hold_run
 from milepost.runtime.progress import Log, amount, shown, table, write_stdout
 
 
@@ -52,7 +50,7 @@ def main(settings: Config, log: Log) -> int:
     freed, deleted, failed = 0, 0, []
     for run_id in sorted({one.run_id for one in found if one.run_id}):
         try:
-            with contextlib.nullcontext() if settings.dry_run else locked(folder, run_id):
+            with contextlib.nullcontext() if settings.dry_run else hold_run(folder, run_id):
                 for action, one, size in pruned(folder, run_id, settings, log):
                     rows.append((action, str(one.step), amount(size, "B"), run_id, shown(one.path)))
                     freed, deleted = freed + size, deleted + (not action.startswith("kept"))
@@ -69,20 +67,11 @@ def main(settings: Config, log: Log) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def locked(folder: Path, run_id: str) -> Any:
-    """Holds the run, so that nobody trains it meanwhile; raises RunLockedError if somebody does."""
-    lock = RunLock(folder, run_id)
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[tuple[str, Found, int]]:
     """Yield what is deleted of a run, and the bases that are spared: in words, which, bytes freed; then raise what failed."""
-    good = latest_valid(folder, run_id, log)
+    good, problems = latest_valid(folder, run_id)
+    for problem in problems:
+        log(problem)
     if good is None:
         log(f"left alone: no checkpoint of run {run_id} is known to be whole")
         return
@@ -110,22 +99,6 @@ def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[tu
 def gone(one: Found, *, stripped: bool) -> bool:
     """Whether it is not there any more; if it was to be `stripped`, whether it is not there in full: a damaged one is left as it is."""
     return not os.path.lexists(one.path) or (stripped and not look(one.path, known_layout(one.path)).resumable)
-
-
-def latest_valid(folder: Path, run_id: str, log: Log) -> Path | None:
-    """Return the newest save of the run outside best/ whose bytes agree with their checksums and whose weights are finite.
-
-    A person's copy does not count: its owner may delete it.
-    """
-    own = [one for one in own_checkpoints(list(scan(folder, bests=False))) if one.run_id == run_id]
-    for one in sorted(own, key=lambda one: one.save_order, reverse=True):
-        try:
-            if not (bad := not_finite(ckpt.load(one.path, optimizer=False, verify=True).model_state)):
-                return one.path
-            log(f"{shown(one.path)}: NaN or infinity in {bad[0]}")
-        except CheckpointError as error:
-            log(str(error))
-    return None
 
 
 def freed_by_removing(path: Path) -> int:

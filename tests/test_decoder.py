@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_sampling import lively, seeded
 
-from milepost.generate.decoder import RESCORED, Decoder
-from milepost.generate.lookup import Lookup
-from milepost.generate.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
+from milepost.generation.decoder import RESCORED, Decoder
+from milepost.generation.lookup import Lookup
+from milepost.generation.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
 from models.gpt2 import GPT2, GPT2Settings
 from models.linears import LINEARS, quantized
 
@@ -141,7 +141,7 @@ def test_a_processor_without_bfloat16_generates_in_it_too() -> None:
     code = """
 import torch
 from test_decoder import MODEL, through_cache
-from milepost.generate.decoder import Decoder
+from milepost.generation.decoder import Decoder
 assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 for weights in ("bfloat16", "int8"):
     logits = through_cache(Decoder(MODEL, weights=weights), [1, 2, 3, 4], [3, 1])

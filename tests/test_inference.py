@@ -24,9 +24,9 @@ import training
 from milepost import ckpt, config, run
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_model, build_tokenizer
-from milepost.generate.decoder import DECODERS, Decoder
-from milepost.generate.sampling import generate
-from milepost.generate.texts import first_id
+from milepost.generation.decoder import DECODERS, Decoder
+from milepost.generation.sampling import generate
+from milepost.generation.texts import first_id
 from milepost.runtime.hardware import available_devices
 from milepost.runtime.progress import Log
 from milepost.splitmix import mix

@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "models": set(),
     "text": {"files", "splitmix"},
     "runtime": {"files", "splitmix"},
-    "generate": {"models", "text", "runtime", "splitmix"},
+    "generation": {"models", "text", "runtime", "splitmix"},
     "evaluate": {"models", "text", "runtime"},
     "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry"},
 }

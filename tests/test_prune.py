@@ -174,7 +174,7 @@ def test_weights_that_are_no_numbers_are_no_good_one(folder):
     bad.model_state[WEIGHT][0, 0] = math.nan
     ckpt.save(bad, folder / "checkpoints")
     said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
-    assert f"NaN or infinity in {WEIGHT}" in said.err
+    assert f"NaN or Inf in {WEIGHT}" in said.err
     assert left(folder) == {2: True, 3: True}
 
 

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from milepost.generate.sampling import draw, generate, keep_top_k, keep_top_p, next_token, penalize
+from milepost.generation.sampling import draw, generate, keep_top_k, keep_top_p, next_token, penalize
 from models.bigram import Bigram, BigramSettings
 from models.gpt2 import GPT2, GPT2Cache, GPT2Settings
 from models.model import Model

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenization import TOKENIZERS
 
-from milepost.generate.stream import StreamDecoder
+from milepost.generation.stream import StreamDecoder
 from milepost.text.tokenization import ByteTokenizer, Tokenizer
 
 

@@ -15,8 +15,8 @@ from milepost import ckpt, config
 from milepost.ckpt import CheckpointError
 from milepost.ckpt.layouts import WRITERS
 from milepost.ckpt.restore import build_model, merged, with_base
-from milepost.generate.decoder import Decoder
-from milepost.generate.sampling import generate
+from milepost.generation.decoder import Decoder
+from milepost.generation.sampling import generate
 from models import adapter_counts, build, plain, training_bytes
 from models.adapters import is_ttt
 from models.gpt2 import GPT2, GPT2Settings

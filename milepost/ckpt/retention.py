@@ -11,6 +11,7 @@ from milepost.ckpt.finding import BEST_FOLDER, Found, look, scan
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.names import own_checkpoints
 from milepost.ckpt.record import CheckpointError
+from milepost.ckpt.tensors import not_finite
 from milepost.files import remove, sync_folder
 from milepost.locks import folder_lock
 
@@ -132,3 +133,22 @@ def _write_stripped(path: Path, layout: Layout) -> None:
             return
         if save_id is not None and look(target, layout).metadata.get("save_id") == save_id:
             return
+
+
+def latest_valid(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
+    """Return the run's newest checkpoint outside best/ that is intact and has finite weights, and what is wrong with newer ones.
+
+    A person's copy does not count: its owner may delete it.
+    """
+    own = [found for found in own_checkpoints(list(scan(folder, bests=False))) if found.run_id == run_id]
+    problems = []
+    for found in sorted(own, key=lambda found: found.save_order, reverse=True):
+        try:
+            weights = known_layout(found.path).read(found.path, optimizer=False, verify=True).model_state
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if not (bad := not_finite(weights)):
+            return found.path, problems
+        problems.append(f"{found.path}: NaN or Inf in {bad[0]}")
+    return None, problems

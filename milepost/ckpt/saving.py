@@ -11,7 +11,8 @@ from milepost.ckpt.finding import BEST_FOLDER, Found, find, loss_of, scan
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_stem, own_checkpoints, target_folder
-from milepost.ckpt.record import LARGEST, Checkpoint, bytes_on_disk, from_metadata
+from milepost.ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk, from_metadata
+from milepost.ckpt.validate import validate
 from milepost.files import link_or_copy, make_folder, remove, sync_folder
 from milepost.locks import folder_lock
 from milepost.paths import check_inside
@@ -22,8 +23,12 @@ def save(
 ) -> Path:
     """Write `record` below `folder` under the next save number and a free name; return its path.
 
-    `best_only` writes it into best/. Raise OSError on a write error; the folder is then as it was before.
+    `best_only` writes it into best/. Raise CheckpointError if what is written could not be loaded again, OSError on a write
+    error; the folder is then as it was before.
     """
+    if layout not in WRITERS:
+        raise CheckpointError(f"layout {layout!r}: expected one of {', '.join(WRITERS)}", kind="refused")
+    validate(record)
     writer = WRITERS[layout]
     with folder_lock(folder):
         place = target_folder(record, folder, writer=writer)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from milepost.generate.decoder import Decoder, decoder_of
-from milepost.generate.sampling import generate
-from milepost.generate.stream import StreamDecoder
+from milepost.generation.decoder import Decoder, decoder_of
+from milepost.generation.sampling import generate
+from milepost.generation.stream import StreamDecoder
 from milepost.runtime import hardware
 from milepost.splitmix import mix
 from milepost.text.tokenization.base import Tokenizer

@@ -8,8 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from milepost.generate.decoder import DecodeCache, Decoder
-from milepost.generate.lookup import Lookup
+from milepost.generation.decoder import DecodeCache, Decoder
+from milepost.generation.lookup import Lookup
 from models.model import Cache, Model
 
 # In a larger vocabulary, the best tokens are tried first: sorting all takes milliseconds.
