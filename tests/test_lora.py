@@ -170,9 +170,9 @@ def test_adapters_alone_are_a_part_of_it(base, tmp_path):
     assert len(apart.model_state) == 16
     assert all(torch.equal(tensor, whole.model_state[name]) for name, tensor in apart.model_state.items())
     told = [call(inspector, tmp_path, CHECKPOINT_PATH=one.path).out for one in (whole, apart)]
-    assert ["(the base is not in it)" in text for text in told] == [False, True]
+    assert ["(without their base)" in text for text in told] == [False, True]
     size = sum(tensor.numel() for tensor in apart.model_state.values())
-    assert f"\nFound 16 LoRA tensors, {size:,} elements of {size:,} (the base is not in it)\n" in told[1]
+    assert f"\nFound 16 LoRA tensors, {size:,} elements of {size:,} (without their base)\n" in told[1]
     again = with_base(apart, ckpt.load(base / "base.pt"))
     assert again.parts == ["model", "optimizer"]
     assert {name: tensor.tolist() for name, tensor in again.model_state.items()} == {
