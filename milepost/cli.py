@@ -45,7 +45,10 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
 
 
 def stopped(error: BaseException, log: Log) -> int:
-    """Log why an action stopped; return the exit code. An error that came before torchrun's signal is reported instead of the signal."""
+    """Log why an action stopped; return the exit code.
+
+    An error that came before torchrun's signal is reported instead of the signal.
+    """
     cause = error
     while isinstance(cause, KeyboardInterrupt) and cause.__context__ is not None:
         cause = cause.__context__
@@ -71,9 +74,11 @@ def report(error: Exception, log: Log) -> int:
 def sentence(error: Exception) -> str:
     """Return one sentence with the error and its remedy."""
     if hardware.is_out_of_memory(error):
-        return "error: out of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE, or N_LAYER and N_EMBD"
+        remedy = "lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE, or N_LAYER and N_EMBD"
+        return f"error: out of memory: {remedy}"
     if distributed.lost(error):
-        return "error: another process of this training is gone, so this process ends too; RESUME=auto resumes the last checkpoint"
+        remedy = "RESUME=auto resumes the last checkpoint"
+        return f"error: another process of this training is gone, so this process ends too; {remedy}"
     known = isinstance(error, TrainingError | RunLockedError | OSError) or any(
         isinstance(error, kind) for kind, _ in EXIT_CODES
     )
@@ -86,7 +91,10 @@ def sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def processes(settings: Config, log: Log) -> Iterator[World]:
-    """Yield the group of processes that torchrun started; only rank 0 prints. Without torchrun the group is this process."""
+    """Yield the group of processes that torchrun started; only rank 0 prints.
+
+    Without torchrun the group is this process.
+    """
     torchrun = config.torchrun()
     local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
     device = hardware.choose_device(settings.device, **local)
@@ -100,9 +108,7 @@ def processes(settings: Config, log: Log) -> Iterator[World]:
         check_alike(config.shared_settings(settings) | {"DEVICE": device.type}, world)
         prepare_processes(settings, log, world)
     elif settings.is_set("DISTRIBUTED"):
-        log(
-            f"DISTRIBUTED={settings.distributed} is not used: there is one process; torchrun --nproc_per_node starts more"
-        )
+        log(f"DISTRIBUTED={settings.distributed} is not used with one process; torchrun --nproc_per_node starts more")
     yield world
     distributed.leave()
 
@@ -131,6 +137,4 @@ def prepare_processes(settings: Config, log: Log, world: World) -> None:
         count = f"{hardware.share_threads(world.local_size)} threads for each of the {world.local_size} processes here"
         log(f"OMP_NUM_THREADS is 1, torchrun's default: using {count}; set it to change the number")
     if config.max_restarts() and settings.resume == "never":
-        log(
-            "after a failure, torchrun restarts from step 0; set RESUME=auto and ENABLE_CHECKPOINTS=true to resume instead"
-        )
+        log("torchrun's restarts would begin at step 0; set RESUME=auto and ENABLE_CHECKPOINTS=true to resume instead")

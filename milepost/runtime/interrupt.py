@@ -1,7 +1,8 @@
-"""Signals that stop a program: SIGINT, SIGTERM, and SIGHUP of a closed terminal unless it was ignored at the start (nohup).
+"""Signals that stop a program: SIGINT, SIGTERM, and SIGHUP of a closed terminal unless it was ignored at the start
+(nohup).
 
-A signal sets a flag. While a script imports its libraries, and before training starts, it also stops the program at once; the training
-loop checks the flag after each step. The flag decides, because a library can swallow an exception.
+A signal sets a flag. While a script imports its libraries, and before training starts, it also stops the program at
+once; the training loop checks the flag after each step. The flag decides, because a library can swallow an exception.
 """
 
 import os

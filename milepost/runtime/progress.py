@@ -21,7 +21,10 @@ QUIET_SECONDS = 10  # between plain progress lines without a terminal, at least
 
 
 def own_file(name: str, flags: int) -> int:
-    """Open a run's own file for writing, as an `opener` of `open`. Raise OSError if a link, a pipe or a device is in its place."""
+    """Open a run's own file for writing, as an `opener` of `open`.
+
+    Raise OSError if a link, a pipe or a device is in its place.
+    """
     safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # O_NONBLOCK: opening a pipe would block
     descriptor = os.open(name, flags | safe, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -65,7 +68,10 @@ class Log:
             self._write(line)
 
     def error(self, line: str, *, expected: bool) -> None:
-        """Log why this process ends. An `expected` error occurs in every process of a machine, so only one of them logs it."""
+        """Log why this process ends.
+
+        An `expected` error occurs in every process of a machine, so only one of them logs it.
+        """
         if not (expected and self.local_rank):
             self._write(f"rank {self.rank}: {line}" if self.rank else line)
 
@@ -124,7 +130,10 @@ class Progress:
 
 
 class Metrics:
-    """metrics.jsonl: one strict JSON object per line, appended unbuffered. A line torn by a kill or a full disk is tolerated."""
+    """metrics.jsonl: one strict JSON object per line, appended unbuffered.
+
+    A line torn by a kill or a full disk is tolerated.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,10 +142,12 @@ class Metrics:
         self._torn = True  # whether the file may end within a line
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool], *, until: float = math.inf) -> None:
-        """Leave the history of the checkpoint that the run resumes from in metrics.jsonl, and set every other line aside.
+        """Leave the history of the checkpoint that the run resumes from in metrics.jsonl, and set every other line
+        aside.
 
-        `keep` selects the steps that the checkpoint had reached, `until` is when it was saved (Unix seconds). If the run had resumed from an
-        earlier step and now resumes from a later one, the lines of the later one return from those set aside.
+        `keep` selects the steps that the checkpoint had reached, `until` is when it was saved (Unix seconds). If the
+        run had resumed from an earlier step and now resumes from a later one, the lines of the later one return from
+        those set aside.
         """
         if not self.path.exists():
             return
@@ -226,7 +237,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, NaN as null, without lines that are not a complete JSON object (torn by a kill)."""
+    """Return the lines of a metrics.jsonl, NaN as null, without lines that are not a complete JSON object (torn by a
+    kill).
+    """
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise OSError(errno.EINVAL, "is not a regular file, expected the metrics of a run: remove it", str(path))
     lines = (_read_line(text) for text in path.read_text(encoding="utf-8", errors="replace").split("\n"))
@@ -267,7 +280,9 @@ def shown(path: Path | str) -> str:
 
 
 def command_line(script: Path, *, processes: int | None = None, **variables: object) -> str:
-    """Return a shell command for the current folder: quoted variables, this Python and the script; with `processes`, through torchrun."""
+    """Return a shell command for the current folder: quoted variables, this Python and the script; with `processes`,
+    through torchrun.
+    """
     python = "python3" if shutil.which("python3") == sys.executable else shlex.quote(shown(sys.executable))
     if processes is not None:
         python += f" -m torch.distributed.run --nproc_per_node={processes}"
@@ -312,7 +327,9 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def harmless(text: str) -> str:
-    """Replace what could control a terminal by U+FFFD: control characters except newline and tab, and bidirectional overrides."""
+    """Replace what could control a terminal by U+FFFD: control characters except newline and tab, and bidirectional
+    overrides.
+    """
     return "".join("\N{REPLACEMENT CHARACTER}" if _controls_terminal(char) else char for char in text)
 
 

@@ -1,7 +1,7 @@
 """Mirror metrics.jsonl in a tracker: TensorBoard, Weights & Biases or Trackio.
 
-metrics.jsonl is the record. A tracker gets one row per step; on a resume it continues where its own series ends, so that no step is doubled
-or missing after a kill. Nothing here draws a random number or touches the model.
+metrics.jsonl is the record. A tracker gets one row per step; on a resume it continues where its own series ends, so
+that no step is doubled or missing after a kill. Nothing here draws a random number or touches the model.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ FLUSH_SECONDS = 10  # how long events may stay in memory before TensorBoard sees
 
 
 class Sink(NamedTuple):
-    """An open tracker: `first` is the lowest step that its series lacks, `write` takes a step, its time (Unix seconds) and its values.
+    """An open tracker: `first` is the lowest step that its series lacks, `write` takes a step, its time (Unix seconds)
+    and its values.
 
     `flush` returns when all written values are in the tracker's files, which then supersede the files in `replaces`.
     """
@@ -49,7 +50,10 @@ class Mirror:
             self._sink = start()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Add one line of metrics.jsonl. The training and validation lines of a step become one row when the next step begins."""
+        """Add one line of metrics.jsonl.
+
+        The training and validation lines of a step become one row when the next step begins.
+        """
         step, when = line.get("step"), line.get("time")
         if self._sink is None or not isinstance(step, int) or step < self._sink.first:
             return
@@ -102,8 +106,8 @@ def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping
                 wandb: Mapping[str, str], log: Callable[[str], None]) -> Mirror:  # fmt: skip
     """Return the mirror of a run, with its files in the run's `folder` where the tracker allows it.
 
-    `lines` are the run's metrics so far, of which the tracker gets those that it lacks. `settings` are shown beside the series. `wandb`
-    holds the `mode` and `project` of Weights & Biases.
+    `lines` are the run's metrics so far, of which the tracker gets those that it lacks. `settings` are shown beside the
+    series. `wandb` holds the `mode` and `project` of Weights & Biases.
     """
     starts: dict[str, Callable[[], Sink | None]] = {
         "none": lambda: None,
@@ -121,8 +125,8 @@ def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping
 def _tensorboard(folder: Path) -> Sink:
     """Write events to `folder`, the whole series again in a new file.
 
-    With several files, readers order them by the clock in their names. A TensorBoard that has read the earlier file drops its events at the
-    `purge_step` with which the new file begins.
+    With several files, readers order them by the clock in their names. A TensorBoard that has read the earlier file
+    drops its events at the `purge_step` with which the new file begins.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -141,7 +145,8 @@ def _wandb(
 ) -> Sink:
     """Open a run of Weights & Biases under our run id. Online it continues after the last step that the server has.
 
-    Offline, recorded steps can be neither read nor removed, so the whole series is recorded again and replaces the earlier one.
+    Offline, recorded steps can be neither read nor removed, so the whole series is recorded again and replaces the
+    earlier one.
     """
     import wandb
 
@@ -163,7 +168,10 @@ def _wandb(
 
 
 def _trackio(run_id: str, settings: Mapping[str, Any]) -> Sink:
-    """Open a run in Trackio's project `milepost`, continuing after its last recorded step. Trackio's own output goes to stderr."""
+    """Open a run in Trackio's project `milepost`, continuing after its last recorded step.
+
+    Trackio's own output goes to stderr.
+    """
     import trackio
 
     def finish() -> None:
@@ -172,5 +180,6 @@ def _trackio(run_id: str, settings: Mapping[str, Any]) -> Sink:
 
     with contextlib.redirect_stdout(sys.stderr):
         run = trackio.init(project="milepost", name=run_id, resume="allow", config=dict(settings))
-    # Trackio has no public attribute for the end of a series. If this one disappears, fail visibly instead of doubling steps.
+    # Trackio has no public attribute for the end of a series. If this one disappears, fail visibly instead of doubling
+    # steps.
     return Sink(run._next_step, lambda step, _, values: run.log(values, step=step), finish)
