@@ -5,8 +5,9 @@
     RESUME=auto ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 python3 training.py   # after a crash: resume exactly
     MODEL_TYPE=gpt2 torchrun --nproc_per_node=2 training.py               # the same with two processes
 
-`python3 training.py --help` lists every variable. This file is the loop, top to bottom. milepost/run.py builds a run, milepost/resume.py
-rebuilds one from a checkpoint, milepost/run_files.py writes its files, and milepost/reporting.py reports what it does.
+`python3 training.py --help` lists every variable. This file is the loop, top to bottom. milepost/run.py builds a run,
+milepost/resume.py rebuilds it from a checkpoint, milepost/run_files.py writes its files, and milepost/reporting.py
+reports what it does.
 """
 
 import sys
@@ -14,7 +15,8 @@ import sys
 from milepost import config
 
 READS = (
-    "TRAINING_DATA_SOURCE", "MODEL_TYPE", "GPT2_MODEL_NAME", "TRAINING_STEPS", "BATCH_SIZE", "LEARNING_RATE", "ENABLE_CHECKPOINTS", "RESUME",
+    "TRAINING_DATA_SOURCE", "MODEL_TYPE", "GPT2_MODEL_NAME", "TRAINING_STEPS", "BATCH_SIZE", "LEARNING_RATE",
+    "ENABLE_CHECKPOINTS", "RESUME",
     "Data", "Model", "Adapters", "Training", "Logging", "Hardware and seed", "Checkpoints",
     "RESUME_STEP", "INIT_FROM", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY",
 )  # fmt: skip
@@ -78,7 +80,10 @@ def prepare(settings: Config, log: Log, world: World) -> tuple[Run, bool]:
 
 
 def train(run: Run) -> int:
-    """Train from `run.step` to the last step or to a signal; return the exit code. Fresh and resumed runs share this one loop."""
+    """Train from `run.step` to the last step or to a signal; return the exit code.
+
+    Fresh and resumed runs share this one loop.
+    """
     hardware.keep_freed_memory()
     with contextlib.ExitStack() as held:
         run.world.on_rank0(lambda: open_run(run, held))
@@ -98,19 +103,23 @@ def train(run: Run) -> int:
 
 
 def loop(run: Run, stop: Interrupt) -> None:
-    """Run the training loop. Evaluation, samples, logs and checkpoints change neither the weights nor any later random draw."""
+    """Run the training loop.
+
+    Evaluation, samples, logs and checkpoints change neither the weights nor any later random draw.
+    """
     clock = Clock(run)
     while True:
         stopping = run.world.any(stop.requested)  # a signal to one process stops all of them after the same step
 
-        # Evaluate on the validation text and draw a sample. A resumed run skips what its checkpoint had done at this step.
+        # Evaluate on the validation text and draw a sample. A resumed run skips what its checkpoint had done at this
+        # step.
         if run.observed_step != run.step and not stopping and is_due(run, "eval", "sample"):
             observe(run, stop)
             stopping = run.world.any(stop.requested)
             clock.restart()
 
-        # Save at the interval, at the end and on a signal, and also each new best. The last step is saved a second time if a signal
-        # had made its first save come before its evaluation.
+        # Save at the interval, at the end and on a signal, and also each new best. The last step is saved a second time
+        # if a signal had made its first save come before its evaluation.
         unsaved = run.step > run.saved.step or (
             run.step == run.end and run.observed_step == run.step != run.saved.observed_step
         )
@@ -132,12 +141,14 @@ def loop(run: Run, stop: Interrupt) -> None:
             report(run, clock, metrics)
 
 
-# Further metrics of a training step, by name: 0-dim tensors, computed from the run while the gradients are in place, before clipping.
+# Further metrics of a training step, by name: 0-dim tensors, computed from the run while the gradients are in place,
+# before clipping.
 MEASURES: dict[str, Callable[[Run], Tensor]] = {}
 
 
 def training_step(run: Run, lr: float) -> dict[str, Tensor]:
-    """Take one optimizer step; return its metrics, 0-dim: loss (nats per token), lr, grad_norm before clipping, the model's and MEASURES.
+    """Take one optimizer step; return its metrics, 0-dim: loss (nats per token), lr, grad_norm before clipping, the
+    model's and MEASURES.
 
     Raise TrainingError before the weights change if loss or grad_norm is not finite.
     """
@@ -155,8 +166,8 @@ def training_step(run: Run, lr: float) -> dict[str, Tensor]:
     check_finite(run, metrics["loss"], metrics["grad_norm"])
     clip_gradients(run.optimizer, metrics["grad_norm"], limit=run.settings.grad_clip)
 
-    # Update, once the background save has copied the weights. The scaler skips updates whose float16 gradients overflowed, and does
-    # nothing in other dtypes.
+    # Update, once the background save has copied the weights. The scaler skips updates whose float16 gradients
+    # overflowed, and does nothing in other dtypes.
     run.writer.settle()
     run.updating = True
     run.scaler.step(run.optimizer)
@@ -169,7 +180,8 @@ def training_step(run: Run, lr: float) -> dict[str, Tensor]:
 
 
 def accumulate_gradients(run: Run) -> dict[str, Tensor]:
-    """Leave the step's gradients on the parameters; return the loss and the model's metrics, each the mean over the micro-batches.
+    """Leave the step's gradients on the parameters; return the loss and the model's metrics, each the mean over the
+    micro-batches.
 
     Each process takes its own sequences of every micro-batch; gradients, loss and metrics are means over all processes.
     """
@@ -188,7 +200,10 @@ def accumulate_gradients(run: Run) -> dict[str, Tensor]:
 
 
 def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
-    """Raise TrainingError naming step and batch if loss or gradients are not finite. In float16 the scaler handles a few overflows."""
+    """Raise TrainingError naming step and batch if loss or gradients are not finite.
+
+    In float16 the scaler handles a few overflows.
+    """
     if torch.isfinite(loss + grad_norm):
         run.skipped_updates = 0
         return
@@ -201,14 +216,17 @@ def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
         if run.scaler.is_enabled()
         else f"the loss is {loss.item():.4g} and the gradient norm {grad_norm.item():.4g}"
     )
+    batch = f"batch: windows {first} to {last}, epoch {run.batches.epoch(run.step):.2f}"
     raise TrainingError(
-        f"step {run.step + 1} was not taken: {problem} (batch: windows {first} to {last}, epoch {run.batches.epoch(run.step):.2f}); "
-        f"{TRY_INSTEAD}, or look at the text there"
+        f"step {run.step + 1} was not taken: {problem} ({batch}); {TRY_INSTEAD}, or look at the text there"
     )
 
 
 def observe(run: Run, stop: Interrupt) -> None:
-    """Evaluate and draw a sample, as far as due at this step. A signal during the evaluation leaves both to the resume."""
+    """Evaluate and draw a sample, as far as due at this step.
+
+    A signal during the evaluation leaves both to the resume.
+    """
     if is_due(run, "eval") and len(run.text.split.validation):
         loss = evaluate(run, stop)
         if loss is None:
@@ -230,8 +248,8 @@ def observe(run: Run, stop: Interrupt) -> None:
 def evaluate(run: Run, stop: Interrupt) -> float | None:
     """Return the mean loss (nats per token) over a fixed set of validation windows, or None if a signal interrupts.
 
-    Each process evaluates its share of every batch. A process without a share of a small last batch evaluates a sequence that does not
-    count: with sharded weights, every forward pass needs all processes.
+    Each process evaluates its share of every batch. A process without a share of a small last batch evaluates a
+    sequence that does not count: with sharded weights, every forward pass needs all processes.
     """
     settings, world, total, count, stopping = run.settings, run.world, 0.0, 0.0, False
     run.model.eval()  # the plain module, so that the compiled one never sees another shape
@@ -305,8 +323,9 @@ class Clock:
 def warm_up(run: Run) -> float:
     """Run forward and backward twice on the next batch without an update; return the seconds of the second pass.
 
-    DistributedDataParallel rearranges its buckets after the first backward pass, which changes the order of its sums. Every run, fresh or
-    resumed, makes these two passes before its first step, so that equal steps are bit-identical. The first pass also compiles and fills caches.
+    DistributedDataParallel rearranges its buckets after the first backward pass, which changes the order of its sums.
+    Every run, fresh or resumed, makes these two passes before its first step, so that equal steps are bit-identical.
+    The first pass also compiles and fills caches.
     """
     time_pass(run)
     return time_pass(run)
@@ -325,7 +344,10 @@ def time_pass(run: Run) -> float:
 
 
 def seconds_per_step(run: Run, seconds: float) -> float:
-    """Return the seconds of the fastest pass: `seconds`, or one of two more passes if they are short. For display only."""
+    """Return the seconds of the fastest pass: `seconds`, or one of two more passes if they are short.
+
+    For display only.
+    """
     began = time.monotonic()
     for _ in range(2):
         if run.world.any(seconds + time.monotonic() - began > PROBE_SECONDS):
@@ -338,8 +360,8 @@ def seconds_per_step(run: Run, seconds: float) -> float:
 def save_if_a_process_dies(run: Run) -> Iterator[None]:
     """Save the last complete step if another process dies, on rank 0 and where it holds all weights.
 
-    A process notices the death while it waits for gradients, before the update. Muon also communicates during the update; a half-done
-    update is not a step.
+    A process notices the death while it waits for gradients, before the update. Muon also communicates during the
+    update; a half-done update is not a step.
     """
     try:
         yield

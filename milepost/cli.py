@@ -1,4 +1,4 @@
-"""The door of every script: which process this is among those of its training, and every refusal in one sentence with an exit code."""
+"""The entry of every script: the processes that torchrun started, and errors as one sentence and an exit code."""
 
 import contextlib
 import signal
@@ -22,9 +22,9 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 
 
 def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log | None = None) -> int:
-    """The exit code of `action`; what it raises is said in one sentence, with a traceback only if DEBUG is exactly 1.
+    """Run `action` and return its exit code. Log an error as one sentence, with a traceback only if DEBUG is exactly 1.
 
-    After a signal it is 130, unless the action was finished all the same.
+    The code after a signal is 130, unless the action returned 0.
     """
     log = log or Log()
     torchrun: dict[str, int] = {}
@@ -35,7 +35,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
         code = action(settings, log)
         code = INTERRUPTED if code and was_interrupted() else code
     except (KeyboardInterrupt, Exception) as error:
-        if torchrun:  # as soon as one process has failed, it sends a signal to those that are about to end
+        if torchrun:  # it signals the other processes as soon as one has failed
             for number in stopping_signals():
                 signal.signal(number, signal.SIG_IGN)
         code = stopped(error, log)
@@ -46,23 +46,26 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
 
 
 def stopped(error: BaseException, log: Log) -> int:
-    """Report why an action stopped and return the exit code. torchrun's signal adds nothing to an error that it comes after."""
+    """Log why an action stopped; return the exit code.
+
+    An error that came before torchrun's signal is reported instead of the signal.
+    """
     cause = error
     while isinstance(cause, KeyboardInterrupt) and cause.__context__ is not None:
         cause = cause.__context__
     if distributed.lost(cause):
         error = cause
-    elif was_interrupted() or not isinstance(error, Exception):  # a library may have made another exception of it
+    elif was_interrupted() or not isinstance(error, Exception):  # a library may have converted the exception
         log("interrupted")
         return INTERRUPTED
     assert isinstance(error, Exception)
     if config.debug():
         raise error
-    return told(error, log)
+    return report(error, log)
 
 
-def told(error: Exception, log: Log) -> int:
-    """Says what went wrong, unless another process does; returns the exit code."""
+def report(error: Exception, log: Log) -> int:
+    """Log the error, unless another process logs it; return the exit code."""
     code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
     if not isinstance(error, ElsewhereError):
         log.error(sentence(error), expected=code > 1 or isinstance(error, TrainingError))
@@ -70,11 +73,13 @@ def told(error: Exception, log: Log) -> int:
 
 
 def sentence(error: Exception) -> str:
-    """What to tell of an error, and what to do about it."""
+    """Return one sentence with the error and its remedy."""
     if hardware.is_out_of_memory(error):
-        return "error: out of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE, or N_LAYER and N_EMBD"
+        remedy = "lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS to match), BLOCK_SIZE, or N_LAYER and N_EMBD"
+        return f"error: out of memory: {remedy}"
     if distributed.lost(error):
-        return "error: another process of this training is gone, so this one ends too; RESUME=auto goes on from what was saved"
+        remedy = "RESUME=auto resumes the last checkpoint"
+        return f"error: another process of this training is gone, so this process ends too; {remedy}"
     known = isinstance(error, TrainingError | RunLockedError | OSError) or any(
         isinstance(error, kind) for kind, _ in EXIT_CODES
     )
@@ -87,11 +92,14 @@ def sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def processes(settings: Config, log: Log) -> Iterator[World]:
-    """This process among those that torchrun started, which end together; the first alone is heard. Without torchrun, it is alone."""
+    """Yield the group of processes that torchrun started; only rank 0 prints.
+
+    Without torchrun the group is this process.
+    """
     torchrun = config.torchrun()
     local = {name: torchrun[name] for name in ("local_rank", "local_size") if torchrun}
     device = hardware.choose_device(settings.device, **local)
-    # While it waits for the others, a handler of Python's would not be reached.
+    # While torch waits for the other processes, no Python signal handler runs: use the default ones.
     waiting = stopping_signals() if torchrun else []
     before = {number: signal.signal(number, signal.SIG_DFL) for number in waiting}
     world = distributed.join(torchrun, accelerator=device.type)
@@ -101,29 +109,33 @@ def processes(settings: Config, log: Log) -> Iterator[World]:
         check_alike(config.shared_settings(settings) | {"DEVICE": device.type}, world)
         prepare_processes(settings, log, world)
     elif settings.is_set("DISTRIBUTED"):
-        log(f"DISTRIBUTED={settings.distributed} is not used: one process alone; torchrun --nproc_per_node starts more")
+        log(f"DISTRIBUTED={settings.distributed} is not used with one process; torchrun --nproc_per_node starts more")
     yield world
     distributed.leave()
 
 
 def check_alike(values: dict[str, Any], world: World) -> None:
-    """Raises ConfigError if a value of these settings is another than the first process's, ElsewhereError if so on another machine."""
-    firsts = world.broadcast(values)
-    wrong = [name for name, value in values.items() if value != firsts.get(name)]
+    """Raise ConfigError if a setting here differs from rank 0's, ElsewhereError if one differs in another process."""
+    rank0 = world.broadcast(values)
+    wrong = [name for name, value in values.items() if value != rank0.get(name)]
     if not world.any(bool(wrong)):
         return
     if not wrong:
         raise ElsewhereError
-    told = [f"{name} is {values[name]!r:.60} here and {firsts.get(name)!r:.60} on the first machine" for name in wrong]
-    raise ConfigError([f"{each}: set it alike" for each in told])
+    raise ConfigError(
+        [
+            f"{name} is {values[name]!r:.60} here and {rank0.get(name)!r:.60} on rank 0: set the same value everywhere"
+            for name in wrong
+        ]
+    )
 
 
 def prepare_processes(settings: Config, log: Log, world: World) -> None:
-    """Silences all but the first, shares out this machine's processors, and says so."""
+    """Silence every process but rank 0, and split this machine's processor cores between its processes."""
     if not world.is_rank0:
         ignore_stdout()
     if config.omp_threads_is_one():
-        count = f"{hardware.share_threads(world.local_size)} for each of the {world.local_size} processes here"
-        log(f"OMP_NUM_THREADS is 1, as torchrun leaves it: {count}; set it for another number")
+        count = f"{hardware.share_threads(world.local_size)} threads for each of the {world.local_size} processes here"
+        log(f"OMP_NUM_THREADS is 1, torchrun's default: using {count}; set it to change the number")
     if config.max_restarts() and settings.resume == "never":
-        log("torchrun's restarts would begin anew each time; RESUME=auto and ENABLE_CHECKPOINTS=true go on instead")
+        log("torchrun's restarts would begin at step 0; set RESUME=auto and ENABLE_CHECKPOINTS=true to resume instead")

@@ -87,7 +87,9 @@ def log_plan(run: Run, *, seconds_per_step: float) -> None:
 
 
 def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
-    """Print a table to stdout: what was restored, reset, overridden or missing, the learning rates, and whether the resume is bit-exact."""
+    """Print a table to stdout: what was restored, reset, overridden or missing, the learning rates, and whether the
+    resume is bit-exact.
+    """
     child, schedule = run.run_id != record.run_id, run.schedule
     changed, exact = changed_settings(run, record), same_position(run, record)
     rates = (

@@ -33,10 +33,11 @@ PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", 
 
 
 def find_record(settings: Config, log: Log) -> Checkpoint | None:
-    """Return the latest valid checkpoint that RESUME selects, with the same model, data and tokenizer; None if the folder has none.
+    """Return the latest valid checkpoint that RESUME selects, with the same model, data and tokenizer; None if the
+    folder has none.
 
-    Log and skip damaged checkpoints. Raise ConfigError listing the differences if no checkpoint fits, or the steps of the run if it lacks
-    RESUME_STEP; CheckpointError if all are damaged.
+    Log and skip damaged checkpoints. Raise ConfigError listing the differences if no checkpoint fits, or the steps of
+    the run if it lacks RESUME_STEP; CheckpointError if all are damaged.
     """
     if settings.resume != "auto":
         return _named(settings, log)
@@ -81,8 +82,8 @@ def _readable(found: list[ckpt.Found], log: Log) -> list[ckpt.Found]:
 def _of_step(record: Checkpoint, readable: list[ckpt.Found], folder: Path, settings: Config, log: Log) -> Checkpoint:
     """Return the checkpoint of RESUME_STEP of the record's run.
 
-    Raise ConfigError listing the steps of that run, and other runs with this step, if the run lacks it; CheckpointError if every
-    checkpoint of the step is damaged.
+    Raise ConfigError listing the steps of that run, and other runs with this step, if the run lacks it; CheckpointError
+    if every checkpoint of the step is damaged.
     """
     step, run_id = settings.resume_step, record.run_id
     same_step = [found for found in readable if found.step == step]
@@ -120,7 +121,10 @@ def exact_first(newest_first: list[ckpt.Found]) -> list[ckpt.Found]:
 def newest_fitting(
     candidates: list[ckpt.Found], settings: Config, log: Log, *, verify: bool = True
 ) -> Checkpoint | None:
-    """Return the first of `candidates` that is valid and fits, or None if all are damaged. Raise ConfigError if the valid ones do not fit."""
+    """Return the first of `candidates` that is valid and fits, or None if all are damaged.
+
+    Raise ConfigError if the valid ones do not fit.
+    """
     misfits = []
     for candidate in candidates:
         try:
@@ -135,7 +139,10 @@ def newest_fitting(
 
 
 def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """Return the record. Raise ConfigError listing the differences if its model, data or tokenizer is not the requested one."""
+    """Return the record.
+
+    Raise ConfigError listing the differences if its model, data or tokenizer is not the requested one.
+    """
     differences = [
         f"{name} is {requested!r}, the checkpoint has {saved!r}"
         for name, requested, saved in config.contradictions(settings, fixed_settings(record))
@@ -144,8 +151,8 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     if "sha256" not in record.data:
         raise ConfigError(
             [
-                f"RESUME={settings.resume}: {record.path} does not record its training text, since another program wrote it; "
-                "resume it with MODE=resume of scripts/load_checkpoint.py"
+                f"RESUME={settings.resume}: {record.path} does not record its training text, since another program "
+                "wrote it; resume it with MODE=resume of scripts/load_checkpoint.py"
             ]
         )
     _, scanned = scan_source(wanted.training_data_source, log)
@@ -168,7 +175,8 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
 def saved_settings(record: Checkpoint) -> dict[str, Any]:
     """Return the settings that a checkpoint was trained with, with `auto` resolved.
 
-    A checkpoint that records neither optimizer nor schedule is another program's or an old one: those used AdamW and cosine.
+    A checkpoint that records neither optimizer nor schedule is another program's or an old one: those used AdamW and
+    cosine.
     """
     shape = {name.upper(): value for name, value in record.model_settings.items() if name != "vocab_size"}
     resolved = {"MODEL_TYPE": record.model_type, "BLOCK_SIZE": record.model_settings["block_size"]}
@@ -186,7 +194,10 @@ def saved_settings(record: Checkpoint) -> dict[str, Any]:
 
 
 def fixed_settings(record: Checkpoint) -> dict[str, Any]:
-    """Return the `saved_settings` that must not be contradicted. A base is identified by its weights, so its folder may be renamed."""
+    """Return the `saved_settings` that must not be contradicted.
+
+    A base is identified by its weights, so its folder may be renamed.
+    """
     return {
         name: value for name, value in saved_settings(record).items() if not (record.base and name == "GPT2_MODEL_NAME")
     }
@@ -196,8 +207,8 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
             end: int | None = None) -> tuple[Run, Restored]:  # fmt: skip
     """Return the record's run at its step, and how much of the optimizer was restored.
 
-    Changed settings that affect the result, another text, missing moments, or a `schedule` and `end` (MODE=resume) make it a child run:
-    it gets its own id and records its parent.
+    Changed settings that affect the result, another text, missing moments, or a `schedule` and `end` (MODE=resume) make
+    it a child run: it gets its own id and records its parent.
     """
     saved = saved_settings(record)
     changed = changes(settings, record, new_schedule=schedule is not None)
@@ -259,10 +270,11 @@ def saved_schedule(record: Checkpoint) -> Schedule:
 
 
 def changes(settings: Config, record: Checkpoint, *, new_schedule: bool) -> dict[str, Any]:
-    """Return the settings changed in the environment, or edited in the checkpoint, that affect the result: {name: [saved, now]}.
+    """Return the settings changed in the environment, or edited in the checkpoint, that affect the result: {name:
+    [saved, now]}.
 
-    With a new schedule, the variables of the schedule do not count. Repeating the original request is not a change, however it resolved:
-    COMPILE=true without a compiler, for example.
+    With a new schedule, the variables of the schedule do not count. Repeating the original request is not a change,
+    however it resolved: COMPILE=true without a compiler, for example.
     """
     changed = record.edited | config.changes(settings, saved_settings(record))
     original = record.hyperparameters
@@ -294,7 +306,10 @@ def restore_progress(run: Run, record: Checkpoint) -> None:
 
 
 def finished(run: Run, record: Checkpoint) -> bool:
-    """Return whether nothing is left to do. If a signal came before the last evaluation, a resume of the same run does it."""
+    """Return whether nothing is left to do.
+
+    If a signal came before the last evaluation, a resume of the same run does it.
+    """
     observed = run.observed_step == run.step or run.run_id != record.run_id
     return run.step > run.end or (run.step == run.end and observed)
 
@@ -315,7 +330,10 @@ def inexact_reasons(run: Run, record: Checkpoint, restored: Restored) -> list[st
 
 
 def changed_settings(run: Run, record: Checkpoint) -> dict[str, Any]:
-    """Return the settings that this resume changed: {name: [saved, now]}. A run that keeps its id changed none; its `parent` is older."""
+    """Return the settings that this resume changed: {name: [saved, now]}.
+
+    A run that keeps its id changed none; its `parent` is older.
+    """
     return (run.parent or {}).get("changed", {}) if run.run_id != record.run_id else {}
 
 

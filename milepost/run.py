@@ -66,7 +66,10 @@ class Text:
 
 @dataclass(kw_only=True)
 class Saved:
-    """What of a run is on the disk. The thread that saves in the background updates `best_step`, `path` and `failed`."""
+    """What of a run is on the disk.
+
+    The thread that saves in the background updates `best_step`, `path` and `failed`.
+    """
 
     step: int = 0  # of the last regular checkpoint
     observed_step: int | None = None  # the run's `observed_step` in that checkpoint
@@ -159,7 +162,10 @@ class Run:
 
 
 def is_due(run: Run, *names: str) -> bool:
-    """Return whether any of `names` (eval, sample, log, checkpoint) is due at this step by its interval. At the last step all are."""
+    """Return whether any of `names` (eval, sample, log, checkpoint) is due at this step by its interval.
+
+    At the last step all are.
+    """
     return any(ckpt.due(run.step, getattr(run.settings, f"{name}_interval"), last=run.end) for name in names)
 
 
@@ -199,7 +205,9 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
 
 
 def build_device(device: torch.device, world: World) -> torch.device:
-    """Return where to build a model: in main memory with several processes, because one device may not hold all weights before sharding."""
+    """Return where to build a model: in main memory with several processes, because one device may not hold all weights
+    before sharding.
+    """
     return device if world.size == 1 else torch.device("cpu")
 
 
@@ -231,7 +239,8 @@ def identity(base: Checkpoint, settings: Config) -> dict[str, Any]:
 
 
 def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """Return the record; if it holds only adapters, with the weights of its base, from the settings or else from where it was trained.
+    """Return the record; if it holds only adapters, with the weights of its base, from the settings or else from where
+    it was trained.
 
     Raise ConfigError if no base is found, CheckpointError if it is not the recorded one.
     """
@@ -300,8 +309,9 @@ def init_from(settings: Config, notes: list[str]) -> Checkpoint | None:
 def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     """Return the record, with the tokenizer that the settings name if it has none.
 
-    That is TOKENIZER=byte or gpt2, or the characters of TRAINING_DATA_SOURCE. Raise CheckpointError if neither is set, even if the alphabet
-    of the default text has the right size: an equal size does not make it the checkpoint's alphabet.
+    That is TOKENIZER=byte or gpt2, or the characters of TRAINING_DATA_SOURCE. Raise CheckpointError if neither is set,
+    even if the alphabet of the default text has the right size: an equal size does not make it the checkpoint's
+    alphabet.
     """
     if record.tokenizer is not None:
         return record
@@ -323,9 +333,11 @@ def names_complete_tokenizer(settings: Config) -> bool:
 
 
 def with_model_of(weights: Checkpoint, settings: Config) -> Config:
-    """Return the settings with the model and tokenizer of the weights. Raise ConfigError if the settings contradict them.
+    """Return the settings with the model and tokenizer of the weights. Raise ConfigError if the settings contradict
+    them.
 
-    BLOCK_SIZE may crop the context. If it is not set, INIT_FROM keeps the weights' block size and GPT2_MODEL_NAME the default, if it fits.
+    BLOCK_SIZE may crop the context. If it is not set, INIT_FROM keeps the weights' block size and GPT2_MODEL_NAME the
+    default, if it fits.
     """
     own = {name: weights.model_settings[name.lower()] for name in shape_variables(weights.model_settings)}
     own |= adapter_variables(weights.model_settings)
@@ -344,7 +356,9 @@ def with_model_of(weights: Checkpoint, settings: Config) -> Config:
 
 
 def shape_variables(model_settings: Iterable[str]) -> list[str]:
-    """Return the variables among a model's settings that decide its shape (N_LAYER), besides its vocabulary and context."""
+    """Return the variables among a model's settings that decide its shape (N_LAYER), besides its vocabulary and
+    context.
+    """
     named = {name.upper() for name in model_settings} - {"BLOCK_SIZE"}
     return [
         name
@@ -361,7 +375,10 @@ def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
 
 
 def new_model(settings: Config, *, vocab_size: int) -> Model:
-    """Return a model with random weights from torch's global generator. Raise ConfigError if its settings are invalid."""
+    """Return a model with random weights from torch's global generator.
+
+    Raise ConfigError if its settings are invalid.
+    """
     try:
         return models.build(settings.model_type, architecture(settings, vocab_size=vocab_size))
     except ValueError as error:
@@ -434,7 +451,9 @@ def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
 
 def assemble(settings: Config, log: Log, world: World, *, device: torch.device, model: Model, text: Text,
                  tokenizer: tokenization.Tokenizer, schedule: Schedule, record: Checkpoint | None = None, window: int = 0) -> Run:  # fmt: skip
-    """Return a run of these parts with a new id: at step 0, or at the step of `record` with its data continuing at `window`."""
+    """Return a run of these parts with a new id: at step 0, or at the step of `record` with its data continuing at
+    `window`.
+    """
     if config.frozen_base(settings):
         models.freeze_base(model)
     step = record.step if record else 0
@@ -495,7 +514,8 @@ def choose_engine(
 ) -> str:
     """Return how the processes share the work: none, ddp or fsdp.
 
-    `auto` keeps the checkpoint's engine if the number of processes is equal; else it is ddp if every device has memory for a whole step.
+    `auto` keeps the checkpoint's engine if the number of processes is equal; else it is ddp if every device has memory
+    for a whole step.
     """
     if world.size == 1:
         return "none"
@@ -520,7 +540,9 @@ def check_batch_size(settings: Config, world: World) -> None:
 def memory_needed(
     model: Model, settings: Config, world: World, *, engine: str, device: torch.device, dtype: str
 ) -> int:
-    """Estimate the bytes of device memory that a training step takes; on a CPU, of all processes of this machine together."""
+    """Estimate the bytes of device memory that a training step takes; on a CPU, of all processes of this machine
+    together.
+    """
     need = models.training_bytes(
         model,
         settings.batch_size // world.size,
@@ -541,7 +563,10 @@ def distribute(model: Model, engine: str, *, device: torch.device, compile_step:
 
 
 def numerics(settings: Config, log: Log, *, device: torch.device, model: Model) -> tuple[str, bool]:
-    """Return the dtype and whether to compile, by fixed rules. A resume finds the resolved values of its checkpoint in the settings."""
+    """Return the dtype and whether to compile, by fixed rules.
+
+    A resume finds the resolved values of its checkpoint in the settings.
+    """
     compile_step, remark = hardware.choose_compile(
         settings.compile, device, pays=model.compile_pays, steps=settings.training_steps
     )
@@ -588,7 +613,10 @@ def to_record(run: Run) -> Checkpoint:
 
 
 def gathered(state: Any, world: World) -> Any:
-    """Return a state with full tensors in the main memory of rank 0. All processes must call it; the others get empty tensors."""
+    """Return a state with full tensors in the main memory of rank 0.
+
+    All processes must call it; the others get empty tensors.
+    """
     if isinstance(state, dict):
         return {name: gathered(value, world) for name, value in state.items()}
     if not isinstance(state, torch.Tensor):

@@ -1,4 +1,4 @@
-"""The files of a run: its folders and locks, metrics, samples and trackers in RUNS_DIR, checkpoints in CHECKPOINT_DIR."""
+"""The files of a run: folders, locks, metrics, samples and trackers in RUNS_DIR, checkpoints in CHECKPOINT_DIR."""
 
 import contextlib
 import json
@@ -30,9 +30,10 @@ LOCK_PATIENCE = 120  # seconds after which a network file system releases the lo
 
 
 def open_run(run: Run, held: contextlib.ExitStack) -> None:
-    """Create the run's folders, lock the run for this process and open its files, which `held` closes. Raise ConfigError if it cannot.
+    """Create the run's folders, lock the run for this process and open its files; raise ConfigError if it cannot.
 
-    The run is locked in its checkpoint folder and in its metrics folder, since another process may share only one of them.
+    The run is locked in its checkpoint folder and in its metrics folder, since another process may share only one of
+    them.
     """
     if problem := missing(run.settings.tracker):
         raise ConfigError([problem])
@@ -77,7 +78,10 @@ def _blaming(variable: str, folder: Path) -> Iterator[None]:
 
 
 def check_space(run: Run) -> None:
-    """Raise ConfigError if the checkpoints that the policy keeps do not fit on the disk. If it keeps all of them, only warn."""
+    """Raise ConfigError if the checkpoints that the policy keeps do not fit on the disk.
+
+    If it keeps all of them, only warn.
+    """
     settings, folder = run.settings, Path(run.settings.checkpoint_dir)
     interval, last = settings.checkpoint_interval, settings.checkpoint_keep_last
     saves = 1 + (run.end - run.step) // interval if interval else 1
@@ -93,7 +97,7 @@ def check_space(run: Run) -> None:
 
 
 def protect_base(run: Run) -> None:
-    """Leave a note beside the base of adapters saved in another folder, so that pruning the base's folder keeps the base."""
+    """Leave a note beside the base of adapters that are saved in another folder, so that pruning keeps the base."""
     if not (run.base and run.settings.checkpoint_adapters_only):
         return
     try:
@@ -128,7 +132,10 @@ def _precedes_checkpoint(run: Run, line: dict[str, Any]) -> bool:
 
 
 def write_metrics(run: Run, split: str, values: Mapping[str, float]) -> None:
-    """Write one line to metrics.jsonl and to the tracker, on rank 0. Every line has the common names, null where the split lacks a value."""
+    """Write one line to metrics.jsonl and to the tracker, on rank 0.
+
+    Every line has the common names, null where the split lacks a value.
+    """
     if not run.world.is_rank0:
         return
     identity = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3), "split": split}
@@ -164,7 +171,8 @@ def _report_once(run: Run, name: str) -> Iterator[None]:
 
 
 def save_checkpoint(run: Run, *, regular: bool) -> None:
-    """Save this step: to CHECKPOINT_DIR if `regular`, and to best/ if it is the best so far; in the background if CHECKPOINT_ASYNC is set.
+    """Save this step: to CHECKPOINT_DIR if `regular`, and to best/ if it is the best so far; in the background if
+    CHECKPOINT_ASYNC is set.
 
     Wait for the previous save first, and raise what it raised.
     """
@@ -178,7 +186,8 @@ def save_checkpoint(run: Run, *, regular: bool) -> None:
 
 
 def _write(run: Run, record: Checkpoint, *, regular: bool) -> None:
-    """Write the record, keep it as the best if it is, and delete expired checkpoints. Disk errors are logged and do not stop training.
+    """Write the record, keep it as the best if it is, and delete expired checkpoints. Disk errors are logged and do not
+    stop training.
 
     Raise TrainingError instead of saving NaN or Inf weights. Where each process saves its own part, rank 0 leads.
     """
@@ -204,7 +213,9 @@ def _write_regular(run: Run, record: Checkpoint) -> Path | None:
 
 
 def _keep_best(run: Run, record: Checkpoint, *, saved: Path | None) -> None:
-    """Put the record's best step into best/. An earlier best step that could not be written is retried from its regular checkpoint."""
+    """Put the record's best step into best/. An earlier best step that could not be written is retried from its regular
+    checkpoint.
+    """
     folder, count = Path(run.settings.checkpoint_dir), run.settings.checkpoint_keep_best
     if not _is_pending(run, record):
         return
@@ -227,7 +238,9 @@ def _prune(run: Run, record: Checkpoint, *, saved: Path) -> None:
 
 
 def copy_best(run: Run, record: Checkpoint | None = None) -> None:
-    """Put the best step of the record, or of the run, into best/ from its regular checkpoint, if it is not there; on rank 0."""
+    """Put the best step of the record, or of the run, into best/ from its regular checkpoint, if it is not there; on
+    rank 0.
+    """
     if not (run.world.is_rank0 and run.best_is_pending):
         return
     best, count = _best_of(record or run), run.settings.checkpoint_keep_best
@@ -254,7 +267,10 @@ def _best_of(source: Run | Checkpoint) -> dict[str, Any]:
 
 
 def _is_pending(run: Run, record: Checkpoint) -> bool:
-    """Return whether the record's best step should be in best/ and is not. In the background the run may be at a later best already."""
+    """Return whether the record's best step should be in best/ and is not.
+
+    In the background the run may be at a later best already.
+    """
     return record.best_step not in (None, run.saved.best_step) and run.settings.checkpoint_keep_best > 0
 
 

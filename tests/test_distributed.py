@@ -367,7 +367,7 @@ def test_only_rank_0_logs_and_threads_are_shared(tmp_path):
         if hasattr(os, "sched_getaffinity")
         else max(1, (os.cpu_count() or 1) // 2)
     )
-    assert said_once(done, f"OMP_NUM_THREADS is 1, as torchrun leaves it: {threads} for each of the 2 processes here")
+    assert said_once(done, f"using {threads} threads for each of the 2 processes here")
     for text in ("run 2", "2 processes by ddp, each", "plan: 8 steps", "done: 8 steps", "next: "):
         assert said_once(done, text), text
     assert newest(tmp_path).runtime["threads"] == threads

@@ -20,12 +20,12 @@ from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
-# It says when it is ready and when it was asked to stop, and then goes on for ever; only an orderly end would say "cleaned up".
+# Prints when it is ready and when it was asked to stop, then runs for ever. Only an orderly exit would print "cleaned up".
 CHILD = """
 import atexit, signal
 from milepost.runtime import interrupt
 from milepost.runtime.interrupt import Interrupt
-interrupt.TOGETHER = float("TOGETHER")
+interrupt.SAME_REQUEST = float("SAME_REQUEST")
 atexit.register(print, "cleaned up", flush=True)
 signal.signal(signal.SIGWINCH, lambda *_: print("alive", flush=True))
 with Interrupt() as stop:
@@ -39,8 +39,8 @@ with Interrupt() as stop:
 
 
 def child_with(together: float) -> list[str]:
-    """CHILD, for which signals within so many seconds are one."""
-    return [sys.executable, "-c", CHILD.replace('TOGETHER")', f'{together}")')]
+    """Return the command of CHILD, for which signals within `together` seconds count as one."""
+    return [sys.executable, "-c", CHILD.replace('SAME_REQUEST")', f'{together}")')]
 
 
 @pytest.mark.parametrize("second", ALL)
@@ -58,21 +58,21 @@ def test_the_first_signal_sets_a_flag_and_a_later_one_ends_the_process_at_once(f
 
 
 @pytest.mark.parametrize("second", ALL)
-def test_signals_close_together_are_one(second):
-    """A double tap, or the terminal's and the launcher's: the child is still there to be asked whether it lives."""
+def test_signals_close_together_count_as_one(second):
+    """A double key press, or one signal each from terminal and launcher: the child still answers."""
     with subprocess.Popen(child_with(1e9), cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready False\n"
         child.send_signal(signal.SIGINT)
         assert child.stdout.readline() == "asked to stop\n"
         child.send_signal(second)
-        child.send_signal(signal.SIGWINCH)  # handled after the one before: Python goes by their numbers
+        child.send_signal(signal.SIGWINCH)  # handled last: Python handles pending signals in the order of their numbers
         assert child.stdout.readline() == "alive\n"
         child.kill()
 
 
-def test_signals_are_one_for_about_a_second():
-    assert 0.5 <= interrupt.TOGETHER <= 2
+def test_signals_count_as_one_for_about_a_second():
+    assert 0.5 <= interrupt.SAME_REQUEST <= 2
 
 
 # Both signals arrive in the third step of a training.
@@ -83,7 +83,7 @@ from milepost import config
 settings = config.from_command_line(__name__, __doc__, [])
 import training
 from milepost.runtime import interrupt
-interrupt.TOGETHER = float(os.environ["TOGETHER"])
+interrupt.SAME_REQUEST = float(os.environ["SAME_REQUEST"])
 learn = training.training_step
 def interrupted(run, lr):
     if run.step == 2:
@@ -102,9 +102,9 @@ def steps_saved(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(("together", "saved"), [(0, [2]), (1e9, [2, 3])])
-def test_a_later_signal_ends_a_training_without_its_last_save_and_a_double_tap_saves(together, saved, tmp_path):
+def test_a_later_signal_ends_training_without_its_last_save_and_a_double_press_saves(together, saved, tmp_path):
     # Not in the background, where the save of step 2 may not be done by then.
-    env = {"PATH": os.environ["PATH"], "TOGETHER": str(together)}
+    env = {"PATH": os.environ["PATH"], "SAME_REQUEST": str(together)}
     env |= environment(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_ASYNC="false")
     done = subprocess.run(
         [sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=HANGING
@@ -116,7 +116,7 @@ def test_a_later_signal_ends_a_training_without_its_last_save_and_a_double_tap_s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a library makes of a signal.
+# Libraries that convert or swallow the exception of a signal.
 
 # Python imports it at its start: a module that is about to be imported raises the signal first, and its exception meets what
 # `MADE_OF_IT` says. No library is replaced.
@@ -140,7 +140,7 @@ sys.meta_path.insert(0, Hook)
 def hooked(
     folder: Path, script: str, *, at: str, number: str, made_of_it: str, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """A script in whose process the signal comes while it imports `at`."""
+    """Return a script in which the signal arrives while it imports `at`."""
     hook = folder / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(HOOK)
@@ -168,7 +168,7 @@ def test_a_signal_that_a_library_swallows_stops_before_the_first_step(number, at
     if at == "torch.utils.tensorboard":
         pytest.importorskip("tensorboard")
     done = hooked(tmp_path, "training.py", at=at, number=number, made_of_it=made_of_it, TRACKER="tensorboard")
-    assert (tmp_path / "said").exists()  # it did come
+    assert (tmp_path / "said").exists()  # the signal was sent
     assert done.returncode == INTERRUPTED, done.stderr
     assert "interrupted" in done.stderr
     assert list(tmp_path.glob("runs/*/metrics.jsonl")) == []
@@ -182,8 +182,8 @@ def test_control_without_a_signal_the_same_training_trains(tmp_path):
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
-def test_every_script_hears_a_signal_while_it_imports(script, tmp_path):
-    """Whatever settings each would want: it ends before it looks at them again."""
+def test_every_script_stops_on_a_signal_during_imports(script, tmp_path):
+    """It ends before it reads its settings, so that they do not matter."""
     changes = {"MODE": "inference"} if script == "load_checkpoint.py" else {}
     done = hooked(tmp_path, f"scripts/{script}", at="torch", number="SIGTERM", made_of_it="nothing", **changes)
     if (tmp_path / "said").exists():
@@ -191,11 +191,11 @@ def test_every_script_hears_a_signal_while_it_imports(script, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A terminal that is closed.
+# A closed terminal.
 
 
 def in_a_terminal(folder: Path, *, ignoring: bool) -> int:
-    """Trains in a terminal of its own that is closed when the plan is on it; returns how the process ended."""
+    """Train in a terminal that is closed after the plan is shown; return the exit code."""
     env = {"PATH": os.environ["PATH"]} | environment(
         folder, TRAINING_STEPS="200", CHECKPOINT_INTERVAL="0", SAMPLE_INTERVAL="0", EVAL_INTERVAL="0"
     )
@@ -219,13 +219,13 @@ def test_a_closed_terminal_saves_and_stops(tmp_path):
     assert steps == ([int(step)] if int(step) else [])
 
 
-def test_under_nohup_it_trains_on(tmp_path):
+def test_under_nohup_training_continues(tmp_path):
     assert in_a_terminal(tmp_path, ignoring=True) == 0
     assert steps_saved(tmp_path) == [200]
 
 
 def handler(number, frame):
-    """One that is neither the system's nor Python's."""
+    """A handler that is neither the system's nor Python's."""
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def handlers_as_before():
 
 
 @pytest.mark.parametrize("before", [handler, signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler])
-def test_the_handlers_of_before_come_back(before, handlers_as_before):
+def test_the_earlier_handlers_are_restored(before, handlers_as_before):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, before)
     with Interrupt():
@@ -260,7 +260,7 @@ def fails_inside() -> None:
         raise RuntimeError("inside")
 
 
-def test_they_come_back_after_an_error_too(handlers_as_before):
+def test_the_earlier_handlers_are_restored_after_an_error(handlers_as_before):
     signal.signal(signal.SIGINT, handler)
     with pytest.raises(RuntimeError, match="inside"):
         fails_inside()
@@ -288,7 +288,7 @@ def test_before_the_loop_one_signal_is_enough(number, tmp_path, handlers_as_befo
 
 
 @pytest.mark.parametrize("number", ALL)
-def test_an_exception_that_a_library_makes_of_the_interrupt_is_one(number, handlers_as_before, capsys):
+def test_an_interrupt_that_a_library_converts_is_an_interrupt(number, handlers_as_before, capsys):
     def importing(settings, log):
         try:
             os.kill(os.getpid(), number)
@@ -302,7 +302,7 @@ def test_an_exception_that_a_library_makes_of_the_interrupt_is_one(number, handl
     assert training.guarded(failing, None) == 1  # control: of the one before nothing is remembered
 
 
-def test_a_swallowed_interrupt_is_known_where_training_begins(handlers_as_before):
+def test_a_swallowed_interrupt_is_seen_when_training_begins(handlers_as_before):
     seen = []
 
     def swallows(settings, log):

@@ -28,7 +28,7 @@ def straight(tmp_path_factory) -> Path:
 
 
 def before_step(number: int, action: Callable[[], Any], patch: pytest.MonkeyPatch) -> None:
-    """Has `action` done while the step is taken."""
+    """Run `action` while the step is taken."""
     learn = training.training_step
 
     def acting(run, lr):
@@ -44,7 +44,7 @@ def stop() -> None:
 
 
 def trained(folder: Path, at: dict[int, Callable[[], Any]], **changes: str) -> tuple[int, str]:
-    """Trains with something done in the middle of some steps."""
+    """Train with an action in the middle of some steps."""
     with pytest.MonkeyPatch.context() as patch:
         for number, action in at.items():
             before_step(number, action, patch)
@@ -60,8 +60,8 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_signal_in_the_last_step_costs_neither_its_loss_nor_the_best(layout, straight, tmp_path):
-    """The step is saved at once; the resume evaluates it, saves it again with what it learned, and then the run is finished."""
+def test_a_signal_in_the_last_step_loses_neither_its_loss_nor_the_best(layout, straight, tmp_path):
+    """The step is saved at once; the resume evaluates it, saves it again with its loss, and then the run is finished."""
     code, said = trained(tmp_path, {8: stop}, CHECKPOINT_LAYOUT=layout)
     assert code == 130, said
     assert (newest(tmp_path).step, newest(tmp_path).validation_loss) == (8, None)
@@ -80,7 +80,7 @@ def test_a_signal_in_the_last_step_costs_neither_its_loss_nor_the_best(layout, s
         assert names(tmp_path) == before
 
 
-def test_a_last_step_that_is_not_the_best_has_its_loss_too(tmp_path):
+def test_a_last_step_that_is_not_the_best_has_its_loss(tmp_path):
     changes = {"LEARNING_RATE": "10", "WARMUP_STEPS": "0", "LR_SCHEDULE": "constant", "EVAL_INTERVAL": "1"}
     code, said = trained(tmp_path, {8: stop}, **changes)
     assert code == 130, said
@@ -92,12 +92,12 @@ def test_a_last_step_that_is_not_the_best_has_its_loss_too(tmp_path):
     assert "is finished" in train(tmp_path, RESUME="auto", **changes)[1]
 
 
-def test_a_run_that_was_not_interrupted_saves_its_last_step_once(straight):
+def test_an_uninterrupted_run_saves_its_last_step_once(straight):
     assert [one.step for one in scan(straight / "checkpoints", bests=False)] == [4, 8]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_finished_run_whose_best_is_not_kept_keeps_it_at_the_next_resume(layout, tmp_path):
+def test_a_resume_of_a_finished_run_restores_a_missing_best(layout, tmp_path):
     assert train(tmp_path, CHECKPOINT_LAYOUT=layout)[0] == 0
     best = next(one.path for one in scan(tmp_path / "checkpoints") if one.path.parent.name == "best")
     shutil.rmtree(best.parent)
@@ -126,7 +126,7 @@ training.guarded(training.main, settings)
 """
 
 
-def test_killed_between_the_last_save_and_its_second_name(tmp_path):
+def test_killed_between_the_last_save_and_its_copy_in_best(tmp_path):
     env = {"PATH": os.environ["PATH"]} | environment(tmp_path)
     done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, env=env, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -138,8 +138,8 @@ def test_killed_between_the_last_save_and_its_second_name(tmp_path):
 
 @pytest.mark.parametrize("background", ["true", "false"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_best_that_the_disk_refused_is_tried_again_at_the_next_save(layout, background, tmp_path):
-    """Where best/ should be is a file until step 6; step 4 is kept at a later save, and pruning has left it until then."""
+def test_a_best_that_could_not_be_written_is_retried_at_the_next_save(layout, background, tmp_path):
+    """A file blocks best/ until step 6. Step 4 is copied there at a later save, and pruning keeps it until then."""
     places: list[Path] = []
 
     def block() -> None:
@@ -167,7 +167,7 @@ def test_a_best_that_the_disk_refused_is_tried_again_at_the_next_save(layout, ba
     assert [one.step for one in scan(tmp_path / "checkpoints", bests=False)] == [7]
 
 
-def test_a_best_that_the_disk_refused_for_good_is_kept_by_a_later_resume(tmp_path):
+def test_a_best_that_could_never_be_written_is_restored_by_a_later_resume(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "best").write_text("in the way")
     code, said = train(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_KEEP_LAST="1")
@@ -178,7 +178,7 @@ def test_a_best_that_the_disk_refused_for_good_is_kept_by_a_later_resume(tmp_pat
     assert bests(tmp_path) == [8]
 
 
-def test_a_best_step_before_the_last_is_not_pruned_before_it_is_kept(tmp_path):
+def test_a_best_step_is_not_pruned_before_it_is_in_best(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "best").write_text("in the way")
     policy = {"CHECKPOINT_INTERVAL": "1", "CHECKPOINT_KEEP_LAST": "1", "EVAL_INTERVAL": "4"}

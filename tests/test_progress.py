@@ -23,7 +23,7 @@ from milepost.runtime.progress import Log, Metrics, Progress, amount, duration, 
 
 
 def on_a_terminal(action: Callable[[TextIO], None]) -> str:
-    """What a real terminal of 100 columns was sent while `action` wrote to it."""
+    """Return what `action` sent to a real terminal of 100 columns."""
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     received = bytearray()
@@ -45,7 +45,7 @@ def on_a_terminal(action: Callable[[TextIO], None]) -> str:
 
 
 def counts(text: str) -> list[tuple[int, int]]:
-    """The steps and totals that a bar showed, in order."""
+    """Return the steps and totals that a bar showed, in order."""
     return [(int(step), int(total)) for step, total in re.findall(r"(\d+)/(\d+) \[", text)]
 
 
@@ -64,7 +64,7 @@ def test_training_log_holds_what_stderr_showed_in_order(tmp_path, capsys):
     assert (tmp_path / "runs" / "one" / "training.log").read_text(encoding="utf-8") == expected
 
 
-def test_a_line_is_in_training_log_as_soon_as_it_is_said(tmp_path, capsys):
+def test_a_line_is_in_training_log_at_once(tmp_path, capsys):
     log = Log()
     log.open(tmp_path / "training.log")
     log("now")
@@ -72,7 +72,7 @@ def test_a_line_is_in_training_log_as_soon_as_it_is_said(tmp_path, capsys):
     log.close()
 
 
-def test_a_resumed_run_goes_on_in_its_training_log(tmp_path, capsys):
+def test_a_resumed_run_appends_to_its_training_log(tmp_path, capsys):
     for line in ("first", "second"):
         log = Log()
         log.open(tmp_path / "training.log")
@@ -81,7 +81,7 @@ def test_a_resumed_run_goes_on_in_its_training_log(tmp_path, capsys):
     assert (tmp_path / "training.log").read_text() == "first\nsecond\n"
 
 
-def test_a_reader_of_stderr_that_is_gone_does_not_stop_the_run(tmp_path):
+def test_a_closed_stderr_does_not_stop_the_run(tmp_path):
     """As with `python3 training.py 2>&1 | head`: the lines still reach training.log."""
     reader, writer = os.pipe()
     with open(writer, "w", encoding="utf-8") as stream:
@@ -95,7 +95,7 @@ def test_a_reader_of_stderr_that_is_gone_does_not_stop_the_run(tmp_path):
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # what the stream still holds goes nowhere when it is closed
 
 
-def test_training_log_of_a_whole_run_is_its_stderr(tmp_path):
+def test_training_log_equals_stderr(tmp_path):
     code, said = drive.train(tmp_path)
     assert code == 0
     (path,) = tmp_path.glob("runs/*/training.log")
@@ -129,7 +129,7 @@ def test_the_bar_starts_at_the_resumed_step_and_its_total_never_grows():
 
 
 def test_a_resumed_run_on_a_terminal(tmp_path, capsys):
-    """The whole of a run: a bar from 4 of 8 steps, and a training.log that holds the lines without the bar."""
+    """A bar from step 4 of 8, and a training.log with the lines but without the bar."""
     drive.train(tmp_path)
     for path in [drive.at_step(tmp_path, 8), *(tmp_path / "checkpoints" / "best").iterdir()]:
         path.unlink()
@@ -163,12 +163,12 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, monkeypatch):
     assert said.splitlines() == [f"step {step}/50: loss 1.25, tok_s 12k, 3 min left" for step in (41, 42, 43)]
 
 
-def test_plain_lines_come_only_once_in_a_while(tmp_path):
+def test_plain_lines_are_rate_limited(tmp_path):
     assert plain_lines(tmp_path, loss="1.25") == ""
     assert progress.QUIET_SECONDS >= 5
 
 
-def test_figures_stay_until_they_are_shown_anew(tmp_path, monkeypatch):
+def test_values_stay_until_they_are_updated(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
     with open(tmp_path / "stderr", "w+", encoding="utf-8") as stream:
         bar = Progress(Log(stream), start=0, total=9, plain=False)
@@ -178,7 +178,7 @@ def test_figures_stay_until_they_are_shown_anew(tmp_path, monkeypatch):
         assert stream.read() == "step 1/9: validation 2.0\nstep 2/9: validation 2.0, loss 1.9\n"
 
 
-def test_a_bar_that_is_not_wanted_does_not_show_on_a_terminal_either():
+def test_a_disabled_bar_does_not_show_on_a_terminal():
     def show(stream: TextIO) -> None:
         bar = Progress(Log(stream), start=0, total=3, plain=True)
         bar.advance(1)
@@ -192,7 +192,7 @@ def test_a_bar_that_is_not_wanted_does_not_show_on_a_terminal_either():
 
 
 def strict(line: str) -> dict:
-    """The line's object; json.loads would otherwise take NaN and Infinity, which are no JSON."""
+    """Return the line's object; refuse NaN and Infinity, which json.loads accepts."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
@@ -207,7 +207,7 @@ def metrics_of(path: Path, *lines: dict) -> Metrics:
     return metrics
 
 
-def test_a_metrics_line_is_there_as_soon_as_it_is_written(tmp_path):
+def test_a_metrics_line_is_in_the_file_at_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = metrics_of(path, {"step": 1, "loss": 2.5, "split": "train", "lr": None})
     assert path.read_text() == '{"step": 1, "loss": 2.5, "split": "train", "lr": null}\n'
@@ -227,14 +227,14 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, 
 
 @settings(deadline=None)
 @given(st.lists(st.dictionaries(st.text(), VALUES), max_size=5))
-def test_metrics_come_back_as_they_were_written(tmp_path_factory, lines):
+def test_metrics_round_trip(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
     metrics_of(path, {"step": 0}, *lines).close()
     assert [strict(line) for line in path.read_text().split("\n")[1:-1]] == lines
     assert read_metrics(path) == [{"step": 0}, *lines]
 
 
-def test_rewinding_leaves_no_doubled_steps(tmp_path):
+def test_rewinding_leaves_no_duplicate_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics_of(path, *({"step": step, "loss": step / 2} for step in range(1, 7))).close()
     metrics = Metrics(path)
@@ -248,12 +248,12 @@ def test_rewinding_leaves_no_doubled_steps(tmp_path):
 
 
 def history_of(path: Path) -> list[tuple[int, float]]:
-    """Step and time of each line: which writing of a step it is."""
+    """Return step and time of each line, which identify each time a step was taken."""
     return [(line["step"], line["time"]) for line in read_metrics(path)]
 
 
 def logged_from(path: Path, steps: range, *, since: float) -> None:
-    """Lines of a run at these steps, a second each; the figures of a step are the same whenever it is taken."""
+    """Return the lines of a run at these steps, a second apart; the values of a step are equal each time it is taken."""
     metrics_of(path, *({"step": n, "split": "train", "loss": 1 / n, "time": since + n} for n in steps)).close()
 
 
@@ -261,7 +261,7 @@ def back_to(path: Path, step: int, *, saved: float = math.inf) -> None:
     Metrics(path).rewind(lambda line: line["step"] <= step, until=saved)
 
 
-def test_lines_set_aside_come_back_with_their_checkpoint(tmp_path):
+def test_lines_set_aside_return_with_their_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     logged_from(path, range(1, 31), since=100)
     back_to(path, 10, saved=110)
@@ -272,7 +272,7 @@ def test_lines_set_aside_come_back_with_their_checkpoint(tmp_path):
 
 
 def test_a_branch_that_saved_keeps_its_own_lines(tmp_path):
-    """Back to 10, on to 20, saved there; the next resume is of 20, and the one after it of the old 30."""
+    """Back to step 10, then to 20, saved there; the next resume is from 20, and the one after it from the old 30."""
     path = tmp_path / "metrics.jsonl"
     logged_from(path, range(1, 31), since=100)
     back_to(path, 10, saved=110)
@@ -287,8 +287,8 @@ def test_a_branch_that_saved_keeps_its_own_lines(tmp_path):
         assert [step for step, _ in history_of(path)] == list(range(1, 21))  # of two writings, both were there by then
 
 
-def test_lines_of_a_history_with_other_figures_are_never_mixed_in(tmp_path):
-    """A branch that logs more seldom has no line at the steps between."""
+def test_lines_of_another_branch_are_never_mixed_in(tmp_path):
+    """A branch that logs less often has no line at the steps in between."""
     path = tmp_path / "metrics.jsonl"
     logged_from(path, range(1, 31), since=100)
     back_to(path, 10, saved=110)
@@ -298,7 +298,7 @@ def test_lines_of_a_history_with_other_figures_are_never_mixed_in(tmp_path):
 
 
 @pytest.mark.parametrize("saved", [0.0, 50.0, 115.0, 1e9, math.inf])
-def test_a_clock_that_was_set_loses_no_line(saved, tmp_path):
+def test_a_clock_that_was_set_back_loses_no_line(saved, tmp_path):
     path = tmp_path / "metrics.jsonl"
     logged_from(path, range(1, 11), since=500)
     logged_from(path, range(11, 31), since=100)
@@ -306,7 +306,7 @@ def test_a_clock_that_was_set_loses_no_line(saved, tmp_path):
     assert [step for step, _ in history_of(path)] == list(range(1, 31))
 
 
-def test_nothing_is_gone_if_the_disk_refuses_a_rewind(tmp_path, monkeypatch):
+def test_a_failed_rewind_loses_no_line(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     logged_from(path, range(1, 31), since=100)
     replace = os.replace
@@ -328,7 +328,7 @@ def test_nothing_is_gone_if_the_disk_refuses_a_rewind(tmp_path, monkeypatch):
     assert history_of(path) == [(n, 100 + n) for n in range(1, 31)]
 
 
-def test_after_a_torn_line_the_next_is_whole(tmp_path):
+def test_the_line_after_a_torn_line_is_complete(tmp_path):
     """Torn by a kill, and by a disk that was full for a while."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
@@ -347,14 +347,14 @@ def test_after_a_torn_line_the_next_is_whole(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [1, 3, 4, 5, 7]
 
 
-def test_a_whole_line_after_a_torn_one_is_read(tmp_path):
-    """As an earlier version left them; what is within a line is no line."""
+def test_a_complete_line_appended_to_a_torn_line_is_read(tmp_path):
+    """As an earlier version left them. An object nested in a line is not a line."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "lo{"step": 2, "loss": 2.5}\n{"step": 3, "more": {"a": 1}\n{"step": 4}\n')
     assert read_metrics(path) == [{"step": 2, "loss": 2.5}, {"step": 4}]
 
 
-def test_a_line_torn_at_any_byte_is_dropped_and_the_next_one_is_whole(tmp_path):
+def test_a_line_torn_at_any_byte_is_dropped_and_the_next_line_is_complete(tmp_path):
     lines = [{"step": 1, "loss": 2.5}, {"step": 2, "text": "é\n}"}, {"step": 3, "loss": None}]
     whole = tmp_path / "whole.jsonl"
     metrics_of(whole, *lines).close()
@@ -372,7 +372,7 @@ def test_a_line_torn_at_any_byte_is_dropped_and_the_next_one_is_whole(tmp_path):
         assert [strict(line) for line in path.read_text().splitlines()] == [*survived, {"step": 9}]
 
 
-def test_lines_that_are_no_objects_are_left_out(tmp_path):
+def test_lines_that_are_not_objects_are_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\xfe\x00\n[1, 2]\n7\n\n{"step": 2}\n{"step": 3')
     assert read_metrics(path) == [{"step": 1}, {"step": 2}]
@@ -385,12 +385,12 @@ def test_a_hand_written_nan_does_not_stop_a_resume(tmp_path):
     assert list(map(strict, path.read_text().splitlines())) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.5}]
 
 
-def test_rewinding_nothing_makes_nothing(tmp_path):
+def test_rewinding_without_metrics_creates_no_file(tmp_path):
     Metrics(tmp_path / "metrics.jsonl").rewind(lambda line: True)
     assert list(tmp_path.iterdir()) == []
 
 
-# Words for people
+# Formatting
 
 DURATIONS = [
     (0, "0 s"), (0.4, "0 s"), (45, "45 s"), (89, "89 s"), (90, "2 min"), (100, "2 min"), (3600, "60 min"), (5340, "89 min"),
@@ -415,12 +415,12 @@ def test_amount(count, expected):
     assert amount(count, "B") == expected + "B"
 
 
-def test_table_has_columns_as_wide_as_their_widest_cell():
+def test_table_aligns_its_columns():
     rows = [("part", "what", "more"), ("weights", "restored", "28 tensors"), ("x", "", "")]
     assert table(rows) == "part     what      more\nweights  restored  28 tensors\nx"
 
 
-def test_a_path_is_shown_as_it_can_be_typed_here(tmp_path, monkeypatch):
+def test_a_path_is_shown_relative_to_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shown(tmp_path / "runs" / "one") == os.path.join("runs", "one")
     assert shown(tmp_path.parent / "elsewhere") == str(tmp_path.parent / "elsewhere")

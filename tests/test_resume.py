@@ -31,7 +31,7 @@ def straight(tmp_path_factory):
 
 @pytest.fixture
 def stopped(straight, tmp_path):
-    """The same run as a crash after step 4 would have left it."""
+    """The same run as a crash after step 4 leaves it."""
     shutil.copytree(straight, tmp_path / "run")
     at_step(tmp_path / "run", 8).unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "best")
@@ -39,21 +39,21 @@ def stopped(straight, tmp_path):
 
 
 def damage(path: Path) -> None:
-    """Flips one bit in the middle of the file: in a tensor, where torch itself would see nothing."""
+    """Flip one bit in the middle of the file: in a tensor, where torch does not notice it."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def test_an_empty_folder_starts_fresh_and_says_so(tmp_path):
+def test_an_empty_folder_starts_fresh_and_logs_it(tmp_path):
     code, said = train(tmp_path, RESUME="auto")
     assert code == 0
     assert "so this run starts fresh" in said
     assert newest(tmp_path).step == 8
 
 
-def test_settings_not_given_come_from_the_checkpoint(stopped, straight, capsys):
-    """Only the folder is named; model, sizes, intervals and text come from inside."""
+def test_settings_that_are_not_set_come_from_the_checkpoint(stopped, straight, capsys):
+    """Only the folder is set; model, sizes, intervals and text come from the checkpoint."""
     bare = dict.fromkeys(
         ["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "BATCH_SIZE", "DROPOUT", "TRAINING_STEPS", "WARMUP_STEPS", "EVAL_INTERVAL", "EVAL_STEPS",
          "SAMPLE_INTERVAL", "LOG_INTERVAL", "ENABLE_CHECKPOINTS", "CHECKPOINT_INTERVAL"]
@@ -76,7 +76,7 @@ def test_the_table_names_every_part_and_the_next_rates(stopped, capsys):
     assert "yes" in rows["bit-exact"]
 
 
-def test_a_finished_run_says_so(straight, tmp_path):
+def test_a_finished_run_is_reported(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     before = sorted((tmp_path / "run" / "checkpoints").rglob("*.pt"))
     code, said = train(tmp_path / "run", RESUME="auto")
@@ -85,7 +85,7 @@ def test_a_finished_run_says_so(straight, tmp_path):
     assert sorted((tmp_path / "run" / "checkpoints").rglob("*.pt")) == before
 
 
-def test_a_damaged_newest_one_is_skipped_loudly_and_kept(straight, tmp_path):
+def test_a_damaged_latest_checkpoint_is_skipped_logged_and_not_deleted(straight, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
     shutil.rmtree(folder / "checkpoints" / "best")
@@ -99,7 +99,7 @@ def test_a_damaged_newest_one_is_skipped_loudly_and_kept(straight, tmp_path):
     assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
 
 
-def test_fewer_steps_than_are_done_is_refused(stopped):
+def test_fewer_steps_than_the_checkpoint_has_are_an_error(stopped):
     code, said = train(stopped, RESUME="auto", TRAINING_STEPS="3", WARMUP_STEPS="0")
     assert code == 2
     assert "TRAINING_STEPS=3: " in said
@@ -107,7 +107,7 @@ def test_fewer_steps_than_are_done_is_refused(stopped):
 
 
 def test_the_printed_commands_can_be_pasted(tmp_path, monkeypatch):
-    """Quoted for a shell, and naming the script from wherever one stands."""
+    """Quoted for a shell, with a path to the script that works in the current folder."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
@@ -120,8 +120,8 @@ def test_the_printed_commands_can_be_pasted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 4, 64, 0.5, -22, -1])
-def test_a_truncated_newest_one_is_skipped_loudly(keep, straight, tmp_path):
-    """Cut where a disk might have cut it: nothing, the first bytes, the middle, the archive's directory, the last byte."""
+def test_a_truncated_latest_checkpoint_is_skipped_and_logged(keep, straight, tmp_path):
+    """Cut to nothing, after the first bytes, in the middle, in the archive's directory, before the last byte."""
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
     shutil.rmtree(folder / "checkpoints" / "best")
@@ -134,8 +134,8 @@ def test_a_truncated_newest_one_is_skipped_loudly(keep, straight, tmp_path):
     assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
 
 
-def test_going_on_from_an_earlier_step_keeps_the_better_checkpoint(straight, tmp_path, monkeypatch):
-    """The run had reached its best at step 8; stopped again at 6, it must not have thrown that away."""
+def test_resuming_from_an_earlier_step_keeps_the_better_checkpoint(straight, tmp_path, monkeypatch):
+    """The run had reached its best at step 8; a resume that stops at 6 must not delete it."""
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
     (best,) = (folder / "checkpoints" / "best").glob("[!.]*")
@@ -152,8 +152,8 @@ def test_going_on_from_an_earlier_step_keeps_the_better_checkpoint(straight, tmp
     assert best.exists()
 
 
-def test_a_best_step_that_a_kill_left_unkept_is_kept_first(stopped):
-    """Killed between the save of step 4, the best so far, and its second name under best/."""
+def test_a_best_step_missing_from_best_after_a_kill_is_restored_first(stopped):
+    """Killed between the save of step 4, the best so far, and its copy in best/."""
     record = newest(stopped)
     assert record.best_step == 4
     assert not (stopped / "checkpoints" / "best").exists()
@@ -177,8 +177,8 @@ def test_resume_from_a_folder_that_is_a_checkpoint_does_not_start_fresh(straight
 
 
 @pytest.mark.parametrize("changes", [{"ENABLE_CHECKPOINTS": "false"}, {"CHECKPOINT_DIR": "elsewhere"}], ids=str)
-def test_a_living_run_is_locked_where_its_metrics_are_too(changes, stopped, tmp_path):
-    """Another process must not rewind the metrics under a living run, wherever it saves."""
+def test_a_running_run_is_also_locked_in_its_metrics_folder(changes, stopped, tmp_path):
+    """Another process must not rewind the metrics of a running run, wherever it saves."""
     run_id = newest(stopped).run_id
     lock = RunLock(stopped / "runs" / run_id, run_id)
     lock.acquire()
@@ -193,7 +193,7 @@ def test_a_living_run_is_locked_where_its_metrics_are_too(changes, stopped, tmp_
     assert train(stopped, RESUME=str(at_step(stopped, 4)), **changes)[0] == 0
 
 
-def test_if_all_are_damaged_it_stops(stopped):
+def test_only_damaged_checkpoints_are_an_error(stopped):
     damage(at_step(stopped, 4))
     code, said = train(stopped, RESUME="auto")
     assert code == 3
@@ -212,15 +212,15 @@ def test_if_all_are_damaged_it_stops(stopped):
     ],
     ids=str,
 )
-def test_a_folder_whose_checkpoints_do_not_fit_is_refused(changes, difference, stopped):
-    """Starting fresh there would bury the run that somebody wanted to go on with."""
+def test_checkpoints_that_do_not_fit_are_an_error(changes, difference, stopped):
+    """Starting fresh would hide the run that the user wanted to resume."""
     code, said = train(stopped, RESUME="auto", **changes)
     assert code == 2
     assert difference in said
     assert newest(stopped).step == 4
 
 
-def test_another_text_is_refused(stopped):
+def test_another_text_is_an_error(stopped):
     small_text(stopped, characters=5000)
     code, said = train(stopped, RESUME="auto")
     assert code == 2
@@ -230,7 +230,7 @@ def test_another_text_is_refused(stopped):
 @pytest.mark.parametrize(
     "changes", [{"LEARNING_RATE": "5e-4"}, {"BATCH_SIZE": "2"}, {"DROPOUT": "0"}, {"TRAINING_STEPS": "10"}], ids=str
 )
-def test_a_setting_that_changes_the_mathematics_starts_a_child_run(changes, stopped, capsys):
+def test_a_changed_setting_that_affects_the_result_starts_a_child_run(changes, stopped, capsys):
     parent = newest(stopped)
     assert train(stopped, RESUME="auto", **changes)[0] == 0
     record = newest(stopped)
@@ -249,7 +249,7 @@ def test_a_setting_that_changes_the_mathematics_starts_a_child_run(changes, stop
     assert f"{name} was" in next(line for line in table.splitlines() if line.startswith("bit-exact"))
 
 
-def test_a_smaller_batch_goes_on_where_the_windows_end(stopped):
+def test_a_smaller_batch_continues_where_the_windows_end(stopped):
     parent = newest(stopped)
     train(stopped, RESUME="auto", BATCH_SIZE="2")
     assert parent.windows_seen == 16
@@ -272,8 +272,8 @@ def test_resume_from_a_path_and_from_a_step(straight, tmp_path):
     assert "RESUME_STEP=5" in said
 
 
-def test_a_second_process_on_a_living_run_is_refused(stopped):
-    """Another process holds the run's lock: it is named by pid and host, and nothing is written."""
+def test_a_second_process_on_a_running_run_is_an_error(stopped):
+    """Another process holds the run's lock: the error names its pid and host, and nothing is written."""
     run_id = newest(stopped).run_id
     holder = f"""
 import sys, time
@@ -299,7 +299,7 @@ sys.stdin.read()
     assert code == 0, said
 
 
-def test_runs_in_one_folder_do_not_harm_each_other(tmp_path):
+def test_runs_in_one_folder_do_not_affect_each_other(tmp_path):
     train(tmp_path)
     first = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.pt")}
     train(tmp_path, SEED="2")
@@ -311,7 +311,7 @@ def test_runs_in_one_folder_do_not_harm_each_other(tmp_path):
     assert len(list((tmp_path / "checkpoints" / "best").glob("[!.]*"))) == 2
 
 
-def test_init_from_takes_weights_and_tokenizer_alone(straight, tmp_path):
+def test_init_from_takes_only_weights_and_tokenizer(straight, tmp_path):
     parent = newest(straight)
     small_text(tmp_path, characters=5000)
     code, said = train(
@@ -336,8 +336,8 @@ def test_init_from_takes_weights_and_tokenizer_alone(straight, tmp_path):
     assert [set(moments) for moments in states if "step" not in moments] == [{"momentum_buffer"}] * 8  # Muon's matrices
 
 
-def test_init_from_alone_names_the_model_and_its_defaults(straight, tmp_path):
-    """Without MODEL_TYPE the weights say what they are, and the defaults are that model's."""
+def test_init_from_determines_the_model_and_its_defaults(straight, tmp_path):
+    """Without MODEL_TYPE the model type comes from the weights, and the defaults are that model's."""
     bare = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "WARMUP_STEPS", "LEARNING_RATE"])
     code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", **bare)
     assert code == 0, said
@@ -349,14 +349,14 @@ def test_init_from_alone_names_the_model_and_its_defaults(straight, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"N_LAYER": "3"}, {"TOKENIZER": "byte"}, {"MODEL_TYPE": "bigram"}], ids=str)
-def test_init_from_refuses_another_shape(changes, straight, tmp_path):
+def test_init_from_with_another_shape_is_an_error(changes, straight, tmp_path):
     code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), **changes)
     assert code == 2
     assert f"unset {next(iter(changes))}" in said
 
 
-def test_of_a_run_what_goes_on_exactly_comes_before_what_is_newer(stopped):
-    """Who deletes the optimizer's half of the newest has not given up going on exactly from the one before."""
+def test_within_a_run_bit_exact_resumes_come_before_newer_checkpoints(stopped):
+    """Deleting the optimizer file of the latest checkpoint leaves the previous one to resume bit-exactly."""
     code, said = train(stopped, RESUME="auto", CHECKPOINT_LAYOUT="separated", CHECKPOINT_INTERVAL="1")
     assert code == 0, said
     run_id = newest(stopped).run_id
@@ -375,12 +375,12 @@ def test_of_a_run_what_goes_on_exactly_comes_before_what_is_newer(stopped):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# RESUME_STEP is a step of one run.
+# RESUME_STEP selects a step of one run.
 
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
-    """Run A has steps 4 and 8; run B, newer, has 2, 4 and 6, and a best/ of its own. Their weights differ."""
+    """Run A has steps 4 and 8; the newer run B has 2, 4 and 6, and its own best/. Their weights differ."""
     folder = tmp_path_factory.mktemp("two")
     assert train(folder)[0] == 0
     assert train(folder, SEED="2", TRAINING_STEPS="6", CHECKPOINT_INTERVAL="2")[0] == 0
@@ -388,7 +388,7 @@ def two_runs(tmp_path_factory):
 
 
 def of_two(folder: Path, run: str, step: int) -> Path:
-    """The checkpoint of `A`, the run of seed 1337, or of `B`."""
+    """Return the checkpoint of a step of run `A` (seed 1337) or `B`."""
     seed = {"A": 1337, "B": 2}[run]
     found = [one for one in ckpt.find(folder / "checkpoints") if one.metadata["hyperparameters"]["SEED"] == seed]
     (path,) = (one.path for one in found if one.step == step)
@@ -396,7 +396,7 @@ def of_two(folder: Path, run: str, step: int) -> Path:
 
 
 def start_of(folder: Path, settings: dict[str, str]) -> ckpt.Checkpoint:
-    """What `find_record` takes for these settings."""
+    """Return the record that `find_record` selects for these settings."""
     record = resume.find_record(config.read(environment(folder, **dict.fromkeys(TINY) | settings)), Log(io.StringIO()))
     assert record is not None
     return record
@@ -405,8 +405,8 @@ def start_of(folder: Path, settings: dict[str, str]) -> ckpt.Checkpoint:
 @pytest.mark.parametrize("run", ["A", "B"])
 @pytest.mark.parametrize("form", ["file", "other folder", "run folder", "best", "stem glob"])
 @pytest.mark.parametrize("layout", ["unified", "stepfiles"])
-def test_a_step_is_one_of_the_named_checkpoints_run(layout, form, run, two_runs, tmp_path):
-    """By whatever name the checkpoint is meant, RESUME_STEP=4 is step 4 of its run, in every folder."""
+def test_a_step_belongs_to_the_run_of_the_named_checkpoint(layout, form, run, two_runs, tmp_path):
+    """However the checkpoint is named, RESUME_STEP=4 is step 4 of its run, in every folder."""
     shutil.copytree(two_runs, tmp_path / "two")
     folder, last = tmp_path / "two", {"A": 8, "B": 6}[run]
     if layout != "unified":
@@ -439,13 +439,13 @@ def test_a_step_is_one_of_the_named_checkpoints_run(layout, form, run, two_runs,
 
 
 @pytest.mark.parametrize("name", ["auto", "latest", "checkpoints"])
-def test_without_a_name_the_step_is_the_newest_runs(name, two_runs):
+def test_without_a_name_the_step_belongs_to_the_newest_run(name, two_runs):
     name = name if name in ("auto", "latest") else str(two_runs / name)
     assert start_of(two_runs, {"RESUME": name, "RESUME_STEP": "4"}).path == of_two(two_runs, "B", 4)
 
 
-def test_auto_takes_a_step_of_the_newest_run_that_fits(two_runs):
-    """Control: what fits decides, as without RESUME_STEP."""
+def test_auto_selects_a_step_of_the_newest_run_that_fits(two_runs):
+    """Control: the settings select the run, as without RESUME_STEP."""
     settings = {"RESUME": "auto", "SEED": "2"}
     assert start_of(two_runs, settings | {"RESUME_STEP": "2"}).path == of_two(two_runs, "B", 2)
     assert start_of(two_runs, {"RESUME": str(of_two(two_runs, "A", 8)), "RESUME_STEP": "8"}).step == 8
@@ -454,8 +454,8 @@ def test_auto_takes_a_step_of_the_newest_run_that_fits(two_runs):
 @pytest.mark.parametrize(
     ("name", "step", "has", "other"), [("A", 2, "4, 8", "B"), ("auto", 8, "2, 4, 6", "A"), ("B", 5, "2, 4, 6", None)]
 )
-def test_a_step_that_the_run_lacks_is_refused_with_those_it_has(name, step, has, other, two_runs):
-    """Step 2 is there, but of the other run."""
+def test_a_step_that_the_run_lacks_is_an_error_with_its_steps(name, step, has, other, two_runs):
+    """Step 2 exists, but in the other run."""
     wish = str(of_two(two_runs, name, {"A": 8, "B": 6}[name])) if name != "auto" else name
     before = {path: path.read_bytes() for path in (two_runs / "checkpoints").rglob("*.pt")}
     done = command("training.py", two_runs, RESUME=wish, RESUME_STEP=str(step))
@@ -471,7 +471,7 @@ def test_a_step_that_the_run_lacks_is_refused_with_those_it_has(name, step, has,
 
 
 def test_a_checkpoint_without_a_run_has_only_its_own_step(two_runs, tmp_path):
-    """Another program's file beside our runs: their step 4 is not its."""
+    """Another program's file beside our runs: step 4 of our runs is not its step 4."""
     shutil.copytree(two_runs, tmp_path / "two")
     record = ckpt.load(of_two(tmp_path / "two", "A", 8))
     record.run_id, record.step = None, 1
@@ -492,7 +492,7 @@ def test_a_damaged_step_of_the_run_is_not_replaced_by_another_runs(two_runs, tmp
         start_of(tmp_path / "two", wish)
 
 
-def test_of_a_damaged_latest_the_same_runs_previous_one_is_taken(two_runs, tmp_path):
+def test_a_damaged_latest_falls_back_to_the_same_runs_previous_checkpoint(two_runs, tmp_path):
     """MODE=resume of CHECKPOINT_PATH=latest, where another run saved in between."""
     shutil.copytree(two_runs, tmp_path / "two")
     folder, checkpoints = tmp_path / "two", tmp_path / "two" / "checkpoints"
@@ -509,20 +509,20 @@ def test_of_a_damaged_latest_the_same_runs_previous_one_is_taken(two_runs, tmp_p
 
 
 def of_a_run(checkpoints: Path, run_id: str, *, besides: Path) -> Path:
-    """The newest of the run's checkpoints but for one."""
+    """Return the second newest checkpoint of the run."""
     return [one.path for one in ckpt.find(checkpoints) if one.run_id == run_id and one.path != besides][-1]
 
 
 def killed_at(step: int, folder: Path, **changes: str) -> None:
-    """A training in a process of its own that SIGKILL ends right after a step."""
+    """Train in a separate process that SIGKILL ends right after a step."""
     env = {"PATH": os.environ["PATH"]} | environment(folder, **changes)
     done = subprocess.run([sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False)  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.parametrize("end", [6, 8])
-def test_metrics_of_later_steps_come_back_if_the_branch_saved_nothing(end, straight, tmp_path):
-    """Back to step 4, killed at 5, then on from the newest: step 6, or 8, where the run is finished."""
+def test_metrics_of_later_steps_return_if_the_branch_saved_nothing(end, straight, tmp_path):
+    """Back to step 4, killed at 5, then resumed from the latest: step 6, or 8, where the run is finished."""
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
     before, policy = logged(folder), {"RESUME": "auto", "CHECKPOINT_KEEP_BEST": "0"}

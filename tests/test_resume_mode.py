@@ -1,4 +1,4 @@
-"""MODE=resume of scripts/load_checkpoint.py: a child run that goes on from a checkpoint for so many more steps."""
+"""MODE=resume of scripts/load_checkpoint.py: a child run that resumes from a checkpoint for a number of added steps."""
 
 import importlib.util
 import io
@@ -32,7 +32,7 @@ NOTHING = dict.fromkeys([*TINY, "TRAINING_DATA_SOURCE", "CHECKPOINT_DIR"]) | {"D
 
 
 class Said(NamedTuple):
-    """What one command did: exit code, stdout and stderr."""
+    """The exit code, stdout and stderr of a command."""
 
     code: int
     out: str
@@ -46,7 +46,7 @@ class Said(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory):
-    """A run of 8 steps, kept at 4 and 8; its rate falls from 1e-3 to a quarter of it. Neither schedule nor optimizer are the default's."""
+    """A run of 8 steps, saved at 4 and 8; its rate falls from 1e-3 to a quarter. Schedule and optimizer are not the defaults."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "CACHE_FOLDER", folder / "cache")
@@ -59,15 +59,15 @@ def trained_once(tmp_path_factory):
 
 @pytest.fixture
 def trained(trained_once, tmp_path):
-    """A copy of it for one test; its text stays where it was."""
+    """A copy of the run for one test; its text stays where it was."""
     folder = tmp_path / "trained"
     shutil.copytree(trained_once, folder, ignore=shutil.ignore_patterns("cache"))
     return folder
 
 
 @pytest.fixture
-def go_on(trained, capsys):
-    """Goes on in this process from `path` (step 4 of `trained`); nothing is set but RUNS_DIR and `changes`."""
+def resume(trained, capsys):
+    """Resume in this process from `path` (step 4 of `trained`) with only RUNS_DIR and `changes` set."""
 
     def resume(path: Path | None = None, **changes: str | None) -> Said:
         wanted = {"MODE": "resume", "CHECKPOINT_PATH": str(path or at_step(trained, 4)), "RESUME_TRAINING_STEPS": "4"}
@@ -81,7 +81,7 @@ def go_on(trained, capsys):
 
 
 def child_of(folder: Path, checkpoints: str = "checkpoints") -> ckpt.Checkpoint:
-    """The newest checkpoint, which a child run left; all its bytes are checked."""
+    """Return the newest checkpoint, of a child run, with all bytes verified."""
     found = ckpt.latest(ckpt.find(folder / checkpoints))
     assert found is not None
     record = ckpt.load(found.path, verify=True)
@@ -90,12 +90,12 @@ def child_of(folder: Path, checkpoints: str = "checkpoints") -> ckpt.Checkpoint:
 
 
 def files(folder: Path) -> dict[Path, bytes]:
-    """Every visible file and its bytes."""
+    """Return every visible file and its bytes."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
 
 
 def rates(folder: Path, run_id: str | None) -> dict[int, float]:
-    """The rate that each step of a run was taken with."""
+    """Return the learning rate of each step of a run."""
     lines = read_metrics(folder / "runs" / str(run_id) / "metrics.jsonl")
     return {line["step"]: line["lr"] for line in lines if line["split"] == "train"}
 
@@ -103,8 +103,8 @@ def rates(folder: Path, run_id: str | None) -> dict[int, float]:
 # Steps and rates
 
 
-def test_the_steps_are_added_to_those_of_the_checkpoint(go_on, trained):
-    said = go_on(RESUME_TRAINING_STEPS="3")
+def test_the_steps_are_added_to_those_of_the_checkpoint(resume, trained):
+    said = resume(RESUME_TRAINING_STEPS="3")
     assert said.code == 0, said.err
     record = child_of(trained)
     assert (record.step, record.windows_seen, record.tokens_seen) == (7, 7 * 4, 7 * 4 * 16)
@@ -117,9 +117,9 @@ def cosine(peak: float, floor: float, steps: int) -> list[float]:
     return [floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
 
 
-def test_the_schedule_is_planned_anew_from_the_rate_over_the_added_steps(go_on, trained):
-    """No second warm-up, though the model's default has one, and the floor stays a quarter of the peak."""
-    said = go_on(RESUME_LEARNING_RATE="4e-4", MODEL_TYPE="gpt2")
+def test_a_new_schedule_covers_the_added_steps(resume, trained):
+    """There is no second warm-up, though the model's default has one, and the floor stays a quarter of the peak."""
+    said = resume(RESUME_LEARNING_RATE="4e-4", MODEL_TYPE="gpt2")
     assert list(rates(trained, child_of(trained).run_id).values()) == pytest.approx(cosine(4e-4, 1e-4, 4))
     wanted = "learning rate  overridden  cosine, peak 0.0004, floor 0.0001, 0 warm-up steps from step 4"
     assert said.row("learning rate") == wanted
@@ -127,28 +127,28 @@ def test_the_schedule_is_planned_anew_from_the_rate_over_the_added_steps(go_on, 
     assert said.row("group 2").startswith("group 2  next learning rate 0.0004, weight decay 0, ")
 
 
-def test_the_rate_is_3e_4_if_none_is_given(go_on, trained):
-    go_on()
+def test_the_default_rate_is_3e_4(resume, trained):
+    resume()
     assert list(rates(trained, child_of(trained).run_id).values()) == pytest.approx(cosine(3e-4, 7.5e-5, 4))
 
 
-def test_a_warm_up_a_floor_or_another_kind_are_taken_if_given(go_on, trained):
-    go_on(RESUME_LEARNING_RATE="3e-4", WARMUP_STEPS="2", MIN_LEARNING_RATE="0", LR_SCHEDULE="linear")
+def test_warm_up_floor_and_kind_can_be_set(resume, trained):
+    resume(RESUME_LEARNING_RATE="3e-4", WARMUP_STEPS="2", MIN_LEARNING_RATE="0", LR_SCHEDULE="linear")
     wanted = [1e-4, 2e-4, 3e-4, 1.5e-4]
     assert list(rates(trained, child_of(trained).run_id).values()) == pytest.approx(wanted)
 
 
-def test_a_floor_above_the_rate_is_refused(go_on, trained):
+def test_a_floor_above_the_rate_is_an_error(resume, trained):
     before = files(trained)
-    said = go_on(RESUME_LEARNING_RATE="1e-4", MIN_LEARNING_RATE="1e-2")
+    said = resume(RESUME_LEARNING_RATE="1e-4", MIN_LEARNING_RATE="1e-2")
     assert said.code == 2
     assert "MIN_LEARNING_RATE=0.01 is above RESUME_LEARNING_RATE=0.0001" in said.err
     assert files(trained) == before
 
 
-def test_keep_within_the_plan_ends_in_the_uninterrupted_runs_bytes(go_on, trained):
+def test_keep_within_the_schedule_is_bit_identical_to_the_uninterrupted_run(resume, trained):
     straight = ckpt.load(at_step(trained, 8))
-    said = go_on(RESUME_LEARNING_RATE="keep")
+    said = resume(RESUME_LEARNING_RATE="keep")
     assert said.code == 0, said.err
     record = child_of(trained)
     assert record.run_id != straight.run_id
@@ -159,12 +159,12 @@ def test_keep_within_the_plan_ends_in_the_uninterrupted_runs_bytes(go_on, traine
     assert said.row("learning rate").startswith("learning rate  restored  cosine, peak 0.001, floor 0.00025, 2 warm-up")
 
 
-def test_keep_within_muons_plan_ends_in_the_uninterrupted_runs_bytes(go_on, tmp_path):
-    """Muon's moments beside AdamW's, and a linear plan to zero."""
+def test_keep_within_muons_schedule_is_bit_identical_to_the_uninterrupted_run(resume, tmp_path):
+    """Muon's moments beside AdamW's, and a linear schedule to zero."""
     folder = tmp_path / "muon"
     folder.mkdir()
     assert trained_in(folder, SAMPLE_INTERVAL="0", OPTIMIZER="muon")[0] == 0
-    said = go_on(at_step(folder, 4), RESUME_LEARNING_RATE="keep")
+    said = resume(at_step(folder, 4), RESUME_LEARNING_RATE="keep")
     assert said.code == 0, said.err
     record = child_of(folder)
     assert record.hyperparameters["OPTIMIZER"] == "muon"
@@ -174,29 +174,29 @@ def test_keep_within_muons_plan_ends_in_the_uninterrupted_runs_bytes(go_on, tmp_
     assert said.row("bit-exact").startswith("bit-exact  yes")
 
 
-def test_control_another_rate_gives_other_bytes(go_on, trained):
+def test_control_another_rate_gives_other_bytes(resume, trained):
     straight = ckpt.load(at_step(trained, 8))
-    said = go_on(RESUME_LEARNING_RATE="1e-3")
+    said = resume(RESUME_LEARNING_RATE="1e-3")
     assert tensor_bytes(child_of(trained)) != tensor_bytes(straight)
     assert said.row("bit-exact").startswith("bit-exact  no  the learning-rate schedule is a new one")
 
 
-def test_keep_past_the_plan_holds_the_last_rate_that_was_not_zero(go_on, trained, tmp_path):
-    """A linear plan down to zero: its eighth and last step has a sixth of the peak, and so have all that follow."""
+def test_keep_past_the_schedule_holds_the_last_rate_above_zero(resume, trained, tmp_path):
+    """A linear schedule to zero: its eighth and last step has a sixth of the peak, and so have all later steps."""
     folder = tmp_path / "linear"
     folder.mkdir()
     trained_in(folder, LR_SCHEDULE="linear", MIN_LEARNING_RATE="0", LEARNING_RATE="6e-3")
-    said = go_on(at_step(folder, 4), RESUME_TRAINING_STEPS="7", RESUME_LEARNING_RATE="keep", CHECKPOINT_DIR=str(trained / "child"))  # fmt: skip
+    said = resume(at_step(folder, 4), RESUME_TRAINING_STEPS="7", RESUME_LEARNING_RATE="keep", CHECKPOINT_DIR=str(trained / "child"))  # fmt: skip
     assert said.code == 0, said.err
     wanted = [4e-3, 3e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3]
     assert list(rates(trained, child_of(trained, "child").run_id).values()) == pytest.approx(wanted)
-    go_on(at_step(folder, 8), RESUME_TRAINING_STEPS="2", RESUME_LEARNING_RATE="keep")
+    resume(at_step(folder, 8), RESUME_TRAINING_STEPS="2", RESUME_LEARNING_RATE="keep")
     assert list(rates(trained, child_of(folder).run_id).values()) == pytest.approx([1e-3, 1e-3])
 
 
-def test_no_steps_print_the_plan_and_write_nothing(go_on, trained):
+def test_zero_steps_print_the_plan_and_write_nothing(resume, trained):
     before = files(trained)
-    said = go_on(RESUME_TRAINING_STEPS="0", RESUME_LEARNING_RATE="4e-4")
+    said = resume(RESUME_TRAINING_STEPS="0", RESUME_LEARNING_RATE="4e-4")
     assert said.code == 0
     assert files(trained) == before
     assert said.row("checkpoint") == f"checkpoint  {at_step(trained, 4)}"
@@ -209,7 +209,7 @@ def test_no_steps_print_the_plan_and_write_nothing(go_on, trained):
 
 
 def other_text(folder: Path, *, added: str = "") -> Path:
-    """The bundled text's beginning, longer than the one trained on; `added` stands in its middle."""
+    """The start of the bundled text, longer than the training text, with `added` in its middle."""
     path = small_text(folder, characters=9000, name="others.txt")
     content = path.read_text(encoding="utf-8")
     known = set(small_text(folder, name="known.txt").read_text(encoding="utf-8"))
@@ -217,8 +217,8 @@ def other_text(folder: Path, *, added: str = "") -> Path:
     return path
 
 
-def test_new_data_starts_at_its_beginning(go_on, trained, tmp_path):
-    said = go_on(TRAINING_DATA_SOURCE=str(other_text(tmp_path)), RESUME_TRAINING_STEPS="3")
+def test_new_data_starts_at_its_beginning(resume, trained, tmp_path):
+    said = resume(TRAINING_DATA_SOURCE=str(other_text(tmp_path)), RESUME_TRAINING_STEPS="3")
     assert said.code == 0, said.err
     record = child_of(trained)
     assert (record.step, record.windows_seen) == (7, 3 * 4)
@@ -228,7 +228,7 @@ def test_new_data_starts_at_its_beginning(go_on, trained, tmp_path):
 
 
 def test_the_first_batch_of_new_data_is_that_of_window_0(trained, tmp_path):
-    """The run itself, put together as the command does it."""
+    """The run itself, built as the command builds it."""
     wanted = {"MODE": "resume", "TRAINING_DATA_SOURCE": str(other_text(tmp_path)), "SEED": "5"}
     settings = config.read(environment(trained, **NOTHING | wanted))
     record = ckpt.load(at_step(trained, 4))
@@ -239,23 +239,23 @@ def test_the_first_batch_of_new_data_is_that_of_window_0(trained, tmp_path):
     assert [torch.equal(*pair) for pair in zip(child.batches.at(6), fresh.at(2), strict=True)] == [True, True]
 
 
-def test_the_same_text_elsewhere_is_the_same_data(go_on, trained, tmp_path):
+def test_the_same_text_elsewhere_is_the_same_data(resume, trained, tmp_path):
     moved = tmp_path / "moved.txt"
     shutil.copy(trained / "letters.txt", moved)
-    said = go_on(TRAINING_DATA_SOURCE=str(moved), RESUME_LEARNING_RATE="keep")
+    said = resume(TRAINING_DATA_SOURCE=str(moved), RESUME_LEARNING_RATE="keep")
     assert said.row("data position").startswith("data position  restored  window 16,")
     assert tensor_bytes(child_of(trained)) == tensor_bytes(ckpt.load(at_step_of_parent(trained)))
 
 
 def at_step_of_parent(folder: Path) -> Path:
-    """The uninterrupted run's end, beside which a child may have left another step 8."""
+    """Return the end of the uninterrupted run; a child may have saved another step 8 beside it."""
     (path,) = (one.path for one in ckpt.find(folder / "checkpoints") if one.step == 8 and not one.metadata["parent"])
     return path
 
 
-def test_characters_that_the_vocabulary_lacks_are_refused_with_the_list(go_on, trained, tmp_path):
+def test_characters_that_the_vocabulary_lacks_are_an_error_with_their_list(resume, trained, tmp_path):
     before = files(trained)
-    said = go_on(TRAINING_DATA_SOURCE=str(other_text(tmp_path, added="na\u00efve \u65e5\u672c")))
+    said = resume(TRAINING_DATA_SOURCE=str(other_text(tmp_path, added="na\u00efve \u65e5\u672c")))
     assert said.code == 4
     for character in ("'\u00ef' (U+00EF)", "'\u65e5' (U+65E5)", "'\u672c' (U+672C)"):
         assert character in said.err
@@ -267,10 +267,10 @@ def test_characters_that_the_vocabulary_lacks_are_refused_with_the_list(go_on, t
 # Where the result goes
 
 
-def test_the_result_is_saved_beside_the_checkpoint_without_being_asked_for(go_on, trained, tmp_path, monkeypatch):
+def test_the_result_is_saved_beside_the_checkpoint_without_being_asked_for(resume, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = files(trained)
-    assert go_on().code == 0
+    assert resume().code == 0
     after = files(trained)
     new = sorted(path.relative_to(trained).parts[0:2] for path in after.keys() - before.keys())
     record = child_of(trained)
@@ -281,38 +281,38 @@ def test_the_result_is_saved_beside_the_checkpoint_without_being_asked_for(go_on
     assert list(tmp_path.iterdir()) == [trained]
 
 
-def test_from_best_the_result_goes_into_the_folder_of_the_others(go_on, trained):
+def test_from_best_the_result_is_saved_in_the_parent_folder(resume, trained):
     (best,) = (trained / "checkpoints" / "best").iterdir()
     before = files(trained)
-    assert go_on(best, RESUME_TRAINING_STEPS="2").code == 0
+    assert resume(best, RESUME_TRAINING_STEPS="2").code == 0
     assert child_of(trained).path.parent == trained / "checkpoints"
     assert not (trained / "checkpoints" / "best" / "best").exists()
     assert before.items() <= files(trained).items()
 
 
-def test_checkpoint_dir_is_taken_if_given(go_on, trained):
+def test_the_result_is_saved_in_checkpoint_dir_if_set(resume, trained):
     before = files(trained / "checkpoints")
-    said = go_on(CHECKPOINT_DIR=str(trained / "child"))
+    said = resume(CHECKPOINT_DIR=str(trained / "child"))
     assert child_of(trained, "child").step == 8
     assert files(trained / "checkpoints") == before
     assert "to " + str(trained / "child") in said.err
 
 
-def test_with_checkpoints_off_nothing_is_saved(go_on, trained):
+def test_with_checkpoints_off_nothing_is_saved(resume, trained):
     before = files(trained / "checkpoints")
-    said = go_on(ENABLE_CHECKPOINTS="false")
+    said = resume(ENABLE_CHECKPOINTS="false")
     assert said.code == 0
     assert files(trained / "checkpoints") == before
     assert "checkpoints are OFF" in said.err
     assert "done: 8 steps" in said.err
 
 
-# What the child is
+# The child run
 
 
-def test_the_child_names_its_parent(go_on, trained):
+def test_the_child_names_its_parent(resume, trained):
     parent = ckpt.load(at_step(trained, 4))
-    said = go_on(RESUME_TRAINING_STEPS="2")
+    said = resume(RESUME_TRAINING_STEPS="2")
     record = child_of(trained)
     assert record.parent == {"run_id": parent.run_id, "step": 4, "save_id": parent.save_id, "file": parent.path.name, "changed": {"LEARNING_RATE": [1e-3, 3e-4]}}  # fmt: skip
     assert record.run_id != parent.run_id
@@ -320,9 +320,9 @@ def test_the_child_names_its_parent(go_on, trained):
     assert (trained / "runs" / str(record.run_id) / "config.env").exists()
 
 
-def test_what_is_not_given_comes_from_the_checkpoint(go_on, trained):
+def test_settings_that_are_not_set_come_from_the_checkpoint(resume, trained):
     parent = ckpt.load(at_step(trained, 4))
-    go_on(RESUME_LEARNING_RATE="keep")
+    resume(RESUME_LEARNING_RATE="keep")
     record = child_of(trained)
     assert record.model_settings == parent.model_settings
     assert record.tokenizer == parent.tokenizer
@@ -331,8 +331,8 @@ def test_what_is_not_given_comes_from_the_checkpoint(go_on, trained):
     assert record.hyperparameters == parent.hyperparameters | resolved
 
 
-def test_what_is_given_overrides_and_is_in_the_table(go_on, trained):
-    said = go_on(BATCH_SIZE="2", WEIGHT_DECAY="0.5", RESUME_LEARNING_RATE="keep", RESUME_TRAINING_STEPS="3")
+def test_settings_override_and_are_in_the_table(resume, trained):
+    said = resume(BATCH_SIZE="2", WEIGHT_DECAY="0.5", RESUME_LEARNING_RATE="keep", RESUME_TRAINING_STEPS="3")
     record = child_of(trained)
     assert said.row("BATCH_SIZE") == "BATCH_SIZE  overridden  4 -> 2"
     assert said.row("WEIGHT_DECAY") == "WEIGHT_DECAY  overridden  0.1 -> 0.5"
@@ -343,55 +343,55 @@ def test_what_is_given_overrides_and_is_in_the_table(go_on, trained):
     assert (record.windows_seen, record.tokens_seen) == (4 * 4 + 3 * 2, (4 * 4 + 3 * 2) * 16)
 
 
-def test_given_what_it_has_already_nothing_is_overridden(go_on):
-    said = go_on(BATCH_SIZE="4", SEED="1337", RESUME_LEARNING_RATE="keep")
+def test_settings_equal_to_the_saved_ones_override_nothing(resume):
+    said = resume(BATCH_SIZE="4", SEED="1337", RESUME_LEARNING_RATE="keep")
     assert "overridden" not in said.out
     assert said.row("bit-exact").startswith("bit-exact  yes")
 
 
-def test_the_moments_are_restored(go_on, trained):
+def test_the_moments_are_restored(resume, trained):
     count = len(ckpt.load(at_step(trained, 4)).model_state)
-    said = go_on()
+    said = resume()
     assert said.row("optimizer") == f"optimizer  restored  moments of {count} of {count} parameters"
     assert all(state["step"] == 8 for state in child_of(trained).optimizer_state["state"].values())
 
 
-def test_another_optimizer_takes_the_moments_that_it_understands(go_on, trained):
-    """Muon leaves the tables and vectors to AdamW; on the 4 matrices of each of the 2 blocks the two know nothing of each other."""
+def test_another_optimizer_restores_the_moments_that_both_have(resume, trained):
+    """Muon leaves embeddings and vectors to AdamW; on the 4 matrices of each of the 2 blocks they share no moments."""
     count = len(ckpt.load(at_step(trained, 4)).model_state)
-    said = go_on(OPTIMIZER="muon", CHECKPOINT_DIR=str(trained / "muon"))
+    said = resume(OPTIMIZER="muon", CHECKPOINT_DIR=str(trained / "muon"))
     assert said.code == 0, said.err
     assert said.row("optimizer") == f"optimizer  missing  moments of {count - 8} of {count} parameters"
     assert said.row("OPTIMIZER") == "OPTIMIZER  overridden  adamw -> muon"
-    said = go_on(child_of(trained, "muon").path, OPTIMIZER="adamw")
+    said = resume(child_of(trained, "muon").path, OPTIMIZER="adamw")
     assert said.code == 0, said.err
     assert said.row("optimizer") == f"optimizer  missing  moments of {count - 8} of {count} parameters"
 
 
-def test_settings_that_name_no_optimizer_mean_adamw(go_on, trained):
-    """As those of a program that has no other: its moments come back, though the model's default is Muon by now."""
+def test_settings_that_name_no_optimizer_mean_adamw(resume, trained):
+    """As in files of programs that only have AdamW: the moments are restored, though the model's default is Muon now."""
     record = ckpt.load(at_step(trained, 4))
     del record.hyperparameters["OPTIMIZER"]
     path = ckpt.save(record, trained / "old")
-    said = go_on(path, RESUME_LEARNING_RATE="keep")
+    said = resume(path, RESUME_LEARNING_RATE="keep")
     assert said.code == 0, said.err
     assert said.row("optimizer") == "optimizer  restored  moments of 28 of 28 parameters"
     child = child_of(trained, "old")
     assert child.hyperparameters["OPTIMIZER"] == "adamw"
     assert tensor_bytes(child) == tensor_bytes(ckpt.load(at_step(trained, 8)))
-    said = go_on(path, OPTIMIZER="muon", CHECKPOINT_DIR=str(trained / "muon"))
+    said = resume(path, OPTIMIZER="muon", CHECKPOINT_DIR=str(trained / "muon"))
     assert said.code == 0, said.err
     assert said.row("OPTIMIZER") == "OPTIMIZER  overridden  adamw -> muon"
     assert child_of(trained, "muon").hyperparameters["OPTIMIZER"] == "muon"
 
 
-def test_a_checkpoint_of_weights_alone_can_be_gone_on_with_and_says_what_is_missing(go_on, trained):
+def test_a_checkpoint_of_weights_only_resumes_and_reports_what_is_missing(resume, trained):
     record = ckpt.load(at_step(trained, 4))
     record.optimizer_state = None
     del record.hyperparameters["ENABLE_CHECKPOINTS"]
     path = ckpt.save(record, trained / "weights")
     count = len(record.model_state)
-    said = go_on(path, RESUME_LEARNING_RATE="keep")
+    said = resume(path, RESUME_LEARNING_RATE="keep")
     assert said.code == 0, said.err
     assert said.row("optimizer") == f"optimizer  missing  moments of 0 of {count} parameters"
     assert said.row("bit-exact") == f"bit-exact  no  {count} parameters have no optimizer state"
@@ -400,29 +400,29 @@ def test_a_checkpoint_of_weights_alone_can_be_gone_on_with_and_says_what_is_miss
     assert tensor_bytes(child) != tensor_bytes(ckpt.load(at_step(trained, 8)))
 
 
-def test_a_damaged_checkpoint_is_refused_before_anything_is_trained(go_on, trained):
+def test_a_damaged_checkpoint_is_an_error_before_training(resume, trained):
     path = at_step(trained, 4)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1  # one bit of a tensor
     path.write_bytes(data)
     before = files(trained)
-    said = go_on(path)
+    said = resume(path)
     assert said.code == 3
     assert str(path) in said.err
     assert files(trained) == before
 
 
-def test_an_architecture_given_in_the_environment_is_refused(go_on, trained):
+def test_an_architecture_set_in_the_environment_is_an_error(resume, trained):
     before = files(trained)
-    said = go_on(N_LAYER="3")
+    said = resume(N_LAYER="3")
     assert said.code == 2
     assert "N_LAYER=3 (environment): the checkpoint has 2" in said.err
     assert files(trained) == before
 
 
-def test_an_interrupted_child_is_gone_on_with_exactly(go_on, trained, monkeypatch):
-    """The child's own promise: interrupted and gone on with by RESUME=auto, it ends where it would have ended."""
-    go_on(CHECKPOINT_DIR=str(trained / "straight"), CHECKPOINT_INTERVAL="0")
+def test_an_interrupted_child_resumes_bit_exactly(resume, trained, monkeypatch):
+    """Interrupted and resumed with RESUME=auto, the child ends where it would have ended."""
+    resume(CHECKPOINT_DIR=str(trained / "straight"), CHECKPOINT_INTERVAL="0")
     learn = training.training_step
 
     def interrupted(run, lr):
@@ -432,7 +432,7 @@ def test_an_interrupted_child_is_gone_on_with_exactly(go_on, trained, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", interrupted)
-        said = go_on(CHECKPOINT_DIR=str(trained / "stopped"), CHECKPOINT_INTERVAL="0")
+        said = resume(CHECKPOINT_DIR=str(trained / "stopped"), CHECKPOINT_INTERVAL="0")
     assert said.code == 130
     assert "RESUME=auto" in said.err
     first = child_of(trained, "stopped")
@@ -447,10 +447,10 @@ def test_an_interrupted_child_is_gone_on_with_exactly(go_on, trained, monkeypatc
     assert rates(trained, second.run_id) == rates(trained, straight.run_id)
 
 
-def test_a_grandchild_plans_from_the_childs_plan(go_on, trained):
-    go_on(RESUME_TRAINING_STEPS="2", RESUME_LEARNING_RATE="8e-4", CHECKPOINT_DIR=str(trained / "child"))
+def test_a_grandchild_starts_from_the_childs_schedule(resume, trained):
+    resume(RESUME_TRAINING_STEPS="2", RESUME_LEARNING_RATE="8e-4", CHECKPOINT_DIR=str(trained / "child"))
     child = child_of(trained, "child")
-    go_on(child.path, RESUME_TRAINING_STEPS="2", RESUME_LEARNING_RATE="4e-4", CHECKPOINT_DIR=None)
+    resume(child.path, RESUME_TRAINING_STEPS="2", RESUME_LEARNING_RATE="4e-4", CHECKPOINT_DIR=None)
     grandchild = child_of(trained, "child")
     assert grandchild.step == 8
     assert grandchild.parent["run_id"] == child.run_id
@@ -472,8 +472,8 @@ def test_the_script_as_it_is_typed(trained):
     assert child_of(trained).step == 6
 
 
-def test_of_the_latest_the_newest_whose_every_byte_agrees_is_taken(tmp_path):
-    """One flipped bit is seen when going on; what has it is named and kept, and the one before it is taken."""
+def test_latest_is_the_newest_checkpoint_that_verifies(tmp_path):
+    """A resume notices one flipped bit, names the damaged checkpoint, leaves it there, and uses the previous one."""
     trained_in(tmp_path, CHECKPOINT_KEEP_BEST="0")
     older, newest_one = (one.path for one in ckpt.find(tmp_path / "checkpoints"))
     flipped(newest_one, newest_one.stat().st_size // 2)

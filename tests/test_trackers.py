@@ -1,4 +1,4 @@
-"""A tracker mirrors metrics.jsonl, each step once; its absence or its failure changes no bit of the training."""
+"""A tracker mirrors metrics.jsonl, each step once; its absence or failure leaves training bit-identical."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ KINDS = [kind for kind in config.VARIABLES["TRACKER"].metadata["choices"] if kin
 
 
 class Recorder:
-    """A tracker that keeps its rows, of steps from `first` on, and raises at its row number `fails_at`."""
+    """A tracker that records its rows, of steps from `first` on, and raises at row number `fails_at`."""
 
     def __init__(self, first: int = 0, *, fails_at: int | None = None) -> None:
         self.first, self.fails_at = first, fails_at
@@ -59,7 +59,7 @@ def test_a_steps_lines_become_one_row_when_the_next_step_begins():
     assert (len(theirs.rows), theirs.closed) == (2, 1)
 
 
-def test_steps_that_are_there_already_are_left_out_and_a_step_that_is_not_whole_is_left_to_the_resume():
+def test_recorded_steps_are_skipped_and_an_incomplete_step_is_left_to_the_resume():
     theirs = Recorder(first=3)
     mirror = Mirror("wandb", theirs.sink, log=pytest.fail)
     for step in range(1, 6):
@@ -69,7 +69,7 @@ def test_steps_that_are_there_already_are_left_out_and_a_step_that_is_not_whole_
     assert theirs.closed == 1
 
 
-def test_a_failure_is_told_once_in_one_line_and_ends_the_mirror():
+def test_a_failure_is_logged_once_and_ends_the_mirror():
     said: list[str] = []
     theirs = Recorder(fails_at=1)
     mirror = Mirror("wandb", theirs.sink, log=said.append)
@@ -78,7 +78,7 @@ def test_a_failure_is_told_once_in_one_line_and_ends_the_mirror():
     mirror.close(complete=True)
     assert [step for step, _ in theirs.rows] == [1]
     assert said == [
-        "warning: TRACKER=wandb failed (the server is gone); training continues, and metrics.jsonl has every figure"
+        "warning: TRACKER=wandb failed (the server is gone); training continues, and metrics.jsonl has every value"
     ]
 
 
@@ -86,7 +86,7 @@ def test_a_failure_is_told_once_in_one_line_and_ends_the_mirror():
 # In training.
 
 
-def test_without_the_package_one_sentence_before_anything_is_made(tmp_path, monkeypatch):
+def test_a_missing_package_is_one_sentence_before_any_file_is_written(tmp_path, monkeypatch):
     for kind in KINDS:
         monkeypatch.setitem(sys.modules, kind, None)
         code, said = train(tmp_path, TRACKER=kind)
@@ -96,8 +96,8 @@ def test_without_the_package_one_sentence_before_anything_is_made(tmp_path, monk
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
-    """wandb leaves a folder `wandb` wherever somebody has used it."""
+def test_a_folder_of_that_name_is_not_a_package(tmp_path, monkeypatch):
+    """wandb leaves a folder `wandb` where it was used."""
     (tmp_path / "no_such_tracker").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert trackers.missing("no_such_tracker") is not None
@@ -123,7 +123,7 @@ def finish():
 
 
 def test_a_tracker_that_fails_changes_no_bit_and_prints_nothing_to_stdout(tmp_path, monkeypatch, capsys):
-    """A package of trackio's name whose third row fails: one warning, and the weights of a run without a tracker."""
+    """A fake trackio whose third row fails: one warning, and the weights of a run without a tracker."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "trackio.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path / "packages")
@@ -140,7 +140,7 @@ def test_a_tracker_that_fails_changes_no_bit_and_prints_nothing_to_stdout(tmp_pa
 
 
 def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
-    """The tracker had got to step 5 when the run was killed; going on from step 4, it gets 6 to 8, and 4's evaluation is not doubled."""
+    """The tracker had reached step 5 when the run was killed. Resuming from step 4 adds 6 to 8, and does not double the evaluation of 4."""
     theirs: list[Recorder] = []
 
     def start(*_: object) -> Sink:
@@ -164,7 +164,7 @@ def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What milepost/config says of others' variables.
+# The variables of W&B, read by milepost/config.
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_wandb_is_offline_unless_its_own_variables_say_otherwise(variables, mode
     assert config.wandb_options() == {"mode": mode, "project": project}
 
 
-def test_the_tracker_goes_on_with_the_run(tmp_path):
-    """A setting of the run, which a checkpoint keeps, so that a resume without it goes on in the same series."""
+def test_a_resume_keeps_the_tracker(tmp_path):
+    """TRACKER is saved in the checkpoint, so that a resume without it continues the same series."""
     settings = config.read(environment(tmp_path, TRACKER="wandb"))
     assert config.to_dict(settings)["TRACKER"] == "wandb"
     bare = config.read(environment(tmp_path))
@@ -195,7 +195,7 @@ def test_the_tracker_goes_on_with_the_run(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run's folder holds.
+# The folder of a run.
 
 
 def test_each_validation_has_its_sample_beside_the_metrics(tmp_path):
@@ -208,7 +208,7 @@ def test_each_validation_has_its_sample_beside_the_metrics(tmp_path):
     assert all(len(path.read_text(encoding="utf-8")) > 100 for path in (folder / "samples").iterdir())
 
 
-def test_run_json_names_where_a_run_comes_from(tmp_path):
+def test_run_json_names_the_origin_of_a_run(tmp_path):
     assert train(tmp_path, SAMPLE_INTERVAL="0")[0] == 0
     (first,) = (tmp_path / "runs").iterdir()
     assert origin(first) == {"run_id": first.name, "parent": None}
@@ -223,7 +223,7 @@ def origin(folder: Path) -> dict[str, dict]:
 
 
 def test_training_imports_no_tracker():
-    """Those who use none do not wait for one."""
+    """Without a tracker, none is imported."""
     names = ", ".join(map(repr, KINDS))
     code = (
         f"import sys, training; print([name for name in ({names}, 'torch.utils.tensorboard') if name in sys.modules])"

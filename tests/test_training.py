@@ -1,4 +1,4 @@
-"""What a run says, writes and refuses, from its first line to its exit code."""
+"""What a run logs, writes and refuses, from its first line to its exit code."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def metrics(folder):
     return read_metrics(path)
 
 
-def test_the_first_run_says_what_it_does_in_15_lines(tmp_path):
+def test_a_run_describes_itself_in_at_most_15_lines(tmp_path):
     done = command(
         "training.py",
         tmp_path,
@@ -57,7 +57,7 @@ def test_the_first_run_says_what_it_does_in_15_lines(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_metrics_are_strict_json_with_the_same_names_in_every_line(tmp_path):
+def test_metrics_are_strict_json_with_equal_names_in_every_line(tmp_path):
     assert train(tmp_path)[0] == 0
     (path,) = (tmp_path / "runs").glob("*/metrics.jsonl")
     names = {"run_id", "step", "time", "split", "loss", "lr", "grad_norm", "tokens", "tok_s"}
@@ -71,7 +71,7 @@ def test_metrics_are_strict_json_with_the_same_names_in_every_line(tmp_path):
 
 
 def test_a_model_learns(tmp_path):
-    """Ends far below the uniform guess and below the first validation; a broken update would not."""
+    """The loss ends far below that of a uniform guess and below the first validation."""
     assert (
         train(
             tmp_path,
@@ -89,7 +89,7 @@ def test_a_model_learns(tmp_path):
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path):
-    """Two micro-batches of 4 see the rows of one batch of 8, and take the same step up to rounding."""
+    """Two micro-batches of 4 have the sequences of one batch of 8, and take the same step up to rounding."""
     for name, rows in (("one", {"BATCH_SIZE": "8"}), ("two", {"BATCH_SIZE": "4", "GRADIENT_ACCUMULATION_STEPS": "2"})):
         (tmp_path / name).mkdir()
         assert train(tmp_path / name, DROPOUT="0", **rows)[0] == 0
@@ -109,8 +109,8 @@ def test_the_run_folder_holds_log_settings_and_samples(tmp_path):
     assert again.training_steps == 8
 
 
-def test_the_settings_of_a_run_repeat_it(tmp_path):
-    """runs/<run_id>/config.env as ENV_FILE trains the same model to the same bits."""
+def test_config_env_reproduces_the_run(tmp_path):
+    """runs/<run_id>/config.env as ENV_FILE trains a bit-identical model."""
     train(tmp_path)
     first = newest(tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
@@ -122,7 +122,7 @@ def test_the_settings_of_a_run_repeat_it(tmp_path):
     assert all(torch.equal(second.model_state[name], tensor) for name, tensor in first.model_state.items())
 
 
-def test_checkpoint_names_and_the_best_one(tmp_path):
+def test_checkpoint_names_and_the_best_checkpoint(tmp_path):
     assert train(tmp_path)[0] == 0
     names = sorted(path.name for path in (tmp_path / "checkpoints").glob("[!.]*") if path.is_file())
     assert [re.fullmatch(r"checkpoint_gpt2_letters_step(\d{4})_\d{8}_\d{6}\.pt", name).group(1) for name in names] == [
@@ -139,7 +139,7 @@ def test_checkpoint_names_and_the_best_one(tmp_path):
 
 
 def poisoned(monkeypatch, *, step: int, value: float) -> None:
-    """From `step` on, the loss is `value`."""
+    """Make the loss `value` from `step` on."""
     learn = training.accumulate_gradients
 
     def gradients(run):
@@ -163,8 +163,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(value, tmp_path, monkey
     assert str(record.path.name) in said
 
 
-def test_a_divergence_is_told_by_its_step_and_never_saved(tmp_path):
-    """A learning rate that blows the weights up: whichever look finds it first, the sentence names the step."""
+def test_a_divergence_names_its_step_and_is_never_saved(tmp_path):
+    """A far too high learning rate: whichever check finds it first, the message names the step."""
     for number, looks in enumerate(
         [
             {"EVAL_INTERVAL": "1"},
@@ -199,7 +199,7 @@ def test_gradients_that_are_not_finite_stop_too(tmp_path, monkeypatch):
 
 
 def test_float16_skips_overflows_and_stops_after_20(tmp_path):
-    """The CPU's own scaler: an overflow skips the update and halves the scale, a good step starts the count anew, 20 in a row stop the run."""
+    """An overflow skips the update and halves the scale, a good step resets the count, 20 overflows in a row stop the run."""
     run = training.fresh(config.read(environment(tmp_path, TRAINING_STEPS="100", DROPOUT="0")), Log())
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     before = run.model.wte.weight.detach().clone()
@@ -231,15 +231,15 @@ def test_out_of_memory_names_three_variables(tmp_path, monkeypatch):
     assert all(name in last for name in ("out of memory", "BATCH_SIZE", "BLOCK_SIZE", "N_LAYER"))
 
 
-def test_an_estimate_above_free_memory_is_said_at_the_start(tmp_path, monkeypatch):
+def test_an_estimate_above_free_memory_is_a_warning_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(training.hardware, "free_memory", lambda device: 1000)
     code, said = train(tmp_path)
     assert code == 0
     assert "warning: a step needs about" in said
 
 
-def test_a_disk_that_refuses_does_not_stop_training(tmp_path, monkeypatch):
-    """The step goes on, the last failure is told by exit code 5, and the earlier checkpoint stays."""
+def test_a_failed_save_does_not_stop_training(tmp_path, monkeypatch):
+    """Training continues, a failed last save is exit code 5, and the earlier checkpoint stays."""
     write = unified.LAYOUT.write
 
     def full(layout, record, folder, stem):
@@ -256,7 +256,7 @@ def test_a_disk_that_refuses_does_not_stop_training(tmp_path, monkeypatch):
     assert newest(tmp_path).step == 4
 
 
-def test_an_interrupt_without_checkpoints_says_that_nothing_was_kept(tmp_path, monkeypatch):
+def test_an_interrupt_without_checkpoints_logs_that_nothing_was_saved(tmp_path, monkeypatch):
     learn = training.training_step
 
     def interrupted(run, lr):
@@ -283,7 +283,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("changes", "code", "sentence"), REFUSALS, ids=str)
-def test_refusals_are_one_sentence_and_an_exit_code(changes, code, sentence, tmp_path):
+def test_errors_are_one_sentence_and_an_exit_code(changes, code, sentence, tmp_path):
     got, said = train(tmp_path, **changes)
     assert (got, said.count("\n")) == (code, 1), said
     assert said.startswith("error: ")
@@ -299,8 +299,8 @@ def test_a_checkpoint_folder_that_cannot_be_written_fails_before_step_1(tmp_path
     assert list((tmp_path / "runs").glob("*/metrics.jsonl")) == []
 
 
-def test_mistakes_are_told_before_torch_is_imported(tmp_path):
-    """In a process of its own: exit code 2, both mistakes, and torch not loaded yet."""
+def test_mistakes_are_reported_before_torch_is_imported(tmp_path):
+    """In a separate process: exit code 2, both mistakes, and torch is not loaded yet."""
     code = "import sys, runpy\nsys.argv=['training.py']\ntry: runpy.run_path('training.py', run_name='__main__')\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     env = {"PATH": os.environ["PATH"], "MODEL_TYPE": "gtp2", "CHECKPOINT_INTERVALS": "5", "PYTHON_DOTENV_DISABLED": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -332,7 +332,7 @@ def pretrained(tmp_path_factory):
 
 
 def test_fine_tuning_pretrained_weights(pretrained, tmp_path, capsys):
-    """Sizes, weights and tokenizer come from the folder, the name of the file follows the source, and a resume is exact."""
+    """Sizes, weights and tokenizer come from the folder, the file is named after the source, and a resume is bit-exact."""
     bare = dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"])
     code, said = train(tmp_path, GPT2_MODEL_NAME=str(pretrained), TRAINING_STEPS="4", CHECKPOINT_INTERVAL="2", **bare)
     assert code == 0, said
@@ -352,8 +352,8 @@ def test_fine_tuning_pretrained_weights(pretrained, tmp_path, capsys):
     assert all(torch.equal(newest(tmp_path).model_state[name], tensor) for name, tensor in straight.items())
 
 
-def test_pretrained_weights_start_where_transformers_left_them(pretrained, tmp_path):
-    """The first validation loss is that of transformers' own model on the same windows."""
+def test_pretrained_weights_start_with_the_loss_of_transformers(pretrained, tmp_path):
+    """The first validation loss is that of the transformers model on the same windows."""
     code, said = train(tmp_path, GPT2_MODEL_NAME=str(pretrained), EVAL_STEPS="0", TRAINING_STEPS="1", WARMUP_STEPS="0", **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"]))  # fmt: skip
     assert code == 0, said
     first = next(line for line in metrics(tmp_path) if line["split"] == "validation")
@@ -381,10 +381,10 @@ def test_a_hub_name_without_a_network_names_the_folder_form(tmp_path, monkeypatc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Keeping.
+# Retention.
 
 
-def test_a_policy_of_keeping_leaves_what_it_says(tmp_path):
+def test_retention_leaves_what_the_policy_names(tmp_path):
     """Of steps 1 to 8: the last two whole, those at multiples of 3 without their optimizer, and the best two."""
     policy = {"CHECKPOINT_KEEP_LAST": "2", "CHECKPOINT_KEEP_EVERY": "3", "CHECKPOINT_KEEP_BEST": "2"}
     code, said = train(tmp_path, CHECKPOINT_INTERVAL="1", EVAL_INTERVAL="1", CHECKPOINT_PREFIX="my-run", **policy)
@@ -405,7 +405,7 @@ def test_a_policy_of_keeping_leaves_what_it_says(tmp_path):
     assert all(path.name.startswith("my-run_gpt2_letters_step000") for path in folder.glob("*.pt"))
 
 
-def test_keeping_no_best_leaves_no_folder_of_them(tmp_path):
+def test_without_bests_there_is_no_best_folder(tmp_path):
     assert train(tmp_path, CHECKPOINT_KEEP_BEST="0")[0] == 0
     assert not (tmp_path / "checkpoints" / "best").exists()
 
@@ -434,7 +434,7 @@ def test_another_run_in_the_folder_is_never_pruned(tmp_path):
     assert steps == [2, 4, 6, 8, 8]
 
 
-def test_a_disk_too_small_for_the_policy_is_told_before_the_first_step(tmp_path, monkeypatch):
+def test_a_disk_too_small_for_the_policy_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000))
     code, said = train(tmp_path, CHECKPOINT_KEEP_LAST="3", CHECKPOINT_INTERVAL="1")
@@ -443,7 +443,7 @@ def test_a_disk_too_small_for_the_policy_is_told_before_the_first_step(tmp_path,
     assert "20,000 are free" in said
     code, said = train(tmp_path, CHECKPOINT_INTERVAL="4")
     assert "warning: 4 checkpoints of " in said
-    assert code == 5  # the disk refused each of them, and training went on
+    assert code == 5  # every save failed, and training continued
     assert said.count("could not be saved (the disk is full: about ") == 4
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
 
@@ -465,7 +465,7 @@ def test_a_disk_that_is_full_for_a_while_costs_one_save(background, tmp_path, mo
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_weights_that_are_no_numbers_are_never_saved(background, tmp_path, monkeypatch):
+def test_nan_weights_are_never_saved(background, tmp_path, monkeypatch):
     learn = training.training_step
 
     def spoiled(run, lr):
@@ -494,6 +494,6 @@ def test_weights_that_are_no_numbers_are_never_saved(background, tmp_path, monke
     ],
     ids=str,
 )
-def test_where_the_rate_ends_if_it_is_not_given_follows_the_schedule(given, kind, floor):
+def test_the_default_floor_of_the_learning_rate_depends_on_the_schedule(given, kind, floor):
     plan = run.planned(config.read({"PYTHON_DOTENV_DISABLED": "1"} | given))
     assert (plan.kind, plan.floor) == (kind, floor)

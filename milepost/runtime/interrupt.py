@@ -1,7 +1,8 @@
-"""Signals that stop a program: SIGINT, SIGTERM, and SIGHUP of a closed terminal unless it was ignored at the start (nohup).
+"""Signals that stop a program: SIGINT, SIGTERM, and SIGHUP of a closed terminal unless it was ignored at the start
+(nohup).
 
-A signal sets a flag. While a script imports its libraries, and before training starts, it also ends the work; in the training loop
-the flag alone does, after the step. The flag is what counts: an exception can be swallowed by a library.
+A signal sets a flag. While a script imports its libraries, and before training starts, it also stops the program at
+once; the training loop checks the flag after each step. The flag decides, because a library can swallow an exception.
 """
 
 import os
@@ -10,40 +11,40 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-INTERRUPTED = 130  # the shells' exit code for it
-TOGETHER = 1.0  # seconds; a double tap, or what a terminal and a launcher both send, is one signal
+INTERRUPTED = 130  # exit code, as shells use it
+SAME_REQUEST = 1.0  # seconds in which signals count as one: a double key press, or one each from terminal and launcher
 
 Handler = Callable[[int, FrameType | None], None]
 
 
-class _Heard:
-    """What this process has heard since `raise_on_signal`."""
+class _State:
+    """The signals that this process has received since `raise_on_signal`."""
 
-    first: float | None = None  # when the request came that is being obeyed
-    obeyed = False  # an Interrupt has ended since
-    ever = False
+    requested_at: float | None = None  # when the pending request to stop arrived (monotonic seconds)
+    handled = False  # whether an Interrupt block has ended since
+    received = False  # whether any signal arrived
 
 
 def stopping_signals() -> list[int]:
-    """The signals that ask for a stop. SIGHUP stays ignored where it is ignored."""
+    """Return the signals that request a stop. SIGHUP stays ignored if it is (nohup)."""
     hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
 def exit_on_signal() -> None:
-    """From now on a signal ends the process at once: for the imports, in which an exception could be swallowed."""
+    """Make a signal end the process at once. For imports, which could swallow an exception."""
     _install(_exit)
 
 
 def raise_on_signal() -> None:
-    """From now on a signal sets the flag and raises KeyboardInterrupt; a second one ends the process at once."""
-    _Heard.first, _Heard.obeyed, _Heard.ever = None, False, False
+    """Make a signal set the flag and raise KeyboardInterrupt, and a second signal end the process at once."""
+    _State.requested_at, _State.handled, _State.received = None, False, False
     _install(_raise)
 
 
 def was_interrupted() -> bool:
-    """Whether a signal came since `raise_on_signal`, whatever became of its exception."""
-    return _Heard.ever
+    """Return whether a signal arrived since `raise_on_signal`, even if its exception was swallowed."""
+    return _State.received
 
 
 def _install(handler: Handler) -> dict[int, object]:
@@ -61,36 +62,36 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    # The handler only sets a flag: saving inside it would meet half-done work.
+    # The handler only sets a flag: saving inside it would see half-done work.
     _is_first()
 
 
 def _is_first() -> bool:
-    """Sets the flag and returns whether it was not set; ends the process at a second signal that is not the first one again."""
-    _Heard.ever, now = True, time.monotonic()
-    if _Heard.first is None:
-        _Heard.first = now
+    """Set the flag; return whether it was unset. End the process at a second request."""
+    _State.received, now = True, time.monotonic()
+    if _State.requested_at is None:
+        _State.requested_at = now
         return True
-    if now - _Heard.first >= TOGETHER:
-        os.write(2, b"\nstopped at once; what was saved before is whole\n")
+    if now - _State.requested_at >= SAME_REQUEST:
+        os.write(2, b"\nstopped at once; earlier saves are complete\n")
         os._exit(INTERRUPTED)
     return False
 
 
 class Interrupt:
-    """While the block lasts, a signal only sets `requested`. Handlers of before come back at its end.
+    """A block in which a signal only sets `requested`. The earlier handlers return at its end.
 
-    A signal that came before, and whose exception was swallowed, counts.
+    A signal that arrived before the block, and whose exception was swallowed, counts.
     """
 
     @property
     def requested(self) -> bool:
-        """Whether to stop."""
-        return _Heard.first is not None
+        """Whether a signal has asked to stop."""
+        return _State.requested_at is not None
 
     def __enter__(self) -> "Interrupt":
-        if _Heard.obeyed:  # one training after another begins without a request
-            _Heard.first, _Heard.obeyed = None, False
+        if _State.handled:  # a second training in this process starts without a request
+            _State.requested_at, _State.handled = None, False
         self._before = _install(_note)
         return self
 
@@ -99,4 +100,4 @@ class Interrupt:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        _Heard.obeyed = True
+        _State.handled = True

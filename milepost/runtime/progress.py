@@ -1,4 +1,4 @@
-"""What a run tells: lines and one bar on stderr, the same lines in training.log, figures in metrics.jsonl."""
+"""Output of a run: log lines and a progress bar on stderr, the same lines in training.log, values in metrics.jsonl."""
 
 import contextlib
 import errno
@@ -17,57 +17,65 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-QUIET_SECONDS = 10  # without a terminal: at most one plain progress line in so many seconds
+QUIET_SECONDS = 10  # between plain progress lines without a terminal, at least
 
 
 def own_file(name: str, flags: int) -> int:
-    """An opener for `open` of a run's own file to write. Raises OSError for a link, a pipe or a device in its place."""
-    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
+    """Open a run's own file for writing, as an `opener` of `open`.
+
+    Raise OSError if a link, a pipe or a device is in its place.
+    """
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # O_NONBLOCK: opening a pipe would block
     descriptor = os.open(name, flags | safe, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file where Milepost writes one of its own: remove it", name)
+        raise OSError(errno.EINVAL, "is not a regular file, and Milepost writes its own file here: remove it", name)
     return descriptor
 
 
 def write_own(path: Path, text: str) -> None:
-    """Durably replace a run's own file. Raise OSError for a link, a pipe or a device in its place."""
+    """Durably replace a run's own file. Raise OSError if a link, a pipe or a device is in its place."""
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise OSError(errno.EINVAL, "is no regular file where Milepost writes one of its own: remove it", str(path))
+        raise OSError(
+            errno.EINVAL, "is not a regular file, and Milepost writes its own file here: remove it", str(path)
+        )
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 class Log:
-    """Lines to stderr and, once a run has a folder, to its training.log too."""
+    """Write lines to stderr and, once the run has a folder, also to its training.log."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
-        self.rank = self.local_rank = 0  # of this process among those of its training, and of its machine
+        self.rank = self.local_rank = 0  # of this process in the training, and on its machine
         self._file: TextIO | None = None
         self._early: list[str] = []
 
     def open(self, path: Path) -> None:
-        """From now on lines go to `path` too, those said so far first."""
+        """Write all earlier lines to `path`, and from now on every line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a", encoding="utf-8", opener=own_file)  # noqa: SIM115  (it lives as long as the run)
         self._file.writelines(line + "\n" for line in self._early)
         self._file.flush()
 
     def __call__(self, line: str) -> None:
-        """Says one line, above the bar if there is one; of several processes, the first does.
+        """Write one line, above the progress bar if there is one; on rank 0 only.
 
-        A run does not end because nobody hears it (`2>&1 | head`, a full disk).
+        Write errors are ignored (`2>&1 | head`, a full disk): they must not stop a run.
         """
         if self.rank == 0:
-            self._say(line)
+            self._write(line)
 
     def error(self, line: str, *, expected: bool) -> None:
-        """Says why this process ends. What is `expected` befalls every process of a machine alike, so that one of them suffices."""
-        if not (expected and self.local_rank):
-            self._say(f"rank {self.rank}: {line}" if self.rank else line)
+        """Log why this process ends.
 
-    def _say(self, line: str) -> None:
+        An `expected` error occurs in every process of a machine, so only one of them logs it.
+        """
+        if not (expected and self.local_rank):
+            self._write(f"rank {self.rank}: {line}" if self.rank else line)
+
+    def _write(self, line: str) -> None:
         with tqdm.external_write_mode(file=self.stream), contextlib.suppress(OSError):
             print(line, file=self.stream, flush=True)
         if self._file is None:
@@ -77,7 +85,7 @@ class Log:
             print(line, file=self._file, flush=True)
 
     def close(self) -> None:
-        """Ends training.log. What a full disk refuses now was told on stderr."""
+        """Close training.log. A write error here is ignored: the lines are on stderr."""
         if self._file:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -85,30 +93,30 @@ class Log:
 
 
 class Progress:
-    """One bar from the resumed step to the planned end; plain lines where stderr is no terminal."""
+    """A progress bar from the first step of this process to the last; plain lines if stderr is not a terminal."""
 
     def __init__(self, log: Log, *, start: int, total: int, plain: bool) -> None:
         self._log = log
         self._plain = plain or log.rank > 0 or not log.stream.isatty()
         self._total = total
-        self._said = time.monotonic()
+        self._logged_at = time.monotonic()
         self._bar = tqdm(
             initial=start, total=total, unit="step", file=log.stream, disable=self._plain, dynamic_ncols=True
         )
         self.figures: dict[str, str] = {}
 
     def advance(self, step: int) -> None:
-        """Shows that `step` optimizer steps are done."""
+        """Move the bar to `step`."""
         if not self._plain:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, *, seconds_left: float | None = None, **figures: str) -> None:
-        """Shows `figures` beside the bar, or as a plain line once in a while."""
+        """Show `figures` beside the bar, or as a plain line every QUIET_SECONDS."""
         self.figures |= figures
         if not self._plain:
             self._bar.set_postfix(self.figures, refresh=False)
-        elif time.monotonic() - self._said >= QUIET_SECONDS:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._logged_at >= QUIET_SECONDS:
+            self._logged_at = time.monotonic()
             left = f", {duration(seconds_left)} left" if seconds_left else ""
             self._log(
                 f"step {step}/{self._total}: "
@@ -117,12 +125,15 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Close the bar."""
         self._bar.close()
 
 
 class Metrics:
-    """metrics.jsonl: one strict JSON object a line, appended at once; a line that a kill or a full disk has torn is tolerated."""
+    """metrics.jsonl: one strict JSON object per line, appended unbuffered.
+
+    A line torn by a kill or a full disk is tolerated.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,10 +142,12 @@ class Metrics:
         self._torn = True  # whether the file may end within a line
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool], *, until: float = math.inf) -> None:
-        """Leave the history of the checkpoint that the run resumes from in metrics.jsonl, and set every other line aside.
+        """Leave the history of the checkpoint that the run resumes from in metrics.jsonl, and set every other line
+        aside.
 
-        `keep` selects the steps that the checkpoint had reached, `until` is when it was saved (Unix seconds). A run that had gone back
-        to an earlier step and now resumes from a later one finds that one's lines in the file of those set aside: they come back.
+        `keep` selects the steps that the checkpoint had reached, `until` is when it was saved (Unix seconds). If the
+        run had resumed from an earlier step and now resumes from a later one, the lines of the later one return from
+        those set aside.
         """
         if not self.path.exists():
             return
@@ -143,12 +156,12 @@ class Metrics:
         history = _history(current, aside, keep=keep, until=until)
         chosen = set(map(json.dumps, history))
         rest = {text: line for line in [*aside, *current] if (text := json.dumps(line)) not in chosen}
-        if rest or aside:  # first: at any moment each line is in one of the two
+        if rest or aside:  # first, so that each line is always in one of the two files
             _replace_lines(self.set_aside, list(rest.values()))
         _replace_lines(self.path, history)
 
     def write(self, **values: Any) -> None:
-        """Append one line. A number that is not finite becomes null: JSON has no word for it."""
+        """Append one line. NaN and Inf become null: JSON has neither."""
         if self._file is None:
             self._file = open(self.path, "ab+", buffering=0, opener=own_file)  # noqa: SIM115  (it lives as long as the run)
         finite = {
@@ -163,7 +176,7 @@ class Metrics:
         self._torn = False
 
     def close(self) -> None:
-        """Ends the file."""
+        """Close the file."""
         if self._file:
             with contextlib.suppress(OSError):  # each line was written, or its refusal logged, at once
                 self._file.close()
@@ -180,9 +193,9 @@ def _ends_within_a_line(file: io.FileIO) -> bool:
 def _history(
     current: list[dict[str, Any]], aside: list[dict[str, Any]], *, keep: Callable[[dict[str, Any]], bool], until: float
 ) -> list[dict[str, Any]]:
-    """Return the lines that lead to a checkpoint: those of the file as far as they were written before it, continued by those set aside.
+    """Return the lines that lead to a checkpoint: those of the file that were written before it, then those set aside.
 
-    A clock that was set back in between only makes the choice coarser: then later lines continue where nothing else does.
+    If the clock was set back in between, later lines fill the steps that remain.
     """
     early = [number for number, line in enumerate(current, 1) if _was_written(line, until)]
     end = early[-1] if early else 0
@@ -200,7 +213,7 @@ def _was_written(line: dict[str, Any], until: float) -> bool:
 
 
 def _place(line: dict[str, Any]) -> tuple[int, int]:
-    """Where a line stands in a history: by step, and at one step training comes before validation."""
+    """Return the sort key of a line: its step, and at equal steps training before validation."""
     step = line.get("step")
     return (step if isinstance(step, int) else -1, int(line.get("split") == "validation"))
 
@@ -212,7 +225,7 @@ def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it durably takes the place of `path` at the end, or leaves it as it was if something is raised."""
+    """Yield a temporary path that durably replaces `path` at the end. An exception leaves `path` as it was."""
     temporary = path.with_name(f".{path.stem}-{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
     try:
         yield temporary
@@ -224,15 +237,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, NaN as null; what is no whole JSON object (a line that a kill has torn) is left out."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise OSError(errno.EINVAL, "is no regular file, expected the metrics of a run: remove it", str(path))
+    """Return the lines of a metrics.jsonl, NaN as null, without lines that are not a complete JSON object (torn by a
+    kill).
+    """
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise OSError(errno.EINVAL, "is not a regular file, expected the metrics of a run: remove it", str(path))
     lines = (_read_line(text) for text in path.read_text(encoding="utf-8", errors="replace").split("\n"))
     return [line for line in lines if line is not None]
 
 
 def _read_line(text: str) -> dict[str, Any] | None:
-    """Return the object of a line; of a torn one that the next was appended to, the next."""
+    """Return the object of a line; if the next line was appended to a torn one, the next line's object."""
     for start in sorted({0, max(0, text.rfind('{"'))}):
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text[start:], parse_constant=lambda _: None)
@@ -242,7 +257,7 @@ def _read_line(text: str) -> dict[str, Any] | None:
 
 
 def duration(seconds: float) -> str:
-    """`seconds` as people say it: 45 s, 3 min, 2 h 05 min."""
+    """Format a duration: 45 s, 3 min, 2 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -251,7 +266,7 @@ def duration(seconds: float) -> str:
 
 
 def amount(count: float, unit: str = "") -> str:
-    """`count` with three figures and a thousand's letter: 0.81M, 1.54G."""
+    """Format a count with three digits and an SI letter: 0.81M, 1.54G."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size / 2:
             return f"{count / size:.3g}{letter}{unit}"
@@ -259,15 +274,14 @@ def amount(count: float, unit: str = "") -> str:
 
 
 def shown(path: Path | str) -> str:
-    """The path as short as it can be typed from the current folder; an address or a list of paths stays as it is."""
+    """Return the path relative to the current folder if it is inside, else unchanged (also a URL or a list of paths)."""
     inside = Path(path).is_relative_to(Path.cwd())
     return str(Path(path).relative_to(Path.cwd())) if inside else str(path)
 
 
 def command_line(script: Path, *, processes: int | None = None, **variables: object) -> str:
-    """A command that can be pasted into a shell in the current folder: variables quoted, script and Python where they are.
-
-    Of so many `processes` on this machine, torchrun's; it takes the place of Python.
+    """Return a shell command for the current folder: quoted variables, this Python and the script; with `processes`,
+    through torchrun.
     """
     python = "python3" if shutil.which("python3") == sys.executable else shlex.quote(shown(sys.executable))
     if processes is not None:
@@ -280,8 +294,8 @@ def command_line(script: Path, *, processes: int | None = None, **variables: obj
 
 
 def write_stdout(text: str) -> None:
-    """Print to stdout; on a terminal, nothing in the text can steer it. A reader or a terminal that is gone is no reason to stop."""
-    text = text.encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
+    """Print to stdout. On a terminal, replace control characters; ignore a closed pipe or terminal."""
+    text = text.encode("utf-8", "backslashreplace").decode()  # a file name may not be valid UTF-8
     try:
         print(harmless(text) if sys.stdout.isatty() else text, flush=True)
     except OSError:
@@ -289,12 +303,12 @@ def write_stdout(text: str) -> None:
 
 
 def ignore_stdout() -> None:
-    """Leads stdout nowhere: Python would complain about a closed pipe once more at its end."""
+    """Redirect stdout to the null device: at exit Python would report a closed pipe once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def flush_streams() -> None:
-    """Writes out what stdout and stderr hold. Of a closed terminal or pipe, Python would make an exit code of its own at its end."""
+    """Flush stdout and stderr. For a closed terminal or pipe, Python would otherwise set its own exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -305,7 +319,7 @@ def flush_streams() -> None:
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows in columns as wide as their widest cell."""
+    """Format rows in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -313,11 +327,13 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def harmless(text: str) -> str:
-    """`text` without what could steer a terminal: control characters but newline and tab, and bidirectional overrides, become U+FFFD."""
-    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(char) else char for char in text)
+    """Replace what could control a terminal by U+FFFD: control characters except newline and tab, and bidirectional
+    overrides.
+    """
+    return "".join("\N{REPLACEMENT CHARACTER}" if _controls_terminal(char) else char for char in text)
 
 
-def _steers(char: str) -> bool:
+def _controls_terminal(char: str) -> bool:
     code = ord(char)
     return (
         (code < 32 and char not in "\n\t")

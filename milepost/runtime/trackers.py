@@ -1,7 +1,7 @@
-"""The same figures as metrics.jsonl in somebody's tracker: TensorBoard, Weights & Biases or Trackio.
+"""Mirror metrics.jsonl in a tracker: TensorBoard, Weights & Biases or Trackio.
 
-metrics.jsonl is what counts. A tracker is a mirror of it, fed one row a step, and on a resume from where its own series ends: so no
-step is doubled and none is missing, whatever a kill took away. Nothing here draws a random number or touches the model.
+metrics.jsonl is the record. A tracker gets one row per step; on a resume it continues where its own series ends, so
+that no step is doubled or missing after a kill. Nothing here draws a random number or touches the model.
 """
 
 import contextlib
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NOT_PLOTTED = ("step", "time")
-SECONDS_UNSEEN = 10  # that events may wait in memory before TensorBoard can see them
+FLUSH_SECONDS = 10  # how long events may stay in memory before TensorBoard sees them
 
 
 class Sink(NamedTuple):
-    """An open tracker: `first` is the lowest step that its series lacks, `write` takes a step, its time (Unix seconds) and its figures.
+    """An open tracker: `first` is the lowest step that its series lacks, `write` takes a step, its time (Unix seconds)
+    and its values.
 
-    `flush` returns when what was written is in the tracker's files, which then take the place of those it `replaces`.
+    `flush` returns when all written values are in the tracker's files, which then supersede the files in `replaces`.
     """
 
     first: int
@@ -31,15 +32,15 @@ class Sink(NamedTuple):
 
 
 def missing(kind: str) -> str | None:
-    """One sentence if the package that TRACKER=kind needs is not installed."""
+    """Return one sentence if the package of TRACKER=kind is not installed, else None."""
     spec = None if kind == "none" else importlib.util.find_spec(kind)
-    if kind == "none" or (spec and spec.origin):  # a folder `wandb`, which that one leaves behind, is no package
+    if kind == "none" or (spec and spec.origin):  # the folder `wandb` that W&B creates is not a package
         return None
     return f"TRACKER={kind}: {kind} is not installed: pip install {kind}, or set TRACKER=none"
 
 
 class Mirror:
-    """A run's lines in a tracker. What the tracker raises is said once and ends the mirror, never the training."""
+    """A run's lines in a tracker. An error of the tracker is logged once and ends the mirror, never the training."""
 
     def __init__(self, kind: str, start: Callable[[], Sink | None], *, log: Callable[[str], None]) -> None:
         self._kind, self._log = kind, log
@@ -49,7 +50,10 @@ class Mirror:
             self._sink = start()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Takes one line of metrics.jsonl. A step's lines, of training and of validation, become one row when the next step begins."""
+        """Add one line of metrics.jsonl.
+
+        The training and validation lines of a step become one row when the next step begins.
+        """
         step, when = line.get("step"), line.get("time")
         if self._sink is None or not isinstance(step, int) or step < self._sink.first:
             return
@@ -67,7 +71,7 @@ class Mirror:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def close(self, *, complete: bool) -> None:
-        """Ends the series; without its last step if that is not `complete`, since the resume will have more of it."""
+        """End the series; leave out its last step unless it is `complete`, since a resume adds lines to it."""
         if complete:
             self._send()
         with self._guarded():
@@ -89,7 +93,7 @@ class Mirror:
             self._sink = None
             why = " ".join(str(error).split()) or type(error).__name__
             self._log(
-                f"warning: TRACKER={self._kind} failed ({why}); training continues, and metrics.jsonl has every figure"
+                f"warning: TRACKER={self._kind} failed ({why}); training continues, and metrics.jsonl has every value"
             )
 
 
@@ -100,10 +104,10 @@ def _is_figure(name: str, value: object) -> bool:
 
 def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any],
                 wandb: Mapping[str, str], log: Callable[[str], None]) -> Mirror:  # fmt: skip
-    """The mirror of a run, with its files in the run's `folder` as far as the tracker lets them be.
+    """Return the mirror of a run, with its files in the run's `folder` where the tracker allows it.
 
-    `lines` are the run's so far, of which it gets what it lacks; `settings` are shown beside the series; `wandb` holds the `mode` and the
-    `project` of Weights & Biases.
+    `lines` are the run's metrics so far, of which the tracker gets those that it lacks. `settings` are shown beside the
+    series. `wandb` holds the `mode` and `project` of Weights & Biases.
     """
     starts: dict[str, Callable[[], Sink | None]] = {
         "none": lambda: None,
@@ -119,13 +123,15 @@ def open_mirror(kind: str, *, folder: Path, run_id: str, lines: Sequence[Mapping
 
 
 def _tensorboard(folder: Path) -> Sink:
-    """Events in `folder`, the complete series anew: which of several files is the later one, its readers would tell from the clock in its
-    name. A TensorBoard that has seen the earlier file drops it at the mark (`purge_step`) with which the new one begins.
+    """Write events to `folder`, the whole series again in a new file.
+
+    With several files, readers order them by the clock in their names. A TensorBoard that has read the earlier file
+    drops its events at the `purge_step` with which the new file begins.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     earlier = tuple(folder.glob("events.out.tfevents.*"))
-    writer = SummaryWriter(str(folder), purge_step=0, flush_secs=SECONDS_UNSEEN)
+    writer = SummaryWriter(str(folder), purge_step=0, flush_secs=FLUSH_SECONDS)
 
     def write(step: int, when: float, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -137,14 +143,15 @@ def _tensorboard(folder: Path) -> Sink:
 def _wandb(
     folder: Path, run_id: str, settings: Mapping[str, Any], log: Callable[[str], None], *, mode: str, project: str
 ) -> Sink:
-    """A run of Weights & Biases that is named as ours. Online it goes on where the server's history ends, which takes no step twice.
+    """Open a run of Weights & Biases under our run id. Online it continues after the last step that the server has.
 
-    Offline, nothing of what was recorded can be looked up or taken back: the series is recorded anew, in place of the earlier one.
+    Offline, recorded steps can be neither read nor removed, so the whole series is recorded again and replaces the
+    earlier one.
     """
     import wandb
 
     if mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
-        log("TRACKER=wandb: no API key is configured, so nothing is sent: `wandb login` or WANDB_API_KEY change that")
+        log("TRACKER=wandb: no API key is configured, so nothing is sent; run `wandb login` or set WANDB_API_KEY")
         mode = "offline"
     online = mode in ("online", "shared")
     earlier = set((folder / "wandb").glob(f"offline-run-*-{run_id}")) if mode == "offline" else set()
@@ -161,7 +168,10 @@ def _wandb(
 
 
 def _trackio(run_id: str, settings: Mapping[str, Any]) -> Sink:
-    """A run of Trackio's project `milepost`, which goes on after the last step that is recorded. What Trackio prints goes to stderr."""
+    """Open a run in Trackio's project `milepost`, continuing after its last recorded step.
+
+    Trackio's own output goes to stderr.
+    """
     import trackio
 
     def finish() -> None:
@@ -170,5 +180,6 @@ def _trackio(run_id: str, settings: Mapping[str, Any]) -> Sink:
 
     with contextlib.redirect_stdout(sys.stderr):
         run = trackio.init(project="milepost", name=run_id, resume="allow", config=dict(settings))
-    # It has no public word for where a series ends; without this one a resume would double steps, so it fails aloud instead.
+    # Trackio has no public attribute for the end of a series. If this one disappears, fail visibly instead of doubling
+    # steps.
     return Sink(run._next_step, lambda step, _, values: run.log(values, step=step), finish)

@@ -130,7 +130,7 @@ def test_a_head_of_its_own_is_kept(tmp_path):
     tensors = {each.name: each.data for each in opened(tmp_path, bpe, "f32").tensors}
     assert (tensors["output.weight"] == bpe.model_state["lm_head.weight"].numpy()).all()
     assert "output.bias" not in tensors
-    with pytest.raises(CheckpointError, match=r"its tokenizer is char, and llama\.cpp has no such"):
+    with pytest.raises(CheckpointError, match=r"its tokenizer is char, which llama\.cpp does not have"):
         ckpt.exporter("gguf").write(one, tmp_path, "x")
 
 
