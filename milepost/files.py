@@ -85,9 +85,7 @@ class NewFile(io.RawIOBase):
         self._filled = 0
 
     def _hand_over(self, view: memoryview) -> int:
-        """Write and return the bytes written. Some file systems accept O_DIRECT at open and then refuse every such
-        write.
-        """
+        """Write, and return the bytes written. Some file systems accept O_DIRECT at open and refuse every write."""
         try:
             return os.write(self._descriptor, view)
         except OSError as error:
@@ -164,8 +162,7 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[NewFile]:
 
 @contextlib.contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """Yield a hidden name for a library that opens the file itself; the file appears as `path` when the block ends, or
-    not at all.
+    """Yield a hidden name for a library that opens the file itself; the file appears as `path` at the end.
 
     Raise as `new_file` does.
     """
@@ -243,8 +240,7 @@ def _take_back(hidden: Path, folder: Path, names: Sequence[str]) -> None:
 
 
 def remove(files: Sequence[Path]) -> None:
-    """Delete a checkpoint of these files, the primary file last, or of a single folder. A reader sees all of it or
-    nothing.
+    """Delete a checkpoint: these files, the primary file last, or a folder. Readers see all of it or nothing.
 
     The primary file is hidden first: after a kill it proves which of the other files belong to its save.
     """
@@ -270,9 +266,7 @@ def remove(files: Sequence[Path]) -> None:
 
 
 def link_or_copy(files: Sequence[Path], place: Path) -> Path:
-    """Put the checkpoint of these files into the folder `place` as well, by hard links where possible; return its
-    primary file.
-    """
+    """Put a checkpoint into the folder `place` too, by hard links where possible; return its primary file."""
     primary = files[-1]
     if primary.is_dir():
         with new_folder(place / primary.name) as hidden:

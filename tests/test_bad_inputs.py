@@ -142,7 +142,7 @@ KINDS = {
     "2 empty file": (written(b""), "an empty file"),
     "2 zeros": (written(bytes(4096)), "of an unknown kind"),
     "3 folder without checkpoints": (folder_of_nothing, "holds no checkpoint"),
-    "5 glob without a match": (lambda folder: folder / "checkpoint_*_step9.pt", "nothing matches"),
+    "5 glob without a match": (lambda folder: folder / "checkpoint_*_step9.pt", "matches no checkpoint"),
     "7 pipe": (pipe, "is not a regular file"),
     "7 pipe of another name": (lambda folder: pipe(folder, "pipe"), "is not a checkpoint of a known layout"),
     "7 socket": (unix_socket, "is not a regular file"),
@@ -719,7 +719,7 @@ FOREIGN = {
     "25 doubled": (foreign(model={"a": doubled(40)}), "it would have more than 2000000 parts"),
     "28 two that disagree": (
         foreign(model=STATE, state_dict=STATE | {"wte.weight": WTE + 1}, config=SETTINGS),
-        "both hold weights, and not the same ones",
+        "both hold weights, but different ones",
     ),
     "33 missing behind a prefix": (
         foreign(

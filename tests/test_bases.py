@@ -1,4 +1,4 @@
-"""Retention and adapters: the base that saved adapters name is not deleted, wherever its run or a policy would."""
+"""Retention and adapters: the base of saved adapters is never deleted, neither by its run nor by a policy."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ LAYOUTS = sorted(WRITERS)
 
 
 def base_run(folder: Path) -> dict[int, Path]:
-    """A run that was stopped after step 6; its ordinary checkpoints by step."""
+    """Return the ordinary checkpoints, by step, of a run stopped after step 6."""
     folder.mkdir(exist_ok=True)
     assert train(folder, CHECKPOINT_INTERVAL="2", SAMPLE_INTERVAL="0", CHECKPOINT_KEEP_BEST="0")[0] == 0
     at_step(folder, 8).unlink()
@@ -30,14 +30,14 @@ def base_run(folder: Path) -> dict[int, Path]:
 
 
 def tuned(folder: Path, base: Path, **changes: str) -> str:
-    """Trains adapters from a base and returns what was logged."""
+    """Train adapters from a base; return the log."""
     code, said = train(folder, INIT_FROM=str(base), **ADAPTERS | changes)
     assert code == 0, said
     return said
 
 
 def opens(folder: Path, **changes: str | Path) -> bool:
-    """Whether the newest adapters generate text, with nothing named but themselves."""
+    """Whether the newest adapters generate text with only their own path set."""
     return call(loader, folder, PROMPT="a", MAX_NEW_TOKENS="3", **changes).code == 0
 
 
@@ -77,7 +77,7 @@ def test_adapters_in_another_folder_leave_a_note_beside_their_base(tmp_path):
     assert not opens(tmp_path)
 
 
-def test_a_base_that_no_retention_deletes_gets_no_note(tmp_path):
+def test_a_base_that_retention_never_deletes_gets_no_note(tmp_path):
     bases = base_run(tmp_path / "base")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -87,7 +87,7 @@ def test_a_base_that_no_retention_deletes_gets_no_note(tmp_path):
 
 
 def adapters_of(base: Path, **changes: object) -> ckpt.Checkpoint:
-    """A record of adapters that names its base as a run does."""
+    """Return a record of adapters that records its base as a run does."""
     whole = ckpt.load(base)
     named = {"sha256": digest(whole.model_state), "source": str(base), "step": whole.step}
     return dataclasses.replace(record(1, run_id="tuned"), parts=["adapters"], base=named | changes)
@@ -103,7 +103,7 @@ def pruned(folder: Path, newest: Path, *, keep_every: int = 0) -> retention.Expi
 
 @pytest.mark.parametrize("known", ["by path", "by weights", "by path alone"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_base_of_every_layout_is_known_by_its_path_or_by_its_weights(layout, known, tmp_path):
+def test_a_base_in_every_layout_is_recognised_by_its_path_or_weights(layout, known, tmp_path):
     paths = saved(tmp_path, layout)
     changes = {"by path": {}, "by weights": {"source": "/gone/base.pt"}, "by path alone": {"sha256": "0" * 64}}[known]
     adapters = ckpt.save(adapters_of(paths[0], **changes), tmp_path)
@@ -135,7 +135,7 @@ def test_the_base_of_a_copy_of_adapters_and_of_adapters_in_best_stays(tmp_path):
         assert paths[0].exists()
 
 
-def test_a_base_in_best_is_not_outdone(tmp_path):
+def test_a_base_in_best_is_not_replaced_by_a_better_checkpoint(tmp_path):
     first, second = (record(step, validation_loss=1 / step) for step in (1, 2))
     base = ckpt.keep_best(first, tmp_path, saved=None)
     ckpt.save(adapters_of(base), tmp_path)
@@ -154,7 +154,7 @@ def test_a_base_whose_weights_cannot_be_read_stays(tmp_path):
     assert not paths[1].exists()
 
 
-def test_a_folder_where_no_note_can_be_left_is_said(tmp_path, monkeypatch):
+def test_a_note_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
     bases = base_run(tmp_path / "base")
 
     def refused(path):

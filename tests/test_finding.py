@@ -23,14 +23,14 @@ def best(folder: Path) -> Path | None:
 # find, latest, best
 
 
-def test_an_empty_or_missing_folder_holds_nothing(tmp_path):
+def test_an_empty_or_missing_folder_has_no_checkpoints(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         assert ckpt.find(folder) == []
     assert ckpt.latest([]) is None
     assert ckpt.best([]) is None
 
 
-def test_found_in_the_order_of_saving_with_what_is_inside(tmp_path):
+def test_find_returns_checkpoints_in_save_order_with_metadata(tmp_path):
     paths = [save(tmp_path, step) for step in (9500, 10000, 3)]
     found = ckpt.find(tmp_path)
     assert [(one.path, one.step, one.problem) for one in found] == [
@@ -40,21 +40,21 @@ def test_found_in_the_order_of_saving_with_what_is_inside(tmp_path):
     assert newest(tmp_path) == paths[2]
 
 
-def test_a_name_means_nothing(tmp_path):
-    """Renamed so that every order by name is wrong, the order of saving stays."""
+def test_file_names_do_not_matter(tmp_path):
+    """The save order stays although the files are renamed so that every order by name is wrong."""
     steps = {name: save(tmp_path, step).rename(tmp_path / name) for step, name in ((2, "z.pt"), (1, "a.pt"), (3, "m"))}
     assert [one.path.name for one in ckpt.find(tmp_path)] == list(steps)
     assert newest(tmp_path) == tmp_path / "m"  # known by its first bytes, not by a suffix
 
 
-def test_times_of_files_mean_nothing(tmp_path):
+def test_file_times_do_not_matter(tmp_path):
     first, second = save(tmp_path, 1), save(tmp_path, 2)
     os.utime(first, (2e9, 2e9))
     os.utime(second, (1e9, 1e9))
     assert newest(tmp_path) == second
 
 
-def test_dot_names_and_other_files_are_never_seen(tmp_path):
+def test_hidden_and_other_files_are_ignored(tmp_path):
     path = save(tmp_path)
     for name in (".tmp-checkpoint.pt", ".hidden.pt"):
         shutil.copy(path, tmp_path / name)
@@ -64,7 +64,7 @@ def test_dot_names_and_other_files_are_never_seen(tmp_path):
     assert newest(tmp_path) == path
 
 
-def test_a_damaged_file_is_seen_with_its_problem_and_never_the_latest(tmp_path):
+def test_a_damaged_file_is_listed_with_its_problem_and_never_the_latest(tmp_path):
     first, second = save(tmp_path, 1), save(tmp_path, 2)
     second.write_bytes(second.read_bytes()[:-30])
     damaged, whole = ckpt.find(tmp_path)
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_seen_with_its_problem_and_never_the_latest(tmp_path):
     assert whole.path == newest(tmp_path) == first
 
 
-def test_another_programs_files_rank_below_everything_with_a_number(tmp_path):
+def test_checkpoints_of_other_programs_sort_before_all_saves(tmp_path):
     path = save(tmp_path, 1)
     foreign = hugging_face_folder(tmp_path / "zzz")
     assert [one.path for one in ckpt.find(tmp_path)] == [foreign, path]
@@ -86,7 +86,7 @@ def found(name: str, **metadata) -> Found:
     return Found(Path(name), metadata)
 
 
-def test_ties_go_to_the_later_time_and_without_numbers_to_the_step():
+def test_ties_go_to_the_later_time_and_without_numbers_to_the_higher_step():
     same_number = [found("a", save_number=3, saved_at="2025-11-10T12:00:01", step=1)]
     same_number.append(found("b", save_number=3, saved_at="2025-11-10T12:00:00", step=9))
     assert ckpt.latest(same_number) == same_number[0]
@@ -94,7 +94,7 @@ def test_ties_go_to_the_later_time_and_without_numbers_to_the_step():
     assert ckpt.latest(no_number) == no_number[1]
 
 
-def test_best_is_the_lowest_loss_of_the_run_that_the_latest_belongs_to(tmp_path):
+def test_best_is_the_lowest_loss_in_the_run_of_the_latest(tmp_path):
     save(tmp_path, 1, run_id="other", validation_loss=0.1)
     lowest = save(tmp_path, 2, run_id="mine", validation_loss=2.0)
     save(tmp_path, 3, run_id="mine", validation_loss=2.5)
@@ -102,7 +102,7 @@ def test_best_is_the_lowest_loss_of_the_run_that_the_latest_belongs_to(tmp_path)
     assert best(tmp_path) == lowest
 
 
-def test_best_without_any_loss_is_the_latest_and_of_equal_losses_the_earlier(tmp_path):
+def test_best_without_losses_is_the_latest_and_with_equal_losses_the_earlier(tmp_path):
     save(tmp_path, 1)
     second = save(tmp_path, 2)
     assert best(tmp_path) == second
@@ -130,7 +130,7 @@ LAYOUTS = sorted(ckpt.WRITERS)
 BY_STEP = ("consolidated", "stepfiles")  # whose names repeat from run to run, so that each run has a folder
 
 
-def test_every_layout_is_found_in_the_order_of_saving(tmp_path):
+def test_every_layout_is_found_in_save_order(tmp_path):
     paths = [save(tmp_path, step, layout=layout) for step, layout in enumerate([*LAYOUTS, *LAYOUTS], start=1)]
     assert [one.path for one in ckpt.find(tmp_path)] == paths
     assert [one.layout for one in ckpt.find(tmp_path)] == [*LAYOUTS, *LAYOUTS]
@@ -151,7 +151,7 @@ def test_a_hard_link_in_best_is_listed_once(layout, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_of_two_names_the_fuller_is_taken(layout, tmp_path):
+def test_the_name_with_the_optimizer_is_preferred(layout, tmp_path):
     saved = save(tmp_path, 1, layout=layout)
     kept = ckpt.keep_best(record(1), tmp_path, saved=saved, layout=layout)
     retention.strip(saved)
@@ -160,8 +160,8 @@ def test_of_two_names_the_fuller_is_taken(layout, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_file_that_changes_is_seen_again(layout, tmp_path):
-    """What was read once is remembered, by inode, size and time of every file."""
+def test_a_changed_file_is_read_again(layout, tmp_path):
+    """Metadata is cached by inode, size and time of every file."""
     home = save(tmp_path, 1, layout=layout)
     assert [one.problem for one in ckpt.find(tmp_path)] == [None]
     head = ckpt.WRITERS[layout].files(home)[-1]
@@ -173,7 +173,7 @@ def test_a_file_that_changes_is_seen_again(layout, tmp_path):
         assert [one.problem for one in ckpt.find(tmp_path)] == [None]
 
 
-def test_what_did_not_change_is_not_read_again(tmp_path, monkeypatch):
+def test_unchanged_files_are_not_read_again(tmp_path, monkeypatch):
     """A save every step must not open every file of the folder again."""
     for layout in LAYOUTS:
         save(tmp_path, 1, layout=layout)
@@ -190,8 +190,8 @@ def test_what_did_not_change_is_not_read_again(tmp_path, monkeypatch):
     assert asked == [first[-1].path]
 
 
-def test_only_what_is_written_into_a_runs_folder_is_seen_there(tmp_path):
-    """Any folder may lie beside checkpoints, and whatever is in it."""
+def test_run_folders_hold_only_layouts_that_are_written_there(tmp_path):
+    """Any other folder may lie beside checkpoints, with any content."""
     seen = save(tmp_path, 1, layout="stepfiles")
     elsewhere = tmp_path / "one" / "mine"
     elsewhere.mkdir()
@@ -203,13 +203,13 @@ def test_only_what_is_written_into_a_runs_folder_is_seen_there(tmp_path):
     assert [one.path for one in ckpt.find(tmp_path)] == [seen]
 
 
-def test_a_checkpoint_that_is_a_folder_is_no_folder_of_checkpoints(tmp_path):
+def test_a_checkpoint_folder_is_not_a_folder_of_checkpoints(tmp_path):
     home = save(tmp_path, 1, layout="directory")
     shutil.copy(save(tmp_path / "other", 2), home / "checkpoint.pt")
     assert [one.path for one in ckpt.find(tmp_path)] == [home]
 
 
-def test_another_runs_damaged_one_hides_nothing(tmp_path):
+def test_a_damaged_checkpoint_of_another_run_hides_nothing(tmp_path):
     first = save(tmp_path, 1, layout="consolidated")
     second = save(tmp_path, 2, layout="stepfiles")
     (second.parent / "step_000002_state.json").write_text("{")
@@ -220,7 +220,7 @@ def test_another_runs_damaged_one_hides_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_form_of_a_wish_for_every_layout(layout, tmp_path, monkeypatch):
+def test_every_way_to_name_a_checkpoint_in_every_layout(layout, tmp_path, monkeypatch):
     set_clock(monkeypatch, NOON)  # no name has these steps in its time
     paths = [
         save(tmp_path, step, layout=layout, validation_loss=loss) for step, loss in ((30, 2.0), (40, 1.0), (20, 3.0))
@@ -267,7 +267,7 @@ def test_scanning_opens_a_file_as_often_and_works_as_little_among_200_as_among_2
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Steps 10000, 9500 and 20 of one run, saved in this order; step 9500 is its best."""
+    """Return a folder with steps 10000, 9500 and 20 of a run, saved in this order; step 9500 is the best."""
     folder = tmp_path / "checkpoints"
     for step, loss in ((10000, 2.0), (9500, 1.0), (20, 3.0)):
         save(folder, step, validation_loss=loss)
@@ -290,18 +290,18 @@ def step_of(answer: tuple[Path, list[str]]) -> int:
         ("{folder}/checkpoint_*_step0020_????????_??????.pt", 20),
     ],
 )
-def test_every_form_of_a_wish(name, step, folder):
+def test_every_way_to_name_a_checkpoint(name, step, folder):
     path, notes = ckpt.resolve(name.format(folder=folder), folder)
     assert ckpt.load(path).step == step
     assert any(f"taking {path}" in note for note in notes)
 
 
-def test_a_file_is_taken_as_it_is(folder):
+def test_a_file_resolves_to_itself(folder):
     for path in folder.glob("*.pt"):
         assert ckpt.resolve(str(path), Path("elsewhere")) == (path, [])
 
 
-def test_a_glob_says_how_many_match_and_ties_go_to_the_later_save(folder):
+def test_a_glob_reports_its_matches_and_ties_go_to_the_later_save(folder):
     second = save(folder, 10000)
     path, notes = ckpt.resolve(f"{folder}/*step10000*", folder)
     assert path == second
@@ -317,7 +317,7 @@ def test_a_home_and_a_name_with_glob_characters(folder, monkeypatch):
     assert ckpt.resolve(str(odd), folder) == (odd, [])
 
 
-def test_a_checkpoint_that_is_a_folder_is_taken_itself(tmp_path):
+def test_a_checkpoint_folder_resolves_to_itself(tmp_path):
     foreign = hugging_face_folder(tmp_path / "gpt2")
     assert ckpt.resolve(str(foreign), tmp_path) == (foreign, [])
 
@@ -395,7 +395,7 @@ def test_a_listing_is_one_line_newest_first(tmp_path):
     assert listing.count("checkpoint_") == 8
 
 
-def test_a_folder_that_is_a_checkpoint_is_that_one(tmp_path):
+def test_find_and_latest_in_a_checkpoint_folder_return_it(tmp_path):
     path = ckpt.save(record(3), tmp_path, layout="directory")
     assert [(one.path, one.step) for one in ckpt.find(path)] == [(path, 3)]
     assert ckpt.resolve("latest", path)[0] == path
@@ -440,7 +440,7 @@ def steps_of(name: str, folder: Path) -> list[int]:
         ("latest,{folder}/*step9500*,best,{folder}", [20, 9500, 10000]),  # as they were named, each once
     ],
 )
-def test_every_form_of_a_wish_for_several(name, steps, folder):
+def test_every_way_to_name_several_checkpoints(name, steps, folder):
     assert steps_of(name, folder) == steps
 
 
@@ -453,7 +453,7 @@ def test_several_files_by_name_and_one_whose_name_holds_a_comma(folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_of_several_files_each_is_one_checkpoint(layout, tmp_path):
+def test_every_checkpoint_of_several_files_is_listed_once(layout, tmp_path):
     paths = [save(tmp_path, step, layout=layout) for step in (3, 1)]
     for name in (str(tmp_path), f"{paths[0].parent}/*", f"{paths[0]},{paths[1]}"):
         assert ckpt.several(name, tmp_path)[0] == paths, name

@@ -1,4 +1,4 @@
-"""Folders that come from somebody else: nothing outside is written or deleted through a link in them, and nothing hangs."""
+"""Folders from other people: links in them never lead to writes or deletions outside, and nothing blocks."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ NOTHING = dict.fromkeys(TINY)
 
 @pytest.fixture(scope="module", params=["unified", "stepfiles"])
 def trained(request, tmp_path_factory):
-    """A run with checkpoints at 2, 4 and 6, in a layout without and in one with a folder for each run."""
+    """A run with checkpoints at 2, 4 and 6, in a layout without and in one with run folders."""
     folder = tmp_path_factory.mktemp(request.param)
     assert train(folder, CHECKPOINT_LAYOUT=request.param, **QUICK)[0] == 0
     return folder
@@ -27,7 +27,7 @@ def trained(request, tmp_path_factory):
 
 @pytest.fixture
 def theirs(trained, tmp_path):
-    """The run as a kill after step 4 left it, with files of value outside its folders."""
+    """The run as a kill after step 4 left it, with valuable files outside its folders."""
     folder = tmp_path / "theirs"
     shutil.copytree(trained, folder)
     for one in scan(folder / "checkpoints"):
@@ -47,7 +47,7 @@ def run_id(folder: Path) -> str:
 
 
 def put(place: Path, make: Callable[[Path], object]) -> None:
-    """Makes something in the place of whatever is there."""
+    """Replace whatever is there."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     place.unlink(missing_ok=True)
@@ -63,8 +63,8 @@ FOLDERS = ["checkpoints/best", "checkpoints/{run}", "checkpoints/{run}/best", "r
 
 @pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_of_the_runs_that_is_none_is_never_written_through(name, kind, theirs, tmp_path):
-    """RESUME=auto goes on, or refuses in one sentence that names the place; it neither hangs nor touches what is outside."""
+def test_links_and_pipes_in_place_of_run_files_are_never_written_through(name, kind, theirs, tmp_path):
+    """RESUME=auto resumes, or refuses with an error that names the path; it neither blocks nor changes files outside."""
     place = theirs / name.format(run=run_id(theirs))
     makers = {
         "link": lambda path: path.symlink_to(tmp_path / "outside" / "file"),
@@ -85,7 +85,7 @@ def at_step_anywhere(folder: Path, step: int) -> Path:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_of_the_runs_that_is_a_link_is_refused_by_name(name, theirs, tmp_path):
+def test_a_link_in_place_of_a_run_folder_is_refused_by_name(name, theirs, tmp_path):
     place = theirs / name.format(run=run_id(theirs))
     if place.is_dir():  # what the run has there is where the link leads
         shutil.move(place, tmp_path / "outside" / "moved")
@@ -112,7 +112,7 @@ def test_a_tensorboard_folder_that_is_a_link_loses_no_events(theirs, tmp_path):
     assert snapshot(tmp_path / "outside") == before
 
 
-def test_a_link_that_the_user_named_is_followed(theirs, tmp_path):
+def test_links_set_by_the_user_are_followed(theirs, tmp_path):
     """Control: CHECKPOINT_DIR, RUNS_DIR and the folder above them may be links."""
     (tmp_path / "above").symlink_to(theirs)
     for name in ("checkpoints", "runs"):
@@ -124,7 +124,7 @@ def test_a_link_that_the_user_named_is_followed(theirs, tmp_path):
 
 
 def test_a_run_folder_that_is_a_link_is_not_pruned(theirs, tmp_path):
-    """Nor found: what is found may be deleted."""
+    """Nor listed: listed checkpoints may be deleted."""
     moved = tmp_path / "outside" / "checkpoints"
     shutil.move(theirs / "checkpoints", moved)
     (theirs / "checkpoints").mkdir()
@@ -149,7 +149,7 @@ def test_a_linked_lock_is_not_emptied_by_any_script_that_locks(theirs, tmp_path)
     assert snapshot(tmp_path / "outside") == before
 
 
-def test_pipes_in_place_of_checkpoints_hang_nothing(theirs):
+def test_pipes_in_place_of_checkpoints_do_not_block(theirs):
     """Listing, resuming and opening by name, in a process that a time limit would end."""
     checkpoints = theirs / "checkpoints"
     for name in (

@@ -1,4 +1,4 @@
-"""scripts/prune_checkpoints.py: it lets go what the policy says, only when told to, and never what is needed or in use."""
+"""scripts/prune_checkpoints.py deletes what the policy expires, only with DRY_RUN=false, and nothing needed or in use."""
 
 import math
 import os
@@ -29,17 +29,17 @@ def save(folder, *steps, run_id="one", layout="unified", **changes):
 
 
 def left(folder, run_id="one"):
-    """The steps of a run that are there, and whether each can go on."""
+    """Return the steps of a run in the folder with whether each is resumable."""
     return {one.step: one.resumable for one in ckpt.find(folder / "checkpoints") if one.run_id == run_id}
 
 
 def disk(folder):
-    """Bytes of all files, second names counted once."""
+    """Return the bytes of all files, counting hard links once."""
     stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
     return sum({one.st_ino: one.st_size for one in stats}.values())
 
 
-def test_keep_last_must_be_given(folder):
+def test_keep_last_must_be_set(folder):
     save(folder, 1, 2)
     said = call(pruner, folder)
     assert (said.code, said.out) == (2, "")
@@ -47,7 +47,7 @@ def test_keep_last_must_be_given(folder):
     assert left(folder) == {1: True, 2: True}
 
 
-def test_it_only_says_so_at_first(folder):
+def test_a_dry_run_only_reports(folder):
     paths = save(folder, *range(1, 7))
     before = files_of(folder / "checkpoints")
     said = call(pruner, folder, CHECKPOINT_KEEP_LAST="2", CHECKPOINT_KEEP_EVERY="4")
@@ -65,12 +65,12 @@ def test_it_only_says_so_at_first(folder):
 
 
 def everything(folder):
-    """Every name below a folder, hidden ones too, and when each last changed: of a folder, when a name in it came or went."""
+    """Return every path below a folder, hidden files too, with its modification time."""
     return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
 
 
-def test_saying_so_writes_nothing_and_locks_nothing(folder):
-    """So that it works where one may only read, and beside a training of the run."""
+def test_a_dry_run_writes_and_locks_nothing(folder):
+    """So that it works in a read-only folder and while the run is training."""
     save(folder, 1, 2, 3)
     before = everything(folder / "checkpoints")
     said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1")
@@ -87,7 +87,7 @@ def test_saying_so_writes_nothing_and_locks_nothing(folder):
     assert (again.code, again.out, again.err) == (0, "nothing to let go\n", "")
 
 
-def test_a_folder_that_may_only_be_read_can_be_asked():
+def test_a_dry_run_works_in_a_read_only_folder():
     with walkable_folder() as reachable:
         (reachable / "checkpoints").mkdir()
         save(reachable, 1, 2, 3)
@@ -103,8 +103,8 @@ def test_a_folder_that_may_only_be_read_can_be_asked():
         assert "Permission denied" in done[2]
 
 
-def test_what_has_gone_is_told_and_not_what_was_planned(folder, monkeypatch):
-    """One cannot be removed, and one is damaged and so not written anew."""
+def test_the_report_lists_actual_and_not_planned_deletions(folder, monkeypatch):
+    """One checkpoint cannot be deleted, and a damaged one is not rewritten."""
     first, second, third, *_ = save(folder, 1, 2, 4, 5, 6, size=32)
     size = second.stat().st_size
     weight = ckpt.load(third).model_state[WEIGHT].numpy().tobytes()
@@ -127,7 +127,7 @@ def test_what_has_gone_is_told_and_not_what_was_planned(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_it_does_what_it_said(folder, layout):
+def test_pruning_does_what_the_dry_run_reported(folder, layout):
     save(folder, *range(1, 7), layout=layout, size=64)
     save(folder, 1, 2, run_id="two", layout=layout)
     policy = {"CHECKPOINT_KEEP_LAST": "2", "CHECKPOINT_KEEP_EVERY": "4"}
@@ -141,7 +141,7 @@ def test_it_does_what_it_said(folder, layout):
     assert call(pruner, folder, **policy, DRY_RUN="false").out == "nothing to let go\n"
 
 
-def test_the_best_and_the_final_one_stay(folder):
+def test_best_and_final_checkpoints_stay(folder):
     one = record(1, validation_loss=0.1)
     (folder / "checkpoints").mkdir(exist_ok=True)
     saved = ckpt.save(one, folder / "checkpoints")
@@ -168,7 +168,7 @@ def test_the_latest_valid_checkpoint_stays(folder):
     assert left(folder) == {3: True, 4: True}
 
 
-def test_weights_that_are_no_numbers_are_no_good_one(folder):
+def test_nan_weights_are_not_the_latest_valid_checkpoint(folder):
     save(folder, 1, 2)
     bad = record(3)
     bad.model_state[WEIGHT][0, 0] = math.nan
@@ -178,7 +178,7 @@ def test_weights_that_are_no_numbers_are_no_good_one(folder):
     assert left(folder) == {2: True, 3: True}
 
 
-def test_a_run_without_any_good_one_is_left_alone(folder):
+def test_a_run_without_a_valid_checkpoint_is_not_pruned(folder):
     bad = [record(step) for step in (1, 2)]
     for one in bad:
         one.model_state[WEIGHT][0, 0] = math.inf
@@ -189,7 +189,7 @@ def test_a_run_without_any_good_one_is_left_alone(folder):
     assert left(folder) == {1: True, 2: True}
 
 
-def test_damaged_ones_are_named_and_stay(folder):
+def test_damaged_checkpoints_are_reported_and_stay(folder):
     first, *_ = save(folder, 1, 2, 3)
     os.truncate(first, 900)
     said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
@@ -198,7 +198,7 @@ def test_damaged_ones_are_named_and_stay(folder):
     assert left(folder) == {3: True}
 
 
-def test_a_run_that_is_being_trained_is_left_alone(folder):
+def test_a_run_in_training_is_not_pruned(folder):
     save(folder, 1, 2, 3)
     save(folder, 1, 2, 3, run_id="two")
     lock = RunLock(folder / "checkpoints", "one")
@@ -213,21 +213,21 @@ def test_a_run_that_is_being_trained_is_left_alone(folder):
     assert left(folder, "two") == {3: True}
 
 
-def test_nothing_there_is_refused(tmp_path):
+def test_an_empty_folder_is_refused(tmp_path):
     said = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1")
     assert (said.code, said.out) == (3, "")
     assert "there is no folder" in said.err
 
 
 def copies_of(path):
-    """What people make of one file: beside it, in a folder, under another end."""
+    """Return copies of a file as users make them: beside it, in a folder, with another suffix."""
     names = [f"{path.stem}-my-favourite.pt", f"{path.stem}_keep_me.pt", f"my_{path.name}", f"copy of {path.name}", f"{path.stem} (1).pt",
              f"{path.stem} - Copy.pt", f"{path.stem} copy.pt", f"{path.name}.bak", path.name.upper(), f"backup/{path.name}"]  # fmt: skip
     (path.parent / "backup").mkdir(exist_ok=True)
     return [Path(shutil.copy(path, path.parent / name)) for name in names]
 
 
-def test_a_persons_copies_stay(folder):
+def test_copies_by_the_user_stay(folder):
     paths = save(folder, 1, 2, 3)
     copies = copies_of(paths[0])
     shown_first = call(pruner, folder, CHECKPOINT_KEEP_LAST="1")
@@ -238,8 +238,8 @@ def test_a_persons_copies_stay(folder):
     assert [path.exists() for path in paths] == [False, False, True]
 
 
-def test_a_persons_copy_is_not_the_good_one_for_which_a_save_may_go(folder):
-    """The last save is damaged: the newest good one that stays must be a save, though a copy is as new."""
+def test_a_copy_does_not_count_as_the_latest_valid_checkpoint(folder):
+    """The last save is damaged: the latest valid checkpoint must be a save, although a copy is as new."""
     paths = save(folder, 1, 2, size=32)
     shutil.copy(paths[0], paths[0].with_name("a copy.pt"))
     data = paths[1].read_bytes()
@@ -248,8 +248,8 @@ def test_a_persons_copy_is_not_the_good_one_for_which_a_save_may_go(folder):
     assert all(path.exists() for path in paths)
 
 
-def test_pruning_during_a_resume_leaves_a_persons_copies(tmp_path):
-    """Also of the best, which the resumed run outdoes."""
+def test_pruning_during_a_resume_keeps_copies(tmp_path):
+    """Also copies in best/, which the resumed run improves on."""
     assert train(tmp_path, CHECKPOINT_INTERVAL="2", EVAL_INTERVAL="2", CHECKPOINT_KEEP_BEST="0")[0] == 0
     for step in (6, 8):
         at_step(tmp_path, step).unlink()

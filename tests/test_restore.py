@@ -1,4 +1,4 @@
-"""From a checkpoint to a model, a tokenizer and an optimizer: everything that fits comes back, and the rest is named."""
+"""Restore model, tokenizer and optimizer from a checkpoint: matching state is restored, the rest is reported."""
 
 import copy
 import functools
@@ -25,7 +25,7 @@ SETTINGS = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 2, "n_em
 
 
 def trained(kind: str = "adamw", *, steps: int = 2) -> tuple[Model, torch.optim.Optimizer]:
-    """A tiny GPT-2 after a few steps, so that every moment is its own."""
+    """A tiny GPT-2 after a few steps, so that all moments differ."""
     torch.manual_seed(3)
     model = models.build("gpt2", SETTINGS)
     optimizer = optimizer_of(model, kind)
@@ -51,7 +51,7 @@ def trained_states(kind: str) -> dict[str, Any]:
 
 
 def gpt2_record(kind: str = "adamw", **changes: Any) -> Checkpoint:
-    """The record of a tiny trained GPT-2; each call makes tensors of its own."""
+    """Return the record of a tiny trained GPT-2; each call creates new tensors."""
     fields = copy.deepcopy(trained_states(kind)) | {"step": 2}
     fields |= {"model_type": "gpt2", "model_settings": dict(SETTINGS), "tokenizer": None}
     return record(**(fields | changes))
@@ -114,7 +114,7 @@ def test_building_draws_nothing_from_the_global_generator():
 
 
 def test_the_model_owns_its_weights(tmp_path):
-    """They are mapped from the file; training must not write there, nor need the file any longer."""
+    """The record is mapped from the file; training must neither write there nor need the file."""
     path = ckpt.save(gpt2_record(), tmp_path)
     read = ckpt.load(path)
     model = build_model(read, device=CPU)
@@ -124,7 +124,7 @@ def test_the_model_owns_its_weights(tmp_path):
     assert model.get_parameter("wte.weight").data_ptr() != read.model_state["wte.weight"].data_ptr()
 
 
-def test_fewer_positions_are_the_first_ones():
+def test_a_smaller_block_size_keeps_the_first_positions():
     one = gpt2_record()
     model = build_model(one, device=CPU, block_size=6)
     assert model.settings.block_size == 6
@@ -136,20 +136,20 @@ def test_fewer_positions_are_the_first_ones():
     assert build_model(record(), device=CPU, block_size=2).settings.block_size == 2  # a bigram has none to crop
 
 
-def test_more_positions_than_there_are_is_refused():
+def test_a_larger_block_size_is_refused():
     assert "BLOCK_SIZE=17 is more than its 16 positions: set BLOCK_SIZE=16 or less" in refused(
         gpt2_record(), block_size=17
     )
 
 
-def test_dropout_is_the_callers():
+def test_dropout_is_set_by_the_caller():
     assert build_model(gpt2_record(), device=CPU, dropout=0.5).settings.dropout == 0.5
     assert build_model(gpt2_record(), device=CPU).settings.dropout == 0.0
     build_model(record(), device=CPU, dropout=0.5)  # a bigram has no such setting
 
 
 def changed(state: dict[str, torch.Tensor], **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """`state` with some tensors replaced, or left out for None; `__` stands for a dot."""
+    """Return `state` with some tensors replaced, or removed for None; `__` stands for a dot."""
     replaced = state | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in replaced.items() if tensor is not None}
 
@@ -203,7 +203,7 @@ SETTINGS_REFUSED = [
 
 @pytest.mark.parametrize(("changes", "reason"), SETTINGS_REFUSED, ids=[str(changes) for changes, _ in SETTINGS_REFUSED])
 def test_settings_of_another_model_are_refused_before_it_is_built(changes, reason):
-    """With no more work than a model takes that is built, and no memory for its weights."""
+    """Without more work than building a valid model, and without memory for the weights."""
     good = gpt2_record(model_settings=SETTINGS)
     build_model(good, device=CPU)  # imports what it needs
     _, built = calls(lambda: build_model(good, device=CPU))
@@ -231,7 +231,7 @@ def test_a_bigram_with_a_window_longer_than_its_table_is_built():
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])
-def test_every_tokenizer_comes_back_through_a_file(kind, tmp_path):
+def test_every_tokenizer_is_restored_from_a_file(kind, tmp_path):
     text = "Dear Wren, what now? — 東京\n" * 9
     written = tokenization.build(kind, [(text, True)], alphabet="".join(sorted(set(text))), documents=1, vocab_size=280)
     rows = {"vocab_size": written.vocab_size, "block_size": 4}
@@ -262,7 +262,7 @@ TOKENIZERS = [
 
 
 @pytest.mark.parametrize(("tokenizer", "reason"), TOKENIZERS, ids=[str(one)[:40] for one, _ in TOKENIZERS])
-def test_a_tokenizer_that_cannot_be_is_refused(tokenizer, reason):
+def test_an_invalid_tokenizer_is_refused(tokenizer, reason):
     with pytest.raises(CheckpointError) as caught:
         build_tokenizer(record(tokenizer=tokenizer))
     assert caught.value.kind == ("lacking" if tokenizer is None else "damaged")
@@ -270,7 +270,7 @@ def test_a_tokenizer_that_cannot_be_is_refused(tokenizer, reason):
     assert "\n" not in str(caught.value)
 
 
-def test_fewer_tokens_than_rows_are_taken():
+def test_fewer_tokens_than_rows_are_accepted():
     assert build_tokenizer(record(tokenizer=char(*"abc"))).vocab_size == 3
 
 
@@ -284,7 +284,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[Any, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_every_moment_comes_back_and_the_next_step_is_the_same(kind, tmp_path):
+def test_every_moment_is_restored_and_the_next_step_is_identical(kind, tmp_path):
     expected, stepped = trained(kind)
     read = ckpt.load(ckpt.save(gpt2_record(kind), tmp_path))
     model = build_model(read, device=CPU)
@@ -312,7 +312,7 @@ def test_the_file_is_not_written_through_the_optimizer(tmp_path):
     assert ckpt.load(path, verify=True).optimizer_state["state"][0]["step"] == 2
 
 
-def test_matched_by_name_and_not_by_position():
+def test_optimizer_state_is_matched_by_name_and_not_by_position():
     one = gpt2_record()
     for group in one.optimizer_state["param_groups"]:
         group["params"], group["param_names"] = group["params"][::-1], group["param_names"][::-1]
@@ -322,7 +322,7 @@ def test_matched_by_name_and_not_by_position():
     assert state_bytes(optimizer) == state_bytes(stepped)
 
 
-def test_rates_decay_and_betas_stay_the_callers():
+def test_learning_rate_decay_and_betas_stay_the_callers():
     model, _ = trained()
     optimizer = optimizer_of(model, lr=0.5, weight_decay=0.25, betas=(0.5, 0.75))
     restore_optimizer(optimizer, gpt2_record())
@@ -344,8 +344,8 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
-def test_moments_that_do_not_fit_are_missing_and_the_others_come_back(misfit):
-    """torch's own load_state_dict takes most of these without a word."""
+def test_moments_that_do_not_fit_are_missing_and_the_others_are_restored(misfit):
+    """torch's own load_state_dict accepts most of these silently."""
     one = gpt2_record()
     state = one.optimizer_state["state"]
     state[0] = {kind: value for kind, value in (state[0] | MISFITS[misfit]).items() if value is not None}
@@ -379,8 +379,8 @@ def test_without_an_optimizer_state_all_are_missing():
 
 
 @pytest.mark.parametrize(("saved", "asked", "shared"), [("adamw", "muon", 20), ("muon", "adamw", 20)])
-def test_another_optimizers_moments_are_missing_and_training_goes_on(saved, asked, shared):
-    """Muon has the 8 matrices of the layers, AdamW the rest; what AdamW has in both comes back."""
+def test_moments_of_another_optimizer_are_missing_and_training_continues(saved, asked, shared):
+    """Muon has the 8 matrices of the layers, AdamW the rest; parameters that AdamW has in both are restored."""
     model, _ = trained()
     optimizer = optimizer_of(model, asked)
     restored = restore_optimizer(optimizer, gpt2_record(saved))

@@ -1,310 +1,26 @@
-"""What changes a folder of checkpoints: the names and numbers of saves, the best, and what a policy lets go."""
+"""Retention: which checkpoints a policy expires, and pruning, which never deletes the user's files."""
 
-import datetime
-import os
 import re
 import shutil
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from drive import tensor_bytes
-from filelock import FileLock, Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import NOON, assert_same, bits, hugging_face_folder, newest, record, save, set_clock
+from records import NOON, assert_same, better, bits, hugging_face_folder, record, save, set_clock
 
 from milepost import ckpt, files
-from milepost.ckpt import Checkpoint, CheckpointError, Found, finding, retention
+from milepost.ckpt import CheckpointError, Found, finding, retention
 from milepost.ckpt.layouts import unified
-from milepost.ckpt.names import file_word, own_stem
-from milepost.locks import FOLDER_LOCK
+from milepost.ckpt.names import own_stem
 
 LAYOUTS = sorted(ckpt.WRITERS)
 
 
-def best(folder: Path) -> Path | None:
-    found = ckpt.best(ckpt.find(folder))
-    return found.path if found else None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Save numbers and names
-
-
-def test_save_numbers_count_over_all_runs_and_over_best(tmp_path):
-    save(tmp_path, 1, run_id="a")
-    ckpt.keep_best(record(2, run_id="b"), tmp_path, saved=None)
-    path = save(tmp_path, 3, run_id="c")
-    assert [one.metadata["save_number"] for one in ckpt.find(tmp_path)] == [1, 2, 3]
-    path.unlink()
-    save(tmp_path, 4, run_id="a")
-    assert [one.step for one in ckpt.find(tmp_path)] == [1, 2, 4]
-
-
-def test_every_save_has_an_id_and_a_time_of_its_own(tmp_path, monkeypatch):
-    set_clock(monkeypatch, NOON)
-    one = record()
-    for _ in range(2):
-        ckpt.save(one, tmp_path)
-    first, second = (found.metadata for found in ckpt.find(tmp_path))
-    assert first["saved_at"] == "2025-11-10T12:00:00.000000+00:00"
-    assert re.fullmatch("[0-9a-f]{16}", first["save_id"])
-    assert first["save_id"] != second["save_id"]
-
-
-NAMES = [
-    ({}, "checkpoint_bigram_letters_step0007_11102025_120000.pt"),
-    ({"step": 12345}, "checkpoint_bigram_letters_step12345_11102025_120000.pt"),
-    ({"data": {"name": "carolyn_hax"}}, "checkpoint_bigram_carolyn_hax_step0007_11102025_120000.pt"),
-    ({"data": {}}, "checkpoint_bigram_text_step0007_11102025_120000.pt"),
-    ({"data": {"name": "../É /x" + "y" * 50}}, f"checkpoint_bigram_x{'y' * 39}_step0007_11102025_120000.pt"),
-    (
-        {"hyperparameters": {"GPT2_MODEL_NAME": "openai-community/gpt2-medium"}},
-        "checkpoint_bigram_letters_gpt2medium_step0007_11102025_120000.pt",
-    ),
-    (
-        {"hyperparameters": {"GPT2_MODEL_NAME": "/models/My GPT/"}},
-        "checkpoint_bigram_letters_mygpt_step0007_11102025_120000.pt",
-    ),
-    ({"hyperparameters": {"GPT2_MODEL_NAME": "日本"}}, "checkpoint_bigram_letters_step0007_11102025_120000.pt"),
-    ({"model_type": "../../x"}, "checkpoint_x_letters_step0007_11102025_120000.pt"),
-]
-
-
-@pytest.mark.parametrize(("changes", "name"), NAMES, ids=str)
-def test_names_are_as_documented(changes, name, tmp_path, monkeypatch):
-    set_clock(monkeypatch, NOON)
-    folder = tmp_path / "inner"
-    assert save(folder, **({"step": 7} | changes)) == folder / name
-    assert [path.name for path in tmp_path.iterdir()] == ["inner"]
-
-
-@given(st.text())
-def test_a_word_for_a_name_is_safe(text):
-    assert re.fullmatch("[a-z0-9_]{1,40}", file_word(text))
-
-
-def test_a_name_that_is_taken_leads_to_the_next_free_second(tmp_path, monkeypatch):
-    set_clock(monkeypatch, NOON.replace(minute=59, second=58))
-    stamps = [save(tmp_path, 1).stem[-15:] for _ in range(3)]
-    assert stamps == ["11102025_125958", "11102025_125959", "11102025_130000"]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_saves_in_one_second_are_two_names_in_every_layout(layout, tmp_path, monkeypatch):
-    set_clock(monkeypatch, NOON)
-    paths = [save(tmp_path, 1, layout=layout, validation_loss=loss) for loss in (2.0, 1.0)]
-    assert [one.path for one in ckpt.find(tmp_path)] == paths
-    assert [ckpt.load(path, verify=True).validation_loss for path in paths] == [2.0, 1.0]
-    kept = ckpt.keep_best(record(1, validation_loss=0.5), tmp_path, saved=None, layout=layout)
-    assert len({path.name for path in (*paths, kept)}) == 3
-
-
-@pytest.mark.parametrize("zone", ["UTC", "Asia/Kathmandu", "America/Los_Angeles"])
-def test_where_the_machine_is_changes_neither_order_nor_names(zone, tmp_path, monkeypatch):
-    """Times are UTC: a machine that travels, or a change to summer time, puts nothing in another order."""
-    first = save(tmp_path, 1)
-    monkeypatch.setenv("TZ", zone)
-    time.tzset()
-    try:
-        set_clock(monkeypatch, NOON)
-        second = save(tmp_path, 2)
-        assert second.stem.endswith("11102025_120000")
-        assert ckpt.load(second).saved_at == "2025-11-10T12:00:00.000000+00:00"
-        assert [one.path for one in ckpt.find(tmp_path)] == [first, second]
-    finally:
-        monkeypatch.undo()
-        time.tzset()
-
-
-def test_a_clock_set_back_changes_neither_the_latest_nor_any_file(tmp_path, monkeypatch):
-    set_clock(monkeypatch, NOON)
-    first = save(tmp_path, 1)
-    before = first.read_bytes()
-    set_clock(monkeypatch, NOON - datetime.timedelta(days=400))
-    second = save(tmp_path, 1)
-    assert second.name < first.name
-    assert newest(tmp_path) == second
-    assert first.read_bytes() == before
-
-
-def test_the_last_name_in_order_names_a_checkpoint(tmp_path):
-    """As document 001 has it: CHECKPOINT=$(ls checkpoints/ | sort | tail -1)."""
-    ckpt.keep_best(record(1), tmp_path, saved=save(tmp_path, 1))
-    save(tmp_path, 2)
-    (tmp_path / ".tmp-zzz").write_bytes(b"half")
-    command = f"ls '{tmp_path}' | sort | tail -1"
-    name = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout.strip()
-    assert ckpt.load(tmp_path / name).model_type == "bigram"
-    assert sorted(path.name for path in tmp_path.glob("[!.]*"))[0] == "best"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# keep_best
-
-
-def better(step: int, **changes: Any) -> Checkpoint:
-    """Its validation loss is the lower the higher the step."""
-    return record(step, **({"validation_loss": 1 / step} | changes))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("[!.]*"))
-
-
-def test_the_best_is_a_second_name_and_takes_the_place_of_the_runs_earlier_one(tmp_path):
-    first, second = ckpt.save(better(1), tmp_path), ckpt.save(better(2), tmp_path)
-    ckpt.keep_best(better(1), tmp_path, saved=first)
-    kept = ckpt.keep_best(better(2), tmp_path, saved=second)
-    assert names(tmp_path / "best") == [second.name]
-    assert kept.samefile(second)  # a hard link: no second copy of the bytes
-    assert first.exists()
-    assert [one.path for one in ckpt.find(tmp_path)] == [first, second]  # one save is listed once
-    second.unlink()
-    assert tensor_bytes(ckpt.load(kept, verify=True)) == tensor_bytes(record(2))
-    assert newest(tmp_path) == kept
-
-
-def fails_without_links(source: Path, target: Path) -> None:
-    raise PermissionError(1, "no hard links here")
-
-
-def test_without_hard_links_the_best_is_a_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", fails_without_links)
-    saved = save(tmp_path)
-    kept = ckpt.keep_best(better(1), tmp_path, saved=saved)
-    assert kept.read_bytes() == saved.read_bytes()
-    assert not kept.samefile(saved)
-    assert list(tmp_path.rglob(".tmp-*")) == []
-
-
-def test_a_copy_is_made_under_the_folders_lock(tmp_path, monkeypatch):
-    """Otherwise another run's save would take the half-made copy for a leftover and remove it."""
-    saved, copy, looked = save(tmp_path), shutil.copyfileobj, []
-
-    def watched(source, target, *size):
-        with pytest.raises(Timeout):
-            FileLock(tmp_path / FOLDER_LOCK).acquire(timeout=0)
-        looked.append(source.name)
-        copy(source, target, *size)
-
-    monkeypatch.setattr(os, "link", fails_without_links)
-    monkeypatch.setattr(shutil, "copyfileobj", watched)
-    ckpt.keep_best(better(1), tmp_path, saved=saved)
-    assert looked == [str(saved)]
-
-
-def test_a_best_between_two_saves_is_saved_of_itself(tmp_path):
-    save(tmp_path, 1)
-    kept = ckpt.keep_best(better(2), tmp_path, saved=None)
-    assert kept.parent == tmp_path / "best"
-    assert newest(tmp_path) == kept
-    again = ckpt.keep_best(better(3), tmp_path, saved=None)
-    assert names(tmp_path / "best") == [again.name]
-
-
-def test_two_runs_in_one_folder_keep_a_best_each(tmp_path, monkeypatch):
-    """Also in the same second, at the same step, of the same text."""
-    set_clock(monkeypatch, NOON)
-    one = ckpt.keep_best(better(5, run_id="a"), tmp_path, saved=None)
-    saved = ckpt.save(better(5, run_id="b"), tmp_path)
-    other = ckpt.keep_best(better(5, run_id="b"), tmp_path, saved=saved)
-    assert one != other
-    assert {ckpt.load(path).run_id for path in (tmp_path / "best").glob("*.pt")} == {"a", "b"}
-    third = ckpt.keep_best(better(6, run_id="b"), tmp_path, saved=ckpt.save(better(6, run_id="b"), tmp_path))
-    assert names(tmp_path / "best") == sorted([one.name, third.name])
-
-
-def test_what_is_not_worse_stays_until_it_is(tmp_path):
-    """A run that goes on from an earlier step has yet to reach again what it once was."""
-    lower = ckpt.keep_best(better(5, validation_loss=1.0), tmp_path, saved=None)
-    higher = ckpt.keep_best(better(3, validation_loss=2.0), tmp_path, saved=None)
-    unknown = ckpt.keep_best(better(4, validation_loss=None), tmp_path, saved=None)
-    assert all(path.exists() for path in (lower, higher, unknown))
-    assert best(tmp_path) == lower
-    ckpt.keep_best(better(6, validation_loss=1.5), tmp_path, saved=None)
-    assert not higher.exists()
-    assert lower.exists()
-
-
-def test_whether_the_best_is_kept_goes_by_run_and_loss(tmp_path):
-    assert not ckpt.best_is_kept(tmp_path, run_id="one", loss=0.5)
-    ckpt.keep_best(better(2), tmp_path, saved=None)
-    assert ckpt.best_is_kept(tmp_path, run_id="one", loss=0.5)
-    assert not ckpt.best_is_kept(tmp_path, run_id="one", loss=0.25)
-    assert not ckpt.best_is_kept(tmp_path, run_id="other", loss=0.5)
-
-
-def test_what_belongs_to_no_run_is_never_removed_for_a_better_one(tmp_path):
-    (tmp_path / "best").mkdir()
-    strange = hugging_face_folder(tmp_path / "best" / "strange")
-    damaged = tmp_path / "best" / "damaged.pt"
-    damaged.write_bytes(b"PK")
-    kept = [ckpt.keep_best(better(step, run_id=None), tmp_path, saved=None) for step in (1, 2)]
-    assert all(path.exists() for path in (strange, damaged, *kept))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("alone", [True, False], ids=["saved for it", "second name"])
-def test_the_best_of_every_layout_is_whole_and_the_earlier_one_goes(alone, layout, tmp_path):
-    kept = []
-    for step in (1, 2):
-        saved = None if alone else ckpt.save(better(step), tmp_path, layout=layout)
-        kept.append(ckpt.keep_best(better(step), tmp_path, saved=saved, layout=layout))
-    assert kept[1].parent.name == "best"
-    assert_same(ckpt.load(kept[1], verify=True), better(2))
-    in_best = [one.path for one in ckpt.find(tmp_path) if one.path.parent.name == "best"]
-    assert in_best == ([kept[1]] if alone else [])  # the ordinary name of a save is listed before its second
-    assert [one.step for one in ckpt.find(tmp_path)] == ([2] if alone else [1, 2])
-    assert {path.parent for path in tmp_path.rglob("best/*")} == {kept[1].parent}
-    leftover = [path for path in tmp_path.rglob("*") if "step0001" in path.name or "000001" in path.name]
-    assert [path for path in leftover if "best" in path.parts] == []
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_happens_to_one_name_leaves_the_other(layout, tmp_path):
-    saved = ckpt.save(better(1), tmp_path, layout=layout)
-    kept = ckpt.keep_best(better(1), tmp_path, saved=saved, layout=layout)
-    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=None)
-    retention.strip(saved)
-    assert_same(ckpt.load(kept, verify=True), better(1))
-    (one,) = ckpt.find(tmp_path)
-    assert (one.path, one.resumable) == (kept, True)  # the fuller of two names
-
-
-LOSSES = [3.0, 1.0, 2.0, 4.0, 1.5, 0.5, 2.5]
-KEPT_OF = [
-    # What stays after each loss: the `count` best and whatever is not worse than the last.
-    (1, [[3.0], [1.0], [1.0, 2.0], [1.0, 2.0, 4.0], [1.0, 1.5], [0.5], [0.5, 2.5]]),
-    (2, [[3.0], [1.0, 3.0], [1.0, 2.0], [1.0, 2.0, 4.0], [1.0, 1.5], [0.5, 1.0], [0.5, 1.0, 2.5]]),
-    (
-        3,
-        [
-            [3.0],
-            [1.0, 3.0],
-            [1.0, 2.0, 3.0],
-            [1.0, 2.0, 3.0, 4.0],
-            [1.0, 1.5, 2.0],
-            [0.5, 1.0, 1.5],
-            [0.5, 1.0, 1.5, 2.5],
-        ],
-    ),
-]
-
-
-@pytest.mark.parametrize(("count", "after"), KEPT_OF)
-def test_so_many_of_the_best_are_kept(count, after, tmp_path):
-    for step, (loss, kept) in enumerate(zip(LOSSES, after, strict=True), start=1):
-        ckpt.keep_best(better(step, validation_loss=loss), tmp_path, saved=None, count=count)
-        assert sorted(one.metadata["validation_loss"] for one in ckpt.find(tmp_path)) == kept
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# expired: which ones a policy lets go
+# expired
 
 
 FOLDER = Path("checkpoints")
@@ -313,7 +29,7 @@ FOLDER = Path("checkpoints")
 def seen(
     step: int, *, run: str | None = "mine", resumable: bool = True, problem: str | None = None, **more: Any
 ) -> Found:
-    """The save of a step; a later step is a later save."""
+    """Return the checkpoint of a step; a later step has a higher save number."""
     place = FOLDER / "best" if more.pop("best", False) else FOLDER
     values = {
         "step": step,
@@ -327,7 +43,7 @@ def seen(
 def policy(
     found: list[Found], *, keep_last: int, keep_every: int = 0, latest_valid: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Steps that go, and steps that are stripped."""
+    """Return the steps that are deleted and the steps that are stripped."""
     good = None if latest_valid is None else FOLDER / f"mine-{latest_valid}"
     gone = retention.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, latest_valid=good)
     return [one.step for one in gone.remove], [one.step for one in gone.strip]
@@ -366,7 +82,7 @@ POLICIES = [
 @pytest.mark.parametrize(
     ("found", "words", "removed", "stripped"), [case[1:] for case in POLICIES], ids=[case[0] for case in POLICIES]
 )
-def test_a_policy_lets_go_what_it_says_and_nothing_else(found, words, removed, stripped):
+def test_a_policy_expires_exactly_these_checkpoints(found, words, removed, stripped):
     assert policy(found, **words) == (removed, stripped)
 
 
@@ -385,7 +101,7 @@ saves = st.lists(
 
 
 @given(saves, st.integers(0, 4), st.integers(0, 9), st.none() | st.integers(0, 50))
-def test_no_policy_takes_the_newest_or_what_is_not_its_own(found, keep_last, keep_every, latest_valid):
+def test_no_policy_expires_the_newest_or_checkpoints_of_others(found, keep_last, keep_every, latest_valid):
     good = None if latest_valid is None else FOLDER / f"mine-{latest_valid}"
     before = list(found)
     gone = retention.expired(found, run_id="mine", keep_last=keep_last, keep_every=keep_every, latest_valid=good)
@@ -405,7 +121,7 @@ def test_no_policy_takes_the_newest_or_what_is_not_its_own(found, keep_last, kee
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prune: letting them go
+# prune
 
 
 def saves_of(folder: Path, layout: str, *, steps: range = range(10, 70, 10), run_id: str = "one") -> list[Path]:
@@ -420,14 +136,14 @@ def pruned(
 
 
 def held(folder: Path) -> dict[int, bool]:
-    """Each step that `folder` holds, and whether a run can go on from it."""
+    """Return each step in `folder` with whether it is resumable."""
     found = ckpt.find(folder)
     assert [one.problem for one in found] == [None] * len(found)
     return {one.step: one.resumable for one in found}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_expired_goes_and_what_is_kept_to_generate_from_loses_its_optimizer(layout, tmp_path):
+def test_prune_deletes_expired_checkpoints_and_strips_multiples_of_keep_every(layout, tmp_path):
     saves_of(tmp_path, layout)
     before = sum(one.size for one in ckpt.find(tmp_path))
     gone = pruned(tmp_path)
@@ -449,7 +165,7 @@ def test_what_is_expired_goes_and_what_is_kept_to_generate_from_loses_its_optimi
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_others_and_the_best_are_left_alone(layout, tmp_path):
+def test_prune_leaves_other_runs_and_best_unchanged(layout, tmp_path):
     other = saves_of(tmp_path, layout, run_id="two", steps=range(10, 40, 10))
     saves_of(tmp_path, layout)
     best = ckpt.keep_best(better(70), tmp_path, saved=None, layout=layout)
@@ -463,7 +179,7 @@ def test_others_and_the_best_are_left_alone(layout, tmp_path):
     assert (tmp_path / "notes.txt").exists()
 
 
-def test_layouts_mixed_in_one_folder_are_one_run(tmp_path):
+def test_layouts_mixed_in_a_folder_are_pruned_as_a_single_run(tmp_path):
     for number, layout in enumerate(LAYOUTS):
         saves_of(tmp_path, layout, steps=range(10 * number + 10, 10 * number + 20, 10))
     assert list(held(tmp_path)) == [10, 20, 30, 40, 50, 60, 70]
@@ -471,14 +187,14 @@ def test_layouts_mixed_in_one_folder_are_one_run(tmp_path):
     assert held(tmp_path) == {20: False, 40: False, 60: True, 70: True}
 
 
-def test_what_is_known_to_be_whole_stays_and_what_is_damaged_too(tmp_path):
+def test_the_latest_valid_and_damaged_checkpoints_stay(tmp_path):
     paths = saves_of(tmp_path, "unified")
     paths[3].write_bytes(paths[3].read_bytes()[:-9])
     pruned(tmp_path, keep_last=1, keep_every=0, latest_valid=paths[1])
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == sorted(paths[n].name for n in (1, 3, 5))
 
 
-def test_zero_keeps_all_as_they_are(tmp_path):
+def test_keep_last_zero_keeps_all_checkpoints_unchanged(tmp_path):
     saves_of(tmp_path, "unified")
     gone = pruned(tmp_path, keep_last=0)
     assert (gone.remove, gone.strip) == ([], [])
@@ -486,8 +202,8 @@ def test_zero_keeps_all_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_strip_that_was_interrupted_is_ended_by_the_next(layout, tmp_path):
-    """A single file is written anew before the old one goes: between the two both are there, and are one save."""
+def test_an_interrupted_strip_is_completed_by_the_next(layout, tmp_path):
+    """A single file is rewritten before the old file is deleted: in between both exist and are the same save."""
     path = saves_of(tmp_path, layout, steps=range(10, 30, 10))[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retention, "remove", lambda files: None)
@@ -498,20 +214,20 @@ def test_a_strip_that_was_interrupted_is_ended_by_the_next(layout, tmp_path):
     assert len(list(finding.scan(tmp_path))) == 2
 
 
-def test_names_of_what_was_stripped_say_so(tmp_path):
+def test_stripped_checkpoints_are_named_model(tmp_path):
     path = save(tmp_path)
     retention.strip(path)
-    assert names(tmp_path) == [f"{path.stem}_model.pt"]
+    assert [file.name for file in tmp_path.glob("[!.]*")] == [f"{path.stem}_model.pt"]
 
 
-def test_free_space_is_told_before_it_is_missed(tmp_path):
+def test_missing_disk_space_is_reported_before_a_save(tmp_path):
     assert ckpt.free_space_problem(tmp_path, need=1) is None
     words = ckpt.free_space_problem(tmp_path, need=2**60)
     assert words is not None
     assert words.startswith(f"the disk is full: about {2**60:,} bytes are needed in {tmp_path}")
 
 
-def test_a_conversion_beside_its_source_is_no_save_of_its_own(tmp_path):
+def test_a_conversion_beside_its_source_does_not_count_as_a_save(tmp_path):
     paths = {step: save(tmp_path, step) for step in (2, 4, 6)}
     ckpt.convert(paths[6], None, layout="separated", model_only=True)
     paths[8] = save(tmp_path, 8)
@@ -520,11 +236,11 @@ def test_a_conversion_beside_its_source_is_no_save_of_its_own(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Copies: only the exact name that a save gave is retention's to delete.
+# Copies: only a checkpoint under the exact name of its save may be deleted
 
 
 def renamed(name: str, new: Callable[[str], str]) -> str:
-    """The name of a copy of a file; of one file of several, what follows the stem stays."""
+    """Return the name of a copy of a file; the part after the stem of a group stays."""
     ends = ("_optimizer.safetensors", "_state.json", ".safetensors", "-optimizer.pt", "-model.pt", ".pt")
     end = next((end for end in ends if name.endswith(end)), "")
     return new(name.removesuffix(end)) + end
@@ -560,7 +276,7 @@ COPIES: dict[str, Callable[[str], str]] = {
 
 
 def copied_as(path: Path, layout: str, new: Callable[[str], str], *, place: Path | None = None) -> list[Path]:
-    """Copies a checkpoint, all of its files, as a person does; returns the copies."""
+    """Copy all files of a checkpoint, as a user does; return the copies."""
     copies = []
     for file in ckpt.WRITERS[layout].files(path):
         copies.append((place or file.parent) / renamed(file.name, new))
@@ -576,8 +292,8 @@ def content(paths: list[Path]) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("way", COPIES)
-def test_a_copy_under_any_name_of_a_persons_stays_as_it_is(way, layout, tmp_path):
-    """Copied beside the first of three, it neither goes nor takes the place of a save among the last."""
+def test_a_copy_under_any_other_name_stays_unchanged(way, layout, tmp_path):
+    """A copy beside the first of three saves is neither deleted nor counted among the last."""
     first, second, last = (save(tmp_path, step, layout=layout) for step in (1, 2, 3))
     before = content(copied_as(first, layout, COPIES[way]))
     newest_copy = content(copied_as(last, layout, COPIES["word after"]))
@@ -591,7 +307,7 @@ def test_a_copy_under_any_name_of_a_persons_stays_as_it_is(way, layout, tmp_path
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_renamed_checkpoint_stays_and_the_last_save_under_its_own_name_too(layout, tmp_path):
+def test_a_renamed_checkpoint_stays_and_does_not_count_as_the_last_save(layout, tmp_path):
     paths = [save(tmp_path, step, layout=layout) for step in (1, 2, 3)]
     before = content(copied_as(paths[2], layout, COPIES["word after"]))
     files.remove(ckpt.WRITERS[layout].files(paths[2]))
@@ -601,8 +317,8 @@ def test_a_renamed_checkpoint_stays_and_the_last_save_under_its_own_name_too(lay
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_copy_under_a_name_that_a_save_could_have_protects_both(layout, tmp_path, monkeypatch):
-    """`step_000001_2`, or the next second: only while the original is there can it be told to be a copy."""
+def test_a_copy_under_a_possible_save_name_protects_both(layout, tmp_path, monkeypatch):
+    """`step_000001_2`, or the next second: it is recognised as a copy only while the original exists."""
     set_clock(monkeypatch, NOON)
     paths = [save(tmp_path, step, layout=layout) for step in (1, 2, 3)]
     numbered = bool(ckpt.WRITERS[layout].run_stem)
@@ -614,8 +330,8 @@ def test_a_copy_under_a_name_that_a_save_could_have_protects_both(layout, tmp_pa
     assert [path.exists() for path in paths] == [True, False, True]
 
 
-def test_a_second_save_of_a_step_is_no_copy(tmp_path):
-    """The control of the test above: it has a save id of its own."""
+def test_a_second_save_of_a_step_is_not_a_copy(tmp_path):
+    """The negative control of the test above: it has its own save id."""
     for layout in LAYOUTS:
         folder = tmp_path / layout
         paths = [save(folder, step, layout=layout) for step in (1, 1, 3)]
@@ -624,7 +340,7 @@ def test_a_second_save_of_a_step_is_no_copy(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["unified", "sharded"])
-def test_copies_of_a_model_without_its_optimizer_stay(layout, tmp_path):
+def test_copies_of_a_stripped_checkpoint_stay(layout, tmp_path):
     alone = {"optimizer_state": None, "hyperparameters": {"CHECKPOINT_MODEL_ONLY": True}}
     paths = [save(tmp_path, step, layout=layout, **alone) for step in (1, 2, 3)]
     full = [save(tmp_path, step, layout=layout) for step in (4, 5)]
@@ -642,8 +358,8 @@ def test_copies_of_a_model_without_its_optimizer_stay(layout, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("place", ["one copy", "backup", "Best", "best copy"])
-def test_a_copied_folder_stays(place, layout, tmp_path):
-    """Of the layouts whose names repeat in each run's folder, a copy of that folder is found, and known by its name."""
+def test_a_copied_run_folder_stays(place, layout, tmp_path):
+    """In layouts that write run folders, a copy of a run folder is found and recognised by its name."""
     first, last = (save(tmp_path, step, layout=layout) for step in (1, 2))
     (tmp_path / place).mkdir()
     before = content(copied_as(first, layout, str, place=tmp_path / place))
@@ -653,7 +369,7 @@ def test_a_copied_folder_stays(place, layout, tmp_path):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("unified", "separated", "stepfiles")])
-def test_a_folder_with_a_file_of_somebodys_in_it_stays(layout, tmp_path):
+def test_a_checkpoint_folder_with_other_files_stays(layout, tmp_path):
     paths = [save(tmp_path, step, layout=layout) for step in (1, 2, 3)]
     (paths[0] / "README.md").write_text("my notes")
     (paths[1] / ".DS_Store").write_text("the system's")
@@ -664,7 +380,7 @@ def test_a_folder_with_a_file_of_somebodys_in_it_stays(layout, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["{}.bak", "{}.pt.bak", "{}.pt~", "{}.PT", "{}.pt.1", "old-{}.pt.txt"])
-def test_a_copy_with_another_end_stays(name, tmp_path):
+def test_a_copy_with_another_suffix_stays(name, tmp_path):
     first, last = (save(tmp_path, step) for step in (1, 2))
     copy = Path(shutil.copy(first, tmp_path / name.format(first.stem)))
     ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=last)
@@ -672,8 +388,8 @@ def test_a_copy_with_another_end_stays(name, tmp_path):
     assert not first.exists()
 
 
-def test_whose_prefix_it_is_is_known_from_the_runs_own_settings(tmp_path):
-    """`my_checkpoint` may be a setting or a person's renaming."""
+def test_the_prefix_is_compared_with_the_settings_of_the_run(tmp_path):
+    """`my_checkpoint` may be a setting or a file renamed by the user."""
     own = {"hyperparameters": {"CHECKPOINT_PREFIX": "my_checkpoint"}}
     mine, theirs = record(1, **own), record(2)
     with_prefix = ckpt.save(mine, tmp_path, prefix="my_checkpoint")
@@ -690,7 +406,7 @@ def test_whose_prefix_it_is_is_known_from_the_runs_own_settings(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_persons_copy_under_best_stays_and_takes_no_place_there(layout, tmp_path):
+def test_a_copy_in_best_stays_and_does_not_count(layout, tmp_path):
     kept = [ckpt.keep_best(better(step), tmp_path, saved=None, layout=layout, count=2) for step in (1, 2)]
     before = content(copied_as(kept[1], layout, COPIES["word after"]))
     kept.append(ckpt.keep_best(better(3), tmp_path, saved=None, layout=layout, count=2))
@@ -700,8 +416,8 @@ def test_a_persons_copy_under_best_stays_and_takes_no_place_there(layout, tmp_pa
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_no_name_but_the_saves_own_is_retentions(data):
-    """Insert, delete or replace anything anywhere in a name: it is the very same name, or not the program's."""
+def test_own_stem_accepts_only_the_exact_name_of_the_save(data):
+    """Any insertion, deletion or replacement in a name makes it a name of the user."""
     layout = data.draw(st.sampled_from(LAYOUTS))
     values = {"model_type": "gpt2", "step": 350, "run_id": "one", "save_id": "ab", "parts": ["model", "optimizer"],
               "data": {"name": "letters"}, "hyperparameters": {}, "saved_at": "2025-11-10T12:00:00.500000+00:00"}  # fmt: skip
@@ -722,8 +438,8 @@ def test_no_name_but_the_saves_own_is_retentions(data):
         assert own_stem(Found(place / changed, values, layout=layout)) is None
 
 
-def test_what_somebody_has_named_stays(tmp_path):
-    """A copy, or a checkpoint that was renamed to keep it."""
+def test_renamed_and_copied_checkpoints_stay(tmp_path):
+    """A copy, or a checkpoint that the user renamed to keep it."""
     first, second, last = (save(tmp_path, step) for step in (1, 2, 3))
     shutil.copy(first, tmp_path / "mybackup.pt")
     second.rename(tmp_path / "good.pt")
@@ -742,7 +458,7 @@ def test_a_number_at_the_limit_does_not_make_later_saves_unreadable(tmp_path):
     assert path.exists()
 
 
-def test_an_edit_of_a_checkpoint_leaves_its_second_name_under_best_alone(tmp_path):
+def test_editing_a_checkpoint_does_not_change_its_copy_in_best(tmp_path):
     saved = ckpt.save(record(1), tmp_path, layout="directory")
     kept = ckpt.keep_best(record(1), tmp_path, saved=saved, layout="directory")
     with open(saved / "config.json", "r+") as file:
@@ -753,7 +469,7 @@ def test_an_edit_of_a_checkpoint_leaves_its_second_name_under_best_alone(tmp_pat
     assert (saved / "model.pt").samefile(kept / "model.pt")
 
 
-def test_one_that_cannot_be_let_go_does_not_keep_the_others(tmp_path, monkeypatch):
+def test_a_deletion_error_does_not_stop_the_other_deletions(tmp_path, monkeypatch):
     paths = [save(tmp_path, step) for step in (10, 15, 20, 25, 30)]
 
     def refused(*_):
@@ -766,7 +482,7 @@ def test_one_that_cannot_be_let_go_does_not_keep_the_others(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("layout", ["separated", "stepfiles"])
-def test_a_full_disk_does_not_hinder_letting_go(layout, tmp_path, monkeypatch):
+def test_a_full_disk_does_not_prevent_pruning(layout, tmp_path, monkeypatch):
     first, last = (save(tmp_path, step, layout=layout) for step in (1, 2))
 
     def refused(*_, **__):

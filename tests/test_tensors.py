@@ -1,4 +1,4 @@
-"""Named tensors: safetensors files are the library's own to the byte, and what claims too much is no tensor."""
+"""Named tensors: safetensors files equal the library's to the byte, and tensors larger than their storage are refused."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from milepost.ckpt.tensors import (
 
 
 def every_kind() -> dict[str, torch.Tensor]:
-    """Every dtype under names that no order by name alone would bring together."""
+    """Return tensors of every dtype under names whose order differs from the order by dtype."""
     draw = torch.Generator().manual_seed(1)
     tensors = {}
     for number, dtype in enumerate(DTYPES):
@@ -53,7 +53,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_file_is_the_librarys_to_the_byte(case, tmp_path):
+def test_the_file_equals_the_librarys_to_the_byte(case, tmp_path):
     file = write_safetensors(tmp_path / "a.safetensors", CASES[case])
     assert (tmp_path / "a.safetensors").read_bytes() == theirs(CASES[case])
     assert file.size == len(theirs(CASES[case]))
@@ -61,7 +61,7 @@ def test_the_file_is_the_librarys_to_the_byte(case, tmp_path):
 
 @settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.text(min_size=1, max_size=8), st.sampled_from(list(DTYPES)), min_size=1, max_size=9))
-def test_of_any_names_in_any_order_the_file_is_the_librarys(tmp_path_factory, dtypes):
+def test_with_any_names_in_any_order_the_file_equals_the_librarys(tmp_path_factory, dtypes):
     if any("\ud800" <= character <= "\udfff" for name in dtypes for character in name):
         return
     tensors = {name: torch.arange(3).to(dtype) for name, dtype in dtypes.items()}
@@ -70,7 +70,7 @@ def test_of_any_names_in_any_order_the_file_is_the_librarys(tmp_path_factory, dt
     assert path.read_bytes() == theirs(tensors)
 
 
-def test_what_was_written_is_read_by_us_and_by_the_library(tmp_path):
+def test_written_files_are_read_back_by_us_and_by_the_library(tmp_path):
     tensors, path = every_kind(), tmp_path / "a.safetensors"
     write_safetensors(path, tensors)
     for read in (read_safetensors(path), library.load_file(path)):
@@ -119,14 +119,14 @@ def test_a_header_that_does_not_fit_its_bytes_is_refused(header, reason, tmp_pat
     assert reason in sentence(with_header(tmp_path / "a.safetensors", header))
 
 
-def test_a_header_as_it_should_be_is_read(tmp_path):
+def test_a_valid_header_is_read(tmp_path):
     """Negative control for the test above."""
     path = with_header(tmp_path / "a.safetensors", {"a": ONE})
     assert read_safetensors(path)["a"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("claimed", [0, 1, 9, HEADER_LIMIT + 1, 2**40, 2**63, 2**64 - 1])
-def test_a_header_that_claims_more_than_there_is_is_refused_before_it_is_read(claimed, tmp_path):
+def test_a_header_longer_than_the_file_is_refused_before_it_is_read(claimed, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(claimed.to_bytes(8, "little") + b"{}" + b" " * 6)
     assert f"its header claims {claimed} bytes of a file of 16" in sentence(path)
@@ -141,7 +141,7 @@ def test_a_cut_file_is_refused(share, tmp_path):
     sentence(path)
 
 
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+def test_pipes_and_folders_are_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder", "missing"):
@@ -173,7 +173,7 @@ NO_WEIGHTS = [
 
 
 @pytest.mark.parametrize(("values", "reason"), NO_WEIGHTS, ids=[reason for _, reason in NO_WEIGHTS])
-def test_what_is_no_set_of_weights_is_refused(values, reason):
+def test_invalid_weights_are_refused(values, reason):
     with pytest.raises(CheckpointError) as caught:
         checked_tensors(values, "here")
     assert caught.value.kind in ("damaged", "not understood")
@@ -186,8 +186,8 @@ def test_what_is_no_set_of_weights_is_refused(values, reason):
 @pytest.mark.parametrize(
     "values", [{"a": W}, {"a": W, "twin": W}, {"a": W.t(), "b": W.half()}, gpt2_record().model_state]
 )
-def test_weights_are_taken_as_they_are(values):
-    """Negative control for the test above; a tied pair is no bomb."""
+def test_valid_weights_are_returned_unchanged(values):
+    """Negative control for the test above; a tied pair is allowed."""
     assert checked_tensors(values, "here") is values
 
 
@@ -198,7 +198,7 @@ def test_weights_are_taken_as_they_are(values):
 @pytest.mark.parametrize(
     "made", [record, gpt2_record, lambda: gpt2_record(optimizer="muon")], ids=["bigram", "adamw", "muon"]
 )
-def test_an_optimizers_state_comes_back_from_names(made):
+def test_optimizer_state_is_rebuilt_from_named_tensors(made):
     state = made().optimizer_state
     tensors, groups = optimizer_tensors(state), json.loads(json.dumps(optimizer_groups(state)))
     again = optimizer_state(dict(reversed(tensors.items())), groups, "here")
@@ -209,7 +209,7 @@ def test_an_optimizers_state_comes_back_from_names(made):
     assert again["param_groups"] == json.loads(json.dumps(state["param_groups"]))
 
 
-def test_names_are_the_parameters_and_what_is_kept_for_each():
+def test_tensor_names_are_parameter_name_and_kind():
     assert optimizer_tensors(record().optimizer_state).keys() == {
         f"{WEIGHT}.{kind}" for kind in ("step", "exp_avg", "exp_avg_sq")
     }
@@ -225,11 +225,11 @@ NO_GROUPS += [[GROUP | {"param_names": ["b"]}], [], [GROUP | {"param_names": [["
 
 
 @pytest.mark.parametrize("groups", NO_GROUPS, ids=str)
-def test_groups_that_do_not_fit_the_tensors_are_refused(groups):
+def test_groups_that_do_not_match_the_tensors_are_refused(groups):
     with pytest.raises(CheckpointError, match="does not match its param_groups") as caught:
         optimizer_state({"a.exp_avg": W}, groups, "here")
     assert (caught.value.path, caught.value.kind) == (Path("here"), "damaged")
 
 
-def test_control_groups_that_fit_are_taken():
+def test_matching_groups_are_accepted():
     assert optimizer_state({"a.exp_avg": W}, [GROUP], "here")["state"][0]["exp_avg"] is W

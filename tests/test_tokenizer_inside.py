@@ -1,4 +1,4 @@
-"""The tokenizer of another program's file: read from inside it or named by the user, and never taken because its size fits."""
+"""The tokenizer of another program's file: read from inside or set by the user, never chosen because its size fits."""
 
 import json
 from collections.abc import Callable
@@ -76,8 +76,8 @@ def test_kinds_and_bpe(content, rows, expected):
     [{}, {"vocab": "vocab.json"}, {"chars": 74}, {"vocab_size": 74}, {"config": {"type": "gpt2"}}, {"kind": "gpt2"}, {"token_kind": "char"}, {"alphabet": "latin"}],
     ids=str,
 )  # fmt: skip
-def test_what_names_no_tokens_is_no_tokenizer(content):
-    """Negative control: nothing is made of words that only sound like it."""
+def test_values_without_tokens_are_not_a_tokenizer(content):
+    """Negative control: similar keys yield no tokenizer."""
     assert tokenizer_inside([content], 74, where="f") == (None, "")
 
 
@@ -95,7 +95,7 @@ def test_what_names_no_tokens_is_no_tokenizer(content):
     ],
     ids=str,
 )
-def test_what_cannot_be_understood_is_told_and_nothing_is_taken_for_it(content):
+def test_an_unknown_tokenizer_is_reported_and_not_replaced(content):
     found, note = tokenizer_inside([content], 3, where="f")
     assert found is None
     assert note.startswith("f: the tokenizer inside cannot be used: ")
@@ -146,7 +146,7 @@ def converted(folder: Path, path: Path, **changes: str) -> tuple[int, str, Path 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_bundles_own_alphabet_generates_and_is_converted(program, tmp_path):
-    """It has as many characters as the default text, and writes none of its."""
+    """It has as many characters as the default text, but different ones."""
     path = bundle(tmp_path, program, SPELLINGS["everything"])
     code, text, said = generated(tmp_path, path)
     assert code == 0, said
@@ -167,8 +167,8 @@ def test_without_a_tokenizer_nothing_is_guessed(program, tmp_path):
     assert ckpt.load(target).tokenizer is None
 
 
-def test_the_text_that_the_user_names_is_taken(tmp_path):
-    """What the refusal advises works, for generating and for converting; a text of another number of characters is refused."""
+def test_the_text_set_by_the_user_is_used(tmp_path):
+    """The remedy in the error works for generating and converting; a text with another number of characters is refused."""
     path = bundle(tmp_path, "nanogpt", {})
     own = tmp_path / "own.txt"
     own.write_text("".join(CYRILLIC) * 3, encoding="utf-8")
@@ -182,7 +182,7 @@ def test_the_text_that_the_user_names_is_taken(tmp_path):
     assert generated(tmp_path, path, TRAINING_DATA_SOURCE=str(own))[:2] == (3, "")
 
 
-def test_a_named_kind_is_taken_if_its_tokens_fit(tmp_path):
+def test_a_requested_kind_is_used_if_its_tokens_fit(tmp_path):
     torch.manual_seed(0)
     sizes = SIZES | {"vocab_size": 256, "bias": True}
     path = tmp_path / "latest.pt"
@@ -192,7 +192,7 @@ def test_a_named_kind_is_taken_if_its_tokens_fit(tmp_path):
     assert generated(tmp_path, path, TOKENIZER="gpt2")[:2] == (3, "")
 
 
-def test_a_whole_folder_with_a_file_without_a_tokenizer_is_told(tmp_path):
+def test_converting_a_folder_reports_a_file_without_a_tokenizer(tmp_path):
     (tmp_path / "old").mkdir()
     bundle(tmp_path / "old", "nanogpt", {})
     code, said, target = converted(tmp_path, tmp_path / "old")

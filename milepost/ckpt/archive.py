@@ -57,9 +57,7 @@ def is_archive(path: Path) -> bool:
 
 
 def read_metadata(path: Path) -> Json:
-    """Return the JSON member without touching tensors, None if there is none; raise CheckpointError if the file is
-    damaged.
-    """
+    """Return the JSON member without reading tensors; None if there is none. Raise CheckpointError if damaged."""
     return _seen(path, _stamp(path))[0]
 
 
@@ -75,9 +73,7 @@ def pickle_strings(path: Path) -> frozenset[str]:
 
 
 def pair_role(path: Path) -> Json:
-    """Return which file of a pair this is by its JSON member, None for other files; raise CheckpointError if it is
-    damaged.
-    """
+    """Return which file of a pair this is by its JSON member; None for others. Raise CheckpointError if damaged."""
     return _marks(path, _stamp(path))[0]
 
 
@@ -118,8 +114,9 @@ def _cached(path: Path, stamp: tuple[int, ...]) -> tuple[Json, frozenset[str], C
 
 
 def load(path: Path) -> tuple[dict[Any, Any], Json]:
-    """Return the pickled dict, its tensors mapped from the file, and the JSON member or None. Never runs code from the
-    file.
+    """Return the pickled dict, its tensors mapped from the file, and the JSON member or None.
+
+    Never runs code from the file.
 
     Raise CheckpointError if anything is wrong with it.
     """
@@ -211,9 +208,7 @@ def _add(archive: zipfile.ZipFile, name: str, data: Any) -> int:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a tensor in row-major order, (bytes,) uint8: a view if it is contiguous. Uses no torch
-    threads.
-    """
+    """Return the row-major bytes of a tensor, (bytes,) uint8: a view if contiguous. Uses no torch threads."""
     plain = tensor.detach().cpu()
     if plain.dtype == torch.bfloat16:  # numpy has no bfloat16
         plain = plain.view(torch.int16)

@@ -1,6 +1,4 @@
-"""Find the checkpoints that are the base of saved adapters. Retention keeps them: adapters cannot be opened without
-their base.
-"""
+"""Find the bases of saved adapters, which retention keeps: adapters cannot be opened without their base."""
 
 import contextlib
 import functools

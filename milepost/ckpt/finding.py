@@ -66,8 +66,9 @@ def find(folder: Path) -> list[Found]:
 
 
 def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
-    """Yield every checkpoint in `folder` under each of its names, or `folder` itself if it is one; skip best/ if not
-    `bests`.
+    """Yield every checkpoint in `folder` under each of its names, or `folder` itself if it is a checkpoint.
+
+    Skip best/ if not `bests`.
     """
     if (whole := layout_of(folder)) is not None:
         yield look(folder, whole)
@@ -149,9 +150,7 @@ def latest(found: list[Found]) -> Found | None:
 
 
 def best(found: list[Found]) -> Found | None:
-    """Return the checkpoint with the lowest validation loss in the run of the latest one; the latest if none has a
-    loss.
-    """
+    """Return the checkpoint with the lowest validation loss in the run of the latest; without losses, the latest."""
     newest = latest(found)
     if newest is None:
         return None
@@ -287,7 +286,8 @@ def _choose_by_step(pattern: str, folder: Path) -> tuple[Path, list[str]]:
     if not readable:
         remedy = "; ".join(notes or [listing(_nearest(Path(os.path.expanduser(pattern)), folder))])
         kind: Kind = "damaged" if notes else "not found"
-        raise CheckpointError(pattern, "matches no readable checkpoint", remedy, kind=kind)
+        problem = "no matching checkpoint can be read" if matches else "matches no checkpoint"
+        raise CheckpointError(pattern, problem, remedy, kind=kind)
     chosen = max(readable, key=lambda found: (found.step, found.save_order, found.resumable))
     return chosen.path, [*notes, f"{pattern} matches {len(matches)}: taking {chosen.path}"]
 

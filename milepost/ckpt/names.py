@@ -20,17 +20,14 @@ LATEST_STAMP = datetime.timedelta(hours=1)  # after the save; later seconds are 
 
 
 def target_folder(record: Checkpoint, folder: Path, *, writer: Layout | Export) -> Path:
-    """Return the folder that a layout writes to: `folder`, or the run folder in it if the layout's names repeat between
-    runs.
-    """
+    """Return the folder that a layout writes to: `folder`, or its run folder if names repeat between runs."""
     return folder / (record.run_id or "run") if writer.run_stem else folder
 
 
 def free_stem(
     record: Checkpoint, place: Path, *, writer: Layout | Export, now: datetime.datetime, prefix: str = PREFIX
 ) -> str:
-    """Return `{prefix}_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}` for the first second from `now` that is
-    free.
+    """Return the first free name `{prefix}_{model}_{source}[_{weights}]_step{N}_{MMDDYYYY_HHMMSS}` from `now` on.
 
     A name is free if neither `place` nor its best/ has it, so that a checkpoint in one can be linked into the other.
     The names of other layouts, `step_000100`, continue with `_2`, `_3` and so on.
@@ -70,8 +67,7 @@ def file_word(text: str) -> str:
 
 
 def own_checkpoints(found: Collection[Found]) -> list[Found]:
-    """Return the readable checkpoints that retention may delete: those under exactly the name that their save gave
-    them.
+    """Return the readable checkpoints that retention may delete: those under exactly the name of their save.
 
     Any other name belongs to the user: a copy, a renamed file, a folder with other files in it. If two names hold the
     same save, one is a copy under a name that a save could have given; both stay, because they cannot be told apart.

@@ -45,8 +45,7 @@ def build_model(
     adapters: Mapping[str, Any] | None = None,
     take: bool = False,
 ) -> Model:
-    """Return the record's model with its weights, in float32 on `device`. A smaller `block_size` crops learned
-    positions.
+    """Return the record's model with its weights, in float32 on `device`; a smaller `block_size` crops positions.
 
     `adapters` (settings by kind, see models.ADAPTERS) adds new adapters, drawn from torch's global generator. `shared`
     keeps the weights mapped from the checkpoint's file, for a model that is not trained. `take` moves the weights out
@@ -113,9 +112,7 @@ def skeleton(model_type: str, settings: Mapping[str, Any]) -> Model:
 
 
 def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """Return the record of adapters with the weights of their base added; raise CheckpointError if `base` is another
-    base.
-    """
+    """Return adapters with the weights of their base added; raise CheckpointError if `base` is another base."""
     recorded = (record.base or {}).get("sha256")
     found = digest(base.model_state)
     if base.adapters_only or found != recorded:
@@ -180,8 +177,7 @@ def _cropped(model_type: str, state: Mapping[str, Tensor], block_size: int) -> d
 
 
 def _check_layers(record: Checkpoint, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if there are fewer tensors than the layers need: many layers take memory even without
-    weights.
+    """Raise CheckpointError if n_layer needs more tensors than exist: layers take memory even without weights.
 
     No other setting costs time or memory.
     """
@@ -215,9 +211,7 @@ def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, 
 
 
 def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
-    """Return the record's tokenizer; raise CheckpointError if it has none, or one with more tokens than the model has
-    rows.
-    """
+    """Return the record's tokenizer; raise CheckpointError if it has none or more tokens than the model rows."""
     if record.tokenizer is None:
         raise CheckpointError(_where(record), "carries no tokenizer", kind="lacking")
     try:
@@ -236,9 +230,7 @@ def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
 
 
 def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
-    """Return the record's tokenizer as the JSON files of a Hugging Face folder, by name; empty if it carries no
-    tokenizer.
-    """
+    """Return the tokenizer as the JSON files of a Hugging Face folder, by name; empty if there is no tokenizer."""
     if record.tokenizer is None:
         return {}
     tokenizer = build_tokenizer(record)
@@ -254,9 +246,7 @@ def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
 
 
 def tokenizer_from_file(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the tokenizer.json of a Hugging Face folder as a record holds it; a file of another program is read as a
-    BPE.
-    """
+    """Return the tokenizer.json of a Hugging Face folder as a record holds it; another program's is read as BPE."""
     return tokenizer_json.from_tokenizers_json(values)
 
 

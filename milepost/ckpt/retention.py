@@ -62,10 +62,10 @@ def expired(
 def prune(
     folder: Path, *, run_id: str, keep_last: int, keep_every: int, latest_valid: Path | None, spare: Path | None = None
 ) -> Expired:
-    """Delete the expired checkpoints of a run and return them. `latest_valid`, which is known to be intact, and `spare`
-    stay.
+    """Delete the expired checkpoints of a run and return them.
 
-    Raise the first OSError or CheckpointError only after deleting all the others.
+    `latest_valid`, which is known to be intact, and `spare` stay. Raise the first OSError or CheckpointError only
+    after deleting all the others.
     """
     with folder_lock(folder):
         gone = select_expired(

@@ -19,8 +19,7 @@ CONFIG, TOKENIZER, META = "config.json", "tokenizer.json", "meta.pkl"
 def adopted(
     path: Path, content: Mapping[Any, Any], *, layout: str, optimizer: bool = True, whole: bool = True
 ) -> Checkpoint:
-    """Return the record of the content loaded from `path`, a file or a folder; raise CheckpointError if it cannot be
-    translated.
+    """Return the record of the content loaded from `path`, a file or a folder; raise CheckpointError.
 
     The tokenizer is the one inside the file, else tokenizer.json or meta.pkl beside it, else GPT-2's if the rows match,
     else None. If not `whole`, only the metadata is usable.
@@ -47,9 +46,7 @@ def adopted(
 
 
 def adopted_metadata(path: Path, content: Mapping[Any, Any], *, layout: str) -> dict[str, Json]:
-    """Return the metadata of the loaded content; of the tensors only the rows that show whether the head is tied are
-    read.
-    """
+    """Return the metadata of the loaded content; reads only the rows that show whether the head is tied."""
     return metadata(adopted(path, content, layout=layout, whole=False))
 
 
@@ -68,9 +65,7 @@ def _token_file(path: Path) -> Path | None:
 
 
 def tokenizer_beside(path: Path, vocab_size: int) -> Choice:
-    """Return `tokenizer_for` the weights at `path`, a file or a folder, with the tokenizer.json or meta.pkl beside
-    them.
-    """
+    """Return `tokenizer_for` the weights at `path` with the tokenizer.json or meta.pkl beside them."""
     file = _token_file(path)
     return tokenizer_for(vocab_size, _read_token_file(file), where=str(file or path))
 
@@ -99,9 +94,7 @@ def with_chars(record: Checkpoint, chars: list[str]) -> Checkpoint:
 
 
 def with_kind(record: Checkpoint, kind: str) -> Checkpoint:
-    """Return the record with the tokenizer `byte` or `gpt2`; raise CheckpointError if it has more tokens than the model
-    has rows.
-    """
+    """Return the record with the tokenizer `byte` or `gpt2`; raise CheckpointError if it has too many tokens."""
     rows = record.model_settings["vocab_size"]
     record.tokenizer, _ = tokenizer_for(rows, {"kind": kind}, where=f"{record.path}: TOKENIZER={kind}")
     record.notes.append(f"{record.path}: carries no tokenizer; {kind} is used, as set")

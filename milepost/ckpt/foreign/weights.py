@@ -276,9 +276,7 @@ def _lecture_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _joined_lecture(theirs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights under our names but the head; query, key and value of all heads are joined in this order, (3C,
-    C).
-    """
+    """Return all weights but the head under our names; query, key and value of all heads joined, (3C, C)."""
     ours = {"wte.weight": theirs[TABLE], "wpe.weight": theirs[POSITIONS]}
     renamed = {f"blocks.{n}.{a}": f"h.{n}.{b}" for n in range(settings["n_layer"]) for a, b in LECTURE_PARTS.items()}
     for theirs_name, our_name in (renamed | {"ln_f": "ln_f"}).items():
