@@ -167,10 +167,13 @@ def test_a_best_that_could_not_be_written_is_retried_at_the_next_save(layout, ba
     assert [one.step for one in scan(tmp_path / "checkpoints", bests=False)] == [7]
 
 
+def blocking(folder: Path) -> Callable[[], object]:
+    """Return an action that puts a file where best/ would be: as a fault that comes after the start, which looks at that place."""
+    return lambda: (folder / "checkpoints" / "best").write_text("in the way")
+
+
 def test_a_best_that_could_never_be_written_is_restored_by_a_later_resume(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "best").write_text("in the way")
-    code, said = train(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_KEEP_LAST="1")
+    code, said = trained(tmp_path, {1: blocking(tmp_path)}, CHECKPOINT_INTERVAL="2", CHECKPOINT_KEEP_LAST="1")
     assert code == 0, said
     assert [one.step for one in scan(tmp_path / "checkpoints")] == [8]
     (tmp_path / "checkpoints" / "best").unlink()
@@ -179,10 +182,8 @@ def test_a_best_that_could_never_be_written_is_restored_by_a_later_resume(tmp_pa
 
 
 def test_a_best_step_is_not_pruned_before_it_is_in_best(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "best").write_text("in the way")
     policy = {"CHECKPOINT_INTERVAL": "1", "CHECKPOINT_KEEP_LAST": "1", "EVAL_INTERVAL": "4"}
-    code, said = trained(tmp_path, {7: stop}, **policy)
+    code, said = trained(tmp_path, {1: blocking(tmp_path), 7: stop}, **policy)
     assert code == 130, said
     assert [one.step for one in scan(tmp_path / "checkpoints")] == [4, 7]
     best = at_step(tmp_path, 4)

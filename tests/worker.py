@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training.py"
 sys.path.insert(0, str(ROOT))
 
-from milepost import cli as door  # noqa: E402
+from milepost import cli  # noqa: E402
 from milepost.locks import RunLock  # noqa: E402
 from milepost.runtime import hardware  # noqa: E402
 from milepost.runtime.distributed import World  # noqa: E402
@@ -42,7 +42,7 @@ if folder := os.environ.get("WORKER_PIDS"):
     atexit.register(lambda: (Path(str(folder)) / f"{rank}.code").write_text("", encoding="utf-8"))  # and any other
 
 if late := os.environ.get("WORKER_LATE"):
-    where, name = {"lock": (RunLock, "release"), "report": (door, "told")}[late]
+    where, name = {"lock": (RunLock, "release"), "report": (cli, "report")}[late]
     action = getattr(where, name)
 
     def signalled(*arguments):
