@@ -61,7 +61,7 @@ def main(settings: Config, log: Log) -> int:
     if rows:
         write_stdout(table([("", "step", "frees", "run", "path"), *rows]))
     would = "would be freed; DRY_RUN=false does it" if settings.dry_run else "freed"
-    write_stdout(f"{freed:,} bytes {would}" if deleted or failed else "nothing to let go")
+    write_stdout(f"{freed:,} bytes {would}" if deleted or failed else "nothing to delete")
     if failed:
         raise failed[0]
     return 0

@@ -84,7 +84,7 @@ def test_a_dry_run_writes_and_locks_nothing(folder):
         again = call(pruner, folder, CHECKPOINT_KEEP_LAST="1")
     finally:
         lock.release()
-    assert (again.code, again.out, again.err) == (0, "nothing to let go\n", "")
+    assert (again.code, again.out, again.err) == (0, "nothing to delete\n", "")
 
 
 def test_a_dry_run_works_in_a_read_only_folder():
@@ -138,7 +138,7 @@ def test_pruning_does_what_the_dry_run_reported(folder, layout):
     assert left(folder) == {4: False, 5: True, 6: True}
     assert left(folder, "two") == {1: True, 2: True}
     assert before - disk(folder / "checkpoints") == pytest.approx(removed, rel=0.05)
-    assert call(pruner, folder, **policy, DRY_RUN="false").out == "nothing to let go\n"
+    assert call(pruner, folder, **policy, DRY_RUN="false").out == "nothing to delete\n"
 
 
 def test_best_and_final_checkpoints_stay(folder):
@@ -184,7 +184,7 @@ def test_a_run_without_a_valid_checkpoint_is_not_pruned(folder):
         one.model_state[WEIGHT][0, 0] = math.inf
         ckpt.save(one, folder / "checkpoints")
     said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
-    assert (said.code, said.out) == (0, "nothing to let go\n")
+    assert (said.code, said.out) == (0, "nothing to delete\n")
     assert "left alone: no checkpoint of run one is known to be whole" in said.err
     assert left(folder) == {1: True, 2: True}
 
