@@ -272,7 +272,7 @@ def final_weights(folder: Path, monkeypatch, **changes: str) -> dict[str, bytes]
         return 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "say_end", finished)
+        patch.setattr(training, "end", finished)
         assert train(folder, **changes)[0] == 0
     return kept
 
