@@ -95,7 +95,7 @@ def test_a_link_in_place_of_a_run_folder_is_refused_by_name(name, theirs, tmp_pa
     before = snapshot(tmp_path / "outside")
     code, said = train(theirs, RESUME="auto", **NOTHING | {"DEVICE": "cpu"})
     if code == 0:  # the run's own checkpoints were in that folder, and a new run began beside it
-        assert "holds no checkpoint" in said
+        assert "this run starts fresh" in said
     else:
         assert code == 2
         assert str(place) in said.splitlines()[-1], said
