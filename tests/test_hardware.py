@@ -126,6 +126,13 @@ def test_compiling_follows_a_fixed_rule(requested, device, pays, steps, expected
     assert (remark is not None) == (expected and not compiler)  # an impossible request is logged
 
 
+def test_torch_in_a_folder_with_a_space_cannot_compile_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+    assert hardware.choose_compile("true", CPU, pays=True, steps=1) == (True, None)  # the control
+    monkeypatch.setattr(torch, "__path__", ["/a folder/torch"])
+    assert hardware.choose_compile("true", CPU, pays=True, steps=1)[0] is False
+
+
 # Bits
 
 

@@ -141,6 +141,8 @@ def _has_compiler(device: torch.device) -> bool:
             from torch.utils._triton import has_triton
 
             return has_triton()
+        if " " in torch.__path__[0]:  # its linker command does not quote this path
+            return False
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         return bool(get_cpp_compiler())
