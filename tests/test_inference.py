@@ -486,7 +486,6 @@ def test_a_relative_glob_starts_at_the_current_folder(three, monkeypatch):
 def test_a_missing_checkpoint_lists_the_existing(name, three):
     said = infer(three, CHECKPOINT_PATH=str(three / "checkpoints" / name))
     assert (said.code, said.out) == (3, "")
-    assert "Checkpoint not found" in said.err
     assert name in said.err
     at = [said.err.index(at_step(three, step).name) for step in (6, 8, 4)]
     assert at == sorted(at)  # newest first

@@ -326,5 +326,7 @@ GROUPS = [None, [], [{}], {"params": [0]}, [{"params": [0], "param_names": ["oth
 def test_groups_that_do_not_fit_the_optimizers_file_are_refused(groups, home, layout):
     if layout != "directory":  # its optimizer.pt has the groups inside
         change(place(home, layout, 0), optimizer_groups=groups)
-        assert "its optimizer state does not fit its param_groups" in refused(home)
+        with pytest.raises(CheckpointError, match="param_groups") as caught:
+            ckpt.load(home)
+        assert caught.value.kind == "damaged"
     assert ckpt.load(home, optimizer=False).step == 7
