@@ -14,7 +14,7 @@ from milepost.ckpt.leftovers import prepare_folder
 from milepost.ckpt.record import bytes_on_disk
 from milepost.config import ConfigError
 from milepost.locks import RunLock
-from milepost.paths import check_inside
+from milepost.paths import check_inside, is_real_file
 from milepost.run import TRY_INSTEAD, Run, is_due, to_record
 from milepost.runtime.errors import TrainingError
 from milepost.runtime.progress import Metrics, amount, read_metrics, shown, write_own
@@ -39,8 +39,10 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         raise ConfigError([problem])
     runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
     with _blaming("RUNS_DIR", run.folder):
-        for folder in (run.folder, *(run.folder / name for name in SUBFOLDERS)):
-            check_inside(runs, folder)
+        check_inside(runs, run.folder)
+        for name in SUBFOLDERS:
+            if not is_real_file(run.folder / name):  # a file in the way of samples or events costs only these
+                check_inside(runs, run.folder / name)
         _lock(run, run.folder, held)
     if run.settings.enable_checkpoints:
         with _blaming("CHECKPOINT_DIR", checkpoints):
