@@ -23,7 +23,7 @@ from milepost.run import Run, with_tokenizer
 from milepost.runtime.progress import Log
 from milepost.samples import sample_texts
 
-CHECKPOINTS = config.Config().checkpoint_dir
+CHECKPOINTS = config.read({"PYTHON_DOTENV_DISABLED": "1"}).checkpoint_dir  # where train() saves by default
 Name = str | os.PathLike[str]
 
 
@@ -71,7 +71,7 @@ def find(folder: Name = CHECKPOINTS) -> list[Found]:
 
 
 def latest(folder: Name = CHECKPOINTS) -> Path:
-    """Return the path of the latest valid checkpoint; raise CheckpointError if there is none."""
+    """Return the path of the latest valid checkpoint; raise CheckpointError if no checkpoint is valid."""
     return _resolved("latest", folder)
 
 

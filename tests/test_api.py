@@ -78,6 +78,13 @@ def test_every_variable_is_a_keyword_and_the_environment_is_not_read(monkeypatch
     assert settings_of(seed=5, stop=["a", "b"], prompt=None, dropout=0.5).stop == ("a", "b")
 
 
+def test_checkpoints_are_looked_for_where_train_saves_them(monkeypatch, tmp_path):
+    from milepost.api import CHECKPOINTS, settings_of
+
+    monkeypatch.chdir(tmp_path)
+    assert settings_of().checkpoint_dir == CHECKPOINTS == str(ROOT / "checkpoints")
+
+
 @pytest.mark.parametrize("kind", [str, Path, os.fspath])
 def test_paths_are_strings_or_path_objects(kind, trained):
     folder = trained[0] / "checkpoints"
