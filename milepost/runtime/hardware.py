@@ -132,7 +132,10 @@ def choose_compile(requested: str, device: torch.device, *, pays: bool, steps: i
         return False, None
     if _has_compiler(device):
         return True, None
-    return False, "COMPILE: no working compiler found (torch cannot use one from a path with a space), so the run stays eager"
+    return (
+        False,
+        "COMPILE: no working compiler found (torch cannot use one from a path with a space), so the run stays eager",
+    )
 
 
 def _has_compiler(device: torch.device) -> bool:
