@@ -26,7 +26,7 @@ from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.optim import Schedule, build_optimizer
 from milepost.runtime.progress import Log, Metrics, Progress
-from milepost.runtime.trackers import Mirror
+from milepost.runtime.tracking.mirror import Mirror
 from milepost.text import token_files, tokenization
 from milepost.text.batches import Batches, largest_block_size
 from milepost.text.corpus import Corpus, open_corpus

@@ -14,11 +14,11 @@ ROOMS: dict[str, set[str]] = {
     "paths": set(),
     "locks": {"paths"},
     "splitmix": set(),
-    "registry": set(),
+    "registry": set(),  # imports what a registry names, when it is first used
     "config": {"models", "text", "runtime", "registry"},  # only registries and interrupt.py, which import no torch
     "models": set(),
-    "text": {"files", "splitmix"},
-    "runtime": {"files", "splitmix"},
+    "text": {"files", "splitmix", "registry"},
+    "runtime": {"files", "splitmix", "registry"},
     "generation": {"models", "text", "runtime", "splitmix"},
     "evaluate": {"models", "text", "runtime"},
     "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry"},
@@ -109,6 +109,7 @@ LIGHT = (
     "models",
     "models.adapters",
     "milepost.runtime.optimizers",
+    "milepost.runtime.trackers",
     "milepost.runtime.interrupt",
     "milepost.text.registry",
     "milepost.registry",

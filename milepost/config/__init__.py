@@ -7,12 +7,12 @@ from milepost.config.command_line import from_command_line
 from milepost.config.docs import as_env, declared, describe, env_example, help_text, reference
 from milepost.config.host import (
     debug,
+    environment,
     max_restarts,
     no_color,
     omp_threads_is_one,
     torchrun,
     tqdm_disabled,
-    wandb_options,
     was_restarted,
 )
 from milepost.config.parse import as_text, expected
@@ -53,6 +53,7 @@ __all__ = [
     "declared",
     "describe",
     "env_example",
+    "environment",
     "expected",
     "from_command_line",
     "from_saved",
@@ -68,7 +69,6 @@ __all__ = [
     "to_dict",
     "torchrun",
     "tqdm_disabled",
-    "wandb_options",
     "was_restarted",
     "without",
 ]

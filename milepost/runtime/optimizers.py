@@ -3,11 +3,11 @@
 Imports no torch: the settings take their choices from here, and are read before it is imported.
 """
 
-import importlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
+
+from milepost.registry import check_name, imported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,7 @@ OPTIMIZERS: Final[dict[str, Entry]] = {}
 
 def register(name: str, build: str | Callable[..., Any], *, hidden_matrices: bool = False) -> None:
     """Add an optimizer: OPTIMIZER takes its name from then on. Raises ValueError for a name that is taken or not in lower case."""
-    if name in OPTIMIZERS or not re.fullmatch("[a-z][a-z0-9_-]*", name):
-        raise ValueError(f"optimizer {name!r}: expected a new name of lower-case letters, digits, _ and -.")
+    check_name("optimizer", name, taken=OPTIMIZERS)
     OPTIMIZERS[name] = Entry(build=build, hidden_matrices=hidden_matrices)
 
 
@@ -36,9 +35,5 @@ register("muon", "milepost.runtime.muon:muon_with_adamw", hidden_matrices=True)
 
 def load(name: str) -> Callable[..., Any]:
     """Return the function that builds a registered optimizer."""
-    build = OPTIMIZERS[name].build
-    if callable(build):
-        return build
-    module, _, function = build.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    build: Callable[..., Any] = imported(OPTIMIZERS[name].build)
+    return build
