@@ -110,6 +110,7 @@ LIGHT = (
     "models.adapters",
     "milepost.runtime.optimizers",
     "milepost.runtime.trackers",
+    "milepost.runtime.schedule",
     "milepost.runtime.interrupt",
     "milepost.text.registry",
     "milepost.registry",

@@ -22,9 +22,9 @@ from milepost.config.resolve import (
     from_saved,
     frozen_base,
     read,
-    replaced,
     shared_settings,
     to_dict,
+    with_values,
     without,
 )
 from milepost.config.variables import (
@@ -64,11 +64,11 @@ __all__ = [
     "omp_threads_is_one",
     "read",
     "reference",
-    "replaced",
     "shared_settings",
     "to_dict",
     "torchrun",
     "tqdm_disabled",
     "was_restarted",
+    "with_values",
     "without",
 ]
