@@ -23,10 +23,11 @@ from milepost.ckpt.conversion import logits, size_of
 from milepost.ckpt.restore import merged
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.places import SCRIPTS_FOLDER
 from milepost.run import with_its_base
 from milepost.runtime.progress import Log, amount, command_line, shown, write_stdout
 
-LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
+LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
 TOLERANCE = 1e-5  # largest change of the logits of float32 weights, relative to the largest logit
 
 

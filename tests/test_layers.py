@@ -14,8 +14,15 @@ ROOMS: dict[str, set[str]] = {
     "paths": set(),
     "locks": {"paths"},
     "splitmix": set(),
+    "places": set(),
     "registry": set(),  # imports what a registry names, when it is first used
-    "config": {"models", "text", "runtime", "registry"},  # only registries and interrupt.py, which import no torch
+    "config": {
+        "models",
+        "text",
+        "runtime",
+        "registry",
+        "places",
+    },  # only registries and interrupt.py, which import no torch
     "models": set(),
     "text": {"files", "splitmix", "registry"},
     "runtime": {"files", "splitmix", "registry"},
@@ -114,6 +121,7 @@ LIGHT = (
     "milepost.runtime.interrupt",
     "milepost.text.registry",
     "milepost.registry",
+    "milepost.places",
 )
 LIGHT_FILES = [
     ROOT / name.replace(".", "/") / "__init__.py" if name == "models" else ROOT / f"{name.replace('.', '/')}.py"

@@ -13,6 +13,7 @@ from milepost.config.host import (
     omp_threads_is_one,
     torchrun,
     tqdm_disabled,
+    user_caches,
     was_restarted,
 )
 from milepost.config.parse import as_text, expected
@@ -30,12 +31,12 @@ from milepost.config.resolve import (
 from milepost.config.variables import (
     ALLOW_BLANK,
     LORA_LAYERS,
-    ROOT,
     SCOPES,
     VARIABLES,
     Config,
     ConfigError,
 )
+from milepost.places import ROOT
 
 __all__ = [
     "ALLOW_BLANK",
@@ -68,6 +69,7 @@ __all__ = [
     "to_dict",
     "torchrun",
     "tqdm_disabled",
+    "user_caches",
     "was_restarted",
     "with_values",
     "without",

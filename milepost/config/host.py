@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from milepost.config.parse import BOOLEANS
 from milepost.config.variables import ConfigError
@@ -46,6 +47,12 @@ def was_restarted() -> bool:
 def environment(names: Iterable[str]) -> dict[str, str]:
     """Return those of another program's variables that are set and not empty."""
     return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def user_caches() -> Path:
+    """Return the user's folder of caches: XDG_CACHE_HOME if it is an absolute path, else ~/.cache."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache"))
 
 
 def no_color() -> bool:

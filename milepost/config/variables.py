@@ -5,7 +5,6 @@ To add a setting, add one line to `Config`; help, .env.example and docs/configur
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from milepost.registry import layouts_to_save
@@ -18,8 +17,6 @@ from models.adapters import LORA_TARGETS
 
 Json = str | int | float | bool | None
 
-
-ROOT = Path(__file__).resolve().parent.parent.parent  # of the repository
 
 # Options of an adapter, which mean nothing unless LORA_RANK or TTT_LAYERS turns it on.
 LORA_OPTIONS = ("LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS")
