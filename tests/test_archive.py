@@ -419,15 +419,15 @@ def structures(tmp_path_factory) -> list[tuple[Path, bytes]]:
 
 def second_readers_view(path: Path) -> str:
     """Whether verify and load agree about the file, and torch about its tensors."""
-    problems = archive.verify(path)
+    problems = [(str(problem), problem.kind) for problem in archive.verify(path)]
     try:
         content = archive.load(path)[0]
     except CheckpointError as error:
-        content, problem = {}, str(error)
+        content, problem, kind = {}, str(error), error.kind
     else:
         problem = ""
     if problem:
-        assert problems == [problem]
+        assert problems == [(problem, kind)]
         return "refused"
     if not problems:
         assert opened_by_torch(path) in (tensors_in(content), None)
@@ -548,7 +548,7 @@ def test_zip64_records_that_disagree_are_refused(tmp_path):
     for place in (*range(-94, -90), *range(-82, -22)):  # every byte of both records but for versions and signatures
         if data[place : place + 1] and place not in range(-42, -38):
             path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place:][1:])
-            assert archive.verify(path) == [refusal(path)]
+            assert [str(problem) for problem in archive.verify(path)] == [refusal(path)]
 
 
 @pytest.mark.parametrize("name", ["a.pt", "model with spaces.pt", "m\u00f6del.pt", "data.pkl.pt", "x"])

@@ -85,18 +85,24 @@ def test_a_finished_run_is_reported(straight, tmp_path):
     assert sorted((tmp_path / "run" / "checkpoints").rglob("*.pt")) == before
 
 
-def test_a_damaged_latest_checkpoint_is_skipped_logged_and_not_deleted(straight, tmp_path):
+@pytest.mark.parametrize("name", ["auto", "latest", "best", "checkpoints", "checkpoints/*.pt"])
+def test_a_damaged_latest_checkpoint_is_skipped_logged_and_not_deleted(name, straight, tmp_path, monkeypatch):
+    """Whatever leaves a choice takes the checkpoint before; only a single name does not."""
     folder = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    name = f"run/{name}" if name.startswith("checkpoints") else name
     shutil.copytree(straight, folder)
     shutil.rmtree(folder / "checkpoints" / "best")
     bad = at_step(folder, 8)
     damage(bad)
-    code, said = train(folder, RESUME="auto")
-    assert code == 0
-    assert f"skipped: {bad}" in said
+    code, said = train(folder, RESUME=name)
+    assert code == 0, said
+    assert f"skipped: {bad}: " in said
     assert bad.exists()
     assert newest(folder).step == 8
     assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
+    code, said = train(folder, RESUME=str(bad))
+    assert (code, "skipped" in said) == (3, False)
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_an_error(stopped):

@@ -14,6 +14,7 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.ckpt.writer import Writer
 from milepost.config import Config, ConfigError
+from milepost.run.probe import probe
 from milepost.run.state import Run, Saved, State
 from milepost.run.text import Text, read_text
 from milepost.run.weights import adapters, identity, initial_weights, lineage, with_model_of
@@ -144,6 +145,7 @@ def assemble(
     step = record.step if record else 0
     dtype, compile_step = numerics(settings, log, device=device, model=model, end=end)
     engine = choose_engine(settings, world, device=device, model=model, dtype=dtype, record=record)
+    probed = probe_of(settings, world, device=device, dtype=dtype, model=model, record=record)
     forward = distribute(model, engine, device=device, compile_step=compile_step)
     batches = Batches(
         text.split.train, block_size=settings.block_size, batch_size=settings.batch_size,
@@ -171,6 +173,7 @@ def assemble(
         writer=Writer(background=settings.checkpoint_async, free_memory=hardware.free_main_memory, say=log),
         text=text,
         batches=batches,
+        probed=probed,
         world=world,
         engine=engine,
         savers=distributed.new_control_group() if engine == "fsdp" else None,
@@ -190,6 +193,16 @@ def build_device(device: torch.device, world: World) -> torch.device:
     before sharding.
     """
     return device if world.size == 1 else torch.device("cpu")
+
+
+def probe_of(
+    settings: Config, world: World, *, device: torch.device, dtype: str, model: Model, record: Checkpoint | None
+) -> dict[str, Any]:
+    """Return the probe of this machine; empty if no checkpoint will record it, or equal steps need not have equal bits."""
+    compared = settings.enable_checkpoints or record is not None
+    if not compared or not settings.deterministic or device.type == "mps":
+        return {}
+    return probe(model, optimizer=settings.optimizer, device=device, dtype=dtype, world=world)
 
 
 def choose_engine(

@@ -84,6 +84,7 @@ class Run:
     # Data.
     text: Text
     batches: Batches
+    probed: dict[str, Any]  # what `probe` returned: whether this machine computes as another did
     # Processes.
     world: World = SINGLE
     engine: str = "none"  # how the processes share the work: none, ddp or fsdp
@@ -139,7 +140,7 @@ class Run:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the hardware, versions and numerics that affect bitwise reproducibility."""
-        return hardware.fingerprint(
+        return {"probe": self.probed} | hardware.fingerprint(
             self.device,
             dtype=self.dtype,
             compile_step=self.compile_step,

@@ -15,7 +15,7 @@ from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError
 from milepost.text.scan import Scan, cached_scan
 
-CACHE_FOLDER = cache_folder(config.user_caches())
+CACHE_FOLDER = cache_folder(config.user_caches()) / "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def read_text(
         tokenizer.encode(scanned.alphabet)  # first, so that the message lists every unknown character
         split = world.local_rank0_first(
             lambda: token_files.prepare(
-                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER / "tokens", log=log
+                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
             )
         )
     except tokenization.UnknownCharacters as error:
@@ -84,9 +84,9 @@ def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenizati
 def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
     """Return a text source and its fingerprint. Cached for the command."""
     corpus = open_source(source)
-    return corpus, cached_scan(corpus, cache_dir=CACHE_FOLDER / "tokens", log=log)
+    return corpus, cached_scan(corpus, cache_dir=CACHE_FOLDER, log=log)
 
 
 def open_source(source: str) -> Corpus:
     """Return the files that a source names; downloads are cached."""
-    return open_corpus(source, data_dir=DATA_FOLDER, cache_dir=CACHE_FOLDER)
+    return open_corpus(source, data_dir=DATA_FOLDER, cache_dir=CACHE_FOLDER.parent)

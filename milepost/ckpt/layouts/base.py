@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from milepost.ckpt import archive
 from milepost.ckpt.manifest import matches
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
 
@@ -160,8 +159,3 @@ def raise_first(problems: Sequence[CheckpointError]) -> None:
 def is_there(path: Path) -> bool:
     """Whether something has the name `path`: also a link to nothing, which is then refused as damaged."""
     return os.path.lexists(path)
-
-
-def archive_problems(file: Path) -> list[CheckpointError]:
-    """Return what is wrong with the bytes of a torch archive, by the CRC-32 of its members."""
-    return [CheckpointError(file, text.removeprefix(f"{file}: "), kind="damaged") for text in archive.verify(file)]

@@ -70,6 +70,21 @@ class Tokenizer(Protocol):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+class FixedTokenizer(Tokenizer):
+    """A tokenizer whose vocabulary depends on no text and has no settings. Subclasses define the rest."""
+
+    @classmethod
+    def build(cls, pieces: Iterable[Piece], *, alphabet: str, documents: int, vocab_size: int) -> Self:
+        return cls()
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+
 REQUIRED = ("kind", "build", "from_dict", "encode_array", "decode_bytes", "to_dict")
 
 
