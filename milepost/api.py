@@ -1,9 +1,9 @@
 """The Python interface: train, load and generate, and what the scripts do with checkpoints.
 
-Settings are keywords, the variables of docs/configuration.md in lower case, with the same checks; the process environment and .env
-are not read. Paths are `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a file, a folder, a stem, a glob,
-"latest" or "best". A `folder` that is not given is the one to which train() saves by default. Errors are raised: ConfigError,
-CheckpointError, DataError.
+Settings are keywords, the variables of docs/configuration.md in lower case, with the same checks; the process
+environment and .env are not read. Paths are `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a
+file, a folder, a stem, a glob, "latest" or "best". A `folder` that is not given is the one to which train() saves by
+default. Errors are raised: ConfigError, CheckpointError, DataError.
 """
 
 import difflib
@@ -28,10 +28,11 @@ Name = str | os.PathLike[str]
 
 
 def train(**settings: Any) -> Run:
-    """Train a model and return its run: `run.model`, `run.tokenizer`, `run.state.step`, `run.state.validation_loss`, ...
+    """Train a model and return its run: `run.model`, `run.tokenizer`, `run.state.step`, `run.state.validation_loss`,
+    ...
 
-    `train(resume="auto", enable_checkpoints=True, ...)` resumes as RESUME does. Ctrl-C stops after the step, saves if checkpoints are
-    enabled, and returns.
+    `train(resume="auto", enable_checkpoints=True, ...)` resumes as RESUME does. Ctrl-C stops after the step, saves if
+    checkpoints are enabled, and returns.
     """
     resolved, log = settings_of(**settings), Log()
     with processes(resolved, log) as world:
@@ -53,7 +54,8 @@ def load(checkpoint: Name, *, folder: Name | None = None, optimizer: bool = True
 def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -> str:
     """Return a continuation of the prompt, without the prompt.
 
-    Settings are those of generation: max_new_tokens, temperature, top_k, top_p, stop, sample_seed, device, quantize, ...
+    Settings are those of generation: max_new_tokens, temperature, top_k, top_p, stop, sample_seed, device, quantize,
+    ...
     """
     resolved, log = settings_of(**settings), Log(io.StringIO())
     if resolved.num_samples != 1:
@@ -67,7 +69,9 @@ def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -
 
 
 def find(folder: Name | None = None) -> list[Found]:
-    """Return every checkpoint of the folder, of its run folders and of best/, the oldest save first; damaged ones have a `problem`."""
+    """Return every checkpoint of the folder, of its run folders and of best/, the oldest save first;
+    damaged ones have a `problem`.
+    """
     return ckpt.find(_folder(folder))
 
 
@@ -103,10 +107,11 @@ def verify(checkpoint: Name, *, folder: Name | None = None) -> list[str]:
 
 
 def prune(folder: Name | None = None, *, keep_last: int, keep_every: int = 0) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints of each run, as CHECKPOINT_KEEP_LAST does, and return what was deleted.
+    """Delete all but the newest `keep_last` checkpoints of each run, as CHECKPOINT_KEEP_LAST does, and return what was
+    deleted.
 
-    Never deleted: best/, a run's final checkpoint, a base that adapters need, damaged files, and any file under another name than a
-    save gave it.
+    Never deleted: best/, a run's final checkpoint, a base that adapters need, damaged files, and any file under another
+    name than a save gave it.
     """
     if keep_last < 1:
         raise ConfigError([f"keep_last={keep_last}: expected at least 1"])
@@ -123,7 +128,10 @@ def prune(folder: Name | None = None, *, keep_last: int, keep_every: int = 0) ->
 
 
 def settings_of(**values: Any) -> Config:
-    """Return the settings that keywords name; None is not set. Raise ConfigError listing every unknown name and bad value."""
+    """Return the settings that keywords name; None is not set.
+
+    Raise ConfigError listing every unknown name and bad value.
+    """
     unknown = [name for name in values if name.upper() not in config.VARIABLES or name != name.lower()]
     problems = []
     for name in unknown:

@@ -1,6 +1,7 @@
 """Where the project lies, and the folders that follow from it: a checkout, or a package that pip installed.
 
-An installed package is not a place to write to, so its defaults are relative to the current folder and its caches are the user's.
+An installed package is not a place to write to, so its defaults are relative to the current folder and its caches are
+the user's.
 """
 
 import os
@@ -16,12 +17,16 @@ CACHES = ("tokens", "downloads", "hashes")
 
 
 def base_folder() -> Path:
-    """Return the folder that default paths are relative to: the checkout, or the current folder where the package is installed."""
+    """Return the folder that default paths are relative to: the checkout,
+    or the current folder where the package is installed.
+    """
     return ROOT if IN_CHECKOUT else Path.cwd()
 
 
 def cache_folder(user_caches: Path) -> Path:
-    """Return the folder of caches: data/.cache of a checkout that can be written, else `milepost` in the user's folder of caches."""
+    """Return the folder of caches: data/.cache of a checkout that can be written,
+    else `milepost` in the user's folder of caches.
+    """
     own = DATA_FOLDER / ".cache"
     writable = IN_CHECKOUT and all(_can_be_written(own / name) for name in CACHES)
     return own if writable else user_caches / "milepost"

@@ -10,7 +10,8 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "OUTPUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "CHECKPOINT_LAYOUT", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR",
+    "CHECKPOINT_PATH", "OUTPUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "CHECKPOINT_LAYOUT",
+    "CHECKPOINT_PREFIX", "CHECKPOINT_DIR",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -59,7 +60,10 @@ def without_adapters(record: Checkpoint) -> Checkpoint:
 
 
 def change_of_logits(before: Checkpoint, after: Checkpoint) -> float:
-    """Return the largest change of the logits on fixed tokens, relative to the largest logit. Raise CheckpointError above TOLERANCE."""
+    """Return the largest change of the logits on fixed tokens, relative to the largest logit.
+
+    Raise CheckpointError above TOLERANCE.
+    """
     old, new = logits(before), logits(after)
     difference = ((new - old).abs().max() / old.abs().max()).item()
     if not difference <= TOLERANCE:  # true for NaN too

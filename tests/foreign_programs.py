@@ -1,7 +1,7 @@
 """Other programs' models, small and in their own code's shapes, and the files that those programs write of them.
 
-`python3 tests/foreign_programs.py` writes the golden files of tests/fixtures/foreign/ anew; they are asserted by values, because
-torch's archives differ from version to version.
+`python3 tests/foreign_programs.py` writes the golden files of tests/fixtures/foreign/ anew; they are asserted by
+values, because torch's archives differ from version to version.
 """
 
 import json

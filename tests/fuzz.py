@@ -1,8 +1,10 @@
-"""Opens checkpoints that were changed at random, in a process whose memory and time are bounded; test_fuzz.py starts it.
+"""Opens checkpoints that were changed at random, in a process whose memory and time are bounded; test_fuzz.py starts
+it.
 
-`python3 tests/fuzz.py FOLDER SEED FIRST COUNT` says what came of each case, in one line of JSON. A case is known by seed and number.
-Blind changes are an accident's: whatever still loads must be the original in every bit. Those that know the format are somebody's
-work: their checksums are right, so that they reach what is behind them, and a load must only be harmless.
+`python3 tests/fuzz.py FOLDER SEED FIRST COUNT` says what came of each case, in one line of JSON. A case is known by
+seed and number. Blind changes are an accident's: whatever still loads must be the original in every bit. Those that
+know the format are somebody's work: their checksums are right, so that they reach what is behind them, and a load must
+only be harmless.
 """
 
 import io
@@ -224,9 +226,12 @@ WORDS = [
     "bpe",
 ]
 VALUES: list[Callable[[], Any]] = [
-    lambda: None, lambda: True, lambda: False, lambda: 0, lambda: -1, lambda: 1, lambda: 7, lambda: 2**31, lambda: 2**63, lambda: 10**400,
-    lambda: 0.5, lambda: 1e308, lambda: -0.0, lambda: "", lambda: "x" * 1000, lambda: "\x1b[2J", lambda: "\ud800", lambda: "../../etc/passwd",
-    lambda: "/dev/zero", lambda: "a\nb\0", lambda: [], lambda: {}, lambda: [[]], lambda: nested(50), lambda: nested(200), lambda: ["a"] * 1000,
+    lambda: None, lambda: True, lambda: False, lambda: 0, lambda: -1, lambda: 1, lambda: 7, lambda: 2**31,
+    lambda: 2**63, lambda: 10**400,
+    lambda: 0.5, lambda: 1e308, lambda: -0.0, lambda: "", lambda: "x" * 1000, lambda: "\x1b[2J", lambda: "\ud800",
+    lambda: "../../etc/passwd",
+    lambda: "/dev/zero", lambda: "a\nb\0", lambda: [], lambda: {}, lambda: [[]], lambda: nested(50),
+    lambda: nested(200), lambda: ["a"] * 1000,
 ]  # fmt: skip
 
 
@@ -308,7 +313,8 @@ def informed(draw: random.Random, path: Path, data: bytes) -> bytes:
 
 
 TWICE = [  # opcodes before and after a value that make one of two of it
-    (b"", b"q\xf0h\xf0\x86"), (b"(", b"q\xf0h\xf0t"), (b"](", b"q\xf0h\xf0e"), (b"}(K\x01", b"q\xf0K\x02h\xf0u"), (b"]q\xf0h\xf0", b"a"),
+    (b"", b"q\xf0h\xf0\x86"), (b"(", b"q\xf0h\xf0t"), (b"](", b"q\xf0h\xf0e"), (b"}(K\x01", b"q\xf0K\x02h\xf0u"),
+    (b"]q\xf0h\xf0", b"a"),
 ]  # fmt: skip
 USES = [  # what stands before and after a value, so that one is left: kept, a key, called, walked
     (b"", b""), (b"}", b"K\x01s"), (b"", b")R"), (b"", b")\x81"), (b"", b"Q"), (b"", b"\x85"), (b"(", b"Nt"),
@@ -331,7 +337,9 @@ def built(draw: random.Random) -> bytes:
 
 
 def respliced(draw: random.Random, pickled: bytes) -> bytes:
-    """One to three opcodes or runs of them replaced: by others of it, by nothing, by a value that is built up out of itself."""
+    """One to three opcodes or runs of them replaced: by others of it, by nothing,
+    by a value that is built up out of itself.
+    """
     for _ in range(draw.choice((1, 1, 2, 3))):
         try:
             found = [(opcode, place) for opcode, _, place in pickletools.genops(pickled)]
@@ -349,7 +357,8 @@ def respliced(draw: random.Random, pickled: bytes) -> bytes:
     return pickled
 
 
-# Offset in the record and format of each field of a zip file's records that says where its members lie and what they are.
+# Offset in the record and format of each field of a zip file's records that says where its members lie and what they
+# are.
 ENTRY_FIELDS = (
     (8, "<H"),
     (10, "<H"),
@@ -366,7 +375,9 @@ END_FIELDS = ((4, "<H"), (6, "<H"), (8, "<H"), (10, "<H"), (12, "<L"), (16, "<L"
 
 
 def zip_records(data: bytes) -> list[tuple[int, tuple[tuple[int, str], ...]]]:
-    """Where each entry of the directory, each local header and the end record begin, and their fields; the entries first."""
+    """Where each entry of the directory, each local header and the end record begin, and their fields;
+    the entries first.
+    """
     end = data.rindex(b"PK\x05\x06")
     (at,) = struct.unpack_from("<L", data, end + 16)
     entries, headers = [], []

@@ -23,7 +23,9 @@ def commands(text: str) -> list[str]:
 
 
 def copied_checkout(folder: Path) -> Path:
-    """A copy of what git holds, with the environment that runs this test as its own: make takes no path with a space for it."""
+    """A copy of what git holds, with the environment that runs this test as its own:
+    make takes no path with a space for it.
+    """
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\n")
@@ -36,7 +38,9 @@ def copied_checkout(folder: Path) -> Path:
 
 
 def run(command: str, checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """One line in a shell whose python3 and pip are those running this test, with an empty home and no network to speak of."""
+    """One line in a shell whose python3 and pip are those running this test,
+    with an empty home and no network to speak of.
+    """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {
         "PATH": path,
@@ -44,4 +48,6 @@ def run(command: str, checkout: Path, **variables: str) -> subprocess.CompletedP
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     } | variables
-    return subprocess.run(["bash", "-c", command], cwd=checkout, env=env, capture_output=True, text=True, timeout=HANGING, check=False)  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", command], cwd=checkout, env=env, capture_output=True, text=True, timeout=HANGING, check=False
+    )

@@ -1,7 +1,7 @@
 """A process that forks children which save until they are killed; test_kill.py tells it what to do, line by line.
 
-It imports torch and runs no operation before it forks: the threads of OpenMP do not survive a fork, and a child of a process
-that had started them would wait for them for ever in its first parallel operation.
+It imports torch and runs no operation before it forks: the threads of OpenMP do not survive a fork, and a child of a
+process that had started them would wait for them for ever in its first parallel operation.
 """
 
 import fcntl
@@ -55,7 +55,9 @@ def say(*words: object) -> None:
 def save_keep_prune(
     one: Checkpoint, folder: Path, layout: str, *, keep_last: int = KEEP_LAST, keep_every: int = KEEP_EVERY
 ) -> None:
-    """What a run does when a save is due, each part said when it is done: a save, or every third time only the best; then pruning."""
+    """What a run does when a save is due, each part said when it is done: a save,
+    or every third time only the best; then pruning.
+    """
     saved = ckpt.save(one, folder, layout=layout) if one.step % EVERY else None
     if saved:
         say("saved", one.step)
@@ -147,7 +149,10 @@ def half(descriptor: int, data: Any) -> None:
 
 
 def main() -> None:
-    """Fork a child for each `COMMAND ARGUMENTS`, quoted as for a shell; two with `|` between them run at once. Say how they ended."""
+    """Fork a child for each `COMMAND ARGUMENTS`, quoted as for a shell; two with `|` between them run at once.
+
+    Say how they ended.
+    """
     torch.save({}, io.BytesIO())  # imports what it needs, once and not in every child
     for line in sys.stdin:
         pids = []

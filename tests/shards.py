@@ -1,9 +1,10 @@
-"""One of several processes that each hold a part of a record. test_sharded.py starts them by torchrun, or side by side to kill one.
+"""One of several processes that each hold a part of a record. test_sharded.py starts them by torchrun, or side by side
+to kill one.
 
-`python3 -m torch.distributed.run --nproc_per_node=2 tests/shards.py FOLDER` does everything below `together` once and says in
-FOLDER/{rank}.json what it saw. `python3 tests/shards.py` reads `RANK KILLED NUMBER MODE STORE FOLDER` from each line, quoted as for a
-shell, and forks a child that saves step 2 and, if it is the one to be KILLED, ends before the NUMBER-th of its calls that change
-the disk.
+`python3 -m torch.distributed.run --nproc_per_node=2 tests/shards.py FOLDER` does everything below `together` once and
+says in FOLDER/{rank}.json what it saw. `python3 tests/shards.py` reads `RANK KILLED NUMBER MODE STORE FOLDER` from each
+line, quoted as for a shell, and forks a child that saves step 2 and, if it is the one to be KILLED, ends before the
+NUMBER-th of its calls that change the disk.
 """
 
 import dataclasses
@@ -41,7 +42,9 @@ SIZES = {"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd":
 
 
 def shared(one: Checkpoint, group: dist.ProcessGroup) -> Checkpoint:
-    """The record as the processes of `group` share it: each has some of the rows of every tensor, and all have the scalars."""
+    """The record as the processes of `group` share it: each has some of the rows of every tensor,
+    and all have the scalars.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def part(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,7 +117,9 @@ def bests(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def full_disk(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
-    """A disk that is full for the second process alone (of four, for all but the first), then one that is full before anything is written, then room again."""
+    """A disk that is full for the second process alone (of four, for all but the first), then one that is full before
+    anything is written, then room again.
+    """
     write, problem, seen = files.NewFile.write, saving.free_space_problem, []
 
     def refused(self: files.NewFile, data: Any) -> int:

@@ -343,7 +343,10 @@ def parts(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_a_pickle_changed_in_any_way_loads_or_is_refused_in_one_sentence(parts, data):
-    """Its checksum is right: not an accident of the disk, but somebody's work. Never another exception, never a warning."""
+    """Its checksum is right: not an accident of the disk, but somebody's work.
+
+    Never another exception, never a warning.
+    """
     path, content = parts
     pickled = bytearray(content["archive/data.pkl"])
     for _ in range(data.draw(st.integers(1, 3))):
@@ -364,7 +367,8 @@ json_values = st.recursive(
 
 
 @settings(deadline=None, max_examples=150)
-# Another format's number is no other value of the same: 1 is read as an old one, 3 is refused as a newer one, each with a test of its own.
+# Another format's number is no other value of the same: 1 is read as an old one, 3 is refused as a newer one, each with
+# a test of its own.
 @given(name=st.sampled_from(sorted(metadata(record()).keys() - {"format_version"})), value=json_values)
 def test_metadata_changed_in_any_way_is_taken_as_its_type_or_refused(parts, name, value):
     path, content = parts
@@ -443,7 +447,9 @@ def test_what_verify_passes_is_the_same_to_a_second_reader(structures, number, s
 
 
 def test_control_changed_structures_are_refused_and_some_mislead_torch(structures):
-    """Negative control: of the same changes, torch opens some that are refused here, and finds other tensors in them."""
+    """Negative control: of the same changes, torch opens some that are refused here,
+    and finds other tensors in them.
+    """
     came, misled = Counter[str](), 0
     for seed in range(400):
         path, data = structures[seed % 3]

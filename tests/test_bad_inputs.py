@@ -61,7 +61,9 @@ def opened(wish: str | Path, folder: Path) -> Checkpoint:
 
 
 def enough(folder: Path) -> int:
-    """Function calls in which the files of `folder` must be refused or listed: some for each byte, whatever the bytes promise."""
+    """Function calls in which the files of `folder` must be refused or listed: some for each byte,
+    whatever the bytes promise.
+    """
     return 500_000 + 10 * sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
@@ -426,7 +428,9 @@ def test_23_no_code_of_a_bare_pickle_ever_runs(tmp_path):
 
 
 def test_control_the_code_would_have_run(tmp_path):
-    """Negative control for the tests above: in a process of its own, plain pickle runs the very bytes that were refused."""
+    """Negative control for the tests above: in a process of its own,
+    plain pickle runs the very bytes that were refused.
+    """
     marker = tmp_path / "it ran"
     path = torch_saved(tmp_path, Evil(f"open({str(marker)!r}, 'w').close()"))
     (tmp_path / "pickled").write_bytes(members(path)["archive/data.pkl"])
@@ -552,7 +556,9 @@ def test_a_large_pickle_of_another_program_is_listed_with_little_work(opcodes, t
 
 
 def test_control_what_programs_save_is_opened(tmp_path):
-    """Groups that share their betas, an OrderedDict with attributes, shapes, keys of tuples, tied and shared tensors, a wide vocabulary."""
+    """Groups that share their betas, an OrderedDict with attributes, shapes, keys of tuples, tied and shared tensors,
+    a wide vocabulary.
+    """
     model = torch.nn.TransformerEncoderLayer(8, 2)
     groups = [{"params": [one], "betas": (0.9, 0.95)} for one in model.parameters()]
     updates = torch.optim.AdamW(groups)

@@ -20,7 +20,8 @@ from models.linears import LINEARS, quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A vocabulary of several times RESCORED: of a smaller one every logit would be computed again, whatever the head has made of it.
+# A vocabulary of several times RESCORED: of a smaller one every logit would be computed again, whatever the head has
+# made of it.
 VOCAB = 1000
 SETTINGS = GPT2Settings(VOCAB, block_size=48, n_layer=3, n_head=4, n_embd=64)
 VARIANTS = {
@@ -193,7 +194,9 @@ def against_plain(decoder: Decoder, model: GPT2, held_out: torch.Tensor) -> tupl
     return (logits.argmax(-1) == expected.argmax(-1)).float().mean().item(), abs(ours.exp() / theirs.exp() - 1).item()
 
 
-@pytest.mark.parametrize(("weights", "agreement", "loss"), [("float32", 1.0, 1e-5), ("bfloat16", 0.95, 0.01), ("int8", 0.95, 0.01)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "agreement", "loss"), [("float32", 1.0, 1e-5), ("bfloat16", 0.95, 0.01), ("int8", 0.95, 0.01)]
+)
 def test_a_trained_model_predicts_the_same(weights: str, agreement: float, loss: float, trained) -> None:
     """The same next token at teacher-forced positions, and the same perplexity to 1 %, on held-out text."""
     model, held_out = trained

@@ -1,4 +1,6 @@
-"""Several processes under torchrun: the same training as one, exact resumes, one log, and no process left over when another dies."""
+"""Several processes under torchrun: the same training as one, exact resumes, one log,
+and no process left over when another dies.
+"""
 
 import os
 import re
@@ -78,7 +80,8 @@ def test_one_process_of_torchrun_is_the_plain_run_bit_for_bit(tmp_path):
 # The same training by more.
 
 LEARNS = {
-    "TRAINING_STEPS": "200", "DROPOUT": "0", "DTYPE": "float32", "OPTIMIZER": "adamw", "BATCH_SIZE": "12", "EVAL_STEPS": "3", "EVAL_INTERVAL": "100",
+    "TRAINING_STEPS": "200", "DROPOUT": "0", "DTYPE": "float32", "OPTIMIZER": "adamw", "BATCH_SIZE": "12",
+    "EVAL_STEPS": "3", "EVAL_INTERVAL": "100",
     "LEARNING_RATE": "3e-3", "SAMPLE_INTERVAL": "0", "LOG_INTERVAL": "20", "ENABLE_CHECKPOINTS": "false",
 }  # fmt: skip
 
@@ -139,7 +142,9 @@ def without_last(folder: Path, target: Path, step: int) -> None:
 
 
 def exactly_on(tmp_path: Path, count: int, **changes: str) -> Path:
-    """A run of `count` processes, one that goes on from the middle of it, and their bytes compared; returns the first's folder."""
+    """A run of `count` processes, one that goes on from the middle of it, and their bytes compared;
+    returns the first's folder.
+    """
     straight, again = tmp_path / "straight", tmp_path / "again"
     straight.mkdir()
     done = torchrun(straight, count, **changes)
@@ -270,12 +275,23 @@ ENDLESS = {"TRAINING_STEPS": "1000000", "EVAL_INTERVAL": "0", "SAMPLE_INTERVAL":
 
 
 def killed(folder: Path, count: int, random: Random, **changes: str) -> int:
-    """One of `count` processes that save every step is killed at a random moment; returns the step of the newest checkpoint, which is whole."""
+    """One of `count` processes that save every step is killed at a random moment;
+    returns the step of the newest checkpoint, which is whole.
+    """
     pids = folder / "pids"
     shutil.rmtree(pids, ignore_errors=True)
     pids.mkdir()
     before = max((found.step for found in ckpt.find(folder / "checkpoints")), default=0)
-    process = start(folder, count, script=WORKER, WORKER_PIDS=str(pids), RESUME="auto", CHECKPOINT_INTERVAL="1", **ENDLESS, **changes)  # fmt: skip
+    process = start(
+        folder,
+        count,
+        script=WORKER,
+        WORKER_PIDS=str(pids),
+        RESUME="auto",
+        CHECKPOINT_INTERVAL="1",
+        **ENDLESS,
+        **changes,
+    )
     wait_for_step(folder, process, before + 3)
     time.sleep(random.uniform(0, 0.5))  # not to wait for anything: the moment is to be no particular one
     told = max(losses(folder, "train"))
@@ -360,7 +376,9 @@ def test_only_rank_0_logs_and_threads_are_shared(tmp_path):
         "--nproc_per_node=2",
         "training.py",
     ]
-    done = subprocess.run(torchrun_alone, env=env | environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=HANGING)  # fmt: skip
+    done = subprocess.run(
+        torchrun_alone, env=env | environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=HANGING
+    )
     assert done.returncode == 0, done.stderr
     threads = (
         max(1, len(os.sched_getaffinity(0)) // 2)

@@ -1,4 +1,5 @@
-"""A model, an optimizer, a tracker, a metric and an auxiliary loss from outside the package, each one file of at most 40 lines in tests/toys.
+"""A model, an optimizer, a tracker, a metric and an auxiliary loss from outside the package, each one file of at most
+40 lines in tests/toys.
 
 Each is trained, killed, resumed bit-exactly, converted, listed, pruned and generated from.
 """
@@ -29,7 +30,13 @@ from milepost.runtime.progress import read_metrics
 FOLDER = Path(__file__).with_name("toys")
 LINES = 40
 KILLED_AT = 5
-COMMON = {"TRAINING_STEPS": "6", "CHECKPOINT_INTERVAL": "2", "WARMUP_STEPS": "0", "EVAL_INTERVAL": "3", "GRADIENT_ACCUMULATION_STEPS": "2"}  # fmt: skip
+COMMON = {
+    "TRAINING_STEPS": "6",
+    "CHECKPOINT_INTERVAL": "2",
+    "WARMUP_STEPS": "0",
+    "EVAL_INTERVAL": "3",
+    "GRADIENT_ACCUMULATION_STEPS": "2",
+}
 SMALL = dict.fromkeys(("N_LAYER", "N_HEAD"))
 # toy -> its settings, the layout to convert to, and the metrics that it adds
 TOYS = {
@@ -106,7 +113,8 @@ def kill(toy: str, folder: Path, *, step: int = KILLED_AT, **changes: str) -> No
     code = DRIVER.format(root=str(ROOT), toys=str(FOLDER), toy=toy, step=step)
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "OMP_WAIT_POLICY") if name in os.environ}
     ended = subprocess.run(
-        [sys.executable, "-c", code], env=keep | environment(folder, **changes), capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code], env=keep | environment(folder, **changes), capture_output=True, text=True,
+        timeout=300, check=False
     )  # fmt: skip
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
@@ -136,7 +144,13 @@ def test_a_toy_goes_through_everything(toy, tmp_path):
     assert (plotted.code, {name for name in metrics if name in plotted.out}) == (0, metrics), plotted.err
 
     final = newest(folder)
-    said = call(script("convert_checkpoint"), folder, CHECKPOINT_PATH=final.path, CONVERT_TO=layout, OUTPUT=tmp_path / "converted")  # fmt: skip
+    said = call(
+        script("convert_checkpoint"),
+        folder,
+        CHECKPOINT_PATH=final.path,
+        CONVERT_TO=layout,
+        OUTPUT=tmp_path / "converted",
+    )
     assert said.code == 0, said.err
     (converted,) = [found for found in ckpt.find(tmp_path / "converted") if found.path.parent.name != "best"]
     assert converted.layout == layout
@@ -166,7 +180,10 @@ def test_a_toy_is_short(toy):
 def test_the_auxiliary_loss_is_minimised_and_its_parts_are_means(tmp_path):
     """Over micro-batches; validation has the cross-entropy only."""
     module = registered("toy_loss")
-    run = training.fresh(config.read(environment(tmp_path, MODEL_TYPE="zgpt2", DROPOUT="0", GRADIENT_ACCUMULATION_STEPS="2")), training.Log())  # fmt: skip
+    run = training.fresh(
+        config.read(environment(tmp_path, MODEL_TYPE="zgpt2", DROPOUT="0", GRADIENT_ACCUMULATION_STEPS="2")),
+        training.Log(),
+    )
     x, y = run.batches.at(0)
     outputs = [run.model(*pair) for pair in zip(x, y, strict=True)]
     metrics = training.training_step(run, 1e-3)
@@ -230,7 +247,10 @@ def test_the_tracker_has_every_step_once_and_the_variable_that_it_declares(kille
 def test_a_metric_takes_no_name_of_a_line(tmp_path):
     training.MEASURES["step"] = training.MEASURES["split"] = lambda run: torch.tensor(1e9)
     assert train(tmp_path, TRAINING_STEPS="2")[0] == 0
-    assert [(line["step"], line["split"]) for line in lines_of(tmp_path) if line["split"] == "train"] == [(1, "train"), (2, "train")]  # fmt: skip
+    assert [(line["step"], line["split"]) for line in lines_of(tmp_path) if line["split"] == "train"] == [
+        (1, "train"),
+        (2, "train"),
+    ]
 
 
 class Counting(torch.nn.Module):
@@ -248,7 +268,10 @@ class Counting(torch.nn.Module):
 
 
 def test_the_warm_up_passes_twice_and_changes_nothing(tmp_path, monkeypatch):
-    """However long a pass takes: the order of DistributedDataParallel's sums depends on it. The estimate may then pass again, or not."""
+    """However long a pass takes: the order of DistributedDataParallel's sums depends on it.
+
+    The estimate may then pass again, or not.
+    """
     run = training.fresh(config.read(environment(tmp_path)), training.Log())
     run.forward = Counting(run.model)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
@@ -321,7 +344,9 @@ def test_a_setting_for_a_trait_that_is_not_declared_names_the_models_that_have_i
     registered("toy_model")
     with pytest.raises(config.ConfigError) as error:
         config.read(environment(tmp_path, MODEL_TYPE="mlp", **SMALL) | {setting: value})
-    assert any(problem.startswith(f"{setting}={value} ") and "MODEL_TYPE=gpt2" in problem for problem in error.value.problems)  # fmt: skip
+    assert any(
+        problem.startswith(f"{setting}={value} ") and "MODEL_TYPE=gpt2" in problem for problem in error.value.problems
+    )
 
 
 def test_an_optimizer_without_names_is_refused():

@@ -1,4 +1,6 @@
-"""The fault table, for every layout: a disk that refuses at any call, files that are cut, flipped, or of another kind than expected."""
+"""The fault table, for every layout: a disk that refuses at any call, files that are cut, flipped,
+or of another kind than expected.
+"""
 
 import contextlib
 import datetime
@@ -117,7 +119,9 @@ def told(error: OSError, folder: Path, code: int) -> None:
 
 
 def refused_once(folder: Path, layout: str, number: int, code: int) -> bool:
-    """Saves, keeps and prunes with the n-th call refused, checks what must hold after it, and returns whether any call was."""
+    """Saves, keeps and prunes with the n-th call refused, checks what must hold after it,
+    and returns whether any call was.
+    """
     error = None
     with fault(number, code) as one:
         try:
@@ -414,7 +418,9 @@ def places_to_flip(path: Path) -> list[int]:
 
 
 def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(home):
-    """verify finds it if a load takes it for something else; in config.json, that people may edit, the load tells what was changed."""
+    """verify finds it if a load takes it for something else; in config.json, that people may edit,
+    the load tells what was changed.
+    """
     whole_one, found = ckpt.load(home), 0
     for file in every_file(home):
         data = file.read_bytes()
@@ -430,7 +436,9 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(home):
 
 
 def test_control_a_load_that_does_not_verify_takes_flipped_weights(layout, tmp_path, monkeypatch):
-    """Negative control for the comparison above: it sees one bit, and beyond the beginning of a file only verify keeps it out."""
+    """Negative control for the comparison above: it sees one bit,
+    and beyond the beginning of a file only verify keeps it out.
+    """
     for module in (files, manifest):
         monkeypatch.setattr(module, "BEGINNING", 8)
     home = ckpt.save(record(7, **FULL), tmp_path, layout=layout)

@@ -1,4 +1,7 @@
-"""Checkpoints of every layout changed at random: a clean refusal, or a load whose tensors are right. The work is done in tests/fuzz.py."""
+"""Checkpoints of every layout changed at random: a clean refusal, or a load whose tensors are right.
+
+The work is done in tests/fuzz.py.
+"""
 
 import json
 import random

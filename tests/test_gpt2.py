@@ -264,8 +264,8 @@ def test_dropout_acts_on_embeddings_attention_and_residuals_and_only_in_training
     assert torch.equal(model(ids)[0], model(ids)[0])
 
 
-# Peak resident memory, in MB, of three AdamW steps in a process of its own, freed memory kept as in training, minus the peak before the
-# model: torch 2.13, Linux, a 2-core CPU (AVX-512 bfloat16). V, layers, heads, C, T, B.
+# Peak resident memory, in MB, of three AdamW steps in a process of its own, freed memory kept as in training, minus the
+# peak before the model: torch 2.13, Linux, a 2-core CPU (AVX-512 bfloat16). V, layers, heads, C, T, B.
 MEASURED = [
     ((65, 6, 6, 384, 256, 32), {}, 4, 2326),
     ((65, 6, 6, 384, 256, 32), {}, 2, 1508),

@@ -1,4 +1,6 @@
-"""milepost/ckpt/hub.py against a hub of our own on this machine: the real client asks, in a process of its own, and a log says for what."""
+"""milepost/ckpt/hub.py against a hub of our own on this machine: the real client asks, in a process of its own,
+and a log says for what.
+"""
 
 import http.server
 import json
@@ -120,7 +122,8 @@ def ask(hub: Hub, name: str, cache: Path, **environment: str) -> subprocess.Comp
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     return subprocess.run(
-        [sys.executable, "-c", ASK, name], cwd=ROOT, env=kept | values | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", ASK, name], cwd=ROOT, env=kept | values | environment, capture_output=True, text=True,
+        check=False
     )  # fmt: skip
 
 

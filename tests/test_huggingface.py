@@ -112,7 +112,9 @@ def test_logits_equal_transformers_from_links_as_in_the_hubs_cache(saved, theirs
 
 
 def bare_names(weights: dict[str, torch.Tensor]) -> None:
-    """As the published files have them: no `transformer.`, causal masks beside the weights, and the head written out."""
+    """As the published files have them: no `transformer.`, causal masks beside the weights,
+    and the head written out.
+    """
     for name in list(weights):
         weights[name.removeprefix("transformer.")] = weights.pop(name)
     weights["h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril().bool()
@@ -203,7 +205,9 @@ def test_as_many_rows_as_gpt2_mean_gpt2s_own_tokenizer(rows, tmp_path):
 
 
 def two_files(folder: Path) -> dict[str, int]:
-    """GPT-2's vocab.json and merges.txt in place of tokenizer.json, and what fine-tunes add; returns the added tokens."""
+    """GPT-2's vocab.json and merges.txt in place of tokenizer.json, and what fine-tunes add;
+    returns the added tokens.
+    """
     for name, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
         (folder / name).write_bytes(gpt2_file(ours))
     added = {"<|speaker|>": 50257, "[PAD]": 50258}
@@ -353,7 +357,9 @@ def test_a_long_list_of_wrong_shapes_is_cut_short(folder):
 
 
 def pickled(folder: Path, *, shards: int = 1) -> Path:
-    """The folder with its weights in torch archives, as transformers wrote them before 2023: a tied pair shares its bytes."""
+    """The folder with its weights in torch archives, as transformers wrote them before 2023:
+    a tied pair shares its bytes.
+    """
     weights = load_file(folder / WEIGHTS)
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     (folder / WEIGHTS).unlink()

@@ -15,7 +15,10 @@ from work import HANGING
 from milepost import ckpt
 
 SMALL = TINY | {"ENABLE_CHECKPOINTS": "true", "TRAINING_STEPS": "4"}
-CACHE = "import sys; from milepost.places import cache_folder; from pathlib import Path; print(cache_folder(Path(sys.argv[1])))"  # fmt: skip
+CACHE = (
+    "import sys; from milepost.places import cache_folder; from pathlib import Path; "
+    "print(cache_folder(Path(sys.argv[1])))"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +62,17 @@ def files_below(folder: Path) -> set[str]:
 
 def test_every_module_is_installed_and_the_bundled_text(installed: Path) -> None:
     held = files_below(packages_of(installed))
-    modules = {path.relative_to(ROOT).as_posix() for pattern in ("milepost/**/*.py", "models/*.py", "training.py") for path in ROOT.glob(pattern)}  # fmt: skip
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("milepost/**/*.py", "models/*.py", "training.py")
+        for path in ROOT.glob(pattern)
+    }
     scripts = {f"milepost/scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")}
     expected = modules | scripts | {"milepost/data/dear_wren.md", "milepost/py.typed"}
     assert expected <= held
-    assert {name for name in held if name.endswith((".py", ".md")) and name.startswith(("milepost", "models"))} - expected == set()  # fmt: skip
+    assert {
+        name for name in held if name.endswith((".py", ".md")) and name.startswith(("milepost", "models"))
+    } - expected == set()
     assert not {"data", "scripts", "tests"} & {name.split("/")[0] for name in held}
 
 
@@ -89,7 +98,9 @@ def test_outputs_go_to_the_current_folder_and_caches_to_the_users(installed: Pat
 def test_the_next_command_runs(installed: Path, tmp_path: Path) -> None:
     trained = run(installed, tmp_path, "-m", "training", **SMALL)
     (line,) = [line for line in trained.stderr.splitlines() if line.startswith("next: ")]
-    said = subprocess.run(["bash", "-c", line.removeprefix("next: ")], cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
+    said = subprocess.run(
+        ["bash", "-c", line.removeprefix("next: ")], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert (said.returncode, len(said.stdout) > 100) == (0, True), said.stderr
     assert (tmp_path / "home" / ".cache" / "milepost" / "tokens").is_dir()
 

@@ -1,4 +1,6 @@
-"""LoRA: the base's own function at first, adapters that alone learn, checkpoints with and without their base, merging."""
+"""LoRA: the base's own function at first, adapters that alone learn,
+checkpoints with and without their base, merging.
+"""
 
 import shutil
 from pathlib import Path
@@ -17,7 +19,14 @@ from models.lora import LoraLinear, LoraSettings
 merger, loader, inspector = script("merge_adapters"), script("load_checkpoint"), script("inspect_checkpoint")
 SIZES = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
 LORA = {"rank": 2, "alpha": 6.0, "dropout": 0.0, "targets": "c_attn,c_proj,c_fc"}
-WITH = {"LORA_RANK": "2", "LORA_ALPHA": "6", "TRAINING_STEPS": "6", "CHECKPOINT_INTERVAL": "2", "DROPOUT": None, "LEARNING_RATE": "1e-2"}  # fmt: skip
+WITH = {
+    "LORA_RANK": "2",
+    "LORA_ALPHA": "6",
+    "TRAINING_STEPS": "6",
+    "CHECKPOINT_INTERVAL": "2",
+    "DROPOUT": None,
+    "LEARNING_RATE": "1e-2",
+}
 SHAPE_OF_THE_BASE = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"])
 
 
@@ -324,7 +333,8 @@ def test_a_new_run_takes_adapters_over(base, tmp_path):
     first = newest(tmp_path / "first")
     (tmp_path / "second").mkdir()
     shutil.copy(base / "letters.txt", tmp_path / "second")
-    changes = SHAPE_OF_THE_BASE | {"INIT_FROM": str(first.path), "BASE_CHECKPOINT": str(base / "base.pt"), "TRAINING_STEPS": "1",
+    changes = SHAPE_OF_THE_BASE | {"INIT_FROM": str(first.path), "BASE_CHECKPOINT": str(base / "base.pt"),
+    "TRAINING_STEPS": "1",
                                    "DROPOUT": None, "LEARNING_RATE": "1e-9", "WARMUP_STEPS": "0"}  # fmt: skip
     code, said = train(tmp_path / "second", **changes)
     assert code == 0, said

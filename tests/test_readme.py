@@ -11,7 +11,8 @@ import models
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = {
-    "N_LAYER": "1", "N_HEAD": "1", "N_EMBD": "8", "BLOCK_SIZE": "8", "BATCH_SIZE": "2", "EVAL_STEPS": "1", "SAMPLE_INTERVAL": "0",
+    "N_LAYER": "1", "N_HEAD": "1", "N_EMBD": "8", "BLOCK_SIZE": "8", "BATCH_SIZE": "2", "EVAL_STEPS": "1",
+    "SAMPLE_INTERVAL": "0",
     "LOG_INTERVAL": "500",
 }  # fmt: skip
 # Running this very test suite from inside itself would never end.

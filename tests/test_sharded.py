@@ -1,4 +1,6 @@
-"""The layout that processes write together: read by one, by PyTorch's own tools, after any of them died, and out of bad hands."""
+"""The layout that processes write together: read by one, by PyTorch's own tools, after any of them died,
+and out of bad hands.
+"""
 
 import dataclasses
 import errno
@@ -59,7 +61,8 @@ def folder(request, tmp_path_factory) -> Path:
     """What several processes under torchrun left, and in {rank}.json what they saw."""
     place = tmp_path_factory.mktemp("together")
     launch = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
     ]  # fmt: skip
     done = subprocess.run(
         [*launch, str(SCRIPT), str(place)], capture_output=True, text=True, timeout=HANGING, check=False,
@@ -261,7 +264,10 @@ def test_alone_there_is_nobody_to_lead_or_to_follow():
 def test_torchs_checkpointing_is_imported_when_one_is_written_and_not_before(tmp_path):
     """It takes most of a second, as long as all of training's other imports but torch."""
     path = saved(tmp_path, record(3))
-    asked = "import sys; import pathlib; from milepost import ckpt; ckpt.load(pathlib.Path(sys.argv[1]), verify=True); print('torch.distributed.checkpoint' in sys.modules)"
+    asked = (
+        "import sys; import pathlib; from milepost import ckpt; ckpt.load(pathlib.Path(sys.argv[1]), verify=True); "
+        "print('torch.distributed.checkpoint' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", asked, str(path)], capture_output=True, text=True, cwd=shards.ROOT, check=True
     )

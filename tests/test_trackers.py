@@ -139,7 +139,10 @@ def test_a_tracker_that_fails_changes_no_bit_and_prints_nothing_to_stdout(tmp_pa
 
 
 def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
-    """The tracker had reached step 5 when the run was killed. Resuming from step 4 adds 6 to 8, and does not double the evaluation of 4."""
+    """The tracker had reached step 5 when the run was killed.
+
+    Resuming from step 4 adds 6 to 8, and does not double the evaluation of 4.
+    """
     theirs: list[Recorder] = []
 
     class Remembering(Recorder):
@@ -211,7 +214,17 @@ def test_run_json_names_the_origin_of_a_run(tmp_path):
     assert train(tmp_path, SAMPLE_INTERVAL="0")[0] == 0
     (first,) = (tmp_path / "runs").iterdir()
     assert origin(first) == {"run_id": first.name, "parent": None}
-    assert train(tmp_path, INIT_FROM=str(at_step(tmp_path, 4)), SAMPLE_INTERVAL="0", TRAINING_STEPS="2", WARMUP_STEPS="0", LEARNING_RATE="2e-3")[0] == 0  # fmt: skip
+    assert (
+        train(
+            tmp_path,
+            INIT_FROM=str(at_step(tmp_path, 4)),
+            SAMPLE_INTERVAL="0",
+            TRAINING_STEPS="2",
+            WARMUP_STEPS="0",
+            LEARNING_RATE="2e-3",
+        )[0]
+        == 0
+    )
     (second,) = (path for path in (tmp_path / "runs").iterdir() if path != first)
     parent = origin(second)["parent"]
     assert (parent["run_id"], parent["step"]) == (first.name, 4)

@@ -1,4 +1,6 @@
-"""TTT-MLP layers against a plain reading of the papers: one token, one head, one step of autograd's gradient at a time, in float64."""
+"""TTT-MLP layers against a plain reading of the papers: one token, one head,
+one step of autograd's gradient at a time, in float64.
+"""
 
 import shutil
 from pathlib import Path
@@ -224,8 +226,18 @@ def ids() -> Tensor:
 
 def test_names_in_the_state() -> None:
     base, model = gpt2(layers=None), gpt2(layers="0,1")
-    own = ["W1", "b1", "W2", "b2", "learnable_ttt_lr_weight", "learnable_ttt_lr_bias", "ttt_norm_weight", "ttt_norm_bias", "gating_alpha",
-           *(f"{part}.{kind}" for part in ("wq", "wk", "wv", "wo", "post_norm") for kind in ("weight", "bias"))]  # fmt: skip
+    own = [
+        "W1",
+        "b1",
+        "W2",
+        "b2",
+        "learnable_ttt_lr_weight",
+        "learnable_ttt_lr_bias",
+        "ttt_norm_weight",
+        "ttt_norm_bias",
+        "gating_alpha",
+        *(f"{part}.{kind}" for part in ("wq", "wk", "wv", "wo", "post_norm") for kind in ("weight", "bias")),
+    ]
     expected = {f"h.{block}.ttt.{name}" for block in (0, 1) for name in own}
     assert model.state_dict().keys() - base.state_dict().keys() == expected
     assert {name for name in model.state_dict() if is_ttt(name)} == expected
@@ -331,7 +343,8 @@ def test_a_decoder_refuses_it() -> None:
 
 
 def test_training_memory_is_near_what_was_measured() -> None:
-    # As in test_gpt2.py, minus what the same model without the layers took: 609 MB with mini-batches of 16, 1615 MB with those of 4.
+    # As in test_gpt2.py, minus what the same model without the layers took: 609 MB with mini-batches of 16, 1615 MB
+    # with those of 4.
     fields = {"vocab_size": 65, "block_size": 128, "n_layer": 3, "n_head": 4, "n_embd": 256}
     for size, measured in ((16, 609e6), (4, 1615e6)):
         with torch.device("meta"):
@@ -499,7 +512,9 @@ def test_settings_are_plain_values_and_come_back() -> None:
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose layers alone are trained and saved, on the weights of `base.pt`; with what the same run saves as a whole beside it."""
+    """A run whose layers alone are trained and saved, on the weights of `base.pt`;
+    with what the same run saves as a whole beside it.
+    """
     folder = tmp_path_factory.mktemp("apart")
     assert train(folder, **ONE | {"LEARNING_RATE": "0.01"})[0] == 0
     newest(folder).path.rename(folder / "base.pt")

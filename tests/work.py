@@ -1,4 +1,6 @@
-"""Counts of work, which are the same on every machine, however slow: function calls, files opened, bytes given to tensors."""
+"""Counts of work, which are the same on every machine, however slow: function calls, files opened,
+bytes given to tensors.
+"""
 
 import contextlib
 import os
@@ -18,7 +20,10 @@ _opened: list[str] | None = None
 
 
 def calls(action: Callable[[], Any], *, most: float = float("inf")) -> tuple[Any, int]:
-    """Return what `action` returns, and how many functions it called in this thread, Python's and C's. Fail beyond `most`, at once."""
+    """Return what `action` returns, and how many functions it called in this thread, Python's and C's.
+
+    Fail beyond `most`, at once.
+    """
     count = 0
 
     def each(frame: FrameType, event: str, _: Any) -> None:

@@ -1,6 +1,7 @@
 """The settings: environment variables, read once at the start. Nothing here imports torch.
 
-`variables.py` declares them and is the only file to edit for a new setting. Only this package reads or writes os.environ.
+`variables.py` declares them and is the only file to edit for a new setting. Only this package reads or writes
+os.environ.
 """
 
 from milepost.config.command_line import from_command_line

@@ -14,8 +14,8 @@ from milepost.registry import check_name, imported
 class Entry:
     """What is known of an optimizer without torch."""
 
-    # A function (model, *, lr, weight_decay, betas, world) -> torch.optim.Optimizer, or "module:function", imported at its first use.
-    # It builds from model.named_parameters(), so that the state can be matched by name at a resume.
+    # A function (model, *, lr, weight_decay, betas, world) -> torch.optim.Optimizer, or "module:function", imported at
+    # its first use. It builds from model.named_parameters(), so that the state can be matched by name at a resume.
     build: str | Callable[..., Any]
     hidden_matrices: bool = False  # whether it needs a model that declares matrices for it
 
@@ -24,7 +24,10 @@ OPTIMIZERS: Final[dict[str, Entry]] = {}
 
 
 def register(name: str, build: str | Callable[..., Any], *, hidden_matrices: bool = False) -> None:
-    """Add an optimizer: OPTIMIZER takes its name from then on. Raises ValueError for a name that is taken or not in lower case."""
+    """Add an optimizer: OPTIMIZER takes its name from then on.
+
+    Raises ValueError for a name that is taken or not in lower case.
+    """
     check_name("optimizer", name, taken=OPTIMIZERS)
     OPTIMIZERS[name] = Entry(build=build, hidden_matrices=hidden_matrices)
 

@@ -1,4 +1,5 @@
-"""The registry of trackers. A tracker is one file with a milepost.runtime.tracking.base.Tracker, and one `register` call here.
+"""The registry of trackers. A tracker is one file with a milepost.runtime.tracking.base.Tracker, and one `register`
+call here.
 
 Imports no torch and no tracker: the settings take their choices from here, and are read before torch is imported.
 """
@@ -30,7 +31,10 @@ TRACKERS: Final[dict[str, Entry]] = {}
 def register(
     name: str, tracker: str | type[Tracker], *, package: str | None = None, variables: tuple[str, ...] = ()
 ) -> None:
-    """Add a tracker: TRACKER takes its name from then on. Raises ValueError for a name that is taken or not in lower case."""
+    """Add a tracker: TRACKER takes its name from then on.
+
+    Raises ValueError for a name that is taken or not in lower case.
+    """
     check_name("tracker", name, taken=TRACKERS)
     TRACKERS[name] = Entry(tracker=tracker, package=package, variables=variables)
 
@@ -46,7 +50,10 @@ register("trackio", "milepost.runtime.tracking.trackio:Trackio", package="tracki
 
 
 def load(name: str) -> type[Tracker]:
-    """Return the class of a registered tracker. Raises ValueError naming a package that is not installed, or what the class lacks."""
+    """Return the class of a registered tracker.
+
+    Raises ValueError naming a package that is not installed, or what the class lacks.
+    """
     from milepost.runtime.tracking.base import undeclared
 
     entry = TRACKERS[name]

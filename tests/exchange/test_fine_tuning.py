@@ -1,4 +1,6 @@
-"""docs/fine-tuning.md: every command as it is written, on a tiny GPT-2 that lies in the hub's cache under the name gpt2."""
+"""docs/fine-tuning.md: every command as it is written, on a tiny GPT-2 that lies in the hub's cache under the name
+gpt2.
+"""
 
 import json
 import re
@@ -35,7 +37,9 @@ CROPPED = (64 - 48) * 32  # positions beyond BLOCK_SIZE
 
 
 def in_the_cache(home: Path) -> Path:
-    """The folder in which huggingface_hub looks for gpt2, filled as it fills it: names in snapshots/ that are links to blobs/."""
+    """The folder in which huggingface_hub looks for gpt2, filled as it fills it:
+    names in snapshots/ that are links to blobs/.
+    """
     repository = home / ".cache" / "huggingface" / "hub" / "models--gpt2"
     snapshot, kept = repository / "snapshots" / COMMIT, repository / "blobs"
     torch.manual_seed(0)

@@ -25,7 +25,8 @@ def theirs(ours, lora):
     shape = {"vocab_size": 31, "n_positions": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
     base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
     form = peft.LoraConfig(
-        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"].split(","), fan_in_fan_out=True, task_type="CAUSAL_LM"
+        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"].split(","), fan_in_fan_out=True,
+        task_type="CAUSAL_LM"
     )  # fmt: skip
     model = peft.get_peft_model(base, form).eval()
     state = model.state_dict()

@@ -1,4 +1,6 @@
-"""TRACKER=tensorboard beside TensorBoard's own reader: every figure of metrics.jsonl, each step once, whatever interrupted the run."""
+"""TRACKER=tensorboard beside TensorBoard's own reader: every figure of metrics.jsonl, each step once,
+whatever interrupted the run.
+"""
 
 import os
 import subprocess
@@ -14,7 +16,15 @@ from tensorboard.summary.writer import event_file_writer
 
 from milepost.runtime.progress import read_metrics
 
-TAGS = {"train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/tok_s", "validation/loss", "validation/tokens"}  # fmt: skip
+TAGS = {
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "train/tokens",
+    "train/tok_s",
+    "validation/loss",
+    "validation/tokens",
+}
 
 
 def run_folder(folder: Path) -> Path:
@@ -40,7 +50,9 @@ def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
     for line in read_metrics(run_folder(folder) / "metrics.jsonl"):
         for name in ("loss", "lr", "grad_norm", "tokens", "tok_s"):
             if line[name] is not None:
-                series.setdefault(f"{line['split']}/{name}", []).append((line["step"], pytest.approx(line[name], rel=1e-6)))  # fmt: skip
+                series.setdefault(f"{line['split']}/{name}", []).append(
+                    (line["step"], pytest.approx(line[name], rel=1e-6))
+                )
     return series
 
 
@@ -119,7 +131,13 @@ def test_killed_and_gone_on(steps, name, code, tmp_path):
     environment(broken)
     for step in steps:
         text = KILLED.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(broken), step=step, name=name)
-        done = subprocess.run([sys.executable, "-c", text], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", text],
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == code, done.stderr
     assert train(broken, RESUME="auto", CHECKPOINT_INTERVAL="3")[0] == 0
     newest_run = max((broken / "runs").iterdir())

@@ -10,17 +10,24 @@ from milepost.registry import undefined
 class Tracker:
     """An open series of a run in a tracker. Subclass it and define the methods of REQUIRED.
 
-    metrics.jsonl is the record, and a tracker mirrors it. An error that a method raises is logged once and ends the mirror, never the
-    training.
+    metrics.jsonl is the record, and a tracker mirrors it. An error that a method raises is logged once and ends the
+    mirror, never the training.
     """
 
     def __init__(
-        self, *, folder: Path, run_id: str, settings: Mapping[str, Any], variables: Mapping[str, str], log: Callable[[str], None]
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        folder: Path,
+        run_id: str,
+        settings: Mapping[str, Any],
+        variables: Mapping[str, str],
+        log: Callable[[str], None],
+    ) -> None:
         """Open the run's series, or continue it after a resume. Take `**_` for arguments that are not needed.
 
-        `folder` is the tracker's own in the run's folder, and may not exist yet. `settings` are shown beside the series. `variables` are
-        those of the environment that the registry declares, if they are set. `log` prints a line.
+        `folder` is the tracker's own in the run's folder, and may not exist yet. `settings` are shown beside the
+        series. `variables` are those of the environment that the registry declares, if they are set. `log` prints a
+        line.
         """
         raise NotImplementedError
 
@@ -32,7 +39,10 @@ class Tracker:
         raise NotImplementedError
 
     def write(self, step: int, when: float, values: dict[str, float]) -> None:
-        """Add one row: the finite values of a step, such as "train/loss", and its time in Unix seconds. Steps only grow."""
+        """Add one row: the finite values of a step, such as "train/loss", and its time in Unix seconds.
+
+        Steps only grow.
+        """
         raise NotImplementedError
 
     def caught_up(self) -> None:

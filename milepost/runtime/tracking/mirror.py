@@ -18,8 +18,13 @@ class Mirror:
     """A run's lines in a tracker. An error of the tracker is logged once and ends the mirror, never the training."""
 
     def __init__(
-        self, name: str, start: Callable[[], Tracker] | None, *, log: Callable[[str], None], lines: Iterable[Mapping[str, Any]] = ()
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        start: Callable[[], Tracker] | None,
+        *,
+        log: Callable[[str], None],
+        lines: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
         """Open a tracker, if `start` is given, and write those `lines` of the run's metrics so far that it lacks."""
         self._name, self._log = name, log
         self._tracker: Tracker | None = None

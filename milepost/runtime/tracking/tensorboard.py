@@ -9,7 +9,8 @@ FLUSH_SECONDS = 10  # how long events may stay in memory before TensorBoard sees
 
 
 class TensorBoard(Tracker):
-    """Event files in the run's folder: after a resume the whole series again in a new file, which replaces the earlier one.
+    """Event files in the run's folder: after a resume the whole series again in a new file, which replaces the earlier
+    one.
 
     With several files, readers order them by the clock in their names. A TensorBoard that has read the earlier file
     drops its events at the `purge_step` with which the new file begins.

@@ -9,7 +9,10 @@ from milepost.runtime.tracking.base import Tracker
 
 
 class Trackio(Tracker):
-    """A run in Trackio's project `milepost`, continued after its last recorded step. Trackio's own output goes to stderr."""
+    """A run in Trackio's project `milepost`, continued after its last recorded step.
+
+    Trackio's own output goes to stderr.
+    """
 
     def __init__(self, *, run_id: str, settings: Mapping[str, Any], **_: Any) -> None:
         import trackio

@@ -16,8 +16,14 @@ class WeightsAndBiases(Tracker):
     """
 
     def __init__(
-        self, *, folder: Path, run_id: str, settings: Mapping[str, Any], variables: Mapping[str, str], log: Callable[[str], None]
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        folder: Path,
+        run_id: str,
+        settings: Mapping[str, Any],
+        variables: Mapping[str, str],
+        log: Callable[[str], None],
+    ) -> None:
         import wandb
 
         mode, project = mode_and_project(variables)
@@ -27,7 +33,8 @@ class WeightsAndBiases(Tracker):
         earlier = set(folder.glob(f"offline-run-*-{run_id}")) if mode == "offline" else set()
         self._run = wandb.init(
             project=project, id=run_id, name=run_id, dir=str(folder.parent), config=dict(settings), mode=mode,
-            resume="allow" if mode in ("online", "shared") else None, settings=wandb.Settings(silent=True, console="off"),
+            resume="allow" if mode in ("online", "shared") else None,
+            settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         own = Path(self._run.dir).parent
         if mode == "offline":
@@ -51,6 +58,8 @@ class WeightsAndBiases(Tracker):
 
 
 def mode_and_project(variables: Mapping[str, str]) -> tuple[str, str]:
-    """Return WANDB_MODE and WANDB_PROJECT. Without an API key the mode is offline, so that wandb never asks for a login."""
+    """Return WANDB_MODE and WANDB_PROJECT. Without an API key the mode is offline,
+    so that wandb never asks for a login.
+    """
     mode = "online" if "WANDB_API_KEY" in variables else "offline"
     return variables.get("WANDB_MODE", mode), variables.get("WANDB_PROJECT", "milepost")
