@@ -169,7 +169,7 @@ def test_an_unknown_layout_is_refused_by_name(tmp_path):
         milepost.save(record(3, **FULL), tmp_path, layout="zip")
 
 
-def test_pruning_deletes_what_the_policy_says(tmp_path):
+def test_pruning_deletes_by_the_policy(tmp_path):
     for step in (1, 2, 3):
         milepost.save(record(step, **FULL), tmp_path)
     copy = tmp_path / "mine.pt"

@@ -266,7 +266,7 @@ def refusal(path: Path, **options) -> str:
     return text
 
 
-def test_a_file_cut_anywhere_is_refused_and_the_one_before_is_offered(path, tmp_path):
+def test_a_file_truncated_anywhere_is_refused_and_the_previous_is_offered(path, tmp_path):
     newer = ckpt.save(record(8), tmp_path)
     whole = newer.read_bytes()
     with zipfile.ZipFile(newer) as archive:

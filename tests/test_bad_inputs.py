@@ -794,7 +794,7 @@ def test_44_an_optimizer_of_another_save_is_refused(tmp_path):
     assert "belongs to another save than" in str(ckpt.find(path.parent)[0].problem)
 
 
-def test_44_without_its_optimizer_it_generates_and_says_what_it_cannot(tmp_path):
+def test_44_without_its_optimizer_it_generates_and_reports_what_is_missing(tmp_path):
     path = ckpt.save(record(3), tmp_path, layout="separated")
     next(tmp_path.glob("*-optimizer.pt")).unlink()
     one = opened(path, tmp_path)
@@ -1050,7 +1050,7 @@ def test_metadata_beyond_all_measure_is_refused_unread(tmp_path):
     assert "is larger than 16777216 bytes" in refusal(path, tmp_path)
 
 
-def test_38_unknown_fields_are_left_out_and_said(tmp_path):
+def test_38_unknown_fields_are_left_out_and_reported(tmp_path):
     values = metadata_of(tmp_path) | {"colour": "blue", "path": "/etc/passwd", "\x1b[2J": 1}
     one = opened(with_metadata(tmp_path, json.dumps(values)), tmp_path)
     assert one.path == next(tmp_path.glob("*.pt"))
@@ -1198,7 +1198,7 @@ DOOR = {
 
 
 @pytest.mark.parametrize("case", DOOR)
-def test_the_command_says_one_sentence_and_exits_with_3(case, tmp_path):
+def test_the_command_prints_one_sentence_and_exits_with_3(case, tmp_path):
     make, changes = DOOR[case]
     path = make(tmp_path)
     done = at_the_door(tmp_path, path, **changes)

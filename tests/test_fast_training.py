@@ -43,7 +43,7 @@ def test_plain_attention_is_the_fused_one(tokens, dtype, tolerance):
         torch.testing.assert_close(one.grad.double(), other.grad, atol=tolerance, rtol=tolerance)
 
 
-def test_bfloat16_rounds_large_scores_by_no_more_than_is_said():
+def test_bfloat16_rounds_large_scores_by_no_more_than_documented():
     """Scores of spread 8, against the fused kernel in float64: the norm of the result's error,
     and of its gradients'.
     """
@@ -143,7 +143,7 @@ def test_without_gradients_only_the_loss_is_made(monkeypatch):
     assert not loss.requires_grad
 
 
-def test_two_chunks_are_never_held_together():
+def test_at_most_one_chunk_is_held():
     """Peak memory of a long batch, in a process of its own: all logits in float32 alone would be 1 GB."""
     script = (
         "import resource, torch\n"

@@ -381,7 +381,7 @@ def test_a_file_cut_anywhere_is_refused_and_the_checkpoint_before_is_taken(home,
     assert older.exists()
 
 
-def test_a_cut_newest_checkpoint_is_named_and_the_one_before_is_taken(layout, tmp_path):
+def test_a_truncated_latest_checkpoint_is_named_and_the_previous_is_taken(layout, tmp_path):
     older = ckpt.save(record(3), tmp_path, layout=layout)
     newest = ckpt.save(record(7), tmp_path, layout=layout)
     for file in every_file(newest):

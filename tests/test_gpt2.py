@@ -187,7 +187,7 @@ def test_initialisation_is_openais() -> None:
 
 
 @pytest.mark.parametrize("splits", [[32], [1] * 32, [5, 1, 1, 9, 16], [31, 1], [1, 31]])
-def test_cached_pieces_equal_the_whole(pair: Pair, tokens: torch.Tensor, splits: list[int]) -> None:
+def test_cached_chunks_equal_the_whole(pair: Pair, tokens: torch.Tensor, splits: list[int]) -> None:
     model, _ = pair
     ids, cache = tokens[:, :-1], model.new_cache(batch_size=3)
     with torch.no_grad():
@@ -284,7 +284,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("sizes", "more", "bytes_per_value", "peak"), MEASURED)
-def test_training_memory_is_within_half_of_what_was_measured(sizes, more, bytes_per_value, peak) -> None:
+def test_training_memory_is_within_1_5x_of_the_measured(sizes, more, bytes_per_value, peak) -> None:
     fields = dict(zip(("vocab_size", "n_layer", "n_head", "n_embd", "block_size"), sizes, strict=False))
     with torch.device("meta"):
         model = build("gpt2", fields | more)

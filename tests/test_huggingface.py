@@ -187,7 +187,7 @@ def test_a_tokenizer_beside_the_weights_is_taken(folder):
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 
-def test_without_a_tokenizer_it_is_said_that_there_is_none(saved):
+def test_a_missing_tokenizer_is_reported(saved):
     record = ckpt.load(saved)
     assert record.tokenizer is None
     assert record.notes == []  # whoever needs one says so, after a look at TRAINING_DATA_SOURCE
@@ -235,7 +235,7 @@ def test_a_fine_tune_with_added_tokens_in_gpt2s_two_files(tmp_path):
     assert tokenizer.encode(text * 3000) == ids * 3000  # cut into chunks on the way
 
 
-def test_gpt2s_two_files_alone_are_gpt2s_tokenizer(tmp_path):
+def test_gpt2s_two_files_suffice_for_gpt2s_tokenizer(tmp_path):
     sizes = SIZES | {"vocab_size": 50304, "n_embd": 2, "n_head": 1, "n_layer": 1}
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
     two_files(tmp_path)
@@ -439,7 +439,7 @@ def test_a_flipped_bit_in_a_torch_archive_is_found_when_every_byte_is_verified(f
         ckpt.load(folder, verify=True)
 
 
-def test_a_folder_without_weights_says_what_it_holds(folder):
+def test_the_error_for_a_folder_without_weights_lists_its_files(folder):
     (folder / WEIGHTS).rename(folder / "flax_model.msgpack")
     assert "has no model.safetensors and no pytorch_model.bin (it holds config.json, flax_model.msgpack" in refused(
         folder
@@ -597,7 +597,7 @@ def test_peek_needs_no_weights(folder):
     assert huggingface.LAYOUT.read_metadata(folder)["step"] == 0
 
 
-def test_a_folder_is_meant_by_its_name(folder, monkeypatch):
+def test_a_folder_is_found_by_relative_absolute_and_home_paths(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
     for name in ("gpt2", "./gpt2", str(folder), "~/gpt2"):

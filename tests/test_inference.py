@@ -467,7 +467,7 @@ def test_a_contradiction_in_the_process_environment_is_refused(name, value, save
     assert f"unset {name}" in said.err
 
 
-def test_all_contradictions_are_reported_together(gpt2):
+def test_all_contradictions_are_reported_at_once(gpt2):
     said = infer(gpt2, N_LAYER="3", N_HEAD="4", **GREEDY)
     assert said.code == 2
     assert "N_LAYER=3" in said.err
@@ -544,7 +544,7 @@ def test_a_missing_checkpoint_lists_the_existing(name, three):
 
 @pytest.mark.parametrize("requested", ["latest", "best", "{folder}/checkpoints", "{folder}/checkpoints/*.pt"])
 @pytest.mark.parametrize("exists", [True, False])
-def test_without_any_checkpoint_the_error_says_how_to_get_one(requested, exists, tmp_path):
+def test_without_any_checkpoint_the_error_names_the_command_that_makes_one(requested, exists, tmp_path):
     if exists:
         (tmp_path / "checkpoints").mkdir()
     said = infer(tmp_path, CHECKPOINT_PATH=requested.format(folder=tmp_path))

@@ -212,7 +212,7 @@ def test_a_missing_parent_is_logged_and_a_cycle_ends(folder):
     assert sorted(names_in(drawn(folder, RUN="x"))) == ["x", "y"]
 
 
-def test_a_run_begun_with_weights_alone_is_not_drawn_over_where_they_are_from(folder):
+def test_a_run_started_from_weights_is_drawn_without_the_run_that_trained_them(folder):
     written(folder, "tuned", losses=[1.5, 1.25], since=3000.0, parent={"run_id": "a1", "step": 3, "file": "x.pt"})
     written(folder, "child", losses=[1.0], since=4000.0, before=2, parent={"run_id": "tuned", "step": 2})
     said = drawn(folder, RUN="tuned")

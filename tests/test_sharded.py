@@ -254,7 +254,7 @@ def test_killed_at_every_call_that_changes_the_disk_the_newest_is_whole(pair, ki
 # One process
 
 
-def test_alone_there_is_nobody_to_lead_or_to_follow():
+def test_a_single_process_neither_leads_nor_follows():
     ckpt.follow(record(1))
     with pytest.raises(OSError, match="full"), ckpt.leading(record(1)):
         raise OSError("full")
@@ -368,7 +368,7 @@ def test_a_piece_that_the_manifest_does_not_name_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_another_programs_folder_is_refused_saying_what_it_lacks(tmp_path):
+def test_another_programs_folder_is_refused_naming_what_it_lacks(tmp_path):
     torch.distributed.checkpoint.save(
         {"model": record(1).model_state}, checkpoint_id=str(tmp_path / "theirs"), no_dist=True
     )

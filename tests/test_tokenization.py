@@ -169,7 +169,7 @@ def test_bpe_merges_frequent_pairs_and_has_the_requested_size() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
-def test_the_same_text_trains_the_same_bpe_however_it_comes_in_pieces(size: int) -> None:
+def test_the_same_text_trains_the_same_bpe_in_chunks_of_any_size(size: int) -> None:
     text = LETTERS * 20
     pieces = [(text[i : i + size], i + size >= len(text)) for i in range(0, len(text), size)]
     assert build("bpe", pieces, alphabet="", documents=1, vocab_size=400).to_dict() == BPE.to_dict()

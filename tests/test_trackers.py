@@ -179,7 +179,7 @@ def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
         ({"WANDB_MODE": "disabled", "WANDB_API_KEY": ""}, "disabled", "milepost"),
     ],
 )
-def test_wandb_is_offline_unless_its_own_variables_say_otherwise(variables, mode, project, monkeypatch):
+def test_wandb_is_offline_unless_its_own_variables_change_that(variables, mode, project, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

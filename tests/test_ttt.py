@@ -101,7 +101,7 @@ def test_gradients_equal_those_through_the_reference() -> None:
 
 
 @pytest.mark.parametrize("pieces", [[11], [1] * 11, [3, 1, 1, 6], [5, 6], [4, 4, 3], [2, 9]])
-def test_any_pieces_equal_the_whole(pieces: list[int]) -> None:
+def test_chunks_of_any_size_equal_the_whole(pieces: list[int]) -> None:
     made, x = layer(), text(11)
     state = made.new_state(B)
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_names_in_the_state() -> None:
 
 
 @pytest.mark.parametrize("name", ["ttt.W1", "h.1.mlp.ttt.W1", "h.1.tttx.W1", "h.1.attn.W1", "wttte.weight", "h.1.ttt"])
-def test_a_name_that_only_looks_like_it_is_none(name: str) -> None:
+def test_a_name_that_only_resembles_a_ttt_tensor_is_not_one(name: str) -> None:
     assert not is_ttt(name)
 
 
@@ -304,7 +304,7 @@ def own_reference(made: TTTMLP, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("pieces", [[24], [1] * 24, [7, 1, 1, 9, 6], [5, 5, 14], [23, 1]])
-def test_cached_pieces_equal_the_whole(ids: Tensor, pieces: list[int]) -> None:
+def test_cached_chunks_equal_the_whole(ids: Tensor, pieces: list[int]) -> None:
     model, ids = gpt2(layers="0,1"), ids[:, :-1]
     cache = model.new_cache(batch_size=3)
     with torch.no_grad():
@@ -420,7 +420,7 @@ def test_training_teaches_every_tensor_of_a_layer(trained: Path) -> None:
     assert [name for name in own if torch.equal(before.model_state[name], after.model_state[name])] == []
 
 
-def test_what_is_loaded_is_told(trained: Path) -> None:
+def test_loaded_layers_are_reported(trained: Path) -> None:
     record = newest(trained)
     counts = adapter_counts({name: tensor.shape for name, tensor in record.model_state.items()})["ttt"]
     done = command(
@@ -495,7 +495,7 @@ def test_a_resume_takes_no_other_layers(trained: Path, name: str, value: str, to
     assert (code, f"{name} is {told}" in said) == (2, True)
 
 
-def test_a_resume_says_that_they_came_back(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resume_reports_the_layers_as_restored(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(trained, RESUME="auto")[0] == 0  # finished
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("adapters"))
     assert row.split()[1:5] == ["restored", "19", "TTT", "tensors,"]
@@ -527,7 +527,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_layers_alone_are_trained_and_saved_and_the_base_is_asked_for(apart: Path) -> None:
+def test_only_the_layers_are_trained_and_saved_and_the_base_is_required(apart: Path) -> None:
     base, record = ckpt.load(apart / "base.pt"), newest(apart / "alone")
     assert record.parts == ["adapters", "optimizer"]
     assert len(record.model_state) == len(record.optimizer_state["state"]) == 19
@@ -557,7 +557,7 @@ def test_beside_lora_both_kinds_are_trained_on_a_frozen_base(apart: Path) -> Non
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def test_adapters_alone_need_a_base_that_is_named() -> None:
+def test_a_checkpoint_of_adapters_needs_a_named_base() -> None:
     values = {"PYTHON_DOTENV_DISABLED": "1", "MODEL_TYPE": "gpt2", "CHECKPOINT_ADAPTERS_ONLY": "true"}
     with pytest.raises(
         config.ConfigError,

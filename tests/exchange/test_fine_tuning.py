@@ -124,7 +124,7 @@ def test_before_and_after(said):
     assert (folder / "compared.md").read_text().count("Dear Wren,") >= 3  # the prompt, and at the head of both texts
 
 
-def test_the_merged_model_says_the_same_in_transformers(said):
+def test_the_merged_model_has_equal_logits_in_transformers(said):
     folder, answers = said
     ours = of(answers, "TEMPERATURE=0").stdout
     (code,) = blocks(PAGE, "python")
@@ -133,7 +133,7 @@ def test_the_merged_model_says_the_same_in_transformers(said):
     assert ours.startswith("Dear Wren,")
 
 
-def test_what_llama_is_given_is_a_gguf_of_the_merged_model(said):
+def test_llama_gets_a_gguf_of_the_merged_model(said):
     folder, _ = said
     (pattern,) = re.findall(r"-m (\S+)", "".join(blocks(PAGE, "text")))
     (path,) = folder.glob(pattern)

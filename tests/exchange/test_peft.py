@@ -108,7 +108,7 @@ def test_peft_opens_the_export_beside_the_base(tmp_path: Path, apart):
 
 
 @pytest.mark.parametrize("to", ["gguf", "nanogpt", "huggingface"])
-def test_what_has_no_place_for_adapters_says_so(tmp_path, to):
+def test_an_export_without_a_place_for_adapters_refuses_them(tmp_path, to):
     _, whole, _ = drawn()
     (tmp_path / "checkpoints").mkdir()
     source = ckpt.save(whole, tmp_path / "checkpoints")

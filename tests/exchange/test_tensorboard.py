@@ -77,7 +77,7 @@ def test_every_figure_is_there_once(tmp_path):
 
 @pytest.mark.parametrize("log_interval", ["1", "3"])
 @pytest.mark.parametrize("step", [1, 3, 4, 7])
-def test_a_run_that_goes_on_from_an_earlier_step_doubles_none_and_loses_none(step, log_interval, tmp_path):
+def test_a_run_resumed_from_an_earlier_step_doubles_and_loses_no_row(step, log_interval, tmp_path):
     changes = {"CHECKPOINT_INTERVAL": "1", "LOG_INTERVAL": log_interval, "TRACKER": "tensorboard"}
     assert train(tmp_path, **changes)[0] == 0
     straight = shown_by_tensorboard(tmp_path)
@@ -122,7 +122,7 @@ sys.exit(train(Path({folder!r}), TRACKER="tensorboard", CHECKPOINT_INTERVAL="3",
 
 @pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 130)])
 @pytest.mark.parametrize("steps", [(5,), (4, 5), (2, 7, 8)])
-def test_killed_and_gone_on(steps, name, code, tmp_path):
+def test_a_run_killed_and_resumed_has_the_rows_of_an_uninterrupted_run(steps, name, code, tmp_path):
     """In a process of its own, in the middle of a step's lines; each time anew from where its last checkpoint is."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     for folder in (straight, broken):
