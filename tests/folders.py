@@ -1,6 +1,4 @@
-"""What must hold of a folder of checkpoints whenever it is looked at,
-and of a checkpoint that something has happened to.
-"""
+"""Checks that hold for a folder of checkpoints at any time, and for a checkpoint that was changed."""
 
 import dataclasses
 from pathlib import Path
@@ -24,8 +22,8 @@ def steps_of(found: list[Found], *, best: bool) -> list[int]:
 
 
 def whole(folder: Path) -> list[Found]:
-    """Every checkpoint under each of its names, once it is proved that each opens and is bit for bit what `of_step`
-    gave.
+    """Return every checkpoint under each of its names; assert that each opens and is bit-identical to what `of_step`
+    returns.
     """
     found = list(scan(folder))
     assert [one.problem for one in found if one.problem] == []
@@ -97,8 +95,8 @@ def opened(path: Path, *, verify: bool = True) -> Checkpoint | str:
 
 
 def same_or_said(outcome: Checkpoint | str, original: Checkpoint) -> bool:
-    """Whether a checkpoint that something happened to was refused,
-    or is the original in every bit but for what its notes tell.
+    """Return whether a changed checkpoint was refused; else assert that it is the original in every bit except those
+    that its notes name.
     """
     if isinstance(outcome, str):
         return True

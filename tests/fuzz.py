@@ -75,7 +75,7 @@ def sample(home: Path, *, ours: bool) -> Sample:
 
 
 def copied(one: Checkpoint) -> Checkpoint:
-    """The record on its own: what was loaded is mapped from the files, and would change with them."""
+    """Return a copy of the record: loaded tensors are mapped from the files and would change with them."""
     moments = one.optimizer_state["state"] if one.optimizer_state else {}
     for tensors in (one.model_state, *moments.values()):
         tensors |= {name: tensor.clone() for name, tensor in tensors.items()}
@@ -276,7 +276,7 @@ def changed_values(draw: random.Random, values: Any) -> None:
 
 
 def text_of(draw: random.Random, values: Any) -> bytes:
-    """JSON; now and then with what only other writers write: doubled names, NaN, Infinity."""
+    """Return JSON text, sometimes with duplicate names, NaN or Infinity, which only other writers write."""
     text = json.dumps(values)
     if draw.random() < 0.05:
         text = text.replace("{", '{"step": 1, "step": 2, ', 1)
@@ -498,7 +498,7 @@ def listed_again(one: Sample, path: Path, data: bytes) -> dict[Path, bytes]:
 
 
 def case(draw: random.Random, every: list[Sample]) -> str:
-    """Changes one file of one checkpoint, opens it in every way, and puts it back; returns what came of it."""
+    """Change one file of a checkpoint, open it in every way, and restore it; return the outcome."""
     one = draw.choice(every)
     path = draw.choice(list(one.content))
     knowing = draw.random() < 0.5
@@ -532,7 +532,7 @@ def outcome(draw: random.Random, one: Sample, *, exact: bool) -> str:
 
 
 def look_around(home: Path) -> None:
-    """What list, verify and resolve do."""
+    """Do what list, verify and resolve do."""
     for found in ckpt.find(home.parent):
         assert found.problem is None or found.problem.isprintable(), found.problem
     assert all(problem.isprintable() for problem in ckpt.verify(home))
@@ -544,7 +544,7 @@ def look_around(home: Path) -> None:
 
 
 def use(record: Checkpoint) -> str:
-    """What generating and resuming do first."""
+    """Do what generating and resuming do first."""
     assert all(note.isprintable() for note in record.notes), record.notes
     held = sum(tensor.nbytes for tensor in record.model_state.values())
     assert held < 2**20, "more tensors than the file can hold"

@@ -402,7 +402,7 @@ def tensors_in(value: Any) -> list[bytes]:
 
 
 def opened_by_torch(path: Path) -> list[bytes] | None:
-    """The bytes of the tensors that torch's own reader finds; None if it refuses the file."""
+    """Return the bytes of the tensors by torch's own reader; None if it refuses the file."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return tensors_in(torch.load(path, weights_only=True))

@@ -52,7 +52,7 @@ JSON_MEMBER = "archive/milepost.json"
 
 
 def opened(wish: str | Path, folder: Path) -> Checkpoint:
-    """What inference does with CHECKPOINT_PATH, as far as the model that could answer."""
+    """Do what inference does with CHECKPOINT_PATH, up to the model."""
     path, _ = ckpt.resolve(str(wish), folder)
     one = ckpt.load(path, verify=True)
     build_model(one, device=torch.device("cpu"))
@@ -68,7 +68,7 @@ def enough(folder: Path) -> int:
 
 
 def refusal(wish: str | Path, folder: Path) -> str:
-    """The one sentence in which `wish` is refused, by name and with no more work than its bytes are worth."""
+    """Return the sentence that refuses `wish`, which names it; assert that the work is bounded by its bytes."""
     with pytest.raises(CheckpointError) as caught:
         calls(lambda: opened(wish, folder), most=enough(folder))
     text = str(caught.value)
@@ -385,7 +385,7 @@ class Evil:
 
 
 def content(folder: Path, **changes: Any) -> dict[str, Any]:
-    """What torch.load finds in a good file, with changes."""
+    """Return the content of a valid file as torch.load reads it, with changes."""
     path = good(folder)
     loaded = torch.load(path, weights_only=True)
     path.unlink()
@@ -775,7 +775,7 @@ def test_control_anothers_sound_weights_are_taken(case, tmp_path):
 
 
 def test_31_weights_that_are_no_numbers_are_found_by_what_decides_by_them(tmp_path):
-    """They open, so that somebody can look at them; who generates, saves or prunes asks first."""
+    """They open, so that they can be inspected; generating, saving and pruning check them first."""
     path = ckpt.save(record(3, model_state={WEIGHT: torch.full((8, 8), float("nan"))}), tmp_path)
     assert not_finite(opened(path, tmp_path).model_state) == [WEIGHT]
 
@@ -1181,7 +1181,7 @@ def test_bombs_are_refused_in_a_quarter_of_a_gigabyte(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# At the door
+# At the command line
 
 
 def at_the_door(folder: Path, path: Path, **changes: str) -> subprocess.CompletedProcess[str]:

@@ -107,7 +107,9 @@ def test_logits_are_the_plain_models(weights: str, variant: str, parts: tuple[in
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_best_logits_are_not_rounded(weights: str) -> None:
-    """Of a vocabulary larger than what is computed again, the best have float32's bits, the others bfloat16's."""
+    """Where the vocabulary is larger than the recomputed part, the best logits have float32's bits, the others
+    bfloat16's.
+    """
     model = random_model(replace(SETTINGS, vocab_size=700))
     logits = through_cache(Decoder(model, weights=weights), [1, 2, 3], [3])[-1]
     coarse = logits == logits.bfloat16().float()
@@ -207,7 +209,7 @@ def test_a_trained_model_predicts_the_same(weights: str, agreement: float, loss:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_head_that_is_lost_is_noticed(weights: str, trained) -> None:
-    """The control of the tests above: what is computed again from the float32 weights must not hide the head."""
+    """Control for the tests above: logits recomputed from the float32 weights must not hide the head's."""
     assert RESCORED < VOCAB / 2
     decoder = Decoder(MODEL, weights=weights)
     decoder.head = zero_head

@@ -1,5 +1,5 @@
-"""The fast paths of a training step against the plain ones: attention, the chunked head, GELU in bfloat16,
-kept memory.
+"""The fast paths of a training step against the plain ones: attention, the chunked head, GELU in bfloat16, retained
+memory.
 """
 
 import copy
@@ -144,7 +144,7 @@ def test_without_gradients_only_the_loss_is_made(monkeypatch):
 
 
 def test_at_most_one_chunk_is_held():
-    """Peak memory of a long batch, in a process of its own: all logits in float32 alone would be 1 GB."""
+    """Peak memory of a long batch, in a process of its own: all logits in float32 would take 1 GB by themselves."""
     script = (
         "import resource, torch\n"
         "from models import head\n"

@@ -51,7 +51,7 @@ def layout(request) -> str:
 
 @pytest.fixture
 def home(layout, tmp_path) -> Path:
-    """A whole checkpoint with every field, alone in its folder."""
+    """A complete checkpoint with every field, in a folder without others."""
     return ckpt.save(record(7, **FULL), tmp_path / "checkpoints", layout=layout)
 
 
@@ -86,7 +86,7 @@ class Fault:
 
 
 def concerns_checkpoints(name: str, first: Any, *rest: Any) -> bool:
-    """Not locks, and of what is opened and closed only what is written."""
+    """Leave out locks, and of opened files all that are only read."""
     if name == "open":
         return bool(rest[0] & os.O_CREAT) and Path(first).name != FOLDER_LOCK
     if name == "close":
@@ -119,8 +119,8 @@ def told(error: OSError, folder: Path, code: int) -> None:
 
 
 def refused_once(folder: Path, layout: str, number: int, code: int) -> bool:
-    """Saves, keeps and prunes with the n-th call refused, checks what must hold after it,
-    and returns whether any call was.
+    """Save, keep the best and prune with the n-th call refused; check the folder afterwards; return whether a call was
+    refused.
     """
     error = None
     with fault(number, code) as one:
@@ -141,7 +141,7 @@ def refused_once(folder: Path, layout: str, number: int, code: int) -> bool:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
 def test_refused_at_every_call_that_changes_the_disk_nothing_is_harmed(code, layout, tmp_path):
-    """The n-th call is refused, for n = 0, 1, 2, ... until none is left."""
+    """Refuse the n-th call for n = 0, 1, 2, ... until none is left."""
     make_before(tmp_path / "before", layout)
     for number in range(1000):
         shutil.copytree(tmp_path / "before", tmp_path / "now")
@@ -418,8 +418,8 @@ def places_to_flip(path: Path) -> list[int]:
 
 
 def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(home):
-    """verify finds it if a load takes it for something else; in config.json, that people may edit,
-    the load tells what was changed.
+    """verify finds every change that a load would read differently; in config.json, which may be edited, the load
+    reports the change.
     """
     whole_one, found = ckpt.load(home), 0
     for file in every_file(home):

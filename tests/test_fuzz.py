@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("fuzz.py")
 
 
 def fuzzed(folder: Path, *, seed: int, first: int, count: int) -> dict[str, int]:
-    """What came of so many cases, in a process of bounded memory in which each must end soon."""
+    """Return the outcomes of so many cases, in a process of bounded memory and time."""
     folder.mkdir()
     command = [sys.executable, SCRIPT, folder, str(seed), str(first), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

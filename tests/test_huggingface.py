@@ -1,4 +1,4 @@
-"""A GPT-2 that transformers saved computes the same here, and what is no such GPT-2 is refused in one sentence."""
+"""A GPT-2 that transformers saved computes the same here; anything else is refused in one sentence."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def folder(saved, tmp_path) -> Path:
 
 
 def logits(record: Checkpoint) -> torch.Tensor:
-    """What our model makes of fixed tokens, (3, 32, V)."""
+    """Return our model's logits of fixed tokens, (3, 32, V)."""
     with torch.no_grad():
         return build_model(record, device=CPU).eval()(tokens())[0]
 
@@ -390,7 +390,7 @@ def test_safetensors_come_first(folder, theirs):
 
 
 class Harmful:
-    """What a pickle of somebody else's may hold."""
+    """Values that another program's pickle may hold."""
 
     def __reduce__(self):
         return os.mkdir, ("/tmp/milepost-test-was-here",)

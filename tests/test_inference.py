@@ -42,7 +42,7 @@ NOTHING_OF_TRAINING = dict.fromkeys([*TINY, "TRAINING_DATA_SOURCE"]) | {"DEVICE"
 
 
 class Said(NamedTuple):
-    """What one command did: exit code, stdout and stderr."""
+    """The result of a command: exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -373,7 +373,7 @@ def test_control_characters_reach_a_pipe_as_they_are(tmp_path):
 
 
 def everything_from(terminal: int) -> str:
-    """What a terminal received before its other end was closed; it may arrive in pieces."""
+    """Return what a terminal received before its other end was closed; it may arrive in chunks."""
     received = bytearray()
     with contextlib.suppress(OSError):  # Linux's end of a terminal that nobody holds open any more
         while piece := os.read(terminal, 1000):

@@ -1,5 +1,5 @@
-"""What is learned after a save, and what fails beside it: the last step's validation loss,
-and the best that could not be kept.
+"""What becomes known after a save, and what fails beside it: the last step's validation loss, and a best that could not
+be saved.
 """
 
 import os

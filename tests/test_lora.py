@@ -1,6 +1,4 @@
-"""LoRA: the base's own function at first, adapters that alone learn,
-checkpoints with and without their base, merging.
-"""
+"""LoRA: the base's function at first, only adapters train, checkpoints with and without their base, merging."""
 
 import shutil
 from pathlib import Path

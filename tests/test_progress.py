@@ -1,4 +1,4 @@
-"""What a run tells: lines in stderr and training.log, one bar on a terminal, metrics in strict JSON."""
+"""What a run reports: lines in stderr and training.log, a bar on a terminal, metrics in strict JSON."""
 
 import json
 import math

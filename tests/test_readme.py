@@ -46,7 +46,7 @@ def test_the_readme_has_the_commands_of_a_first_visit():
 
 
 def test_every_command_runs_as_written(checkout):
-    """In the README's order: each builds on what the ones before it left."""
+    """In the README's order: each command builds on the files of those before it."""
     said = {
         command: run(command, checkout, **TINY | SHORT.get(command, {}))
         for command in commands(README)

@@ -58,7 +58,7 @@ def only(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.soak)])
 def folder(request, tmp_path_factory) -> Path:
-    """What several processes under torchrun left, and in {rank}.json what they saw."""
+    """Return what several processes under torchrun left, with their observations in {rank}.json."""
     place = tmp_path_factory.mktemp("together")
     launch = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--rdzv-backend=c10d",
@@ -74,7 +74,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 def seen(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What each process saw."""
+    """Return the observations of each process."""
     return [json.loads(file.read_text())[name] for file in sorted(folder.glob("?.json"))]
 
 
@@ -192,7 +192,7 @@ Command = Callable[..., list[Said]]
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Command]:
-    """Has two processes save step 2, one of which is killed before the n-th of its calls; returns what each said."""
+    """Have two processes save step 2 and kill one before the n-th of its calls; return what each printed."""
     with script() as one, script() as other:
 
         def command(folder: Path, store: Path, *, killed: int, number: int, mode: str) -> list[Said]:
@@ -418,7 +418,7 @@ def test_a_pickle_that_asks_for_a_program_is_never_run(protocol, tmp_path):
 
 
 def test_control_torchs_own_reader_would_run_it(tmp_path):
-    """Negative control: the pickle of the test above does what it is afraid of."""
+    """Negative control: plain pickle runs the code in the file of the test above."""
     path, proof = saved(tmp_path / "one"), tmp_path / "proof"
     (path / ".metadata").write_bytes(pickle.dumps(Evil(proof)))
     with pytest.raises(AttributeError):

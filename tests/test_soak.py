@@ -1,4 +1,6 @@
-"""What takes minutes: run by `make soak`. Needs tiny Shakespeare (fetched, or put at data/tinyshakespeare.txt)."""
+"""Tests that take minutes, run by `make soak`. They need tiny Shakespeare (downloaded, or put at
+data/tinyshakespeare.txt).
+"""
 
 import pytest
 from drive import ROOT, train

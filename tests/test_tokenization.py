@@ -395,7 +395,7 @@ def test_very_long_whitespace_does_not_break_gpt2() -> None:
 
 
 def test_gpt2_hands_a_text_to_tiktoken_as_a_whole_and_never_makes_a_list_of_its_tokens() -> None:
-    """Ten times the text takes not one call more, and memory only for what tiktoken returns."""
+    """Ten times the text takes no more calls, and memory only for what tiktoken returns."""
     text, tokenizer = (LETTERS * 14_000)[:1_000_000], Gpt2Tokenizer()
     made = {}
     for size in (len(text) // 100, len(text) // 10, len(text)):  # the first has what is done once

@@ -1,4 +1,4 @@
-"""What a run logs, writes and refuses, from its first line to its exit code."""
+"""A run's log, files and refusals, from its first line to its exit code."""
 
 import json
 import math

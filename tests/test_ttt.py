@@ -1,5 +1,5 @@
-"""TTT-MLP layers against a plain reading of the papers: one token, one head,
-one step of autograd's gradient at a time, in float64.
+"""TTT-MLP layers against a plain implementation of the papers: one token, one head, one autograd step at a time, in
+float64.
 """
 
 import shutil
@@ -54,7 +54,7 @@ def inner(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def reference_head(made: TTTMLP, x: Tensor, h: int) -> tuple[Tensor, list[Tensor]]:
-    """What head h reads out of one text (T, C), and its inner weights afterwards."""
+    """Return the output of head h for one text (T, C), and its inner weights afterwards."""
     own, settings = slice(h * HS, (h + 1) * HS), made.settings
     weights = [made.W1[h], made.b1[h], made.W2[h], made.b2[h]]
     begin, out = weights, []
@@ -401,7 +401,7 @@ SETTINGS = {"TTT_LAYERS": "1", "TTT_MINI_BATCH_SIZE": "5", "TTT_BASE_LR": "2"}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with layers, kept at its steps 4 and 8."""
+    """A run with layers and checkpoints at steps 4 and 8."""
     folder = tmp_path_factory.mktemp("trained")
     assert train(folder, **SETTINGS)[0] == 0
     return folder
@@ -512,8 +512,8 @@ def test_settings_are_plain_values_and_come_back() -> None:
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose layers alone are trained and saved, on the weights of `base.pt`;
-    with what the same run saves as a whole beside it.
+    """A run that trains and saves only the layers, on the weights of `base.pt`, and beside it the same run saved with
+    all weights.
     """
     folder = tmp_path_factory.mktemp("apart")
     assert train(folder, **ONE | {"LEARNING_RATE": "0.01"})[0] == 0

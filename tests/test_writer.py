@@ -1,6 +1,4 @@
-"""Saving in the background: what is written is what stood when it was submitted, one save at a time,
-and no error is lost.
-"""
+"""Saving in the background: the written record is the one submitted, one save at a time, and no error is lost."""
 
 import sys
 import threading

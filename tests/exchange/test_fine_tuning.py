@@ -55,7 +55,7 @@ def in_the_cache(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What each command of the page said, in its order, and the folder that they ran in."""
+    """Return the output of each command of the page, in order, and the folder that they ran in."""
     folder = copied_checkout(tmp_path_factory.mktemp("checkout"))
     in_the_cache(folder / "home")
     text = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ def said(tmp_path_factory):
 
 
 def of(answers, *words):
-    """The one command with all these words in it."""
+    """Return the command that contains all these words."""
     (found,) = [done for command, done in answers.items() if all(word in command for word in words)]
     return found
 
@@ -85,7 +85,7 @@ def test_every_command_of_the_page_ran_without_a_traceback(said):
 
 
 def test_training(said):
-    """The weights are those in the cache; with LoRA the adapters alone learn, without it everything."""
+    """The weights are those in the cache; with LoRA only the adapters train, without it all weights."""
     folder, answers = said
     lora, full = of(answers, "LORA_RANK", "TRAINING_STEPS"), of(answers, "CHECKPOINT_DIR=full")
     trained = 2 * 8 * sum((32 + 96, 32 + 32, 32 + 128, 128 + 32))  # two blocks, A and B of rank 8 beside each matrix

@@ -57,7 +57,7 @@ def field(reader: gguf.GGUFReader, name: str):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_names_shapes_and_values(tmp_path, kind):
-    """Every tensor that llama.cpp asks for, its rows the last dimension, rounded no more than its type rounds."""
+    """Every tensor that llama.cpp expects is there, rows last, rounded no more than its type requires."""
     one = model()
     tensors = {each.name: each for each in opened(tmp_path, one, kind).tensors}
     assert set(tensors) == {name.replace("N", n) for name in WANTED for n in "01"}

@@ -1,4 +1,4 @@
-"""What plot_run.py draws with matplotlib: a picture with the figures of metrics.jsonl in it."""
+"""plot_run.py with matplotlib: a picture with the figures of metrics.jsonl in it."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path

@@ -33,7 +33,7 @@ def run_folder(folder: Path) -> Path:
 
 
 def reader(folder: Path) -> EventAccumulator:
-    """What TensorBoard reads a run with."""
+    """Return TensorBoard's own reader of the run."""
     events = EventAccumulator(str(run_folder(folder) / "tensorboard"), size_guidance={"scalars": 0})
     return events.Reload()
 
@@ -90,7 +90,7 @@ def test_a_run_resumed_from_an_earlier_step_doubles_and_loses_no_row(step, log_i
 
 
 def test_a_tensorboard_that_is_looking_on_drops_what_was_undone(tmp_path, monkeypatch):
-    """It has read the first process's file; the second's, a minute later, takes its place."""
+    """A running TensorBoard has read the first process's file; the second process's file, a minute later, replaces it."""
     assert train(tmp_path, CHECKPOINT_INTERVAL="1", TRACKER="tensorboard")[0] == 0
     live = reader(tmp_path)
     before = live.Scalars("train/loss")

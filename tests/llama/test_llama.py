@@ -38,7 +38,7 @@ MODELS = {"gpt2": ("gpt2", {"vocab_size": 50304}), "bpe": ("bpe", {"bias": False
 
 @pytest.fixture(scope="module", params=MODELS)
 def learned(request) -> Checkpoint:
-    """A model that knows STORY by heart, so that the likeliest next token is beyond doubt."""
+    """A model that is overfitted to STORY, so that the most likely next token is certain."""
     kind, settings = MODELS[request.param]
     tokenizer = tokenization.build(kind, [(STORY * 5, True)], alphabet="", documents=1, vocab_size=300)
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 64}
