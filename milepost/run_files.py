@@ -16,12 +16,13 @@ from milepost.config import ConfigError
 from milepost.locks import RunLock
 from milepost.paths import check_inside, is_real_file
 from milepost.run import TRY_INSTEAD, Run, State, is_due, to_record
+from milepost.runtime import trackers
 from milepost.runtime.errors import TrainingError
 from milepost.runtime.progress import Metrics, amount, read_metrics, shown, write_own
-from milepost.runtime.trackers import missing, open_mirror
+from milepost.runtime.tracking.base import Tracker
+from milepost.runtime.tracking.mirror import Mirror
 
 METRICS = "metrics.jsonl"
-SUBFOLDERS = ("samples", "tensorboard", "wandb")  # of RUNS_DIR/<run_id>, created when needed
 LOCK_PATIENCE = 120  # seconds after which a network file system releases the locks of a dead machine
 
 
@@ -35,12 +36,11 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     The run is locked in its checkpoint folder and in its metrics folder, since another process may share only one of
     them.
     """
-    if problem := missing(run.settings.tracker):
-        raise ConfigError([problem])
+    check_tracker(run.settings.tracker)
     runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
     with _blaming("RUNS_DIR", run.folder):
         check_inside(runs, run.folder)
-        for name in SUBFOLDERS:
+        for name in ("samples", *trackers.TRACKERS):  # created when needed
             if not is_real_file(run.folder / name):  # a file in the way of samples or events costs only these
                 check_inside(runs, run.folder / name)
         _lock(run, run.folder, held)
@@ -112,13 +112,27 @@ def protect_base(run: Run) -> None:
             run.log(f"{shown(note)} keeps the base of these adapters from being pruned; delete it with them")
 
 
+def check_tracker(name: str) -> None:
+    """Raise ConfigError if the tracker cannot be used: its package is not installed, or its class is incomplete."""
+    try:
+        if name != "none":
+            trackers.load(name)
+    except ValueError as error:
+        raise ConfigError([f"TRACKER={name}: {error}, or set TRACKER=none"]) from error
+
+
 def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
     """Start mirroring metrics.jsonl in the tracker, beginning with the earlier lines that the tracker lacks."""
-    kind, path = run.settings.tracker, run.metrics.path
-    run.mirror = open_mirror(
-        kind, folder=run.folder, run_id=run.run_id, lines=read_metrics(path) if kind != "none" and path.exists() else [],
-        settings=run.hyperparameters(), wandb=config.wandb_options(), log=run.log,
-    )  # fmt: skip
+    name, path = run.settings.tracker, run.metrics.path
+
+    def start() -> Tracker:
+        return trackers.load(name)(
+            folder=run.folder / name, run_id=run.run_id, settings=run.hyperparameters(),
+            variables=config.environment(trackers.TRACKERS[name].variables), log=run.log,
+        )  # fmt: skip
+
+    lines = read_metrics(path) if name != "none" and path.exists() else []
+    run.mirror = Mirror(f"TRACKER={name}", None if name == "none" else start, lines=lines, log=run.log)
     # A step that was stopped before its evaluation is incomplete: the resume evaluates it first.
     held.callback(
         lambda: run.mirror.close(complete=run.state.observed_step == run.state.step or not is_due(run, "eval"))

@@ -28,6 +28,7 @@ from milepost.ckpt.finding import scan
 from milepost.ckpt.layouts import known_layout
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.places import base_folder
 from milepost.run import names_complete_tokenizer, with_tokenizer
 from milepost.runtime.progress import Log, shown, write_stdout
 
@@ -117,7 +118,7 @@ def export(path: Path, settings: Config, log: Log) -> int:
     for package in to.needs:
         if importlib.util.find_spec(package) is None:
             raise ConfigError([f"CONVERT_TO={to.name} needs the package {package}: pip install {package}"])
-    folder = config.ROOT / "exports" if settings.output is None else Path(settings.output)
+    folder = base_folder() / "exports" if settings.output is None else Path(settings.output)
     if folder.resolve().is_relative_to(Path(settings.checkpoint_dir).resolve()):
         raise ConfigError([f"OUTPUT={folder}: lies in the folder of checkpoints, which this is none of; name another"])
     complete = form(settings, log)["complete"]

@@ -1,7 +1,7 @@
 """Other programs' models, small and in their own code's shapes, and the files that those programs write of them.
 
-`python3 tests/foreign_programs.py` writes the golden files of tests/fixtures/foreign/ anew; they are asserted by values, because
-torch's archives differ from version to version.
+`python3 tests/foreign_programs.py` writes the golden files of tests/fixtures/foreign/ anew; they are asserted by
+values, because torch's archives differ from version to version.
 """
 
 import json
@@ -100,7 +100,7 @@ class NanoGPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(x))
 
     def configure_optimizers(self) -> torch.optim.AdamW:
-        """Two groups: what has two dimensions or more is decayed."""
+        """Two groups: parameters with two dimensions or more are decayed."""
         parameters = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         groups = [
             {"params": [one for one in parameters if one.dim() >= 2], "weight_decay": 1e-1},
@@ -241,7 +241,7 @@ def lightning(model: nn.Module, hyper_parameters: dict[str, Any], *, step: int =
 def pair(
     model: nn.Module, config: dict[str, Any], optimizer: dict[str, Any] | None = None, *, step: int = 1000
 ) -> tuple[dict, dict]:
-    """Both halves of document 002."""
+    """Return model file and optimizer file of document 002."""
     ours = {"model_state_dict": dict(model.state_dict()), "global_step": step, "config": config}
     rest = {
         "optimizer_states": [optimizer or {"state": {}, "param_groups": []}],
@@ -251,7 +251,7 @@ def pair(
 
 
 def write_pair(folder: Path, halves: tuple[dict, dict], stem: str = "checkpoint-step001000") -> Path:
-    """The halves as files; returns the path of the model's."""
+    """Write both as files; return the path of the model file."""
     for half, content in zip(("model", "optimizer"), halves, strict=True):
         torch.save(content, folder / f"{stem}-{half}.pt")
     return folder / f"{stem}-model.pt"
@@ -308,7 +308,7 @@ def bare(model: NanoGPT) -> dict[str, Tensor]:
 
 
 def filled(module: Any) -> Any:
-    """The module with numbers that follow from their places alone; exact in every format."""
+    """Return the module with values that follow from their positions; exact in every format."""
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
             flat = (torch.arange(parameter.numel()) * 7 + number) % 61 - 30

@@ -168,7 +168,9 @@ def test_without_a_tokenizer_nothing_is_guessed(program, tmp_path):
 
 
 def test_the_text_set_by_the_user_is_used(tmp_path):
-    """The remedy in the error works for generating and converting; a text with another number of characters is refused."""
+    """The remedy in the error works for generating and converting;
+    a text with another number of characters is refused.
+    """
     path = bundle(tmp_path, "nanogpt", {})
     own = tmp_path / "own.txt"
     own.write_text("".join(CYRILLIC) * 3, encoding="utf-8")

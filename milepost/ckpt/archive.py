@@ -124,17 +124,18 @@ def load(path: Path) -> tuple[dict[Any, Any], Json]:
         return archive.content(), archive.metadata()
 
 
-def verify(path: Path) -> list[str]:
-    """Return a sentence for each problem; an empty list if every CRC-32 matches and `load` would open the file."""
+def verify(path: Path) -> list[CheckpointError]:
+    """Return what is wrong with the file; an empty list if every CRC-32 matches and `load` would open it."""
     try:
         with _opened(path) as archive:
             if name := zip_reader.damaged(archive.file, archive.members):
                 name = f"{archive.folder}/{name}"
-                return [f"{path}: is damaged: the bytes of {name:.80} do not match their checksum"]
+                problem = f"is damaged: the bytes of {name:.80} do not match their checksum"
+                return [CheckpointError(path, problem, kind="damaged")]
             archive.metadata()
             archive.content()
     except CheckpointError as error:
-        return [str(error)]
+        return [error]
     return []
 
 

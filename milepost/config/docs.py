@@ -9,7 +9,8 @@ from typing import Any
 
 from milepost.config.parse import as_text, expected, quoted, short_text
 from milepost.config.resolve import defaults_of
-from milepost.config.variables import ROOT, SCOPES, VARIABLES, Config, printable
+from milepost.config.variables import SCOPES, VARIABLES, Config, printable
+from milepost.places import ROOT
 from models import MODELS
 
 
@@ -131,7 +132,8 @@ Every setting is an environment variable, or a line of the file `.env` in the re
   `PYTHON_DOTENV_DISABLED=1` reads no file. A run starts by logging every setting that is not a default, and its source.
 - An empty value counts as unset. Booleans take true, false, 1, 0, yes, no, on and off. Whole numbers may be written
   `5_000` or `1e4`. In an env file, `${NAME}` expands to another variable.
-- Paths that are set are relative to the current folder, default paths to the repository.
+- Paths that are set are relative to the current folder, default paths to the repository. Where `pip install .` has installed
+  the package, there is no repository: default paths and `.env` are those of the current folder.
 - All mistakes are reported together, and the exit code is 2. In the env file every unknown name is a mistake. In the
   process environment a name is one if it has 8 letters or more and an underscore, and nearly is a variable of this
   page (difflib's ratio is at least 0.9), such as `CHECKPOINT_INTERVALS`.

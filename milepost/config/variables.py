@@ -5,20 +5,18 @@ To add a setting, add one line to `Config`; help, .env.example and docs/configur
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from milepost.registry import layouts_to_save
 from milepost.runtime.optimizers import OPTIMIZERS
 from milepost.runtime.schedule import SCHEDULES
+from milepost.runtime.trackers import TRACKERS
 from milepost.text.registry import TOKENIZERS
 from models import MODELS
 from models.adapters import LORA_TARGETS
 
 Json = str | int | float | bool | None
 
-
-ROOT = Path(__file__).resolve().parent.parent.parent  # of the repository
 
 # Options of an adapter, which mean nothing unless LORA_RANK or TTT_LAYERS turns it on.
 LORA_OPTIONS = ("LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS")
@@ -73,7 +71,7 @@ class ConfigError(Exception):
 def var(default: Any, doc: str, *, group: str, scope: str = "session", form: str = "", choices: Collection[str] = (),
         words: tuple[str, ...] = (), minimum: float | None = None, above: float | None = None,
         maximum: float | None = None, below: float | None = None) -> Any:
-    """Declare a variable. `words` are accepted besides values of its type; `form` names its parser in parse.FORMS.
+    """Declare a variable. `words` are accepted besides values of its type and its `choices`; `form` names its parser in parse.FORMS.
 
     `choices` may be a registry: what is added to it later is accepted too.
     """
@@ -91,7 +89,7 @@ class Config:
     training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .csv, each also .gz), folder, glob, "
         "several joined by commas, https URL, or the named set tinyshakespeare", group="Data", scope="identity", form="source")
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char for up to 256 different characters, else bpe",
-        group="Data", scope="identity", choices=("auto", *TOKENIZERS))
+        group="Data", scope="identity", words=("auto",), choices=TOKENIZERS)
     bpe_vocab_size: int = var(1024, "vocabulary size of a BPE trained on the text; small, so that a small model sees each token often",
         group="Data", scope="identity", minimum=257, maximum=1_000_000)
     validation_fraction: float = var(0.1, "fraction of the text, taken from its end, held out for validation",
@@ -170,9 +168,8 @@ class Config:
         "at step 0; 0 = only at the end", group="Logging", scope="habit", minimum=0)
     log_interval: int = var(10, "optimizer steps between lines of metrics.jsonl",
         group="Logging", scope="habit", minimum=1)
-    tracker: str = var("none", "also send the metrics to tensorboard, wandb or trackio (pip install it first); never asks for a login: wandb "
-        "logs offline unless WANDB_API_KEY or WANDB_MODE is set", group="Logging", scope="habit",
-        choices=("none", "tensorboard", "wandb", "trackio"))
+    tracker: str = var("none", "also send the metrics to this tracker (pip install it first); never asks for a login: wandb logs offline unless "
+        "WANDB_API_KEY or WANDB_MODE is set", group="Logging", scope="habit", words=("none",), choices=TRACKERS)
 
     seed: int = var(1337, "seed of the initial weights, the data order and dropout; 1337 as in nanoGPT",
         group="Hardware and seed", scope="math", minimum=0)

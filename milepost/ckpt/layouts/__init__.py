@@ -17,7 +17,9 @@ __all__ = ["LAYOUTS", "WRITERS", "Layout", "known_layout", "layout_of", "load_la
 
 
 def load_layout(name: str, module: str) -> Layout:
-    """Return the `LAYOUT` of a registered module; raise ValueError if it has another name than it is registered under."""
+    """Return the `LAYOUT` of a registered module; raise ValueError if it has another name than it is registered
+    under.
+    """
     layout: Layout = importlib.import_module(module).LAYOUT
     if layout.name != name:
         raise ValueError(f"{module}: LAYOUT is named {layout.name!r}, but registered as {name!r}")

@@ -12,7 +12,7 @@ from typing import Any
 from milepost.ckpt import archive
 from milepost.ckpt.foreign.importing import adopted, adopted_metadata
 from milepost.ckpt.foreign.keys import WEIGHTS, keys_seen
-from milepost.ckpt.layouts.base import Layout, archive_problems, raise_first
+from milepost.ckpt.layouts.base import Layout, raise_first
 from milepost.ckpt.manifest import plain_metadata
 from milepost.ckpt.record import (
     EARLIER,
@@ -181,7 +181,7 @@ class ArchiveLayout(Layout):
             self._existing_model(path)
         except CheckpointError as error:
             return [error]
-        return [problem for file in self.files(path) for problem in archive_problems(file)]
+        return [problem for file in self.files(path) for problem in archive.verify(file)]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Writing.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from milepost.ckpt import archive
-from milepost.ckpt.layouts.base import archive_problems
 from milepost.ckpt.layouts.foreign_layout import ForeignReader
 from milepost.ckpt.layouts.manifest_layout import ManifestLayout, TorchFile, format_line
 from milepost.ckpt.manifest import is_regular, read_json
@@ -132,7 +131,7 @@ LAYOUT = ManifestLayout(
     foreign=ForeignReader(
         layout="directory",
         content=_foreign_content,
-        checksums=lambda path: archive_problems(path / MODEL),
+        checksums=lambda path: archive.verify(path / MODEL),
         note=_foreign_note,
     ),
 )

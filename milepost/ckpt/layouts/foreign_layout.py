@@ -7,7 +7,7 @@ from typing import Any
 
 from milepost.ckpt import archive
 from milepost.ckpt.foreign.importing import adopted, adopted_metadata
-from milepost.ckpt.layouts.base import Layout, archive_problems, raise_first
+from milepost.ckpt.layouts.base import Layout, raise_first
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
 
 # Returns the program's own keys at a path, with the optimizer's state or without it.
@@ -27,7 +27,7 @@ class ForeignReader:
     content: Content = archive_content
     # The file beside which a config.json and a tokenizer may lie.
     source: Callable[[Path], Path] = lambda path: path
-    checksums: Callable[[Path], list[CheckpointError]] | None = archive_problems  # None: the format has none
+    checksums: Callable[[Path], list[CheckpointError]] | None = archive.verify  # None: the format has none
     note: Callable[[Path], str | None] = lambda path: None  # on what is missing from the checkpoint
 
     def read_metadata(self, path: Path) -> dict[str, Json]:
