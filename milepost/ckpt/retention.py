@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from milepost.ckpt.bases import bases_among
-from milepost.ckpt.finding import BEST_FOLDER, Found, look, scan
+from milepost.ckpt.finding import BEST_FOLDER, Found, linked, look, scan
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.names import own_checkpoints
 from milepost.ckpt.record import CheckpointError
@@ -90,11 +90,13 @@ def select_expired(
 ) -> Expired:
     """Return what `prune` would delete now, without the bases that adapters need.
 
-    Renamed checkpoints are copies made by hand and stay. So do checkpoints that are links: deleting them would delete
-    files elsewhere.
+    Renamed checkpoints are copies made by hand and stay. So do checkpoints that are links, because deleting them would
+    delete files elsewhere, and checkpoints that a link in the folder points to.
     """
     own = own_checkpoints(list(scan(folder, bests=False)))
+    named = linked(own, folder)
     found = [each for each in own if not any(map(os.path.islink, known_layout(each.path).files(each.path)))]
+    found = [each for each in found if each.path not in named]
     gone = expired(
         found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, latest_valid=latest_valid, spare=spare
     )
