@@ -41,7 +41,7 @@ SESSION = names(
     "ENV_FILE DEVICE DISTRIBUTED BASE_CHECKPOINT CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
     "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
     "EVAL_TYPE EVAL_DATA EVAL_STRIDE BENCHMARK_DATA "
-    "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
+    "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN PRUNE_OTHERS RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
 )
 
 
@@ -656,7 +656,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.lists(st.sampled_from(config.LORA_LAYERS), min_size=1).map(", ".join)
     if rules["form"] == "blocks":
         return st.sets(st.integers(0, 9), min_size=1).map(lambda numbers: " ,".join(map(str, numbers)))
-    if rules["form"] or name in ("PROMPT", "RUN"):
+    if rules["form"] or name in ("PROMPT", "RUN", "PRUNE_OTHERS"):
         free = st.one_of(prose, tricky).filter(lambda text: text.replace(",", " ").strip() and text.strip()[0] != "[")
         return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
     by_type: dict[type, Callable[[], st.SearchStrategy[Any]]] = {

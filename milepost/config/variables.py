@@ -266,6 +266,8 @@ class Config:
     output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the checkpoint, or exports/ for an "
         "export; required for a whole folder. File that scripts/plot_run.py draws into (.png .svg .pdf) instead of the terminal, and that "
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
+    prune_others: str | None = var(None, "beginnings of the names of other programs' checkpoint files, joined by commas, to which "
+        "scripts/prune_checkpoints.py applies the policy too: ckpt_ for ckpt_1000.pt, ckpt_2000.pt, ...; not set: they stay", group="Tools")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete", group="Tools")
     # fmt: on
 
