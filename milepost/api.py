@@ -28,7 +28,7 @@ Name = str | os.PathLike[str]
 
 
 def train(**settings: Any) -> Run:
-    """Train a model and return its run: `run.model`, `run.tokenizer`, `run.step`, `run.validation_loss`, ...
+    """Train a model and return its run: `run.model`, `run.tokenizer`, `run.state.step`, `run.state.validation_loss`, ...
 
     `train(resume="auto", enable_checkpoints=True, ...)` resumes as RESUME does. Ctrl-C stops after the step, saves if checkpoints are
     enabled, and returns.

@@ -31,8 +31,8 @@ from milepost.reporting import print_resume
 from milepost.resume import free_tensors, resumed, saved_schedule, saved_settings
 from milepost.run import agreed, planned, with_tokenizer
 from milepost.runtime.distributed import World
-from milepost.runtime.optim import Schedule, replan
 from milepost.runtime.progress import Log, harmless, ignore_stdout
+from milepost.runtime.schedule import Schedule, replan
 from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
 from training import train
 
@@ -120,8 +120,8 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
         log(f"{name} is not used: MODE=resume follows RESUME_LEARNING_RATE and RESUME_TRAINING_STEPS")
     schedule = plan(settings, record)
     end = record.step + settings.resume_training_steps
+    settings = config.with_values(settings, destination(settings, record), source="MODE=resume")
     run, restored = resumed(settings, record, log, world, schedule=schedule, end=end)
-    run.settings = config.replaced(run.settings, "plan", **destination(settings, record))
     print_resume(run, record, restored)
     free_tensors(record)
     if settings.resume_training_steps == 0:
@@ -132,10 +132,10 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
 
 def destination(settings: Config, record: Checkpoint) -> dict[str, Any]:
     """Return the settings that save the result: to CHECKPOINT_DIR if it is set, else beside the checkpoint."""
-    saves = {} if settings.is_set("ENABLE_CHECKPOINTS") else {"enable_checkpoints": True}
+    saves = {} if settings.is_set("ENABLE_CHECKPOINTS") else {"ENABLE_CHECKPOINTS": True}
     if settings.is_set("CHECKPOINT_DIR") or record.path is None:
         return saves
-    return saves | {"checkpoint_dir": str(folder_of(record.path, record.run_id))}
+    return saves | {"CHECKPOINT_DIR": str(folder_of(record.path, record.run_id))}
 
 
 def plan(settings: Config, record: Checkpoint) -> Schedule:

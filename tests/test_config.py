@@ -715,7 +715,7 @@ def valid(variables: Mapping[str, str]) -> Config:
 def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
     before = valid(variables)
     path = tmp_path_factory.getbasetemp() / "round.env"
-    path.write_text(config.as_env(before), encoding="utf-8")
+    path.write_text(config.as_env(before, {}), encoding="utf-8")
     after = config.read({"ENV_FILE": str(path)})
     for name in VARIABLES.keys() - {"ENV_FILE"}:
         assert getattr(after, name.lower()) == getattr(before, name.lower()), name
@@ -768,7 +768,7 @@ def test_any_checkpoint_is_taken_or_refused(saved: dict[str, Any]) -> None:
 
 
 def test_as_env_marks_what_is_not_set() -> None:
-    lines = config.as_env(read(PROMPT="a b", LEARNING_RATE="5e-5")).splitlines()
+    lines = config.as_env(read(PROMPT="a b", LEARNING_RATE="5e-5"), {}).splitlines()
     assert 'PROMPT="a b"' in lines
     assert "LEARNING_RATE=5e-5" in lines
     assert "# SAMPLE_SEED=" in lines

@@ -143,7 +143,7 @@ def test_resuming_from_an_earlier_step_keeps_the_better_checkpoint(straight, tmp
     learn = training.training_step
 
     def interrupted(run, lr):
-        if run.step == 5:
+        if run.state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return learn(run, lr)
 
@@ -319,6 +319,7 @@ def test_init_from_takes_only_weights_and_tokenizer(straight, tmp_path):
         INIT_FROM=str(straight / "checkpoints"),
         LEARNING_RATE="1e-9",
         TRAINING_STEPS="1",
+        OPTIMIZER="muon",  # the default is adamw for so few tokens per step
         WARMUP_STEPS="0",
         **dict.fromkeys(["N_LAYER", "N_EMBD", "BLOCK_SIZE"]),
     )
@@ -339,7 +340,7 @@ def test_init_from_takes_only_weights_and_tokenizer(straight, tmp_path):
 def test_init_from_determines_the_model_and_its_defaults(straight, tmp_path):
     """Without MODEL_TYPE the model type comes from the weights, and the defaults are that model's."""
     bare = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "WARMUP_STEPS", "LEARNING_RATE"])
-    code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", **bare)
+    code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", BATCH_SIZE="64", **bare)
     assert code == 0, said
     record = newest(tmp_path)
     assert record.model_type == "gpt2"
