@@ -161,9 +161,9 @@ def how_to_resume(run: Run) -> str:
         return "see the log of rank 0"
     if not run.settings.enable_checkpoints:
         return "nothing was saved, because ENABLE_CHECKPOINTS is false"
-    folder, processes = Path(run.settings.checkpoint_dir), run.world.local_size
+    processes = run.world.local_size
     try:
-        latest = ckpt.latest([found for found in ckpt.find(folder) if found.metadata.get("run_id") == run.run_id])
+        latest = _latest_saved(run)
     except OSError as error:
         return f"the saved checkpoints cannot be listed ({error})"
     if latest is None:
@@ -171,10 +171,20 @@ def how_to_resume(run: Run) -> str:
     saved = f"step {latest.step} is saved in {shown(latest.path)}"
     if processes < run.world.size:
         return f"{saved}; resume with the same torchrun commands and RESUME=auto"
-    variables = {"RESUME": "auto", "CHECKPOINT_DIR": folder} | _base_variable(run)
+    # The checkpoint itself and every folder, so that neither another run nor another folder continues.
+    folders = {name: Path(getattr(run.settings, name.lower())) for name in ("CHECKPOINT_DIR", "RUNS_DIR")}
+    variables = {"RESUME": latest.path} | folders | _base_variable(run)
     return (
         f"{saved}; resume with: {command_line(TRAINING, processes=processes if processes > 1 else None, **variables)}"
     )
+
+
+def _latest_saved(run: Run) -> ckpt.Found | None:
+    """Return the checkpoint that this process saved last, else the run's latest in CHECKPOINT_DIR; None without any."""
+    folders = {Path(run.settings.checkpoint_dir), *([run.saved.path.parent] if run.saved.path else [])}
+    own = [found for folder in folders for found in ckpt.find(folder) if found.run_id == run.run_id]
+    last = [found for found in own if found.path == run.saved.path]
+    return ckpt.latest(last or own)
 
 
 def _base_variable(run: Run) -> dict[str, Any]:

@@ -43,6 +43,8 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
         return _named(settings, log)
     folder = Path(settings.checkpoint_dir)
     found = ckpt.find(folder)
+    if settings.checkpoint_fallback_dir and (elsewhere := ckpt.find(Path(settings.checkpoint_fallback_dir))):
+        found = sorted([*found, *elsewhere], key=lambda each: each.metadata.get("saved_at") or "")
     readable = _readable(found, log)
     if settings.resume_step is None or not readable:
         record = newest_fitting(exact_first(readable), settings, log)

@@ -35,8 +35,8 @@ DATA_VARIABLES = ("TRAINING_DATA_SOURCE", "VALIDATION_FRACTION")
 # May differ between machines that train together: places on their disks, and files that training never reads. The text and the base of
 # adapters are compared by hash.
 PER_MACHINE = (
-    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "CHECKPOINT_DIR", "RUNS_DIR",
-    "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
+    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "CHECKPOINT_DIR",
+    "CHECKPOINT_FALLBACK_DIR", "RUNS_DIR", "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
 )  # fmt: skip
 
 DEFAULT_MODEL = "bigram"
@@ -191,6 +191,8 @@ class Config:
     checkpoint_interval: int = var(500, "optimizer steps between checkpoints; 0 = only at the end",
         group="Checkpoints", scope="habit", minimum=0)
     checkpoint_dir: str = var("checkpoints", "folder of the checkpoints", group="Checkpoints", form="path")
+    checkpoint_fallback_dir: str | None = var(None, "folder on another disk, for the last step if it cannot be saved in CHECKPOINT_DIR; "
+        "RESUME=auto looks there too", group="Checkpoints", form="path")
     checkpoint_layout: str = var("unified", "file layout of checkpoints; a resumed run keeps its layout",
         group="Checkpoints", choices=LAYOUTS)
     checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes (half with muon), but no bit-exact resume",
