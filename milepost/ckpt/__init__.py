@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from milepost.ckpt.bases import note_use
+from milepost.ckpt.bases import find_base, note_use
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
@@ -48,6 +48,7 @@ __all__ = [
     "export",
     "exporter",
     "find",
+    "find_base",
     "follow",
     "free_space_problem",
     "keep_best",
