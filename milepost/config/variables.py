@@ -197,7 +197,7 @@ class Config:
         group="Checkpoints", choices=LAYOUTS)
     checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes (half with muon), but no bit-exact resume",
         group="Checkpoints", scope="habit")
-    checkpoint_prefix: str = var("checkpoint", "prefix of checkpoint names", group="Checkpoints", scope="habit", form="name")
+    checkpoint_prefix: str = var("checkpoint", "prefix of checkpoint names; models are kept apart by CHECKPOINT_DIR, not by it", group="Checkpoints", scope="habit", form="name")
     checkpoint_keep_last: int = var(0, "latest checkpoints to keep per run, besides its final one; 0 = all",
         group="Checkpoints", scope="habit", minimum=0)
     checkpoint_keep_every: int = var(0, "of those older than CHECKPOINT_KEEP_LAST, keep multiples of this many optimizer steps, without "
