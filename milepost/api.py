@@ -46,7 +46,8 @@ def load(checkpoint: Name, *, folder: Name = CHECKPOINTS, optimizer: bool = True
 
     `optimizer=False` leaves the optimizer's tensors unread; `verify=True` compares every byte with its checksum first.
     """
-    return ckpt.load(_resolved(checkpoint, folder), optimizer=optimizer, verify=verify)
+    name = os.fspath(checkpoint)
+    return ckpt.load_named(name, Path(folder), say=Log(), optimizer=optimizer, verify=verify)
 
 
 def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -> str:

@@ -61,12 +61,11 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
 
 def _named(settings: Config, log: Log) -> Checkpoint:
     """Return the checkpoint that RESUME names, or that of RESUME_STEP of the same run. Raise as `find_record` does."""
-    path, notes = ckpt.resolve(settings.resume, Path(settings.checkpoint_dir))
-    for note in notes:
-        log(note)
+    name, folder = settings.resume, Path(settings.checkpoint_dir)
     if settings.resume_step is None:
-        return check_fits(ckpt.load(path, verify=True), settings, log)
-    named = ckpt.load(path, optimizer=False)
+        return check_fits(ckpt.load_named(name, folder, say=log, verify=True), settings, log)
+    named = ckpt.load_named(name, folder, say=log, optimizer=False)
+    path = named.path or folder
     if named.step == settings.resume_step:
         return check_fits(ckpt.load(path, verify=True), settings, log)
     folder = folder_of(path, named.run_id)

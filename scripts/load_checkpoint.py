@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost import ckpt
-from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.cli import guarded, processes
 from milepost.config import Config, ConfigError
@@ -43,41 +43,18 @@ def main(settings: Config, log: Log) -> int:
     if config.torchrun() and not resuming:
         raise ConfigError(["MODE=inference runs in one process: start it without torchrun"])
     with processes(settings, log) as world:
-        found = agreed(lambda: load_checkpoint(settings, log, resuming=resuming), world)
-        assert found is not None  # `load_checkpoint` raises
+        name, folder = settings.checkpoint_path, Path(settings.checkpoint_dir)
+        found = agreed(
+            lambda: ckpt.load_named(name, folder, say=log, optimizer=resuming, verify=resuming),  # of every byte
+            world,
+            optimizer=resuming,
+        )
+        assert found is not None  # `load_named` raises
         record = with_tokenizer(found, settings, log)
         for note in record.notes:
             log(note)
         settings = drop_conflicts(record, settings, log)
         return resume(settings, record, log, world) if resuming else infer(settings, record, log)
-
-
-def load_checkpoint(settings: Config, log: Log, *, resuming: bool) -> Checkpoint:
-    """Return the requested checkpoint; `latest` skips damaged ones. A resume verifies every byte."""
-    path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
-    for note in notes:
-        log(note)
-    rest = earlier(path, Path(settings.checkpoint_dir)) if settings.checkpoint_path == "latest" else []
-    while True:
-        try:
-            return ckpt.load(path, optimizer=resuming, verify=resuming)
-        except CheckpointError as error:
-            if not rest:
-                raise
-            log(f"skipped: {error}")
-            path = rest.pop(0)
-            log(f"taking {path}")
-
-
-def earlier(path: Path, folder: Path) -> list[Path]:
-    """Return the readable checkpoints of `folder` saved before the one at `path`, newest first: those of its run, then other runs'."""
-    readable = [one for one in reversed(ckpt.find(folder)) if one.problem is None]
-    places = [one.path for one in readable]
-    if path not in places:
-        return []
-    place = places.index(path)
-    before = sorted(readable[place + 1 :], key=lambda one: one.run_id != readable[place].run_id)
-    return [one.path for one in before]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

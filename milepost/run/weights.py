@@ -25,26 +25,20 @@ ADAPTERS = {
 def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | None:
     """Return the record whose weights and tokenizer a fresh run starts with, or None for random weights."""
     notes: list[str] = []
-    if settings.gpt2_model_name:
-        name = settings.gpt2_model_name
-        record: Checkpoint | None = ckpt.load(world.local_rank0_first(lambda: local_folder(name)), optimizer=False)
+    folder, hub_name, name = Path(settings.checkpoint_dir), settings.gpt2_model_name, settings.init_from
+    if hub_name:
+        record: Checkpoint | None = ckpt.load(world.local_rank0_first(lambda: local_folder(hub_name)), optimizer=False)
+    elif name:
+        record = agreed(
+            lambda: ckpt.load_named(name, folder, say=notes.append, optimizer=False), world, optimizer=False
+        )
     else:
-        record = agreed(lambda: init_from(settings, notes), world, optimizer=False)
-    if record is None:
         return None
+    assert record is not None  # `load_named` raises
     record = with_tokenizer(with_its_base(record, config.without(settings, ["INIT_FROM"]), log), settings, log)
     for note in [*notes, *record.notes]:
         log(note)
     return record
-
-
-def init_from(settings: Config, notes: list[str]) -> Checkpoint | None:
-    """Return the checkpoint of INIT_FROM, or None; append remarks on the choice to `notes`."""
-    if settings.init_from is None:
-        return None
-    path, remarks = ckpt.resolve(settings.init_from, Path(settings.checkpoint_dir))
-    notes.extend(remarks)
-    return ckpt.load(path, optimizer=False)
 
 
 def agreed(find: Callable[[], Checkpoint | None], world: World, *, optimizer: bool = True) -> Checkpoint | None:
