@@ -150,6 +150,15 @@ def remove_free_locks(folder: Path) -> None:
                 lock.release(remove=True)
 
 
+def is_trained(folder: Path, run_id: str) -> bool:
+    """Whether a process trains the run at this moment, as far as this process may look."""
+    if not (folder / f".run-{run_id}.lock").exists():
+        return False
+    with contextlib.suppress(OSError, RunLockedError), hold_run(folder, run_id):
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def hold_run(folder: Path, run_id: str) -> Iterator[None]:
     """Hold the lock of a run, so that no process trains it meanwhile. Raise RunLockedError if one does."""

@@ -1,5 +1,6 @@
 """What a run reports at its start, at a resume and at its end."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import Restored
-from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule
+from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
 from milepost.run import Run, memory_needed, shapes
 from milepost.runtime import hardware
 from milepost.runtime.progress import amount, command_line, duration, shown, table, write_stdout
@@ -39,8 +40,19 @@ def log_start(run: Run) -> None:
     warn_of_memory(run)
     log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
     log_checkpoint_policy(run)
+    log_unfinished(run)
     for line in config.describe(settings):
         log(line)
+
+
+def log_unfinished(run: Run) -> None:
+    """Log that RESUME=auto would resume an interrupted run with the settings of this new one, if there is such a run."""
+    if run.state.step or not run.settings.enable_checkpoints or run.settings.is_set("RESUME") or not run.world.is_rank0:
+        return
+    with contextlib.suppress(OSError):  # a folder that cannot be listed: the first save will report it
+        if found := unfinished_run(run):
+            place = f"an unfinished run of these settings is at step {found.step} ({shown(found.path)})"
+            run.log(f"{place}: RESUME=auto resumes it; RESUME=never starts anew without this line")
 
 
 def log_checkpoint_policy(run: Run) -> None:

@@ -206,6 +206,15 @@ def test_zero_steps_print_the_plan_and_write_nothing(resume, trained):
     assert "RESUME_TRAINING_STEPS=0: nothing is trained" in said.err
 
 
+def test_the_first_line_says_how_to_look_only(resume, trained):
+    said = resume()
+    assert said.code == 0
+    assert "RESUME_TRAINING_STEPS=0" in said.err.splitlines()[0]
+    assert "4 more steps" in said.err.splitlines()[0]
+    assert said.err.index("RESUME_TRAINING_STEPS=0") < said.err.index("plan: 4 steps")
+    assert "stop and set" not in resume(RESUME_TRAINING_STEPS="0").err  # the control
+
+
 # The text
 
 
