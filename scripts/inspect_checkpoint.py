@@ -24,6 +24,7 @@ from milepost.ckpt.record import Checkpoint, metadata
 from milepost.ckpt.tensor_listing import Held, all_files, differing, held, labelled
 from milepost.cli import guarded
 from milepost.config import Config
+from milepost.resume import saved_settings
 from milepost.runtime.progress import Log, amount, shown, table, write_stdout
 from milepost.text import tokenization
 
@@ -161,8 +162,11 @@ def compared(first: Checkpoint, second: Checkpoint) -> list[tuple[str, ...]]:
 
 
 def settings_of(record: Checkpoint) -> dict[str, Any]:
-    """Return the settings of the model and of its training."""
-    return record.model_settings | record.hyperparameters
+    """Return the settings of the model and of its training, `auto` as it was resolved."""
+    settings, followed = record.model_settings | record.hyperparameters, saved_settings(record)
+    settings |= {name: followed.get(name, value) for name, value in settings.items() if value == "auto"}
+    device = record.runtime.get("device") if settings.get("DEVICE") == "auto" else None
+    return settings | ({"DEVICE": device} if device else {})
 
 
 def fields_of(record: Checkpoint) -> dict[str, Any]:

@@ -26,7 +26,7 @@ HEADER = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "
 
 
 def main(settings: Config, log: Log) -> int:
-    """Print the checkpoints, the problems of damaged ones, and where each run began; return the exit code."""
+    """Print the checkpoints, the problems of damaged ones, where each run began, and the bases that adapters need; return the exit code."""
     folder = chosen_folder(settings)
     try:
         found = ckpt.find(folder)
@@ -41,6 +41,8 @@ def main(settings: Config, log: Log) -> int:
             write_stdout(f"damaged: {checkpoint.problem}")
     if runs := lineage(found):
         write_stdout("\n" + table([("run", "checkpoints", "began with", "changed"), *runs]))
+    if needed := bases(found):
+        write_stdout("\n" + table([("adapters of run", "need base", ""), *needed]))
     return 0
 
 
@@ -85,6 +87,29 @@ def lineage(found: list[Found]) -> list[tuple[str, ...]]:
         if checkpoint.run_id:
             runs.setdefault(checkpoint.run_id, []).append(checkpoint)
     return [(run_id, str(len(own)), *beginning(own[-1].metadata.get("parent"))) for run_id, own in runs.items()]
+
+
+def bases(found: list[Found]) -> list[tuple[str, ...]]:
+    """Return a row per run and base of saved adapters: the base, and whether it is found."""
+    rows: dict[tuple[str, str], str] = {}
+    for checkpoint in found:
+        base = checkpoint.metadata.get("base")
+        if isinstance(base, dict) and "adapters" in checkpoint.metadata.get("parts", ()):
+            key = checkpoint.run_id or "", str(base.get("source"))
+            if key not in rows or rows[key] == "missing":
+                rows[key] = state_of_base(base, checkpoint)
+    return [(run_id, shown(source), state) for (run_id, source), state in rows.items()]
+
+
+def state_of_base(base: dict[str, Any], adapters: Found) -> str:
+    """Return whether the base of adapters is found: where it was, elsewhere, or not; a name of the hub is not looked up."""
+    source = str(base.get("source"))
+    if not Path(source).is_absolute():
+        return "on the hub"
+    path = ckpt.find_base(base, adapters.path, run_id=adapters.run_id)
+    if path is None:
+        return "missing"
+    return "found" if str(path) == source else f"found in {shown(path)}"
 
 
 def beginning(parent: dict[str, Any] | None) -> tuple[str, str]:

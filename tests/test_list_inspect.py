@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
-from drive import ROOT
+from drive import ROOT, train
 from records import WEIGHT, gpt2_record, record
 from script import call, copied, family, script, train_family
 from work import calls, opened
 
 from milepost import ckpt
 from milepost.ckpt.layouts import WRITERS, unified
+from milepost.runtime.hardware import choose_device
 
 lister, inspector = script("list_checkpoints"), script("inspect_checkpoint")
 
@@ -291,6 +292,17 @@ def test_settings_metadata_and_tensors_that_differ(tmp_path):
     assert found["tensor", WEIGHT] == ["max", "|difference|", "0.5"]
     assert {kind for kind, _ in found} == {"setting", "metadata", "tensor"}
     assert sum(kind == "tensor" for kind, _ in found) == 1
+
+
+def test_auto_is_compared_as_it_was_resolved(tmp_path):
+    for name, changes in (("auto", {}), ("set", {"DTYPE": "float32", "COMPILE": "false", "TOKENIZER": "char"})):
+        (tmp_path / name).mkdir()
+        device = "auto" if name == "auto" else choose_device("auto").type
+        assert train(tmp_path / name, TRAINING_STEPS="2", DEVICE=device, **changes)[0] == 0
+    paths = [next((tmp_path / name / "checkpoints").glob("*.pt")) for name in ("auto", "set")]
+    out = call(inspector, tmp_path, CHECKPOINT_PATH=paths[0], COMPARE_WITH=paths[1]).out
+    assert ckpt.load(paths[0]).hyperparameters["DTYPE"] == "auto"  # the control: it is recorded as it was asked for
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("setting")] == ["TRAINING_DATA_SOURCE"]
 
 
 def test_tensors_of_other_shapes_and_in_only_one(tmp_path):

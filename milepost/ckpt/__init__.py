@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from milepost.ckpt.bases import note_use
+from milepost.ckpt.bases import find_base, note_use
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
@@ -47,6 +47,7 @@ __all__ = [
     "export",
     "exporter",
     "find",
+    "find_base",
     "follow",
     "free_space_problem",
     "keep_best",

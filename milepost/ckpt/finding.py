@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from milepost.ckpt.layouts import LAYOUTS, Layout, layout_of
+from milepost.ckpt.layouts import LAYOUTS, Layout, known_layout, layout_of
 from milepost.ckpt.record import CheckpointError, Json, Kind
 from milepost.paths import is_real_folder
 
@@ -102,6 +102,17 @@ def places(folder: Path) -> Iterator[Path]:
         yield place
         if is_real_folder(place / BEST_FOLDER):
             yield place / BEST_FOLDER
+
+
+def linked(found: Iterable[Found], folder: Path) -> set[Path]:
+    """Return the paths of the checkpoints that a link in `folder`, its run folders or a best/ points to.
+
+    Such a link is a user's name for a checkpoint, as a copy is.
+    """
+    links = (path for place in places(folder) for path in _entries(place, required=False) if path.is_symlink())
+    targets = {os.path.realpath(link) for link in links}
+    files = {each.path: known_layout(each.path).files(each.path) for each in found} if targets else {}
+    return {path for path, own in files.items() if targets.intersection(map(os.path.realpath, own))}
 
 
 def _entries(place: Path, *, required: bool) -> list[Path]:
