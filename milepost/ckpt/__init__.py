@@ -32,6 +32,7 @@ from milepost.ckpt.saving import (
     saved_best,
     why_not_saved,
 )
+from milepost.ckpt.selection import Selection, select
 from milepost.ckpt.tensor_listing import held
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Found",
+    "Selection",
     "best",
     "best_is_kept",
     "convert",
@@ -62,6 +64,7 @@ __all__ = [
     "resolve",
     "save",
     "saved_best",
+    "select",
     "several",
     "verify",
     "whole_folder",

@@ -26,6 +26,7 @@ class Found:
     problem: str | None = None
     layout: str = field(default="", compare=False)
     size: int = field(default=0, compare=False)  # bytes of all its files
+    kind: Kind | None = field(default=None, compare=False)  # of the problem
 
     @property
     def step(self) -> int:
@@ -65,6 +66,30 @@ def find(folder: Path) -> list[Found]:
     return sorted(by_save.values(), key=lambda found: found.save_order)
 
 
+def find_below(folder: Path) -> Iterator[Found]:
+    """Yield what `find` returns for `folder` and for every folder below it, each checkpoint once.
+
+    Links and hidden folders are not followed, nor are folders that are checkpoints. Raise OSError if `folder` cannot be listed.
+    """
+    seen: set[Path] = set()
+    for place in _folders_below(folder):
+        if place != folder and not os.access(place, os.R_OK | os.X_OK):
+            continue
+        here = [*find(place), *orphans(place)]
+        yield from (found for found in here if found.path not in seen)
+        seen |= {found.path for found in (*here, *scan(place))}
+
+
+def _folders_below(folder: Path) -> Iterator[Path]:
+    """Yield `folder` and the folders below it that are not checkpoints, from the top down."""
+    yield folder
+    if layout_of(folder) is not None:
+        return
+    for path in sorted(_entries(folder, required=False)):
+        if is_real_folder(path) and not path.name.startswith(".") and layout_of(path) is None:
+            yield from _folders_below(path)
+
+
 def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
     """Yield every checkpoint in `folder` under each of its names, or `folder` itself if it is a checkpoint.
 
@@ -86,6 +111,31 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
             if layout and primary and inside and primary not in seen:
                 seen.add(primary)
                 yield look(primary, layout)
+
+
+def orphans(folder: Path) -> list[Found]:
+    """Return the files that belong to a checkpoint whose other file is missing: an optimizer's without its model's, for instance.
+
+    `find` leaves them out, because a save that was killed may leave such a file.
+    """
+    files = [path for place in places(folder) for path in sorted(_entries(place, required=False))]
+    return [found for path in files if not path.name.startswith(".") and (found := _orphan(path)) is not None]
+
+
+def _orphan(path: Path) -> Found | None:
+    layout = layout_of(path)
+    if layout is not None:
+        return look(path, layout) if layout.primary_file(path) is None else None
+    several = (layout for layout in LAYOUTS if len(layout.suffixes) > 1 and path.name.endswith(layout.suffixes))
+    layout = next((layout for layout in several if layout.primary_file(path) is None), None)
+    if layout is None or path.is_dir():
+        return None
+    error = CheckpointError(
+        path, f"is part of a checkpoint, and {layout.stem(path)}{layout.suffixes[-1]} is missing", kind="lacking"
+    )
+    return Found(
+        path, {}, str(error), layout=layout.name, size=path.stat().st_size if path.is_file() else 0, kind=error.kind
+    )
 
 
 def places(folder: Path) -> Iterator[Path]:
@@ -124,7 +174,7 @@ def _look(path: Path, layout: Layout, stamps: tuple[tuple[int, ...], ...]) -> Fo
         metadata = {name: value for name, value in layout.read_metadata(path).items() if name != "tokenizer"}
         return Found(path, metadata, layout=layout.name, size=size)
     except CheckpointError as error:
-        return Found(path, {}, str(error), layout=layout.name, size=size)
+        return Found(path, {}, str(error), layout=layout.name, size=size, kind=error.kind)
 
 
 def stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
@@ -200,7 +250,7 @@ def resolve(name: str, folder: Path) -> tuple[Path, list[str]]:
         close = difflib.get_close_matches(path.name, ["latest", "best"], n=1, cutoff=0.7)
         hint = f"did you mean {close[0]}? " if close else "name a single checkpoint here; " if "," in name else ""
         raise not_found(name, _nearest(path, folder), hint=hint)
-    if whole := _containing(path):
+    if whole := containing(path):
         return whole, [f"{path} is part of {whole}, which is used"]
     layout = layout_of(path)
     if os.path.isdir(path) and layout is None:
@@ -216,7 +266,7 @@ def not_found(name: Path | str, folder: Path, *, hint: str = "") -> CheckpointEr
 def whole_folder(name: str) -> Path | None:
     """Return the folder of checkpoints that CHECKPOINT_PATH names; None if it names a single checkpoint."""
     path = Path(os.path.expanduser(name))
-    return path if os.path.isdir(path) and layout_of(path) is None and _containing(path) is None else None
+    return path if os.path.isdir(path) and layout_of(path) is None and containing(path) is None else None
 
 
 def _with_stem(path: Path) -> Path | None:
@@ -229,7 +279,7 @@ def _with_stem(path: Path) -> Path | None:
     return None
 
 
-def _containing(path: Path) -> Path | None:
+def containing(path: Path) -> Path | None:
     """Return the checkpoint folder that has `path` as one of its files or subfolders."""
     for above in list(path.parents)[:2]:
         layout, place = layout_of(above), path.relative_to(above).as_posix()

@@ -50,8 +50,8 @@ class Gguf:
     run_stem = ""
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
-        """Return the file, with its type in its name as is usual."""
-        return [folder / f"{stem}-{self.type}.gguf"]
+        """Return the file, with its type in its name as is usual; a stem that is a whole file name stays."""
+        return [folder / (stem if stem.endswith(".gguf") else f"{stem}-{self.type}.gguf")]
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
         """Write the file. Raises CheckpointError for what llama.cpp's GPT-2 or its tokenizers cannot represent."""

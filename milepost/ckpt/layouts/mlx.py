@@ -37,7 +37,7 @@ def _content(path: Path, optimizer: bool) -> Mapping[str, Any]:
     metrics = values.get("metrics")
     words = (metrics if isinstance(metrics, dict) else {}) | values
     known = {name: words[name] for name in ("step", "epoch", *LOSSES) if name in words}
-    return {"model": read_safetensors(_weights(path)), **known}
+    return {**values, "model": read_safetensors(_weights(path)), **known}
 
 
 LAYOUT = ForeignLayout(
