@@ -50,7 +50,7 @@ SAMPLE = "Dear Wren,\nna\u00efve \u6f22\u5b57 \U0001f642 \t1,234 == 5\n"  # for 
 
 
 def main(settings: Config, log: Log) -> int:
-    """Print a table per checkpoint; return the exit code, 3 if any check failed."""
+    """Print a table per checkpoint, and PASSED or FAILED; return the exit code, 3 if any check failed."""
     paths = chosen(settings, log)
     failed = []
     for path in paths:
@@ -59,6 +59,7 @@ def main(settings: Config, log: Log) -> int:
         write_stdout(f"{shown(path)}\n{table(rows)}\n")
     if len(paths) > 1:
         write_stdout(f"{len(paths)} checkpoints, {len(failed)} bad")
+    write_stdout(f"{FAILED}: {', '.join(map(shown, failed))}" if failed else "PASSED")
     return BAD if failed else 0
 
 
@@ -98,6 +99,7 @@ def verified(path: Path, settings: Config, log: Log) -> list[Row]:
     rows += [
         shapes(record, settings, log),
         checked("numbers", lambda: numbers_finite(record)),
+        *(("adapters", "ok", count) for count in models.adapter_counts(shapes_of(record)).values()),
         checked("tokenizer", lambda: round_trip(record))
         if record.tokenizer
         else ("tokenizer", "none", "not saved with it"),
@@ -130,6 +132,11 @@ def shapes(record: Checkpoint, settings: Config, log: Log) -> Row:
         return checked("shapes", lambda: shapes_fit(with_its_base(record, settings, log)))
     except ConfigError as error:
         return "shapes", "none", str(error)
+
+
+def shapes_of(record: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight by name."""
+    return {name: tuple(tensor.shape) for name, tensor in record.model_state.items()}
 
 
 def shapes_fit(record: Checkpoint) -> str:
