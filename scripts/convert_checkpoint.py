@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from milepost import ckpt
-from milepost.ckpt import BEST_FOLDER, Checkpoint, CheckpointError, Found, Selection
+from milepost.ckpt import Checkpoint, CheckpointError, Found, Selection
 from milepost.ckpt.conversion import Converted, Exported, file_identity, is_imported
 from milepost.ckpt.exports import Export
-from milepost.ckpt.finding import scan
+from milepost.ckpt.finding import in_best, scan
 from milepost.ckpt.layouts import Layout
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
@@ -130,16 +130,16 @@ def planned(selection: Selection, to: Layout | Export, settings: Config) -> Iter
     in_bests: dict[Path, set[Any]] = {}
     for found in selection.found:
         place = selection.place(found)
-        in_best = found.path.parent.name == BEST_FOLDER
+        is_best = in_best(found, selection.root / place)
         if place not in in_bests:
             in_bests[place] = saves_in_best(selection.root / place) if selection.whole else set()
-        best_too = not in_best and found.metadata.get("save_id") in in_bests[place]
-        yield Job(found, folder / place, in_best=in_best, best_too=best_too)
+        best_too = not is_best and found.metadata.get("save_id") in in_bests[place]
+        yield Job(found, folder / place, in_best=is_best, best_too=best_too)
 
 
 def saves_in_best(folder: Path) -> set[Any]:
     """Return the save ids of the checkpoints in a best/ of `folder`."""
-    bests = (found for found in scan(folder) if found.path.parent.name == BEST_FOLDER)
+    bests = (found for found in scan(folder) if in_best(found, folder))
     return {found.metadata["save_id"] for found in bests if found.metadata.get("save_id")}
 
 

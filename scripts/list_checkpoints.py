@@ -12,6 +12,7 @@ from milepost import config
 READS = ("CHECKPOINT_DIR", "CHECKPOINT_PATH")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ def main(settings: Config, log: Log) -> int:
         raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
     if not found:
         raise CheckpointError(ckpt.listing(folder))
-    newest, best = ckpt.latest(found), ckpt.best(found)
-    write_stdout(table([HEADER, *(row(checkpoint, marks(checkpoint, newest, best)) for checkpoint in found)]))
-    for checkpoint in found:
+    named = {"latest": ckpt.latest(found), "best": ckpt.best(found), "lowest loss": ckpt.lowest_loss(found)}
+    if named["lowest loss"] is named["best"]:
+        del named["lowest loss"]
+    write_stdout(table([HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)]))
+    for checkpoint in [*found, *ckpt.orphans(folder)]:
         if checkpoint.problem:
-            write_stdout(f"damaged: {checkpoint.problem}")
+            write_stdout(f"{checkpoint.kind}: {checkpoint.problem}")
     if runs := lineage(found):
         write_stdout("\n" + table([("run", "checkpoints", "began with", "changed"), *runs]))
     return 0
@@ -58,7 +61,8 @@ def chosen_folder(settings: Config) -> Path:
 def row(checkpoint: Found, names: str) -> tuple[str, ...]:
     """Return the table row of a checkpoint."""
     if checkpoint.problem:
-        return "?", "", amount(checkpoint.size, "B"), checkpoint.layout, "", "", "damaged", "", shown(checkpoint.path)
+        size, kind = amount(checkpoint.size, "B"), str(checkpoint.kind)
+        return "?", "", size, checkpoint.layout, "", "", kind, "", shown(checkpoint.path)
     loss = loss_of(checkpoint)
     return (
         str(checkpoint.step),
@@ -73,9 +77,9 @@ def row(checkpoint: Found, names: str) -> tuple[str, ...]:
     )
 
 
-def marks(checkpoint: Found, latest: Found | None, best: Found | None) -> str:
-    """Return the words by which CHECKPOINT_PATH can name the checkpoint."""
-    return ", ".join(word for word, other in (("latest", latest), ("best", best)) if checkpoint is other)
+def marks(checkpoint: Found, named: dict[str, Found | None]) -> str:
+    """Return the words for the checkpoint: `latest`, `best` (of the latest run), `lowest loss` of all runs if it is another."""
+    return ", ".join(word for word, other in named.items() if checkpoint is other)
 
 
 def lineage(found: list[Found]) -> list[tuple[str, ...]]:
@@ -93,9 +97,14 @@ def beginning(parent: dict[str, Any] | None) -> tuple[str, str]:
         return "fresh weights", ""
     changed = parent.get("changed")
     pairs = changed.items() if isinstance(changed, dict) else ()
-    changes = [f"{name} {' -> '.join(map(str, values))}" for name, values in pairs if isinstance(values, list)]
+    changes = [f"{name} {' -> '.join(map(as_set, values))}" for name, values in pairs if isinstance(values, list)]
     origin = parent.get("run_id") or "other weights"
     return f"{origin} at step {parent.get('step')} ({parent.get('file')})", ", ".join(changes)
+
+
+def as_set(value: Any) -> str:
+    """Return the value as a variable would be set to it."""
+    return value if isinstance(value, str) else "(not set)" if value is None else json.dumps(value)
 
 
 if __name__ == "__main__":

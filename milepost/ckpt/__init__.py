@@ -14,14 +14,12 @@ from milepost.ckpt.finding import (
     due,
     find,
     latest,
-    listing,
-    not_found,
-    resolve,
-    several,
-    whole_folder,
+    lowest_loss,
+    orphans,
 )
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.resolving import listing, not_found, resolve, several, whole_folder
 from milepost.ckpt.retention import prune
 from milepost.ckpt.saving import (
     best_is_kept,
@@ -58,8 +56,10 @@ __all__ = [
     "leading",
     "listing",
     "load",
+    "lowest_loss",
     "not_finite",
     "note_use",
+    "orphans",
     "prune",
     "resolve",
     "save",

@@ -223,7 +223,8 @@ def _prefix(record: Checkpoint) -> str:
 
 def origin(record: Checkpoint, path: Path) -> tuple[Path, bool]:
     """Return the folder of checkpoints above `path`, and whether `path` is in a best/."""
-    return folder_of(path, record.run_id), path.parent.name == BEST_FOLDER
+    folder = folder_of(path, record.run_id)
+    return folder, path.parent.name == BEST_FOLDER and path.parent != folder
 
 
 def size_of(path: Path) -> int:

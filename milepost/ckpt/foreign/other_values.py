@@ -5,7 +5,7 @@ A record carries them along as plain JSON, so that a conversion keeps them. Pure
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,15 +32,22 @@ def other_values(
     `beside` is the content of files beside it. An optimizer state that the record did not take is such a key, unless it was not
     asked for (`optimizer=False`).
     """
+    left = [*_beside_the_record(content, record, optimizer=optimizer), *beside.items()]
+    kept, left_out = plain_values((key, value) for key, value in left if key not in OPTIMIZERS)
+    return kept, left_out + [key for key, _ in left if key in OPTIMIZERS]
+
+
+def plain_values(values: Iterable[tuple[Any, Any]]) -> tuple[dict[str, Json], list[str]]:
+    """Return the values as JSON by name, and the names of those that JSON cannot hold or that are too large together."""
     kept: dict[str, Json] = {}
     left_out: list[str] = []
     room = MOST_BYTES
-    for key, value in [*_beside_the_record(content, record, optimizer=optimizer), *beside.items()]:
+    for key, value in values:
         name = f"{key}"
         try:
             plain = _plain(value, left=[MOST_VALUES])
             room -= len(json.dumps(plain))
-            if room < 0 or key in OPTIMIZERS or not 0 < len(name) <= 200 or not name.isprintable():
+            if room < 0 or not 0 < len(name) <= 200 or not name.isprintable():
                 raise _NotPlain
             kept[name] = plain
         except (_NotPlain, ValueError):
