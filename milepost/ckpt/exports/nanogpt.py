@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from milepost.ckpt import archive
-from milepost.ckpt.exports.common import TO_HUGGINGFACE, Proof, cannot_represent, check_gpt2, not_the_same, proved
+from milepost.ckpt.exports.common import Proof, cannot_represent, check_gpt2, elsewhere, not_the_same, proved
 from milepost.ckpt.layouts import known_layout
 from milepost.ckpt.record import Checkpoint, Json
 from milepost.files import new_folder, written
@@ -70,7 +70,7 @@ def _meta(record: Checkpoint) -> dict[str, Json] | None:
         return None
     if tokenizer["kind"] != "char":
         problem = f"its tokenizer is {tokenizer['kind']}; nanoGPT's sample.py has only characters and GPT-2's tokens"
-        raise cannot_represent(record, problem, f"{TO_HUGGINGFACE}, or train with TOKENIZER=char or gpt2")
+        raise cannot_represent(record, problem, f"{elsewhere(record)}, or train with TOKENIZER=char or gpt2")
     chars = tokenizer["chars"]
     return {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {char: i for i, char in enumerate(chars)}}
 
@@ -85,6 +85,6 @@ def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
     """Return the weights under nanoGPT's names, with the tied head; raise CheckpointError for an untied one."""
     if not record.model_settings.get("tied", True):
         problem = "has a head of its own; nanoGPT's model ties it to the embedding"
-        raise cannot_represent(record, problem, TO_HUGGINGFACE)
+        raise cannot_represent(record, problem, elsewhere(record))
     weights = {f"transformer.{name}": tensor for name, tensor in record.model_state.items()}
     return weights | {"lm_head.weight": record.model_state["wte.weight"]}

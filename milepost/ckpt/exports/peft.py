@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from milepost.ckpt.exports.common import HERE_ONLY, TO_HUGGINGFACE, Proof, cannot_represent, not_the_same
+from milepost.ckpt.exports.common import HERE_ONLY, Proof, cannot_represent, elsewhere, not_the_same
 from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest, read_safetensors, write_safetensors
@@ -52,7 +52,7 @@ def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
     if record.model_settings.get("ttt"):
         raise cannot_represent(record, "has TTT layers, which peft does not have", HERE_ONLY)
     if not record.model_settings.get("lora"):
-        raise cannot_represent(record, "has no LoRA adapters, and peft holds nothing else", TO_HUGGINGFACE)
+        raise cannot_represent(record, "has no LoRA adapters, and peft holds nothing else", elsewhere(record))
     state = record.model_state
     return {f"{PREFIX}{name}.weight": state[name] for name in state if name.endswith((".lora_A", ".lora_B"))}
 
