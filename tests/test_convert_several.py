@@ -168,7 +168,10 @@ def test_tensors_that_no_layout_holds_are_named_and_the_exit_code_is_3(tmp_path,
 
 
 def test_an_optimizer_that_cannot_be_used_is_a_loss_unless_only_the_model_was_asked_for(tmp_path):
-    momentum = torch.optim.SGD(golden_lecture().parameters(), lr=0.1)
+    model = golden_nano()
+    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    momentum.step()
     path = saved(tmp_path / "latest.pt", 7, optimizer=momentum.state_dict())
     asked = {"CHECKPOINT_PATH": path, "CONVERT_TO": "unified", "OUTPUT": tmp_path / "new"}
     said = converted(tmp_path, **asked)

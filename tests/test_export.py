@@ -167,7 +167,7 @@ def with_adapter() -> Checkpoint:
     return one
 
 
-@pytest.mark.parametrize("to", [name for name in ckpt.EXPORTS if name != "peft"])
+@pytest.mark.parametrize("to", [name for name in ckpt.EXPORTS if name not in ("peft", "lecture")])
 @pytest.mark.parametrize(
     ("make", "named"),
     [

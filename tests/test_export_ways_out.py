@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_programs import CHARS, LectureModel, golden_lecture, shaken, write_lecture_folder
+from foreign_programs import (
+    CHARS,
+    LectureModel,
+    NanoGPT,
+    golden_lecture,
+    golden_moments,
+    golden_nano,
+    nanogpt,
+    shaken,
+    write_lecture_folder,
+)
 from records import gpt2_record, record
 from script import call, files_of, script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -134,6 +144,14 @@ def test_the_remedy_of_a_refusal_works(tmp_path, model, to):
     assert ("merge them first" in said.err) <= (model == "LoRA")
 
 
+def test_a_tensor_that_the_lecture_lacks_is_refused(tmp_path):
+    one = relu_model()
+    one.model_state["h.0.attn.c_attn.lora_A"] = torch.ones(2, 8)
+    with pytest.raises(CheckpointError, match=r"h\.0\.attn\.c_attn\.lora_A") as caught:
+        ckpt.exporter("lecture").write(one, tmp_path, "x")
+    assert (caught.value.kind, list(tmp_path.iterdir())) == ("refused", [])
+
+
 @pytest.mark.parametrize("kind", ["char", "byte"])
 def test_a_tokenizer_without_an_end_exports_no_end(tmp_path, kind):
     """transformers would take 50256, which is outside the vocabulary."""
@@ -187,3 +205,41 @@ def test_an_end_that_is_no_token_is_refused():
     assert BpeTokenizer.from_dict(trained.to_dict()).digest == trained.digest
     with pytest.raises(ValueError, match="</s>"):
         BpeTokenizer.from_dict(trained.to_dict() | {"end": "</s>"})
+
+
+def test_nanogpt_trains_on_from_the_export(tmp_path):
+    """Its own file -> a checkpoint of ours -> its file: model, settings, and every moment of its optimizer."""
+    content = nanogpt(golden_nano(), golden_moments()) | {"tokenizer": CHAR}
+    torch.save(content, tmp_path / "ckpt.pt")
+    ours = ckpt.convert(tmp_path / "ckpt.pt", tmp_path / "new", layout="directory").target
+    again = torch.load(export_of(tmp_path, ours, "nanogpt") / "ckpt.pt", weights_only=True)
+    assert {name: again["config"][name] for name in ("learning_rate", "compile")} == {
+        "learning_rate": 6e-4,
+        "compile": True,
+    }
+    assert again["iter_num"] == content["iter_num"]
+    model = NanoGPT(**{name: value for name, value in again["model_args"].items() if name != "dropout"})
+    model.load_state_dict(again["model"], strict=True)
+    optimizer = model.configure_optimizers()
+    optimizer.load_state_dict(again["optimizer"])
+    before, after = golden_moments().state_dict(), optimizer.state_dict()
+    assert after["state"].keys() == before["state"].keys()
+    for place, moments in before["state"].items():
+        assert all(torch.equal(tensor, after["state"][place][name]) for name, tensor in moments.items())
+    assert [(group["lr"], group["weight_decay"], group["params"]) for group in after["param_groups"]] == [
+        (group["lr"], group["weight_decay"], group["params"]) for group in before["param_groups"]
+    ]
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+
+
+def test_our_own_adamw_goes_to_nanogpt_and_muon_does_not(tmp_path):
+    one = gpt2_record(settings={"bias": True})
+    path = export_of(tmp_path, ckpt.save(one, tmp_path / "checkpoints"), "nanogpt")
+    state = torch.load(path / "ckpt.pt", weights_only=True)["optimizer"]["state"]
+    shapes = [tuple(moments["exp_avg"].shape) for moments in state.values()]
+    assert shapes == [*(shape for shape in shapes if len(shape) == 2), *(shape for shape in shapes if len(shape) == 1)]
+    assert len(shapes) == len(one.model_state)
+    other = gpt2_record(optimizer="muon")
+    path = ckpt.exporter("nanogpt").write(other, tmp_path, "x")
+    assert torch.load(path / "ckpt.pt", weights_only=True)["optimizer"] is None

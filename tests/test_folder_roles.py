@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_programs import CHARS, SMALL, bare, golden_nano, meta, nanogpt, pair, write_pair
+from foreign_programs import (
+    CHARS,
+    SMALL,
+    bare,
+    golden_lecture,
+    golden_nano,
+    meta,
+    nanogpt,
+    pair,
+    write_lecture_folder,
+    write_pair,
+)
 from records import gpt2_record, record
 from safetensors.torch import save_file
 from script import call, script
@@ -233,3 +244,35 @@ def test_half_of_a_pair_under_a_glob_lacks_its_other_half(tmp_path):
     path.unlink()
     assert kind_of(f"{tmp_path}/*", tmp_path) in ("lacking", "damaged")
     assert known_layout(next(tmp_path.glob("*.pt"))).name == "separated"
+
+
+def test_what_is_not_read_of_a_trainer_s_folder_is_named(tmp_path):
+    path = transformers_folder(tmp_path / "checkpoint-5")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": 5, "log_history": [{"step": 5, "loss": 1.0}]}))
+    for name in ("optimizer.pt", "rng_state.pth"):
+        torch.save({"state": {}}, path / name)
+    asked = {"CHECKPOINT_PATH": path, "CONVERT_TO": "unified", "OUTPUT": tmp_path / "new"}
+    said = call(converter, tmp_path, **asked)
+    assert said.code == 3
+    assert "optimizer.pt" in said.err.splitlines()[-1]
+    assert "rng_state.pth" in said.err.splitlines()[-1]
+    (found,) = ckpt.find(tmp_path / "new")
+    assert found.metadata["imported"]["values"]["log_history"] == [{"step": 5, "loss": 1.0}]
+    assert "config.json" in found.metadata["imported"]["values"]
+    assert call(converter, tmp_path, **asked, CHECKPOINT_MODEL_ONLY="true").code == 0
+
+
+def test_checkpoints_inside_a_checkpoint_are_named_and_converted_too(tmp_path):
+    """Document 004: the new files and the old latest.pt lie in one folder."""
+    folder = write_lecture_folder(tmp_path / "many" / "dante", golden_lecture(), {"token_kind": "char", "chars": CHARS})
+    (folder / "optimizer.pt").unlink()
+    torch.save(nanogpt(golden_nano()) | {"tokenizer": {"token_kind": "char", "chars": CHARS}}, folder / "latest.pt")
+    path, notes = ckpt.resolve(str(folder), tmp_path)
+    assert path == folder
+    assert any("latest.pt" in note for note in notes)
+    assert not any("model.pt" in note for note in notes)
+    said = call(converter, tmp_path, CHECKPOINT_PATH=tmp_path / "many", CONVERT_TO="unified", OUTPUT=tmp_path / "new")
+    assert said.code == 0, said.err
+    assert {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*.pt")} == {
+        "dante.pt", "dante/latest.pt",
+    }  # fmt: skip

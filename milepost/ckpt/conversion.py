@@ -120,7 +120,7 @@ def export(
 
     Raises as `convert` does; nothing new is left then.
     """
-    record = complete(_opened(source, optimizer=False))
+    record = complete(_opened(source, optimizer=to.trains))
     target = _written(record, folder, writer=to, name=_Name(source, stem, prefix), in_best=False)
     try:
         proof = to.proof(record, target)

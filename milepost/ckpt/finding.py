@@ -74,7 +74,7 @@ def in_best(found: Found, folder: Path | None) -> bool:
 def find_below(folder: Path) -> Iterator[Found]:
     """Yield what `find` returns for `folder` and for every folder below it, each checkpoint once.
 
-    Links and hidden folders are not followed, nor are folders that are checkpoints. Raise OSError if `folder` cannot be listed.
+    Links and hidden folders are not followed. Raise OSError if `folder` cannot be listed.
     """
     seen: set[Path] = set()
     for place in folders_below(folder):
@@ -86,12 +86,12 @@ def find_below(folder: Path) -> Iterator[Found]:
 
 
 def folders_below(folder: Path) -> Iterator[Path]:
-    """Yield `folder` and the folders below it that are not checkpoints, from the top down."""
+    """Yield `folder` and the folders below it, from the top down, without the parts of checkpoints."""
     yield folder
-    if layout_of(folder) is not None:
-        return
+    whole = layout_of(folder)
     for path in sorted(entries(folder, required=False)):
-        if is_real_folder(path) and not path.name.startswith(".") and layout_of(path) is None:
+        part = path.name.startswith(".") or (whole is not None and whole.owns(folder, path))
+        if is_real_folder(path) and not part:
             yield from folders_below(path)
 
 

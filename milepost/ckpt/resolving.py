@@ -53,7 +53,19 @@ def resolve(name: str, folder: Path) -> tuple[Path, list[str]]:
     layout = layout_of(path)
     if os.path.isdir(path) and layout is None:
         return _choose(path, by=latest)
-    return (layout.primary_file(path) if layout else None) or path, []
+    return (layout.primary_file(path) if layout else None) or path, _others_inside(path)
+
+
+def _others_inside(path: Path, *, limit: int = 3) -> list[str]:
+    """Return a note if the checkpoint at `path` is a folder that holds other checkpoints too."""
+    others = [found.path.name for found in find(path) if found.path != path] if os.path.isdir(path) else []
+    more = f" and {len(others) - limit} more" if len(others) > limit else ""
+    listed = f"{', '.join(others[:limit])}{more}"
+    return (
+        [f"{path} is a checkpoint, and is used; the checkpoints in it have names of their own ({listed})"]
+        if others
+        else []
+    )
 
 
 def not_found(name: Path | str, folder: Path, *, hint: str = "") -> CheckpointError:

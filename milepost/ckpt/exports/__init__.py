@@ -19,6 +19,7 @@ class Export(Protocol):
     name: str
     needs: tuple[str, ...]  # packages beyond requirements.txt, by their names on PyPI
     how: str  # the command that runs it there, with {path} and its {name}
+    trains: bool  # whether it holds the optimizer's state, with which its program trains on
     run_stem: str  # as in a Layout; empty: named by model, source, step and time
 
     def targets(self, folder: Path, stem: str) -> list[Path]:

@@ -54,14 +54,17 @@ def elsewhere(record: Checkpoint) -> str:
     return TO_LECTURE if tokens and (relu or record.model_type == "bigram") else HERE_ONLY
 
 
-def check_adapters(record: Checkpoint, program: str) -> None:
-    """Raise CheckpointError if the record has adapters, which only this program computes."""
+def check_additions(record: Checkpoint, program: str) -> None:
+    """Raise CheckpointError if the record has adapters, or other tensors than a GPT-2 of its sizes."""
     if record.model_settings.get("ttt"):
         problem = f"has TTT layers, which have no place in {program}'s GPT-2, nor in transformers'"
         raise cannot_represent(record, problem, HERE_ONLY)
     if record.model_settings.get("lora"):
         problem = f"has LoRA adapters, which have no place in {program}'s GPT-2"
         raise cannot_represent(record, problem, "merge them first (scripts/merge_adapters.py)")
+    if others := sorted(record.model_state.keys() - weight_shapes(record.model_settings).keys()):
+        problem = f"{others[0]} and {len(others) - 1} more of its tensors have no place in {program}'s GPT-2"
+        raise cannot_represent(record, problem, HERE_ONLY)
 
 
 def not_the_same(path: Path, part: str, record: Checkpoint, details: str = "") -> CheckpointError:
@@ -83,13 +86,10 @@ def check_gpt2(record: Checkpoint, program: str) -> None:
     if record.model_type != "gpt2":
         problem = f"is a {record.model_type}; {program} has no such model"
         raise cannot_represent(record, problem, elsewhere(record))
-    check_adapters(record, program)
+    check_additions(record, program)
     if settings.get("activation", "gelu") == "relu":
         problem = f"its activation is relu; {program}'s GPT-2 has only GELU"
         raise cannot_represent(record, problem, elsewhere(record))
-    if others := sorted(record.model_state.keys() - weight_shapes(dict(settings) | {"ttt": None}).keys()):
-        problem = f"{others[0]} and {len(others) - 1} more of its tensors have no place in {program}'s GPT-2"
-        raise cannot_represent(record, problem, HERE_ONLY)
     bias = record.model_state.get("lm_head.bias")
     if bias is not None and bias.any():
         problem = f"lm_head.bias {tuple(bias.shape)} has no place in {program}'s GPT-2, nor in transformers'"

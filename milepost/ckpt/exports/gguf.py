@@ -47,6 +47,7 @@ class Gguf:
     name = NAME
     needs = ("gguf",)
     how = "llama-completion -m {path} -p 'Dear'"
+    trains = False
     run_stem = ""
 
     def targets(self, folder: Path, stem: str) -> list[Path]:

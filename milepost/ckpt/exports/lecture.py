@@ -14,7 +14,7 @@ from milepost.ckpt.exports.common import (
     HERE_ONLY,
     Proof,
     cannot_represent,
-    check_adapters,
+    check_additions,
     elsewhere,
     not_the_same,
     proved,
@@ -39,6 +39,7 @@ class Lecture:
 
     name = NAME
     needs: tuple[str, ...] = ()
+    trains = False
     run_stem = ""
     how = (
         'in Python: model.load_state_dict(torch.load("{path}/model.pt")), where model has the sizes of its config.json'
@@ -126,7 +127,7 @@ def _check(record: Checkpoint) -> None:
     if record.model_type != "gpt2":
         problem = f"is a {record.model_type}; the lecture has no such model"
         raise cannot_represent(record, problem, HERE_ONLY)
-    check_adapters(record, "the lecture")
+    check_additions(record, "the lecture")
     activation = record.model_settings.get("activation", "gelu")
     if activation != "relu":
         raise cannot_represent(

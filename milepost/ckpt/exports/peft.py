@@ -23,6 +23,7 @@ class Peft:
 
     name = NAME
     needs: tuple[str, ...] = ()
+    trains = False
     run_stem = ""
     how = 'in Python: peft.PeftModel.from_pretrained(base, "{path}"), where base is transformers\' model of the base'
 

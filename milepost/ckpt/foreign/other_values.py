@@ -59,11 +59,17 @@ def _beside_the_record(content: Mapping[Any, Any], record: Checkpoint, *, optimi
     """Yield the keys that hold neither the weights, nor what the record took: its optimizer state and its tokenizer."""
     weights = {key for key in WEIGHTS if isinstance(content.get(key), Mapping)}
     for key, value in content.items() if weights else ():  # else it is a bare state dict
-        is_empty = value is None or (isinstance(value, list | tuple | dict) and (not value or list(value) == [None]))
-        taken = key in OPTIMIZERS and (record.optimizer_state is not None or not optimizer or is_empty)
+        taken = key in OPTIMIZERS and (record.optimizer_state is not None or not optimizer or _is_empty(value))
         tokenizer = record.tokenizer is not None and key in (*TOKENIZERS, *VOCABULARIES)
         if key not in weights and not taken and not tokenizer:
             yield key, value
+
+
+def _is_empty(optimizer: Any) -> bool:
+    """Whether an optimizer's value holds no state: null, a list of such, or a state without moments."""
+    if isinstance(optimizer, list | tuple):
+        return all(map(_is_empty, optimizer))
+    return optimizer is None or (isinstance(optimizer, Mapping) and not optimizer.get("state"))
 
 
 def _plain(value: Any, *, left: list[int], depth: int = 0) -> Json:

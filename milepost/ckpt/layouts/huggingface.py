@@ -28,6 +28,7 @@ from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, 
 CONFIG, WEIGHTS = "config.json", SAFETENSORS.whole
 GENERATION, OPTIMIZER, MANIFEST = "generation_config.json", "optimizer.safetensors", "milepost.json"
 VOCAB, MERGES, ADDED, SPECIAL = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
+TRAINING = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")  # which are not translated
 END_OF_TEXT = "<|endoftext|>"
 TRAINER = "trainer_state.json"  # of transformers' Trainer
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
@@ -187,6 +188,7 @@ class Transformers:
         _check_head(path, settings)
         tokenizer, note = _read_tokenizer(path, settings["vocab_size"])
         progress, left_out = _progress(path)
+        left_out += [f"{name} (of transformers' Trainer)" for name in TRAINING if optimizer and is_regular(path / name)]
         adapter = _adapter_beside(path)
         return Checkpoint(
             model_state=read_weights(path, lambda weights: _translate(path, weights, settings)),
@@ -216,22 +218,21 @@ class Transformers:
 
 
 def _progress(path: Path) -> tuple[dict[str, Json], list[str]]:
-    """Return step and epoch by the file of transformers' Trainer and its other values, and what is not taken."""
+    """Return step and epoch by the file of transformers' Trainer, the other values of the folder, and what is not taken."""
     state = read_json(path / TRAINER) if is_regular(path / TRAINER) else {}
-    if not state:
-        return {"step": 0}, []
+    configs = [(name, read_json(path / name)) for name in (CONFIG, GENERATION) if is_regular(path / name)]
     step, history = step_of(state, where=str(path / TRAINER)), state.get("log_history")
     entries = history if isinstance(history, list) else []
     evaluated = [
         entry for entry in entries if isinstance(entry, dict) and entry.get("step") == step and "eval_loss" in entry
     ]
-    kept, left_out = plain_values((name, value) for name, value in state.items() if name != "log_history")
+    kept, left_out = plain_values([*state.items(), *configs])
     return {
         "step": step,
         "epoch": epoch_of(state, where=str(path / TRAINER)),
         "validation_loss": validation_loss_of({"val_loss": evaluated[-1]["eval_loss"]} if evaluated else {}),
         "imported": {"values": kept} if kept else None,
-    }, [f"{name} of {TRAINER}" for name in left_out]
+    }, left_out
 
 
 def _adapter_beside(path: Path) -> str | None:
