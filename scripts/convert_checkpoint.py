@@ -124,7 +124,7 @@ def planned(selection: Selection, to: Layout | Export, settings: Config) -> Iter
     Raise ConfigError for an OUTPUT that does not fit.
     """
     folder, stem = output(selection, to, settings)
-    if selection.is_single or folder is None:
+    if selection.is_single or stem or folder is None:
         yield from (Job(found, folder, stem) for found in selection.found)
         return
     in_bests: dict[Path, set[Any]] = {}
@@ -167,7 +167,7 @@ def is_file_name(path: Path) -> bool:
 
 def file_stem(path: Path, to: Layout | Export, selection: Selection) -> str:
     """Return the name for `to.write` that makes the file `path`, or of several files those that begin so."""
-    if not selection.is_single:
+    if len(selection.found) > 1:
         problem = f"is the name of one file, and CHECKPOINT_PATH names {len(selection.found)} checkpoints"
         raise ConfigError([f"OUTPUT={path}: {problem}; name a folder"])
     ends = sorted((target.name.removeprefix("@") for target in to.targets(Path(), "@")), key=len, reverse=True)

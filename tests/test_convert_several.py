@@ -294,6 +294,7 @@ def test_output_names_the_file(tmp_path, layout, name, made):
     assert said.code == 0, said.err
     assert files_of(tmp_path / "new").keys() == made
     before = files_of(tmp_path / "new")
+    asked["CHECKPOINT_PATH"] = f"{tmp_path}/lat*.pt"  # a glob that matches one checkpoint
     again = converted(tmp_path, **asked)
     assert (again.code, files_of(tmp_path / "new")) == (3, before)
     assert "exists already, and nothing is replaced" in again.err

@@ -297,3 +297,18 @@ def test_the_adapters_are_counted(tmp_path):
     (line,) = [line for line in out.splitlines() if line.startswith("adapters ")]
     assert line.split()[:4] == ["adapters", "ok", "19", "TTT"]
     assert "adapters " not in call(verifier, tmp_path, CHECKPOINT_PATH=save(tmp_path, gpt2_record())).out
+
+
+@pytest.mark.parametrize("chosen", ["{}/*.pt", "{}", "{0}/sub/*.pt,{0}/a.pt"])
+def test_a_glob_and_a_list_verify_all_that_they_name(tmp_path, chosen):
+    folder = tmp_path / "checkpoints"
+    for name in ("a.pt", "sub/b.pt", "sub/broken.pt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path, record(1)).rename(folder / name)
+    os.truncate(folder / "sub" / "broken.pt", 900)
+    said = call(verifier, tmp_path, CHECKPOINT_PATH=chosen.format(folder))
+    shown = [line for line in said.out.splitlines() if line.startswith(str(folder))]
+    expected = ["a.pt"] if chosen.endswith("/*.pt") else ["a.pt", "sub/b.pt", "sub/broken.pt"]
+    assert sorted(shown) == [str(folder / name) for name in expected]
+    assert said.code == (3 if len(expected) > 1 else 0)
+    assert said.out.splitlines()[-1] == (f"FAILED: {folder / 'sub' / 'broken.pt'}" if said.code else "PASSED")
