@@ -198,7 +198,7 @@ def do(job: Job, to: Layout | Export, report: Report, settings: Config, log: Log
     except CheckpointError as error:
         if alone:
             raise
-        report.add(old, f"skipped: {error.kind}", [f"skipped: {error}"])
+        report.add(old, f"skipped: {job.found.kind or error.kind}", [f"skipped: {error}"])
 
 
 def why_not_needed(job: Job, layout: str, settings: Config, *, alone: bool) -> str | None:
@@ -209,7 +209,7 @@ def why_not_needed(job: Job, layout: str, settings: Config, *, alone: bool) -> s
             problem = f"{variable}={layout}: {job.found.path} is laid out so already"
             raise ConfigError([f"{problem}; set another, or OUTPUT to a folder for a copy"])
         return "is laid out so already"
-    if job.folder is None or alone or job.found.problem:
+    if job.folder is None or job.stem or alone or job.found.problem:
         return None
     wanted = (*identity(job.found)[:-1], layout)
     done = job.folder.is_dir() and wanted in {identity(found) for found in ckpt.find(job.folder) if not found.problem}

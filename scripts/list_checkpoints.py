@@ -18,7 +18,7 @@ from typing import Any
 
 from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
-from milepost.ckpt.finding import loss_of
+from milepost.ckpt.finding import find_below, loss_of, scan
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.runtime.progress import Log, amount, shown, table, write_stdout
@@ -42,6 +42,8 @@ def main(settings: Config, log: Log) -> int:
     for checkpoint in [*found, *ckpt.orphans(folder)]:
         if checkpoint.problem:
             write_stdout(f"{checkpoint.kind}: {checkpoint.problem}")
+    if below := folders_with_more(folder):
+        write_stdout(f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}")
     if runs := lineage(found):
         write_stdout("\n" + table([("run", "checkpoints", "began with", "changed"), *runs]))
     return 0
@@ -80,6 +82,12 @@ def row(checkpoint: Found, names: str) -> tuple[str, ...]:
 def marks(checkpoint: Found, named: dict[str, Found | None]) -> str:
     """Return the words for the checkpoint: `latest`, `best` (of the latest run), `lowest loss` of all runs if it is another."""
     return ", ".join(word for word, other in named.items() if checkpoint is other)
+
+
+def folders_with_more(folder: Path) -> list[Path]:
+    """Return the folders below `folder` with checkpoints that are not its own."""
+    own = {found.path for found in [*scan(folder), *ckpt.orphans(folder)]}
+    return list(dict.fromkeys(found.path.parent for found in find_below(folder) if found.path not in own))
 
 
 def lineage(found: list[Found]) -> list[tuple[str, ...]]:

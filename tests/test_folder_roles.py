@@ -201,6 +201,16 @@ def test_the_list_shows_halves_and_gives_each_problem_its_kind(tmp_path):
     assert any(line.startswith("not understood: ") for line in out.splitlines())
 
 
+def test_the_list_names_folders_below_that_hold_more(tmp_path):
+    folder = tmp_path / "checkpoints"
+    ckpt.save(record(1), folder)
+    ckpt.save(record(2), folder, layout="stepfiles")  # in the folder of its run, which belongs to the list
+    assert "below" not in call(lister, tmp_path).out
+    folders_below(folder)
+    (line,) = [line for line in call(lister, tmp_path).out.splitlines() if "below" in line]
+    assert line.endswith(f": {folder / 'dante'}, {folder / 'shakespeare'}")
+
+
 def test_a_better_checkpoint_of_another_run_is_shown_beside_the_best(tmp_path):
     folder = tmp_path / "checkpoints"
     better = ckpt.save(record(1, run_id="old", validation_loss=1.0), folder)
