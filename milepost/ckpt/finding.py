@@ -248,7 +248,10 @@ def folder_of(path: Path, run_id: str | None) -> Path:
 
 def _was_saved_into(folder: Path) -> bool:
     """Whether `folder` is one of checkpoints: it has a lock, or a checkpoint outside best/."""
-    return os.path.lexists(folder / FOLDER_LOCK) or any(True for _ in scan(folder, bests=False))
+    try:
+        return os.path.lexists(folder / FOLDER_LOCK) or any(True for _ in scan(folder, bests=False))
+    except OSError:  # it cannot be listed, so nothing was saved there
+        return False
 
 
 def containing(path: Path) -> Path | None:
