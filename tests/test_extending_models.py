@@ -71,8 +71,10 @@ sys.exit(training.guarded(training.main, settings))
 @pytest.fixture(autouse=True)
 def registries():
     """Registries as they were, after each test."""
-    kept = [(registry, dict(registry)) for registry in (models.MODELS, optimizers.OPTIMIZERS, training.MEASURES)]
+    kept = [(registry, dict(registry)) for registry in (models.MODELS, optimizers.OPTIMIZERS)]
+    measures = list(training.MEASURES)
     yield
+    training.MEASURES[:] = measures
     for registry, before in kept:
         registry.clear()
         registry.update(before)
@@ -99,7 +101,11 @@ def lines_of(folder: Path) -> list[dict[str, object]]:
 def kill(toy: str, folder: Path, **changes: str) -> None:
     """Train in a process of its own until it is killed at the beginning of a step."""
     code = DRIVER.format(root=str(ROOT), toys=str(FOLDER), toy=toy, step=KILLED_AT)
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "OMP_WAIT_POLICY") if name in os.environ}
+    keep = {
+        name: os.environ[name]
+        for name in ("PATH", "HOME", "TMPDIR", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+        if name in os.environ
+    }
     ended = subprocess.run(
         [sys.executable, "-c", code], env=keep | environment(folder, **changes), capture_output=True, text=True, timeout=300, check=False
     )  # fmt: skip
@@ -202,7 +208,7 @@ def test_metrics_of_two_processes_are_those_of_one(engine, tmp_path):
 
 
 def test_a_metric_takes_no_name_of_a_line(tmp_path):
-    training.MEASURES["step"] = training.MEASURES["split"] = lambda run: torch.tensor(1e9)
+    training.MEASURES.append(lambda run: {"step": torch.tensor(1e9), "split": torch.tensor(1e9)})
     assert train(tmp_path, TRAINING_STEPS="2")[0] == 0
     assert [(line["step"], line["split"]) for line in lines_of(tmp_path) if line["split"] == "train"] == [(1, "train"), (2, "train")]  # fmt: skip
 
