@@ -427,7 +427,7 @@ def test_a_full_disk_is_an_oserror_and_harms_nothing(share, saved_once):
     assert caught.value.errno == errno.EFBIG
     assert_unharmed(saved_once)
     words = ckpt.why_not_saved(caught.value, saved_once, need=123_456)
-    assert words.startswith("the disk is full: about 123,456 bytes are needed")
+    assert words.startswith("the file is too large: about 123,456 bytes are needed")
     assert str(saved_once) in words
 
 

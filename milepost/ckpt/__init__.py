@@ -13,14 +13,13 @@ from milepost.ckpt.finding import (
     due,
     find,
     latest,
-    listing,
-    resolve,
-    several,
-    whole_folder,
+    lowest_loss,
+    orphans,
 )
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.opening import load, load_named
 from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.resolving import listing, resolve, several, whole_folder
 from milepost.ckpt.retention import prune
 from milepost.ckpt.saving import (
     best_is_kept,
@@ -31,6 +30,7 @@ from milepost.ckpt.saving import (
     saved_best,
     why_not_saved,
 )
+from milepost.ckpt.selection import Selection, select
 from milepost.ckpt.tensor_listing import held
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Found",
+    "Selection",
     "best",
     "best_is_kept",
     "convert",
@@ -57,12 +58,15 @@ __all__ = [
     "listing",
     "load",
     "load_named",
+    "lowest_loss",
     "not_finite",
     "note_use",
+    "orphans",
     "prune",
     "resolve",
     "save",
     "saved_best",
+    "select",
     "several",
     "verify",
     "whole_folder",

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from milepost.ckpt.bases import bases_among
-from milepost.ckpt.finding import BEST_FOLDER, Found, find, linked, loss_of, scan
+from milepost.ckpt.finding import BEST_FOLDER, Found, find, in_best, linked, loss_of, scan
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_stem, own_checkpoints, target_folder
@@ -56,13 +56,32 @@ def free_space_problem(folder: Path, *, need: int) -> str | None:
 
 def _disk_full(folder: Path, *, need: int) -> str:
     free = shutil.disk_usage(folder).free
-    return f"the disk is full: about {need:,} bytes are needed in {folder}, {free:,} are free"
+    if need <= free and _inodes_used_up(folder):
+        return f"no inodes are left in {folder}, though {free:,} bytes are free: delete small files that are not needed"
+    reserved = ", but not for this user: there may be a quota" if need <= free else ""
+    return f"the disk is full: about {need:,} bytes are needed in {folder}, {free:,} are free{reserved}"
+
+
+def _inodes_used_up(folder: Path) -> bool:
+    """Whether the file system counts inodes and has none left for this user. Windows counts none."""
+    if not hasattr(os, "statvfs"):
+        return False
+    status = os.statvfs(folder)
+    return status.f_files > 0 and status.f_favail == 0
 
 
 def why_not_saved(error: Exception, folder: Path, *, need: int) -> str:
-    """Return a sentence on why a save to `folder` failed; for a full disk, with the bytes needed and free."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    """Return a sentence on why a save to `folder` failed; for lack of space, with the bytes needed and what to do."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code == errno.ENOSPC:
         return _disk_full(folder, need=need)
+    if code == errno.EDQUOT:
+        return (
+            f"the disk quota is used up: about {need:,} bytes are needed in {folder}; delete files, or have it raised"
+        )
+    if code == errno.EFBIG:
+        limit = "the file system or the limit of this process (ulimit -f) allows no file of that size"
+        return f"the file is too large: about {need:,} bytes are needed in {folder}, and {limit}"
     return f"{error}"
 
 
@@ -121,7 +140,7 @@ def _outdone(record: Checkpoint, folder: Path, *, count: int) -> list[Found]:
 
     Two saves of one step count once. Copies made by hand, the bases of adapters and what a link names stay.
     """
-    found = [each for each in scan(folder) if each.path.parent.name == BEST_FOLDER]
+    found = [each for each in scan(folder) if in_best(each, folder)]
     own = [found for found in own_checkpoints(found) if found.run_id == record.run_id is not None]
     own.sort(key=lambda found: (loss_of(found) is None, loss_of(found), found.save_order))
     best = list(dict.fromkeys((found.step, loss_of(found)) for found in own))[:count]
@@ -138,7 +157,7 @@ def _is_worse(found: Found, record: Checkpoint) -> bool:
 
 def best_is_kept(folder: Path, *, run_id: str | None, loss: float) -> bool:
     """Whether a best/ of `folder` holds a checkpoint of the run whose validation loss is at most `loss`, or unknown."""
-    kept = [found for found in scan(folder) if found.path.parent.name == BEST_FOLDER and found.run_id == run_id]
+    kept = [found for found in scan(folder) if in_best(found, folder) and found.run_id == run_id]
     return any(found.problem is None and not (loss_of(found) or loss) > loss for found in kept)
 
 

@@ -260,10 +260,10 @@ class Config:
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the previous checkpoint and compares every byte",
         group="Tools")
     convert_to: str | None = var(None, "what scripts/convert_checkpoint.py writes: a checkpoint layout, or an export for another program, "
-        "which no run resumes from; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "peft"))
+        "which no run resumes from; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "lecture", "peft"))
     gguf_type: str = var("f16", "dtype of the matrices that CONVERT_TO=gguf writes; q8_0 has half the bytes of f16 and is nearly as good",
         group="Tools", choices=("f32", "f16", "q8_0"))
-    output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the checkpoint, or exports/ for an "
+    output: str | None = var(None, "folder or file that scripts/convert_checkpoint.py writes; not set: beside the checkpoint, or exports/ for an "
         "export; required for a whole folder. File that scripts/plot_run.py draws into (.png .svg .pdf) instead of the terminal, and that "
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
     prune_others: str | None = var(None, "beginnings of the names of other programs' checkpoint files, joined by commas, to which "
