@@ -1,4 +1,4 @@
-"""Rebuild model, tokenizer and optimizer state from a Checkpoint. Only this module of ckpt imports models and text."""
+"""Rebuild model, tokenizer and optimizer state from a Checkpoint."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
