@@ -258,11 +258,9 @@ def result(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return the hidden entries that a finished training should not leave, and lost copies."""
-    hidden = [
-        str(path.relative_to(folder)) for path in folder.rglob(".*") if ".tmp" in path.name or ".owner" in path.name
-    ]
-    return sorted(hidden)
+    """Return the hidden files that a finished training should not leave in the folder of checkpoints."""
+    hidden = [path for path in (folder / "checkpoints").rglob(".*") if ".tmp" in path.name or ".owner" in path.name]
+    return sorted(str(path.relative_to(folder)) for path in hidden)
 
 
 def differences(whole: dict[str, Any], pieces: dict[str, Any]) -> list[str]:
