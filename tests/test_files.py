@@ -677,11 +677,14 @@ def test_a_save_removes_leftovers_of_the_folder_and_of_its_best(tmp_path):
 def test_a_folder_is_made_and_proved_writable(tmp_path):
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
-    (folder / f".tmp-old-{DEAD}").write_bytes(b"half")
+    for place in (folder, folder / "run", folder / "run" / "best"):  # also of runs that will never be resumed
+        place.mkdir(exist_ok=True)
+        (place / f".tmp-old-{DEAD}").write_bytes(b"half")
     prepare_folder(folder)
     prepare_folder(tmp_path / "c" / "d")
     assert visible(tmp_path / "c") == ["d"]
-    assert visible(folder) == visible(tmp_path / "c" / "d") == []
+    assert visible(folder) == ["run"]
+    assert visible(tmp_path / "c" / "d") == []
     assert temporaries(tmp_path) == []
 
 
