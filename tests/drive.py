@@ -63,7 +63,7 @@ def command(
     """Runs a script in a process of its own, as a user would."""
     env = {
         name: os.environ[name]
-        for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_WAIT_POLICY")
+        for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
         if name in os.environ
     }
     return subprocess.run(

@@ -35,11 +35,11 @@ MATH = names(
 )
 HABIT = names(
     "EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL TRACKER ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL CHECKPOINT_MODEL_ONLY "
-    "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST"
+    "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST TEMPERATURE TOP_K TOP_P REPETITION_PENALTY"
 )
 SESSION = names(
     "ENV_FILE DEVICE DISTRIBUTED BASE_CHECKPOINT CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
-    "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
+    "MAX_NEW_TOKENS STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
     "EVAL_TYPE EVAL_DATA EVAL_STRIDE BENCHMARK_DATA "
     "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
 )
@@ -550,13 +550,22 @@ def test_short_names_and_names_without_underscore_are_left_alone() -> None:
 
 
 def test_saved_settings_fill_what_is_not_set() -> None:
-    old = read(MODEL_TYPE="gpt2", N_EMBD="64", BATCH_SIZE="3", SEED="5", EVAL_INTERVAL="9", PROMPT="x", TOP_K="4")
+    old = read(
+        MODEL_TYPE="gpt2",
+        N_EMBD="64",
+        BATCH_SIZE="3",
+        SEED="5",
+        EVAL_INTERVAL="9",
+        PROMPT="x",
+        TOP_K="4",
+        NUM_SAMPLES="7",
+    )
     saved = json.loads(json.dumps(config.to_dict(old)))
     new = config.from_saved(read(SEED="6", TOP_P="0.5"), saved)
     assert (new.model_type, new.n_embd, new.batch_size, new.eval_interval) == ("gpt2", 64, 3, 9)
-    assert (new.seed, new.top_p, new.prompt, new.top_k) == (6, 0.5, None, 200)
-    sources = [new.sources[name] for name in ("N_EMBD", "SEED", "TOP_K", "PROMPT")]
-    assert sources == ["checkpoint", "environment", "default", "default"]
+    assert (new.seed, new.top_p, new.prompt, new.top_k, new.num_samples) == (6, 0.5, None, 4, 1)
+    sources = [new.sources[name] for name in ("N_EMBD", "SEED", "TOP_K", "PROMPT", "NUM_SAMPLES")]
+    assert sources == ["checkpoint", "environment", "checkpoint", "default", "default"]
     assert not new.is_set("N_EMBD")
 
 

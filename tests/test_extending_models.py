@@ -80,11 +80,10 @@ sys.exit(training.guarded(training.main, settings))
 @pytest.fixture(autouse=True)
 def registries():
     """Registries as they were, after each test."""
-    kept = [
-        (registry, dict(registry))
-        for registry in (models.MODELS, optimizers.OPTIMIZERS, trackers.TRACKERS, training.MEASURES)
-    ]
+    kept = [(registry, dict(registry)) for registry in (models.MODELS, optimizers.OPTIMIZERS, trackers.TRACKERS)]
+    measures = list(training.MEASURES)
     yield
+    training.MEASURES[:] = measures
     for registry, before in kept:
         registry.clear()
         registry.update(before)
@@ -111,7 +110,11 @@ def lines_of(folder: Path) -> list[dict[str, object]]:
 def kill(toy: str, folder: Path, *, step: int = KILLED_AT, **changes: str) -> None:
     """Train in a process of its own until it is killed at the beginning of a step."""
     code = DRIVER.format(root=str(ROOT), toys=str(FOLDER), toy=toy, step=step)
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "OMP_WAIT_POLICY") if name in os.environ}
+    keep = {
+        name: os.environ[name]
+        for name in ("PATH", "HOME", "TMPDIR", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+        if name in os.environ
+    }
     ended = subprocess.run(
         [sys.executable, "-c", code], env=keep | environment(folder, **changes), capture_output=True, text=True,
         timeout=300, check=False
@@ -245,7 +248,7 @@ def test_the_tracker_has_every_step_once_and_the_variable_that_it_declares(kille
 
 
 def test_a_metric_takes_no_name_of_a_line(tmp_path):
-    training.MEASURES["step"] = training.MEASURES["split"] = lambda run: torch.tensor(1e9)
+    training.MEASURES.append(lambda run: {"step": torch.tensor(1e9), "split": torch.tensor(1e9)})
     assert train(tmp_path, TRAINING_STEPS="2")[0] == 0
     assert [(line["step"], line["split"]) for line in lines_of(tmp_path) if line["split"] == "train"] == [
         (1, "train"),

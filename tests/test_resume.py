@@ -86,6 +86,23 @@ def test_a_finished_run_is_reported(straight, tmp_path):
     assert sorted((tmp_path / "run" / "checkpoints").rglob("*.pt")) == before
 
 
+def test_samples_of_a_resumed_run_are_drawn_as_before(straight, tmp_path):
+    """The settings of its samples come back from the checkpoint; they change no weight, so it stays the same run."""
+    how = {"TEMPERATURE": "2", "TOP_K": "5", "TOP_P": "0.9", "REPETITION_PENALTY": "1.5"}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for folder in (whole, halves):
+        folder.mkdir()
+    assert train(whole, **how)[0] == 0
+    assert train(halves, **how)[0] == 0
+    at_step(halves, 8).unlink()
+    shutil.rmtree(halves / "checkpoints" / "best")
+    samples = {folder: next((folder / "runs").glob("*/samples/step000008.txt")) for folder in (whole, halves, straight)}
+    samples[halves].unlink()
+    assert train(halves, RESUME="auto")[0] == 0
+    assert samples[halves].read_text() == samples[whole].read_text()
+    assert samples[whole].read_text() != samples[straight].read_text()  # control: the defaults draw another
+
+
 @pytest.mark.parametrize("name", ["auto", "latest", "best", "checkpoints", "checkpoints/*.pt"])
 def test_a_damaged_latest_checkpoint_is_skipped_logged_and_not_deleted(name, straight, tmp_path, monkeypatch):
     """Whatever leaves a choice takes the checkpoint before; only a single name does not."""

@@ -225,12 +225,12 @@ class Config:
         group="Generation", form="path", words=("-",))
     max_new_tokens: int = var(300, "maximum number of tokens to generate", group="Generation", minimum=1)
     temperature: float = var(0.8, "0 takes the most likely token, 1 samples as trained; 0.8 as in nanoGPT: small models ramble at 1",
-        group="Generation", minimum=0)
+        group="Generation", scope="habit", minimum=0)
     top_k: int = var(200, "sample from this many most likely tokens; 0 = all; 200 as in nanoGPT cuts the long tail of a large vocabulary",
-        group="Generation", minimum=0)
-    top_p: float = var(1.0, "sample from the most likely tokens that hold this probability; 1 = all", group="Generation", above=0, maximum=1)
+        group="Generation", scope="habit", minimum=0)
+    top_p: float = var(1.0, "sample from the most likely tokens that hold this probability; 1 = all", group="Generation", scope="habit", above=0, maximum=1)
     repetition_penalty: float = var(1.0, "above 1 makes tokens that occurred before less likely; 1 = off, as small vocabularies must repeat",
-        group="Generation", above=0)
+        group="Generation", scope="habit", above=0)
     stop: tuple[str, ...] = var((), r"text that ends the generation and is not shown, with \n, \t and \\ as escapes; several as a JSON list",
         group="Generation", form="list")
     num_samples: int = var(1, "texts to generate", group="Generation", minimum=1)

@@ -62,6 +62,11 @@ class Layout(ABC):
                 raise ValueError(f"layout {self.name or '(unnamed)'}: `{trait}` is not declared")
 
     @property
+    def marker_sets(self) -> tuple[tuple[str, ...], ...]:
+        """Sets of files, any of which makes a folder one of this layout; empty if other rules decide."""
+        return ()
+
+    @property
     def is_folder(self) -> bool:
         """Whether a checkpoint is a folder, rather than files side by side."""
         return not self.suffixes
