@@ -37,7 +37,7 @@ from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
 from milepost.run import TRY_INSTEAD, Run, agreed, fresh, is_due
-from milepost.run_files import copy_best, open_run, repair, save_checkpoint, write_metrics, write_sample
+from milepost.run_files import finish_saving, open_run, repair, save_checkpoint, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.errors import TrainingError
@@ -112,7 +112,11 @@ def loop(run: Run, stop: Interrupt) -> None:
     state = run.state
     clock = Clock(run)
     while True:
-        stopping = run.world.any(stop.requested)  # a signal to one process stops all of them after the same step
+        # A signal to one process stops all of them after the same step, or makes all of them save it.
+        stopping, saving = run.world.any_of(stop.requested, stop.save_requested)
+        if saving:
+            stop.note_save()
+            run.log(f"SIGUSR1: {'saving' if run.settings.enable_checkpoints else 'ENABLE_CHECKPOINTS is false'}")
 
         # Evaluate on the validation text and draw a sample. A resumed run skips what its checkpoint had done at this
         # step.
@@ -122,15 +126,14 @@ def loop(run: Run, stop: Interrupt) -> None:
             clock.restart()
 
         # Save at the interval, at the end and on a signal, and also each new best.
-        regular = has_news(run) and (stopping or is_due(run, "checkpoint"))
+        regular = has_news(run) and (stopping or saving or is_due(run, "checkpoint"))
         new_best = run.best_is_pending and state.best_step == state.step
         if run.settings.enable_checkpoints and (regular or new_best):
             save_checkpoint(run, regular=regular)
             clock.restart()
 
         if state.step >= run.end or stopping:
-            run.writer.wait()
-            copy_best(run)
+            finish_saving(run)
             return
 
         # Take one optimizer step, and log its metrics when due.

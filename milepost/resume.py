@@ -11,6 +11,7 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.ckpt.restore import Restored, build_model, build_tokenizer, restore_optimizer
 from milepost.config import Config, ConfigError
+from milepost.locks import is_trained
 from milepost.run import (
     Run,
     adapter_variables,
@@ -25,7 +26,7 @@ from milepost.run import (
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
-from milepost.runtime.progress import Log
+from milepost.runtime.progress import Log, command_line
 from milepost.runtime.schedule import SCHEDULES, Schedule
 
 # The variables that make up the schedule. Changing one makes a new schedule.
@@ -43,6 +44,8 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
         return _named(settings, log)
     folder = Path(settings.checkpoint_dir)
     found = ckpt.find(folder)
+    if settings.checkpoint_fallback_dir and (elsewhere := ckpt.find(Path(settings.checkpoint_fallback_dir))):
+        found = sorted([*found, *elsewhere], key=lambda each: each.metadata.get("saved_at") or "")
     readable = _readable(found, log)
     if settings.resume_step is None or not readable:
         record = newest_fitting(exact_first(readable), settings, log)
@@ -155,8 +158,14 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
             ]
         )
     _, scanned = scan_source(wanted.training_data_source, log)
+    remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
     if scanned.sha256 != record.data.get("sha256"):
         was = record.data.get("source")
+        child = {"CHECKPOINT_PATH": record.path, "MODE": "resume"} | {
+            name: getattr(wanted, name.lower()) for name in ("TRAINING_DATA_SOURCE", "RUNS_DIR")
+        }
+        command = command_line(config.ROOT / "scripts" / "load_checkpoint.py", **child)
+        remedy += f"; to train further on this text, as a run of its own: {command}"
         differences.append(
             f"the text of {wanted.training_data_source} is not the text that the checkpoint was trained on ({was})"
         )
@@ -164,11 +173,31 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         was = record.data.get("validation_fraction")
         differences.append(f"VALIDATION_FRACTION is {wanted.validation_fraction}, the checkpoint has {was}")
     if differences:
-        remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
         raise ConfigError(
             [f"RESUME={settings.resume}: cannot resume {record.path}: {'; '.join(differences)}: {remedy}"]
         )
     return record
+
+
+def unfinished_run(run: Run) -> ckpt.Found | None:
+    """Return the newest checkpoint of an unfinished run in CHECKPOINT_DIR with the settings and the text of this one.
+
+    A run that a process trains at this moment is not meant.
+    """
+    folder, asked, text = Path(run.settings.checkpoint_dir), run.hyperparameters(), run.text.scan.sha256
+    scopes = {name: variable.metadata["scope"] for name, variable in config.VARIABLES.items()}
+    names = [name for name, scope in scopes.items() if scope in ("identity", "math") and name != "TRAINING_DATA_SOURCE"]
+    newest: dict[str, ckpt.Found] = {}
+    for found in ckpt.find(folder) if folder.is_dir() else []:
+        if found.run_id and not found.problem:
+            newest[found.run_id] = found
+    for found in sorted(newest.values(), key=lambda found: found.save_order, reverse=True):
+        saved = found.metadata.get("hyperparameters", {})
+        same = all(name in saved and saved[name] == asked[name] for name in names)
+        same_text = found.metadata.get("data", {}).get("sha256") == text
+        if same and same_text and found.step < run.end and not is_trained(folder, str(found.run_id)):
+            return found
+    return None
 
 
 def saved_settings(record: Checkpoint) -> dict[str, Any]:

@@ -258,6 +258,22 @@ def test_another_text_is_an_error(stopped):
     assert "is not the text that the checkpoint was trained on" in said
 
 
+def test_for_a_text_that_has_grown_the_command_that_trains_on_is_printed(stopped):
+    parent = newest(stopped)
+    text = stopped / "letters.txt"
+    text.write_text(text.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    code, said = train(stopped, RESUME="auto")
+    assert code == 2
+    command = said.split("as a run of its own: ")[1].strip()
+    env = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RESUME_TRAINING_STEPS": "2"}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    child = newest(stopped)
+    assert (child.step, child.parent["run_id"]) == (parent.step + 2, parent.run_id)
+    assert child.data["source"] == str(text)
+    assert child.data["sha256"] != parent.data["sha256"]
+
+
 @pytest.mark.parametrize(
     "changes", [{"LEARNING_RATE": "5e-4"}, {"BATCH_SIZE": "2"}, {"DROPOUT": "0"}, {"TRAINING_STEPS": "10"}], ids=str
 )

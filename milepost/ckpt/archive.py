@@ -7,6 +7,7 @@ that were checked are the bytes that are opened.
 
 import collections
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -317,6 +318,8 @@ def _damage(path: Path) -> Iterator[None]:
         listed = ", ".join(f"{wanted!r:.60}".strip("'") for wanted in error.names[:8])
         problem = f"asks for Python objects that a checkpoint never needs ({listed}) and was not opened"
         raise CheckpointError(path, problem, kind="refused") from error
+    except MemoryError as error:
+        raise unreadable(path, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))) from error
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:

@@ -16,6 +16,8 @@ from milepost.config.variables import ALLOW_BLANK, LORA_LAYERS, MAX_INT
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
+SYNONYMS = {("eval_type", "paper_metrics"): "benchmark"}  # other programs' words: (variable, word) -> ours
+
 LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "minimum": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -27,6 +29,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 def parse_value(variable: Field[Any], text: str, folder: str) -> Any:
     """Return the value of a variable. Raise ValueError if `text` is not what `expected` describes. Relative paths start at `folder`."""
     rules, word = variable.metadata, text.strip().lower()
+    word = SYNONYMS.get((variable.name, word), word)
     text.encode("utf-8")  # invalid UTF-8 arrives as lone surrogates; UnicodeEncodeError is a ValueError
     if word in rules["words"]:
         return word

@@ -21,7 +21,7 @@ except ModuleNotFoundError:
         "or run .venv/bin/python, which `make train` creates"
     )
 
-from milepost.config.names import is_foreign, unknown_in_environment, unknown_in_file
+from milepost.config.names import is_foreign, not_an_env_file, unknown_in_environment, unknown_in_file
 from milepost.config.parse import absolute_path, parse_saved, parse_value, refusal, short_text
 from milepost.config.variables import (
     ADAMW_N_EMBD,
@@ -75,7 +75,12 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
 
 
 def _is_set(name: str, text: str) -> bool:
-    """Return whether a value counts as set. Empty text does not, and blank text only where ALLOW_BLANK says so."""
+    """Return whether a value counts as set. Empty text does not, and blank text only where ALLOW_BLANK says so.
+
+    RESUME_STEP=-1, other programs' word for the latest, does not either.
+    """
+    if (name, text.strip()) == ("RESUME_STEP", "-1"):
+        return False
     return bool(text if name in ALLOW_BLANK else text.strip())
 
 
@@ -317,6 +322,9 @@ def _read_env_file(environ: Mapping[str, str], folder: str, problems: list[str])
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         problems.append(f"{label} cannot be read ({error}): expected UTF-8 text, one NAME=value per line")
+        return label, {}
+    if problem := not_an_env_file(str(path)):
+        problems.append(problem)
         return label, {}
     lines = list(parse_stream(io.StringIO(text)))
     bad = [line for line in lines if line.error or "\0" in line.original.string or (line.key and line.value is None)]

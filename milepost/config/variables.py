@@ -33,8 +33,8 @@ DATA_VARIABLES = ("TRAINING_DATA_SOURCE", "VALIDATION_FRACTION")
 # May differ between machines that train together: places on their disks, and files that training never reads. The text and the base of
 # adapters are compared by hash.
 PER_MACHINE = (
-    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "CHECKPOINT_DIR", "RUNS_DIR",
-    "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
+    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "CHECKPOINT_DIR",
+    "CHECKPOINT_FALLBACK_DIR", "RUNS_DIR", "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
 )  # fmt: skip
 
 DEFAULT_MODEL = "bigram"
@@ -188,11 +188,13 @@ class Config:
     checkpoint_interval: int = var(500, "optimizer steps between checkpoints; 0 = only at the end",
         group="Checkpoints", scope="habit", minimum=0)
     checkpoint_dir: str = var("checkpoints", "folder of the checkpoints", group="Checkpoints", form="path")
+    checkpoint_fallback_dir: str | None = var(None, "folder on another disk, for the last step if it cannot be saved in CHECKPOINT_DIR; "
+        "RESUME=auto looks there too", group="Checkpoints", form="path")
     checkpoint_layout: str = var("unified", "file layout of checkpoints; a resumed run keeps its layout",
         group="Checkpoints", choices=LAYOUTS)
     checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes (half with muon), but no bit-exact resume",
         group="Checkpoints", scope="habit")
-    checkpoint_prefix: str = var("checkpoint", "prefix of checkpoint names", group="Checkpoints", scope="habit", form="name")
+    checkpoint_prefix: str = var("checkpoint", "prefix of checkpoint names; models are kept apart by CHECKPOINT_DIR, not by it", group="Checkpoints", scope="habit", form="name")
     checkpoint_keep_last: int = var(0, "latest checkpoints to keep per run, besides its final one; 0 = all",
         group="Checkpoints", scope="habit", minimum=0)
     checkpoint_keep_every: int = var(0, "of those older than CHECKPOINT_KEEP_LAST, keep multiples of this many optimizer steps, without "
@@ -258,12 +260,14 @@ class Config:
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the previous checkpoint and compares every byte",
         group="Tools")
     convert_to: str | None = var(None, "what scripts/convert_checkpoint.py writes: a checkpoint layout, or an export for another program, "
-        "which no run resumes from; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "peft"))
+        "which no run resumes from; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "lecture", "peft"))
     gguf_type: str = var("f16", "dtype of the matrices that CONVERT_TO=gguf writes; q8_0 has half the bytes of f16 and is nearly as good",
         group="Tools", choices=("f32", "f16", "q8_0"))
-    output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the checkpoint, or exports/ for an "
+    output: str | None = var(None, "folder or file that scripts/convert_checkpoint.py writes; not set: beside the checkpoint, or exports/ for an "
         "export; required for a whole folder. File that scripts/plot_run.py draws into (.png .svg .pdf) instead of the terminal, and that "
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
+    prune_others: str | None = var(None, "beginnings of the names of other programs' checkpoint files, joined by commas, to which "
+        "scripts/prune_checkpoints.py applies the policy too: ckpt_ for ckpt_1000.pt, ckpt_2000.pt, ...; not set: they stay", group="Tools")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete", group="Tools")
     # fmt: on
 

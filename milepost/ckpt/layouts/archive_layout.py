@@ -173,7 +173,8 @@ class ArchiveLayout(Layout):
         if rest.get("global_step") != content.get("global_step"):
             problem = f"belongs to another step than {model.name}"
             raise CheckpointError(separate, problem, _move_away(model), kind="refused")
-        return {"epoch": rest.get("epoch"), **content, "optimizer": self._state(rest, separate)}
+        others = {key: value for key, value in rest.items() if key != "optimizer_states"}
+        return {"epoch": None, **others, **content, "optimizer": self._state(rest, separate)}
 
     def problems(self, path: Path) -> list[CheckpointError]:
         """Compare the bytes of each archive with their CRC-32."""

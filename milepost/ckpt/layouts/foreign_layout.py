@@ -61,6 +61,7 @@ class ForeignLayout(Layout):
     suffixes: tuple[str, ...] = ("",)  # one file of any name
     keys: Callable[[frozenset[str]], bool] | None = None
     claims: Callable[[Path], bool] | None = None
+    alone: Callable[[Path], bool] = lambda path: False  # whether the primary file is a checkpoint without the others
     reader: ForeignReader | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +72,10 @@ class ForeignLayout(Layout):
     def _reader(self) -> ForeignReader:
         assert self.reader is not None
         return self.reader
+
+    def primary_file(self, path: Path) -> Path | None:
+        """Return the path under which the checkpoint that `path` belongs to is listed; None if it is not visible yet."""
+        return self.locate(path, self.primary) if self.primary and self.alone(path) else super().primary_file(path)
 
     def detect(self, path: Path) -> bool:
         """Whether `path` is this program's, by what is inside."""
