@@ -30,6 +30,7 @@ from milepost.ckpt.conversion import Converted, Exported, file_identity, is_impo
 from milepost.ckpt.exports import Export
 from milepost.ckpt.finding import in_best, scan
 from milepost.ckpt.layouts import Layout
+from milepost.ckpt.names import ENDS
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.places import base_folder
@@ -37,7 +38,7 @@ from milepost.run import names_complete_tokenizer, with_tokenizer
 from milepost.runtime.progress import Log, shown, table, write_stdout
 
 BAD = 3
-FILE_ENDS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf")  # OUTPUT with such an end is a file
+FILE_ENDS = (*ENDS, ".gguf")  # OUTPUT with such an end is a file
 NAME_ONE = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2, and convert it again"
 
 

@@ -1,4 +1,6 @@
-"""scripts/convert_checkpoint.py and ckpt.convert: nothing is lost, nothing is overwritten, and what is damaged is left out."""
+"""scripts/convert_checkpoint.py and ckpt.convert: nothing is lost, nothing is overwritten,
+and what is damaged is left out.
+"""
 
 import collections
 import dataclasses

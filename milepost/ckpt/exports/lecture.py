@@ -1,7 +1,8 @@
-"""The lecture's GPT and bigram model in the files of document 004: `model.pt`, `config.json`, `tokenizer.json`, `training_state.json`.
+"""The lecture's GPT and bigram model in the files of document 004: `model.pt`, `config.json`, `tokenizer.json`,
+`training_state.json`.
 
-https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py: a Linear without bias for query, key and value of each head, ReLU,
-and a head with a bias that is not tied to the embedding.
+https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py: a Linear without bias for query, key and value of each
+head, ReLU, and a head with a bias that is not tied to the embedding.
 """
 
 from pathlib import Path
