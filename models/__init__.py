@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from models.model import Model
 
 __all__ = [
-    "ADAPTERS", "MODELS", "Entry", "adapter_counts", "adapter_kind", "build", "draw_adapters", "freeze_base",
+    "ADAPTERS", "MODELS", "Entry", "adapter_counts", "adapter_kind", "build", "draw_adapters", "fields_of", "freeze_base",
     "is_adapter", "load", "parameter_count", "plain", "register", "settings_from", "trained_count", "training_bytes",
     "with_trait",
 ]  # fmt: skip
@@ -110,6 +110,11 @@ def build(model_type: str, settings: Mapping[str, object]) -> Model:
 def settings_from(model_type: str, values: Mapping[str, object]) -> Any:
     """Return a model's settings from plain values, checked as build() says; nothing is allocated yet."""
     return _checked(load(model_type).settings_type, values, of=f"the {model_type} model")
+
+
+def fields_of(model_type: str) -> tuple[str, ...]:
+    """Return the names of a model's settings."""
+    return tuple(field.name for field in fields(load(model_type).settings_type))
 
 
 def plain(settings: Any) -> dict[str, Any]:

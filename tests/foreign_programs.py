@@ -109,7 +109,7 @@ class NanoGPT(nn.Module):
         return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95))
 
 
-# The lecture's gpt.py (https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py), which document 004 stores.
+# The lecture's gpt.py (https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py), as programs built on it store it.
 
 
 class LectureHead(nn.Module):
@@ -241,7 +241,7 @@ def lightning(model: nn.Module, hyper_parameters: dict[str, Any], *, step: int =
 def pair(
     model: nn.Module, config: dict[str, Any], optimizer: dict[str, Any] | None = None, *, step: int = 1000
 ) -> tuple[dict, dict]:
-    """Return model file and optimizer file of document 002."""
+    """Return a model file and its optimizer file."""
     ours = {"model_state_dict": dict(model.state_dict()), "global_step": step, "config": config}
     rest = {
         "optimizer_states": [optimizer or {"state": {}, "param_groups": []}],
@@ -260,7 +260,7 @@ def write_pair(folder: Path, halves: tuple[dict, dict], stem: str = "checkpoint-
 def write_lecture_folder(
     path: Path, model: LectureModel, tokenizer: dict[str, Any], *, step: int = 1000, **config: Any
 ) -> Path:
-    """The five files of document 004 as another program has them: no manifest."""
+    """The five files of the directory layout as another program has them: no manifest."""
     path.mkdir(parents=True)
     torch.save(model.state_dict(), path / "model.pt")
     torch.save(torch.optim.AdamW(model.parameters()).state_dict(), path / "optimizer.pt")
@@ -279,7 +279,7 @@ def write_lecture_folder(
 
 
 def write_step(folder: Path, state: dict[str, Tensor], *, step: int = 100, **metrics: float) -> Path:
-    """`step_000100.safetensors` and its state JSON, as document 000 has them; returns the weights' path."""
+    """`step_000100.safetensors` and its state JSON, as MLX programs have them; returns the weights' path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06d}.safetensors"
     save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
@@ -288,7 +288,7 @@ def write_step(folder: Path, state: dict[str, Tensor], *, step: int = 100, **met
 
 
 def write_consolidated(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
-    """`checkpoint_001000/consolidated/` with the two files of document 003 and no training state."""
+    """`checkpoint_001000/consolidated/` with the two files to share and no training state."""
     (path / "consolidated").mkdir(parents=True)
     save_file(
         {name: tensor.contiguous().clone() for name, tensor in state.items()},

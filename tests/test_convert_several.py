@@ -195,7 +195,7 @@ def test_without_a_tokenizer_the_exit_code_is_3(tmp_path):
 
 
 def many(folder: Path) -> Path:
-    """Two models, each in a folder of its own, as document 004 has them."""
+    """Two models, each in a folder of its own, as people keep them."""
     for name in ("dante", "shakespeare"):
         saved(folder / "many" / name / "latest.pt", 2000)
         saved(folder / "many" / name / "final.pt", 1000)

@@ -4,6 +4,7 @@
 Each is trained, killed, resumed bit-exactly, converted, listed, pruned and generated from.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -245,6 +246,23 @@ def test_the_tracker_has_every_step_once_and_the_variable_that_it_declares(kille
     assert dict(mirrored) == expected
     assert len(mirrored) == len(expected)
     assert [row["step"] for row in rows] == list(range(7))
+
+
+def test_a_setting_of_a_model_that_may_change_at_a_resume_reaches_the_model(tmp_path):
+    """Any field whose variable may change, as DROPOUT may, not only those of the models that are here."""
+    toy = registered("toy_model")
+    kind = dataclasses.make_dataclass("Kind", [("grad_clip", float, 0.0)], bases=(toy.Settings,), frozen=True)
+    models.register(
+        "clipped", type("Clipped", (toy.MLP,), {"settings_type": kind}), defaults=models.MODELS["mlp"].defaults
+    )
+    settings = COMMON | SMALL | {"MODEL_TYPE": "clipped"}
+    assert train(tmp_path, **settings, GRAD_CLIP="1")[0] == 0
+    before = newest(tmp_path)
+    assert before.model_settings["grad_clip"] == 1.0
+    code, said = train(tmp_path, **settings | {"TRAINING_STEPS": "8"}, GRAD_CLIP="0.5", RESUME="auto")
+    assert code == 0, said
+    assert newest(tmp_path).model_settings["grad_clip"] == 0.5
+    assert newest(tmp_path).run_id != before.run_id
 
 
 def test_a_metric_takes_no_name_of_a_line(tmp_path):

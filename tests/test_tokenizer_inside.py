@@ -106,7 +106,7 @@ def test_an_unknown_tokenizer_is_reported_and_not_replaced(content):
 
 
 def lecture(words: dict[str, Any]) -> dict[str, Any]:
-    """A legacy bundle of document 004."""
+    """A bundle of model, optimizer and tokenizer in one file."""
     torch.manual_seed(0)
     return {"model": shaken(LectureModel(**SIZES)).state_dict(), "config": SIZES, "step": 30} | words
 

@@ -138,7 +138,7 @@ Every setting is an environment variable, or a line of the file `.env` in the re
   process environment a name is one if it has 8 letters or more and an underscore, and nearly is a variable of this
   page (difflib's ratio is at least 0.9), such as `CHECKPOINT_INTERVALS`.
 - "On resume" tells what `RESUME` and `MODE=resume` do with a setting. "must match": `RESUME=auto` takes only a
-  checkpoint with the same value. "saved": taken from the checkpoint unless set. "saved, else a fork": likewise, and a
+  checkpoint with the same value. "saved": taken from the checkpoint unless set. "saved, else a child run": likewise, and a
   new value starts a child run, because it changes the trained weights. "as set": never taken from a checkpoint.
 - Other programs' variables keep their meaning and may stand in the env file: `CUDA_VISIBLE_DEVICES`,
   `OMP_NUM_THREADS`, `HF_HOME`, `HF_HUB_OFFLINE`, `TIKTOKEN_CACHE_DIR`, `NO_COLOR`, `TQDM_DISABLE` and so on.

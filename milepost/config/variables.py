@@ -1,6 +1,7 @@
 """Every setting of the project, declared once: name, type, default, limits and one line of documentation.
 
-To add a setting, add one line to `Config`; help, .env.example and docs/configuration.md follow from it.
+To add a setting, add a field to `Config`, and run `python3 -m milepost.config`, which writes .env.example and
+docs/configuration.md.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -52,7 +53,7 @@ MUON_MIN_TOKENS = 10
 
 SCOPES = {  # scope -> what a resume does with the setting
     "identity": "must match",      # RESUME=auto takes only a checkpoint with the same value
-    "math": "saved, else a fork",  # changes the trained weights: a new value starts a child run
+    "math": "saved, else a child run",  # changes the trained weights: a new value starts a child run
     "habit": "saved",              # changes no weight; taken from the checkpoint unless set
     "session": "as set",           # never taken from a checkpoint
 }
@@ -179,7 +180,7 @@ class Config:
         "auto takes fsdp only if model and optimizer do not fit otherwise", group="Hardware and seed", choices=("auto", "ddp", "fsdp"))
     dtype: str = var("auto", "dtype of matrix products; trained weights stay float32; auto is bfloat16 where that is fast",
         group="Hardware and seed", scope="math", choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = var("auto", "torch.compile the training step; auto compiles on cuda when it pays back",
+    compile: str = var("auto", "torch.compile the training step; auto compiles on cuda where that saves time",
         group="Hardware and seed", scope="math", choices=("auto", "true", "false"))
     deterministic: bool = var(True, "use deterministic kernels, so that a resumed run ends bit-identical to an uninterrupted one",
         group="Hardware and seed", scope="math")

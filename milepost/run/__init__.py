@@ -3,6 +3,7 @@
 from milepost.run.build import (
     assemble,
     build_device,
+    changeable,
     check_batch_size,
     fresh,
     memory_needed,
@@ -30,6 +31,7 @@ __all__ = [
     "agreed",
     "assemble",
     "build_device",
+    "changeable",
     "check_batch_size",
     "fresh",
     "is_due",

@@ -1,5 +1,4 @@
-"""The lecture's GPT and bigram model in the files of document 004: `model.pt`, `config.json`, `tokenizer.json`,
-`training_state.json`.
+"""The GPT and bigram model of Karpathy's lecture in `model.pt`, `config.json`, `tokenizer.json`, `training_state.json`.
 
 https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py: a Linear without bias for query, key and value of each
 head, ReLU, and a head with a bias that is not tied to the embedding.
@@ -47,7 +46,7 @@ class Lecture:
     )
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
-        """Return the folder, which document 004 calls the model's name."""
+        """Return the folder, which has the model's name."""
         return [folder / stem]
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:

@@ -1,4 +1,4 @@
-"""A folder of five files to read and edit by hand (document 004): `model.pt` (a bare state dict), `config.json`,
+"""A folder of five files to read and edit by hand: `model.pt` (a bare state dict), `config.json`,
 `tokenizer.json`, `training_state.json`, `optimizer.pt`; and `manifest.json`, written last.
 
 The manifest has the whole record, so the other JSON files are for people, and `config.json` is compared with it field

@@ -1,4 +1,4 @@
-"""A safetensors file with flat names, as MLX saves a model (document 000), read only.
+"""A safetensors file with flat names, as MLX saves a model, read only.
 
 `<stem>_state.json` beside it has step, epoch and metrics.
 """
