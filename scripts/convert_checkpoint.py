@@ -35,6 +35,7 @@ from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.places import base_folder
 from milepost.run import names_complete_tokenizer, with_tokenizer
+from milepost.run_files import blaming
 from milepost.runtime.progress import Log, shown, table, write_stdout
 
 BAD = 3
@@ -195,7 +196,8 @@ def do(job: Job, to: Layout | Export, report: Report, settings: Config, log: Log
         report.add(old, why, [])
         return
     try:
-        new, losses = convert(job, to, settings, log) if isinstance(to, Layout) else export(job, to, settings, log)
+        with blaming("OUTPUT", job.folder or old.parent):
+            new, losses = convert(job, to, settings, log) if isinstance(to, Layout) else export(job, to, settings, log)
         report.add(old, new, losses)
     except CheckpointError as error:
         if alone:
