@@ -36,7 +36,7 @@ class Model(nn.Module):
     """
 
     # A frozen dataclass with at least vocab_size and block_size. A field that has the name of a variable (N_EMBD) takes
-    # its value.
+    # its value; at a resume the checkpoint's, unless the variable's scope is math (DROPOUT).
     settings_type: ClassVar[type[Any]]
     # Tables with a row for each position of block_size: a smaller block_size crops them.
     position_tables: ClassVar[tuple[str, ...]] = ()
