@@ -42,23 +42,23 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     """
     check_tracker(run.settings.tracker)
     runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
-    with blaming("RUNS_DIR", run.folder):
+    with _blaming("RUNS_DIR", run.folder):
         check_inside(runs, run.folder)
         for name in ("samples", *trackers.TRACKERS):  # created when needed
             if not is_real_file(run.folder / name):  # a file in the way of samples or events costs only these
                 check_inside(runs, run.folder / name)
         _lock(run, run.folder, held)
     if run.settings.enable_checkpoints:
-        with blaming("CHECKPOINT_DIR", checkpoints):
+        with _blaming("CHECKPOINT_DIR", checkpoints):
             for folder in (checkpoints / ckpt.BEST_FOLDER, checkpoints / run.run_id / ckpt.BEST_FOLDER):
                 check_inside(checkpoints, folder)
             _lock(run, checkpoints, held)
         if fallback := run.settings.checkpoint_fallback_dir:
-            with blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
+            with _blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
                 prepare_folder(Path(fallback))
         check_space(run)
         protect_base(run)
-    with blaming("RUNS_DIR", run.folder):
+    with _blaming("RUNS_DIR", run.folder):
         run.log.open(run.folder / "training.log")
         write_own(run.folder / "config.env", config.as_env(run.settings, run.resolved()))
         origin = {"run_id": run.run_id, "parent": run.parent}
@@ -77,7 +77,7 @@ def _lock(run: Run, folder: Path, held: contextlib.ExitStack) -> None:
 
 
 @contextlib.contextmanager
-def blaming(variable: str, folder: Path) -> Iterator[None]:
+def _blaming(variable: str, folder: Path) -> Iterator[None]:
     """Raise ConfigError naming the variable of a folder that cannot be written."""
     try:
         yield

@@ -31,11 +31,10 @@ from milepost.ckpt.exports import Export
 from milepost.ckpt.finding import in_best, scan
 from milepost.ckpt.layouts import Layout
 from milepost.ckpt.names import ENDS
-from milepost.cli import guarded
+from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import base_folder
 from milepost.run import names_complete_tokenizer, with_tokenizer
-from milepost.run_files import blaming
 from milepost.runtime.progress import Log, shown, table, write_stdout
 
 BAD = 3
@@ -196,7 +195,7 @@ def do(job: Job, to: Layout | Export, report: Report, settings: Config, log: Log
         report.add(old, why, [])
         return
     try:
-        with blaming("OUTPUT", job.folder or old.parent):
+        with naming_output(job.folder or old.parent):
             new, losses = convert(job, to, settings, log) if isinstance(to, Layout) else export(job, to, settings, log)
         report.add(old, new, losses)
     except CheckpointError as error:

@@ -22,11 +22,10 @@ from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.conversion import logits, size_of
 from milepost.ckpt.restore import merged
-from milepost.cli import guarded
+from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import SCRIPTS_FOLDER
 from milepost.run import with_its_base
-from milepost.run_files import blaming
 from milepost.runtime.progress import Log, amount, command_line, shown, write_stdout
 
 LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
@@ -46,7 +45,7 @@ def main(settings: Config, log: Log) -> int:
     whole = without_adapters(merged(record))
     difference = change_of_logits(record, whole)
     folder = Path(settings.output)
-    with blaming("OUTPUT", folder):
+    with naming_output(folder):
         saved = ckpt.save(whole, folder, layout=settings.checkpoint_layout, prefix=settings.checkpoint_prefix)
     write_stdout(f"Merged: {shown(path)} -> {shown(saved)} ({amount(size_of(saved), 'B')})")
     write_stdout(f"  logits within {difference:.1g} of those with adapters, relative to the largest")
