@@ -1,8 +1,10 @@
 """The entry of every script: the processes that torchrun started, and errors as one sentence and an exit code."""
 
 import contextlib
+import errno
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from milepost import ckpt, config
@@ -86,6 +88,21 @@ def sentence(error: Exception) -> str:
         isinstance(error, kind) for kind, _ in EXIT_CODES
     )
     return f"error: {error}" if known else f"error: {type(error).__name__}: {error} (unexpected; DEBUG=1 shows where)"
+
+
+@contextlib.contextmanager
+def naming_output(folder: Path) -> Iterator[None]:
+    """Raise ConfigError naming OUTPUT if the folder that a script writes to cannot be written.
+
+    A full disk is not a mistake in the settings: its error is raised as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        remedy = "fix its permissions, or set another OUTPUT"
+        raise ConfigError([f"OUTPUT: {folder} cannot be written ({error}): {remedy}"]) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,14 +30,15 @@ from milepost.ckpt.conversion import Converted, Exported, file_identity, is_impo
 from milepost.ckpt.exports import Export
 from milepost.ckpt.finding import in_best, scan
 from milepost.ckpt.layouts import Layout
-from milepost.cli import guarded
+from milepost.ckpt.names import ENDS
+from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import base_folder
 from milepost.run import names_complete_tokenizer, with_tokenizer
 from milepost.runtime.progress import Log, shown, table, write_stdout
 
 BAD = 3
-FILE_ENDS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf")  # OUTPUT with such an end is a file
+FILE_ENDS = (*ENDS, ".gguf")  # OUTPUT with such an end is a file
 NAME_ONE = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2, and convert it again"
 
 
@@ -194,7 +195,8 @@ def do(job: Job, to: Layout | Export, report: Report, settings: Config, log: Log
         report.add(old, why, [])
         return
     try:
-        new, losses = convert(job, to, settings, log) if isinstance(to, Layout) else export(job, to, settings, log)
+        with naming_output(job.folder or old.parent):
+            new, losses = convert(job, to, settings, log) if isinstance(to, Layout) else export(job, to, settings, log)
         report.add(old, new, losses)
     except CheckpointError as error:
         if alone:

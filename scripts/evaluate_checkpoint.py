@@ -77,7 +77,7 @@ def check(settings: Config, log: Log) -> None:
     output = Path(settings.output or "figures.json")
     if output.suffix != ".json" or output.is_dir():
         problems.append(f"OUTPUT={output}: the figures are written as JSON; set a file name that ends in .json")
-    elif settings.output and not os.access(output.parent, os.W_OK):
+    elif settings.output and not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
         problems.append(f"OUTPUT={output}: cannot write to {output.parent}; set an existing, writable folder")
     if problems:
         raise ConfigError(problems)

@@ -27,7 +27,9 @@ HEADER = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "
 
 
 def main(settings: Config, log: Log) -> int:
-    """Print the checkpoints, the problems of damaged ones, where each run began, and the bases that adapters need; return the exit code."""
+    """Print the checkpoints, the problems of damaged ones, where each run began,
+    and the bases that adapters need; return the exit code.
+    """
     folder = chosen_folder(settings)
     try:
         found = ckpt.find(folder)
@@ -52,7 +54,10 @@ def main(settings: Config, log: Log) -> int:
 
 
 def chosen_folder(settings: Config) -> Path:
-    """Return CHECKPOINT_PATH if it is set, else CHECKPOINT_DIR. Raise ConfigError if it is not a folder of checkpoints."""
+    """Return CHECKPOINT_PATH if it is set, else CHECKPOINT_DIR.
+
+    Raise ConfigError if it is not a folder of checkpoints.
+    """
     if not settings.is_set("CHECKPOINT_PATH") or settings.checkpoint_path == "latest":
         return Path(settings.checkpoint_dir)
     folder = ckpt.whole_folder(settings.checkpoint_path)
@@ -82,7 +87,9 @@ def row(checkpoint: Found, names: str) -> tuple[str, ...]:
 
 
 def marks(checkpoint: Found, named: dict[str, Found | None]) -> str:
-    """Return the words for the checkpoint: `latest`, `best` (of the latest run), `lowest loss` of all runs if it is another."""
+    """Return the words for the checkpoint: `latest`, `best` (of the latest run),
+    `lowest loss` of all runs if it is another.
+    """
     return ", ".join(word for word, other in named.items() if checkpoint is other)
 
 
@@ -93,7 +100,9 @@ def folders_with_more(folder: Path) -> list[Path]:
 
 
 def lineage(found: list[Found]) -> list[tuple[str, ...]]:
-    """Return a row per run, in the order of first saves: its checkpoints, where it began, and the settings changed then."""
+    """Return a row per run, in the order of first saves: its checkpoints, where it began,
+    and the settings changed then.
+    """
     runs: dict[str, list[Found]] = {}
     for checkpoint in found:
         if checkpoint.run_id:
@@ -114,7 +123,9 @@ def bases(found: list[Found]) -> list[tuple[str, ...]]:
 
 
 def state_of_base(base: dict[str, Any], adapters: Found) -> str:
-    """Return whether the base of adapters is found: where it was, elsewhere, or not; a name of the hub is not looked up."""
+    """Return whether the base of adapters is found: where it was, elsewhere, or not;
+    a name of the hub is not looked up.
+    """
     source = str(base.get("source"))
     if not Path(source).is_absolute():
         return "on the hub"

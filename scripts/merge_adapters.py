@@ -22,7 +22,7 @@ from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.conversion import logits, size_of
 from milepost.ckpt.restore import merged
-from milepost.cli import guarded
+from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import SCRIPTS_FOLDER
 from milepost.run import with_its_base
@@ -44,9 +44,9 @@ def main(settings: Config, log: Log) -> int:
         raise ckpt.CheckpointError(f"{path}: has no LoRA adapters to merge: use it as it is")
     whole = without_adapters(merged(record))
     difference = change_of_logits(record, whole)
-    saved = ckpt.save(
-        whole, Path(settings.output), layout=settings.checkpoint_layout, prefix=settings.checkpoint_prefix
-    )
+    folder = Path(settings.output)
+    with naming_output(folder):
+        saved = ckpt.save(whole, folder, layout=settings.checkpoint_layout, prefix=settings.checkpoint_prefix)
     write_stdout(f"Merged: {shown(path)} -> {shown(saved)} ({amount(size_of(saved), 'B')})")
     write_stdout(f"  logits within {difference:.1g} of those with adapters, relative to the largest")
     log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=saved))

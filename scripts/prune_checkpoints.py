@@ -1,4 +1,5 @@
-"""Delete the checkpoints that the policy does not keep, of every run in CHECKPOINT_DIR. Only lists them unless DRY_RUN=false.
+"""Delete the checkpoints that the policy does not keep, of every run in CHECKPOINT_DIR. Only lists them unless
+DRY_RUN=false.
 
 CHECKPOINT_KEEP_LAST=3 CHECKPOINT_KEEP_EVERY=10000 python3 scripts/prune_checkpoints.py
 CHECKPOINT_KEEP_LAST=3 CHECKPOINT_KEEP_EVERY=10000 DRY_RUN=false python3 scripts/prune_checkpoints.py
@@ -90,7 +91,8 @@ def report_others(found: list[Found], prefixes: list[str], log: Log) -> None:
         more = ", ..." if len(left) > 5 else ""
         variable = f"PRUNE_OTHERS={left.most_common(1)[0][0]}"
         log(
-            f"left alone: {left.total()} of other programs ({groups}{more}); {variable} applies the policy to those names"
+            f"left alone: {left.total()} of other programs ({groups}{more}); {variable} applies the policy to "
+            f"those names"
         )
 
 
@@ -119,7 +121,9 @@ def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[Ro
 
 
 def pruned_to(valid: Path, folder: Path, run_id: str, settings: Config) -> Iterator[Row]:
-    """Yield what is deleted of a run whose latest valid checkpoint is `valid`, and the bases that stay; then raise the first error."""
+    """Yield what is deleted of a run whose latest valid checkpoint is `valid`, and the bases that stay;
+    then raise the first error.
+    """
     policy: dict[str, Any] = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
     expired = select_expired(folder, run_id=run_id, latest_valid=valid, **policy)
     sizes = {each.path: freed_by_removing(each.path) for each in expired.remove}
@@ -142,7 +146,10 @@ def pruned_to(valid: Path, folder: Path, run_id: str, settings: Config) -> Itera
 
 
 def gone(found: Found, *, stripped: bool) -> bool:
-    """Whether the checkpoint is gone; if it was to be `stripped`, whether its optimizer is. A damaged checkpoint is left as it is."""
+    """Whether the checkpoint is gone; if it was to be `stripped`, whether its optimizer is.
+
+    A damaged checkpoint is left as it is.
+    """
     return not os.path.lexists(found.path) or (stripped and not look(found.path, known_layout(found.path)).resumable)
 
 

@@ -66,7 +66,9 @@ def main(settings: Config, log: Log) -> int:
 
 
 def chosen(settings: Config, log: Log) -> list[Path]:
-    """Return the checkpoints that CHECKPOINT_PATH names, the damaged ones too: every file of a folder and below it once."""
+    """Return the checkpoints that CHECKPOINT_PATH names, the damaged ones too:
+    every file of a folder and below it once.
+    """
     selection = ckpt.select(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in selection.notes:
         log(note)
@@ -174,7 +176,9 @@ def resumes_exactly(record: Checkpoint, settings: Config, log: Log) -> Row:
 
 
 def own_settings(settings: Config) -> Config:
-    """Return the settings without those of training, which come from the checkpoint; the place of the text may be set."""
+    """Return the settings without those of training, which come from the checkpoint;
+    the place of the text may be set.
+    """
     scopes = {name: each.metadata["scope"] for name, each in config.VARIABLES.items()}
     own = [name for name, scope in scopes.items() if scope != "session" and name != "TRAINING_DATA_SOURCE"]
     return config.without(settings, own)
@@ -207,7 +211,8 @@ def replayed(record: Checkpoint, settings: Config, log: Log) -> list[Row]:
 
 
 def beginning(record: Checkpoint) -> Found | None:
-    """Return the checkpoint to replay from: the run's latest resumable one before the record's step, else the one it began with.
+    """Return the checkpoint to replay from: the run's latest resumable one before the record's step, else the one it
+    began with.
 
     None for new weights. Raises CheckpointError if the run began with a checkpoint that is missing.
     """

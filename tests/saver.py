@@ -85,7 +85,7 @@ def loop(folder: str, layout: str, mode: str, first: str) -> None:
 
 
 def plain(path: str) -> None:
-    """Write the same file again and again, as each process does."""
+    """Write the same file again and again, as most programs do."""
     step = 1
     while True:
         torch.save(of_step(step).model_state, path)

@@ -34,7 +34,8 @@ from milepost.ckpt import Checkpoint, CheckpointError, Found  # noqa: E402
 from milepost.run import text as run_text  # noqa: E402
 from milepost.runtime.progress import Log, read_metrics  # noqa: E402
 
-# Settings that may be recorded otherwise: what people changed in between, and what a resume takes over as it was resolved.
+# Settings that may be recorded otherwise: what people changed in between, and what a resume takes over as it was
+# resolved.
 MAY_DIFFER = ("TRAINING_DATA_SOURCE", "CHECKPOINT_LAYOUT", "COMPILE", "DTYPE", "TOKENIZER")
 WRITES = ("fsync", "replace", "rename", "link", "unlink", "open")  # calls of os at which a kill may come
 LAYOUTS = ("unified", "separated", "directory", "stepfiles", "consolidated", "huggingface")

@@ -182,7 +182,9 @@ def listed_bases(folder: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """Return a folder with a base run in base/checkpoints, and adapters trained from its step 2 in adapters/checkpoints."""
+    """Return a folder with a base run in base/checkpoints, and adapters trained from its step 2 in
+    adapters/checkpoints.
+    """
     folder = tmp_path_factory.mktemp("project")
     bases = base_run(folder / "base")
     (folder / "adapters").mkdir()

@@ -1,4 +1,6 @@
-"""scripts/convert_checkpoint.py and ckpt.convert: nothing is lost, nothing is overwritten, and what is damaged is left out."""
+"""scripts/convert_checkpoint.py and ckpt.convert: nothing is lost, nothing is overwritten,
+and what is damaged is left out.
+"""
 
 import collections
 import dataclasses
@@ -301,6 +303,14 @@ def test_damaged_ones_are_named_and_left_out(trained, tmp_path):
     assert "Conversion complete!" not in said.out
     steps = [one.step for one in ckpt.find(tmp_path / "new")]
     assert {2, 6, 8} <= set(steps)
+
+
+@pytest.mark.parametrize("form", ["separated", "directory", "nanogpt"])
+def test_an_output_that_cannot_be_written_is_named_with_its_variable(form, trained, tmp_path):
+    output = Path(__file__) / "new"
+    said = call(converter, trained, CHECKPOINT_PATH=family(trained)[4], CONVERT_TO=form, OUTPUT=output)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.splitlines()[-1].startswith(f"error: OUTPUT: {output} cannot be written")
 
 
 def test_a_folder_goes_to_a_new_one(trained, tmp_path):

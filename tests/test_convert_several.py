@@ -1,4 +1,6 @@
-"""scripts/convert_checkpoint.py on other programs' checkpoints and on many at once: what is kept, and what is reported lost."""
+"""scripts/convert_checkpoint.py on other programs' checkpoints and on many at once: what is kept,
+and what is reported lost.
+"""
 
 import json
 import os

@@ -422,9 +422,10 @@ def test_adapter_checkpoints_are_measured_with_their_base(folder, tmp_path):
     [
         ({"EVAL_TYPE": "benchmark"}, 2, "EVAL_TYPE=benchmark needs questions: set BENCHMARK_DATA"),
         ({"EVAL_TYPE": "both"}, 2, "EVAL_TYPE=both needs questions"),
-        ({"EVAL_TYPE": "paper_metrics"}, 2, "expected one of standard, benchmark, both"),
+        ({"EVAL_TYPE": "accuracy"}, 2, "expected one of standard, benchmark, both"),
         ({"OUTPUT": "figures.txt"}, 2, "ends in .json"),
         ({"OUTPUT": "/no/such/folder/figures.json"}, 2, "OUTPUT=/no/such/folder/figures.json"),
+        ({"OUTPUT": f"{__file__}/figures.json"}, 2, f"OUTPUT={__file__}/figures.json"),
         ({"EVAL_STRIDE": "-1"}, 2, "EVAL_STRIDE='-1'"),
         ({"EVAL_DATA": "/no/such.txt"}, 4, "/no/such.txt does not exist"),
         ({"CHECKPOINT_PATH": "/no/such.pt"}, 3, "Checkpoint not found"),

@@ -22,7 +22,8 @@ COMBINATIONS = {
     "gpt2, bpe, bfloat16": {"TOKENIZER": "bpe", "BPE_VOCAB_SIZE": "300", "DTYPE": "bfloat16"},
     "gpt2, gpt2 tokenizer": {"TOKENIZER": "gpt2"},
     "gpt2, gpt2 tokenizer, bfloat16, accumulation": {"TOKENIZER": "gpt2", "DTYPE": "bfloat16", "GRADIENT_ACCUMULATION_STEPS": "2"},
-    "gpt2, chunked head, bfloat16": {"TOKENIZER": "gpt2", "DTYPE": "bfloat16", "BATCH_SIZE": "48"},  # 48 x 16 rows of 50257 logits
+    # 48 x 16 rows of 50257 logits
+    "gpt2, chunked head, bfloat16": {"TOKENIZER": "gpt2", "DTYPE": "bfloat16", "BATCH_SIZE": "48"},
     "gpt2, muon": {"OPTIMIZER": "muon"},
     "gpt2, adamw, cosine": {"OPTIMIZER": "adamw", "LR_SCHEDULE": "cosine"},
     "gpt2, byte, linear schedule to zero": {"TOKENIZER": "byte", "LR_SCHEDULE": "linear", "MIN_LEARNING_RATE": "0"},
@@ -93,7 +94,9 @@ def straight(tmp_path):
 
 
 def stopped_after(step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: str) -> str:
-    """Trains in `folder` until a real signal comes in the middle of a step; that one is finished and saved, and the exit code is 130."""
+    """Trains in `folder` until a real signal comes in the middle of a step; that one is finished and saved,
+    and the exit code is 130.
+    """
     folder.mkdir()
     learn = training.training_step
 
@@ -140,7 +143,7 @@ def test_from_every_layout(layout, model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ckpt.WRITERS)
-def test_control_model_only_goes_on_and_says_that_it_differs(layout, straight, tmp_path, monkeypatch, capsys):
+def test_control_model_only_resumes_and_reports_that_it_differs(layout, straight, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "stopped"
     changes = {"CHECKPOINT_LAYOUT": layout, "CHECKPOINT_MODEL_ONLY": "true"}
     assert "cannot resume bit-exactly" in stopped_after(3, folder, monkeypatch, **changes)
@@ -229,7 +232,7 @@ def test_control_the_comparison_sees_a_doubled_step(straight, tmp_path):
     assert logged(tmp_path / "doubled") != logged(straight)
 
 
-def test_a_compiled_run_goes_on_exactly_in_another_process(tmp_path):
+def test_a_compiled_run_resumes_bit_exactly_in_another_process(tmp_path):
     """Compiled anew by another process, from another state of every cache in memory."""
     straight, again = tmp_path / "straight", tmp_path / "again"
     straight.mkdir()

@@ -23,7 +23,9 @@ TEXT = "Dear Wren,\n\nmy neighbour's naïve cat (“Señor” 😀 日本…) ha
 
 
 def model_of(kind: str, **settings: object) -> Checkpoint:
-    """A tiny GPT-2's record whose tokenizer is of this kind and knows TEXT; its weights are random, and large enough to tell."""
+    """A tiny GPT-2's record whose tokenizer is of this kind and knows TEXT; its weights are random,
+    and large enough to tell.
+    """
     tokenizer = tokenization.build(
         kind, [(TEXT * 9, True)], alphabet="".join(sorted({*TEXT})), documents=1, vocab_size=300
     )

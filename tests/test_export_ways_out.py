@@ -163,7 +163,9 @@ def test_a_tokenizer_without_an_end_exports_no_end(tmp_path, kind):
 
 
 def ended_folder(folder: Path, *, end: str = "</s>", generation: int | None = None) -> Path:
-    """A folder of transformers whose tokenizer ends texts with `end`, by the id in config.json or generation_config.json."""
+    """A folder of transformers whose tokenizer ends texts with `end`,
+    by the id in config.json or generation_config.json.
+    """
     special = ["<s>", "<pad>", "</s>", "<|im_end|>"]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,6 @@
-"""Whole or not there: files appear at once and durably, a disk that refuses harms nothing, and locks end with their holders."""
+"""Whole or not there: files appear at once and durably, a disk that refuses harms nothing,
+and locks end with their holders.
+"""
 
 import contextlib
 import errno
@@ -113,7 +115,7 @@ def test_a_save_is_synced_before_it_is_seen_and_the_best_before_the_earlier_one_
     ]
 
 
-def test_the_mode_is_what_umask_says(tmp_path):
+def test_the_mode_follows_the_umask(tmp_path):
     with new_file(tmp_path / "new") as file:
         file.write(b"x")
     umask = os.umask(0)
@@ -180,7 +182,10 @@ SIZES = [0, 1, 4095, 4096, 4097, 8192, 3 * 4096 + 5]
 
 
 def refuses_direct(monkeypatch: pytest.MonkeyPatch, *, makes_the_file: bool) -> list[Path]:
-    """A file system without O_DIRECT, of which some have made the file by the time they say so. Returns what was asked for."""
+    """A file system without O_DIRECT, of which some have made the file by the time they say so.
+
+    Returns what was asked for.
+    """
     opened, asked = os.open, []
 
     def refusing(path, flags, *mode, **named):
@@ -198,7 +203,7 @@ def refuses_direct(monkeypatch: pytest.MonkeyPatch, *, makes_the_file: bool) -> 
 @pytest.mark.parametrize("pieces", [1, 3, 1000], ids=lambda pieces: f"{pieces} pieces")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("direct", ["direct", "refused", "refused late"])
-def test_a_file_of_any_size_in_any_pieces_is_what_was_written(direct, size, pieces, tmp_path, monkeypatch):
+def test_a_file_of_any_size_in_writes_of_any_size_is_what_was_written(direct, size, pieces, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK", 8192)  # so that these sizes lie around its edges
     asked = refuses_direct(monkeypatch, makes_the_file=direct == "refused late") if direct != "direct" else []
     data = bytes(range(256)) * 60
@@ -214,7 +219,7 @@ def test_a_file_of_any_size_in_any_pieces_is_what_was_written(direct, size, piec
 
 
 @pytest.mark.parametrize("most", [1, 1000, 4096, 5000])
-def test_a_system_that_takes_less_than_it_was_given_is_given_the_rest(most, tmp_path, monkeypatch):
+def test_the_rest_of_a_short_write_is_written(most, tmp_path, monkeypatch):
     write, asked = os.write, []
 
     def short(descriptor: int, data: Any) -> int:
@@ -492,7 +497,7 @@ def test_an_io_error_before_the_reveal_harms_nothing(call, when, saved_once, mon
     assert_unharmed(saved_once)
 
 
-def test_an_io_error_after_the_reveal_is_told_and_the_new_file_stays(saved_once, monkeypatch):
+def test_an_io_error_after_the_rename_is_raised_and_the_new_file_stays(saved_once, monkeypatch):
     """Visible but not proved durable: nobody must think it safe, and nobody must delete it."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fails(os.fsync, when=is_folder))
@@ -566,7 +571,9 @@ PARTS = {
 
 
 def half_a_save(folder: Path, layout: str, hidden: list[int], seen: list[int]) -> tuple[list[str], Path]:
-    """What a kill leaves of a checkpoint: of its files (the last is its head) these in its hidden folder and those visible."""
+    """What a kill leaves of a checkpoint: of its files (the last is its head) these in its hidden folder and those
+    visible.
+    """
     path = ckpt.save(record(), folder / "made", layout=layout)
     whole = layouts.known_layout(path).files(path)
     place = folder / f".tmp-{whole[-1].name}-{DEAD}"

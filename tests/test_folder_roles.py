@@ -1,4 +1,6 @@
-"""Folders are judged by what is in them, whatever they are called or set as; nothing in them is passed over in silence."""
+"""Folders are judged by what is in them, whatever they are called or set as;
+nothing in them is passed over in silence.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The guides of docs/coming-from/: their variables and files exist, and every command and line of Python in them runs in a folder made for it."""
+"""The guides of docs/coming-from/: their variables and files exist,
+and every command and line of Python in them runs in a folder made for it.
+"""
 
 import contextlib
 import dataclasses
@@ -24,16 +26,19 @@ PAGES = sorted((ROOT / "docs" / "coming-from").glob("*.md"))
 FOREIGN = ROOT / "tests" / "fixtures" / "foreign"
 NAMES = [page.stem for page in PAGES]
 # Words in capitals that are no variable of ours: of git and the shell, of their projects, and what a reader puts in.
-NO_VARIABLES = {"CHECKPOINT", "DIR", "FILE", "SIGTERM", "FORMAT", "CONFIG", "TOKENIZER", "STATE", "TRAINING", "TENSORS", "WARNING", "SYSTEM",
+NO_VARIABLES = {"CHECKPOINT", "DIR", "FILE", "SIGTERM", "FORMAT", "CONFIG", "TOKENIZER", "STATE", "TRAINING", "TENSORS",
+"WARNING", "SYSTEM",
                 "VERIFICATION", "PASSED", "LR", "MB", "JSON", "BPE", "GPT", "RUN", "NAME"}  # fmt: skip
 A_FEW = {"TRAINING_STEPS": "8", "RESUME_TRAINING_STEPS": "2", "MAX_NEW_TOKENS": "8"}  # steps and tokens are enough
 
 # What a page's commands must have printed, all together, and files that they must have left.
 PRINTED = {
     "env-scripts": ["Dear Wren,", "matches", "step      ", "gpt2 at step"],
-    "json-directory": ["=== FORMAT ===", "layout: ", "Location: ", "=== CONFIG ===", "=== TOKENIZER ===", "=== TRAINING STATE ===",
+    "json-directory": ["=== FORMAT ===", "layout: ", "Location: ", "=== CONFIG ===", "=== TOKENIZER ===",
+    "=== TRAINING STATE ===",
                        "Last recorded training step: ", "Number of tensors: ", "Conversion complete!", "Converted: "],
-    "separated": ["Optimizer state available - can resume training", "Conversion complete!", "Original size: ", "Model-only size: ", "Converted: ",
+    "separated": ["Optimizer state available - can resume training", "Conversion complete!", "Original size: ",
+    "Model-only size: ", "Converted: ",
                   "Unified checkpoint split into separated format!", "Conversion complete! Check new-checkpoints"],
     "step-files": ["overridden", "all bytes equal", "bytes ", "tensor", "restored"],
     "ttt-and-lora": ["tensors, ", "Found ", "Loaded ", "all bytes equal", "perplexity", "accuracy"],
@@ -235,7 +240,7 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_settings_named_alone_are_taken(page):
+def test_single_settings_are_accepted(page):
     """`CHECKPOINT_KEEP_LAST=3` without a command, too."""
     for span in spans(page):
         if re.fullmatch(r"([A-Z0-9_]+=\S+ ?)+", span) and "<" not in span:

@@ -23,7 +23,8 @@ from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU]
 
-# Prints when it is ready and when it was asked to stop, then runs for ever. Only an orderly exit would print "cleaned up".
+# Prints when it is ready and when it was asked to stop, then runs for ever. Only an orderly exit would print "cleaned
+# up".
 CHILD = """
 import atexit, signal
 from milepost.runtime import interrupt
@@ -120,8 +121,8 @@ def test_a_later_signal_ends_training_without_its_last_save_and_a_double_press_s
 # ---------------------------------------------------------------------------------------------------------------------
 # Libraries that convert or swallow the exception of a signal.
 
-# Python imports it at its start: a module that is about to be imported raises the signal first, and its exception meets what
-# `MADE_OF_IT` says. No library is replaced.
+# Python imports it at its start: a module that is about to be imported raises the signal first, and its exception meets
+# what `MADE_OF_IT` says. No library is replaced.
 HOOK = """
 import os, signal, sys
 
@@ -153,7 +154,8 @@ def hooked(
     )
 
 
-# Modules imported before the script's own main begins, and one that is imported after: by torch, when a tracker is opened.
+# Modules imported before the script's own main begins, and one that is imported after: by torch, when a tracker is
+# opened.
 SWALLOWED = [
     *(
         ("SIGTERM", at, made)

@@ -1,4 +1,6 @@
-"""Locks: who holds them is reported, waiting for them ends, several users can take them, and their files do not stay."""
+"""Locks: who holds them is reported, waiting for them ends, several users can take them,
+and their files do not stay.
+"""
 
 import errno
 import os

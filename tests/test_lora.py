@@ -283,6 +283,8 @@ def test_a_base_in_bfloat16_is_merged_without_rounding_what_was_learned(base, tm
     shutil.copy(base / "letters.txt", tmp_path)
     code, said = train(tmp_path, **SHAPE_OF_THE_BASE | WITH, INIT_FROM=str(narrow), CHECKPOINT_ADAPTERS_ONLY="true")
     assert code == 0, said
+    refused = call(merger, tmp_path, OUTPUT=tmp_path / "letters.txt" / "merged")
+    assert (refused.code, f"OUTPUT: {tmp_path}/letters.txt/merged cannot be written" in refused.err) == (2, True)
     said = call(merger, tmp_path, OUTPUT=tmp_path / "merged")
     assert said.code == 0, said.err
     (path,) = (tmp_path / "merged").glob("*.pt")

@@ -96,7 +96,7 @@ def test_past_the_plan_its_last_rate_is_held(plan, more):
 
 @settings(deadline=None)
 @given(PLANS, st.data())
-def test_a_rate_depends_on_the_place_in_the_plan_alone(plan, data):
+def test_a_rate_depends_only_on_the_position_in_the_schedule(plan, data):
     at = data.draw(st.integers(0, plan.total - 1))
     same = schedule(plan.kind, peak=plan.peak, warmup_steps=plan.warmup_steps, end_step=plan.total)
     assert lr_at(plan.start_step + at, plan) == lr_at(at, same)

@@ -147,7 +147,9 @@ def here() -> dict[str, list[str]]:
     ids=str,
 )
 def test_where_training_has_other_bits_the_probe_has(other, here):
-    """Settings that change bits depend on the hardware: where one changes a trained weight, the probe must differ too."""
+    """Settings that change bits depend on the hardware: where one changes a trained weight,
+    the probe must differ too.
+    """
     there = computed(**other)
     for dtype, (step, weights) in here.items():
         if there[dtype][1] != weights:

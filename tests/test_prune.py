@@ -1,4 +1,6 @@
-"""scripts/prune_checkpoints.py deletes what the policy expires, only with DRY_RUN=false, and nothing needed or in use."""
+"""scripts/prune_checkpoints.py deletes what the policy expires, only with DRY_RUN=false,
+and nothing needed or in use.
+"""
 
 import math
 import os
@@ -58,7 +60,8 @@ def test_a_dry_run_only_reports(folder):
     head, *lines, total = said.out.splitlines()
     assert head.split() == ["step", "frees", "run", "path"]
     assert [(line.split("  ")[0], line.split("  ")[-1]) for line in lines] == [
-        ("remove", str(paths[0])), ("remove", str(paths[1])), ("remove", str(paths[2])), ("to model-only", str(paths[3])),
+        ("remove", str(paths[0])), ("remove", str(paths[1])), ("remove", str(paths[2])),
+        ("to model-only", str(paths[3])),
     ]  # fmt: skip
     freed = sum(path.stat().st_size for path in paths[:3]) + sum(
         value.nbytes for value in ckpt.load(paths[3]).optimizer_state["state"][0].values()
@@ -224,8 +227,18 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 def copies_of(path):
     """Return copies of a file as users make them: beside it, in a folder, with another suffix."""
-    names = [f"{path.stem}-my-favourite.pt", f"{path.stem}_keep_me.pt", f"my_{path.name}", f"copy of {path.name}", f"{path.stem} (1).pt",
-             f"{path.stem} - Copy.pt", f"{path.stem} copy.pt", f"{path.name}.bak", path.name.upper(), f"backup/{path.name}"]  # fmt: skip
+    names = [
+        f"{path.stem}-my-favourite.pt",
+        f"{path.stem}_keep_me.pt",
+        f"my_{path.name}",
+        f"copy of {path.name}",
+        f"{path.stem} (1).pt",
+        f"{path.stem} - Copy.pt",
+        f"{path.stem} copy.pt",
+        f"{path.name}.bak",
+        path.name.upper(),
+        f"backup/{path.name}",
+    ]
     (path.parent / "backup").mkdir(exist_ok=True)
     return [Path(shutil.copy(path, path.parent / name)) for name in names]
 

@@ -47,7 +47,10 @@ class Said(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory):
-    """A run of 8 steps, saved at 4 and 8; its rate falls from 1e-3 to a quarter. Schedule and optimizer are not the defaults."""
+    """A run of 8 steps, saved at 4 and 8; its rate falls from 1e-3 to a quarter.
+
+    Schedule and optimizer are not the defaults.
+    """
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
@@ -187,7 +190,12 @@ def test_keep_past_the_schedule_holds_the_last_rate_above_zero(resume, trained, 
     folder = tmp_path / "linear"
     folder.mkdir()
     trained_in(folder, LR_SCHEDULE="linear", MIN_LEARNING_RATE="0", LEARNING_RATE="6e-3")
-    said = resume(at_step(folder, 4), RESUME_TRAINING_STEPS="7", RESUME_LEARNING_RATE="keep", CHECKPOINT_DIR=str(trained / "child"))  # fmt: skip
+    said = resume(
+        at_step(folder, 4),
+        RESUME_TRAINING_STEPS="7",
+        RESUME_LEARNING_RATE="keep",
+        CHECKPOINT_DIR=str(trained / "child"),
+    )
     assert said.code == 0, said.err
     wanted = [4e-3, 3e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3]
     assert list(rates(trained, child_of(trained, "child").run_id).values()) == pytest.approx(wanted)
@@ -324,7 +332,13 @@ def test_the_child_names_its_parent(resume, trained):
     parent = ckpt.load(at_step(trained, 4))
     said = resume(RESUME_TRAINING_STEPS="2")
     record = child_of(trained)
-    assert record.parent == {"run_id": parent.run_id, "step": 4, "save_id": parent.save_id, "file": parent.path.name, "changed": {"LEARNING_RATE": [1e-3, 3e-4]}}  # fmt: skip
+    assert record.parent == {
+        "run_id": parent.run_id,
+        "step": 4,
+        "save_id": parent.save_id,
+        "file": parent.path.name,
+        "changed": {"LEARNING_RATE": [1e-3, 3e-4]},
+    }
     assert record.run_id != parent.run_id
     assert said.row("run") == f"run  reset  {record.run_id}, a child of {parent.run_id}"
     assert (trained / "runs" / str(record.run_id) / "config.env").exists()
@@ -379,7 +393,9 @@ def test_another_optimizer_restores_the_moments_that_both_have(resume, trained):
 
 
 def test_settings_that_name_no_optimizer_mean_adamw(resume, trained):
-    """As in files of programs that only have AdamW: the moments are restored, though the model's default is Muon now."""
+    """As in files of programs that only have AdamW: the moments are restored,
+    though the model's default is Muon now.
+    """
     record = ckpt.load(at_step(trained, 4))
     del record.hyperparameters["OPTIMIZER"]
     path = ckpt.save(record, trained / "old")

@@ -465,8 +465,16 @@ def test_a_copy_in_best_stays_and_does_not_count(layout, tmp_path):
 def test_own_stem_accepts_only_the_exact_name_of_the_save(data):
     """Any insertion, deletion or replacement in a name makes it a name of the user."""
     layout = data.draw(st.sampled_from(LAYOUTS))
-    values = {"model_type": "gpt2", "step": 350, "run_id": "one", "save_id": "ab", "parts": ["model", "optimizer"],
-              "data": {"name": "letters"}, "hyperparameters": {}, "saved_at": "2025-11-10T12:00:00.500000+00:00"}  # fmt: skip
+    values = {
+        "model_type": "gpt2",
+        "step": 350,
+        "run_id": "one",
+        "save_id": "ab",
+        "parts": ["model", "optimizer"],
+        "data": {"name": "letters"},
+        "hyperparameters": {},
+        "saved_at": "2025-11-10T12:00:00.500000+00:00",
+    }
     numbered = {"stepfiles": "step_000350.safetensors", "consolidated": "checkpoint_000350"}
     stem = "checkpoint_gpt2_letters_step0350_11102025_120000"
     ends = {"unified": ".pt", "separated": "-model.pt"}

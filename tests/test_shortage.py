@@ -1,4 +1,6 @@
-"""Too little memory, disk, quota or inodes is reported as that: never as damage, and never as a full disk with gigabytes free."""
+"""Too little memory, disk, quota or inodes is reported as that: never as damage,
+and never as a full disk with gigabytes free.
+"""
 
 import errno
 import os

@@ -1,4 +1,6 @@
-"""scripts/verify_checkpoint.py: every check passes on an intact checkpoint and fails on a bad one, and a replay proves the bytes."""
+"""scripts/verify_checkpoint.py: every check passes on an intact checkpoint and fails on a bad one,
+and a replay proves the bytes.
+"""
 
 import dataclasses
 import math

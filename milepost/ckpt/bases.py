@@ -74,7 +74,8 @@ def _is_base(found: Found, base: Base) -> bool:
 
 
 def find_base(base: dict[str, Json], adapters: Path, *, run_id: str | None) -> Path | None:
-    """Return the path of the base that adapters record; None if it is not found, or is not a path but a name of the hub.
+    """Return the path of the base that adapters record; None if it is not found, or is not a path but a name of the
+    hub.
 
     It is where it was, else at the same place relative to the adapters or to a folder above them, as after moving both,
     else among the checkpoints beside them. A base elsewhere than recorded is identified by the sha256 of its weights.

@@ -1,6 +1,5 @@
 """Find checkpoints in a folder: list them, choose the latest or the best. Changes no file."""
 
-import fnmatch
 import functools
 import os
 from collections.abc import Iterable, Iterator
@@ -120,7 +119,8 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
 
 
 def orphans(folder: Path) -> list[Found]:
-    """Return the files that belong to a checkpoint whose other file is missing: an optimizer's without its model's, for instance.
+    """Return the files that belong to a checkpoint whose other file is missing: an optimizer's without its model's, for
+    instance.
 
     `find` leaves them out, because a save that was killed may leave such a file.
     """
@@ -268,9 +268,7 @@ def _was_saved_into(folder: Path) -> bool:
 def containing(path: Path) -> Path | None:
     """Return the checkpoint folder that has `path` as one of its files or subfolders."""
     for above in list(path.parents)[:2]:
-        layout, place = layout_of(above), path.relative_to(above).as_posix()
-        if layout and any(
-            fnmatch.fnmatchcase(place, member) or member.startswith(f"{place}/") for member in layout.members
-        ):
+        layout = layout_of(above)
+        if layout and layout.owns(above, path):
             return above
     return None

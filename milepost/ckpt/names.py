@@ -1,7 +1,6 @@
 """Names of checkpoints: choose a free one at a save, and recognise the names that a save gave."""
 
 import datetime
-import fnmatch
 import itertools
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from milepost.ckpt.exports import Export
 from milepost.ckpt.finding import BEST_FOLDER, Found
 from milepost.ckpt.layouts import WRITERS, Layout
+from milepost.ckpt.manifest import matches
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
 
 PREFIX = "checkpoint"
@@ -59,7 +59,9 @@ def only_stem(place: Path, stem: str, *, writer: Layout | Export) -> str:
 
 
 def plain_stem(path: Path, layout: Layout) -> str:
-    """Return the name of the checkpoint at `path` without what its layout and other programs put at the end of a file's name."""
+    """Return the name of the checkpoint at `path` without what its layout and other programs put at the end of a file's
+    name.
+    """
     stem = layout.stem(path)
     end = "" if path.is_dir() else Path(stem).suffix
     return (stem.removesuffix(end) if end in ENDS else stem).lstrip(".") or "checkpoint"
@@ -137,7 +139,7 @@ def _holds_other_files(path: Path, layout: Layout) -> bool:
         return False
     files = (file for file in path.rglob("*") if not file.is_dir() and not file.name.startswith("."))  # no .DS_Store
     names = (file.relative_to(path).as_posix() for file in files)
-    return any(not any(fnmatch.fnmatchcase(name, member) for member in layout.members) for name in names)
+    return not all(matches(name, layout.members) for name in names)
 
 
 def _prefix_of(found: Found) -> str:

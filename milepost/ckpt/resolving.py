@@ -28,7 +28,10 @@ from milepost.ckpt.manifest import is_regular
 from milepost.ckpt.record import CheckpointError, Kind
 
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
-OPEN_ADAPTER = "open the checkpoint that it was exported from, or merge it into its base with peft (merge_and_unload, save_pretrained)"
+OPEN_ADAPTER = (
+    "open the checkpoint that it was exported from, or merge it into its base with peft (merge_and_unload, "
+    "save_pretrained)"
+)
 
 
 def resolve(name: str, folder: Path) -> tuple[Path, list[str]]:

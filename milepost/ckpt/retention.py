@@ -198,7 +198,8 @@ def _write_stripped(path: Path, layout: Layout) -> None:
 
 
 def latest_valid(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
-    """Return the run's newest checkpoint outside best/ that is intact and has finite weights, and what is wrong with newer ones.
+    """Return the run's newest checkpoint outside best/ that is intact and has finite weights, and what is wrong with
+    newer ones.
 
     A person's copy does not count: its owner may delete it.
     """

@@ -30,8 +30,8 @@ class Selection:
 def select(names: str, folder: Path) -> Selection:
     """Return the checkpoints that `names` stands for: whatever `resolve` takes, or several names joined by commas.
 
-    A folder stands for every checkpoint in it and below it, a glob for everything that it matches. Raise CheckpointError if
-    a name stands for no checkpoint.
+    A folder stands for every checkpoint in it and below it, a glob for everything that it matches. Raise
+    CheckpointError if a name stands for no checkpoint.
     """
     listed = [names] if os.path.lexists(names) else [name for name in names.split(",") if name] or [names]
     parts = [_select_one(name, folder) for name in listed]
@@ -63,7 +63,9 @@ def _below(folder: Path) -> Iterator[Found]:
 
 
 def _matches(pattern: str) -> Iterator[Found]:
-    """Yield the checkpoints that the glob matches, also by one of their files, and those below the folders that it matches."""
+    """Yield the checkpoints that the glob matches, also by one of their files,
+    and those below the folders that it matches.
+    """
     seen = set()
     for name in sorted(glob.glob(os.path.expanduser(pattern))):
         path = containing(Path(name)) or Path(name)

@@ -14,11 +14,12 @@ from milepost.runtime.interrupt import exit_on_signal
 
 
 def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Config:
-    """Return the settings of the script whose __name__ and __doc__ these are; print its help (exit 0) or the mistakes (exit 2).
+    """Return the settings of the script whose __name__ and __doc__ these are; print its help (exit 0) or the mistakes
+    (exit 2).
 
-    `reads` names the variables that the script reads, and groups of variables; --help lists them. Call it before torch is
-    imported, so that a mistake is reported at once and a signal ends the import. A script that is imported, not run, gets the
-    declared defaults.
+    `reads` names the variables that the script reads, and groups of variables; --help lists them. Call it before torch
+    is imported, so that a mistake is reported at once and a signal ends the import. A script that is imported, not run,
+    gets the declared defaults.
     """
     if module != "__main__":
         return Config()

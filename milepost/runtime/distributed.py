@@ -1,6 +1,7 @@
 """The processes of one training under torchrun: their ranks, what they communicate, and how they share the model.
 
-The engines are PyTorch's: DistributedDataParallel (every process holds the whole model) and fully_shard (each holds a part).
+The engines are PyTorch's: DistributedDataParallel (every process holds the whole model) and fully_shard (each holds a
+part).
 """
 
 import contextlib
@@ -100,11 +101,16 @@ class World:
         return values
 
     def on_rank0(self, work: Callable[[], Value]) -> Value | None:
-        """Run `work` on rank 0 and return its result there, None elsewhere, when it is done. Its error ends all processes."""
+        """Run `work` on rank 0 and return its result there, None elsewhere, when it is done.
+
+        Its error ends all processes.
+        """
         return self._run_if(self.is_rank0, work)
 
     def local_rank0_first(self, work: Callable[[], Value]) -> Value:
-        """Run `work` in every process, first on local rank 0 of each machine, so that the others find its result in the cache."""
+        """Run `work` in every process, first on local rank 0 of each machine,
+        so that the others find its result in the cache.
+        """
         value = self._run_if(self.local_rank == 0, work)
         return work() if value is None else value
 
@@ -143,8 +149,9 @@ def _store_of_attempt(world: World) -> dist.Store:
     """Return the store through which the processes find each other, with a prefix of its own for this attempt.
 
     torchrun's restarts share one store, in which a process may read the address of a killed one
-    (https://github.com/pytorch/pytorch/issues/135712), and no attempt number is the same on every machine. So rank 0 draws a name
-    for the attempt, every other process writes its own token under that name, and the name counts once rank 0 has seen all tokens.
+    (https://github.com/pytorch/pytorch/issues/135712), and no attempt number is the same on every machine. So rank 0
+    draws a name for the attempt, every other process writes its own token under that name, and the name counts once
+    rank 0 has seen all tokens.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     token, others = secrets.token_hex(8), range(1, world.size)
@@ -192,14 +199,17 @@ def lost(error: BaseException) -> bool:
 def data_parallel(forward: nn.Module) -> nn.Module:
     """Return `forward` with its gradients averaged over all processes during the backward pass.
 
-    Buckets are rearranged after the first backward pass, and from three processes on the order of a sum depends on its place in a
-    bucket: `training.warm_up` runs two passes before the first step, so that a resumed run has the same buckets.
+    Buckets are rearranged after the first backward pass, and from three processes on the order of a sum depends on its
+    place in a bucket: `training.warm_up` runs two passes before the first step, so that a resumed run has the same
+    buckets.
     """
     return nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
 
 def fully_sharded(model: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
-    """Shard every parameter of `model` over the processes, on `device`; a block's parameters are gathered while it computes."""
+    """Shard every parameter of `model` over the processes, on `device`;
+    a block's parameters are gathered while it computes.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -209,7 +219,9 @@ def fully_sharded(model: nn.Module, blocks: list[nn.Module], device: torch.devic
 
 
 def new_control_group(*, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
-    """Return a gloo group of all processes, for communication in main memory beside the training's or with a longer timeout."""
+    """Return a gloo group of all processes, for communication in main memory beside the training's or with a longer
+    timeout.
+    """
     return dist.new_group(backend="gloo", timeout=timeout)
 
 

@@ -163,7 +163,8 @@ class Metrics:
     def write(self, **values: Any) -> None:
         """Append one line. NaN and Inf become null: JSON has neither.
 
-        Raise OSError on a write error, and once if the file was deleted since the last line: a new file then has the line.
+        Raise OSError on a write error, and once if the file was deleted since the last line: a new file then has the
+        line.
         """
         deleted = self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0
         if deleted:
@@ -283,7 +284,9 @@ def amount(count: float, unit: str = "") -> str:
 
 
 def shown(path: Path | str) -> str:
-    """Return the path relative to the current folder if it is inside, else unchanged (also a URL or a list of paths)."""
+    """Return the path relative to the current folder if it is inside,
+    else unchanged (also a URL or a list of paths).
+    """
     inside = Path(path).is_relative_to(Path.cwd())
     return str(Path(path).relative_to(Path.cwd())) if inside else str(path)
 

@@ -90,7 +90,9 @@ def test_a_run_resumed_from_an_earlier_step_doubles_and_loses_no_row(step, log_i
 
 
 def test_a_tensorboard_that_is_looking_on_drops_what_was_undone(tmp_path, monkeypatch):
-    """A running TensorBoard has read the first process's file; the second process's file, a minute later, replaces it."""
+    """A running TensorBoard has read the first process's file; the second process's file, a minute later,
+    replaces it.
+    """
     assert train(tmp_path, CHECKPOINT_INTERVAL="1", TRACKER="tensorboard")[0] == 0
     live = reader(tmp_path)
     before = live.Scalars("train/loss")

@@ -70,7 +70,9 @@ class Gguf:
         return path
 
     def _add_tensors(self, writer: Any, record: Checkpoint) -> None:
-        """Write all headers first, then tensor after tensor, so that no second copy of the weights is ever in memory."""
+        """Write all headers first, then tensor after tensor, so that no second copy of the weights is ever in
+        memory.
+        """
         quants = _library().quants
         weights = dict(self._typed(record))
         for name, (tensor, kind) in weights.items():

@@ -1,7 +1,7 @@
 """The GPT and bigram model of Karpathy's lecture in `model.pt`, `config.json`, `tokenizer.json`, `training_state.json`.
 
-https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py: a Linear without bias for query, key and value of each head, ReLU,
-and a head with a bias that is not tied to the embedding.
+https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py: a Linear without bias for query, key and value of each
+head, ReLU, and a head with a bias that is not tied to the embedding.
 """
 
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""nanoGPT's `ckpt.pt`, which its sample.py runs and its train.py resumes, and beside it the `meta.pkl` of a character model.
+"""nanoGPT's `ckpt.pt`, which its sample.py runs and its train.py resumes, and beside it the `meta.pkl` of a character
+model.
 
 https://github.com/karpathy/nanoGPT: sample.py reads `model_args` and `model` from out_dir/ckpt.pt and the characters
 from data/{dataset}/meta.pkl; without that file it uses GPT-2's tokens.
@@ -87,7 +88,8 @@ def _their_config(record: Checkpoint) -> dict[str, Json]:
 
 
 def _their_optimizer(record: Checkpoint) -> dict[str, Any] | None:
-    """Return the state of AdamW in the two groups of nanoGPT, with and without weight decay; None if it is another optimizer's.
+    """Return the state of AdamW in the two groups of nanoGPT, with and without weight decay; None if it is another
+    optimizer's.
 
     The parameters of two dimensions come first, then the others, both in the order of the modules.
     """

@@ -27,7 +27,9 @@ def load_layout(name: str, module: str) -> Layout:
 
 
 def check_distinct(layouts: Sequence[Layout]) -> None:
-    """Raise ValueError if a layout would take the folders of a later one for its own: the first that detects one reads it."""
+    """Raise ValueError if a layout would take the folders of a later one for its own:
+    the first that detects one reads it.
+    """
     for earlier, later in itertools.combinations(layouts, 2):
         for names in earlier.marker_sets:
             if set(names) <= set(later.members):

@@ -61,7 +61,9 @@ EXPECTED: dict[str, tuple[Json, ...]] = {
 
 
 def _claims(path: Path) -> bool:
-    """Whether `path` is a folder with a config.json that names a model_type, as transformers' do, and no other weights."""
+    """Whether `path` is a folder with a config.json that names a model_type, as transformers' do,
+    and no other weights.
+    """
     if not is_regular(path / CONFIG) or is_regular(path / OTHER_WEIGHTS):
         return False
     try:
@@ -124,7 +126,9 @@ def _their_config(record: Checkpoint) -> dict[str, Json]:
 
 
 def _end_of_text(record: Checkpoint, files: dict[str, Json]) -> dict[str, Json]:
-    """Return the id of the token that ends a text, null if the tokenizer has none: transformers would take GPT-2's 50256."""
+    """Return the id of the token that ends a text, null if the tokenizer has none:
+    transformers would take GPT-2's 50256.
+    """
     end = (record.tokenizer or {}).get("end", END_OF_TEXT)
     added = files.get(TOKENIZER, {}).get("added_tokens", ())
     found = next((token["id"] for token in added if token["content"] == end), None)
@@ -132,7 +136,9 @@ def _end_of_text(record: Checkpoint, files: dict[str, Json]) -> dict[str, Json]:
 
 
 def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
-    """Return the weights under transformers' names and in its orientation, with zeros for biases that the model lacks."""
+    """Return the weights under transformers' names and in its orientation,
+    with zeros for biases that the model lacks.
+    """
     weights: dict[str, Tensor] = {}
     for name, tensor in record.model_state.items():
         if name == "lm_head.bias":
@@ -218,7 +224,9 @@ class Transformers:
 
 
 def _progress(path: Path) -> tuple[dict[str, Json], list[str]]:
-    """Return step and epoch by the file of transformers' Trainer, the other values of the folder, and what is not taken."""
+    """Return step and epoch by the file of transformers' Trainer, the other values of the folder,
+    and what is not taken.
+    """
     state = read_json(path / TRAINER) if is_regular(path / TRAINER) else {}
     configs = [(name, read_json(path / name)) for name in (CONFIG, GENERATION) if is_regular(path / name)]
     step, history = step_of(state, where=str(path / TRAINER)), state.get("log_history")
@@ -236,7 +244,9 @@ def _progress(path: Path) -> tuple[dict[str, Json], list[str]]:
 
 
 def _adapter_beside(path: Path) -> str | None:
-    """Return the words for an adapter of peft in the folder, with which transformers would compute; None if there is none."""
+    """Return the words for an adapter of peft in the folder, with which transformers would compute;
+    None if there is none.
+    """
     if not is_regular(path / ADAPTER_CONFIG):
         return None
     return f"the adapter in it ({ADAPTER_CONFIG}), which changes what transformers computes"
@@ -280,7 +290,9 @@ def _check_head(path: Path, settings: dict[str, Json]) -> None:
 
 
 def _translate(path: Path, weights: dict[str, Tensor], settings: dict[str, Json]) -> dict[str, Tensor]:
-    """Return views of the parameters under our names and in our orientation, without what is not a parameter of ours."""
+    """Return views of the parameters under our names and in our orientation,
+    without what is not a parameter of ours.
+    """
     model_state: dict[str, Tensor] = {}
     for theirs, tensor in weights.items():
         name = theirs.removeprefix("transformer.")
