@@ -249,7 +249,33 @@ def test_the_golden_files_are_what_the_writer_writes_today(tmp_path):
     make.make(tmp_path)
     made = snapshot(tmp_path)
     assert len(made) > 20
-    assert {name: (FIXTURES / name).read_bytes() for name in made} == made
+    golden = {name: (FIXTURES / name).read_bytes() for name in made}
+    assert {name: as_written_then(name, data) for name, data in made.items()} == {
+        name: as_written_then(name, data) for name, data in golden.items()
+    }
+    changed = {name for name in made if made[name] != golden[name]}
+    assert {name.rpartition("/")[2] for name in changed} == {*WITH_ENDS, "milepost.json"}
+    assert all(name.startswith("huggingface/") for name in changed)
+
+
+# For transformers alone: since the golden files were written, null is written there for a token that a tokenizer lacks.
+WITH_ENDS = ("config.json", "generation_config.json")
+
+
+def as_written_then(name: str, data: bytes) -> bytes:
+    """The file without the null ids, and a manifest without the sums of the files that have them."""
+    folder, _, file = name.rpartition("/")
+    if not folder.startswith("huggingface") or file not in (*WITH_ENDS, "milepost.json"):
+        return data
+    values = json.loads(data)
+    if file in WITH_ENDS:
+        ends = {"bos_token_id", "eos_token_id"}
+        return json.dumps(
+            {key: value for key, value in values.items() if key not in ends or value is not None}
+        ).encode()
+    del values["sha256"]
+    values["files"] = {key: entry for key, entry in values["files"].items() if key not in WITH_ENDS}
+    return json.dumps(values).encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

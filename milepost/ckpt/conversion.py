@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from milepost.ckpt.exports import Export, Proof
 from milepost.ckpt.exports.common import not_the_same
-from milepost.ckpt.finding import BEST_FOLDER, folder_of, look
+from milepost.ckpt.finding import BEST_FOLDER, Found, folder_of
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_copy, free_stem, only_stem, own_stem, plain_stem, target_folder
@@ -209,7 +209,7 @@ def _stem(record: Checkpoint, place: Path, *, writer: Layout | Export, name: _Na
     if name.stem:
         return only_stem(place, name.stem, writer=writer)
     source = known_layout(name.source)
-    if writer.run_stem or name.prefix or own_stem(look(name.source, source)):
+    if writer.run_stem or name.prefix or own_stem(Found(name.source, metadata(record), layout=source.name)):
         prefix = name.prefix or _prefix(record)
         return free_stem(record, place, writer=writer, now=_moment(record), prefix=prefix)
     return free_copy(place, plain_stem(name.source, source), writer=writer)

@@ -226,8 +226,8 @@ def _held_instead(folder: Path, *, limit: int = 3) -> str:
     """Return the end of a sentence on a folder without checkpoints: what else is in it that may have been meant."""
     if is_regular(folder / ADAPTER_CONFIG):
         return f", but an adapter of peft ({ADAPTER_CONFIG}): {OPEN_ADAPTER}"
-    if halves := orphans(folder):
-        return f", but {'; '.join(str(found.problem) for found in halves[:limit])}"
+    if incomplete := orphans(folder):
+        return f", but {'; '.join(str(found.problem) for found in incomplete[:limit])}"
     below = [place for place in folders_below(folder) if place != folder and any(True for _ in scan(place))]
     if below:
         more = f" and {len(below) - limit} more" if len(below) > limit else ""

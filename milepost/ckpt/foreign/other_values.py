@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from milepost.ckpt.foreign import OPTIMIZERS
 from milepost.ckpt.foreign.embedded_tokenizer import TOKENIZERS, VOCABULARIES
 from milepost.ckpt.foreign.keys import WEIGHTS
 from milepost.ckpt.record import LARGEST, Checkpoint, Json
@@ -33,8 +32,8 @@ def other_values(
     asked for (`optimizer=False`).
     """
     left = [*_beside_the_record(content, record, optimizer=optimizer), *beside.items()]
-    kept, left_out = plain_values((key, value) for key, value in left if key not in OPTIMIZERS)
-    return kept, left_out + [key for key, _ in left if key in OPTIMIZERS]
+    kept, left_out = plain_values((key, value) for key, value in left if not _is_optimizer(key, value))
+    return kept, left_out + [key for key, value in left if _is_optimizer(key, value)]
 
 
 def plain_values(values: Iterable[tuple[Any, Any]]) -> tuple[dict[str, Json], list[str]]:
@@ -59,10 +58,16 @@ def _beside_the_record(content: Mapping[Any, Any], record: Checkpoint, *, optimi
     """Yield the keys that hold neither the weights, nor what the record took: its optimizer state and its tokenizer."""
     weights = {key for key in WEIGHTS if isinstance(content.get(key), Mapping)}
     for key, value in content.items() if weights else ():  # else it is a bare state dict
-        taken = key in OPTIMIZERS and (record.optimizer_state is not None or not optimizer or _is_empty(value))
+        taken = _is_optimizer(key, value) and (record.optimizer_state is not None or not optimizer or _is_empty(value))
         tokenizer = record.tokenizer is not None and key in (*TOKENIZERS, *VOCABULARIES)
         if key not in weights and not taken and not tokenizer:
             yield key, value
+
+
+def _is_optimizer(key: Any, value: Any) -> bool:
+    """Whether the key is one of the names that programs give to an optimizer's state, and the value may be one."""
+    named = isinstance(key, str) and (key.startswith("optim") or key in ("opt", "opt_state"))
+    return named and not isinstance(value, str | int | float)
 
 
 def _is_empty(optimizer: Any) -> bool:
