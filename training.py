@@ -5,9 +5,8 @@
     RESUME=auto ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 python3 training.py   # after a crash: resume exactly
     MODEL_TYPE=gpt2 torchrun --nproc_per_node=2 training.py               # the same with two processes
 
-`python3 training.py --help` lists every variable. This file is the loop, top to bottom. milepost/run/ builds a run,
-milepost/resume.py rebuilds it from a checkpoint, milepost/run_files.py writes its files, and milepost/reporting.py
-reports what it does.
+`python3 training.py --help` lists every variable. This file is the loop, top to bottom; docs/architecture.md shows what it
+calls: milepost/run/ builds a run, and milepost/resume.py rebuilds it from a checkpoint.
 """
 
 import sys
@@ -37,7 +36,8 @@ from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
 from milepost.run import TRY_INSTEAD, Run, agreed, fresh, is_due
-from milepost.run_files import finish_saving, open_run, repair, save_checkpoint, write_metrics, write_sample
+from milepost.run_checkpoints import finish_saving, repair, save_checkpoint
+from milepost.run_files import open_run, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.errors import TrainingError
@@ -91,7 +91,8 @@ def train(run: Run) -> int:
         with Interrupt() as stop:
             try:
                 log_start(run)
-                log_plan(run, seconds_per_step=seconds_per_step(run, warm_up(run)))
+                seconds = warm_up(run)
+                log_plan(run, seconds_per_step=seconds_per_step(run, seconds))
                 bar = Progress(run.log, start=run.state.step, total=run.end, plain=config.tqdm_disabled())
                 with contextlib.closing(bar) as run.bar, save_if_a_process_dies(run):
                     loop(run, stop)
@@ -125,14 +126,11 @@ def loop(run: Run, stop: Interrupt) -> None:
             stopping = run.world.any(stop.requested)
             clock.restart()
 
-        # Save at the interval, at the end and on a signal, and also each new best. The last step is saved a second time
-        # if a signal had made its first save come before its evaluation.
-        unsaved = state.step > run.saved.step or (
-            state.step == run.end and state.observed_step == state.step != run.saved.observed_step
-        )
-        save = unsaved and (stopping or saving or is_due(run, "checkpoint"))
-        if run.settings.enable_checkpoints and (save or (run.best_is_pending and state.best_step == state.step)):
-            save_checkpoint(run, regular=save)
+        # Save at the interval, at the end and on a signal, and also each new best.
+        regular = has_news(run) and (stopping or saving or is_due(run, "checkpoint"))
+        new_best = run.best_is_pending and state.best_step == state.step
+        if run.settings.enable_checkpoints and (regular or new_best):
+            save_checkpoint(run, regular=regular)
             clock.restart()
 
         if state.step >= run.end or stopping:
@@ -147,9 +145,19 @@ def loop(run: Run, stop: Interrupt) -> None:
             report(run, clock, metrics)
 
 
-# Further metrics of a training step, by name: 0-dim tensors, computed from the run while the gradients are in place,
-# before clipping.
-MEASURES: dict[str, Callable[[Run], Tensor]] = {}
+def has_news(run: Run) -> bool:
+    """Return whether the run has something that its last regular checkpoint lacks: steps, or the last step's evaluation.
+
+    A signal can make the last step's first save come before its evaluation.
+    """
+    state, saved = run.state, run.saved
+    evaluated = state.observed_step == state.step and saved.observed_step != state.step
+    return state.step > saved.step or (state.step == run.end and evaluated)
+
+
+# Functions that return further metrics of a training step by name, 0-dim tensors, from the run while its gradients are
+# in place, before clipping.
+MEASURES: list[Callable[[Run], dict[str, Tensor]]] = []
 
 
 def training_step(run: Run, lr: float) -> dict[str, Tensor]:
@@ -169,7 +177,8 @@ def training_step(run: Run, lr: float) -> dict[str, Tensor]:
     # Measure and clip the gradients. Stop before the update if anything is not finite.
     run.scaler.unscale_(run.optimizer)
     metrics |= {"lr": torch.tensor(lr, dtype=torch.float64), "grad_norm": gradient_norm(run.optimizer)}
-    metrics |= {name: distributed.full(measure(run)).detach() for name, measure in MEASURES.items()}
+    for measure in MEASURES:
+        metrics |= {name: distributed.full(value).detach() for name, value in measure(run).items()}
     check_finite(run, metrics["loss"], metrics["grad_norm"])
     clip_gradients(run.optimizer, metrics["grad_norm"], limit=run.settings.grad_clip)
 
@@ -353,10 +362,7 @@ def time_pass(run: Run) -> float:
 
 
 def seconds_per_step(run: Run, seconds: float) -> float:
-    """Return the seconds of the fastest pass: `seconds`, or one of two more passes if they are short.
-
-    For display only.
-    """
+    """Return the seconds of the fastest pass, `seconds` or one of two more if passes are short; for display only."""
     began = time.monotonic()
     for _ in range(2):
         if run.world.any(seconds + time.monotonic() - began > PROBE_SECONDS):

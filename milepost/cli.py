@@ -17,7 +17,8 @@ from milepost.text import tokenization
 from milepost.text.errors import DataError
 
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
-    (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (ckpt.CheckpointError, 3), (DataError, 4),
+    (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (tokenization.IncompleteTokenizer, 2),
+    (ckpt.CheckpointError, 3), (DataError, 4),
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import Restored
+from milepost.places import SCRIPTS_FOLDER
 from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
 from milepost.run import Run, memory_needed, shapes
 from milepost.runtime import hardware
@@ -17,7 +18,7 @@ from milepost.runtime.progress import amount, command_line, duration, shown, tab
 from milepost.runtime.schedule import lr_at
 
 TRAINING = config.ROOT / "training.py"
-LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
+LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def sections(path: Path) -> Iterator[str]:
     settings = values.get("model_settings", {}) | values.get("hyperparameters", {})
     yield "=== CONFIG ===\n" + pairs({"model_type": values.get("model_type"), **settings})
     yield "=== TOKENIZER ===\n" + pairs(tokenizer_of(values))
-    yield "=== TRAINING STATE ===\n" + state_lines(values)
+    yield "=== TRAINING STATE ===\n" + state_lines(values, tensors)
     yield "=== TENSORS ===\n" + tensor_lines(path, tensors, apart="adapters" in values.get("parts", ()))
 
 
@@ -92,14 +92,19 @@ def tokenizer_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": tokenizer.kind, "vocab": f"{tokenizer.vocab_size} tokens", "sha256": tokenizer.digest}
 
 
-def state_lines(values: Mapping[str, Any]) -> str:
+def state_lines(values: Mapping[str, Any], tensors: list[Held]) -> str:
     """Return the lines on the training state, and on whether it can be resumed."""
     names = ("epoch", "tokens_seen", "windows_seen", "validation_loss", "best_loss", "best_step", "schedule", "data", "run_id", "parent", "base",
-             "save_number", "saved_at", "runtime")  # fmt: skip
-    full = "optimizer" in values.get("parts", ())
-    resumable = (
-        "Optimizer state available - can resume training" if full else "No optimizer state - model-only checkpoint"
-    )
+             "save_number", "saved_at", "runtime", "imported")  # fmt: skip
+    if "optimizer" in values.get("parts", ()):
+        resumable = "Optimizer state available - can resume training"
+    elif unused := [tensor.size for tensor in tensors if tensor.part == "optimizer"]:
+        size = amount(sum(unused), "B")
+        resumable = (
+            f"Optimizer state of another program ({len(unused)} tensors, {size}) that cannot be used - model only"
+        )
+    else:
+        resumable = "No optimizer state - model-only checkpoint"
     planned = values.get("hyperparameters", {}).get("TRAINING_STEPS")
     last = f"Last recorded training step: {values.get('step')}" + (f" of {planned}" if planned else "")
     return f"{last}\n{pairs({name: values.get(name) for name in names})}\n{resumable}"

@@ -12,12 +12,13 @@ from milepost import config
 READS = ("CHECKPOINT_DIR", "CHECKPOINT_PATH")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
+import json
 from pathlib import Path
 from typing import Any
 
 from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
-from milepost.ckpt.finding import loss_of
+from milepost.ckpt.finding import find_below, loss_of, scan
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.runtime.progress import Log, amount, shown, table, write_stdout
@@ -34,11 +35,15 @@ def main(settings: Config, log: Log) -> int:
         raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
     if not found:
         raise CheckpointError(ckpt.listing(folder))
-    newest, best = ckpt.latest(found), ckpt.best(found)
-    write_stdout(table([HEADER, *(row(checkpoint, marks(checkpoint, newest, best)) for checkpoint in found)]))
-    for checkpoint in found:
+    named = {"latest": ckpt.latest(found), "best": ckpt.best(found), "lowest loss": ckpt.lowest_loss(found)}
+    if named["lowest loss"] is named["best"]:
+        del named["lowest loss"]
+    write_stdout(table([HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)]))
+    for checkpoint in [*found, *ckpt.orphans(folder)]:
         if checkpoint.problem:
-            write_stdout(f"damaged: {checkpoint.problem}")
+            write_stdout(f"{checkpoint.kind}: {checkpoint.problem}")
+    if below := folders_with_more(folder):
+        write_stdout(f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}")
     if runs := lineage(found):
         write_stdout("\n" + table([("run", "checkpoints", "began with", "changed"), *runs]))
     if needed := bases(found):
@@ -60,7 +65,8 @@ def chosen_folder(settings: Config) -> Path:
 def row(checkpoint: Found, names: str) -> tuple[str, ...]:
     """Return the table row of a checkpoint."""
     if checkpoint.problem:
-        return "?", "", amount(checkpoint.size, "B"), checkpoint.layout, "", "", "damaged", "", shown(checkpoint.path)
+        size, kind = amount(checkpoint.size, "B"), str(checkpoint.kind)
+        return "?", "", size, checkpoint.layout, "", "", kind, "", shown(checkpoint.path)
     loss = loss_of(checkpoint)
     return (
         str(checkpoint.step),
@@ -75,9 +81,15 @@ def row(checkpoint: Found, names: str) -> tuple[str, ...]:
     )
 
 
-def marks(checkpoint: Found, latest: Found | None, best: Found | None) -> str:
-    """Return the words by which CHECKPOINT_PATH can name the checkpoint."""
-    return ", ".join(word for word, other in (("latest", latest), ("best", best)) if checkpoint is other)
+def marks(checkpoint: Found, named: dict[str, Found | None]) -> str:
+    """Return the words for the checkpoint: `latest`, `best` (of the latest run), `lowest loss` of all runs if it is another."""
+    return ", ".join(word for word, other in named.items() if checkpoint is other)
+
+
+def folders_with_more(folder: Path) -> list[Path]:
+    """Return the folders below `folder` with checkpoints that are not its own."""
+    own = {found.path for found in [*scan(folder), *ckpt.orphans(folder)]}
+    return list(dict.fromkeys(found.path.parent for found in find_below(folder) if found.path not in own))
 
 
 def lineage(found: list[Found]) -> list[tuple[str, ...]]:
@@ -118,9 +130,14 @@ def beginning(parent: dict[str, Any] | None) -> tuple[str, str]:
         return "fresh weights", ""
     changed = parent.get("changed")
     pairs = changed.items() if isinstance(changed, dict) else ()
-    changes = [f"{name} {' -> '.join(map(str, values))}" for name, values in pairs if isinstance(values, list)]
+    changes = [f"{name} {' -> '.join(map(as_set, values))}" for name, values in pairs if isinstance(values, list)]
     origin = parent.get("run_id") or "other weights"
     return f"{origin} at step {parent.get('step')} ({parent.get('file')})", ", ".join(changes)
+
+
+def as_set(value: Any) -> str:
+    """Return the value as a variable would be set to it."""
+    return value if isinstance(value, str) else "(not set)" if value is None else json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -417,7 +417,7 @@ def test_an_empty_variable_leaves_the_value_of_the_file(tmp_path: Path) -> None:
 
 
 def test_the_repositorys_env_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
+    monkeypatch.setattr("milepost.config.resolve.base_folder", lambda: tmp_path)
     assert config.read({}).seed == 1337
     (tmp_path / ".env").write_text("SEED=4\nCHECKPOINT_DIR=c\n")
     c = config.read({}, cwd=tmp_path / "elsewhere")
@@ -431,7 +431,7 @@ def test_the_repositorys_env_is_the_default(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_folder_called_env_is_not_an_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
+    monkeypatch.setattr("milepost.config.resolve.base_folder", lambda: tmp_path)
     (tmp_path / ".env").mkdir()
     assert config.read({}).seed == 1337
 
@@ -579,7 +579,7 @@ def test_a_repository_that_moves_takes_its_data_along(tmp_path: Path, monkeypatc
     saved = config.to_dict(read(tmp_path, TRAINING_DATA_SOURCE=f"{config.ROOT}/data/a.md,b.txt,https://c.org/d.txt"))
     assert saved["TRAINING_DATA_SOURCE"] == f"data/a.md,{tmp_path / 'b.txt'},https://c.org/d.txt"
     current = read()
-    monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
+    monkeypatch.setattr("milepost.config.resolve.SHIPPED", tmp_path)
     assert config.from_saved(current, saved).training_data_source.split(",")[0] == str(tmp_path / "data" / "a.md")
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from drive import ROOT, train
+from foreign_programs import CHARS, golden_nano, meta, nanogpt
 from records import WEIGHT, gpt2_record, record
 from script import call, copied, family, script, train_family
 from work import calls, opened
@@ -324,3 +325,30 @@ def test_signs_of_zero_and_nan_are_bytes(tmp_path):
     one.model_state = {WEIGHT: torch.full((8, 8), math.nan)}
     path = save(tmp_path, one)
     assert call(inspector, tmp_path, CHECKPOINT_PATH=path, COMPARE_WITH=path).out == ""
+
+
+def test_tied_weights_are_counted_once(tmp_path):
+    model = golden_nano()
+    path = tmp_path / "ckpt.pt"
+    torch.save(nanogpt(model) | {"best_val_loss": 1.75}, path)
+    (tmp_path / "meta.pkl").write_bytes(meta(CHARS))
+    out = call(inspector, tmp_path, CHECKPOINT_PATH=path).out
+    sizes = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in out.splitlines()[-4:]}
+    assert sizes["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+    assert sizes["rest"] > 0
+    assert sum(sizes.values()) == 2 * sizes["total"] == 2 * path.stat().st_size
+
+
+def test_an_optimizer_state_that_cannot_be_used_is_not_denied(tmp_path):
+    model = golden_nano()
+    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    momentum.step()
+    path = tmp_path / "ckpt.pt"
+    torch.save(nanogpt(model, momentum), path)
+    (tmp_path / "meta.pkl").write_bytes(meta(CHARS))
+    out = call(inspector, tmp_path, CHECKPOINT_PATH=path).out
+    assert "No optimizer state" not in out
+    assert "cannot be used" in out
+    torch.save(nanogpt(model) | {"optimizer": None}, path)
+    assert "No optimizer state" in call(inspector, tmp_path, CHECKPOINT_PATH=path).out

@@ -55,7 +55,8 @@ def test_an_empty_folder_starts_fresh_and_logs_it(tmp_path):
 def test_settings_that_are_not_set_come_from_the_checkpoint(stopped, straight, capsys):
     """Only the folder is set; model, sizes, intervals and text come from the checkpoint."""
     bare = dict.fromkeys(
-        ["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "BATCH_SIZE", "DROPOUT", "TRAINING_STEPS", "WARMUP_STEPS", "EVAL_INTERVAL", "EVAL_STEPS",
+        ["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "BATCH_SIZE", "DROPOUT", "TRAINING_STEPS",
+        "WARMUP_STEPS", "EVAL_INTERVAL", "EVAL_STEPS",
          "SAMPLE_INTERVAL", "LOG_INTERVAL", "ENABLE_CHECKPOINTS", "CHECKPOINT_INTERVAL"]
     )  # fmt: skip
     code, _ = train(stopped, RESUME="auto", **bare)
@@ -137,7 +138,14 @@ def test_the_printed_commands_can_be_pasted(tmp_path, monkeypatch):
     code, said = train(folder)
     assert code == 0
     line = next(line for line in said.splitlines() if line.startswith("next: ")).removeprefix("next: ")
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1"}, capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 200
 
@@ -556,7 +564,9 @@ def of_a_run(checkpoints: Path, run_id: str, *, besides: Path) -> Path:
 def killed_at(step: int, folder: Path, **changes: str) -> None:
     """Train in a separate process that SIGKILL ends right after a step."""
     env = {"PATH": os.environ["PATH"]} | environment(folder, **changes)
-    done = subprocess.run([sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

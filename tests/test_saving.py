@@ -131,7 +131,7 @@ def test_a_clock_set_back_changes_neither_the_latest_nor_any_file(tmp_path, monk
 
 
 def test_the_last_name_in_order_names_a_checkpoint(tmp_path):
-    """As document 001 has it: CHECKPOINT=$(ls checkpoints/ | sort | tail -1)."""
+    """As people find it in a shell: CHECKPOINT=$(ls checkpoints/ | sort | tail -1)."""
     ckpt.keep_best(record(1), tmp_path, saved=save(tmp_path, 1))
     save(tmp_path, 2)
     (tmp_path / ".tmp-zzz").write_bytes(b"half")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from milepost.ckpt.bases import bases_among
-from milepost.ckpt.finding import BEST_FOLDER, Found, linked, look, scan
+from milepost.ckpt.finding import Found, in_best, linked, look, scan
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.names import own_checkpoints
 from milepost.ckpt.record import CheckpointError
@@ -41,15 +41,16 @@ def expired(
     keep_every: int,
     latest_valid: Path | None,
     spare: Path | None = None,
+    folder: Path | None = None,
 ) -> Expired:
-    """Return the run's checkpoints that the policy expires, out of all that its folder holds. Touches no file.
+    """Return the run's checkpoints that the policy expires, out of all that its `folder` holds. Touches no file.
 
     The newest `keep_last` stay as they are (0: all do). Of the older ones, those at a multiple of `keep_every`
     optimizer steps (0: none) stay without their optimizer. The final checkpoint, `latest_valid`, `spare`, damaged ones,
     those in best/ and those of other runs stay.
     """
     own = [each for each in found if each.problem is None and each.run_id == run_id]
-    own = [checkpoint for checkpoint in own if checkpoint.path.parent.name != BEST_FOLDER]
+    own = [checkpoint for checkpoint in own if not in_best(checkpoint, folder)]
     own.sort(key=lambda checkpoint: checkpoint.save_order)
     # By save number: a conversion has the number of its original.
     numbers = {checkpoint.path: checkpoint.metadata.get("save_number") or 0 for checkpoint in own}
@@ -103,7 +104,13 @@ def select_expired(
     found = [each for each in own if not any(map(os.path.islink, known_layout(each.path).files(each.path)))]
     found = [each for each in found if each.path not in named]
     gone = expired(
-        found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, latest_valid=latest_valid, spare=spare
+        found,
+        run_id=run_id,
+        keep_last=keep_last,
+        keep_every=keep_every,
+        latest_valid=latest_valid,
+        spare=spare,
+        folder=folder,
     )
     # A base without its optimizer is still a base, unless stripping gives it another name.
     renamed = [found for found in gone.strip if known_layout(found.path).optimizer_file(found.path) is None]

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from milepost.config.variables import VARIABLES
+from milepost.runtime.trackers import TRACKERS
 
 NEAR_MISS = 0.9  # difflib ratio from which a name in the process environment counts as a misspelt variable
 
@@ -58,8 +59,9 @@ LONG_NAMES = [name for name in VARIABLES if "_" in name and len(name) >= 8]
 
 
 def is_foreign(name: str) -> bool:
-    """Return whether the variable belongs to another program: Hugging Face, CUDA, torchrun, the terminal, ..."""
-    known = name.upper() in FOREIGN_NAMES or name.upper().startswith(FOREIGN_PREFIXES)
+    """Return whether the variable belongs to another program: Hugging Face, CUDA, torchrun, the terminal, a tracker, ..."""
+    of_trackers = (name for entry in TRACKERS.values() for name in entry.variables)
+    known = name.upper() in (*FOREIGN_NAMES, *of_trackers) or name.upper().startswith(FOREIGN_PREFIXES)
     return known and name not in VARIABLES and "=" not in name
 
 

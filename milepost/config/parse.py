@@ -194,7 +194,7 @@ def expected(variable: Field[Any]) -> str:
     """Describe the values that a variable accepts."""
     rules = variable.metadata
     if rules["choices"]:
-        return "one of " + ", ".join(rules["choices"])
+        return "one of " + ", ".join([*rules["words"], *rules["choices"]])
     limits = [f"{word} {rules[limit]}" for limit, (word, _) in LIMITS.items() if rules[limit] is not None]
     value = " ".join([NOUNS[rules["form"] or kind_of(variable)], " and ".join(limits)]).strip()
     return f"{', '.join(rules['words'])} or {value}" if rules["words"] else value
@@ -208,7 +208,7 @@ def refusal(variable: Field[Any], value: object, source: str) -> str:
         shown = clip(repr(value))
     digits = str(value).strip()
     limit = " below 2**63" if kind_of(variable) is int and digits.isdecimal() and int(digits[:40]) > MAX_INT else ""
-    options = (*variable.metadata["choices"], *variable.metadata["words"])
+    options = (*variable.metadata["words"], *variable.metadata["choices"])
     hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(str(value).lower(), options, 1))
     return f"{variable.name.upper()}={shown} ({source}): expected {expected(variable)}{limit}{hint}"
 

@@ -19,7 +19,7 @@ from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log, Metrics, Progress
 from milepost.runtime.schedule import Schedule, default_floor
-from milepost.runtime.trackers import Mirror
+from milepost.runtime.tracking.mirror import Mirror
 from milepost.text import tokenization
 from milepost.text.batches import Batches
 from models.model import Model

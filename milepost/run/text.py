@@ -2,10 +2,11 @@
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from milepost import config
 from milepost.config import Config
+from milepost.places import DATA_FOLDER, cache_folder
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log
 from milepost.text import token_files, tokenization
@@ -14,8 +15,7 @@ from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError
 from milepost.text.scan import Scan, cached_scan
 
-DATA_FOLDER = Path(__file__).resolve().parent.parent.parent / "data"
-CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
+CACHE_FOLDER = cache_folder(config.user_caches()) / "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,5 +83,10 @@ def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenizati
 @functools.lru_cache(maxsize=2)  # the log in the key makes every command read a changed text again
 def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
     """Return a text source and its fingerprint. Cached for the command."""
-    corpus = open_corpus(source, data_dir=DATA_FOLDER)
+    corpus = open_source(source)
     return corpus, cached_scan(corpus, cache_dir=CACHE_FOLDER, log=log)
+
+
+def open_source(source: str) -> Corpus:
+    """Return the files that a source names; downloads are cached."""
+    return open_corpus(source, data_dir=DATA_FOLDER, cache_dir=CACHE_FOLDER.parent)
