@@ -116,7 +116,8 @@ def loop(run: Run, stop: Interrupt) -> None:
         stopping, saving = run.world.any_of(stop.requested, stop.save_requested)
         if saving:
             stop.note_save()
-            run.log(f"SIGUSR1: {'saving' if run.settings.enable_checkpoints else 'ENABLE_CHECKPOINTS is false'}")
+            off = "nothing is saved, because ENABLE_CHECKPOINTS is false"
+            run.log(f"SIGUSR1: {f'saving step {state.step}' if run.settings.enable_checkpoints else off}")
 
         # Evaluate on the validation text and draw a sample. A resumed run skips what its checkpoint had done at this
         # step.

@@ -69,7 +69,8 @@ class OwnedLock:
     def _name_owner(self) -> None:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         with contextlib.suppress(OSError):  # a full disk: the lock holds without it
-            self._owner.unlink(missing_ok=True)  # of a dead process, or a link, which is not followed
+            if os.path.lexists(self._owner):  # of a dead process, or a link, which is not followed
+                self._owner.unlink()
             with open(self._owner, "x", encoding="utf-8") as file:
                 file.write(json.dumps(owner))
 

@@ -366,6 +366,13 @@ def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> No
 # One voice, and clear refusals.
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_signal_to_save_that_one_process_gets_makes_all_save_and_continue(tmp_path, rank):
+    done = torchrun(tmp_path, 2, script=WORKER, WORKER_SAVE=f"{rank}:5")  # while the sixth step is taken
+    assert done.returncode == 0, done.stderr
+    assert sorted({each.step for each in ckpt.find(tmp_path / "checkpoints")}) == [4, 6, 8]
+
+
 def test_only_rank_0_logs_and_threads_are_shared(tmp_path):
     env = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
     torchrun_alone = [

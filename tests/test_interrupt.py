@@ -47,7 +47,11 @@ def child_with(together: float) -> list[str]:
     return [sys.executable, "-c", CHILD.replace('SAME_REQUEST")', f'{together}")')]
 
 
-@pytest.mark.parametrize(("first", "second"), [*zip(ALL, ALL, strict=True), *itertools.pairwise([*ALL, ALL[0]])])
+REPEATABLE = [number for number in ALL if number != signal.SIGXCPU]
+PAIRS = [*zip(REPEATABLE, REPEATABLE, strict=True), *itertools.pairwise(REPEATABLE), (signal.SIGXCPU, signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_the_first_signal_sets_a_flag_and_a_later_one_ends_the_process_at_once(first, second):
     with subprocess.Popen(child_with(0), cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -72,6 +76,28 @@ def test_signals_close_together_count_as_one(second):
         child.send_signal(signal.SIGWINCH)  # handled last: Python handles pending signals in the order of their numbers
         assert child.stdout.readline() == "alive\n"
         child.kill()
+
+
+# Reaches its limit of CPU time, saves for longer than the system waits between two signals, and ends.
+AT_THE_LIMIT = """
+import resource, time
+from milepost.runtime.interrupt import Interrupt
+resource.setrlimit(resource.RLIMIT_CPU, (1, 60))
+with Interrupt() as stop:
+    while not stop.requested:
+        pass
+    until = time.process_time() + 2.5
+    while time.process_time() < until:
+        pass
+print("saved")
+"""
+
+
+def test_the_repeated_signals_of_a_limit_of_cpu_time_leave_time_to_save():
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_LIMIT], cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANGING
+    )
+    assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr
 
 
 def test_signals_count_as_one_for_about_a_second():

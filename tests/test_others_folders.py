@@ -55,11 +55,12 @@ def put(place: Path, make: Callable[[Path], object]) -> None:
     make(place)
 
 
-FILES = ["checkpoints/.lock", "checkpoints/.run-{run}.lock", "checkpoints/.run-{run}.owner", "runs/{run}/.lock",
-"runs/{run}/.run-{run}.lock",
-         "runs/{run}/.run-{run}.owner", "runs/{run}/metrics.jsonl", "runs/{run}/training.log", "runs/{run}/config.env",
-         "runs/{run}/run.json",
-         "runs/{run}/samples/step000006.txt"]  # fmt: skip
+FILES = [
+    "checkpoints/.lock", "checkpoints/.owner", "checkpoints/.run-{run}.lock", "checkpoints/.run-{run}.owner",
+    "runs/{run}/.lock", "runs/{run}/.owner", "runs/{run}/.run-{run}.lock", "runs/{run}/.run-{run}.owner",
+    "runs/{run}/metrics.jsonl", "runs/{run}/training.log", "runs/{run}/config.env", "runs/{run}/run.json",
+    "runs/{run}/samples/step000006.txt",
+]  # fmt: skip
 FOLDERS = ["checkpoints/best", "checkpoints/{run}", "checkpoints/{run}/best", "runs/{run}", "runs/{run}/samples"]
 
 

@@ -16,7 +16,7 @@ from drive import ROOT, command, environment, logged, newest, small_text, train
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import training
-from milepost import ckpt, config, run
+from milepost import ckpt, config, run, run_files
 from milepost.ckpt import finding
 from milepost.ckpt.layouts import unified
 from milepost.ckpt.layouts.archive_layout import ArchiveLayout
@@ -250,6 +250,7 @@ def test_a_failed_save_does_not_stop_training(tmp_path, monkeypatch):
         return write(record, folder, stem)
 
     monkeypatch.setattr(ArchiveLayout, "write", full)
+    monkeypatch.setattr(run_files, "PAUSES", ())  # nobody makes room
     code, said = train(tmp_path)
     assert code == 5
     assert "the disk is full" in said
@@ -459,6 +460,7 @@ def test_another_run_in_the_folder_is_never_pruned(tmp_path):
 
 def test_a_disk_too_small_for_the_policy_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run_files, "PAUSES", ())  # nobody makes room
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000))
     code, said = train(tmp_path, CHECKPOINT_KEEP_LAST="3", CHECKPOINT_INTERVAL="1")
     assert code == 2
@@ -469,6 +471,24 @@ def test_a_disk_too_small_for_the_policy_is_an_error_before_the_first_step(tmp_p
     assert code == 5  # every save failed, and training continued
     assert said.count("could not be saved (the disk is full: about ") == 4
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
+
+
+def test_models_that_keep_every_leaves_need_space_too(tmp_path, monkeypatch):
+    """8 saves, of which the multiples of 2 stay without their optimizer, a third of the bytes."""
+    policy = {"CHECKPOINT_INTERVAL": "1", "CHECKPOINT_KEEP_LAST": "1", "CHECKPOINT_KEEP_BEST": "0"}
+    usage = shutil.disk_usage(tmp_path)
+    needs = []
+    monkeypatch.setattr(run_files.ckpt, "free_space_problem", lambda folder, *, need: needs.append(need))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    for changes in (
+        {},
+        {"CHECKPOINT_KEEP_EVERY": "2"},
+        {"CHECKPOINT_KEEP_EVERY": "3"},
+        {"CHECKPOINT_KEEP_EVERY": "100"},
+    ):
+        assert train(tmp_path, **policy, **changes)[0] == 0
+    full = needs[0] // 2  # the last and the one that is written before it is pruned
+    assert [need - needs[0] for need in needs] == [0, 4 * full // 3, 2 * full // 3, 0]
 
 
 @pytest.mark.parametrize("background", ["true", "false"])

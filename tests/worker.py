@@ -79,5 +79,16 @@ if fault := os.environ.get("WORKER_FAULT"):
     if place:
         World.broadcast_tensor = fatal_in_between
 
+if asked_to_save := os.environ.get("WORKER_SAVE"):
+    saving_rank, saving_step = asked_to_save.split(":")
+    plain_at = Batches.at
+
+    def signalled_at(self, step):
+        if rank == saving_rank and step == int(saving_step):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain_at(self, step)
+
+    Batches.at = signalled_at
+
 sys.argv = [str(SCRIPT)]
 runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -171,7 +171,7 @@ def config_keys(path: str) -> dict[str, str]:
             lines = file.read(CONFIG_BYTES).decode("utf-8", "replace").splitlines()
     except OSError:
         return {}
-    found = (match.groups() for line in lines if (match := CONFIG_LINE.fullmatch(line)))
+    found = (match.groups() for line in lines if len(line) < 1000 and (match := CONFIG_LINE.fullmatch(line)))
     pairs = {key: value.strip("\"' ") for key, value in found}
     return {key: value for key, value in pairs.items() if value and value[0] not in "{[|>&*" and value != "null"}
 

@@ -65,26 +65,29 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    if _is_first():
+    if _is_first(number):
         raise KeyboardInterrupt
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     # The handler only sets a flag: saving inside it would see half-done work.
-    _is_first()
+    _is_first(number)
 
 
 def _note_save(number: int, frame: FrameType | None) -> None:
     _State.save_requested = True
 
 
-def _is_first() -> bool:
-    """Set the flag; return whether it was unset. End the process at a second request."""
+def _is_first(number: int) -> bool:
+    """Set the flag; return whether it was unset. End the process at a second request.
+
+    The system repeats SIGXCPU every second, so that it is never a second request.
+    """
     _State.received, now = True, time.monotonic()
     if _State.requested_at is None:
         _State.requested_at = now
         return True
-    if now - _State.requested_at >= SAME_REQUEST:
+    if now - _State.requested_at >= SAME_REQUEST and number != getattr(signal, "SIGXCPU", None):
         os.write(2, b"\nstopped at once; earlier saves are complete\n")
         os._exit(INTERRUPTED)
     return False
