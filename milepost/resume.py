@@ -9,7 +9,7 @@ from typing import Any
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
-from milepost.ckpt.restore import Restored, build_model, build_tokenizer, restore_optimizer
+from milepost.ckpt.restore import Restored, build_model, restore_optimizer
 from milepost.config import Config, ConfigError
 from milepost.run import (
     Run,
@@ -20,13 +20,15 @@ from milepost.run import (
     lineage,
     planned,
     read_text,
-    scan_source,
+    scan_text,
     with_its_base,
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.optim import Schedule
 from milepost.runtime.progress import Log
+from milepost.text.addresses import masked
+from milepost.text.known import known_text
 
 # The variables that make up the schedule. Changing one makes a new schedule.
 PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", "LR_SCHEDULE"}
@@ -155,11 +157,11 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
                 "wrote it; resume it with MODE=resume of scripts/load_checkpoint.py"
             ]
         )
-    _, scanned = scan_source(wanted.training_data_source, log)
+    corpus, scanned = scan_text(wanted, log, known_text(record.data, record.tokenizer))
     if scanned.sha256 != record.data.get("sha256"):
         was = record.data.get("source")
         differences.append(
-            f"the text of {wanted.training_data_source} is not the text that the checkpoint was trained on ({was})"
+            f"the text of {corpus.source} is not the text that the checkpoint was trained on ({masked(str(was))})"
         )
     if wanted.validation_fraction != record.data.get("validation_fraction"):
         was = record.data.get("validation_fraction")
@@ -223,8 +225,11 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     record = with_its_base(record, settings, log)
     device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     hardware.make_deterministic(settings.deterministic, device)
-    text, tokenizer = read_text(settings, log, world, tokenizer=build_tokenizer(record))
-    same_text = all(record.data.get(name) == text.fingerprint()[name] for name in ("sha256", "validation_fraction"))
+    text, tokenizer = read_text(settings, log, world, record=record)
+    same_text = all(
+        record.data.get(name) == text.fingerprint().get(name)
+        for name in ("sha256", "validation_fraction", "unknown_characters")
+    )
     child = schedule is not None or bool(changed) or not same_text
     if schedule is None:
         schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)

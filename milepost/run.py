@@ -29,9 +29,12 @@ from milepost.runtime.progress import Log, Metrics, Progress
 from milepost.runtime.trackers import Mirror
 from milepost.text import token_files, tokenization
 from milepost.text.batches import Batches, largest_block_size
-from milepost.text.corpus import Corpus, open_corpus
+from milepost.text.chunks import LongWordError
+from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
-from milepost.text.scan import Scan, cached_scan
+from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, open_text
+from milepost.text.scan import Scan
+from milepost.text.unknown import encoder_of
 from models.model import Model
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
@@ -52,6 +55,7 @@ class Text:
     scan: Scan
     split: token_files.TokenSplit
     validation_fraction: float
+    unknown: str | None = None  # what was done with characters that the vocabulary lacks; None: it has all
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what a checkpoint records to recognize the text."""
@@ -61,6 +65,8 @@ class Text:
             "sha256": self.scan.sha256,
             "characters": self.scan.characters,
             "validation_fraction": self.validation_fraction,
+            **({} if self.corpus.reading.verbatim else NORMALIZED),
+            **({"unknown_characters": self.unknown} if self.unknown else {}),
         }
 
 
@@ -177,7 +183,7 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
     if weights:
         settings = with_model_of(weights, settings)
     check_batch_size(settings, world)
-    text, tokenizer = read_text(settings, log, world, tokenizer=build_tokenizer(weights) if weights else None)
+    text, tokenizer = read_text(settings, log, world, record=weights)
     torch.manual_seed(settings.seed)
     base = None
     if weights:
@@ -318,13 +324,19 @@ def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint
     if names_complete_tokenizer(settings):
         return with_kind(record, settings.tokenizer)
     if settings.is_set("TRAINING_DATA_SOURCE"):
-        return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+        return with_chars(record, alphabet_of(settings, log, size=record.model_settings["vocab_size"]))
     for note in record.notes:
         log(note)
     remedy = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2"
     raise CheckpointError(
         f"{record.path}: carries no usable tokenizer: {remedy}, or put its tokenizer.json or meta.pkl beside it"
     )
+
+
+def alphabet_of(settings: Config, log: Log, *, size: int) -> list[str]:
+    """Return the sorted characters of TRAINING_DATA_SOURCE: of the text as it is, if only then there are `size` of them."""
+    found = [scan_text(settings, log, known)[1].alphabet for known in (UNKNOWN_TEXT, Known(carriage_returns=True))]
+    return sorted(next((alphabet for alphabet in found if len(alphabet) == size), found[0]))
 
 
 def names_complete_tokenizer(settings: Config) -> bool:
@@ -401,52 +413,80 @@ def new_run_id(settings: Config, text_name: str) -> str:
 
 
 def read_text(
-    settings: Config, log: Log, world: World = SINGLE, *, tokenizer: tokenization.Tokenizer | None
+    settings: Config, log: Log, world: World = SINGLE, *, record: Checkpoint | None = None
 ) -> tuple[Text, tokenization.Tokenizer]:
-    """Return the training text and its tokenizer: `tokenizer`, or else that of the settings. Equal in every process."""
-    corpus, scanned = world.local_rank0_first(lambda: scan_source(settings.training_data_source, log))
+    """Return the training text and its tokenizer: the record's, or else that of the settings. Equal in every process."""
+    known = known_text(record.data, record.tokenizer) if record else UNKNOWN_TEXT
+    corpus, scanned = world.local_rank0_first(lambda: scan_text(settings, log, known))
     if len(set(world.all_gather(scanned.sha256))) > 1:
-        raise DataError(f"{settings.training_data_source}: differs between machines; copy the same text to all of them")
-    if tokenizer is None:
+        raise DataError(f"{corpus.source}: differs between machines; copy the same text to all of them")
+    if record:
+        tokenizer = build_tokenizer(record)
+    else:
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, scanned))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
+        if tokenizer.kind == "char" and settings.tokenizer == "auto":
+            log(
+                f"only these {tokenizer.vocab_size} characters are known to the model; TOKENIZER=byte or bpe takes any text"
+            )
     fraction, block_size = settings.validation_fraction, settings.block_size
+    mode: Any = settings.unknown_characters
     try:
-        tokenizer.encode(scanned.alphabet)  # first, so that the message lists every unknown character
+        encoder, remark = world.local_rank0_first(
+            lambda: encoder_of(tokenizer, corpus, scanned, mode=mode, cache_dir=CACHE_FOLDER)
+        )
         split = world.local_rank0_first(
             lambda: token_files.prepare(
-                corpus, scanned, tokenizer, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
+                corpus, scanned, encoder, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
             )
         )
     except tokenization.UnknownCharacters as error:
-        raise DataError(f"{settings.training_data_source}: {error}") from error
+        remedy = "set UNKNOWN_CHARACTERS=skip or replace, or train a new model with TOKENIZER=byte or bpe"
+        raise DataError(f"{corpus.source}: {error}: {remedy}") from error
+    if remark:
+        log(remark)
     largest = largest_block_size(len(split.train), len(split.validation) if fraction else 0)
     if block_size > largest:
         held = f"{len(split.train)} tokens to train on, {len(split.validation)} to validate on"
         fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
         remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0)"
         raise DataError(f"BLOCK_SIZE={block_size} is too long for this text ({held}): {remedy}")
-    return Text(corpus=corpus, scan=scanned, split=split, validation_fraction=fraction), tokenizer
+    text = Text(
+        corpus=corpus, scan=scanned, split=split, validation_fraction=fraction, unknown=mode if remark else None
+    )
+    return text, tokenizer
 
 
 def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenization.Tokenizer:
     """Return the tokenizer that the settings ask for; a BPE tokenizer is trained on the text."""
     kind = tokenization.choose(settings.tokenizer, alphabet=scanned.alphabet, pretrained=bool(settings.gpt2_model_name))
-    return tokenization.build(
-        kind,
-        corpus.pieces(),
-        alphabet=scanned.alphabet,
-        documents=scanned.documents,
-        vocab_size=settings.bpe_vocab_size,
+    alphabet, documents, vocab_size = scanned.alphabet, scanned.documents, settings.bpe_vocab_size
+    try:
+        return tokenization.build(kind, corpus.pieces(), alphabet=alphabet, documents=documents, vocab_size=vocab_size)
+    except LongWordError as error:
+        raise DataError(f"{corpus.source}: {error}") from error
+
+
+def scan_text(settings: Config, log: Log, known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
+    """Return TRAINING_DATA_SOURCE and its fingerprint, in the form in which it is the known text."""
+    return scan_source(settings.training_data_source, log, text_field=settings.text_field, known=known)
+
+
+@functools.lru_cache(maxsize=4)  # the log in the key makes every command read a changed text again
+def scan_source(source: str, log: Log, *, text_field: str = "text", known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
+    """Return a text source and its fingerprint, in the form in which it is the known text. Cached for the command."""
+    corpus, scanned = open_text(
+        source, data_dir=DATA_FOLDER, cache_dir=CACHE_FOLDER, text_field=text_field, known=known, log=log
     )
+    for line in (*corpus.skipped, *scanned.notes):
+        _log_once(line, log)
+    return corpus, scanned
 
 
-@functools.lru_cache(maxsize=2)  # the log in the key makes every command read a changed text again
-def scan_source(source: str, log: Log) -> tuple[Corpus, Scan]:
-    """Return a text source and its fingerprint. Cached for the command."""
-    corpus = open_corpus(source, data_dir=DATA_FOLDER)
-    return corpus, cached_scan(corpus, cache_dir=CACHE_FOLDER, log=log)
+@functools.lru_cache(maxsize=64)
+def _log_once(line: str, log: Log) -> None:
+    log(line)
 
 
 def assemble(settings: Config, log: Log, world: World, *, device: torch.device, model: Model, text: Text,

@@ -111,6 +111,7 @@ LIGHT = (
     "milepost.runtime.optimizers",
     "milepost.runtime.interrupt",
     "milepost.text.registry",
+    "milepost.text.addresses",
     "milepost.registry",
 )
 LIGHT_FILES = [

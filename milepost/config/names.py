@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from milepost.config.variables import VARIABLES
+from milepost.text.addresses import masked
 
 NEAR_MISS = 0.9  # difflib ratio from which a name in the process environment counts as a misspelt variable
 
@@ -81,7 +82,7 @@ def closest_variable(word: str) -> str | None:
 
 def refuse_arguments(script: str, arguments: Sequence[str]) -> str:
     """Return the sentence that refuses command-line arguments and names the variables to set instead."""
-    rest, settings, unknown = list(arguments), [], []
+    rest, settings, unknown = list(map(masked, arguments)), [], []
     while rest:
         argument = rest.pop(0)
         word, equals, value = argument.partition("=")

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from milepost.files import flush_to_disk, new_folder, write_json
-from milepost.text.chunks import rechunk, whole_documents
+from milepost.text.chunks import LongWordError, rechunk, whole_documents
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
 from milepost.text.readers import Piece
@@ -72,6 +72,8 @@ def prepare(
         return _open_or_build(cache_dir / _key(scan, tokenizer, validation_fraction), parts, tokenizer, dtype)
     except OSError as error:
         raise DataError(f"the token files in {cache_dir} cannot be written: {error}") from error
+    except LongWordError as error:
+        raise DataError(f"{corpus.source}: {error}") from error
 
 
 def split_at(characters: int, validation_fraction: float) -> int:
