@@ -25,7 +25,7 @@ from milepost.config import Config, ConfigError
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.optim import Schedule, build_optimizer
-from milepost.runtime.progress import Log, Metrics, Progress
+from milepost.runtime.progress import Log, Metrics, Progress, amount
 from milepost.runtime.trackers import Mirror
 from milepost.text import token_files, tokenization
 from milepost.text.batches import Batches, largest_block_size
@@ -36,6 +36,7 @@ from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, ope
 from milepost.text.scan import Scan
 from milepost.text.unknown import encoder_of
 from models.model import Model
+from models.sizes import size_of
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
@@ -201,6 +202,7 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
             came = "transferred" if weights.model_settings.get(kind) else "added"
             log(f"{models.ADAPTERS[kind]} parameters {came}: {count}")
     else:
+        check_size(settings, world, vocab_size=tokenizer.vocab_size, device=device)
         model = new_model(settings, vocab_size=tokenizer.vocab_size)
     run = assemble(
         settings, log, world, device=device, model=model, text=text, tokenizer=tokenizer, schedule=planned(settings)
@@ -384,6 +386,31 @@ def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(models.load(settings.model_type).settings_type)]
     values = {name: getattr(settings, name) for name in names if name.upper() in config.VARIABLES}
     return {"vocab_size": vocab_size} | values | adapters(settings)
+
+
+def check_size(settings: Config, world: World, *, vocab_size: int, device: torch.device) -> None:
+    """Raise ConfigError if a new model does not fit into the free main memory, before it is built.
+
+    On a CPU its gradients must fit too; each process of a machine builds it whole.
+    """
+    values = architecture(settings, vocab_size=vocab_size)
+    named = [f"{name}={values[name.lower()]}" for name in shape_variables(values) if type(values[name.lower()]) is int]
+    remedy = f"lower one of {', '.join(named)}" if named else "use a smaller vocabulary"
+    try:
+        size = size_of(settings.model_type, values)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    except RuntimeError as error:  # a shape with more elements than can be counted
+        raise ConfigError(
+            [f"no machine has the memory for this model ({str(error).splitlines()[0]:.200}): {remedy}"]
+        ) from error
+    need = (size.bytes + (4 * size.elements if device.type == "cpu" else 0)) * world.local_size
+    free = hardware.free_main_memory()
+    if world.any(free is not None and need > free):
+        size_here = f"a model of {amount(size.elements)} parameters in {amount(size.tensors)} tensors"
+        raise ConfigError(
+            [f"{size_here} takes {amount(need, 'B')} of memory, {amount(free or 0, 'B')} are free: {remedy}"]
+        )
 
 
 def new_model(settings: Config, *, vocab_size: int) -> Model:
