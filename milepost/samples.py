@@ -17,7 +17,7 @@ from milepost.resume import fixed_settings
 from milepost.run import with_its_base
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log
-from milepost.text.blocks import normalized
+from milepost.text.blocks import decoded, normalized
 from milepost.text.errors import UnknownCharacters
 from milepost.text.known import has_carriage_returns
 from milepost.text.tokenization import Tokenizer
@@ -66,10 +66,10 @@ def _read_prompt_file(name: str) -> str:
             with open(name, "rb") as file:
                 data = file.read(PROMPT_LIMIT + 1)
         if len(data) <= PROMPT_LIMIT:
-            return data.decode("utf-8")
+            return decoded(data)
         problem = f"has more than {PROMPT_LIMIT:,} bytes; set a shorter text"
     except UnicodeDecodeError as error:
-        problem = f"is not valid UTF-8 at byte {error.start}; save it as UTF-8"
+        problem = f"is not valid {error.encoding[:6].upper()} at byte {error.start}; save it as UTF-8"
     except OSError as error:
         problem = f"cannot be read ({error.strerror}); set a text file, or - for stdin"
     raise ConfigError([f"PROMPT_FILE={name}: {problem}"])

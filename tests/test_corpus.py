@@ -123,6 +123,20 @@ def test_line_ends_and_marks_are_normalized(
     assert documents(opened(write(tmp_path / name, AS[name](text)))) == [expected]
 
 
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", AS)
+def test_utf16_with_its_mark_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, encoding: str, block: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    text = "Dear Wren,\r\n\u4e00 \U0001f600 \u00fc\r\n"
+    path = write(tmp_path / name, ("\ufeff" + AS[name](text)).encode(encoding))
+    assert documents(opened(path)) == [text.replace("\r\n", "\n")]
+    path.write_bytes(path.read_bytes() + b"\x00")
+    assert f"not valid UTF-16: byte {path.stat().st_size - 1} is 0x00" in error_of(path)
+
+
 @pytest.mark.parametrize("ends", LINE_ENDS)
 @pytest.mark.parametrize("name", [name for name in AS if name.endswith(VERBATIM)])
 def test_verbatim_keeps_them_as_the_first_version_did(tmp_path: Path, name: str, ends: str) -> None:

@@ -155,13 +155,18 @@ def generated(folder: Path, **changes: str | Path) -> tuple[int, str, str]:
 
 
 def test_a_prompt_file_may_have_any_line_ends_and_a_mark(trained, tmp_path):
-    texts = {"lf": "Dear Wren,\nI", "crlf": "\ufeffDear Wren,\r\nI", "cr": "Dear Wren,\rI"}
+    texts = {
+        "lf": "Dear Wren,\nI",
+        "crlf": "\ufeffDear Wren,\r\nI",
+        "cr": "Dear Wren,\rI",
+        "wide": "\ufeffDear Wren,\r\nI",
+    }
     for name, text in texts.items():
-        (tmp_path / name).write_bytes(text.encode())
+        (tmp_path / name).write_bytes(text.encode("utf-16-le" if name == "wide" else "utf-8"))
     shown = {name: generated(trained, PROMPT_FILE=tmp_path / name) for name in texts}
     assert shown["lf"].code == 0
     assert shown["lf"].out.startswith(texts["lf"])
-    assert shown["crlf"].out == shown["cr"].out == shown["lf"].out
+    assert shown["crlf"].out == shown["cr"].out == shown["wide"].out == shown["lf"].out
 
 
 def test_a_prompt_keeps_carriage_returns_that_the_vocabulary_has(trained, tmp_path):

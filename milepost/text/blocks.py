@@ -6,7 +6,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,11 @@ UNPACKED_LIMIT = (
     1 << 30
 )  # bytes that any .gz file may hold; above, it must not be smaller than a MOST_PACKED-th of them
 MOST_PACKED = 250  # text is packed to a third or a tenth; gzip can reach a thousandth
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}  # which begins with a mark
+LONGEST_MARK = 2  # bytes
+DECODERS: dict[str, Callable[[bytes, str, bool], tuple[str, int]]] = {
+    "utf-8": codecs.utf_8_decode, "utf-16-le": codecs.utf_16_le_decode, "utf-16-be": codecs.utf_16_be_decode,
+}  # fmt: skip
 
 
 def normalized(text: str) -> str:
@@ -61,20 +65,31 @@ def check_length(characters: int, *, where: str, what: str) -> None:
         raise DataError(f"{where}: {what} has more than {RECORD_LIMIT:,} characters: {remedy}")
 
 
+def decoded(data: bytes) -> str:
+    """Return the text of UTF-8, or of UTF-16 if it begins with its mark. Raise UnicodeDecodeError for anything else."""
+    return data.decode(_encoding(data))
+
+
+def _encoding(data: bytes) -> str:
+    return next((name for mark, name in UTF16.items() if data.startswith(mark)), "utf-8")
+
+
 def _decoded(path: Path) -> Iterator[str]:
-    position, rest, final = 0, b"", False
+    position, rest, encoding = 0, b"", ""
     with _opened(path) as file:
-        while not final:
-            block = file.read(BLOCK)
-            final = not block
+        while True:
+            block = file.read(BLOCK if position else max(BLOCK, LONGEST_MARK))
             data = rest + block
-            text, used = _decode(data, path=path, position=position, final=final)
+            encoding = encoding or _encoding(data)
+            text, used = _decode(data, encoding, path=path, position=position, final=not block)
             if position == 0:
                 text = text.removeprefix("\ufeff")
             position, rest = position + used, data[used:]
             _check_unpacked(path, position)
             if text:
                 yield text
+            if not block:
+                return
 
 
 @contextlib.contextmanager
@@ -90,14 +105,13 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _decode(data: bytes, *, path: Path, position: int, final: bool) -> tuple[str, int]:
+def _decode(data: bytes, encoding: str, *, path: Path, position: int, final: bool) -> tuple[str, int]:
     """Return the text of `data` and how many bytes it used. Unless `final`, a character cut off at the end is left over."""
     try:
-        return codecs.utf_8_decode(data, "strict", final)
+        return DECODERS[encoding](data, "strict", final)
     except UnicodeDecodeError as error:
         where = f"byte {position + error.start} is 0x{data[error.start]:02x}, {error.reason}"
-        found = "it begins as UTF-16 does; " if position == 0 and data.startswith(UTF16_MARKS) else ""
-        raise DataError(f"{path} is not valid UTF-8: {where}; {found}save it as UTF-8") from None
+        raise DataError(f"{path} is not valid {encoding[:6].upper()}: {where}; save it as UTF-8") from None
 
 
 def _check_unpacked(path: Path, size: int) -> None:
