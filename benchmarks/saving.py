@@ -79,7 +79,7 @@ def inside_save(run: Run, folder: Path) -> None:
         torch.save({"model": record.model_state, "optimizer": record.optimizer_state}, folder / "plain.pt")
 
     def background() -> None:
-        run.step += 1
+        run.state.step += 1
         save_checkpoint(run, regular=True)
 
     taken: list[tuple[float, float, float]] = []

@@ -109,7 +109,8 @@ def curve() -> None:
         attention.SHORT, head.CHUNK = short, chunk
         run = prepared(settings("0.8M", DTYPE=dtype, TRAINING_STEPS=str(CURVE)))
         each = [
-            training.training_step(run, training.lr_at(run.step, run.schedule))["loss"].item() for _ in range(CURVE)
+            training.training_step(run, training.lr_at(run.state.step, run.schedule))["loss"].item()
+            for _ in range(CURVE)
         ]
         losses[arm] = statistics.mean(each[-50:])
     figures = {"ours": f"{losses['ours']:.4f}", "peer": f"{losses['plain']:.4f} plain"}

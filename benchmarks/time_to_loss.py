@@ -92,8 +92,8 @@ def one(arm: str, seed: int) -> None:
 
 def train(run: Run) -> None:
     """Run all steps without evaluations."""
-    while run.step < run.end:
-        training.training_step(run, training.lr_at(run.step, run.schedule))
+    while run.state.step < run.end:
+        training.training_step(run, training.lr_at(run.state.step, run.schedule))
 
 
 def validation_loss(run: Run) -> float:

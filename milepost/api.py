@@ -28,7 +28,7 @@ Name = str | os.PathLike[str]
 
 
 def train(**settings: Any) -> Run:
-    """Train a model and return its run: `run.model`, `run.tokenizer`, `run.step`, `run.validation_loss`, ...
+    """Train a model and return its run: `run.model`, `run.tokenizer`, `run.state.step`, `run.state.validation_loss`, ...
 
     `train(resume="auto", enable_checkpoints=True, ...)` resumes as RESUME does. Ctrl-C stops after the step, saves if checkpoints are
     enabled, and returns.
@@ -46,7 +46,8 @@ def load(checkpoint: Name, *, folder: Name = CHECKPOINTS, optimizer: bool = True
 
     `optimizer=False` leaves the optimizer's tensors unread; `verify=True` compares every byte with its checksum first.
     """
-    return ckpt.load(_resolved(checkpoint, folder), optimizer=optimizer, verify=verify)
+    name = os.fspath(checkpoint)
+    return ckpt.load_named(name, Path(folder), say=Log(), optimizer=optimizer, verify=verify)
 
 
 def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -> str:

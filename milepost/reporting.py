@@ -12,8 +12,8 @@ from milepost.ckpt.restore import Restored
 from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule
 from milepost.run import Run, memory_needed, shapes
 from milepost.runtime import hardware
-from milepost.runtime.optim import lr_at
 from milepost.runtime.progress import amount, command_line, duration, shown, table, write_stdout
+from milepost.runtime.schedule import lr_at
 
 TRAINING = config.ROOT / "training.py"
 LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
@@ -56,10 +56,10 @@ def log_checkpoint_policy(run: Run) -> None:
     )
     every = f"every {interval} steps and at the end" if interval else "at the end"
     kept = f", the last {last} kept" + (f" and models at multiples of {multiple}" if multiple else "") if last else ""
-    log(f"checkpoints: {every}{kept}, to {shown(Path(settings.checkpoint_dir))} ({settings.checkpoint_layout})")
+    log(f"checkpoints: {every}{kept}, to {shown(Path(settings.checkpoint_dir))} ({run.layout})")
     if settings.checkpoint_model_only:
         log("CHECKPOINT_MODEL_ONLY=true: without the optimizer, checkpoints generate but cannot resume bit-exactly")
-    if settings.checkpoint_layout == "huggingface" and settings.model_type not in models.with_trait("transformers"):
+    if run.layout == "huggingface" and settings.model_type not in models.with_trait("transformers"):
         log(f"transformers has no {settings.model_type} model: only milepost will open these folders")
 
 
@@ -74,8 +74,8 @@ def warn_of_memory(run: Run) -> None:
 
 def log_plan(run: Run, *, seconds_per_step: float) -> None:
     """Log how long the run is: in steps, tokens, epochs and time."""
-    steps, rows, block_size = run.end - run.step, run.batches.rows_per_step, run.settings.block_size
-    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
+    steps, rows, block_size = run.end - run.state.step, run.batches.rows_per_step, run.settings.block_size
+    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.state.step)
     amounts = f"{amount(steps * rows * block_size)} tokens, {epochs:.2g} epochs"
     run.log(
         f"plan: {steps} steps of {rows} x {block_size} tokens = {amounts}; about {duration(steps * seconds_per_step)}"
@@ -90,6 +90,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
     """Print a table to stdout: what was restored, reset, overridden or missing, the learning rates, and whether the
     resume is bit-exact.
     """
+    state = run.state
     child, schedule = run.run_id != record.run_id, run.schedule
     changed, exact = changed_settings(run, record), same_position(run, record)
     rates = (
@@ -98,7 +99,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
     )
     parameters = amount(models.parameter_count(run.model))
     moments = f"moments of {restored.restored} of {restored.total} parameters"
-    position = f"window {run.batches.windows_seen(run.step)}, epoch {run.batches.epoch(run.step):.2f}"
+    position = f"window {run.batches.windows_seen(state.step)}, epoch {run.batches.epoch(state.step):.2f}"
     reasons = inexact_reasons(run, record, restored)
     rows = [
         ("checkpoint", "", shown(record.path) if record.path else ""),
@@ -108,7 +109,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
         ("weights", "restored", f"{len(record.model_state)} tensors, {parameters} parameters"),
         *(("adapters", "restored", count) for count in models.adapter_counts(shapes(run.model)).values()),
         ("optimizer", "missing" if restored.missing else "restored", moments),
-        ("step", "restored", f"{record.step}; {run.end - run.step} more, to {run.end}"),
+        ("step", "restored", f"{record.step}; {run.end - state.step} more, to {run.end}"),
         ("learning rate", "restored" if same_schedule(run, record) else "overridden", rates),
         ("data position", "restored" if exact else "reset", position),
         *([("float16 scale", "restored" if record.scaler else "missing", "")] if run.scaler.is_enabled() else []),
@@ -124,7 +125,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
 
 
 def _group(run: Run, group: dict[str, Any]) -> str:
-    rate = f"next learning rate {lr_at(run.step, run.schedule):.4g}"
+    rate = f"next learning rate {lr_at(run.state.step, run.schedule):.4g}"
     return f"{rate}, weight decay {group['weight_decay']:g}, {len(group['params'])} tensors"
 
 
@@ -135,20 +136,21 @@ def _group(run: Run, group: dict[str, Any]) -> str:
 def log_finished_before(run: Run, record: Checkpoint) -> None:
     """Log that the checkpoint's run has no step left, and the command that trains more."""
     more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
-    run.log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. To train more: {more}")
+    run.log(f"run {record.run_id} is finished: {run.state.step} of {run.end} steps are done. To train more: {more}")
 
 
 def log_done(run: Run, *, sample: str) -> None:
     """Log the losses of a finished run, print a sample to stdout (rank 0 alone has one), and log the next command."""
+    state = run.state
     losses = (
-        f"validation loss {run.validation_loss:.4f}, best {run.best_loss:.4f} at step {run.best_step}"
-        if run.validation_loss is not None and run.best_loss is not None
+        f"validation loss {state.validation_loss:.4f}, best {state.best_loss:.4f} at step {state.best_step}"
+        if state.validation_loss is not None and state.best_loss is not None
         else "no validation text"
     )
-    run.log(f"done: {run.step} steps, {losses}")
+    run.log(f"done: {state.step} steps, {losses}")
     write_stdout(sample)
     if run.saved.failed:
-        run.log(f"step {run.step} is not saved, for the reason above; {how_to_resume(run)}")
+        run.log(f"step {state.step} is not saved, for the reason above; {how_to_resume(run)}")
     elif run.saved.path:
         run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.saved.path, **_base_variable(run)))
 

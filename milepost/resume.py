@@ -25,8 +25,8 @@ from milepost.run import (
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
-from milepost.runtime.optim import Schedule
 from milepost.runtime.progress import Log
+from milepost.runtime.schedule import SCHEDULES, Schedule
 from milepost.text.addresses import masked
 from milepost.text.known import known_text
 
@@ -61,12 +61,11 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
 
 def _named(settings: Config, log: Log) -> Checkpoint:
     """Return the checkpoint that RESUME names, or that of RESUME_STEP of the same run. Raise as `find_record` does."""
-    path, notes = ckpt.resolve(settings.resume, Path(settings.checkpoint_dir))
-    for note in notes:
-        log(note)
+    name, folder = settings.resume, Path(settings.checkpoint_dir)
     if settings.resume_step is None:
-        return check_fits(ckpt.load(path, verify=True), settings, log)
-    named = ckpt.load(path, optimizer=False)
+        return check_fits(ckpt.load_named(name, folder, say=log, verify=True), settings, log)
+    named = ckpt.load_named(name, folder, say=log, optimizer=False)
+    path = named.path or folder
     if named.step == settings.resume_step:
         return check_fits(ckpt.load(path, verify=True), settings, log)
     folder = folder_of(path, named.run_id)
@@ -233,13 +232,6 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     child = schedule is not None or bool(changed) or not same_text
     if schedule is None:
         schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)
-    if not settings.is_set("CHECKPOINT_LAYOUT"):
-        layout = record.layout if record.layout in ckpt.WRITERS else "unified"
-        settings = config.replaced(settings, "checkpoint", checkpoint_layout=layout)
-    settings = config.replaced(
-        settings, "plan", training_steps=settings.training_steps if end is None else end, lr_schedule=schedule.kind,
-        learning_rate=schedule.peak, min_learning_rate=schedule.floor, warmup_steps=schedule.warmup_steps,
-    )  # fmt: skip
     run = assemble(
         settings,
         log,
@@ -249,6 +241,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
         text=text,
         tokenizer=tokenizer,
         schedule=schedule,
+        end=settings.training_steps if end is None else end,
         record=record,
         window=record.windows_seen if same_text else 0,
     )
@@ -266,12 +259,16 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
 
 def saved_schedule(record: Checkpoint) -> Schedule:
     """Return the record's learning-rate schedule. Raise CheckpointError if it cannot be read."""
+    path = record.path or "the checkpoint"
     try:
-        return Schedule(**record.schedule)
+        schedule = Schedule(**record.schedule)
     except TypeError as error:
-        raise ckpt.CheckpointError(
-            f"{record.path}: its schedule cannot be read ({error}): the file is damaged"
-        ) from error
+        problem = f"its schedule cannot be read ({error})"
+        raise ckpt.CheckpointError(path, problem, "take an earlier checkpoint", kind="damaged") from error
+    if schedule.kind not in SCHEDULES:
+        problem = f"its learning-rate schedule {schedule.kind!r} is none of {', '.join(SCHEDULES)}"
+        raise ckpt.CheckpointError(path, problem, "register it in milepost/runtime/schedule.py", kind="not understood")
+    return schedule
 
 
 def changes(settings: Config, record: Checkpoint, *, new_schedule: bool) -> dict[str, Any]:
@@ -300,10 +297,10 @@ def other_plan(record: Checkpoint, schedule: Schedule) -> dict[str, Any]:
 def restore_progress(run: Run, record: Checkpoint) -> None:
     """Restore the progress of the same run: what it had evaluated and saved, and when."""
     with contextlib.suppress(ValueError):
-        run.resumed_save = datetime.datetime.fromisoformat(record.saved_at or "").timestamp()
-    run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
-    run.best_loss, run.best_step = record.best_loss, record.best_step
-    run.saved.observed_step = record.observed_step
+        run.saved.resumed_time = datetime.datetime.fromisoformat(record.saved_at or "").timestamp()
+    run.parent, run.saved.observed_step = record.parent, record.observed_step
+    for name in ("observed_step", "validation_loss", "best_loss", "best_step"):
+        setattr(run.state, name, getattr(record, name))
     # After a kill or a disk error, the best step may be saved but not in best/ yet: then it is pending.
     folder, loss = Path(run.settings.checkpoint_dir), record.best_loss
     in_best = loss is None or run.world.on_rank0(lambda: ckpt.best_is_kept(folder, run_id=record.run_id, loss=loss))
@@ -315,8 +312,9 @@ def finished(run: Run, record: Checkpoint) -> bool:
 
     If a signal came before the last evaluation, a resume of the same run does it.
     """
-    observed = run.observed_step == run.step or run.run_id != record.run_id
-    return run.step > run.end or (run.step == run.end and observed)
+    state = run.state
+    observed = state.observed_step == state.step or run.run_id != record.run_id
+    return state.step > run.end or (state.step == run.end and observed)
 
 
 def inexact_reasons(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
@@ -350,4 +348,4 @@ def same_schedule(run: Run, record: Checkpoint) -> bool:
 def same_position(run: Run, record: Checkpoint) -> bool:
     """Return whether the next batch is the one that followed the record's step."""
     same_text = run.text.scan.sha256 == record.data.get("sha256")
-    return run.batches.windows_seen(run.step) == record.windows_seen and same_text
+    return run.batches.windows_seen(run.state.step) == record.windows_seen and same_text

@@ -15,7 +15,7 @@ from milepost.ckpt.record import bytes_on_disk
 from milepost.config import ConfigError
 from milepost.locks import RunLock
 from milepost.paths import check_inside, is_real_file
-from milepost.run import TRY_INSTEAD, Run, is_due, to_record
+from milepost.run import TRY_INSTEAD, Run, State, is_due, to_record
 from milepost.runtime.errors import TrainingError
 from milepost.runtime.progress import Metrics, amount, read_metrics, shown, write_own
 from milepost.runtime.trackers import missing, open_mirror
@@ -53,12 +53,12 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         protect_base(run)
     with _blaming("RUNS_DIR", run.folder):
         run.log.open(run.folder / "training.log")
-        write_own(run.folder / "config.env", config.as_env(run.settings))
+        write_own(run.folder / "config.env", config.as_env(run.settings, run.resolved()))
         origin = {"run_id": run.run_id, "parent": run.parent}
         write_own(run.folder / "run.json", json.dumps(origin, indent=1) + "\n")
         run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / METRICS)))
         # Set aside metrics newer than the checkpoint: resuming rewrites them.
-        run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.resumed_save)
+        run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.saved.resumed_time)
     open_tracker(run, held)
 
 
@@ -86,7 +86,7 @@ def check_space(run: Run) -> None:
     """
     settings, folder = run.settings, Path(run.settings.checkpoint_dir)
     interval, last = settings.checkpoint_interval, settings.checkpoint_keep_last
-    saves = 1 + (run.end - run.step) // interval if interval else 1
+    saves = 1 + (run.end - run.state.step) // interval if interval else 1
     count = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # + 1: written before one is pruned
     trained = models.trained_count(run.model)
     weights = trained if settings.checkpoint_adapters_only else models.parameter_count(run.model)
@@ -117,16 +117,21 @@ def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
     kind, path = run.settings.tracker, run.metrics.path
     run.mirror = open_mirror(
         kind, folder=run.folder, run_id=run.run_id, lines=read_metrics(path) if kind != "none" and path.exists() else [],
-        settings=config.to_dict(run.settings), wandb=config.wandb_options(), log=run.log,
+        settings=run.hyperparameters(), wandb=config.wandb_options(), log=run.log,
     )  # fmt: skip
     # A step that was stopped before its evaluation is incomplete: the resume evaluates it first.
-    held.callback(lambda: run.mirror.close(complete=run.observed_step == run.step or not is_due(run, "eval")))
+    held.callback(
+        lambda: run.mirror.close(complete=run.state.observed_step == run.state.step or not is_due(run, "eval"))
+    )
 
 
 def _precedes_checkpoint(run: Run, line: dict[str, Any]) -> bool:
     """Return whether this line of metrics was written before the checkpoint that the run resumes from."""
+    state = run.state
     step = line.get("step", 0)
-    return step < run.step or (step == run.step and (line.get("split") == "train" or run.observed_step == run.step))
+    return step < state.step or (
+        step == state.step and (line.get("split") == "train" or state.observed_step == state.step)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,8 +145,8 @@ def write_metrics(run: Run, split: str, values: Mapping[str, float]) -> None:
     """
     if not run.world.is_rank0:
         return
-    identity = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3), "split": split}
-    common = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.tokens_seen, "tok_s": None}
+    identity = {"run_id": run.run_id, "step": run.state.step, "time": round(time.time(), 3), "split": split}
+    common = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.state.tokens_seen, "tok_s": None}
     line: dict[str, Any] = identity | common | dict(values) | identity  # no metric replaces what identifies a line
     with _report_once(run, METRICS):
         run.metrics.write(**line)
@@ -153,7 +158,7 @@ def write_sample(run: Run, text: str) -> None:
     if not run.world.is_rank0:
         return
     with _report_once(run, "samples/"):
-        path = run.folder / "samples" / f"step{run.step:06d}.txt"
+        path = run.folder / "samples" / f"step{run.state.step:06d}.txt"
         path.parent.mkdir(exist_ok=True)
         write_own(path, text)
 
@@ -163,8 +168,8 @@ def _report_once(run: Run, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if name not in run.reported:
-            run.reported.add(name)
+        if name not in run.state.reported:
+            run.state.reported.add(name)
             run.log(f"{name} could not be written ({error}); training continues")
 
 
@@ -180,7 +185,7 @@ def save_checkpoint(run: Run, *, regular: bool) -> None:
     """
     run.writer.wait()
     if regular:
-        run.saved.step, run.saved.observed_step = run.step, run.observed_step
+        run.saved.step, run.saved.observed_step = run.state.step, run.state.observed_step
         run.saved.failed = run.world.is_rank0  # until the write succeeds
     record = to_record(run)
     if run.world.is_rank0 or run.saves_parts:
@@ -222,7 +227,7 @@ def _keep_best(run: Run, record: Checkpoint, *, saved: Path | None) -> None:
     if not _is_pending(run, record):
         return
     with _log_disk_error(run, f"step {record.best_step}, the best so far, could not be saved", record=record):
-        if record.best_step != record.step or (not saved and ckpt.saved_best(folder, **_best_of(record))):
+        if record.best_step != record.step or (not saved and ckpt.saved_best(folder, **_best_of(run, record))):
             copy_best(run, record)
         else:
             ckpt.keep_best(record, folder, saved=saved, count=count, **_form(run))
@@ -234,7 +239,7 @@ def _prune(run: Run, record: Checkpoint, *, saved: Path) -> None:
     folder, settings = Path(run.settings.checkpoint_dir), run.settings
     policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
     with _log_disk_error(run, "expired checkpoints could not be deleted", record=record):
-        regular = ckpt.saved_best(folder, **_best_of(record)) if _is_pending(run, record) else None
+        regular = ckpt.saved_best(folder, **_best_of(run, record)) if _is_pending(run, record) else None
         spare = regular.path if regular else None
         ckpt.prune(folder, run_id=run.run_id, latest_valid=saved, spare=spare, **policy)
 
@@ -245,7 +250,7 @@ def copy_best(run: Run, record: Checkpoint | None = None) -> None:
     """
     if not (run.world.is_rank0 and run.best_is_pending):
         return
-    best, count = _best_of(record or run), run.settings.checkpoint_keep_best
+    best, count = _best_of(run, record or run.state), run.settings.checkpoint_keep_best
     with _log_disk_error(run, f"step {best['step']}, the best so far, could not be saved"):
         if ckpt.keep_saved_best(Path(run.settings.checkpoint_dir), count=count, **best):
             run.saved.best_step = best["step"]
@@ -254,18 +259,20 @@ def copy_best(run: Run, record: Checkpoint | None = None) -> None:
 def repair(run: Run) -> None:
     """Restore files that a finished run lacks: metrics that an earlier resume had set aside, the best step in best/."""
     metrics_aside = Metrics(run.folder / METRICS).set_aside.exists()
-    if metrics_aside or (run.best_is_pending and ckpt.saved_best(Path(run.settings.checkpoint_dir), **_best_of(run))):
+    if metrics_aside or (
+        run.best_is_pending and ckpt.saved_best(Path(run.settings.checkpoint_dir), **_best_of(run, run.state))
+    ):
         with contextlib.ExitStack() as held:
             open_run(run, held)
             copy_best(run)
 
 
 def _form(run: Run) -> dict[str, Any]:
-    return {"layout": run.settings.checkpoint_layout, "prefix": run.settings.checkpoint_prefix}
+    return {"layout": run.layout, "prefix": run.settings.checkpoint_prefix}
 
 
-def _best_of(source: Run | Checkpoint) -> dict[str, Any]:
-    return {"run_id": source.run_id, "step": source.best_step, "loss": source.best_loss}
+def _best_of(run: Run, source: State | Checkpoint) -> dict[str, Any]:
+    return {"run_id": run.run_id, "step": source.best_step, "loss": source.best_loss}
 
 
 def _is_pending(run: Run, record: Checkpoint) -> bool:

@@ -8,7 +8,7 @@ Two settings make it the models of other projects: the activation, and a separat
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Final, cast
 
 import torch
@@ -281,6 +281,10 @@ class GPT2(Model):
     def blocks(self) -> list[nn.Module]:
         """Return the transformer blocks."""
         return list(self.h)
+
+    def probe_settings(self) -> GPT2Settings:
+        ttt = self.settings.ttt and replace(self.settings.ttt, layers="0")
+        return replace(self.settings, n_layer=1, ttt=ttt)
 
     def muon_matrices(self) -> dict[str, int]:
         """Return the blocks' matrices; c_attn is three, query, key and value. Adapters beside them are matrices too."""

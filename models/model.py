@@ -76,6 +76,10 @@ class Model(nn.Module):
         """Return the modules whose parameters FSDP gathers together, one module at a time; with none it gathers the whole model."""
         return []
 
+    def probe_settings(self) -> Any:
+        """Return the settings of the smallest model that computes as this one does, at the same widths: one block."""
+        return self.settings
+
     def muon_matrices(self) -> dict[str, int]:
         """Return the names of the matrices whose updates Muon may orthogonalize, and of how many matrices, stacked by rows, each consists."""
         return {}

@@ -232,6 +232,8 @@ def continues(record: Checkpoint, parent: dict[str, Any]) -> bool:
 def trained(record: Checkpoint, start: Found | None, settings: Config, log: Log, *, folder: str) -> Checkpoint:
     """Train to the record's step again, from `start` or new weights, and return the record. Logs go to `folder`."""
     schedule = saved_schedule(record)
+    writes = {"ENABLE_CHECKPOINTS": False, "CHECKPOINT_MODEL_ONLY": False, "RUNS_DIR": folder}
+    settings = config.with_values(settings, writes, source="REPLAY")
     if start:
         first = ckpt.load(start.path, verify=True)
         # A parent run may have had other settings.
@@ -239,16 +241,8 @@ def trained(record: Checkpoint, start: Found | None, settings: Config, log: Log,
         run, _ = resumed(settings, first, log, schedule=schedule, end=record.step)
     else:
         run = fresh(config.from_saved(settings, saved_settings(record)), log)
-        run.schedule = schedule
-    run.settings = config.replaced(
-        run.settings,
-        "plan",
-        training_steps=record.step,
-        enable_checkpoints=False,
-        checkpoint_model_only=False,
-        runs_dir=folder,
-    )
-    run.observed_step = record.step  # skips evaluation and samples, which do not change the weights
+        run.schedule, run.end = schedule, record.step
+    run.state.observed_step = record.step  # skips evaluation and samples, which do not change the weights
     train_quietly(run, log)
     return to_record(run)
 
@@ -258,8 +252,8 @@ def train_quietly(run: Run, log: Log) -> None:
     run.log = log = Log(log.stream)  # closes the run's training.log with it
     with contextlib.closing(log), contextlib.ExitStack() as held, Interrupt() as stop:
         open_run(run, held)
-        bar = Progress(log, start=run.step, total=run.end, plain=config.tqdm_disabled())
-        with contextlib.closing(bar) as run.progress:
+        bar = Progress(log, start=run.state.step, total=run.end, plain=config.tqdm_disabled())
+        with contextlib.closing(bar) as run.bar:
             loop(run, stop)
         if stop.requested:
             raise KeyboardInterrupt

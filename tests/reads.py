@@ -16,6 +16,10 @@ FIELDS = {name.lower(): name for name in config.VARIABLES if name != "ENV_FILE"}
 ABOVE_CKPT = (
     "training",
     "milepost.run",
+    "milepost.run.build",
+    "milepost.run.state",
+    "milepost.run.text",
+    "milepost.run.weights",
     "milepost.run_files",
     "milepost.resume",
     "milepost.samples",
@@ -32,7 +36,9 @@ def file_of(module: str) -> Path | None:
     if module == "milepost.config":
         return ROOT / "milepost" / "config" / "resolve.py"
     script = ROOT / "scripts" / f"{module}.py"
-    path = ROOT / f"{module.replace('.', '/')}.py" if module in ABOVE_CKPT else script
+    place = ROOT / module.replace(".", "/")
+    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    path = path if module in ABOVE_CKPT else script
     return path if path.is_file() else None
 
 
@@ -70,6 +76,7 @@ def referred(function: Function) -> set[Function]:
             found |= {names[node.id]} if node.id in names else set()
         elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules:
             found.add((modules[ast.unparse(node.value)], node.attr))
+    found = {parsed(path)[1].get(name, (path, name)) for path, name in found}  # a room exports names of its files
     return {(path, name) for path, name in found if name in parsed(path)[0]}
 
 

@@ -14,8 +14,9 @@ from drive import at_step, environment, newest, small_text, tensor_bytes, train
 from script import call, script
 from test_corpus import Web, no_network
 
-from milepost import ckpt, config, run
+from milepost import ckpt, config
 from milepost.config.names import refuse_arguments
+from milepost.run import text as text_module
 from milepost.text import download
 from milepost.text.addresses import credentials, is_masked, masked, without_secrets
 from milepost.text.corpus import open_corpus
@@ -114,7 +115,7 @@ def test_no_message_about_a_download_holds_a_secret(tmp_path):
 def test_settings_do_not_show_a_secret(tmp_path):
     settings = config.read(environment(tmp_path, TRAINING_DATA_SOURCE=URL, EVAL_DATA=URL, BENCHMARK_DATA=URL))
     assert settings.training_data_source == URL
-    texts = ["\n".join(config.describe(settings)), config.as_env(settings), json.dumps(config.to_dict(settings))]
+    texts = ["\n".join(config.describe(settings)), config.as_env(settings, {}), json.dumps(config.to_dict(settings))]
     texts.append(refuse_arguments("training.py", ["--data", URL, f"--eval-data={URL}", URL]))
     for name in ("SEED", "MODEL_TYPE", "TRAINING_STEPS"):
         with pytest.raises(config.ConfigError) as caught:
@@ -131,8 +132,8 @@ def test_settings_do_not_show_a_secret(tmp_path):
 @pytest.fixture
 def web(tmp_path, monkeypatch) -> Path:
     """A folder whose downloads hold the text of URL, and no network."""
-    monkeypatch.setattr(run, "DATA_FOLDER", tmp_path / "data")
-    monkeypatch.setattr(run, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(text_module, "DATA_FOLDER", tmp_path / "data")
+    monkeypatch.setattr(text_module, "CACHE_FOLDER", tmp_path / "cache")
     monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda *_, **__: no_network(""))
     downloaded(tmp_path, URL)
     return tmp_path

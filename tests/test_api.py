@@ -55,7 +55,7 @@ def test_a_training_is_the_one_of_the_script(trained, tmp_path):
         ckpt.load(milepost.latest(tmp_path / "checkpoints")),
     )
     assert tensor_bytes(here) == tensor_bytes(there)
-    assert run.step == here.step == int(TINY["TRAINING_STEPS"])
+    assert run.state.step == here.step == int(TINY["TRAINING_STEPS"])
     other = milepost.load("latest", folder=folder / "checkpoints")
     other.model_state = {name: tensor + 1 for name, tensor in other.model_state.items()}
     assert tensor_bytes(other) != tensor_bytes(there)  # the control

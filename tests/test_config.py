@@ -35,11 +35,11 @@ MATH = names(
 )
 HABIT = names(
     "UNKNOWN_CHARACTERS EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL TRACKER ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL CHECKPOINT_MODEL_ONLY "
-    "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST"
+    "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST TEMPERATURE TOP_K TOP_P REPETITION_PENALTY"
 )
 SESSION = names(
     "ENV_FILE DEVICE DISTRIBUTED BASE_CHECKPOINT CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
-    "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
+    "MAX_NEW_TOKENS STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
     "EVAL_TYPE EVAL_DATA EVAL_STRIDE BENCHMARK_DATA "
     "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
 )
@@ -550,13 +550,22 @@ def test_short_names_and_names_without_underscore_are_left_alone() -> None:
 
 
 def test_saved_settings_fill_what_is_not_set() -> None:
-    old = read(MODEL_TYPE="gpt2", N_EMBD="64", BATCH_SIZE="3", SEED="5", EVAL_INTERVAL="9", PROMPT="x", TOP_K="4")
+    old = read(
+        MODEL_TYPE="gpt2",
+        N_EMBD="64",
+        BATCH_SIZE="3",
+        SEED="5",
+        EVAL_INTERVAL="9",
+        PROMPT="x",
+        TOP_K="4",
+        NUM_SAMPLES="7",
+    )
     saved = json.loads(json.dumps(config.to_dict(old)))
     new = config.from_saved(read(SEED="6", TOP_P="0.5"), saved)
     assert (new.model_type, new.n_embd, new.batch_size, new.eval_interval) == ("gpt2", 64, 3, 9)
-    assert (new.seed, new.top_p, new.prompt, new.top_k) == (6, 0.5, None, 200)
-    sources = [new.sources[name] for name in ("N_EMBD", "SEED", "TOP_K", "PROMPT")]
-    assert sources == ["checkpoint", "environment", "default", "default"]
+    assert (new.seed, new.top_p, new.prompt, new.top_k, new.num_samples) == (6, 0.5, None, 4, 1)
+    sources = [new.sources[name] for name in ("N_EMBD", "SEED", "TOP_K", "PROMPT", "NUM_SAMPLES")]
+    assert sources == ["checkpoint", "environment", "checkpoint", "default", "default"]
     assert not new.is_set("N_EMBD")
 
 
@@ -715,7 +724,7 @@ def valid(variables: Mapping[str, str]) -> Config:
 def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
     before = valid(variables)
     path = tmp_path_factory.getbasetemp() / "round.env"
-    path.write_text(config.as_env(before), encoding="utf-8")
+    path.write_text(config.as_env(before, {}), encoding="utf-8")
     after = config.read({"ENV_FILE": str(path)})
     for name in VARIABLES.keys() - {"ENV_FILE"}:
         assert getattr(after, name.lower()) == getattr(before, name.lower()), name
@@ -768,7 +777,7 @@ def test_any_checkpoint_is_taken_or_refused(saved: dict[str, Any]) -> None:
 
 
 def test_as_env_marks_what_is_not_set() -> None:
-    lines = config.as_env(read(PROMPT="a b", LEARNING_RATE="5e-5")).splitlines()
+    lines = config.as_env(read(PROMPT="a b", LEARNING_RATE="5e-5"), {}).splitlines()
     assert 'PROMPT="a b"' in lines
     assert "LEARNING_RATE=5e-5" in lines
     assert "# SAMPLE_SEED=" in lines

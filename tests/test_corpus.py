@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milepost import run
+from milepost.run import text as run_text
 from milepost.runtime.progress import Log
 from milepost.text import blocks, download, stamps
 from milepost.text import scan as scan_module
@@ -647,14 +647,14 @@ def test_a_download_is_hashed_once(tmp_path: Path) -> None:
 
 @counts_bytes
 def test_a_start_does_not_read_an_unchanged_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As run.py opens a text; a Log belongs to one start."""
+    """As a run opens a text; a Log belongs to one start."""
     path = write(tmp_path / "large.txt", b"Dear Wren,\n" * (SIZE // 11))
-    monkeypatch.setattr(run, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(run_text, "CACHE_FOLDER", tmp_path / "cache")
     monkeypatch.setattr(stamps, "RECENT", -LATER)  # the file was written just now
     counts = []
     for _ in range(2):
         before = bytes_read()
-        found = run.scan_source(str(path), Log())[1]
+        found = run_text.scan_source(str(path), Log())[1]
         counts.append(bytes_read() - before)
         assert found == scan(opened(path))
     assert counts[0] >= path.stat().st_size

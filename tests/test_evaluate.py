@@ -13,12 +13,13 @@ from records import record, save
 from script import call, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from milepost import ckpt, run
+from milepost import ckpt
 from milepost.ckpt.restore import build_model, build_tokenizer, merged, with_base
 from milepost.evaluate.answers import Answers, answer, encode, pooled
 from milepost.evaluate.choices import Item, read_benchmark
 from milepost.evaluate.passages import byte_lengths, measure, opening, per_block
 from milepost.evaluate.scoring import log_likelihoods
+from milepost.run import text as run_text
 from milepost.text import tokenization
 
 evaluator = script("evaluate_checkpoint")
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
     """A GPT-2 of 300 BPE tokens, saved at steps 30 and 60, a text of 8000 characters to measure it on, and its exports."""
     folder = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         code, said = train(
             folder, TOKENIZER="bpe", BPE_VOCAB_SIZE="300", TRAINING_STEPS="60", CHECKPOINT_INTERVAL="30", EVAL_INTERVAL="0",
             EVAL_STEPS="0", SAMPLE_INTERVAL="0", LEARNING_RATE="1e-2", DTYPE="float32", DROPOUT="0",
@@ -369,7 +370,7 @@ def test_different_tokenizers_are_compared_by_bytes(folder, tmp_path):
 def test_different_texts_are_not_compared(folder, tmp_path):
     small_text(tmp_path, characters=3000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", tmp_path / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", tmp_path / "cache")
         assert train(tmp_path, MODEL_TYPE="bigram", N_LAYER=None, N_HEAD=None, N_EMBD=None, DROPOUT=None)[0] == 0
     said, values = evaluate(folder, CHECKPOINT_PATH=f"{at_step(folder, 60)},{at_step(tmp_path, 8)}")
     assert said.code == 0, said.err
@@ -381,7 +382,7 @@ def test_different_texts_are_not_compared(folder, tmp_path):
 def test_adapter_checkpoints_are_measured_with_their_base(folder, tmp_path):
     base = at_step(folder, 60)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         code, said = train(
             tmp_path, INIT_FROM=str(base), LORA_RANK="2", LEARNING_RATE="0.05", CHECKPOINT_ADAPTERS_ONLY="true", DTYPE="float32",
             N_LAYER=None, N_HEAD=None, N_EMBD=None, BLOCK_SIZE=None,

@@ -98,7 +98,7 @@ def stopped_after(step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **ch
     learn = training.training_step
 
     def interrupted(run, lr):
-        if run.step == step - 1:
+        if run.state.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return learn(run, lr)
 
@@ -161,7 +161,7 @@ import training
 learn = training.training_step
 def killed(run, lr):
     loss = learn(run, lr)
-    if run.step == {step}:
+    if run.state.step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
     return loss
 training.training_step = killed

@@ -48,7 +48,7 @@ import {toy}
 import training
 learn = training.training_step
 def killed(run, lr):
-    if run.step == {step}:
+    if run.state.step == {step}:
         run.writer.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     return learn(run, lr)
@@ -233,7 +233,7 @@ def test_the_warm_up_passes_twice_and_changes_nothing(tmp_path, monkeypatch):
     assert run.forward.seen == 2
     assert all(tensor.equal(before[name]) for name, tensor in run.model.state_dict().items())
     assert all(parameter.grad is None for parameter in run.model.parameters())
-    assert run.step == 0
+    assert run.state.step == 0
     monkeypatch.setattr(training, "PROBE_SECONDS", float("inf"))
     assert training.seconds_per_step(run, seconds) <= seconds
     assert (run.forward.seen, run.model.passes.item()) == (4, 0)

@@ -16,7 +16,8 @@ from script import Said, script
 
 import models
 import training
-from milepost import ckpt, config, run
+from milepost import ckpt, config
+from milepost.run import text as run_text
 from milepost.runtime.progress import Log
 
 PAGES = sorted((ROOT / "docs" / "coming-from").glob("*.md"))
@@ -97,7 +98,7 @@ def prepared(tmp_path_factory) -> Path:
     small_text(folder)
     small_text(folder, characters=3000, name="new.txt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         older(folder, "gpt2", 1000)
         older(folder, "bigram", 500)
         trained(folder)

@@ -21,12 +21,13 @@ from drive import train as trained_in
 from work import HANGING
 
 import training
-from milepost import ckpt, config, run
+from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.generation.decoder import DECODERS, Decoder
 from milepost.generation.sampling import generate
 from milepost.generation.texts import first_id
+from milepost.run import text as run_text
 from milepost.runtime.hardware import available_devices
 from milepost.runtime.progress import Log
 from milepost.splitmix import mix
@@ -70,7 +71,7 @@ def text(folder: Path, **changes: str | None) -> str:
 def train_once(tmp_path_factory, name: str, **changes: str) -> Path:
     folder = tmp_path_factory.mktemp(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         assert trained_in(folder, **changes)[0] == 0
     return folder
 

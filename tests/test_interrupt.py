@@ -86,7 +86,7 @@ from milepost.runtime import interrupt
 interrupt.SAME_REQUEST = float(os.environ["SAME_REQUEST"])
 learn = training.training_step
 def interrupted(run, lr):
-    if run.step == 2:
+    if run.state.step == 2:
         os.kill(os.getpid(), signal.SIGINT)
         run.log("still here")
         os.kill(os.getpid(), signal.SIGINT)

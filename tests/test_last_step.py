@@ -32,7 +32,7 @@ def before_step(number: int, action: Callable[[], Any], patch: pytest.MonkeyPatc
     learn = training.training_step
 
     def acting(run, lr):
-        if run.step == number - 1:
+        if run.state.step == number - 1:
             action()
         return learn(run, lr)
 

@@ -109,6 +109,7 @@ LIGHT = (
     "models",
     "models.adapters",
     "milepost.runtime.optimizers",
+    "milepost.runtime.schedule",
     "milepost.runtime.interrupt",
     "milepost.text.registry",
     "milepost.text.addresses",

@@ -14,15 +14,8 @@ import models
 from milepost.runtime import muon
 from milepost.runtime import optim as optim_module
 from milepost.runtime.muon import Muon, MuonWithAdamW, orthogonalised
-from milepost.runtime.optim import (
-    KINDS,
-    Schedule,
-    build_optimizer,
-    clip_gradients,
-    gradient_norm,
-    lr_at,
-    replan,
-)
+from milepost.runtime.optim import build_optimizer, clip_gradients, gradient_norm
+from milepost.runtime.schedule import SCHEDULES, Schedule, lr_at, replan
 from models.model import Model
 
 
@@ -78,7 +71,7 @@ def test_cosine_is_nanogpts_get_lr(peak, share, warmup, more, data):
 
 PLANS = st.builds(
     Schedule,
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(sorted(SCHEDULES)),
     peak=st.floats(1e-8, 10),
     floor=st.just(0.0),
     warmup_steps=st.integers(0, 300),
@@ -117,7 +110,7 @@ def test_after_the_warm_up_the_rate_never_rises(plan, data):
     assert lr_at(at + 1, plan) <= lr_at(at, plan)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize(("warmup", "end"), [(0, 1), (1, 1), (5, 5), (9, 5)])
 def test_plans_of_one_step_and_plans_all_warm_up_have_rates(kind, warmup, end):
     plan = schedule(kind, warmup_steps=warmup, end_step=end)
@@ -128,7 +121,7 @@ def test_plans_of_one_step_and_plans_all_warm_up_have_rates(kind, warmup, end):
 # Planning anew
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_replan_is_the_same_kind_over_the_added_steps_with_the_floors_ratio(kind):
     saved = schedule(kind, peak=1e-3, floor=2.5e-4, warmup_steps=100, end_step=2000)
     plan = replan(saved, peak=4e-4, start_step=2000, steps=500, warmup_steps=0)

@@ -85,18 +85,41 @@ def test_a_finished_run_is_reported(straight, tmp_path):
     assert sorted((tmp_path / "run" / "checkpoints").rglob("*.pt")) == before
 
 
-def test_a_damaged_latest_checkpoint_is_skipped_logged_and_not_deleted(straight, tmp_path):
+def test_samples_of_a_resumed_run_are_drawn_as_before(straight, tmp_path):
+    """The settings of its samples come back from the checkpoint; they change no weight, so it stays the same run."""
+    how = {"TEMPERATURE": "2", "TOP_K": "5", "TOP_P": "0.9", "REPETITION_PENALTY": "1.5"}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for folder in (whole, halves):
+        folder.mkdir()
+    assert train(whole, **how)[0] == 0
+    assert train(halves, **how)[0] == 0
+    at_step(halves, 8).unlink()
+    shutil.rmtree(halves / "checkpoints" / "best")
+    samples = {folder: next((folder / "runs").glob("*/samples/step000008.txt")) for folder in (whole, halves, straight)}
+    samples[halves].unlink()
+    assert train(halves, RESUME="auto")[0] == 0
+    assert samples[halves].read_text() == samples[whole].read_text()
+    assert samples[whole].read_text() != samples[straight].read_text()  # control: the defaults draw another
+
+
+@pytest.mark.parametrize("name", ["auto", "latest", "best", "checkpoints", "checkpoints/*.pt"])
+def test_a_damaged_latest_checkpoint_is_skipped_logged_and_not_deleted(name, straight, tmp_path, monkeypatch):
+    """Whatever leaves a choice takes the checkpoint before; only a single name does not."""
     folder = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    name = f"run/{name}" if name.startswith("checkpoints") else name
     shutil.copytree(straight, folder)
     shutil.rmtree(folder / "checkpoints" / "best")
     bad = at_step(folder, 8)
     damage(bad)
-    code, said = train(folder, RESUME="auto")
-    assert code == 0
-    assert f"skipped: {bad}" in said
+    code, said = train(folder, RESUME=name)
+    assert code == 0, said
+    assert f"skipped: {bad}: " in said
     assert bad.exists()
     assert newest(folder).step == 8
     assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
+    code, said = train(folder, RESUME=str(bad))
+    assert (code, "skipped" in said) == (3, False)
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_an_error(stopped):
@@ -143,7 +166,7 @@ def test_resuming_from_an_earlier_step_keeps_the_better_checkpoint(straight, tmp
     learn = training.training_step
 
     def interrupted(run, lr):
-        if run.step == 5:
+        if run.state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return learn(run, lr)
 
@@ -319,6 +342,7 @@ def test_init_from_takes_only_weights_and_tokenizer(straight, tmp_path):
         INIT_FROM=str(straight / "checkpoints"),
         LEARNING_RATE="1e-9",
         TRAINING_STEPS="1",
+        OPTIMIZER="muon",  # the default is adamw for so few tokens per step
         WARMUP_STEPS="0",
         **dict.fromkeys(["N_LAYER", "N_EMBD", "BLOCK_SIZE"]),
     )
@@ -339,7 +363,7 @@ def test_init_from_takes_only_weights_and_tokenizer(straight, tmp_path):
 def test_init_from_determines_the_model_and_its_defaults(straight, tmp_path):
     """Without MODEL_TYPE the model type comes from the weights, and the defaults are that model's."""
     bare = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "WARMUP_STEPS", "LEARNING_RATE"])
-    code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", **bare)
+    code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", BATCH_SIZE="64", **bare)
     assert code == 0, said
     record = newest(tmp_path)
     assert record.model_type == "gpt2"

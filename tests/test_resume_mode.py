@@ -17,10 +17,11 @@ from drive import train as trained_in
 from records import flipped
 
 import training
-from milepost import ckpt, config, run
+from milepost import ckpt, config
 from milepost.resume import resumed
-from milepost.runtime.optim import Schedule, lr_at
+from milepost.run import text as run_text
 from milepost.runtime.progress import Log, read_metrics
+from milepost.runtime.schedule import Schedule, lr_at
 from milepost.text.batches import Batches
 
 SCRIPT = ROOT / "scripts" / "load_checkpoint.py"
@@ -49,7 +50,7 @@ def trained_once(tmp_path_factory):
     """A run of 8 steps, saved at 4 and 8; its rate falls from 1e-3 to a quarter. Schedule and optimizer are not the defaults."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         code, said = trained_in(
             folder, OPTIMIZER="adamw", LR_SCHEDULE="cosine", MIN_LEARNING_RATE="2.5e-4", SAMPLE_INTERVAL="0"
         )
@@ -426,7 +427,7 @@ def test_an_interrupted_child_resumes_bit_exactly(resume, trained, monkeypatch):
     learn = training.training_step
 
     def interrupted(run, lr):
-        if run.step == 5:
+        if run.state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return learn(run, lr)
 

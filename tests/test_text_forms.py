@@ -8,7 +8,8 @@ import pytest
 from drive import at_step, logged, newest, small_text, tensor_bytes, train
 from script import call, script
 
-from milepost import ckpt, run
+from milepost import ckpt
+from milepost.run import text as text_module
 from milepost.text.known import Known, has_carriage_returns, known_text
 from milepost.text.tokenization import ByteTokenizer, CharTokenizer, UnknownCharacters
 from milepost.text.unknown import lenient, occurrences, unknown_characters
@@ -30,12 +31,12 @@ def letters(
 
 def verbatim_before(patch: pytest.MonkeyPatch) -> None:
     """Read text as it is and record no form, as the first version did."""
-    plain = run.scan_source
+    plain = text_module.scan_source
 
     def scan_text(settings, log, known=None):
         return plain(settings.training_data_source, log, known=Known(carriage_returns=True))
 
-    patch.setattr(run, "scan_text", scan_text)
+    patch.setattr(text_module, "scan_text", scan_text)
 
 
 def resumable_copy(folder: Path, to: Path) -> Path:
@@ -85,7 +86,7 @@ def test_a_checkpoint_trained_on_carriage_returns_resumes_bit_exactly(tokenizer,
     assert newest(resumed).data == newest(old).data
     assert newest(resumed).run_id == newest(old).run_id
     # The control: normalized, it is another text.
-    monkeypatch.setattr(run, "known_text", lambda data, tokenizer: Known())
+    monkeypatch.setattr(text_module, "known_text", lambda data, tokenizer: Known())
     monkeypatch.setattr("milepost.resume.known_text", lambda data, tokenizer: Known())
     again = resumable_copy(old, tmp_path / "again")
     assert train(again, RESUME="auto", TRAINING_DATA_SOURCE=str(text), **variables, **FAST)[0] == 2
@@ -144,7 +145,7 @@ def trained(tmp_path_factory) -> Path:
     """A finished run with a char vocabulary."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(text_module, "CACHE_FOLDER", folder / "cache")
         assert train(folder, **FAST)[0] == 0
     return folder
 

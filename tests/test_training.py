@@ -144,7 +144,7 @@ def poisoned(monkeypatch, *, step: int, value: float) -> None:
 
     def gradients(run):
         metrics = learn(run)
-        return metrics | {"loss": metrics["loss"] * value} if run.step >= step else metrics
+        return metrics | {"loss": metrics["loss"] * value} if run.state.step >= step else metrics
 
     monkeypatch.setattr(training, "accumulate_gradients", gradients)
 
@@ -206,12 +206,12 @@ def test_float16_skips_overflows_and_stops_after_20(tmp_path):
     overflow = run.model.wte.weight.register_hook(lambda gradient: gradient * math.inf)
     for _ in range(3):
         training.training_step(run, 1e-3)
-    assert run.skipped_updates == 3
+    assert run.state.skipped_updates == 3
     assert run.scaler.get_scale() == 2.0**13
     assert torch.equal(run.model.wte.weight, before)
     overflow.remove()
     training.training_step(run, 1e-3)
-    assert run.skipped_updates == 0
+    assert run.state.skipped_updates == 0
     assert not torch.equal(run.model.wte.weight, before)
     run.model.wte.weight.register_hook(lambda gradient: gradient * math.inf)
     for _ in range(19):
@@ -470,7 +470,7 @@ def test_nan_weights_are_never_saved(background, tmp_path, monkeypatch):
 
     def spoiled(run, lr):
         loss = learn(run, lr)
-        if run.step == 4:
+        if run.state.step == 4:
             run.model.wte.weight.data[0, 0] = math.nan
         return loss
 

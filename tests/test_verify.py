@@ -11,8 +11,9 @@ from drive import named_tensors, small_text
 from records import WEIGHT, flipped, record
 from script import call, copied, family, rows, script, train_family
 
-from milepost import ckpt, run
+from milepost import ckpt
 from milepost.ckpt.layouts import WRITERS, unified
+from milepost.run import text as run_text
 
 verifier = script("verify_checkpoint")
 
@@ -201,7 +202,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 @pytest.fixture
 def cached(trained, monkeypatch):
-    monkeypatch.setattr(run, "CACHE_FOLDER", trained / "cache")
+    monkeypatch.setattr(run_text, "CACHE_FOLDER", trained / "cache")
 
 
 @pytest.mark.parametrize(("step", "since"), [(2, "new weights"), (8, "step 6 ")])

@@ -1,6 +1,5 @@
 """Checkpoints: the public functions of this package."""
 
-import os
 from pathlib import Path
 
 from milepost.ckpt.bases import note_use
@@ -15,12 +14,12 @@ from milepost.ckpt.finding import (
     find,
     latest,
     listing,
-    not_found,
     resolve,
     several,
     whole_folder,
 )
 from milepost.ckpt.layouts import WRITERS, known_layout
+from milepost.ckpt.opening import load, load_named
 from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.retention import prune
 from milepost.ckpt.saving import (
@@ -56,6 +55,7 @@ __all__ = [
     "leading",
     "listing",
     "load",
+    "load_named",
     "not_finite",
     "note_use",
     "prune",
@@ -67,16 +67,6 @@ __all__ = [
     "whole_folder",
     "why_not_saved",
 ]
-
-
-def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
-    """Return the record at `path`, in any layout; raise CheckpointError.
-
-    `optimizer=False` leaves the optimizer's tensors unread; `verify=True` checks every byte against its checksum first.
-    """
-    if not os.path.exists(path):
-        raise not_found(path, path.parent)
-    return known_layout(path).read(path, optimizer=optimizer, verify=verify)
 
 
 def verify(path: Path) -> list[str]:

@@ -4,10 +4,12 @@ import difflib
 import fnmatch
 import functools
 import glob
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from milepost.ckpt.layouts import LAYOUTS, Layout, layout_of
 from milepost.ckpt.record import CheckpointError, Json, Kind
@@ -206,6 +208,26 @@ def resolve(name: str, folder: Path) -> tuple[Path, list[str]]:
     if os.path.isdir(path) and layout is None:
         return _choose(path, by=latest)
     return (layout.primary_file(path) if layout else None) or path, []
+
+
+def stand_ins(name: str, chosen: Path, folder: Path) -> Iterator[Path]:
+    """Yield what `resolve(name, folder)` would choose if `chosen`, which it chose, could not be used: the next best.
+
+    Yield nothing if `name` names a single checkpoint. Other checkpoints of the run of `chosen` come first.
+    """
+    place = folder if name in ("latest", "best") else whole_folder(name)
+    matches = glob.has_magic(name) and not os.path.lexists(os.path.expanduser(name))
+    found = find(place) if place else _matching(name) if matches else []
+    own = next((each.run_id for each in found if each.path == chosen), None)
+    others = [each for each in found if each.problem is None and each.path != chosen]
+
+    def rank(each: Found) -> tuple[Any, ...]:
+        step = (each.step,) if matches and not place else ()
+        loss = loss_of(each) if name == "best" else None
+        order = (*step, each.save_order, each.resumable)
+        return each.run_id == own, -math.inf if loss is None else -loss, *order
+
+    yield from (each.path for each in sorted(others, key=rank, reverse=True))
 
 
 def not_found(name: Path | str, folder: Path, *, hint: str = "") -> CheckpointError:

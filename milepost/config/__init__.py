@@ -22,9 +22,9 @@ from milepost.config.resolve import (
     from_saved,
     frozen_base,
     read,
-    replaced,
     shared_settings,
     to_dict,
+    with_values,
     without,
 )
 from milepost.config.variables import (
@@ -63,12 +63,12 @@ __all__ = [
     "omp_threads_is_one",
     "read",
     "reference",
-    "replaced",
     "shared_settings",
     "to_dict",
     "torchrun",
     "tqdm_disabled",
     "wandb_options",
     "was_restarted",
+    "with_values",
     "without",
 ]

@@ -4,7 +4,8 @@
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from milepost.config.parse import as_text, expected, quoted, short_text
 from milepost.config.resolve import defaults_of, public
@@ -12,11 +13,14 @@ from milepost.config.variables import ROOT, SCOPES, VARIABLES, Config, printable
 from models import MODELS
 
 
-def as_env(config: Config) -> str:
-    """Return the settings as an env file; used as ENV_FILE, it sets them all again, but for secret parts of an address."""
+def as_env(config: Config, resolved: Mapping[str, Any]) -> str:
+    """Return the settings, with the values that a run `resolved`, as an env file.
+
+    Used as ENV_FILE, it sets them all again, but for the secret parts of an address.
+    """
     lines = ["# The settings of a run. To use them again: ENV_FILE=path/of/this/file python3 training.py"]
     for name in VARIABLES:
-        text = "" if name == "ENV_FILE" else as_text(public(config, name))
+        text = "" if name == "ENV_FILE" else as_text(resolved.get(name, public(config, name)))
         lines.append(f"{name}={quoted(text)}" if text else f"# {name}=")
     return "\n".join(lines) + "\n"
 

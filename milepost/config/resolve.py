@@ -117,10 +117,10 @@ def changes(current: Config, saved: Mapping[str, Any]) -> dict[str, list[Json]]:
     return _differences(current, saved, [name for name, each in VARIABLES.items() if each.metadata["scope"] == "math"])
 
 
-def replaced(current: Config, source: str, **values: Any) -> Config:
-    """Return `current` with `values`, whose source is now `source`: derived, so neither set by the user nor a default."""
-    derived = {name.upper(): source for name, value in values.items() if value != getattr(current, name)}
-    return dataclasses.replace(current, **values, sources={**current.sources, **derived})
+def with_values(current: Config, values: Mapping[str, Any], *, source: str) -> Config:
+    """Return `current` with `values` by variable, as if the user had set them in `source`."""
+    named = {name.lower(): value for name, value in values.items()}
+    return dataclasses.replace(current, **named, sources={**current.sources, **dict.fromkeys(values, source)})
 
 
 def without(current: Config, names: Iterable[str]) -> Config:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from milepost.registry import layouts_to_save
 from milepost.runtime.optimizers import OPTIMIZERS
+from milepost.runtime.schedule import SCHEDULES
 from milepost.text.registry import TOKENIZERS
 from models import MODELS
 from models.adapters import LORA_TARGETS
@@ -28,7 +29,7 @@ LAYOUTS = layouts_to_save()
 MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 
-DERIVED_SOURCES = ("default", "checkpoint", "weights", "plan")  # of values that the user did not set
+DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
 DATA_VARIABLES = ("TRAINING_DATA_SOURCE", "TEXT_FIELD", "VALIDATION_FRACTION")
 
 # May differ between machines that train together: places on their disks, and files that training never reads. The text and the base of
@@ -152,7 +153,7 @@ class Config:
     warmup_steps: int = var(BY_MODEL["warmup_steps"], "optimizer steps of linear warm-up to LEARNING_RATE, while Adam's averages fill; the "
         "default is at most a tenth of TRAINING_STEPS", group="Training", scope="math", minimum=0)
     lr_schedule: str = var(BY_MODEL["lr_schedule"], "learning-rate schedule after the warm-up; wsd is constant and decays at the end; linear "
-        "decays to zero, which learns most from few steps", group="Training", scope="math", choices=("constant", "cosine", "linear", "wsd"))
+        "decays to zero, which learns most from few steps", group="Training", scope="math", choices=SCHEDULES)
     optimizer: str = var(BY_MODEL["optimizer"], "muon orthogonalizes the updates of hidden matrices and leaves the rest to AdamW: fewer "
         "steps, but below 10 x N_EMBD tokens per step it costs more than it saves, and adamw is the default",
         group="Training", scope="math", choices=OPTIMIZERS)
@@ -231,12 +232,12 @@ class Config:
         group="Generation", form="path", words=("-",))
     max_new_tokens: int = var(300, "maximum number of tokens to generate", group="Generation", minimum=1)
     temperature: float = var(0.8, "0 takes the most likely token, 1 samples as trained; 0.8 as in nanoGPT: small models ramble at 1",
-        group="Generation", minimum=0)
+        group="Generation", scope="habit", minimum=0)
     top_k: int = var(200, "sample from this many most likely tokens; 0 = all; 200 as in nanoGPT cuts the long tail of a large vocabulary",
-        group="Generation", minimum=0)
-    top_p: float = var(1.0, "sample from the most likely tokens that hold this probability; 1 = all", group="Generation", above=0, maximum=1)
+        group="Generation", scope="habit", minimum=0)
+    top_p: float = var(1.0, "sample from the most likely tokens that hold this probability; 1 = all", group="Generation", scope="habit", above=0, maximum=1)
     repetition_penalty: float = var(1.0, "above 1 makes tokens that occurred before less likely; 1 = off, as small vocabularies must repeat",
-        group="Generation", above=0)
+        group="Generation", scope="habit", above=0)
     stop: tuple[str, ...] = var((), r"text that ends the generation and is not shown, with \n, \t and \\ as escapes; several as a JSON list",
         group="Generation", form="list")
     num_samples: int = var(1, "texts to generate", group="Generation", minimum=1)

@@ -1,8 +1,6 @@
-"""Parameter groups, AdamW, gradient clipping, and the learning rate as a pure function of the step."""
+"""Parameter groups, AdamW and gradient clipping."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,11 +8,6 @@ from torch import Tensor, nn
 
 from milepost.runtime import optimizers
 from milepost.runtime.distributed import SINGLE, World, full, local
-
-KINDS = ("constant", "cosine", "linear", "wsd")
-WSD_DECAY = (
-    0.2  # fraction of the run that a warmup-stable-decay schedule decays for (Haegele et al. 2024, arXiv 2405.18392)
-)
 
 # Where the fused AdamW kernel divides gradients by `grad_scale` while it reads them. On MPS it ignores that.
 READS_GRAD_SCALE = ("cpu", "cuda")
@@ -27,53 +20,6 @@ class Trainable(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def decays(self, name: str, parameter: Tensor) -> bool: ...
     def muon_matrices(self) -> dict[str, int]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The learning rates of the steps [start_step, end_step). Rates are AdamW's."""
-
-    kind: str
-    peak: float
-    floor: float
-    warmup_steps: int
-    start_step: int
-    end_step: int
-
-    @property
-    def total(self) -> int:
-        """The number of steps."""
-        return self.end_step - self.start_step
-
-
-def lr_at(step: int, schedule: Schedule) -> float:
-    """Return the learning rate of the update after `step` completed steps. Past the end of the schedule its last rate is held."""
-    done = min(step, schedule.end_step - 1) - schedule.start_step
-    if done < schedule.warmup_steps:
-        return schedule.peak * (done + 1) / (schedule.warmup_steps + 1)
-    share = (done - schedule.warmup_steps) / max(1, schedule.total - schedule.warmup_steps)  # in [0, 1)
-    return schedule.floor + (schedule.peak - schedule.floor) * _factor(schedule.kind, share)
-
-
-def _factor(kind: str, share: float) -> float:
-    """Return the factor between floor (0) and peak (1) after the fraction `share` of the decay."""
-    if kind == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * share))
-    if kind == "linear":
-        return 1 - share
-    if kind == "wsd":
-        return min(1.0, (1 - share) / WSD_DECAY)
-    return 1.0
-
-
-def replan(schedule: Schedule, *, peak: float, start_step: int, steps: int, warmup_steps: int) -> Schedule:
-    """Return a schedule of the same kind over `steps` steps from `start_step`; the floor keeps its ratio to the peak."""
-    ratio = schedule.floor / schedule.peak if schedule.peak > 0 else 0.0
-    floor = float(f"{ratio * peak:.12g}")  # 1e-5, not 9.999999999999999e-6: people read it
-    end_step = start_step + steps
-    return Schedule(
-        kind=schedule.kind, peak=peak, floor=floor, warmup_steps=warmup_steps, start_step=start_step, end_step=end_step
-    )
 
 
 def build_optimizer(

@@ -101,7 +101,7 @@ from pathlib import Path
 report = training.report
 def killed(run, *words, **more):
     report(run, *words, **more)
-    if run.step == {step}:
+    if run.state.step == {step}:
         os.kill(os.getpid(), signal.{name})
 training.report = killed
 sys.exit(train(Path({folder!r}), TRACKER="tensorboard", CHECKPOINT_INTERVAL="3", RESUME="auto")[0])

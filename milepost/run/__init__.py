@@ -1,0 +1,48 @@
+"""A run: from nothing, from other weights, or from a checkpoint. `state` has its parts, `build` puts them together."""
+
+from milepost.run.build import (
+    assemble,
+    build_device,
+    check_batch_size,
+    fresh,
+    memory_needed,
+    planned,
+    shapes,
+)
+from milepost.run.state import TRY_INSTEAD, Run, Saved, State, is_due, to_record
+from milepost.run.text import DATA_FOLDER, Text, read_text, scan_source, scan_text
+from milepost.run.weights import (
+    adapter_variables,
+    agreed,
+    lineage,
+    names_complete_tokenizer,
+    with_its_base,
+    with_tokenizer,
+)
+
+__all__ = [
+    "DATA_FOLDER",
+    "TRY_INSTEAD",
+    "Run",
+    "Saved",
+    "State",
+    "Text",
+    "adapter_variables",
+    "agreed",
+    "assemble",
+    "build_device",
+    "check_batch_size",
+    "fresh",
+    "is_due",
+    "lineage",
+    "memory_needed",
+    "names_complete_tokenizer",
+    "planned",
+    "read_text",
+    "scan_source",
+    "scan_text",
+    "shapes",
+    "to_record",
+    "with_its_base",
+    "with_tokenizer",
+]
