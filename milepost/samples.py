@@ -134,12 +134,9 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: str, settings: Config, log: Log
     unknown = unknown_characters(tokenizer, prompt)
     if not unknown:
         return tokenizer.encode(prompt)
-    name, mode = (
-        "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}",
-        settings.unknown_characters,
-    )
+    name = "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}"
     try:
-        encoder, done = lenient(tokenizer, unknown, cast(Mode, mode))
+        encoder, done = lenient(tokenizer, unknown, cast(Mode, settings.unknown_characters))
     except UnknownCharacters as error:
         remedy = "remove them, the model has never seen them, or set UNKNOWN_CHARACTERS=skip or replace"
         raise ConfigError([f"{name}: {error}; {remedy}"]) from error

@@ -12,7 +12,8 @@ from milepost import config
 READS = (
     "CHECKPOINT_PATH", "MODE", "PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE",
     "Generation", "Training", "Logging", "Hardware and seed", "Checkpoints",
-    "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION", "DROPOUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
+    "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION", "DROPOUT",
+    "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 

@@ -26,7 +26,7 @@ from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.download import fetch
 from milepost.text.errors import DataError
 from milepost.text.readers import VERBATIM, Reading
-from milepost.text.scan import ByteProgress, Scan, cached_scan, scan
+from milepost.text.scan import ByteProgress, Scan, cached_scan, forget_scan, scan
 
 URL = "https://example.org/letters/first.txt"
 
@@ -623,6 +623,52 @@ def test_each_set_of_files_has_its_own_record(tmp_path: Path) -> None:
         found = [cached_scan(opened(source), cache_dir=tmp_path / "cache", now=lambda: LATER) for source in sources]
         assert found == [scan(opened(source)) for source in sources]
     assert len(list((tmp_path / "cache" / "scans").iterdir())) == 4
+
+
+@counts_bytes
+def test_each_way_of_reading_a_file_has_its_own_record(tmp_path: Path) -> None:
+    """A text with carriage returns has two hashes, and a file of two fields two texts; none is read again, none is mistaken."""
+    rows = [{"text": "Dear\r\n" * 100_000, "body": "Wren\r\n" * 200_000}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    ways = [{}, {"verbatim": True}, {"text_field": "body"}, {"text_field": "body", "verbatim": True}]
+    plain = [scan(opened(path, **way)) for way in ways]
+    assert len({found.sha256 for found in plain}) == 4
+    for again in (False, True):
+        before = bytes_read()
+        found = [cached_scan(opened(path, **way), cache_dir=tmp_path / "cache", now=lambda: LATER) for way in ways]
+        assert found == plain
+        assert (bytes_read() - before < path.stat().st_size) == again
+
+
+def test_a_damaged_cache_of_one_way_is_forgotten_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "Dear\r\n")
+    normal, verbatim = opened(path), opened(path, verbatim=True)
+    for corpus in (normal, verbatim):
+        cached_scan(corpus, cache_dir=tmp_path / "cache", now=lambda: LATER)
+    forget_scan(normal, cache_dir=tmp_path / "cache")
+    (left,) = (tmp_path / "cache" / "scans").iterdir()
+    assert left.name.startswith("scan1")  # the name under which earlier versions recorded it
+
+
+def test_remarks_on_files_are_remembered(tmp_path: Path) -> None:
+    for number in range(5):
+        write(tmp_path / "text" / f"{number}.csv", "id;text\n1;x\n")
+    write(tmp_path / "text" / "5.txt", "a<|endoftext|>b<|endoftext|>")
+    for _ in range(2):
+        notes = cached_scan(opened(tmp_path / "text"), cache_dir=tmp_path / "cache", now=lambda: LATER).notes
+        assert [str(tmp_path / "text" / f"{number}.csv") in note for number, note in enumerate(notes[:3])] == [True] * 3
+        assert "2 more" in notes[3]
+        assert "2 times" in notes[4]
+
+
+@pytest.mark.parametrize("block", [1, 5, 12, 13, 14, 1 << 20])
+def test_written_ends_of_text_are_counted_wherever_blocks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    path = write(tmp_path / "a.txt", "<|endoftext|>" * 3 + "x<|endoftext|" + "<|endoftext|>")
+    (note,) = scan(opened(path)).notes
+    assert "4 times" in note
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -19,7 +20,7 @@ from milepost.evaluate import choices
 from milepost.text import blocks, chunks, readers
 from milepost.text.chunks import rechunk
 from milepost.text.errors import DataError
-from milepost.text.tokenization import ByteTokenizer, Gpt2Tokenizer
+from milepost.text.tokenization import ByteTokenizer, Gpt2Tokenizer, bpe, build
 
 MB = 1 << 20
 
@@ -137,6 +138,26 @@ def test_such_a_word_is_named_with_its_text(tmp_path, monkeypatch):
     assert "10,000" in said.splitlines()[-1]
     assert train(tmp_path, TOKENIZER="byte")[0] == 0
     assert Gpt2Tokenizer.splits_at != ByteTokenizer.splits_at
+
+
+@pytest.mark.parametrize("word", ["a", " ", "\u00fc", "\t"])
+def test_merges_are_learned_from_words_of_bounded_length(word):
+    """Their time grows with the square of the length."""
+    text = f"Dear Wren, {word * 5000} x{word * 700}"
+    parts = list(bpe._parts(text))
+    assert "".join(parts) == text
+    assert all(len(run) <= bpe.LONGEST_WORD for part in parts for run in re.findall(r"\S+|\s+", part))
+    plain = "Dear Wren, " * 200
+    assert list(bpe._parts(plain)) == [plain]  # the control: ordinary text stays whole
+
+
+def test_merges_do_not_depend_on_where_a_long_word_is_cut():
+    text = "Dear Wren, " + "abcde" * 3000 + " the end of it"
+    built = [
+        build("bpe", [(text[i : i + size], i + size >= len(text)) for i in range(0, len(text), size)], alphabet="", documents=1, vocab_size=300).to_dict()
+        for size in (100, 7001, len(text))
+    ]  # fmt: skip
+    assert built[0] == built[1] == built[2]
 
 
 # Benchmarks and prompts

@@ -269,8 +269,10 @@ def test_a_lenient_tokenizer_leaves_the_rest_as_it_is():
     assert lenient(char, "cd", "replace")[0].encode("acbd") == char.encode("a?b?")
     digests = {char.digest, *(lenient(char, "c", mode)[0].digest for mode in ("skip", "replace"))}
     assert len(digests) == 3
+    none, done = lenient(CharTokenizer("ab"), "c", "replace")  # nothing can stand in
+    assert (none.encode("acb"), done) == ([0, 1], "skipped")
     with pytest.raises(UnknownCharacters):
-        lenient(CharTokenizer("ab"), "c", "replace")  # nothing can stand in
+        lenient(char, "cd", "refuse")
     assert occurrences([("abca", False), ("cd", True)], "cdz") == {"c": 2, "d": 1}
 
 

@@ -78,10 +78,12 @@ def check_size(settings: Config, world: World, *, vocab_size: int, device: torch
 
     On a CPU its gradients must fit too; each process of a machine builds it whole.
     """
-    values = architecture(settings, vocab_size=vocab_size)
-    named = [f"{name}={values[name.lower()]}" for name in shape_variables(values) if type(values[name.lower()]) is int]
-    remedy = f"lower one of {', '.join(named)}" if named else "use a smaller vocabulary"
     try:
+        values = architecture(settings, vocab_size=vocab_size)
+        named = [
+            f"{name}={values[name.lower()]}" for name in shape_variables(values) if type(values[name.lower()]) is int
+        ]
+        remedy = f"lower one of {', '.join(named)}" if named else "use a smaller vocabulary"
         size = size_of(settings.model_type, values)
     except ValueError as error:
         raise ConfigError([str(error)]) from error

@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_tokenizer
@@ -17,7 +17,7 @@ from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
 from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, open_text
 from milepost.text.scan import Scan
-from milepost.text.unknown import encoder_of
+from milepost.text.unknown import Mode, encoder_of
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent.parent / "data"
 CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
@@ -60,12 +60,8 @@ def read_text(
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, scanned))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
-        if tokenizer.kind == "char" and settings.tokenizer == "auto":
-            log(
-                f"only these {tokenizer.vocab_size} characters are known to the model; TOKENIZER=byte or bpe takes any text"
-            )
     fraction, block_size = settings.validation_fraction, settings.block_size
-    mode: Any = settings.unknown_characters
+    mode = cast(Mode, settings.unknown_characters)
     try:
         encoder, remark = world.local_rank0_first(
             lambda: encoder_of(tokenizer, corpus, scanned, mode=mode, cache_dir=CACHE_FOLDER)

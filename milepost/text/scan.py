@@ -47,8 +47,9 @@ def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
         seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
         characters += len(text)
         documents += ends
-        ends_written += (tail + text).count(END_OF_TEXT)
-        tail = text[1 - len(END_OF_TEXT) :]  # too short to be counted again
+        tail += text
+        ends_written += tail.count(END_OF_TEXT)
+        tail = tail[1 - len(END_OF_TEXT) :]  # too short to be counted again
     if not characters:
         raise DataError(f"{corpus.source} holds no text: all its files are empty")
     alphabet = "".join(map(chr, np.flatnonzero(seen).tolist()))

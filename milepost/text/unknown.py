@@ -63,15 +63,13 @@ def unknown_characters(tokenizer: Tokenizer, text: str) -> str:
 def lenient(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[Tokenizer, str]:
     """Return a tokenizer that takes the unknown characters too, and what it does with them, in words.
 
-    Raise UnknownCharacters if they are to be refused.
+    A vocabulary without any of STAND_INS skips what is to be replaced. Raise UnknownCharacters if they are to be refused.
     """
     if mode == "refuse":
         raise UnknownCharacters(unknown, tokenizer.vocab_size)
-    if mode == "skip":
-        return Lenient(tokenizer, unknown, ""), "skipped"
     known = [character for character in STAND_INS if not unknown_characters(tokenizer, character)]
-    if not known:
-        raise UnknownCharacters(unknown, tokenizer.vocab_size)
+    if mode == "skip" or not known:
+        return Lenient(tokenizer, unknown, ""), "skipped"
     return Lenient(tokenizer, unknown, known[0]), f"replaced by {known[0]!r}"
 
 
