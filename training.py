@@ -37,7 +37,7 @@ from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
 from milepost.run import TRY_INSTEAD, Run, agreed, fresh, is_due
-from milepost.run_files import copy_best, open_run, repair, save_checkpoint, write_metrics, write_sample
+from milepost.run_files import finish_saving, open_run, repair, save_checkpoint, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.errors import TrainingError
@@ -91,7 +91,8 @@ def train(run: Run) -> int:
         with Interrupt() as stop:
             try:
                 log_start(run)
-                log_plan(run, seconds_per_step=seconds_per_step(run, warm_up(run)))
+                seconds = warm_up(run)
+                log_plan(run, seconds_per_step=seconds_per_step(run, seconds))
                 bar = Progress(run.log, start=run.state.step, total=run.end, plain=config.tqdm_disabled())
                 with contextlib.closing(bar) as run.bar, save_if_a_process_dies(run):
                     loop(run, stop)
@@ -111,7 +112,11 @@ def loop(run: Run, stop: Interrupt) -> None:
     state = run.state
     clock = Clock(run)
     while True:
-        stopping = run.world.any(stop.requested)  # a signal to one process stops all of them after the same step
+        # A signal to one process stops all of them after the same step, or makes all of them save it.
+        stopping, saving = run.world.any_of(stop.requested, stop.save_requested)
+        if saving:
+            stop.note_save()
+            run.log(f"SIGUSR1: {'saving' if run.settings.enable_checkpoints else 'ENABLE_CHECKPOINTS is false'}")
 
         # Evaluate on the validation text and draw a sample. A resumed run skips what its checkpoint had done at this
         # step.
@@ -120,19 +125,15 @@ def loop(run: Run, stop: Interrupt) -> None:
             stopping = run.world.any(stop.requested)
             clock.restart()
 
-        # Save at the interval, at the end and on a signal, and also each new best. The last step is saved a second time
-        # if a signal had made its first save come before its evaluation.
-        unsaved = state.step > run.saved.step or (
-            state.step == run.end and state.observed_step == state.step != run.saved.observed_step
-        )
-        save = unsaved and (stopping or is_due(run, "checkpoint"))
-        if run.settings.enable_checkpoints and (save or (run.best_is_pending and state.best_step == state.step)):
-            save_checkpoint(run, regular=save)
+        # Save at the interval, at the end and on a signal, and also each new best.
+        regular = has_news(run) and (stopping or saving or is_due(run, "checkpoint"))
+        new_best = run.best_is_pending and state.best_step == state.step
+        if run.settings.enable_checkpoints and (regular or new_best):
+            save_checkpoint(run, regular=regular)
             clock.restart()
 
         if state.step >= run.end or stopping:
-            run.writer.wait()
-            copy_best(run)
+            finish_saving(run)
             return
 
         # Take one optimizer step, and log its metrics when due.
@@ -143,9 +144,19 @@ def loop(run: Run, stop: Interrupt) -> None:
             report(run, clock, metrics)
 
 
-# Further metrics of a training step, by name: 0-dim tensors, computed from the run while the gradients are in place,
-# before clipping.
-MEASURES: dict[str, Callable[[Run], Tensor]] = {}
+def has_news(run: Run) -> bool:
+    """Return whether the run has something that its last regular checkpoint lacks: steps, or the last step's evaluation.
+
+    A signal can make the last step's first save come before its evaluation.
+    """
+    state, saved = run.state, run.saved
+    evaluated = state.observed_step == state.step and saved.observed_step != state.step
+    return state.step > saved.step or (state.step == run.end and evaluated)
+
+
+# Functions that return further metrics of a training step by name, 0-dim tensors, from the run while its gradients are
+# in place, before clipping.
+MEASURES: list[Callable[[Run], dict[str, Tensor]]] = []
 
 
 def training_step(run: Run, lr: float) -> dict[str, Tensor]:
@@ -165,7 +176,8 @@ def training_step(run: Run, lr: float) -> dict[str, Tensor]:
     # Measure and clip the gradients. Stop before the update if anything is not finite.
     run.scaler.unscale_(run.optimizer)
     metrics |= {"lr": torch.tensor(lr, dtype=torch.float64), "grad_norm": gradient_norm(run.optimizer)}
-    metrics |= {name: distributed.full(measure(run)).detach() for name, measure in MEASURES.items()}
+    for measure in MEASURES:
+        metrics |= {name: distributed.full(value).detach() for name, value in measure(run).items()}
     check_finite(run, metrics["loss"], metrics["grad_norm"])
     clip_gradients(run.optimizer, metrics["grad_norm"], limit=run.settings.grad_clip)
 
@@ -349,10 +361,7 @@ def time_pass(run: Run) -> float:
 
 
 def seconds_per_step(run: Run, seconds: float) -> float:
-    """Return the seconds of the fastest pass: `seconds`, or one of two more passes if they are short.
-
-    For display only.
-    """
+    """Return the seconds of the fastest pass, `seconds` or one of two more if passes are short; for display only."""
     began = time.monotonic()
     for _ in range(2):
         if run.world.any(seconds + time.monotonic() - began > PROBE_SECONDS):

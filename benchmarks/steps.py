@@ -170,7 +170,9 @@ def ours(name: str) -> tuple[Callable[[], object], int]:
 
 
 def nanogpt(name: str) -> tuple[Callable[[], object], int]:
-    """Return the step of nanoGPT's train.py (its model, optimizer and clipping) on random tokens, and the number of parameters."""
+    """Return the step of nanoGPT's train.py (its model, optimizer and clipping) on random tokens,
+    and the number of parameters.
+    """
     _, _, width, tokens, rows, _ = SHAPES[name]
     vocab_size = 50304 if width == 768 else 65
     model, optimizer = nanogpt_model(name, vocab_size=vocab_size, beta2=0.95)

@@ -1,5 +1,6 @@
 """What a run reports at its start, at a resume and at its end."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import Restored
-from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule
+from milepost.places import SCRIPTS_FOLDER
+from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
 from milepost.run import Run, memory_needed, shapes
 from milepost.runtime import hardware
 from milepost.runtime.progress import amount, command_line, duration, shown, table, write_stdout
 from milepost.runtime.schedule import lr_at
 
 TRAINING = config.ROOT / "training.py"
-LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
+LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,8 +43,19 @@ def log_start(run: Run) -> None:
     warn_of_memory(run)
     log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
     log_checkpoint_policy(run)
+    log_unfinished(run)
     for line in config.describe(settings):
         log(line)
+
+
+def log_unfinished(run: Run) -> None:
+    """Log that RESUME=auto would resume an interrupted run with the settings of this new one, if there is such a run."""
+    if run.state.step or not run.settings.enable_checkpoints or run.settings.is_set("RESUME") or not run.world.is_rank0:
+        return
+    with contextlib.suppress(OSError):  # a folder that cannot be listed: the first save will report it
+        if found := unfinished_run(run):
+            place = f"an unfinished run of these settings is at step {found.step} ({shown(found.path)})"
+            run.log(f"{place}: RESUME=auto resumes it; RESUME=never starts anew without this line")
 
 
 def log_checkpoint_policy(run: Run) -> None:
@@ -163,9 +176,9 @@ def how_to_resume(run: Run) -> str:
         return "see the log of rank 0"
     if not run.settings.enable_checkpoints:
         return "nothing was saved, because ENABLE_CHECKPOINTS is false"
-    folder, processes = Path(run.settings.checkpoint_dir), run.world.local_size
+    processes = run.world.local_size
     try:
-        latest = ckpt.latest([found for found in ckpt.find(folder) if found.metadata.get("run_id") == run.run_id])
+        latest = _latest_saved(run)
     except OSError as error:
         return f"the saved checkpoints cannot be listed ({error})"
     if latest is None:
@@ -173,10 +186,20 @@ def how_to_resume(run: Run) -> str:
     saved = f"step {latest.step} is saved in {shown(latest.path)}"
     if processes < run.world.size:
         return f"{saved}; resume with the same torchrun commands and RESUME=auto"
-    variables = {"RESUME": "auto", "CHECKPOINT_DIR": folder} | _base_variable(run)
+    # The checkpoint itself and every folder, so that neither another run nor another folder continues.
+    folders = {name: Path(getattr(run.settings, name.lower())) for name in ("CHECKPOINT_DIR", "RUNS_DIR")}
+    variables = {"RESUME": latest.path} | folders | _base_variable(run)
     return (
         f"{saved}; resume with: {command_line(TRAINING, processes=processes if processes > 1 else None, **variables)}"
     )
+
+
+def _latest_saved(run: Run) -> ckpt.Found | None:
+    """Return the checkpoint that this process saved last, else the run's latest in CHECKPOINT_DIR; None without any."""
+    folders = {Path(run.settings.checkpoint_dir), *([run.saved.path.parent] if run.saved.path else [])}
+    own = [found for folder in folders for found in ckpt.find(folder) if found.run_id == run.run_id]
+    last = [found for found in own if found.path == run.saved.path]
+    return ckpt.latest(last or own)
 
 
 def _base_variable(run: Run) -> dict[str, Any]:

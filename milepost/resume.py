@@ -11,11 +11,13 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.ckpt.restore import Restored, build_model, restore_optimizer
 from milepost.config import Config, ConfigError
+from milepost.locks import is_trained
 from milepost.run import (
     Run,
     adapter_variables,
     assemble,
     build_device,
+    changeable,
     check_batch_size,
     lineage,
     planned,
@@ -25,7 +27,7 @@ from milepost.run import (
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
-from milepost.runtime.progress import Log
+from milepost.runtime.progress import Log, command_line
 from milepost.runtime.schedule import SCHEDULES, Schedule
 from milepost.text.addresses import masked
 from milepost.text.known import known_text
@@ -45,6 +47,8 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
         return _named(settings, log)
     folder = Path(settings.checkpoint_dir)
     found = ckpt.find(folder)
+    if settings.checkpoint_fallback_dir and (elsewhere := ckpt.find(Path(settings.checkpoint_fallback_dir))):
+        found = sorted([*found, *elsewhere], key=lambda each: each.metadata.get("saved_at") or "")
     readable = _readable(found, log)
     if settings.resume_step is None or not readable:
         record = newest_fitting(exact_first(readable), settings, log)
@@ -157,8 +161,14 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
             ]
         )
     corpus, scanned = scan_text(wanted, log, known_text(record.data, record.tokenizer))
+    remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
     if scanned.sha256 != record.data.get("sha256"):
         was = record.data.get("source")
+        child = {"CHECKPOINT_PATH": record.path, "MODE": "resume"} | {
+            name: config.public(wanted, name) for name in ("TRAINING_DATA_SOURCE", "RUNS_DIR")
+        }
+        command = command_line(config.ROOT / "scripts" / "load_checkpoint.py", **child)
+        remedy += f"; to train further on this text, as a run of its own: {command}"
         differences.append(
             f"the text of {corpus.source} is not the text that the checkpoint was trained on ({masked(str(was))})"
         )
@@ -166,11 +176,32 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         was = record.data.get("validation_fraction")
         differences.append(f"VALIDATION_FRACTION is {wanted.validation_fraction}, the checkpoint has {was}")
     if differences:
-        remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
         raise ConfigError(
             [f"RESUME={settings.resume}: cannot resume {record.path}: {'; '.join(differences)}: {remedy}"]
         )
     return record
+
+
+def unfinished_run(run: Run) -> ckpt.Found | None:
+    """Return the newest checkpoint of an unfinished run in CHECKPOINT_DIR with the settings and the text of this one.
+
+    A run that a process trains at this moment is not meant.
+    """
+    folder, asked, text = Path(run.settings.checkpoint_dir), run.hyperparameters(), run.text.scan.sha256
+    scopes = {name: variable.metadata["scope"] for name, variable in config.VARIABLES.items()}
+    known_by_hash = ("TRAINING_DATA_SOURCE", "TEXT_FIELD")
+    names = [name for name, scope in scopes.items() if scope in ("identity", "math") and name not in known_by_hash]
+    newest: dict[str, ckpt.Found] = {}
+    for found in ckpt.find(folder) if folder.is_dir() else []:
+        if found.run_id and not found.problem:
+            newest[found.run_id] = found
+    for found in sorted(newest.values(), key=lambda found: found.save_order, reverse=True):
+        saved = found.metadata.get("hyperparameters", {})
+        same = all(name in saved and saved[name] == asked[name] for name in names)
+        same_text = found.metadata.get("data", {}).get("sha256") == text
+        if same and same_text and found.step < run.end and not is_trained(folder, str(found.run_id)):
+            return found
+    return None
 
 
 def saved_settings(record: Checkpoint) -> dict[str, Any]:
@@ -237,7 +268,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
         log,
         world,
         device=device,
-        model=build_model(record, device=build_device(device, world), dropout=settings.dropout),
+        model=build_model(record, device=build_device(device, world), changes=changeable(settings)),
         text=text,
         tokenizer=tokenizer,
         schedule=schedule,

@@ -1,7 +1,10 @@
 """The files of a run: folders, locks, metrics, samples and trackers in RUNS_DIR, checkpoints in CHECKPOINT_DIR."""
 
 import contextlib
+import errno
+import functools
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,12 +19,14 @@ from milepost.config import ConfigError
 from milepost.locks import RunLock
 from milepost.paths import check_inside, is_real_file
 from milepost.run import TRY_INSTEAD, Run, State, is_due, to_record
+from milepost.runtime import trackers
 from milepost.runtime.errors import TrainingError
-from milepost.runtime.progress import Metrics, amount, read_metrics, shown, write_own
-from milepost.runtime.trackers import missing, open_mirror
+from milepost.runtime.progress import Metrics, amount, duration, read_metrics, shown, write_own
+from milepost.runtime.tracking.base import Tracker
+from milepost.runtime.tracking.mirror import Mirror
 
 METRICS = "metrics.jsonl"
-SUBFOLDERS = ("samples", "tensorboard", "wandb")  # of RUNS_DIR/<run_id>, created when needed
+PAUSES = (5, 10, 15, 30, 60, 60, 60, 60)  # seconds between the attempts to save the last step on a full disk: 5 min
 LOCK_PATIENCE = 120  # seconds after which a network file system releases the locks of a dead machine
 
 
@@ -35,12 +40,11 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     The run is locked in its checkpoint folder and in its metrics folder, since another process may share only one of
     them.
     """
-    if problem := missing(run.settings.tracker):
-        raise ConfigError([problem])
+    check_tracker(run.settings.tracker)
     runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
     with _blaming("RUNS_DIR", run.folder):
         check_inside(runs, run.folder)
-        for name in SUBFOLDERS:
+        for name in ("samples", *trackers.TRACKERS):  # created when needed
             if not is_real_file(run.folder / name):  # a file in the way of samples or events costs only these
                 check_inside(runs, run.folder / name)
         _lock(run, run.folder, held)
@@ -49,6 +53,9 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
             for folder in (checkpoints / ckpt.BEST_FOLDER, checkpoints / run.run_id / ckpt.BEST_FOLDER):
                 check_inside(checkpoints, folder)
             _lock(run, checkpoints, held)
+        if fallback := run.settings.checkpoint_fallback_dir:
+            with _blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
+                prepare_folder(Path(fallback))
         check_space(run)
         protect_base(run)
     with _blaming("RUNS_DIR", run.folder):
@@ -84,15 +91,20 @@ def check_space(run: Run) -> None:
 
     If it keeps all of them, only warn.
     """
-    settings, folder = run.settings, Path(run.settings.checkpoint_dir)
-    interval, last = settings.checkpoint_interval, settings.checkpoint_keep_last
-    saves = 1 + (run.end - run.state.step) // interval if interval else 1
-    count = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # + 1: written before one is pruned
+    settings, folder, first = run.settings, Path(run.settings.checkpoint_dir), run.state.step
+    interval, last, every = (
+        settings.checkpoint_interval, settings.checkpoint_keep_last, settings.checkpoint_keep_every
+    )  # fmt: skip
+    saves = 1 + (run.end - first) // interval if interval else 1
+    full = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # + 1: written before one is pruned
+    both = math.lcm(interval, every)  # steps that are saved, and stay without their optimizer
+    stripped = min(run.end // both - first // both, max(0, saves - last)) if last and both else 0
     trained = models.trained_count(run.model)
-    weights = trained if settings.checkpoint_adapters_only else models.parameter_count(run.model)
-    size = 4 * (weights + (0 if settings.checkpoint_model_only else 2 * trained))
-    if problem := ckpt.free_space_problem(folder, need=count * size):
-        plan = f"{count} checkpoints of {amount(size, 'B')}: {problem}"
+    weights = 4 * (trained if settings.checkpoint_adapters_only else models.parameter_count(run.model))
+    size = weights + (0 if settings.checkpoint_model_only else 8 * trained)
+    if problem := ckpt.free_space_problem(folder, need=full * size + stripped * weights):
+        thinned = f" and {stripped} of {amount(weights, 'B')}" if stripped else ""
+        plan = f"{full} checkpoints of {amount(size, 'B')}{thinned}: {problem}"
         if last:
             raise ConfigError([f"CHECKPOINT_KEEP_LAST={last}: {plan}; keep fewer, or set another CHECKPOINT_DIR"])
         run.log(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
@@ -112,13 +124,27 @@ def protect_base(run: Run) -> None:
             run.log(f"{shown(note)} keeps the base of these adapters from being pruned; delete it with them")
 
 
+def check_tracker(name: str) -> None:
+    """Raise ConfigError if the tracker cannot be used: its package is not installed, or its class is incomplete."""
+    try:
+        if name != "none":
+            trackers.load(name)
+    except ValueError as error:
+        raise ConfigError([f"TRACKER={name}: {error}, or set TRACKER=none"]) from error
+
+
 def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
     """Start mirroring metrics.jsonl in the tracker, beginning with the earlier lines that the tracker lacks."""
-    kind, path = run.settings.tracker, run.metrics.path
-    run.mirror = open_mirror(
-        kind, folder=run.folder, run_id=run.run_id, lines=read_metrics(path) if kind != "none" and path.exists() else [],
-        settings=run.hyperparameters(), wandb=config.wandb_options(), log=run.log,
-    )  # fmt: skip
+    name, path = run.settings.tracker, run.metrics.path
+
+    def start() -> Tracker:
+        return trackers.load(name)(
+            folder=run.folder / name, run_id=run.run_id, settings=run.hyperparameters(),
+            variables=config.environment(trackers.TRACKERS[name].variables), log=run.log,
+        )  # fmt: skip
+
+    lines = read_metrics(path) if name != "none" and path.exists() else []
+    run.mirror = Mirror(f"TRACKER={name}", None if name == "none" else start, lines=lines, log=run.log)
     # A step that was stopped before its evaluation is incomplete: the resume evaluates it first.
     held.callback(
         lambda: run.mirror.close(complete=run.state.observed_step == run.state.step or not is_due(run, "eval"))
@@ -177,9 +203,9 @@ def _report_once(run: Run, name: str) -> Iterator[None]:
 # Checkpoints.
 
 
-def save_checkpoint(run: Run, *, regular: bool) -> None:
+def save_checkpoint(run: Run, *, regular: bool, fallback: bool = False) -> None:
     """Save this step: to CHECKPOINT_DIR if `regular`, and to best/ if it is the best so far; in the background if
-    CHECKPOINT_ASYNC is set.
+    CHECKPOINT_ASYNC is set. With `fallback`, save only to CHECKPOINT_FALLBACK_DIR.
 
     Wait for the previous save first, and raise what it raised.
     """
@@ -189,10 +215,10 @@ def save_checkpoint(run: Run, *, regular: bool) -> None:
         run.saved.failed = run.world.is_rank0  # until the write succeeds
     record = to_record(run)
     if run.world.is_rank0 or run.saves_parts:
-        run.writer.submit(record, lambda copy: _write(run, copy, regular=regular))
+        run.writer.submit(record, lambda copy: _write(run, copy, regular=regular, fallback=fallback))
 
 
-def _write(run: Run, record: Checkpoint, *, regular: bool) -> None:
+def _write(run: Run, record: Checkpoint, *, regular: bool, fallback: bool) -> None:
     """Write the record, keep it as the best if it is, and delete expired checkpoints. Disk errors are logged and do not
     stop training.
 
@@ -204,19 +230,45 @@ def _write(run: Run, record: Checkpoint, *, regular: bool) -> None:
         ckpt.follow(record)
         return
     with ckpt.leading(record):
-        saved = _write_regular(run, record) if regular else None
+        if fallback:
+            _write_regular(run, record, Path(str(run.settings.checkpoint_fallback_dir)))
+            return
+        saved = _write_regular(run, record, Path(run.settings.checkpoint_dir)) if regular else None
         _keep_best(run, record, saved=saved)
         if saved and run.settings.checkpoint_keep_last:
             _prune(run, record, saved=saved)
 
 
-def _write_regular(run: Run, record: Checkpoint) -> Path | None:
+def _write_regular(run: Run, record: Checkpoint, folder: Path) -> Path | None:
     """Return the path of the new checkpoint, or None if the disk refused it."""
-    with _log_disk_error(run, f"step {record.step} could not be saved", record=record):
-        run.saved.path = ckpt.save(record, Path(run.settings.checkpoint_dir), **_form(run))
+    with _log_disk_error(run, f"step {record.step} could not be saved", record=record, folder=folder):
+        try:
+            run.saved.path = ckpt.save(record, folder, **_form(run))
+        except OSError as error:
+            run.saved.disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise
         run.saved.failed = False
         return run.saved.path
     return None
+
+
+def finish_saving(run: Run) -> None:
+    """Wait for the save in flight, try to save the last step again if that failed, and put the best step into best/."""
+    run.writer.wait()
+    if run.world.broadcast(run.saved.failed and run.settings.checkpoint_fallback_dir is not None):
+        save_checkpoint(run, regular=True, fallback=True)
+        run.writer.wait()
+        if run.world.is_rank0 and not run.saved.failed:
+            run.log(f"step {run.state.step} is saved in {shown(str(run.saved.path))} instead")
+    for number, pause in enumerate(PAUSES):
+        if not run.world.broadcast(run.saved.failed and run.saved.disk_full):
+            break
+        if number == 0:
+            run.log(f"trying again for {duration(sum(PAUSES))}: make room; Ctrl-C twice gives up")
+        run.world.on_rank0(functools.partial(time.sleep, pause))
+        save_checkpoint(run, regular=True)
+        run.writer.wait()
+    copy_best(run)
 
 
 def _keep_best(run: Run, record: Checkpoint, *, saved: Path | None) -> None:
@@ -284,11 +336,13 @@ def _is_pending(run: Run, record: Checkpoint) -> bool:
 
 
 @contextlib.contextmanager
-def _log_disk_error(run: Run, what: str, *, record: Checkpoint | None = None) -> Iterator[None]:
+def _log_disk_error(
+    run: Run, what: str, *, record: Checkpoint | None = None, folder: Path | None = None
+) -> Iterator[None]:
     """Log why the disk refused a write, and the space that the record needs; training continues."""
     try:
         yield
     except (OSError, ckpt.CheckpointError) as error:
         need = bytes_on_disk(record) if record else 0
-        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=need)
+        why = ckpt.why_not_saved(error, folder or Path(run.settings.checkpoint_dir), need=need)
         run.log(f"{what} ({why}); training continues")

@@ -41,6 +41,9 @@ from training import train
 def main(settings: Config, log: Log) -> int:
     """Open the checkpoint of CHECKPOINT_PATH, do what MODE asks, and return the exit code."""
     resuming = settings.mode == "resume"
+    if resuming and settings.resume_training_steps:
+        more = f"MODE=resume trains {settings.resume_training_steps} more steps"
+        log(f"{more}; to see only what would be restored and the plan, stop and set RESUME_TRAINING_STEPS=0")
     if config.torchrun() and not resuming:
         raise ConfigError(["MODE=inference runs in one process: start it without torchrun"])
     with processes(settings, log) as world:

@@ -1,6 +1,7 @@
 import os
 
-# Before torch is imported: threads that wait by spinning make tests many times slower wherever another process runs too.
+# Before torch is imported: threads that wait by spinning make tests many times slower wherever another process runs
+# too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest

@@ -1,4 +1,6 @@
-"""Which settings a script reads: the fields of Config that appear in its main, and in the functions that this reaches."""
+"""Which settings a script reads: the fields of Config that appear in its main,
+and in the functions that this reaches.
+"""
 
 import ast
 import itertools
@@ -44,7 +46,9 @@ def file_of(module: str) -> Path | None:
 
 @cache
 def parsed(path: Path) -> tuple[dict[str, ast.stmt], dict[str, Function], dict[str, Path]]:
-    """Return the file's top-level definitions by name, the names that it imports, and the modules that it imports whole."""
+    """Return the file's top-level definitions by name, the names that it imports,
+    and the modules that it imports whole.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     own: dict[str, ast.stmt] = {}
     for node in tree.body:
@@ -100,7 +104,9 @@ def fields_of(function: Function) -> set[str]:
 
 
 def computed(function: Function, name: ast.expr) -> set[str]:
-    """Return the fields that a computed name can be, from the texts in the function and in the constants that it refers to."""
+    """Return the fields that a computed name can be, from the texts in the function and in the constants that it refers
+    to.
+    """
     if "settings_type" in ast.unparse(parsed(function[0])[0][function[1]]):  # the fields of the models' own settings
         return {
             field.name for kind in models.MODELS for field in fields(models.load(kind).settings_type)

@@ -22,7 +22,7 @@ NOTHING_OF_TRAINING = dict.fromkeys([*TINY, "TRAINING_DATA_SOURCE"]) | {"DEVICE"
 
 
 class Said(NamedTuple):
-    """What one command did: exit code, stdout and stderr."""
+    """The result of a command: exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -38,7 +38,7 @@ def script(name: str) -> ModuleType:
 
 
 def call(module: ModuleType, folder: Path, **changes: str | Path | None) -> Said:
-    """What the script says; nothing is set but the folders of `folder` and `changes`."""
+    """Return what the script prints; only the folders of `folder` and `changes` are set."""
     out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), io.StringIO()
     texts = {name: None if value is None else str(value) for name, value in changes.items()}
     try:
@@ -51,7 +51,9 @@ def call(module: ModuleType, folder: Path, **changes: str | Path | None) -> Said
 
 
 def train_family(folder: Path) -> Path:
-    """A run kept at its steps 2, 4, 6 and 8, and a child of step 4 with another batch, kept at its steps 5 and 6."""
+    """A run with checkpoints at steps 2, 4, 6 and 8, and a child of step 4 with another batch, with checkpoints at 5
+    and 6.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         assert trained_in(folder, CHECKPOINT_INTERVAL="2", SAMPLE_INTERVAL="0")[0] == 0

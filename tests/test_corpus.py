@@ -368,6 +368,17 @@ def test_a_url_is_downloaded_once_and_its_hash_recorded(tmp_path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == sorted([path.name, path.name + ".json"])
 
 
+def test_a_download_in_a_read_only_folder_is_used_and_new_ones_go_elsewhere(tmp_path: Path) -> None:
+    web, cache = Web(b"Dear Wren,\n"), tmp_path / "cache"
+    packed = fetch(URL, data_dir=tmp_path, open_url=web)
+    assert fetch(URL, data_dir=tmp_path, cache_dir=cache, open_url=no_network) == packed
+    assert os.listdir(cache) == ["hashes"]
+    packed.write_bytes(b"damaged")
+    assert fetch(URL, data_dir=tmp_path, cache_dir=cache, open_url=web).parent == cache / "downloads"
+    assert fetch(URL, data_dir=tmp_path, cache_dir=cache, open_url=no_network).parent == cache / "downloads"
+    assert packed.read_bytes() == b"damaged"
+
+
 def test_a_damaged_or_unrecorded_download_is_repeated(tmp_path: Path) -> None:
     web = Web(b"text")
     path = fetch(URL, data_dir=tmp_path, open_url=web)

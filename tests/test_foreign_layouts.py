@@ -394,7 +394,7 @@ def test_lightnings_hyper_parameters_of_foreign_classes_are_refused_by_name(tmp_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The lecture model of document 004
+# The lecture's model
 
 
 @pytest.mark.parametrize(("name", "key"), [("latest.pt", "model_state_dict"), ("final.pt", ""), ("final.pt", "model")])

@@ -40,7 +40,7 @@ PRINTED = {
 }  # fmt: skip
 LEFT = {
     "env-scripts": ["checkpoints/checkpoint_gpt2_letters_gpt2_step0008_*.pt", "checkpoints/checkpoint_gpt2_letters_gpt2medium_step0008_*.pt"],
-    "json-directory": ["converted/*/model.pt", "all/*/manifest.json", "to-share/*/tokenizer.json", "checkpoints/dante_gpt2_letters_step0008_*/optimizer.pt"],
+    "json-directory": ["converted/*/model.pt", "all/*/manifest.json", "to-share/*/tokenizer.json", "checkpoints/dante/checkpoint_gpt2_letters_step0008_*/optimizer.pt"],
     "separated": ["checkpoints/*-optimizer.pt", "split/*-model.pt", "to-share/*/config.json", "new-checkpoints/*-model.pt"],
     "step-files": ["checkpoints/*/step_000008.safetensors", "checkpoints/*/step_000008_state.json", "checkpoints/*/best/step_*_optimizer.safetensors"],
     "ttt-and-lora": ["adapters/*/checkpoint_000008/consolidated/lora.safetensors", "checkpoints/*/checkpoint_000008/consolidated/consolidated.safetensors"],

@@ -14,11 +14,18 @@ ROOMS: dict[str, set[str]] = {
     "paths": set(),
     "locks": {"paths"},
     "splitmix": set(),
-    "registry": set(),
-    "config": {"models", "text", "runtime", "registry"},  # only registries and interrupt.py, which import no torch
+    "places": set(),
+    "registry": set(),  # imports what a registry names, when it is first used
+    "config": {
+        "models",
+        "text",
+        "runtime",
+        "registry",
+        "places",
+    },  # only registries and interrupt.py, which import no torch
     "models": set(),
-    "text": {"files", "splitmix"},
-    "runtime": {"files", "splitmix"},
+    "text": {"files", "splitmix", "registry"},
+    "runtime": {"files", "splitmix", "registry"},
     "generation": {"models", "text", "runtime", "splitmix"},
     "evaluate": {"models", "text", "runtime"},
     "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry"},
@@ -109,11 +116,13 @@ LIGHT = (
     "models",
     "models.adapters",
     "milepost.runtime.optimizers",
+    "milepost.runtime.trackers",
     "milepost.runtime.schedule",
     "milepost.runtime.interrupt",
     "milepost.text.registry",
     "milepost.text.addresses",
     "milepost.registry",
+    "milepost.places",
 )
 LIGHT_FILES = [
     ROOT / name.replace(".", "/") / "__init__.py" if name == "models" else ROOT / f"{name.replace('.', '/')}.py"

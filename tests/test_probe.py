@@ -1,4 +1,4 @@
-"""The probe: a step of fixed numbers tells whether another machine, library setting or edit computes other bits."""
+"""The probe: a step of fixed numbers shows whether other hardware, a library setting or an edit changes bits."""
 
 import json
 import os
@@ -147,7 +147,7 @@ def here() -> dict[str, list[str]]:
     ids=str,
 )
 def test_where_training_has_other_bits_the_probe_has(other, here):
-    """Which settings change bits hangs on the machine: where one changes a trained weight, the probe must differ too."""
+    """Settings that change bits depend on the hardware: where one changes a trained weight, the probe must differ too."""
     there = computed(**other)
     for dtype, (step, weights) in here.items():
         if there[dtype][1] != weights:

@@ -55,7 +55,8 @@ def test_an_empty_folder_starts_fresh_and_logs_it(tmp_path):
 def test_settings_that_are_not_set_come_from_the_checkpoint(stopped, straight, capsys):
     """Only the folder is set; model, sizes, intervals and text come from the checkpoint."""
     bare = dict.fromkeys(
-        ["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "BATCH_SIZE", "DROPOUT", "TRAINING_STEPS", "WARMUP_STEPS", "EVAL_INTERVAL", "EVAL_STEPS",
+        ["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "BATCH_SIZE", "DROPOUT", "TRAINING_STEPS",
+        "WARMUP_STEPS", "EVAL_INTERVAL", "EVAL_STEPS",
          "SAMPLE_INTERVAL", "LOG_INTERVAL", "ENABLE_CHECKPOINTS", "CHECKPOINT_INTERVAL"]
     )  # fmt: skip
     code, _ = train(stopped, RESUME="auto", **bare)
@@ -137,7 +138,14 @@ def test_the_printed_commands_can_be_pasted(tmp_path, monkeypatch):
     code, said = train(folder)
     assert code == 0
     line = next(line for line in said.splitlines() if line.startswith("next: ")).removeprefix("next: ")
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1"}, capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 200
 
@@ -248,6 +256,22 @@ def test_another_text_is_an_error(stopped):
     code, said = train(stopped, RESUME="auto")
     assert code == 2
     assert "is not the text that the checkpoint was trained on" in said
+
+
+def test_for_a_text_that_has_grown_the_command_that_trains_on_is_printed(stopped):
+    parent = newest(stopped)
+    text = stopped / "letters.txt"
+    text.write_text(text.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    code, said = train(stopped, RESUME="auto")
+    assert code == 2
+    command = said.split("as a run of its own: ")[1].strip()
+    env = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RESUME_TRAINING_STEPS": "2"}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    child = newest(stopped)
+    assert (child.step, child.parent["run_id"]) == (parent.step + 2, parent.run_id)
+    assert child.data["source"] == str(text)
+    assert child.data["sha256"] != parent.data["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -540,7 +564,9 @@ def of_a_run(checkpoints: Path, run_id: str, *, besides: Path) -> Path:
 def killed_at(step: int, folder: Path, **changes: str) -> None:
     """Train in a separate process that SIGKILL ends right after a step."""
     env = {"PATH": os.environ["PATH"]} | environment(folder, **changes)
-    done = subprocess.run([sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

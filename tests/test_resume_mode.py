@@ -206,6 +206,15 @@ def test_zero_steps_print_the_plan_and_write_nothing(resume, trained):
     assert "RESUME_TRAINING_STEPS=0: nothing is trained" in said.err
 
 
+def test_the_first_line_says_how_to_look_only(resume, trained):
+    said = resume()
+    assert said.code == 0
+    assert "RESUME_TRAINING_STEPS=0" in said.err.splitlines()[0]
+    assert "4 more steps" in said.err.splitlines()[0]
+    assert said.err.index("RESUME_TRAINING_STEPS=0") < said.err.index("plan: 4 steps")
+    assert "stop and set" not in resume(RESUME_TRAINING_STEPS="0").err  # the control
+
+
 # The text
 
 
@@ -435,8 +444,8 @@ def test_an_interrupted_child_resumes_bit_exactly(resume, trained, monkeypatch):
         patch.setattr(training, "training_step", interrupted)
         said = resume(CHECKPOINT_DIR=str(trained / "stopped"), CHECKPOINT_INTERVAL="0")
     assert said.code == 130
-    assert "RESUME=auto" in said.err
     first = child_of(trained, "stopped")
+    assert f"RESUME={first.path} " in said.err
     assert first.step == 6
 
     again = environment(trained, **NOTHING | {"RESUME": "auto", "CHECKPOINT_DIR": str(trained / "stopped")})

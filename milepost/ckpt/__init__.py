@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from milepost.ckpt.bases import note_use
+from milepost.ckpt.bases import find_base, note_use
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
@@ -13,14 +13,13 @@ from milepost.ckpt.finding import (
     due,
     find,
     latest,
-    listing,
-    resolve,
-    several,
-    whole_folder,
+    lowest_loss,
+    orphans,
 )
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.opening import load, load_named
 from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.resolving import listing, resolve, several, whole_folder
 from milepost.ckpt.retention import prune
 from milepost.ckpt.saving import (
     best_is_kept,
@@ -31,6 +30,7 @@ from milepost.ckpt.saving import (
     saved_best,
     why_not_saved,
 )
+from milepost.ckpt.selection import Selection, select
 from milepost.ckpt.tensor_listing import held
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Found",
+    "Selection",
     "best",
     "best_is_kept",
     "convert",
@@ -47,6 +48,7 @@ __all__ = [
     "export",
     "exporter",
     "find",
+    "find_base",
     "follow",
     "free_space_problem",
     "keep_best",
@@ -56,12 +58,15 @@ __all__ = [
     "listing",
     "load",
     "load_named",
+    "lowest_loss",
     "not_finite",
     "note_use",
+    "orphans",
     "prune",
     "resolve",
     "save",
     "saved_best",
+    "select",
     "several",
     "verify",
     "whole_folder",

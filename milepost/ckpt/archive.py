@@ -7,6 +7,7 @@ that were checked are the bytes that are opened.
 
 import collections
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -124,17 +125,18 @@ def load(path: Path) -> tuple[dict[Any, Any], Json]:
         return archive.content(), archive.metadata()
 
 
-def verify(path: Path) -> list[str]:
-    """Return a sentence for each problem; an empty list if every CRC-32 matches and `load` would open the file."""
+def verify(path: Path) -> list[CheckpointError]:
+    """Return what is wrong with the file; an empty list if every CRC-32 matches and `load` would open it."""
     try:
         with _opened(path) as archive:
             if name := zip_reader.damaged(archive.file, archive.members):
                 name = f"{archive.folder}/{name}"
-                return [f"{path}: is damaged: the bytes of {name:.80} do not match their checksum"]
+                problem = f"is damaged: the bytes of {name:.80} do not match their checksum"
+                return [CheckpointError(path, problem, kind="damaged")]
             archive.metadata()
             archive.content()
     except CheckpointError as error:
-        return [str(error)]
+        return [error]
     return []
 
 
@@ -316,6 +318,8 @@ def _damage(path: Path) -> Iterator[None]:
         listed = ", ".join(f"{wanted!r:.60}".strip("'") for wanted in error.names[:8])
         problem = f"asks for Python objects that a checkpoint never needs ({listed}) and was not opened"
         raise CheckpointError(path, problem, kind="refused") from error
+    except MemoryError as error:
+        raise unreadable(path, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))) from error
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:

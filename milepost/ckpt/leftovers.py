@@ -10,7 +10,7 @@ from pathlib import Path
 
 from milepost.ckpt.layouts import LAYOUTS, layout_of
 from milepost.files import TEMPORARY, discard, hidden_name, make_folder, written
-from milepost.locks import folder_lock
+from milepost.locks import folder_lock, remove_free_locks
 from milepost.paths import is_real_folder
 
 OWN_NAME = re.compile(re.escape(TEMPORARY) + r"(?P<name>.+)-(?P<process>[0-9]{1,10})-[0-9a-f]{8}")
@@ -78,6 +78,7 @@ def prepare_folder(folder: Path) -> None:
     make_folder(folder)
     with folder_lock(folder):
         remove_leftovers(folder)
+        remove_free_locks(folder)
         probe = hidden_name(folder / "probe")
         with written(probe):
             pass

@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from milepost.ckpt.finding import not_found, resolve, stand_ins
 from milepost.ckpt.layouts import known_layout
 from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.resolving import not_found, resolve, stand_ins
 
 
 def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:

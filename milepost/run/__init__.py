@@ -3,6 +3,7 @@
 from milepost.run.build import (
     assemble,
     build_device,
+    changeable,
     check_batch_size,
     fresh,
     memory_needed,
@@ -10,7 +11,7 @@ from milepost.run.build import (
     shapes,
 )
 from milepost.run.state import TRY_INSTEAD, Run, Saved, State, is_due, to_record
-from milepost.run.text import DATA_FOLDER, Text, read_text, scan_source, scan_text
+from milepost.run.text import Text, open_source, read_text, scan_source, scan_text
 from milepost.run.weights import (
     adapter_variables,
     agreed,
@@ -21,7 +22,6 @@ from milepost.run.weights import (
 )
 
 __all__ = [
-    "DATA_FOLDER",
     "TRY_INSTEAD",
     "Run",
     "Saved",
@@ -31,12 +31,14 @@ __all__ = [
     "agreed",
     "assemble",
     "build_device",
+    "changeable",
     "check_batch_size",
     "fresh",
     "is_due",
     "lineage",
     "memory_needed",
     "names_complete_tokenizer",
+    "open_source",
     "planned",
     "read_text",
     "scan_source",

@@ -1,6 +1,5 @@
 """Build a run: choose device, numerics and engine, make the model and its optimizer, and put the parts together."""
 
-import dataclasses
 import datetime
 import os
 from typing import Any
@@ -47,7 +46,7 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
             weights,
             device=build_device(device, world),
             block_size=settings.block_size,
-            dropout=settings.dropout,
+            changes=changeable(settings),
             adapters=adapters(settings),
             take=True,
         )
@@ -113,9 +112,15 @@ def new_model(settings: Config, *, vocab_size: int) -> Model:
 
 def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
     """Return the model's settings, as models.build takes them: each field that is a variable has its value."""
-    names = [field.name for field in dataclasses.fields(models.load(settings.model_type).settings_type)]
+    names = models.fields_of(settings.model_type)
     values = {name: getattr(settings, name) for name in names if name.upper() in config.VARIABLES}
     return {"vocab_size": vocab_size} | values | adapters(settings)
+
+
+def changeable(settings: Config) -> dict[str, Any]:
+    """Return the model's settings that a resume may change, such as dropout: those whose variable has scope "math"."""
+    math = {name.lower() for name, variable in config.VARIABLES.items() if variable.metadata["scope"] == "math"}
+    return {name: value for name, value in architecture(settings, vocab_size=1).items() if name in math}
 
 
 def choose_layout(settings: Config, engine: str, *, record: Checkpoint | None) -> str:

@@ -19,7 +19,7 @@ from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log, Metrics, Progress
 from milepost.runtime.schedule import Schedule, default_floor
-from milepost.runtime.trackers import Mirror
+from milepost.runtime.tracking.mirror import Mirror
 from milepost.text import tokenization
 from milepost.text.batches import Batches
 from models.model import Model
@@ -49,7 +49,7 @@ class State:
 class Saved:
     """What of a run is on the disk.
 
-    The thread that saves in the background updates `best_step`, `path` and `failed`.
+    The thread that saves in the background updates `best_step`, `path`, `failed` and `disk_full`.
     """
 
     step: int = 0  # of the last regular checkpoint
@@ -57,6 +57,7 @@ class Saved:
     best_step: int | None = None  # the run's best step, once it is in best/
     path: Path | None = None  # the last regular checkpoint written
     failed: bool = False  # whether the last regular save failed
+    disk_full: bool = False  # whether the disk was full when a regular save last failed
     resumed_time: float = math.inf  # when the checkpoint that the run resumes from was saved (Unix seconds)
 
 

@@ -2,25 +2,26 @@
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
+from milepost import config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_tokenizer
 from milepost.config import Config
+from milepost.places import DATA_FOLDER, cache_folder
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log
 from milepost.text import token_files, tokenization
 from milepost.text.batches import largest_block_size
 from milepost.text.chunks import LongWordError
-from milepost.text.corpus import Corpus
+from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError
 from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, open_text
+from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
 from milepost.text.unknown import Mode, encoder_of
 
-DATA_FOLDER = Path(__file__).resolve().parent.parent.parent / "data"
-CACHE_FOLDER = DATA_FOLDER / ".cache" / "tokens"
+CACHE_FOLDER = cache_folder(config.user_caches()) / "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,11 @@ def scan_text(settings: Config, log: Log, known: Known = UNKNOWN_TEXT) -> tuple[
 def scan_source(source: str, log: Log, *, text_field: str = "text", known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
     """Return a text source and its fingerprint, in the form in which it is the known text. Cached for the command."""
     corpus, scanned = open_text(
-        source, data_dir=DATA_FOLDER, cache_dir=CACHE_FOLDER, text_field=text_field, known=known, log=log
+        lambda reading: open_source(source, reading),
+        cache_dir=CACHE_FOLDER,
+        text_field=text_field,
+        known=known,
+        log=log,
     )
     for line in (*corpus.skipped, *scanned.notes):
         _log_once(line, log)
@@ -117,3 +122,8 @@ def scan_source(source: str, log: Log, *, text_field: str = "text", known: Known
 @functools.lru_cache(maxsize=64)
 def _log_once(line: str, log: Log) -> None:
     log(line)
+
+
+def open_source(source: str, reading: Reading = PLAIN) -> Corpus:
+    """Return the files that a source names; downloads are cached."""
+    return open_corpus(source, data_dir=DATA_FOLDER, cache_dir=CACHE_FOLDER.parent, reading=reading)

@@ -13,7 +13,7 @@ from milepost.ckpt.tensors import digest
 from milepost.config import Config, ConfigError
 from milepost.run.text import scan_text
 from milepost.runtime.distributed import World
-from milepost.runtime.progress import Log
+from milepost.runtime.progress import Log, shown
 from milepost.text.known import UNKNOWN_TEXT, Known
 
 # Fields of the adapters' settings; each is a variable, such as LORA_RANK.
@@ -58,7 +58,7 @@ def agreed(find: Callable[[], Checkpoint | None], world: World, *, optimizer: bo
 
 def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     """Return the record; if it holds only adapters, with the weights of its base, from the settings or else from where
-    it was trained.
+    it was, or where it was moved together with the adapters.
 
     Raise ConfigError if no base is found, CheckpointError if it is not the recorded one.
     """
@@ -66,11 +66,15 @@ def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         if settings.base_checkpoint:
             log(f"BASE_CHECKPOINT is not used: {record.path} holds its base")
         return record
-    recorded = str((record.base or {}).get("source"))
-    there = recorded if Path(recorded).is_absolute() and Path(recorded).exists() else None
+    named = settings.base_checkpoint
+    if not named and not settings.gpt2_model_name and record.base and record.path:
+        there = ckpt.find_base(record.base, record.path, run_id=record.run_id)
+        if there and str(there) != record.base.get("source"):
+            log(f"the base of {shown(record.path)} is found in {shown(there)}")
+        named = str(there) if there else None
     if not settings.base_checkpoint and settings.gpt2_model_name:
         path = local_folder(settings.gpt2_model_name)
-    elif named := settings.base_checkpoint or there or settings.init_from:
+    elif named := named or settings.init_from:
         path, notes = ckpt.resolve(named, Path(settings.checkpoint_dir))
         for note in notes:
             log(note)

@@ -25,7 +25,8 @@ class Trainable(Protocol):
 def build_optimizer(
     model: Trainable, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float], world: World = SINGLE
 ) -> torch.optim.Optimizer:
-    """Return the registered optimizer `kind` over the model's trainable parameters, stepped by all processes of `world` together.
+    """Return the registered optimizer `kind` over the model's trainable parameters, stepped by all processes of `world`
+    together.
 
     Raises ValueError if its groups do not carry the parameters' names: at a resume no state could be matched.
     """
@@ -34,7 +35,8 @@ def build_optimizer(
     )
     if not all("param_names" in group for group in built.param_groups):
         raise ValueError(
-            f"optimizer {kind!r}: its param_groups have no param_names; build it from model.named_parameters(), not parameters()."
+            f"optimizer {kind!r}: its param_groups have no param_names; build it from "
+            f"model.named_parameters(), not parameters()."
         )
     return built
 
@@ -45,7 +47,9 @@ def trainable(model: Trainable) -> Named:
 
 
 def decay_groups(model: Trainable, named: Named, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups with weight decay on what the model declares to decay (matrices, as GPT-2's), and none on the rest."""
+    """Return parameter groups with weight decay on what the model declares to decay (matrices, as GPT-2's),
+    and none on the rest.
+    """
     decaying = [(name, parameter) for name, parameter in named if model.decays(name, parameter)]
     others = [(name, parameter) for name, parameter in named if not model.decays(name, parameter)]
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -78,7 +82,8 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, *, limit: float) -> None:
-    """Scale the gradients of the next step by limit / `norm` if their `norm` is above `limit` (0: no limit); call before each step.
+    """Scale the gradients of the next step by limit / `norm` if their `norm` is above `limit` (0: no limit); call
+    before each step.
 
     The fused AdamW scales while it reads, which saves a pass over all gradients. Below the limit nothing is multiplied.
     """

@@ -1,4 +1,5 @@
-"""The learning rate as a pure function of the step. Imports no torch: the settings take the names of schedules from here.
+"""The learning rate as a pure function of the step. Imports no torch: the settings take the names of schedules from
+here.
 
 To add a schedule, add its function to SCHEDULES; LR_SCHEDULE then takes its name.
 """
@@ -55,7 +56,9 @@ def default_floor(kind: str, peak: float) -> float:
 
 
 def replan(schedule: Schedule, *, peak: float, start_step: int, steps: int, warmup_steps: int) -> Schedule:
-    """Return a schedule of the same kind over `steps` steps from `start_step`; the floor keeps its ratio to the peak."""
+    """Return a schedule of the same kind over `steps` steps from `start_step`;
+    the floor keeps its ratio to the peak.
+    """
     ratio = schedule.floor / schedule.peak if schedule.peak > 0 else 0.0
     floor = float(f"{ratio * peak:.12g}")  # 1e-5, not 9.999999999999999e-6: people read it
     end_step = start_step + steps

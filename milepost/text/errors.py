@@ -15,6 +15,10 @@ class UnknownCharacters(ValueError):
         super().__init__(f"{first}{more}: not in the vocabulary of {vocab_size} characters")
 
 
+class IncompleteTokenizer(TypeError):
+    """A registered class of tokenizer lacks what the interface asks for."""
+
+
 def named(character: str) -> str:
     """Return a character as Python writes it, and its code point."""
     return f"{character!r} (U+{ord(character):04X})"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from milepost.text.corpus import Corpus, open_corpus
+from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
 from milepost.text.readers import Reading
 from milepost.text.scan import Scan, cached_scan
@@ -44,23 +44,21 @@ def has_carriage_returns(tokenizer: Mapping[str, Any] | None) -> bool:
 
 
 def open_text(
-    source: str,
+    open_as: Callable[[Reading], Corpus],
     *,
-    data_dir: Path,
     cache_dir: Path,
     text_field: str = "text",
     known: Known = UNKNOWN_TEXT,
     log: Callable[[str], None] | None = None,
 ) -> tuple[Corpus, Scan]:
-    """Return the text that `source` names and its scan, in the form in which it has the known sha256.
+    """Return the text that `open_as` opens and its scan, in the form in which it has the known sha256.
 
     A text that has it in no form is another text: it is normalized, or verbatim if the vocabulary has "\\r". Raise DataError
     if the text cannot be read.
     """
 
     def opened(verbatim: bool) -> tuple[Corpus, Scan]:
-        reading = Reading(text_field=text_field, verbatim=verbatim)
-        corpus = open_corpus(source, data_dir=data_dir, reading=reading)
+        corpus = open_as(Reading(text_field=text_field, verbatim=verbatim))
         return corpus, cached_scan(corpus, cache_dir=cache_dir, log=log)
 
     if known.verbatim:

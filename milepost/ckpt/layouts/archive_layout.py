@@ -12,7 +12,7 @@ from typing import Any
 from milepost.ckpt import archive
 from milepost.ckpt.foreign.importing import adopted, adopted_metadata
 from milepost.ckpt.foreign.keys import WEIGHTS, keys_seen
-from milepost.ckpt.layouts.base import Layout, archive_problems, raise_first
+from milepost.ckpt.layouts.base import Layout, raise_first
 from milepost.ckpt.manifest import plain_metadata
 from milepost.ckpt.record import (
     EARLIER,
@@ -173,7 +173,8 @@ class ArchiveLayout(Layout):
         if rest.get("global_step") != content.get("global_step"):
             problem = f"belongs to another step than {model.name}"
             raise CheckpointError(separate, problem, _move_away(model), kind="refused")
-        return {"epoch": rest.get("epoch"), **content, "optimizer": self._state(rest, separate)}
+        others = {key: value for key, value in rest.items() if key != "optimizer_states"}
+        return {"epoch": None, **others, **content, "optimizer": self._state(rest, separate)}
 
     def problems(self, path: Path) -> list[CheckpointError]:
         """Compare the bytes of each archive with their CRC-32."""
@@ -181,7 +182,7 @@ class ArchiveLayout(Layout):
             self._existing_model(path)
         except CheckpointError as error:
             return [error]
-        return [problem for file in self.files(path) for problem in archive_problems(file)]
+        return [problem for file in self.files(path) for problem in archive.verify(file)]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Writing.
