@@ -5,9 +5,8 @@
     RESUME=auto ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 python3 training.py   # after a crash: resume exactly
     MODEL_TYPE=gpt2 torchrun --nproc_per_node=2 training.py               # the same with two processes
 
-`python3 training.py --help` lists every variable. This file is the loop, top to bottom. milepost/run/ builds a run,
-milepost/resume.py rebuilds it from a checkpoint, milepost/run_files.py writes its files, and milepost/reporting.py
-reports what it does.
+`python3 training.py --help` lists every variable. This file is the loop, top to bottom; docs/architecture.md shows what it
+calls: milepost/run/ builds a run, and milepost/resume.py rebuilds it from a checkpoint.
 """
 
 import sys
@@ -37,7 +36,8 @@ from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
 from milepost.run import TRY_INSTEAD, Run, agreed, fresh, is_due
-from milepost.run_files import finish_saving, open_run, repair, save_checkpoint, write_metrics, write_sample
+from milepost.run_checkpoints import finish_saving, repair, save_checkpoint
+from milepost.run_files import open_run, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.errors import TrainingError

@@ -33,7 +33,7 @@ import training  # noqa: E402
 from milepost import ckpt  # noqa: E402
 from milepost.files import new_file  # noqa: E402
 from milepost.run import Run, fresh, to_record  # noqa: E402
-from milepost.run_files import save_checkpoint  # noqa: E402
+from milepost.run_checkpoints import save_checkpoint  # noqa: E402
 from milepost.runtime.progress import Log, Metrics  # noqa: E402
 
 

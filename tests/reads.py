@@ -23,6 +23,7 @@ ABOVE_CKPT = (
     "milepost.run.text",
     "milepost.run.weights",
     "milepost.run_files",
+    "milepost.run_checkpoints",
     "milepost.resume",
     "milepost.samples",
     "milepost.cli",
@@ -107,7 +108,7 @@ def computed(function: Function, name: ast.expr) -> set[str]:
     """Return the fields that a computed name can be, from the texts in the function and in the constants that it refers
     to.
     """
-    if "settings_type" in ast.unparse(parsed(function[0])[0][function[1]]):  # the fields of the models' own settings
+    if "fields_of" in ast.unparse(parsed(function[0])[0][function[1]]):  # the fields of the models' own settings
         return {
             field.name for kind in models.MODELS for field in fields(models.load(kind).settings_type)
         } & FIELDS.keys()

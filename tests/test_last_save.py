@@ -11,7 +11,7 @@ import pytest
 from drive import at_step, newest, tensor_bytes, train
 from test_last_step import stop, trained
 
-from milepost import ckpt, run_files
+from milepost import ckpt, run_checkpoints
 from milepost.runtime.progress import read_metrics
 
 
@@ -53,10 +53,10 @@ class Pauses:
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_the_last_save_is_tried_again_until_there_is_room(background, small_disk, uninterrupted, tmp_path, monkeypatch):
     pauses = Pauses(small_disk, room_in=3)
-    monkeypatch.setattr(run_files.time, "sleep", pauses)
+    monkeypatch.setattr(run_checkpoints.time, "sleep", pauses)
     code, said = trained(tmp_path, {7: lambda: fill(small_disk)}, CHECKPOINT_ASYNC=background)
     assert code == 0, said
-    assert pauses.seconds == list(run_files.PAUSES[:3])
+    assert pauses.seconds == list(run_checkpoints.PAUSES[:3])
     assert said.count("step 8 could not be saved") == 3
     assert tensor_bytes(newest(tmp_path)) == tensor_bytes(newest(uninterrupted))
     best = [each.step for each in ckpt.finding.scan(small_disk) if each.path.parent.name == "best"]
@@ -65,15 +65,15 @@ def test_the_last_save_is_tried_again_until_there_is_room(background, small_disk
 
 def test_the_attempts_end_after_some_minutes(small_disk, tmp_path, monkeypatch):
     pauses = Pauses(small_disk, room_in=0)
-    monkeypatch.setattr(run_files.time, "sleep", pauses)
+    monkeypatch.setattr(run_checkpoints.time, "sleep", pauses)
     code, said = trained(tmp_path, {7: lambda: fill(small_disk)})
     assert code == 5, said
-    assert 120 <= sum(pauses.seconds) == sum(run_files.PAUSES) <= 600
+    assert 120 <= sum(pauses.seconds) == sum(run_checkpoints.PAUSES) <= 600
     assert newest(tmp_path).step == 4
 
 
 def test_a_save_in_between_is_not_waited_for(small_disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_files.time, "sleep", pauses := Pauses(small_disk, room_in=0))
+    monkeypatch.setattr(run_checkpoints.time, "sleep", pauses := Pauses(small_disk, room_in=0))
     actions = {3: lambda: fill(small_disk), 6: (small_disk / ".filler").unlink}
     code, said = trained(tmp_path, actions, CHECKPOINT_ASYNC="false")
     assert (code, pauses.seconds) == (0, []), said
@@ -88,7 +88,7 @@ def test_the_last_step_goes_to_the_fallback_folder_and_resumes_from_there(
     tmp_path,
     monkeypatch,
 ):
-    monkeypatch.setattr(run_files.time, "sleep", pauses := Pauses(small_disk, room_in=0))
+    monkeypatch.setattr(run_checkpoints.time, "sleep", pauses := Pauses(small_disk, room_in=0))
     fallback = {"CHECKPOINT_FALLBACK_DIR": str(tmp_path / "fallback")}
     actions = {6: lambda: fill(small_disk)} | ({7: stop} if stopped else {})
     code, said = trained(tmp_path, actions, CHECKPOINT_KEEP_BEST="0", **fallback)

@@ -31,13 +31,14 @@ ROOMS: dict[str, set[str]] = {
     "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry"},
 }
 BELOW_RUN = {*ROOMS}
-BELOW_TRAINING = BELOW_RUN | {"run", "run_files", "resume", "reporting", "cli"}
+BELOW_TRAINING = BELOW_RUN | {"run", "run_files", "run_checkpoints", "resume", "reporting", "cli"}
 ALLOWED = ROOMS | {
     "run": BELOW_RUN,
     "resume": BELOW_RUN | {"run"},
     "cli": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
     "run_files": BELOW_RUN | {"run"},
+    "run_checkpoints": BELOW_RUN | {"run", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
     "training": BELOW_TRAINING,
     "scripts": BELOW_TRAINING | {"samples", "training"},

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from milepost.ckpt.bases import find_base, note_use
+from milepost.ckpt.best import best_is_kept, keep_best, keep_saved_best, saved_best
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
@@ -21,15 +22,7 @@ from milepost.ckpt.opening import load, load_named
 from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.resolving import listing, resolve, several, whole_folder
 from milepost.ckpt.retention import prune
-from milepost.ckpt.saving import (
-    best_is_kept,
-    free_space_problem,
-    keep_best,
-    keep_saved_best,
-    save,
-    saved_best,
-    why_not_saved,
-)
+from milepost.ckpt.saving import free_space_problem, save, why_not_saved
 from milepost.ckpt.selection import Selection, select
 from milepost.ckpt.tensor_listing import held
 
