@@ -36,6 +36,8 @@ def log_start(run: Run) -> None:
     sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on"
     tokenizer = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
     log(f"data: {shown(text.corpus.source)}: {amount(text.scan.characters)} characters, {tokenizer}; {sizes}")
+    if run.tokenizer.kind == "char" and settings.tokenizer == "auto" and settings.is_set("TRAINING_DATA_SOURCE"):
+        log(f"only these {run.tokenizer.vocab_size} characters can be read later; TOKENIZER=byte or bpe reads any text")
     adapters = f", {amount(trained)} of them trained" if trained < count else ""
     log(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB){adapters}, block size {settings.block_size}")
     warn_of_memory(run)

@@ -9,7 +9,7 @@ from typing import Any
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
-from milepost.ckpt.restore import Restored, build_model, build_tokenizer, restore_optimizer
+from milepost.ckpt.restore import Restored, build_model, restore_optimizer
 from milepost.config import Config, ConfigError
 from milepost.locks import is_trained
 from milepost.run import (
@@ -22,13 +22,15 @@ from milepost.run import (
     lineage,
     planned,
     read_text,
-    scan_source,
+    scan_text,
     with_its_base,
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log, command_line
 from milepost.runtime.schedule import SCHEDULES, Schedule
+from milepost.text.addresses import masked
+from milepost.text.known import known_text
 
 # The variables that make up the schedule. Changing one makes a new schedule.
 PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", "LR_SCHEDULE"}
@@ -158,17 +160,17 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
                 "wrote it; resume it with MODE=resume of scripts/load_checkpoint.py"
             ]
         )
-    _, scanned = scan_source(wanted.training_data_source, log)
+    corpus, scanned = scan_text(wanted, log, known_text(record.data, record.tokenizer))
     remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
     if scanned.sha256 != record.data.get("sha256"):
         was = record.data.get("source")
         child = {"CHECKPOINT_PATH": record.path, "MODE": "resume"} | {
-            name: getattr(wanted, name.lower()) for name in ("TRAINING_DATA_SOURCE", "RUNS_DIR")
+            name: config.public(wanted, name) for name in ("TRAINING_DATA_SOURCE", "RUNS_DIR")
         }
         command = command_line(config.ROOT / "scripts" / "load_checkpoint.py", **child)
         remedy += f"; to train further on this text, as a run of its own: {command}"
         differences.append(
-            f"the text of {wanted.training_data_source} is not the text that the checkpoint was trained on ({was})"
+            f"the text of {corpus.source} is not the text that the checkpoint was trained on ({masked(str(was))})"
         )
     if wanted.validation_fraction != record.data.get("validation_fraction"):
         was = record.data.get("validation_fraction")
@@ -187,7 +189,8 @@ def unfinished_run(run: Run) -> ckpt.Found | None:
     """
     folder, asked, text = Path(run.settings.checkpoint_dir), run.hyperparameters(), run.text.scan.sha256
     scopes = {name: variable.metadata["scope"] for name, variable in config.VARIABLES.items()}
-    names = [name for name, scope in scopes.items() if scope in ("identity", "math") and name != "TRAINING_DATA_SOURCE"]
+    known_by_hash = ("TRAINING_DATA_SOURCE", "TEXT_FIELD")
+    names = [name for name, scope in scopes.items() if scope in ("identity", "math") and name not in known_by_hash]
     newest: dict[str, ckpt.Found] = {}
     for found in ckpt.find(folder) if folder.is_dir() else []:
         if found.run_id and not found.problem:
@@ -252,8 +255,11 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     record = with_its_base(record, settings, log)
     device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     hardware.make_deterministic(settings.deterministic, device)
-    text, tokenizer = read_text(settings, log, world, tokenizer=build_tokenizer(record))
-    same_text = all(record.data.get(name) == text.fingerprint()[name] for name in ("sha256", "validation_fraction"))
+    text, tokenizer = read_text(settings, log, world, record=record)
+    same_text = all(
+        record.data.get(name) == text.fingerprint().get(name)
+        for name in ("sha256", "validation_fraction", "unknown_characters")
+    )
     child = schedule is not None or bool(changed) or not same_text
     if schedule is None:
         schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -17,10 +17,15 @@ from milepost.resume import fixed_settings
 from milepost.run import with_its_base
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log
+from milepost.text.blocks import decoded, normalized
 from milepost.text.errors import UnknownCharacters
+from milepost.text.known import has_carriage_returns
 from milepost.text.tokenization import Tokenizer
+from milepost.text.unknown import Mode, lenient, occurrences, told, unknown_characters
 from models import adapter_counts
 from models.model import Model
+
+PROMPT_LIMIT = 1 << 26  # bytes: a model reads no more than its context, and a prompt is held in memory
 
 
 def drop_conflicts(record: Checkpoint, settings: Config, log: Log) -> Config:
@@ -44,16 +49,30 @@ def drop_conflicts(record: Checkpoint, settings: Config, log: Log) -> Config:
 
 def read_prompt(settings: Config) -> str:
     """Return the prompt of PROMPT, of the file PROMPT_FILE, or of stdin (PROMPT_FILE=-); empty if none is set."""
-    if settings.prompt_file is None:
-        return settings.prompt or ""
+    return (settings.prompt or "") if settings.prompt_file is None else _read_prompt_file(settings.prompt_file)
+
+
+def prompt_for(record: Checkpoint, prompt: str) -> str:
+    """Return the prompt with normalized line ends, as a training text has them, unless the vocabulary has carriage returns."""
+    return prompt.removeprefix("\ufeff") if has_carriage_returns(record.tokenizer) else normalized(prompt)
+
+
+def _read_prompt_file(name: str) -> str:
+    """Return the text of a file, or of stdin for `-`. Raise ConfigError if it is not text or has more than PROMPT_LIMIT bytes."""
     try:
-        data = sys.stdin.buffer.read() if settings.prompt_file == "-" else Path(settings.prompt_file).read_bytes()
-        return data.decode("utf-8")
+        if name == "-":
+            data = sys.stdin.buffer.read(PROMPT_LIMIT + 1)
+        else:
+            with open(name, "rb") as file:
+                data = file.read(PROMPT_LIMIT + 1)
+        if len(data) <= PROMPT_LIMIT:
+            return decoded(data)
+        problem = f"has more than {PROMPT_LIMIT:,} bytes; set a shorter text"
     except UnicodeDecodeError as error:
-        problem = f"is not valid UTF-8 at byte {error.start}; save it as UTF-8"
+        problem = f"is not valid {error.encoding[:6].upper()} at byte {error.start}; save it as UTF-8"
     except OSError as error:
         problem = f"cannot be read ({error.strerror}); set a text file, or - for stdin"
-    raise ConfigError([f"PROMPT_FILE={settings.prompt_file}: {problem}"])
+    raise ConfigError([f"PROMPT_FILE={name}: {problem}"])
 
 
 def sample_seed(settings: Config) -> int:
@@ -72,7 +91,7 @@ def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str,
     record = merged(record)
     device = hardware.choose_device(settings.device)
     model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
-    ids = _encode_prompt(tokenizer, prompt, settings)
+    ids = _encode_prompt(tokenizer, prompt_for(record, prompt), settings, log)
     generator, lookup = _choose_generator(model, settings, device, log, prompt_tokens=len(ids))
     dtype = generator.weights if isinstance(generator, Decoder) else "float32"
     what = f"{record.model_type} at step {record.step}, {tokenizer.kind} tokenizer"
@@ -107,13 +126,22 @@ def _sampling(settings: Config) -> Sampling:
     )
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: str, settings: Config) -> list[int]:
-    """Return the prompt's tokens. Raise ConfigError with the characters that the checkpoint's vocabulary lacks."""
-    try:
+def _encode_prompt(tokenizer: Tokenizer, prompt: str, settings: Config, log: Log) -> list[int]:
+    """Return the prompt's tokens, without characters that the vocabulary lacks if UNKNOWN_CHARACTERS says so.
+
+    Raise ConfigError with these characters if they are refused.
+    """
+    unknown = unknown_characters(tokenizer, prompt)
+    if not unknown:
         return tokenizer.encode(prompt)
+    name = "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}"
+    try:
+        encoder, done = lenient(tokenizer, unknown, cast(Mode, settings.unknown_characters))
     except UnknownCharacters as error:
-        name = "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}"
-        raise ConfigError([f"{name}: {error}; remove them, the model has never seen them"]) from error
+        remedy = "remove them, the model has never seen them, or set UNKNOWN_CHARACTERS=skip or replace"
+        raise ConfigError([f"{name}: {error}; {remedy}"]) from error
+    log(f"{name}: {told(occurrences([(prompt, True)], unknown), done)}")
+    return encoder.encode(prompt)
 
 
 def _choose_generator(

@@ -12,7 +12,7 @@ from milepost import config
 READS = (
     "CHECKPOINT_PATH", "PROMPT", "PROMPT_FILE", "NUM_SAMPLES", "SAMPLE_SEED", "OUTPUT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P",
     "REPETITION_PENALTY", "STOP", "QUANTIZE", "SPECULATE", "DEVICE", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME",
-    "INIT_FROM", "TRAINING_DATA_SOURCE", "TOKENIZER",
+    "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -30,7 +30,7 @@ from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.run import with_tokenizer
 from milepost.runtime.progress import Log, harmless, replacing, shown, write_stdout
-from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
+from milepost.samples import drop_conflicts, prompt_for, read_prompt, sample_seed, sample_texts
 
 MIN_WIDTH = 30  # columns of a text beside another
 SEPARATOR = " | "
@@ -70,7 +70,7 @@ def sample(path: Path, settings: Config, log: Log, *, prompt: str, seed: int) ->
     for note in record.notes:
         log(note)
     texts = sample_texts(drop_conflicts(record, settings, log), record, log, prompt=prompt, seed=seed)
-    return Sampled(record, [prompt + "".join(pieces) for pieces in texts])
+    return Sampled(record, [prompt_for(record, prompt) + "".join(pieces) for pieces in texts])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

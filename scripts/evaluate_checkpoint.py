@@ -11,7 +11,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DTYPE", "DETERMINISTIC",
-    "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TOKENIZER",
+    "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -32,10 +32,11 @@ from milepost.evaluate.evaluation import Evaluation, NotFiniteError, compare, ev
 from milepost.evaluate.passages import Text
 from milepost.evaluate.report import as_json, summary, tables
 from milepost.resume import saved_settings
-from milepost.run import open_source, scan_source, with_its_base, with_tokenizer
+from milepost.run import open_source, scan_source, scan_text, with_its_base, with_tokenizer
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log, replacing, shown, write_stdout
 from milepost.text.errors import DataError, UnknownCharacters
+from milepost.text.known import known_text
 from milepost.text.token_files import split_at
 
 
@@ -98,17 +99,18 @@ def load(path: Path, settings: Config, log: Log) -> Checkpoint:
 
 def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
     """Return EVAL_DATA, else the validation part of the checkpoint's own text. Raise DataError if there is none."""
+    known = known_text(record.data, record.tokenizer)
     if settings.eval_data is not None:
-        return Text(*scan_source(settings.eval_data, log), start=0)
+        found = scan_source(settings.eval_data, log, text_field=settings.text_field, known=known)
+        return Text(*found, start=0)
     name, fraction = shown(record.path or ""), record.data.get("validation_fraction")
     if not fraction:
         reason = "does not record its training text" if fraction is None else "was trained without validation text"
         raise DataError(f"{name} {reason}: set EVAL_DATA to the text to measure it on")
-    source = config.from_saved(settings, saved_settings(record)).training_data_source
-    corpus, scanned = scan_source(source, log)
+    corpus, scanned = scan_text(config.from_saved(settings, saved_settings(record)), log, known)
     if scanned.sha256 != record.data.get("sha256"):
         remedy = "set EVAL_DATA, or TRAINING_DATA_SOURCE to that text"
-        raise DataError(f"{shown(source)} is not the text that {name} was trained on: {remedy}")
+        raise DataError(f"{shown(corpus.source)} is not the text that {name} was trained on: {remedy}")
     return Text(corpus, scanned, start=split_at(scanned.characters, fraction))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import models
 from milepost import ckpt
 from milepost.ckpt.layouts import known_layout
-from milepost.ckpt.record import Checkpoint, metadata
+from milepost.ckpt.record import Checkpoint, metadata, without_secrets
 from milepost.ckpt.tensor_listing import Held, all_files, differing, held, labelled
 from milepost.cli import guarded
 from milepost.config import Config
@@ -63,7 +63,7 @@ def resolved(name: str, settings: Config, log: Log) -> Path:
 
 def sections(path: Path) -> Iterator[str]:
     """Yield the text of each section. Reads metadata and headers, no tensor."""
-    values, tensors = known_layout(path).read_metadata(path), held(path)
+    values, tensors = without_secrets(known_layout(path).read_metadata(path)), held(path)
     yield "=== FORMAT ===\n" + file_lines(path, values)
     settings = values.get("model_settings", {}) | values.get("hyperparameters", {})
     yield "=== CONFIG ===\n" + pairs({"model_type": values.get("model_type"), **settings})
@@ -168,7 +168,8 @@ def compared(first: Checkpoint, second: Checkpoint) -> list[tuple[str, ...]]:
 
 def settings_of(record: Checkpoint) -> dict[str, Any]:
     """Return the settings of the model and of its training, `auto` as it was resolved."""
-    settings, followed = record.model_settings | record.hyperparameters, saved_settings(record)
+    hyperparameters = without_secrets({"hyperparameters": record.hyperparameters})["hyperparameters"]
+    settings, followed = record.model_settings | hyperparameters, saved_settings(record)
     settings |= {name: followed.get(name, value) for name, value in settings.items() if value == "auto"}
     device = record.runtime.get("device") if settings.get("DEVICE") == "auto" else None
     return settings | ({"DEVICE": device} if device else {})

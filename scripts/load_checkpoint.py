@@ -12,7 +12,8 @@ from milepost import config
 READS = (
     "CHECKPOINT_PATH", "MODE", "PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE",
     "Generation", "Training", "Logging", "Hardware and seed", "Checkpoints",
-    "TRAINING_DATA_SOURCE", "TOKENIZER", "VALIDATION_FRACTION", "DROPOUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
+    "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION", "DROPOUT",
+    "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -33,7 +34,7 @@ from milepost.run import agreed, planned, with_tokenizer
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log, harmless, ignore_stdout
 from milepost.runtime.schedule import Schedule, replan
-from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
+from milepost.samples import drop_conflicts, prompt_for, read_prompt, sample_seed, sample_texts
 from training import train
 
 
@@ -69,7 +70,7 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     prompt = read_prompt(settings)
     try:
         for pieces in sample_texts(settings, record, log, prompt=prompt, seed=sample_seed(settings)):
-            show(itertools.chain([prompt], pieces), stream=settings.stream)
+            show(itertools.chain([prompt_for(record, prompt)], pieces), stream=settings.stream)
     except BrokenPipeError:
         ignore_stdout()  # the reader closed the pipe, as `| head` does
     return 0

@@ -27,7 +27,7 @@ def names(text: str) -> set[str]:
 
 # The contract of names: adding or renaming a variable has to change this list too.
 IDENTITY = names(
-    "TRAINING_DATA_SOURCE TOKENIZER BPE_VOCAB_SIZE VALIDATION_FRACTION MODEL_TYPE GPT2_MODEL_NAME "
+    "TRAINING_DATA_SOURCE TEXT_FIELD TOKENIZER BPE_VOCAB_SIZE VALIDATION_FRACTION MODEL_TYPE GPT2_MODEL_NAME "
     "N_LAYER N_HEAD N_EMBD BLOCK_SIZE BIAS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS CHECKPOINT_ADAPTERS_ONLY "
     "TTT_LAYERS TTT_BASE_LR TTT_MINI_BATCH_SIZE TTT_INITIAL_GATING_ALPHA"
 )
@@ -36,7 +36,7 @@ MATH = names(
     "OPTIMIZER WEIGHT_DECAY BETA1 BETA2 GRAD_CLIP DROPOUT SEED DTYPE COMPILE DETERMINISTIC"
 )
 HABIT = names(
-    "EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL TRACKER ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL CHECKPOINT_MODEL_ONLY "
+    "UNKNOWN_CHARACTERS EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL TRACKER ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL CHECKPOINT_MODEL_ONLY "
     "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST TEMPERATURE TOP_K TOP_P REPETITION_PENALTY"
 )
 SESSION = names(
@@ -667,7 +667,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.lists(st.sampled_from(config.LORA_LAYERS), min_size=1).map(", ".join)
     if rules["form"] == "blocks":
         return st.sets(st.integers(0, 9), min_size=1).map(lambda numbers: " ,".join(map(str, numbers)))
-    if rules["form"] or name in ("PROMPT", "RUN", "PRUNE_OTHERS"):
+    if rules["form"] or name in ("PROMPT", "RUN", "TEXT_FIELD", "PRUNE_OTHERS"):
         free = st.one_of(prose, tricky).filter(lambda text: text.replace(",", " ").strip() and text.strip()[0] != "[")
         return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
     by_type: dict[type, Callable[[], st.SearchStrategy[Any]]] = {

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,12 +20,13 @@ from hypothesis import strategies as st
 
 from milepost.run import text as run_text
 from milepost.runtime.progress import Log
-from milepost.text import download, readers, stamps
+from milepost.text import blocks, download, stamps
 from milepost.text import scan as scan_module
 from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.download import fetch
 from milepost.text.errors import DataError
-from milepost.text.scan import ByteProgress, Scan, cached_scan, scan
+from milepost.text.readers import VERBATIM, Reading
+from milepost.text.scan import ByteProgress, Scan, cached_scan, forget_scan, scan
 
 URL = "https://example.org/letters/first.txt"
 
@@ -36,8 +38,8 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def opened(source: object, data_dir: Path = Path("unused")) -> Corpus:
-    return open_corpus(str(source), data_dir=data_dir)
+def opened(source: object, data_dir: Path = Path("unused"), **reading: Any) -> Corpus:
+    return open_corpus(str(source), data_dir=data_dir, reading=Reading(**reading))
 
 
 def documents(corpus: Corpus) -> list[str]:
@@ -63,9 +65,9 @@ def error_of(source: object, data_dir: Path = Path("unused")) -> str:
 # File formats
 
 
-def as_csv(rows: list[list[str]]) -> str:
+def as_csv(rows: list[list[str]], delimiter: str = ",") -> str:
     out = io.StringIO(newline="")
-    csv.writer(out).writerows(rows)
+    csv.writer(out, delimiter=delimiter).writerows(rows)
     return out.getvalue()
 
 
@@ -74,7 +76,28 @@ KINDS = {
     "a.txt": (THREE[0], THREE[:1]),
     "a.md": (THREE[1], THREE[1:2]),
     "a.jsonl": ("\n".join(json.dumps({"id": 1, "text": text}) for text in THREE) + "\n\n", THREE),
+    "a.json": (json.dumps([{"id": 1, "text": text} for text in THREE], indent=1), THREE),
     "a.csv": (as_csv([["id", "text"], *([str(i), text] for i, text in enumerate(THREE))]), THREE),
+    "a.tsv": (as_csv([["id", "text"], *([str(i), text] for i, text in enumerate(THREE))], "\t"), THREE),
+}
+
+
+# Line ends and marks as people's programs write them: of a document, and what is read of it.
+LINE_ENDS = {
+    "windows": ("first\r\nletter\r\n\r\nend\r\n", "first\nletter\n\nend\n"),
+    "old mac": ("first\rletter\r\rend\r", "first\nletter\n\nend\n"),
+    "mixed": ("a\r\r\n\n\rb", "a\n\n\n\nb"),
+    "line feeds": ("first\nletter\n", "first\nletter\n"),
+    "mark": ("\ufefffirst\r\nletter", "first\nletter"),
+    "mark inside": ("a\ufeff\r\n\ufeffb", "a\ufeff\n\ufeffb"),
+}
+AS = {  # how a document stands in a file of each format
+    "a.txt": lambda text: text,
+    "a.md": lambda text: text,
+    "a.jsonl": lambda text: json.dumps({"text": text}),
+    "a.json": lambda text: json.dumps([{"text": text}]),
+    "a.csv": lambda text: as_csv([["id", "text"], ["1", text]]),
+    "a.tsv": lambda text: as_csv([["id", "text"], ["1", text]], delimiter="\t"),
 }
 
 
@@ -82,14 +105,54 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_every_format_gives_its_documents(tmp_path: Path, name: str, gz: str) -> None:
     text, expected = KINDS[name]
-    assert documents(opened(write(tmp_path / (name + gz), text))) == expected
+    plain = [text.replace("\r\n", "\n") for text in expected]
+    path = write(tmp_path / (name + gz), text)
+    assert documents(opened(path)) == plain
+    if name.endswith(VERBATIM):
+        assert documents(opened(path, verbatim=True)) == expected
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 1 << 20])
+@pytest.mark.parametrize("ends", LINE_ENDS)
+@pytest.mark.parametrize("name", AS)
+def test_line_ends_and_marks_are_normalized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, ends: str, block: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    text, expected = LINE_ENDS[ends]
+    assert documents(opened(write(tmp_path / name, AS[name](text)))) == [expected]
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", AS)
+def test_utf16_with_its_mark_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, encoding: str, block: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    text = "Dear Wren,\r\n\u4e00 \U0001f600 \u00fc\r\n"
+    path = write(tmp_path / name, ("\ufeff" + AS[name](text)).encode(encoding))
+    assert documents(opened(path)) == [text.replace("\r\n", "\n")]
+    path.write_bytes(path.read_bytes() + b"\x00")
+    assert f"not valid UTF-16: byte {path.stat().st_size - 1} is 0x00" in error_of(path)
+
+
+@pytest.mark.parametrize("ends", LINE_ENDS)
+@pytest.mark.parametrize("name", [name for name in AS if name.endswith(VERBATIM)])
+def test_verbatim_keeps_them_as_the_first_version_did(tmp_path: Path, name: str, ends: str) -> None:
+    text, _ = LINE_ENDS[ends]
+    expected = text.removeprefix("\ufeff") if name in ("a.txt", "a.md") else text
+    assert documents(opened(write(tmp_path / name, AS[name](text)), verbatim=True)) == [expected]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_byte_order_mark_is_dropped_only_at_the_start(tmp_path: Path, name: str) -> None:
+def test_files_with_any_line_ends_and_a_mark_give_the_same_text(tmp_path: Path, name: str, end: str) -> None:
     text, expected = KINDS[name]
-    assert documents(opened(write(tmp_path / name, "\ufeff" + text))) == expected
-    assert documents(opened(write(tmp_path / "b.txt", "\ufeffa\ufeffb"))) == ["a\ufeffb"]
+    whole = text.replace("\r\n", "\n").replace("\n", end)
+    plain = [text.replace("\r\n", "\n") for text in expected]
+    assert documents(opened(write(tmp_path / name, "\ufeff" + whole))) == plain
+    assert documents(opened(write(tmp_path / name, whole))) == plain
 
 
 def test_suffixes_in_capitals_are_read(tmp_path: Path) -> None:
@@ -107,12 +170,14 @@ def test_empty_documents_are_left_out(tmp_path: Path) -> None:
 def test_blocks_of_any_size_give_the_same_text(text: str, block: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write(tmp_path_factory.getbasetemp() / "blocks.txt", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK", block)
-        assert "".join(documents(opened(path))) == text.removeprefix("\ufeff")
+        patch.setattr(blocks, "BLOCK", block)
+        plain = text.removeprefix("\ufeff")
+        assert "".join(documents(opened(path, verbatim=True))) == plain
+        assert "".join(documents(opened(path))) == plain.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def test_long_records_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "BLOCK", 4)
+    monkeypatch.setattr(blocks, "BLOCK", 4)
     path = write(tmp_path / "a.jsonl", '{"text": "abcdefghi"}\n{"text": "abcd"}')
     assert list(opened(path).pieces()) == [("abcd", False), ("efgh", False), ("i", True), ("abcd", True)]
 
@@ -144,7 +209,7 @@ def test_invalid_utf8_is_found_where_python_finds_it(
     joined = b"".join(data)
     path = write(tmp_path_factory.getbasetemp() / "invalid.txt.gz", joined)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK", block)
+        patch.setattr(blocks, "BLOCK", block)
         if (position := first_invalid_byte(joined)) is not None:
             assert f"invalid.txt.gz is not valid UTF-8: byte {position} is 0x" in error_of(path)
         else:
@@ -220,7 +285,7 @@ def test_globs_commas_and_relative_paths(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_unknown_suffixes_are_refused_with_the_supported_ones(tmp_path: Path) -> None:
     for name in ("a.pdf", "noext", "a.pdf.gz"):
-        assert ".txt, .md, .jsonl, .csv, each also with .gz" in error_of(write(tmp_path / name, "x"))
+        assert ".txt, .md, .jsonl, .json, .csv, .tsv, each also with .gz" in error_of(write(tmp_path / name, "x"))
     assert "expected .txt" in error_of(tmp_path / "*.pdf")
     assert "expected .txt" in error_of(tmp_path)
 
@@ -299,7 +364,7 @@ def test_a_url_is_downloaded_once_and_its_hash_recorded(tmp_path: Path) -> None:
     (path,) = first.paths
     assert path.parent == tmp_path / ".cache" / "downloads"
     record = json.loads(path.with_name(path.name + ".json").read_text())
-    assert record == {"url": URL + "?raw=1", "sha256": hashlib.sha256(web.data).hexdigest(), "bytes": 11}
+    assert record == {"url": URL + "?***", "sha256": hashlib.sha256(web.data).hexdigest(), "bytes": 11}
     assert sorted(os.listdir(path.parent)) == sorted([path.name, path.name + ".json"])
 
 
@@ -386,15 +451,15 @@ def test_without_a_network_the_error_names_the_file_to_provide(tmp_path: Path) -
 # Scanning
 
 
-def scanned(tmp_path: Path, texts: list[str]) -> Scan:
+def scanned(tmp_path: Path, texts: list[str], **reading: Any) -> Scan:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    return scan(opened(write(tmp_path / "scan.jsonl", lines)))
+    return scan(opened(write(tmp_path / "scan.jsonl", lines), **reading))
 
 
 @settings(max_examples=50, deadline=None)
 @given(texts=st.lists(st.text(min_size=1), min_size=1))
 def test_scan_equals_a_plain_computation(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    found = scanned(tmp_path_factory.getbasetemp(), texts)
+    found = scanned(tmp_path_factory.getbasetemp(), texts, verbatim=True)
     assert found.sha256 == hashlib.sha256(b"".join(text.encode() + b"\xff" for text in texts)).hexdigest()
     assert (found.characters, found.documents) == (sum(map(len, texts)), len(texts))
     assert found.alphabet == "".join(sorted(set("".join(texts))))
@@ -404,7 +469,7 @@ def test_the_hash_sees_document_ends_but_not_pieces(tmp_path: Path, monkeypatch:
     joined = scanned(tmp_path, ["ab", "c"]).sha256
     assert joined != scanned(tmp_path, ["a", "bc"]).sha256
     assert joined != scanned(tmp_path, ["abc"]).sha256
-    monkeypatch.setattr(readers, "BLOCK", 1)
+    monkeypatch.setattr(blocks, "BLOCK", 1)
     assert joined == scanned(tmp_path, ["ab", "c"]).sha256
 
 
@@ -569,6 +634,52 @@ def test_each_set_of_files_has_its_own_record(tmp_path: Path) -> None:
         found = [cached_scan(opened(source), cache_dir=tmp_path / "cache", now=lambda: LATER) for source in sources]
         assert found == [scan(opened(source)) for source in sources]
     assert len(list((tmp_path / "cache" / "scans").iterdir())) == 4
+
+
+@counts_bytes
+def test_each_way_of_reading_a_file_has_its_own_record(tmp_path: Path) -> None:
+    """A text with carriage returns has two hashes, and a file of two fields two texts; none is read again, none is mistaken."""
+    rows = [{"text": "Dear\r\n" * 100_000, "body": "Wren\r\n" * 200_000}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    ways = [{}, {"verbatim": True}, {"text_field": "body"}, {"text_field": "body", "verbatim": True}]
+    plain = [scan(opened(path, **way)) for way in ways]
+    assert len({found.sha256 for found in plain}) == 4
+    for again in (False, True):
+        before = bytes_read()
+        found = [cached_scan(opened(path, **way), cache_dir=tmp_path / "cache", now=lambda: LATER) for way in ways]
+        assert found == plain
+        assert (bytes_read() - before < path.stat().st_size) == again
+
+
+def test_a_damaged_cache_of_one_way_is_forgotten_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "Dear\r\n")
+    normal, verbatim = opened(path), opened(path, verbatim=True)
+    for corpus in (normal, verbatim):
+        cached_scan(corpus, cache_dir=tmp_path / "cache", now=lambda: LATER)
+    forget_scan(normal, cache_dir=tmp_path / "cache")
+    (left,) = (tmp_path / "cache" / "scans").iterdir()
+    assert left.name.startswith("scan1")  # the name under which earlier versions recorded it
+
+
+def test_remarks_on_files_are_remembered(tmp_path: Path) -> None:
+    for number in range(5):
+        write(tmp_path / "text" / f"{number}.csv", "id;text\n1;x\n")
+    write(tmp_path / "text" / "5.txt", "a<|endoftext|>b<|endoftext|>")
+    for _ in range(2):
+        notes = cached_scan(opened(tmp_path / "text"), cache_dir=tmp_path / "cache", now=lambda: LATER).notes
+        assert [str(tmp_path / "text" / f"{number}.csv") in note for number, note in enumerate(notes[:3])] == [True] * 3
+        assert "2 more" in notes[3]
+        assert "2 times" in notes[4]
+
+
+@pytest.mark.parametrize("block", [1, 5, 12, 13, 14, 1 << 20])
+def test_written_ends_of_text_are_counted_wherever_blocks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    path = write(tmp_path / "a.txt", "<|endoftext|>" * 3 + "x<|endoftext|" + "<|endoftext|>")
+    (note,) = scan(opened(path)).notes
+    assert "4 times" in note
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:

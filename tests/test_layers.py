@@ -121,6 +121,7 @@ LIGHT = (
     "milepost.runtime.schedule",
     "milepost.runtime.interrupt",
     "milepost.text.registry",
+    "milepost.text.addresses",
     "milepost.registry",
     "milepost.places",
 )

@@ -314,7 +314,7 @@ def test_documents_stay_whole_for_a_tokenizer_that_splits_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens_module, "CHUNK", 4)
-    monkeypatch.setattr("milepost.text.readers.BLOCK", 8)
+    monkeypatch.setattr("milepost.text.blocks.BLOCK", 8)
     whole, cut = Words(), Words()
     cut.splits_at = "word"
     for tokenizer in (whole, cut):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from milepost.text.addresses import masked
+
 FORMAT_VERSION = 2
 VERSION = "0.1.0"
 
@@ -126,6 +128,7 @@ OPTIONAL = ("base", "imported")  # fields of the metadata that are written only 
 TYPES = {
     name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }
+SOURCES = {"data": "source", "hyperparameters": "TRAINING_DATA_SOURCE"}  # where a record names its text
 HEADER = 2048  # bytes that a tensor, or a piece of one, takes besides its own: names, checksums, alignment
 LARGEST = 2**53  # of a number in the metadata: every program that reads JSON has it exactly
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's folder, so it must not lead out of it
@@ -135,7 +138,17 @@ def metadata(record: Checkpoint) -> dict[str, Json]:
     """Return everything of a record but its tensors, as JSON values."""
     parts = ["adapters" if record.adapters_only else "model", *["optimizer"] * (record.optimizer_state is not None)]
     values = {name: getattr(record, name) for name in TYPES} | {"parts": parts}
+    values = without_secrets(values)
     return {name: value for name, value in values.items() if value or name not in OPTIONAL}
+
+
+def without_secrets(values: dict[str, Json]) -> dict[str, Json]:
+    """Return metadata in which the address of the text is masked: earlier versions stored its password and query."""
+    for name, key in SOURCES.items():
+        source = (values.get(name) or {}).get(key)
+        if isinstance(source, str) and masked(source) != source:
+            values = values | {name: values[name] | {key: masked(source)}}
+    return values
 
 
 def named_tensors(record: Checkpoint) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import models
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError
@@ -19,6 +18,7 @@ from milepost.text import tokenization, tokenizer_json
 from models.lora import LoraSettings
 from models.lora import merged as merged_weights
 from models.model import Model
+from models.sizes import Size, layer_size, skeleton
 
 SHOWN = 10  # names and shapes listed in a message
 
@@ -104,15 +104,6 @@ def _fill_buffers(model: Model, model_type: str, settings: Mapping[str, Any]) ->
         setattr(model.get_submodule(owner), attribute, initial[name].to(next(model.parameters()).device))
 
 
-def skeleton(model_type: str, settings: Mapping[str, Any]) -> Model:
-    """Return a model of these settings whose weights have shapes but no memory.
-
-    Raises what models.build raises, and torch's RuntimeError for a shape with more elements than can be counted.
-    """
-    with torch.device("meta"), _Unfilled():
-        return models.build(model_type, settings)
-
-
 def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
     """Return adapters with the weights of their base added; raise CheckpointError if `base` is another base."""
     recorded = (record.base or {}).get("sha256")
@@ -152,17 +143,6 @@ def merged(record: Checkpoint) -> Checkpoint:
     return dataclasses.replace(record, model_state=state, model_settings=settings, optimizer_state=None, base=None)
 
 
-class _Unfilled(TorchFunctionMode):
-    """Skip torch.nn.init: for weights without memory, torch would import its compiler first, which takes a second."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
 def _check_crop(block_size: int, positions: int, *, where: str) -> None:
     if block_size > positions:
         problem = f"BLOCK_SIZE={block_size} is more than its {positions} positions"
@@ -179,20 +159,21 @@ def _cropped(model_type: str, state: Mapping[str, Tensor], block_size: int) -> d
 
 
 def _check_layers(record: Checkpoint, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if n_layer needs more tensors than exist: layers take memory even without weights.
+    """Raise CheckpointError if n_layer needs more tensors or numbers than exist: layers take memory even without weights.
 
-    No other setting costs time or memory.
+    No other setting costs time or memory. Twice the numbers are let through: which tensor is missing is reported later.
     """
     layers = record.model_settings.get("n_layer")
     if not isinstance(layers, int) or layers < 3:
         return
-    held = sum(tensor.numel() > 0 for tensor in state.values())  # empty tensors take no space in a file
-    if layers <= held:
-        sizes = (record.model_settings | {"n_layer": few} for few in (1, 2))
-        with_one, with_two = (len(skeleton(record.model_type, settings).state_dict()) for settings in sizes)
-        if layers * (with_two - with_one) <= held:
-            return
-    problem = f"n_layer is {layers}, but it holds only {held} tensors with numbers"
+    held = [tensor.numel() for tensor in state.values() if tensor.numel()]  # empty tensors take no space in a file
+    one = layer_size(record.model_type, record.model_settings) if layers <= len(held) else Size(1, 1)
+    if layers * one.tensors > len(held):
+        problem = f"n_layer is {layers}, but it holds only {len(held)} tensors with numbers"
+    elif layers * one.elements > 2 * sum(held):
+        problem = f"n_layer is {layers}, but it holds only {sum(held)} numbers"
+    else:
+        return
     raise CheckpointError(_where(record), f"its settings are damaged: {problem}", EARLIER, kind="damaged")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from milepost.config.parse import as_text, expected, quoted, short_text
-from milepost.config.resolve import defaults_of
+from milepost.config.resolve import defaults_of, public
 from milepost.config.variables import SCOPES, VARIABLES, Config, printable
 from milepost.places import ROOT
 from models import MODELS
@@ -17,11 +17,11 @@ from models import MODELS
 def as_env(config: Config, resolved: Mapping[str, Any]) -> str:
     """Return the settings, with the values that a run `resolved`, as an env file.
 
-    Used as ENV_FILE, it sets them all again.
+    Used as ENV_FILE, it sets them all again, but for the secret parts of an address.
     """
     lines = ["# The settings of a run. To use them again: ENV_FILE=path/of/this/file python3 training.py"]
     for name in VARIABLES:
-        text = "" if name == "ENV_FILE" else as_text(resolved.get(name, getattr(config, name.lower())))
+        text = "" if name == "ENV_FILE" else as_text(resolved.get(name, public(config, name)))
         lines.append(f"{name}={quoted(text)}" if text else f"# {name}=")
     return "\n".join(lines) + "\n"
 
@@ -29,7 +29,7 @@ def as_env(config: Config, resolved: Mapping[str, Any]) -> str:
 def describe(config: Config) -> list[str]:
     """Return lines on the settings that differ from their defaults, each with its source."""
     changed = [name for name in VARIABLES if getattr(config, name.lower()) != _default_beside(config, name)]
-    shown = [f"{name}={short_text(getattr(config, name.lower()))} ({config.sources[name]})" for name in changed]
+    shown = [f"{name}={short_text(public(config, name))} ({config.sources[name]})" for name in changed]
     text = "non-default settings: " + (", ".join(shown) or "none")
     return textwrap.wrap(printable(text), 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 

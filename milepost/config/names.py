@@ -9,6 +9,7 @@ from pathlib import Path
 
 from milepost.config.variables import VARIABLES
 from milepost.runtime.trackers import TRACKERS
+from milepost.text.addresses import masked
 
 NEAR_MISS = 0.9  # difflib ratio from which a name in the process environment counts as a misspelt variable
 
@@ -109,7 +110,7 @@ def refuse_arguments(script: str, arguments: Sequence[str], reads: Collection[st
 
     `reads` are the variables that the script reads, if known.
     """
-    rest, settings, unknown = list(arguments), Settings(), []
+    rest, settings, unknown = list(map(masked, arguments)), Settings(), []
     while rest:
         argument = rest.pop(0)
         word, equals, value = argument.partition("=")

@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any, get_args
 
 from milepost.config.variables import ALLOW_BLANK, LORA_LAYERS, MAX_INT
+from milepost.text.addresses import masked
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -205,7 +206,7 @@ def refusal(variable: Field[Any], value: object, source: str) -> str:
     if isinstance(value, int) and abs(value) > MAX_INT:  # Python does not print very large integers
         value = shown = f"(a number of {value.bit_length()} bits)"
     else:
-        shown = clip(repr(value))
+        shown = clip(repr(masked(value) if isinstance(value, str) else value))
     digits = str(value).strip()
     limit = " below 2**63" if kind_of(variable) is int and digits.isdecimal() and int(digits[:40]) > MAX_INT else ""
     options = (*variable.metadata["words"], *variable.metadata["choices"])

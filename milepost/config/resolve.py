@@ -41,6 +41,7 @@ from milepost.config.variables import (
 )
 from milepost.places import SHIPPED, base_folder
 from milepost.runtime.optimizers import OPTIMIZERS
+from milepost.text.addresses import masked
 from models import MODELS, with_trait
 
 
@@ -149,12 +150,19 @@ def _set_values(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
 def to_dict(config: Config) -> dict[str, Json]:
     """Return the settings that a checkpoint stores: every variable but those of a session, and DEVICE for information.
 
-    A data source inside the repository is stored relative to it, so that the repository can move.
+    A data source inside the repository is stored relative to it, so that the repository can move; an address without the parts
+    of it that may be secret.
     """
     stored = [name for name, each in VARIABLES.items() if each.metadata["scope"] != "session" or name == "DEVICE"]
     values = {name: getattr(config, name.lower()) for name in stored}
-    values["TRAINING_DATA_SOURCE"] = ",".join(map(_portable, config.training_data_source.split(",")))
+    values["TRAINING_DATA_SOURCE"] = ",".join(map(_portable, public(config, "TRAINING_DATA_SOURCE").split(",")))
     return values
+
+
+def public(config: Config, name: str) -> Any:
+    """Return the value of a variable as it may be stored and shown: data sources without passwords and queries."""
+    value = getattr(config, name.lower())
+    return masked(value) if VARIABLES[name].metadata["form"] == "source" and value else value
 
 
 def _portable(path: str) -> str:

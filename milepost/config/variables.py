@@ -29,7 +29,7 @@ MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes ne
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 
 DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
-DATA_VARIABLES = ("TRAINING_DATA_SOURCE", "VALIDATION_FRACTION")
+DATA_VARIABLES = ("TRAINING_DATA_SOURCE", "TEXT_FIELD", "VALIDATION_FRACTION")
 
 # May differ between machines that train together: places on their disks, and files that training never reads. The text and the base of
 # adapters are compared by hash.
@@ -87,14 +87,18 @@ class Config:
     """The resolved settings: one field per variable, in lower case. None means "not set". `read()` builds it."""
 
     # fmt: off
-    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .csv, each also .gz), folder, glob, "
+    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz), folder, glob, "
         "several joined by commas, https URL, or the named set tinyshakespeare", group="Data", scope="identity", form="source")
+    text_field: str = var("text", "column of a CSV, or member of each JSON object, that holds the text",
+        group="Data", scope="identity")
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char for up to 256 different characters, else bpe",
         group="Data", scope="identity", words=("auto",), choices=TOKENIZERS)
     bpe_vocab_size: int = var(1024, "vocabulary size of a BPE trained on the text; small, so that a small model sees each token often",
         group="Data", scope="identity", minimum=257, maximum=1_000_000)
     validation_fraction: float = var(0.1, "fraction of the text, taken from its end, held out for validation",
         group="Data", scope="identity", minimum=0, below=1)
+    unknown_characters: str = var("refuse", "what to do with characters of a new text or prompt that the vocabulary of a char tokenizer lacks; "
+        "replace takes a character such as ?; how many there are is logged", group="Data", scope="habit", choices=("refuse", "skip", "replace"))
     env_file: str | None = var(None, "file of settings to read instead of the repository's .env; only from the process environment",
         group="Data", form="path")
 

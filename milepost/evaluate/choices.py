@@ -1,6 +1,5 @@
 """Multiple-choice benchmarks from files. HellaSwag, BLiMP and story cloze are read into one form."""
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milepost.text.blocks import lines_of
 from milepost.text.errors import DataError
-from milepost.text.readers import lines_of, suffix_of
+from milepost.text.readers import csv_rows, suffix_of
+
+BENCHMARK_LIMIT = 1 << 28  # characters of all items of a file; HellaSwag's 10,042 questions have 9 million
+ITEM = 300  # as many characters take as much memory as an item without its texts
 
 Row = Mapping[str, Any]  # the keys as `_plain` returns them
 
@@ -47,7 +50,7 @@ def read_benchmark(path: Path) -> Benchmark:
     """Return the benchmark of a .jsonl or .csv file, also with .gz. Raise DataError naming the line that has no known format."""
     if suffix_of(path.name) not in ROWS:
         raise DataError(f"{path}: benchmarks are read from {' and '.join(ROWS)}, each also with .gz")
-    items, formats = [], set()
+    items, formats, characters = [], set(), 0
     for where, values in ROWS[suffix_of(path.name)](path):
         row = {_plain(name): value for name, value in values.items() if isinstance(name, str)}
         kind = _format_of(row, where)
@@ -57,6 +60,11 @@ def read_benchmark(path: Path) -> Benchmark:
                 f"{where} is of format {kind}, the lines before are not: put each format into a separate file"
             )
         items.append(FORMATS[kind][1](row, where))
+        characters += ITEM + len(items[-1].context) + sum(map(len, items[-1].choices))
+        if characters > BENCHMARK_LIMIT:  # all items are held in memory
+            raise DataError(
+                f"{where}: the items up to here exceed {BENCHMARK_LIMIT:,} characters: use part of the file"
+            )
     if not items:
         raise DataError(f"{path} holds no item: expected one per line")
     return Benchmark(path=path, format=formats.pop(), items=tuple(items))
@@ -97,12 +105,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    rows = csv.DictReader(lines_of(path), strict=True)
-    try:
-        for values in rows:
-            yield f"{path} line {rows.line_num}", values
-    except csv.Error as error:
-        raise DataError(f"{path} line {rows.line_num} is not valid CSV: {error}") from None
+    rows = csv_rows(path, lines_of(path))
+    _, header = next(rows, (0, []))
+    for number, row in rows:
+        if row:
+            yield f"{path} line {number}", dict.fromkeys(header) | dict(zip(header, row, strict=False))
 
 
 ROWS: dict[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {".jsonl": _json_rows, ".csv": _csv_rows}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from milepost.text.blocks import RECORD_LIMIT
 from milepost.text.chunks import rechunk
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError, UnknownCharacters
@@ -39,7 +40,7 @@ class Text:
     def passages(self) -> Iterator[str]:
         """Yield the documents. A document of more than CHUNK characters is split into parts, cut between words."""
         pieces = (piece for part, piece in cut(self.corpus.pieces(), self.start) if part)
-        return (text for text, _ in rechunk(pieces, size=CHUNK))
+        return (text for text, _ in rechunk(pieces, size=CHUNK, limit=RECORD_LIMIT))
 
 
 @dataclass(frozen=True)

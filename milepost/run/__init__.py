@@ -11,7 +11,7 @@ from milepost.run.build import (
     shapes,
 )
 from milepost.run.state import TRY_INSTEAD, Run, Saved, State, is_due, to_record
-from milepost.run.text import Text, open_source, read_text, scan_source
+from milepost.run.text import Text, open_source, read_text, scan_source, scan_text
 from milepost.run.weights import (
     adapter_variables,
     agreed,
@@ -42,6 +42,7 @@ __all__ = [
     "planned",
     "read_text",
     "scan_source",
+    "scan_text",
     "shapes",
     "to_record",
     "with_its_base",

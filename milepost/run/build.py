@@ -10,21 +10,22 @@ from torch import nn
 import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
-from milepost.ckpt.restore import build_model, build_tokenizer
+from milepost.ckpt.restore import build_model
 from milepost.ckpt.writer import Writer
 from milepost.config import Config, ConfigError
 from milepost.run.probe import probe
 from milepost.run.state import Run, Saved, State
 from milepost.run.text import Text, read_text
-from milepost.run.weights import adapters, identity, initial_weights, lineage, with_model_of
+from milepost.run.weights import adapters, identity, initial_weights, lineage, shape_variables, with_model_of
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.optim import build_optimizer
-from milepost.runtime.progress import Log
+from milepost.runtime.progress import Log, amount
 from milepost.runtime.schedule import Schedule, default_floor
 from milepost.text import tokenization
 from milepost.text.batches import Batches
 from models.model import Model
+from models.sizes import size_of
 
 
 def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
@@ -35,7 +36,7 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
     if weights:
         settings = with_model_of(weights, settings)
     check_batch_size(settings, world)
-    text, tokenizer = read_text(settings, log, world, tokenizer=build_tokenizer(weights) if weights else None)
+    text, tokenizer = read_text(settings, log, world, record=weights)
     torch.manual_seed(settings.seed)
     base = None
     if weights:
@@ -53,6 +54,7 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
             came = "transferred" if weights.model_settings.get(kind) else "added"
             log(f"{models.ADAPTERS[kind]} parameters {came}: {count}")
     else:
+        check_size(settings, world, vocab_size=tokenizer.vocab_size, device=device)
         model = new_model(settings, vocab_size=tokenizer.vocab_size)
     run = assemble(
         settings,
@@ -68,6 +70,33 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
     if weights:
         run.parent, run.base = lineage(weights, {}), base
     return run
+
+
+def check_size(settings: Config, world: World, *, vocab_size: int, device: torch.device) -> None:
+    """Raise ConfigError if a new model does not fit into the free main memory, before it is built.
+
+    On a CPU its gradients must fit too; each process of a machine builds it whole.
+    """
+    try:
+        values = architecture(settings, vocab_size=vocab_size)
+        named = [
+            f"{name}={values[name.lower()]}" for name in shape_variables(values) if type(values[name.lower()]) is int
+        ]
+        remedy = f"lower one of {', '.join(named)}" if named else "use a smaller vocabulary"
+        size = size_of(settings.model_type, values)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    except RuntimeError as error:  # a shape with more elements than can be counted
+        raise ConfigError(
+            [f"no machine has the memory for this model ({str(error).splitlines()[0]:.200}): {remedy}"]
+        ) from error
+    need = (size.bytes + (4 * size.elements if device.type == "cpu" else 0)) * world.local_size
+    free = hardware.free_main_memory()
+    if world.any(free is not None and need > free):
+        size_here = f"a model of {amount(size.elements)} parameters in {amount(size.tensors)} tensors"
+        raise ConfigError(
+            [f"{size_here} takes {amount(need, 'B')} of memory, {amount(free or 0, 'B')} are free: {remedy}"]
+        )
 
 
 def new_model(settings: Config, *, vocab_size: int) -> Model:

@@ -11,9 +11,10 @@ from milepost.ckpt.hub import local_folder
 from milepost.ckpt.restore import name_the_base, with_base
 from milepost.ckpt.tensors import digest
 from milepost.config import Config, ConfigError
-from milepost.run.text import scan_source
+from milepost.run.text import scan_text
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log, shown
+from milepost.text.known import UNKNOWN_TEXT, Known
 
 # Fields of the adapters' settings; each is a variable, such as LORA_RANK.
 ADAPTERS = {
@@ -105,13 +106,19 @@ def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint
     if names_complete_tokenizer(settings):
         return with_kind(record, settings.tokenizer)
     if settings.is_set("TRAINING_DATA_SOURCE"):
-        return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+        return with_chars(record, alphabet_of(settings, log, size=record.model_settings["vocab_size"]))
     for note in record.notes:
         log(note)
     remedy = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2"
     raise CheckpointError(
         f"{record.path}: carries no usable tokenizer: {remedy}, or put its tokenizer.json or meta.pkl beside it"
     )
+
+
+def alphabet_of(settings: Config, log: Log, *, size: int) -> list[str]:
+    """Return the sorted characters of TRAINING_DATA_SOURCE: of the text as it is, if only then there are `size` of them."""
+    found = [scan_text(settings, log, known)[1].alphabet for known in (UNKNOWN_TEXT, Known(carriage_returns=True))]
+    return sorted(next((alphabet for alphabet in found if len(alphabet) == size), found[0]))
 
 
 def names_complete_tokenizer(settings: Config) -> bool:

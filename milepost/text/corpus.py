@@ -1,31 +1,43 @@
 """Where training text comes from: a source string names files, and files are read as pieces of documents."""
 
 import contextlib
+import dataclasses
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milepost.text.addresses import masked
 from milepost.text.download import DOWNLOAD_LIMIT, fetch, open_https, tiny_shakespeare
 from milepost.text.errors import DataError
-from milepost.text.readers import READERS, SUPPORTED, Piece, listed, suffix_of
+from milepost.text.readers import PLAIN, READERS, SUPPORTED, VERBATIM, Piece, Reading, listed, suffix_of
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of a text: `source` as the user wrote it, `name` safe for file names, `paths` in order."""
+    """The files of a text: `source` as the user wrote it, without passwords, `name` safe for file names, `paths` in order.
+
+    `reading` is how they are read, `skipped` tells which files of folders and globs have an unsupported type.
+    """
 
     source: str
     name: str
     paths: tuple[Path, ...]
+    reading: Reading = PLAIN
+    skipped: tuple[str, ...] = ()
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield all text in order, as pieces. Raise DataError naming file and position where a file cannot be read."""
+    def pieces(self, note: Callable[[str], None] = lambda _: None) -> Iterator[Piece]:
+        """Yield all text in order, as pieces; remarks on files go to `note`.
+
+        Raise DataError naming file and position where a file cannot be read.
+        """
+        reading = dataclasses.replace(self.reading, note=note)
         for path in self.paths:
-            yield from READERS[suffix_of(path.name)](path)
+            yield from READERS[suffix_of(path.name)](path, reading)
 
 
 def open_corpus(
@@ -33,6 +45,7 @@ def open_corpus(
     *,
     data_dir: Path,
     cache_dir: Path | None = None,
+    reading: Reading = PLAIN,
     max_download_bytes: int = DOWNLOAD_LIMIT,
     open_url: Callable[[str], Any] = open_https,
 ) -> Corpus:
@@ -43,7 +56,9 @@ def open_corpus(
     """
     whole = os.path.lexists(os.path.expanduser(source))  # a file name may contain a comma
     parts = [source] if whole else [part.strip() for part in source.split(",") if part.strip()]
+    known = VERBATIM if reading.verbatim else tuple(READERS)
     paths: list[Path] = []
+    skipped: list[str] = []
     for part in parts:
         if part == "tinyshakespeare":
             paths.append(tiny_shakespeare(data_dir, cache_dir=cache_dir, open_url=open_url))
@@ -52,11 +67,23 @@ def open_corpus(
                 fetch(part, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_download_bytes, open_url=open_url)
             )
         else:
-            paths.extend(_local(part))
+            found, others = _local(part, known)
+            paths.extend(found)
+            skipped.extend(_skipped(part, others))
     if not paths:
         raise DataError(f"the data source {source!r} names nothing: expected a file, folder, glob or https URL")
-    name = "_".join(_stem(part) for part in parts)[:40].strip("_")
-    return Corpus(source=source, name=name, paths=tuple(paths))
+    name = "_".join(map(_stem, map(masked, parts)))[:40].strip("_")
+    shown = source if whole else masked(source)
+    return Corpus(source=shown, name=name, paths=tuple(paths), reading=reading, skipped=tuple(skipped))
+
+
+def _skipped(part: str, paths: list[Path]) -> list[str]:
+    """Return a line on the files of a folder or glob that are not read: their number and their suffixes."""
+    kinds = Counter(os.path.splitext(path.name)[1].lower() or "no suffix" for path in paths)
+    if not kinds:
+        return []
+    common = listed([kind for kind, _ in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))])
+    return [f"{part}: {len(paths)} file{'s' * (len(paths) > 1)} skipped: {common}"]
 
 
 def _stem(part: str) -> str:
@@ -68,38 +95,46 @@ def _stem(part: str) -> str:
     return next(filter(None, words), "text")
 
 
-def _local(part: str) -> list[Path]:
-    """Return the files of a path or glob, in a fixed order."""
+def _local(part: str, known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+    """Return the files of a path or glob, in a fixed order, and those of an unsupported type."""
     path = os.path.expanduser(part)
     if os.path.isdir(path):
-        return _in_folder(Path(path))
+        return _in_folder(Path(path), known)
     if os.path.isfile(path):
-        if suffix_of(path) not in READERS:
+        if suffix_of(path) not in known:
             raise DataError(f"{part}: unsupported file type: expected {SUPPORTED}")
-        return [Path(path)]
+        return [Path(path)], []
     if os.path.exists(path):
         raise DataError(f"{part} is neither a file nor a folder")
     if glob.has_magic(path):
-        return _matching(path)
+        return _matching(path, known)
     raise DataError(f"{part} does not exist: {_nearest(path)}")
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and suffix_of(path.name) in READERS]
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+def _in_folder(folder: Path, known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    found, others = _by_type(files, known)
     if not found:
         raise DataError(f"{folder} has no supported file: expected {SUPPORTED}; {_nearest(str(folder / '*'))}")
-    return found
+    return found, others
 
 
-def _matching(pattern: str) -> list[Path]:
+def _matching(pattern: str, known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
     matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
-    found = [path for path in matches if suffix_of(path.name) in READERS]
+    found, others = _by_type(matches, known)
     if not found and matches:
         raise DataError(f"{pattern}: no matching file has a supported type: expected {SUPPORTED}")
     if not found:
         raise DataError(f"no file matches {pattern}: {_nearest(pattern)}")
-    return found
+    return found, others
+
+
+def _by_type(paths: list[Path], known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+    """Return the files of a `known` type, and the others."""
+    return [path for path in paths if suffix_of(path.name) in known], [
+        path for path in paths if suffix_of(path.name) not in known
+    ]
 
 
 def _nearest(path: str) -> str:

@@ -10,10 +10,15 @@ class UnknownCharacters(ValueError):
 
     def __init__(self, characters: str, vocab_size: int) -> None:
         self.characters = characters
-        named = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in characters[:10])
+        first = ", ".join(map(named, characters[:10]))
         more = f" and {len(characters) - 10} more" if len(characters) > 10 else ""
-        super().__init__(f"{named}{more}: not in the vocabulary of {vocab_size} characters")
+        super().__init__(f"{first}{more}: not in the vocabulary of {vocab_size} characters")
 
 
 class IncompleteTokenizer(TypeError):
     """A registered class of tokenizer lacks what the interface asks for."""
+
+
+def named(character: str) -> str:
+    """Return a character as Python writes it, and its code point."""
+    return f"{character!r} (U+{ord(character):04X})"

@@ -1,79 +1,51 @@
 """The readers of text files: each yields the documents of one format as pieces.
 
-A piece is `(text, ends)`: some characters, and True on the last piece of a document. A piece has at most BLOCK characters,
-so memory use is flat downstream. Empty documents are skipped.
+A piece is `(text, ends)`: some characters, and True on the last piece of a document. A piece has at most `blocks.BLOCK`
+characters, so memory use is flat downstream. Empty documents are skipped.
 """
 
-import codecs
-import contextlib
 import csv
-import gzip
+import itertools
 import json
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from milepost.text import blocks
+from milepost.text.blocks import blocks_of, check_length, lines_of, normalized
 from milepost.text.errors import DataError
 
 Piece = tuple[str, bool]
 
-BLOCK = 1 << 20  # bytes per read, and the most characters of a piece
+END_OF_TEXT = "<|endoftext|>"  # as GPT-2 writes it; in a text it is ordinary text
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of CSV, in the order in which they are tried
+SEPARATOR = re.compile(r"[\s,]*")  # between the values of a JSON file
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Yield the file's bytes, decompressed. Read errors become DataError."""
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    try:
-        with opener(path, "rb") as file:
-            yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is a damaged gzip file ({error}): copy or compress it again") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+@dataclass(frozen=True)
+class Reading:
+    """How files become text.
+
+    `text_field` is the column of a CSV and the member of a JSON object that holds the text. `verbatim` reads as versions
+    did that did not normalize text: line ends and marks inside as they are, only the formats VERBATIM. Remarks on a file go
+    to `note`.
+    """
+
+    text_field: str = "text"
+    verbatim: bool = False
+    note: Callable[[str], None] = lambda _: None
 
 
-def _decode(data: bytes, *, path: Path, position: int, final: bool) -> tuple[str, int]:
-    """Return the text of `data` and how many bytes it used. Unless `final`, a character cut off at the end is left over."""
-    try:
-        return codecs.utf_8_decode(data, "strict", final)
-    except UnicodeDecodeError as error:
-        where = f"byte {position + error.start} is 0x{data[error.start]:02x}, {error.reason}"
-        raise DataError(f"{path} is not valid UTF-8: {where}; save it as UTF-8") from None
+PLAIN = Reading()
 
 
-def _blocks(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks, unchanged except for a byte order mark at its start."""
-    position, rest, final = 0, b"", False
-    with _opened(path) as file:
-        while not final:
-            block = file.read(BLOCK)
-            final = not block
-            data = rest + block
-            text, used = _decode(data, path=path, position=position, final=final)
-            if position == 0:
-                text = text.removeprefix("\ufeff")
-            position, rest = position + used, data[used:]
-            if text:
-                yield text
-
-
-def lines_of(path: Path) -> Iterator[str]:
-    """Yield the lines of a file with their line ends, split at line feeds only."""
-    position = 0
-    with _opened(path) as file:
-        for line in file:
-            text, _ = _decode(line, path=path, position=position, final=True)
-            yield text.removeprefix("\ufeff") if position == 0 else text
-            position += len(line)
-
-
-def _read_text(path: Path) -> Iterator[Piece]:
+def _read_text(path: Path, reading: Reading) -> Iterator[Piece]:
     held = ""
-    for text in _blocks(path):
+    for text in blocks_of(path, verbatim=reading.verbatim):
         if held:
             yield held, False
         held = text
@@ -81,27 +53,84 @@ def _read_text(path: Path) -> Iterator[Piece]:
         yield held, True
 
 
-def _read_jsonl(path: Path) -> Iterator[Piece]:
-    for number, line in enumerate(lines_of(path), 1):
+# JSON
+
+
+def _read_jsonl(path: Path, reading: Reading) -> Iterator[Piece]:
+    for number, line in enumerate(lines_of(path, verbatim=reading.verbatim), 1):
         if line.strip():
-            yield from _slices(_json_text(line, where=f"{path} line {number}"))
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} is not valid JSON ({error}): expected one object per line") from None
+            yield from _slices(_text_in(row, reading, where=where), reading)
 
 
-def _json_text(line: str, *, where: str) -> str:
-    """Return the member `text` of a line's JSON object. Raise DataError if it is missing or not text."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON ({error}): expected one object per line") from None
+def _read_json(path: Path, reading: Reading) -> Iterator[Piece]:
+    for number, value in enumerate(_json_values(path), 1):
+        where = f"{path} record {number}"
+        text = value if isinstance(value, str) else _text_in(value, reading, where=where)
+        yield from _slices(_checked(text, reading, where=where), reading)
+
+
+def _json_values(path: Path) -> Iterator[Any]:
+    """Yield the members of a JSON list, or the values that follow one another. Only one of them is held in memory."""
+    decode = json.JSONDecoder().raw_decode
+    held, enough, number, bracket = "", 1, 1, ""
+    for block, last in _with_last(blocks_of(path)):
+        held += block
+        if len(held) < enough and not last:
+            continue
+        at = _value_at(held, 0)
+        if number == 1 and not bracket and held.startswith("[", at):
+            bracket, at = "[", _value_at(held, at + 1)
+        while at < len(held):
+            if bracket == "[" and held[at] == "]":
+                bracket, at = "]", _value_at(held, at + 1)
+                continue
+            try:
+                value, end = decode(held, at)
+            except (ValueError, RecursionError) as error:
+                if last:
+                    raise DataError(f"{path} record {number} is not valid JSON ({error})") from None
+                break  # its end may be in the next block
+            yield value
+            number, at = number + 1, _value_at(held, end)
+        held = held[at:]
+        check_length(len(held), where=f"{path} record {number}", what="it is not valid JSON, or")
+        enough = min(2 * len(held), blocks.RECORD_LIMIT + 1)  # else a long value would be parsed again for each block
+    if bracket == "[":
+        raise DataError(f"{path} ends within its list, after record {number - 1}: copy or download it again")
+
+
+def _value_at(text: str, at: int) -> int:
+    """Return the position of the next value, behind spaces and commas."""
+    found = SEPARATOR.match(text, at)
+    return found.end() if found else at
+
+
+def _with_last(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Yield each text with False, then an empty text with True."""
+    yield from ((text, False) for text in texts)
+    yield "", True
+
+
+def _text_in(row: Any, reading: Reading, *, where: str) -> str:
+    """Return the member `text_field` of a JSON object. Raise DataError if it is missing or not text."""
+    field = reading.text_field
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with a member 'text', found a {type(row).__name__}")
-    if "text" not in row:
-        raise DataError(f"{where}: expected a member 'text', found {listed(list(row))}")
-    text = row["text"]
+        raise DataError(f"{where}: expected an object with a member {field!r}, found a {type(row).__name__}")
+    if field not in row:
+        raise DataError(f"{where}: expected a member {field!r}, found {listed(list(row))}: name the text field")
+    return _checked(row[field], reading, where=where)
+
+
+def _checked(text: Any, reading: Reading, *, where: str) -> str:
     if not isinstance(text, str):
-        raise DataError(f"{where}: expected a string as 'text', found a {type(text).__name__}")
+        raise DataError(f"{where}: expected a string as {reading.text_field!r}, found a {type(text).__name__}")
     if re.search("[\ud800-\udfff]", text):  # JSON can write them, UTF-8 cannot
-        raise DataError(f"{where}: 'text' holds half of a surrogate pair, which is not a character")
+        raise DataError(f"{where}: the text holds half of a surrogate pair, which is not a character")
     return text
 
 
@@ -111,34 +140,80 @@ def listed(names: list[str]) -> str:
     return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown
 
 
-def _read_csv(path: Path) -> Iterator[Piece]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents past 128 KB
-    rows = csv.reader(lines_of(path), strict=True)
+# CSV
+
+
+def csv_rows(path: Path, lines: Iterable[str], *, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """Yield each row with the number of its last line. Raise DataError for a row above RECORD_LIMIT, before it is whole."""
+    size, begins = 0, 1
+
+    def counted() -> Iterator[str]:
+        nonlocal size
+        for line in lines:
+            size += len(line)
+            check_length(size, where=f"{path} line {begins}", what="a quote is never closed, or a row")
+            yield line
+
+    csv.field_size_limit(blocks.RECORD_LIMIT)  # the default refuses documents past 128 KB
+    rows = csv.reader(counted(), delimiter=delimiter, strict=True)
     try:
-        header = [name.strip() for name in next(rows, [])]
-        if "text" not in header:
-            raise DataError(f"{path}: expected a column 'text' in the first line, found {listed(header)}")
-        column = header.index("text")
         for row in rows:
-            if row and len(row) <= column:
-                raise DataError(f"{path} line {rows.line_num}: the row ends before the column 'text'")
-            if row:
-                yield from _slices(row[column])
+            yield rows.line_num, row
+            size, begins = 0, rows.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path} line {rows.line_num} is not valid CSV: {error}") from None
 
 
-def _slices(text: str) -> Iterator[Piece]:
-    for start in range(0, len(text), BLOCK):
-        yield text[start : start + BLOCK], start + BLOCK >= len(text)
+def _read_csv(path: Path, reading: Reading) -> Iterator[Piece]:
+    field, lines = reading.text_field, lines_of(path, verbatim=reading.verbatim)
+    first = next(lines, "")
+    delimiter = _delimiter(path, first, field)
+    if delimiter != "," and suffix_of(path.name) == ".csv":
+        reading.note(f"{path}: columns are separated by {DELIMITERS[delimiter]}")
+    rows = csv_rows(path, itertools.chain([first] if first else [], lines), delimiter=delimiter)
+    _, names = next(rows, (1, []))
+    header = [name.strip() for name in names]
+    if field not in header:
+        problem = f"expected a column {field!r} in the first line, found {listed(header)}"
+        raise DataError(f"{path}: {problem}: name the text field")
+    column = header.index(field)
+    for number, row in rows:
+        if row and len(row) <= column:
+            raise DataError(f"{path} line {number}: the row ends before the column {field!r}")
+        if row:
+            yield from _slices(row[column], reading)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Piece]]] = {
+def _delimiter(path: Path, first: str, field: str) -> str:
+    """Return the delimiter with which the first line has the column `field`, else the one with which it has most columns."""
+    headers = {delimiter: _columns(first, delimiter) for delimiter in DELIMITERS}
+    having = [delimiter for delimiter, names in headers.items() if field in names]
+    usual = "\t" if suffix_of(path.name) == ".tsv" else ","
+    return next(iter(having), max(headers, key=lambda delimiter: (len(headers[delimiter]), delimiter == usual)))
+
+
+def _columns(line: str, delimiter: str) -> list[str]:
+    try:
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error:
+        return []
+
+
+def _slices(text: str, reading: Reading) -> Iterator[Piece]:
+    text = text if reading.verbatim else normalized(text)
+    for start in range(0, len(text), blocks.BLOCK):
+        yield text[start : start + blocks.BLOCK], start + blocks.BLOCK >= len(text)
+
+
+READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
 }
+VERBATIM = (".txt", ".md", ".jsonl", ".csv")  # the formats of versions that did not normalize text
 SUPPORTED = f"{', '.join(READERS)}, each also with .gz"
 
 

@@ -12,11 +12,14 @@ import numpy as np
 
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
+from milepost.text.readers import END_OF_TEXT
 from milepost.text.stamps import forget, remembered
 
 Log = Callable[[str], None]
 
-RECORD, FOLDER = "scan1", "scans"  # raise the number when the same files give another Scan
+RECORD, FOLDER = "scan2", "scans"  # raise the number when the same files give another Scan
+VERBATIM_RECORD = "scan1"  # of files read as they are, which is how the first version read all
+MOST_NOTES = 3
 LOG_SECONDS = 2
 
 
@@ -28,23 +31,39 @@ class Scan:
     characters: int
     documents: int
     alphabet: str  # the distinct characters, sorted
+    notes: tuple[str, ...] = ()  # what the readers remark on files, such as the delimiter of a CSV
 
 
 def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
     """Read all of `corpus` in flat memory. Raise DataError if it holds no text."""
     digest = hashlib.sha256()
     seen = np.zeros(0x110000, dtype=bool)  # one flag per code point
-    characters = documents = 0
+    characters = documents = ends_written = 0
+    notes: list[str] = []
+    tail = ""
     progress = ByteProgress(log, "reading")
-    for text, ends in corpus.pieces():
+    for text, ends in corpus.pieces(notes.append):
         progress.add(add_to_digest(digest, text, ends))
         seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
         characters += len(text)
         documents += ends
+        tail += text
+        ends_written += tail.count(END_OF_TEXT)
+        tail = tail[1 - len(END_OF_TEXT) :]  # too short to be counted again
     if not characters:
         raise DataError(f"{corpus.source} holds no text: all its files are empty")
     alphabet = "".join(map(chr, np.flatnonzero(seen).tolist()))
-    return Scan(sha256=digest.hexdigest(), characters=characters, documents=documents, alphabet=alphabet)
+    more = [f"and so in {len(notes) - MOST_NOTES} more files"] if len(notes) > MOST_NOTES else []
+    more += [_about_ends(corpus.source, ends_written)] if ends_written else []
+    return Scan(digest.hexdigest(), characters, documents, alphabet, (*notes[:MOST_NOTES], *more))
+
+
+def _about_ends(source: str, count: int) -> str:
+    """Return a line on a text in which the end of a document is written out, as texts for other programs have it."""
+    times = f"{count} time{'s' * (count > 1)}"
+    return (
+        f"{source} has {END_OF_TEXT} {times}, read as ordinary characters; a .jsonl separates documents, one per line"
+    )
 
 
 def cached_scan(
@@ -52,14 +71,23 @@ def cached_scan(
 ) -> Scan:
     """Return `scan(corpus)`, from `cache_dir` if no file has changed since; see milepost.text.stamps for what that means."""
     values = remembered(
-        RECORD, corpus.paths, cache_dir / FOLDER, lambda: dataclasses.asdict(scan(corpus, log=log)), now=now
+        _record(corpus), corpus.paths, cache_dir / FOLDER, lambda: dataclasses.asdict(scan(corpus, log=log)), now=now
     )
-    return Scan(**values)
+    return Scan(**{**values, "notes": tuple(values.get("notes", ()))})
 
 
 def forget_scan(corpus: Corpus, *, cache_dir: Path) -> None:
     """Make the next `cached_scan` read the files."""
-    forget(RECORD, corpus.paths, cache_dir / FOLDER)
+    forget(_record(corpus), corpus.paths, cache_dir / FOLDER)
+
+
+def _record(corpus: Corpus) -> str:
+    """Return the name of what is remembered: the same files give another scan if they are read in another way."""
+    reading = corpus.reading
+    plain = VERBATIM_RECORD if reading.verbatim else RECORD
+    if reading.text_field == "text":
+        return plain
+    return f"{plain}-{hashlib.sha256(reading.text_field.encode()).hexdigest()[:16]}"
 
 
 def add_to_digest(digest: Any, text: str, ends: bool) -> int:

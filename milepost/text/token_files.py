@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from milepost.files import flush_to_disk, new_folder, write_json
-from milepost.text.chunks import rechunk, whole_documents
+from milepost.text.chunks import LongWordError, rechunk, whole_documents
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
 from milepost.text.readers import Piece
@@ -73,6 +73,8 @@ def prepare(
     except OSError as error:
         remedy = "free space and fix permissions there; a read-only checkout uses XDG_CACHE_HOME instead"
         raise DataError(f"the token files in {cache_dir} cannot be written ({error}): {remedy}") from error
+    except LongWordError as error:
+        raise DataError(f"{corpus.source}: {error}") from error
 
 
 def split_at(characters: int, validation_fraction: float) -> int:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from milepost.ckpt.record import Checkpoint, CheckpointError
-from milepost.ckpt.restore import logits, skeleton
+from milepost.ckpt.restore import logits
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest
+from models.sizes import skeleton
 
 GELUS = {"gelu": "GELU's tanh form", "gelu_erf": "the exact GELU", "relu": "ReLU"}
 

@@ -8,9 +8,8 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from milepost.registry import undefined
+from milepost.text.readers import END_OF_TEXT as END_OF_TEXT
 from milepost.text.readers import Piece
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):

@@ -12,6 +12,9 @@ from milepost.text.readers import Piece
 from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters, checked_ids, replace_surrogates
 
 BPE_TRAINING_CHARACTERS = 64_000_000  # merges learned from more text hardly differ
+# The time to learn merges grows with the square of a word's length: a word of a million characters would take an hour.
+LONGEST_WORD = 256
+_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 
 class BpeTokenizer(Tokenizer):
@@ -90,9 +93,20 @@ def _train(pieces: Iterable[Piece], vocab_size: int) -> dict[str, Any]:
         initial_alphabet=byte_letters(),
         show_progress=False,
     )
-    chunks = (text for text, _ in rechunk(_head(pieces, BPE_TRAINING_CHARACTERS), size=1 << 16))
+    chunks = (
+        part for text, _ in rechunk(_head(pieces, BPE_TRAINING_CHARACTERS), size=1 << 16) for part in _parts(text)
+    )
     trainee.train_from_iterator(chunks, trainer=trainer)
     return json.loads(trainee.to_str())
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Yield a text in parts, so that none of its words is longer than LONGEST_WORD."""
+    start = 0
+    for long in _LONG.finditer(text):
+        yield text[start : long.end()]
+        start = long.end()
+    yield text[start:]
 
 
 def _head(pieces: Iterable[Piece], characters: int) -> Iterator[Piece]:

@@ -1,0 +1,121 @@
+"""The text of a file in blocks and lines: decompressed, decoded, with normalized line ends, in bounded memory."""
+
+import codecs
+import contextlib
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from milepost.text.errors import DataError
+
+BLOCK = 1 << 20  # bytes per read, and the most characters of a block
+RECORD_LIMIT = 1 << 26  # characters of a line, a row or a JSON value: they are held in memory whole
+UNPACKED_LIMIT = (
+    1 << 30
+)  # bytes that any .gz file may hold; above, it must not be smaller than a MOST_PACKED-th of them
+MOST_PACKED = 250  # text is packed to a third or a tenth; gzip can reach a thousandth
+UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}  # which begins with a mark
+LONGEST_MARK = 2  # bytes
+DECODERS: dict[str, Callable[[bytes, str, bool], tuple[str, int]]] = {
+    "utf-8": codecs.utf_8_decode, "utf-16-le": codecs.utf_16_le_decode, "utf-16-be": codecs.utf_16_be_decode,
+}  # fmt: skip
+
+
+def normalized(text: str) -> str:
+    """Return a text without a byte order mark at its start, and with "\\n" for "\\r\\n" and for a lone "\\r"."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def blocks_of(path: Path, *, verbatim: bool = False) -> Iterator[str]:
+    """Yield the text of a file in blocks, without a byte order mark at its start and with "\\n" at all line ends.
+
+    `verbatim` leaves the line ends as they are. Raise DataError naming the byte that is not UTF-8, or the limit exceeded.
+    """
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    for text in _decoded(path):
+        if text := text if verbatim else newlines.decode(text):
+            yield text
+    if rest := newlines.decode("", final=True):  # a carriage return at the end
+        yield rest
+
+
+def lines_of(path: Path, *, verbatim: bool = False) -> Iterator[str]:
+    """Yield the lines of a file with their line feeds. Raise DataError for a line above RECORD_LIMIT, before it is whole."""
+    held: list[str] = []
+    number = 1
+    for block in blocks_of(path, verbatim=verbatim):
+        first, *others = block.split("\n")
+        held.append(first)
+        for line in others:
+            yield "".join(held) + "\n"
+            held, number = [line], number + 1
+        check_length(sum(map(len, held)), where=f"{path} line {number}", what="the line")
+    if rest := "".join(held):
+        yield rest
+
+
+def check_length(characters: int, *, where: str, what: str) -> None:
+    """Raise DataError if a record of so many characters is above RECORD_LIMIT."""
+    if characters > RECORD_LIMIT:
+        remedy = "divide it into shorter records, or save the text as .txt, where any length is read"
+        raise DataError(f"{where}: {what} has more than {RECORD_LIMIT:,} characters: {remedy}")
+
+
+def decoded(data: bytes) -> str:
+    """Return the text of UTF-8, or of UTF-16 if it begins with its mark. Raise UnicodeDecodeError for anything else."""
+    return data.decode(_encoding(data))
+
+
+def _encoding(data: bytes) -> str:
+    return next((name for mark, name in UTF16.items() if data.startswith(mark)), "utf-8")
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    position, rest, encoding = 0, b"", ""
+    with _opened(path) as file:
+        while True:
+            block = file.read(BLOCK if position else max(BLOCK, LONGEST_MARK))
+            data = rest + block
+            encoding = encoding or _encoding(data)
+            text, used = _decode(data, encoding, path=path, position=position, final=not block)
+            if position == 0:
+                text = text.removeprefix("\ufeff")
+            position, rest = position + used, data[used:]
+            _check_unpacked(path, position)
+            if text:
+                yield text
+            if not block:
+                return
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Yield the file's bytes, decompressed. Read errors become DataError."""
+    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is a damaged gzip file ({error}): copy or compress it again") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _decode(data: bytes, encoding: str, *, path: Path, position: int, final: bool) -> tuple[str, int]:
+    """Return the text of `data` and how many bytes it used. Unless `final`, a character cut off at the end is left over."""
+    try:
+        return DECODERS[encoding](data, "strict", final)
+    except UnicodeDecodeError as error:
+        where = f"byte {position + error.start} is 0x{data[error.start]:02x}, {error.reason}"
+        raise DataError(f"{path} is not valid {encoding[:6].upper()}: {where}; save it as UTF-8") from None
+
+
+def _check_unpacked(path: Path, size: int) -> None:
+    """Raise DataError if a small file unpacks to so many bytes that it can hardly be a text."""
+    if size > UNPACKED_LIMIT and size > MOST_PACKED * os.path.getsize(path):
+        what = f"it unpacks to more than {UNPACKED_LIMIT:,} bytes and more than {MOST_PACKED} times its size"
+        raise DataError(f"{path}: {what}: if that is meant, unpack it yourself and set the path of the result")

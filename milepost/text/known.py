@@ -1,0 +1,72 @@
+"""Open a text in the form in which a checkpoint knows it.
+
+Text is read with normalized line ends. Versions before that read it as it is, and their checkpoints recorded no form: their
+text is first read verbatim, so that it has the recorded sha256 and the same tokens, carriage returns included.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from milepost.text.corpus import Corpus
+from milepost.text.errors import DataError
+from milepost.text.readers import Reading
+from milepost.text.scan import Scan, cached_scan
+
+NORMALIZED: Final = {
+    "text_form": "normalized"
+}  # what the fingerprint of a text says besides, unless it was read verbatim
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a checkpoint knows of its text: the sha256, whether it was read verbatim, whether its vocabulary has "\\r"."""
+
+    sha256: str | None = None
+    verbatim: bool = False
+    carriage_returns: bool = False
+
+
+UNKNOWN_TEXT: Final = Known()
+
+
+def known_text(data: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> Known:
+    """Return what the fingerprint `data` and the tokenizer of a checkpoint say about its text."""
+    sha256 = data.get("sha256")
+    verbatim = sha256 is not None and not NORMALIZED.items() <= data.items()
+    return Known(sha256, verbatim, has_carriage_returns(tokenizer))
+
+
+def has_carriage_returns(tokenizer: Mapping[str, Any] | None) -> bool:
+    """Return whether a char vocabulary has "\\r": text for its model is then left as it is."""
+    return "\r" in (tokenizer or {}).get("chars", ())
+
+
+def open_text(
+    open_as: Callable[[Reading], Corpus],
+    *,
+    cache_dir: Path,
+    text_field: str = "text",
+    known: Known = UNKNOWN_TEXT,
+    log: Callable[[str], None] | None = None,
+) -> tuple[Corpus, Scan]:
+    """Return the text that `open_as` opens and its scan, in the form in which it has the known sha256.
+
+    A text that has it in no form is another text: it is normalized, or verbatim if the vocabulary has "\\r". Raise DataError
+    if the text cannot be read.
+    """
+
+    def opened(verbatim: bool) -> tuple[Corpus, Scan]:
+        corpus = open_as(Reading(text_field=text_field, verbatim=verbatim))
+        return corpus, cached_scan(corpus, cache_dir=cache_dir, log=log)
+
+    if known.verbatim:
+        for verbatim in (True, False):
+            try:
+                found = opened(verbatim)
+            except DataError:  # the last attempt below reports it
+                continue
+            if found[1].sha256 == known.sha256:
+                return found
+    return opened(known.carriage_returns)

@@ -1,0 +1,361 @@
+"""Text as people have it: line ends and marks, characters that a vocabulary lacks, formats and folders, at training and at resume."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from drive import at_step, logged, newest, small_text, tensor_bytes, train
+from script import call, script
+
+from milepost import ckpt
+from milepost.run import text as text_module
+from milepost.text.known import Known, has_carriage_returns, known_text
+from milepost.text.tokenization import ByteTokenizer, CharTokenizer, UnknownCharacters
+from milepost.text.unknown import lenient, occurrences, unknown_characters
+
+FAST = {"SAMPLE_INTERVAL": "0", "EVAL_STEPS": "1", "DROPOUT": "0"}
+PLAIN_END = 4  # the step of the checkpoints that are resumed
+
+
+def letters(
+    folder: Path, *, end: str = "\n", mark: str = "", name: str = "letters.txt", characters: int = 3000
+) -> Path:
+    """The beginning of the bundled text with other line ends, which is what `train` reads in a folder."""
+    folder.mkdir(exist_ok=True)
+    path = small_text(folder, characters=characters, name=name)
+    text = path.read_text(encoding="utf-8")
+    path.write_bytes((mark + text.replace("\n", end)).encode())
+    return path
+
+
+def verbatim_before(patch: pytest.MonkeyPatch) -> None:
+    """Read text as it is and record no form, as the first version did."""
+    plain = text_module.scan_source
+
+    def scan_text(settings, log, known=None):
+        return plain(settings.training_data_source, log, known=Known(carriage_returns=True))
+
+    patch.setattr(text_module, "scan_text", scan_text)
+
+
+def resumable_copy(folder: Path, to: Path) -> Path:
+    """The checkpoint at PLAIN_END alone, in a folder of its own; the text is the caller's."""
+    (to / "checkpoints").mkdir(parents=True)
+    shutil.copy(at_step(folder, PLAIN_END), to / "checkpoints")
+    return to
+
+
+def resume(folder: Path, **changes: str) -> str:
+    code, said = train(folder, RESUME="auto", **FAST, **changes)
+    assert code == 0, said
+    return said
+
+
+# Line ends and marks
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
+def test_line_ends_and_a_mark_do_not_change_the_training(tokenizer, tmp_path):
+    ends = {"lf": ("\n", ""), "crlf": ("\r\n", "\ufeff"), "cr": ("\r", "")}
+    for name, (end, mark) in ends.items():
+        letters(tmp_path / name, end=end, mark=mark)
+        assert train(tmp_path / name, TOKENIZER=tokenizer, BPE_VOCAB_SIZE="300", **FAST)[0] == 0
+    records = {name: newest(tmp_path / name) for name in ends}
+    assert tensor_bytes(records["crlf"]) == tensor_bytes(records["cr"]) == tensor_bytes(records["lf"])
+    assert records["crlf"].data == records["lf"].data | {"source": records["crlf"].data["source"]}
+    assert records["lf"].data["text_form"] == "normalized"
+    assert "\r" not in (records["crlf"].tokenizer or {}).get("chars", ())
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
+def test_a_checkpoint_trained_on_carriage_returns_resumes_bit_exactly(tokenizer, tmp_path, monkeypatch):
+    """Checkpoints of the first version: their text was read as it is."""
+    old = tmp_path / "old"
+    text, variables = letters(old, end="\r\n", mark="\ufeff"), {"TOKENIZER": tokenizer, "BPE_VOCAB_SIZE": "300"}
+    with pytest.MonkeyPatch.context() as patch:
+        verbatim_before(patch)
+        assert train(old, **variables, **FAST)[0] == 0
+    assert newest(old).data.keys() == {"source", "name", "sha256", "characters", "validation_fraction"}
+    assert tokenizer != "char" or has_carriage_returns(newest(old).tokenizer)
+    resumed = resumable_copy(old, tmp_path / "resumed")
+    said = resume(resumed, TRAINING_DATA_SOURCE=str(text), **variables)
+    assert "not bit-exact" not in said
+    assert tensor_bytes(newest(resumed)) == tensor_bytes(newest(old))
+    assert logged(resumed) == [line for line in logged(old) if line[0] > PLAIN_END]
+    assert newest(resumed).data == newest(old).data
+    assert newest(resumed).run_id == newest(old).run_id
+    # The control: normalized, it is another text.
+    monkeypatch.setattr(text_module, "known_text", lambda data, tokenizer: Known())
+    monkeypatch.setattr("milepost.resume.known_text", lambda data, tokenizer: Known())
+    again = resumable_copy(old, tmp_path / "again")
+    assert train(again, RESUME="auto", TRAINING_DATA_SOURCE=str(text), **variables, **FAST)[0] == 2
+
+
+def test_an_old_checkpoint_of_a_text_with_line_feeds_knows_it_with_any_line_ends(tmp_path):
+    old = tmp_path / "old"
+    letters(old)
+    with pytest.MonkeyPatch.context() as patch:
+        verbatim_before(patch)
+        assert train(old, **FAST)[0] == 0
+    for name, end in (("same", "\n"), ("windows", "\r\n")):
+        resumed = resumable_copy(old, tmp_path / name)
+        letters(resumed, end=end, mark="\ufeff")
+        assert "not bit-exact" not in resume(resumed)
+        assert tensor_bytes(newest(resumed)) == tensor_bytes(newest(old))
+
+
+def test_a_text_saved_with_other_line_ends_is_the_same_text(tmp_path):
+    first = tmp_path / "first"
+    letters(first)
+    assert train(first, **FAST)[0] == 0
+    resumed = resumable_copy(first, tmp_path / "resumed")
+    letters(resumed, end="\r\n")
+    assert "not bit-exact" not in resume(resumed)
+    assert tensor_bytes(newest(resumed)) == tensor_bytes(newest(first))
+    edited = resumable_copy(first, tmp_path / "edited")
+    letters(edited, end="\n\n")  # the control: another text
+    assert train(edited, RESUME="auto", **FAST)[0] == 2
+
+
+def test_a_new_text_with_carriage_returns_trains_a_model_that_has_none(tmp_path):
+    first = tmp_path / "first"
+    letters(first)
+    assert train(first, **FAST)[0] == 0
+    new = letters(tmp_path / "new", end="\r\n", mark="\ufeff", characters=2500)
+    changes = {"CHECKPOINT_PATH": str(at_step(first, 8)), "MODE": "resume", "RESUME_TRAINING_STEPS": "1"}
+    said = call(script("load_checkpoint"), first, **changes, TRAINING_DATA_SOURCE=str(new))
+    assert said.code == 0, said.err
+    assert newest(first).data["characters"] == 2500
+
+
+def test_what_is_known_of_a_text():
+    char = {"kind": "char", "chars": ["\n", "\r", "a"]}
+    assert known_text({}, None) == Known()
+    assert known_text({"sha256": "ab"}, {"kind": "byte"}) == Known("ab", verbatim=True)
+    assert known_text({"sha256": "ab", "text_form": "normalized"}, {"kind": "byte"}) == Known("ab")
+    assert known_text({}, char) == Known(carriage_returns=True)
+
+
+# Prompts
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run with a char vocabulary."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "CACHE_FOLDER", folder / "cache")
+        assert train(folder, **FAST)[0] == 0
+    return folder
+
+
+def generated(folder: Path, **changes: str | Path) -> tuple[int, str, str]:
+    values = {"CHECKPOINT_PATH": str(newest(folder).path), "MAX_NEW_TOKENS": "4", "TEMPERATURE": "0"}
+    return call(script("load_checkpoint"), folder, **values | changes)
+
+
+def test_a_prompt_file_may_have_any_line_ends_and_a_mark(trained, tmp_path):
+    texts = {
+        "lf": "Dear Wren,\nI",
+        "crlf": "\ufeffDear Wren,\r\nI",
+        "cr": "Dear Wren,\rI",
+        "wide": "\ufeffDear Wren,\r\nI",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode("utf-16-le" if name == "wide" else "utf-8"))
+    shown = {name: generated(trained, PROMPT_FILE=tmp_path / name) for name in texts}
+    assert shown["lf"].code == 0
+    assert shown["lf"].out.startswith(texts["lf"])
+    assert shown["crlf"].out == shown["cr"].out == shown["wide"].out == shown["lf"].out
+
+
+def test_a_prompt_keeps_carriage_returns_that_the_vocabulary_has(trained, tmp_path):
+    """A model that was trained on them has never seen a line feed alone."""
+    record = newest(trained)
+    chars = list(record.tokenizer["chars"])
+    chars[chars.index("Z") if "Z" in chars else -1] = "\r"
+    record.tokenizer, record.tokenizer_sha256 = {"kind": "char", "chars": chars}, None
+    ckpt.save(record, tmp_path / "checkpoints")
+    said = generated(tmp_path, PROMPT="a\r\nb")
+    assert said.code == 0, said.err
+    assert said.out.startswith("a\r\nb")
+
+
+@pytest.mark.parametrize(("mode", "code", "expected"), [("refuse", 2, None), ("skip", 0, "Dear "), ("replace", 0, "Dear ??")])  # fmt: skip
+def test_unknown_characters_of_a_prompt(mode, code, expected, trained):
+    said = generated(trained, PROMPT="Dear \u65e5\u65e5", UNKNOWN_CHARACTERS=mode)
+    assert said.code == code
+    assert "U+65E5" in said.err
+    if expected is None:
+        assert "UNKNOWN_CHARACTERS" in said.err
+    else:
+        continued = said.out.removeprefix("Dear \u65e5\u65e5")
+        assert continued == generated(trained, PROMPT=expected).out.removeprefix(expected)
+        assert "PROMPT: 2 characters" in said.err
+
+
+# Unknown characters of a new text
+
+
+def with_unknown(folder: Path, text: Path) -> Path:
+    path = folder / "diary.txt"
+    path.write_text(
+        text.read_text(encoding="utf-8")[:2500].replace("a", "\u00df", 7).replace("b", "\u65e5", 2), encoding="utf-8"
+    )
+    return path
+
+
+@pytest.mark.parametrize("mode", ["refuse", "skip", "replace"])
+def test_unknown_characters_of_a_new_text(mode, trained, tmp_path):
+    diary = with_unknown(tmp_path, trained / "letters.txt")
+    place = {"CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "TRAINING_DATA_SOURCE": str(diary)}
+    changes = {"CHECKPOINT_PATH": str(at_step(trained, 8)), "MODE": "resume", "RESUME_TRAINING_STEPS": "2"}
+    said = call(script("load_checkpoint"), trained, **changes, **place, UNKNOWN_CHARACTERS=mode)
+    if mode == "refuse":
+        assert said.code == 4
+        assert "UNKNOWN_CHARACTERS" in said.err
+        return
+    assert said.code == 0, said.err
+    assert "9 characters" in said.err
+    assert "(U+00DF) x 7" in said.err
+    record = newest(tmp_path)
+    assert record.data["unknown_characters"] == mode
+    assert record.tokenizer == newest(trained).tokenizer
+    # The text whose characters were changed by hand gives the same weights.
+    by_hand = tmp_path / "by_hand"
+    by_hand.mkdir()
+    stand_in = "" if mode == "skip" else "?"
+    edited = diary.read_text(encoding="utf-8").replace("\u00df", stand_in).replace("\u65e5", stand_in)
+    if mode == "replace":  # skipping moves the place where the validation text begins
+        (by_hand / "diary.txt").write_text(edited, encoding="utf-8")
+        place = {"CHECKPOINT_DIR": str(by_hand / "checkpoints"), "TRAINING_DATA_SOURCE": str(by_hand / "diary.txt")}
+        assert call(script("load_checkpoint"), trained, **changes, **place).code == 0
+        assert tensor_bytes(newest(by_hand)) == tensor_bytes(record)
+
+
+@pytest.mark.parametrize("mode", ["skip", "replace"])
+def test_a_run_that_skips_unknown_characters_resumes_bit_exactly(mode, trained, tmp_path):
+    diary = with_unknown(tmp_path, trained / "letters.txt")
+    first = tmp_path / "first"
+    first.mkdir()
+    variables = {"INIT_FROM": str(at_step(trained, 8)), "TRAINING_DATA_SOURCE": str(diary)}
+    assert train(first, UNKNOWN_CHARACTERS=mode, **variables, **FAST)[0] == 0
+    resumed = resumable_copy(first, tmp_path / "resumed")
+    assert "not bit-exact" not in resume(resumed, TRAINING_DATA_SOURCE=str(diary))  # the mode comes from the checkpoint
+    assert tensor_bytes(newest(resumed)) == tensor_bytes(newest(first))
+    assert newest(resumed).run_id == newest(first).run_id
+    other = resumable_copy(first, tmp_path / "other")
+    said = resume(other, TRAINING_DATA_SOURCE=str(diary), UNKNOWN_CHARACTERS="skip" if mode == "replace" else "replace")
+    assert "not bit-exact" in said
+    assert newest(other).run_id != newest(first).run_id
+
+
+def test_the_setting_changes_nothing_where_all_characters_are_known(tmp_path):
+    first = tmp_path / "first"
+    letters(first)
+    assert train(first, **FAST)[0] == 0
+    resumed = resumable_copy(first, tmp_path / "resumed")
+    letters(resumed)
+    assert "not bit-exact" not in resume(resumed, UNKNOWN_CHARACTERS="skip")
+    assert newest(resumed).data == newest(first).data | {"source": newest(resumed).data["source"]}
+
+
+def test_a_lenient_tokenizer_leaves_the_rest_as_it_is():
+    char = CharTokenizer("ab?")
+    assert unknown_characters(char, "abcad") == "cd"
+    assert unknown_characters(ByteTokenizer(), "\u65e5") == ""
+    assert lenient(char, "cd", "skip")[0].encode("acbd") == char.encode("ab")
+    assert lenient(char, "cd", "replace")[0].encode("acbd") == char.encode("a?b?")
+    digests = {char.digest, *(lenient(char, "c", mode)[0].digest for mode in ("skip", "replace"))}
+    assert len(digests) == 3
+    none, done = lenient(CharTokenizer("ab"), "c", "replace")  # nothing can stand in
+    assert (none.encode("acb"), done) == ([0, 1], "skipped")
+    with pytest.raises(UnknownCharacters):
+        lenient(char, "cd", "refuse")
+    assert occurrences([("abca", False), ("cd", True)], "cdz") == {"c": 2, "d": 1}
+
+
+# A word at the first training
+
+
+def test_a_first_training_with_a_char_vocabulary_names_the_tokenizers_that_take_any_text(tmp_path):
+    letters(tmp_path)
+    hint = "byte or bpe"
+    assert hint in train(tmp_path, TRAINING_STEPS="2", **FAST)[1]
+    assert hint not in train(tmp_path, TRAINING_STEPS="2", TOKENIZER="char", **FAST)[1]  # chosen, not guessed
+    assert hint not in train(tmp_path, TRAINING_STEPS="2", TOKENIZER="byte", **FAST)[1]
+    assert hint not in train(tmp_path, RESUME="auto", **FAST)[1]
+
+
+# Formats and folders
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+def test_the_text_field_is_taken_from_the_settings_and_from_the_checkpoint(kind, tmp_path):
+    text = letters(tmp_path).read_text(encoding="utf-8")
+    rows = [{"id": 1, "body": text[:1500]}, {"id": 2, "body": text[1500:]}]
+    path = tmp_path / f"letters.{kind}"
+    if kind == "csv":
+        quoted = "".join(f'{row["id"]};"{row["body"].replace(chr(34), chr(34) * 2)}"\r\n' for row in rows)
+        path.write_bytes(b"\xef\xbb\xbfid;body\r\n" + quoted.encode())
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    first = tmp_path / "first"
+    first.mkdir()
+    place = {"TRAINING_DATA_SOURCE": str(path)}
+    code, said = train(first, **place, **FAST)
+    assert code == 4
+    assert "body" in said
+    code, said = train(first, TEXT_FIELD="body", **place, **FAST)
+    assert code == 0, said
+    assert ("semicolons" in said) == (kind == "csv")
+    assert newest(first).data["characters"] == len(text)
+    resumed = resumable_copy(first, tmp_path / "resumed")
+    said = resume(resumed, **place)
+    assert "not bit-exact" not in said
+    assert ("semicolons" in said) == (kind == "csv")
+    assert tensor_bytes(newest(resumed)) == tensor_bytes(newest(first))
+
+
+def test_skipped_files_of_a_folder_are_counted(tmp_path):
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    letters(folder)
+    for name in ("a.docx", "b.DOCX", "c.jpg", "README", ".hidden.jpg"):
+        (folder / name).write_bytes(b"x")
+    for source in (folder, folder / "*"):
+        _, said = train(
+            tmp_path, TRAINING_DATA_SOURCE=str(source), TRAINING_STEPS="2", ENABLE_CHECKPOINTS="false", **FAST
+        )
+        (line,) = [line for line in said.splitlines() if "files skipped" in line]
+        assert line.endswith("4 files skipped: .docx, .jpg, no suffix")
+
+
+def test_an_old_checkpoint_of_a_folder_reads_the_files_that_it_was_trained_on(tmp_path):
+    folder = tmp_path / "letters"
+    letters(folder, end="\r\n")
+    (folder / "more.json").write_text(json.dumps(["Dear Wren,\n" * 20]))
+    old, place = tmp_path / "old", {"TRAINING_DATA_SOURCE": str(folder)}
+    old.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        verbatim_before(patch)
+        assert train(old, **place, **FAST)[0] == 0
+    resumed = resumable_copy(old, tmp_path / "resumed")
+    assert "not bit-exact" not in resume(resumed, **place)
+    assert tensor_bytes(newest(resumed)) == tensor_bytes(newest(old))
+    new = tmp_path / "new"
+    new.mkdir()
+    assert train(new, **place, **FAST)[0] == 0
+    assert newest(new).data["characters"] > newest(old).data["characters"] - 500
+
+
+def test_evaluating_reads_the_text_as_the_checkpoint_knows_it(tmp_path):
+    old = tmp_path / "old"
+    letters(old, end="\r\n")
+    with pytest.MonkeyPatch.context() as patch:
+        verbatim_before(patch)
+        assert train(old, **FAST)[0] == 0
+    said = call(script("evaluate_checkpoint"), old, CHECKPOINT_PATH=str(newest(old).path))
+    assert said.code == 0, said.err
+    assert newest(old).data["sha256"][:12] in said.out
