@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import ElsewhereError, World
 from milepost.runtime.errors import TrainingError
 from milepost.runtime.interrupt import INTERRUPTED, raise_on_signal, stopping_signals, was_interrupted
-from milepost.runtime.progress import Log, flush_streams, ignore_stdout
+from milepost.runtime.progress import Log
+from milepost.screen import flush_streams, harmless, ignore
 from milepost.text import tokenization
 from milepost.text.errors import DataError
 
@@ -84,10 +86,16 @@ def sentence(error: Exception) -> str:
     if distributed.lost(error):
         remedy = "RESUME=auto resumes the last checkpoint"
         return f"error: another process of this training is gone, so this process ends too; {remedy}"
+    if isinstance(error, ConfigError):  # a line for each mistake
+        return f"error: {error}"
     known = isinstance(error, TrainingError | RunLockedError | OSError) or any(
         isinstance(error, kind) for kind, _ in EXIT_CODES
     )
-    return f"error: {error}" if known else f"error: {type(error).__name__}: {error} (unexpected; DEBUG=1 shows where)"
+    return (
+        f"error: {harmless(str(error), one_line=True)}"
+        if known
+        else f"error: {type(error).__name__}: {error} (unexpected; DEBUG=1 shows where)"
+    )
 
 
 @contextlib.contextmanager
@@ -152,7 +160,7 @@ def check_alike(values: dict[str, Any], world: World) -> None:
 def prepare_processes(settings: Config, log: Log, world: World) -> None:
     """Silence every process but rank 0, and split this machine's processor cores between its processes."""
     if not world.is_rank0:
-        ignore_stdout()
+        ignore(sys.stdout)
     if config.omp_threads_is_one():
         count = f"{hardware.share_threads(world.local_size)} threads for each of the {world.local_size} processes here"
         log(f"OMP_NUM_THREADS is 1, torchrun's default: using {count}; set it to change the number")

@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from milepost.paths import check_file
+from milepost.screen import show
 
 FOLDER_LOCK = ".lock"
 CLEANING = 0.5  # seconds for which another process may hold the lock of a run only to see whether it is free
@@ -25,8 +26,7 @@ PATIENCE = 600.0  # seconds of waiting for a folder at most: a large model on a 
 
 
 def _to_stderr(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+    show(line, sys.stderr)
 
 
 class Reports:

@@ -14,8 +14,9 @@ from milepost.places import SCRIPTS_FOLDER
 from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
 from milepost.run import Run, memory_needed, shapes
 from milepost.runtime import hardware
-from milepost.runtime.progress import amount, command_line, duration, shown, table, write_stdout
+from milepost.runtime.progress import amount, command_line, duration, shown, table
 from milepost.runtime.schedule import lr_at
+from milepost.screen import write_stdout
 
 TRAINING = config.ROOT / "training.py"
 LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"

@@ -29,8 +29,9 @@ from milepost.ckpt import Checkpoint
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.run import with_tokenizer
-from milepost.runtime.progress import Log, harmless, replacing, shown, write_stdout
+from milepost.runtime.progress import Log, replacing, shown
 from milepost.samples import drop_conflicts, prompt_for, read_prompt, sample_seed, sample_texts
+from milepost.screen import harmless, write_stdout
 
 MIN_WIDTH = 30  # columns of a text beside another
 SEPARATOR = " | "

@@ -35,7 +35,8 @@ from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import base_folder
 from milepost.run import names_complete_tokenizer, with_tokenizer
-from milepost.runtime.progress import Log, shown, table, write_stdout
+from milepost.runtime.progress import Log, shown, table
+from milepost.screen import write_stdout
 
 BAD = 3
 FILE_ENDS = (*ENDS, ".gguf")  # OUTPUT with such an end is a file

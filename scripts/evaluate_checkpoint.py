@@ -34,7 +34,8 @@ from milepost.evaluate.report import as_json, summary, tables
 from milepost.resume import saved_settings
 from milepost.run import open_source, scan_source, scan_text, with_its_base, with_tokenizer
 from milepost.runtime import hardware
-from milepost.runtime.progress import Log, replacing, shown, write_stdout
+from milepost.runtime.progress import Log, replacing, shown
+from milepost.screen import write_stdout
 from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.known import known_text
 from milepost.text.token_files import split_at

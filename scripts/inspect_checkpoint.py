@@ -25,7 +25,8 @@ from milepost.ckpt.tensor_listing import Held, all_files, differing, held, label
 from milepost.cli import guarded
 from milepost.config import Config
 from milepost.resume import saved_settings
-from milepost.runtime.progress import Log, amount, shown, table, write_stdout
+from milepost.runtime.progress import Log, amount, shown, table
+from milepost.screen import write_stdout
 from milepost.text import tokenization
 
 SHOWN_TENSORS = 5  # per part

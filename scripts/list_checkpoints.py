@@ -21,7 +21,8 @@ from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import find_below, loss_of, scan
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.runtime.progress import Log, amount, shown, table, write_stdout
+from milepost.runtime.progress import Log, amount, shown, table
+from milepost.screen import write_stdout
 
 HEADER = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "", "path")
 

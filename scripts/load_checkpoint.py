@@ -32,9 +32,10 @@ from milepost.reporting import print_resume
 from milepost.resume import free_tensors, resumed, saved_schedule, saved_settings
 from milepost.run import agreed, planned, with_tokenizer
 from milepost.runtime.distributed import World
-from milepost.runtime.progress import Log, harmless, ignore_stdout
+from milepost.runtime.progress import Log
 from milepost.runtime.schedule import Schedule, replan
 from milepost.samples import drop_conflicts, prompt_for, read_prompt, sample_seed, sample_texts
+from milepost.screen import harmless, ignore
 from training import train
 
 
@@ -72,7 +73,7 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
         for pieces in sample_texts(settings, record, log, prompt=prompt, seed=sample_seed(settings)):
             show(itertools.chain([prompt_for(record, prompt)], pieces), stream=settings.stream)
     except BrokenPipeError:
-        ignore_stdout()  # the reader closed the pipe, as `| head` does
+        ignore(sys.stdout)  # the reader closed the pipe, as `| head` does
     return 0
 
 
@@ -80,11 +81,19 @@ def show(pieces: Iterator[str], *, stream: bool) -> None:
     """Write the pieces and a newline to stdout; control characters are replaced if it is a terminal."""
     clean = harmless if sys.stdout.isatty() else str
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    for piece in pieces if stream else ["".join(pieces)]:
-        sys.stdout.write(clean(piece))
+    for piece in itertools.chain(pieces if stream else ["".join(pieces)], "\n"):
+        put(clean(piece))
+
+
+def put(text: str) -> None:
+    """Write text to stdout at once. Raise OSError saying that it is lost, or BrokenPipeError if its reader has gone."""
+    try:
+        sys.stdout.write(text)
         sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"the text is lost: stdout cannot be written ({error.strerror})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

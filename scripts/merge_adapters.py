@@ -26,7 +26,8 @@ from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import SCRIPTS_FOLDER
 from milepost.run import with_its_base
-from milepost.runtime.progress import Log, amount, command_line, shown, write_stdout
+from milepost.runtime.progress import Log, amount, command_line, shown
+from milepost.screen import write_stdout
 
 LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
 TOLERANCE = 1e-5  # largest change of the logits of float32 weights, relative to the largest logit

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.runtime.chart import LETTERS, Points, chart
-from milepost.runtime.progress import Log, harmless, ignore_stdout, read_metrics, replacing, shown, table
+from milepost.runtime.progress import Log, read_metrics, replacing, shown, table
+from milepost.screen import harmless, write_stdout
 from milepost.text.errors import DataError
 
 METRICS = "metrics.jsonl"
@@ -217,7 +218,10 @@ def panels(runs: list[Curve]) -> list[Panel]:
     """Return the usual panels, and one for each further metric of the training lines."""
     lines = [line for run in runs for line in run.lines if line.get("split") == "train"]
     names = dict.fromkeys(name for line in lines for name, y in line.items() if math.isfinite(_number(y)))
-    return [*PANELS, *(Panel(harmless(name), "train", name, False) for name in names if name not in USUAL)]
+    return [
+        *PANELS,
+        *(Panel(harmless(name, one_line=True), "train", name, False) for name in names if name not in USUAL),
+    ]
 
 
 def points(run: Curve, panel: Panel) -> Points:
@@ -254,14 +258,11 @@ def draw_terminal(runs: list[Curve]) -> None:
         for panel in panels(runs)
     ]  # fmt: skip
     text = "\n\n".join(beside(charts[at : at + abreast], width) for at in range(0, len(charts), abreast))
-    legend = harmless(summary(runs, letters=letters))
+    legend = summary(runs, letters=letters)
     if colored:
         head, *rest = legend.splitlines()
         legend = "\n".join([head, *(painted(number, line) for number, line in enumerate(rest))])
-    try:
-        print(f"{text}\n\n{legend}".encode(encoding, "replace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        ignore_stdout()
+    write_stdout(f"{text}\n\n{legend}", colored=colored)
 
 
 def _has_characters(encoding: str) -> bool:
@@ -339,15 +340,17 @@ def draw_file(runs: list[Curve], output: Path) -> None:
     for panel, axes in zip(drawn, grid, strict=False):
         for number, run in enumerate(runs):
             xs, ys = [list(values) for values in zip(*points(run, panel), strict=True)] or ([], [])
-            style = {"color": f"C{number}", "linestyle": "-" if run.requested else "--", "label": legend_of(run)}
+            style = {"color": f"C{number}", "linestyle": "-" if run.requested else "--"}
             axes.plot(xs, ys, marker="." if panel.split == "validation" else "", linewidth=1, **style)
-        axes.set_title(panel.title, fontsize=10)
+        axes.set_title(panel.title, fontsize=10, parse_math=False)
         axes.grid(alpha=0.3)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
     for axes in figure.axes[-2:]:
         axes.set_xlabel("optimizer step", fontsize=9)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    legend = figure.legend(grid[0].lines, list(map(legend_of, runs)), loc="outside lower center", fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar sign in a name is not mathematics
     with replacing(output) as temporary:
         figure.savefig(temporary, dpi=120)
 
@@ -355,8 +358,9 @@ def draw_file(runs: list[Curve], output: Path) -> None:
 def legend_of(run: Curve) -> str:
     """Return the run's name and parent."""
     if run.parent is None:
-        return run.name
-    return f"{run.name} ({origin(run)})" if weights_only(run) else f"{run.name} (from {origin(run)})"
+        return harmless(run.name, one_line=True)
+    text = f"{run.name} ({origin(run)})" if weights_only(run) else f"{run.name} (from {origin(run)})"
+    return harmless(text, one_line=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from milepost.ckpt.tensor_listing import all_files, held
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.locks import RunLockedError, hold_run
-from milepost.runtime.progress import Log, amount, shown, table, write_stdout
+from milepost.runtime.progress import Log, amount, shown, table
+from milepost.screen import write_stdout
 
 Row = tuple[str, Found, int]  # what is done, to which checkpoint, the bytes that this frees
 

@@ -41,7 +41,8 @@ from milepost.run import Run, fresh, to_record, with_its_base
 from milepost.run_files import open_run
 from milepost.runtime.hardware import DeviceError
 from milepost.runtime.interrupt import Interrupt
-from milepost.runtime.progress import Log, Progress, amount, shown, table, write_stdout
+from milepost.runtime.progress import Log, Progress, amount, shown, table
+from milepost.screen import write_stdout
 from milepost.text.errors import DataError
 from milepost.text.tokenization import UnknownCharacters
 from training import loop

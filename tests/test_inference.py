@@ -392,7 +392,7 @@ def test_control_characters_are_replaced_on_a_terminal(stream, tmp_path):
         assert infer(folder, stdout=terminal, PROMPT="a\x1b", MAX_NEW_TOKENS="9", STREAM=stream).code == 0
     shown = everything_from(ours)
     os.close(ours)
-    assert shown == "a\ufffd[2J\ufffd\ufffd\ufffd\ufffd\t\n\n"
+    assert shown == r"a\x1b[2J\x07\r\x9b\u202e" + "\t\n\n"
 
 
 def test_a_closed_pipe_ends_it_quietly(tmp_path):

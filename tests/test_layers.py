@@ -12,7 +12,8 @@ from drive import ROOT
 ROOMS: dict[str, set[str]] = {
     "files": {"locks", "paths"},
     "paths": set(),
-    "locks": {"paths"},
+    "locks": {"paths", "screen"},
+    "screen": set(),
     "splitmix": set(),
     "places": set(),
     "registry": set(),  # imports what a registry names, when it is first used
@@ -22,13 +23,14 @@ ROOMS: dict[str, set[str]] = {
         "runtime",
         "registry",
         "places",
+        "screen",
     },  # only registries and interrupt.py, which import no torch
     "models": set(),
     "text": {"files", "splitmix", "registry"},
-    "runtime": {"files", "splitmix", "registry"},
+    "runtime": {"files", "splitmix", "registry", "screen"},
     "generation": {"models", "text", "runtime", "splitmix"},
     "evaluate": {"models", "text", "runtime"},
-    "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry"},
+    "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry", "screen"},
 }
 BELOW_RUN = {*ROOMS}
 BELOW_TRAINING = BELOW_RUN | {"run", "run_files", "run_checkpoints", "resume", "reporting", "cli"}
@@ -124,6 +126,7 @@ LIGHT = (
     "milepost.text.addresses",
     "milepost.registry",
     "milepost.places",
+    "milepost.screen",
 )
 LIGHT_FILES = [
     ROOT / name.replace(".", "/") / "__init__.py" if name == "models" else ROOT / f"{name.replace('.', '/')}.py"

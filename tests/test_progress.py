@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import training
 from milepost import config
 from milepost.runtime import progress
-from milepost.runtime.progress import Log, Metrics, Progress, amount, duration, harmless, read_metrics, shown, table
+from milepost.runtime.progress import Log, Metrics, Progress, amount, duration, read_metrics, shown, table
 
 
 def on_a_terminal(action: Callable[[TextIO], None]) -> str:
@@ -427,27 +427,3 @@ def test_a_path_is_shown_relative_to_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shown(tmp_path / "runs" / "one") == os.path.join("runs", "one")
     assert shown(tmp_path.parent / "elsewhere") == str(tmp_path.parent / "elsewhere")
-
-
-HARMLESS = [
-    ("plain text,\n\ttabs and lines", "plain text,\n\ttabs and lines"),
-    ("\x1b[2J\x1b]0;title\x07", "\ufffd[2J\ufffd]0;title\ufffd"),
-    ("over\rwritten\b\x00\x7f", "over\ufffdwritten\ufffd\ufffd\ufffd"),
-    ("\x9b2J\x85", "\ufffd2J\ufffd"),
-    ("\u202eevil\u2066\u2069", "\ufffdevil\ufffd\ufffd"),
-    ("é\u00a0— 日本 👩\u200d👩\u200d👧 \u05d0", "é\u00a0— 日本 👩\u200d👩\u200d👧 \u05d0"),
-]
-
-
-@pytest.mark.parametrize(("text", "expected"), HARMLESS, ids=ascii)
-def test_harmless(text, expected):
-    assert harmless(text) == expected
-
-
-@settings(deadline=None)
-@given(st.text())
-def test_harmless_text_has_no_control_characters_and_as_many_characters(text):
-    clean = harmless(text)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", clean)
-    assert len(clean) == len(text)
-    assert harmless(clean) == clean

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from milepost.screen import harmless
 from milepost.text.addresses import masked
 
 FORMAT_VERSION = 2
@@ -43,17 +44,13 @@ class CheckpointError(Exception):
         """Compose `{path}: {problem}: {remedy}`; a single sentence, without a problem, is taken as it is."""
         self.path = None if problem is None else Path(path)
         self.problem, self.remedy, self.kind = problem, remedy, kind
-        super().__init__(_shortened(printable(": ".join(str(part) for part in (path, problem, remedy) if part))))
+        sentence = ": ".join(str(part) for part in (path, problem, remedy) if part)
+        super().__init__(_shortened(harmless(sentence, one_line=True)))
 
 
 def _shortened(text: str) -> str:
     """Keep beginning and end of a long sentence: names and values from a file must not fill the screen."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-250:]}"
-
-
-def printable(text: str) -> str:
-    """Return `text` with unprintable characters as Python writes them: none may steer a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 @dataclass(kw_only=True, repr=False)

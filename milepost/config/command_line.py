@@ -9,8 +9,9 @@ from milepost.config.docs import declared, help_text
 from milepost.config.host import debug
 from milepost.config.names import refuse_arguments
 from milepost.config.resolve import read
-from milepost.config.variables import Config, ConfigError, printable
+from milepost.config.variables import Config, ConfigError
 from milepost.runtime.interrupt import exit_on_signal
+from milepost.screen import harmless, ignore, open_streams, show
 
 
 def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Config:
@@ -23,14 +24,15 @@ def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Con
     """
     if module != "__main__":
         return Config()
+    open_streams()
     exit_on_signal()
     script, *arguments = sys.argv
     if {"-h", "--help"}.intersection(arguments):
-        _print_help(help_text(script, doc or "", reads))
+        _print_once(help_text(script, doc or "", reads), sys.stdout)
         raise SystemExit(0)
     if arguments:
         read_here = {name for names in declared(reads).values() for name in names}
-        _print_once(printable(refuse_arguments(script, arguments, read_here)), sys.stderr)
+        _print_once(harmless(refuse_arguments(script, arguments, read_here), one_line=True), sys.stderr)
         raise SystemExit(2)
     try:
         return read()
@@ -41,14 +43,7 @@ def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Con
         raise SystemExit(2) from None
 
 
-def _print_help(text: str) -> None:
-    try:
-        _print_once(text, sys.stdout)
-    except BrokenPipeError:  # as by `| head`; an open stdout would make Python complain again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _print_once(text: str, stream: TextIO) -> None:
     """Print in one process per machine, as torchrun's processes would all print the same."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=stream, flush=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0" and show(text, stream):  # such as a pipe that `| head` closed
+        ignore(stream)

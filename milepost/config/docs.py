@@ -9,8 +9,9 @@ from typing import Any
 
 from milepost.config.parse import as_text, expected, quoted, short_text
 from milepost.config.resolve import defaults_of, public
-from milepost.config.variables import SCOPES, VARIABLES, Config, printable
+from milepost.config.variables import SCOPES, VARIABLES, Config
 from milepost.places import ROOT
+from milepost.screen import harmless
 from models import MODELS
 
 
@@ -31,7 +32,9 @@ def describe(config: Config) -> list[str]:
     changed = [name for name in VARIABLES if getattr(config, name.lower()) != _default_beside(config, name)]
     shown = [f"{name}={short_text(public(config, name))} ({config.sources[name]})" for name in changed]
     text = "non-default settings: " + (", ".join(shown) or "none")
-    return textwrap.wrap(printable(text), 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        harmless(text, one_line=True), 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _default_beside(config: Config, name: str) -> object:

@@ -52,7 +52,7 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
     variables in the env file enter the process environment, unless `environ` is passed. Raises ConfigError with every problem.
     """
     variables = os.environ if environ is None else environ
-    folder = os.path.abspath(os.getcwd() if cwd is None else cwd)
+    folder = _current_folder() if cwd is None else os.path.abspath(cwd)
     problems: list[str] = []
     label, in_file = _read_env_file(variables, folder, problems)
     if environ is None:
@@ -73,6 +73,22 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
         except ValueError:
             problems.append(refusal(VARIABLES[name], text, source))
     return _finish(values, {name: source for name, (_, source) in texts.items()}, problems)
+
+
+def _current_folder() -> str:
+    """Return the current folder, from which paths start. Raise ConfigError if it is gone, or if files that name it could
+    not be read again.
+    """
+    try:
+        folder = os.getcwd()
+        for place in (folder, str(base_folder())):
+            place.encode()  # bytes that are not UTF-8 arrive as lone surrogates
+    except OSError as error:
+        problem = f"the current folder cannot be used ({error.strerror}); was it deleted?"
+        raise ConfigError([f"{problem} Change to a folder that exists, with cd"]) from None
+    except UnicodeEncodeError:
+        raise ConfigError([f"{place}: this folder's name is not valid UTF-8: rename it, or use another"]) from None
+    return folder
 
 
 def _is_set(name: str, text: str) -> bool:

@@ -12,6 +12,7 @@ from milepost.registry import layouts_to_save
 from milepost.runtime.optimizers import OPTIMIZERS
 from milepost.runtime.schedule import SCHEDULES
 from milepost.runtime.trackers import TRACKERS
+from milepost.screen import harmless
 from milepost.text.registry import TOKENIZERS
 from models import MODELS
 from models.adapters import LORA_TARGETS
@@ -64,7 +65,7 @@ class ConfigError(Exception):
     """Invalid settings: one sentence per mistake in `problems`. Exit code 2."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = [printable(problem) for problem in problems]
+        self.problems = [harmless(problem, one_line=True) for problem in problems]
         super().__init__("\n".join(self.problems))
 
 
@@ -285,8 +286,3 @@ class Config:
 
 
 VARIABLES: dict[str, Field[Any]] = {each.name.upper(): each for each in fields(Config) if each.metadata}
-
-
-def printable(text: str) -> str:
-    """Return `text` with control characters and lone surrogates escaped, so that it is harmless on a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

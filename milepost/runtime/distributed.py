@@ -9,7 +9,6 @@ import datetime
 import gc
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from milepost.screen import flush_streams
 
 Value = TypeVar("Value")
 POLL_SECONDS = 0.02
@@ -180,9 +181,7 @@ def ended(code: int) -> int:
     Leaving them could wait for dead processes, and the interpreter's own shutdown may abort in gloo's threads.
     """
     if dist.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
+        flush_streams()
         os._exit(code)
     return code
 

@@ -6,6 +6,7 @@ starts, it also stops the program at once; the training loop checks the flag aft
 a library can swallow an exception.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -60,7 +61,12 @@ def _install(handler: Handler) -> dict[int, object]:
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"interrupted\n")
+    _end(b"interrupted\n")
+
+
+def _end(line: bytes) -> None:
+    with contextlib.suppress(OSError):  # stderr is closed or full
+        os.write(2, line)
     os._exit(INTERRUPTED)
 
 
@@ -88,8 +94,7 @@ def _is_first(number: int) -> bool:
         _State.requested_at = now
         return True
     if now - _State.requested_at >= SAME_REQUEST and number != getattr(signal, "SIGXCPU", None):
-        os.write(2, b"\nstopped at once; earlier saves are complete\n")
-        os._exit(INTERRUPTED)
+        _end(b"\nstopped at once; earlier saves are complete\n")
     return False
 
 

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import stat
+import string
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from milepost.screen import harmless, show
 
 QUIET_SECONDS = 10  # between plain progress lines without a terminal, at least
 
@@ -47,7 +50,7 @@ class Log:
     """Write lines to stderr and, once the run has a folder, also to its training.log."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
+        self.stream: TextIO = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         self.rank = self.local_rank = 0  # of this process in the training, and on its machine
         self._file: TextIO | None = None
         self._early: list[str] = []
@@ -62,7 +65,8 @@ class Log:
     def __call__(self, line: str) -> None:
         """Write one line, above the progress bar if there is one; on rank 0 only.
 
-        Write errors are ignored (`2>&1 | head`, a full disk): they must not stop a run.
+        What could steer a terminal is escaped. Write errors are ignored (`2>&1 | head`, a full disk): they must not stop
+        a run.
         """
         if self.rank == 0:
             self._write(line)
@@ -76,13 +80,12 @@ class Log:
             self._write(f"rank {self.rank}: {line}" if self.rank else line)
 
     def _write(self, line: str) -> None:
-        with tqdm.external_write_mode(file=self.stream), contextlib.suppress(OSError):
-            print(line, file=self.stream, flush=True)
+        with contextlib.suppress(OSError), tqdm.external_write_mode(file=self.stream):
+            show(line, self.stream)
         if self._file is None:
-            self._early.append(line)
-            return
-        with contextlib.suppress(OSError):
-            print(line, file=self._file, flush=True)
+            self._early.append(harmless(line))
+        else:
+            show(line, self._file)
 
     def close(self) -> None:
         """Close training.log. A write error here is ignored: the lines are on stderr."""
@@ -284,72 +287,46 @@ def amount(count: float, unit: str = "") -> str:
 
 
 def shown(path: Path | str) -> str:
-    """Return the path relative to the current folder if it is inside,
-    else unchanged (also a URL or a list of paths).
+    """Return the path relative to the current folder if it is inside, else as it is (also a URL or a list of paths);
+    what could steer a terminal is escaped.
     """
-    inside = Path(path).is_relative_to(Path.cwd())
-    return str(Path(path).relative_to(Path.cwd())) if inside else str(path)
+    return harmless(_relative(path), one_line=True)
+
+
+def _relative(path: Path | str) -> str:
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (ValueError, OSError):  # outside, or the current folder was deleted while this program ran
+        return str(path)
+
+
+def _quoted(text: str) -> str:
+    """Return `text` as a word of a shell command: bytes that are no printable text as bash, zsh and ksh write them."""
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = frozenset(string.ascii_letters + string.digits + "/._-")
+    letters = (chr(byte) if chr(byte) in plain else f"\\{byte:03o}" for byte in os.fsencode(text))
+    return f"$'{''.join(letters)}'"
 
 
 def command_line(script: Path, *, processes: int | None = None, **variables: object) -> str:
     """Return a shell command for the current folder: quoted variables, this Python and the script; with `processes`,
     through torchrun.
     """
-    python = "python3" if shutil.which("python3") == sys.executable else shlex.quote(shown(sys.executable))
+    python = "python3" if shutil.which("python3") == sys.executable else _quoted(_relative(sys.executable))
     if processes is not None:
         python += f" -m torch.distributed.run --nproc_per_node={processes}"
     words = [
-        f"{name}={shlex.quote(shown(value) if isinstance(value, Path) else str(value))}"
+        f"{name}={_quoted(_relative(value) if isinstance(value, Path) else str(value))}"
         for name, value in variables.items()
     ]
-    return " ".join([*words, python, shlex.quote(shown(script))])
-
-
-def write_stdout(text: str) -> None:
-    """Print to stdout. On a terminal, replace control characters; ignore a closed pipe or terminal."""
-    text = text.encode("utf-8", "backslashreplace").decode()  # a file name may not be valid UTF-8
-    try:
-        print(harmless(text) if sys.stdout.isatty() else text, flush=True)
-    except OSError:
-        ignore_stdout()
-
-
-def ignore_stdout() -> None:
-    """Redirect stdout to the null device: at exit Python would report a closed pipe once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def flush_streams() -> None:
-    """Flush stdout and stderr. For a closed terminal or pipe, Python would otherwise set its own exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except ValueError:  # closed already
-            continue
+    return " ".join([*words, python, _quoted(_relative(script))])
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Format rows in aligned columns."""
+    """Format rows in aligned columns, each row on one line."""
+    rows = [tuple(harmless(cell, one_line=True) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def harmless(text: str) -> str:
-    """Replace what could control a terminal by U+FFFD: control characters except newline and tab, and bidirectional
-    overrides.
-    """
-    return "".join("\N{REPLACEMENT CHARACTER}" if _controls_terminal(char) else char for char in text)
-
-
-def _controls_terminal(char: str) -> bool:
-    code = ord(char)
-    return (
-        (code < 32 and char not in "\n\t")
-        or 0x7F <= code <= 0x9F
-        or 0x202A <= code <= 0x202E
-        or 0x2066 <= code <= 0x2069
     )
