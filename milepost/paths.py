@@ -46,3 +46,18 @@ def is_real_file(path: Path) -> bool:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def without_home(source: str) -> str:
+    """Return a path, or several joined by commas, with `~` in the place of this user's home folder.
+
+    A file that is shared then names neither the user nor the layout of the disk.
+    """
+    home = os.path.expanduser("~").rstrip("/")
+    parts = source.split(",")
+    return ",".join(f"~{part[len(home) :]}" if home and part.startswith(f"{home}/") else part for part in parts)
+
+
+def with_home(source: str) -> str:
+    """Return what `without_home` returned with the home folder of the present user."""
+    return ",".join(os.path.expanduser(part) if part.startswith("~/") else part for part in source.split(","))

@@ -79,7 +79,7 @@ def sample(path: Path, settings: Config, log: Log, *, prompt: str, seed: int) ->
 
 
 def beside(sampled: list[Sampled], *, columns: int) -> str:
-    """Return all texts in columns, or one below another if columns would be too narrow. Control characters are replaced."""
+    """Return all texts in columns, or one below another if columns would be too narrow. Control characters are escaped."""
     width = (columns - len(SEPARATOR) * (len(sampled) - 1)) // len(sampled)
     if width < MIN_WIDTH:
         return "\n\n".join("\n".join(itertools.chain(*parts(item, width=columns))) for item in sampled)

@@ -21,6 +21,7 @@ from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import find_below, loss_of, scan
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.paths import with_home
 from milepost.runtime.progress import Log, amount, shown, table
 from milepost.screen import write_stdout
 
@@ -117,7 +118,7 @@ def bases(found: list[Found]) -> list[tuple[str, ...]]:
     for checkpoint in found:
         base = checkpoint.metadata.get("base")
         if isinstance(base, dict) and "adapters" in checkpoint.metadata.get("parts", ()):
-            key = checkpoint.run_id or "", str(base.get("source"))
+            key = checkpoint.run_id or "", with_home(str(base.get("source")))
             if key not in rows or rows[key] == "missing":
                 rows[key] = state_of_base(base, checkpoint)
     return [(run_id, shown(source), state) for (run_id, source), state in rows.items()]
@@ -127,7 +128,7 @@ def state_of_base(base: dict[str, Any], adapters: Found) -> str:
     """Return whether the base of adapters is found: where it was, elsewhere, or not;
     a name of the hub is not looked up.
     """
-    source = str(base.get("source"))
+    source = with_home(str(base.get("source")))
     if not Path(source).is_absolute():
         return "on the hub"
     path = ckpt.find_base(base, adapters.path, run_id=adapters.run_id)

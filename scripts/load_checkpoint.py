@@ -78,7 +78,7 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
 
 
 def show(pieces: Iterator[str], *, stream: bool) -> None:
-    """Write the pieces and a newline to stdout; control characters are replaced if it is a terminal."""
+    """Write the pieces and a newline to stdout; what could steer a terminal is escaped if it is one."""
     clean = harmless if sys.stdout.isatty() else str
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     for piece in itertools.chain(pieces if stream else ["".join(pieces)], "\n"):

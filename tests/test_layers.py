@@ -1,6 +1,7 @@
 """The layers of docs/architecture.md: imports point down only, and a few rules that hold everywhere."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -159,6 +160,20 @@ def test_only_config_reads_the_environment(path):
     text = path.read_text(encoding="utf-8")
     assert "os.environ" not in text
     assert "getenv" not in text
+
+
+PRINTS = {
+    "milepost/screen.py": {"print"},
+    "milepost/config/docs.py": {"print"},
+    "scripts/load_checkpoint.py": {"sys.stdout.write"},
+}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_only_the_screen_prints(path):
+    """So that no line reaches a terminal unescaped. Generated text is written as it is, except to a terminal."""
+    printing = {name for name, _ in calls(path) if re.fullmatch(r"print|sys\.std(out|err)\.write(lines)?", name)}
+    assert printing <= PRINTS.get(name_of(path), set())
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

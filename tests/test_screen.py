@@ -11,12 +11,14 @@ from pathlib import Path
 
 import drive
 import pytest
+import torch
 from drive import ROOT, at_step, environment, newest, tensor_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from script import NOTHING_OF_TRAINING
 from work import HANGING
 
+import training
 from milepost import ckpt
 from milepost.ckpt import CheckpointError
 from milepost.config import ConfigError
@@ -210,7 +212,16 @@ def test_training_survives_the_deletion_of_its_working_folder(tmp_path, monkeypa
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
-    gone.rmdir()
+
+    def delete_it(run) -> dict[str, torch.Tensor]:
+        if gone.exists():
+            gone.rmdir()
+        return {}
+
+    monkeypatch.setattr(training, "MEASURES", [delete_it])
+    code, said = drive.train(tmp_path)
+    assert (code, gone.exists()) == (0, False), said
+    assert newest(tmp_path).step == 8
     assert shown(tmp_path / "a.pt") == str(tmp_path / "a.pt")
 
 

@@ -15,6 +15,7 @@ from milepost.ckpt.names import own_stem
 from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.tensors import digest
 from milepost.files import new_file
+from milepost.paths import with_home
 
 LEVELS = 4  # folders above the adapters, and parts of the recorded path, with which a moved base is looked for
 NOTE = ".base-{run_id}.json"  # beside a base, about adapters in another folder
@@ -51,7 +52,7 @@ def _base(values: Json, needed_by: Path) -> Base | None:
         return None
     step = values.get("step")
     known = step if type(step) is int else None
-    return Base(str(values.get("sha256")), str(values.get("source")), known, needed_by)
+    return Base(str(values.get("sha256")), with_home(str(values.get("source"))), known, needed_by)
 
 
 def bases_among(candidates: Iterable[Found], folder: Path) -> dict[Path, Path]:
@@ -80,7 +81,7 @@ def find_base(base: dict[str, Json], adapters: Path, *, run_id: str | None) -> P
     It is where it was, else at the same place relative to the adapters or to a folder above them, as after moving both,
     else among the checkpoints beside them. A base elsewhere than recorded is identified by the sha256 of its weights.
     """
-    source = Path(str(base.get("source")))
+    source = Path(with_home(str(base.get("source"))))
     if not source.is_absolute() or source.exists():
         return source if source.is_absolute() else None
     tails = [Path(*source.parts[-count:]) for count in range(1, min(LEVELS, len(source.parts) - 1) + 1)]

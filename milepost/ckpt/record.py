@@ -4,6 +4,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from milepost.paths import with_home, without_home
 from milepost.screen import harmless
 from milepost.text.addresses import masked
 
@@ -125,7 +127,8 @@ OPTIONAL = ("base", "imported")  # fields of the metadata that are written only 
 TYPES = {
     name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }
-SOURCES = {"data": "source", "hyperparameters": "TRAINING_DATA_SOURCE"}  # where a record names its text
+TEXTS = {"data": "source", "hyperparameters": "TRAINING_DATA_SOURCE"}  # where a record names its text
+PATHS = TEXTS | {"base": "source"}  # where it names files of the machine that trained it
 HEADER = 2048  # bytes that a tensor, or a piece of one, takes besides its own: names, checksums, alignment
 LARGEST = 2**53  # of a number in the metadata: every program that reads JSON has it exactly
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's folder, so it must not lead out of it
@@ -135,16 +138,21 @@ def metadata(record: Checkpoint) -> dict[str, Json]:
     """Return everything of a record but its tensors, as JSON values."""
     parts = ["adapters" if record.adapters_only else "model", *["optimizer"] * (record.optimizer_state is not None)]
     values = {name: getattr(record, name) for name in TYPES} | {"parts": parts}
-    values = without_secrets(values)
+    values = _changed(without_secrets(values), PATHS, without_home)
     return {name: value for name, value in values.items() if value or name not in OPTIONAL}
 
 
 def without_secrets(values: dict[str, Json]) -> dict[str, Json]:
     """Return metadata in which the address of the text is masked: earlier versions stored its password and query."""
-    for name, key in SOURCES.items():
+    return _changed(values, TEXTS, masked)
+
+
+def _changed(values: dict[str, Json], places: dict[str, str], change: Callable[[str], str]) -> dict[str, Json]:
+    """Return metadata with `change` applied to the text at each place, a field and a key in it."""
+    for name, key in places.items():
         source = (values.get(name) or {}).get(key)
-        if isinstance(source, str) and masked(source) != source:
-            values = values | {name: values[name] | {key: masked(source)}}
+        if isinstance(source, str) and change(source) != source:
+            values = values | {name: values[name] | {key: change(source)}}
     return values
 
 
@@ -181,7 +189,7 @@ def from_metadata(
 
     Raises CheckpointError for a field that is missing or wrong; `where` is the file they come from.
     """
-    known = check_metadata(values, where)
+    known = _changed(check_metadata(values, where), PATHS, with_home)
     unknown = sorted(set(values) - set(known))
     record = Checkpoint(model_state=model_state, optimizer_state=optimizer_state, **known)
     if unknown:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from milepost.ckpt.exports.common import HERE_ONLY, Proof, cannot_represent, elsewhere, not_the_same
-from milepost.ckpt.record import Checkpoint, Json
+from milepost.ckpt.record import Checkpoint, Json, metadata
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest, read_safetensors, write_safetensors
 from milepost.files import new_folder, write_json
@@ -63,7 +63,7 @@ def _their_config(record: Checkpoint) -> dict[str, Json]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": (record.base or {}).get("source"),
+        "base_model_name_or_path": metadata(record)["base"].get("source") if record.base else None,
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "lora_dropout": lora["dropout"],
