@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from milepost import ckpt, config
+from milepost.ckpt.foreign.weights import assume
 from milepost.config import Config, ConfigError
 from milepost.locks import RunLockedError
 from milepost.runtime import distributed, hardware
@@ -30,6 +31,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
     torchrun: dict[str, int] = {}
     try:
         raise_on_signal()
+        assume(**{"n_head": settings.n_head} if settings.is_set("N_HEAD") and settings.n_head else {})
         torchrun = config.torchrun()
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
         code = action(settings, log)

@@ -37,6 +37,10 @@ MEMBER = "milepost.json"  # valid in ROOT only: torch.save writes a folder of an
 PICKLE_LIMIT = JSON_LIMIT  # bytes; the metadata is in the pickle too
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 SEEN = 4096  # files whose type is cached
+SAVE_AGAIN = (  # the remedy for a pickle of another program that is not understood
+    "in the program that wrote it, save only the weights and the settings: "
+    "torch.save({'model': model.state_dict(), 'config': {...}}, path)"
+)
 ALIGNMENT = 64  # bytes, as in torch: mapped tensors are aligned for their dtype
 
 # First bytes of files that are not torch archives.
@@ -235,9 +239,14 @@ class _Archive:
     folder: str
     members: Mapping[str, Member]
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it has the JSON member of this program."""
+        return self.folder == ROOT and MEMBER in self.members
+
     def metadata(self) -> Json:
         """Return the JSON member; None if there is none."""
-        if self.folder != ROOT or MEMBER not in self.members:
+        if not self.is_ours:
             return None
         return parse_json(self._read(MEMBER, limit=JSON_LIMIT), self.path, part=f"{ROOT}/{MEMBER}")
 
@@ -253,7 +262,9 @@ class _Archive:
         pickled = self._read(PICKLE, limit=PICKLE_LIMIT)
         with _damage(self.path):
             mapped = _map(self.path, file=self.file)
-            content = torch_pickle.content_of(pickled, lambda key: _storage(mapped, self.members[f"data/{key}"]))
+            content = torch_pickle.content_of(
+                pickled, lambda key: _storage(mapped, self.members[f"data/{key}"]), objects=not self.is_ours
+            )
         if not isinstance(content, dict):
             kind = type(content).__name__
             problem = f"holds {kind}, expected a dictionary with model_state_dict"
@@ -315,7 +326,10 @@ def _damage(path: Path) -> Iterator[None]:
     except pickles.Forbidden as error:
         listed = ", ".join(f"{wanted!r:.60}".strip("'") for wanted in error.names[:8])
         problem = f"asks for Python objects that a checkpoint never needs ({listed}) and was not opened"
-        raise CheckpointError(path, problem, kind="refused") from error
+        raise CheckpointError(path, problem, SAVE_AGAIN, kind="refused") from error
+    except pickles.NotUnderstood as error:
+        problem = f"holds more than tensors and plain values ({error})"
+        raise CheckpointError(path, problem, SAVE_AGAIN, kind="not understood") from error
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:

@@ -37,6 +37,8 @@ def adopted(
         step=meant.step,
         epoch=meant.epoch,
         validation_loss=meant.validation_loss,
+        hyperparameters=meant.hyperparameters,
+        schedule=meant.schedule,
         parts=["model", *(["optimizer"] if meant.optimizer_state else [])],
         written_by=f"another program ({layout})",
         path=path,
