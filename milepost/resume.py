@@ -22,6 +22,7 @@ from milepost.run import (
     read_text,
     scan_source,
     with_its_base,
+    with_tokenizer,
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
@@ -148,13 +149,11 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         for name, requested, saved in config.contradictions(settings, fixed_settings(record))
     ]
     wanted = config.from_saved(settings, saved_settings(record))
-    if "sha256" not in record.data:
-        raise ConfigError(
-            [
-                f"RESUME={settings.resume}: {record.path} does not record its training text, since another program "
-                "wrote it; resume it with MODE=resume of scripts/load_checkpoint.py"
-            ]
-        )
+    if "sha256" not in record.data and not settings.is_set("TRAINING_DATA_SOURCE"):
+        problem = f"{record.path} does not record its training text, since another program wrote it"
+        raise ConfigError([f"RESUME={settings.resume}: {problem}: set TRAINING_DATA_SOURCE to the text to train on"])
+    if "sha256" not in record.data and not differences:
+        return with_tokenizer(record, settings, log)  # it resumes as a child run
     _, scanned = scan_source(wanted.training_data_source, log)
     if scanned.sha256 != record.data.get("sha256"):
         was = record.data.get("source")

@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+import models
 from milepost.ckpt.foreign.keys import config_of, epoch_of, step_of, together, validation_loss_of, weights_of
-from milepost.ckpt.foreign.optimizer import matched, saved_optimizer
+from milepost.ckpt.foreign.optimizer import OPTIMIZERS, matched, saved_optimizer
 from milepost.ckpt.foreign.rates import schedule_of, training_settings
-from milepost.ckpt.foreign.weights import trained, translated
+from milepost.ckpt.foreign.weights import of_ours, trained, translated
 from milepost.ckpt.record import Json
+
+__all__ = ["OPTIMIZERS", "Foreign", "understood"]
 
 
 @dataclass(kw_only=True)
@@ -30,6 +33,8 @@ class Foreign:
     validation_loss: float | None = None
     hyperparameters: dict[str, Json] = field(default_factory=dict)
     schedule: dict[str, Json] = field(default_factory=dict)
+    adapters_only: bool = False
+    base: dict[str, Json] | None = None  # of adapters
     notes: list[str] = field(default_factory=list)
 
 
@@ -48,10 +53,20 @@ def understood(
     """
     key, weights = weights_of(content, where=where, whole=whole)
     around = content if key else {}  # a bare state dict has nothing beside its weights
-    beside = config_of({"config": config or {}})
-    config = together(config_of(around), beside, where=where)
-    model_type, settings, state, notes = translated(weights, config, where=where, whole=whole)
-    moments, note = _optimizer(around, weights, settings, state, config, whole=whole) if optimizer else (None, None)
+    config_beside = dict(config or {})
+    config = together(config_of(around), config_of({"config": config_beside}), where=where)
+    base: dict[str, Json] | None = None
+    notes: list[str] = []
+    if own := of_ours(weights, config_beside, where=where):
+        model_type, settings, base = own
+        state = weights
+    else:
+        model_type, settings, state, notes = translated(weights, config, where=where, whole=whole)
+    saved = saved_optimizer(around) if optimizer else None
+    if own:
+        moments, note = matched(saved, shapes(state), shapes(state), lambda tensors: tensors, whole=whole)
+    else:
+        moments, note = _translated_optimizer(saved, weights, settings, state, config, whole=whole)
     step = step_of(around, where=where)
     schedule = schedule_of(around, step)
     peak = {"LEARNING_RATE": schedule["peak"]} if schedule else {}
@@ -65,12 +80,19 @@ def understood(
         validation_loss=validation_loss_of(around),
         hyperparameters=training_settings(around, config) | peak,
         schedule=schedule,
+        adapters_only=bool(own) and all(map(models.is_adapter, state)),
+        base=base,
         notes=notes + ([f"{where}: {note}"] if note else []),
     )
 
 
-def _optimizer(
-    content: Mapping[Any, Any],
+def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _translated_optimizer(
+    saved: Any,
     weights: Mapping[Any, Any],
     settings: Mapping[str, Json],
     state: Mapping[str, Tensor],
@@ -79,12 +101,12 @@ def _optimizer(
     whole: bool,
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Return the optimizer's state under our names, or None and the reason."""
-    if (saved := saved_optimizer(content)) is None:
+    if saved is None:
         return None, None
-    theirs = trained(weights, tied=settings.get("tied", False))
     config = {**config, "tied": settings.get("tied", False)}
 
     def translate(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
         return translated(tensors, config, where="its moments", whole=whole)[2]
 
-    return matched(saved, theirs, {name: tuple(tensor.shape) for name, tensor in state.items()}, translate, whole=whole)
+    theirs = trained(weights, tied=settings.get("tied", False))
+    return matched(saved, theirs, shapes(state), translate, whole=whole)

@@ -5,6 +5,7 @@ transformers, the two models of Karpathy's lecture (https://github.com/karpathy/
 names without its metadata. Never loads a part of a model. In the shapes below C = n_embd, H = n_head, hs = C / H, T = block_size and V = vocab_size.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import models
 from milepost.ckpt.foreign.keys import CORRECT, SHOWN, SIZES, described, more, short, size_of, strip_prefixes
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
 from milepost.ckpt.tensors import checked_tensors, same_tensor
@@ -63,6 +65,38 @@ def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: s
     problem = f"its weights are of no model that milepost knows: {listed}{more(theirs)}"
     expected = "expected those of nanoGPT, of the lecture's models or of milepost"
     raise CheckpointError(where, f"{problem}; {expected}", kind="not understood")
+
+
+def of_ours(
+    state: Mapping[Any, Any], config: Mapping[str, Json], *, where: str
+) -> tuple[str, dict[str, Json], dict[str, Json] | None] | None:
+    """Return model type, settings and base of weights under our names beside our config.json; None if it is not ours.
+
+    Such a folder is the part of a checkpoint to share: `consolidated/`, whose manifest lies in the folder above.
+    """
+    model_type = config.get("model_type")
+    if (
+        not isinstance(model_type, str)
+        or model_type not in models.MODELS
+        or "lm_head.weight" in state
+        and config.get("tied")
+    ):
+        return None
+    if strip_prefixes(state, where=where).keys() != state.keys():
+        return None
+    fields = dataclasses.fields(models.load(model_type).settings_type)
+    settings = {field.name: config[field.name] for field in fields if field.name in config}
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    own = {"activation", "tied"} <= settings.keys() or required == {field.name for field in fields}
+    if not own or not required <= settings.keys():
+        return None
+    for size in ("vocab_size", "block_size"):
+        if type(settings.get(size)) is not int or settings[size] < 1:
+            problem = f"{size} is {short(settings.get(size))} in its config, expected a positive whole number"
+            raise CheckpointError(where, problem, CORRECT, kind="not understood")
+    checked_tensors(state, where)
+    base = config.get("base")
+    return model_type, settings, base if isinstance(base, dict) else None
 
 
 def trained(state: Mapping[Any, Any], *, tied: bool) -> dict[str, tuple[int, ...]]:
