@@ -17,7 +17,7 @@ import stat
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milepost.ckpt import pickles, torch_pickle, zip_reader
+from milepost.ckpt import legacy_archive, pickles, torch_pickle, zip_reader
 from milepost.ckpt.manifest import JSON_LIMIT, parse_json, unreadable
 from milepost.ckpt.record import EARLIER, CheckpointError, Json, Kind
 from milepost.ckpt.zip_reader import PICKLE, Member
@@ -57,7 +57,13 @@ KINDS = (
 
 def is_archive(path: Path) -> bool:
     """Whether `path` is a file whose name or first bytes are those of a torch archive."""
-    return not os.path.isdir(path) and (path.suffix in SUFFIXES or first_bytes(path).startswith(b"PK\x03\x04"))
+    begins = (b"PK\x03\x04", legacy_archive.BEGIN)
+    return not os.path.isdir(path) and (path.suffix in SUFFIXES or first_bytes(path).startswith(begins))
+
+
+def is_legacy(path: Path) -> bool:
+    """Whether `path` is a file of torch before 1.6."""
+    return first_bytes(path).startswith(legacy_archive.BEGIN)
 
 
 def read_metadata(path: Path) -> Json:
@@ -265,11 +271,7 @@ class _Archive:
             content = torch_pickle.content_of(
                 pickled, lambda key: _storage(mapped, self.members[f"data/{key}"]), objects=not self.is_ours
             )
-        if not isinstance(content, dict):
-            kind = type(content).__name__
-            problem = f"holds {kind}, expected a dictionary with model_state_dict"
-            raise CheckpointError(self.path, problem, kind="not understood")
-        return content
+        return _dictionary(self.path, content)
 
     def _check_byte_order(self) -> None:
         if "byteorder" in self.members and self._read("byteorder", limit=16) != sys.byteorder.encode():
@@ -291,8 +293,43 @@ class _Archive:
         return data
 
 
+def _dictionary(path: Path, content: Any) -> dict[Any, Any]:
+    if not isinstance(content, dict):
+        problem = f"holds {type(content).__name__}, expected a dictionary with model_state_dict"
+        raise CheckpointError(path, problem, kind="not understood")
+    return content
+
+
+@dataclass(frozen=True)
+class _Legacy:
+    """An open file of torch before 1.6, with what `_Archive` offers of another program's."""
+
+    path: Path
+    file: io.BufferedReader
+    members: Mapping[str, Member] = field(default_factory=dict)  # it has no checksums
+    folder: str = ""
+
+    def metadata(self) -> Json:
+        """Return None: this program never wrote such a file."""
+        return None
+
+    def strings(self) -> frozenset[str]:
+        """Return the strings in the pickle."""
+        with _damage(self.path):
+            return pickles.strings(self._parts().content)
+
+    def content(self) -> dict[Any, Any]:
+        """Return the pickled dict, its tensors memory-mapped."""
+        with _damage(self.path):
+            content = legacy_archive.content_of(self._parts(), _map(self.path, file=self.file))
+        return _dictionary(self.path, content)
+
+    def _parts(self) -> legacy_archive.Parts:
+        return legacy_archive.read_parts(self.file, limit=PICKLE_LIMIT)
+
+
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[_Archive]:
+def _opened(path: Path) -> Iterator[_Archive | _Legacy]:
     """Yield the archive at `path` after checking its structure; raise CheckpointError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -301,6 +338,9 @@ def _opened(path: Path) -> Iterator[_Archive]:
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     with file:
+        if is_legacy(path):
+            yield _Legacy(path, file)
+            return
         try:
             folder, members = zip_reader.read_members(file)
         except zip_reader.OddArchive as error:

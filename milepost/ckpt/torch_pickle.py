@@ -33,7 +33,7 @@ STORAGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class StorageKind:
     """A storage class that a pickle names."""
 
     dtype: torch.dtype
@@ -57,6 +57,10 @@ def content_of(pickled: bytes, storage: Callable[[str], UntypedStorage], *, obje
     storages: dict[str, _Storage] = {}
 
     def reference(wanted: Any) -> Any:
+        if (
+            objects and type(wanted) is tuple and len(wanted) == 6 and wanted[5] is None
+        ):  # before 1.6: no view of another
+            wanted = wanted[:5]
         unknown = objects and type(wanted) is tuple and len(wanted) == 5 and isinstance(wanted[1], str)
         return wanted if unknown else _storage(wanted, storage, storages)
 
@@ -68,7 +72,7 @@ def _storage(wanted: Any, storage: Callable[[str], UntypedStorage], storages: di
     if type(wanted) is not tuple or len(wanted) != 5 or wanted[0] != "storage":
         raise ValueError("a reference in it is not a storage")
     _, kind, key, _, count = wanted
-    if type(kind) is not _Kind or type(key) is not str or type(count) is not int:
+    if type(kind) is not StorageKind or type(key) is not str or type(count) is not int:
         raise ValueError("a reference in it is not a storage")
     if key not in storages:
         storages[key] = _Storage(storage(key), kind.dtype, count)
@@ -118,7 +122,7 @@ NAMES: dict[str, Any] = {
     "torch Size": Call(_size),
     "torch device": Call(torch.device),
     **{f"torch {name}": getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")},
-    **{f"torch {name}Storage": _Kind(dtype) for name, dtype in STORAGES.items()},
+    **{f"torch {name}Storage": StorageKind(dtype) for name, dtype in STORAGES.items()},
 }
 
 

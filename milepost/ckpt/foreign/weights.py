@@ -75,12 +75,9 @@ def of_ours(
     Such a folder is the part of a checkpoint to share: `consolidated/`, whose manifest lies in the folder above.
     """
     model_type = config.get("model_type")
-    if (
-        not isinstance(model_type, str)
-        or model_type not in models.MODELS
-        or "lm_head.weight" in state
-        and config.get("tied")
-    ):
+    if not isinstance(model_type, str) or model_type not in models.MODELS:
+        return None
+    if "lm_head.weight" in state and config.get("tied"):
         return None
     if strip_prefixes(state, where=where).keys() != state.keys():
         return None
