@@ -153,6 +153,8 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         problem = f"{record.path} does not record its training text, since another program wrote it"
         raise ConfigError([f"RESUME={settings.resume}: {problem}: set TRAINING_DATA_SOURCE to the text to train on"])
     if "sha256" not in record.data and not differences:
+        for note in record.notes:
+            log(note)
         return with_tokenizer(record, settings, log)  # it resumes as a child run
     _, scanned = scan_source(wanted.training_data_source, log)
     if scanned.sha256 != record.data.get("sha256"):

@@ -13,6 +13,7 @@ import pickle
 import random
 import subprocess
 import sys
+import tracemalloc
 import types
 import warnings
 from pathlib import Path
@@ -264,6 +265,44 @@ def test_what_is_not_read_is_not_called_damaged(name: str, tmp_path: Path) -> No
     assert kind == "not understood"
     assert "damaged" not in text
     assert "torch.save" in text  # the remedy
+
+
+def of_name(name: str, opcodes: bytes) -> bytes:
+    """A pickle of a dictionary with a call of `name`, whose tuple of arguments the opcodes make."""
+    module, function = name.split()
+    return b"\x80\x02}X\x01\0\0\0ac" + f"{module}\n{function}\n".encode() + opcodes + b"Rs."
+
+
+LONG = b"X\0\0\x10\0" + b"x" * 2**20  # a text of a megabyte
+GROWING = {  # calls whose answer, as Python would compute it, is far larger than the arguments
+    "a text times a number": of_name("datetime timedelta", LONG + b"\x85"),
+    "a text as a deque": of_name("collections deque", LONG + b"\x85"),
+    "a text as a set": of_name("__builtin__ set", LONG + b"\x85"),
+    "a number of bytes": of_name("__builtin__ bytearray", b"J\xff\xff\xff\x7f\x85"),
+    "pairs of a counter": of_name("collections Counter", b"](K\x01K\x02\x86e\x85"),
+    "a range": of_name("__builtin__ xrange", b"J\xff\xff\xff\x7f\x85"),
+    "numpy's zeros": of_name("numpy zeros", b"J\xff\xff\xff\x7f\x85"),
+    "a tensor's zeros": of_name("torch zeros", b"J\xff\xff\xff\x7f\x85"),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_call_never_grows(name: str, tmp_path: Path) -> None:
+    torch.save({"a": 1}, tmp_path / "a.pt")
+    parts = members(tmp_path / "a.pt")
+    data = next(part for part in parts if part.endswith("data.pkl"))
+    path = pack(tmp_path / "a.pt", parts | {data: GROWING[name]})
+    tracemalloc.start()
+    try:
+        archive.load(path)
+    except CheckpointError as error:
+        refusal: CheckpointError | None = error
+    else:
+        refusal = None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refusal is None or refusal.kind in ("not understood", "damaged")
+    assert peak < 40 * 2**20
 
 
 def test_an_archive_of_our_own_stays_strict(tmp_path: Path) -> None:

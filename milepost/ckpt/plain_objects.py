@@ -85,10 +85,11 @@ def _number(dtype: Any, data: Any = b"") -> Any:
     return {"dtype": code}
 
 
-def _date(data: Any, *rest: Any) -> Any:
+def _date(data: Any, *rest: Any) -> str:
     """Return the text of a date or a date and time, whose ten bytes are year, month, day, hour and so on."""
     if not isinstance(data, bytes):
-        return "-".join(map(str, (data, *rest[:2])))
+        year, month, day = _numbers((data, *rest[:2]))
+        return f"{year:.0f}-{month:02.0f}-{day:02.0f}"
     year, month = data[0] * 256 + data[1], data[2] & 0x7F
     if len(data) == 4:
         return datetime.date(year, month, data[3]).isoformat()
@@ -96,22 +97,55 @@ def _date(data: Any, *rest: Any) -> Any:
     return datetime.datetime(year, month, day, hour, minute, second, int.from_bytes(data[7:10], "big")).isoformat()
 
 
+def _seconds(days: Any = 0, seconds: Any = 0, micro: Any = 0) -> float:
+    days, seconds, micro = _numbers((days, seconds, micro))
+    return days * 86400 + seconds + micro / 1e6
+
+
+def _items(items: Any = (), *_: Any) -> list[Any]:
+    if not isinstance(items, list | tuple):  # a text would become a list of its letters
+        raise TypeError("expected a list")
+    return list(items)
+
+
+def _counts(counts: Any = None) -> dict[Any, Any]:
+    if counts is not None and not isinstance(counts, dict):
+        raise TypeError("expected a dictionary")
+    return dict(counts or {})
+
+
+def _attribute(owner: Any, name: Any) -> str:
+    if not isinstance(owner, str) or not isinstance(name, str):
+        raise TypeError("expected two names")
+    return f"{owner}.{name}"
+
+
+def _numbers(values: tuple[Any, ...]) -> tuple[float, ...]:
+    """Return the values if all are numbers: anything else could grow in a sum or a product."""
+    if not all(isinstance(value, int | float) for value in values):
+        raise TypeError("expected numbers")
+    return tuple(float(value) for value in values)
+
+
+def _rebuilt(kind: Any, base: Any, state: Any = None) -> Any:
+    return {} if state is None else state
+
+
 KNOWN: dict[str, Callable[..., Any]] = {
     "_codecs encode": _encoded,
     "collections defaultdict": lambda *_: {},
-    "collections Counter": lambda counts=(): dict(counts),
-    "collections deque": lambda items=(), *_: list(items),
-    "copyreg _reconstructor": lambda kind, base, state=None: {} if state is None else state,
-    "copy_reg _reconstructor": lambda kind, base, state=None: {} if state is None else state,
+    "collections Counter": _counts,
+    "collections deque": _items,
+    "copyreg _reconstructor": _rebuilt,
+    "copy_reg _reconstructor": _rebuilt,
     "datetime datetime": _date,
     "datetime date": _date,
-    "datetime timedelta": lambda days=0, seconds=0, micro=0: days * 86400 + seconds + micro / 1e6,
+    "datetime timedelta": _seconds,
     "numpy dtype": lambda code, *_: {"dtype": code},
     "numpy.core.multiarray scalar": _number,
     "numpy._core.multiarray scalar": _number,
 }
 for _builtins in ("builtins", "__builtin__"):
-    for _kind in ("set", "frozenset", "list"):
-        KNOWN[f"{_builtins} {_kind}"] = lambda items=(): list(items)
-    KNOWN[f"{_builtins} bytes"] = KNOWN[f"{_builtins} bytearray"] = _bytes
-    KNOWN[f"{_builtins} getattr"] = lambda owner, name: f"{owner}.{name}" if isinstance(owner, str) else str(name)
+    KNOWN |= dict.fromkeys((f"{_builtins} {kind}" for kind in ("set", "frozenset", "list")), _items)
+    KNOWN |= dict.fromkeys((f"{_builtins} {kind}" for kind in ("bytes", "bytearray")), _bytes)
+    KNOWN[f"{_builtins} getattr"] = _attribute
