@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # make test-exchange: test against other programs. make test-llama: test in llama.cpp, which is built from source.
-.PHONY: train test test-exchange test-llama check soak bench bench-long clean
+.PHONY: train test test-exchange test-llama check soak soak-exact bench bench-long clean
 
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
@@ -25,6 +25,11 @@ check: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m soak
+
+# SETTINGS drawn at random, each trained alone and in pieces, and compared; a minute for about eight.
+SETTINGS ?= 500
+soak-exact: $(VENV)/.dev
+	$(BIN)/python tests/soak_exact.py $(SETTINGS)
 
 # NANOGPT_DIR names a checkout of nanoGPT to compare with, TINYSHAKESPEARE the text of tiny Shakespeare.
 bench: $(VENV)/.dev

@@ -5,9 +5,8 @@
     RESUME=auto ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 python3 training.py   # after a crash: resume exactly
     MODEL_TYPE=gpt2 torchrun --nproc_per_node=2 training.py               # the same with two processes
 
-`python3 training.py --help` lists every variable. This file is the loop, top to bottom. milepost/run.py builds a run,
-milepost/resume.py rebuilds it from a checkpoint, milepost/run_files.py writes its files, and milepost/reporting.py
-reports what it does.
+`python3 training.py --help` lists every variable. This file is the loop, top to bottom; docs/architecture.md shows what it
+calls: milepost/run/ builds a run, and milepost/resume.py rebuilds it from a checkpoint.
 """
 
 import sys
@@ -37,13 +36,15 @@ from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
 from milepost.run import TRY_INSTEAD, Run, agreed, fresh, is_due
-from milepost.run_files import copy_best, open_run, repair, save_checkpoint, write_metrics, write_sample
+from milepost.run_checkpoints import finish_saving, repair, save_checkpoint
+from milepost.run_files import open_run, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.errors import TrainingError
 from milepost.runtime.interrupt import INTERRUPTED, Interrupt
-from milepost.runtime.optim import clip_gradients, gradient_norm, lr_at
+from milepost.runtime.optim import clip_gradients, gradient_norm
 from milepost.runtime.progress import Log, Progress, amount
+from milepost.runtime.schedule import lr_at
 from milepost.text.batches import validation_windows
 
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save failed
@@ -80,7 +81,7 @@ def prepare(settings: Config, log: Log, world: World) -> tuple[Run, bool]:
 
 
 def train(run: Run) -> int:
-    """Train from `run.step` to the last step or to a signal; return the exit code.
+    """Train from `run.state.step` to the last step or to a signal; return the exit code.
 
     Fresh and resumed runs share this one loop.
     """
@@ -90,15 +91,16 @@ def train(run: Run) -> int:
         with Interrupt() as stop:
             try:
                 log_start(run)
-                log_plan(run, seconds_per_step=seconds_per_step(run, warm_up(run)))
-                bar = Progress(run.log, start=run.step, total=run.end, plain=config.tqdm_disabled())
-                with contextlib.closing(bar) as run.progress, save_if_a_process_dies(run):
+                seconds = warm_up(run)
+                log_plan(run, seconds_per_step=seconds_per_step(run, seconds))
+                bar = Progress(run.log, start=run.state.step, total=run.end, plain=config.tqdm_disabled())
+                with contextlib.closing(bar) as run.bar, save_if_a_process_dies(run):
                     loop(run, stop)
                 return end(run)
             except BaseException:
                 with contextlib.suppress(Exception):
                     run.writer.wait()  # finish the save in flight, even if more signals arrive
-                run.log(f"stopped after step {run.step}: {how_to_resume(run)}")
+                run.log(f"stopped after step {run.state.step}: {how_to_resume(run)}")
                 raise
 
 
@@ -107,43 +109,54 @@ def loop(run: Run, stop: Interrupt) -> None:
 
     Evaluation, samples, logs and checkpoints change neither the weights nor any later random draw.
     """
+    state = run.state
     clock = Clock(run)
     while True:
-        stopping = run.world.any(stop.requested)  # a signal to one process stops all of them after the same step
+        # A signal to one process stops all of them after the same step, or makes all of them save it.
+        stopping, saving = run.world.any_of(stop.requested, stop.save_requested)
+        if saving:
+            stop.note_save()
+            run.log(f"SIGUSR1: {'saving' if run.settings.enable_checkpoints else 'ENABLE_CHECKPOINTS is false'}")
 
         # Evaluate on the validation text and draw a sample. A resumed run skips what its checkpoint had done at this
         # step.
-        if run.observed_step != run.step and not stopping and is_due(run, "eval", "sample"):
+        if state.observed_step != state.step and not stopping and is_due(run, "eval", "sample"):
             observe(run, stop)
             stopping = run.world.any(stop.requested)
             clock.restart()
 
-        # Save at the interval, at the end and on a signal, and also each new best. The last step is saved a second time
-        # if a signal had made its first save come before its evaluation.
-        unsaved = run.step > run.saved.step or (
-            run.step == run.end and run.observed_step == run.step != run.saved.observed_step
-        )
-        save = unsaved and (stopping or is_due(run, "checkpoint"))
-        if run.settings.enable_checkpoints and (save or (run.best_is_pending and run.best_step == run.step)):
-            save_checkpoint(run, regular=save)
+        # Save at the interval, at the end and on a signal, and also each new best.
+        regular = has_news(run) and (stopping or saving or is_due(run, "checkpoint"))
+        new_best = run.best_is_pending and state.best_step == state.step
+        if run.settings.enable_checkpoints and (regular or new_best):
+            save_checkpoint(run, regular=regular)
             clock.restart()
 
-        if run.step >= run.end or stopping:
-            run.writer.wait()
-            copy_best(run)
+        if state.step >= run.end or stopping:
+            finish_saving(run)
             return
 
         # Take one optimizer step, and log its metrics when due.
-        lr = lr_at(run.step, run.schedule)
+        lr = lr_at(state.step, run.schedule)
         metrics = training_step(run, lr)
-        run.progress.advance(run.step)
+        run.bar.advance(state.step)
         if is_due(run, "log"):
             report(run, clock, metrics)
 
 
-# Further metrics of a training step, by name: 0-dim tensors, computed from the run while the gradients are in place,
-# before clipping.
-MEASURES: dict[str, Callable[[Run], Tensor]] = {}
+def has_news(run: Run) -> bool:
+    """Return whether the run has something that its last regular checkpoint lacks: steps, or the last step's evaluation.
+
+    A signal can make the last step's first save come before its evaluation.
+    """
+    state, saved = run.state, run.saved
+    evaluated = state.observed_step == state.step and saved.observed_step != state.step
+    return state.step > saved.step or (state.step == run.end and evaluated)
+
+
+# Functions that return further metrics of a training step by name, 0-dim tensors, from the run while its gradients are
+# in place, before clipping.
+MEASURES: list[Callable[[Run], dict[str, Tensor]]] = []
 
 
 def training_step(run: Run, lr: float) -> dict[str, Tensor]:
@@ -152,8 +165,9 @@ def training_step(run: Run, lr: float) -> dict[str, Tensor]:
 
     Raise TrainingError before the weights change if loss or grad_norm is not finite.
     """
+    state = run.state
     # Every random draw of the step (dropout) is a function of (seed, step, rank), so a resume needs no generator state.
-    hardware.seed_step(run.device, run.settings.seed, run.step, rank=run.world.rank)
+    hardware.seed_step(run.device, run.settings.seed, state.step, rank=run.world.rank)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
 
@@ -162,20 +176,21 @@ def training_step(run: Run, lr: float) -> dict[str, Tensor]:
     # Measure and clip the gradients. Stop before the update if anything is not finite.
     run.scaler.unscale_(run.optimizer)
     metrics |= {"lr": torch.tensor(lr, dtype=torch.float64), "grad_norm": gradient_norm(run.optimizer)}
-    metrics |= {name: distributed.full(measure(run)).detach() for name, measure in MEASURES.items()}
+    for measure in MEASURES:
+        metrics |= {name: distributed.full(value).detach() for name, value in measure(run).items()}
     check_finite(run, metrics["loss"], metrics["grad_norm"])
     clip_gradients(run.optimizer, metrics["grad_norm"], limit=run.settings.grad_clip)
 
     # Update, once the background save has copied the weights. The scaler skips updates whose float16 gradients
     # overflowed, and does nothing in other dtypes.
     run.writer.settle()
-    run.updating = True
+    state.updating = True
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    run.tokens_seen += run.batches.rows_per_step * run.settings.block_size
-    run.updating = False
+    state.step += 1
+    state.tokens_seen += run.batches.rows_per_step * run.settings.block_size
+    state.updating = False
     return metrics
 
 
@@ -185,7 +200,7 @@ def accumulate_gradients(run: Run) -> dict[str, Tensor]:
 
     Each process takes its own sequences of every micro-batch; gradients, loss and metrics are means over all processes.
     """
-    x, y = (ids.to(run.device, non_blocking=True) for ids in run.batches.at(run.step))  # (A, B, T) both
+    x, y = (ids.to(run.device, non_blocking=True) for ids in run.batches.at(run.state.step))  # (A, B, T) both
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=run.device))
     for number, (micro_x, micro_y) in enumerate(zip(x, y, strict=True), 1):
         with distributed.syncing(run.forward, run.engine, now=number == len(x)):
@@ -204,21 +219,22 @@ def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
 
     In float16 the scaler handles a few overflows.
     """
+    state = run.state
     if torch.isfinite(loss + grad_norm):
-        run.skipped_updates = 0
+        state.skipped_updates = 0
         return
-    run.skipped_updates += 1
-    if run.scaler.is_enabled() and run.skipped_updates < SKIPS_ALLOWED:
+    state.skipped_updates += 1
+    if run.scaler.is_enabled() and state.skipped_updates < SKIPS_ALLOWED:
         return
-    first, last = run.batches.windows_seen(run.step), run.batches.windows_seen(run.step + 1) - 1
+    first, last = run.batches.windows_seen(state.step), run.batches.windows_seen(state.step + 1) - 1
     problem = (
         f"{SKIPS_ALLOWED} float16 updates in a row overflowed"
         if run.scaler.is_enabled()
         else f"the loss is {loss.item():.4g} and the gradient norm {grad_norm.item():.4g}"
     )
-    batch = f"batch: windows {first} to {last}, epoch {run.batches.epoch(run.step):.2f}"
+    batch = f"batch: windows {first} to {last}, epoch {run.batches.epoch(state.step):.2f}"
     raise TrainingError(
-        f"step {run.step + 1} was not taken: {problem} ({batch}); {TRY_INSTEAD}, or look at the text there"
+        f"step {state.step + 1} was not taken: {problem} ({batch}); {TRY_INSTEAD}, or look at the text there"
     )
 
 
@@ -227,21 +243,22 @@ def observe(run: Run, stop: Interrupt) -> None:
 
     A signal during the evaluation leaves both to the resume.
     """
+    state = run.state
     if is_due(run, "eval") and len(run.text.split.validation):
         loss = evaluate(run, stop)
         if loss is None:
             return
         if not math.isfinite(loss):
-            raise TrainingError(f"the validation loss after step {run.step} is {loss}; {TRY_INSTEAD}")
+            raise TrainingError(f"the validation loss after step {state.step} is {loss}; {TRY_INSTEAD}")
         write_metrics(run, "validation", {"loss": loss})
-        run.progress.show(run.step, validation=f"{loss:.4f}")
-        run.validation_loss = loss
-        if run.step and loss < (math.inf if run.best_loss is None else run.best_loss):
-            run.best_loss, run.best_step = loss, run.step
-    if run.step and is_due(run, "sample"):
-        run.last_sample = sample(run)
-        write_sample(run, run.last_sample)
-    run.observed_step = run.step
+        run.bar.show(state.step, validation=f"{loss:.4f}")
+        state.validation_loss = loss
+        if state.step and loss < (math.inf if state.best_loss is None else state.best_loss):
+            state.best_loss, state.best_step = loss, state.step
+    if state.step and is_due(run, "sample"):
+        state.last_sample = sample(run)
+        write_sample(run, state.last_sample)
+    state.observed_step = state.step
 
 
 @torch.no_grad()
@@ -287,15 +304,15 @@ def sample(run: Run) -> str:
     try:
         return run.tokenizer.decode([*(prompt if start is None else []), *drawn]) + "\n"
     except ValueError as error:  # the logits are not finite
-        raise TrainingError(f"after step {run.step}: {error}") from error
+        raise TrainingError(f"after step {run.state.step}: {error}") from error
 
 
 def report(run: Run, clock: "Clock", metrics: Mapping[str, Tensor]) -> None:
     """Write a training line to metrics.jsonl, and show loss and speed beside the bar."""
     values, rate = {name: value.item() for name, value in metrics.items()}, clock.rate()
     write_metrics(run, "train", values | {"tok_s": round(rate, 1)})
-    left = (run.end - run.step) * run.batches.rows_per_step * run.settings.block_size / max(rate, 1e-9)
-    run.progress.show(run.step, loss=f"{values['loss']:.4f}", tok_s=amount(rate), seconds_left=left)
+    left = (run.end - run.state.step) * run.batches.rows_per_step * run.settings.block_size / max(rate, 1e-9)
+    run.bar.show(run.state.step, loss=f"{values['loss']:.4f}", tok_s=amount(rate), seconds_left=left)
 
 
 class Clock:
@@ -307,11 +324,11 @@ class Clock:
 
     def restart(self) -> None:
         """Measure from now on."""
-        self._since, self._tokens = time.monotonic(), self._run.tokens_seen
+        self._since, self._tokens = time.monotonic(), self._run.state.tokens_seen
 
     def rate(self) -> float:
         """Return tokens per second since the last call or restart."""
-        rate = (self._run.tokens_seen - self._tokens) / max(time.monotonic() - self._since, 1e-9)
+        rate = (self._run.state.tokens_seen - self._tokens) / max(time.monotonic() - self._since, 1e-9)
         self.restart()
         return rate
 
@@ -344,10 +361,7 @@ def time_pass(run: Run) -> float:
 
 
 def seconds_per_step(run: Run, seconds: float) -> float:
-    """Return the seconds of the fastest pass: `seconds`, or one of two more passes if they are short.
-
-    For display only.
-    """
+    """Return the seconds of the fastest pass, `seconds` or one of two more if passes are short; for display only."""
     began = time.monotonic()
     for _ in range(2):
         if run.world.any(seconds + time.monotonic() - began > PROBE_SECONDS):
@@ -366,8 +380,8 @@ def save_if_a_process_dies(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        complete = run.world.is_rank0 and run.engine == "ddp" and not run.updating
-        if distributed.lost(error) and complete and run.settings.enable_checkpoints and run.step > run.saved.step:
+        complete = run.world.is_rank0 and run.engine == "ddp" and not run.state.updating
+        if distributed.lost(error) and complete and run.settings.enable_checkpoints and run.state.step > run.saved.step:
             save_checkpoint(run, regular=True)
             run.writer.wait()
         raise
@@ -375,10 +389,11 @@ def save_if_a_process_dies(run: Run) -> Iterator[None]:
 
 def end(run: Run) -> int:
     """Report how the run ended; return the exit code."""
-    if run.step < run.end or run.observed_step != run.step:
-        run.log(f"interrupted after step {run.step}: {how_to_resume(run)}")
+    state = run.state
+    if state.step < run.end or state.observed_step != state.step:
+        run.log(f"interrupted after step {state.step}: {how_to_resume(run)}")
         return INTERRUPTED
-    log_done(run, sample=run.last_sample or sample(run))
+    log_done(run, sample=state.last_sample or sample(run))
     return SAVE_FAILED if run.saved.failed else 0
 
 

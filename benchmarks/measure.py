@@ -36,7 +36,9 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def read_rate(size: int) -> float:
-    """Return the bytes/s of reading `size` bytes once, the best of ten: a sum, which uses every thread and little arithmetic."""
+    """Return the bytes/s of reading `size` bytes once, the best of ten: a sum,
+    which uses every thread and little arithmetic.
+    """
     buffer = torch.ones(size // 8, dtype=torch.int64)
     return buffer.nbytes / min(seconds(buffer.sum) for _ in range(11))
 

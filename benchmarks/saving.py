@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 from milepost import config  # noqa: E402
 
 SETTINGS = {
-    "MODEL_TYPE": "gpt2", "N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256", "BATCH_SIZE": "1",
+    "MODEL_TYPE": "gpt2", "N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256",
+    "BATCH_SIZE": "1",
     "DROPOUT": "0", "ENABLE_CHECKPOINTS": "true", "CHECKPOINT_KEEP_LAST": "1", "CHECKPOINT_KEEP_BEST": "0",
 }  # fmt: skip
 ROUNDS = 5
@@ -32,7 +33,7 @@ import training  # noqa: E402
 from milepost import ckpt  # noqa: E402
 from milepost.files import new_file  # noqa: E402
 from milepost.run import Run, fresh, to_record  # noqa: E402
-from milepost.run_files import save_checkpoint  # noqa: E402
+from milepost.run_checkpoints import save_checkpoint  # noqa: E402
 from milepost.runtime.progress import Log, Metrics  # noqa: E402
 
 
@@ -79,7 +80,7 @@ def inside_save(run: Run, folder: Path) -> None:
         torch.save({"model": record.model_state, "optimizer": record.optimizer_state}, folder / "plain.pt")
 
     def background() -> None:
-        run.step += 1
+        run.state.step += 1
         save_checkpoint(run, regular=True)
 
     taken: list[tuple[float, float, float]] = []
@@ -115,7 +116,8 @@ def blocking(run: Run, folder: Path, size: int) -> None:
         path.unlink()
     ratio = median["dd conv=fsync"] / median["blocking save"]
     print(
-        f"blocking save:                 {ratio:.2f} of dd conv=fsync, {size / median['blocking save'] / 1e9:.2f} GB/s (bound 0.6)"
+        f"blocking save:                 {ratio:.2f} of dd conv=fsync, "
+        f"{size / median['blocking save'] / 1e9:.2f} GB/s (bound 0.6)"
     )
 
 
@@ -166,7 +168,8 @@ def whole_run(run: Run) -> None:
     stall = median["with a save"] - median["without"]
     ratio, step = median["with a save"] / median["without"], median["without"] / STEPS
     print(
-        f"a save every {STEPS} steps of {step:.2f} s: {ratio:.3f} of the time without, a stall of {stall:.2f} s (bound 1.06)"
+        f"a save every {STEPS} steps of {step:.2f} s: {ratio:.3f} of the time without, a stall of {stall:.2f} "
+        f"s (bound 1.06)"
     )
 
 

@@ -43,7 +43,9 @@ def main() -> None:
 
 
 def print_row(metric: str, step: dict[str, float], *, arm: str, apart: str, work: int) -> None:
-    """Print the time per step of two processes and of one, and the efficiency against that of two independent processes."""
+    """Print the time per step of two processes and of one, and the efficiency against that of two independent
+    processes.
+    """
     efficiency, limit = (step["one"] / (work * step[name]) for name in (arm, apart))
     figures = {"ours": f"{1e3 * step[arm]:.1f} ms", "peer": f"{1e3 * step['one']:.1f} ms, one"}
     row(metric, **figures, ratio=efficiency, bound=BOUND, limit=f"{limit:.2f}, apart", share=efficiency / limit)
@@ -62,9 +64,16 @@ def measure_round(name: str) -> dict[str, float]:
 
 
 def seconds_per_step(name: str, launcher: Sequence[str] = (), *, rows: int, at_once: int = 1) -> float:
-    """Return the seconds per step of a training that `launcher` starts, after its first line; the slowest of `at_once`."""
+    """Return the seconds per step of a training that `launcher` starts, after its first line;
+    the slowest of `at_once`.
+    """
     sizes, _, between = SHAPES[name]
-    variables = {"MODEL_TYPE": "gpt2", "BATCH_SIZE": str(rows), "TRAINING_STEPS": str(LINES * between), "LOG_INTERVAL": str(between)}  # fmt: skip
+    variables = {
+        "MODEL_TYPE": "gpt2",
+        "BATCH_SIZE": str(rows),
+        "TRAINING_STEPS": str(LINES * between),
+        "LOG_INTERVAL": str(between),
+    }
     quiet = {
         "EVAL_INTERVAL": "0",
         "EVAL_STEPS": "1",
@@ -72,7 +81,8 @@ def seconds_per_step(name: str, launcher: Sequence[str] = (), *, rows: int, at_o
         "ENABLE_CHECKPOINTS": "false",
         "DEVICE": "cpu",
     }
-    # With smaller batches the default optimizer would differ. The thread limit keeps a process to one of many processors.
+    # With smaller batches the default optimizer would differ. The thread limit keeps a process to one of many
+    # processors.
     fixed = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "PYTHON_DOTENV_DISABLED": "1", "TQDM_DISABLE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / str(number) for number in range(at_once)]
@@ -80,7 +90,9 @@ def seconds_per_step(name: str, launcher: Sequence[str] = (), *, rows: int, at_o
         started = []
         for place in places:
             env = {"OPTIMIZER": "muon"} | os.environ | sizes | variables | quiet | fixed | {"RUNS_DIR": str(place)}
-            started.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))  # fmt: skip
+            started.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            )
         for process in started:
             errors = process.communicate()[1]
             if process.returncode:

@@ -23,7 +23,8 @@ from milepost.run import Run, fresh, to_record  # noqa: E402
 from milepost.runtime.progress import Log, Metrics  # noqa: E402
 
 SETTINGS = {
-    "MODEL_TYPE": "gpt2", "N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256", "BATCH_SIZE": "1",
+    "MODEL_TYPE": "gpt2", "N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256",
+    "BATCH_SIZE": "1",
     "COMPILE": "false", "PYTHON_DOTENV_DISABLED": "1",
 }  # fmt: skip
 ROUNDS = 7

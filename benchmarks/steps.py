@@ -109,7 +109,8 @@ def curve() -> None:
         attention.SHORT, head.CHUNK = short, chunk
         run = prepared(settings("0.8M", DTYPE=dtype, TRAINING_STEPS=str(CURVE)))
         each = [
-            training.training_step(run, training.lr_at(run.step, run.schedule))["loss"].item() for _ in range(CURVE)
+            training.training_step(run, training.lr_at(run.state.step, run.schedule))["loss"].item()
+            for _ in range(CURVE)
         ]
         losses[arm] = statistics.mean(each[-50:])
     figures = {"ours": f"{losses['ours']:.4f}", "peer": f"{losses['plain']:.4f} plain"}
@@ -169,7 +170,9 @@ def ours(name: str) -> tuple[Callable[[], object], int]:
 
 
 def nanogpt(name: str) -> tuple[Callable[[], object], int]:
-    """Return the step of nanoGPT's train.py (its model, optimizer and clipping) on random tokens, and the number of parameters."""
+    """Return the step of nanoGPT's train.py (its model, optimizer and clipping) on random tokens,
+    and the number of parameters.
+    """
     _, _, width, tokens, rows, _ = SHAPES[name]
     vocab_size = 50304 if width == 768 else 65
     model, optimizer = nanogpt_model(name, vocab_size=vocab_size, beta2=0.95)

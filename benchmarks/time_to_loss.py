@@ -30,7 +30,8 @@ from milepost.runtime.progress import Log  # noqa: E402
 
 TARGET, SEEDS, NANOGPT_STEPS = 1.90, (1, 2, 3), 2000
 OURS = {"BATCH_SIZE": "32", "TRAINING_STEPS": "300", "BIAS": "true", "EVAL_STEPS": "0"}
-# nanoGPT's 5000 steps of 64 rows are at their best after about 1750 (issue 211 there); half of these tokens in rows of 64.
+# nanoGPT's 5000 steps of 64 rows are at their best after about 1750 (issue 211 there); half of these tokens in rows of
+# 64.
 LONG = {"BATCH_SIZE": "64", "TRAINING_STEPS": "875", "DROPOUT": "0.2", "EVAL_STEPS": "0"}
 LONG_TARGET = 1.47
 
@@ -92,8 +93,8 @@ def one(arm: str, seed: int) -> None:
 
 def train(run: Run) -> None:
     """Run all steps without evaluations."""
-    while run.step < run.end:
-        training.training_step(run, training.lr_at(run.step, run.schedule))
+    while run.state.step < run.end:
+        training.training_step(run, training.lr_at(run.state.step, run.schedule))
 
 
 def validation_loss(run: Run) -> float:

@@ -1,8 +1,9 @@
 """The Python interface: train, load and generate, and what the scripts do with checkpoints.
 
-Settings are keywords, the variables of docs/configuration.md in lower case, with the same checks; the process environment and .env
-are not read. Paths are `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a file, a folder, a stem, a glob,
-"latest" or "best". Errors are raised: ConfigError, CheckpointError, DataError.
+Settings are keywords, the variables of docs/configuration.md in lower case, with the same checks; the process
+environment and .env are not read. Paths are `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a
+file, a folder, a stem, a glob, "latest" or "best". A `folder` that is not given is the one to which train() saves by
+default. Errors are raised: ConfigError, CheckpointError, DataError.
 """
 
 import difflib
@@ -23,15 +24,15 @@ from milepost.run import Run, with_tokenizer
 from milepost.runtime.progress import Log
 from milepost.samples import sample_texts
 
-CHECKPOINTS = config.read({"PYTHON_DOTENV_DISABLED": "1"}).checkpoint_dir  # where train() saves by default
 Name = str | os.PathLike[str]
 
 
 def train(**settings: Any) -> Run:
-    """Train a model and return its run: `run.model`, `run.tokenizer`, `run.step`, `run.validation_loss`, ...
+    """Train a model and return its run: `run.model`, `run.tokenizer`, `run.state.step`, `run.state.validation_loss`,
+    ...
 
-    `train(resume="auto", enable_checkpoints=True, ...)` resumes as RESUME does. Ctrl-C stops after the step, saves if checkpoints are
-    enabled, and returns.
+    `train(resume="auto", enable_checkpoints=True, ...)` resumes as RESUME does. Ctrl-C stops after the step, saves if
+    checkpoints are enabled, and returns.
     """
     resolved, log = settings_of(**settings), Log()
     with processes(resolved, log) as world:
@@ -41,18 +42,20 @@ def train(**settings: Any) -> Run:
     return run
 
 
-def load(checkpoint: Name, *, folder: Name = CHECKPOINTS, optimizer: bool = True, verify: bool = False) -> Checkpoint:
+def load(checkpoint: Name, *, folder: Name | None = None, optimizer: bool = True, verify: bool = False) -> Checkpoint:
     """Return the checkpoint; "latest" and "best" look in `folder`.
 
     `optimizer=False` leaves the optimizer's tensors unread; `verify=True` compares every byte with its checksum first.
     """
-    return ckpt.load(_resolved(checkpoint, folder), optimizer=optimizer, verify=verify)
+    name = os.fspath(checkpoint)
+    return ckpt.load_named(name, _folder(folder), say=Log(), optimizer=optimizer, verify=verify)
 
 
 def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -> str:
     """Return a continuation of the prompt, without the prompt.
 
-    Settings are those of generation: max_new_tokens, temperature, top_k, top_p, stop, sample_seed, device, quantize, ...
+    Settings are those of generation: max_new_tokens, temperature, top_k, top_p, stop, sample_seed, device, quantize,
+    ...
     """
     resolved, log = settings_of(**settings), Log(io.StringIO())
     if resolved.num_samples != 1:
@@ -65,27 +68,29 @@ def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -
     return text
 
 
-def find(folder: Name = CHECKPOINTS) -> list[Found]:
-    """Return every checkpoint of the folder, of its run folders and of best/, the oldest save first; damaged ones have a `problem`."""
-    return ckpt.find(Path(folder))
+def find(folder: Name | None = None) -> list[Found]:
+    """Return every checkpoint of the folder, of its run folders and of best/, the oldest save first;
+    damaged ones have a `problem`.
+    """
+    return ckpt.find(_folder(folder))
 
 
-def latest(folder: Name = CHECKPOINTS) -> Path:
+def latest(folder: Name | None = None) -> Path:
     """Return the path of the latest valid checkpoint; raise CheckpointError if no checkpoint is valid."""
     return _resolved("latest", folder)
 
 
-def best(folder: Name = CHECKPOINTS) -> Path:
+def best(folder: Name | None = None) -> Path:
     """Return the path of the checkpoint with the lowest validation loss; raise CheckpointError if there is none."""
     return _resolved("best", folder)
 
 
-def save(checkpoint: Checkpoint, folder: Name = CHECKPOINTS, *, layout: str = "unified") -> Path:
+def save(checkpoint: Checkpoint, folder: Name | None = None, *, layout: str = "unified") -> Path:
     """Save the checkpoint under the folder's next name and return its path. Nothing is overwritten.
 
     Raise CheckpointError before writing if what is written could not be loaded again.
     """
-    return ckpt.save(checkpoint, Path(folder), layout=layout)
+    return ckpt.save(checkpoint, _folder(folder), layout=layout)
 
 
 def convert(checkpoint: Name, layout: str, *, folder: Name | None = None, model_only: bool = False) -> Converted:
@@ -93,23 +98,24 @@ def convert(checkpoint: Name, layout: str, *, folder: Name | None = None, model_
     if layout not in ckpt.WRITERS:
         raise ConfigError([f"layout={layout!r}: expected one of {', '.join(ckpt.WRITERS)}"])
     target = None if folder is None else Path(folder)
-    return ckpt.convert(_resolved(checkpoint, CHECKPOINTS), target, layout=layout, model_only=model_only)
+    return ckpt.convert(_resolved(checkpoint, None), target, layout=layout, model_only=model_only)
 
 
-def verify(checkpoint: Name, *, folder: Name = CHECKPOINTS) -> list[str]:
+def verify(checkpoint: Name, *, folder: Name | None = None) -> list[str]:
     """Return what is wrong with the checkpoint, a sentence each; empty if every byte agrees with its checksum."""
     return ckpt.verify(_resolved(checkpoint, folder))
 
 
-def prune(folder: Name = CHECKPOINTS, *, keep_last: int, keep_every: int = 0) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints of each run, as CHECKPOINT_KEEP_LAST does, and return what was deleted.
+def prune(folder: Name | None = None, *, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints of each run, as CHECKPOINT_KEEP_LAST does, and return what was
+    deleted.
 
-    Never deleted: best/, a run's final checkpoint, a base that adapters need, damaged files, and any file under another name than a
-    save gave it.
+    Never deleted: best/, a run's final checkpoint, a base that adapters need, damaged files, and any file under another
+    name than a save gave it.
     """
     if keep_last < 1:
         raise ConfigError([f"keep_last={keep_last}: expected at least 1"])
-    place, deleted = Path(folder), []
+    place, deleted = _folder(folder), []
     for run_id in sorted({found.run_id for found in ckpt.find(place) if found.run_id}):
         valid, _ = latest_valid(place, run_id)
         if valid is not None:
@@ -122,7 +128,10 @@ def prune(folder: Name = CHECKPOINTS, *, keep_last: int, keep_every: int = 0) ->
 
 
 def settings_of(**values: Any) -> Config:
-    """Return the settings that keywords name; None is not set. Raise ConfigError listing every unknown name and bad value."""
+    """Return the settings that keywords name; None is not set.
+
+    Raise ConfigError listing every unknown name and bad value.
+    """
     unknown = [name for name in values if name.upper() not in config.VARIABLES or name != name.lower()]
     problems = []
     for name in unknown:
@@ -142,8 +151,13 @@ def settings_of(**values: Any) -> Config:
     return resolved
 
 
-def _resolved(checkpoint: Name, folder: Name) -> Path:
-    return ckpt.resolve(os.fspath(checkpoint), Path(folder))[0]
+def _folder(folder: Name | None) -> Path:
+    """Return the folder, by default the one to which train() saves by default."""
+    return Path(settings_of().checkpoint_dir if folder is None else folder)
+
+
+def _resolved(checkpoint: Name, folder: Name | None) -> Path:
+    return ckpt.resolve(os.fspath(checkpoint), _folder(folder))[0]
 
 
 __all__ = [

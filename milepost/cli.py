@@ -8,7 +8,7 @@ from typing import Any
 from milepost import ckpt, config
 from milepost.ckpt.foreign.weights import assume
 from milepost.config import Config, ConfigError
-from milepost.locks import RunLockedError
+from milepost.locks import Reports, RunLockedError
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import ElsewhereError, World
 from milepost.runtime.errors import TrainingError
@@ -18,7 +18,8 @@ from milepost.text import tokenization
 from milepost.text.errors import DataError
 
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
-    (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (ckpt.CheckpointError, 3), (DataError, 4),
+    (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (tokenization.IncompleteTokenizer, 2),
+    (ckpt.CheckpointError, 3), (DataError, 4),
 )  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
     try:
         raise_on_signal()
         assume(**{"n_head": settings.n_head} if settings.is_set("N_HEAD") and settings.n_head else {})
+        Reports.line = log
         torchrun = config.torchrun()
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
         code = action(settings, log)

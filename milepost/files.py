@@ -149,15 +149,8 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[NewFile]:
     Raise FileExistsError if `path` exists: a visible name is never replaced, except with `replace`, which is for
     caches. Raise OSError on a write error.
     """
-    temporary = hidden_name(path)
-    try:
-        with naming_path(path), written(temporary) as file:
-            yield file
-        (os.replace if replace else reveal)(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with _appearing(path, replace=replace) as hidden, written(hidden) as file:
+        yield file
 
 
 @contextlib.contextmanager
@@ -166,17 +159,10 @@ def new_path(path: Path) -> Iterator[Path]:
 
     Raise as `new_file` does.
     """
-    hidden = hidden_name(path)
-    try:
-        with naming_path(path):
-            yield hidden
-            with open(hidden, "rb+") as file:
-                flush_to_disk(file.fileno())
-        reveal(hidden, path)
-    except BaseException:
-        hidden.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with _appearing(path) as hidden:
+        yield hidden
+        with open(hidden, "rb+") as file:
+            flush_to_disk(file.fileno())
 
 
 @contextlib.contextmanager
@@ -185,16 +171,23 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raise as `new_file` does.
     """
+    with _appearing(path) as hidden:
+        hidden.mkdir()
+        yield hidden
+        for folder in [*(path for path in hidden.rglob("*") if path.is_dir()), hidden]:
+            sync_folder(folder)
+
+
+@contextlib.contextmanager
+def _appearing(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a hidden name. What has it when the block ends appears as `path`; on an error it is deleted."""
     hidden = hidden_name(path)
     try:
         with naming_path(path):
-            hidden.mkdir()
             yield hidden
-            for folder in [*(path for path in hidden.rglob("*") if path.is_dir()), hidden]:
-                sync_folder(folder)
-        reveal(hidden, path)
+        (os.replace if replace else reveal)(hidden, path)
     except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
+        discard(hidden)
         raise
     sync_folder(path.parent)
 

@@ -1,11 +1,17 @@
-"""Locks: one writer per folder, one process per run. The system releases the locks of a dead process."""
+"""Locks: one writer per folder, one process per run. The system releases the locks of a dead process.
+
+While a lock is held, a file beside it names the holder, so that whoever waits can say for whom.
+"""
 
 import contextlib
+import errno
 import json
 import os
 import socket
+import stat
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -13,49 +19,62 @@ from filelock import FileLock, Timeout
 from milepost.paths import check_file
 
 FOLDER_LOCK = ".lock"
+CLEANING = 0.5  # seconds for which another process may hold the lock of a run only to see whether it is free
+QUIET = 5.0  # seconds of waiting for a folder before it is reported
+PATIENCE = 600.0  # seconds of waiting for a folder at most: a large model on a slow disk is saved in less
 
 
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock under which names and save numbers are chosen and leftovers removed; wait for it.
+def _to_stderr(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
-    Raise OSError if anything but a lock file has its name: opening a lock file empties it.
+
+class Reports:
+    """Where a wait for a lock is reported: stderr, until a script sets its log."""
+
+    line: Callable[[str], None] = staticmethod(_to_stderr)
+
+
+class OwnedLock:
+    """A lock file, and beside it, while it is held, a file that names the holder.
+
+    The lock file has the write permissions of its folder: whoever may write there may lock it.
     """
-    check_file(folder / FOLDER_LOCK)
-    with FileLock(folder / FOLDER_LOCK):
-        yield
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._owner = path.with_name(f"{path.name.removesuffix('.lock')}.owner")
+        self._lock: FileLock | None = None
 
-class RunLockedError(Exception):
-    """Another process is training the same run."""
-
-
-class RunLock:
-    """The lock of a run, held by its process from start to end."""
-
-    def __init__(self, folder: Path, run_id: str) -> None:
-        self._lock = FileLock(folder / f".run-{run_id}.lock")
-        self._owner = folder / f".run-{run_id}.owner"  # beside the lock: opening a lock file empties it
-        self._run_id = run_id
-
-    def acquire(self, *, patience: float = 0) -> None:
-        """Acquire the lock; raise RunLockedError with pid and host if another process holds it for `patience` seconds.
+    def acquire(self, *, patience: float) -> bool:
+        """Acquire the lock; return False if it is held elsewhere for `patience` seconds.
 
         Raise OSError if anything but a lock file has its name.
         """
-        check_file(Path(self._lock.lock_file))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_file(self.path)
+        mode = stat.S_IMODE(os.stat(self.path.parent).st_mode) & 0o666 | 0o600
+        lock = FileLock(self.path, mode=mode)
         try:
-            self._lock.acquire(timeout=patience)
+            lock.acquire(timeout=patience)
         except Timeout:
-            raise RunLockedError(
-                f"run {self._run_id} is being trained by {self._holder()}: wait for it or stop it first"
-            ) from None
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        self._owner.unlink(missing_ok=True)  # of a dead process, or a link, which is not followed
-        with open(self._owner, "x", encoding="utf-8") as file:
-            file.write(json.dumps(owner))
+            return False
+        self._lock = lock
+        with contextlib.suppress(OSError):  # another user's
+            if stat.S_IMODE(os.lstat(self.path).st_mode) != mode:
+                self.path.chmod(mode)
+        self._name_owner()
+        return True
 
-    def _holder(self) -> str:
+    def _name_owner(self) -> None:
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without it
+            self._owner.unlink(missing_ok=True)  # of a dead process, or a link, which is not followed
+            with open(self._owner, "x", encoding="utf-8") as file:
+                file.write(json.dumps(owner))
+
+    def owner(self) -> str:
+        """Return who holds the lock, in words."""
         try:
             check_file(self._owner)  # reading a pipe would block
             owner = json.loads(self._owner.read_text(encoding="utf-8"))
@@ -63,11 +82,81 @@ class RunLock:
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
 
+    def release(self, *, remove: bool) -> None:
+        """Release the lock; with `remove`, delete its file first, while no other process can hold it."""
+        if self._lock is None:
+            return
+        for path in (self._owner, *([self.path] if remove else [])):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        self._lock.release()
+        self._lock = None
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock under which names and save numbers are chosen and leftovers removed; wait for it.
+
+    Report a wait of more than QUIET seconds. Raise OSError if it is held for PATIENCE seconds, as by a stopped process,
+    or if anything but a lock file has its name.
+    """
+    lock = OwnedLock(folder / FOLDER_LOCK)
+    if not lock.acquire(patience=QUIET):
+        holder = lock.owner()
+        Reports.line(f"waiting for {holder}, which is writing in {folder}; if it is stopped or hangs, end it")
+        if not lock.acquire(patience=PATIENCE - QUIET):
+            problem = f"{lock.owner()} has been writing in the folder for {PATIENCE:.0f} s: resume it or end it"
+            raise OSError(errno.ETIMEDOUT, problem, str(folder))
+    try:
+        yield
+    finally:
+        lock.release(remove=False)
+
+
+class RunLockedError(Exception):
+    """Another process is training the same run."""
+
+
+class RunLock:
+    """The lock of a run, held by its process from start to end. Its file does not outlive it."""
+
+    def __init__(self, folder: Path, run_id: str) -> None:
+        self._lock = OwnedLock(folder / f".run-{run_id}.lock")
+        self._run_id = run_id
+
+    def acquire(self, *, patience: float = 0) -> None:
+        """Acquire the lock; raise RunLockedError with pid and host if another process holds it for `patience` seconds.
+
+        Raise OSError if anything but a lock file has its name.
+        """
+        if not self._lock.acquire(patience=max(patience, CLEANING)):
+            holder = self._lock.owner()
+            raise RunLockedError(f"run {self._run_id} is being trained by {holder}: wait for it or stop it first")
+
     def release(self) -> None:
         """Release the lock."""
-        if self._lock.is_locked:
-            self._owner.unlink(missing_ok=True)
-            self._lock.release()
+        self._lock.release(remove=True)
+
+
+def remove_free_locks(folder: Path) -> None:
+    """Delete the empty locks of runs that no process holds: those that killed processes left.
+
+    The caller holds the folder's lock.
+    """
+    for path in folder.glob(".run-*.lock"):
+        with contextlib.suppress(OSError):
+            lock = OwnedLock(path)
+            if path.lstat().st_size == 0 and lock.acquire(patience=0):
+                lock.release(remove=True)
+
+
+def is_trained(folder: Path, run_id: str) -> bool:
+    """Whether a process trains the run at this moment, as far as this process may look."""
+    if not (folder / f".run-{run_id}.lock").exists():
+        return False
+    with contextlib.suppress(OSError, RunLockedError), hold_run(folder, run_id):
+        return False
+    return True
 
 
 @contextlib.contextmanager

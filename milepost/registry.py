@@ -1,9 +1,32 @@
 """What can be extended by one file and one line: the names that settings offer, and the modules that implement them.
 
-Imports nothing, so that settings are read without torch.
+Imports nothing at its start, so that settings are read without torch.
 """
 
-from typing import NamedTuple
+import importlib
+import re
+from collections.abc import Container, Iterable
+from typing import Any, NamedTuple
+
+
+def check_name(kind: str, name: str, *, taken: Container[str]) -> None:
+    """Raise ValueError if the name of a new optimizer, tracker, ... is taken or could not be set."""
+    if name in taken or not re.fullmatch("[a-z][a-z0-9_-]*", name):
+        raise ValueError(f"{kind} {name!r}: expected a new name of lower-case letters, digits, _ and -.")
+
+
+def imported(target: Any) -> Any:
+    """Return the class or function that a registry names as "module:name"; return anything else as it is."""
+    if not isinstance(target, str):
+        return target
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def undefined(cls: type, interface: type, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that a class does not define: it has none, or None, or only that of its `interface`."""
+    definers = {name: next((base for base in cls.__mro__ if name in vars(base)), interface) for name in names}
+    return [name for name, by in definers.items() if by in (interface, object) or vars(by)[name] is None]
 
 
 class Registered(NamedTuple):

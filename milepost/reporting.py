@@ -1,5 +1,6 @@
 """What a run reports at its start, at a resume and at its end."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import Restored
-from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule
+from milepost.places import SCRIPTS_FOLDER
+from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
 from milepost.run import Run, memory_needed, shapes
 from milepost.runtime import hardware
-from milepost.runtime.optim import lr_at
 from milepost.runtime.progress import amount, command_line, duration, shown, table, write_stdout
+from milepost.runtime.schedule import lr_at
 
 TRAINING = config.ROOT / "training.py"
-LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
+LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,8 +41,19 @@ def log_start(run: Run) -> None:
     warn_of_memory(run)
     log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
     log_checkpoint_policy(run)
+    log_unfinished(run)
     for line in config.describe(settings):
         log(line)
+
+
+def log_unfinished(run: Run) -> None:
+    """Log that RESUME=auto would resume an interrupted run with the settings of this new one, if there is such a run."""
+    if run.state.step or not run.settings.enable_checkpoints or run.settings.is_set("RESUME") or not run.world.is_rank0:
+        return
+    with contextlib.suppress(OSError):  # a folder that cannot be listed: the first save will report it
+        if found := unfinished_run(run):
+            place = f"an unfinished run of these settings is at step {found.step} ({shown(found.path)})"
+            run.log(f"{place}: RESUME=auto resumes it; RESUME=never starts anew without this line")
 
 
 def log_checkpoint_policy(run: Run) -> None:
@@ -56,10 +69,10 @@ def log_checkpoint_policy(run: Run) -> None:
     )
     every = f"every {interval} steps and at the end" if interval else "at the end"
     kept = f", the last {last} kept" + (f" and models at multiples of {multiple}" if multiple else "") if last else ""
-    log(f"checkpoints: {every}{kept}, to {shown(Path(settings.checkpoint_dir))} ({settings.checkpoint_layout})")
+    log(f"checkpoints: {every}{kept}, to {shown(Path(settings.checkpoint_dir))} ({run.layout})")
     if settings.checkpoint_model_only:
         log("CHECKPOINT_MODEL_ONLY=true: without the optimizer, checkpoints generate but cannot resume bit-exactly")
-    if settings.checkpoint_layout == "huggingface" and settings.model_type not in models.with_trait("transformers"):
+    if run.layout == "huggingface" and settings.model_type not in models.with_trait("transformers"):
         log(f"transformers has no {settings.model_type} model: only milepost will open these folders")
 
 
@@ -74,8 +87,8 @@ def warn_of_memory(run: Run) -> None:
 
 def log_plan(run: Run, *, seconds_per_step: float) -> None:
     """Log how long the run is: in steps, tokens, epochs and time."""
-    steps, rows, block_size = run.end - run.step, run.batches.rows_per_step, run.settings.block_size
-    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.step)
+    steps, rows, block_size = run.end - run.state.step, run.batches.rows_per_step, run.settings.block_size
+    epochs = run.batches.epoch(run.end) - run.batches.epoch(run.state.step)
     amounts = f"{amount(steps * rows * block_size)} tokens, {epochs:.2g} epochs"
     run.log(
         f"plan: {steps} steps of {rows} x {block_size} tokens = {amounts}; about {duration(steps * seconds_per_step)}"
@@ -90,6 +103,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
     """Print a table to stdout: what was restored, reset, overridden or missing, the learning rates, and whether the
     resume is bit-exact.
     """
+    state = run.state
     child, schedule = run.run_id != record.run_id, run.schedule
     changed, exact = changed_settings(run, record), same_position(run, record)
     rates = (
@@ -98,7 +112,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
     )
     parameters = amount(models.parameter_count(run.model))
     moments = f"moments of {restored.restored} of {restored.total} parameters"
-    position = f"window {run.batches.windows_seen(run.step)}, epoch {run.batches.epoch(run.step):.2f}"
+    position = f"window {run.batches.windows_seen(state.step)}, epoch {run.batches.epoch(state.step):.2f}"
     reasons = inexact_reasons(run, record, restored)
     rows = [
         ("checkpoint", "", shown(record.path) if record.path else ""),
@@ -108,7 +122,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
         ("weights", "restored", f"{len(record.model_state)} tensors, {parameters} parameters"),
         *(("adapters", "restored", count) for count in models.adapter_counts(shapes(run.model)).values()),
         ("optimizer", "missing" if restored.missing else "restored", moments),
-        ("step", "restored", f"{record.step}; {run.end - run.step} more, to {run.end}"),
+        ("step", "restored", f"{record.step}; {run.end - state.step} more, to {run.end}"),
         ("learning rate", "restored" if same_schedule(run, record) else "overridden", rates),
         ("data position", "restored" if exact else "reset", position),
         *([("float16 scale", "restored" if record.scaler else "missing", "")] if run.scaler.is_enabled() else []),
@@ -124,7 +138,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
 
 
 def _group(run: Run, group: dict[str, Any]) -> str:
-    rate = f"next learning rate {lr_at(run.step, run.schedule):.4g}"
+    rate = f"next learning rate {lr_at(run.state.step, run.schedule):.4g}"
     return f"{rate}, weight decay {group['weight_decay']:g}, {len(group['params'])} tensors"
 
 
@@ -135,20 +149,21 @@ def _group(run: Run, group: dict[str, Any]) -> str:
 def log_finished_before(run: Run, record: Checkpoint) -> None:
     """Log that the checkpoint's run has no step left, and the command that trains more."""
     more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
-    run.log(f"run {record.run_id} is finished: {run.step} of {run.end} steps are done. To train more: {more}")
+    run.log(f"run {record.run_id} is finished: {run.state.step} of {run.end} steps are done. To train more: {more}")
 
 
 def log_done(run: Run, *, sample: str) -> None:
     """Log the losses of a finished run, print a sample to stdout (rank 0 alone has one), and log the next command."""
+    state = run.state
     losses = (
-        f"validation loss {run.validation_loss:.4f}, best {run.best_loss:.4f} at step {run.best_step}"
-        if run.validation_loss is not None and run.best_loss is not None
+        f"validation loss {state.validation_loss:.4f}, best {state.best_loss:.4f} at step {state.best_step}"
+        if state.validation_loss is not None and state.best_loss is not None
         else "no validation text"
     )
-    run.log(f"done: {run.step} steps, {losses}")
+    run.log(f"done: {state.step} steps, {losses}")
     write_stdout(sample)
     if run.saved.failed:
-        run.log(f"step {run.step} is not saved, for the reason above; {how_to_resume(run)}")
+        run.log(f"step {state.step} is not saved, for the reason above; {how_to_resume(run)}")
     elif run.saved.path:
         run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.saved.path, **_base_variable(run)))
 
@@ -159,9 +174,9 @@ def how_to_resume(run: Run) -> str:
         return "see the log of rank 0"
     if not run.settings.enable_checkpoints:
         return "nothing was saved, because ENABLE_CHECKPOINTS is false"
-    folder, processes = Path(run.settings.checkpoint_dir), run.world.local_size
+    processes = run.world.local_size
     try:
-        latest = ckpt.latest([found for found in ckpt.find(folder) if found.metadata.get("run_id") == run.run_id])
+        latest = _latest_saved(run)
     except OSError as error:
         return f"the saved checkpoints cannot be listed ({error})"
     if latest is None:
@@ -169,10 +184,20 @@ def how_to_resume(run: Run) -> str:
     saved = f"step {latest.step} is saved in {shown(latest.path)}"
     if processes < run.world.size:
         return f"{saved}; resume with the same torchrun commands and RESUME=auto"
-    variables = {"RESUME": "auto", "CHECKPOINT_DIR": folder} | _base_variable(run)
+    # The checkpoint itself and every folder, so that neither another run nor another folder continues.
+    folders = {name: Path(getattr(run.settings, name.lower())) for name in ("CHECKPOINT_DIR", "RUNS_DIR")}
+    variables = {"RESUME": latest.path} | folders | _base_variable(run)
     return (
         f"{saved}; resume with: {command_line(TRAINING, processes=processes if processes > 1 else None, **variables)}"
     )
+
+
+def _latest_saved(run: Run) -> ckpt.Found | None:
+    """Return the checkpoint that this process saved last, else the run's latest in CHECKPOINT_DIR; None without any."""
+    folders = {Path(run.settings.checkpoint_dir), *([run.saved.path.parent] if run.saved.path else [])}
+    own = [found for folder in folders for found in ckpt.find(folder) if found.run_id == run.run_id]
+    last = [found for found in own if found.path == run.saved.path]
+    return ckpt.latest(last or own)
 
 
 def _base_variable(run: Run) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.ckpt.restore import Restored, build_model, build_tokenizer, restore_optimizer
 from milepost.config import Config, ConfigError
+from milepost.locks import is_trained
 from milepost.run import (
     Run,
     adapter_variables,
     assemble,
     build_device,
+    changeable,
     check_batch_size,
     lineage,
     planned,
@@ -26,8 +28,8 @@ from milepost.run import (
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
-from milepost.runtime.optim import Schedule
-from milepost.runtime.progress import Log
+from milepost.runtime.progress import Log, command_line
+from milepost.runtime.schedule import SCHEDULES, Schedule
 
 # The variables that make up the schedule. Changing one makes a new schedule.
 PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", "LR_SCHEDULE"}
@@ -44,6 +46,8 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
         return _named(settings, log)
     folder = Path(settings.checkpoint_dir)
     found = ckpt.find(folder)
+    if settings.checkpoint_fallback_dir and (elsewhere := ckpt.find(Path(settings.checkpoint_fallback_dir))):
+        found = sorted([*found, *elsewhere], key=lambda each: each.metadata.get("saved_at") or "")
     readable = _readable(found, log)
     if settings.resume_step is None or not readable:
         record = newest_fitting(exact_first(readable), settings, log)
@@ -60,12 +64,11 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
 
 def _named(settings: Config, log: Log) -> Checkpoint:
     """Return the checkpoint that RESUME names, or that of RESUME_STEP of the same run. Raise as `find_record` does."""
-    path, notes = ckpt.resolve(settings.resume, Path(settings.checkpoint_dir))
-    for note in notes:
-        log(note)
+    name, folder = settings.resume, Path(settings.checkpoint_dir)
     if settings.resume_step is None:
-        return check_fits(ckpt.load(path, verify=True), settings, log)
-    named = ckpt.load(path, optimizer=False)
+        return check_fits(ckpt.load_named(name, folder, say=log, verify=True), settings, log)
+    named = ckpt.load_named(name, folder, say=log, optimizer=False)
+    path = named.path or folder
     if named.step == settings.resume_step:
         return check_fits(ckpt.load(path, verify=True), settings, log)
     folder = folder_of(path, named.run_id)
@@ -157,8 +160,14 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
             log(note)
         return with_tokenizer(record, settings, log)  # it resumes as a child run
     _, scanned = scan_source(wanted.training_data_source, log)
+    remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
     if scanned.sha256 != record.data.get("sha256"):
         was = record.data.get("source")
+        child = {"CHECKPOINT_PATH": record.path, "MODE": "resume"} | {
+            name: getattr(wanted, name.lower()) for name in ("TRAINING_DATA_SOURCE", "RUNS_DIR")
+        }
+        command = command_line(config.ROOT / "scripts" / "load_checkpoint.py", **child)
+        remedy += f"; to train further on this text, as a run of its own: {command}"
         differences.append(
             f"the text of {wanted.training_data_source} is not the text that the checkpoint was trained on ({was})"
         )
@@ -166,11 +175,31 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         was = record.data.get("validation_fraction")
         differences.append(f"VALIDATION_FRACTION is {wanted.validation_fraction}, the checkpoint has {was}")
     if differences:
-        remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
         raise ConfigError(
             [f"RESUME={settings.resume}: cannot resume {record.path}: {'; '.join(differences)}: {remedy}"]
         )
     return record
+
+
+def unfinished_run(run: Run) -> ckpt.Found | None:
+    """Return the newest checkpoint of an unfinished run in CHECKPOINT_DIR with the settings and the text of this one.
+
+    A run that a process trains at this moment is not meant.
+    """
+    folder, asked, text = Path(run.settings.checkpoint_dir), run.hyperparameters(), run.text.scan.sha256
+    scopes = {name: variable.metadata["scope"] for name, variable in config.VARIABLES.items()}
+    names = [name for name, scope in scopes.items() if scope in ("identity", "math") and name != "TRAINING_DATA_SOURCE"]
+    newest: dict[str, ckpt.Found] = {}
+    for found in ckpt.find(folder) if folder.is_dir() else []:
+        if found.run_id and not found.problem:
+            newest[found.run_id] = found
+    for found in sorted(newest.values(), key=lambda found: found.save_order, reverse=True):
+        saved = found.metadata.get("hyperparameters", {})
+        same = all(name in saved and saved[name] == asked[name] for name in names)
+        same_text = found.metadata.get("data", {}).get("sha256") == text
+        if same and same_text and found.step < run.end and not is_trained(folder, str(found.run_id)):
+            return found
+    return None
 
 
 def saved_settings(record: Checkpoint) -> dict[str, Any]:
@@ -229,22 +258,16 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     child = schedule is not None or bool(changed) or not same_text
     if schedule is None:
         schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)
-    if not settings.is_set("CHECKPOINT_LAYOUT"):
-        layout = record.layout if record.layout in ckpt.WRITERS else "unified"
-        settings = config.replaced(settings, "checkpoint", checkpoint_layout=layout)
-    settings = config.replaced(
-        settings, "plan", training_steps=settings.training_steps if end is None else end, lr_schedule=schedule.kind,
-        learning_rate=schedule.peak, min_learning_rate=schedule.floor, warmup_steps=schedule.warmup_steps,
-    )  # fmt: skip
     run = assemble(
         settings,
         log,
         world,
         device=device,
-        model=build_model(record, device=build_device(device, world), dropout=settings.dropout),
+        model=build_model(record, device=build_device(device, world), changes=changeable(settings)),
         text=text,
         tokenizer=tokenizer,
         schedule=schedule,
+        end=settings.training_steps if end is None else end,
         record=record,
         window=record.windows_seen if same_text else 0,
     )
@@ -262,12 +285,16 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
 
 def saved_schedule(record: Checkpoint) -> Schedule:
     """Return the record's learning-rate schedule. Raise CheckpointError if it cannot be read."""
+    path = record.path or "the checkpoint"
     try:
-        return Schedule(**record.schedule)
+        schedule = Schedule(**record.schedule)
     except TypeError as error:
-        raise ckpt.CheckpointError(
-            f"{record.path}: its schedule cannot be read ({error}): the file is damaged"
-        ) from error
+        problem = f"its schedule cannot be read ({error})"
+        raise ckpt.CheckpointError(path, problem, "take an earlier checkpoint", kind="damaged") from error
+    if schedule.kind not in SCHEDULES:
+        problem = f"its learning-rate schedule {schedule.kind!r} is none of {', '.join(SCHEDULES)}"
+        raise ckpt.CheckpointError(path, problem, "register it in milepost/runtime/schedule.py", kind="not understood")
+    return schedule
 
 
 def changes(settings: Config, record: Checkpoint, *, new_schedule: bool) -> dict[str, Any]:
@@ -296,10 +323,10 @@ def other_plan(record: Checkpoint, schedule: Schedule) -> dict[str, Any]:
 def restore_progress(run: Run, record: Checkpoint) -> None:
     """Restore the progress of the same run: what it had evaluated and saved, and when."""
     with contextlib.suppress(ValueError):
-        run.resumed_save = datetime.datetime.fromisoformat(record.saved_at or "").timestamp()
-    run.parent, run.observed_step, run.validation_loss = record.parent, record.observed_step, record.validation_loss
-    run.best_loss, run.best_step = record.best_loss, record.best_step
-    run.saved.observed_step = record.observed_step
+        run.saved.resumed_time = datetime.datetime.fromisoformat(record.saved_at or "").timestamp()
+    run.parent, run.saved.observed_step = record.parent, record.observed_step
+    for name in ("observed_step", "validation_loss", "best_loss", "best_step"):
+        setattr(run.state, name, getattr(record, name))
     # After a kill or a disk error, the best step may be saved but not in best/ yet: then it is pending.
     folder, loss = Path(run.settings.checkpoint_dir), record.best_loss
     in_best = loss is None or run.world.on_rank0(lambda: ckpt.best_is_kept(folder, run_id=record.run_id, loss=loss))
@@ -311,8 +338,9 @@ def finished(run: Run, record: Checkpoint) -> bool:
 
     If a signal came before the last evaluation, a resume of the same run does it.
     """
-    observed = run.observed_step == run.step or run.run_id != record.run_id
-    return run.step > run.end or (run.step == run.end and observed)
+    state = run.state
+    observed = state.observed_step == state.step or run.run_id != record.run_id
+    return state.step > run.end or (state.step == run.end and observed)
 
 
 def inexact_reasons(run: Run, record: Checkpoint, restored: Restored) -> list[str]:
@@ -346,4 +374,4 @@ def same_schedule(run: Run, record: Checkpoint) -> bool:
 def same_position(run: Run, record: Checkpoint) -> bool:
     """Return whether the next batch is the one that followed the record's step."""
     same_text = run.text.scan.sha256 == record.data.get("sha256")
-    return run.batches.windows_seen(run.step) == record.windows_seen and same_text
+    return run.batches.windows_seen(run.state.step) == record.windows_seen and same_text

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,19 +10,17 @@ from typing import Any
 
 import models
 from milepost import ckpt, config
-from milepost.ckpt import Checkpoint
 from milepost.ckpt.leftovers import prepare_folder
-from milepost.ckpt.record import bytes_on_disk
 from milepost.config import ConfigError
 from milepost.locks import RunLock
 from milepost.paths import check_inside, is_real_file
-from milepost.run import TRY_INSTEAD, Run, is_due, to_record
-from milepost.runtime.errors import TrainingError
+from milepost.run import Run, is_due
+from milepost.runtime import trackers
 from milepost.runtime.progress import Metrics, amount, read_metrics, shown, write_own
-from milepost.runtime.trackers import missing, open_mirror
+from milepost.runtime.tracking.base import Tracker
+from milepost.runtime.tracking.mirror import Mirror
 
 METRICS = "metrics.jsonl"
-SUBFOLDERS = ("samples", "tensorboard", "wandb")  # of RUNS_DIR/<run_id>, created when needed
 LOCK_PATIENCE = 120  # seconds after which a network file system releases the locks of a dead machine
 
 
@@ -35,12 +34,11 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     The run is locked in its checkpoint folder and in its metrics folder, since another process may share only one of
     them.
     """
-    if problem := missing(run.settings.tracker):
-        raise ConfigError([problem])
+    check_tracker(run.settings.tracker)
     runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
     with _blaming("RUNS_DIR", run.folder):
         check_inside(runs, run.folder)
-        for name in SUBFOLDERS:
+        for name in ("samples", *trackers.TRACKERS):  # created when needed
             if not is_real_file(run.folder / name):  # a file in the way of samples or events costs only these
                 check_inside(runs, run.folder / name)
         _lock(run, run.folder, held)
@@ -49,16 +47,19 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
             for folder in (checkpoints / ckpt.BEST_FOLDER, checkpoints / run.run_id / ckpt.BEST_FOLDER):
                 check_inside(checkpoints, folder)
             _lock(run, checkpoints, held)
+        if fallback := run.settings.checkpoint_fallback_dir:
+            with _blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
+                prepare_folder(Path(fallback))
         check_space(run)
         protect_base(run)
     with _blaming("RUNS_DIR", run.folder):
         run.log.open(run.folder / "training.log")
-        write_own(run.folder / "config.env", config.as_env(run.settings))
+        write_own(run.folder / "config.env", config.as_env(run.settings, run.resolved()))
         origin = {"run_id": run.run_id, "parent": run.parent}
         write_own(run.folder / "run.json", json.dumps(origin, indent=1) + "\n")
         run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / METRICS)))
         # Set aside metrics newer than the checkpoint: resuming rewrites them.
-        run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.resumed_save)
+        run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.saved.resumed_time)
     open_tracker(run, held)
 
 
@@ -84,15 +85,20 @@ def check_space(run: Run) -> None:
 
     If it keeps all of them, only warn.
     """
-    settings, folder = run.settings, Path(run.settings.checkpoint_dir)
-    interval, last = settings.checkpoint_interval, settings.checkpoint_keep_last
-    saves = 1 + (run.end - run.step) // interval if interval else 1
-    count = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # + 1: written before one is pruned
+    settings, folder, first = run.settings, Path(run.settings.checkpoint_dir), run.state.step
+    interval, last, every = (
+        settings.checkpoint_interval, settings.checkpoint_keep_last, settings.checkpoint_keep_every
+    )  # fmt: skip
+    saves = 1 + (run.end - first) // interval if interval else 1
+    full = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # + 1: written before one is pruned
+    both = math.lcm(interval, every)  # steps that are saved, and stay without their optimizer
+    stripped = min(run.end // both - first // both, max(0, saves - last)) if last and both else 0
     trained = models.trained_count(run.model)
-    weights = trained if settings.checkpoint_adapters_only else models.parameter_count(run.model)
-    size = 4 * (weights + (0 if settings.checkpoint_model_only else 2 * trained))
-    if problem := ckpt.free_space_problem(folder, need=count * size):
-        plan = f"{count} checkpoints of {amount(size, 'B')}: {problem}"
+    weights = 4 * (trained if settings.checkpoint_adapters_only else models.parameter_count(run.model))
+    size = weights + (0 if settings.checkpoint_model_only else 8 * trained)
+    if problem := ckpt.free_space_problem(folder, need=full * size + stripped * weights):
+        thinned = f" and {stripped} of {amount(weights, 'B')}" if stripped else ""
+        plan = f"{full} checkpoints of {amount(size, 'B')}{thinned}: {problem}"
         if last:
             raise ConfigError([f"CHECKPOINT_KEEP_LAST={last}: {plan}; keep fewer, or set another CHECKPOINT_DIR"])
         run.log(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
@@ -112,21 +118,40 @@ def protect_base(run: Run) -> None:
             run.log(f"{shown(note)} keeps the base of these adapters from being pruned; delete it with them")
 
 
+def check_tracker(name: str) -> None:
+    """Raise ConfigError if the tracker cannot be used: its package is not installed, or its class is incomplete."""
+    try:
+        if name != "none":
+            trackers.load(name)
+    except ValueError as error:
+        raise ConfigError([f"TRACKER={name}: {error}, or set TRACKER=none"]) from error
+
+
 def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
     """Start mirroring metrics.jsonl in the tracker, beginning with the earlier lines that the tracker lacks."""
-    kind, path = run.settings.tracker, run.metrics.path
-    run.mirror = open_mirror(
-        kind, folder=run.folder, run_id=run.run_id, lines=read_metrics(path) if kind != "none" and path.exists() else [],
-        settings=config.to_dict(run.settings), wandb=config.wandb_options(), log=run.log,
-    )  # fmt: skip
+    name, path = run.settings.tracker, run.metrics.path
+
+    def start() -> Tracker:
+        return trackers.load(name)(
+            folder=run.folder / name, run_id=run.run_id, settings=run.hyperparameters(),
+            variables=config.environment(trackers.TRACKERS[name].variables), log=run.log,
+        )  # fmt: skip
+
+    lines = read_metrics(path) if name != "none" and path.exists() else []
+    run.mirror = Mirror(f"TRACKER={name}", None if name == "none" else start, lines=lines, log=run.log)
     # A step that was stopped before its evaluation is incomplete: the resume evaluates it first.
-    held.callback(lambda: run.mirror.close(complete=run.observed_step == run.step or not is_due(run, "eval")))
+    held.callback(
+        lambda: run.mirror.close(complete=run.state.observed_step == run.state.step or not is_due(run, "eval"))
+    )
 
 
 def _precedes_checkpoint(run: Run, line: dict[str, Any]) -> bool:
     """Return whether this line of metrics was written before the checkpoint that the run resumes from."""
+    state = run.state
     step = line.get("step", 0)
-    return step < run.step or (step == run.step and (line.get("split") == "train" or run.observed_step == run.step))
+    return step < state.step or (
+        step == state.step and (line.get("split") == "train" or state.observed_step == state.step)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,8 +165,8 @@ def write_metrics(run: Run, split: str, values: Mapping[str, float]) -> None:
     """
     if not run.world.is_rank0:
         return
-    identity = {"run_id": run.run_id, "step": run.step, "time": round(time.time(), 3), "split": split}
-    common = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.tokens_seen, "tok_s": None}
+    identity = {"run_id": run.run_id, "step": run.state.step, "time": round(time.time(), 3), "split": split}
+    common = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.state.tokens_seen, "tok_s": None}
     line: dict[str, Any] = identity | common | dict(values) | identity  # no metric replaces what identifies a line
     with _report_once(run, METRICS):
         run.metrics.write(**line)
@@ -153,7 +178,7 @@ def write_sample(run: Run, text: str) -> None:
     if not run.world.is_rank0:
         return
     with _report_once(run, "samples/"):
-        path = run.folder / "samples" / f"step{run.step:06d}.txt"
+        path = run.folder / "samples" / f"step{run.state.step:06d}.txt"
         path.parent.mkdir(exist_ok=True)
         write_own(path, text)
 
@@ -163,125 +188,6 @@ def _report_once(run: Run, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if name not in run.reported:
-            run.reported.add(name)
+        if name not in run.state.reported:
+            run.state.reported.add(name)
             run.log(f"{name} could not be written ({error}); training continues")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints.
-
-
-def save_checkpoint(run: Run, *, regular: bool) -> None:
-    """Save this step: to CHECKPOINT_DIR if `regular`, and to best/ if it is the best so far; in the background if
-    CHECKPOINT_ASYNC is set.
-
-    Wait for the previous save first, and raise what it raised.
-    """
-    run.writer.wait()
-    if regular:
-        run.saved.step, run.saved.observed_step = run.step, run.observed_step
-        run.saved.failed = run.world.is_rank0  # until the write succeeds
-    record = to_record(run)
-    if run.world.is_rank0 or run.saves_parts:
-        run.writer.submit(record, lambda copy: _write(run, copy, regular=regular))
-
-
-def _write(run: Run, record: Checkpoint, *, regular: bool) -> None:
-    """Write the record, keep it as the best if it is, and delete expired checkpoints. Disk errors are logged and do not
-    stop training.
-
-    Raise TrainingError instead of saving NaN or Inf weights. Where each process saves its own part, rank 0 leads.
-    """
-    if bad := ckpt.not_finite(record):
-        raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
-    if not run.world.is_rank0:
-        ckpt.follow(record)
-        return
-    with ckpt.leading(record):
-        saved = _write_regular(run, record) if regular else None
-        _keep_best(run, record, saved=saved)
-        if saved and run.settings.checkpoint_keep_last:
-            _prune(run, record, saved=saved)
-
-
-def _write_regular(run: Run, record: Checkpoint) -> Path | None:
-    """Return the path of the new checkpoint, or None if the disk refused it."""
-    with _log_disk_error(run, f"step {record.step} could not be saved", record=record):
-        run.saved.path = ckpt.save(record, Path(run.settings.checkpoint_dir), **_form(run))
-        run.saved.failed = False
-        return run.saved.path
-    return None
-
-
-def _keep_best(run: Run, record: Checkpoint, *, saved: Path | None) -> None:
-    """Put the record's best step into best/. An earlier best step that could not be written is retried from its regular
-    checkpoint.
-    """
-    folder, count = Path(run.settings.checkpoint_dir), run.settings.checkpoint_keep_best
-    if not _is_pending(run, record):
-        return
-    with _log_disk_error(run, f"step {record.best_step}, the best so far, could not be saved", record=record):
-        if record.best_step != record.step or (not saved and ckpt.saved_best(folder, **_best_of(record))):
-            copy_best(run, record)
-        else:
-            ckpt.keep_best(record, folder, saved=saved, count=count, **_form(run))
-            run.saved.best_step = record.step
-
-
-def _prune(run: Run, record: Checkpoint, *, saved: Path) -> None:
-    """Delete expired checkpoints, except the regular checkpoint of a best step that is not in best/ yet."""
-    folder, settings = Path(run.settings.checkpoint_dir), run.settings
-    policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
-    with _log_disk_error(run, "expired checkpoints could not be deleted", record=record):
-        regular = ckpt.saved_best(folder, **_best_of(record)) if _is_pending(run, record) else None
-        spare = regular.path if regular else None
-        ckpt.prune(folder, run_id=run.run_id, latest_valid=saved, spare=spare, **policy)
-
-
-def copy_best(run: Run, record: Checkpoint | None = None) -> None:
-    """Put the best step of the record, or of the run, into best/ from its regular checkpoint, if it is not there; on
-    rank 0.
-    """
-    if not (run.world.is_rank0 and run.best_is_pending):
-        return
-    best, count = _best_of(record or run), run.settings.checkpoint_keep_best
-    with _log_disk_error(run, f"step {best['step']}, the best so far, could not be saved"):
-        if ckpt.keep_saved_best(Path(run.settings.checkpoint_dir), count=count, **best):
-            run.saved.best_step = best["step"]
-
-
-def repair(run: Run) -> None:
-    """Restore files that a finished run lacks: metrics that an earlier resume had set aside, the best step in best/."""
-    metrics_aside = Metrics(run.folder / METRICS).set_aside.exists()
-    if metrics_aside or (run.best_is_pending and ckpt.saved_best(Path(run.settings.checkpoint_dir), **_best_of(run))):
-        with contextlib.ExitStack() as held:
-            open_run(run, held)
-            copy_best(run)
-
-
-def _form(run: Run) -> dict[str, Any]:
-    return {"layout": run.settings.checkpoint_layout, "prefix": run.settings.checkpoint_prefix}
-
-
-def _best_of(source: Run | Checkpoint) -> dict[str, Any]:
-    return {"run_id": source.run_id, "step": source.best_step, "loss": source.best_loss}
-
-
-def _is_pending(run: Run, record: Checkpoint) -> bool:
-    """Return whether the record's best step should be in best/ and is not.
-
-    In the background the run may be at a later best already.
-    """
-    return record.best_step not in (None, run.saved.best_step) and run.settings.checkpoint_keep_best > 0
-
-
-@contextlib.contextmanager
-def _log_disk_error(run: Run, what: str, *, record: Checkpoint | None = None) -> Iterator[None]:
-    """Log why the disk refused a write, and the space that the record needs; training continues."""
-    try:
-        yield
-    except (OSError, ckpt.CheckpointError) as error:
-        need = bytes_on_disk(record) if record else 0
-        why = ckpt.why_not_saved(error, Path(run.settings.checkpoint_dir), need=need)
-        run.log(f"{what} ({why}); training continues")

@@ -1,7 +1,7 @@
 """The registry of models, and how to build one from plain values such as a checkpoint's JSON.
 
-A model is one file and one `register` call here. The file holds the class, a `models.model.Model`; the call holds what the settings need
-before torch is imported, so that a mistake in them is reported at once: this file imports no torch.
+A model is one file and one `register` call here. The file holds the class, a `models.model.Model`; the call holds what
+the settings need before torch is imported, so that a mistake in them is reported at once: this file imports no torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from models.model import Model
 
 __all__ = [
-    "ADAPTERS", "MODELS", "Entry", "adapter_counts", "adapter_kind", "build", "draw_adapters", "freeze_base", "is_adapter", "load",
-    "parameter_count", "plain", "register", "settings_from", "trained_count", "training_bytes", "with_trait",
+    "ADAPTERS", "MODELS", "Entry", "adapter_counts", "adapter_kind", "build", "draw_adapters", "fields_of", "freeze_base",
+    "is_adapter", "load", "parameter_count", "plain", "register", "settings_from", "trained_count", "training_bytes",
+    "with_trait",
 ]  # fmt: skip
 
 # Variables whose default every model declares: no other model's suits it.
@@ -63,10 +64,12 @@ register("bigram", "models.bigram:Bigram",
          defaults={"block_size": 64, "training_steps": 2000, "batch_size": 32, "learning_rate": 1e-2, "warmup_steps": 0,
                    "lr_schedule": "cosine", "optimizer": "adamw"})
 register("gpt2", "models.gpt2:GPT2",
-         defaults={"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.0, "training_steps": 1000,
-                   "batch_size": 12, "learning_rate": 1e-2, "warmup_steps": 100, "lr_schedule": "linear", "optimizer": "muon"},
-         pretrained={"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1, "training_steps": 2000,
-                     "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100, "lr_schedule": "cosine", "optimizer": "adamw"},
+         defaults={"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.0,
+                   "training_steps": 1000, "batch_size": 12, "learning_rate": 1e-2, "warmup_steps": 100,
+                   "lr_schedule": "linear", "optimizer": "muon"},
+         pretrained={"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1,
+                     "training_steps": 2000, "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100,
+                     "lr_schedule": "cosine", "optimizer": "adamw"},
          adapters=("lora", "ttt"), hidden_matrices=True, adamw_learning_rate=3e-3, transformers="GPT2LMHeadModel")
 # fmt: on
 
@@ -78,7 +81,10 @@ def with_trait(trait: str, value: object = None) -> list[str]:
 
 
 def load(model_type: str) -> type[Model]:
-    """Return the class of a registered model. Raises ValueError for an unknown name, and naming the traits that a class does not declare."""
+    """Return the class of a registered model.
+
+    Raises ValueError for an unknown name, and naming the traits that a class does not declare.
+    """
     from models.model import undeclared
 
     if model_type not in MODELS:
@@ -106,8 +112,15 @@ def settings_from(model_type: str, values: Mapping[str, object]) -> Any:
     return _checked(load(model_type).settings_type, values, of=f"the {model_type} model")
 
 
+def fields_of(model_type: str) -> tuple[str, ...]:
+    """Return the names of a model's settings."""
+    return tuple(field.name for field in fields(load(model_type).settings_type))
+
+
 def plain(settings: Any) -> dict[str, Any]:
-    """Return the settings as JSON values, without adapters that are not there: a version that knows no adapters reads them too."""
+    """Return the settings as JSON values, without adapters that are not there:
+    a version that knows no adapters reads them too.
+    """
     return {name: value for name, value in asdict(settings).items() if value is not None}
 
 
@@ -123,7 +136,9 @@ def _checked(kind: Any, values: Mapping[str, object], *, of: str) -> Any:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Return the value if it is of its kind (int, float, bool, str, or settings within settings); whole numbers must be at least 1."""
+    """Return the value if it is of its kind (int, float, bool, str, or settings within settings);
+    whole numbers must be at least 1.
+    """
     inner = next(filter(is_dataclass, get_args(kind)), None)
     if inner is not None and value is None:
         return None
@@ -150,10 +165,11 @@ def trained_count(model: nn.Module) -> int:
 
 
 def training_bytes(model: Model, batch_size: int, *, bytes_per_value: int, processes: int = 1) -> int:
-    """Return about how much memory a training step of this model needs, in bytes: a basis for a warning, right within 1.5x.
+    """Return about how much memory a training step of this model needs, in bytes: a basis for a warning, right within
+    1.5x.
 
-    Weights take 4 bytes each, and those that are trained 12 more for the gradient and AdamW's two moments, sharded over `processes`.
-    bytes_per_value is 4 for float32 activations and 2 under autocast.
+    Weights take 4 bytes each, and those that are trained 12 more for the gradient and AdamW's two moments, sharded over
+    `processes`. bytes_per_value is 4 for float32 activations and 2 under autocast.
     """
     activations = model.activation_bytes(batch_size, bytes_per_value=bytes_per_value)
     return (4 * parameter_count(model) + 12 * trained_count(model)) // processes + activations

@@ -1,4 +1,7 @@
-"""Adapters by the names of their parameters: which kinds there are, what they hold, and training only them. Imports no torch."""
+"""Adapters by the names of their parameters: which kinds there are, what they hold, and training only them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ def is_adapter(name: str) -> bool:
 
 
 def adapter_counts(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Return how many tensors and elements the adapters of each kind have, as text; `shapes` are those of the model's tensors by name."""
+    """Return how many tensors and elements the adapters of each kind have, as text;
+    `shapes` are those of the model's tensors by name.
+    """
     counts, sizes = {}, {name: math.prod(shape) for name, shape in shapes.items()}
     for kind, called in ADAPTERS.items():
         own = [size for name, size in sizes.items() if adapter_kind(name) == kind]

@@ -55,7 +55,8 @@ class Bigram(Model):
         cache: BigramCache | None = None,
         last_only: bool = False,
     ) -> Output:
-        """Return the logits (B, T, V) of each next token, (B, 1, V) with last_only, and the mean loss in nats if targets are passed.
+        """Return the logits (B, T, V) of each next token, (B, 1, V) with last_only, and the mean loss in nats if
+        targets are passed.
 
         ids and targets are int64 (B, T). A cache only counts.
         """
@@ -71,6 +72,8 @@ class Bigram(Model):
         return BigramCache()
 
     def activation_bytes(self, batch_size: int, *, bytes_per_value: int, device_type: str | None = None) -> int:
-        """Return about how many bytes a training step needs besides weights, gradients and optimizer state: the logits' copies."""
+        """Return about how many bytes a training step needs besides weights, gradients and optimizer state:
+        the logits' copies.
+        """
         tokens = batch_size * self.settings.block_size
         return tokens * self.settings.vocab_size * (bytes_per_value + 12)

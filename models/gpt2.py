@@ -8,7 +8,7 @@ Two settings make it the models of other projects: the activation, and a separat
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Final, cast
 
 import torch
@@ -22,7 +22,8 @@ from models.lora import LoraSettings, linear
 from models.model import Model, Output
 from models.ttt import TTTMLP, VECTORS, TTTSettings, TTTState, activation_bytes
 
-# "gelu" is the tanh approximation, as published; "gelu_erf" the exact one, as nanoGPT computes it; "relu" is the lecture model's.
+# "gelu" is the tanh approximation, as published; "gelu_erf" the exact one, as nanoGPT computes it; "relu" is the
+# lecture model's.
 ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
 
 
@@ -30,8 +31,8 @@ ACTIVATIONS: Final = ("gelu", "gelu_erf", "relu")
 class GPT2Settings:
     """The settings of a GPT2. bias=False leaves the biases out of every Linear and LayerNorm, as nanoGPT can.
 
-    tied=False adds a separate head, `lm_head`, which always has a bias. lora adds adapters to the blocks' linear layers, ttt adds
-    layers that learn while they read.
+    tied=False adds a separate head, `lm_head`, which always has a bias. lora adds adapters to the blocks' linear
+    layers, ttt adds layers that learn while they read.
     """
 
     vocab_size: int
@@ -79,8 +80,9 @@ SIZES: Final = {
 class GPT2Cache:
     """Keys and values of the `length` tokens seen so far, so that a new token costs one position, not all of them.
 
-    A buffer per layer, (B, H, block_size, hs), is allocated at first use, because only the keys know their dtype under autocast. Set
-    length = 0 to start over in the same buffers. For use without gradients. `learned` holds the states of the TTT layers by block.
+    A buffer per layer, (B, H, block_size, hs), is allocated at first use, because only the keys know their dtype under
+    autocast. Set length = 0 to start over in the same buffers. For use without gradients. `learned` holds the states of
+    the TTT layers by block.
     """
 
     batch_size: int
@@ -102,12 +104,16 @@ class GPT2Cache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def learner(self, layer: int, ttt: TTTMLP) -> TTTState:
-        """Return the state of a block's TTT layer, a new state at length 0. Raises ValueError if it has read another number of tokens."""
+        """Return the state of a block's TTT layer, a new state at length 0.
+
+        Raises ValueError if it has read another number of tokens.
+        """
         if self.length == 0:
             self.learned[layer] = ttt.new_state(self.batch_size)
         if self.learned[layer].seen != self.length:
             raise ValueError(
-                f"the cache was set to {self.length} tokens, but a TTT layer has learned from {self.learned[layer].seen}: "
+                f"the cache was set to {self.length} tokens, but a TTT layer has learned from "
+                f"{self.learned[layer].seen}: "
                 "what is learned cannot be forgotten one token at a time; set length = 0 and read the text again."
             )
         return self.learned[layer]
@@ -140,7 +146,9 @@ class Attention(nn.Module):
 
 
 def _offset_mask(T: int, start: int, device: torch.device) -> Tensor | None:
-    """Return which of start + T keys each of T new queries may see, (T, start + T); None for one query, which sees all."""
+    """Return which of start + T keys each of T new queries may see, (T, start + T); None for one query,
+    which sees all.
+    """
     if T == 1:
         return None
     return torch.ones(T, start + T, dtype=torch.bool, device=device).tril(diagonal=start)
@@ -163,8 +171,9 @@ class MLP(nn.Module):
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:
-    """Return the activation of x. In bfloat16 on a CPU the exact GELU replaces its tanh approximation, whose kernel takes five times as long:
-    they differ by less than 0.0005 everywhere, a quarter of the rounding error of a value of 1, though more than that of small values."""
+    """Return the activation of x. In bfloat16 on a CPU the exact GELU replaces its tanh approximation, whose kernel
+    takes five times as long: they differ by less than 0.0005 everywhere, a quarter of the rounding error of a value of
+    1, though more than that of small values."""
     if activation == "relu":
         return F.relu(x)
     slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
@@ -174,7 +183,8 @@ def _activated(x: Tensor, activation: str) -> Tensor:
 class Block(nn.Module):
     """Attention and MLP, each reading the normalised residual stream and adding to it.
 
-    A TTT layer, if the block has one, reads what attention adds, and adds to the stream too (Dalal et al. 2025, section 3.2).
+    A TTT layer, if the block has one, reads what attention adds, and adds to the stream too (Dalal et al. 2025, section
+    3.2).
     """
 
     def __init__(self, settings: GPT2Settings) -> None:
@@ -222,10 +232,11 @@ class GPT2(Model):
         return self.settings.block_size
 
     def _initialise(self) -> None:
-        """Initialise matrices with Normal(0, 0.02), positions with 0.01, the 2 n_layer projections that add to the residual stream
-        with 0.02 / sqrt(2 n_layer), biases with 0 and LayerNorm weights with 1.
+        """Initialise matrices with Normal(0, 0.02), positions with 0.01, the 2 n_layer projections that add to the
+        residual stream with 0.02 / sqrt(2 n_layer), biases with 0 and LayerNorm weights with 1.
 
-        OpenAI's model.py has all but the scaling, which the paper gives in section 2.3. Adapters have initialised themselves.
+        OpenAI's model.py has all but the scaling, which the paper gives in section 2.3. Adapters have initialised
+        themselves.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(LORA_NAMES):
@@ -245,7 +256,8 @@ class GPT2(Model):
         cache: GPT2Cache | None = None,
         last_only: bool = False,
     ) -> Output:
-        """Return the logits (B, T, V) of each next token, (B, 1, V) with last_only; or, with targets, only the mean loss in nats.
+        """Return the logits (B, T, V) of each next token, (B, 1, V) with last_only; or, with targets, only the mean
+        loss in nats.
 
         ids and targets are int64 (B, T). With a cache, the ids follow the tokens it holds, and it grows by T.
         Raises ValueError when the tokens exceed block_size.
@@ -282,6 +294,10 @@ class GPT2(Model):
         """Return the transformer blocks."""
         return list(self.h)
 
+    def probe_settings(self) -> GPT2Settings:
+        ttt = self.settings.ttt and replace(self.settings.ttt, layers="0")
+        return replace(self.settings, n_layer=1, ttt=ttt)
+
     def muon_matrices(self) -> dict[str, int]:
         """Return the blocks' matrices; c_attn is three, query, key and value. Adapters beside them are matrices too."""
         inner = {f"h.{name}": parameter for name, parameter in self.h.named_parameters()}
@@ -293,12 +309,13 @@ class GPT2(Model):
         return parameter.dim() >= 2 and name.rpartition(".")[2] not in VECTORS
 
     def activation_bytes(self, batch_size: int, *, bytes_per_value: int, device_type: str | None = None) -> int:
-        """Return about how many bytes a training step needs besides weights, gradients and optimizer state, from measured peaks.
+        """Return about how many bytes a training step needs besides weights, gradients and optimizer state, from
+        measured peaks.
 
-        For each token and layer, and for one more layer, the one being computed: 22 C values and attention's scores (H, T, T). Logits,
-        their float32 copy, softmax and gradient, of which a tied head holds at most CHUNK (on CUDA a compiler may hold all). The
-        embedding's gradient twice more, because head and embedding add to it separately. TTT layers add theirs. `device_type` is by
-        default that of the weights.
+        For each token and layer, and for one more layer, the one being computed: 22 C values and attention's scores (H,
+        T, T). Logits, their float32 copy, softmax and gradient, of which a tied head holds at most CHUNK (on CUDA a
+        compiler may hold all). The embedding's gradient twice more, because head and embedding add to it separately.
+        TTT layers add theirs. `device_type` is by default that of the weights.
         """
         s, cuda = self.settings, (device_type or self.wte.weight.device.type) == "cuda"
         tokens = batch_size * s.block_size
@@ -312,8 +329,8 @@ class GPT2(Model):
         return (s.n_layer + 1) * tokens * per_layer + tokens * learned + logits * (bytes_per_value + 12) + gradients
 
     def _square_bytes(self, bytes_per_value: int) -> int:
-        """Return the bytes per attention score of a layer on a CPU: one tensor of scores where they are explicit, four with dropout, none
-        where attention is fused."""
+        """Return the bytes per attention score of a layer on a CPU: one tensor of scores where they are explicit, four
+        with dropout, none where attention is fused."""
         if self.settings.block_size > SHORT:
             return 4 * 4 if self.settings.dropout else 0  # with dropout PyTorch computes explicit scores in float32
         return bytes_per_value * (4 if self.settings.dropout else 1)

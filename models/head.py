@@ -1,4 +1,6 @@
-"""The head and its loss in chunks of rows: all logits (N, V) would be the largest tensor of a step, several times over."""
+"""The head and its loss in chunks of rows: all logits (N, V) would be the largest tensor of a step,
+several times over.
+"""
 
 from typing import Any
 
@@ -10,10 +12,11 @@ CHUNK = 2**25  # logits held at once, 128 MB in float32; smaller chunks only add
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy, in nats, of the logits x @ weight.T against targets; x (N, C), weight (V, C), targets int64 (N,).
+    """Return the mean cross-entropy, in nats, of the logits x @ weight.T against targets; x (N, C), weight (V, C),
+    targets int64 (N,).
 
-    Above CHUNK logits it is computed chunk by chunk, gradients included. A compiler fuses by itself, and float16 needs the loss scaled
-    before the gradients are rounded: both use the plain formula.
+    Above CHUNK logits it is computed chunk by chunk, gradients included. A compiler fuses by itself, and float16 needs
+    the loss scaled before the gradients are rounded: both use the plain formula.
     """
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
@@ -26,7 +29,9 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The mean cross-entropy in `chunks` parts; d loss / d logits = softmax - one_hot needs only the scale of the backward pass."""
+    """The mean cross-entropy in `chunks` parts; d loss / d logits = softmax - one_hot needs only the scale of the
+    backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:

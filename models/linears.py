@@ -1,7 +1,7 @@
 """Linear layers for generating on a CPU: weights in a dtype and memory order in which a single row is multiplied fast.
 
-Each function takes a weight (out, in), a bias and an activation of a GPT2's settings, and returns a function from rows (R, in) to
-(R, out). For two or more rows, the result of a row is bit-identical whatever their number.
+Each function takes a weight (out, in), a bias and an activation of a GPT2's settings, and returns a function from rows
+(R, in) to (R, out). For two or more rows, the result of a row is bit-identical whatever their number.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,9 @@ CHUNK: Final = 1 << 20  # weights quantized at a time, so that intermediate valu
 
 
 def float32_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
-    """Return the layer in float32, without a copy of the weight: F.linear in oneDNN's order of sums, which uses all threads for one row too."""
+    """Return the layer in float32, without a copy of the weight: F.linear in oneDNN's order of sums,
+    which uses all threads for one row too.
+    """
     return _onednn(weight, bias, activation)
 
 

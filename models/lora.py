@@ -16,7 +16,9 @@ from models.adapters import LORA_NAMES, LORA_TARGETS
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The adapters of a model. The product is scaled by alpha / rank; `targets` are names of layers, joined by commas."""
+    """The adapters of a model. The product is scaled by alpha / rank; `targets` are names of layers,
+    joined by commas.
+    """
 
     rank: int
     alpha: float
@@ -38,7 +40,10 @@ class LoraSettings:
 
 
 class LoraLinear(nn.Linear):
-    """y = x W^T + b + (alpha / r) dropout(x) A^T B^T, with A (r, in) and B (out, r). B starts at 0, so y starts unchanged."""
+    """y = x W^T + b + (alpha / r) dropout(x) A^T B^T, with A (r, in) and B (out, r).
+
+    B starts at 0, so y starts unchanged.
+    """
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool, settings: LoraSettings) -> None:
         super().__init__(n_in, n_out, bias=bias)
@@ -67,8 +72,8 @@ def linear(name: str, n_in: int, n_out: int, *, bias: bool, lora: LoraSettings |
 
 
 def merged(state: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
-    """Return the state without adapters: each product added to its weight, in float32, since a narrower dtype of the weight would round off
-    what the adapters learned."""
+    """Return the state without adapters: each product added to its weight, in float32, since a narrower dtype of the
+    weight would round off what the adapters learned."""
     plain = {name: tensor for name, tensor in state.items() if not name.endswith(LORA_NAMES)}
     for name in (name for name in state if name.endswith(".lora_A")):
         layer = name.removesuffix(".lora_A")

@@ -1,7 +1,7 @@
 """What every model declares: the base class of the models, and what a forward pass returns.
 
-A trait that the rest of the project reads is an attribute or a method here. Those without a default must be declared by each model;
-`models.load` refuses a class that lacks one, by its name.
+A trait that the rest of the project reads is an attribute or a method here. Those without a default must be declared by
+each model; `models.load` refuses a class that lacks one, by its name.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 class Output(NamedTuple):
     """The result of a forward pass.
 
-    logits are (B, T, V), (B, 1, V) with last_only, and may be None with targets. `loss` is what training minimises, 0-dim, in nats per
-    token; None without targets. `metrics` are further 0-dim tensors to log, by name, such as the parts of the loss: training detaches
-    them and averages them over micro-batches and processes.
+    logits are (B, T, V), (B, 1, V) with last_only, and may be None with targets. `loss` is what training minimises,
+    0-dim, in nats per token; None without targets. `metrics` are further 0-dim tensors to log, by name, such as the
+    parts of the loss: training detaches them and averages them over micro-batches and processes.
     """
 
     logits: Tensor | None
@@ -30,9 +30,13 @@ class Cache(Protocol):
 
 
 class Model(nn.Module):
-    """A language model over token ids, built from its settings. In the shapes below B is the batch, T the tokens, V the vocabulary."""
+    """A language model over token ids, built from its settings.
 
-    # A frozen dataclass with at least vocab_size and block_size. A field that has the name of a variable (N_EMBD) takes its value.
+    In the shapes below B is the batch, T the tokens, V the vocabulary.
+    """
+
+    # A frozen dataclass with at least vocab_size and block_size. A field that has the name of a variable (N_EMBD) takes
+    # its value; at a resume the checkpoint's, unless the variable's scope is math (DROPOUT).
     settings_type: ClassVar[type[Any]]
     # Tables with a row for each position of block_size: a smaller block_size crops them.
     position_tables: ClassVar[tuple[str, ...]] = ()
@@ -57,12 +61,15 @@ class Model(nn.Module):
     ) -> Output:
         """Return the logits of each next token, and with targets the loss; ids and targets are int64 (B, T).
 
-        With a cache the ids follow the tokens it holds, and it grows by T. With last_only the logits are those after the last token.
+        With a cache the ids follow the tokens it holds, and it grows by T. With last_only the logits are those after
+        the last token.
         """
         raise NotImplementedError
 
     def new_cache(self, batch_size: int) -> Cache | None:
-        """Return an empty cache for forward(), or None if the model has none: it then reads the whole window for each token."""
+        """Return an empty cache for forward(), or None if the model has none:
+        it then reads the whole window for each token.
+        """
         return None
 
     def activation_bytes(self, batch_size: int, *, bytes_per_value: int, device_type: str | None = None) -> int:
@@ -73,11 +80,19 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        """Return the modules whose parameters FSDP gathers together, one module at a time; with none it gathers the whole model."""
+        """Return the modules whose parameters FSDP gathers together, one module at a time;
+        with none it gathers the whole model.
+        """
         return []
 
+    def probe_settings(self) -> Any:
+        """Return the settings of the smallest model that computes as this one does, at the same widths: one block."""
+        return self.settings
+
     def muon_matrices(self) -> dict[str, int]:
-        """Return the names of the matrices whose updates Muon may orthogonalize, and of how many matrices, stacked by rows, each consists."""
+        """Return the names of the matrices whose updates Muon may orthogonalize, and of how many matrices,
+        stacked by rows, each consists.
+        """
         return {}
 
     def decays(self, name: str, parameter: Tensor) -> bool:
@@ -94,7 +109,9 @@ REQUIRED = {
 
 
 def undeclared(model: type[Model]) -> str | None:
-    """Return one sentence naming the traits that a class of model must declare and does not; None if it declares all."""
+    """Return one sentence naming the traits that a class of model must declare and does not;
+    None if it declares all.
+    """
     lacks = [name for name in REQUIRED if getattr(model, name, None) is getattr(Model, name, None)]
     if not lacks:
         return None

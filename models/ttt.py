@@ -1,12 +1,14 @@
 """A layer that learns while it reads: TTT-MLP, added to a block of a pretrained transformer through a gate.
 
-Its state is a small MLP per head, which takes a step of gradient descent on each token: it learns to map the token's key to its value. The
-updated MLP is then applied to the token's query. Training the model learns the MLP's initial weights, keys, values and step sizes.
+Its state is a small MLP per head, which takes a step of gradient descent on each token: it learns to map the token's
+key to its value. The updated MLP is then applied to the token's query. Training the model learns the MLP's initial
+weights, keys, values and step sizes.
 
-Sources: Sun et al. 2024, "Learning to (Learn at Test Time)", arXiv 2407.04620, for the layer and the dual form (sections 2.4 and
-2.5, appendix A); Dalal et al. 2025, "One-Minute Video Generation with Test-Time Training", arXiv 2504.05298, for the gate and for
-normalised keys, queries and targets, with the names of the parameters in their code (test-time-training/ttt-video-dit).
-Theirs reads a mini-batch as a whole; here a token sees only the updates of itself and earlier tokens, as a language model must.
+Sources: Sun et al. 2024, "Learning to (Learn at Test Time)", arXiv 2407.04620, for the layer and the dual form
+(sections 2.4 and 2.5, appendix A); Dalal et al. 2025, "One-Minute Video Generation with Test-Time Training", arXiv
+2504.05298, for the gate and for normalised keys, queries and targets, with the names of the parameters in their code
+(test-time-training/ttt-video-dit). Theirs reads a mini-batch as a whole; here a token sees only the updates of itself
+and earlier tokens, as a language model must.
 
 In the shapes below B is the batch, T the tokens, C the width, H the heads, hs = C / H, and N = B H.
 """
@@ -29,7 +31,8 @@ VECTORS: Final = ("b1", "b2", "learnable_ttt_lr_bias", "ttt_norm_weight", "ttt_n
 class TTTSettings:
     """Which blocks have the layer, counted from 0 ("1,5,10"), and how it learns while it reads.
 
-    mini_batch_size: tokens whose gradients are taken at the same weights. base_lr: the inner step size, before the learned factor.
+    mini_batch_size: tokens whose gradients are taken at the same weights. base_lr: the inner step size, before the
+    learned factor.
     """
 
     layers: str
@@ -105,7 +108,9 @@ class TTTMLP(nn.Module):
         self.draw()
 
     def draw(self) -> None:
-        """Initialise as published: weights Normal(0, 0.02), biases 0, norms 1, the gate tanh of initial_gating_alpha."""
+        """Initialise as published: weights Normal(0, 0.02), biases 0, norms 1,
+        the gate tanh of initial_gating_alpha.
+        """
         for name, parameter in self.named_parameters():
             if name == "gating_alpha":
                 nn.init.constant_(parameter, self.settings.initial_gating_alpha)
@@ -122,9 +127,11 @@ class TTTMLP(nn.Module):
         return TTTState(weights, weights)
 
     def forward(self, x: Tensor, state: TTTState | None = None) -> Tensor:
-        """Return tanh(gating_alpha) times the layer's answer to x, both (B, T, C). A state continues from its tokens, and is updated.
+        """Return tanh(gating_alpha) times the layer's answer to x, both (B, T, C). A state continues from its tokens,
+        and is updated.
 
-        Autocast applies only to the five C x C products: the inner weights, updated by many small steps, keep the parameters' dtype.
+        Autocast applies only to the five C x C products: the inner weights, updated by many small steps, keep the
+        parameters' dtype.
         """
         B, T, C = x.shape
         projected = [projection(x) for projection in (self.wq, self.wk, self.wv)]
@@ -143,7 +150,9 @@ class TTTMLP(nn.Module):
         return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2).flatten(0, 1)
 
     def _step_sizes(self, x: Tensor) -> Tensor:
-        """Return each head's step size on each token of x (B, T, C), (N, T, 1): base_lr times a learned factor, over hs and mini-batch."""
+        """Return each head's step size on each token of x (B, T, C), (N, T, 1): base_lr times a learned factor,
+        over hs and mini-batch.
+        """
         share = F.linear(x, self.learnable_ttt_lr_weight[:, 0], self.learnable_ttt_lr_bias[:, 0]).sigmoid()  # (B, T, H)
         scale = self.settings.base_lr / (self.W2.size(-1) * self.settings.mini_batch_size)
         return (scale * share).transpose(1, 2).flatten(0, 1).unsqueeze(-1)
@@ -159,7 +168,9 @@ class TTTMLP(nn.Module):
         return self.ttt_norm_weight.repeat(rows, 1).unsqueeze(1), self.ttt_norm_bias.repeat(rows, 1).unsqueeze(1)
 
     def _read(self, q: Tensor, k: Tensor, target: Tensor, step: Tensor, state: TTTState) -> Tensor:
-        """Return the inner MLPs' answers to the queries, (N, T, hs), one mini-batch after the other, and update the state."""
+        """Return the inner MLPs' answers to the queries, (N, T, hs), one mini-batch after the other,
+        and update the state.
+        """
         K, T = self.settings.mini_batch_size, q.size(1)
         first = min(K - state.seen % K, T)  # the rest of the mini-batch in which the last call ended
         sizes = [end - begin for begin, end in pairwise([0, *range(first, T, K), T])]
@@ -175,8 +186,9 @@ class TTTMLP(nn.Module):
     def _learn(self, q: Tensor, k: Tensor, target: Tensor, step: Tensor, *, state: TTTState) -> tuple[Tensor, Weights]:
         """Return the inner MLPs' answers to tokens (N, T, ·) of one mini-batch, and their weights after these tokens.
 
-        The dual form: W_t = now - sum over s <= t of step_s grad_s is never materialised for each t. For a row vector x,
-        x W_t = x now - sum over s <= t of (x . input_s) step_s delta_s, because grad_s is the product of input_s and delta_s.
+        The dual form: W_t = now - sum over s <= t of step_s grad_s is never materialised for each t. For a row vector
+        x, x W_t = x now - sum over s <= t of (x . input_s) step_s delta_s, because grad_s is the product of input_s and
+        delta_s.
         """
         start, now = state.start, state.now
         hidden = torch.baddbmm(start.b1, k, start.W1)  # (N, T, 4hs)
@@ -200,6 +212,8 @@ class TTTMLP(nn.Module):
 
 
 def _answers(x: Tensor, inputs: Tensor, deltas: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """Return x W_t + b_t for each token t, where each token s <= t subtracted inputs_s deltas_s from W and deltas_s from b; x is (N, T, in)."""
+    """Return x W_t + b_t for each token t, where each token s <= t subtracted inputs_s deltas_s from W and deltas_s
+    from b; x is (N, T, in).
+    """
     moved = torch.tril(torch.bmm(x, inputs.mT) + 1)  # (N, T, T); the 1 is the bias
     return torch.baddbmm(torch.baddbmm(b, x, W), moved, deltas, alpha=-1)

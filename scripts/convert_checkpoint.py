@@ -1,8 +1,9 @@
-"""Write a checkpoint, or a whole folder of them, in another layout or as another program has it, and prove that nothing was lost.
+"""Write checkpoints in another layout or as another program has them, and prove that nothing was lost.
 
 CHECKPOINT_PATH=latest CONVERT_TO=huggingface OUTPUT=to-share CHECKPOINT_MODEL_ONLY=true python3 scripts/convert_checkpoint.py
 CHECKPOINT_PATH=latest CONVERT_TO=gguf GGUF_TYPE=q8_0 python3 scripts/convert_checkpoint.py
 CHECKPOINT_PATH=checkpoints CONVERT_TO=separated OUTPUT=new-checkpoints python3 scripts/convert_checkpoint.py
+CHECKPOINT_PATH='old/*/latest.pt' CONVERT_TO=unified OUTPUT=new python3 scripts/convert_checkpoint.py
 """
 
 import sys
@@ -18,82 +19,233 @@ SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is
 
 import importlib.util
 import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from milepost import ckpt
-from milepost.ckpt import BEST_FOLDER, Checkpoint, CheckpointError, Found
-from milepost.ckpt.conversion import Converted, modified_at
-from milepost.ckpt.finding import scan
-from milepost.ckpt.layouts import known_layout
+from milepost.ckpt import Checkpoint, CheckpointError, Found, Selection
+from milepost.ckpt.conversion import Converted, Exported, file_identity, is_imported
+from milepost.ckpt.exports import Export
+from milepost.ckpt.finding import in_best, scan
+from milepost.ckpt.layouts import Layout
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.places import base_folder
 from milepost.run import names_complete_tokenizer, with_tokenizer
-from milepost.runtime.progress import Log, shown, write_stdout
+from milepost.runtime.progress import Log, shown, table, write_stdout
 
 BAD = 3
-
-
+FILE_ENDS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf")  # OUTPUT with such an end is a file
 NAME_ONE = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2, and convert it again"
 
 
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint to convert, and where to: a folder (None: beside it) and a name (None: its own)."""
+
+    found: Found
+    folder: Path | None
+    stem: str | None = None
+    in_best: bool = False
+    best_too: bool = False
+
+
+@dataclass
+class Report:
+    """The outcome of every job: a row of old and new path, and the losses, each with its reason."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)
+
+    def add(self, old: Path, outcome: Path | str, losses: list[str]) -> None:
+        """Add the outcome of a job: the new path, or why there is none."""
+        self.rows.append((shown(old), shown(outcome) if isinstance(outcome, Path) else f"({outcome})"))
+        self.losses += losses
+
+
 def main(settings: Config, log: Log) -> int:
-    """Converts what CHECKPOINT_PATH means; returns the exit code, 3 if something could not be converted."""
-    source = ckpt.whole_folder(settings.checkpoint_path)
-    exports = settings.convert_to in ckpt.EXPORTS
-    if source is not None and exports:
-        raise ConfigError(
-            [f"CONVERT_TO={settings.convert_to}: {source} is a whole folder; set CHECKPOINT_PATH to one of it"]
-        )
-    if source is not None:
-        return convert_folder(source, settings, log)
-    path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
-    for note in notes:
+    """Convert or export what CHECKPOINT_PATH names; return the exit code, 3 if anything was left out or lost."""
+    selection = ckpt.select(settings.checkpoint_path, Path(settings.checkpoint_dir))
+    for note in selection.notes:
         log(note)
-    if exports:
-        return export(path, settings, log)
-    folder = None if settings.output is None else Path(settings.output)
-    if folder is None and not settings.checkpoint_model_only and layout_of(settings) == known_layout(path).name:
-        variable = "CONVERT_TO" if settings.convert_to else "CHECKPOINT_LAYOUT"
-        problem = f"{variable}={layout_of(settings)}: {path} is laid out so already"
-        raise ConfigError([f"{problem}; set another, or OUTPUT to a folder for a copy"])
-    done = ckpt.convert(path, folder, **form(settings, log))
-    say(done, settings, log)
-    if not done.has_tokenizer:
-        log(f"{shown(done.target)} is written without a tokenizer: {NAME_ONE}")
-        return BAD
-    write_stdout("Conversion complete!")
-    return 0
+    to = writer(settings)
+    jobs = list(planned(selection, to, settings))
+    report = Report()
+    try:
+        for job in jobs:
+            do(job, to, report, settings, log, alone=selection.is_single)
+    finally:
+        if not selection.is_single and report.rows:
+            write_stdout("\n" + table([("old", "new"), *report.rows]))
+    for loss in report.losses:
+        log(loss)
+    if settings.convert_to not in ckpt.EXPORTS:
+        finish(selection, report, settings)
+    return BAD if report.losses else 0
 
 
-def layout_of(settings: Config) -> str:
-    """The layout to write, by CONVERT_TO or else by CHECKPOINT_LAYOUT."""
-    return settings.convert_to or settings.checkpoint_layout
+def finish(selection: Selection, report: Report, settings: Config) -> None:
+    """Print the last line: whether the conversion is complete, and where the result is."""
+    words = [] if report.losses else ["Conversion complete!"]
+    if not selection.is_single:
+        failed = sum(found.problem is not None for found in selection.found)
+        words += [f"{failed} of {len(selection.found)} cannot be read."] if failed else []
+        words += [f"Check {shown(Path(settings.output))}"] if settings.output else []
+    if words:
+        write_stdout(" ".join(words))
 
 
-def form(settings: Config, log: Log) -> dict[str, Any]:
-    """How it is to be written, with the tokenizer that the settings name if it carries none."""
-    return {
-        "layout": layout_of(settings),
-        "model_only": settings.checkpoint_model_only,
-        "prefix": prefix(settings),
-        "complete": lambda record: completed(record, settings, log),
-    }
+def writer(settings: Config) -> Layout | Export:
+    """Return the layout or export to write. Raise ConfigError if an export needs a package that is not installed."""
+    name = settings.convert_to or settings.checkpoint_layout
+    if name not in ckpt.EXPORTS:
+        return ckpt.WRITERS[name]
+    to = ckpt.exporter(name, gguf_type=settings.gguf_type)
+    for package in to.needs:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError([f"CONVERT_TO={to.name} needs the package {package}: pip install {package}"])
+    return to
 
 
 def completed(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """The record, with the tokenizer that the settings name if it carries none and they name one."""
+    """Return the record, with the tokenizer that the settings name if it has none and they name one."""
     named = names_complete_tokenizer(settings) or settings.is_set("TRAINING_DATA_SOURCE")
     return with_tokenizer(record, settings, log) if named else record
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What to write where.
+
+
+def planned(selection: Selection, to: Layout | Export, settings: Config) -> Iterator[Job]:
+    """Yield a job for each checkpoint. Below OUTPUT its folder is the same as below the folder above all of them.
+
+    Raise ConfigError for an OUTPUT that does not fit.
+    """
+    folder, stem = output(selection, to, settings)
+    if selection.is_single or stem or folder is None:
+        yield from (Job(found, folder, stem) for found in selection.found)
+        return
+    in_bests: dict[Path, set[Any]] = {}
+    for found in selection.found:
+        place = selection.place(found)
+        is_best = in_best(found, selection.root / place)
+        if place not in in_bests:
+            in_bests[place] = saves_in_best(selection.root / place) if selection.whole else set()
+        best_too = not is_best and found.metadata.get("save_id") in in_bests[place]
+        yield Job(found, folder / place, in_best=is_best, best_too=best_too)
+
+
+def saves_in_best(folder: Path) -> set[Any]:
+    """Return the save ids of the checkpoints in a best/ of `folder`."""
+    bests = (found for found in scan(folder) if in_best(found, folder))
+    return {found.metadata["save_id"] for found in bests if found.metadata.get("save_id")}
+
+
+def output(selection: Selection, to: Layout | Export, settings: Config) -> tuple[Path | None, str | None]:
+    """Return the folder to write to, None for beside each checkpoint, and the name if OUTPUT is that of a file."""
+    exports = settings.convert_to in ckpt.EXPORTS
+    if settings.output is None:
+        if selection.whole and not exports:
+            problem = f"a whole folder ({selection.whole}) is converted to a new one; set OUTPUT to its name"
+            raise ConfigError([f"OUTPUT: {problem}"])
+        return (base_folder() / "exports" if exports else None), None
+    path = Path(settings.output)
+    folder, stem = (path.parent, file_stem(path, to, selection)) if is_file_name(path) else (path, None)
+    if selection.whole and path.resolve().is_relative_to(selection.whole.resolve()):
+        raise ConfigError([f"OUTPUT={path}: lies in {selection.whole}, which stays untouched; name another folder"])
+    if exports and folder.resolve().is_relative_to(Path(settings.checkpoint_dir).resolve()):
+        raise ConfigError([f"OUTPUT={path}: lies in the folder of checkpoints, and an export is not one; name another"])
+    return folder, stem
+
+
+def is_file_name(path: Path) -> bool:
+    """Whether OUTPUT names a file rather than a folder."""
+    return path.suffix in FILE_ENDS and not path.is_dir()
+
+
+def file_stem(path: Path, to: Layout | Export, selection: Selection) -> str:
+    """Return the name for `to.write` that makes the file `path`, or of several files those that begin so."""
+    if len(selection.found) > 1:
+        problem = f"is the name of one file, and CHECKPOINT_PATH names {len(selection.found)} checkpoints"
+        raise ConfigError([f"OUTPUT={path}: {problem}; name a folder"])
+    ends = sorted((target.name.removeprefix("@") for target in to.targets(Path(), "@")), key=len, reverse=True)
+    if any(ends) and [path] == to.targets(path.parent, path.name):
+        return path.name
+    if whole := [end for end in ends if end and path.name.endswith(end)]:
+        return path.name.removesuffix(whole[0])
+    if path.suffix in {Path(f"x{end}").suffix for end in ends}:
+        return path.stem
+    kind = f"a file whose name ends with {' or '.join(ends)}" if any(ends) else "a folder"
+    raise ConfigError([f"OUTPUT={path}: {to.name} is {kind}; name such a file, or the folder to write it to"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One checkpoint.
+
+
+def do(job: Job, to: Layout | Export, report: Report, settings: Config, log: Log, *, alone: bool) -> None:
+    """Convert or export a checkpoint and add the outcome to the report. Raise CheckpointError if it is the only one."""
+    old = job.found.path
+    if why := why_not_needed(job, to.name, settings, alone=alone) if isinstance(to, Layout) else None:
+        log(f"{shown(old)} {why}")
+        report.add(old, why, [])
+        return
+    try:
+        new, losses = convert(job, to, settings, log) if isinstance(to, Layout) else export(job, to, settings, log)
+        report.add(old, new, losses)
+    except CheckpointError as error:
+        if alone:
+            raise
+        report.add(old, f"skipped: {job.found.kind or error.kind}", [f"skipped: {error}"])
+
+
+def why_not_needed(job: Job, layout: str, settings: Config, *, alone: bool) -> str | None:
+    """Return why a checkpoint needs no conversion, or None. Raise ConfigError if it is the only one."""
+    if job.folder is None and not settings.checkpoint_model_only and job.found.layout == layout:
+        variable = "CONVERT_TO" if settings.convert_to else "CHECKPOINT_LAYOUT"
+        if alone:
+            problem = f"{variable}={layout}: {job.found.path} is laid out so already"
+            raise ConfigError([f"{problem}; set another, or OUTPUT to a folder for a copy"])
+        return "is laid out so already"
+    if job.folder is None or job.stem or alone or job.found.problem:
+        return None
+    wanted = (*identity(job.found)[:-1], layout)
+    done = job.folder.is_dir() and wanted in {identity(found) for found in ckpt.find(job.folder) if not found.problem}
+    return f"is in {shown(job.folder)} already" if done else None
+
+
+def identity(found: Found) -> tuple[Any, ...]:
+    """Return the values of a save that a conversion keeps, and its layout."""
+    values = found.metadata
+    if is_imported(values):
+        file = {**file_identity(found.path), **(values.get("imported") or {})}
+        return file["file"], file["bytes"], file["modified_at"], found.layout
+    return *(values.get(name) for name in ("run_id", "save_number", "step", "saved_at")), found.layout
+
+
+def convert(job: Job, to: Layout, settings: Config, log: Log) -> tuple[Path, list[str]]:
+    """Convert a checkpoint to another layout; return its path and what was lost."""
+    done = ckpt.convert(
+        job.found.path, job.folder, layout=to.name, model_only=settings.checkpoint_model_only, prefix=prefix(settings), stem=job.stem,
+        in_best=job.in_best, best_too=job.best_too, complete=lambda record: completed(record, settings, log),
+    )  # fmt: skip
+    print_converted(done, to, settings, log)
+    target = shown(done.target)
+    losses = [f"{target} lacks what no layout holds: {', '.join(done.left_out)}"] if done.left_out else []
+    losses += [] if done.has_tokenizer else [f"{target} is written without a tokenizer: {NAME_ONE}"]
+    return done.target, losses
+
+
 def prefix(settings: Config) -> str | None:
-    """How the name begins, if it was said; else as the run's own names do."""
+    """Return the prefix of new names if it was set; None keeps the names."""
     return settings.checkpoint_prefix if settings.is_set("CHECKPOINT_PREFIX") else None
 
 
-def say(done: Converted, settings: Config, log: Log) -> None:
-    """What was converted, its proof and its bytes."""
+def print_converted(done: Converted, to: Layout, settings: Config, log: Log) -> None:
+    """Print the paths of a conversion, its proof and its bytes."""
     for note in done.notes:
         log(note)
     size = "Model-only size" if settings.checkpoint_model_only else "New size"
@@ -103,25 +255,23 @@ def say(done: Converted, settings: Config, log: Log) -> None:
     write_stdout(f"  tensors equal: {done.tensors}, sha256 {done.sha256}; {equal}")
     write_stdout(f"  Original size: {done.bytes_before / 1e6:,.2f} MB ({done.bytes_before:,} bytes)")
     write_stdout(f"  {size}: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
-    if (done.layout_before, layout_of(settings)) == ("unified", "separated"):
+    if (done.layout_before, to.name) == ("unified", "separated"):
         write_stdout("  Unified checkpoint split into separated format!")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# For another program.
+def export(job: Job, to: Export, settings: Config, log: Log) -> tuple[Path, list[str]]:
+    """Export a checkpoint for another program; return the path, and what was lost: nothing, because it is refused."""
+    assert job.folder is not None
+    done = ckpt.export(
+        job.found.path, job.folder, to=to, prefix=prefix(settings), stem=job.stem,
+        complete=lambda record: completed(record, settings, log),
+    )  # fmt: skip
+    print_exported(done, to, log)
+    return done.target, []
 
 
-def export(path: Path, settings: Config, log: Log) -> int:
-    """Exports the checkpoint at `path` as CONVERT_TO says, into OUTPUT or exports/. Raises ConfigError if that needs what is not here."""
-    to = ckpt.exporter(str(settings.convert_to), gguf_type=settings.gguf_type)
-    for package in to.needs:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError([f"CONVERT_TO={to.name} needs the package {package}: pip install {package}"])
-    folder = config.ROOT / "exports" if settings.output is None else Path(settings.output)
-    if folder.resolve().is_relative_to(Path(settings.checkpoint_dir).resolve()):
-        raise ConfigError([f"OUTPUT={folder}: lies in the folder of checkpoints, which this is none of; name another"])
-    complete = form(settings, log)["complete"]
-    done = ckpt.export(path, folder, to=to, prefix=prefix(settings), complete=complete)
+def print_exported(done: Exported, to: Export, log: Log) -> None:
+    """Print the paths of an export, its proof, its bytes and the command that runs it."""
     for note in done.notes:
         log(note)
     proof, shape = done.proof, " x ".join(map(str, done.proof.logits))
@@ -132,56 +282,6 @@ def export(path: Path, settings: Config, log: Log) -> int:
     write_stdout(f"  logits ({shape}) {apart}" if shape else "  adapters alone have no logits")
     write_stdout(f"  Size: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
     write_stdout(f"next: {to.how.format(path=shlex.quote(str(done.target)), name=done.target.name)}")
-    return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole folder.
-
-
-def convert_folder(source: Path, settings: Config, log: Log) -> int:
-    """Converts every checkpoint of `source` into OUTPUT, oldest first; damaged ones are named and left out."""
-    output = target_folder(source, settings)
-    found = ckpt.find(source)
-    if not found:
-        raise CheckpointError(ckpt.listing(source))
-    done = {identity(one) for one in ckpt.find(output)}
-    kept_as_best = {one.metadata.get("save_id") for one in scan(source) if one.path.parent.name == BEST_FOLDER}
-    bad = without = 0
-    for one in found:
-        if (*identity(one)[:-1], layout_of(settings)) in done:
-            log(f"{shown(one.path)} is in {shown(output)} already")
-            continue
-        in_best = one.path.parent.name == BEST_FOLDER
-        best_too = not in_best and one.metadata.get("save_id") is not None and one.metadata["save_id"] in kept_as_best
-        try:
-            made = ckpt.convert(one.path, output, in_best=in_best, best_too=best_too, **form(settings, log))
-            say(made, settings, log)
-            without += not made.has_tokenizer
-        except CheckpointError as error:
-            bad += 1
-            log(f"skipped: {error}")
-    left_out = f"{bad} of {len(found)} could not be converted. " if bad else ""
-    if without:
-        log(f"{without} of {len(found)} are written without a tokenizer: {NAME_ONE}")
-    write_stdout(f"{'Conversion complete! ' if not without else ''}{left_out}Check {shown(output)}")
-    return BAD if bad or without else 0
-
-
-def target_folder(source: Path, settings: Config) -> Path:
-    """OUTPUT; raises ConfigError if it is not given or would mix old and new."""
-    if settings.output is None:
-        raise ConfigError([f"OUTPUT: a whole folder ({source}) is converted to a new one; set OUTPUT to its name"])
-    output = Path(settings.output)
-    if output.resolve().is_relative_to(source.resolve()):
-        raise ConfigError([f"OUTPUT={output}: lies in {source}, which stays untouched; name another folder"])
-    return output
-
-
-def identity(one: Found) -> tuple[Any, ...]:
-    """What a conversion keeps of a save, and the layout that it has."""
-    saved_at = one.metadata.get("saved_at") or (None if one.problem else modified_at(one.path))
-    return *(one.metadata.get(name) for name in ("run_id", "save_number", "step")), saved_at, one.layout
 
 
 if __name__ == "__main__":

@@ -32,10 +32,9 @@ from milepost.evaluate.evaluation import Evaluation, NotFiniteError, compare, ev
 from milepost.evaluate.passages import Text
 from milepost.evaluate.report import as_json, summary, tables
 from milepost.resume import saved_settings
-from milepost.run import DATA_FOLDER, scan_source, with_its_base, with_tokenizer
+from milepost.run import open_source, scan_source, with_its_base, with_tokenizer
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log, replacing, shown, write_stdout
-from milepost.text.corpus import open_corpus
 from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.token_files import split_at
 
@@ -115,7 +114,7 @@ def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
 
 def read_benchmarks(settings: Config) -> list[Benchmark]:
     """Return the benchmark in each file of BENCHMARK_DATA."""
-    files = open_corpus(settings.benchmark_data or "", data_dir=DATA_FOLDER).paths
+    files = open_source(settings.benchmark_data or "").paths
     return [read_benchmark(path) for path in files]
 
 

@@ -24,6 +24,7 @@ from milepost.ckpt.record import Checkpoint, metadata
 from milepost.ckpt.tensor_listing import Held, all_files, differing, held, labelled
 from milepost.cli import guarded
 from milepost.config import Config
+from milepost.resume import saved_settings
 from milepost.runtime.progress import Log, amount, shown, table, write_stdout
 from milepost.text import tokenization
 
@@ -67,7 +68,7 @@ def sections(path: Path) -> Iterator[str]:
     settings = values.get("model_settings", {}) | values.get("hyperparameters", {})
     yield "=== CONFIG ===\n" + pairs({"model_type": values.get("model_type"), **settings})
     yield "=== TOKENIZER ===\n" + pairs(tokenizer_of(values))
-    yield "=== TRAINING STATE ===\n" + state_lines(values)
+    yield "=== TRAINING STATE ===\n" + state_lines(values, tensors)
     yield "=== TENSORS ===\n" + tensor_lines(path, tensors, apart="adapters" in values.get("parts", ()))
 
 
@@ -91,14 +92,19 @@ def tokenizer_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": tokenizer.kind, "vocab": f"{tokenizer.vocab_size} tokens", "sha256": tokenizer.digest}
 
 
-def state_lines(values: Mapping[str, Any]) -> str:
+def state_lines(values: Mapping[str, Any], tensors: list[Held]) -> str:
     """Return the lines on the training state, and on whether it can be resumed."""
     names = ("epoch", "tokens_seen", "windows_seen", "validation_loss", "best_loss", "best_step", "schedule", "data", "run_id", "parent", "base",
-             "save_number", "saved_at", "runtime")  # fmt: skip
-    full = "optimizer" in values.get("parts", ())
-    resumable = (
-        "Optimizer state available - can resume training" if full else "No optimizer state - model-only checkpoint"
-    )
+             "save_number", "saved_at", "runtime", "imported")  # fmt: skip
+    if "optimizer" in values.get("parts", ()):
+        resumable = "Optimizer state available - can resume training"
+    elif unused := [tensor.size for tensor in tensors if tensor.part == "optimizer"]:
+        size = amount(sum(unused), "B")
+        resumable = (
+            f"Optimizer state of another program ({len(unused)} tensors, {size}) that cannot be used - model only"
+        )
+    else:
+        resumable = "No optimizer state - model-only checkpoint"
     planned = values.get("hyperparameters", {}).get("TRAINING_STEPS")
     last = f"Last recorded training step: {values.get('step')}" + (f" of {planned}" if planned else "")
     return f"{last}\n{pairs({name: values.get(name) for name in names})}\n{resumable}"
@@ -161,8 +167,11 @@ def compared(first: Checkpoint, second: Checkpoint) -> list[tuple[str, ...]]:
 
 
 def settings_of(record: Checkpoint) -> dict[str, Any]:
-    """Return the settings of the model and of its training."""
-    return record.model_settings | record.hyperparameters
+    """Return the settings of the model and of its training, `auto` as it was resolved."""
+    settings, followed = record.model_settings | record.hyperparameters, saved_settings(record)
+    settings |= {name: followed.get(name, value) for name, value in settings.items() if value == "auto"}
+    device = record.runtime.get("device") if settings.get("DEVICE") == "auto" else None
+    return settings | ({"DEVICE": device} if device else {})
 
 
 def fields_of(record: Checkpoint) -> dict[str, Any]:

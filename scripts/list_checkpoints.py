@@ -12,12 +12,13 @@ from milepost import config
 READS = ("CHECKPOINT_DIR", "CHECKPOINT_PATH")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
+import json
 from pathlib import Path
 from typing import Any
 
 from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
-from milepost.ckpt.finding import loss_of
+from milepost.ckpt.finding import find_below, loss_of, scan
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.runtime.progress import Log, amount, shown, table, write_stdout
@@ -26,7 +27,7 @@ HEADER = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "
 
 
 def main(settings: Config, log: Log) -> int:
-    """Print the checkpoints, the problems of damaged ones, and where each run began; return the exit code."""
+    """Print the checkpoints, the problems of damaged ones, where each run began, and the bases that adapters need; return the exit code."""
     folder = chosen_folder(settings)
     try:
         found = ckpt.find(folder)
@@ -34,13 +35,19 @@ def main(settings: Config, log: Log) -> int:
         raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
     if not found:
         raise CheckpointError(ckpt.listing(folder))
-    newest, best = ckpt.latest(found), ckpt.best(found)
-    write_stdout(table([HEADER, *(row(checkpoint, marks(checkpoint, newest, best)) for checkpoint in found)]))
-    for checkpoint in found:
+    named = {"latest": ckpt.latest(found), "best": ckpt.best(found), "lowest loss": ckpt.lowest_loss(found)}
+    if named["lowest loss"] is named["best"]:
+        del named["lowest loss"]
+    write_stdout(table([HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)]))
+    for checkpoint in [*found, *ckpt.orphans(folder)]:
         if checkpoint.problem:
-            write_stdout(f"damaged: {checkpoint.problem}")
+            write_stdout(f"{checkpoint.kind}: {checkpoint.problem}")
+    if below := folders_with_more(folder):
+        write_stdout(f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}")
     if runs := lineage(found):
         write_stdout("\n" + table([("run", "checkpoints", "began with", "changed"), *runs]))
+    if needed := bases(found):
+        write_stdout("\n" + table([("adapters of run", "need base", ""), *needed]))
     return 0
 
 
@@ -58,7 +65,8 @@ def chosen_folder(settings: Config) -> Path:
 def row(checkpoint: Found, names: str) -> tuple[str, ...]:
     """Return the table row of a checkpoint."""
     if checkpoint.problem:
-        return "?", "", amount(checkpoint.size, "B"), checkpoint.layout, "", "", "damaged", "", shown(checkpoint.path)
+        size, kind = amount(checkpoint.size, "B"), str(checkpoint.kind)
+        return "?", "", size, checkpoint.layout, "", "", kind, "", shown(checkpoint.path)
     loss = loss_of(checkpoint)
     return (
         str(checkpoint.step),
@@ -73,9 +81,15 @@ def row(checkpoint: Found, names: str) -> tuple[str, ...]:
     )
 
 
-def marks(checkpoint: Found, latest: Found | None, best: Found | None) -> str:
-    """Return the words by which CHECKPOINT_PATH can name the checkpoint."""
-    return ", ".join(word for word, other in (("latest", latest), ("best", best)) if checkpoint is other)
+def marks(checkpoint: Found, named: dict[str, Found | None]) -> str:
+    """Return the words for the checkpoint: `latest`, `best` (of the latest run), `lowest loss` of all runs if it is another."""
+    return ", ".join(word for word, other in named.items() if checkpoint is other)
+
+
+def folders_with_more(folder: Path) -> list[Path]:
+    """Return the folders below `folder` with checkpoints that are not its own."""
+    own = {found.path for found in [*scan(folder), *ckpt.orphans(folder)]}
+    return list(dict.fromkeys(found.path.parent for found in find_below(folder) if found.path not in own))
 
 
 def lineage(found: list[Found]) -> list[tuple[str, ...]]:
@@ -87,15 +101,43 @@ def lineage(found: list[Found]) -> list[tuple[str, ...]]:
     return [(run_id, str(len(own)), *beginning(own[-1].metadata.get("parent"))) for run_id, own in runs.items()]
 
 
+def bases(found: list[Found]) -> list[tuple[str, ...]]:
+    """Return a row per run and base of saved adapters: the base, and whether it is found."""
+    rows: dict[tuple[str, str], str] = {}
+    for checkpoint in found:
+        base = checkpoint.metadata.get("base")
+        if isinstance(base, dict) and "adapters" in checkpoint.metadata.get("parts", ()):
+            key = checkpoint.run_id or "", str(base.get("source"))
+            if key not in rows or rows[key] == "missing":
+                rows[key] = state_of_base(base, checkpoint)
+    return [(run_id, shown(source), state) for (run_id, source), state in rows.items()]
+
+
+def state_of_base(base: dict[str, Any], adapters: Found) -> str:
+    """Return whether the base of adapters is found: where it was, elsewhere, or not; a name of the hub is not looked up."""
+    source = str(base.get("source"))
+    if not Path(source).is_absolute():
+        return "on the hub"
+    path = ckpt.find_base(base, adapters.path, run_id=adapters.run_id)
+    if path is None:
+        return "missing"
+    return "found" if str(path) == source else f"found in {shown(path)}"
+
+
 def beginning(parent: dict[str, Any] | None) -> tuple[str, str]:
     """Describe a run's parent: its checkpoint, and the settings that changed."""
     if parent is None:
         return "fresh weights", ""
     changed = parent.get("changed")
     pairs = changed.items() if isinstance(changed, dict) else ()
-    changes = [f"{name} {' -> '.join(map(str, values))}" for name, values in pairs if isinstance(values, list)]
+    changes = [f"{name} {' -> '.join(map(as_set, values))}" for name, values in pairs if isinstance(values, list)]
     origin = parent.get("run_id") or "other weights"
     return f"{origin} at step {parent.get('step')} ({parent.get('file')})", ", ".join(changes)
+
+
+def as_set(value: Any) -> str:
+    """Return the value as a variable would be set to it."""
+    return value if isinstance(value, str) else "(not set)" if value is None else json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost import ckpt
-from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.cli import guarded, processes
 from milepost.config import Config, ConfigError
@@ -31,8 +31,8 @@ from milepost.reporting import print_resume
 from milepost.resume import free_tensors, resumed, saved_schedule, saved_settings
 from milepost.run import agreed, planned, with_tokenizer
 from milepost.runtime.distributed import World
-from milepost.runtime.optim import Schedule, replan
 from milepost.runtime.progress import Log, harmless, ignore_stdout
+from milepost.runtime.schedule import Schedule, replan
 from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
 from training import train
 
@@ -40,44 +40,24 @@ from training import train
 def main(settings: Config, log: Log) -> int:
     """Open the checkpoint of CHECKPOINT_PATH, do what MODE asks, and return the exit code."""
     resuming = settings.mode == "resume"
+    if resuming and settings.resume_training_steps:
+        more = f"MODE=resume trains {settings.resume_training_steps} more steps"
+        log(f"{more}; to see only what would be restored and the plan, stop and set RESUME_TRAINING_STEPS=0")
     if config.torchrun() and not resuming:
         raise ConfigError(["MODE=inference runs in one process: start it without torchrun"])
     with processes(settings, log) as world:
-        found = agreed(lambda: load_checkpoint(settings, log, resuming=resuming), world)
-        assert found is not None  # `load_checkpoint` raises
+        name, folder = settings.checkpoint_path, Path(settings.checkpoint_dir)
+        found = agreed(
+            lambda: ckpt.load_named(name, folder, say=log, optimizer=resuming, verify=resuming),  # of every byte
+            world,
+            optimizer=resuming,
+        )
+        assert found is not None  # `load_named` raises
         record = with_tokenizer(found, settings, log)
         for note in record.notes:
             log(note)
         settings = drop_conflicts(record, settings, log)
         return resume(settings, record, log, world) if resuming else infer(settings, record, log)
-
-
-def load_checkpoint(settings: Config, log: Log, *, resuming: bool) -> Checkpoint:
-    """Return the requested checkpoint; `latest` skips damaged ones. A resume verifies every byte."""
-    path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
-    for note in notes:
-        log(note)
-    rest = earlier(path, Path(settings.checkpoint_dir)) if settings.checkpoint_path == "latest" else []
-    while True:
-        try:
-            return ckpt.load(path, optimizer=resuming, verify=resuming)
-        except CheckpointError as error:
-            if not rest:
-                raise
-            log(f"skipped: {error}")
-            path = rest.pop(0)
-            log(f"taking {path}")
-
-
-def earlier(path: Path, folder: Path) -> list[Path]:
-    """Return the readable checkpoints of `folder` saved before the one at `path`, newest first: those of its run, then other runs'."""
-    readable = [one for one in reversed(ckpt.find(folder)) if one.problem is None]
-    places = [one.path for one in readable]
-    if path not in places:
-        return []
-    place = places.index(path)
-    before = sorted(readable[place + 1 :], key=lambda one: one.run_id != readable[place].run_id)
-    return [one.path for one in before]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,8 +100,8 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
         log(f"{name} is not used: MODE=resume follows RESUME_LEARNING_RATE and RESUME_TRAINING_STEPS")
     schedule = plan(settings, record)
     end = record.step + settings.resume_training_steps
+    settings = config.with_values(settings, destination(settings, record), source="MODE=resume")
     run, restored = resumed(settings, record, log, world, schedule=schedule, end=end)
-    run.settings = config.replaced(run.settings, "plan", **destination(settings, record))
     print_resume(run, record, restored)
     free_tensors(record)
     if settings.resume_training_steps == 0:
@@ -132,10 +112,10 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
 
 def destination(settings: Config, record: Checkpoint) -> dict[str, Any]:
     """Return the settings that save the result: to CHECKPOINT_DIR if it is set, else beside the checkpoint."""
-    saves = {} if settings.is_set("ENABLE_CHECKPOINTS") else {"enable_checkpoints": True}
+    saves = {} if settings.is_set("ENABLE_CHECKPOINTS") else {"ENABLE_CHECKPOINTS": True}
     if settings.is_set("CHECKPOINT_DIR") or record.path is None:
         return saves
-    return saves | {"checkpoint_dir": str(folder_of(record.path, record.run_id))}
+    return saves | {"CHECKPOINT_DIR": str(folder_of(record.path, record.run_id))}
 
 
 def plan(settings: Config, record: Checkpoint) -> Schedule:

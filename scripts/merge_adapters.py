@@ -10,7 +10,8 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "OUTPUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "CHECKPOINT_LAYOUT", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR",
+    "CHECKPOINT_PATH", "OUTPUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "CHECKPOINT_LAYOUT",
+    "CHECKPOINT_PREFIX", "CHECKPOINT_DIR",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -23,10 +24,11 @@ from milepost.ckpt.conversion import logits, size_of
 from milepost.ckpt.restore import merged
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.places import SCRIPTS_FOLDER
 from milepost.run import with_its_base
 from milepost.runtime.progress import Log, amount, command_line, shown, write_stdout
 
-LOAD_CHECKPOINT = config.ROOT / "scripts" / "load_checkpoint.py"
+LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
 TOLERANCE = 1e-5  # largest change of the logits of float32 weights, relative to the largest logit
 
 
@@ -58,7 +60,10 @@ def without_adapters(record: Checkpoint) -> Checkpoint:
 
 
 def change_of_logits(before: Checkpoint, after: Checkpoint) -> float:
-    """Return the largest change of the logits on fixed tokens, relative to the largest logit. Raise CheckpointError above TOLERANCE."""
+    """Return the largest change of the logits on fixed tokens, relative to the largest logit.
+
+    Raise CheckpointError above TOLERANCE.
+    """
     old, new = logits(before), logits(after)
     difference = ((new - old).abs().max() / old.abs().max()).item()
     if not difference <= TOLERANCE:  # true for NaN too

@@ -90,7 +90,8 @@ def main(settings: Config, log: Log) -> int:
 
 
 def chosen(requested: str, folder: Path) -> list[Path]:
-    """Return the folders of the runs that RUN names, each once, in its order; matches of a prefix or glob by name, so by start.
+    """Return the folders of the runs that RUN names, each once, in its order; matches of a prefix or glob by name, so
+    by start.
 
     Raises ConfigError if RUN is empty, and listing the runs if a part of it matches none.
     """
@@ -145,7 +146,10 @@ def listed(there: list[Path]) -> str:
 
 
 def with_parents(folders: list[Path], log: Log) -> list[Curve]:
-    """Return the runs of `folders` and their parents, parents first. A parent that is not requested ends where its child resumed."""
+    """Return the runs of `folders` and their parents, parents first.
+
+    A parent that is not requested ends where its child resumed.
+    """
     curves: dict[str, Curve] = {}
     for folder in folders:
         own = drawable(folder, requested=True)
@@ -182,7 +186,8 @@ def ancestors(run: Curve, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]
 
 
 def weights_only(run: Curve) -> bool:
-    """Return whether the run took its parent's weights but counts its steps from 0, as with INIT_FROM: it continues no curve.
+    """Return whether the run took its parent's weights but counts its steps from 0, as with INIT_FROM: it continues no
+    curve.
 
     A resumed run trains from the parent's step on, and may validate at that step.
     """
@@ -243,7 +248,8 @@ def draw_terminal(runs: list[Curve]) -> None:
     abreast = 2 if columns >= SIDE_BY_SIDE else 1
     width = (columns - 2) // 2 if abreast == 2 else columns
     charts = [
-        chart(panel.title, [points(run, panel) for run in runs], columns=width, rows=ROWS, letters=letters, ascii_only=ascii_only,
+        chart(panel.title, [points(run, panel) for run in runs], columns=width, rows=ROWS, letters=letters,
+        ascii_only=ascii_only,
               floor=0 if panel.from_zero else None, paint=painted if colored else None)
         for panel in panels(runs)
     ]  # fmt: skip

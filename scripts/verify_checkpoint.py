@@ -2,6 +2,7 @@
 
 CHECKPOINT_PATH=latest python3 scripts/verify_checkpoint.py
 CHECKPOINT_PATH=checkpoints python3 scripts/verify_checkpoint.py
+CHECKPOINT_PATH='checkpoints/*step0100*' python3 scripts/verify_checkpoint.py
 CHECKPOINT_PATH=latest REPLAY=true python3 scripts/verify_checkpoint.py     # trains again from the previous one, and compares
 """
 
@@ -17,6 +18,7 @@ SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is
 
 import contextlib
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,7 @@ import models
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError, Found
 from milepost.ckpt.conversion import origin, size_of
-from milepost.ckpt.finding import scan
+from milepost.ckpt.finding import folders_below, scan
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.ckpt.tensor_listing import all_files, differing, labelled
 from milepost.ckpt.tensors import digest, not_finite
@@ -50,7 +52,7 @@ SAMPLE = "Dear Wren,\nna\u00efve \u6f22\u5b57 \U0001f642 \t1,234 == 5\n"  # for 
 
 
 def main(settings: Config, log: Log) -> int:
-    """Print a table per checkpoint; return the exit code, 3 if any check failed."""
+    """Print a table per checkpoint, and PASSED or FAILED; return the exit code, 3 if any check failed."""
     paths = chosen(settings, log)
     failed = []
     for path in paths:
@@ -59,22 +61,21 @@ def main(settings: Config, log: Log) -> int:
         write_stdout(f"{shown(path)}\n{table(rows)}\n")
     if len(paths) > 1:
         write_stdout(f"{len(paths)} checkpoints, {len(failed)} bad")
+    write_stdout(f"{FAILED}: {', '.join(map(shown, failed))}" if failed else "PASSED")
     return BAD if failed else 0
 
 
 def chosen(settings: Config, log: Log) -> list[Path]:
-    """Return the checkpoint that CHECKPOINT_PATH names, or every checkpoint of a folder, each file once."""
-    folder = ckpt.whole_folder(settings.checkpoint_path)
-    if folder is None:
-        path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
-        for note in notes:
-            log(note)
-        return [path]
-    paths = [found.path for found in sorted(scan(folder), key=lambda found: found.save_order)]
+    """Return the checkpoints that CHECKPOINT_PATH names, the damaged ones too: every file of a folder and below it once."""
+    selection = ckpt.select(settings.checkpoint_path, Path(settings.checkpoint_dir))
+    for note in selection.notes:
+        log(note)
+    if selection.whole is None:
+        return [found.path for found in selection.found]
+    found = [sorted(scan(place), key=lambda each: each.save_order) for place in folders_below(selection.whole)]
+    paths = list(dict.fromkeys(each.path for each in itertools.chain(*found)))
     by_file = {identity(path): path for path in reversed(paths)}  # best/ holds hard links
-    if not by_file:
-        raise CheckpointError(ckpt.listing(folder))
-    return list(reversed(by_file.values()))
+    return [*reversed(by_file.values()), *(each.path for each in selection.found if each.path not in paths)]
 
 
 def identity(path: Path) -> Any:
@@ -98,6 +99,7 @@ def verified(path: Path, settings: Config, log: Log) -> list[Row]:
     rows += [
         shapes(record, settings, log),
         checked("numbers", lambda: numbers_finite(record)),
+        *(("adapters", "ok", count) for count in models.adapter_counts(shapes_of(record)).values()),
         checked("tokenizer", lambda: round_trip(record))
         if record.tokenizer
         else ("tokenizer", "none", "not saved with it"),
@@ -130,6 +132,11 @@ def shapes(record: Checkpoint, settings: Config, log: Log) -> Row:
         return checked("shapes", lambda: shapes_fit(with_its_base(record, settings, log)))
     except ConfigError as error:
         return "shapes", "none", str(error)
+
+
+def shapes_of(record: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight by name."""
+    return {name: tuple(tensor.shape) for name, tensor in record.model_state.items()}
 
 
 def shapes_fit(record: Checkpoint) -> str:
@@ -232,6 +239,8 @@ def continues(record: Checkpoint, parent: dict[str, Any]) -> bool:
 def trained(record: Checkpoint, start: Found | None, settings: Config, log: Log, *, folder: str) -> Checkpoint:
     """Train to the record's step again, from `start` or new weights, and return the record. Logs go to `folder`."""
     schedule = saved_schedule(record)
+    writes = {"ENABLE_CHECKPOINTS": False, "CHECKPOINT_MODEL_ONLY": False, "RUNS_DIR": folder}
+    settings = config.with_values(settings, writes, source="REPLAY")
     if start:
         first = ckpt.load(start.path, verify=True)
         # A parent run may have had other settings.
@@ -239,16 +248,8 @@ def trained(record: Checkpoint, start: Found | None, settings: Config, log: Log,
         run, _ = resumed(settings, first, log, schedule=schedule, end=record.step)
     else:
         run = fresh(config.from_saved(settings, saved_settings(record)), log)
-        run.schedule = schedule
-    run.settings = config.replaced(
-        run.settings,
-        "plan",
-        training_steps=record.step,
-        enable_checkpoints=False,
-        checkpoint_model_only=False,
-        runs_dir=folder,
-    )
-    run.observed_step = record.step  # skips evaluation and samples, which do not change the weights
+        run.schedule, run.end = schedule, record.step
+    run.state.observed_step = record.step  # skips evaluation and samples, which do not change the weights
     train_quietly(run, log)
     return to_record(run)
 
@@ -258,8 +259,8 @@ def train_quietly(run: Run, log: Log) -> None:
     run.log = log = Log(log.stream)  # closes the run's training.log with it
     with contextlib.closing(log), contextlib.ExitStack() as held, Interrupt() as stop:
         open_run(run, held)
-        bar = Progress(log, start=run.step, total=run.end, plain=config.tqdm_disabled())
-        with contextlib.closing(bar) as run.progress:
+        bar = Progress(log, start=run.state.step, total=run.end, plain=config.tqdm_disabled())
+        with contextlib.closing(bar) as run.bar:
             loop(run, stop)
         if stop.requested:
             raise KeyboardInterrupt

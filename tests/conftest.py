@@ -1,12 +1,13 @@
 import os
 
-# Before torch is imported: threads that wait by spinning make tests many times slower wherever another process runs too.
+# Before torch is imported: threads that wait by spinning make tests many times slower wherever another process runs
+# too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from milepost import run
+from milepost.run import text
 
 # A slow machine is no failure: hypothesis's own limits are 200 ms for an example and a second to draw ten.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -16,4 +17,4 @@ settings.load_profile("any machine")
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """Token files of the tests stay out of the checkout."""
-    monkeypatch.setattr(run, "CACHE_FOLDER", tmp_path_factory.getbasetemp() / "token-cache")
+    monkeypatch.setattr(text, "CACHE_FOLDER", tmp_path_factory.getbasetemp() / "token-cache")

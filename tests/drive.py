@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A model of a few thousand weights, evaluated and sampled in between, on the beginning of the bundled text.
 TINY = {
-    "MODEL_TYPE": "gpt2", "N_LAYER": "2", "N_HEAD": "2", "N_EMBD": "16", "BLOCK_SIZE": "16", "BATCH_SIZE": "4", "DROPOUT": "0.1",
-    "TRAINING_STEPS": "8", "LEARNING_RATE": "1e-3", "WARMUP_STEPS": "2", "EVAL_INTERVAL": "4", "EVAL_STEPS": "2", "SAMPLE_INTERVAL": "4", "LOG_INTERVAL": "1",
+    "MODEL_TYPE": "gpt2", "N_LAYER": "2", "N_HEAD": "2", "N_EMBD": "16", "BLOCK_SIZE": "16", "BATCH_SIZE": "4",
+    "DROPOUT": "0.1",
+    "TRAINING_STEPS": "8", "LEARNING_RATE": "1e-3", "WARMUP_STEPS": "2", "EVAL_INTERVAL": "4", "EVAL_STEPS": "2",
+    "SAMPLE_INTERVAL": "4", "LOG_INTERVAL": "1",
     "ENABLE_CHECKPOINTS": "true", "CHECKPOINT_INTERVAL": "4", "DEVICE": "cpu",
 }  # fmt: skip
 
@@ -61,11 +63,12 @@ def command(
     """Runs a script in a process of its own, as a user would."""
     env = {
         name: os.environ[name]
-        for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_WAIT_POLICY")
+        for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
         if name in os.environ
     }
     return subprocess.run(
-        [sys.executable, script], cwd=cwd, env=env | environment(folder, **changes), input=stdin, capture_output=True, text=True, timeout=HANGING, check=False
+        [sys.executable, script], cwd=cwd, env=env | environment(folder, **changes), input=stdin, capture_output=True,
+        text=True, timeout=HANGING, check=False
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def killed(step: int) -> None:
 
     def dying(run, *arguments):
         result = train_step(run, *arguments)
-        if run.step == step:
+        if run.state.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

@@ -1,4 +1,4 @@
-"""What must hold of a folder of checkpoints whenever it is looked at, and of a checkpoint that something has happened to."""
+"""Checks that hold for a folder of checkpoints at any time, and for a checkpoint that was changed."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,9 @@ def steps_of(found: list[Found], *, best: bool) -> list[int]:
 
 
 def whole(folder: Path) -> list[Found]:
-    """Every checkpoint under each of its names, once it is proved that each opens and is bit for bit what `of_step` gave."""
+    """Return every checkpoint under each of its names; assert that each opens and is bit-identical to what `of_step`
+    returns.
+    """
     found = list(scan(folder))
     assert [one.problem for one in found if one.problem] == []
     for one in found:
@@ -73,7 +75,9 @@ def make_before(folder: Path, layout: str) -> None:
 
 
 def sentence_of(error: BaseException) -> str:
-    """The one sentence of a refusal; nothing but a CheckpointError may refuse, and never with torch's advice to turn the safety off."""
+    """The one sentence of a refusal; nothing but a CheckpointError may refuse,
+    and never with torch's advice to turn the safety off.
+    """
     assert type(error) is CheckpointError, repr(error)
     text = str(error)
     assert text.isprintable()
@@ -91,7 +95,9 @@ def opened(path: Path, *, verify: bool = True) -> Checkpoint | str:
 
 
 def same_or_said(outcome: Checkpoint | str, original: Checkpoint) -> bool:
-    """Whether a checkpoint that something happened to was refused, or is the original in every bit but for what its notes tell."""
+    """Return whether a changed checkpoint was refused; else assert that it is the original in every bit except those
+    that its notes name.
+    """
     if isinstance(outcome, str):
         return True
     foreign = outcome.written_by.startswith("another program")  # all that says that it is ours is gone

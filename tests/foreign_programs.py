@@ -1,7 +1,7 @@
 """Other programs' models, small and in their own code's shapes, and the files that those programs write of them.
 
-`python3 tests/foreign_programs.py` writes the golden files of tests/fixtures/foreign/ anew; they are asserted by values, because
-torch's archives differ from version to version.
+`python3 tests/foreign_programs.py` writes the golden files of tests/fixtures/foreign/ anew; they are asserted by
+values, because torch's archives differ from version to version.
 """
 
 import json
@@ -100,7 +100,7 @@ class NanoGPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(x))
 
     def configure_optimizers(self) -> torch.optim.AdamW:
-        """Two groups: what has two dimensions or more is decayed."""
+        """Two groups: parameters with two dimensions or more are decayed."""
         parameters = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         groups = [
             {"params": [one for one in parameters if one.dim() >= 2], "weight_decay": 1e-1},
@@ -109,7 +109,7 @@ class NanoGPT(nn.Module):
         return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95))
 
 
-# The lecture's gpt.py (https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py), which document 004 stores.
+# The lecture's gpt.py (https://github.com/karpathy/ng-video-lecture/blob/master/gpt.py), as programs built on it store it.
 
 
 class LectureHead(nn.Module):
@@ -241,7 +241,7 @@ def lightning(model: nn.Module, hyper_parameters: dict[str, Any], *, step: int =
 def pair(
     model: nn.Module, config: dict[str, Any], optimizer: dict[str, Any] | None = None, *, step: int = 1000
 ) -> tuple[dict, dict]:
-    """Both halves of document 002."""
+    """Return a model file and its optimizer file."""
     ours = {"model_state_dict": dict(model.state_dict()), "global_step": step, "config": config}
     rest = {
         "optimizer_states": [optimizer or {"state": {}, "param_groups": []}],
@@ -251,7 +251,7 @@ def pair(
 
 
 def write_pair(folder: Path, halves: tuple[dict, dict], stem: str = "checkpoint-step001000") -> Path:
-    """The halves as files; returns the path of the model's."""
+    """Write both as files; return the path of the model file."""
     for half, content in zip(("model", "optimizer"), halves, strict=True):
         torch.save(content, folder / f"{stem}-{half}.pt")
     return folder / f"{stem}-model.pt"
@@ -260,7 +260,7 @@ def write_pair(folder: Path, halves: tuple[dict, dict], stem: str = "checkpoint-
 def write_lecture_folder(
     path: Path, model: LectureModel, tokenizer: dict[str, Any], *, step: int = 1000, **config: Any
 ) -> Path:
-    """The five files of document 004 as another program has them: no manifest."""
+    """The five files of the directory layout as another program has them: no manifest."""
     path.mkdir(parents=True)
     torch.save(model.state_dict(), path / "model.pt")
     torch.save(torch.optim.AdamW(model.parameters()).state_dict(), path / "optimizer.pt")
@@ -279,7 +279,7 @@ def write_lecture_folder(
 
 
 def write_step(folder: Path, state: dict[str, Tensor], *, step: int = 100, **metrics: float) -> Path:
-    """`step_000100.safetensors` and its state JSON, as document 000 has them; returns the weights' path."""
+    """`step_000100.safetensors` and its state JSON, as MLX programs have them; returns the weights' path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06d}.safetensors"
     save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
@@ -288,7 +288,7 @@ def write_step(folder: Path, state: dict[str, Tensor], *, step: int = 100, **met
 
 
 def write_consolidated(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
-    """`checkpoint_001000/consolidated/` with the two files of document 003 and no training state."""
+    """`checkpoint_001000/consolidated/` with the two files to share and no training state."""
     (path / "consolidated").mkdir(parents=True)
     save_file(
         {name: tensor.contiguous().clone() for name, tensor in state.items()},
@@ -308,7 +308,7 @@ def bare(model: NanoGPT) -> dict[str, Tensor]:
 
 
 def filled(module: Any) -> Any:
-    """The module with numbers that follow from their places alone; exact in every format."""
+    """Return the module with values that follow from their positions; exact in every format."""
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
             flat = (torch.arange(parameter.numel()) * 7 + number) % 61 - 30

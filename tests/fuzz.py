@@ -1,8 +1,10 @@
-"""Opens checkpoints that were changed at random, in a process whose memory and time are bounded; test_fuzz.py starts it.
+"""Opens checkpoints that were changed at random, in a process whose memory and time are bounded; test_fuzz.py starts
+it.
 
-`python3 tests/fuzz.py FOLDER SEED FIRST COUNT` says what came of each case, in one line of JSON. A case is known by seed and number.
-Blind changes are an accident's: whatever still loads must be the original in every bit. Those that know the format are somebody's
-work: their checksums are right, so that they reach what is behind them, and a load must only be harmless.
+`python3 tests/fuzz.py FOLDER SEED FIRST COUNT` says what came of each case, in one line of JSON. A case is known by
+seed and number. Blind changes are an accident's: whatever still loads must be the original in every bit. Those that
+know the format are somebody's work: their checksums are right, so that they reach what is behind them, and a load must
+only be harmless.
 """
 
 import io
@@ -73,7 +75,7 @@ def sample(home: Path, *, ours: bool) -> Sample:
 
 
 def copied(one: Checkpoint) -> Checkpoint:
-    """The record on its own: what was loaded is mapped from the files, and would change with them."""
+    """Return a copy of the record: loaded tensors are mapped from the files and would change with them."""
     moments = one.optimizer_state["state"] if one.optimizer_state else {}
     for tensors in (one.model_state, *moments.values()):
         tensors |= {name: tensor.clone() for name, tensor in tensors.items()}
@@ -224,9 +226,12 @@ WORDS = [
     "bpe",
 ]
 VALUES: list[Callable[[], Any]] = [
-    lambda: None, lambda: True, lambda: False, lambda: 0, lambda: -1, lambda: 1, lambda: 7, lambda: 2**31, lambda: 2**63, lambda: 10**400,
-    lambda: 0.5, lambda: 1e308, lambda: -0.0, lambda: "", lambda: "x" * 1000, lambda: "\x1b[2J", lambda: "\ud800", lambda: "../../etc/passwd",
-    lambda: "/dev/zero", lambda: "a\nb\0", lambda: [], lambda: {}, lambda: [[]], lambda: nested(50), lambda: nested(200), lambda: ["a"] * 1000,
+    lambda: None, lambda: True, lambda: False, lambda: 0, lambda: -1, lambda: 1, lambda: 7, lambda: 2**31,
+    lambda: 2**63, lambda: 10**400,
+    lambda: 0.5, lambda: 1e308, lambda: -0.0, lambda: "", lambda: "x" * 1000, lambda: "\x1b[2J", lambda: "\ud800",
+    lambda: "../../etc/passwd",
+    lambda: "/dev/zero", lambda: "a\nb\0", lambda: [], lambda: {}, lambda: [[]], lambda: nested(50),
+    lambda: nested(200), lambda: ["a"] * 1000,
 ]  # fmt: skip
 
 
@@ -271,7 +276,7 @@ def changed_values(draw: random.Random, values: Any) -> None:
 
 
 def text_of(draw: random.Random, values: Any) -> bytes:
-    """JSON; now and then with what only other writers write: doubled names, NaN, Infinity."""
+    """Return JSON text, sometimes with duplicate names, NaN or Infinity, which only other writers write."""
     text = json.dumps(values)
     if draw.random() < 0.05:
         text = text.replace("{", '{"step": 1, "step": 2, ', 1)
@@ -308,7 +313,8 @@ def informed(draw: random.Random, path: Path, data: bytes) -> bytes:
 
 
 TWICE = [  # opcodes before and after a value that make one of two of it
-    (b"", b"q\xf0h\xf0\x86"), (b"(", b"q\xf0h\xf0t"), (b"](", b"q\xf0h\xf0e"), (b"}(K\x01", b"q\xf0K\x02h\xf0u"), (b"]q\xf0h\xf0", b"a"),
+    (b"", b"q\xf0h\xf0\x86"), (b"(", b"q\xf0h\xf0t"), (b"](", b"q\xf0h\xf0e"), (b"}(K\x01", b"q\xf0K\x02h\xf0u"),
+    (b"]q\xf0h\xf0", b"a"),
 ]  # fmt: skip
 USES = [  # what stands before and after a value, so that one is left: kept, a key, called, walked
     (b"", b""), (b"}", b"K\x01s"), (b"", b")R"), (b"", b")\x81"), (b"", b"Q"), (b"", b"\x85"), (b"(", b"Nt"),
@@ -331,7 +337,9 @@ def built(draw: random.Random) -> bytes:
 
 
 def respliced(draw: random.Random, pickled: bytes) -> bytes:
-    """One to three opcodes or runs of them replaced: by others of it, by nothing, by a value that is built up out of itself."""
+    """One to three opcodes or runs of them replaced: by others of it, by nothing,
+    by a value that is built up out of itself.
+    """
     for _ in range(draw.choice((1, 1, 2, 3))):
         try:
             found = [(opcode, place) for opcode, _, place in pickletools.genops(pickled)]
@@ -349,7 +357,8 @@ def respliced(draw: random.Random, pickled: bytes) -> bytes:
     return pickled
 
 
-# Offset in the record and format of each field of a zip file's records that says where its members lie and what they are.
+# Offset in the record and format of each field of a zip file's records that says where its members lie and what they
+# are.
 ENTRY_FIELDS = (
     (8, "<H"),
     (10, "<H"),
@@ -366,7 +375,9 @@ END_FIELDS = ((4, "<H"), (6, "<H"), (8, "<H"), (10, "<H"), (12, "<L"), (16, "<L"
 
 
 def zip_records(data: bytes) -> list[tuple[int, tuple[tuple[int, str], ...]]]:
-    """Where each entry of the directory, each local header and the end record begin, and their fields; the entries first."""
+    """Where each entry of the directory, each local header and the end record begin, and their fields;
+    the entries first.
+    """
     end = data.rindex(b"PK\x05\x06")
     (at,) = struct.unpack_from("<L", data, end + 16)
     entries, headers = [], []
@@ -487,7 +498,7 @@ def listed_again(one: Sample, path: Path, data: bytes) -> dict[Path, bytes]:
 
 
 def case(draw: random.Random, every: list[Sample]) -> str:
-    """Changes one file of one checkpoint, opens it in every way, and puts it back; returns what came of it."""
+    """Change one file of a checkpoint, open it in every way, and restore it; return the outcome."""
     one = draw.choice(every)
     path = draw.choice(list(one.content))
     knowing = draw.random() < 0.5
@@ -521,7 +532,7 @@ def outcome(draw: random.Random, one: Sample, *, exact: bool) -> str:
 
 
 def look_around(home: Path) -> None:
-    """What list, verify and resolve do."""
+    """Do what list, verify and resolve do."""
     for found in ckpt.find(home.parent):
         assert found.problem is None or found.problem.isprintable(), found.problem
     assert all(problem.isprintable() for problem in ckpt.verify(home))
@@ -533,7 +544,7 @@ def look_around(home: Path) -> None:
 
 
 def use(record: Checkpoint) -> str:
-    """What generating and resuming do first."""
+    """Do what generating and resuming do first."""
     assert all(note.isprintable() for note in record.notes), record.notes
     held = sum(tensor.nbytes for tensor in record.model_state.values())
     assert held < 2**20, "more tensors than the file can hold"

@@ -1,6 +1,6 @@
-"""torchrun, which gives the processes that a lost one leaves as long to end as they need on a slow machine.
+"""torchrun with a longer time for the remaining processes to end after one is lost, for slow computers.
 
-Its own 30 seconds before it kills them are no option of the command. See test_distributed.py.
+Its own 30 seconds before it kills them are not an option of the command. See test_distributed.py.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""Runs what a page of the documentation tells to run, in a copy of the checkout."""
+"""Runs the commands of a documentation page in a copy of the checkout."""
 
 import os
 import re
@@ -23,7 +23,9 @@ def commands(text: str) -> list[str]:
 
 
 def copied_checkout(folder: Path) -> Path:
-    """A copy of what git holds, with the environment that runs this test as its own: make takes no path with a space for it."""
+    """Return a copy of the files that git tracks, with the environment of this test as .venv (make takes no path with a
+    space).
+    """
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\n")
@@ -36,7 +38,7 @@ def copied_checkout(folder: Path) -> Path:
 
 
 def run(command: str, checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """One line in a shell whose python3 and pip are those running this test, with an empty home and no network to speak of."""
+    """Run a line in a shell whose python3 and pip are those of this test, with an empty home and no network."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {
         "PATH": path,
@@ -44,4 +46,6 @@ def run(command: str, checkout: Path, **variables: str) -> subprocess.CompletedP
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     } | variables
-    return subprocess.run(["bash", "-c", command], cwd=checkout, env=env, capture_output=True, text=True, timeout=HANGING, check=False)  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", command], cwd=checkout, env=env, capture_output=True, text=True, timeout=HANGING, check=False
+    )

@@ -1,4 +1,6 @@
-"""Which settings a script reads: the fields of Config that appear in its main, and in the functions that this reaches."""
+"""Which settings a script reads: the fields of Config that appear in its main,
+and in the functions that this reaches.
+"""
 
 import ast
 import itertools
@@ -16,7 +18,12 @@ FIELDS = {name.lower(): name for name in config.VARIABLES if name != "ENV_FILE"}
 ABOVE_CKPT = (
     "training",
     "milepost.run",
+    "milepost.run.build",
+    "milepost.run.state",
+    "milepost.run.text",
+    "milepost.run.weights",
     "milepost.run_files",
+    "milepost.run_checkpoints",
     "milepost.resume",
     "milepost.samples",
     "milepost.cli",
@@ -32,13 +39,17 @@ def file_of(module: str) -> Path | None:
     if module == "milepost.config":
         return ROOT / "milepost" / "config" / "resolve.py"
     script = ROOT / "scripts" / f"{module}.py"
-    path = ROOT / f"{module.replace('.', '/')}.py" if module in ABOVE_CKPT else script
+    place = ROOT / module.replace(".", "/")
+    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    path = path if module in ABOVE_CKPT else script
     return path if path.is_file() else None
 
 
 @cache
 def parsed(path: Path) -> tuple[dict[str, ast.stmt], dict[str, Function], dict[str, Path]]:
-    """Return the file's top-level definitions by name, the names that it imports, and the modules that it imports whole."""
+    """Return the file's top-level definitions by name, the names that it imports,
+    and the modules that it imports whole.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     own: dict[str, ast.stmt] = {}
     for node in tree.body:
@@ -70,6 +81,7 @@ def referred(function: Function) -> set[Function]:
             found |= {names[node.id]} if node.id in names else set()
         elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules:
             found.add((modules[ast.unparse(node.value)], node.attr))
+    found = {parsed(path)[1].get(name, (path, name)) for path, name in found}  # a room exports names of its files
     return {(path, name) for path, name in found if name in parsed(path)[0]}
 
 
@@ -93,8 +105,10 @@ def fields_of(function: Function) -> set[str]:
 
 
 def computed(function: Function, name: ast.expr) -> set[str]:
-    """Return the fields that a computed name can be, from the texts in the function and in the constants that it refers to."""
-    if "settings_type" in ast.unparse(parsed(function[0])[0][function[1]]):  # the fields of the models' own settings
+    """Return the fields that a computed name can be, from the texts in the function and in the constants that it refers
+    to.
+    """
+    if "fields_of" in ast.unparse(parsed(function[0])[0][function[1]]):  # the fields of the models' own settings
         return {
             field.name for kind in models.MODELS for field in fields(models.load(kind).settings_type)
         } & FIELDS.keys()

@@ -116,7 +116,7 @@ def plain(record: Checkpoint, *, but: set[str] = frozenset()) -> dict[str, Any]:
 
 
 def assert_same(one: Checkpoint, other: Checkpoint, *, but: set[str] = GIVEN_BY_THE_STORE) -> None:
-    """Equal in every bit of every tensor, and in all metadata but what every save has of its own."""
+    """Assert that all tensors are bit-identical, and all metadata equal except what differs between saves."""
     assert bits(one) == bits(other)
     assert plain(one, but=but) == plain(other, but=but)
 

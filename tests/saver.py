@@ -1,7 +1,7 @@
 """A process that forks children which save until they are killed; test_kill.py tells it what to do, line by line.
 
-It imports torch and runs no operation before it forks: the threads of OpenMP do not survive a fork, and a child of a process
-that had started them would wait for them for ever in its first parallel operation.
+It imports torch and runs no operation before it forks: the threads of OpenMP do not survive a fork, and a child of a
+process that had started them would wait for them for ever in its first parallel operation.
 """
 
 import fcntl
@@ -55,7 +55,9 @@ def say(*words: object) -> None:
 def save_keep_prune(
     one: Checkpoint, folder: Path, layout: str, *, keep_last: int = KEEP_LAST, keep_every: int = KEEP_EVERY
 ) -> None:
-    """What a run does when a save is due, each part said when it is done: a save, or every third time only the best; then pruning."""
+    """Do what a run does when a save is due, and report each part: a save, or every third time only the best; then
+    pruning.
+    """
     saved = ckpt.save(one, folder, layout=layout) if one.step % EVERY else None
     if saved:
         say("saved", one.step)
@@ -66,7 +68,7 @@ def save_keep_prune(
 
 
 def each_step(steps: range, folder: str, layout: str, mode: str, **policy: int) -> None:
-    """Saves these steps through a Writer; what was submitted changes as soon as it may, as it does in training."""
+    """Save these steps through a Writer; the submitted record changes as soon as it may, as in training."""
     writer = Writer(background=mode == "background", free_memory=lambda: None, say=say)
     for step in steps:
         one = of_step(step)
@@ -83,7 +85,7 @@ def loop(folder: str, layout: str, mode: str, first: str) -> None:
 
 
 def plain(path: str) -> None:
-    """What everybody does: the same file again and again."""
+    """Write the same file again and again, as each process does."""
     step = 1
     while True:
         torch.save(of_step(step).model_state, path)
@@ -102,9 +104,9 @@ def many(folder: str, layout: str, run_id: str, times: str) -> None:
 
 
 def nth(folder: str, layout: str, mode: str, number: str) -> None:
-    """Saves steps 3 and 4; SIGKILL before the n-th call that changes the disk, half-way through it if it is a write.
+    """Save steps 3 and 4; SIGKILL before the n-th call that changes the disk, in the middle of it if it is a write.
 
-    The writes of step 4 are those of step 3 again, and are not counted.
+    The writes of step 4 repeat those of step 3 and are not counted.
     """
     original = killed_before(int(number))
     each_step(range(4, 5), folder, layout, mode, keep_last=1, keep_every=2)
@@ -140,14 +142,17 @@ def killed_before(number: int) -> dict[str, Callable[..., Any]]:
 
 
 def half(descriptor: int, data: Any) -> None:
-    """Writes the first half; past the page cache only whole blocks can be written."""
+    """Write the first half; past the page cache only whole blocks can be written."""
     direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
     size = len(data) // 2
     _write(descriptor, memoryview(data)[: size // files.BLOCK * files.BLOCK if direct else size])
 
 
 def main() -> None:
-    """Fork a child for each `COMMAND ARGUMENTS`, quoted as for a shell; two with `|` between them run at once. Say how they ended."""
+    """Fork a child for each `COMMAND ARGUMENTS`, quoted as for a shell; two with `|` between them run at once.
+
+    Say how they ended.
+    """
     torch.save({}, io.BytesIO())  # imports what it needs, once and not in every child
     for line in sys.stdin:
         pids = []

@@ -13,15 +13,16 @@ from drive import ROOT, TINY, environment
 from drive import train as trained_in
 
 import training
-from milepost import ckpt, config, run
+from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
+from milepost.run import text as run_text
 from milepost.runtime.progress import Log
 
 NOTHING_OF_TRAINING = dict.fromkeys([*TINY, "TRAINING_DATA_SOURCE"]) | {"DEVICE": "cpu"}
 
 
 class Said(NamedTuple):
-    """What one command did: exit code, stdout and stderr."""
+    """The result of a command: exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -37,7 +38,7 @@ def script(name: str) -> ModuleType:
 
 
 def call(module: ModuleType, folder: Path, **changes: str | Path | None) -> Said:
-    """What the script says; nothing is set but the folders of `folder` and `changes`."""
+    """Return what the script prints; only the folders of `folder` and `changes` are set."""
     out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), io.StringIO()
     texts = {name: None if value is None else str(value) for name, value in changes.items()}
     try:
@@ -50,9 +51,11 @@ def call(module: ModuleType, folder: Path, **changes: str | Path | None) -> Said
 
 
 def train_family(folder: Path) -> Path:
-    """A run kept at its steps 2, 4, 6 and 8, and a child of step 4 with another batch, kept at its steps 5 and 6."""
+    """A run with checkpoints at steps 2, 4, 6 and 8, and a child of step 4 with another batch, with checkpoints at 5
+    and 6.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         assert trained_in(folder, CHECKPOINT_INTERVAL="2", SAMPLE_INTERVAL="0")[0] == 0
         (start,) = (folder / "checkpoints").glob("*step0004*")
         changes = {

@@ -1,9 +1,10 @@
-"""One of several processes that each hold a part of a record. test_sharded.py starts them by torchrun, or side by side to kill one.
+"""One of several processes that each hold a part of a record. test_sharded.py starts them by torchrun, or side by side
+to kill one.
 
-`python3 -m torch.distributed.run --nproc_per_node=2 tests/shards.py FOLDER` does everything below `together` once and says in
-FOLDER/{rank}.json what it saw. `python3 tests/shards.py` reads `RANK KILLED NUMBER MODE STORE FOLDER` from each line, quoted as for a
-shell, and forks a child that saves step 2 and, if it is the one to be KILLED, ends before the NUMBER-th of its calls that change
-the disk.
+`python3 -m torch.distributed.run --nproc_per_node=2 tests/shards.py FOLDER` does everything below `together` once and
+says in FOLDER/{rank}.json what it saw. `python3 tests/shards.py` reads `RANK KILLED NUMBER MODE STORE FOLDER` from each
+line, quoted as for a shell, and forks a child that saves step 2 and, if it is the one to be KILLED, ends before the
+NUMBER-th of its calls that change the disk.
 """
 
 import dataclasses
@@ -41,7 +42,9 @@ SIZES = {"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd":
 
 
 def shared(one: Checkpoint, group: dist.ProcessGroup) -> Checkpoint:
-    """The record as the processes of `group` share it: each has some of the rows of every tensor, and all have the scalars."""
+    """The record as the processes of `group` share it: each has some of the rows of every tensor,
+    and all have the scalars.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def part(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,7 +103,7 @@ def made() -> dict[str, Callable[[], Checkpoint]]:
 
 
 def round_trips(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
-    """Every record, at once and in the background; and what `bytes_on_disk` thinks of the first."""
+    """Save every record, synchronously and in the background; return also `bytes_on_disk` of the first."""
     for name, make in made().items():
         for background in (False, True):
             save(shared(make(), group), folder / name / str(background), background=background)
@@ -114,7 +117,9 @@ def bests(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def full_disk(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
-    """A disk that is full for the second process alone (of four, for all but the first), then one that is full before anything is written, then room again."""
+    """A disk that is full for the second process only (of four, for all but the first), then one that is full before
+    anything is written, then a disk with space.
+    """
     write, problem, seen = files.NewFile.write, saving.free_space_problem, []
 
     def refused(self: files.NewFile, data: Any) -> int:
@@ -138,7 +143,7 @@ def full_disk(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def by_columns(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
-    """A tensor that is divided along another dimension than its first, which the index has no words for."""
+    """A tensor that is sharded along another dimension than its first, which the index cannot express."""
     one, seen = shared(record(4), group), "saved"
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     one.model_state = {name: distribute_tensor(torch.ones(8, 8), mesh, [Shard(1)]) for name in one.model_state}
@@ -151,7 +156,7 @@ def by_columns(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def bad_numbers(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
-    """One that is none in a row of the second process."""
+    """A tensor with NaN in a row of the second process."""
     one = shared(gpt2_record(5), group)
     good = ckpt.not_finite(one)
     if dist.get_rank() == 1:
@@ -160,7 +165,7 @@ def bad_numbers(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def trained(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
-    """A model that fully_shard has divided, after one update; torch's own gathering says what its tensors are."""
+    """A model that fully_shard has sharded, after one update; its full tensors come from torch's own gathering."""
     torch.manual_seed(1)
     model = models.build("gpt2", SIZES)
     for block in model.h:
@@ -185,7 +190,7 @@ def trained(folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def together(folder: Path) -> None:
-    """Each of the above, and what it saw."""
+    """Run each of the above and return its result."""
     dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo")
     seen = {
@@ -200,7 +205,7 @@ def together(folder: Path) -> None:
 
 
 def child(rank: str, killed: str, number: str, mode: str, store: str, folder: str) -> None:
-    """Save step 2 together with the other; say `saved`, or `failed` with the error."""
+    """Save step 2 collectively; print `saved`, or `failed` with the error."""
     torch.set_num_threads(1)
     # Not by init_method, a URL, which takes no `?` or `#` of a path for what it is.
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=int(rank), world_size=2, timeout=NEVER)

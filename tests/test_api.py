@@ -55,7 +55,7 @@ def test_a_training_is_the_one_of_the_script(trained, tmp_path):
         ckpt.load(milepost.latest(tmp_path / "checkpoints")),
     )
     assert tensor_bytes(here) == tensor_bytes(there)
-    assert run.step == here.step == int(TINY["TRAINING_STEPS"])
+    assert run.state.step == here.step == int(TINY["TRAINING_STEPS"])
     other = milepost.load("latest", folder=folder / "checkpoints")
     other.model_state = {name: tensor + 1 for name, tensor in other.model_state.items()}
     assert tensor_bytes(other) != tensor_bytes(there)  # the control
@@ -78,11 +78,13 @@ def test_every_variable_is_a_keyword_and_the_environment_is_not_read(monkeypatch
     assert settings_of(seed=5, stop=["a", "b"], prompt=None, dropout=0.5).stop == ("a", "b")
 
 
-def test_checkpoints_are_looked_for_where_train_saves_them(monkeypatch, tmp_path):
-    from milepost.api import CHECKPOINTS, settings_of
+def test_checkpoints_are_looked_for_where_train_saves_them(trained, monkeypatch, tmp_path):
+    from milepost.api import settings_of
 
     monkeypatch.chdir(tmp_path)
-    assert settings_of().checkpoint_dir == CHECKPOINTS == str(ROOT / "checkpoints")
+    assert settings_of().checkpoint_dir == str(ROOT / "checkpoints")
+    monkeypatch.setattr("milepost.config.resolve.base_folder", lambda: trained[0])
+    assert milepost.load("latest").step == milepost.find()[-1].step == int(TINY["TRAINING_STEPS"])
 
 
 @pytest.mark.parametrize("kind", [str, Path, os.fspath])
@@ -167,7 +169,7 @@ def test_an_unknown_layout_is_refused_by_name(tmp_path):
         milepost.save(record(3, **FULL), tmp_path, layout="zip")
 
 
-def test_pruning_deletes_what_the_policy_says(tmp_path):
+def test_pruning_deletes_by_the_policy(tmp_path):
     for step in (1, 2, 3):
         milepost.save(record(step, **FULL), tmp_path)
     copy = tmp_path / "mine.pt"

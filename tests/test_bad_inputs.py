@@ -52,7 +52,7 @@ JSON_MEMBER = "archive/milepost.json"
 
 
 def opened(wish: str | Path, folder: Path) -> Checkpoint:
-    """What inference does with CHECKPOINT_PATH, as far as the model that could answer."""
+    """Do what inference does with CHECKPOINT_PATH, up to the model."""
     path, _ = ckpt.resolve(str(wish), folder)
     one = ckpt.load(path, verify=True)
     build_model(one, device=torch.device("cpu"))
@@ -61,12 +61,14 @@ def opened(wish: str | Path, folder: Path) -> Checkpoint:
 
 
 def enough(folder: Path) -> int:
-    """Function calls in which the files of `folder` must be refused or listed: some for each byte, whatever the bytes promise."""
+    """Function calls in which the files of `folder` must be refused or listed: some for each byte,
+    whatever the bytes promise.
+    """
     return 500_000 + 10 * sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
 def refusal(wish: str | Path, folder: Path) -> str:
-    """The one sentence in which `wish` is refused, by name and with no more work than its bytes are worth."""
+    """Return the sentence that refuses `wish`, which names it; assert that the work is bounded by its bytes."""
     with pytest.raises(CheckpointError) as caught:
         calls(lambda: opened(wish, folder), most=enough(folder))
     text = str(caught.value)
@@ -383,7 +385,7 @@ class Evil:
 
 
 def content(folder: Path, **changes: Any) -> dict[str, Any]:
-    """What torch.load finds in a good file, with changes."""
+    """Return the content of a valid file as torch.load reads it, with changes."""
     path = good(folder)
     loaded = torch.load(path, weights_only=True)
     path.unlink()
@@ -426,7 +428,9 @@ def test_23_no_code_of_a_bare_pickle_ever_runs(tmp_path):
 
 
 def test_control_the_code_would_have_run(tmp_path):
-    """Negative control for the tests above: in a process of its own, plain pickle runs the very bytes that were refused."""
+    """Negative control for the tests above: in a process of its own,
+    plain pickle runs the very bytes that were refused.
+    """
     marker = tmp_path / "it ran"
     path = torch_saved(tmp_path, Evil(f"open({str(marker)!r}, 'w').close()"))
     (tmp_path / "pickled").write_bytes(members(path)["archive/data.pkl"])
@@ -552,7 +556,9 @@ def test_a_large_pickle_of_another_program_is_listed_with_little_work(opcodes, t
 
 
 def test_control_what_programs_save_is_opened(tmp_path):
-    """Groups that share their betas, an OrderedDict with attributes, shapes, keys of tuples, tied and shared tensors, a wide vocabulary."""
+    """Groups that share their betas, an OrderedDict with attributes, shapes, keys of tuples, tied and shared tensors,
+    a wide vocabulary.
+    """
     model = torch.nn.TransformerEncoderLayer(8, 2)
     groups = [{"params": [one], "betas": (0.9, 0.95)} for one in model.parameters()]
     updates = torch.optim.AdamW(groups)
@@ -769,7 +775,7 @@ def test_control_anothers_sound_weights_are_taken(case, tmp_path):
 
 
 def test_31_weights_that_are_no_numbers_are_found_by_what_decides_by_them(tmp_path):
-    """They open, so that somebody can look at them; who generates, saves or prunes asks first."""
+    """They open, so that they can be inspected; generating, saving and pruning check them first."""
     path = ckpt.save(record(3, model_state={WEIGHT: torch.full((8, 8), float("nan"))}), tmp_path)
     assert not_finite(opened(path, tmp_path).model_state) == [WEIGHT]
 
@@ -788,7 +794,7 @@ def test_44_an_optimizer_of_another_save_is_refused(tmp_path):
     assert "belongs to another save than" in str(ckpt.find(path.parent)[0].problem)
 
 
-def test_44_without_its_optimizer_it_generates_and_says_what_it_cannot(tmp_path):
+def test_44_without_its_optimizer_it_generates_and_reports_what_is_missing(tmp_path):
     path = ckpt.save(record(3), tmp_path, layout="separated")
     next(tmp_path.glob("*-optimizer.pt")).unlink()
     one = opened(path, tmp_path)
@@ -1044,7 +1050,7 @@ def test_metadata_beyond_all_measure_is_refused_unread(tmp_path):
     assert "is larger than 16777216 bytes" in refusal(path, tmp_path)
 
 
-def test_38_unknown_fields_are_left_out_and_said(tmp_path):
+def test_38_unknown_fields_are_left_out_and_reported(tmp_path):
     values = metadata_of(tmp_path) | {"colour": "blue", "path": "/etc/passwd", "\x1b[2J": 1}
     one = opened(with_metadata(tmp_path, json.dumps(values)), tmp_path)
     assert one.path == next(tmp_path.glob("*.pt"))
@@ -1175,7 +1181,7 @@ def test_bombs_are_refused_in_a_quarter_of_a_gigabyte(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# At the door
+# At the command line
 
 
 def at_the_door(folder: Path, path: Path, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -1192,7 +1198,7 @@ DOOR = {
 
 
 @pytest.mark.parametrize("case", DOOR)
-def test_the_command_says_one_sentence_and_exits_with_3(case, tmp_path):
+def test_the_command_prints_one_sentence_and_exits_with_3(case, tmp_path):
     make, changes = DOOR[case]
     path = make(tmp_path)
     done = at_the_door(tmp_path, path, **changes)

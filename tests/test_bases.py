@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,76 @@ def test_a_note_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("milepost.ckpt.bases.new_file", refused)
     said = tuned(tmp_path, bases[2])
     assert f"pruning may delete {bases[2]}" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A base that was moved
+
+
+lister = script("list_checkpoints")
+
+
+def listed_bases(folder: Path) -> list[list[str]]:
+    """Return the rows of the list's table of bases, without its header."""
+    out = call(lister, folder).out
+    rows = out.split("\n\n")[-1].splitlines() if "need base" in out else []
+    return [row.split(maxsplit=2) for row in rows[1:]]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """Return a folder with a base run in base/checkpoints, and adapters trained from its step 2 in adapters/checkpoints."""
+    folder = tmp_path_factory.mktemp("project")
+    bases = base_run(folder / "base")
+    (folder / "adapters").mkdir()
+    tuned(folder / "adapters", bases[2])
+    return folder
+
+
+@pytest.fixture
+def gone(project, tmp_path) -> Iterator[Path]:
+    """Return a copy of the project while the original is elsewhere."""
+    hidden = tmp_path / "hidden"
+    shutil.copytree(project, tmp_path / "moved")
+    project.rename(hidden)
+    yield tmp_path / "moved"
+    hidden.rename(project)
+
+
+def test_a_base_where_it_was_is_listed_as_found(project):
+    ((_, source, state),) = listed_bases(project / "adapters")
+    assert Path(source) == next((project / "base" / "checkpoints").glob("*step0002*"))
+    assert state == "found"
+
+
+def test_a_base_that_was_moved_together_with_its_adapters_is_found(gone):
+    (base,) = (gone / "base" / "checkpoints").glob("*step0002*")
+    ((_, _, state),) = listed_bases(gone / "adapters")
+    assert state == f"found in {base}"
+    assert opens(gone / "adapters")
+
+
+def test_a_base_beside_the_adapters_is_found_by_its_weights_under_any_name(gone):
+    (base,) = (gone / "base" / "checkpoints").glob("*step0002*")
+    base.rename(gone / "adapters" / "checkpoints" / "a base of mine.pt")
+    ((_, _, state),) = listed_bases(gone / "adapters")
+    assert state == f"found in {gone / 'adapters' / 'checkpoints' / 'a base of mine.pt'}"
+    assert opens(gone / "adapters", CHECKPOINT_PATH=newest_adapters(gone))
+
+
+def newest_adapters(folder: Path) -> Path:
+    found = ckpt.find(folder / "adapters" / "checkpoints")
+    return [each.path for each in found if "adapters" in each.metadata["parts"]][-1]
+
+
+def test_another_checkpoint_in_the_place_of_a_moved_base_is_not_taken(gone):
+    (base,) = (gone / "base" / "checkpoints").glob("*step0002*")
+    (other,) = (gone / "base" / "checkpoints").glob("*step0004*")
+    other.replace(base)
+    ((_, _, state),) = listed_bases(gone / "adapters")
+    assert state == "missing"
+    assert not opens(gone / "adapters")
+
+
+def test_a_run_without_adapters_needs_no_base(project):
+    assert listed_bases(project / "base") == []

@@ -168,7 +168,7 @@ def test_rows_do_not_depend_on_how_a_step_is_divided(batch: int, accumulation: i
         assert torch.equal(flat, torch.cat([single.at(step * rows + row)[0][0] for row in range(rows)]))
 
 
-def test_going_on_from_a_count_of_windows() -> None:
+def test_resuming_from_a_count_of_windows() -> None:
     """A run that changes its batch size resumes at the same window; without a change it sees the same batches."""
     first = Batches(numbers(500), block_size=8, batch_size=6, seed=9)
     same_size = Batches(

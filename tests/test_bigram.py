@@ -106,7 +106,7 @@ def test_settings_that_make_no_model_are_refused_by_name(model_type: str, change
         build(model_type, fields | change)
 
 
-def test_missing_settings_are_named_together() -> None:
+def test_all_missing_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"^n_head, n_embd: missing from the settings of the gpt2 model\.$"):
         build("gpt2", {"vocab_size": 11, "block_size": 8, "n_layer": 2})
 

@@ -27,7 +27,7 @@ def test_a_single_sentence_is_taken_as_it_is():
     )  # fmt: skip
 
 
-def test_what_a_file_says_neither_steers_a_terminal_nor_fills_it():
+def test_text_of_a_file_neither_steers_nor_fills_a_terminal():
     error = CheckpointError("a.pt", "\x1b[2J\n" + "x" * 5000, EARLIER, kind="damaged")
     assert str(error).isprintable()
     assert len(str(error)) <= LONGEST

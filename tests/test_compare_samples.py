@@ -43,7 +43,11 @@ def test_the_texts_are_those_of_generating_from_each(changes, folder):
         assert "".join(text + "\n" for text in one["texts"]) == alone.out
         assert len(one["texts"]) == int(changes.get("NUM_SAMPLES", 1))
     assert values["checkpoints"][0]["texts"] != values["checkpoints"][1]["texts"]
-    assert (values["prompt"], values["sample_seed"], values["max_new_tokens"]) == (changes.get("PROMPT", "Dear") or "", 7, 40)  # fmt: skip
+    assert (values["prompt"], values["sample_seed"], values["max_new_tokens"]) == (
+        changes.get("PROMPT", "Dear") or "",
+        7,
+        40,
+    )
 
 
 def test_side_by_side_where_there_is_room(folder, monkeypatch):
@@ -62,7 +66,10 @@ def test_one_after_another_where_columns_would_be_narrow(folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     out = compared(folder, 2, 4).out
     assert " | " not in out
-    assert [line for line in out.splitlines() if line.startswith("gpt2 at step")] == ["gpt2 at step 2", "gpt2 at step 4, validation loss " + re.search(r"loss (\S+)", out)[1]]  # fmt: skip
+    assert [line for line in out.splitlines() if line.startswith("gpt2 at step")] == [
+        "gpt2 at step 2",
+        "gpt2 at step 4, validation loss " + re.search(r"loss (\S+)", out)[1],
+    ]
     assert max(map(len, out.splitlines())) <= 60
     monkeypatch.setenv("COLUMNS", "1")
     assert compared(folder, 2, 4).code == 0
@@ -81,7 +88,9 @@ def test_a_folder_a_glob_and_latest(folder):
     whole = call(compare, folder, **SETTINGS, CHECKPOINT_PATH=checkpoints, OUTPUT=folder / "x.json")
     assert whole.code == 0
     assert len(json.loads((folder / "x.json").read_text())["checkpoints"]) == 6
-    assert call(compare, folder, **SETTINGS, CHECKPOINT_PATH=f"{checkpoints}/*step000[24]*").out.count("gpt2 at step") == 2  # fmt: skip
+    assert (
+        call(compare, folder, **SETTINGS, CHECKPOINT_PATH=f"{checkpoints}/*step000[24]*").out.count("gpt2 at step") == 2
+    )
     assert call(compare, folder, **SETTINGS).out.count("gpt2 at step") == 1
 
 

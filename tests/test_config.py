@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from milepost import config
 from milepost.config import VARIABLES, Config, ConfigError
+from milepost.config.names import refuse_arguments
 from milepost.config.parse import kind_of
 
 ALONE = {"PYTHON_DOTENV_DISABLED": "1"}  # the developer's own .env must not decide a test
@@ -35,13 +37,13 @@ MATH = names(
 )
 HABIT = names(
     "EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL TRACKER ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL CHECKPOINT_MODEL_ONLY "
-    "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST"
+    "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST TEMPERATURE TOP_K TOP_P REPETITION_PENALTY"
 )
 SESSION = names(
-    "ENV_FILE DEVICE DISTRIBUTED BASE_CHECKPOINT CHECKPOINT_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
-    "MAX_NEW_TOKENS TEMPERATURE TOP_K TOP_P REPETITION_PENALTY STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
+    "ENV_FILE DEVICE DISTRIBUTED BASE_CHECKPOINT CHECKPOINT_DIR CHECKPOINT_FALLBACK_DIR RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE "
+    "MAX_NEW_TOKENS STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
     "EVAL_TYPE EVAL_DATA EVAL_STRIDE BENCHMARK_DATA "
-    "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
+    "CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN PRUNE_OTHERS RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
 )
 
 
@@ -415,7 +417,7 @@ def test_an_empty_variable_leaves_the_value_of_the_file(tmp_path: Path) -> None:
 
 
 def test_the_repositorys_env_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
+    monkeypatch.setattr("milepost.config.resolve.base_folder", lambda: tmp_path)
     assert config.read({}).seed == 1337
     (tmp_path / ".env").write_text("SEED=4\nCHECKPOINT_DIR=c\n")
     c = config.read({}, cwd=tmp_path / "elsewhere")
@@ -429,7 +431,7 @@ def test_the_repositorys_env_is_the_default(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_folder_called_env_is_not_an_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
+    monkeypatch.setattr("milepost.config.resolve.base_folder", lambda: tmp_path)
     (tmp_path / ".env").mkdir()
     assert config.read({}).seed == 1337
 
@@ -550,13 +552,22 @@ def test_short_names_and_names_without_underscore_are_left_alone() -> None:
 
 
 def test_saved_settings_fill_what_is_not_set() -> None:
-    old = read(MODEL_TYPE="gpt2", N_EMBD="64", BATCH_SIZE="3", SEED="5", EVAL_INTERVAL="9", PROMPT="x", TOP_K="4")
+    old = read(
+        MODEL_TYPE="gpt2",
+        N_EMBD="64",
+        BATCH_SIZE="3",
+        SEED="5",
+        EVAL_INTERVAL="9",
+        PROMPT="x",
+        TOP_K="4",
+        NUM_SAMPLES="7",
+    )
     saved = json.loads(json.dumps(config.to_dict(old)))
     new = config.from_saved(read(SEED="6", TOP_P="0.5"), saved)
     assert (new.model_type, new.n_embd, new.batch_size, new.eval_interval) == ("gpt2", 64, 3, 9)
-    assert (new.seed, new.top_p, new.prompt, new.top_k) == (6, 0.5, None, 200)
-    sources = [new.sources[name] for name in ("N_EMBD", "SEED", "TOP_K", "PROMPT")]
-    assert sources == ["checkpoint", "environment", "default", "default"]
+    assert (new.seed, new.top_p, new.prompt, new.top_k, new.num_samples) == (6, 0.5, None, 4, 1)
+    sources = [new.sources[name] for name in ("N_EMBD", "SEED", "TOP_K", "PROMPT", "NUM_SAMPLES")]
+    assert sources == ["checkpoint", "environment", "checkpoint", "default", "default"]
     assert not new.is_set("N_EMBD")
 
 
@@ -568,7 +579,7 @@ def test_a_repository_that_moves_takes_its_data_along(tmp_path: Path, monkeypatc
     saved = config.to_dict(read(tmp_path, TRAINING_DATA_SOURCE=f"{config.ROOT}/data/a.md,b.txt,https://c.org/d.txt"))
     assert saved["TRAINING_DATA_SOURCE"] == f"data/a.md,{tmp_path / 'b.txt'},https://c.org/d.txt"
     current = read()
-    monkeypatch.setattr("milepost.config.resolve.ROOT", tmp_path)
+    monkeypatch.setattr("milepost.config.resolve.SHIPPED", tmp_path)
     assert config.from_saved(current, saved).training_data_source.split(",")[0] == str(tmp_path / "data" / "a.md")
 
 
@@ -656,7 +667,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.lists(st.sampled_from(config.LORA_LAYERS), min_size=1).map(", ".join)
     if rules["form"] == "blocks":
         return st.sets(st.integers(0, 9), min_size=1).map(lambda numbers: " ,".join(map(str, numbers)))
-    if rules["form"] or name in ("PROMPT", "RUN"):
+    if rules["form"] or name in ("PROMPT", "RUN", "PRUNE_OTHERS"):
         free = st.one_of(prose, tricky).filter(lambda text: text.replace(",", " ").strip() and text.strip()[0] != "[")
         return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
     by_type: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
@@ -715,7 +726,7 @@ def valid(variables: Mapping[str, str]) -> Config:
 def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
     before = valid(variables)
     path = tmp_path_factory.getbasetemp() / "round.env"
-    path.write_text(config.as_env(before), encoding="utf-8")
+    path.write_text(config.as_env(before, {}), encoding="utf-8")
     after = config.read({"ENV_FILE": str(path)})
     for name in VARIABLES.keys() - {"ENV_FILE"}:
         assert getattr(after, name.lower()) == getattr(before, name.lower()), name
@@ -768,7 +779,7 @@ def test_any_checkpoint_is_taken_or_refused(saved: dict[str, Any]) -> None:
 
 
 def test_as_env_marks_what_is_not_set() -> None:
-    lines = config.as_env(read(PROMPT="a b", LEARNING_RATE="5e-5")).splitlines()
+    lines = config.as_env(read(PROMPT="a b", LEARNING_RATE="5e-5"), {}).splitlines()
     assert 'PROMPT="a b"' in lines
     assert "LEARNING_RATE=5e-5" in lines
     assert "# SAMPLE_SEED=" in lines
@@ -863,6 +874,24 @@ def test_a_script_that_is_imported_gets_the_declared_defaults(monkeypatch: pytes
         (["--prompt", "Dear Wren,"], "use PROMPT='Dear Wren,' python3 training.py"),
         (["--stream", "--seed=1"], "use STREAM=true SEED=1 python3 training.py"),
         (["a b.pt"], "use CHECKPOINT_PATH='a b.pt' python3 training.py"),
+        (["--resume_from_checkpoint=x"], "use RESUME=x python3 training.py"),
+        (["--checkpoint.resume", "true"], "use RESUME=auto python3 training.py"),
+        (["--resume"], "use RESUME=auto python3 training.py"),
+        (["--resume=false"], "use RESUME=never python3 training.py"),
+        (["--checkpoint.resume_step", "5000"], "use RESUME_STEP=5000 RESUME=auto python3 training.py"),
+        (["--legacy_checkpoint", "x.pt"], "use CHECKPOINT_PATH=x.pt python3 training.py"),
+        (["--optimizer.lr=3"], "use LEARNING_RATE=3 python3 training.py"),
+        (["--n_layers", "3"], "use N_LAYER=3 python3 training.py"),
+        (["--learningrate=3"], "use LEARNING_RATE=3 python3 training.py"),
+        (["--model_name", "dante"], "use CHECKPOINT_DIR=checkpoints/dante python3 training.py"),
+        (["--model_name", "gpt2-medium"], "use GPT2_MODEL_NAME=gpt2-medium python3 training.py"),
+        (["a.pt", "b.pt"], "use CHECKPOINT_PATH=a.pt,b.pt python3 training.py"),
+        (["--config", "run.env"], "use ENV_FILE=run.env python3 training.py"),
+        (["--config", "absent.yaml"], "(unknown: absent.yaml): python3 training.py --help lists them"),
+        *(
+            ([f"--{word}", "x"], f"(unknown: --{word}): python3 training.py --help lists them")
+            for word in ("epochs", "dim", "data.shuffle", "model-size", "checkpoint.strategy", "step", "evaluate")
+        ),
         (["--xyzzy"], "(unknown: --xyzzy): python3 training.py --help lists them"),
         (["now"], "(unknown: now): python3 training.py --help lists them"),
     ],
@@ -877,6 +906,61 @@ def test_arguments_are_refused_with_the_variables_to_set(
     error = capsys.readouterr().err
     assert error.startswith("training.py takes no arguments, settings are environment variables")
     assert error.endswith(use + "\n")
+
+
+def test_an_argument_of_training_that_names_a_checkpoint_is_the_one_to_resume() -> None:
+    reads = {"RESUME", "LEARNING_RATE"}
+    assert refuse_arguments("training.py", ["--model-path", "x"], reads).endswith("use RESUME=x python3 training.py")
+    assert refuse_arguments("x.py", ["--ckpt", "x"], {"CHECKPOINT_PATH"}).endswith("use CHECKPOINT_PATH=x python3 x.py")
+
+
+YAML = """model:
+  n_layers: 6   # of them
+  dim: 64
+optimizer:
+  lr: 3e-4
+  betas: [0.9, 0.95]
+data_path: "my letters.txt"
+resume: true
+checkpoint:
+  save_dir: out
+  keep: null
+"""
+JSON = '{\n "n_layers": 6,\n "dim": 64,\n "lr": 3e-4,\n "data_path": "my letters.txt",\n "resume": true,\n "save_dir": "out"\n}'
+TOML = 'n_layers = 6\ndim = 64\n[optimizer]\nlr = 3e-4\n[data]\ndata_path = "my letters.txt"\nresume = true\nsave_dir = "out"\n'
+REPLACED = "N_LAYER=6 LEARNING_RATE=3e-4 TRAINING_DATA_SOURCE='my letters.txt' RESUME=auto CHECKPOINT_DIR=out"
+
+
+@pytest.mark.parametrize(("name", "text"), [("c.yaml", YAML), ("c.yml", YAML), ("c.json", JSON), ("c.toml", TOML)])
+def test_the_keys_of_a_configuration_file_are_listed_as_variables(name: str, text: str, tmp_path: Path) -> None:
+    """On the command line and as ENV_FILE; a key that names no variable for sure is listed as unknown."""
+    path = tmp_path / name
+    path.write_text(text)
+    said = refuse_arguments("training.py", ["--config", str(path)])
+    assert said.endswith(f"(unknown: dim): use {REPLACED} python3 training.py")
+    (problem,) = file_problems_of(path)
+    assert REPLACED in problem
+    assert str(path) in problem
+    assert "dim" in problem
+
+
+def file_problems_of(path: Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.read({"ENV_FILE": str(path)}, cwd=path.parent)
+    return caught.value.problems
+
+
+def test_what_replaces_a_configuration_file_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(YAML)
+    pairs = dict(word.split("=", 1) for word in shlex.split(REPLACED))
+    assert config.read(ALONE | pairs, cwd=tmp_path).n_layer == 6
+
+
+def test_words_of_other_programs_for_values_are_taken(tmp_path: Path) -> None:
+    assert read(EVAL_TYPE="paper_metrics").eval_type == "benchmark"
+    assert of_file(tmp_path, "RESUME_STEP=-1\n", RESUME="auto").resume_step is None
+    assert read(RESUME_STEP="-1").resume_step is None
+    assert problems(RESUME_STEP="-2")  # the control
 
 
 def test_helpers_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

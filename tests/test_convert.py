@@ -116,7 +116,8 @@ def test_the_full_one_is_the_latest_and_the_best_of_two_of_one_save(tmp_path):
     [("my-model", "my-model_"), ("../../out", "checkpoint_"), (7, "checkpoint_"), ("x" * 41, "checkpoint_")],
 )
 def test_names_begin_as_those_of_the_run(tmp_path, saved, begins):
-    path = save(tmp_path, record(1, hyperparameters={"CHECKPOINT_PREFIX": saved}))
+    one = record(1, hyperparameters={"CHECKPOINT_PREFIX": saved})
+    path = ckpt.save(one, tmp_path, prefix="my-model" if saved == "my-model" else "checkpoint")
     target = ckpt.convert(path, tmp_path / "new", layout="directory").target
     assert target.parent == tmp_path / "new"
     assert target.name.startswith(begins)
@@ -272,7 +273,9 @@ def test_a_whole_folder(trained, tmp_path, layout):
     assert bests(output) == bests(source)
     assert files_of(source) == before
     again = call(converter, trained, CHECKPOINT_PATH=source, OUTPUT=output, CHECKPOINT_LAYOUT=layout)
-    assert (again.code, again.out) == (0, f"Conversion complete! Check {output}\n")
+    assert again.code == 0
+    assert again.out.endswith(f"Conversion complete! Check {output}\n")
+    assert "Converted: " not in again.out
     assert again.err.count("already") == 6
     assert len(ckpt.find(output)) == 6
 
@@ -294,7 +297,8 @@ def test_damaged_ones_are_named_and_left_out(trained, tmp_path):
     )
     assert said.code == 3
     assert f"skipped: {family(trained)[4].name}" in said.err.replace(f"{folder}/checkpoints/", "")
-    assert f"1 of {said.out.count('Converted: ') + 1} could not be converted" in said.out
+    assert f"1 of {said.out.count('Converted: ') + 1} cannot be read. Check {tmp_path / 'new'}\n" in said.out
+    assert "Conversion complete!" not in said.out
     steps = [one.step for one in ckpt.find(tmp_path / "new")]
     assert {2, 6, 8} <= set(steps)
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milepost import run
+from milepost.run import text as run_text
 from milepost.runtime.progress import Log
 from milepost.text import download, readers, stamps
 from milepost.text import scan as scan_module
@@ -303,6 +303,17 @@ def test_a_url_is_downloaded_once_and_its_hash_recorded(tmp_path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == sorted([path.name, path.name + ".json"])
 
 
+def test_a_download_in_a_read_only_folder_is_used_and_new_ones_go_elsewhere(tmp_path: Path) -> None:
+    web, cache = Web(b"Dear Wren,\n"), tmp_path / "cache"
+    packed = fetch(URL, data_dir=tmp_path, open_url=web)
+    assert fetch(URL, data_dir=tmp_path, cache_dir=cache, open_url=no_network) == packed
+    assert os.listdir(cache) == ["hashes"]
+    packed.write_bytes(b"damaged")
+    assert fetch(URL, data_dir=tmp_path, cache_dir=cache, open_url=web).parent == cache / "downloads"
+    assert fetch(URL, data_dir=tmp_path, cache_dir=cache, open_url=no_network).parent == cache / "downloads"
+    assert packed.read_bytes() == b"damaged"
+
+
 def test_a_damaged_or_unrecorded_download_is_repeated(tmp_path: Path) -> None:
     web = Web(b"text")
     path = fetch(URL, data_dir=tmp_path, open_url=web)
@@ -582,14 +593,14 @@ def test_a_download_is_hashed_once(tmp_path: Path) -> None:
 
 @counts_bytes
 def test_a_start_does_not_read_an_unchanged_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As run.py opens a text; a Log belongs to one start."""
+    """As a run opens a text; a Log belongs to one start."""
     path = write(tmp_path / "large.txt", b"Dear Wren,\n" * (SIZE // 11))
-    monkeypatch.setattr(run, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(run_text, "CACHE_FOLDER", tmp_path / "cache")
     monkeypatch.setattr(stamps, "RECENT", -LATER)  # the file was written just now
     counts = []
     for _ in range(2):
         before = bytes_read()
-        found = run.scan_source(str(path), Log())[1]
+        found = run_text.scan_source(str(path), Log())[1]
         counts.append(bytes_read() - before)
         assert found == scan(opened(path))
     assert counts[0] >= path.stat().st_size

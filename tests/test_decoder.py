@@ -20,7 +20,8 @@ from models.linears import LINEARS, quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A vocabulary of several times RESCORED: of a smaller one every logit would be computed again, whatever the head has made of it.
+# A vocabulary of several times RESCORED: of a smaller one every logit would be computed again, whatever the head has
+# made of it.
 VOCAB = 1000
 SETTINGS = GPT2Settings(VOCAB, block_size=48, n_layer=3, n_head=4, n_embd=64)
 VARIANTS = {
@@ -106,7 +107,9 @@ def test_logits_are_the_plain_models(weights: str, variant: str, parts: tuple[in
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_best_logits_are_not_rounded(weights: str) -> None:
-    """Of a vocabulary larger than what is computed again, the best have float32's bits, the others bfloat16's."""
+    """Where the vocabulary is larger than the recomputed part, the best logits have float32's bits, the others
+    bfloat16's.
+    """
     model = random_model(replace(SETTINGS, vocab_size=700))
     logits = through_cache(Decoder(model, weights=weights), [1, 2, 3], [3])[-1]
     coarse = logits == logits.bfloat16().float()
@@ -193,7 +196,9 @@ def against_plain(decoder: Decoder, model: GPT2, held_out: torch.Tensor) -> tupl
     return (logits.argmax(-1) == expected.argmax(-1)).float().mean().item(), abs(ours.exp() / theirs.exp() - 1).item()
 
 
-@pytest.mark.parametrize(("weights", "agreement", "loss"), [("float32", 1.0, 1e-5), ("bfloat16", 0.95, 0.01), ("int8", 0.95, 0.01)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "agreement", "loss"), [("float32", 1.0, 1e-5), ("bfloat16", 0.95, 0.01), ("int8", 0.95, 0.01)]
+)
 def test_a_trained_model_predicts_the_same(weights: str, agreement: float, loss: float, trained) -> None:
     """The same next token at teacher-forced positions, and the same perplexity to 1 %, on held-out text."""
     model, held_out = trained
@@ -204,7 +209,7 @@ def test_a_trained_model_predicts_the_same(weights: str, agreement: float, loss:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_head_that_is_lost_is_noticed(weights: str, trained) -> None:
-    """The control of the tests above: what is computed again from the float32 weights must not hide the head."""
+    """Control for the tests above: logits recomputed from the float32 weights must not hide the head's."""
     assert RESCORED < VOCAB / 2
     decoder = Decoder(MODEL, weights=weights)
     decoder.head = zero_head

@@ -1,4 +1,6 @@
-"""Several processes under torchrun: the same training as one, exact resumes, one log, and no process left over when another dies."""
+"""Several processes under torchrun: the same training as one, exact resumes, one log,
+and no process left over when another dies.
+"""
 
 import os
 import re
@@ -78,7 +80,8 @@ def test_one_process_of_torchrun_is_the_plain_run_bit_for_bit(tmp_path):
 # The same training by more.
 
 LEARNS = {
-    "TRAINING_STEPS": "200", "DROPOUT": "0", "DTYPE": "float32", "OPTIMIZER": "adamw", "BATCH_SIZE": "12", "EVAL_STEPS": "3", "EVAL_INTERVAL": "100",
+    "TRAINING_STEPS": "200", "DROPOUT": "0", "DTYPE": "float32", "OPTIMIZER": "adamw", "BATCH_SIZE": "12",
+    "EVAL_STEPS": "3", "EVAL_INTERVAL": "100",
     "LEARNING_RATE": "3e-3", "SAMPLE_INTERVAL": "0", "LOG_INTERVAL": "20", "ENABLE_CHECKPOINTS": "false",
 }  # fmt: skip
 
@@ -105,7 +108,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 
 def test_control_processes_with_equal_sequences_learn_something_else(tmp_path, monkeypatch):
-    """The control for the test above: half a batch, as if both had the first half, is seen in the loss."""
+    """Control for the test above: if both processes had the first half of the batch, the loss would differ."""
     whole, half = tmp_path / "whole", tmp_path / "half"
     for place in (whole, half):
         place.mkdir()
@@ -130,7 +133,7 @@ def test_four_processes_with_sharded_weights_learn_what_one_does(tmp_path):
 
 
 def without_last(folder: Path, target: Path, step: int) -> None:
-    """`target` gets what a run that was killed soon after `step` would have left of the run in `folder`."""
+    """Put into `target` what a run killed soon after `step` would have left of the run in `folder`."""
     shutil.copytree(folder, target)
     checkpoints = target / "checkpoints"
     for found in [*ckpt.find(checkpoints), *ckpt.find(checkpoints / ckpt.BEST_FOLDER)]:
@@ -139,7 +142,9 @@ def without_last(folder: Path, target: Path, step: int) -> None:
 
 
 def exactly_on(tmp_path: Path, count: int, **changes: str) -> Path:
-    """A run of `count` processes, one that goes on from the middle of it, and their bytes compared; returns the first's folder."""
+    """Train with `count` processes, resume a second run from its middle, and compare all bytes; return the first run's
+    folder.
+    """
     straight, again = tmp_path / "straight", tmp_path / "again"
     straight.mkdir()
     done = torchrun(straight, count, **changes)
@@ -193,7 +198,7 @@ def test_four_processes_resume_exactly_and_two_resume_inexactly(tmp_path, engine
 
 
 def test_unsharded_layouts_are_saved_by_one_process_from_sharded_weights(tmp_path):
-    """Every update is gathered: it is what two processes with the whole model have, but for rounding."""
+    """Every update is gathered: the weights equal those of two processes with the whole model, but for rounding."""
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     for place, engine in ((parts, "fsdp"), (whole, "ddp")):
         place.mkdir()
@@ -234,7 +239,7 @@ def test_a_killed_process_ends_all_and_the_restart_ends_bit_identical(tmp_path):
 
 
 def test_a_half_done_update_is_not_saved(tmp_path):
-    """Processes wait for each other's directions in the midst of muon's update."""
+    """Processes wait for the directions of the others in the middle of Muon's update."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
     assert torchrun(straight, 2, OPTIMIZER="muon").returncode == 0
@@ -259,7 +264,7 @@ def test_without_restarts_all_end_and_the_latest_checkpoint_opens(tmp_path, rank
 
 @pytest.mark.parametrize("late", ["lock", "report"])
 def test_a_signal_that_comes_while_a_process_ends_changes_nothing(tmp_path, late):
-    """torchrun sends one to all that are left; on a slow machine they are not gone by then."""
+    """torchrun signals all remaining processes; on a slow computer they have not ended by then."""
     done = torchrun(tmp_path, 2, script=WORKER, WORKER_FAULT="1:6", WORKER_LATE=late)
     assert done.stderr.count("Traceback") == 1, done.stderr  # torchrun's own
     assert done.stderr.count("another process of this training is gone") == 1
@@ -270,12 +275,23 @@ ENDLESS = {"TRAINING_STEPS": "1000000", "EVAL_INTERVAL": "0", "SAMPLE_INTERVAL":
 
 
 def killed(folder: Path, count: int, random: Random, **changes: str) -> int:
-    """One of `count` processes that save every step is killed at a random moment; returns the step of the newest checkpoint, which is whole."""
+    """One of `count` processes that save every step is killed at a random moment;
+    returns the step of the newest checkpoint, which is whole.
+    """
     pids = folder / "pids"
     shutil.rmtree(pids, ignore_errors=True)
     pids.mkdir()
     before = max((found.step for found in ckpt.find(folder / "checkpoints")), default=0)
-    process = start(folder, count, script=WORKER, WORKER_PIDS=str(pids), RESUME="auto", CHECKPOINT_INTERVAL="1", **ENDLESS, **changes)  # fmt: skip
+    process = start(
+        folder,
+        count,
+        script=WORKER,
+        WORKER_PIDS=str(pids),
+        RESUME="auto",
+        CHECKPOINT_INTERVAL="1",
+        **ENDLESS,
+        **changes,
+    )
     wait_for_step(folder, process, before + 3)
     time.sleep(random.uniform(0, 0.5))  # not to wait for anything: the moment is to be no particular one
     told = max(losses(folder, "train"))
@@ -291,7 +307,7 @@ def killed(folder: Path, count: int, random: Random, **changes: str) -> int:
 
 
 def gone(pid: int) -> bool:
-    """Whether there is no such process any more."""
+    """Return whether the process has ended."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -360,7 +376,9 @@ def test_only_rank_0_logs_and_threads_are_shared(tmp_path):
         "--nproc_per_node=2",
         "training.py",
     ]
-    done = subprocess.run(torchrun_alone, env=env | environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=HANGING)  # fmt: skip
+    done = subprocess.run(
+        torchrun_alone, env=env | environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=HANGING
+    )
     assert done.returncode == 0, done.stderr
     threads = (
         max(1, len(os.sched_getaffinity(0)) // 2)

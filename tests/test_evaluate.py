@@ -13,12 +13,13 @@ from records import record, save
 from script import call, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from milepost import ckpt, run
+from milepost import ckpt
 from milepost.ckpt.restore import build_model, build_tokenizer, merged, with_base
 from milepost.evaluate.answers import Answers, answer, encode, pooled
 from milepost.evaluate.choices import Item, read_benchmark
 from milepost.evaluate.passages import byte_lengths, measure, opening, per_block
 from milepost.evaluate.scoring import log_likelihoods
+from milepost.run import text as run_text
 from milepost.text import tokenization
 
 evaluator = script("evaluate_checkpoint")
@@ -28,12 +29,15 @@ WREN = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A GPT-2 of 300 BPE tokens, saved at steps 30 and 60, a text of 8000 characters to measure it on, and its exports."""
+    """A GPT-2 of 300 BPE tokens, saved at steps 30 and 60, a text of 8000 characters to measure it on,
+    and its exports.
+    """
     folder = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         code, said = train(
-            folder, TOKENIZER="bpe", BPE_VOCAB_SIZE="300", TRAINING_STEPS="60", CHECKPOINT_INTERVAL="30", EVAL_INTERVAL="0",
+            folder, TOKENIZER="bpe", BPE_VOCAB_SIZE="300", TRAINING_STEPS="60", CHECKPOINT_INTERVAL="30",
+            EVAL_INTERVAL="0",
             EVAL_STEPS="0", SAMPLE_INTERVAL="0", LEARNING_RATE="1e-2", DTYPE="float32", DROPOUT="0",
         )  # fmt: skip
     assert code == 0, said
@@ -103,7 +107,8 @@ def test_without_eval_data_it_is_the_validation_text(folder):
     (folder / "the_same.txt").write_text(text, encoding="utf-8")
     again = evaluate(folder, EVAL_DATA=folder / "the_same.txt")[1]["checkpoints"][0]["standard"]
     assert again["loss"] == figures["loss"]
-    # Training's own validation reads the same tokens in the same windows, but neither the first one nor the rest of a window.
+    # Training's own validation reads the same tokens in the same windows, but neither the first one nor the rest of a
+    # window.
     assert ckpt.load(at_step(folder, 60)).validation_loss == pytest.approx(figures["loss"], abs=0.05)
     assert f"measured on {folder / 'letters.txt'} from character 5,400 on (sha256 " in said.out
 
@@ -182,7 +187,8 @@ def test_byte_lengths_and_blocks():
     tokenizer = tokenization.CharTokenizer("aü木")
     assert byte_lengths(tokenizer.encode_array("a木üa"), tokenizer).tolist() == [1, 3, 2, 1]
     values, lengths = np.array([1.0, 6.0, 2.0, 1.0]), np.array([1, 3, 2, 2])
-    # 8 bytes in 2 blocks of 4: the first two tokens, and the rest. In 4 of 2: the 3 bytes of the second are shared 1 to 2.
+    # 8 bytes in 2 blocks of 4: the first two tokens, and the rest. In 4 of 2: the 3 bytes of the second are shared 1 to
+    # 2.
     assert per_block(values, lengths, 2).tolist() == [7.0, 3.0]
     np.testing.assert_allclose(per_block(values, lengths, 4), [3.0, 4.0, 2.0, 1.0])
 
@@ -276,7 +282,10 @@ def test_a_tie_is_wrong(folder):
 
 
 def test_length_is_normalised_by_characters():
-    """With all bytes equally likely the shorter ending is the likelier. Per character it is not: the space before it weighs more."""
+    """With all bytes equally likely the shorter ending is the likelier.
+
+    Per character it is not: the space before it weighs more.
+    """
     benchmark = read_benchmark(FILES / "stories.csv")
     lengths = [tuple(map(len, item.choices)) for item in benchmark.items]
     assert lengths == [(40, 39), (36, 23)]
@@ -369,7 +378,7 @@ def test_different_tokenizers_are_compared_by_bytes(folder, tmp_path):
 def test_different_texts_are_not_compared(folder, tmp_path):
     small_text(tmp_path, characters=3000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", tmp_path / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", tmp_path / "cache")
         assert train(tmp_path, MODEL_TYPE="bigram", N_LAYER=None, N_HEAD=None, N_EMBD=None, DROPOUT=None)[0] == 0
     said, values = evaluate(folder, CHECKPOINT_PATH=f"{at_step(folder, 60)},{at_step(tmp_path, 8)}")
     assert said.code == 0, said.err
@@ -381,9 +390,10 @@ def test_different_texts_are_not_compared(folder, tmp_path):
 def test_adapter_checkpoints_are_measured_with_their_base(folder, tmp_path):
     base = at_step(folder, 60)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         code, said = train(
-            tmp_path, INIT_FROM=str(base), LORA_RANK="2", LEARNING_RATE="0.05", CHECKPOINT_ADAPTERS_ONLY="true", DTYPE="float32",
+            tmp_path, INIT_FROM=str(base), LORA_RANK="2", LEARNING_RATE="0.05", CHECKPOINT_ADAPTERS_ONLY="true",
+            DTYPE="float32",
             N_LAYER=None, N_HEAD=None, N_EMBD=None, BLOCK_SIZE=None,
         )  # fmt: skip
     assert code == 0, said

@@ -98,7 +98,7 @@ def stopped_after(step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **ch
     learn = training.training_step
 
     def interrupted(run, lr):
-        if run.step == step - 1:
+        if run.state.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return learn(run, lr)
 
@@ -113,7 +113,8 @@ def stopped_after(step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **ch
 @pytest.mark.parametrize("step", [2, 3, 4, 6])  # mid-interval, and 4 at an evaluation and a save
 def test_after_sigterm(step, straight, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
-    assert "RESUME=auto" in stopped_after(step, folder, monkeypatch)
+    said = stopped_after(step, folder, monkeypatch)
+    assert f"RESUME={newest(folder).path} " in said
     code, said = train(folder, RESUME="auto")
     assert code == 0, said
     assert_same(straight, folder)
@@ -161,7 +162,7 @@ import training
 learn = training.training_step
 def killed(run, lr):
     loss = learn(run, lr)
-    if run.step == {step}:
+    if run.state.step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
     return loss
 training.training_step = killed

@@ -18,7 +18,7 @@ from drive import ROOT, environment
 from records import FULL, assert_same, flipped, record, refusal, snapshot
 
 from milepost import config, registry
-from milepost.ckpt.layouts import LAYOUTS, WRITERS
+from milepost.ckpt.layouts import LAYOUTS, WRITERS, check_distinct
 from milepost.ckpt.layouts.archive_layout import ArchiveLayout
 from milepost.ckpt.layouts.foreign_layout import ForeignLayout
 from milepost.ckpt.layouts.manifest_layout import ManifestLayout, Safetensors
@@ -198,6 +198,15 @@ def test_archives_and_foreign_layouts_name_what_they_lack_too():
         ArchiveLayout(name="toy", suffixes=(".pt",))
     with pytest.raises(ValueError, match="`keys`"):
         ForeignLayout(name="toy")
+
+
+def test_a_layout_whose_folders_another_would_read_is_refused():
+    """The directory layout knows its folders by manifest.json."""
+    members = ("weights.safetensors", "optimizer.safetensors", "manifest.json")
+    toy = ManifestLayout(**WHOLE | {"members": members, "manifest": "manifest.json"})
+    with pytest.raises(ValueError, match=r"^layout toy: directory takes every folder that holds manifest\.json"):
+        check_distinct([*LAYOUTS, toy])
+    check_distinct([toy])  # control
 
 
 def test_control_what_is_declared_writes_and_reads(tmp_path):

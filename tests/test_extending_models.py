@@ -1,9 +1,12 @@
-"""A model, an optimizer, a metric and an auxiliary loss from outside the package, each one file of at most 40 lines in tests/toys.
+"""A model, an optimizer, a tracker, a metric and an auxiliary loss from outside the package, each one file of at most
+40 lines in tests/toys.
 
 Each is trained, killed, resumed bit-exactly, converted, listed, pruned and generated from.
 """
 
+import dataclasses
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -21,19 +24,26 @@ import models
 import training
 from milepost import ckpt, config
 from milepost.ckpt.restore import restore_optimizer
-from milepost.runtime import optimizers
+from milepost.runtime import optimizers, trackers
 from milepost.runtime.optim import build_optimizer
 from milepost.runtime.progress import read_metrics
 
 FOLDER = Path(__file__).with_name("toys")
 LINES = 40
 KILLED_AT = 5
-COMMON = {"TRAINING_STEPS": "6", "CHECKPOINT_INTERVAL": "2", "WARMUP_STEPS": "0", "EVAL_INTERVAL": "3", "GRADIENT_ACCUMULATION_STEPS": "2"}  # fmt: skip
+COMMON = {
+    "TRAINING_STEPS": "6",
+    "CHECKPOINT_INTERVAL": "2",
+    "WARMUP_STEPS": "0",
+    "EVAL_INTERVAL": "3",
+    "GRADIENT_ACCUMULATION_STEPS": "2",
+}
 SMALL = dict.fromkeys(("N_LAYER", "N_HEAD"))
 # toy -> its settings, the layout to convert to, and the metrics that it adds
 TOYS = {
     "toy_model": ({"MODEL_TYPE": "mlp", **SMALL}, "huggingface", set()),
     "toy_optimizer": ({"OPTIMIZER": "signs"}, "stepfiles", set()),
+    "toy_tracker": ({"TRACKER": "jsonl"}, "directory", set()),
     "toy_metric": ({}, "directory", {"grad_norm_block0", "grad_norm_block1"}),
     "toy_loss": ({"MODEL_TYPE": "zgpt2", "OPTIMIZER": "muon"}, "separated", {"cross_entropy", "z_loss"}),
 }
@@ -48,7 +58,7 @@ import {toy}
 import training
 learn = training.training_step
 def killed(run, lr):
-    if run.step == {step}:
+    if run.state.step == {step}:
         run.writer.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     return learn(run, lr)
@@ -71,8 +81,10 @@ sys.exit(training.guarded(training.main, settings))
 @pytest.fixture(autouse=True)
 def registries():
     """Registries as they were, after each test."""
-    kept = [(registry, dict(registry)) for registry in (models.MODELS, optimizers.OPTIMIZERS, training.MEASURES)]
+    kept = [(registry, dict(registry)) for registry in (models.MODELS, optimizers.OPTIMIZERS, trackers.TRACKERS)]
+    measures = list(training.MEASURES)
     yield
+    training.MEASURES[:] = measures
     for registry, before in kept:
         registry.clear()
         registry.update(before)
@@ -96,12 +108,17 @@ def lines_of(folder: Path) -> list[dict[str, object]]:
     ]
 
 
-def kill(toy: str, folder: Path, **changes: str) -> None:
+def kill(toy: str, folder: Path, *, step: int = KILLED_AT, **changes: str) -> None:
     """Train in a process of its own until it is killed at the beginning of a step."""
-    code = DRIVER.format(root=str(ROOT), toys=str(FOLDER), toy=toy, step=KILLED_AT)
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "OMP_WAIT_POLICY") if name in os.environ}
+    code = DRIVER.format(root=str(ROOT), toys=str(FOLDER), toy=toy, step=step)
+    keep = {
+        name: os.environ[name]
+        for name in ("PATH", "HOME", "TMPDIR", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+        if name in os.environ
+    }
     ended = subprocess.run(
-        [sys.executable, "-c", code], env=keep | environment(folder, **changes), capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code], env=keep | environment(folder, **changes), capture_output=True, text=True,
+        timeout=300, check=False
     )  # fmt: skip
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
@@ -131,7 +148,13 @@ def test_a_toy_goes_through_everything(toy, tmp_path):
     assert (plotted.code, {name for name in metrics if name in plotted.out}) == (0, metrics), plotted.err
 
     final = newest(folder)
-    said = call(script("convert_checkpoint"), folder, CHECKPOINT_PATH=final.path, CONVERT_TO=layout, OUTPUT=tmp_path / "converted")  # fmt: skip
+    said = call(
+        script("convert_checkpoint"),
+        folder,
+        CHECKPOINT_PATH=final.path,
+        CONVERT_TO=layout,
+        OUTPUT=tmp_path / "converted",
+    )
     assert said.code == 0, said.err
     (converted,) = [found for found in ckpt.find(tmp_path / "converted") if found.path.parent.name != "best"]
     assert converted.layout == layout
@@ -161,7 +184,10 @@ def test_a_toy_is_short(toy):
 def test_the_auxiliary_loss_is_minimised_and_its_parts_are_means(tmp_path):
     """Over micro-batches; validation has the cross-entropy only."""
     module = registered("toy_loss")
-    run = training.fresh(config.read(environment(tmp_path, MODEL_TYPE="zgpt2", DROPOUT="0", GRADIENT_ACCUMULATION_STEPS="2")), training.Log())  # fmt: skip
+    run = training.fresh(
+        config.read(environment(tmp_path, MODEL_TYPE="zgpt2", DROPOUT="0", GRADIENT_ACCUMULATION_STEPS="2")),
+        training.Log(),
+    )
     x, y = run.batches.at(0)
     outputs = [run.model(*pair) for pair in zip(x, y, strict=True)]
     metrics = training.training_step(run, 1e-3)
@@ -201,10 +227,51 @@ def test_metrics_of_two_processes_are_those_of_one(engine, tmp_path):
         assert {name: both[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-4)
 
 
+@pytest.mark.parametrize("killed_at", [2, 3, 4, 5])
+def test_the_tracker_has_every_step_once_and_the_variable_that_it_declares(killed_at, tmp_path):
+    registered("toy_tracker")
+    settings = COMMON | {"TRACKER": "jsonl", "LOG_INTERVAL": "1"}
+    label = tmp_path / "label.env"
+    label.write_text("TOY_LABEL=from the env file\n", encoding="utf-8")
+    kill("toy_tracker", tmp_path, step=killed_at, ENV_FILE=str(label), PYTHON_DOTENV_DISABLED="0", **settings)
+    code, said = train(tmp_path, RESUME="auto", **settings)
+    assert code == 0, said
+    (path,) = tmp_path.glob("runs/*/jsonl/rows.jsonl")
+    heading, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert heading == {"label": "from the env file", "seed": 1337}
+    expected = {}
+    for line in read_metrics(path.parent.parent / "metrics.jsonl"):
+        expected[line["step"], f"{line['split']}/loss"] = line["loss"]
+    mirrored = [((row["step"], name), row[name]) for row in rows for name in row if name.endswith("/loss")]
+    assert dict(mirrored) == expected
+    assert len(mirrored) == len(expected)
+    assert [row["step"] for row in rows] == list(range(7))
+
+
+def test_a_setting_of_a_model_that_may_change_at_a_resume_reaches_the_model(tmp_path):
+    """Any field whose variable may change, as DROPOUT may, not only those of the models that are here."""
+    toy = registered("toy_model")
+    kind = dataclasses.make_dataclass("Kind", [("grad_clip", float, 0.0)], bases=(toy.Settings,), frozen=True)
+    models.register(
+        "clipped", type("Clipped", (toy.MLP,), {"settings_type": kind}), defaults=models.MODELS["mlp"].defaults
+    )
+    settings = COMMON | SMALL | {"MODEL_TYPE": "clipped"}
+    assert train(tmp_path, **settings, GRAD_CLIP="1")[0] == 0
+    before = newest(tmp_path)
+    assert before.model_settings["grad_clip"] == 1.0
+    code, said = train(tmp_path, **settings | {"TRAINING_STEPS": "8"}, GRAD_CLIP="0.5", RESUME="auto")
+    assert code == 0, said
+    assert newest(tmp_path).model_settings["grad_clip"] == 0.5
+    assert newest(tmp_path).run_id != before.run_id
+
+
 def test_a_metric_takes_no_name_of_a_line(tmp_path):
-    training.MEASURES["step"] = training.MEASURES["split"] = lambda run: torch.tensor(1e9)
+    training.MEASURES.append(lambda run: {"step": torch.tensor(1e9), "split": torch.tensor(1e9)})
     assert train(tmp_path, TRAINING_STEPS="2")[0] == 0
-    assert [(line["step"], line["split"]) for line in lines_of(tmp_path) if line["split"] == "train"] == [(1, "train"), (2, "train")]  # fmt: skip
+    assert [(line["step"], line["split"]) for line in lines_of(tmp_path) if line["split"] == "train"] == [
+        (1, "train"),
+        (2, "train"),
+    ]
 
 
 class Counting(torch.nn.Module):
@@ -222,7 +289,10 @@ class Counting(torch.nn.Module):
 
 
 def test_the_warm_up_passes_twice_and_changes_nothing(tmp_path, monkeypatch):
-    """However long a pass takes: the order of DistributedDataParallel's sums depends on it. The estimate may then pass again, or not."""
+    """However long a pass takes: the order of DistributedDataParallel's sums depends on it.
+
+    The estimate may then pass again, or not.
+    """
     run = training.fresh(config.read(environment(tmp_path)), training.Log())
     run.forward = Counting(run.model)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
@@ -233,7 +303,7 @@ def test_the_warm_up_passes_twice_and_changes_nothing(tmp_path, monkeypatch):
     assert run.forward.seen == 2
     assert all(tensor.equal(before[name]) for name, tensor in run.model.state_dict().items())
     assert all(parameter.grad is None for parameter in run.model.parameters())
-    assert run.step == 0
+    assert run.state.step == 0
     monkeypatch.setattr(training, "PROBE_SECONDS", float("inf"))
     assert training.seconds_per_step(run, seconds) <= seconds
     assert (run.forward.seen, run.model.passes.item()) == (4, 0)
@@ -251,6 +321,27 @@ def test_an_undeclared_trait_is_named(trait, tmp_path):
         models.build("mlp", {"vocab_size": 5, "block_size": 4, "n_embd": 2})
     code, said = train(tmp_path, MODEL_TYPE="mlp", **SMALL)
     assert (code, f"does not declare {trait} " in said) == (2, True)
+
+
+@pytest.mark.parametrize("part", ["__init__", "next_step", "write", "close"])
+def test_what_a_tracker_does_not_define_is_named_before_any_file_is_written(part, tmp_path):
+    module = registered("toy_tracker")
+    delattr(module.JsonLines, part)
+    code, said = train(tmp_path, TRACKER="jsonl")
+    assert (code, f"TRACKER=jsonl: toy_tracker.JsonLines does not define {part} " in said) == (2, True)
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_choices_of_a_setting_follow_its_registry(tmp_path):
+    with pytest.raises(config.ConfigError) as error:
+        config.read(environment(tmp_path, TRACKER="jsonl"))
+    assert "expected one of none, tensorboard, wandb, trackio" in error.value.problems[0]
+    registered("toy_tracker")
+    assert config.read(environment(tmp_path, TRACKER="jsonl")).tracker == "jsonl"
+    with pytest.raises(config.ConfigError) as error:
+        config.read(environment(tmp_path, TRACKER="jsons"))
+    assert "trackio, jsonl; did you mean jsonl?" in error.value.problems[0]
 
 
 def test_an_undeclared_default_is_named():
@@ -274,7 +365,9 @@ def test_a_setting_for_a_trait_that_is_not_declared_names_the_models_that_have_i
     registered("toy_model")
     with pytest.raises(config.ConfigError) as error:
         config.read(environment(tmp_path, MODEL_TYPE="mlp", **SMALL) | {setting: value})
-    assert any(problem.startswith(f"{setting}={value} ") and "MODEL_TYPE=gpt2" in problem for problem in error.value.problems)  # fmt: skip
+    assert any(
+        problem.startswith(f"{setting}={value} ") and "MODEL_TYPE=gpt2" in problem for problem in error.value.problems
+    )
 
 
 def test_an_optimizer_without_names_is_refused():

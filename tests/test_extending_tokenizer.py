@@ -169,9 +169,17 @@ def test_a_layout_of_other_programs_refuses_it(place: Path, tmp_path: Path) -> N
 def test_a_missing_method_is_named(tmp_path: Path) -> None:
     install(tmp_path, TOY.replace("def decode_bytes", "def _decode_bytes"))
     done = run(tmp_path, "training.py", tmp_path / "run", **SETTINGS)
-    assert done.returncode == 1
-    assert re.search(r"pairs:PairTokenizer\) does not define decode_bytes\b", done.stderr.splitlines()[-1])
+    assert done.returncode == 2
+    assert re.search(r"^error: .*pairs\.PairTokenizer does not define decode_bytes\b", done.stderr.splitlines()[-1])
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_checkpoint_is_not_called_damaged_because_a_method_is_missing(place: Path, tmp_path: Path) -> None:
+    install(tmp_path, TOY.replace("def decode_bytes", "def _decode_bytes"))
+    source = at_step(place / "straight", STEPS)
+    done = look(tmp_path, "scripts/load_checkpoint.py", tmp_path / "run", CHECKPOINT_PATH=source, **GENERATE)
+    assert done.returncode == 2
+    assert re.search(r"^error: .*pairs\.PairTokenizer does not define decode_bytes\b", done.stderr.splitlines()[-1])
 
 
 def test_without_its_line_the_name_is_refused_with_the_registered_ones(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The fast paths of a training step against the plain ones: attention, the chunked head, GELU in bfloat16, kept memory."""
+"""The fast paths of a training step against the plain ones: attention, the chunked head, GELU in bfloat16, retained
+memory.
+"""
 
 import copy
 import subprocess
@@ -41,8 +43,10 @@ def test_plain_attention_is_the_fused_one(tokens, dtype, tolerance):
         torch.testing.assert_close(one.grad.double(), other.grad, atol=tolerance, rtol=tolerance)
 
 
-def test_bfloat16_rounds_large_scores_by_no_more_than_is_said():
-    """Scores of spread 8, against the fused kernel in float64: the norm of the result's error, and of its gradients'."""
+def test_bfloat16_rounds_large_scores_by_no_more_than_documented():
+    """Scores of spread 8, against the fused kernel in float64: the norm of the result's error,
+    and of its gradients'.
+    """
     q, k, v, weight = drawn(4, 2, 6, 256, 64).bfloat16()
     narrow = [each.clone().requires_grad_() for each in (q * 8, k, v)]
     wide = [one.detach().double().requires_grad_() for one in narrow]
@@ -139,8 +143,8 @@ def test_without_gradients_only_the_loss_is_made(monkeypatch):
     assert not loss.requires_grad
 
 
-def test_two_chunks_are_never_held_together():
-    """Peak memory of a long batch, in a process of its own: all logits in float32 alone would be 1 GB."""
+def test_at_most_one_chunk_is_held():
+    """Peak memory of a long batch, in a process of its own: all logits in float32 would take 1 GB by themselves."""
     script = (
         "import resource, torch\n"
         "from models import head\n"
@@ -171,7 +175,9 @@ def stepped(model: GPT2, x, y, *, dtype: torch.dtype | None) -> tuple[float, dic
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 6e-2)])
 def test_one_step_of_the_fast_paths_is_the_plain_one_in_float64(dtype, tolerance, monkeypatch):
-    """Loss and every gradient, by their norms: chunked head, plain attention and, in bfloat16, the other GELU together."""
+    """Loss and every gradient, by their norms: chunked head, plain attention and, in bfloat16,
+    the other GELU together.
+    """
     torch.manual_seed(5)
     sizes = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64}
     fast = build("gpt2", sizes)

@@ -1,4 +1,6 @@
-"""The fault table, for every layout: a disk that refuses at any call, files that are cut, flipped, or of another kind than expected."""
+"""The fault table, for every layout: a disk that refuses at any call, files that are cut, flipped,
+or of another kind than expected.
+"""
 
 import contextlib
 import datetime
@@ -49,7 +51,7 @@ def layout(request) -> str:
 
 @pytest.fixture
 def home(layout, tmp_path) -> Path:
-    """A whole checkpoint with every field, alone in its folder."""
+    """A complete checkpoint with every field, in a folder without others."""
     return ckpt.save(record(7, **FULL), tmp_path / "checkpoints", layout=layout)
 
 
@@ -84,7 +86,7 @@ class Fault:
 
 
 def concerns_checkpoints(name: str, first: Any, *rest: Any) -> bool:
-    """Not locks, and of what is opened and closed only what is written."""
+    """Leave out locks, and of opened files all that are only read."""
     if name == "open":
         return bool(rest[0] & os.O_CREAT) and Path(first).name != FOLDER_LOCK
     if name == "close":
@@ -117,7 +119,9 @@ def told(error: OSError, folder: Path, code: int) -> None:
 
 
 def refused_once(folder: Path, layout: str, number: int, code: int) -> bool:
-    """Saves, keeps and prunes with the n-th call refused, checks what must hold after it, and returns whether any call was."""
+    """Save, keep the best and prune with the n-th call refused; check the folder afterwards; return whether a call was
+    refused.
+    """
     error = None
     with fault(number, code) as one:
         try:
@@ -137,7 +141,7 @@ def refused_once(folder: Path, layout: str, number: int, code: int) -> bool:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
 def test_refused_at_every_call_that_changes_the_disk_nothing_is_harmed(code, layout, tmp_path):
-    """The n-th call is refused, for n = 0, 1, 2, ... until none is left."""
+    """Refuse the n-th call for n = 0, 1, 2, ... until none is left."""
     make_before(tmp_path / "before", layout)
     for number in range(1000):
         shutil.copytree(tmp_path / "before", tmp_path / "now")
@@ -377,7 +381,7 @@ def test_a_file_cut_anywhere_is_refused_and_the_checkpoint_before_is_taken(home,
     assert older.exists()
 
 
-def test_a_cut_newest_checkpoint_is_named_and_the_one_before_is_taken(layout, tmp_path):
+def test_a_truncated_latest_checkpoint_is_named_and_the_previous_is_taken(layout, tmp_path):
     older = ckpt.save(record(3), tmp_path, layout=layout)
     newest = ckpt.save(record(7), tmp_path, layout=layout)
     for file in every_file(newest):
@@ -414,7 +418,9 @@ def places_to_flip(path: Path) -> list[int]:
 
 
 def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(home):
-    """verify finds it if a load takes it for something else; in config.json, that people may edit, the load tells what was changed."""
+    """verify finds every change that a load would read differently; in config.json, which may be edited, the load
+    reports the change.
+    """
     whole_one, found = ckpt.load(home), 0
     for file in every_file(home):
         data = file.read_bytes()
@@ -430,7 +436,9 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(home):
 
 
 def test_control_a_load_that_does_not_verify_takes_flipped_weights(layout, tmp_path, monkeypatch):
-    """Negative control for the comparison above: it sees one bit, and beyond the beginning of a file only verify keeps it out."""
+    """Negative control for the comparison above: it sees one bit,
+    and beyond the beginning of a file only verify keeps it out.
+    """
     for module in (files, manifest):
         monkeypatch.setattr(module, "BEGINNING", 8)
     home = ckpt.save(record(7, **FULL), tmp_path, layout=layout)

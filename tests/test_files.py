@@ -93,7 +93,8 @@ def test_a_save_is_synced_before_it_is_seen_and_the_best_before_the_earlier_one_
         def recorded(*arguments, _name=name, _action=action, **named):
             first = arguments[0]
             name = name_of(first) if isinstance(first, int) else Path(first).name
-            calls.append((_name, "temporary" if name.startswith(".tmp-") else name))
+            if name != ".owner":  # the holder of the folder's lock
+                calls.append((_name, "temporary" if name.startswith(".tmp-") else name))
             return _action(*arguments, **named)
 
         monkeypatch.setattr(os, name, recorded)
@@ -426,7 +427,7 @@ def test_a_full_disk_is_an_oserror_and_harms_nothing(share, saved_once):
     assert caught.value.errno == errno.EFBIG
     assert_unharmed(saved_once)
     words = ckpt.why_not_saved(caught.value, saved_once, need=123_456)
-    assert words.startswith("the disk is full: about 123,456 bytes are needed")
+    assert words.startswith("the file is too large: about 123,456 bytes are needed")
     assert str(saved_once) in words
 
 
@@ -676,11 +677,14 @@ def test_a_save_removes_leftovers_of_the_folder_and_of_its_best(tmp_path):
 def test_a_folder_is_made_and_proved_writable(tmp_path):
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
-    (folder / f".tmp-old-{DEAD}").write_bytes(b"half")
+    for place in (folder, folder / "run", folder / "run" / "best"):  # also of runs that will never be resumed
+        place.mkdir(exist_ok=True)
+        (place / f".tmp-old-{DEAD}").write_bytes(b"half")
     prepare_folder(folder)
     prepare_folder(tmp_path / "c" / "d")
     assert visible(tmp_path / "c") == ["d"]
-    assert visible(folder) == visible(tmp_path / "c" / "d") == []
+    assert visible(folder) == ["run"]
+    assert visible(tmp_path / "c" / "d") == []
     assert temporaries(tmp_path) == []
 
 

@@ -308,7 +308,7 @@ def test_a_glob_reports_its_matches_and_ties_go_to_the_later_save(folder):
     assert notes == [f"{folder}/*step10000* matches 2: taking {second}"]
 
 
-def test_a_home_and_a_name_with_glob_characters(folder, monkeypatch):
+def test_a_folder_and_a_name_with_glob_characters(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert step_of(ckpt.resolve("~/checkpoints", Path("elsewhere"))) == 20
     assert step_of(ckpt.resolve("~/checkpoints/*", Path("elsewhere"))) == 10000

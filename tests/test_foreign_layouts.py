@@ -405,7 +405,7 @@ def test_hyper_parameters_that_would_run_a_program_are_refused_by_name(tmp_path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The lecture model of document 004
+# The lecture's model
 
 
 @pytest.mark.parametrize(("name", "key"), [("latest.pt", "model_state_dict"), ("final.pt", ""), ("final.pt", "model")])

@@ -26,9 +26,10 @@ from records import snapshot
 from script import call, script
 from torch import Tensor, nn
 
-from milepost import ckpt, run
+from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_model
+from milepost.run import text as run_text
 
 ELEVEN = list("\n abcdefghi")
 TOKENS = {"token_kind": "char", "chars": ELEVEN}
@@ -139,7 +140,7 @@ def of_lectures_gpt(folder: Path) -> Made:
     return Made(write(folder / "gpt.pt", content), model, optimizer)
 
 
-def of_document_001(folder: Path) -> Made:
+def of_printed_001(folder: Path) -> Made:
     """Its seven keys; the characters are not among them, so the text is named."""
     model = lecture()
     optimizer = adamw(model)
@@ -150,7 +151,7 @@ def of_document_001(folder: Path) -> Made:
     return Made(write(folder / "checkpoint_bigram_carolyn_hax_step0500_11102025_231500.pt", content), model, optimizer)
 
 
-def of_document_002(folder: Path) -> Made:
+def of_printed_002(folder: Path) -> Made:
     model = nano()
     optimizer = adamw(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -161,7 +162,7 @@ def of_document_002(folder: Path) -> Made:
     return Made(write(folder / "checkpoint-step001000.pt", content), model, optimizer)
 
 
-def of_document_002_separated(folder: Path) -> Made:
+def of_printed_002_separated(folder: Path) -> Made:
     model = nano()
     optimizer = adamw(model)
     halves = (
@@ -181,7 +182,7 @@ def of_document_002_separated(folder: Path) -> Made:
     return Made(write_pair(folder, halves), model, optimizer)
 
 
-def of_document_004(folder: Path) -> Made:
+def of_printed_004(folder: Path) -> Made:
     model = lecture()
     optimizer = adamw(model)
     path = write_lecture_folder(folder / "dante", model, TOKENS)
@@ -191,7 +192,7 @@ def of_document_004(folder: Path) -> Made:
 
 @dataclasses.dataclass
 class GPTConfig:
-    """As nanoGPT's and document 004's."""
+    """As nanoGPT's."""
 
     block_size: int = 6
     vocab_size: int = 11
@@ -200,7 +201,7 @@ class GPTConfig:
     n_embd: int = 12
 
 
-def of_document_004_legacy(folder: Path) -> Made:
+def of_printed_004_legacy(folder: Path) -> Made:
     """One file that bundles everything, the config as an object."""
     model = lecture()
     optimizer = adamw(model)
@@ -277,11 +278,11 @@ PROGRAMS: dict[str, Callable[[Path], Made]] = {
     "minGPT": of_mingpt,
     "the lecture's bigram": of_lectures_bigram,
     "the lecture's GPT": of_lectures_gpt,
-    "one file with seven keys": of_document_001,
-    "one file with `model`, `optimizer`, `lr_scheduler`": of_document_002,
-    "`-model.pt` and `-optimizer.pt`": of_document_002_separated,
-    "a folder of five files": of_document_004,
-    "`latest.pt` with its config as an object": of_document_004_legacy,
+    "one file with seven keys": of_printed_001,
+    "one file with `model`, `optimizer`, `lr_scheduler`": of_printed_002,
+    "`-model.pt` and `-optimizer.pt`": of_printed_002_separated,
+    "a folder of five files": of_printed_004,
+    "`latest.pt` with its config as an object": of_printed_004_legacy,
     "Lightning, module `model`": of_lightning("model"),
     "Lightning, module `net`": of_lightning("net"),
     "Lightning, module `gpt`": of_lightning("gpt"),
@@ -325,7 +326,7 @@ def assert_moments(record: Checkpoint, made: Made) -> None:
 
 @pytest.fixture
 def _cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(run_text, "CACHE_FOLDER", tmp_path / "cache")
 
 
 @pytest.mark.usefixtures("_cached")

@@ -13,7 +13,7 @@ from foreign_programs import SIZES, LectureModel, NanoGPT, nanogpt, shaken, writ
 from milepost import ckpt
 from milepost.ckpt import foreign
 from milepost.ckpt.restore import build_model
-from milepost.runtime.optim import Schedule, lr_at
+from milepost.runtime.schedule import Schedule, lr_at
 
 ELEVEN = list("\n abcdefghi")
 IDS = torch.arange(12).reshape(2, 6) % 11

@@ -1,4 +1,7 @@
-"""Checkpoints of every layout changed at random: a clean refusal, or a load whose tensors are right. The work is done in tests/fuzz.py."""
+"""Checkpoints of every layout changed at random: a clean refusal, or a load whose tensors are right.
+
+The work is done in tests/fuzz.py.
+"""
 
 import json
 import random
@@ -16,7 +19,7 @@ SCRIPT = Path(__file__).with_name("fuzz.py")
 
 
 def fuzzed(folder: Path, *, seed: int, first: int, count: int) -> dict[str, int]:
-    """What came of so many cases, in a process of bounded memory in which each must end soon."""
+    """Return the outcomes of so many cases, in a process of bounded memory and time."""
     folder.mkdir()
     command = [sys.executable, SCRIPT, folder, str(seed), str(first), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -187,7 +187,7 @@ def test_initialisation_is_openais() -> None:
 
 
 @pytest.mark.parametrize("splits", [[32], [1] * 32, [5, 1, 1, 9, 16], [31, 1], [1, 31]])
-def test_cached_pieces_equal_the_whole(pair: Pair, tokens: torch.Tensor, splits: list[int]) -> None:
+def test_cached_chunks_equal_the_whole(pair: Pair, tokens: torch.Tensor, splits: list[int]) -> None:
     model, _ = pair
     ids, cache = tokens[:, :-1], model.new_cache(batch_size=3)
     with torch.no_grad():
@@ -264,8 +264,8 @@ def test_dropout_acts_on_embeddings_attention_and_residuals_and_only_in_training
     assert torch.equal(model(ids)[0], model(ids)[0])
 
 
-# Peak resident memory, in MB, of three AdamW steps in a process of its own, freed memory kept as in training, minus the peak before the
-# model: torch 2.13, Linux, a 2-core CPU (AVX-512 bfloat16). V, layers, heads, C, T, B.
+# Peak resident memory, in MB, of three AdamW steps in a process of its own, freed memory kept as in training, minus the
+# peak before the model: torch 2.13, Linux, a 2-core CPU (AVX-512 bfloat16). V, layers, heads, C, T, B.
 MEASURED = [
     ((65, 6, 6, 384, 256, 32), {}, 4, 2326),
     ((65, 6, 6, 384, 256, 32), {}, 2, 1508),
@@ -284,7 +284,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("sizes", "more", "bytes_per_value", "peak"), MEASURED)
-def test_training_memory_is_within_half_of_what_was_measured(sizes, more, bytes_per_value, peak) -> None:
+def test_training_memory_is_within_1_5x_of_the_measured(sizes, more, bytes_per_value, peak) -> None:
     fields = dict(zip(("vocab_size", "n_layer", "n_head", "n_embd", "block_size"), sizes, strict=False))
     with torch.device("meta"):
         model = build("gpt2", fields | more)

@@ -16,7 +16,8 @@ from script import Said, script
 
 import models
 import training
-from milepost import ckpt, config, run
+from milepost import ckpt, config
+from milepost.run import text as run_text
 from milepost.runtime.progress import Log
 
 PAGES = sorted((ROOT / "docs" / "coming-from").glob("*.md"))
@@ -39,7 +40,7 @@ PRINTED = {
 }  # fmt: skip
 LEFT = {
     "env-scripts": ["checkpoints/checkpoint_gpt2_letters_gpt2_step0008_*.pt", "checkpoints/checkpoint_gpt2_letters_gpt2medium_step0008_*.pt"],
-    "json-directory": ["converted/*/model.pt", "all/*/manifest.json", "to-share/*/tokenizer.json", "checkpoints/dante_gpt2_letters_step0008_*/optimizer.pt"],
+    "json-directory": ["converted/*/model.pt", "all/*/manifest.json", "to-share/*/tokenizer.json", "checkpoints/dante/checkpoint_gpt2_letters_step0008_*/optimizer.pt"],
     "separated": ["checkpoints/*-optimizer.pt", "split/*-model.pt", "to-share/*/config.json", "new-checkpoints/*-model.pt"],
     "step-files": ["checkpoints/*/step_000008.safetensors", "checkpoints/*/step_000008_state.json", "checkpoints/*/best/step_*_optimizer.safetensors"],
     "ttt-and-lora": ["adapters/*/checkpoint_000008/consolidated/lora.safetensors", "checkpoints/*/checkpoint_000008/consolidated/consolidated.safetensors"],
@@ -97,7 +98,7 @@ def prepared(tmp_path_factory) -> Path:
     small_text(folder)
     small_text(folder, characters=3000, name="new.txt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         older(folder, "gpt2", 1000)
         older(folder, "bigram", 500)
         trained(folder)

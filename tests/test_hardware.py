@@ -31,7 +31,7 @@ def torch_as_before():
 # Devices
 
 
-def test_every_machine_has_a_cpu_and_it_comes_last():
+def test_every_computer_has_a_cpu_and_it_comes_last():
     assert hardware.available_devices()[-1] == "cpu"
     assert set(hardware.available_devices()) <= {"cuda", "mps", "cpu"}
 
@@ -97,7 +97,7 @@ def test_float16_is_for_cuda_and_mps():
 
 
 @pytest.mark.parametrize(("dtype", "product"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_autocast_multiplies_in_its_dtype_and_leaves_the_weights_alone(dtype, product):
+def test_autocast_multiplies_in_its_dtype_and_leaves_the_weights_unchanged(dtype, product):
     layer = torch.nn.Linear(4, 4)
     with hardware.autocast(CPU, dtype):
         assert layer(torch.ones(2, 4)).dtype == product
@@ -209,7 +209,7 @@ def test_a_fingerprint_is_json_and_has_everything_that_affects_bits():
     assert values["torch"] == torch.__version__
 
 
-def test_the_same_machine_is_bit_exact():
+def test_the_same_hardware_is_bit_exact():
     assert hardware.bit_changes(fingerprint(), fingerprint()) == []
 
 

@@ -1,4 +1,4 @@
-"""milepost/ckpt/hub.py against a hub of our own on this machine: the real client asks, in a process of its own, and a log says for what."""
+"""milepost/ckpt/hub.py with a local hub: the real client, in a process of its own, sends requests that the hub logs."""
 
 import http.server
 import json
@@ -108,7 +108,7 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
 
 
 def ask(hub: Hub, name: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What a process says that wants the model; `hub.asked` begins anew."""
+    """Return what a process prints that loads the model; `hub.asked` starts empty."""
     hub.asked.clear()
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     values = {
@@ -120,7 +120,8 @@ def ask(hub: Hub, name: str, cache: Path, **environment: str) -> subprocess.Comp
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     return subprocess.run(
-        [sys.executable, "-c", ASK, name], cwd=ROOT, env=kept | values | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", ASK, name], cwd=ROOT, env=kept | values | environment, capture_output=True, text=True,
+        check=False
     )  # fmt: skip
 
 

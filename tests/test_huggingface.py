@@ -1,4 +1,4 @@
-"""A GPT-2 that transformers saved computes the same here, and what is no such GPT-2 is refused in one sentence."""
+"""A GPT-2 that transformers saved computes the same here; anything else is refused in one sentence."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def folder(saved, tmp_path) -> Path:
 
 
 def logits(record: Checkpoint) -> torch.Tensor:
-    """What our model makes of fixed tokens, (3, 32, V)."""
+    """Return our model's logits of fixed tokens, (3, 32, V)."""
     with torch.no_grad():
         return build_model(record, device=CPU).eval()(tokens())[0]
 
@@ -113,7 +113,9 @@ def test_logits_equal_transformers_from_links_as_in_the_hubs_cache(saved, theirs
 
 
 def bare_names(weights: dict[str, torch.Tensor]) -> None:
-    """As the published files have them: no `transformer.`, causal masks beside the weights, and the head written out."""
+    """As the published files have them: no `transformer.`, causal masks beside the weights,
+    and the head written out.
+    """
     for name in list(weights):
         weights[name.removeprefix("transformer.")] = weights.pop(name)
     weights["h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril().bool()
@@ -186,7 +188,7 @@ def test_a_tokenizer_beside_the_weights_is_taken(folder):
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 
-def test_without_a_tokenizer_it_is_said_that_there_is_none(saved):
+def test_a_missing_tokenizer_is_reported(saved):
     record = ckpt.load(saved)
     assert record.tokenizer is None
     assert record.notes == []  # whoever needs one says so, after a look at TRAINING_DATA_SOURCE
@@ -204,7 +206,9 @@ def test_as_many_rows_as_gpt2_mean_gpt2s_own_tokenizer(rows, tmp_path):
 
 
 def two_files(folder: Path) -> dict[str, int]:
-    """GPT-2's vocab.json and merges.txt in place of tokenizer.json, and what fine-tunes add; returns the added tokens."""
+    """GPT-2's vocab.json and merges.txt in place of tokenizer.json, and what fine-tunes add;
+    returns the added tokens.
+    """
     for name, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
         (folder / name).write_bytes(gpt2_file(ours))
     added = {"<|speaker|>": 50257, "[PAD]": 50258}
@@ -232,7 +236,7 @@ def test_a_fine_tune_with_added_tokens_in_gpt2s_two_files(tmp_path):
     assert tokenizer.encode(text * 3000) == ids * 3000  # cut into chunks on the way
 
 
-def test_gpt2s_two_files_alone_are_gpt2s_tokenizer(tmp_path):
+def test_gpt2s_two_files_suffice_for_gpt2s_tokenizer(tmp_path):
     sizes = SIZES | {"vocab_size": 50304, "n_embd": 2, "n_head": 1, "n_layer": 1}
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
     two_files(tmp_path)
@@ -354,7 +358,9 @@ def test_a_long_list_of_wrong_shapes_is_cut_short(folder):
 
 
 def pickled(folder: Path, *, shards: int = 1) -> Path:
-    """The folder with its weights in torch archives, as transformers wrote them before 2023: a tied pair shares its bytes."""
+    """The folder with its weights in torch archives, as transformers wrote them before 2023:
+    a tied pair shares its bytes.
+    """
     weights = load_file(folder / WEIGHTS)
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     (folder / WEIGHTS).unlink()
@@ -385,7 +391,7 @@ def test_safetensors_come_first(folder, theirs):
 
 
 class Harmful:
-    """What a pickle of somebody else's may hold."""
+    """Values that another program's pickle may hold."""
 
     def __reduce__(self):
         return os.mkdir, ("/tmp/milepost-test-was-here",)
@@ -441,7 +447,7 @@ def test_a_flipped_bit_in_a_torch_archive_is_found_when_every_byte_is_verified(f
         ckpt.load(folder, verify=True)
 
 
-def test_a_folder_without_weights_says_what_it_holds(folder):
+def test_the_error_for_a_folder_without_weights_lists_its_files(folder):
     (folder / WEIGHTS).rename(folder / "flax_model.msgpack")
     assert "has no model.safetensors and no pytorch_model.bin (it holds config.json, flax_model.msgpack" in refused(
         folder
@@ -599,7 +605,7 @@ def test_peek_needs_no_weights(folder):
     assert huggingface.LAYOUT.read_metadata(folder)["step"] == 0
 
 
-def test_a_folder_is_meant_by_its_name(folder, monkeypatch):
+def test_a_folder_is_found_by_relative_absolute_and_home_paths(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
     for name in ("gpt2", "./gpt2", str(folder), "~/gpt2"):

@@ -21,12 +21,13 @@ from drive import train as trained_in
 from work import HANGING
 
 import training
-from milepost import ckpt, config, run
+from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.generation.decoder import DECODERS, Decoder
 from milepost.generation.sampling import generate
 from milepost.generation.texts import first_id
+from milepost.run import text as run_text
 from milepost.runtime.hardware import available_devices
 from milepost.runtime.progress import Log
 from milepost.splitmix import mix
@@ -41,7 +42,7 @@ NOTHING_OF_TRAINING = dict.fromkeys([*TINY, "TRAINING_DATA_SOURCE"]) | {"DEVICE"
 
 
 class Said(NamedTuple):
-    """What one command did: exit code, stdout and stderr."""
+    """The result of a command: exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -70,7 +71,7 @@ def text(folder: Path, **changes: str | None) -> str:
 def train_once(tmp_path_factory, name: str, **changes: str) -> Path:
     folder = tmp_path_factory.mktemp(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         assert trained_in(folder, **changes)[0] == 0
     return folder
 
@@ -136,7 +137,9 @@ def test_the_prompt_comes_from_the_variable_a_file_or_stdin(gpt2, tmp_path, monk
     assert text(gpt2, PROMPT_FILE="-", **settings) == expected
 
 
-@pytest.mark.parametrize(("name", "reason"), [("latin1.txt", "UTF-8 at byte 3"), ("none.txt", "No such file"), (".", "directory")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "reason"), [("latin1.txt", "UTF-8 at byte 3"), ("none.txt", "No such file"), (".", "directory")]
+)
 def test_a_prompt_file_that_cannot_be_read_is_refused(name, reason, gpt2, tmp_path):
     (tmp_path / "latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
     said = infer(gpt2, PROMPT_FILE=str(tmp_path / name))
@@ -185,10 +188,39 @@ def test_generating_ends_at_end_of_text_and_does_not_show_it(tmp_path):
     """A tokenizer of bytes and <|endoftext|>; the chain generates "hi" and then the end."""
     letters = tuple("hi")
     pieces = {letter: i for i, letter in enumerate(byte_letters())} | {"<|endoftext|>": 256}
-    mark = {"id": 256, "content": "<|endoftext|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}  # fmt: skip
+    mark = {
+        "id": 256,
+        "content": "<|endoftext|>",
+        "special": True,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
     before = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": pieces, "merges": []}  # fmt: skip
-    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [mark], "normalizer": None, "pre_tokenizer": before, "post_processor": None, "decoder": before, "model": model}  # fmt: skip
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": pieces,
+        "merges": [],
+    }
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [mark],
+        "normalizer": None,
+        "pre_tokenizer": before,
+        "post_processor": None,
+        "decoder": before,
+        "model": model,
+    }
     following = {256: pieces[letters[0]], pieces[letters[0]]: pieces[letters[1]], pieces[letters[1]]: 256}
     folder = chain(tmp_path, following, {"kind": "bpe", "tokenizer": spec}, vocab_size=257)
     assert text(folder, MAX_NEW_TOKENS="50") == "hi"
@@ -196,7 +228,9 @@ def test_generating_ends_at_end_of_text_and_does_not_show_it(tmp_path):
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letters for the 256 bytes, as the tokenizers library gives them (in another order, which does not matter)."""
+    """GPT-2's letters for the 256 bytes, as the tokenizers library gives them (in another order,
+    which does not matter).
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     return sorted(ByteLevel.alphabet())
@@ -339,7 +373,7 @@ def test_control_characters_reach_a_pipe_as_they_are(tmp_path):
 
 
 def everything_from(terminal: int) -> str:
-    """What a terminal received before its other end was closed; it may arrive in pieces."""
+    """Return what a terminal received before its other end was closed; it may arrive in chunks."""
     received = bytearray()
     with contextlib.suppress(OSError):  # Linux's end of a terminal that nobody holds open any more
         while piece := os.read(terminal, 1000):
@@ -378,13 +412,18 @@ def test_a_closed_pipe_ends_it_quietly(tmp_path):
 
 
 def test_a_script_as_it_is_typed(tmp_path, gpt2):
-    """A glob that no shell expanded, relative to the current folder; the prompt through a pipe; stdout holds only the text."""
+    """A glob that no shell expanded, relative to the current folder; the prompt through a pipe;
+    stdout holds only the text.
+    """
     unset = NOTHING_OF_TRAINING | {"CHECKPOINT_PATH": "checkpoints/checkpoint_gpt2_*_step0004_*.pt"}
     settings = {"PROMPT_FILE": "-", "MAX_NEW_TOKENS": "12", "SAMPLE_SEED": "1", "CHECKPOINT_DIR": None}
     done = command(str(SCRIPT), gpt2, cwd=gpt2, stdin="Dear", **unset | settings)
     assert done.returncode == 0, done.stderr
     assert str(at_step(gpt2, 4)) in done.stderr
-    assert done.stdout == infer(gpt2, CHECKPOINT_PATH=str(at_step(gpt2, 4)), PROMPT="Dear", **settings | {"PROMPT_FILE": None}).out  # fmt: skip
+    assert (
+        done.stdout
+        == infer(gpt2, CHECKPOINT_PATH=str(at_step(gpt2, 4)), PROMPT="Dear", **settings | {"PROMPT_FILE": None}).out
+    )
 
 
 def test_generating_leaves_no_trace(gpt2):
@@ -398,7 +437,13 @@ def test_generating_leaves_no_trace(gpt2):
 
 # Settings that contradict the checkpoint
 
-CONTRADICTIONS = [("N_LAYER", "3", "2"), ("BLOCK_SIZE", "8", "16"), ("TOKENIZER", "bpe", "char"), ("MODEL_TYPE", "bigram", "gpt2"), ("BIAS", "false", "True")]  # fmt: skip
+CONTRADICTIONS = [
+    ("N_LAYER", "3", "2"),
+    ("BLOCK_SIZE", "8", "16"),
+    ("TOKENIZER", "bpe", "char"),
+    ("MODEL_TYPE", "bigram", "gpt2"),
+    ("BIAS", "false", "True"),
+]
 GREEDY = {"PROMPT": "Dear", "TEMPERATURE": "0", "MAX_NEW_TOKENS": "12"}
 
 
@@ -422,7 +467,7 @@ def test_a_contradiction_in_the_process_environment_is_refused(name, value, save
     assert f"unset {name}" in said.err
 
 
-def test_all_contradictions_are_reported_together(gpt2):
+def test_all_contradictions_are_reported_at_once(gpt2):
     said = infer(gpt2, N_LAYER="3", N_HEAD="4", **GREEDY)
     assert said.code == 2
     assert "N_LAYER=3" in said.err
@@ -431,7 +476,13 @@ def test_all_contradictions_are_reported_together(gpt2):
 
 def test_equal_and_training_only_settings_do_not_contradict(gpt2):
     same = {"MODEL_TYPE": "gpt2", "N_LAYER": "2", "TOKENIZER": "auto", "BLOCK_SIZE": "16"}
-    training_only = {"LEARNING_RATE": "0.5", "BATCH_SIZE": "99", "DROPOUT": "0.9", "TRAINING_STEPS": "1", "TRAINING_DATA_SOURCE": "none.txt"}  # fmt: skip
+    training_only = {
+        "LEARNING_RATE": "0.5",
+        "BATCH_SIZE": "99",
+        "DROPOUT": "0.9",
+        "TRAINING_STEPS": "1",
+        "TRAINING_DATA_SOURCE": "none.txt",
+    }
     assert text(gpt2, **same, **training_only, **GREEDY) == text(gpt2, **GREEDY)
 
 
@@ -493,7 +544,7 @@ def test_a_missing_checkpoint_lists_the_existing(name, three):
 
 @pytest.mark.parametrize("requested", ["latest", "best", "{folder}/checkpoints", "{folder}/checkpoints/*.pt"])
 @pytest.mark.parametrize("exists", [True, False])
-def test_without_any_checkpoint_the_error_says_how_to_get_one(requested, exists, tmp_path):
+def test_without_any_checkpoint_the_error_names_the_command_that_makes_one(requested, exists, tmp_path):
     if exists:
         (tmp_path / "checkpoints").mkdir()
     said = infer(tmp_path, CHECKPOINT_PATH=requested.format(folder=tmp_path))
@@ -547,8 +598,12 @@ def test_float32_generates_what_the_model_generates(gpt2):
         build_model(newest(gpt2), device=torch.device("cpu")).eval(),
         build_tokenizer(newest(gpt2)),
     )
-    drawn = generate(model, tokenizer.encode("Dear"), max_new_tokens=60, temperature=0.0, vocab_size=tokenizer.vocab_size)  # fmt: skip
-    assert text(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="60", TEMPERATURE="0", DTYPE="float32") == "Dear" + tokenizer.decode(list(drawn))  # fmt: skip
+    drawn = generate(
+        model, tokenizer.encode("Dear"), max_new_tokens=60, temperature=0.0, vocab_size=tokenizer.vocab_size
+    )
+    assert text(
+        gpt2, PROMPT="Dear", MAX_NEW_TOKENS="60", TEMPERATURE="0", DTYPE="float32"
+    ) == "Dear" + tokenizer.decode(list(drawn))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Signals: the first asks for a stop, a later one stops at once, and afterwards everything is as it was."""
 
 import contextlib
+import itertools
 import os
 import pty
 import re
@@ -10,15 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from drive import ROOT, environment
+from drive import ROOT, environment, newest, tensor_bytes, train
+from pages import blocks
+from test_last_step import trained
 from work import HANGING
 
 import training
-from milepost import ckpt
+from milepost import ckpt, config
 from milepost.runtime import interrupt
 from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 
-ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU]
 
 # Prints when it is ready and when it was asked to stop, then runs for ever. Only an orderly exit would print "cleaned up".
 CHILD = """
@@ -43,8 +46,7 @@ def child_with(together: float) -> list[str]:
     return [sys.executable, "-c", CHILD.replace('SAME_REQUEST")', f'{together}")')]
 
 
-@pytest.mark.parametrize("second", ALL)
-@pytest.mark.parametrize("first", ALL)
+@pytest.mark.parametrize(("first", "second"), [*zip(ALL, ALL, strict=True), *itertools.pairwise([*ALL, ALL[0]])])
 def test_the_first_signal_sets_a_flag_and_a_later_one_ends_the_process_at_once(first, second):
     with subprocess.Popen(child_with(0), cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -86,7 +88,7 @@ from milepost.runtime import interrupt
 interrupt.SAME_REQUEST = float(os.environ["SAME_REQUEST"])
 learn = training.training_step
 def interrupted(run, lr):
-    if run.step == 2:
+    if run.state.step == 2:
         os.kill(os.getpid(), signal.SIGINT)
         run.log("still here")
         os.kill(os.getpid(), signal.SIGINT)
@@ -191,6 +193,50 @@ def test_every_script_stops_on_a_signal_during_imports(script, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A signal to save.
+
+
+def test_a_signal_to_save_saves_the_step_and_training_ends_where_it_would_have_ended(tmp_path):
+    """Sent twice in one step it saves once."""
+    for name in ("straight", "signalled"):
+        (tmp_path / name).mkdir()
+    assert train(tmp_path / "straight")[0] == 0
+
+    def signal_twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    code, said = trained(tmp_path / "signalled", {6: signal_twice})
+    assert code == 0, said
+    assert [steps_saved(tmp_path / name) for name in ("straight", "signalled")] == [[4, 8], [4, 6, 8]]
+    assert tensor_bytes(newest(tmp_path / "signalled")) == tensor_bytes(newest(tmp_path / "straight"))
+
+
+def test_with_checkpoints_off_a_signal_to_save_is_reported_and_training_continues(tmp_path):
+    code, said = trained(tmp_path, {6: lambda: os.kill(os.getpid(), signal.SIGUSR1)}, ENABLE_CHECKPOINTS="false")
+    assert code == 0
+    assert "SIGUSR1" in said
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("at", ["torch.nn", "milepost.ckpt"])
+def test_a_signal_to_save_during_imports_does_not_stop_the_program(at, tmp_path):
+    done = hooked(tmp_path, "training.py", at=at, number="SIGUSR1", made_of_it="nothing")
+    assert (tmp_path / "said").exists()
+    assert done.returncode == 0, done.stderr
+    assert steps_saved(tmp_path) == [4, 8]
+
+
+def test_a_signal_to_save_is_no_signal_to_stop(handlers_as_before):
+    with Interrupt() as stop:
+        assert not stop.save_requested
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert (stop.save_requested, stop.requested) == (True, False)
+        stop.note_save()
+        assert not stop.save_requested
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A closed terminal.
 
 
@@ -230,7 +276,7 @@ def handler(number, frame):
 
 @pytest.fixture
 def handlers_as_before():
-    before = {number: signal.getsignal(number) for number in ALL}
+    before = {number: signal.getsignal(number) for number in (*ALL, signal.SIGUSR1)}
     yield
     for number, each in before.items():
         signal.signal(number, each)
@@ -315,3 +361,24 @@ def test_a_swallowed_interrupt_is_seen_when_training_begins(handlers_as_before):
     training.guarded(swallows, None)
     training.guarded(lambda *_: seen.append(Interrupt().__enter__().requested), None)
     assert seen == [True, False]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Slurm script of docs/resuming.md
+
+
+@pytest.mark.parametrize(("code", "queued"), [(130, True), (0, False), (3, False)])
+def test_the_slurm_script_queues_a_job_again_only_if_it_was_stopped(code, queued, tmp_path):
+    """Its commands are replaced by files that note how they are called: no Slurm is here."""
+    (script,) = blocks((ROOT / "docs" / "resuming.md").read_text(encoding="utf-8"), "sh")
+    for name, ending in (("srun", f"exit {code}"), ("scontrol", "")):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" $RESUME $ENABLE_CHECKPOINTS\n{ending}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    again = ["scontrol requeue 7 auto true"] if queued else []
+    assert done.stdout.splitlines() == ["srun python3 training.py auto true", *again]
+    assert set(re.findall(r"([A-Z_]+)=", script.split("srun")[0])) <= config.VARIABLES.keys()
+    (number,) = re.findall(r"--signal=(\w+)@", script)
+    assert getattr(signal, f"SIG{number}") in interrupt.stopping_signals()

@@ -1,4 +1,6 @@
-"""Killed at any moment, the newest complete checkpoint opens: at random times, and at every single call that changes the disk."""
+"""Killed at any moment, the newest complete checkpoint opens: at random times,
+and at every single call that changes the disk.
+"""
 
 import os
 import random
@@ -30,7 +32,7 @@ Command = Callable[..., Said]
 
 @pytest.fixture(scope="module")
 def saver() -> Iterator[Command]:
-    """Gives tests/saver.py a command and returns what its children said; kills the first after `seconds` if they are given."""
+    """Send tests/saver.py a command and return what its children printed; kill the first after `seconds` if given."""
     script = Path(__file__).with_name("saver.py")
     with subprocess.Popen(
         [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -54,7 +56,7 @@ def saver() -> Iterator[Command]:
 
 
 def last(said: Said, word: str, default: int = 0) -> int:
-    """The highest step of which a child said `word`."""
+    """Return the highest step that a child reported with `word`."""
     return max((int(words[1]) for words in said if words[0] == word), default=default)
 
 
@@ -64,7 +66,9 @@ def last(said: Said, word: str, default: int = 0) -> int:
 
 @dataclass
 class History:
-    """What a folder must hold: the steps that were ordinary saves, the best that was kept, and the counts that show that the kills came at good times."""
+    """The expected content of a folder: the steps of regular saves, the retained best, and counts which show that the
+    kills were well timed.
+    """
 
     ordinary: list[int] = field(default_factory=list)
     best: int = 0
@@ -102,8 +106,9 @@ def killed_once(saver: Command, folder: Path, layout: str, mode: str, history: H
 
 
 def killed_often(saver: Command, folder: Path, layout: str, *, kills: int, seed: int) -> tuple[int, int]:
-    """Return how many saves so many kills let through, and how many hidden names they left. There are more kills, and the children live
-    longer, until enough have saved and enough were killed while they saved: a moment is drawn, and says nothing of a machine's speed."""
+    """Return how many saves so many kills let through, and how many hidden names they left. There are more kills, and
+    the children live longer, until enough have saved and enough were killed while they saved: a moment is drawn, and
+    says nothing of a machine's speed."""
     draw, saves, leftovers, longest = random.Random(seed), 0, 0, time_of_two_steps(saver, folder / "timed", layout)
     done = 0
     while done < kills or (done < MOST * kills and (saves < kills / 6 or leftovers < kills / 20)):
@@ -118,7 +123,7 @@ def killed_often(saver: Command, folder: Path, layout: str, *, kills: int, seed:
 
 
 def time_of_two_steps(saver: Command, folder: Path, layout: str) -> float:
-    """Seconds, so that kills come while something is saved, on a slow machine too; the best of three, so that a hiccup is not taken for it."""
+    """Return seconds within which kills hit a save, on a slow computer too: the best of three, against hiccups."""
     times = []
     for name in ("first", "second", "third"):
         make_before(folder / name, layout)
@@ -164,7 +169,7 @@ def test_control_a_file_that_is_written_in_place_is_lost(saver, tmp_path):
 
 
 def killed_at(saver: Command, folder: Path, layout: str, mode: str, number: int) -> tuple[Said, tuple[int, int]]:
-    """What the child said that was killed at its n-th call, and the newest step and the best after it."""
+    """Return what the child killed at its n-th call printed, and the latest and the best step after it."""
     said = saver(f"nth {quote(str(folder))} {layout} {mode} {number}")
     found = whole(folder)
     ordinary, best = steps_of(found, best=False), max(steps_of(found, best=True))

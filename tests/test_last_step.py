@@ -1,4 +1,6 @@
-"""What is learned after a save, and what fails beside it: the last step's validation loss, and the best that could not be kept."""
+"""What becomes known after a save, and what fails beside it: the last step's validation loss, and a best that could not
+be saved.
+"""
 
 import os
 import shutil
@@ -32,7 +34,7 @@ def before_step(number: int, action: Callable[[], Any], patch: pytest.MonkeyPatc
     learn = training.training_step
 
     def acting(run, lr):
-        if run.step == number - 1:
+        if run.state.step == number - 1:
             action()
         return learn(run, lr)
 
@@ -61,7 +63,9 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_signal_in_the_last_step_loses_neither_its_loss_nor_the_best(layout, straight, tmp_path):
-    """The step is saved at once; the resume evaluates it, saves it again with its loss, and then the run is finished."""
+    """The step is saved at once; the resume evaluates it, saves it again with its loss,
+    and then the run is finished.
+    """
     code, said = trained(tmp_path, {8: stop}, CHECKPOINT_LAYOUT=layout)
     assert code == 130, said
     assert (newest(tmp_path).step, newest(tmp_path).validation_loss) == (8, None)
@@ -168,7 +172,9 @@ def test_a_best_that_could_not_be_written_is_retried_at_the_next_save(layout, ba
 
 
 def blocking(folder: Path) -> Callable[[], object]:
-    """Return an action that puts a file where best/ would be: as a fault that comes after the start, which looks at that place."""
+    """Return an action that puts a file where best/ would be: as a fault that comes after the start,
+    which looks at that place.
+    """
     return lambda: (folder / "checkpoints" / "best").write_text("in the way")
 
 

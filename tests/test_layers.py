@@ -14,23 +14,31 @@ ROOMS: dict[str, set[str]] = {
     "paths": set(),
     "locks": {"paths"},
     "splitmix": set(),
-    "registry": set(),
-    "config": {"models", "text", "runtime", "registry"},  # only registries and interrupt.py, which import no torch
+    "places": set(),
+    "registry": set(),  # imports what a registry names, when it is first used
+    "config": {
+        "models",
+        "text",
+        "runtime",
+        "registry",
+        "places",
+    },  # only registries and interrupt.py, which import no torch
     "models": set(),
-    "text": {"files", "splitmix"},
-    "runtime": {"files", "splitmix"},
+    "text": {"files", "splitmix", "registry"},
+    "runtime": {"files", "splitmix", "registry"},
     "generation": {"models", "text", "runtime", "splitmix"},
     "evaluate": {"models", "text", "runtime"},
     "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry"},
 }
 BELOW_RUN = {*ROOMS}
-BELOW_TRAINING = BELOW_RUN | {"run", "run_files", "resume", "reporting", "cli"}
+BELOW_TRAINING = BELOW_RUN | {"run", "run_files", "run_checkpoints", "resume", "reporting", "cli"}
 ALLOWED = ROOMS | {
     "run": BELOW_RUN,
     "resume": BELOW_RUN | {"run"},
     "cli": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
     "run_files": BELOW_RUN | {"run"},
+    "run_checkpoints": BELOW_RUN | {"run", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
     "training": BELOW_TRAINING,
     "scripts": BELOW_TRAINING | {"samples", "training"},
@@ -109,9 +117,12 @@ LIGHT = (
     "models",
     "models.adapters",
     "milepost.runtime.optimizers",
+    "milepost.runtime.trackers",
+    "milepost.runtime.schedule",
     "milepost.runtime.interrupt",
     "milepost.text.registry",
     "milepost.registry",
+    "milepost.places",
 )
 LIGHT_FILES = [
     ROOT / name.replace(".", "/") / "__init__.py" if name == "models" else ROOT / f"{name.replace('.', '/')}.py"

@@ -443,13 +443,13 @@ WRONG = [
     ({"n_embd": 16}, "n_embd was saved as 8 and is now 16"),
     ({"vocab_size": 13}, "vocab_size was saved as 12 and is now 13"),
     ({"n_layer": 2.0}, "n_layer was saved as 2 and is now 2.0"),
-    ({"bias": False}, "bias was saved as True and is now False"),
-    ({"model_type": "bigram"}, "model_type was saved as 'gpt2' and is now 'bigram'"),
+    ({"bias": False}, "bias was saved as true and is now false"),
+    ({"model_type": "bigram"}, 'model_type was saved as "gpt2" and is now "bigram"'),
     ({"batch_size": 0}, "batch_size was saved as 2 and is now 0, not a valid batch_size"),
-    ({"batch_size": "8"}, "is now '8', not a valid batch_size"),
-    ({"batch_size": True}, "is now True, not a valid batch_size"),
+    ({"batch_size": "8"}, 'is now "8", not a valid batch_size'),
+    ({"batch_size": True}, "is now true, not a valid batch_size"),
     ({"dropout": 1.0}, "is now 1.0, not a valid dropout"),
-    ({"dropout": None}, "is now None, not a valid dropout"),
+    ({"dropout": None}, "is now null, not a valid dropout"),
     ({"device": 3}, "is now 3, not a valid device"),
 ]
 

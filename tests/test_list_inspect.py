@@ -8,13 +8,15 @@ import sys
 
 import pytest
 import torch
-from drive import ROOT
+from drive import ROOT, train
+from foreign_programs import CHARS, golden_nano, meta, nanogpt
 from records import WEIGHT, gpt2_record, record
 from script import call, copied, family, script, train_family
 from work import calls, opened
 
 from milepost import ckpt
 from milepost.ckpt.layouts import WRITERS, unified
+from milepost.runtime.hardware import choose_device
 
 lister, inspector = script("list_checkpoints"), script("inspect_checkpoint")
 
@@ -293,6 +295,17 @@ def test_settings_metadata_and_tensors_that_differ(tmp_path):
     assert sum(kind == "tensor" for kind, _ in found) == 1
 
 
+def test_auto_is_compared_as_it_was_resolved(tmp_path):
+    for name, changes in (("auto", {}), ("set", {"DTYPE": "float32", "COMPILE": "false", "TOKENIZER": "char"})):
+        (tmp_path / name).mkdir()
+        device = "auto" if name == "auto" else choose_device("auto").type
+        assert train(tmp_path / name, TRAINING_STEPS="2", DEVICE=device, **changes)[0] == 0
+    paths = [next((tmp_path / name / "checkpoints").glob("*.pt")) for name in ("auto", "set")]
+    out = call(inspector, tmp_path, CHECKPOINT_PATH=paths[0], COMPARE_WITH=paths[1]).out
+    assert ckpt.load(paths[0]).hyperparameters["DTYPE"] == "auto"  # the control: it is recorded as it was asked for
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("setting")] == ["TRAINING_DATA_SOURCE"]
+
+
 def test_tensors_of_other_shapes_and_in_only_one(tmp_path):
     paths = [save(tmp_path, each) for each in (record(1), record(1, size=9, optimizer_state=None))]
     out = call(inspector, tmp_path, CHECKPOINT_PATH=paths[0], COMPARE_WITH=paths[1]).out
@@ -312,3 +325,30 @@ def test_signs_of_zero_and_nan_are_bytes(tmp_path):
     one.model_state = {WEIGHT: torch.full((8, 8), math.nan)}
     path = save(tmp_path, one)
     assert call(inspector, tmp_path, CHECKPOINT_PATH=path, COMPARE_WITH=path).out == ""
+
+
+def test_tied_weights_are_counted_once(tmp_path):
+    model = golden_nano()
+    path = tmp_path / "ckpt.pt"
+    torch.save(nanogpt(model) | {"best_val_loss": 1.75}, path)
+    (tmp_path / "meta.pkl").write_bytes(meta(CHARS))
+    out = call(inspector, tmp_path, CHECKPOINT_PATH=path).out
+    sizes = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in out.splitlines()[-4:]}
+    assert sizes["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+    assert sizes["rest"] > 0
+    assert sum(sizes.values()) == 2 * sizes["total"] == 2 * path.stat().st_size
+
+
+def test_an_optimizer_state_that_cannot_be_used_is_not_denied(tmp_path):
+    model = golden_nano()
+    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    momentum.step()
+    path = tmp_path / "ckpt.pt"
+    torch.save(nanogpt(model, momentum), path)
+    (tmp_path / "meta.pkl").write_bytes(meta(CHARS))
+    out = call(inspector, tmp_path, CHECKPOINT_PATH=path).out
+    assert "No optimizer state" not in out
+    assert "cannot be used" in out
+    torch.save(nanogpt(model) | {"optimizer": None}, path)
+    assert "No optimizer state" in call(inspector, tmp_path, CHECKPOINT_PATH=path).out

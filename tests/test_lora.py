@@ -1,4 +1,4 @@
-"""LoRA: the base's own function at first, adapters that alone learn, checkpoints with and without their base, merging."""
+"""LoRA: the base's function at first, only adapters train, checkpoints with and without their base, merging."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,14 @@ from models.lora import LoraLinear, LoraSettings
 merger, loader, inspector = script("merge_adapters"), script("load_checkpoint"), script("inspect_checkpoint")
 SIZES = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
 LORA = {"rank": 2, "alpha": 6.0, "dropout": 0.0, "targets": "c_attn,c_proj,c_fc"}
-WITH = {"LORA_RANK": "2", "LORA_ALPHA": "6", "TRAINING_STEPS": "6", "CHECKPOINT_INTERVAL": "2", "DROPOUT": None, "LEARNING_RATE": "1e-2"}  # fmt: skip
+WITH = {
+    "LORA_RANK": "2",
+    "LORA_ALPHA": "6",
+    "TRAINING_STEPS": "6",
+    "CHECKPOINT_INTERVAL": "2",
+    "DROPOUT": None,
+    "LEARNING_RATE": "1e-2",
+}
 SHAPE_OF_THE_BASE = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"])
 
 
@@ -59,7 +66,7 @@ def test_a_layer_is_its_formula_in_float64():
     assert all(torch.allclose(one, other, rtol=1e-12) for one, other in zip(found, wanted, strict=True))
 
 
-def test_dropout_falls_on_the_adapters_input_in_training_alone():
+def test_dropout_applies_to_the_adapters_input_in_training_only():
     torch.manual_seed(3)
     layer = LoraLinear(64, 8, bias=False, settings=LoraSettings(rank=4, alpha=4.0, dropout=0.5))
     x = torch.randn(3, 64)
@@ -121,7 +128,7 @@ def test_merged_weights_answer_as_the_adapters_did():
     assert merged(whole) is whole
 
 
-def test_a_model_without_adapters_says_nothing_of_them():
+def test_a_model_without_adapters_does_not_mention_them():
     base, model = pair()
     assert "lora" not in models.plain(base.settings)
     assert models.plain(model.settings)["lora"] == LORA
@@ -148,7 +155,7 @@ def tune(base: Path, folder: Path, **changes: str | None) -> tuple[int, str]:
     return train(folder, INIT_FROM=str(base / "base.pt"), **SHAPE_OF_THE_BASE | WITH | changes)
 
 
-def test_a_run_trains_the_adapters_alone(base, tmp_path):
+def test_a_run_trains_only_the_adapters(base, tmp_path):
     code, said = tune(base, tmp_path)
     assert code == 0, said
     record, before = newest(tmp_path), ckpt.load(base / "base.pt")
@@ -162,7 +169,7 @@ def test_a_run_trains_the_adapters_alone(base, tmp_path):
     assert record.hyperparameters["OPTIMIZER"] == "adamw"
 
 
-def test_adapters_alone_are_a_part_of_it(base, tmp_path):
+def test_a_checkpoint_of_adapters_is_a_part_of_the_full_checkpoint(base, tmp_path):
     tune(base, tmp_path / "whole")
     tune(base, tmp_path / "apart", CHECKPOINT_ADAPTERS_ONLY="true")
     whole, apart = newest(tmp_path / "whole"), newest(tmp_path / "apart")
@@ -201,7 +208,7 @@ def test_resumed_equals_uninterrupted(base, tmp_path, apart, optimizer):
 
 
 @pytest.mark.parametrize("layout", [name for name in WRITERS if name != "huggingface"])
-def test_every_layout_keeps_adapters_alone(base, tmp_path, layout):
+def test_every_layout_holds_a_checkpoint_of_adapters(base, tmp_path, layout):
     code, said = tune(
         base, tmp_path, CHECKPOINT_ADAPTERS_ONLY="true", CHECKPOINT_LAYOUT=layout, CHECKPOINT_KEEP_BEST="0"
     )
@@ -255,7 +262,7 @@ def test_inference_with_and_without_the_base_apart_is_the_same(base, tmp_path):
     assert plain.out != whole.out
 
 
-def test_a_crash_is_gone_on_from_where_the_base_lies_too(base, tmp_path):
+def test_a_crashed_run_resumes_beside_its_base(base, tmp_path):
     """INIT_FROM=latest means the base at first, and the run's own checkpoint afterwards."""
     straight, folder = tmp_path / "straight", tmp_path / "crashed"
     tune(base, straight, CHECKPOINT_ADAPTERS_ONLY="true")
@@ -309,7 +316,7 @@ def test_a_base_is_known_by_its_weights_not_by_its_folder(base, tmp_path):
     assert tensor_bytes(newest(tmp_path)) == tensor_bytes(straight)
 
 
-def test_mode_resume_goes_on_with_the_adapters(base, tmp_path):
+def test_mode_resume_trains_the_adapters_further(base, tmp_path):
     tune(base, tmp_path, CHECKPOINT_ADAPTERS_ONLY="true")
     changes = {"MODE": "resume", "RESUME_TRAINING_STEPS": "2", "BASE_CHECKPOINT": base / "base.pt"}
     said = call(loader, tmp_path, **changes)
@@ -324,7 +331,8 @@ def test_a_new_run_takes_adapters_over(base, tmp_path):
     first = newest(tmp_path / "first")
     (tmp_path / "second").mkdir()
     shutil.copy(base / "letters.txt", tmp_path / "second")
-    changes = SHAPE_OF_THE_BASE | {"INIT_FROM": str(first.path), "BASE_CHECKPOINT": str(base / "base.pt"), "TRAINING_STEPS": "1",
+    changes = SHAPE_OF_THE_BASE | {"INIT_FROM": str(first.path), "BASE_CHECKPOINT": str(base / "base.pt"),
+    "TRAINING_STEPS": "1",
                                    "DROPOUT": None, "LEARNING_RATE": "1e-9", "WARMUP_STEPS": "0"}  # fmt: skip
     code, said = train(tmp_path / "second", **changes)
     assert code == 0, said
@@ -371,7 +379,7 @@ def test_merging_a_checkpoint(base, tmp_path):
         ({"TTT_BASE_LR": "2"}, "TTT_BASE_LR=2 (environment) has no effect without TTT_LAYERS"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_go_together(changes, said):
+def test_settings_that_contradict_each_other(changes, said):
     with pytest.raises(config.ConfigError) as caught:
         config.read(changes | {"PYTHON_DOTENV_DISABLED": "1"})
     assert said in str(caught.value)

@@ -14,15 +14,8 @@ import models
 from milepost.runtime import muon
 from milepost.runtime import optim as optim_module
 from milepost.runtime.muon import Muon, MuonWithAdamW, orthogonalised
-from milepost.runtime.optim import (
-    KINDS,
-    Schedule,
-    build_optimizer,
-    clip_gradients,
-    gradient_norm,
-    lr_at,
-    replan,
-)
+from milepost.runtime.optim import build_optimizer, clip_gradients, gradient_norm
+from milepost.runtime.schedule import SCHEDULES, Schedule, lr_at, replan
 from models.model import Model
 
 
@@ -78,7 +71,7 @@ def test_cosine_is_nanogpts_get_lr(peak, share, warmup, more, data):
 
 PLANS = st.builds(
     Schedule,
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(sorted(SCHEDULES)),
     peak=st.floats(1e-8, 10),
     floor=st.just(0.0),
     warmup_steps=st.integers(0, 300),
@@ -109,15 +102,13 @@ def test_a_rate_depends_on_the_place_in_the_plan_alone(plan, data):
     assert lr_at(plan.start_step + at, plan) == lr_at(at, same)
 
 
-@settings(deadline=None)
-@given(PLANS, st.data())
-def test_after_the_warm_up_the_rate_never_rises(plan, data):
-    warm = plan.start_step + plan.warmup_steps
-    at = data.draw(st.integers(warm, max(warm, plan.end_step) + 5))
-    assert lr_at(at + 1, plan) <= lr_at(at, plan)
+@pytest.mark.parametrize("kind", ["constant", "cosine", "linear", "wsd"])
+def test_after_the_warm_up_the_rate_never_rises(kind):
+    after = rates(schedule(kind, warmup_steps=7, end_step=2000), range(7, 2010))
+    assert after == sorted(after, reverse=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize(("warmup", "end"), [(0, 1), (1, 1), (5, 5), (9, 5)])
 def test_plans_of_one_step_and_plans_all_warm_up_have_rates(kind, warmup, end):
     plan = schedule(kind, warmup_steps=warmup, end_step=end)
@@ -128,7 +119,7 @@ def test_plans_of_one_step_and_plans_all_warm_up_have_rates(kind, warmup, end):
 # Planning anew
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_replan_is_the_same_kind_over_the_added_steps_with_the_floors_ratio(kind):
     saved = schedule(kind, peak=1e-3, floor=2.5e-4, warmup_steps=100, end_step=2000)
     plan = replan(saved, peak=4e-4, start_step=2000, steps=500, warmup_steps=0)
@@ -209,7 +200,9 @@ def test_frozen_parameters_are_left_out():
     assert "wte.weight" not in names_in(optimizer_of(model, "muon").param_groups)
 
 
-def reference_adamw(weight: Tensor, gradients: list[Tensor], *, lr: float, weight_decay: float, betas: tuple[float, float]) -> Tensor:  # fmt: skip
+def reference_adamw(
+    weight: Tensor, gradients: list[Tensor], *, lr: float, weight_decay: float, betas: tuple[float, float]
+) -> Tensor:
     """Loshchilov and Hutter 2019, algorithm 2, in float64; epsilon 1e-8."""
     weight, (beta1, beta2) = weight.double(), betas
     mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
@@ -275,7 +268,9 @@ def test_a_model_without_hidden_matrices_gets_plain_adamw():
 
 
 def reference_muon(weight: Tensor, gradients: list[Tensor], *, lr: float, weight_decay: float) -> Tensor:
-    """Jordan et al. 2024 for one matrix, in float64: Nesterov momentum of 0.95, five quintic iterations, AdamW's size of update."""
+    """Jordan et al. 2024 for one matrix, in float64: Nesterov momentum of 0.95, five quintic iterations,
+    AdamW's size of update.
+    """
     weight = weight.double()
     average = torch.zeros_like(weight)
     for gradient in gradients:
@@ -305,7 +300,8 @@ def distance(moved: Tensor, wanted: Tensor, before: Tensor) -> float:
     return float((moved.double() - wanted.double()).norm() / (wanted.double() - before.double()).norm())
 
 
-# In float32 the iteration is the formula; bfloat16 (8 bits) leaves some percent, which is what torch.optim.Muon works with too.
+# In float32 the iteration is the formula; bfloat16 (8 bits) leaves some percent, which is what torch.optim.Muon works
+# with too.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("together", [muon.TOGETHER, 1])
 def test_every_block_moves_as_a_float64_reference(dtype, tolerance, together, monkeypatch):
@@ -334,7 +330,12 @@ def test_it_equals_torchs_muon_and_adamw_used_apart():
     optimizer = optimizer_of(model, "muon", lr=2e-3)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     matrices = {name: [block.detach().clone() for block in blocks_of(name, one)] for name, one in hidden(apart).items()}
-    muon = torch.optim.Muon([block for blocks in matrices.values() for block in blocks], lr=2e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")  # fmt: skip
+    muon = torch.optim.Muon(
+        [block for blocks in matrices.values() for block in blocks],
+        lr=2e-3,
+        weight_decay=0.1,
+        adjust_lr_fn="match_rms_adamw",
+    )
     tables, vectors = [apart.wte.weight, apart.wpe.weight], [one for one in apart.parameters() if one.dim() == 1]
     groups = [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.99), fused=True)

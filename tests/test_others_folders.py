@@ -55,8 +55,10 @@ def put(place: Path, make: Callable[[Path], object]) -> None:
     make(place)
 
 
-FILES = ["checkpoints/.lock", "checkpoints/.run-{run}.lock", "checkpoints/.run-{run}.owner", "runs/{run}/.lock", "runs/{run}/.run-{run}.lock",
-         "runs/{run}/.run-{run}.owner", "runs/{run}/metrics.jsonl", "runs/{run}/training.log", "runs/{run}/config.env", "runs/{run}/run.json",
+FILES = ["checkpoints/.lock", "checkpoints/.run-{run}.lock", "checkpoints/.run-{run}.owner", "runs/{run}/.lock",
+"runs/{run}/.run-{run}.lock",
+         "runs/{run}/.run-{run}.owner", "runs/{run}/metrics.jsonl", "runs/{run}/training.log", "runs/{run}/config.env",
+         "runs/{run}/run.json",
          "runs/{run}/samples/step000006.txt"]  # fmt: skip
 FOLDERS = ["checkpoints/best", "checkpoints/{run}", "checkpoints/{run}/best", "runs/{run}", "runs/{run}/samples"]
 
@@ -64,7 +66,9 @@ FOLDERS = ["checkpoints/best", "checkpoints/{run}", "checkpoints/{run}/best", "r
 @pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
 @pytest.mark.parametrize("name", FILES)
 def test_links_and_pipes_in_place_of_run_files_are_never_written_through(name, kind, theirs, tmp_path):
-    """RESUME=auto resumes, or refuses with an error that names the path; it neither blocks nor changes files outside."""
+    """RESUME=auto resumes, or refuses with an error that names the path;
+    it neither blocks nor changes files outside.
+    """
     place = theirs / name.format(run=run_id(theirs))
     makers = {
         "link": lambda path: path.symlink_to(tmp_path / "outside" / "file"),

@@ -18,11 +18,16 @@ plot = script("plot_run")
 # Which runs, and the table of them.
 
 
-def written(folder: Path, name: str, *, losses: list[float], since: float = 1000.0, before: int = 0, parent: object = None) -> Path:  # fmt: skip
+def written(
+    folder: Path, name: str, *, losses: list[float], since: float = 1000.0, before: int = 0, parent: object = None
+) -> Path:
     """A run of so many lines, a step and a second each, after the steps `before` it, and a validation at its end."""
     place = folder / "runs" / name
     place.mkdir(parents=True)
-    rows = [{"step": before + n, "time": since + n, "split": "train", "loss": loss, "lr": 0.1, "tok_s": 500.0} for n, loss in enumerate(losses, 1)]  # fmt: skip
+    rows = [
+        {"step": before + n, "time": since + n, "split": "train", "loss": loss, "lr": 0.1, "tok_s": 500.0}
+        for n, loss in enumerate(losses, 1)
+    ]
     rows.append(rows[-1] | {"split": "validation", "loss": losses[-1] + 0.5, "lr": None, "tok_s": None})
     (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "run.json").write_text(json.dumps({"run_id": name, "parent": parent}))
@@ -125,8 +130,18 @@ def test_no_runs_at_all(tmp_path):
     assert "metrics.jsonl is empty" in said.err
 
 
-NONSENSE = ["", "null", "[]", "{", '{"step": "x", "time": 1}', '{"step": 1, "time": null, "loss": 3}', '{"step": 2, "time": 5, "split": "train", "loss": "low"}',
-            '{"step": 3, "time": 6, "split": "train", "loss": NaN, "lr": true}', '{"step": -4, "time": 6, "split": ["train"]}', "\ufffd\x00"]  # fmt: skip
+NONSENSE = [
+    "",
+    "null",
+    "[]",
+    "{",
+    '{"step": "x", "time": 1}',
+    '{"step": 1, "time": null, "loss": 3}',
+    '{"step": 2, "time": 5, "split": "train", "loss": "low"}',
+    '{"step": 3, "time": 6, "split": "train", "loss": NaN, "lr": true}',
+    '{"step": -4, "time": 6, "split": ["train"]}',
+    "\ufffd\x00",
+]
 
 
 def test_nonsense_in_the_files_of_a_run_is_left_out(folder):
@@ -197,7 +212,7 @@ def test_a_missing_parent_is_logged_and_a_cycle_ends(folder):
     assert sorted(names_in(drawn(folder, RUN="x"))) == ["x", "y"]
 
 
-def test_a_run_begun_with_weights_alone_is_not_drawn_over_where_they_are_from(folder):
+def test_a_run_started_from_weights_is_drawn_without_the_run_that_trained_them(folder):
     written(folder, "tuned", losses=[1.5, 1.25], since=3000.0, parent={"run_id": "a1", "step": 3, "file": "x.pt"})
     written(folder, "child", losses=[1.0], since=4000.0, before=2, parent={"run_id": "tuned", "step": 2})
     said = drawn(folder, RUN="tuned")
@@ -231,7 +246,9 @@ def test_a_trained_child_is_drawn_after_its_parent(tmp_path, tmp_path_factory):
 def outside(folder: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
     """The script in a process of its own, its output in a pipe."""
     words = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(folder / "runs")} | env
-    return subprocess.run([sys.executable, str(ROOT / "scripts" / "plot_run.py")], env=words, capture_output=True, check=True)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "plot_run.py")], env=words, capture_output=True, check=True
+    )
 
 
 def test_a_pipe_gets_no_colours_and_a_poor_encoding_gets_ascii(folder):

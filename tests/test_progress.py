@@ -1,4 +1,4 @@
-"""What a run tells: lines in stderr and training.log, one bar on a terminal, metrics in strict JSON."""
+"""What a run reports: lines in stderr and training.log, a bar on a terminal, metrics in strict JSON."""
 
 import json
 import math
@@ -253,7 +253,9 @@ def history_of(path: Path) -> list[tuple[int, float]]:
 
 
 def logged_from(path: Path, steps: range, *, since: float) -> None:
-    """Return the lines of a run at these steps, a second apart; the values of a step are equal each time it is taken."""
+    """Return the lines of a run at these steps, a second apart;
+    the values of a step are equal each time it is taken.
+    """
     metrics_of(path, *({"step": n, "split": "train", "loss": 1 / n, "time": since + n} for n in steps)).close()
 
 
@@ -393,7 +395,8 @@ def test_rewinding_without_metrics_creates_no_file(tmp_path):
 # Formatting
 
 DURATIONS = [
-    (0, "0 s"), (0.4, "0 s"), (45, "45 s"), (89, "89 s"), (90, "2 min"), (100, "2 min"), (3600, "60 min"), (5340, "89 min"),
+    (0, "0 s"), (0.4, "0 s"), (45, "45 s"), (89, "89 s"), (90, "2 min"), (100, "2 min"), (3600, "60 min"),
+    (5340, "89 min"),
     (5400, "1 h 30 min"), (7199, "1 h 59 min"), (7200, "2 h 00 min"), (7500, "2 h 05 min"), (360000, "100 h 00 min"),
 ]  # fmt: skip
 

@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from drive import at_step, small_text, train
+from foreign_programs import golden_nano, nanogpt
 from records import WEIGHT, flipped, in_child, record, walkable_folder
 from script import call, files_of, script
 
 from milepost import ckpt
 from milepost.ckpt import retention
 from milepost.ckpt.layouts import WRITERS
+from milepost.ckpt.tensors import digest
 from milepost.locks import RunLock
 
 pruner = script("prune_checkpoints")
@@ -261,3 +264,69 @@ def test_pruning_during_a_resume_keeps_copies(tmp_path):
     assert [copy for copy in copies if not copy.exists()] == []
     assert not first.exists()
     assert not best.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other programs' checkpoints
+
+
+def foreign(folder: Path, name: str, step: int) -> Path:
+    """Write a nanoGPT checkpoint of a step."""
+    path = folder / "checkpoints" / name
+    torch.save(nanogpt(golden_nano(), step=step), path)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith("."))
+
+
+def test_other_programs_checkpoints_are_counted_by_the_beginning_of_their_names(folder):
+    save(folder, 1, 2)
+    for name, step in (("ckpt_100.pt", 100), ("ckpt_200.pt", 200), ("model-best.pt", 150)):
+        foreign(folder, name, step)
+    before = names(folder)
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert "3 of other programs" in said.err
+    assert "ckpt_: 2" in said.err
+    assert "model-best.pt: 1" in said.err
+    assert set(before) - set(names(folder)) == {name for name in before if "step0001" in name}
+
+
+def test_the_policy_applies_to_names_that_are_asked_for(folder):
+    """In the order of steps, not of names; what has another word in its name is a person's copy."""
+    steps = {"ckpt_1.pt": 900, "ckpt_2.pt": 100, "ckpt_10.pt": 200, "ckpt_0300.pt": 300}
+    for name, step in steps.items():
+        foreign(folder, name, step)
+    mine = [
+        "ckpt_2_mine.pt",
+        "ckpt_2 (1).pt",
+        "ckpt_2.pt.bak",
+        "my ckpt_2.pt",
+        "ckpt_best.pt",
+        "ckpt_.pt",
+        "other_2.pt",
+    ]
+    for name in mine:
+        shutil.copy(folder / "checkpoints" / "ckpt_2.pt", folder / "checkpoints" / name)
+    asked = {"CHECKPOINT_KEEP_LAST": "1", "PRUNE_OTHERS": "ckpt_, absent_"}
+    said = call(pruner, folder, **asked)
+    assert sorted(names(folder)) == sorted([*steps, *mine])
+    assert said.out.count("remove ") == 3
+    done = call(pruner, folder, **asked, DRY_RUN="false")
+    assert done.code == 0, done.err
+    assert names(folder) == sorted(["ckpt_1.pt", *mine])
+
+
+def test_of_other_programs_multiples_bases_links_equal_steps_and_readable_files_stay(folder):
+    paths = {step: foreign(folder, f"ckpt_{step}.pt", step) for step in (100, 200, 300, 400, 500, 600, 700)}
+    twin = foreign(folder, "ckpt_301.pt", 300)
+    (folder / "checkpoints" / "favourite").symlink_to(paths[200])
+    base = {"sha256": digest(ckpt.load(paths[400]).model_state), "source": str(paths[400]), "step": 400}
+    ckpt.save(record(1, run_id="tuned", parts=["adapters"], base=base), folder / "checkpoints")
+    weight = max(golden_nano().state_dict().values(), key=torch.numel)
+    flipped(paths[700], paths[700].read_bytes().index(weight.numpy().tobytes()) + 5)
+    asked = {"CHECKPOINT_KEEP_LAST": "1", "CHECKPOINT_KEEP_EVERY": "500", "PRUNE_OTHERS": "ckpt_", "DRY_RUN": "false"}
+    assert call(pruner, folder, **asked).code == 0
+    assert [step for step, path in paths.items() if path.exists()] == [200, 300, 400, 500, 600, 700]
+    assert twin.exists()

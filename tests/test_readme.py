@@ -1,14 +1,18 @@
 """Every command of the README, as written, in a copy of the checkout, with a tiny model set through the environment."""
 
+import html
 import re
 
 import pytest
 from drive import ROOT
 from pages import commands, copied_checkout, run
 
+import models
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = {
-    "N_LAYER": "1", "N_HEAD": "1", "N_EMBD": "8", "BLOCK_SIZE": "8", "BATCH_SIZE": "2", "EVAL_STEPS": "1", "SAMPLE_INTERVAL": "0",
+    "N_LAYER": "1", "N_HEAD": "1", "N_EMBD": "8", "BLOCK_SIZE": "8", "BATCH_SIZE": "2", "EVAL_STEPS": "1",
+    "SAMPLE_INTERVAL": "0",
     "LOG_INTERVAL": "500",
 }  # fmt: skip
 # Running this very test suite from inside itself would never end.
@@ -42,7 +46,7 @@ def test_the_readme_has_the_commands_of_a_first_visit():
 
 
 def test_every_command_runs_as_written(checkout):
-    """In the README's order: each builds on what the ones before it left."""
+    """In the README's order: each command builds on the files of those before it."""
     said = {
         command: run(command, checkout, **TINY | SHORT.get(command, {}))
         for command in commands(README)
@@ -62,6 +66,15 @@ def test_every_command_runs_as_written(checkout):
     assert "is finished: 3000 of 3000 steps" in by_word["RESUME=auto"].stderr
     exported = next((checkout / "exported").glob("checkpoint_*/model.safetensors"))
     assert (exported.parent / "tokenizer.json").is_file()
+
+
+def test_the_picture_of_the_first_run_is_of_the_run_that_the_text_describes():
+    picture = (ROOT / "docs" / "first-run.svg").read_text(encoding="utf-8")
+    labels = [html.unescape(label) for label in re.findall(r"<text[^>]*>([^<]*)</text>", picture)]
+    (loss,) = re.findall(r"validation loss (\d\.\d+)\s+nats per character", README)
+    steps = max(float(label) for label in labels if label.isdecimal())
+    assert {loss, "step", "loss (nats per character)", "training", "validation"} <= set(labels)
+    assert steps == models.MODELS["gpt2"].defaults["training_steps"]
 
 
 def test_make_test_runs_every_check(checkout):

@@ -143,9 +143,9 @@ def test_a_larger_block_size_is_refused():
 
 
 def test_dropout_is_set_by_the_caller():
-    assert build_model(gpt2_record(), device=CPU, dropout=0.5).settings.dropout == 0.5
+    assert build_model(gpt2_record(), device=CPU, changes={"dropout": 0.5}).settings.dropout == 0.5
     assert build_model(gpt2_record(), device=CPU).settings.dropout == 0.0
-    build_model(record(), device=CPU, dropout=0.5)  # a bigram has no such setting
+    build_model(record(), device=CPU, changes={"dropout": 0.5})  # a bigram has no such setting
 
 
 def changed(state: dict[str, torch.Tensor], **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:

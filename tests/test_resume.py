@@ -55,7 +55,8 @@ def test_an_empty_folder_starts_fresh_and_logs_it(tmp_path):
 def test_settings_that_are_not_set_come_from_the_checkpoint(stopped, straight, capsys):
     """Only the folder is set; model, sizes, intervals and text come from the checkpoint."""
     bare = dict.fromkeys(
-        ["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "BATCH_SIZE", "DROPOUT", "TRAINING_STEPS", "WARMUP_STEPS", "EVAL_INTERVAL", "EVAL_STEPS",
+        ["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "BATCH_SIZE", "DROPOUT", "TRAINING_STEPS",
+        "WARMUP_STEPS", "EVAL_INTERVAL", "EVAL_STEPS",
          "SAMPLE_INTERVAL", "LOG_INTERVAL", "ENABLE_CHECKPOINTS", "CHECKPOINT_INTERVAL"]
     )  # fmt: skip
     code, _ = train(stopped, RESUME="auto", **bare)
@@ -85,18 +86,41 @@ def test_a_finished_run_is_reported(straight, tmp_path):
     assert sorted((tmp_path / "run" / "checkpoints").rglob("*.pt")) == before
 
 
-def test_a_damaged_latest_checkpoint_is_skipped_logged_and_not_deleted(straight, tmp_path):
+def test_samples_of_a_resumed_run_are_drawn_as_before(straight, tmp_path):
+    """The settings of its samples come back from the checkpoint; they change no weight, so it stays the same run."""
+    how = {"TEMPERATURE": "2", "TOP_K": "5", "TOP_P": "0.9", "REPETITION_PENALTY": "1.5"}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for folder in (whole, halves):
+        folder.mkdir()
+    assert train(whole, **how)[0] == 0
+    assert train(halves, **how)[0] == 0
+    at_step(halves, 8).unlink()
+    shutil.rmtree(halves / "checkpoints" / "best")
+    samples = {folder: next((folder / "runs").glob("*/samples/step000008.txt")) for folder in (whole, halves, straight)}
+    samples[halves].unlink()
+    assert train(halves, RESUME="auto")[0] == 0
+    assert samples[halves].read_text() == samples[whole].read_text()
+    assert samples[whole].read_text() != samples[straight].read_text()  # control: the defaults draw another
+
+
+@pytest.mark.parametrize("name", ["auto", "latest", "best", "checkpoints", "checkpoints/*.pt"])
+def test_a_damaged_latest_checkpoint_is_skipped_logged_and_not_deleted(name, straight, tmp_path, monkeypatch):
+    """Whatever leaves a choice takes the checkpoint before; only a single name does not."""
     folder = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    name = f"run/{name}" if name.startswith("checkpoints") else name
     shutil.copytree(straight, folder)
     shutil.rmtree(folder / "checkpoints" / "best")
     bad = at_step(folder, 8)
     damage(bad)
-    code, said = train(folder, RESUME="auto")
-    assert code == 0
-    assert f"skipped: {bad}" in said
+    code, said = train(folder, RESUME=name)
+    assert code == 0, said
+    assert f"skipped: {bad}: " in said
     assert bad.exists()
     assert newest(folder).step == 8
     assert tensor_bytes(newest(folder)) == tensor_bytes(newest(straight))
+    code, said = train(folder, RESUME=str(bad))
+    assert (code, "skipped" in said) == (3, False)
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_an_error(stopped):
@@ -114,7 +138,14 @@ def test_the_printed_commands_can_be_pasted(tmp_path, monkeypatch):
     code, said = train(folder)
     assert code == 0
     line = next(line for line in said.splitlines() if line.startswith("next: ")).removeprefix("next: ")
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1"}, capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 200
 
@@ -143,7 +174,7 @@ def test_resuming_from_an_earlier_step_keeps_the_better_checkpoint(straight, tmp
     learn = training.training_step
 
     def interrupted(run, lr):
-        if run.step == 5:
+        if run.state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return learn(run, lr)
 
@@ -225,6 +256,22 @@ def test_another_text_is_an_error(stopped):
     code, said = train(stopped, RESUME="auto")
     assert code == 2
     assert "is not the text that the checkpoint was trained on" in said
+
+
+def test_for_a_text_that_has_grown_the_command_that_trains_on_is_printed(stopped):
+    parent = newest(stopped)
+    text = stopped / "letters.txt"
+    text.write_text(text.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    code, said = train(stopped, RESUME="auto")
+    assert code == 2
+    command = said.split("as a run of its own: ")[1].strip()
+    env = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RESUME_TRAINING_STEPS": "2"}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    child = newest(stopped)
+    assert (child.step, child.parent["run_id"]) == (parent.step + 2, parent.run_id)
+    assert child.data["source"] == str(text)
+    assert child.data["sha256"] != parent.data["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +366,7 @@ def test_init_from_takes_only_weights_and_tokenizer(straight, tmp_path):
         INIT_FROM=str(straight / "checkpoints"),
         LEARNING_RATE="1e-9",
         TRAINING_STEPS="1",
+        OPTIMIZER="muon",  # the default is adamw for so few tokens per step
         WARMUP_STEPS="0",
         **dict.fromkeys(["N_LAYER", "N_EMBD", "BLOCK_SIZE"]),
     )
@@ -339,7 +387,7 @@ def test_init_from_takes_only_weights_and_tokenizer(straight, tmp_path):
 def test_init_from_determines_the_model_and_its_defaults(straight, tmp_path):
     """Without MODEL_TYPE the model type comes from the weights, and the defaults are that model's."""
     bare = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "WARMUP_STEPS", "LEARNING_RATE"])
-    code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", **bare)
+    code, said = train(tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", BATCH_SIZE="64", **bare)
     assert code == 0, said
     record = newest(tmp_path)
     assert record.model_type == "gpt2"
@@ -516,7 +564,9 @@ def of_a_run(checkpoints: Path, run_id: str, *, besides: Path) -> Path:
 def killed_at(step: int, folder: Path, **changes: str) -> None:
     """Train in a separate process that SIGKILL ends right after a step."""
     env = {"PATH": os.environ["PATH"]} | environment(folder, **changes)
-    done = subprocess.run([sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

@@ -17,10 +17,11 @@ from drive import train as trained_in
 from records import flipped
 
 import training
-from milepost import ckpt, config, run
+from milepost import ckpt, config
 from milepost.resume import resumed
-from milepost.runtime.optim import Schedule, lr_at
+from milepost.run import text as run_text
 from milepost.runtime.progress import Log, read_metrics
+from milepost.runtime.schedule import Schedule, lr_at
 from milepost.text.batches import Batches
 
 SCRIPT = ROOT / "scripts" / "load_checkpoint.py"
@@ -49,7 +50,7 @@ def trained_once(tmp_path_factory):
     """A run of 8 steps, saved at 4 and 8; its rate falls from 1e-3 to a quarter. Schedule and optimizer are not the defaults."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CACHE_FOLDER", folder / "cache")
+        patch.setattr(run_text, "CACHE_FOLDER", folder / "cache")
         code, said = trained_in(
             folder, OPTIMIZER="adamw", LR_SCHEDULE="cosine", MIN_LEARNING_RATE="2.5e-4", SAMPLE_INTERVAL="0"
         )
@@ -203,6 +204,15 @@ def test_zero_steps_print_the_plan_and_write_nothing(resume, trained):
     assert said.row("step") == "step  restored  4; 0 more, to 4"
     assert "peak 0.0004, floor 0.0001" in said.row("learning rate")
     assert "RESUME_TRAINING_STEPS=0: nothing is trained" in said.err
+
+
+def test_the_first_line_says_how_to_look_only(resume, trained):
+    said = resume()
+    assert said.code == 0
+    assert "RESUME_TRAINING_STEPS=0" in said.err.splitlines()[0]
+    assert "4 more steps" in said.err.splitlines()[0]
+    assert said.err.index("RESUME_TRAINING_STEPS=0") < said.err.index("plan: 4 steps")
+    assert "stop and set" not in resume(RESUME_TRAINING_STEPS="0").err  # the control
 
 
 # The text
@@ -426,7 +436,7 @@ def test_an_interrupted_child_resumes_bit_exactly(resume, trained, monkeypatch):
     learn = training.training_step
 
     def interrupted(run, lr):
-        if run.step == 5:
+        if run.state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return learn(run, lr)
 
@@ -434,8 +444,8 @@ def test_an_interrupted_child_resumes_bit_exactly(resume, trained, monkeypatch):
         patch.setattr(training, "training_step", interrupted)
         said = resume(CHECKPOINT_DIR=str(trained / "stopped"), CHECKPOINT_INTERVAL="0")
     assert said.code == 130
-    assert "RESUME=auto" in said.err
     first = child_of(trained, "stopped")
+    assert f"RESUME={first.path} " in said.err
     assert first.step == 6
 
     again = environment(trained, **NOTHING | {"RESUME": "auto", "CHECKPOINT_DIR": str(trained / "stopped")})

@@ -266,6 +266,10 @@ COPIES: dict[str, Callable[[str], str]] = {
     "word before": lambda stem: f"my_{stem}",
     "copy of": lambda stem: f"copy of {stem}",
     "Copy_": lambda stem: f"Copy_{stem}",
+    "another suffix": lambda stem: f"{stem}.bak",
+    "hidden suffix": lambda stem: f"{stem}~",
+    "space after": lambda stem: f"{stem} ",
+    "letters that look alike": lambda stem: stem.replace("e", "\u0435"),
     "digit before": lambda stem: f"0_{stem}",
     "upper case": str.upper,
     "title": str.title,
@@ -304,6 +308,48 @@ def test_a_copy_under_any_other_name_stays_unchanged(way, layout, tmp_path):
     assert last.exists()
     assert not second.exists()
     assert not first.exists()  # the control: what retention is for still happens
+
+
+@pytest.mark.parametrize("place", ["", "best", "one", "one/best", "favourites"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_that_a_link_in_the_folder_points_to_stays(layout, place, tmp_path):
+    """`ln -s` is another way to name a checkpoint."""
+    first, second, last = (save(tmp_path, step, layout=layout) for step in (1, 2, 3))
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    favourite = tmp_path / place / "favourite.pt"
+    favourite.symlink_to(first)
+    (tmp_path / place / "dangling").symlink_to(tmp_path / "gone")
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=last)
+    assert [path.exists() for path in (favourite, first, second, last)] == [True, True, False, True]
+    favourite.unlink()  # the control
+    ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=last)
+    assert not first.exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_best_that_a_link_in_the_folder_points_to_stays(layout, tmp_path):
+    first = ckpt.keep_best(better(1), tmp_path, saved=None, layout=layout)
+    (tmp_path / "mine").symlink_to(first)
+    second = ckpt.keep_best(better(2), tmp_path, saved=None, layout=layout)
+    ckpt.keep_best(better(3), tmp_path, saved=None, layout=layout)
+    assert (first.exists(), second.exists()) == (True, False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copied_folder_of_checkpoints_stays(layout, tmp_path):
+    """Copied whole beside the original, into it, and back under another name."""
+    folder = tmp_path / "checkpoints"
+    paths = [save(folder, step, layout=layout) for step in (1, 2, 3)]
+    ckpt.keep_best(better(3), folder, saved=None, layout=layout)
+    shutil.copytree(folder, tmp_path / "checkpoints backup")
+    shutil.copytree(tmp_path / "checkpoints backup", folder / "backup")
+    for place in [path for path in folder.iterdir() if path.is_dir() and path not in paths]:
+        shutil.copytree(place, place.with_name(f"{place.name} copy"))
+    copies = [path for path in tmp_path.rglob("*") if {"backup", "copy"} & set(str(path).replace("/", " ").split())]
+    before = content(copies)
+    ckpt.prune(folder, run_id="one", keep_last=1, keep_every=0, latest_valid=paths[2])
+    assert content(list(before)) == before
+    assert not paths[0].exists()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -224,14 +224,14 @@ def windows_seen(ids: list[int], *, max_new_tokens: int) -> list[list[int]]:
     return seen
 
 
-def test_window_grows_to_the_context_then_falls_to_its_half() -> None:
+def test_the_window_grows_to_the_context_then_is_halved() -> None:
     windows = windows_seen([1, 2, 3], max_new_tokens=40)
     assert [len(w) for w in windows] == [*range(3, 17), *range(8, 17), *range(8, 17), *range(8, 16)]
     assert windows[14][:-1] == windows[13][-7:]  # the newest tokens stay
 
 
 @pytest.mark.parametrize(("length", "first"), [(15, 15), (16, 16), (17, 8), (50, 8)])
-def test_prompt_too_long_is_cut_to_the_same_half(length: int, first: int) -> None:
+def test_a_prompt_that_is_too_long_is_cut_to_the_same_window(length: int, first: int) -> None:
     prompt = [i % VOCAB for i in range(length)]
     assert windows_seen(prompt, max_new_tokens=1) == [prompt[-first:]]
 

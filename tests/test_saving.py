@@ -4,6 +4,7 @@ import datetime
 import os
 import re
 import shutil
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from records import NOON, assert_same, better, hugging_face_folder, newest, record, save, set_clock
 
 from milepost import ckpt
-from milepost.ckpt import retention
+from milepost.ckpt import finding, retention
 from milepost.ckpt.names import file_word
 from milepost.locks import FOLDER_LOCK
 
@@ -130,7 +131,7 @@ def test_a_clock_set_back_changes_neither_the_latest_nor_any_file(tmp_path, monk
 
 
 def test_the_last_name_in_order_names_a_checkpoint(tmp_path):
-    """As document 001 has it: CHECKPOINT=$(ls checkpoints/ | sort | tail -1)."""
+    """As people find it in a shell: CHECKPOINT=$(ls checkpoints/ | sort | tail -1)."""
     ckpt.keep_best(record(1), tmp_path, saved=save(tmp_path, 1))
     save(tmp_path, 2)
     (tmp_path / ".tmp-zzz").write_bytes(b"half")
@@ -293,3 +294,48 @@ def test_count_best_checkpoints_are_kept(count, after, tmp_path):
     for step, (loss, kept) in enumerate(zip(LOSSES, after, strict=True), start=1):
         ckpt.keep_best(better(step, validation_loss=loss), tmp_path, saved=None, count=count)
         assert sorted(one.metadata["validation_loss"] for one in ckpt.find(tmp_path)) == kept
+
+
+def losses_in_best(folder: Path) -> list[float]:
+    found = [each for each in finding.scan(folder) if each.path.parent.name == "best"]
+    return sorted(each.metadata["validation_loss"] for each in found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_saves_of_one_step_count_once_in_best(layout, tmp_path):
+    """A run resumed from an earlier step saves a step a second time; the second best stays in best/."""
+    for step in (1, 2, 2):
+        ckpt.keep_best(better(step), tmp_path, saved=None, layout=layout, count=2)
+    ckpt.keep_best(better(2), tmp_path, saved=None, layout=layout, count=2)
+    assert losses_in_best(tmp_path) == [1 / 2, 1 / 2, 1 / 2, 1 / 1]
+    ckpt.keep_best(better(3), tmp_path, saved=None, layout=layout, count=2)  # the control: step 1 is outdone
+    assert losses_in_best(tmp_path) == [1 / 3, 1 / 2, 1 / 2, 1 / 2]
+
+
+@pytest.mark.parametrize("layouts", [("unified", "stepfiles"), ("stepfiles", "unified"), ("separated", "consolidated")])
+def test_a_resume_in_another_layout_replaces_the_best_of_the_earlier_layout(layouts, tmp_path):
+    for step, layout in enumerate(layouts, 1):
+        ckpt.keep_best(better(step), tmp_path, saved=None, layout=layout)
+    assert losses_in_best(tmp_path) == [1 / 2]
+
+
+@pytest.mark.parametrize("layouts", [("unified", "stepfiles"), ("stepfiles", "unified"), ("consolidated", "unified")])
+def test_leftovers_of_the_earlier_layout_are_removed_by_a_save_in_another(layouts, tmp_path):
+    places = [tmp_path, tmp_path / "best", tmp_path / "one", tmp_path / "one" / "best"]
+    save(tmp_path, 1, layout=layouts[0])
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for place in places:
+        place.mkdir(exist_ok=True)
+        (place / f".tmp-checkpoint.pt-{dead.pid}-00000000").write_text("half a save")
+    save(tmp_path, 2, layout=layouts[1])
+    assert list(tmp_path.rglob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o755])
+def test_whoever_may_write_in_the_folder_may_write_in_its_best(mode, tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    kept = ckpt.keep_best(better(1), folder, saved=None)
+    assert stat.S_IMODE(kept.parent.stat().st_mode) == mode

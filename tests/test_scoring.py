@@ -1,4 +1,6 @@
-"""milepost/evaluate/scoring.py against one prediction at a time, against transformers, and against the table of a bigram."""
+"""milepost/evaluate/scoring.py against one prediction at a time, against transformers,
+and against the table of a bigram.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""The layout that processes write together: read by one, by PyTorch's own tools, after any of them died, and out of bad hands."""
+"""The layout that processes write together: read by one, by PyTorch's own tools, after any of them died,
+and out of bad hands.
+"""
 
 import dataclasses
 import errno
@@ -56,10 +58,11 @@ def only(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.soak)])
 def folder(request, tmp_path_factory) -> Path:
-    """What several processes under torchrun left, and in {rank}.json what they saw."""
+    """Return what several processes under torchrun left, with their observations in {rank}.json."""
     place = tmp_path_factory.mktemp("together")
     launch = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
     ]  # fmt: skip
     done = subprocess.run(
         [*launch, str(SCRIPT), str(place)], capture_output=True, text=True, timeout=HANGING, check=False,
@@ -71,7 +74,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 def seen(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What each process saw."""
+    """Return the observations of each process."""
     return [json.loads(file.read_text())[name] for file in sorted(folder.glob("?.json"))]
 
 
@@ -189,7 +192,7 @@ Command = Callable[..., list[Said]]
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Command]:
-    """Has two processes save step 2, one of which is killed before the n-th of its calls; returns what each said."""
+    """Have two processes save step 2 and kill one before the n-th of its calls; return what each printed."""
     with script() as one, script() as other:
 
         def command(folder: Path, store: Path, *, killed: int, number: int, mode: str) -> list[Said]:
@@ -251,7 +254,7 @@ def test_killed_at_every_call_that_changes_the_disk_the_newest_is_whole(pair, ki
 # One process
 
 
-def test_alone_there_is_nobody_to_lead_or_to_follow():
+def test_a_single_process_neither_leads_nor_follows():
     ckpt.follow(record(1))
     with pytest.raises(OSError, match="full"), ckpt.leading(record(1)):
         raise OSError("full")
@@ -261,7 +264,10 @@ def test_alone_there_is_nobody_to_lead_or_to_follow():
 def test_torchs_checkpointing_is_imported_when_one_is_written_and_not_before(tmp_path):
     """It takes most of a second, as long as all of training's other imports but torch."""
     path = saved(tmp_path, record(3))
-    asked = "import sys; import pathlib; from milepost import ckpt; ckpt.load(pathlib.Path(sys.argv[1]), verify=True); print('torch.distributed.checkpoint' in sys.modules)"
+    asked = (
+        "import sys; import pathlib; from milepost import ckpt; ckpt.load(pathlib.Path(sys.argv[1]), verify=True); "
+        "print('torch.distributed.checkpoint' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", asked, str(path)], capture_output=True, text=True, cwd=shards.ROOT, check=True
     )
@@ -362,7 +368,7 @@ def test_a_piece_that_the_manifest_does_not_name_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_another_programs_folder_is_refused_saying_what_it_lacks(tmp_path):
+def test_another_programs_folder_is_refused_naming_what_it_lacks(tmp_path):
     torch.distributed.checkpoint.save(
         {"model": record(1).model_state}, checkpoint_id=str(tmp_path / "theirs"), no_dist=True
     )
@@ -412,7 +418,7 @@ def test_a_pickle_that_asks_for_a_program_is_never_run(protocol, tmp_path):
 
 
 def test_control_torchs_own_reader_would_run_it(tmp_path):
-    """Negative control: the pickle of the test above does what it is afraid of."""
+    """Negative control: plain pickle runs the code in the file of the test above."""
     path, proof = saved(tmp_path / "one"), tmp_path / "proof"
     (path / ".metadata").write_bytes(pickle.dumps(Evil(proof)))
     with pytest.raises(AttributeError):

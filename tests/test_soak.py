@@ -1,4 +1,6 @@
-"""What takes minutes: run by `make soak`. Needs tiny Shakespeare (fetched, or put at data/tinyshakespeare.txt)."""
+"""Tests that take minutes, run by `make soak`. They need tiny Shakespeare (downloaded, or put at
+data/tinyshakespeare.txt).
+"""
 
 import pytest
 from drive import ROOT, train
@@ -12,14 +14,18 @@ pytestmark = pytest.mark.soak
 
 # nanoGPT's setting for a CPU (its README): 4 layers, 4 heads, 128 wide, block 64, batch 12, 2000 steps, dropout 0.
 NANOGPT_CPU = {
-    "TRAINING_DATA_SOURCE": "tinyshakespeare", "TOKENIZER": "char", "N_LAYER": "4", "N_HEAD": "4", "N_EMBD": "128", "BLOCK_SIZE": "64", "BATCH_SIZE": "12",
-    "TRAINING_STEPS": "2000", "DROPOUT": "0", "OPTIMIZER": "adamw", "LR_SCHEDULE": "cosine", "LEARNING_RATE": "1e-3", "MIN_LEARNING_RATE": "1e-4", "WARMUP_STEPS": "100", "BETA2": "0.99",
+    "TRAINING_DATA_SOURCE": "tinyshakespeare", "TOKENIZER": "char", "N_LAYER": "4", "N_HEAD": "4", "N_EMBD": "128",
+    "BLOCK_SIZE": "64", "BATCH_SIZE": "12",
+    "TRAINING_STEPS": "2000", "DROPOUT": "0", "OPTIMIZER": "adamw", "LR_SCHEDULE": "cosine", "LEARNING_RATE": "1e-3",
+    "MIN_LEARNING_RATE": "1e-4", "WARMUP_STEPS": "100", "BETA2": "0.99",
     "EVAL_INTERVAL": "0", "EVAL_STEPS": "0", "SAMPLE_INTERVAL": "0", "LOG_INTERVAL": "100", "CHECKPOINT_INTERVAL": "0",
 }  # fmt: skip
 
 
 def test_tiny_shakespeare_is_learned_as_well_as_nanogpt_learns_it(tmp_path):
-    """nanoGPT's own checkpoint of this setting has 1.898 over the same windows: all that lie side by side in the last 10 %."""
+    """nanoGPT's own checkpoint of this setting has 1.898 over the same windows:
+    all that lie side by side in the last 10 %.
+    """
     code, said = train(tmp_path, **NANOGPT_CPU)
     assert code == 0, said
     (path,) = (tmp_path / "runs").glob("*/metrics.jsonl")

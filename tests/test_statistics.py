@@ -63,7 +63,7 @@ def test_mcnemar_of_many_items():
     assert mcnemar(b, c) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-2)
 
 
-def test_too_few_pairs_say_nothing():
+def test_too_few_pairs_are_not_significant():
     assert paired(np.ones(FEWEST - 1)) is None
     assert paired(np.zeros(0)) is None
     assert paired(np.ones(FEWEST)) is not None

@@ -1,4 +1,6 @@
-"""Named tensors: safetensors files equal the library's to the byte, and tensors larger than their storage are refused."""
+"""Named tensors: safetensors files equal the library's to the byte,
+and tensors larger than their storage are refused.
+"""
 
 import json
 import os

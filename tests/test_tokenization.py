@@ -169,7 +169,7 @@ def test_bpe_merges_frequent_pairs_and_has_the_requested_size() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
-def test_the_same_text_trains_the_same_bpe_however_it_comes_in_pieces(size: int) -> None:
+def test_the_same_text_trains_the_same_bpe_in_chunks_of_any_size(size: int) -> None:
     text = LETTERS * 20
     pieces = [(text[i : i + size], i + size >= len(text)) for i in range(0, len(text), size)]
     assert build("bpe", pieces, alphabet="", documents=1, vocab_size=400).to_dict() == BPE.to_dict()
@@ -395,7 +395,7 @@ def test_very_long_whitespace_does_not_break_gpt2() -> None:
 
 
 def test_gpt2_hands_a_text_to_tiktoken_as_a_whole_and_never_makes_a_list_of_its_tokens() -> None:
-    """Ten times the text takes not one call more, and memory only for what tiktoken returns."""
+    """Ten times the text takes no more calls, and memory only for what tiktoken returns."""
     text, tokenizer = (LETTERS * 14_000)[:1_000_000], Gpt2Tokenizer()
     made = {}
     for size in (len(text) // 100, len(text) // 10, len(text)):  # the first has what is done once

@@ -106,7 +106,7 @@ def test_an_unknown_tokenizer_is_reported_and_not_replaced(content):
 
 
 def lecture(words: dict[str, Any]) -> dict[str, Any]:
-    """A legacy bundle of document 004."""
+    """A bundle of model, optimizer and tokenizer in one file."""
     torch.manual_seed(0)
     return {"model": shaken(LectureModel(**SIZES)).state_dict(), "config": SIZES, "step": 30} | words
 
@@ -168,7 +168,9 @@ def test_without_a_tokenizer_nothing_is_guessed(program, tmp_path):
 
 
 def test_the_text_set_by_the_user_is_used(tmp_path):
-    """The remedy in the error works for generating and converting; a text with another number of characters is refused."""
+    """The remedy in the error works for generating and converting;
+    a text with another number of characters is refused.
+    """
     path = bundle(tmp_path, "nanogpt", {})
     own = tmp_path / "own.txt"
     own.write_text("".join(CYRILLIC) * 3, encoding="utf-8")

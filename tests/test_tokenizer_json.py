@@ -44,7 +44,7 @@ def ours(kind: str) -> Tokenizer:
 
 
 def write_folder(folder: Path, tokenizer: Tokenizer) -> Path:
-    """What transformers needs of a folder to find its tokenizer."""
+    """Write the files by which transformers finds a folder's tokenizer."""
     folder.mkdir()
     files = {
         "config.json": GPT2Config(vocab_size=tokenizer.vocab_size).to_dict(),

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 from drive import ROOT, at_step, environment, newest, tensor_bytes, train
 
-from milepost import config, run_files
+from milepost import config
 from milepost.runtime import trackers
 from milepost.runtime.progress import read_metrics
-from milepost.runtime.trackers import Mirror, Sink
+from milepost.runtime.tracking.base import Tracker
+from milepost.runtime.tracking.mirror import Mirror
+from milepost.runtime.tracking.wandb import mode_and_project
 
-KINDS = [kind for kind in config.VARIABLES["TRACKER"].metadata["choices"] if kind != "none"]
+KINDS = [*trackers.TRACKERS]
 
 
-class Recorder:
+class Recorder(Tracker):
     """A tracker that records its rows, of steps from `first` on, and raises at row number `fails_at`."""
 
     def __init__(self, first: int = 0, *, fails_at: int | None = None) -> None:
@@ -24,8 +26,8 @@ class Recorder:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.closed = 0
 
-    def sink(self) -> Sink:
-        return Sink(self.first, self.write, self.close)
+    def next_step(self) -> int:
+        return self.first
 
     def write(self, step: int, when: float, row: dict[str, float]) -> None:
         if len(self.rows) == self.fails_at:
@@ -46,7 +48,7 @@ def line(step: int, split: str = "train", **figures: float | None) -> dict[str, 
 
 def test_a_steps_lines_become_one_row_when_the_next_step_begins():
     theirs = Recorder()
-    mirror = Mirror("trackio", theirs.sink, log=pytest.fail)
+    mirror = Mirror("trackio", lambda: theirs, log=pytest.fail)
     mirror.write(line(1, loss=4.0, lr=0.1, tok_s=None))
     assert theirs.rows == []
     mirror.write(line(1, "validation", loss=4.5))
@@ -61,7 +63,7 @@ def test_a_steps_lines_become_one_row_when_the_next_step_begins():
 
 def test_recorded_steps_are_skipped_and_an_incomplete_step_is_left_to_the_resume():
     theirs = Recorder(first=3)
-    mirror = Mirror("wandb", theirs.sink, log=pytest.fail)
+    mirror = Mirror("wandb", lambda: theirs, log=pytest.fail)
     for step in range(1, 6):
         mirror.write(line(step, loss=1.0 / step))
     mirror.close(complete=False)
@@ -72,14 +74,12 @@ def test_recorded_steps_are_skipped_and_an_incomplete_step_is_left_to_the_resume
 def test_a_failure_is_logged_once_and_ends_the_mirror():
     said: list[str] = []
     theirs = Recorder(fails_at=1)
-    mirror = Mirror("wandb", theirs.sink, log=said.append)
+    mirror = Mirror("wandb", lambda: theirs, log=said.append)
     for step in range(1, 6):
         mirror.write(line(step, loss=1.0))
     mirror.close(complete=True)
     assert [step for step, _ in theirs.rows] == [1]
-    assert said == [
-        "warning: TRACKER=wandb failed (the server is gone); training continues, and metrics.jsonl has every value"
-    ]
+    assert said == ["warning: wandb failed (the server is gone); training continues, and metrics.jsonl has every value"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,9 +100,8 @@ def test_a_folder_of_that_name_is_not_a_package(tmp_path, monkeypatch):
     """wandb leaves a folder `wandb` where it was used."""
     (tmp_path / "no_such_tracker").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert trackers.missing("no_such_tracker") is not None
-    assert trackers.missing("json") is None  # a package that is there
-    assert trackers.missing("none") is None
+    assert not trackers.is_installed("no_such_tracker")
+    assert trackers.is_installed("json")
 
 
 FAILING = """
@@ -140,15 +139,18 @@ def test_a_tracker_that_fails_changes_no_bit_and_prints_nothing_to_stdout(tmp_pa
 
 
 def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
-    """The tracker had reached step 5 when the run was killed. Resuming from step 4 adds 6 to 8, and does not double the evaluation of 4."""
+    """The tracker had reached step 5 when the run was killed.
+
+    Resuming from step 4 adds 6 to 8, and does not double the evaluation of 4.
+    """
     theirs: list[Recorder] = []
 
-    def start(*_: object) -> Sink:
-        theirs.append(Recorder(first=theirs[-1].rows[-1][0] + 1 if theirs else 0))
-        return theirs[-1].sink()
+    class Remembering(Recorder):
+        def __init__(self, **_: object) -> None:
+            super().__init__(first=theirs[-1].rows[-1][0] + 1 if theirs else 0)
+            theirs.append(self)
 
-    monkeypatch.setattr(trackers, "_trackio", start)
-    monkeypatch.setattr(run_files, "missing", lambda kind: None)
+    monkeypatch.setitem(trackers.TRACKERS, "trackio", trackers.Entry(tracker=Remembering))
     assert train(tmp_path, TRACKER="trackio")[0] == 0
     del theirs[0].rows[6:]  # as after a kill
     at_step(tmp_path, 8).unlink()
@@ -164,7 +166,7 @@ def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The variables of W&B, read by milepost/config.
+# The variables of W&B.
 
 
 @pytest.mark.parametrize(
@@ -177,12 +179,12 @@ def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
         ({"WANDB_MODE": "disabled", "WANDB_API_KEY": ""}, "disabled", "milepost"),
     ],
 )
-def test_wandb_is_offline_unless_its_own_variables_say_otherwise(variables, mode, project, monkeypatch):
+def test_wandb_is_offline_unless_its_own_variables_change_that(variables, mode, project, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert config.wandb_options() == {"mode": mode, "project": project}
+    assert mode_and_project(config.environment(trackers.TRACKERS["wandb"].variables)) == (mode, project)
 
 
 def test_a_resume_keeps_the_tracker(tmp_path):
@@ -212,7 +214,17 @@ def test_run_json_names_the_origin_of_a_run(tmp_path):
     assert train(tmp_path, SAMPLE_INTERVAL="0")[0] == 0
     (first,) = (tmp_path / "runs").iterdir()
     assert origin(first) == {"run_id": first.name, "parent": None}
-    assert train(tmp_path, INIT_FROM=str(at_step(tmp_path, 4)), SAMPLE_INTERVAL="0", TRAINING_STEPS="2", WARMUP_STEPS="0", LEARNING_RATE="2e-3")[0] == 0  # fmt: skip
+    assert (
+        train(
+            tmp_path,
+            INIT_FROM=str(at_step(tmp_path, 4)),
+            SAMPLE_INTERVAL="0",
+            TRAINING_STEPS="2",
+            WARMUP_STEPS="0",
+            LEARNING_RATE="2e-3",
+        )[0]
+        == 0
+    )
     (second,) = (path for path in (tmp_path / "runs").iterdir() if path != first)
     parent = origin(second)["parent"]
     assert (parent["run_id"], parent["step"]) == (first.name, 4)

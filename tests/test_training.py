@@ -1,4 +1,4 @@
-"""What a run logs, writes and refuses, from its first line to its exit code."""
+"""A run's log, files and refusals, from its first line to its exit code."""
 
 import json
 import math
@@ -144,7 +144,7 @@ def poisoned(monkeypatch, *, step: int, value: float) -> None:
 
     def gradients(run):
         metrics = learn(run)
-        return metrics | {"loss": metrics["loss"] * value} if run.step >= step else metrics
+        return metrics | {"loss": metrics["loss"] * value} if run.state.step >= step else metrics
 
     monkeypatch.setattr(training, "accumulate_gradients", gradients)
 
@@ -199,19 +199,21 @@ def test_gradients_that_are_not_finite_stop_too(tmp_path, monkeypatch):
 
 
 def test_float16_skips_overflows_and_stops_after_20(tmp_path):
-    """An overflow skips the update and halves the scale, a good step resets the count, 20 overflows in a row stop the run."""
+    """An overflow skips the update and halves the scale, a good step resets the count,
+    20 overflows in a row stop the run.
+    """
     run = training.fresh(config.read(environment(tmp_path, TRAINING_STEPS="100", DROPOUT="0")), Log())
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     before = run.model.wte.weight.detach().clone()
     overflow = run.model.wte.weight.register_hook(lambda gradient: gradient * math.inf)
     for _ in range(3):
         training.training_step(run, 1e-3)
-    assert run.skipped_updates == 3
+    assert run.state.skipped_updates == 3
     assert run.scaler.get_scale() == 2.0**13
     assert torch.equal(run.model.wte.weight, before)
     overflow.remove()
     training.training_step(run, 1e-3)
-    assert run.skipped_updates == 0
+    assert run.state.skipped_updates == 0
     assert not torch.equal(run.model.wte.weight, before)
     run.model.wte.weight.register_hook(lambda gradient: gradient * math.inf)
     for _ in range(19):
@@ -301,7 +303,10 @@ def test_a_checkpoint_folder_that_cannot_be_written_fails_before_step_1(tmp_path
 
 def test_mistakes_are_reported_before_torch_is_imported(tmp_path):
     """In a separate process: exit code 2, both mistakes, and torch is not loaded yet."""
-    code = "import sys, runpy\nsys.argv=['training.py']\ntry: runpy.run_path('training.py', run_name='__main__')\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    code = (
+        "import sys, runpy\nsys.argv=['training.py']\ntry: runpy.run_path('training.py', "
+        "run_name='__main__')\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
     env = {"PATH": os.environ["PATH"], "MODEL_TYPE": "gtp2", "CHECKPOINT_INTERVALS": "5", "PYTHON_DOTENV_DISABLED": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["2", "False"]
@@ -332,7 +337,9 @@ def pretrained(tmp_path_factory):
 
 
 def test_fine_tuning_pretrained_weights(pretrained, tmp_path, capsys):
-    """Sizes, weights and tokenizer come from the folder, the file is named after the source, and a resume is bit-exact."""
+    """Sizes, weights and tokenizer come from the folder, the file is named after the source,
+    and a resume is bit-exact.
+    """
     bare = dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"])
     code, said = train(tmp_path, GPT2_MODEL_NAME=str(pretrained), TRAINING_STEPS="4", CHECKPOINT_INTERVAL="2", **bare)
     assert code == 0, said
@@ -354,10 +361,26 @@ def test_fine_tuning_pretrained_weights(pretrained, tmp_path, capsys):
 
 def test_pretrained_weights_start_with_the_loss_of_transformers(pretrained, tmp_path):
     """The first validation loss is that of the transformers model on the same windows."""
-    code, said = train(tmp_path, GPT2_MODEL_NAME=str(pretrained), EVAL_STEPS="0", TRAINING_STEPS="1", WARMUP_STEPS="0", **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"]))  # fmt: skip
+    code, said = train(
+        tmp_path,
+        GPT2_MODEL_NAME=str(pretrained),
+        EVAL_STEPS="0",
+        TRAINING_STEPS="1",
+        WARMUP_STEPS="0",
+        **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"]),
+    )
     assert code == 0, said
     first = next(line for line in metrics(tmp_path) if line["split"] == "validation")
-    run = training.fresh(config.read(environment(tmp_path, GPT2_MODEL_NAME=str(pretrained), **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"]))), Log())  # fmt: skip
+    run = training.fresh(
+        config.read(
+            environment(
+                tmp_path,
+                GPT2_MODEL_NAME=str(pretrained),
+                **dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"]),
+            )
+        ),
+        Log(),
+    )
     windows = torch.cat(
         [x for x, _ in validation_windows(run.text.split.validation, block_size=32, batch_size=4, steps=0)]
     )
@@ -470,7 +493,7 @@ def test_nan_weights_are_never_saved(background, tmp_path, monkeypatch):
 
     def spoiled(run, lr):
         loss = learn(run, lr)
-        if run.step == 4:
+        if run.state.step == 4:
             run.model.wte.weight.data[0, 0] = math.nan
         return loss
 

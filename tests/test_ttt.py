@@ -1,4 +1,6 @@
-"""TTT-MLP layers against a plain reading of the papers: one token, one head, one step of autograd's gradient at a time, in float64."""
+"""TTT-MLP layers against a plain implementation of the papers: one token, one head, one autograd step at a time, in
+float64.
+"""
 
 import shutil
 from pathlib import Path
@@ -52,7 +54,7 @@ def inner(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def reference_head(made: TTTMLP, x: Tensor, h: int) -> tuple[Tensor, list[Tensor]]:
-    """What head h reads out of one text (T, C), and its inner weights afterwards."""
+    """Return the output of head h for one text (T, C), and its inner weights afterwards."""
     own, settings = slice(h * HS, (h + 1) * HS), made.settings
     weights = [made.W1[h], made.b1[h], made.W2[h], made.b2[h]]
     begin, out = weights, []
@@ -99,7 +101,7 @@ def test_gradients_equal_those_through_the_reference() -> None:
 
 
 @pytest.mark.parametrize("pieces", [[11], [1] * 11, [3, 1, 1, 6], [5, 6], [4, 4, 3], [2, 9]])
-def test_any_pieces_equal_the_whole(pieces: list[int]) -> None:
+def test_chunks_of_any_size_equal_the_whole(pieces: list[int]) -> None:
     made, x = layer(), text(11)
     state = made.new_state(B)
     with torch.no_grad():
@@ -224,8 +226,18 @@ def ids() -> Tensor:
 
 def test_names_in_the_state() -> None:
     base, model = gpt2(layers=None), gpt2(layers="0,1")
-    own = ["W1", "b1", "W2", "b2", "learnable_ttt_lr_weight", "learnable_ttt_lr_bias", "ttt_norm_weight", "ttt_norm_bias", "gating_alpha",
-           *(f"{part}.{kind}" for part in ("wq", "wk", "wv", "wo", "post_norm") for kind in ("weight", "bias"))]  # fmt: skip
+    own = [
+        "W1",
+        "b1",
+        "W2",
+        "b2",
+        "learnable_ttt_lr_weight",
+        "learnable_ttt_lr_bias",
+        "ttt_norm_weight",
+        "ttt_norm_bias",
+        "gating_alpha",
+        *(f"{part}.{kind}" for part in ("wq", "wk", "wv", "wo", "post_norm") for kind in ("weight", "bias")),
+    ]
     expected = {f"h.{block}.ttt.{name}" for block in (0, 1) for name in own}
     assert model.state_dict().keys() - base.state_dict().keys() == expected
     assert {name for name in model.state_dict() if is_ttt(name)} == expected
@@ -237,7 +249,7 @@ def test_names_in_the_state() -> None:
 
 
 @pytest.mark.parametrize("name", ["ttt.W1", "h.1.mlp.ttt.W1", "h.1.tttx.W1", "h.1.attn.W1", "wttte.weight", "h.1.ttt"])
-def test_a_name_that_only_looks_like_it_is_none(name: str) -> None:
+def test_a_name_that_only_resembles_a_ttt_tensor_is_not_one(name: str) -> None:
     assert not is_ttt(name)
 
 
@@ -292,7 +304,7 @@ def own_reference(made: TTTMLP, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("pieces", [[24], [1] * 24, [7, 1, 1, 9, 6], [5, 5, 14], [23, 1]])
-def test_cached_pieces_equal_the_whole(ids: Tensor, pieces: list[int]) -> None:
+def test_cached_chunks_equal_the_whole(ids: Tensor, pieces: list[int]) -> None:
     model, ids = gpt2(layers="0,1"), ids[:, :-1]
     cache = model.new_cache(batch_size=3)
     with torch.no_grad():
@@ -331,7 +343,8 @@ def test_a_decoder_refuses_it() -> None:
 
 
 def test_training_memory_is_near_what_was_measured() -> None:
-    # As in test_gpt2.py, minus what the same model without the layers took: 609 MB with mini-batches of 16, 1615 MB with those of 4.
+    # As in test_gpt2.py, minus what the same model without the layers took: 609 MB with mini-batches of 16, 1615 MB
+    # with those of 4.
     fields = {"vocab_size": 65, "block_size": 128, "n_layer": 3, "n_head": 4, "n_embd": 256}
     for size, measured in ((16, 609e6), (4, 1615e6)):
         with torch.device("meta"):
@@ -388,7 +401,7 @@ SETTINGS = {"TTT_LAYERS": "1", "TTT_MINI_BATCH_SIZE": "5", "TTT_BASE_LR": "2"}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with layers, kept at its steps 4 and 8."""
+    """A run with layers and checkpoints at steps 4 and 8."""
     folder = tmp_path_factory.mktemp("trained")
     assert train(folder, **SETTINGS)[0] == 0
     return folder
@@ -407,7 +420,7 @@ def test_training_teaches_every_tensor_of_a_layer(trained: Path) -> None:
     assert [name for name in own if torch.equal(before.model_state[name], after.model_state[name])] == []
 
 
-def test_what_is_loaded_is_told(trained: Path) -> None:
+def test_loaded_layers_are_reported(trained: Path) -> None:
     record = newest(trained)
     counts = adapter_counts({name: tensor.shape for name, tensor in record.model_state.items()})["ttt"]
     done = command(
@@ -482,7 +495,7 @@ def test_a_resume_takes_no_other_layers(trained: Path, name: str, value: str, to
     assert (code, f"{name} is {told}" in said) == (2, True)
 
 
-def test_a_resume_says_that_they_came_back(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resume_reports_the_layers_as_restored(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(trained, RESUME="auto")[0] == 0  # finished
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("adapters"))
     assert row.split()[1:5] == ["restored", "19", "TTT", "tensors,"]
@@ -499,7 +512,9 @@ def test_settings_are_plain_values_and_come_back() -> None:
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose layers alone are trained and saved, on the weights of `base.pt`; with what the same run saves as a whole beside it."""
+    """A run that trains and saves only the layers, on the weights of `base.pt`, and beside it the same run saved with
+    all weights.
+    """
     folder = tmp_path_factory.mktemp("apart")
     assert train(folder, **ONE | {"LEARNING_RATE": "0.01"})[0] == 0
     newest(folder).path.rename(folder / "base.pt")
@@ -512,7 +527,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_layers_alone_are_trained_and_saved_and_the_base_is_asked_for(apart: Path) -> None:
+def test_only_the_layers_are_trained_and_saved_and_the_base_is_required(apart: Path) -> None:
     base, record = ckpt.load(apart / "base.pt"), newest(apart / "alone")
     assert record.parts == ["adapters", "optimizer"]
     assert len(record.model_state) == len(record.optimizer_state["state"]) == 19
@@ -542,7 +557,7 @@ def test_beside_lora_both_kinds_are_trained_on_a_frozen_base(apart: Path) -> Non
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def test_adapters_alone_need_a_base_that_is_named() -> None:
+def test_a_checkpoint_of_adapters_needs_a_named_base() -> None:
     values = {"PYTHON_DOTENV_DISABLED": "1", "MODEL_TYPE": "gpt2", "CHECKPOINT_ADAPTERS_ONLY": "true"}
     with pytest.raises(
         config.ConfigError,

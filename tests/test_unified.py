@@ -1,4 +1,4 @@
-"""The default layout: what is written is what is read, anybody can open it, and only what is wanted is read."""
+"""The default layout: what is written is read back, torch can open it, and only the parts asked for are read."""
 
 import dataclasses
 import hashlib
@@ -205,7 +205,7 @@ def large(tmp_path_factory) -> Path:
 
 
 def bytes_read() -> int:
-    """What this process has read through system calls so far; memory-mapped pages are no part of it."""
+    """Return the bytes that this process has read through system calls; memory-mapped pages do not count."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 

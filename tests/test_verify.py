@@ -8,11 +8,12 @@ import struct
 import pytest
 import torch
 from drive import named_tensors, small_text
-from records import WEIGHT, flipped, record
+from records import WEIGHT, flipped, gpt2_record, record
 from script import call, copied, family, rows, script, train_family
 
-from milepost import ckpt, run
+from milepost import ckpt
 from milepost.ckpt.layouts import WRITERS, unified
+from milepost.run import text as run_text
 
 verifier = script("verify_checkpoint")
 
@@ -129,7 +130,7 @@ def test_a_broken_link_is_a_bad_checkpoint(tmp_path):
         (whole.parent / name).symlink_to(whole.parent / "nothing.pt")
     said = call(verifier, tmp_path, CHECKPOINT_PATH=whole.parent)
     assert said.code == 3
-    assert said.out.endswith("3 checkpoints, 2 bad\n")
+    assert "\n3 checkpoints, 2 bad\nFAILED: " in said.out
     bad, other, good = said.out.split("\n\n")[:3]
     assert bad.startswith(
         f"{whole.parent / 'x.pt'}\nbytes  FAILED  {whole.parent / 'x.pt'}: cannot be read (No such file"
@@ -173,11 +174,11 @@ def test_every_checkpoint_of_a_folder(trained, tmp_path):
     said = call(verifier, folder, CHECKPOINT_PATH=folder / "checkpoints")
     assert said.code == 0, said.out
     count = sum(1 for path in (folder / "checkpoints").rglob("*.pt"))
-    assert said.out.endswith(f"{count} checkpoints, 0 bad\n")
+    assert said.out.endswith(f"{count} checkpoints, 0 bad\nPASSED\n")
     os.truncate(family(folder)[2], 3000)
     said = call(verifier, folder, CHECKPOINT_PATH=folder / "checkpoints")
     assert said.code == 3
-    assert said.out.endswith(f"{count} checkpoints, 1 bad\n")
+    assert f"\n{count} checkpoints, 1 bad\nFAILED: " in said.out
 
 
 def test_hard_links_are_verified_once(tmp_path):
@@ -201,7 +202,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 @pytest.fixture
 def cached(trained, monkeypatch):
-    monkeypatch.setattr(run, "CACHE_FOLDER", trained / "cache")
+    monkeypatch.setattr(run_text, "CACHE_FOLDER", trained / "cache")
 
 
 @pytest.mark.parametrize(("step", "since"), [(2, "new weights"), (8, "step 6 ")])
@@ -279,3 +280,36 @@ def test_reasons_why_it_cannot_be_replayed(trained, tmp_path):
     said = call(verifier, tmp_path, CHECKPOINT_PATH=alone, REPLAY="true")
     assert said.code == 3
     assert "its run began with step 4 of run" in rows(said.out)["replay"][1]
+
+
+def test_the_last_line_is_the_verdict(trained, tmp_path):
+    folder = copied(trained, tmp_path)
+    assert call(verifier, folder, CHECKPOINT_PATH=family(folder)[8]).out.splitlines()[-1] == "PASSED"
+    bad = family(folder)[4]
+    os.truncate(bad, 4000)
+    for chosen in (bad, folder / "checkpoints"):
+        said = call(verifier, folder, CHECKPOINT_PATH=chosen)
+        assert (said.code, said.out.splitlines()[-1]) == (3, f"FAILED: {bad}")
+
+
+def test_the_adapters_are_counted(tmp_path):
+    saved = gpt2_record(settings={"ttt": {"layers": "1"}})
+    out = call(verifier, tmp_path, CHECKPOINT_PATH=save(tmp_path, saved)).out
+    (line,) = [line for line in out.splitlines() if line.startswith("adapters ")]
+    assert line.split()[:4] == ["adapters", "ok", "19", "TTT"]
+    assert "adapters " not in call(verifier, tmp_path, CHECKPOINT_PATH=save(tmp_path, gpt2_record())).out
+
+
+@pytest.mark.parametrize("chosen", ["{}/*.pt", "{}", "{0}/sub/*.pt,{0}/a.pt"])
+def test_a_glob_and_a_list_verify_all_that_they_name(tmp_path, chosen):
+    folder = tmp_path / "checkpoints"
+    for name in ("a.pt", "sub/b.pt", "sub/broken.pt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path, record(1)).rename(folder / name)
+    os.truncate(folder / "sub" / "broken.pt", 900)
+    said = call(verifier, tmp_path, CHECKPOINT_PATH=chosen.format(folder))
+    shown = [line for line in said.out.splitlines() if line.startswith(str(folder))]
+    expected = ["a.pt"] if chosen.endswith("/*.pt") else ["a.pt", "sub/b.pt", "sub/broken.pt"]
+    assert sorted(shown) == [str(folder / name) for name in expected]
+    assert said.code == (3 if len(expected) > 1 else 0)
+    assert said.out.splitlines()[-1] == (f"FAILED: {folder / 'sub' / 'broken.pt'}" if said.code else "PASSED")

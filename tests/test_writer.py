@@ -1,4 +1,4 @@
-"""Saving in the background: what is written is what stood when it was submitted, one save at a time, and no error is lost."""
+"""Saving in the background: the written record is the one submitted, one save at a time, and no error is lost."""
 
 import sys
 import threading
@@ -175,7 +175,7 @@ def test_what_a_job_raises_is_raised_once_by_who_waits(error, background):
 
 
 @pytest.mark.parametrize("free", [lambda: 100, "torch"])
-def test_without_memory_for_a_copy_it_is_done_at_once_and_said_once(free, said, monkeypatch):
+def test_without_memory_for_a_copy_it_saves_at_once_and_warns_once(free, said, monkeypatch):
     if free == "torch":
 
         def refused(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Counts of work, which are the same on every machine, however slow: function calls, files opened, bytes given to tensors."""
+"""Counts of work, equal on every computer, however slow: function calls, files opened, bytes allocated for tensors."""
 
 import contextlib
 import os
@@ -18,7 +18,10 @@ _opened: list[str] | None = None
 
 
 def calls(action: Callable[[], Any], *, most: float = float("inf")) -> tuple[Any, int]:
-    """Return what `action` returns, and how many functions it called in this thread, Python's and C's. Fail beyond `most`, at once."""
+    """Return the result of `action`, and how many functions it called in this thread, Python's and C's.
+
+    Fail at once beyond `most`.
+    """
     count = 0
 
     def each(frame: FrameType, event: str, _: Any) -> None:
@@ -44,7 +47,7 @@ sys.addaudithook(_note_opening)  # Python cannot remove it; it notes nothing out
 
 
 def opened(action: Callable[[], Any], folder: Any) -> tuple[Any, int]:
-    """Return what `action` returns, and how often it opens a file below `folder`."""
+    """Return the result of `action`, and how often it opened a file below `folder`."""
     global _opened
     _opened = []
     try:

@@ -1,12 +1,13 @@
 """training.py as torchrun starts it, with what a test wants to go wrong; its process numbers are told in a folder.
 
-WORKER_PIDS: a folder where each process leaves a file named by its rank that holds its number, and when it ends by itself, whatever
+WORKER_PIDS: a folder where each process leaves a file named by its rank that holds its number, and when it ends by
+itself, whatever
     its exit code, another one named {rank}.code.
 WORKER_FAULT: "RANK:STEP" kills that process before it learns from the batch of that step, the first time it is started;
     "RANK:STEP:update" when it has told a direction of that step's update by muon, and others wait for the next.
-WORKER_LATE: "lock" or "report": a signal comes, as from torchrun, when a process that lost another gives its lock free or says so.
-WORKER_MEMORY: bytes that each device seems to have.
-WORKER_OTHER: "NAME=value" that the second process finds in its environment, as if it were on another machine.
+WORKER_LATE: "lock" or "report": a signal comes, as from torchrun, when a process that lost another gives its lock free
+or says so. WORKER_MEMORY: bytes that each device seems to have. WORKER_OTHER: "NAME=value" that the second process
+finds in its environment, as if it were on another machine.
 """
 
 import atexit

@@ -1,9 +1,9 @@
 """Checkpoints: the public functions of this package."""
 
-import os
 from pathlib import Path
 
-from milepost.ckpt.bases import note_use
+from milepost.ckpt.bases import find_base, note_use
+from milepost.ckpt.best import best_is_kept, keep_best, keep_saved_best, saved_best
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
@@ -14,24 +14,16 @@ from milepost.ckpt.finding import (
     due,
     find,
     latest,
-    listing,
-    not_found,
-    resolve,
-    several,
-    whole_folder,
+    lowest_loss,
+    orphans,
 )
 from milepost.ckpt.layouts import WRITERS, known_layout
+from milepost.ckpt.opening import load, load_named
 from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.resolving import listing, resolve, several, whole_folder
 from milepost.ckpt.retention import prune
-from milepost.ckpt.saving import (
-    best_is_kept,
-    free_space_problem,
-    keep_best,
-    keep_saved_best,
-    save,
-    saved_best,
-    why_not_saved,
-)
+from milepost.ckpt.saving import free_space_problem, save, why_not_saved
+from milepost.ckpt.selection import Selection, select
 from milepost.ckpt.tensor_listing import held
 
 __all__ = [
@@ -41,6 +33,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Found",
+    "Selection",
     "best",
     "best_is_kept",
     "convert",
@@ -48,6 +41,7 @@ __all__ = [
     "export",
     "exporter",
     "find",
+    "find_base",
     "follow",
     "free_space_problem",
     "keep_best",
@@ -56,27 +50,21 @@ __all__ = [
     "leading",
     "listing",
     "load",
+    "load_named",
+    "lowest_loss",
     "not_finite",
     "note_use",
+    "orphans",
     "prune",
     "resolve",
     "save",
     "saved_best",
+    "select",
     "several",
     "verify",
     "whole_folder",
     "why_not_saved",
 ]
-
-
-def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
-    """Return the record at `path`, in any layout; raise CheckpointError.
-
-    `optimizer=False` leaves the optimizer's tensors unread; `verify=True` checks every byte against its checksum first.
-    """
-    if not os.path.exists(path):
-        raise not_found(path, path.parent)
-    return known_layout(path).read(path, optimizer=optimizer, verify=verify)
 
 
 def verify(path: Path) -> list[str]:

@@ -7,6 +7,7 @@ that were checked are the bytes that are opened.
 
 import collections
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -134,17 +135,18 @@ def load(path: Path) -> tuple[dict[Any, Any], Json]:
         return archive.content(), archive.metadata()
 
 
-def verify(path: Path) -> list[str]:
-    """Return a sentence for each problem; an empty list if every CRC-32 matches and `load` would open the file."""
+def verify(path: Path) -> list[CheckpointError]:
+    """Return what is wrong with the file; an empty list if every CRC-32 matches and `load` would open it."""
     try:
         with _opened(path) as archive:
             if name := zip_reader.damaged(archive.file, archive.members):
                 name = f"{archive.folder}/{name}"
-                return [f"{path}: is damaged: the bytes of {name:.80} do not match their checksum"]
+                problem = f"is damaged: the bytes of {name:.80} do not match their checksum"
+                return [CheckpointError(path, problem, kind="damaged")]
             archive.metadata()
             archive.content()
     except CheckpointError as error:
-        return [str(error)]
+        return [error]
     return []
 
 
@@ -338,18 +340,21 @@ def _opened(path: Path) -> Iterator[_Archive | _Legacy]:
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     with file:
-        if is_legacy(path):
-            yield _Legacy(path, file)
-            return
+        folder: str | None
         try:
             folder, members = zip_reader.read_members(file)
         except zip_reader.OddArchive as error:
             kind: Kind = "damaged" if isinstance(error, zip_reader.DamagedArchive) else "refused"
             raise CheckpointError(path, f"is {error}", kind=kind) from error
         except zip_reader.NotAnArchive as error:
-            raise _not_an_archive(path, error) from error
+            if not is_legacy(path):
+                raise _not_an_archive(path, error) from error
+            folder = None
         except OSError as error:
             raise unreadable(path, error) from error
+        if folder is None:
+            yield _Legacy(path, file)
+            return
         if path.suffix == ".safetensors":  # other programs choose the format by this suffix
             problem = "is a torch archive under another format's name"
             raise CheckpointError(path, problem, "rename it to .pt", kind="refused")
@@ -370,6 +375,8 @@ def _damage(path: Path) -> Iterator[None]:
     except pickles.NotUnderstood as error:
         problem = f"holds more than tensors and plain values ({error})"
         raise CheckpointError(path, problem, SAVE_AGAIN, kind="not understood") from error
+    except MemoryError as error:
+        raise unreadable(path, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))) from error
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.ckpt.finding import Found, look, places, scan, stamps
-from milepost.ckpt.layouts import known_layout
+from milepost.ckpt.finding import Found, folder_of, look, places, scan, stamps
+from milepost.ckpt.layouts import known_layout, layout_of
 from milepost.ckpt.names import own_stem
 from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.tensors import digest
 from milepost.files import new_file
 
+LEVELS = 4  # folders above the adapters, and parts of the recorded path, with which a moved base is looked for
 NOTE = ".base-{run_id}.json"  # beside a base, about adapters in another folder
 
 
@@ -69,8 +70,30 @@ def _is_base(found: Found, base: Base) -> bool:
         return True
     if base.step not in (None, found.step):
         return False
-    sha256 = _weights_digest(found.path, tuple(stamps(known_layout(found.path).files(found.path))))
-    return sha256 in (None, base.sha256)
+    return _digest_of(found) in (None, base.sha256)
+
+
+def find_base(base: dict[str, Json], adapters: Path, *, run_id: str | None) -> Path | None:
+    """Return the path of the base that adapters record; None if it is not found, or is not a path but a name of the hub.
+
+    It is where it was, else at the same place relative to the adapters or to a folder above them, as after moving both,
+    else among the checkpoints beside them. A base elsewhere than recorded is identified by the sha256 of its weights.
+    """
+    source = Path(str(base.get("source")))
+    if not source.is_absolute() or source.exists():
+        return source if source.is_absolute() else None
+    tails = [Path(*source.parts[-count:]) for count in range(1, min(LEVELS, len(source.parts) - 1) + 1)]
+    moved = [above / tail for above in list(adapters.absolute().parents)[:LEVELS] for tail in tails]
+    candidates = [look(path, layout) for path in moved if (layout := layout_of(path))]
+    for found in [*candidates, *scan(folder_of(adapters, run_id))]:
+        whole = found.problem is None and "adapters" not in found.metadata.get("parts", ())
+        if whole and base.get("step") in (None, found.step) and _digest_of(found) == base.get("sha256"):
+            return found.path
+    return None
+
+
+def _digest_of(found: Found) -> str | None:
+    return _weights_digest(found.path, tuple(stamps(known_layout(found.path).files(found.path))))
 
 
 @functools.lru_cache(maxsize=64)

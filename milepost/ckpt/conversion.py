@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from milepost.ckpt.exports import Export, Proof
 from milepost.ckpt.exports.common import not_the_same
-from milepost.ckpt.finding import BEST_FOLDER, folder_of
+from milepost.ckpt.finding import BEST_FOLDER, folder_of, look
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
-from milepost.ckpt.names import PREFIX, free_stem, target_folder
+from milepost.ckpt.names import PREFIX, free_copy, free_stem, only_stem, own_stem, plain_stem, target_folder
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
 from milepost.ckpt.restore import logits
 from milepost.ckpt.saving import free_space_problem
@@ -45,6 +46,7 @@ class Converted:
     bytes_after: int
     notes: list[str]
     has_tokenizer: bool  # without one the target generates nothing
+    left_out: list[str]  # parts of the source that the target does not hold, beside what was not asked for
 
 
 def convert(
@@ -54,6 +56,7 @@ def convert(
     layout: str,
     model_only: bool = False,
     prefix: str | None = None,
+    stem: str | None = None,
     in_best: bool = False,
     best_too: bool = False,
     complete: Callable[[Checkpoint], Checkpoint] = lambda record: record,
@@ -62,17 +65,18 @@ def convert(
     lost.
 
     Step, run, lineage, save number and time stay, everything but the save id; `source` is untouched and no file is
-    replaced. `prefix` begins the name (None: as the run's names began). `in_best` writes into best/, `best_too` adds a
-    second name there. `complete` may add a tokenizer to a record that has none. Raises CheckpointError if the source is
-    damaged or was edited by hand, the layout cannot hold it, or the result differs; OSError if the disk fails. Nothing
-    new is left then.
+    replaced. The name stays too, unless `stem` or the `prefix` of a new one is set (`_stem`). `in_best` writes into
+    best/, `best_too` adds a second name there. `complete` may add a tokenizer to a record that has none. Raises
+    CheckpointError if the source is damaged or was edited by hand, the layout cannot hold it, or the result differs;
+    OSError if the disk fails. Nothing new is left then.
     """
     record = complete(_opened(source, optimizer=not model_only))
     if record.tokenizer is None:
         record.notes.append(f"{source}: has no tokenizer, so the converted checkpoint has none either")
     if folder is None:
         folder, in_best = origin(record, source)
-    target = _written(record, folder, writer=WRITERS[layout], prefix=prefix or _prefix(record), in_best=in_best)
+    name = _Name(source, stem, prefix)
+    target = _written(record, folder, writer=WRITERS[layout], name=name, in_best=in_best)
     try:
         sha256, shape, fields = _proof(record, target)
     except BaseException:
@@ -87,7 +91,7 @@ def convert(
     return Converted(
         source=source, target=target, layout_before=record.layout or "", tensors=len(labelled(record)), sha256=sha256,
         logits=shape, fields=fields, bytes_before=size_of(source), bytes_after=size_of(target), notes=record.notes,
-        has_tokenizer=record.tokenizer is not None,
+        has_tokenizer=record.tokenizer is not None, left_out=record.left_out,
     )  # fmt: skip
 
 
@@ -109,14 +113,15 @@ def export(
     *,
     to: Export,
     prefix: str | None = None,
+    stem: str | None = None,
     complete: Callable[[Checkpoint], Checkpoint] = lambda record: record,
 ) -> Exported:
     """Write the model of the checkpoint at `source` into `folder` for another program, and prove that nothing was lost.
 
     Raises as `convert` does; nothing new is left then.
     """
-    record = complete(_opened(source, optimizer=False))
-    target = _written(record, folder, writer=to, prefix=prefix or _prefix(record), in_best=False)
+    record = complete(_opened(source, optimizer=to.trains))
+    target = _written(record, folder, writer=to, name=_Name(source, stem, prefix), in_best=False)
     try:
         proof = to.proof(record, target)
     except BaseException:
@@ -129,10 +134,11 @@ def export(
 
 
 def _opened(source: Path, *, optimizer: bool) -> Checkpoint:
-    """Return the record at `source`, verified, with the time of its save and a note of NaN or Inf."""
+    """Return the record at `source`, verified, with a note of NaN or Inf; another program's with the file it is in."""
     record = known_layout(source).read(source, optimizer=optimizer, verify=True)
     _refuse_edited(record)
-    record.saved_at = record.saved_at or modified_at(source)
+    if is_imported(metadata(record)) and "file" not in (record.imported or {}):
+        record.imported = {**file_identity(source), **(record.imported or {})}
     if bad := not_finite(record.model_state):
         record.notes.append(f"{source}: {bad[0]} holds NaN or infinity, and so does the converted checkpoint")
     return record
@@ -141,20 +147,30 @@ def _opened(source: Path, *, optimizer: bool) -> Checkpoint:
 def _refuse_edited(record: Checkpoint) -> None:
     """Refuse an edited checkpoint: its conversion would pass for the run that was saved."""
     if record.edited:
-        edits = ", ".join(f"{name} {saved!r:.40} -> {now!r:.40}" for name, (saved, now) in record.edited.items())
+        edits = ", ".join(
+            f"{name} {json.dumps(saved):.40} -> {json.dumps(now):.40}" for name, (saved, now) in record.edited.items()
+        )
         problem = f"was edited since it was saved ({edits}), and a conversion must equal what was saved"
         remedy = "set it back in its config.json, or resume from it as it is"
         raise CheckpointError(record.path or "checkpoint", problem, remedy, kind="refused")
 
 
-def _written(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
-    """Write the record below `folder` under the name of its own save, or the next free one."""
+class _Name(NamedTuple):
+    """Which name a conversion gives: `stem` if it is set, else by the name of `source` and `prefix`."""
+
+    source: Path
+    stem: str | None
+    prefix: str | None
+
+
+def _written(record: Checkpoint, folder: Path, *, writer: Layout | Export, name: _Name, in_best: bool) -> Path:
+    """Write the record below `folder`."""
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if problem := free_space_problem(folder, need=bytes_on_disk(record) + HEADROOM):
             raise OSError(errno.ENOSPC, problem)
-        return _written_into(record, folder, writer=writer, prefix=prefix, in_best=in_best)
+        return _written_into(record, folder, writer=writer, name=name, in_best=in_best)
     except BaseException:
         if made:
             _unmake(folder)
@@ -172,16 +188,32 @@ def _unmake(folder: Path) -> None:
         folder.rmdir()
 
 
-def _written_into(record: Checkpoint, folder: Path, *, writer: Layout | Export, prefix: str, in_best: bool) -> Path:
+def _written_into(record: Checkpoint, folder: Path, *, writer: Layout | Export, name: _Name, in_best: bool) -> Path:
     with folder_lock(folder):
-        place = target_folder(record, folder, writer=writer)
+        place = folder if name.stem else target_folder(record, folder, writer=writer)
         remove_leftovers_below(folder, {folder / BEST_FOLDER, place, place / BEST_FOLDER})
         target = place / BEST_FOLDER if in_best else place
         check_inside(folder, target)
         target.mkdir(parents=True, exist_ok=True)
-        stem = free_stem(record, place, writer=writer, now=_moment(record), prefix=prefix)
+        stem = _stem(record, place, writer=writer, name=name)
         new = dataclasses.replace(record, save_id=os.urandom(8).hex())  # a checkpoint of its own, not another name
         return writer.write(new, target, stem)
+
+
+def _stem(record: Checkpoint, place: Path, *, writer: Layout | Export, name: _Name) -> str:
+    """Return the name to write under, which no checkpoint in `place` has.
+
+    A name that a save gave is made again from the record, so that retention recognises it, and so is the name in a layout with
+    documented names. Any other name is a person's or another program's and stays, with `_2`, `_3` where it is taken.
+    """
+    if name.stem:
+        return only_stem(place, name.stem, writer=writer)
+    source = known_layout(name.source)
+    found = dataclasses.replace(look(name.source, source), metadata=metadata(record))  # its optimizer may be damaged
+    if writer.run_stem or name.prefix or own_stem(found):
+        prefix = name.prefix or _prefix(record)
+        return free_stem(record, place, writer=writer, now=_moment(record), prefix=prefix)
+    return free_copy(place, plain_stem(name.source, source), writer=writer)
 
 
 def _prefix(record: Checkpoint) -> str:
@@ -192,7 +224,8 @@ def _prefix(record: Checkpoint) -> str:
 
 def origin(record: Checkpoint, path: Path) -> tuple[Path, bool]:
     """Return the folder of checkpoints above `path`, and whether `path` is in a best/."""
-    return folder_of(path, record.run_id), path.parent.name == BEST_FOLDER
+    folder = folder_of(path, record.run_id)
+    return folder, path.parent.name == BEST_FOLDER and path.parent != folder
 
 
 def size_of(path: Path) -> int:
@@ -200,10 +233,16 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in all_files(path))
 
 
-def modified_at(path: Path) -> str:
-    """Return when the newest file of the checkpoint at `path` was written, in UTC: other programs record no time."""
+def is_imported(values: Json) -> bool:
+    """Whether metadata is that of another program's checkpoint, or of a conversion of it."""
+    return str(values.get("written_by")).startswith("another program")
+
+
+def file_identity(path: Path) -> dict[str, Json]:
+    """Return name, bytes and time of change, in UTC, of the checkpoint at `path`: other programs record no save."""
     newest = max(file.stat().st_mtime for file in all_files(path))
-    return datetime.datetime.fromtimestamp(newest, datetime.UTC).isoformat(timespec="microseconds")
+    changed = datetime.datetime.fromtimestamp(newest, datetime.UTC).isoformat(timespec="microseconds")
+    return {"file": path.name, "bytes": size_of(path), "modified_at": changed}
 
 
 def _moment(record: Checkpoint) -> datetime.datetime:

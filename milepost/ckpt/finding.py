@@ -1,16 +1,15 @@
-"""Find checkpoints in a folder: list them, choose the latest or best, resolve CHECKPOINT_PATH. Changes no file."""
+"""Find checkpoints in a folder: list them, choose the latest or the best. Changes no file."""
 
-import difflib
 import fnmatch
 import functools
-import glob
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from milepost.ckpt.layouts import LAYOUTS, Layout, layout_of
+from milepost.ckpt.layouts import LAYOUTS, Layout, known_layout, layout_of
 from milepost.ckpt.record import CheckpointError, Json, Kind
+from milepost.locks import FOLDER_LOCK
 from milepost.paths import is_real_folder
 
 BEST_FOLDER = "best"
@@ -27,6 +26,7 @@ class Found:
     problem: str | None = None
     layout: str = field(default="", compare=False)
     size: int = field(default=0, compare=False)  # bytes of all its files
+    kind: Kind | None = field(default=None, compare=False)  # of the problem
 
     @property
     def step(self) -> int:
@@ -61,25 +61,56 @@ def find(folder: Path) -> list[Found]:
     Hidden names are ignored. Raise OSError if `folder` cannot be listed.
     """
     by_save: dict[str, Found] = {}
-    for found in sorted(scan(folder), key=lambda found: (found.resumable, found.path.parent.name != BEST_FOLDER)):
+    for found in sorted(scan(folder), key=lambda found: (found.resumable, not in_best(found, folder))):
         by_save[found.metadata.get("save_id") or str(found.path)] = found
     return sorted(by_save.values(), key=lambda found: found.save_order)
 
 
+def in_best(found: Found, folder: Path | None) -> bool:
+    """Whether the checkpoint lies in a best/ inside the checkpoint folder `folder`, which may itself be called best."""
+    place = found.path.parent
+    return place.name == BEST_FOLDER and (folder is None or os.path.abspath(place) != os.path.abspath(folder))
+
+
+def find_below(folder: Path) -> Iterator[Found]:
+    """Yield what `find` returns for `folder` and for every folder below it, each checkpoint once.
+
+    Links and hidden folders are not followed. Raise OSError if `folder` cannot be listed.
+    """
+    seen: set[Path] = set()
+    for place in folders_below(folder):
+        if place != folder and not os.access(place, os.R_OK | os.X_OK):
+            continue
+        here = [*find(place), *orphans(place)]
+        yield from (found for found in here if found.path not in seen)
+        seen |= {found.path for found in (*here, *scan(place))}
+
+
+def folders_below(folder: Path) -> Iterator[Path]:
+    """Yield `folder` and the folders below it, from the top down, without the parts of checkpoints."""
+    yield folder
+    whole = layout_of(folder)
+    for path in sorted(entries(folder, required=False)):
+        part = path.name.startswith(".") or (whole is not None and whole.owns(folder, path))
+        if is_real_folder(path) and not part:
+            yield from folders_below(path)
+
+
 def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
-    """Yield every checkpoint in `folder` under each of its names, or `folder` itself if it is a checkpoint.
+    """Yield every checkpoint in `folder` under each of its names, after `folder` itself if it is a checkpoint too.
 
     Skip best/ if not `bests`.
     """
-    if (whole := layout_of(folder)) is not None:
+    whole = layout_of(folder)
+    if whole is not None:
         yield look(folder, whole)
-        return
     for place in places(folder):
-        if not bests and place.name == BEST_FOLDER:
+        if not bests and place.name == BEST_FOLDER and place != folder:
             continue
         seen = set()
-        for path in sorted(_entries(place, required=place == folder)):
-            layout = None if path.name.startswith(".") else layout_of(path)
+        for path in sorted(entries(place, required=place == folder)):
+            part = path.name.startswith(".") or (whole is not None and whole.owns(folder, path))
+            layout = None if part else layout_of(path)
             primary = layout.primary_file(path) if layout else None
             # In a run folder accept only layouts that are written into run folders: any folder may lie beside
             # checkpoints.
@@ -91,6 +122,33 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
                 yield look(primary, layout)
 
 
+def orphans(folder: Path) -> list[Found]:
+    """Return the files that belong to a checkpoint whose other file is missing: an optimizer's without its model's, for instance.
+
+    `find` leaves them out, because a save that was killed may leave such a file.
+    """
+    files = [path for place in places(folder) for path in sorted(entries(place, required=False))]
+    free = (path for path in files if not path.name.startswith(".") and containing(path) is None)
+    return [found for path in free if (found := orphan(path)) is not None]
+
+
+def orphan(path: Path) -> Found | None:
+    """Return the file as a checkpoint with a problem, if it belongs to a checkpoint whose other file is missing."""
+    layout = layout_of(path)
+    if layout is not None:
+        return look(path, layout) if layout.primary_file(path) is None else None
+    several = (layout for layout in LAYOUTS if len(layout.suffixes) > 1 and path.name.endswith(layout.suffixes))
+    layout = next((layout for layout in several if layout.primary_file(path) is None), None)
+    if layout is None or path.is_dir():
+        return None
+    error = CheckpointError(
+        path, f"is part of a checkpoint, and {layout.stem(path)}{layout.suffixes[-1]} is missing", kind="lacking"
+    )
+    return Found(
+        path, {}, str(error), layout=layout.name, size=path.stat().st_size if path.is_file() else 0, kind=error.kind
+    )
+
+
 def places(folder: Path) -> Iterator[Path]:
     """Yield the folders that hold the checkpoints of `folder`: itself, its run folders, and the best/ of each.
 
@@ -98,14 +156,27 @@ def places(folder: Path) -> Iterator[Path]:
     """
     if not os.path.isdir(folder):
         return
+    whole = layout_of(folder)
     runs = [path for path in sorted(folder.iterdir()) if is_real_folder(path) and not path.name.startswith(".")]
+    runs = [path for path in runs if whole is None or not whole.owns(folder, path)]
     for place in (folder, *(path for path in runs if path.name != BEST_FOLDER and layout_of(path) is None)):
         yield place
         if is_real_folder(place / BEST_FOLDER):
             yield place / BEST_FOLDER
 
 
-def _entries(place: Path, *, required: bool) -> list[Path]:
+def linked(found: Iterable[Found], folder: Path) -> set[Path]:
+    """Return the paths of the checkpoints that a link in `folder`, its run folders or a best/ points to.
+
+    Such a link is a user's name for a checkpoint, as a copy is.
+    """
+    links = (path for place in places(folder) for path in entries(place, required=False) if path.is_symlink())
+    targets = {os.path.realpath(link) for link in links}
+    files = {each.path: known_layout(each.path).files(each.path) for each in found} if targets else {}
+    return {path for path, own in files.items() if targets.intersection(map(os.path.realpath, own))}
+
+
+def entries(place: Path, *, required: bool) -> list[Path]:
     """Return the entries of `place`; none if it is not `required` and cannot be listed, such as lost+found."""
     try:
         return list(place.iterdir())
@@ -127,7 +198,7 @@ def _look(path: Path, layout: Layout, stamps: tuple[tuple[int, ...], ...]) -> Fo
         metadata = {name: value for name, value in layout.read_metadata(path).items() if name != "tokenizer"}
         return Found(path, metadata, layout=layout.name, size=size)
     except CheckpointError as error:
-        return Found(path, {}, str(error), layout=layout.name, size=size)
+        return Found(path, {}, str(error), layout=layout.name, size=size, kind=error.kind)
 
 
 def stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
@@ -162,6 +233,12 @@ def best(found: list[Found]) -> Found | None:
     return min(evaluated, key=lambda each: (loss_of(each), each.save_order, not each.resumable), default=newest)
 
 
+def lowest_loss(found: list[Found]) -> Found | None:
+    """Return the checkpoint with the lowest validation loss of all runs; None if none was evaluated."""
+    evaluated = [checkpoint for checkpoint in found if checkpoint.problem is None and loss_of(checkpoint) is not None]
+    return min(evaluated, key=lambda each: (loss_of(each), each.save_order, not each.resumable), default=None)
+
+
 def loss_of(found: Found) -> float | None:
     """Return the validation loss of the checkpoint; None if it was not evaluated at its step."""
     return found.metadata.get("validation_loss")
@@ -173,66 +250,25 @@ def due(step: int, interval: int, *, last: int) -> bool:
 
 
 def folder_of(path: Path, run_id: str | None) -> Path:
-    """Return the checkpoint folder that holds the checkpoint at `path`: the folder above best/ and the run folder."""
-    folder = path.parent
-    for own in (BEST_FOLDER, run_id):
-        folder = folder.parent if folder.name == own else folder
-    return folder
+    """Return the checkpoint folder that holds the checkpoint at `path`: the folder above best/ and the run folder.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Resolve what the user named.
-
-
-def resolve(name: str, folder: Path) -> tuple[Path, list[str]]:
-    """Return the checkpoint that CHECKPOINT_PATH names, and notes about the choice.
-
-    `name` is `latest` or `best` (of `folder`), a file, a checkpoint folder or a file in one, the common stem of several
-    files, a folder of checkpoints, or a glob (the shell does not expand one in an assignment). Raise CheckpointError
-    listing what exists otherwise.
+    A folder of checkpoints may be called best itself: then the folder above it was never one.
     """
-    if name in ("latest", "best"):
-        return _choose(folder, by=best if name == "best" else latest)
-    path = Path(os.path.expanduser(name))
-    if not os.path.lexists(path):
-        if primary := _with_stem(path):
-            return primary, []
-        if glob.has_magic(name):
-            return _choose_by_step(name, folder)
-    if not os.path.exists(path):
-        close = difflib.get_close_matches(path.name, ["latest", "best"], n=1, cutoff=0.7)
-        hint = f"did you mean {close[0]}? " if close else "name a single checkpoint here; " if "," in name else ""
-        raise not_found(name, _nearest(path, folder), hint=hint)
-    if whole := _containing(path):
-        return whole, [f"{path} is part of {whole}, which is used"]
-    layout = layout_of(path)
-    if os.path.isdir(path) and layout is None:
-        return _choose(path, by=latest)
-    return (layout.primary_file(path) if layout else None) or path, []
+    folder = path.parent
+    if folder.name == BEST_FOLDER and (folder.parent.name == run_id or _was_saved_into(folder.parent)):
+        folder = folder.parent
+    return folder.parent if folder.name == run_id else folder
 
 
-def not_found(name: Path | str, folder: Path, *, hint: str = "") -> CheckpointError:
-    """Return the error for a checkpoint `name` that does not exist; `folder` is where a similar one may be."""
-    return CheckpointError(name, "Checkpoint not found", f"{hint}{listing(folder)}", kind="not found")
+def _was_saved_into(folder: Path) -> bool:
+    """Whether `folder` is one of checkpoints: it has a lock, or a checkpoint outside best/."""
+    try:
+        return os.path.lexists(folder / FOLDER_LOCK) or any(True for _ in scan(folder, bests=False))
+    except OSError:  # it cannot be listed, so nothing was saved there
+        return False
 
 
-def whole_folder(name: str) -> Path | None:
-    """Return the folder of checkpoints that CHECKPOINT_PATH names; None if it names a single checkpoint."""
-    path = Path(os.path.expanduser(name))
-    return path if os.path.isdir(path) and layout_of(path) is None and _containing(path) is None else None
-
-
-def _with_stem(path: Path) -> Path | None:
-    """Return the checkpoint of several files whose names begin with `path`, which may carry a suffix."""
-    stem = path.with_suffix("") if path.suffix in (".pt", ".safetensors") else path
-    for suffix in (layout.suffixes[-1] for layout in LAYOUTS if len(layout.suffixes) > 1):
-        file = stem.with_name(stem.name + suffix)
-        if os.path.isfile(file) and (layout := layout_of(file)):
-            return layout.primary_file(file)
-    return None
-
-
-def _containing(path: Path) -> Path | None:
+def containing(path: Path) -> Path | None:
     """Return the checkpoint folder that has `path` as one of its files or subfolders."""
     for above in list(path.parents)[:2]:
         layout, place = layout_of(above), path.relative_to(above).as_posix()
@@ -241,98 +277,3 @@ def _containing(path: Path) -> Path | None:
         ):
             return above
     return None
-
-
-def _nearest(path: Path, folder: Path) -> Path:
-    """Return the folder to list when `path` does not exist."""
-    return path.parent if os.path.isdir(path.parent) else folder
-
-
-def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None]) -> tuple[Path, list[str]]:
-    found = _find_or_raise(folder)
-    notes = _problems(found)
-    chosen = by(found)
-    if chosen is None:
-        remedy = "; ".join(notes or [listing(folder)])
-        raise CheckpointError(folder, "no checkpoint can be read", remedy, kind="damaged" if notes else "not found")
-    return chosen.path, [*notes, f"taking {chosen.path}"]
-
-
-def _find_or_raise(folder: Path) -> list[Found]:
-    """Return `find(folder)`; raise CheckpointError instead of OSError."""
-    try:
-        return find(folder)
-    except OSError as error:
-        problem = f"cannot be listed ({error.strerror})"
-        raise CheckpointError(folder, problem, "check its permissions", kind="not found") from error
-
-
-def _problems(found: list[Found], *, limit: int = 3) -> list[str]:
-    """Return a note for each of the first `limit` unreadable checkpoints, and the number of the others."""
-    notes = [f"skipped: {checkpoint.problem}" for checkpoint in found if checkpoint.problem]
-    return notes if len(notes) <= limit else [*notes[:limit], f"(and {len(notes) - limit} more damaged)"]
-
-
-def _matching(pattern: str) -> list[Found]:
-    """Return every checkpoint of which the glob matches at least one file."""
-    names = sorted(glob.glob(os.path.expanduser(pattern)))
-    layouts = {path: layout for name in names if (layout := layout_of(path := Path(name)))}
-    primaries = {primary: layout for path, layout in layouts.items() if (primary := layout.primary_file(path))}
-    return [look(primary, layout) for primary, layout in primaries.items()]
-
-
-def _choose_by_step(pattern: str, folder: Path) -> tuple[Path, list[str]]:
-    """Return the checkpoint of the highest step that the glob matches."""
-    matches = _matching(pattern)
-    notes = _problems(matches)
-    readable = [checkpoint for checkpoint in matches if checkpoint.problem is None]
-    if not readable:
-        remedy = "; ".join(notes or [listing(_nearest(Path(os.path.expanduser(pattern)), folder))])
-        kind: Kind = "damaged" if notes else "not found"
-        problem = "no matching checkpoint can be read" if matches else "matches no checkpoint"
-        raise CheckpointError(pattern, problem, remedy, kind=kind)
-    chosen = max(readable, key=lambda found: (found.step, found.save_order, found.resumable))
-    return chosen.path, [*notes, f"{pattern} matches {len(matches)}: taking {chosen.path}"]
-
-
-def several(names: str, folder: Path) -> tuple[list[Path], list[str]]:
-    """Return the checkpoints that CHECKPOINT_PATH names where many are allowed, each once, and notes about the choice.
-
-    `names` is what `resolve` takes, or several of them joined by commas, in this order. A glob stands for all its
-    matches and a folder for all its checkpoints, oldest save first; their damaged checkpoints are skipped with a note.
-    Raise CheckpointError if a named checkpoint does not exist, or a folder or glob yields no checkpoint.
-    """
-    paths: list[Path] = []
-    notes: list[str] = []
-    for name in [names] if os.path.lexists(names) else names.split(","):
-        found = _all_of(name)
-        readable = [checkpoint.path for checkpoint in found if checkpoint.problem is None]
-        if readable:
-            paths, notes = [*paths, *readable], [*notes, *_problems(found)]
-        else:  # a single checkpoint, or nothing readable: then `resolve` raises
-            path, new_notes = resolve(name, folder)
-            paths, notes = [*paths, path], [*notes, *new_notes]
-    return list(dict.fromkeys(paths)), notes
-
-
-def _all_of(name: str) -> list[Found]:
-    """Return the checkpoints of a folder or a glob, oldest save first; an empty list if `name` is neither."""
-    if folder := whole_folder(name):
-        return _find_or_raise(folder)
-    many = glob.has_magic(name) and not os.path.lexists(os.path.expanduser(name))
-    return sorted(_matching(name), key=lambda found: found.save_order) if many else []
-
-
-def listing(folder: Path, *, limit: int = 8) -> str:
-    """Return a sentence on the checkpoints of `folder`, newest first, for a message."""
-    if not os.path.isdir(folder):
-        return f"there is no folder {folder}; was ENABLE_CHECKPOINTS=true set when training?"
-    try:
-        found = reversed(find(folder))
-    except OSError as error:
-        return f"{folder} cannot be listed ({error.strerror})"
-    names = [str(each.path.relative_to(folder)) + (" (damaged)" if each.problem else "") for each in found]
-    if not names:
-        return f"{folder} holds no checkpoint; was ENABLE_CHECKPOINTS=true set when training?"
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{folder} holds {', '.join(names[:limit])}{more}"

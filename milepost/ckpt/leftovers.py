@@ -8,9 +8,10 @@ import os
 import re
 from pathlib import Path
 
+from milepost.ckpt.finding import places
 from milepost.ckpt.layouts import LAYOUTS, layout_of
 from milepost.files import TEMPORARY, discard, hidden_name, make_folder, written
-from milepost.locks import folder_lock
+from milepost.locks import folder_lock, remove_free_locks
 from milepost.paths import is_real_folder
 
 OWN_NAME = re.compile(re.escape(TEMPORARY) + r"(?P<name>.+)-(?P<process>[0-9]{1,10})-[0-9a-f]{8}")
@@ -73,11 +74,13 @@ def _is_in_a_checkpoint(part: Path) -> bool:
 def prepare_folder(folder: Path) -> None:
     """Create the folder and write a probe file, so that a run fails before its first step and not at its first save.
 
+    Remove what killed runs left in it and in the folders of runs: whoever writes there holds the lock of this folder.
     Raise OSError if it cannot be written, NotImplementedError if its file system has no locks.
     """
     make_folder(folder)
     with folder_lock(folder):
-        remove_leftovers(folder)
+        remove_leftovers_below(folder, set(places(folder)))
+        remove_free_locks(folder)
         probe = hidden_name(folder / "probe")
         with written(probe):
             pass

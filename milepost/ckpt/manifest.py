@@ -4,6 +4,7 @@ checkpoint.
 A manifest carries the record's metadata, size and sha256 of every file, and the optimizer's param_groups.
 """
 
+import errno
 import fnmatch
 import hashlib
 import json
@@ -13,11 +14,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json, check_metadata, metadata
+from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json, Kind, check_metadata, metadata
 from milepost.files import BEGINNING, CHUNK, NewFile, write_json
 
 JSON_LIMIT = 16 * 2**20  # bytes; a 50,000-token BPE vocabulary takes about 3 MB
 PARTS_LIMIT = 1_000_000  # values in a file; such a vocabulary has 200,000. An object of 8 bytes takes 200 in memory
+
+
+REMEDIES: dict[object, str] = {  # by the errno of what is not the file's fault
+    errno.ENOMEM: "free memory, or raise the limit of this process (ulimit -v)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit of open files",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+}
 
 
 def is_regular(path: Path) -> bool:
@@ -48,8 +58,9 @@ def read_json(path: Path) -> dict[str, Json]:
 
 def unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
     """Return the error for a file that exists but that the system does not let us read."""
-    reason = getattr(error, "strerror", None) or error
-    return CheckpointError(path, f"cannot be read ({reason})", "check its permissions and its disk", kind="damaged")
+    reason, code = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+    kind: Kind = "lacking" if code in REMEDIES else "damaged"
+    return CheckpointError(path, f"cannot be read ({reason})", REMEDIES.get(code, "check its disk"), kind=kind)
 
 
 def refuse_pointer(begin: bytes, where: Path | str) -> None:

@@ -2,6 +2,7 @@
 
 import datetime
 import fnmatch
+import itertools
 import os
 import re
 from collections.abc import Collection
@@ -13,6 +14,7 @@ from milepost.ckpt.layouts import WRITERS, Layout
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
 
 PREFIX = "checkpoint"
+ENDS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".tar")  # of files with weights
 STAMP = "%m%d%Y_%H%M%S"
 STAMPED = re.compile(r"([0-9]{8}_[0-9]{6})(_model(?:_[0-9]+)?)?")  # the end of a name: its time, what `strip` appends
 NUMBERED = re.compile(r"(_([2-9]|[1-9][0-9]{1,2}))?")  # the end of a numbered name
@@ -38,10 +40,35 @@ def free_stem(
         else:
             stamp = (now + datetime.timedelta(seconds=number)).strftime(STAMP)
             stem = "_".join([*_words(metadata(record), prefix), f"step{record.step:04d}", stamp])
-        names = [path for parent in (place, place / BEST_FOLDER) for path in writer.targets(parent, stem)]
-        if not any(map(os.path.lexists, names)):
+        if not _is_taken(place, stem, writer):
             return stem
     raise CheckpointError(place, f"has no free name for step {record.step}", "move files away", kind="refused")
+
+
+def free_copy(place: Path, stem: str, *, writer: Layout | Export) -> str:
+    """Return `stem`, or the first of `{stem}_2`, `{stem}_3` and so on that neither `place` nor its best/ has."""
+    names = (f"{stem}_{number}" if number > 1 else stem for number in itertools.count(1))
+    return next(name for name in names if not _is_taken(place, name, writer))
+
+
+def only_stem(place: Path, stem: str, *, writer: Layout | Export) -> str:
+    """Return `stem`; raise CheckpointError if `place` has a checkpoint of that name."""
+    if taken := [path for path in writer.targets(place, stem) if os.path.lexists(path)]:
+        raise CheckpointError(taken[0], "exists already, and nothing is replaced", "set another name", kind="refused")
+    return stem
+
+
+def plain_stem(path: Path, layout: Layout) -> str:
+    """Return the name of the checkpoint at `path` without what its layout and other programs put at the end of a file's name."""
+    stem = layout.stem(path)
+    end = "" if path.is_dir() else Path(stem).suffix
+    return (stem.removesuffix(end) if end in ENDS else stem).lstrip(".") or "checkpoint"
+
+
+def _is_taken(place: Path, stem: str, writer: Layout | Export) -> bool:
+    return any(
+        os.path.lexists(path) for parent in (place, place / BEST_FOLDER) for path in writer.targets(parent, stem)
+    )
 
 
 def _run_stem(pattern: str, step: int, prefix: str) -> str:

@@ -87,6 +87,8 @@ class Checkpoint:
     run_id: str | None = None
     parent: dict[str, Json] | None = None
     base: dict[str, Json] | None = None  # of adapters: the sha256 and the source of the weights that they adapt
+    # Of another program's checkpoint: the values that no field here takes and, once converted, the file it came from.
+    imported: dict[str, Json] | None = None
     # Set when the record is saved. "model", or "adapters" for adapters without their base; then "optimizer".
     parts: list[str] = field(default_factory=lambda: ["model"])
     save_id: str | None = None
@@ -103,6 +105,7 @@ class Checkpoint:
     owned: bool = False  # the tensors are in memory of their own, not mapped from a file: a model may take them
     notes: list[str] = field(default_factory=list)
     edited: dict[str, list[Json]] = field(default_factory=dict)  # setting -> [saved value, value edited by hand]
+    left_out: list[str] = field(default_factory=list)  # parts of the files that this record does not hold
 
     @property
     def adapters_only(self) -> bool:
@@ -118,7 +121,8 @@ class Checkpoint:
 
 
 TENSOR_FIELDS = {"model_state", "optimizer_state"}
-MEMORY_FIELDS = {"path", "layout", "shared_by", "owned", "notes", "edited"}
+MEMORY_FIELDS = {"path", "layout", "shared_by", "owned", "notes", "edited", "left_out"}
+OPTIONAL = ("base", "imported")  # fields of the metadata that are written only if they are set
 TYPES = {
     name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }
@@ -131,7 +135,7 @@ def metadata(record: Checkpoint) -> dict[str, Json]:
     """Return everything of a record but its tensors, as JSON values."""
     parts = ["adapters" if record.adapters_only else "model", *["optimizer"] * (record.optimizer_state is not None)]
     values = {name: getattr(record, name) for name in TYPES} | {"parts": parts}
-    return values if record.base else {name: value for name, value in values.items() if name != "base"}
+    return {name: value for name, value in values.items() if value or name not in OPTIONAL}
 
 
 def named_tensors(record: Checkpoint) -> dict[str, Tensor]:
@@ -173,6 +177,7 @@ def from_metadata(
     if unknown:
         listed = ", ".join(f"{name!r:.40}" for name in unknown[:10])
         record.notes.append(f"{where}: {len(unknown)} fields that this version does not know were left out: {listed}")
+        record.left_out.append(f"fields that this version does not know ({listed})")
     return record
 
 

@@ -1,4 +1,4 @@
-"""Rebuild model, tokenizer and optimizer state from a Checkpoint. Only this module of ckpt imports models and text."""
+"""Rebuild model, tokenizer and optimizer state from a Checkpoint."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,13 +40,14 @@ def build_model(
     *,
     device: torch.device,
     block_size: int | None = None,
-    dropout: float | None = None,
+    changes: Mapping[str, Any] | None = None,
     shared: bool = False,
     adapters: Mapping[str, Any] | None = None,
     take: bool = False,
 ) -> Model:
     """Return the record's model with its weights, in float32 on `device`; a smaller `block_size` crops positions.
 
+    `changes` are settings that replace the recorded ones, such as dropout, where the model has them.
     `adapters` (settings by kind, see models.ADAPTERS) adds new adapters, drawn from torch's global generator. `shared`
     keeps the weights mapped from the checkpoint's file, for a model that is not trained. `take` moves the weights out
     of a record that owns them, which avoids a second copy in memory and leaves the record empty. Raise CheckpointError
@@ -60,9 +61,10 @@ def build_model(
         _check_crop(block_size, settings["block_size"], where=_where(record))
         state |= {name: table.clone() for name, table in _cropped(record.model_type, state, block_size).items()}
         settings["block_size"] = block_size
-    if dropout is not None and "dropout" in settings:
-        settings["dropout"] = dropout
     try:
+        settings |= {
+            name: value for name, value in (changes or {}).items() if name in models.fields_of(record.model_type)
+        }
         _check_layers(record, state)
         # Without memory or random draws: its weights are replaced at once.
         model = skeleton(record.model_type, settings)

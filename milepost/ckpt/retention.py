@@ -1,19 +1,24 @@
 """Retention: which checkpoints of a run are expired by a policy, and their deletion."""
 
+import collections
 import itertools
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from milepost.ckpt.bases import bases_among
-from milepost.ckpt.finding import BEST_FOLDER, Found, look, scan
+from milepost.ckpt.finding import Found, in_best, linked, look, scan
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.names import own_checkpoints
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.tensors import not_finite
 from milepost.files import remove, sync_folder
 from milepost.locks import folder_lock
+from milepost.paths import is_real_file
+
+NUMBER = re.compile(r"[0-9]+(-step=[0-9]+)?(\.[a-z]+)?")  # after `ckpt_`; after Lightning's `epoch=`
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,16 @@ def expired(
     keep_every: int,
     latest_valid: Path | None,
     spare: Path | None = None,
+    folder: Path | None = None,
 ) -> Expired:
-    """Return the run's checkpoints that the policy expires, out of all that its folder holds. Touches no file.
+    """Return the run's checkpoints that the policy expires, out of all that its `folder` holds. Touches no file.
 
     The newest `keep_last` stay as they are (0: all do). Of the older ones, those at a multiple of `keep_every`
     optimizer steps (0: none) stay without their optimizer. The final checkpoint, `latest_valid`, `spare`, damaged ones,
     those in best/ and those of other runs stay.
     """
     own = [each for each in found if each.problem is None and each.run_id == run_id]
-    own = [checkpoint for checkpoint in own if checkpoint.path.parent.name != BEST_FOLDER]
+    own = [checkpoint for checkpoint in own if not in_best(checkpoint, folder)]
     own.sort(key=lambda checkpoint: checkpoint.save_order)
     # By save number: a conversion has the number of its original.
     numbers = {checkpoint.path: checkpoint.metadata.get("save_number") or 0 for checkpoint in own}
@@ -90,19 +96,75 @@ def select_expired(
 ) -> Expired:
     """Return what `prune` would delete now, without the bases that adapters need.
 
-    Renamed checkpoints are copies made by hand and stay. So do checkpoints that are links: deleting them would delete
-    files elsewhere.
+    Renamed checkpoints are copies made by hand and stay. So do checkpoints that are links, because deleting them would
+    delete files elsewhere, and checkpoints that a link in the folder points to.
     """
     own = own_checkpoints(list(scan(folder, bests=False)))
+    named = linked(own, folder)
     found = [each for each in own if not any(map(os.path.islink, known_layout(each.path).files(each.path)))]
+    found = [each for each in found if each.path not in named]
     gone = expired(
-        found, run_id=run_id, keep_last=keep_last, keep_every=keep_every, latest_valid=latest_valid, spare=spare
+        found,
+        run_id=run_id,
+        keep_last=keep_last,
+        keep_every=keep_every,
+        latest_valid=latest_valid,
+        spare=spare,
+        folder=folder,
     )
     # A base without its optimizer is still a base, unless stripping gives it another name.
     renamed = [found for found in gone.strip if known_layout(found.path).optimizer_file(found.path) is None]
     kept = bases_among([*gone.remove, *renamed], folder)
     remove, strip = ([each for each in group if each.path not in kept] for group in (gone.remove, gone.strip))
     return Expired(remove=remove, strip=strip, kept=kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other programs' checkpoints.
+
+
+def others(found: Iterable[Found]) -> list[Found]:
+    """Return the readable checkpoints that no run saved: other programs' files, and conversions of them."""
+    return [each for each in found if each.problem is None and each.run_id is None]
+
+
+def beginning(found: Found) -> str:
+    """Return the beginning of the name, before its first digit: `ckpt_` of `ckpt_1000.pt`."""
+    return re.split("[0-9]", found.path.name, maxsplit=1)[0]
+
+
+def expired_others(folder: Path, prefix: str, *, keep_last: int, keep_every: int) -> list[Found]:
+    """Return the files of other programs in `folder`, named `prefix` and a number, that the policy expires.
+
+    They are ordered by the steps recorded inside; a file without a step of its own stays. So do links, files that links
+    point to, bases of adapters, and the newest file whose weights can be read.
+    """
+    own = [found for found in others(scan(folder, bests=False)) if found.step > 0 and _is_named(found, folder, prefix)]
+    steps = collections.Counter(found.step for found in own)
+    own = sorted((found for found in own if steps[found.step] == 1), key=lambda found: found.step)
+    old = [found for found in own[:-keep_last] if not (keep_every and found.step % keep_every == 0)]
+    valid, _ = _newest_valid(own) if old else (None, [])
+    kept = {valid, *linked(old, folder), *bases_among(old, folder)}
+    return [found for found in old if valid and found.path not in kept]
+
+
+def _is_named(found: Found, folder: Path, prefix: str) -> bool:
+    """Whether it is a single file in `folder` whose name is `prefix`, a number and a suffix."""
+    path = found.path
+    single = path.parent == folder and is_real_file(path) and known_layout(path).files(path) == [path]
+    return single and path.name.startswith(prefix) and NUMBER.fullmatch(path.name[len(prefix) :]) is not None
+
+
+def prune_others(folder: Path, prefix: str, *, keep_last: int, keep_every: int) -> list[Found]:
+    """Delete what `expired_others` returns, and return it."""
+    with folder_lock(folder):
+        gone = expired_others(folder, prefix, keep_last=keep_last, keep_every=keep_every)
+        for found in gone:
+            remove([found.path])
+    return gone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def strip(path: Path) -> None:
@@ -141,8 +203,12 @@ def latest_valid(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
     A person's copy does not count: its owner may delete it.
     """
     own = [found for found in own_checkpoints(list(scan(folder, bests=False))) if found.run_id == run_id]
+    return _newest_valid(sorted(own, key=lambda found: found.save_order))
+
+
+def _newest_valid(oldest_first: list[Found]) -> tuple[Path | None, list[str]]:
     problems = []
-    for found in sorted(own, key=lambda found: found.save_order, reverse=True):
+    for found in reversed(oldest_first):
         try:
             weights = known_layout(found.path).read(found.path, optimizer=False, verify=True).model_state
         except CheckpointError as error:

@@ -127,7 +127,9 @@ class _Storage(StorageWriter):
 
 
 class _Placed(NamedTuple):
-    """Where a piece lies in its rank's file: an archive from `start` of `size` bytes; the tensor's bytes from `begin`."""
+    """Where a piece lies in its rank's file: an archive from `start` of `size` bytes;
+    the tensor's bytes from `begin`.
+    """
 
     key: MetadataIndex
     shape: tuple[int, ...]

@@ -27,7 +27,7 @@ class Held:
     part: str
     dtype: str
     shape: tuple[int, ...]
-    size: int  # bytes
+    size: int  # bytes in the file, without those that a tensor listed before has too
 
 
 def all_files(path: Path) -> list[Path]:
@@ -71,11 +71,15 @@ def _held(name: str, dtype: str, shape: tuple[int, ...], *, part: str) -> Held:
 
 def _in_archive(file: Path, part: str) -> Iterator[Held]:
     content, _ = archive.load(file)  # mapped from the file
+    left: dict[int, int] = {}  # bytes of each storage that no tensor before has: tied weights are in the file once
     for key, value in content.items():
         key_part = "optimizer" if str(key).startswith("optim") else part
         for name, tensor in _walk(value, [str(key)] if isinstance(value, Tensor) else [], seen=set()):
             dtype = str(tensor.dtype).removeprefix("torch.")
-            yield Held(name, key_part, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+            storage = tensor.untyped_storage()
+            size = min(tensor.nbytes, left.setdefault(storage.data_ptr(), storage.nbytes()))
+            left[storage.data_ptr()] -= size
+            yield Held(name, key_part, dtype, tuple(tensor.shape), size)
 
 
 def _walk(value: Any, path: list[str], *, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

@@ -1,8 +1,10 @@
 """Named tensors: checks of weights, safetensors files, and the optimizer state as named tensors."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
+# What the safetensors library raises; some for a dtype that torch lacks.
+UNREAD = (SafetensorError, OSError, ValueError, AttributeError, RuntimeError, MemoryError)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # allowed for weights and moments
 
 
@@ -139,16 +143,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (the handle is not a dict)
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # some for a dtype that torch lacks
-        raise CheckpointError(
-            path, f"is damaged ({str(error).splitlines()[0]:.160})", EARLIER, kind="damaged"
-        ) from error
+    except UNREAD as error:
+        raise _not_read(path, error) from error
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -158,10 +154,15 @@ def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, OSError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            path, f"is damaged ({str(error).splitlines()[0]:.160})", EARLIER, kind="damaged"
-        ) from error
+    except UNREAD as error:
+        raise _not_read(path, error) from error
+
+
+def _not_read(path: Path, error: Exception) -> CheckpointError:
+    """Return the error for a safetensors file that the library did not open: damaged, or no memory to map it."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return unreadable(path, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+    return CheckpointError(path, f"is damaged ({str(error).splitlines()[0]:.160})", EARLIER, kind="damaged")
 
 
 def check_header(path: Path) -> None:

@@ -80,8 +80,7 @@ def mapped(folder: Path) -> dict[str, Tensor]:
 def checksum_problems(folder: Path) -> list[CheckpointError]:
     """Return what is wrong with the bytes, by the checksums of torch archives; safetensors have none."""
     form, files = weight_files(folder)
-    texts = [(file, text) for file in files if form is PICKLED for text in archive.verify(file)]
-    return [CheckpointError(file, text.removeprefix(f"{file}: "), kind="damaged") for file, text in texts]
+    return [problem for file in files if form is PICKLED for problem in archive.verify(file)]
 
 
 def weight_files(folder: Path) -> tuple[Form, list[Path]]:

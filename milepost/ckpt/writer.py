@@ -38,7 +38,10 @@ class Writer:
         self._error: BaseException | None = None
 
     def submit(self, record: Checkpoint, job: Callable[[Checkpoint], None]) -> None:
-        """Run `job` on `record` as it is now; return at once if that is possible. Raises what the previous job raised."""
+        """Run `job` on `record` as it is now; return at once if that is possible.
+
+        Raises what the previous job raised.
+        """
         self.wait()
         # All ranks or none: a rank that saves at once would wait for those that train meanwhile.
         if not everywhere(record, self._background and self._make_room(record)):

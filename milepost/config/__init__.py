@@ -1,18 +1,20 @@
 """The settings: environment variables, read once at the start. Nothing here imports torch.
 
-`variables.py` declares them and is the only file to edit for a new setting. Only this package reads or writes os.environ.
+`variables.py` declares them and is the only file to edit for a new setting. Only this package reads or writes
+os.environ.
 """
 
 from milepost.config.command_line import from_command_line
 from milepost.config.docs import as_env, declared, describe, env_example, help_text, reference
 from milepost.config.host import (
     debug,
+    environment,
     max_restarts,
     no_color,
     omp_threads_is_one,
     torchrun,
     tqdm_disabled,
-    wandb_options,
+    user_caches,
     was_restarted,
 )
 from milepost.config.parse import as_text, expected
@@ -22,20 +24,20 @@ from milepost.config.resolve import (
     from_saved,
     frozen_base,
     read,
-    replaced,
     shared_settings,
     to_dict,
+    with_values,
     without,
 )
 from milepost.config.variables import (
     ALLOW_BLANK,
     LORA_LAYERS,
-    ROOT,
     SCOPES,
     VARIABLES,
     Config,
     ConfigError,
 )
+from milepost.places import ROOT
 
 __all__ = [
     "ALLOW_BLANK",
@@ -53,6 +55,7 @@ __all__ = [
     "declared",
     "describe",
     "env_example",
+    "environment",
     "expected",
     "from_command_line",
     "from_saved",
@@ -63,12 +66,12 @@ __all__ = [
     "omp_threads_is_one",
     "read",
     "reference",
-    "replaced",
     "shared_settings",
     "to_dict",
     "torchrun",
     "tqdm_disabled",
-    "wandb_options",
+    "user_caches",
     "was_restarted",
+    "with_values",
     "without",
 ]

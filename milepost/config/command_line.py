@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from milepost.config.docs import help_text
+from milepost.config.docs import declared, help_text
 from milepost.config.host import debug
 from milepost.config.names import refuse_arguments
 from milepost.config.resolve import read
@@ -28,7 +28,8 @@ def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Con
         _print_help(help_text(script, doc or "", reads))
         raise SystemExit(0)
     if arguments:
-        _print_once(printable(refuse_arguments(script, arguments)), sys.stderr)
+        read_here = {name for names in declared(reads).values() for name in names}
+        _print_once(printable(refuse_arguments(script, arguments, read_here)), sys.stderr)
         raise SystemExit(2)
     try:
         return read()

@@ -4,19 +4,24 @@
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from milepost.config.parse import as_text, expected, quoted, short_text
 from milepost.config.resolve import defaults_of
-from milepost.config.variables import ROOT, SCOPES, VARIABLES, Config, printable
+from milepost.config.variables import SCOPES, VARIABLES, Config, printable
+from milepost.places import ROOT
 from models import MODELS
 
 
-def as_env(config: Config) -> str:
-    """Return the settings as an env file; used as ENV_FILE, it sets them all again."""
+def as_env(config: Config, resolved: Mapping[str, Any]) -> str:
+    """Return the settings, with the values that a run `resolved`, as an env file.
+
+    Used as ENV_FILE, it sets them all again.
+    """
     lines = ["# The settings of a run. To use them again: ENV_FILE=path/of/this/file python3 training.py"]
     for name in VARIABLES:
-        text = "" if name == "ENV_FILE" else as_text(getattr(config, name.lower()))
+        text = "" if name == "ENV_FILE" else as_text(resolved.get(name, getattr(config, name.lower())))
         lines.append(f"{name}={quoted(text)}" if text else f"# {name}=")
     return "\n".join(lines) + "\n"
 
@@ -127,12 +132,13 @@ Every setting is an environment variable, or a line of the file `.env` in the re
   `PYTHON_DOTENV_DISABLED=1` reads no file. A run starts by logging every setting that is not a default, and its source.
 - An empty value counts as unset. Booleans take true, false, 1, 0, yes, no, on and off. Whole numbers may be written
   `5_000` or `1e4`. In an env file, `${NAME}` expands to another variable.
-- Paths that are set are relative to the current folder, default paths to the repository.
+- Paths that are set are relative to the current folder, default paths to the repository. Where `pip install .` has installed
+  the package, there is no repository: default paths and `.env` are those of the current folder.
 - All mistakes are reported together, and the exit code is 2. In the env file every unknown name is a mistake. In the
   process environment a name is one if it has 8 letters or more and an underscore, and nearly is a variable of this
   page (difflib's ratio is at least 0.9), such as `CHECKPOINT_INTERVALS`.
 - "On resume" tells what `RESUME` and `MODE=resume` do with a setting. "must match": `RESUME=auto` takes only a
-  checkpoint with the same value. "saved": taken from the checkpoint unless set. "saved, else a fork": likewise, and a
+  checkpoint with the same value. "saved": taken from the checkpoint unless set. "saved, else a child run": likewise, and a
   new value starts a child run, because it changes the trained weights. "as set": never taken from a checkpoint.
 - Other programs' variables keep their meaning and may stand in the env file: `CUDA_VISIBLE_DEVICES`,
   `OMP_NUM_THREADS`, `HF_HOME`, `HF_HUB_OFFLINE`, `TIKTOKEN_CACHE_DIR`, `NO_COLOR`, `TQDM_DISABLE` and so on.

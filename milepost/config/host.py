@@ -1,6 +1,8 @@
-"""Settings that belong to other programs: torchrun, the terminal, Weights & Biases, tqdm."""
+"""Settings that belong to other programs: torchrun, the terminal, trackers, tqdm."""
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 
 from milepost.config.parse import BOOLEANS
 from milepost.config.variables import ConfigError
@@ -42,10 +44,15 @@ def was_restarted() -> bool:
     return (os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0") != "0"
 
 
-def wandb_options() -> dict[str, str]:
-    """Return mode and project of Weights & Biases. Without an API key the mode is offline, so that it never asks for a login."""
-    mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return {"mode": os.environ.get("WANDB_MODE") or mode, "project": os.environ.get("WANDB_PROJECT") or "milepost"}
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """Return those of another program's variables that are set and not empty."""
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def user_caches() -> Path:
+    """Return the user's folder of caches: XDG_CACHE_HOME if it is an absolute path, else ~/.cache."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache"))
 
 
 def no_color() -> bool:

@@ -16,6 +16,8 @@ from milepost.config.variables import ALLOW_BLANK, LORA_LAYERS, MAX_INT
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
+SYNONYMS = {("eval_type", "paper_metrics"): "benchmark"}  # other programs' words: (variable, word) -> ours
+
 LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "minimum": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -27,6 +29,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 def parse_value(variable: Field[Any], text: str, folder: str) -> Any:
     """Return the value of a variable. Raise ValueError if `text` is not what `expected` describes. Relative paths start at `folder`."""
     rules, word = variable.metadata, text.strip().lower()
+    word = SYNONYMS.get((variable.name, word), word)
     text.encode("utf-8")  # invalid UTF-8 arrives as lone surrogates; UnicodeEncodeError is a ValueError
     if word in rules["words"]:
         return word
@@ -191,7 +194,7 @@ def expected(variable: Field[Any]) -> str:
     """Describe the values that a variable accepts."""
     rules = variable.metadata
     if rules["choices"]:
-        return "one of " + ", ".join(rules["choices"])
+        return "one of " + ", ".join([*rules["words"], *rules["choices"]])
     limits = [f"{word} {rules[limit]}" for limit, (word, _) in LIMITS.items() if rules[limit] is not None]
     value = " ".join([NOUNS[rules["form"] or kind_of(variable)], " and ".join(limits)]).strip()
     return f"{', '.join(rules['words'])} or {value}" if rules["words"] else value
@@ -205,7 +208,7 @@ def refusal(variable: Field[Any], value: object, source: str) -> str:
         shown = clip(repr(value))
     digits = str(value).strip()
     limit = " below 2**63" if kind_of(variable) is int and digits.isdecimal() and int(digits[:40]) > MAX_INT else ""
-    options = (*variable.metadata["choices"], *variable.metadata["words"])
+    options = (*variable.metadata["words"], *variable.metadata["choices"])
     hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(str(value).lower(), options, 1))
     return f"{variable.name.upper()}={shown} ({source}): expected {expected(variable)}{limit}{hint}"
 

@@ -21,7 +21,7 @@ except ModuleNotFoundError:
         "or run .venv/bin/python, which `make train` creates"
     )
 
-from milepost.config.names import is_foreign, unknown_in_environment, unknown_in_file
+from milepost.config.names import is_foreign, not_an_env_file, unknown_in_environment, unknown_in_file
 from milepost.config.parse import absolute_path, parse_saved, parse_value, refusal, short_text
 from milepost.config.variables import (
     ADAMW_N_EMBD,
@@ -33,13 +33,13 @@ from milepost.config.variables import (
     LORA_OPTIONS,
     MUON_MIN_TOKENS,
     PER_MACHINE,
-    ROOT,
     TTT_OPTIONS,
     VARIABLES,
     Config,
     ConfigError,
     Json,
 )
+from milepost.places import SHIPPED, base_folder
 from milepost.runtime.optimizers import OPTIMIZERS
 from models import MODELS, with_trait
 
@@ -47,7 +47,7 @@ from models import MODELS, with_trait
 def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str] | None = None) -> Config:
     """Return the settings: those of `environ` (default: the process environment), then of the env file, then the defaults.
 
-    Paths that are set are relative to `cwd` (default: the current folder), default paths to the repository. Other programs'
+    Paths that are set are relative to `cwd` (default: the current folder), default paths to the checkout. Other programs'
     variables in the env file enter the process environment, unless `environ` is passed. Raises ConfigError with every problem.
     """
     variables = os.environ if environ is None else environ
@@ -75,7 +75,12 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
 
 
 def _is_set(name: str, text: str) -> bool:
-    """Return whether a value counts as set. Empty text does not, and blank text only where ALLOW_BLANK says so."""
+    """Return whether a value counts as set. Empty text does not, and blank text only where ALLOW_BLANK says so.
+
+    RESUME_STEP=-1, other programs' word for the latest, does not either.
+    """
+    if (name, text.strip()) == ("RESUME_STEP", "-1"):
+        return False
     return bool(text if name in ALLOW_BLANK else text.strip())
 
 
@@ -91,7 +96,7 @@ def from_saved(current: Config, saved: Mapping[str, Any]) -> Config:
         if each.metadata["scope"] != "session" and name in saved and not current.is_set(name):
             sources[name] = "checkpoint"
             try:
-                values[name] = parse_saved(each, saved[name], str(ROOT))
+                values[name] = parse_saved(each, saved[name], str(SHIPPED))
             except ValueError:
                 problems.append(refusal(each, saved[name], "checkpoint"))
     return _finish(values, sources, problems, merged=True)
@@ -116,10 +121,10 @@ def changes(current: Config, saved: Mapping[str, Any]) -> dict[str, list[Json]]:
     return _differences(current, saved, [name for name, each in VARIABLES.items() if each.metadata["scope"] == "math"])
 
 
-def replaced(current: Config, source: str, **values: Any) -> Config:
-    """Return `current` with `values`, whose source is now `source`: derived, so neither set by the user nor a default."""
-    derived = {name.upper(): source for name, value in values.items() if value != getattr(current, name)}
-    return dataclasses.replace(current, **values, sources={**current.sources, **derived})
+def with_values(current: Config, values: Mapping[str, Any], *, source: str) -> Config:
+    """Return `current` with `values` by variable, as if the user had set them in `source`."""
+    named = {name.lower(): value for name, value in values.items()}
+    return dataclasses.replace(current, **named, sources={**current.sources, **dict.fromkeys(values, source)})
 
 
 def without(current: Config, names: Iterable[str]) -> Config:
@@ -153,7 +158,7 @@ def to_dict(config: Config) -> dict[str, Json]:
 
 
 def _portable(path: str) -> str:
-    return Path(path).relative_to(ROOT).as_posix() if Path(path).is_relative_to(ROOT) else path
+    return Path(path).relative_to(SHIPPED).as_posix() if Path(path).is_relative_to(SHIPPED) else path
 
 
 def _finish(values: dict[str, Any], sources: dict[str, str], problems: list[str], *, merged: bool = False) -> Config:
@@ -268,7 +273,7 @@ def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the default of every variable, which may depend on `values`. Paths are absolute, from the repository."""
+    """Return the default of every variable, which may depend on `values`. Paths are absolute, as milepost.places says."""
     model = MODELS[values.get("MODEL_TYPE", DEFAULT_MODEL)]
     row: dict[str, Any] = dict(model.defaults)
     if values.get("GPT2_MODEL_NAME"):
@@ -285,7 +290,8 @@ def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
             None,
             *each.metadata["words"],
         ):
-            defaults[name] = absolute_path(defaults[name], str(ROOT))
+            base = SHIPPED if each.metadata["form"] == "source" else base_folder()
+            defaults[name] = absolute_path(defaults[name], str(base))
     steps = values.get("TRAINING_STEPS", defaults["TRAINING_STEPS"])
     between = values.get("EVAL_INTERVAL", defaults["EVAL_INTERVAL"])
     return defaults | {"WARMUP_STEPS": min(defaults["WARMUP_STEPS"], steps // 10), "SAMPLE_INTERVAL": between}
@@ -307,7 +313,7 @@ def _read_env_file(environ: Mapping[str, str], folder: str, problems: list[str])
         if name:
             problems.append(f"ENV_FILE={name!r} is not read while PYTHON_DOTENV_DISABLED is set: unset one of them")
         return label, {}
-    path = Path(absolute_path(name, folder) if name else ROOT / ".env")
+    path = Path(absolute_path(name, folder) if name else base_folder() / ".env")
     if not name and (path.is_dir() or not path.exists()):  # a folder .env may be a virtual environment
         return label, {}
     try:
@@ -316,6 +322,9 @@ def _read_env_file(environ: Mapping[str, str], folder: str, problems: list[str])
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         problems.append(f"{label} cannot be read ({error}): expected UTF-8 text, one NAME=value per line")
+        return label, {}
+    if problem := not_an_env_file(str(path)):
+        problems.append(problem)
         return label, {}
     lines = list(parse_stream(io.StringIO(text)))
     bad = [line for line in lines if line.error or "\0" in line.original.string or (line.key and line.value is None)]

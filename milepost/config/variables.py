@@ -1,23 +1,23 @@
 """Every setting of the project, declared once: name, type, default, limits and one line of documentation.
 
-To add a setting, add one line to `Config`; help, .env.example and docs/configuration.md follow from it.
+To add a setting, add a field to `Config`, and run `python3 -m milepost.config`, which writes .env.example and
+docs/configuration.md.
 """
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from milepost.registry import layouts_to_save
 from milepost.runtime.optimizers import OPTIMIZERS
+from milepost.runtime.schedule import SCHEDULES
+from milepost.runtime.trackers import TRACKERS
 from milepost.text.registry import TOKENIZERS
 from models import MODELS
 from models.adapters import LORA_TARGETS
 
 Json = str | int | float | bool | None
 
-
-ROOT = Path(__file__).resolve().parent.parent.parent  # of the repository
 
 # Options of an adapter, which mean nothing unless LORA_RANK or TTT_LAYERS turns it on.
 LORA_OPTIONS = ("LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS")
@@ -28,14 +28,14 @@ LAYOUTS = layouts_to_save()
 MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 
-DERIVED_SOURCES = ("default", "checkpoint", "weights", "plan")  # of values that the user did not set
+DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
 DATA_VARIABLES = ("TRAINING_DATA_SOURCE", "VALIDATION_FRACTION")
 
 # May differ between machines that train together: places on their disks, and files that training never reads. The text and the base of
 # adapters are compared by hash.
 PER_MACHINE = (
-    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "CHECKPOINT_DIR", "RUNS_DIR",
-    "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
+    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "CHECKPOINT_DIR",
+    "CHECKPOINT_FALLBACK_DIR", "RUNS_DIR", "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
 )  # fmt: skip
 
 DEFAULT_MODEL = "bigram"
@@ -53,7 +53,7 @@ MUON_MIN_TOKENS = 10
 
 SCOPES = {  # scope -> what a resume does with the setting
     "identity": "must match",      # RESUME=auto takes only a checkpoint with the same value
-    "math": "saved, else a fork",  # changes the trained weights: a new value starts a child run
+    "math": "saved, else a child run",  # changes the trained weights: a new value starts a child run
     "habit": "saved",              # changes no weight; taken from the checkpoint unless set
     "session": "as set",           # never taken from a checkpoint
 }
@@ -72,7 +72,7 @@ class ConfigError(Exception):
 def var(default: Any, doc: str, *, group: str, scope: str = "session", form: str = "", choices: Collection[str] = (),
         words: tuple[str, ...] = (), minimum: float | None = None, above: float | None = None,
         maximum: float | None = None, below: float | None = None) -> Any:
-    """Declare a variable. `words` are accepted besides values of its type; `form` names its parser in parse.FORMS.
+    """Declare a variable. `words` are accepted besides values of its type and its `choices`; `form` names its parser in parse.FORMS.
 
     `choices` may be a registry: what is added to it later is accepted too.
     """
@@ -90,7 +90,7 @@ class Config:
     training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .csv, each also .gz), folder, glob, "
         "several joined by commas, https URL, or the named set tinyshakespeare", group="Data", scope="identity", form="source")
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char for up to 256 different characters, else bpe",
-        group="Data", scope="identity", choices=("auto", *TOKENIZERS))
+        group="Data", scope="identity", words=("auto",), choices=TOKENIZERS)
     bpe_vocab_size: int = var(1024, "vocabulary size of a BPE trained on the text; small, so that a small model sees each token often",
         group="Data", scope="identity", minimum=257, maximum=1_000_000)
     validation_fraction: float = var(0.1, "fraction of the text, taken from its end, held out for validation",
@@ -148,7 +148,7 @@ class Config:
     warmup_steps: int = var(BY_MODEL["warmup_steps"], "optimizer steps of linear warm-up to LEARNING_RATE, while Adam's averages fill; the "
         "default is at most a tenth of TRAINING_STEPS", group="Training", scope="math", minimum=0)
     lr_schedule: str = var(BY_MODEL["lr_schedule"], "learning-rate schedule after the warm-up; wsd is constant and decays at the end; linear "
-        "decays to zero, which learns most from few steps", group="Training", scope="math", choices=("constant", "cosine", "linear", "wsd"))
+        "decays to zero, which learns most from few steps", group="Training", scope="math", choices=SCHEDULES)
     optimizer: str = var(BY_MODEL["optimizer"], "muon orthogonalizes the updates of hidden matrices and leaves the rest to AdamW: fewer "
         "steps, but below 10 x N_EMBD tokens per step it costs more than it saves, and adamw is the default",
         group="Training", scope="math", choices=OPTIMIZERS)
@@ -169,9 +169,8 @@ class Config:
         "at step 0; 0 = only at the end", group="Logging", scope="habit", minimum=0)
     log_interval: int = var(10, "optimizer steps between lines of metrics.jsonl",
         group="Logging", scope="habit", minimum=1)
-    tracker: str = var("none", "also send the metrics to tensorboard, wandb or trackio (pip install it first); never asks for a login: wandb "
-        "logs offline unless WANDB_API_KEY or WANDB_MODE is set", group="Logging", scope="habit",
-        choices=("none", "tensorboard", "wandb", "trackio"))
+    tracker: str = var("none", "also send the metrics to this tracker (pip install it first); never asks for a login: wandb logs offline unless "
+        "WANDB_API_KEY or WANDB_MODE is set", group="Logging", scope="habit", words=("none",), choices=TRACKERS)
 
     seed: int = var(1337, "seed of the initial weights, the data order and dropout; 1337 as in nanoGPT",
         group="Hardware and seed", scope="math", minimum=0)
@@ -181,7 +180,7 @@ class Config:
         "auto takes fsdp only if model and optimizer do not fit otherwise", group="Hardware and seed", choices=("auto", "ddp", "fsdp"))
     dtype: str = var("auto", "dtype of matrix products; trained weights stay float32; auto is bfloat16 where that is fast",
         group="Hardware and seed", scope="math", choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = var("auto", "torch.compile the training step; auto compiles on cuda when it pays back",
+    compile: str = var("auto", "torch.compile the training step; auto compiles on cuda where that saves time",
         group="Hardware and seed", scope="math", choices=("auto", "true", "false"))
     deterministic: bool = var(True, "use deterministic kernels, so that a resumed run ends bit-identical to an uninterrupted one",
         group="Hardware and seed", scope="math")
@@ -190,11 +189,13 @@ class Config:
     checkpoint_interval: int = var(500, "optimizer steps between checkpoints; 0 = only at the end",
         group="Checkpoints", scope="habit", minimum=0)
     checkpoint_dir: str = var("checkpoints", "folder of the checkpoints", group="Checkpoints", form="path")
+    checkpoint_fallback_dir: str | None = var(None, "folder on another disk, for the last step if it cannot be saved in CHECKPOINT_DIR; "
+        "RESUME=auto looks there too", group="Checkpoints", form="path")
     checkpoint_layout: str = var("unified", "file layout of checkpoints; a resumed run keeps its layout",
         group="Checkpoints", choices=LAYOUTS)
     checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes (half with muon), but no bit-exact resume",
         group="Checkpoints", scope="habit")
-    checkpoint_prefix: str = var("checkpoint", "prefix of checkpoint names", group="Checkpoints", scope="habit", form="name")
+    checkpoint_prefix: str = var("checkpoint", "prefix of checkpoint names; models are kept apart by CHECKPOINT_DIR, not by it", group="Checkpoints", scope="habit", form="name")
     checkpoint_keep_last: int = var(0, "latest checkpoints to keep per run, besides its final one; 0 = all",
         group="Checkpoints", scope="habit", minimum=0)
     checkpoint_keep_every: int = var(0, "of those older than CHECKPOINT_KEEP_LAST, keep multiples of this many optimizer steps, without "
@@ -227,12 +228,12 @@ class Config:
         group="Generation", form="path", words=("-",))
     max_new_tokens: int = var(300, "maximum number of tokens to generate", group="Generation", minimum=1)
     temperature: float = var(0.8, "0 takes the most likely token, 1 samples as trained; 0.8 as in nanoGPT: small models ramble at 1",
-        group="Generation", minimum=0)
+        group="Generation", scope="habit", minimum=0)
     top_k: int = var(200, "sample from this many most likely tokens; 0 = all; 200 as in nanoGPT cuts the long tail of a large vocabulary",
-        group="Generation", minimum=0)
-    top_p: float = var(1.0, "sample from the most likely tokens that hold this probability; 1 = all", group="Generation", above=0, maximum=1)
+        group="Generation", scope="habit", minimum=0)
+    top_p: float = var(1.0, "sample from the most likely tokens that hold this probability; 1 = all", group="Generation", scope="habit", above=0, maximum=1)
     repetition_penalty: float = var(1.0, "above 1 makes tokens that occurred before less likely; 1 = off, as small vocabularies must repeat",
-        group="Generation", above=0)
+        group="Generation", scope="habit", above=0)
     stop: tuple[str, ...] = var((), r"text that ends the generation and is not shown, with \n, \t and \\ as escapes; several as a JSON list",
         group="Generation", form="list")
     num_samples: int = var(1, "texts to generate", group="Generation", minimum=1)
@@ -260,12 +261,14 @@ class Config:
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the previous checkpoint and compares every byte",
         group="Tools")
     convert_to: str | None = var(None, "what scripts/convert_checkpoint.py writes: a checkpoint layout, or an export for another program, "
-        "which no run resumes from; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "peft"))
+        "which no run resumes from; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "lecture", "peft"))
     gguf_type: str = var("f16", "dtype of the matrices that CONVERT_TO=gguf writes; q8_0 has half the bytes of f16 and is nearly as good",
         group="Tools", choices=("f32", "f16", "q8_0"))
-    output: str | None = var(None, "folder that scripts/convert_checkpoint.py writes to; not set: beside the checkpoint, or exports/ for an "
+    output: str | None = var(None, "folder or file that scripts/convert_checkpoint.py writes; not set: beside the checkpoint, or exports/ for an "
         "export; required for a whole folder. File that scripts/plot_run.py draws into (.png .svg .pdf) instead of the terminal, and that "
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
+    prune_others: str | None = var(None, "beginnings of the names of other programs' checkpoint files, joined by commas, to which "
+        "scripts/prune_checkpoints.py applies the policy too: ckpt_ for ckpt_1000.pt, ckpt_2000.pt, ...; not set: they stay", group="Tools")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete", group="Tools")
     # fmt: on
 

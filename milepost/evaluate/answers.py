@@ -14,7 +14,9 @@ GROUP = 64  # items scored together
 
 @dataclass(frozen=True)
 class Answers:
-    """Which items (N,) are answered correctly: by likelihood, and for choices that continue a context, by likelihood per character."""
+    """Which items (N,) are answered correctly: by likelihood, and for choices that continue a context,
+    by likelihood per character.
+    """
 
     name: str
     format: str
@@ -25,7 +27,8 @@ class Answers:
 def answer(
     benchmark: Benchmark, tokenizer: Tokenizer, score: Score, add: Callable[[int], None], *, context: int
 ) -> Answers:
-    """Return the answers of a model with a context of `context` tokens; `add` is called with the number of items just done.
+    """Return the answers of a model with a context of `context` tokens; `add` is called with the number of items just
+    done.
 
     The length of a choice is its number of characters, as for lm-evaluation-harness' acc_norm. A tie is a wrong answer.
     """
@@ -45,10 +48,11 @@ def answer(
 
 
 def encode(item: Item, choice: str, tokenizer: Tokenizer, *, context: int) -> tuple[np.ndarray, int]:
-    """Return the ids of a choice after its context, and how many of the last ids are the choice's. Long contexts lose their beginning.
+    """Return the ids of a choice after its context, and how many of the last ids are the choice's. Long contexts lose
+    their beginning.
 
-    As in lm-evaluation-harness 0.4: the text is tokenized as a whole, spaces at the end of the context belong to the choice, and a
-    choice without context follows what precedes a document in training.
+    As in lm-evaluation-harness 0.4: the text is tokenized as a whole, spaces at the end of the context belong to the
+    choice, and a choice without context follows what precedes a document in training.
     """
     if item.context:
         whole, head = tokenizer.encode_array(f"{item.context} {choice}"), tokenizer.encode_array(item.context.rstrip())

@@ -25,7 +25,9 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All figures of one model. `identity` says which model it is, as JSON values: its path, type, step, run_id and save_id."""
+    """All figures of one model. `identity` says which model it is, as JSON values: its path, type, step,
+    run_id and save_id.
+    """
 
     name: str  # for people
     identity: dict[str, Any]
@@ -48,8 +50,8 @@ def evaluate(
 ) -> Evaluation:
     """Return the figures of a model in eval mode: of `text`, if it is not None, and of each benchmark.
 
-    `stride` is the number of tokens between windows, 0 for adjacent windows. Raise NotFiniteError if the model's probabilities are
-    not finite.
+    `stride` is the number of tokens between windows, 0 for adjacent windows. Raise NotFiniteError if the model's
+    probabilities are not finite.
     """
     context = model.settings.block_size
     if stride > context:
@@ -89,7 +91,10 @@ def _log_progress(log: Log, what: str, total: int) -> Callable[[int], None]:
 
 
 def compare(base: Evaluation, other: Evaluation, *, log: Log) -> list[dict[str, Any]]:
-    """Return the differences of `other`'s figures to `base`'s as JSON values, with p-values. Log what cannot be compared."""
+    """Return the differences of `other`'s figures to `base`'s as JSON values, with p-values.
+
+    Log what cannot be compared.
+    """
     pair = {"checkpoint": other.identity["path"], "compared_with": base.identity["path"]}
     rows = [*_compare_text(base, other, log), *_compare_answers(base, other)]
     return [pair | row for row in rows]

@@ -28,7 +28,8 @@ def tables(evaluations: list[Evaluation], comparisons: list[dict[str, Any]]) -> 
     """Return the texts and the tables of figures, accuracies and comparisons, omitting empty tables."""
     figures: list[tuple[str, ...]] = [
         (
-            evaluation.name, str(evaluation.identity["step"]), f"{it.loss:.4f}", f"{it.perplexity:.4g}", f"{it.bits_per_byte:.4f}",
+            evaluation.name, str(evaluation.identity["step"]), f"{it.loss:.4f}", f"{it.perplexity:.4g}",
+            f"{it.bits_per_byte:.4f}",
             f"{it.tokens:,}", f"{it.bytes:,}",
         )
         for evaluation in evaluations if (it := evaluation.figures)

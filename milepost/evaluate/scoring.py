@@ -13,7 +13,10 @@ LOGITS: Final = 2**26  # the most per batch, 256 MB in float32: larger batches a
 
 
 class Window(NamedTuple):
-    """Predictions `first` to `end` of a sequence, made from its ids `start` to `end`. Prediction i is that of ids[i + 1]."""
+    """Predictions `first` to `end` of a sequence, made from its ids `start` to `end`.
+
+    Prediction i is that of ids[i + 1].
+    """
 
     start: int
     first: int
@@ -23,8 +26,8 @@ class Window(NamedTuple):
 def windows(length: int, *, context: int, stride: int) -> Iterator[Window]:
     """Yield windows of at most `context` ids that make each of the length - 1 predictions of a sequence once.
 
-    The first window starts at the beginning. Each further window ends `stride` ids later (1 to context), the last one at the end,
-    and spans `context` ids, so every prediction in it uses more than context - stride of them.
+    The first window starts at the beginning. Each further window ends `stride` ids later (1 to context), the last one
+    at the end, and spans `context` ids, so every prediction in it uses more than context - stride of them.
     """
     done = 0
     while done < length - 1:
@@ -38,8 +41,9 @@ def log_likelihoods(
 ) -> list[np.ndarray]:
     """Return, for each sequence of ids (N,), the log-probabilities in nats of all ids but the first: float64 (N - 1,).
 
-    Sequences are read in `windows` of the model's block_size, `stride` apart (None: adjacent), at most batch_size at once. The model
-    must be in eval mode. Softmax is computed in float32 over all rows of the head, including those above the tokenizer's.
+    Sequences are read in `windows` of the model's block_size, `stride` apart (None: adjacent), at most batch_size at
+    once. The model must be in eval mode. Softmax is computed in float32 over all rows of the head, including those
+    above the tokenizer's.
     """
     context = model.settings.block_size
     jobs = [
@@ -60,7 +64,10 @@ def log_likelihoods(
 
 @torch.inference_mode()
 def _log_probabilities(model: Model, rows: list[np.ndarray]) -> np.ndarray:
-    """Return the log-probabilities (B, T) of each row's ids but the first. Values past the end of a shorter row are meaningless."""
+    """Return the log-probabilities (B, T) of each row's ids but the first.
+
+    Values past the end of a shorter row are meaningless.
+    """
     padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)  # (B, T + 1)
     for into, row in zip(padded, rows, strict=True):  # any padding will do: later ids do not affect earlier predictions
         into[: len(row)] = torch.from_numpy(row.astype(np.int64))

@@ -15,8 +15,8 @@ FEWEST = 10  # differences for a resampling test: with fewer, the bootstrap inte
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Return the 95 % interval of a proportion with `successes` of `trials`; (0, 1) without trials.
 
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Unlike the normal interval it is valid
-    near 0 and 1 and for few trials.
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Unlike the normal interval it
+    is valid near 0 and 1 and for few trials.
     """
     if trials == 0:
         return 0.0, 1.0
@@ -28,8 +28,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the two-sided exact p-value of McNemar's test: of the same items, one model alone has `only_first` correct, the other
-    `only_second`.
+    """Return the two-sided exact p-value of McNemar's test: of the same items, one model alone has `only_first`
+    correct, the other `only_second`.
 
     If neither model is better, each such item is the toss of a fair coin. McNemar 1947, "Note on the sampling error
     of the difference between correlated proportions".
@@ -54,8 +54,9 @@ class Difference:
 def paired(differences: np.ndarray) -> Difference | None:
     """Return the mean of the differences (N,) between two models on the same N blocks of text; None below FEWEST.
 
-    The interval is the percentile bootstrap's over blocks (Efron 1979, "Bootstrap methods: another look at the jackknife"), p that of
-    the two-sided sign-flip test (Fisher 1935, "The Design of Experiments", section 21), both with DRAWS draws and a fixed seed.
+    The interval is the percentile bootstrap's over blocks (Efron 1979, "Bootstrap methods: another look at the
+    jackknife"), p that of the two-sided sign-flip test (Fisher 1935, "The Design of Experiments", section 21), both
+    with DRAWS draws and a fixed seed.
     """
     n = len(differences)
     if n < FEWEST:

@@ -1,13 +1,13 @@
 """Fast decoders, which generate on a CPU: a model's own mathematics, laid out for a few new tokens at a time.
 
-Generating a token reads every weight once and does little else, so its time is that of reading them. The weights are stored
-in the layout that models.linears reads fastest; the residual stream, norms, attention, keys and values stay in float32. In the
-shapes below R is the number of new tokens, and C, H, hs and V are as in models.gpt2.
+Generating a token reads every weight once and does little else, so its time is that of reading them. The weights are
+stored in the layout that models.linears reads fastest; the residual stream, norms, attention, keys and values stay in
+float32. In the shapes below R is the number of new tokens, and C, H, hs and V are as in models.gpt2.
 
-The results for a token are bit-identical whatever the number of tokens in the pass. So drafted tokens can be verified together
-(generate.lookup) without changing the text. Two measures ensure it. oneDNN has a separate kernel for a single row, so a single
-row is computed twice, which costs little where reading the weights dominates. And each token attends in a call of its own: in
-a shared call its bits would depend on the thread that computes it.
+The results for a token are bit-identical whatever the number of tokens in the pass. So drafted tokens can be verified
+together (generate.lookup) without changing the text. Two measures ensure it. oneDNN has a separate kernel for a single
+row, so a single row is computed twice, which costs little where reading the weights dominates. And each token attends
+in a call of its own: in a shared call its bits would depend on the thread that computes it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +29,10 @@ RESCORED: Final = 256  # best tokens whose logits are recomputed in float32: mor
 
 
 class DecodeCache:
-    """Keys and values of the `length` tokens seen, in one buffer of fixed size. Lower `length` to forget the latest tokens."""
+    """Keys and values of the `length` tokens seen, in one buffer of fixed size.
+
+    Lower `length` to forget the latest tokens.
+    """
 
     def __init__(self, model: GPT2) -> None:
         s = model.settings
@@ -52,7 +55,8 @@ class _Layer:
 class Decoder:
     """A trained GPT2 on the CPU for sampling.generate(): one sequence, no gradients.
 
-    `weights` is one of LINEARS: the dtype of the stored matrices. They are copies: later training of the model has no effect.
+    `weights` is one of LINEARS: the dtype of the stored matrices. They are copies: later training of the model has no
+    effect.
     """
 
     def __init__(self, model: GPT2, *, weights: str) -> None:
@@ -77,7 +81,8 @@ class Decoder:
 
     @torch.inference_mode()
     def rows(self, ids: Sequence[int], cache: DecodeCache, *, last: int = 1) -> Iterable[Tensor]:
-        """Return the float32 logits (V,) after each of the `last` ids. The ids follow the tokens in the cache, which grows.
+        """Return the float32 logits (V,) after each of the `last` ids. The ids follow the tokens in the cache, which
+        grows.
 
         Rescoring is lazy, so a draft that fails early does not pay for the rest.
         """
@@ -98,10 +103,11 @@ class Decoder:
 
     @torch.inference_mode()
     def agrees(self) -> bool:
-        """Return whether rows are bit-identical in passes of any size up to a draft's, tested on one layer and the head.
+        """Return whether rows are bit-identical in passes of any size up to a draft's, tested on one layer and the
+        head.
 
-        If this processor computes them differently, drafting could change the text. The rest of a pass handles each token
-        separately.
+        If this processor computes them differently, drafting could change the text. The rest of a pass handles each
+        token separately.
         """
         largest, generator = 1 + self.longest_draft, torch.Generator().manual_seed(0)
         narrow = torch.randn(largest, self.settings.n_embd, generator=generator)
@@ -114,7 +120,8 @@ class Decoder:
     def _rescored(self, x: Tensor, logits: Tensor) -> Tensor:
         """Return logits (V,) with the best ones recomputed from x (1, C) and the float32 weights.
 
-        bfloat16 has 8 significant bits: logits between 8 and 16 are multiples of 1/16, so the best ones would often tie.
+        bfloat16 has 8 significant bits: logits between 8 and 16 are multiples of 1/16, so the best ones would often
+        tie.
         """
         best = logits.topk(min(RESCORED, logits.numel())).indices
         bias = self.head_bias[best] if self.head_bias.dim() else self.head_bias
@@ -146,7 +153,9 @@ def _layer(block: Block, linear: Callable[..., Linear], activation: str) -> _Lay
 
 
 def _norm(norm: nn.LayerNorm) -> Linear:
-    return partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps)  # fmt: skip
+    return partial(
+        F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps
+    )
 
 
 def _at_least_two(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Prompt-lookup (n-gram) speculative decoding: draft what followed the last few tokens at their previous occurrence.
 
-Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding. Where text repeats itself, several tokens are verified in a
-pass that costs little more than one token's. Where it does not, drafting soon pauses.
+Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding. Where text repeats itself, several tokens are
+verified in a pass that costs little more than one token's. Where it does not, drafting soon pauses.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ LONGEST_PAUSE: Final = 64  # tokens without a draft after many failures
 class Lookup:
     """Drafts for one text. `longest` is the most tokens of a draft: as many as cost little in a pass.
 
-    Every failure doubles the pause before the next draft, every success resets it, so a text without repeats costs only a few
-    wasted passes.
+    Every failure doubles the pause before the next draft, every success resets it, so a text without repeats costs only
+    a few wasted passes.
     """
 
     def __init__(self, *, longest: int) -> None:

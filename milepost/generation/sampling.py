@@ -51,7 +51,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def _best_first(logits: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Return the logits in descending order, and their ids: only the best FEW if their probabilities surely sum to p."""
+    """Return the logits in descending order, and their ids: only the best FEW if their probabilities surely sum to
+    p.
+    """
     if logits.numel() > FEW:
         best, order = logits.topk(FEW)
         if (best - logits.logsumexp(-1)).exp().sum() > p + 1e-4:  # a margin far above rounding errors
@@ -62,8 +64,8 @@ def _best_first(logits: Tensor, p: float) -> tuple[Tensor, Tensor]:
 def draw(probs: Tensor, generator: torch.Generator) -> int:
     """Return an index drawn with probabilities probs (V,): where a uniform number falls in their cumulative sum.
 
-    It takes one number from the generator whatever V is, so surplus rows change no draw. Uniform numbers are the same on every
-    processor; those that torch.multinomial draws are not.
+    It takes one number from the generator whatever V is, so surplus rows change no draw. Uniform numbers are the same
+    on every processor; those that torch.multinomial draws are not.
     """
     mass = probs.double().cumsum(-1)
     uniform = torch.rand((), dtype=torch.float64, generator=generator)  # below 1, so the index is below V
@@ -73,8 +75,8 @@ def draw(probs: Tensor, generator: torch.Generator) -> int:
 def next_token(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     """Return an id drawn from logits (V,), or the best id if temperature is below 1e-6, where dividing would overflow.
 
-    Runs in float32 on the CPU with a CPU generator, so equal logits draw the same id on every device. Raise ValueError if the
-    logits are not finite.
+    Runs in float32 on the CPU with a CPU generator, so equal logits draw the same id on every device. Raise ValueError
+    if the logits are not finite.
     """
     logits = logits.float().cpu()
     if not logits.max().isfinite():
@@ -113,12 +115,14 @@ def generate(
     generator: a CPU generator; None creates a fresh one, so torch's global generator is never touched.
     Between two ids the model is in the mode (train or eval) in which the caller left it.
 
-    The model sees a window of at most model.max_length tokens. When it is full, the oldest tokens are dropped: the window is cut
-    to its last max_length // 2 tokens, whose keys and values are recomputed, because positions are learned and absolute.
-    on_slide() is called the first time. With and without use_cache the model sees the same windows. The repetition penalty counts
-    every token of prompt and continuation, as in transformers.
-    lookup: verify several drafted tokens at a time (generate.lookup), with a Decoder only. The text is the same: each token is
-    drawn from its own logits, and a draft only decides which logits are computed early.
+    The model sees a window of at most model.max_length tokens. When it is full, the oldest tokens are dropped: the
+    window is cut to its last max_length // 2 tokens, whose keys and values are recomputed, because positions are
+    learned and absolute. on_slide() is called the first time. With and without use_cache the model sees the same
+    windows. The repetition penalty counts every token of prompt and continuation, as in transformers.
+
+    lookup: verify several drafted tokens at a time (generate.lookup), with a Decoder only. The text is the same: each
+    token is drawn from its own logits, and a draft only decides which logits are computed early.
+
     Raise ValueError at the call for invalid arguments.
     """
     rows = model.settings.vocab_size
@@ -223,7 +227,10 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
 
 @torch.inference_mode()
 def _last_logits(model: Model | Decoder, window: list[int], cache: Cache | None, *, last: int) -> Iterable[Tensor]:
-    """Return the logits (V,) after each of the window's `last` tokens, float32 on the CPU. Tokens in the cache are not recomputed."""
+    """Return the logits (V,) after each of the window's `last` tokens, float32 on the CPU.
+
+    Tokens in the cache are not recomputed.
+    """
     fresh = window if cache is None else window[cache.length :]
     if isinstance(model, Decoder):
         return model.rows(fresh, cache if isinstance(cache, DecodeCache) else model.new_cache(), last=last)

@@ -9,8 +9,8 @@ from milepost.text.tokenization.base import Tokenizer
 class StreamDecoder:
     """Decodes ids as they arrive, and holds back incomplete characters and possible stop strings.
 
-    The concatenated output of push() and flush() is `decode(ids)` up to the stop string that begins first; `stopped` is True
-    once one was found.
+    The concatenated output of push() and flush() is `decode(ids)` up to the stop string that begins first; `stopped` is
+    True once one was found.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:

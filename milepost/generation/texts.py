@@ -31,8 +31,8 @@ def choose_decoder(
 ) -> tuple[Decoder | None, str]:
     """Return the fast decoder if it pays for generating `tokens` tokens; else None, and the reason.
 
-    `quantize` is the dtype of its weights, or "none" to choose one by `dtype`. Raise DeviceError for a dtype that the device does
-    not support.
+    `quantize` is the dtype of its weights, or "none" to choose one by `dtype`. Raise DeviceError for a dtype that the
+    device does not support.
     """
     width = getattr(model.settings, "n_embd", 0)
     hardware.choose_dtype(dtype, device, width=width)
@@ -69,7 +69,8 @@ def texts(
 ) -> Iterator[Iterator[str]]:
     """Yield `count` continuations of the prompt `ids`, each as an iterator over pieces of text.
 
-    Text number i depends only on (seed, i). An empty prompt starts at `first_id`. Raise ValueError if the logits are not finite.
+    Text number i depends only on (seed, i). An empty prompt starts at `first_id`. Raise ValueError if the logits are
+    not finite.
     """
     for number in range(count):
         generator = torch.Generator().manual_seed(mix(seed, number))
@@ -113,7 +114,9 @@ def _text(
 
 
 def first_id(tokenizer: Tokenizer, generator: torch.Generator) -> int:
-    """Return the first token of a text without a prompt: the end of text, or if there is none, a token drawn uniformly."""
+    """Return the first token of a text without a prompt: the end of text, or if there is none,
+    a token drawn uniformly.
+    """
     if tokenizer.end_of_text is not None:
         return tokenizer.end_of_text
     return int(torch.randint(tokenizer.vocab_size, (), generator=generator))

@@ -34,9 +34,11 @@ def frame(curves: Sequence[Points], *, floor: float | None = None) -> Frame:
 
 def chart(title: str, curves: Sequence[Points], *, columns: int, rows: int, letters: bool, ascii_only: bool = False,
           floor: float | None = None, paint: Paint | None = None) -> list[str]:  # fmt: skip
-    """Return the lines of a chart, `columns` characters wide: a title, the curves in `rows` lines with their scale, and the x axis.
+    """Return the lines of a chart, `columns` characters wide: a title, the curves in `rows` lines with their scale, and
+    the x axis.
 
-    Later curves cover earlier ones. With `letters` each curve is drawn in its own letter, otherwise in dots. `paint` colors a character.
+    Later curves cover earlier ones. With `letters` each curve is drawn in its own letter, otherwise in dots. `paint`
+    colors a character.
     """
     if not any(curves):
         return [f"{title}: nothing logged"[:columns].ljust(columns)]

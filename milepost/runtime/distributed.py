@@ -51,7 +51,11 @@ class World:
 
     def any(self, here: bool) -> bool:
         """Return whether `here` is true in any process. Every process must call this."""
-        return self.sum(float(here))[0] > 0 if self.size > 1 else here
+        return self.any_of(here)[0]
+
+    def any_of(self, *here: bool) -> list[bool]:
+        """Return for each value whether it is true in any process, in one message. Every process must call this."""
+        return [total > 0 for total in self.sum(*map(float, here))] if self.size > 1 else list(here)
 
     def sum(self, *values: float) -> list[float]:
         """Return each value summed over the processes."""

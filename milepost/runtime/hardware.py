@@ -19,10 +19,12 @@ BFLOAT16_TRAIN_WIDTH, BFLOAT16_DECODE_WIDTH = 128, 256
 # Converting all weights takes about as long as bfloat16 saves on this many generated tokens, whatever the model's size.
 BFLOAT16_DECODE_TOKENS = 32
 
-# Parameters of mallopt(3): how many blocks may be mapped singly, and from what size free memory at the top returns to the system.
+# Parameters of mallopt(3): how many blocks may be mapped singly, and from what size free memory at the top returns to
+# the system.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
-# Increased when a change of ours changes the bits of a step. Version 2 has other kernels for attention, the head, GELU and Muon.
+# Increased when a change of ours changes the bits of a step. Version 2 has other kernels for attention, the head, GELU
+# and Muon.
 KERNELS = 2
 
 # Entries of a fingerprint that affect the bits of a step.
@@ -65,13 +67,15 @@ def choose_device(requested: str, *, local_rank: int = 0, local_size: int = 1) -
     kind = present[0] if requested == "auto" else requested
     if kind not in present:
         raise DeviceError(
-            f"DEVICE={kind}: this machine has no {kind} device; available: {', '.join(present)} (DEVICE=auto takes the first)"
+            f"DEVICE={kind}: this machine has no {kind} device; available: {', '.join(present)} (DEVICE=auto "
+            f"takes the first)"
         )
     if kind != "cuda" or local_size == 1:
         return torch.device(kind)
     if local_size > torch.cuda.device_count():
         raise DeviceError(
-            f"{local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs: set --nproc_per_node to that, or DEVICE=cpu"
+            f"{local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs: set "
+            f"--nproc_per_node to that, or DEVICE=cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -103,10 +107,11 @@ def choose_dtype(requested: str, device: torch.device, *, width: int) -> str:
 
 
 def decode_dtype(requested: str, device: torch.device, *, width: int, tokens: int) -> str:
-    """Return the dtype of the weights to generate `tokens` on a CPU: a fixed rule on processor, embedding dimension and tokens.
+    """Return the dtype of the weights to generate `tokens` on a CPU: a fixed rule on processor, embedding dimension and
+    tokens.
 
-    Reading the weights takes most of the time, so half the bytes pay where hardware multiplies bfloat16, once there are enough
-    tokens to make up for converting the weights. Raises DeviceError for float16, which no CPU multiplies.
+    Reading the weights takes most of the time, so half the bytes pay where hardware multiplies bfloat16, once there are
+    enough tokens to make up for converting the weights. Raises DeviceError for float16, which no CPU multiplies.
     """
     if requested != "auto":
         return choose_dtype(requested, device, width=width)
@@ -115,7 +120,8 @@ def decode_dtype(requested: str, device: torch.device, *, width: int, tokens: in
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 instructions: AVX-512 is four times, AMX eight times as fast as float32.
+    """Return whether the processor has bfloat16 instructions: AVX-512 is four times, AMX eight times as fast as
+    float32.
 
     Without them bfloat16 is emulated, and slower than float32.
     """
@@ -125,7 +131,8 @@ def multiplies_bfloat16() -> bool:
 def choose_compile(requested: str, device: torch.device, *, pays: bool, steps: int) -> tuple[bool, str | None]:
     """Return whether to compile the training step, and a line to log if that is requested and impossible.
 
-    A fixed rule, so that a resume chooses the same. `pays` says whether compiling saves more time than it takes in a long run.
+    A fixed rule, so that a resume chooses the same. `pays` says whether compiling saves more time than it takes in a
+    long run.
     """
     pays_back = device.type == "cuda" and pays and steps >= 1000
     if requested == "false" or (requested == "auto" and not pays_back):
@@ -154,15 +161,17 @@ def _has_compiler(device: torch.device) -> bool:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """Return the model compiled for one shape. It shares its parameters with `model`; save, evaluate and sample with that."""
+    """Return the model compiled for one shape. It shares its parameters with `model`; save,
+    evaluate and sample with that.
+    """
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]
 
 
 def make_deterministic(on: bool, device: torch.device) -> None:
     """Select deterministic kernels and refuse the others. Call before the first use of the device.
 
-    On MPS, which does not promise bit-identical results, torch only warns. On CUDA a warning would not do: the backward pass of
-    flash attention is deterministic only where nondeterministic kernels are refused.
+    On MPS, which does not promise bit-identical results, torch only warns. On CUDA a warning would not do: the backward
+    pass of flash attention is deterministic only where nondeterministic kernels are refused.
     """
     torch.use_deterministic_algorithms(on, warn_only=device.type == "mps")
     # Filling new memory with NaN would only cost time: nothing here reads memory before writing it.
@@ -173,8 +182,8 @@ def make_deterministic(on: bool, device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Make glibc keep the memory that a training step frees; elsewhere do nothing.
 
-    By default blocks over 32 MB return to the system at once, and the kernel zeroes their pages in every step: up to a third of
-    its time with 124 million parameters. https://man7.org/linux/man-pages/man3/mallopt.3.html
+    By default blocks over 32 MB return to the system at once, and the kernel zeroes their pages in every step: up to a
+    third of its time with 124 million parameters. https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -183,7 +192,8 @@ def keep_freed_memory() -> None:
 
 
 def seed_step(device: torch.device, seed: int, step: int, *, rank: int = 0) -> None:
-    """Seed torch so that every random draw of a step is a function of (seed, step, rank), and no generator state need be saved.
+    """Seed torch so that every random draw of a step is a function of (seed, step, rank), and no generator state need
+    be saved.
 
     Rank 0 draws as a single process does. torch.manual_seed would spend most of a millisecond on absent devices.
     """
@@ -260,11 +270,20 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if name not in ("processes", "local_processes", "distributed")
         ]
         reasons = [f"{count} {'process' if count == 1 else 'processes'}, was {before['processes']}", *others]
+    if not differ and _probes_differ(before.get("probe"), now.get("probe")):
+        reasons.append("a step of fixed numbers has other bits here: a library or milepost's code computes otherwise")
     if not now.get("deterministic"):
         reasons.append("DETERMINISTIC=false")
     if now.get("device") == "mps":
         reasons.append("mps does not promise bit-identical results")
     return reasons
+
+
+def _probes_differ(before: Any, now: Any) -> bool:
+    """Return whether two probes took the same step and computed different bits. Either may be absent or empty."""
+    if not (isinstance(before, dict) and before and now) or before.get("inputs") != now["inputs"]:
+        return False
+    return bool(before.get("sha256") != now["sha256"])
 
 
 def all_memory(device: torch.device) -> int | None:

@@ -1,8 +1,9 @@
-"""Signals that stop a program: SIGINT, SIGTERM, and SIGHUP of a closed terminal unless it was ignored at the start
-(nohup).
+"""Signals that stop a program, and SIGUSR1, which makes training save and continue.
 
-A signal sets a flag. While a script imports its libraries, and before training starts, it also stops the program at
-once; the training loop checks the flag after each step. The flag decides, because a library can swallow an exception.
+What stops: SIGINT, SIGTERM, SIGQUIT, the warnings of batch systems SIGUSR2 and SIGXCPU, and SIGHUP of a closed terminal
+unless it was ignored at the start (nohup). Each sets a flag. While a script imports its libraries, and before training
+starts, it also stops the program at once; the training loop checks the flag after each step. The flag decides, because
+a library can swallow an exception.
 """
 
 import os
@@ -14,6 +15,9 @@ from types import FrameType, TracebackType
 INTERRUPTED = 130  # exit code, as shells use it
 SAME_REQUEST = 1.0  # seconds in which signals count as one: a double key press, or one each from terminal and launcher
 
+STOPPING = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGUSR2", "SIGXCPU")  # as far as the system has them
+SAVING = "SIGUSR1"
+
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -22,13 +26,15 @@ class _State:
 
     requested_at: float | None = None  # when the pending request to stop arrived (monotonic seconds)
     handled = False  # whether an Interrupt block has ended since
-    received = False  # whether any signal arrived
+    received = False  # whether any signal to stop arrived
+    save_requested = False  # whether a signal to save arrived that no save has followed
 
 
 def stopping_signals() -> list[int]:
     """Return the signals that request a stop. SIGHUP stays ignored if it is (nohup)."""
+    numbers: list[int] = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
     hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    return [signal.SIGINT, signal.SIGTERM, *hangup]
+    return [*numbers, *hangup]
 
 
 def exit_on_signal() -> None:
@@ -38,17 +44,19 @@ def exit_on_signal() -> None:
 
 def raise_on_signal() -> None:
     """Make a signal set the flag and raise KeyboardInterrupt, and a second signal end the process at once."""
-    _State.requested_at, _State.handled, _State.received = None, False, False
+    _State.requested_at, _State.handled, _State.received, _State.save_requested = None, False, False, False
     _install(_raise)
 
 
 def was_interrupted() -> bool:
-    """Return whether a signal arrived since `raise_on_signal`, even if its exception was swallowed."""
+    """Return whether a signal to stop arrived since `raise_on_signal`, even if its exception was swallowed."""
     return _State.received
 
 
 def _install(handler: Handler) -> dict[int, object]:
-    return {number: signal.signal(number, handler) for number in stopping_signals()}
+    saving = {getattr(signal, SAVING): _note_save} if hasattr(signal, SAVING) else {}
+    handlers: dict[int, Handler] = dict.fromkeys(stopping_signals(), handler) | saving
+    return {number: signal.signal(number, each) for number, each in handlers.items()}
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
@@ -66,6 +74,10 @@ def _note(number: int, frame: FrameType | None) -> None:
     _is_first()
 
 
+def _note_save(number: int, frame: FrameType | None) -> None:
+    _State.save_requested = True
+
+
 def _is_first() -> bool:
     """Set the flag; return whether it was unset. End the process at a second request."""
     _State.received, now = True, time.monotonic()
@@ -79,7 +91,7 @@ def _is_first() -> bool:
 
 
 class Interrupt:
-    """A block in which a signal only sets `requested`. The earlier handlers return at its end.
+    """A block in which a signal only sets `requested` or `save_requested`. The earlier handlers return at its end.
 
     A signal that arrived before the block, and whose exception was swallowed, counts.
     """
@@ -88,6 +100,15 @@ class Interrupt:
     def requested(self) -> bool:
         """Whether a signal has asked to stop."""
         return _State.requested_at is not None
+
+    @property
+    def save_requested(self) -> bool:
+        """Whether a signal has asked to save, since the last call of `note_save`."""
+        return _State.save_requested
+
+    def note_save(self) -> None:
+        """Note that the request to save was obeyed."""
+        _State.save_requested = False
 
     def __enter__(self) -> "Interrupt":
         if _State.handled:  # a second training in this process starts without a request

@@ -1,4 +1,6 @@
-"""Muon: momentum whose updates are orthogonalised, for the matrices that a model declares; AdamW for its other parameters."""
+"""Muon: momentum whose updates are orthogonalised, for the matrices that a model declares;
+AdamW for its other parameters.
+"""
 
 import math
 from collections import deque
@@ -16,7 +18,8 @@ Arriving = Callable[[], Tensor]
 
 # The quintic Newton-Schulz iteration: its coefficients and number of steps (Jordan et al. 2024).
 QUINTIC, ITERATIONS, TINY = (3.4445, -4.7750, 2.0315), 5, 1e-7
-# Matrices of one shape are iterated together, up to this many elements: small ones cost calls, large ones memory bandwidth.
+# Matrices of one shape are iterated together, up to this many elements: small ones cost calls, large ones memory
+# bandwidth.
 TOGETHER = 2**18
 
 
@@ -44,11 +47,12 @@ def muon_with_adamw(
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose direction is orthogonalised, for the matrices between the embeddings and the head.
 
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, with the update scaled to the size of AdamW's so that one
-    learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon's `match_rms_adamw` is the same formula.
-    Here a group's `blocks` is the number of matrices stacked by rows in each of its weights (query, key and value are three), each
-    orthogonalised by itself. Matrices of equal shape are iterated together, since small ones cost more in calls than in arithmetic.
-    With the same weights and gradients on every process, each computes a part of the directions and broadcasts it.
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, with the update scaled to the size of AdamW's so that
+    one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon's `match_rms_adamw` is the same
+    formula. Here a group's `blocks` is the number of matrices stacked by rows in each of its weights (query, key and
+    value are three), each orthogonalised by itself. Matrices of equal shape are iterated together, since small ones
+    cost more in calls than in arithmetic. With the same weights and gradients on every process, each computes a part of
+    the directions and broadcasts it.
     """
 
     def __init__(
@@ -76,7 +80,9 @@ class Muon(torch.optim.Optimizer):
             _move(*directions)
 
     def _work(self) -> Iterator[tuple[dict[str, Any], list[tuple[Tensor, ...]]]]:
-        """Yield the matrices that are orthogonalised together, with their group; sharded weights are updated on the way."""
+        """Yield the matrices that are orthogonalised together, with their group;
+        sharded weights are updated on the way.
+        """
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and not self.state[parameter]:
@@ -108,7 +114,9 @@ class Muon(torch.optim.Optimizer):
         return self._world.broadcast_tensor(orthogonalised(ahead, dtype), source)
 
     def _move_shards(self, group: dict[str, Any]) -> None:
-        """Update sharded weights: every process computes the direction from the whole matrix, and applies its shard of it."""
+        """Update sharded weights: every process computes the direction from the whole matrix,
+        and applies its shard of it.
+        """
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -139,12 +147,16 @@ def _move(group: dict[str, Any], blocks: list[tuple[Tensor, ...]], directions: A
 
 
 def _ratio(matrix: Tensor) -> float:
-    """Return the factor that scales an orthogonal direction (R, C) to the size of AdamW's updates, whose root mean square is about 0.2."""
+    """Return the factor that scales an orthogonal direction (R, C) to the size of AdamW's updates,
+    whose root mean square is about 0.2.
+    """
     return 0.2 * math.sqrt(max(matrix.shape))
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the matrices (N, R, C) in `dtype` with singular values between 0.7 and 1.2 unless tiny, and the same singular vectors."""
+    """Return the matrices (N, R, C) in `dtype` with singular values between 0.7 and 1.2 unless tiny,
+    and the same singular vectors.
+    """
     wide = matrices if matrices.size(1) <= matrices.size(2) else matrices.mT  # for the smaller Gram matrix
     x = wide.to(dtype).contiguous()
     x = x / x.flatten(1).norm(dim=1).clamp(min=TINY).view(-1, 1, 1)  # no singular value is above 1 now
@@ -156,7 +168,9 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _iteration_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16, which is precise enough for the iteration, where the hardware multiplies it; emulated it is up to 30 times slower."""
+    """Return bfloat16, which is precise enough for the iteration, where the hardware multiplies it;
+    emulated it is up to 30 times slower.
+    """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and multiplies_bfloat16() else torch.float32

@@ -1,8 +1,6 @@
-"""Parameter groups, AdamW, gradient clipping, and the learning rate as a pure function of the step."""
+"""Parameter groups, AdamW and gradient clipping."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,11 +8,6 @@ from torch import Tensor, nn
 
 from milepost.runtime import optimizers
 from milepost.runtime.distributed import SINGLE, World, full, local
-
-KINDS = ("constant", "cosine", "linear", "wsd")
-WSD_DECAY = (
-    0.2  # fraction of the run that a warmup-stable-decay schedule decays for (Haegele et al. 2024, arXiv 2405.18392)
-)
 
 # Where the fused AdamW kernel divides gradients by `grad_scale` while it reads them. On MPS it ignores that.
 READS_GRAD_SCALE = ("cpu", "cuda")
@@ -29,57 +22,11 @@ class Trainable(Protocol):
     def muon_matrices(self) -> dict[str, int]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The learning rates of the steps [start_step, end_step). Rates are AdamW's."""
-
-    kind: str
-    peak: float
-    floor: float
-    warmup_steps: int
-    start_step: int
-    end_step: int
-
-    @property
-    def total(self) -> int:
-        """The number of steps."""
-        return self.end_step - self.start_step
-
-
-def lr_at(step: int, schedule: Schedule) -> float:
-    """Return the learning rate of the update after `step` completed steps. Past the end of the schedule its last rate is held."""
-    done = min(step, schedule.end_step - 1) - schedule.start_step
-    if done < schedule.warmup_steps:
-        return schedule.peak * (done + 1) / (schedule.warmup_steps + 1)
-    share = (done - schedule.warmup_steps) / max(1, schedule.total - schedule.warmup_steps)  # in [0, 1)
-    return schedule.floor + (schedule.peak - schedule.floor) * _factor(schedule.kind, share)
-
-
-def _factor(kind: str, share: float) -> float:
-    """Return the factor between floor (0) and peak (1) after the fraction `share` of the decay."""
-    if kind == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * share))
-    if kind == "linear":
-        return 1 - share
-    if kind == "wsd":
-        return min(1.0, (1 - share) / WSD_DECAY)
-    return 1.0
-
-
-def replan(schedule: Schedule, *, peak: float, start_step: int, steps: int, warmup_steps: int) -> Schedule:
-    """Return a schedule of the same kind over `steps` steps from `start_step`; the floor keeps its ratio to the peak."""
-    ratio = schedule.floor / schedule.peak if schedule.peak > 0 else 0.0
-    floor = float(f"{ratio * peak:.12g}")  # 1e-5, not 9.999999999999999e-6: people read it
-    end_step = start_step + steps
-    return Schedule(
-        kind=schedule.kind, peak=peak, floor=floor, warmup_steps=warmup_steps, start_step=start_step, end_step=end_step
-    )
-
-
 def build_optimizer(
     model: Trainable, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float], world: World = SINGLE
 ) -> torch.optim.Optimizer:
-    """Return the registered optimizer `kind` over the model's trainable parameters, stepped by all processes of `world` together.
+    """Return the registered optimizer `kind` over the model's trainable parameters, stepped by all processes of `world`
+    together.
 
     Raises ValueError if its groups do not carry the parameters' names: at a resume no state could be matched.
     """
@@ -88,7 +35,8 @@ def build_optimizer(
     )
     if not all("param_names" in group for group in built.param_groups):
         raise ValueError(
-            f"optimizer {kind!r}: its param_groups have no param_names; build it from model.named_parameters(), not parameters()."
+            f"optimizer {kind!r}: its param_groups have no param_names; build it from "
+            f"model.named_parameters(), not parameters()."
         )
     return built
 
@@ -99,7 +47,9 @@ def trainable(model: Trainable) -> Named:
 
 
 def decay_groups(model: Trainable, named: Named, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups with weight decay on what the model declares to decay (matrices, as GPT-2's), and none on the rest."""
+    """Return parameter groups with weight decay on what the model declares to decay (matrices, as GPT-2's),
+    and none on the rest.
+    """
     decaying = [(name, parameter) for name, parameter in named if model.decays(name, parameter)]
     others = [(name, parameter) for name, parameter in named if not model.decays(name, parameter)]
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -132,7 +82,8 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, *, limit: float) -> None:
-    """Scale the gradients of the next step by limit / `norm` if their `norm` is above `limit` (0: no limit); call before each step.
+    """Scale the gradients of the next step by limit / `norm` if their `norm` is above `limit` (0: no limit); call
+    before each step.
 
     The fused AdamW scales while it reads, which saves a pass over all gradients. Below the limit nothing is multiplied.
     """

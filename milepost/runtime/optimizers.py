@@ -3,19 +3,19 @@
 Imports no torch: the settings take their choices from here, and are read before it is imported.
 """
 
-import importlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
+
+from milepost.registry import check_name, imported
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """What is known of an optimizer without torch."""
 
-    # A function (model, *, lr, weight_decay, betas, world) -> torch.optim.Optimizer, or "module:function", imported at its first use.
-    # It builds from model.named_parameters(), so that the state can be matched by name at a resume.
+    # A function (model, *, lr, weight_decay, betas, world) -> torch.optim.Optimizer, or "module:function", imported at
+    # its first use. It builds from model.named_parameters(), so that the state can be matched by name at a resume.
     build: str | Callable[..., Any]
     hidden_matrices: bool = False  # whether it needs a model that declares matrices for it
 
@@ -24,9 +24,11 @@ OPTIMIZERS: Final[dict[str, Entry]] = {}
 
 
 def register(name: str, build: str | Callable[..., Any], *, hidden_matrices: bool = False) -> None:
-    """Add an optimizer: OPTIMIZER takes its name from then on. Raises ValueError for a name that is taken or not in lower case."""
-    if name in OPTIMIZERS or not re.fullmatch("[a-z][a-z0-9_-]*", name):
-        raise ValueError(f"optimizer {name!r}: expected a new name of lower-case letters, digits, _ and -.")
+    """Add an optimizer: OPTIMIZER takes its name from then on.
+
+    Raises ValueError for a name that is taken or not in lower case.
+    """
+    check_name("optimizer", name, taken=OPTIMIZERS)
     OPTIMIZERS[name] = Entry(build=build, hidden_matrices=hidden_matrices)
 
 
@@ -36,9 +38,5 @@ register("muon", "milepost.runtime.muon:muon_with_adamw", hidden_matrices=True)
 
 def load(name: str) -> Callable[..., Any]:
     """Return the function that builds a registered optimizer."""
-    build = OPTIMIZERS[name].build
-    if callable(build):
-        return build
-    module, _, function = build.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    build: Callable[..., Any] = imported(OPTIMIZERS[name].build)
+    return build

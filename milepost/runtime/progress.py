@@ -161,7 +161,14 @@ class Metrics:
         _replace_lines(self.path, history)
 
     def write(self, **values: Any) -> None:
-        """Append one line. NaN and Inf become null: JSON has neither."""
+        """Append one line. NaN and Inf become null: JSON has neither.
+
+        Raise OSError on a write error, and once if the file was deleted since the last line: a new file then has the line.
+        """
+        deleted = self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0
+        if deleted:
+            self.close()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._file is None:
             self._file = open(self.path, "ab+", buffering=0, opener=own_file)  # noqa: SIM115  (it lives as long as the run)
         finite = {
@@ -174,6 +181,8 @@ class Metrics:
         while len(rest):
             rest = rest[self._file.write(rest) :]
         self._torn = False
+        if deleted:
+            raise OSError(errno.ENOENT, "deleted while training; a new file has the lines from now on", str(self.path))
 
     def close(self) -> None:
         """Close the file."""

@@ -32,12 +32,13 @@ def open_corpus(
     source: str,
     *,
     data_dir: Path,
+    cache_dir: Path | None = None,
     max_download_bytes: int = DOWNLOAD_LIMIT,
     open_url: Callable[[str], Any] = open_https,
 ) -> Corpus:
     """Return the corpus that `source` names: a file, folder, glob, https URL or `tinyshakespeare`, or several joined by commas.
 
-    Downloads are cached in `data_dir/.cache/downloads/`. `open_url` opens a URL for reading. Raise DataError if a part of the
+    Downloads are cached in `cache_dir/downloads/`, by default below `data_dir/.cache`. `open_url` opens a URL for reading. Raise DataError if a part of the
     source does not exist.
     """
     whole = os.path.lexists(os.path.expanduser(source))  # a file name may contain a comma
@@ -45,9 +46,11 @@ def open_corpus(
     paths: list[Path] = []
     for part in parts:
         if part == "tinyshakespeare":
-            paths.append(tiny_shakespeare(data_dir, open_url=open_url))
+            paths.append(tiny_shakespeare(data_dir, cache_dir=cache_dir, open_url=open_url))
         elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", part):
-            paths.append(fetch(part, data_dir=data_dir, max_bytes=max_download_bytes, open_url=open_url))
+            paths.append(
+                fetch(part, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_download_bytes, open_url=open_url)
+            )
         else:
             paths.extend(_local(part))
     if not paths:

@@ -39,37 +39,50 @@ def fetch(
     url: str,
     *,
     data_dir: Path,
+    cache_dir: Path | None = None,
     max_bytes: int = DOWNLOAD_LIMIT,
     open_url: Callable[[str], Any] = open_https,
     sha256: str | None = None,
 ) -> Path:
-    """Return a local copy of `url`, downloaded unless an intact one exists. The JSON file beside it records sha256 and size.
+    """Return a local copy of `url`, downloaded into `cache_dir` (by default `data_dir/.cache`) unless an intact one is there.
+
+    A copy in `data_dir/.cache`, which may be read-only, is used too. The JSON file beside a copy records sha256 and size.
 
     Raise DataError for a scheme other than https, an unsupported suffix, more than `max_bytes`, an incomplete download, or a
     hash other than `sha256`.
     """
-    target = data_dir / ".cache" / "downloads" / _download_name(url)
-    record = target.with_name(target.name + ".json")
-    if not _is_intact(target, record, data_dir):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            found = _download(url, target, max_bytes=max_bytes, open_url=open_url, sha256=sha256)
-            with new_file(record, replace=True) as file:
-                file.write(json.dumps({"url": url, **found}, indent=1).encode())
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise DataError(f"{url} could not be downloaded: {str(error).strip('<>')}") from error
+    cache = cache_dir or data_dir / ".cache"
+    target, packed = (folder / "downloads" / _download_name(url) for folder in (cache, data_dir / ".cache"))
+    for copy in (target, packed):
+        if _is_intact(copy, cache):
+            return copy
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        found = _download(url, target, max_bytes=max_bytes, open_url=open_url, sha256=sha256)
+        with new_file(_record_of(target), replace=True) as file:
+            file.write(json.dumps({"url": url, **found}, indent=1).encode())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DataError(f"{url} could not be downloaded: {str(error).strip('<>')}") from error
     return target
 
 
-def tiny_shakespeare(data_dir: Path, *, open_url: Callable[[str], Any] = open_https) -> Path:
+def tiny_shakespeare(
+    data_dir: Path, *, cache_dir: Path | None = None, open_url: Callable[[str], Any] = open_https
+) -> Path:
     """Return the file of tiny Shakespeare, from `data_dir` or downloaded. Raise DataError if its sha256 is wrong."""
     local = data_dir / "tinyshakespeare.txt"
     if not local.is_file():
         try:
-            return fetch(TINY_SHAKESPEARE_URL, data_dir=data_dir, open_url=open_url, sha256=TINY_SHAKESPEARE_SHA256)
+            return fetch(
+                TINY_SHAKESPEARE_URL,
+                data_dir=data_dir,
+                cache_dir=cache_dir,
+                open_url=open_url,
+                sha256=TINY_SHAKESPEARE_SHA256,
+            )
         except DataError as error:
             raise DataError(f"put the text of tiny Shakespeare at {local} and start again, because {error}") from error
-    if (found := _cached_sha256(local, data_dir)) != TINY_SHAKESPEARE_SHA256:
+    if (found := _cached_sha256(local, cache_dir or data_dir / ".cache")) != TINY_SHAKESPEARE_SHA256:
         expected = f"expected {TINY_SHAKESPEARE_SHA256} ({TINY_SHAKESPEARE_URL})"
         raise DataError(f"{local} is not tiny Shakespeare: its sha256 is {found}, {expected}; rename or replace it")
     return local
@@ -109,13 +122,17 @@ def _download(
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
-def _is_intact(target: Path, record: Path, data_dir: Path) -> bool:
+def _record_of(copy: Path) -> Path:
+    return copy.with_name(copy.name + ".json")
+
+
+def _is_intact(copy: Path, cache: Path) -> bool:
     try:
-        return bool(json.loads(record.read_bytes())["sha256"] == _cached_sha256(target, data_dir))
+        return bool(json.loads(_record_of(copy).read_bytes())["sha256"] == _cached_sha256(copy, cache))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _cached_sha256(path: Path, data_dir: Path) -> str:
+def _cached_sha256(path: Path, cache: Path) -> str:
     """Return the sha256 of a file, which is read whole only if it has changed."""
-    return str(remembered("sha256", [path], data_dir / ".cache" / "hashes", lambda: file_sha256(path)))
+    return str(remembered("sha256", [path], cache / "hashes", lambda: file_sha256(path)))

@@ -13,3 +13,7 @@ class UnknownCharacters(ValueError):
         named = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in characters[:10])
         more = f" and {len(characters) - 10} more" if len(characters) > 10 else ""
         super().__init__(f"{named}{more}: not in the vocabulary of {vocab_size} characters")
+
+
+class IncompleteTokenizer(TypeError):
+    """A registered class of tokenizer lacks what the interface asks for."""

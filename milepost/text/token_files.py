@@ -71,7 +71,8 @@ def prepare(
     try:
         return _open_or_build(cache_dir / _key(scan, tokenizer, validation_fraction), parts, tokenizer, dtype)
     except OSError as error:
-        raise DataError(f"the token files in {cache_dir} cannot be written: {error}") from error
+        remedy = "free space and fix permissions there; a read-only checkout uses XDG_CACHE_HOME instead"
+        raise DataError(f"the token files in {cache_dir} cannot be written ({error}): {remedy}") from error
 
 
 def split_at(characters: int, validation_fraction: float) -> int:

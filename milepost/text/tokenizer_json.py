@@ -47,7 +47,8 @@ def tokenizer_config(tokenizer: Tokenizer) -> Json:
     """
     config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.end_of_text is not None:
-        config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+        end = tokenizer.end_token if isinstance(tokenizer, BpeTokenizer) else END_OF_TEXT
+        config |= {"bos_token": end, "eos_token": end}
     return config
 
 

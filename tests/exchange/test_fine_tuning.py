@@ -1,4 +1,6 @@
-"""docs/fine-tuning.md: every command as it is written, on a tiny GPT-2 that lies in the hub's cache under the name gpt2."""
+"""docs/fine-tuning.md: every command as it is written, on a tiny GPT-2 that lies in the hub's cache under the name
+gpt2.
+"""
 
 import json
 import re
@@ -35,7 +37,9 @@ CROPPED = (64 - 48) * 32  # positions beyond BLOCK_SIZE
 
 
 def in_the_cache(home: Path) -> Path:
-    """The folder in which huggingface_hub looks for gpt2, filled as it fills it: names in snapshots/ that are links to blobs/."""
+    """The folder in which huggingface_hub looks for gpt2, filled as it fills it:
+    names in snapshots/ that are links to blobs/.
+    """
     repository = home / ".cache" / "huggingface" / "hub" / "models--gpt2"
     snapshot, kept = repository / "snapshots" / COMMIT, repository / "blobs"
     torch.manual_seed(0)
@@ -51,7 +55,7 @@ def in_the_cache(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What each command of the page said, in its order, and the folder that they ran in."""
+    """Return the output of each command of the page, in order, and the folder that they ran in."""
     folder = copied_checkout(tmp_path_factory.mktemp("checkout"))
     in_the_cache(folder / "home")
     text = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
@@ -69,7 +73,7 @@ def said(tmp_path_factory):
 
 
 def of(answers, *words):
-    """The one command with all these words in it."""
+    """Return the command that contains all these words."""
     (found,) = [done for command, done in answers.items() if all(word in command for word in words)]
     return found
 
@@ -81,7 +85,7 @@ def test_every_command_of_the_page_ran_without_a_traceback(said):
 
 
 def test_training(said):
-    """The weights are those in the cache; with LoRA the adapters alone learn, without it everything."""
+    """The weights are those in the cache; with LoRA only the adapters train, without it all weights."""
     folder, answers = said
     lora, full = of(answers, "LORA_RANK", "TRAINING_STEPS"), of(answers, "CHECKPOINT_DIR=full")
     trained = 2 * 8 * sum((32 + 96, 32 + 32, 32 + 128, 128 + 32))  # two blocks, A and B of rank 8 beside each matrix
@@ -120,7 +124,7 @@ def test_before_and_after(said):
     assert (folder / "compared.md").read_text().count("Dear Wren,") >= 3  # the prompt, and at the head of both texts
 
 
-def test_the_merged_model_says_the_same_in_transformers(said):
+def test_the_merged_model_has_equal_logits_in_transformers(said):
     folder, answers = said
     ours = of(answers, "TEMPERATURE=0").stdout
     (code,) = blocks(PAGE, "python")
@@ -129,7 +133,7 @@ def test_the_merged_model_says_the_same_in_transformers(said):
     assert ours.startswith("Dear Wren,")
 
 
-def test_what_llama_is_given_is_a_gguf_of_the_merged_model(said):
+def test_llama_gets_a_gguf_of_the_merged_model(said):
     folder, _ = said
     (pattern,) = re.findall(r"-m (\S+)", "".join(blocks(PAGE, "text")))
     (path,) = folder.glob(pattern)

@@ -57,7 +57,7 @@ def field(reader: gguf.GGUFReader, name: str):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_names_shapes_and_values(tmp_path, kind):
-    """Every tensor that llama.cpp asks for, its rows the last dimension, rounded no more than its type rounds."""
+    """Every tensor that llama.cpp expects is there, rows last, rounded no more than its type requires."""
     one = model()
     tensors = {each.name: each for each in opened(tmp_path, one, kind).tensors}
     assert set(tensors) == {name.replace("N", n) for name in WANTED for n in "01"}
@@ -153,7 +153,7 @@ def test_what_is_printed_is_how_far_the_model_is_from_ours(tmp_path, kind, most)
     assert found[3] == ("" if kind == "f32" else f": its matrices are rounded to {kind}")
 
 
-def test_the_exact_gelu_is_told(tmp_path):
+def test_the_exact_gelu_is_reported(tmp_path):
     _, said = exported(tmp_path, model(activation="gelu_erf"), "gguf", GGUF_TYPE="f32")
     assert "it computes GELU's tanh form where this model has the exact GELU" in said
 

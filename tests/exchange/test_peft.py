@@ -25,7 +25,8 @@ def theirs(ours, lora):
     shape = {"vocab_size": 31, "n_positions": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
     base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
     form = peft.LoraConfig(
-        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"].split(","), fan_in_fan_out=True, task_type="CAUSAL_LM"
+        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"].split(","), fan_in_fan_out=True,
+        task_type="CAUSAL_LM"
     )  # fmt: skip
     model = peft.get_peft_model(base, form).eval()
     state = model.state_dict()
@@ -107,7 +108,7 @@ def test_peft_opens_the_export_beside_the_base(tmp_path: Path, apart):
 
 
 @pytest.mark.parametrize("to", ["gguf", "nanogpt", "huggingface"])
-def test_what_has_no_place_for_adapters_says_so(tmp_path, to):
+def test_an_export_without_a_place_for_adapters_refuses_them(tmp_path, to):
     _, whole, _ = drawn()
     (tmp_path / "checkpoints").mkdir()
     source = ckpt.save(whole, tmp_path / "checkpoints")

@@ -1,4 +1,4 @@
-"""What plot_run.py draws with matplotlib: a picture with the figures of metrics.jsonl in it."""
+"""plot_run.py with matplotlib: a picture with the figures of metrics.jsonl in it."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -25,13 +25,19 @@ def folder(tmp_path) -> Path:
 def test_the_axes_hold_the_values_of_the_runs_and_their_parents(folder, monkeypatch):
     figures = []
     save = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *words, **more: (figures.append(self), save(self, *words, **more)))  # fmt: skip
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *words, **more: (figures.append(self), save(self, *words, **more)),
+    )
     output = folder / "curves.png"
     said = call(plot, folder, RUN="child,b1", OUTPUT=str(output))
     assert (said.code, said.out) == (0, "")
     (figure,) = figures
     loss, validation, rate, speed = figure.axes
-    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in loss.lines}  # fmt: skip
+    drawn = {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in loss.lines
+    }
     assert drawn == {
         "a1": ([1, 2], [3.0, 2.0], "--"),
         "child (from a1 at step 2)": ([3, 4], [1.5, 1.25], "-"),

@@ -1,4 +1,6 @@
-"""TRACKER=tensorboard beside TensorBoard's own reader: every figure of metrics.jsonl, each step once, whatever interrupted the run."""
+"""TRACKER=tensorboard beside TensorBoard's own reader: every figure of metrics.jsonl, each step once,
+whatever interrupted the run.
+"""
 
 import os
 import subprocess
@@ -14,7 +16,15 @@ from tensorboard.summary.writer import event_file_writer
 
 from milepost.runtime.progress import read_metrics
 
-TAGS = {"train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/tok_s", "validation/loss", "validation/tokens"}  # fmt: skip
+TAGS = {
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "train/tokens",
+    "train/tok_s",
+    "validation/loss",
+    "validation/tokens",
+}
 
 
 def run_folder(folder: Path) -> Path:
@@ -23,7 +33,7 @@ def run_folder(folder: Path) -> Path:
 
 
 def reader(folder: Path) -> EventAccumulator:
-    """What TensorBoard reads a run with."""
+    """Return TensorBoard's own reader of the run."""
     events = EventAccumulator(str(run_folder(folder) / "tensorboard"), size_guidance={"scalars": 0})
     return events.Reload()
 
@@ -40,7 +50,9 @@ def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
     for line in read_metrics(run_folder(folder) / "metrics.jsonl"):
         for name in ("loss", "lr", "grad_norm", "tokens", "tok_s"):
             if line[name] is not None:
-                series.setdefault(f"{line['split']}/{name}", []).append((line["step"], pytest.approx(line[name], rel=1e-6)))  # fmt: skip
+                series.setdefault(f"{line['split']}/{name}", []).append(
+                    (line["step"], pytest.approx(line[name], rel=1e-6))
+                )
     return series
 
 
@@ -65,7 +77,7 @@ def test_every_figure_is_there_once(tmp_path):
 
 @pytest.mark.parametrize("log_interval", ["1", "3"])
 @pytest.mark.parametrize("step", [1, 3, 4, 7])
-def test_a_run_that_goes_on_from_an_earlier_step_doubles_none_and_loses_none(step, log_interval, tmp_path):
+def test_a_run_resumed_from_an_earlier_step_doubles_and_loses_no_row(step, log_interval, tmp_path):
     changes = {"CHECKPOINT_INTERVAL": "1", "LOG_INTERVAL": log_interval, "TRACKER": "tensorboard"}
     assert train(tmp_path, **changes)[0] == 0
     straight = shown_by_tensorboard(tmp_path)
@@ -78,7 +90,7 @@ def test_a_run_that_goes_on_from_an_earlier_step_doubles_none_and_loses_none(ste
 
 
 def test_a_tensorboard_that_is_looking_on_drops_what_was_undone(tmp_path, monkeypatch):
-    """It has read the first process's file; the second's, a minute later, takes its place."""
+    """A running TensorBoard has read the first process's file; the second process's file, a minute later, replaces it."""
     assert train(tmp_path, CHECKPOINT_INTERVAL="1", TRACKER="tensorboard")[0] == 0
     live = reader(tmp_path)
     before = live.Scalars("train/loss")
@@ -101,7 +113,7 @@ from pathlib import Path
 report = training.report
 def killed(run, *words, **more):
     report(run, *words, **more)
-    if run.step == {step}:
+    if run.state.step == {step}:
         os.kill(os.getpid(), signal.{name})
 training.report = killed
 sys.exit(train(Path({folder!r}), TRACKER="tensorboard", CHECKPOINT_INTERVAL="3", RESUME="auto")[0])
@@ -110,7 +122,7 @@ sys.exit(train(Path({folder!r}), TRACKER="tensorboard", CHECKPOINT_INTERVAL="3",
 
 @pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 130)])
 @pytest.mark.parametrize("steps", [(5,), (4, 5), (2, 7, 8)])
-def test_killed_and_gone_on(steps, name, code, tmp_path):
+def test_a_run_killed_and_resumed_has_the_rows_of_an_uninterrupted_run(steps, name, code, tmp_path):
     """In a process of its own, in the middle of a step's lines; each time anew from where its last checkpoint is."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     for folder in (straight, broken):
@@ -119,7 +131,13 @@ def test_killed_and_gone_on(steps, name, code, tmp_path):
     environment(broken)
     for step in steps:
         text = KILLED.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(broken), step=step, name=name)
-        done = subprocess.run([sys.executable, "-c", text], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", text],
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == code, done.stderr
     assert train(broken, RESUME="auto", CHECKPOINT_INTERVAL="3")[0] == 0
     newest_run = max((broken / "runs").iterdir())

@@ -1,4 +1,6 @@
-"""CONVERT_TO=gguf in llama.cpp itself: the same ids of a text, nearly the same logits, and the same 64 tokens of greedy text."""
+"""CONVERT_TO=gguf in llama.cpp itself: the same ids of a text, nearly the same logits,
+and the same 64 tokens of greedy text.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +21,8 @@ from milepost.text import tokenization
 STORY = (
     "Dear Wren, in June my neighbour replaced the fence between our gardens, and the old one ran from the corner of my "
     "coal bunker to an iron stake beside the pear tree. The new one stands eleven inches further over; I measured it "
-    "twice with a steel tape. She says “it was always there”. The naïve café owner says 42 inches, or 1,066 mm. What should I do "
+    "twice with a steel tape. She says “it was always there”. The naïve café owner says 42 inches, or 1,066 "
+    "mm. What should I do "
     "about the nettles, the hedge, and the cat who watches us both from the shed roof every single morning?\n"
 )
 TRICKY = [
@@ -35,7 +38,7 @@ MODELS = {"gpt2": ("gpt2", {"vocab_size": 50304}), "bpe": ("bpe", {"bias": False
 
 @pytest.fixture(scope="module", params=MODELS)
 def learned(request) -> Checkpoint:
-    """A model that knows STORY by heart, so that the likeliest next token is beyond doubt."""
+    """A model that is overfitted to STORY, so that the most likely next token is certain."""
     kind, settings = MODELS[request.param]
     tokenizer = tokenization.build(kind, [(STORY * 5, True)], alphabet="", documents=1, vocab_size=300)
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 64}
@@ -82,7 +85,9 @@ def test_greedy_text_is_the_same(tmp_path, learned, greedy, kind):
 
 @pytest.mark.parametrize(("kind", "most"), [("f32", 0.02), ("f16", 0.02), ("q8_0", 0.25)])
 def test_logits_are_nearly_the_same(tmp_path, learned, greedy, kind, most):
-    """Of a standard deviation of ours: llama.cpp looks its GELU up in a table of half precision, so that F32 is not exact either."""
+    """Of a standard deviation of ours: llama.cpp looks its GELU up in a table of half precision,
+    so that F32 is not exact either.
+    """
     llama, (ids, ours) = opened(tmp_path, learned, kind), greedy
     llama.eval(ids)
     apart = np.abs(np.array(llama.scores[: len(ids)]) - ours.numpy()).max()

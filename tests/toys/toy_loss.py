@@ -1,4 +1,6 @@
-"""An auxiliary loss: a GPT-2 whose log-normalisers are drawn towards 0 in training (the z-loss of PaLM, Chowdhery et al. 2022)."""
+"""An auxiliary loss: a GPT-2 whose log-normalisers are drawn towards 0 in training (the z-loss of PaLM,
+Chowdhery et al. 2022).
+"""
 
 from torch.nn import functional as F
 

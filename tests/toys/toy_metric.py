@@ -5,8 +5,9 @@ from torch.nn.utils import get_total_norm
 import training
 
 
-def norm_of(block):
-    return lambda run: get_total_norm([parameter.grad for parameter in run.model.blocks()[block].parameters()])
+def block_norms(run):
+    gradients = [[p.grad for p in block.parameters() if p.grad is not None] for block in run.model.blocks()]
+    return {f"grad_norm_block{number}": get_total_norm(each) for number, each in enumerate(gradients) if each}
 
 
-training.MEASURES |= {f"grad_norm_block{block}": norm_of(block) for block in range(2)}
+training.MEASURES.append(block_norms)

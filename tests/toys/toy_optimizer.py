@@ -1,4 +1,6 @@
-"""An optimizer: signs of a momentum in bfloat16, with a scale for each row and a count, as Lion and Adafactor keep them."""
+"""An optimizer: signs of a momentum in bfloat16, with a scale for each row and a count,
+as Lion and Adafactor keep them.
+"""
 
 import torch
 

@@ -6,7 +6,7 @@ A layout holds all that a run needs; an export holds what its program can repres
 from pathlib import Path
 from typing import Protocol, cast
 
-from milepost.ckpt.exports import gguf, nanogpt, peft
+from milepost.ckpt.exports import gguf, lecture, nanogpt, peft
 from milepost.ckpt.exports.common import Proof
 from milepost.ckpt.record import Checkpoint
 
@@ -19,6 +19,7 @@ class Export(Protocol):
     name: str
     needs: tuple[str, ...]  # packages beyond requirements.txt, by their names on PyPI
     how: str  # the command that runs it there, with {path} and its {name}
+    trains: bool  # whether it holds the optimizer's state, with which its program trains on
     run_stem: str  # as in a Layout; empty: named by model, source, step and time
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
@@ -31,10 +32,11 @@ class Export(Protocol):
         """Read the export back and compare its tensors with the record's. Raises CheckpointError if they differ."""
 
 
-EXPORTS = (gguf.NAME, nanogpt.NAME, peft.NAME)
+EXPORTS = (gguf.NAME, nanogpt.NAME, lecture.NAME, peft.NAME)
 
 
 def exporter(name: str, *, gguf_type: str = "f16") -> Export:
     """Return the export of this name, one of EXPORTS; `gguf_type` is one of gguf.TYPES."""
-    made = {gguf.NAME: lambda: gguf.Gguf(gguf_type), nanogpt.NAME: nanogpt.NanoGpt, peft.NAME: peft.Peft}
-    return cast(Export, made[name]())
+    if name == gguf.NAME:
+        return cast(Export, gguf.Gguf(gguf_type))
+    return cast(Export, {nanogpt.NAME: nanogpt.NanoGpt, lecture.NAME: lecture.Lecture, peft.NAME: peft.Peft}[name]())

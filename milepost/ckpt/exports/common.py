@@ -13,7 +13,7 @@ from milepost.ckpt.restore import logits, skeleton
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest
 
-GELUS = {"gelu": "GELU's tanh form", "gelu_erf": "the exact GELU"}
+GELUS = {"gelu": "GELU's tanh form", "gelu_erf": "the exact GELU", "relu": "ReLU"}
 
 
 SHAPE = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tied")  # what a GPT-2's weights depend on
@@ -33,11 +33,38 @@ class Proof:
 
 HERE_ONLY = "generate with scripts/load_checkpoint.py"
 TO_HUGGINGFACE = "use CONVERT_TO=huggingface, which can represent it"
+TO_LECTURE = "use CONVERT_TO=lecture, which can represent it"
 
 
 def cannot_represent(record: Checkpoint, problem: str, remedy: str) -> CheckpointError:
     """Return the error for a part of `record` that the other program lacks."""
     return CheckpointError(record.path or "checkpoint", problem, remedy, kind="refused")
+
+
+def elsewhere(record: Checkpoint) -> str:
+    """Return the remedy for a model that a program cannot represent: another program that can, or none but this one."""
+    settings, bias = record.model_settings, record.model_state.get("lm_head.bias")
+    if settings.get("lora") or settings.get("ttt"):
+        return HERE_ONLY
+    if record.model_type == "gpt2" and (bias is None or not bias.any()):
+        return TO_HUGGINGFACE
+    tokens = (record.tokenizer or {}).get("kind") in ("char", "gpt2")
+    biased = any(name.endswith("attn.c_attn.bias") and tensor.any() for name, tensor in record.model_state.items())
+    relu = record.model_type == "gpt2" and settings.get("activation") == "relu" and not biased
+    return TO_LECTURE if tokens and (relu or record.model_type == "bigram") else HERE_ONLY
+
+
+def check_additions(record: Checkpoint, program: str) -> None:
+    """Raise CheckpointError if the record has adapters, or other tensors than a GPT-2 of its sizes."""
+    if record.model_settings.get("ttt"):
+        problem = f"has TTT layers, which have no place in {program}'s GPT-2, nor in transformers'"
+        raise cannot_represent(record, problem, HERE_ONLY)
+    if record.model_settings.get("lora"):
+        problem = f"has LoRA adapters, which have no place in {program}'s GPT-2"
+        raise cannot_represent(record, problem, "merge them first (scripts/merge_adapters.py)")
+    if others := sorted(record.model_state.keys() - weight_shapes(record.model_settings).keys()):
+        problem = f"{others[0]} and {len(others) - 1} more of its tensors have no place in {program}'s GPT-2"
+        raise cannot_represent(record, problem, HERE_ONLY)
 
 
 def not_the_same(path: Path, part: str, record: Checkpoint, details: str = "") -> CheckpointError:
@@ -57,15 +84,12 @@ def check_gpt2(record: Checkpoint, program: str) -> None:
     """Raise CheckpointError unless the record is a plain GPT-2 with a GELU and no bias of its own in the head."""
     settings = record.model_settings
     if record.model_type != "gpt2":
-        raise cannot_represent(record, f"is a {record.model_type}; {program} has no such model", "export a gpt2")
+        problem = f"is a {record.model_type}; {program} has no such model"
+        raise cannot_represent(record, problem, elsewhere(record))
+    check_additions(record, program)
     if settings.get("activation", "gelu") == "relu":
-        raise cannot_represent(record, f"its activation is relu; {program}'s GPT-2 has only GELU", TO_HUGGINGFACE)
-    if settings.get("lora"):
-        problem = f"has LoRA adapters, which have no place in {program}'s GPT-2"
-        raise cannot_represent(record, problem, "merge them first (scripts/merge_adapters.py)")
-    if others := sorted(record.model_state.keys() - weight_shapes(dict(settings) | {"ttt": None}).keys()):
-        problem = f"{others[0]} and {len(others) - 1} more of its tensors have no place in {program}'s GPT-2"
-        raise cannot_represent(record, problem, HERE_ONLY)
+        problem = f"its activation is relu; {program}'s GPT-2 has only GELU"
+        raise cannot_represent(record, problem, elsewhere(record))
     bias = record.model_state.get("lm_head.bias")
     if bias is not None and bias.any():
         problem = f"lm_head.bias {tuple(bias.shape)} has no place in {program}'s GPT-2, nor in transformers'"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from milepost.ckpt.exports.common import (
-    TO_HUGGINGFACE,
     Proof,
     as_gpt2,
     cannot_represent,
     check_gpt2,
+    elsewhere,
     proved,
     with_biases,
 )
@@ -47,11 +47,12 @@ class Gguf:
     name = NAME
     needs = ("gguf",)
     how = "llama-completion -m {path} -p 'Dear'"
+    trains = False
     run_stem = ""
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
-        """Return the file, with its type in its name as is usual."""
-        return [folder / f"{stem}-{self.type}.gguf"]
+        """Return the file, with its type in its name as is usual; a stem that is a whole file name stays."""
+        return [folder / (stem if stem.endswith(".gguf") else f"{stem}-{self.type}.gguf")]
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
         """Write the file. Raises CheckpointError for what llama.cpp's GPT-2 or its tokenizers cannot represent."""
@@ -175,7 +176,7 @@ def _tokens(record: Checkpoint) -> _Tokens:
     kind = (record.tokenizer or {"kind": "no tokenizer"})["kind"]
     if kind not in ("bpe", "gpt2"):
         problem = f"its tokenizer is {kind}, which llama.cpp does not have"
-        raise cannot_represent(record, problem, f"{TO_HUGGINGFACE}, or train with TOKENIZER=bpe or gpt2")
+        raise cannot_represent(record, problem, f"{elsewhere(record)}, or train with TOKENIZER=bpe or gpt2")
     spec = tokenizer_files(record)["tokenizer.json"]
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     special = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
@@ -184,10 +185,11 @@ def _tokens(record: Checkpoint) -> _Tokens:
     texts = sorted(ids, key=ids.__getitem__)
     types = [3 if text in special else 4 if text in added else 1 for text in texts]
     padding = [f"[PAD{row}]" for row in range(len(texts), rows)]
-    end = special.get(END_OF_TEXT, next(iter(special.values()), len(texts) if padding else None))
+    named = (record.tokenizer or {}).get("end", END_OF_TEXT)
+    end = special.get(named, len(texts) if padding else None)  # a row without a token never comes
     if end is None or not spec["model"]["merges"] or set(padding) & ids.keys():
         problem = "its tokenizer has no merges or no token that ends a text, and llama.cpp needs both"
-        raise cannot_represent(record, problem, TO_HUGGINGFACE)
+        raise cannot_represent(record, problem, elsewhere(record))
     return _Tokens(texts + padding, types + [5] * len(padding), _merges(spec["model"]["merges"]), end)
 
 

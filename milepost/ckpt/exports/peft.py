@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from milepost.ckpt.exports.common import HERE_ONLY, TO_HUGGINGFACE, Proof, cannot_represent, not_the_same
+from milepost.ckpt.exports.common import HERE_ONLY, Proof, cannot_represent, elsewhere, not_the_same
 from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest, read_safetensors, write_safetensors
@@ -23,6 +23,7 @@ class Peft:
 
     name = NAME
     needs: tuple[str, ...] = ()
+    trains = False
     run_stem = ""
     how = 'in Python: peft.PeftModel.from_pretrained(base, "{path}"), where base is transformers\' model of the base'
 
@@ -52,7 +53,7 @@ def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
     if record.model_settings.get("ttt"):
         raise cannot_represent(record, "has TTT layers, which peft does not have", HERE_ONLY)
     if not record.model_settings.get("lora"):
-        raise cannot_represent(record, "has no LoRA adapters, and peft holds nothing else", TO_HUGGINGFACE)
+        raise cannot_represent(record, "has no LoRA adapters, and peft holds nothing else", elsewhere(record))
     state = record.model_state
     return {f"{PREFIX}{name}.weight": state[name] for name in state if name.endswith((".lora_A", ".lora_B"))}
 

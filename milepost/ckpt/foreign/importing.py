@@ -9,6 +9,7 @@ from typing import Any
 
 from milepost.ckpt import foreign
 from milepost.ckpt.foreign.embedded_tokenizer import tokenizer_inside
+from milepost.ckpt.foreign.other_values import other_values
 from milepost.ckpt.foreign.tokenizer import META_LIMIT, Choice, read_meta, tokenizer_for
 from milepost.ckpt.manifest import is_regular, read_json, unreadable
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
@@ -28,7 +29,7 @@ def adopted(
     config = read_json(folder / CONFIG) if is_regular(folder / CONFIG) else None
     meant = foreign.understood(content, config, where=str(path), optimizer=optimizer, whole=whole)
     tokenizer, note = _tokenizer_of(path, [content, config or {}], meant.model_settings["vocab_size"])
-    return Checkpoint(
+    record = Checkpoint(
         model_state=meant.model_state,
         optimizer_state=meant.optimizer_state,
         model_type=meant.model_type,
@@ -46,6 +47,11 @@ def adopted(
         layout=layout,
         notes=[*meant.notes, *([note] if note else [])],
     )
+    values, record.left_out = other_values(
+        content, record, beside={CONFIG: config} if config else {}, optimizer=optimizer
+    )
+    record.imported = {"values": values} if values else None
+    return record
 
 
 def adopted_metadata(path: Path, content: Mapping[Any, Any], *, layout: str) -> dict[str, Json]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from milepost.ckpt.foreign.keys import configs_of, number_of
 from milepost.ckpt.foreign.optimizer import saved_optimizer
 from milepost.ckpt.record import Json
-from milepost.runtime.optim import Schedule, lr_at
+from milepost.runtime.schedule import Schedule, lr_at
 
 # Variable -> the names in use for it in a config, or at the top of the file.
 WORDS: dict[str, tuple[str, ...]] = {

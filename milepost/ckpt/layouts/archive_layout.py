@@ -12,7 +12,7 @@ from typing import Any
 from milepost.ckpt import archive
 from milepost.ckpt.foreign.importing import adopted, adopted_metadata
 from milepost.ckpt.foreign.keys import WEIGHTS, keys_seen, number_of
-from milepost.ckpt.layouts.base import Layout, archive_problems, raise_first
+from milepost.ckpt.layouts.base import Layout, raise_first
 from milepost.ckpt.manifest import plain_metadata
 from milepost.ckpt.record import (
     EARLIER,
@@ -142,7 +142,7 @@ class ArchiveLayout(Layout):
         Raises CheckpointError, also for two archives of different saves. Never runs code from them.
         """
         if verify:
-            raise_first(self.problems(path) if optimizer else archive_problems(self._existing_model(path)))
+            raise_first(self.problems(path) if optimizer else archive.verify(self._existing_model(path)))
         model, separate = self._existing_model(path), self.optimizer_file(path)
         content, values = archive.load(model)
         values = self._saved_again(content) if values is None else values
@@ -184,7 +184,7 @@ class ArchiveLayout(Layout):
             self._existing_model(path)
         except CheckpointError as error:
             return [error]
-        return [problem for file in self.files(path) for problem in archive_problems(file)]
+        return [problem for file in self.files(path) for problem in archive.verify(file)]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Writing.

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from milepost.ckpt import archive
 from milepost.ckpt.manifest import matches
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
 
 
 class ListedTensor(NamedTuple):
-    """A tensor as a file's header lists it; `part` is "weights" or "optimizer", `dtype` is in the words of safetensors."""
+    """A tensor as a file's header lists it; `part` is "weights" or "optimizer",
+    `dtype` is in the words of safetensors.
+    """
 
     name: str
     part: str
@@ -26,7 +27,10 @@ class ListedTensor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout(ABC):
-    """A way to put a record into files, declared as data. Raises ValueError if a trait that it needs is not declared."""
+    """A way to put a record into files, declared as data.
+
+    Raises ValueError if a trait that it needs is not declared.
+    """
 
     name: str
     # A folder: the files in it, as glob patterns, in the order in which a manifest lists them.
@@ -58,6 +62,11 @@ class Layout(ABC):
                 raise ValueError(f"layout {self.name or '(unnamed)'}: `{trait}` is not declared")
 
     @property
+    def marker_sets(self) -> tuple[tuple[str, ...], ...]:
+        """Sets of files, any of which makes a folder one of this layout; empty if other rules decide."""
+        return ()
+
+    @property
     def is_folder(self) -> bool:
         """Whether a checkpoint is a folder, rather than files side by side."""
         return not self.suffixes
@@ -83,7 +92,9 @@ class Layout(ABC):
         return [folder / f"{stem}{suffix}" for suffix in self.suffixes or ("",)]
 
     def primary_file(self, path: Path) -> Path | None:
-        """Return the path under which the checkpoint that `path` belongs to is listed; None if it is not visible yet."""
+        """Return the path under which the checkpoint that `path` belongs to is listed;
+        None if it is not visible yet.
+        """
         if self.is_folder or len(self.suffixes) == 1:
             return path
         visible = self.locate(path, self.suffixes[-1]).is_file()
@@ -100,8 +111,8 @@ class Layout(ABC):
         return None
 
     def parts_of(self, primary: Path, folder: Path) -> list[Path]:
-        """Return the visible files in `folder` that are proven to be of the same save as the hidden `primary`, the last file of a
-        save or a removal that was killed.
+        """Return the visible files in `folder` that are proven to be of the same save as the hidden `primary`, the last
+        file of a save or a removal that was killed.
         """
         return []
 
@@ -117,7 +128,10 @@ class Layout(ABC):
 
     @abstractmethod
     def detect(self, path: Path) -> bool:
-        """Whether `path` is for this layout to read, or to refuse with a reason. The first layout in the registry wins."""
+        """Whether `path` is for this layout to read, or to refuse with a reason.
+
+        The first layout in the registry wins.
+        """
 
     @abstractmethod
     def read_metadata(self, path: Path) -> dict[str, Json]:
@@ -160,8 +174,3 @@ def raise_first(problems: Sequence[CheckpointError]) -> None:
 def is_there(path: Path) -> bool:
     """Whether something has the name `path`: also a link to nothing, which is then refused as damaged."""
     return os.path.lexists(path)
-
-
-def archive_problems(file: Path) -> list[CheckpointError]:
-    """Return what is wrong with the bytes of a torch archive, by the CRC-32 of its members."""
-    return [CheckpointError(file, text.removeprefix(f"{file}: "), kind="damaged") for text in archive.verify(file)]

@@ -1,4 +1,4 @@
-"""A folder for each step (document 003): `checkpoint_001000/consolidated/` with `consolidated.safetensors` (or, for
+"""A folder for each step: `checkpoint_001000/consolidated/` with `consolidated.safetensors` (or, for
 adapters without their base, `lora.safetensors`), `config.json` and `tokenizer.json` to share; beside it
 `optimizer.safetensors` and `training_state.json` to resume from.
 

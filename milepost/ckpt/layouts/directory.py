@@ -1,16 +1,16 @@
-"""A folder of five files to read and edit by hand (document 004): `model.pt` (a bare state dict), `config.json`,
+"""A folder of five files to read and edit by hand: `model.pt` (a bare state dict), `config.json`,
 `tokenizer.json`, `training_state.json`, `optimizer.pt`; and `manifest.json`, written last.
 
 The manifest has the whole record, so the other JSON files are for people, and `config.json` is compared with it field
 by field. A folder without a manifest is another program's: names and shapes of its weights tell what model it is.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from milepost.ckpt import archive
-from milepost.ckpt.layouts.base import archive_problems
 from milepost.ckpt.layouts.foreign_layout import ForeignReader
 from milepost.ckpt.layouts.manifest_layout import ManifestLayout, TorchFile, format_line
 from milepost.ckpt.manifest import is_regular, read_json
@@ -62,14 +62,16 @@ def _apply_edits(path: Path, record: Checkpoint) -> None:
     unknown, missing = sorted(now.keys() - saved.keys()), sorted(saved.keys() - now.keys())
     if unknown:
         record.notes.append(f"{path / CONFIG}: fields that this version does not know were left out: {unknown!r:.200}")
+        record.left_out.append(f"fields of {CONFIG} that this version does not know ({', '.join(unknown)[:200]})")
     if missing:
         record.notes.append(f"{path / CONFIG}: lacks {', '.join(missing)}; the saved values apply")
 
 
 def _apply_edit(config: Path, record: Checkpoint, name: str, saved: Json, now: Json) -> None:
-    change = f"{name} was saved as {saved!r:.40} and is now {now!r:.40}"
+    before, after = (json.dumps(value)[:40] for value in (saved, now))
+    change = f"{name} was saved as {before} and is now {after}"
     if name not in MAY_CHANGE:
-        problem = f"{change}, but the weights are those of {saved!r:.40}"
+        problem = f"{change}, but the weights are those of {before}"
         raise CheckpointError(config, problem, "set it back", kind="refused")
     valid = {
         "batch_size": type(now) is int and now > 0,
@@ -105,7 +107,7 @@ def _check_config(path: Path, manifest: Mapping[str, Any]) -> list[CheckpointErr
 def _foreign_content(path: Path, optimizer: bool) -> Mapping[str, Any]:
     keys: dict[str, Any] = {"model_state_dict": archive.load(path / MODEL)[0]}
     if is_regular(path / STATE):
-        keys["step"] = read_json(path / STATE).get("step", 0)
+        keys = {"step": 0, **read_json(path / STATE), **keys}
     if optimizer and is_regular(path / OPTIMIZER):
         keys["optimizer"], _ = archive.load(path / OPTIMIZER)
     return keys
@@ -113,7 +115,7 @@ def _foreign_content(path: Path, optimizer: bool) -> Mapping[str, Any]:
 
 def _foreign_problems(path: Path) -> list[CheckpointError]:
     files = [path / name for name in (MODEL, OPTIMIZER) if name == MODEL or is_regular(path / name)]
-    return [problem for file in files for problem in archive_problems(file)]
+    return [problem for file in files for problem in archive.verify(file)]
 
 
 def _foreign_note(path: Path) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from milepost.ckpt import archive
 from milepost.ckpt.foreign.importing import adopted, adopted_metadata
-from milepost.ckpt.layouts.base import Layout, archive_problems, raise_first
+from milepost.ckpt.layouts.base import Layout, raise_first
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
 
 # Returns the program's own keys at a path, with the optimizer's state or without it.
@@ -27,8 +27,8 @@ class ForeignReader:
     content: Content = archive_content
     # The file beside which a config.json and a tokenizer may lie.
     source: Callable[[Path], Path] = lambda path: path
-    checksums: Callable[[Path], list[CheckpointError]] | None = archive_problems  # None: the format has none
     optimizer_file: str = ""  # in a folder, the file that holds only the optimizer's state
+    checksums: Callable[[Path], list[CheckpointError]] | None = archive.verify  # None: the format has none
     note: Callable[[Path], str | None] = lambda path: None  # on what is missing from the checkpoint
 
     def read_metadata(self, path: Path) -> dict[str, Json]:
@@ -63,6 +63,7 @@ class ForeignLayout(Layout):
     suffixes: tuple[str, ...] = ("",)  # one file of any name
     keys: Callable[[frozenset[str]], bool] | None = None
     claims: Callable[[Path], bool] | None = None
+    alone: Callable[[Path], bool] = lambda path: False  # whether the primary file is a checkpoint without the others
     reader: ForeignReader | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +74,10 @@ class ForeignLayout(Layout):
     def _reader(self) -> ForeignReader:
         assert self.reader is not None
         return self.reader
+
+    def primary_file(self, path: Path) -> Path | None:
+        """Return the path under which the checkpoint that `path` belongs to is listed; None if it is not visible yet."""
+        return self.locate(path, self.primary) if self.primary and self.alone(path) else super().primary_file(path)
 
     def detect(self, path: Path) -> bool:
         """Whether `path` is this program's, by what is inside."""

@@ -15,6 +15,8 @@ from torch import Tensor
 
 import models
 from milepost.ckpt.foreign.importing import TOKENIZER, tokenizer_beside
+from milepost.ckpt.foreign.keys import epoch_of, step_of, validation_loss_of
+from milepost.ckpt.foreign.other_values import plain_values
 from milepost.ckpt.layouts.base import raise_first
 from milepost.ckpt.layouts.manifest_layout import ManifestLayout, Safetensors
 from milepost.ckpt.manifest import JSON_LIMIT, is_regular, read_json, unreadable
@@ -26,6 +28,11 @@ from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, 
 CONFIG, WEIGHTS = "config.json", SAFETENSORS.whole
 GENERATION, OPTIMIZER, MANIFEST = "generation_config.json", "optimizer.safetensors", "milepost.json"
 VOCAB, MERGES, ADDED, SPECIAL = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
+TRAINING = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")  # which are not translated
+END_OF_TEXT = "<|endoftext|>"
+TRAINER = "trainer_state.json"  # of transformers' Trainer
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
+WRITER = "another program (transformers)"
 OTHER_WEIGHTS = (
     "consolidated.safetensors"  # of a folder whose config.json names a model_type too, and is not transformers'
 )
@@ -90,7 +97,7 @@ def _refuse_adapters(record: Checkpoint) -> None:
 def _extra(record: Checkpoint) -> dict[str, Json]:
     config = _their_config(record) if record.model_type == "gpt2" else _own_config(record)
     tokenizer = tokenizer_files(record)
-    ends = _end_of_text(tokenizer)
+    ends = _end_of_text(record, tokenizer)
     return {CONFIG: config | ends, GENERATION: {"_from_model_config": True} | ends, **tokenizer}
 
 
@@ -116,11 +123,12 @@ def _their_config(record: Checkpoint) -> dict[str, Json]:
     }
 
 
-def _end_of_text(files: dict[str, Json]) -> dict[str, Json]:
-    """Return the id of the end-of-text token, if any: without it generate() waits for GPT-2's."""
+def _end_of_text(record: Checkpoint, files: dict[str, Json]) -> dict[str, Json]:
+    """Return the id of the token that ends a text, null if the tokenizer has none: transformers would take GPT-2's 50256."""
+    end = (record.tokenizer or {}).get("end", END_OF_TEXT)
     added = files.get(TOKENIZER, {}).get("added_tokens", ())
-    ids = [token["id"] for token in added if token["content"] == "<|endoftext|>"]
-    return {"bos_token_id": ids[0], "eos_token_id": ids[0]} if ids else {}
+    found = next((token["id"] for token in added if token["content"] == end), None)
+    return {"bos_token_id": found, "eos_token_id": found}
 
 
 def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
@@ -156,11 +164,21 @@ def _load_weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Transformers:
-    """Reads a folder that transformers saved: no manifest, no step, no checksums but those of torch archives."""
+    """Reads a folder that transformers saved: no manifest, no checksums but those of torch archives.
+
+    Its Trainer records step and epoch in a file of its own; otherwise the step is 0.
+    """
 
     def read_metadata(self, path: Path) -> dict[str, Json]:
-        """Return the model's shape; and step 0, because transformers records none."""
-        return {"model_type": "gpt2", "model_settings": _settings(path), "step": 0, "parts": ["model"]}
+        """Return the model's shape and the training's progress."""
+        progress, _ = _progress(path)
+        return {
+            "model_type": "gpt2",
+            "model_settings": _settings(path),
+            "parts": ["model"],
+            "written_by": WRITER,
+            **progress,
+        }
 
     def read(self, path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
         """Return the record, its weights under our names and in our orientation."""
@@ -169,6 +187,9 @@ class Transformers:
             raise_first(checksum_problems(path))
         _check_head(path, settings)
         tokenizer, note = _read_tokenizer(path, settings["vocab_size"])
+        progress, left_out = _progress(path)
+        left_out += [f"{name} (of transformers' Trainer)" for name in TRAINING if optimizer and is_regular(path / name)]
+        adapter = _adapter_beside(path)
         return Checkpoint(
             model_state=read_weights(path, lambda weights: _translate(path, weights, settings)),
             model_type="gpt2",
@@ -177,7 +198,10 @@ class Transformers:
             path=path,
             layout="huggingface",
             owned=True,
-            notes=[note] if note and tokenizer else [],
+            notes=([note] if note and tokenizer else []) + ([f"{path}: {adapter} is left out"] if adapter else []),
+            left_out=left_out + ([adapter] if adapter else []),
+            written_by=WRITER,
+            **progress,
         )
 
     def problems(self, path: Path) -> list[CheckpointError]:
@@ -191,6 +215,31 @@ class Transformers:
         except CheckpointError as error:
             return [error]
         return []
+
+
+def _progress(path: Path) -> tuple[dict[str, Json], list[str]]:
+    """Return step and epoch by the file of transformers' Trainer, the other values of the folder, and what is not taken."""
+    state = read_json(path / TRAINER) if is_regular(path / TRAINER) else {}
+    configs = [(name, read_json(path / name)) for name in (CONFIG, GENERATION) if is_regular(path / name)]
+    step, history = step_of(state, where=str(path / TRAINER)), state.get("log_history")
+    entries = history if isinstance(history, list) else []
+    evaluated = [
+        entry for entry in entries if isinstance(entry, dict) and entry.get("step") == step and "eval_loss" in entry
+    ]
+    kept, left_out = plain_values([*state.items(), *configs])
+    return {
+        "step": step,
+        "epoch": epoch_of(state, where=str(path / TRAINER)),
+        "validation_loss": validation_loss_of({"val_loss": evaluated[-1]["eval_loss"]} if evaluated else {}),
+        "imported": {"values": kept} if kept else None,
+    }, left_out
+
+
+def _adapter_beside(path: Path) -> str | None:
+    """Return the words for an adapter of peft in the folder, with which transformers would compute; None if there is none."""
+    if not is_regular(path / ADAPTER_CONFIG):
+        return None
+    return f"the adapter in it ({ADAPTER_CONFIG}), which changes what transformers computes"
 
 
 def _settings(path: Path) -> dict[str, Json]:
@@ -259,10 +308,23 @@ def _translate(path: Path, weights: dict[str, Tensor], settings: dict[str, Json]
 def _read_tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, Json] | None, str | None]:
     """Return the folder's tokenizer as JSON values, and a note if it was chosen by the size of the vocabulary."""
     if is_regular(path / TOKENIZER):
-        return tokenizer_from_file(read_json(path / TOKENIZER)), None
+        return _with_end(path, tokenizer_from_file(read_json(path / TOKENIZER))), None
     if is_regular(path / VOCAB) and is_regular(path / MERGES):
-        return _tokenizer_of_two_files(path), None
+        return _with_end(path, _tokenizer_of_two_files(path)), None
     return tokenizer_beside(path, vocab_size)
+
+
+def _with_end(path: Path, tokenizer: dict[str, Json]) -> dict[str, Json]:
+    """Return the tokenizer with the special token that ends a text by generation_config.json or config.json."""
+    if tokenizer["kind"] != "bpe":
+        return tokenizer
+    configs = [read_json(path / name) for name in (GENERATION, CONFIG) if is_regular(path / name)]
+    ids = [config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None]
+    chosen = ids[0][0] if ids and isinstance(ids[0], list) and ids[0] else ids[0] if ids else None
+    added = tokenizer["tokenizer"].get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    named = [token.get("content") for token in tokens if type(chosen) is int and token.get("id") == chosen]
+    return tokenizer | {"end": named[0]} if named and named[0] != END_OF_TEXT else tokenizer
 
 
 def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:

@@ -1,4 +1,4 @@
-"""The lecture model of document 004 in one file, read only: the weights of its separate heads are joined, and its ReLU
+"""The model of Karpathy's GPT lecture in one file, read only: the weights of its separate heads are joined, and its ReLU
 is kept.
 """
 

@@ -148,12 +148,17 @@ class ManifestLayout(Layout):
     # -----------------------------------------------------------------------------------------------------------------
     # Which files.
 
+    @property
+    def marker_sets(self) -> tuple[tuple[str, ...], ...]:
+        """The declared markers, or else the manifest."""
+        return (self.markers or ((self.manifest,),)) if self.is_folder and self.claims is None else ()
+
     def detect(self, path: Path) -> bool:
         """Whether `path` has the marker files, or is a file beside a manifest."""
         if self.claims is not None:
             return self.claims(path)
         if self.is_folder:
-            return any(all(is_regular(path / name) for name in names) for names in self.markers or ((self.manifest,),))
+            return any(all(is_regular(path / name) for name in names) for names in self.marker_sets)
         if path.is_dir() or not path.name.endswith(self.suffixes):
             return False
         manifest = self.locate(path, self.manifest)

@@ -1,4 +1,4 @@
-"""A safetensors file with flat names, as MLX saves a model (document 000), read only.
+"""A safetensors file with flat names, as MLX saves a model, read only.
 
 `<stem>_state.json` beside it has step, epoch and metrics.
 """
@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from milepost.ckpt import archive
+from milepost.ckpt.foreign.importing import CONFIG
 from milepost.ckpt.foreign.keys import LOSSES
 from milepost.ckpt.layouts.foreign_layout import ForeignLayout, ForeignReader
 from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.tensors import read_safetensors
 
+MODEL = "model.safetensors"  # of a folder of its own
 WEIGHTS, STATE, OPTIMIZER = ".safetensors", "_state.json", "_optimizer.safetensors"
 
 
@@ -26,6 +28,14 @@ def _claims(path: Path) -> bool:
     return not weights.name.endswith(OPTIMIZER) and not archive.is_archive(weights)
 
 
+def _is_whole_model(path: Path) -> bool:
+    """Whether it is `model.safetensors` beside a config.json: hub mixins write these two, without a state JSON.
+
+    Any other file without its state may be half of a save.
+    """
+    return path.name == MODEL and is_regular(path) and is_regular(path.with_name(CONFIG))
+
+
 def _weights(path: Path) -> Path:
     return LAYOUT.locate(path, WEIGHTS)
 
@@ -37,7 +47,7 @@ def _content(path: Path, optimizer: bool) -> Mapping[str, Any]:
     metrics = values.get("metrics")
     words = (metrics if isinstance(metrics, dict) else {}) | values
     known = {name: words[name] for name in ("step", "epoch", *LOSSES) if name in words}
-    return {"model": read_safetensors(_weights(path)), **known}
+    return {**values, "model": read_safetensors(_weights(path)), **known}
 
 
 LAYOUT = ForeignLayout(
@@ -46,5 +56,6 @@ LAYOUT = ForeignLayout(
     primary=WEIGHTS,
     yields_to_folder=True,
     claims=_claims,
+    alone=_is_whole_model,
     reader=ForeignReader(layout="mlx", content=_content, source=_weights, checksums=None),
 )

@@ -1,4 +1,4 @@
-"""Two torch archives (document 002): `<stem>-model.pt` to share and to generate from, `<stem>-optimizer.pt` to resume
+"""Two torch archives: `<stem>-model.pt` to share and to generate from, `<stem>-optimizer.pt` to resume
 from.
 """
 

@@ -1,4 +1,4 @@
-"""Files by step (document 000): `step_000100.safetensors`, `step_000100_optimizer.safetensors` and, last,
+"""Files by step: `step_000100.safetensors`, `step_000100_optimizer.safetensors` and, last,
 `step_000100_state.json`.
 
 The names repeat from run to run, so they are written into the run's own folder. The state JSON is the manifest: step,

@@ -1,4 +1,4 @@
-"""The default layout: one `.pt` file, a torch archive with the seven keys of document 001 and the record's metadata.
+"""The default layout: one `.pt` file, a torch archive with `model_state_dict`, `optimizer_state_dict`, ... and the record's metadata.
 
 The metadata is there twice: in the pickle, for programs that use torch.load, and as the archive's JSON member. An
 archive without it is another program's: `model`, `state_dict` or `model_state_dict`, `optimizer`, `global_step`,

@@ -1,20 +1,20 @@
 """Text to token ids and back. The registry of tokenizers is milepost/text/registry.py."""
 
-import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from milepost.text.errors import UnknownCharacters
+from milepost.registry import imported
+from milepost.text.errors import IncompleteTokenizer, UnknownCharacters
 from milepost.text.readers import Piece
 from milepost.text.registry import TOKENIZERS
-from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, missing_from
+from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, undeclared
 from milepost.text.tokenization.bpe import BpeTokenizer
 from milepost.text.tokenization.byte import ByteTokenizer
 from milepost.text.tokenization.char import CharTokenizer
 from milepost.text.tokenization.gpt2 import Gpt2Tokenizer
 
 __all__ = [
-    "END_OF_TEXT", "BpeTokenizer", "ByteTokenizer", "CharTokenizer", "Gpt2Tokenizer", "Tokenizer", "UnknownCharacters",
+    "END_OF_TEXT", "BpeTokenizer", "ByteTokenizer", "CharTokenizer", "Gpt2Tokenizer", "IncompleteTokenizer", "Tokenizer", "UnknownCharacters",
     "build", "choose", "from_dict", "tokenizer_class",
 ]  # fmt: skip
 
@@ -45,17 +45,16 @@ def from_dict(saved: Mapping[str, Any]) -> Tokenizer:
 
 
 def tokenizer_class(kind: object) -> type[Tokenizer]:
-    """Return the class of a registered tokenizer. Raise ValueError for an unknown kind, TypeError for an incomplete class."""
+    """Return the class of a registered tokenizer.
+
+    Raise ValueError for an unknown kind, IncompleteTokenizer naming what a class lacks.
+    """
     if not isinstance(kind, str) or kind not in TOKENIZERS:
         raise ValueError(f"unknown tokenizer kind {str(kind)[:40]!r}: expected one of {', '.join(TOKENIZERS)}")
-    module, _, name = TOKENIZERS[kind].partition(":")
-    cls: type[Tokenizer] = getattr(importlib.import_module(module), name)
-    if missing := missing_from(cls):
-        raise TypeError(
-            f"tokenizer {kind} ({TOKENIZERS[kind]}) does not define {', '.join(missing)}: see {__name__}.base"
-        )
+    cls: type[Tokenizer] = imported(TOKENIZERS[kind])
+    if problem := undeclared(cls):
+        raise IncompleteTokenizer(f"tokenizer {kind!r}: {problem}")
     if cls.kind != kind:
-        raise TypeError(
-            f"tokenizer {kind} ({TOKENIZERS[kind]}) has the kind {cls.kind!r}: expected its registered name"
-        )
+        named = f"{cls.__module__}.{cls.__name__} has the kind {cls.kind!r}"
+        raise IncompleteTokenizer(f"tokenizer {kind!r}: {named}; expected the name under which it is registered")
     return cls

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
+from milepost.registry import undefined
 from milepost.text.readers import Piece
 
 END_OF_TEXT = "<|endoftext|>"
@@ -69,17 +70,30 @@ class Tokenizer(Protocol):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+class FixedTokenizer(Tokenizer):
+    """A tokenizer whose vocabulary depends on no text and has no settings. Subclasses define the rest."""
+
+    @classmethod
+    def build(cls, pieces: Iterable[Piece], *, alphabet: str, documents: int, vocab_size: int) -> Self:
+        return cls()
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+
 REQUIRED = ("kind", "build", "from_dict", "encode_array", "decode_bytes", "to_dict")
 
 
-def missing_from(cls: type) -> list[str]:
-    """Return the names of REQUIRED that a tokenizer class does not define."""
-    return [name for name in REQUIRED if getattr(cls, name, None) is None or _inherited(cls, name)]
-
-
-def _inherited(cls: type, name: str) -> bool:
-    """Whether the class has only the interface's own empty definition."""
-    return next(base for base in cls.__mro__ if name in vars(base)) is Tokenizer
+def undeclared(cls: type[Tokenizer]) -> str | None:
+    """Return one sentence naming those of REQUIRED that a tokenizer class does not define; None if it defines all."""
+    lacks = undefined(cls, Tokenizer, REQUIRED)
+    if not lacks:
+        return None
+    return f"{cls.__module__}.{cls.__name__} does not define {', '.join(lacks)}; see milepost/text/tokenization/base.py"
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:

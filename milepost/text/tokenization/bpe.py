@@ -15,12 +15,15 @@ BPE_TRAINING_CHARACTERS = 64_000_000  # merges learned from more text hardly dif
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level byte-pair encoding over GPT-2's pre-tokenizer, from the JSON of the `tokenizers` library."""
+    """Byte-level byte-pair encoding over GPT-2's pre-tokenizer, from the JSON of the `tokenizers` library.
+
+    `end` is the special token that ends a text, if it has another name than `<|endoftext|>`.
+    """
 
     kind = "bpe"
     splits_at = "word"
 
-    def __init__(self, tokenizer: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Mapping[str, Any], end: str | None = None) -> None:
         import tokenizers
 
         text = check_bpe(tokenizer)
@@ -32,8 +35,11 @@ class BpeTokenizer(Tokenizer):
         self._json = json.loads(text)
         _check_ids(self._json, self._tokenizer.get_vocab())
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.end_of_text = self._tokenizer.token_to_id(END_OF_TEXT)
         added = {token["content"] for token in self._json["added_tokens"]}
+        if end is not None and end not in added:
+            raise ValueError(f"the bpe tokenizer ends texts with {end!r}, which is not one of its added tokens")
+        self._end, self.end_token = end, end or END_OF_TEXT
+        self.end_of_text = self._tokenizer.token_to_id(self.end_token)
         letters = {letter: byte for byte, letter in enumerate(byte_letters())}
         self._bytes = [b""] * self.vocab_size
         for token, i in self._tokenizer.get_vocab().items():
@@ -46,7 +52,7 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Self:
-        return cls(saved.get("tokenizer"))  # type: ignore[arg-type]  # check_bpe refuses what is not a mapping
+        return cls(saved.get("tokenizer"), saved.get("end"))  # type: ignore[arg-type]  # check_bpe refuses what is not a mapping
 
     def encode_array(self, text: str) -> np.ndarray:
         # Short texts in a batch take a fifth of the time of one long text.
@@ -58,7 +64,8 @@ class BpeTokenizer(Tokenizer):
         return b"".join(self._bytes[i] for i in checked_ids(ids, self.vocab_size))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "bpe", "tokenizer": json.loads(json.dumps(self._json))}
+        end = {} if self._end is None else {"end": self._end}
+        return {"kind": "bpe", "tokenizer": json.loads(json.dumps(self._json)), **end}
 
 
 # Training

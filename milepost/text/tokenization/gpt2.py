@@ -5,15 +5,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from milepost.text.errors import DataError
-from milepost.text.readers import Piece
-from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters, checked_ids, replace_surrogates
+from milepost.text.tokenization.base import END_OF_TEXT, FixedTokenizer, byte_letters, checked_ids, replace_surrogates
 
 GPT2_FILES = {  # name: sha256, as tiktoken_ext/openai_public.py publishes them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -22,7 +21,7 @@ GPT2_FILES = {  # name: sha256, as tiktoken_ext/openai_public.py publishes them
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's cache is keyed by URL
 
 
-class Gpt2Tokenizer(Tokenizer):
+class Gpt2Tokenizer(FixedTokenizer):
     """GPT-2's own 50,257 tokens, through tiktoken."""
 
     kind = "gpt2"
@@ -33,14 +32,6 @@ class Gpt2Tokenizer(Tokenizer):
     def __init__(self) -> None:
         self._encoding = gpt2_encoding()
 
-    @classmethod
-    def build(cls, pieces: Iterable[Piece], *, alphabet: str, documents: int, vocab_size: int) -> Self:
-        return cls()
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
-        return cls()
-
     def encode_array(self, text: str) -> np.ndarray:
         # encode_ordinary returns a list of Python integers, which costs a sixth of the time.
         encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())
@@ -48,9 +39,6 @@ class Gpt2Tokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(checked_ids(ids, self.vocab_size))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "gpt2"}
 
 
 # tiktoken's regex engine panics after a million backtracking steps, and whitespace before a word costs one step per character.

@@ -1,0 +1,235 @@
+"""Resolve what a user names: the latest or the best checkpoint, a file, a stem, a folder, a glob. Changes no file."""
+
+import difflib
+import glob
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from milepost.ckpt.finding import (
+    Found,
+    best,
+    containing,
+    entries,
+    find,
+    folders_below,
+    latest,
+    look,
+    loss_of,
+    lowest_loss,
+    orphan,
+    orphans,
+    scan,
+)  # fmt: skip
+from milepost.ckpt.layouts import LAYOUTS, layout_of
+from milepost.ckpt.manifest import is_regular
+from milepost.ckpt.record import CheckpointError, Kind
+
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
+OPEN_ADAPTER = "open the checkpoint that it was exported from, or merge it into its base with peft (merge_and_unload, save_pretrained)"
+
+
+def resolve(name: str, folder: Path) -> tuple[Path, list[str]]:
+    """Return the checkpoint that CHECKPOINT_PATH names, and notes about the choice.
+
+    `name` is `latest` or `best` (of `folder`), a file, a checkpoint folder or a file in one, the common stem of several
+    files, a folder of checkpoints, or a glob (the shell does not expand one in an assignment). Raise CheckpointError
+    listing what exists otherwise.
+    """
+    if name in ("latest", "best"):
+        return _choose(folder, by=best if name == "best" else latest)
+    path = Path(os.path.expanduser(name))
+    if not os.path.lexists(path):
+        if primary := _with_stem(path):
+            return primary, []
+        if glob.has_magic(name):
+            return _choose_by_step(name, folder)
+    if not os.path.exists(path):
+        close = difflib.get_close_matches(path.name, ["latest", "best"], n=1, cutoff=0.7)
+        hint = f"did you mean {close[0]}? " if close else "name a single checkpoint here; " if "," in name else ""
+        raise not_found(name, _nearest(path, folder), hint=hint)
+    if whole := containing(path):
+        return whole, [f"{path} is part of {whole}, which is used"]
+    layout = layout_of(path)
+    if os.path.isdir(path) and layout is None:
+        return _choose(path, by=latest)
+    return (layout.primary_file(path) if layout else None) or path, _others_inside(path)
+
+
+def _others_inside(path: Path, *, limit: int = 3) -> list[str]:
+    """Return a note if the checkpoint at `path` is a folder that holds other checkpoints too."""
+    others = [found.path.name for found in find(path) if found.path != path] if os.path.isdir(path) else []
+    more = f" and {len(others) - limit} more" if len(others) > limit else ""
+    listed = f"{', '.join(others[:limit])}{more}"
+    return (
+        [f"{path} is a checkpoint, and is used; the checkpoints in it have names of their own ({listed})"]
+        if others
+        else []
+    )
+
+
+def stand_ins(name: str, chosen: Path, folder: Path) -> Iterator[Path]:
+    """Yield what `resolve(name, folder)` would choose if `chosen`, which it chose, could not be used: the next best.
+
+    Yield nothing if `name` names a single checkpoint. Other checkpoints of the run of `chosen` come first.
+    """
+    place = folder if name in ("latest", "best") else whole_folder(name)
+    matches = glob.has_magic(name) and not os.path.lexists(os.path.expanduser(name))
+    found = find(place) if place else _matching(name) if matches else []
+    own = next((each.run_id for each in found if each.path == chosen), None)
+    others = [each for each in found if each.problem is None and each.path != chosen]
+
+    def rank(each: Found) -> tuple[Any, ...]:
+        step = (each.step,) if matches and not place else ()
+        loss = loss_of(each) if name == "best" else None
+        order = (*step, each.save_order, each.resumable)
+        return each.run_id == own, -math.inf if loss is None else -loss, *order
+
+    yield from (each.path for each in sorted(others, key=rank, reverse=True))
+
+
+def not_found(name: Path | str, folder: Path, *, hint: str = "") -> CheckpointError:
+    """Return the error for a checkpoint `name` that does not exist; `folder` is where a similar one may be."""
+    return CheckpointError(name, "Checkpoint not found", f"{hint}{listing(folder)}", kind="not found")
+
+
+def whole_folder(name: str) -> Path | None:
+    """Return the folder of checkpoints that CHECKPOINT_PATH names; None if it names a single checkpoint."""
+    path = Path(os.path.expanduser(name))
+    return path if os.path.isdir(path) and layout_of(path) is None and containing(path) is None else None
+
+
+def _with_stem(path: Path) -> Path | None:
+    """Return the checkpoint of several files whose names begin with `path`, which may carry a suffix."""
+    stem = path.with_suffix("") if path.suffix in (".pt", ".safetensors") else path
+    for suffix in (layout.suffixes[-1] for layout in LAYOUTS if len(layout.suffixes) > 1):
+        file = stem.with_name(stem.name + suffix)
+        if os.path.isfile(file) and (layout := layout_of(file)):
+            return layout.primary_file(file)
+    return None
+
+
+def _nearest(path: Path, folder: Path) -> Path:
+    """Return the folder to list when `path` does not exist."""
+    return path.parent if os.path.isdir(path.parent) else folder
+
+
+def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None]) -> tuple[Path, list[str]]:
+    found = _find_or_raise(folder)
+    notes = _problems(found)
+    chosen = by(found)
+    if chosen is not None and by is best:
+        notes += _better_elsewhere(chosen, found)
+    if chosen is None:
+        remedy = "; ".join(notes or [listing(folder)])
+        raise CheckpointError(folder, "no checkpoint can be read", remedy, kind="damaged" if notes else "not found")
+    return chosen.path, [*notes, f"taking {chosen.path}"]
+
+
+def _better_elsewhere(chosen: Found, found: list[Found]) -> list[str]:
+    """Return a note if another run has a checkpoint of lower loss than `chosen`, the best of the newest run."""
+    lowest, loss = lowest_loss(found), loss_of(chosen)
+    if lowest is None or lowest.run_id == chosen.run_id or (loss is not None and loss <= (loss_of(lowest) or 0)):
+        return []
+    own = "no validation loss" if loss is None else f"validation loss {loss:.4f}"
+    other = f"{lowest.path} of run {lowest.run_id or '(not recorded)'} has {loss_of(lowest):.4f}"
+    return [f"best is the best of the newest run, {chosen.run_id or '(not recorded)'}, with {own}; {other}"]
+
+
+def _find_or_raise(folder: Path) -> list[Found]:
+    """Return `find(folder)`; raise CheckpointError instead of OSError."""
+    try:
+        return find(folder)
+    except OSError as error:
+        problem = f"cannot be listed ({error.strerror})"
+        raise CheckpointError(folder, problem, "check its permissions", kind="not found") from error
+
+
+def _problems(found: list[Found], *, limit: int = 3) -> list[str]:
+    """Return a note for each of the first `limit` unreadable checkpoints, and the number of the others."""
+    notes = [f"skipped: {checkpoint.problem}" for checkpoint in found if checkpoint.problem]
+    return notes if len(notes) <= limit else [*notes[:limit], f"(and {len(notes) - limit} more that cannot be read)"]
+
+
+def _matching(pattern: str) -> list[Found]:
+    """Return every checkpoint of which the glob matches at least one file."""
+    names = sorted(glob.glob(os.path.expanduser(pattern)))
+    layouts = {path: layout for name in names if (layout := layout_of(path := Path(name)))}
+    primaries = {layout.primary_file(path) or path: layout for path, layout in layouts.items()}
+    whole = [look(primary, layout) for primary, layout in primaries.items()]
+    return whole + [found for name in names if (found := orphan(Path(name))) and found.path not in primaries]
+
+
+def _choose_by_step(pattern: str, folder: Path) -> tuple[Path, list[str]]:
+    """Return the checkpoint of the highest step that the glob matches."""
+    matches = _matching(pattern)
+    notes = _problems(matches)
+    readable = [checkpoint for checkpoint in matches if checkpoint.problem is None]
+    if not readable:
+        remedy = "; ".join(notes or [listing(_nearest(Path(os.path.expanduser(pattern)), folder))])
+        kind: Kind = "damaged" if notes else "not found"
+        problem = "no matching checkpoint can be read" if matches else "matches no checkpoint"
+        raise CheckpointError(pattern, problem, remedy, kind=kind)
+    chosen = max(readable, key=lambda found: (found.step, found.save_order, found.resumable))
+    return chosen.path, [*notes, f"{pattern} matches {len(matches)}: taking {chosen.path}"]
+
+
+def several(names: str, folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the checkpoints that CHECKPOINT_PATH names where many are allowed, each once, and notes about the choice.
+
+    `names` is what `resolve` takes, or several of them joined by commas, in this order. A glob stands for all its
+    matches and a folder for all its checkpoints, oldest save first; their damaged checkpoints are skipped with a note.
+    Raise CheckpointError if a named checkpoint does not exist, or a folder or glob yields no checkpoint.
+    """
+    paths: list[Path] = []
+    notes: list[str] = []
+    for name in [names] if os.path.lexists(names) else names.split(","):
+        found = _all_of(name)
+        readable = [checkpoint.path for checkpoint in found if checkpoint.problem is None]
+        if readable:
+            paths, notes = [*paths, *readable], [*notes, *_problems(found)]
+        else:  # a single checkpoint, or nothing readable: then `resolve` raises
+            path, new_notes = resolve(name, folder)
+            paths, notes = [*paths, path], [*notes, *new_notes]
+    return list(dict.fromkeys(paths)), notes
+
+
+def _all_of(name: str) -> list[Found]:
+    """Return the checkpoints of a folder or a glob, oldest save first; an empty list if `name` is neither."""
+    if folder := whole_folder(name):
+        return _find_or_raise(folder)
+    many = glob.has_magic(name) and not os.path.lexists(os.path.expanduser(name))
+    return sorted(_matching(name), key=lambda found: found.save_order) if many else []
+
+
+def listing(folder: Path, *, limit: int = 8) -> str:
+    """Return a sentence on the checkpoints of `folder`, newest first, for a message."""
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}; was ENABLE_CHECKPOINTS=true set when training?"
+    try:
+        found = reversed(find(folder))
+    except OSError as error:
+        return f"{folder} cannot be listed ({error.strerror})"
+    names = [str(each.path.relative_to(folder)) + (f" ({each.kind})" if each.problem else "") for each in found]
+    if not names:
+        return f"{folder} holds no checkpoint{_held_instead(folder)}"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{folder} holds {', '.join(names[:limit])}{more}"
+
+
+def _held_instead(folder: Path, *, limit: int = 3) -> str:
+    """Return the end of a sentence on a folder without checkpoints: what else is in it that may have been meant."""
+    if is_regular(folder / ADAPTER_CONFIG):
+        return f", but an adapter of peft ({ADAPTER_CONFIG}): {OPEN_ADAPTER}"
+    if halves := orphans(folder):
+        return f", but {'; '.join(str(found.problem) for found in halves[:limit])}"
+    below = [place for place in folders_below(folder) if place != folder and any(True for _ in scan(place))]
+    if below:
+        more = f" and {len(below) - limit} more" if len(below) > limit else ""
+        return f"; folders below it do: {', '.join(map(str, below[:limit]))}{more}; name one of them"
+    names = sorted(path.name for path in entries(folder, required=False) if not path.name.startswith("."))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    others = f" (it holds {', '.join(names[:limit])}{more})" if names else ""
+    return f"{others}; was ENABLE_CHECKPOINTS=true set when training?"

@@ -1,0 +1,168 @@
+"""The weights that a run starts with: those of a checkpoint or of pretrained GPT-2, their base, tokenizer and lineage."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from milepost import ckpt, config
+from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt.foreign.importing import with_chars, with_kind
+from milepost.ckpt.hub import local_folder
+from milepost.ckpt.restore import name_the_base, with_base
+from milepost.ckpt.tensors import digest
+from milepost.config import Config, ConfigError
+from milepost.run.text import scan_source
+from milepost.runtime.distributed import World
+from milepost.runtime.progress import Log, shown
+
+# Fields of the adapters' settings; each is a variable, such as LORA_RANK.
+ADAPTERS = {
+    "lora": ("rank", "alpha", "dropout", "targets"),
+    "ttt": ("layers", "base_lr", "mini_batch_size", "initial_gating_alpha"),
+}
+
+
+def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | None:
+    """Return the record whose weights and tokenizer a fresh run starts with, or None for random weights."""
+    notes: list[str] = []
+    folder, hub_name, name = Path(settings.checkpoint_dir), settings.gpt2_model_name, settings.init_from
+    if hub_name:
+        record: Checkpoint | None = ckpt.load(world.local_rank0_first(lambda: local_folder(hub_name)), optimizer=False)
+    elif name:
+        record = agreed(
+            lambda: ckpt.load_named(name, folder, say=notes.append, optimizer=False), world, optimizer=False
+        )
+    else:
+        return None
+    assert record is not None  # `load_named` raises
+    record = with_tokenizer(with_its_base(record, config.without(settings, ["INIT_FROM"]), log), settings, log)
+    for note in [*notes, *record.notes]:
+        log(note)
+    return record
+
+
+def agreed(find: Callable[[], Checkpoint | None], world: World, *, optimizer: bool = True) -> Checkpoint | None:
+    """Return what `find` finds on rank 0; the other processes open the same checkpoint. Raise as `find` does.
+
+    Rank 0 decides because machines that share a folder may see it change at different times.
+    """
+    record = world.on_rank0(find)
+    path, save = world.broadcast((record.path, record.save_id) if record else (None, None))
+    if path is not None and record is None:
+        record = ckpt.load(path, optimizer=optimizer)
+    if world.any(record is not None and record.save_id != save):
+        raise CheckpointError(f"{path}: differs between machines: all must share one CHECKPOINT_DIR")
+    return record
+
+
+def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
+    """Return the record; if it holds only adapters, with the weights of its base, from the settings or else from where
+    it was, or where it was moved together with the adapters.
+
+    Raise ConfigError if no base is found, CheckpointError if it is not the recorded one.
+    """
+    if not record.adapters_only:
+        if settings.base_checkpoint:
+            log(f"BASE_CHECKPOINT is not used: {record.path} holds its base")
+        return record
+    named = settings.base_checkpoint
+    if not named and not settings.gpt2_model_name and record.base and record.path:
+        there = ckpt.find_base(record.base, record.path, run_id=record.run_id)
+        if there and str(there) != record.base.get("source"):
+            log(f"the base of {shown(record.path)} is found in {shown(there)}")
+        named = str(there) if there else None
+    if not settings.base_checkpoint and settings.gpt2_model_name:
+        path = local_folder(settings.gpt2_model_name)
+    elif named := named or settings.init_from:
+        path, notes = ckpt.resolve(named, Path(settings.checkpoint_dir))
+        for note in notes:
+            log(note)
+    else:
+        raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record)}"])
+    return with_base(record, ckpt.load(path, optimizer=False))
+
+
+def identity(base: Checkpoint, settings: Config) -> dict[str, Any]:
+    """Return what identifies a base (the sha256 of its weights), and its source."""
+    return {"sha256": digest(base.model_state), "source": settings.gpt2_model_name or str(base.path), "step": base.step}
+
+
+def lineage(record: Checkpoint, changed: dict[str, Any]) -> dict[str, Any]:
+    """Return the origin of a child run: its first checkpoint, and the settings changed there ({name: [before, now]})."""
+    file = record.path.name if record.path else None
+    return {"run_id": record.run_id, "step": record.step, "save_id": record.save_id, "file": file, "changed": changed}
+
+
+def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
+    """Return the record, with the tokenizer that the settings name if it has none.
+
+    That is TOKENIZER=byte or gpt2, or the characters of TRAINING_DATA_SOURCE. Raise CheckpointError if neither is set,
+    even if the alphabet of the default text has the right size: an equal size does not make it the checkpoint's
+    alphabet.
+    """
+    if record.tokenizer is not None:
+        return record
+    if names_complete_tokenizer(settings):
+        return with_kind(record, settings.tokenizer)
+    if settings.is_set("TRAINING_DATA_SOURCE"):
+        return with_chars(record, sorted(scan_source(settings.training_data_source, log)[1].alphabet))
+    for note in record.notes:
+        log(note)
+    remedy = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2"
+    raise CheckpointError(
+        f"{record.path}: carries no usable tokenizer: {remedy}, or put its tokenizer.json or meta.pkl beside it"
+    )
+
+
+def names_complete_tokenizer(settings: Config) -> bool:
+    """Return whether TOKENIZER names a tokenizer that needs no text."""
+    return settings.is_set("TOKENIZER") and settings.tokenizer in ("byte", "gpt2")
+
+
+def with_model_of(weights: Checkpoint, settings: Config) -> Config:
+    """Return the settings with the model and tokenizer of the weights. Raise ConfigError if the settings contradict
+    them.
+
+    BLOCK_SIZE may crop the context. If it is not set, INIT_FROM keeps the weights' block size and GPT2_MODEL_NAME the
+    default, if it fits.
+    """
+    own = {name: weights.model_settings[name.lower()] for name in shape_variables(weights.model_settings)}
+    own |= adapter_variables(weights.model_settings)
+    own |= {"MODEL_TYPE": weights.model_type} | ({"TOKENIZER": weights.tokenizer["kind"]} if weights.tokenizer else {})
+    wrong = config.contradictions(settings, own)
+    if wrong:
+        raise ConfigError(
+            [f"{name}={requested}: the initial weights have {saved}; unset {name}" for name, requested, saved in wrong]
+        )
+    longest = weights.model_settings["block_size"]
+    own["BLOCK_SIZE"] = longest if settings.init_from else min(longest, settings.block_size)
+    return config.from_saved(settings, own)
+
+
+def shape_variables(model_settings: Iterable[str]) -> list[str]:
+    """Return the variables among a model's settings that decide its shape (N_LAYER), besides its vocabulary and
+    context.
+    """
+    named = {name.upper() for name in model_settings} - {"BLOCK_SIZE"}
+    return [
+        name
+        for name, variable in config.VARIABLES.items()
+        if name in named and variable.metadata["scope"] == "identity"
+    ]
+
+
+def adapters(settings: Config) -> dict[str, Any]:
+    """Return the enabled adapters as the model's settings name them: {"lora": {"rank": 8, ...}}."""
+    on = {"lora": settings.lora_rank > 0, "ttt": settings.ttt_layers is not None}
+    return {
+        kind: {name: getattr(settings, f"{kind}_{name}") for name in names}
+        for kind, names in ADAPTERS.items()
+        if on[kind]
+    }
+
+
+def adapter_variables(model_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables of a model's adapters: {"LORA_RANK": 8, ...}."""
+    return {
+        f"{kind}_{name}".upper(): value for kind in ADAPTERS for name, value in (model_settings.get(kind) or {}).items()
+    }

@@ -1,0 +1,164 @@
+"""The checkpoints of a run: save, put the best step into best/, prune, and try again where the disk refused."""
+
+import contextlib
+import errno
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from milepost import ckpt
+from milepost.ckpt import Checkpoint
+from milepost.ckpt.record import bytes_on_disk
+from milepost.run import TRY_INSTEAD, Run, State, to_record
+from milepost.run_files import METRICS, open_run
+from milepost.runtime.errors import TrainingError
+from milepost.runtime.progress import Metrics, duration, shown
+
+PAUSES = (5, 10, 15, 30, 60, 60, 60, 60)  # seconds between the attempts to save the last step on a full disk: 5 min
+
+
+def save_checkpoint(run: Run, *, regular: bool, fallback: bool = False) -> None:
+    """Save this step: to CHECKPOINT_DIR if `regular`, and to best/ if it is the best so far; in the background if
+    CHECKPOINT_ASYNC is set. With `fallback`, save only to CHECKPOINT_FALLBACK_DIR.
+
+    Wait for the previous save first, and raise what it raised.
+    """
+    run.writer.wait()
+    if regular:
+        run.saved.step, run.saved.observed_step = run.state.step, run.state.observed_step
+        run.saved.failed = run.world.is_rank0  # until the write succeeds
+    record = to_record(run)
+    if run.world.is_rank0 or run.saves_parts:
+        run.writer.submit(record, lambda copy: _write(run, copy, regular=regular, fallback=fallback))
+
+
+def _write(run: Run, record: Checkpoint, *, regular: bool, fallback: bool) -> None:
+    """Write the record, keep it as the best if it is, and delete expired checkpoints. Disk errors are logged and do not
+    stop training.
+
+    Raise TrainingError instead of saving NaN or Inf weights. Where each process saves its own part, rank 0 leads.
+    """
+    if bad := ckpt.not_finite(record):
+        raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
+    if not run.world.is_rank0:
+        ckpt.follow(record)
+        return
+    with ckpt.leading(record):
+        if fallback:
+            _write_regular(run, record, Path(str(run.settings.checkpoint_fallback_dir)))
+            return
+        saved = _write_regular(run, record, Path(run.settings.checkpoint_dir)) if regular else None
+        _keep_best(run, record, saved=saved)
+        if saved and run.settings.checkpoint_keep_last:
+            _prune(run, record, saved=saved)
+
+
+def _write_regular(run: Run, record: Checkpoint, folder: Path) -> Path | None:
+    """Return the path of the new checkpoint, or None if the disk refused it."""
+    with _log_disk_error(run, f"step {record.step} could not be saved", record=record, folder=folder):
+        try:
+            run.saved.path = ckpt.save(record, folder, **_form(run))
+        except OSError as error:
+            run.saved.disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise
+        run.saved.failed = False
+        return run.saved.path
+    return None
+
+
+def finish_saving(run: Run) -> None:
+    """Wait for the save in flight, try to save the last step again if that failed, and put the best step into best/."""
+    run.writer.wait()
+    if run.world.broadcast(run.saved.failed and run.settings.checkpoint_fallback_dir is not None):
+        save_checkpoint(run, regular=True, fallback=True)
+        run.writer.wait()
+        if run.world.is_rank0 and not run.saved.failed:
+            run.log(f"step {run.state.step} is saved in {shown(str(run.saved.path))} instead")
+    for number, pause in enumerate(PAUSES):
+        if not run.world.broadcast(run.saved.failed and run.saved.disk_full):
+            break
+        if number == 0:
+            run.log(f"trying again for {duration(sum(PAUSES))}: make room; Ctrl-C twice gives up")
+        run.world.on_rank0(functools.partial(time.sleep, pause))
+        save_checkpoint(run, regular=True)
+        run.writer.wait()
+    copy_best(run)
+
+
+def _keep_best(run: Run, record: Checkpoint, *, saved: Path | None) -> None:
+    """Put the record's best step into best/. An earlier best step that could not be written is retried from its regular
+    checkpoint.
+    """
+    folder, count = Path(run.settings.checkpoint_dir), run.settings.checkpoint_keep_best
+    if not _is_pending(run, record):
+        return
+    with _log_disk_error(run, f"step {record.best_step}, the best so far, could not be saved", record=record):
+        if record.best_step != record.step or (not saved and ckpt.saved_best(folder, **_best_of(run, record))):
+            copy_best(run, record)
+        else:
+            ckpt.keep_best(record, folder, saved=saved, count=count, **_form(run))
+            run.saved.best_step = record.step
+
+
+def _prune(run: Run, record: Checkpoint, *, saved: Path) -> None:
+    """Delete expired checkpoints, except the regular checkpoint of a best step that is not in best/ yet."""
+    folder, settings = Path(run.settings.checkpoint_dir), run.settings
+    policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
+    with _log_disk_error(run, "expired checkpoints could not be deleted", record=record):
+        regular = ckpt.saved_best(folder, **_best_of(run, record)) if _is_pending(run, record) else None
+        spare = regular.path if regular else None
+        ckpt.prune(folder, run_id=run.run_id, latest_valid=saved, spare=spare, **policy)
+
+
+def copy_best(run: Run, record: Checkpoint | None = None) -> None:
+    """Put the best step of the record, or of the run, into best/ from its regular checkpoint, if it is not there; on
+    rank 0.
+    """
+    if not (run.world.is_rank0 and run.best_is_pending):
+        return
+    best, count = _best_of(run, record or run.state), run.settings.checkpoint_keep_best
+    with _log_disk_error(run, f"step {best['step']}, the best so far, could not be saved"):
+        if ckpt.keep_saved_best(Path(run.settings.checkpoint_dir), count=count, **best):
+            run.saved.best_step = best["step"]
+
+
+def repair(run: Run) -> None:
+    """Restore files that a finished run lacks: metrics that an earlier resume had set aside, the best step in best/."""
+    metrics_aside = Metrics(run.folder / METRICS).set_aside.exists()
+    if metrics_aside or (
+        run.best_is_pending and ckpt.saved_best(Path(run.settings.checkpoint_dir), **_best_of(run, run.state))
+    ):
+        with contextlib.ExitStack() as held:
+            open_run(run, held)
+            copy_best(run)
+
+
+def _form(run: Run) -> dict[str, Any]:
+    return {"layout": run.layout, "prefix": run.settings.checkpoint_prefix}
+
+
+def _best_of(run: Run, source: State | Checkpoint) -> dict[str, Any]:
+    return {"run_id": run.run_id, "step": source.best_step, "loss": source.best_loss}
+
+
+def _is_pending(run: Run, record: Checkpoint) -> bool:
+    """Return whether the record's best step should be in best/ and is not.
+
+    In the background the run may be at a later best already.
+    """
+    return record.best_step not in (None, run.saved.best_step) and run.settings.checkpoint_keep_best > 0
+
+
+@contextlib.contextmanager
+def _log_disk_error(
+    run: Run, what: str, *, record: Checkpoint | None = None, folder: Path | None = None
+) -> Iterator[None]:
+    """Log why the disk refused a write, and the space that the record needs; training continues."""
+    try:
+        yield
+    except (OSError, ckpt.CheckpointError) as error:
+        need = bytes_on_disk(record) if record else 0
+        why = ckpt.why_not_saved(error, folder or Path(run.settings.checkpoint_dir), need=need)
+        run.log(f"{what} ({why}); training continues")

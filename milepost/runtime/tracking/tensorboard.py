@@ -1,0 +1,38 @@
+"""TensorBoard."""
+
+from pathlib import Path
+from typing import Any
+
+from milepost.runtime.tracking.base import Tracker
+
+FLUSH_SECONDS = 10  # how long events may stay in memory before TensorBoard sees them
+
+
+class TensorBoard(Tracker):
+    """Event files in the run's folder: after a resume the whole series again in a new file, which replaces the earlier
+    one.
+
+    With several files, readers order them by the clock in their names. A TensorBoard that has read the earlier file
+    drops its events at the `purge_step` with which the new file begins.
+    """
+
+    def __init__(self, *, folder: Path, **_: Any) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._earlier = list(folder.glob("events.out.tfevents.*"))
+        self._writer = SummaryWriter(str(folder), purge_step=0, flush_secs=FLUSH_SECONDS)
+
+    def next_step(self) -> int:
+        return 0
+
+    def write(self, step: int, when: float, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step, walltime=when)
+
+    def caught_up(self) -> None:
+        self._writer.flush()
+        for path in self._earlier:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._writer.close()

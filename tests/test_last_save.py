@@ -1,0 +1,164 @@
+"""The save at the end of a run: on a full disk, in a folder that is gone, and what is reported then."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from drive import at_step, newest, tensor_bytes, train
+from test_last_step import stop, trained
+
+from milepost import ckpt, run_checkpoints
+from milepost.runtime.progress import read_metrics
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert train(folder)[0] == 0
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A folder of checkpoints on a file system of two megabytes, of which other files can take what is free."""
+    disk = tmp_path / "checkpoints"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    (disk / ".filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 20_000)))
+
+
+class Pauses:
+    """Stands in for time.sleep: counts the pauses, and makes room in the n-th."""
+
+    def __init__(self, disk: Path, *, room_in: int) -> None:
+        self.disk, self.room_in, self.seconds = disk, room_in, []
+
+    def __call__(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        if len(self.seconds) == self.room_in:
+            (self.disk / ".filler").unlink()
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_the_last_save_is_tried_again_until_there_is_room(background, small_disk, uninterrupted, tmp_path, monkeypatch):
+    pauses = Pauses(small_disk, room_in=3)
+    monkeypatch.setattr(run_checkpoints.time, "sleep", pauses)
+    code, said = trained(tmp_path, {7: lambda: fill(small_disk)}, CHECKPOINT_ASYNC=background)
+    assert code == 0, said
+    assert pauses.seconds == list(run_checkpoints.PAUSES[:3])
+    assert said.count("step 8 could not be saved") == 3
+    assert tensor_bytes(newest(tmp_path)) == tensor_bytes(newest(uninterrupted))
+    best = [each.step for each in ckpt.finding.scan(small_disk) if each.path.parent.name == "best"]
+    assert best == [8]
+
+
+def test_the_attempts_end_after_some_minutes(small_disk, tmp_path, monkeypatch):
+    pauses = Pauses(small_disk, room_in=0)
+    monkeypatch.setattr(run_checkpoints.time, "sleep", pauses)
+    code, said = trained(tmp_path, {7: lambda: fill(small_disk)})
+    assert code == 5, said
+    assert 120 <= sum(pauses.seconds) == sum(run_checkpoints.PAUSES) <= 600
+    assert newest(tmp_path).step == 4
+
+
+def test_a_save_in_between_is_not_waited_for(small_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_checkpoints.time, "sleep", pauses := Pauses(small_disk, room_in=0))
+    actions = {3: lambda: fill(small_disk), 6: (small_disk / ".filler").unlink}
+    code, said = trained(tmp_path, actions, CHECKPOINT_ASYNC="false")
+    assert (code, pauses.seconds) == (0, []), said
+    assert [each.step for each in ckpt.find(small_disk)] == [8]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_last_step_goes_to_the_fallback_folder_and_resumes_from_there(
+    stopped,
+    small_disk,
+    uninterrupted,
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr(run_checkpoints.time, "sleep", pauses := Pauses(small_disk, room_in=0))
+    fallback = {"CHECKPOINT_FALLBACK_DIR": str(tmp_path / "fallback")}
+    actions = {6: lambda: fill(small_disk)} | ({7: stop} if stopped else {})
+    code, said = trained(tmp_path, actions, CHECKPOINT_KEEP_BEST="0", **fallback)
+    (saved,) = ckpt.find(tmp_path / "fallback")
+    assert (code, pauses.seconds) == (130 if stopped else 0, []), said
+    assert saved.step == (7 if stopped else 8)
+    assert str(saved.path) in said.splitlines()[-1]
+    (small_disk / ".filler").unlink()
+    code, said = train(tmp_path, RESUME="auto", **fallback)
+    assert code == 0, said
+    if stopped:
+        assert newest(tmp_path).run_id == saved.run_id
+        assert tensor_bytes(newest(tmp_path)) == tensor_bytes(newest(uninterrupted))
+    else:
+        assert "is finished" in said
+
+
+def test_a_fallback_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "fallback").write_text("a file")
+    code, said = train(tmp_path, CHECKPOINT_FALLBACK_DIR=str(tmp_path / "fallback"))
+    assert code == 2
+    assert f"CHECKPOINT_FALLBACK_DIR: {tmp_path / 'fallback'}" in said
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_folder_of_checkpoints_that_cannot_be_written_at_the_end_is_a_failed_save(background, tmp_path):
+    def replace_by_a_file() -> None:
+        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "checkpoints").write_text("a file")
+
+    code, said = trained(tmp_path, {6: replace_by_a_file}, CHECKPOINT_ASYNC=background)
+    assert code == 5, said
+    assert "step 8 could not be saved" in said
+    assert "done: 8 steps" in said
+
+
+def test_a_deleted_folder_of_runs_is_reported_and_written_again(tmp_path):
+    code, said = trained(tmp_path, {6: lambda: shutil.rmtree(tmp_path / "runs")})
+    assert code == 0, said
+    (path,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    assert [line["step"] for line in read_metrics(path)] == [6, 7, 8, 8]
+    assert said.count("deleted while training") == 1
+    assert str(path) in said
+
+
+def test_control_a_folder_of_runs_that_stays_is_not_reported(tmp_path):
+    assert "deleted while training" not in train(tmp_path)[1]
+
+
+def test_the_hint_names_the_checkpoint_and_every_folder(tmp_path):
+    code, said = trained(tmp_path, {6: stop})
+    assert code == 130
+    words = dict(re.findall(r"([A-Z_]+)=(\S+)", said.splitlines()[-1]))
+    expected = {
+        "RESUME": at_step(tmp_path, 6),
+        "CHECKPOINT_DIR": tmp_path / "checkpoints",
+        "RUNS_DIR": tmp_path / "runs",
+    }
+    assert {name: Path(shlex.split(words[name])[0]) for name in expected} == expected
+
+
+def test_the_hint_of_one_run_does_not_resume_another_in_its_folder(tmp_path):
+    """The other run is newer, and RESUME=auto would take it."""
+    assert trained(tmp_path, {6: stop})[0] == 130
+    first = at_step(tmp_path, 6)
+    run_id = ckpt.load(first).run_id
+    code, said = trained(tmp_path, {3: stop}, SEED="2")
+    assert code == 130, said
+    words = dict(re.findall(r"([A-Z_]+)=(\S+)", said.splitlines()[-1]))
+    assert Path(words["RESUME"]) != first
+    code, said = train(tmp_path, RESUME=str(first), SEED=None)
+    assert code == 0, said
+    assert newest(tmp_path).run_id == run_id
