@@ -309,8 +309,8 @@ def legacy_tar(folder: Path) -> Path:
     return folder / "bad.pt"
 
 
-def legacy_pickle(folder: Path) -> Path:
-    torch.save({"model_state_dict": record().model_state}, folder / "bad.pt", _use_new_zipfile_serialization=False)
+def bare_pickle(folder: Path) -> Path:
+    (folder / "bad.pt").write_bytes(pickle.dumps({"model_state_dict": {}}, protocol=2))
     return folder / "bad.pt"
 
 
@@ -346,7 +346,7 @@ CONTAINERS = {
     "20 checksum": (wrong_checksum, "the bytes of archive/data/0 do not match their checksum"),
     "21 bytes before": (prefixed, "does not begin with its archive"),
     "22 legacy tar": (legacy_tar, "of an unknown kind"),
-    "22 legacy pickle": (legacy_pickle, "a bare pickle, which is never opened"),
+    "22 bare pickle": (bare_pickle, "a bare pickle, which is never opened"),
 }
 
 
