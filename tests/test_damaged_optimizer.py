@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign_programs import SIZES, NanoGPT, nanogpt
 from records import FULL, record, refused
 
 from milepost import ckpt
@@ -77,3 +78,17 @@ def test_a_renamed_optimizer_file_is_called_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(ckpt.CheckpointError) as caught:
         ckpt.load(Path(alone))
     assert caught.value.kind == "lacking"
+
+
+@pytest.mark.parametrize("optimizer", [True, False])
+def test_a_flipped_bit_in_another_programs_file_is_found_without_its_optimizer_too(
+    optimizer: bool, tmp_path: Path
+) -> None:
+    """Weights and optimizer are in one file there."""
+    model = NanoGPT(**SIZES)
+    path = tmp_path / "ckpt.pt"
+    torch.save(nanogpt(model), path)
+    data = bytearray(path.read_bytes())
+    data[data.index(model.lm_head.weight.detach().numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(bytes(data))
+    assert "checksum" in refused(path, optimizer=optimizer, verify=True)

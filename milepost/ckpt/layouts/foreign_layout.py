@@ -38,7 +38,7 @@ class ForeignReader:
     def read(self, path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
         """Return the record that the checkpoint translates to; raise CheckpointError if it cannot be translated."""
         if verify and self.checksums:
-            unneeded = None if optimizer else path / self.optimizer_file
+            unneeded = path / self.optimizer_file if self.optimizer_file and not optimizer else None
             raise_first([problem for problem in self.checksums(path) if problem.path != unneeded])
         record = adopted(self.source(path), self.content(path, optimizer), layout=self.layout, optimizer=optimizer)
         record.path = path if path.is_dir() else self.source(path)
