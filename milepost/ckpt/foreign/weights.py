@@ -64,7 +64,8 @@ def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: s
     listed = ", ".join(described(name, tensor) for name, tensor in list(theirs.items())[:SHOWN])
     problem = f"its weights are of no model that milepost knows: {listed}{more(theirs)}"
     expected = "expected those of nanoGPT, of the lecture's models or of milepost"
-    raise CheckpointError(where, f"{problem}; {expected}", kind="not understood")
+    remedy = "save the whole model's state_dict() again, under the names of one of these, with torch.save"
+    raise CheckpointError(where, f"{problem}; {expected}", remedy, kind="not understood")
 
 
 def of_ours(
