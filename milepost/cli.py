@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from milepost.runtime.progress import Log, flush_streams, ignore_stdout
 from milepost.text import tokenization
 from milepost.text.errors import DataError
 
+# Seconds for which a mistake that every process finds keeps the others from ending before rank 0 has reported it:
+# torchrun ends all processes as soon as one has ended.
+GRACE = 2.0
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (tokenization.IncompleteTokenizer, 2),
     (ckpt.CheckpointError, 3), (DataError, 4),
@@ -44,6 +48,8 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
         if torchrun:  # it signals the other processes as soon as one has failed
             for number in stopping_signals():
                 signal.signal(number, signal.SIG_IGN)
+            if log.rank and isinstance(error, ConfigError | DataError):
+                time.sleep(GRACE)
         code = stopped(error, log)
     finally:
         log.close()
