@@ -105,12 +105,8 @@ def train(run: Run) -> int:
 
 
 def loop(run: Run, stop: Interrupt) -> None:
-    """Run the training loop.
-
-    Evaluation, samples, logs and checkpoints change neither the weights nor any later random draw.
-    """
-    state = run.state
-    clock = Clock(run)
+    """Run the training loop. Evaluation, samples, logs and checkpoints change neither weights nor later random draws."""
+    state, clock = run.state, Clock(run)
     while True:
         # A signal to one process stops all of them after the same step, or makes all of them save it.
         stopping, saving = run.world.any_of(stop.requested, stop.save_requested)

@@ -4,11 +4,13 @@ import contextlib
 import errno
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from milepost import ckpt, config
+from milepost.ckpt.foreign.weights import assume
 from milepost.config import Config, ConfigError
 from milepost.locks import Reports, RunLockedError
 from milepost.runtime import distributed, hardware
@@ -20,6 +22,9 @@ from milepost.screen import flush_streams, harmless, ignore
 from milepost.text import tokenization
 from milepost.text.errors import DataError
 
+# Seconds for which a mistake that every process finds keeps the others from ending before rank 0 has reported it:
+# torchrun ends all processes as soon as one has ended.
+GRACE = 2.0
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (tokenization.IncompleteTokenizer, 2),
     (ckpt.CheckpointError, 3), (DataError, 4),
@@ -35,6 +40,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
     torchrun: dict[str, int] = {}
     try:
         raise_on_signal()
+        assume(**{"n_head": settings.n_head} if settings.is_set("N_HEAD") and settings.n_head else {})
         Reports.line = log
         torchrun = config.torchrun()
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
@@ -44,6 +50,8 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
         if torchrun:  # it signals the other processes as soon as one has failed
             for number in stopping_signals():
                 signal.signal(number, signal.SIG_IGN)
+            if log.rank and isinstance(error, ConfigError | DataError):
+                time.sleep(GRACE)
         code = stopped(error, log)
     finally:
         log.close()

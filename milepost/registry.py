@@ -41,6 +41,7 @@ class Registered(NamedTuple):
 LAYOUTS = {
     "sharded": Registered("milepost.ckpt.layouts.sharded"),
     "directory": Registered("milepost.ckpt.layouts.directory"),
+    "shared_folder": Registered("milepost.ckpt.layouts.shared_folder", saves=False),
     "huggingface": Registered("milepost.ckpt.layouts.huggingface"),
     "consolidated": Registered("milepost.ckpt.layouts.consolidated"),
     "stepfiles": Registered("milepost.ckpt.layouts.stepfiles"),

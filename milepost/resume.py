@@ -24,6 +24,7 @@ from milepost.run import (
     read_text,
     scan_text,
     with_its_base,
+    with_tokenizer,
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
@@ -153,13 +154,13 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         for name, requested, saved in config.contradictions(settings, fixed_settings(record))
     ]
     wanted = config.from_saved(settings, saved_settings(record))
-    if "sha256" not in record.data:
-        raise ConfigError(
-            [
-                f"RESUME={settings.resume}: {record.path} does not record its training text, since another program "
-                "wrote it; resume it with MODE=resume of scripts/load_checkpoint.py"
-            ]
-        )
+    if "sha256" not in record.data and not settings.is_set("TRAINING_DATA_SOURCE"):
+        problem = f"{record.path} does not record its training text, since another program wrote it"
+        raise ConfigError([f"RESUME={settings.resume}: {problem}: set TRAINING_DATA_SOURCE to the text to train on"])
+    if "sha256" not in record.data and not differences:
+        for note in record.notes:
+            log(note)
+        return with_tokenizer(record, settings, log)  # it resumes as a child run
     corpus, scanned = scan_text(wanted, log, known_text(record.data, record.tokenizer))
     remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
     if scanned.sha256 != record.data.get("sha256"):

@@ -131,9 +131,13 @@ def destination(settings: Config, record: Checkpoint) -> dict[str, Any]:
 def plan(settings: Config, record: Checkpoint) -> Schedule:
     """Return the learning-rate schedule of the added steps: the run's kind, restarted at RESUME_LEARNING_RATE, or with `keep` the saved one.
 
+    Another program's checkpoint without a schedule holds the learning rate that it records.
+
     There is no second warmup unless WARMUP_STEPS is set. The minimum keeps its ratio to the peak unless MIN_LEARNING_RATE is set.
     Raise ConfigError if it is above the peak.
     """
+    if settings.resume_learning_rate == "keep" and not record.schedule and record.run_id is None:
+        return held(settings, record)
     saved = saved_schedule(record) if record.schedule else planned(config.from_saved(settings, saved_settings(record)))
     if settings.resume_learning_rate == "keep":
         return saved
@@ -152,6 +156,16 @@ def plan(settings: Config, record: Checkpoint) -> Schedule:
         problem = f"MIN_LEARNING_RATE={new.floor:g} is above RESUME_LEARNING_RATE={new.peak:g}"
         raise ConfigError([f"{problem}: set a lower MIN_LEARNING_RATE"])
     return new
+
+
+def held(settings: Config, record: Checkpoint) -> Schedule:
+    """Return a constant schedule at the learning rate that the checkpoint records; raise ConfigError if it records none."""
+    rate = record.hyperparameters.get("LEARNING_RATE")
+    if rate is None:
+        problem = f"RESUME_LEARNING_RATE=keep: {record.path} records no learning rate"
+        raise ConfigError([f"{problem}: set RESUME_LEARNING_RATE to a number"])
+    end = record.step + max(1, settings.resume_training_steps)
+    return Schedule(kind="constant", peak=rate, floor=rate, warmup_steps=0, start_step=record.step, end_step=end)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,87 @@ def test_blocks_of_any_size_give_the_same_text(text: str, block: int, tmp_path_f
         assert "".join(documents(opened(path))) == plain.replace("\r\n", "\n").replace("\r", "\n")
 
 
+JSON_FORMS = {
+    "a list of objects": ('[{"text": "one"}, {"text": "two"}]', ["one", "two"]),
+    "a list of strings": ('["one", "two"]', ["one", "two"]),
+    "one object": ('{"text": "one"}', ["one"]),
+    "an object per line": ('{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+    "brackets and escapes inside": (json.dumps(["]", '"', "[\\", "\u2028"]), ["]", '"', "[\\", "\u2028"]),
+    "empty": ("[]", []),
+}
+BAD_JSON = {
+    "cut off in its list": ('["one", "two"', "ends within its list, after record 2"),
+    "cut off in a value": ('["one", "tw', "record 2 is not valid JSON"),
+    "something behind it": ('["one"] x', "record 2 is not valid JSON"),
+    "no JSON": ("Dear Wren,", "record 1 is not valid JSON"),
+    "a list of lists": ('[["one"]]', "record 1: expected an object with a member 'text', found a list"),
+    "another field": ('[{"text": "one"}, {"body": "two"}]', "record 2: expected a member 'text', found body"),
+    "a number": ("[1]", "found a int"),
+    "too deep": ("[" * 100_000, "record 1"),
+    "half a surrogate": ('["\\ud800"]', "surrogate"),
+}
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("form", JSON_FORMS)
+def test_json_is_a_list_or_values_that_follow_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, block: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    text, expected = JSON_FORMS[form]
+    found, path = "", write(tmp_path / "a.json", text)
+    assert documents(opened(path)) == expected
+    assert documents(opened(write(path, f" \n{text}\r\n"))) == expected, found
+
+
+@pytest.mark.parametrize("block", [7, 1 << 20])
+@pytest.mark.parametrize("form", BAD_JSON)
+def test_json_errors_name_file_and_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, block: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    text, expected = BAD_JSON[form]
+    message = error_of(write(tmp_path / "a.json", text))
+    assert "a.json" in message
+    assert expected in message
+
+
+DELIMITED = {
+    "commas": ("id,text\n1,a;b\n", ["a;b"], False),
+    "semicolons": ("id;text\n1;a,b\n", ["a,b"], True),
+    "tabs": ("id\ttext\n1\ta,b;c\n", ["a,b;c"], True),
+    "one column": ("text\na;b\n", ["a;b"], False),
+    "quoted": ('id;"text"\n1;"a;b"\n', ["a;b"], True),
+    "spaces": ("id ; text\n1;a\n", ["a"], True),
+    "commas with a semicolon in a name": ("a;b,text\n1,x\n", ["x"], False),
+}
+
+
+@pytest.mark.parametrize("form", DELIMITED)
+def test_the_delimiter_is_the_one_with_which_the_first_line_has_the_column(tmp_path: Path, form: str) -> None:
+    text, expected, noted = DELIMITED[form]
+    notes: list[str] = []
+    corpus = opened(write(tmp_path / "a.csv", text))
+    assert [piece for piece, _ in corpus.pieces(notes.append)] == expected
+    assert [form.split()[0] in note or form in ("quoted", "spaces") for note in notes] == [True] * noted
+    if noted:
+        assert str(tmp_path / "a.csv") in notes[0]
+
+
+def test_the_columns_of_a_csv_without_the_field_are_listed(tmp_path: Path) -> None:
+    assert "found id, body: name" in error_of(write(tmp_path / "a.csv", "id;body\n1;x\n"))
+    assert "found id, body: name" in error_of(write(tmp_path / "a.tsv", "id\tbody\n1\tx\n"))
+
+
+def test_skipped_files_are_told_for_folders_and_globs(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.docx", "c.DOCX", "d.jpg", "e/f.txt", "e/g.pdf", ".h.jpg"):
+        write(tmp_path / name, "x")
+    assert opened(tmp_path).skipped == (f"{tmp_path}: 4 files skipped: .docx, .jpg, .pdf",)
+    assert opened(tmp_path / "*.*").skipped == (f"{tmp_path}/*.*: 3 files skipped: .docx, .jpg",)
+    assert opened(f"{tmp_path}/a.txt,{tmp_path}/e").skipped == (f"{tmp_path}/e: 1 file skipped: .pdf",)
+    assert opened(tmp_path / "a.txt").skipped == ()
+
+
 def test_long_records_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 4)
     path = write(tmp_path / "a.jsonl", '{"text": "abcdefghi"}\n{"text": "abcd"}')

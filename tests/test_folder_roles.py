@@ -165,7 +165,7 @@ def half_a_step(folder: Path) -> str:
 def folders_below(folder: Path) -> str:
     for name in ("dante", "shakespeare"):
         (folder / name).mkdir()
-        torch.save(nanogpt(golden_nano()), folder / name / "latest.pt")
+        torch.save(nanogpt(golden_nano()), folder / name / "newest.pt")
     return f"{folder / 'dante'}, {folder / 'shakespeare'}; name one of them"
 
 

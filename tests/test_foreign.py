@@ -15,6 +15,7 @@ import models
 from milepost.ckpt import foreign
 from milepost.ckpt.foreign import keys as foreign_words
 from milepost.ckpt.foreign import weights as foreign_models
+from milepost.ckpt.foreign.optimizer import matched
 from milepost.ckpt.foreign.tokenizer import read_meta, tokenizer_for
 from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.restore import build_model, restore_optimizer
@@ -416,11 +417,13 @@ def test_config_is_found_and_made_plain() -> None:
     assert foreign_words.config_of({"config": "x"}) == {}
 
 
-@pytest.mark.parametrize("word", ["step", "global_step", "iter_num", "iteration", "it"])
+@pytest.mark.parametrize("word", ["step", "global_step", "iter_num", "iteration", "it", "iter", "steps"])
 def test_steps_by_every_word(word: str) -> None:
-    assert foreign_words.step_of({word: 12, "epoch": 1}, where=WHERE) == 12
+    whole = (12, torch.tensor(12), torch.tensor([12]), torch.tensor(12.0), torch.tensor(12, dtype=torch.int32))
+    assert [foreign_words.step_of({word: step, "epoch": 1}, where=WHERE) for step in whole] == [12] * len(whole)
     assert foreign_words.step_of({}, where=WHERE) == foreign_words.step_of({word: None}, where=WHERE) == 0
-    for bad in (-1, True, 1.0, float("nan"), "12", 2**63, torch.tensor(3), [[[]]]):
+    odd = (torch.tensor(3.5), torch.tensor([1, 2]), torch.tensor(True), torch.tensor(3, device="meta"))
+    for bad in (-1, True, 1.0, float("nan"), "12", 2**63, torch.tensor(-3), *odd, [[[]]]):
         assert re.search(f"{word} is .*, expected a whole number", refusal(foreign_words.step_of, {word: bad}))
 
 
@@ -478,43 +481,149 @@ def test_nanogpts_moments_get_names(bias: bool) -> None:
     assert found.optimizer_state["param_groups"][1]["param_names"][0] == "h.0.ln_1.weight"
 
 
-def test_moments_that_do_not_fit_are_left_out_with_the_reason() -> None:
-    model, saved = trained()
+def unchanged(model: Model, saved: Any) -> tuple[dict[str, Any] | None, str | None]:
+    """Match an optimizer's state with a model whose names and shapes need no translation."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert foreign.nanogpt_optimizer(saved, shapes)[1] is None
+    return matched(saved, shapes, shapes, lambda tensors: tensors)
+
+
+def test_moments_that_do_not_fit_cannot_be_used_for_a_reason() -> None:
+    model, saved = trained()
+    assert unchanged(model, saved)[1] is None
     for damage in ("exp_avg", "exp_avg_sq", "step"):
         state = saved["state"] | {3: saved["state"][3] | {damage: torch.zeros(5, 5)}}
-        found, note = foreign.nanogpt_optimizer(saved | {"state": state}, shapes)
+        found, note = unchanged(model, saved | {"state": state})
         assert found is None
-        assert note == "its optimizer state does not fit h.0.attn.c_proj.weight (12, 12) and was left out"
-    meta = saved["state"] | {0: saved["state"][0] | {"exp_avg": torch.zeros(11, 12, device="meta")}}
-    assert foreign.nanogpt_optimizer(saved | {"state": meta}, shapes)[0] is None
-
-
-@pytest.mark.parametrize("groups", ["one", "swapped", "renumbered", "bools", "none", "text"])
-def test_other_optimizers_carry_no_names(groups: str) -> None:
-    model, saved = trained()
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    first, second = saved["param_groups"]
-    total = len(shapes)
+        assert note is not None
+        assert note.startswith("its optimizer state is present but cannot be used: ")
     odd: dict[str, Any] = {
-        "one": [first | {"params": list(range(total))}],
-        "swapped": [second, first],
-        "renumbered": [first | {"params": first["params"][::-1]}, second],
-        "bools": [first | {"params": [False, True, *first["params"][2:]]}, second],
-        "none": [None, None],
-        "text": "groups",
+        "meta": saved["state"] | {0: saved["state"][0] | {"exp_avg": torch.zeros(11, 12, device="meta")}},
+        "momentum": {n: {"momentum_buffer": one["exp_avg"]} for n, one in saved["state"].items()},
+        "amsgrad": {n: one | {"max_exp_avg_sq": one["exp_avg"]} for n, one in saved["state"].items()},
+        "one missing": {n: one for n, one in saved["state"].items() if n},
+        "another's": saved["state"] | {99: saved["state"][0]},
+        "no step": {n: one | {"step": None} for n, one in saved["state"].items()},
+        "empty": {},
     }
-    found = foreign.nanogpt_optimizer(saved | {"param_groups": odd[groups]}, shapes)
-    assert found == (None, "its optimizer state names no parameters and was left out")
+    assert [name for name, state in odd.items() if unchanged(model, saved | {"state": state})[0] is not None] == []
 
 
-def test_a_lecture_models_optimizer_is_left_out_with_a_note() -> None:
-    content = {"model": lecture().state_dict(), "optimizer_states": [{"state": {}, "param_groups": []}]}
+GROUPS: dict[str, Any] = {
+    "two by dimension": lambda first, second, total: [first, second],
+    "the same, the other first": lambda first, second, total: [second, first],
+}
+ODD_GROUPS: dict[str, Any] = {
+    "renumbered": lambda first, second, total: [first | {"params": first["params"][::-1]}, second],
+    "bools": lambda first, second, total: [first | {"params": [False, True, *first["params"][2:]]}, second],
+    "none": lambda first, second, total: [None, None],
+    "text": lambda first, second, total: "groups",
+    "three": lambda first, second, total: [first, second, {"params": []}],
+    "one in another order": lambda first, second, total: [first | {"params": list(range(total))}],
+}
+
+
+def assert_matched(model: Model, optimizer: torch.optim.Optimizer, found: dict[str, Any]) -> None:
+    """Each parameter has exactly the moments that its optimizer holds for it."""
+    names = {
+        index: name
+        for group in found["param_groups"]
+        for index, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    by_name = {names[index]: kinds for index, kinds in found["state"].items()}
+    parameters = dict(model.named_parameters())
+    assert by_name.keys() == parameters.keys()
+    for name, kinds in by_name.items():
+        for kind, value in optimizer.state[parameters[name]].items():
+            assert torch.equal(kinds[kind], value), (name, kind)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_groups_by_dimension_are_matched(groups: str) -> None:
+    model, saved = trained()
+    first, second = saved["param_groups"]
+    found, note = unchanged(model, saved | {"param_groups": GROUPS[groups](first, second, len(saved["state"]))})
+    assert note is None
+    assert found is not None
+    names = [name for name, p in model.named_parameters() if p.dim() >= 2]
+    assert sorted(group["param_names"] for group in found["param_groups"])[1] == names
+
+
+@pytest.mark.parametrize("groups", ODD_GROUPS)
+def test_groups_of_another_kind_are_not_guessed(groups: str) -> None:
+    model, saved = trained()
+    first, second = saved["param_groups"]
+    odd = ODD_GROUPS[groups](first, second, len(saved["state"]))
+    found, note = unchanged(model, saved | {"param_groups": odd})
+    assert found is None
+    assert note is not None
+    assert "present but cannot be used" in note
+
+
+def mingpt_groups(model: Model) -> list[dict[str, Any]]:
+    """minGPT's configure_optimizers(): linear weights decay, the rest does not, each in alphabetical order."""
+    named = {("" if name.startswith("lm_head") else "transformer.") + name: p for name, p in model.named_parameters()}
+    decay = {name for name, p in named.items() if p.dim() == 2 and not name.endswith(("wte.weight", "wpe.weight"))}
+    orders = (sorted(decay), sorted(named.keys() - decay))
+    return [{"params": [named[name] for name in order], "weight_decay": 0.1} for order in orders]
+
+
+MAKERS: dict[str, Any] = {
+    "AdamW of parameters()": lambda model: torch.optim.AdamW(model.parameters()),
+    "Adam of parameters()": lambda model: torch.optim.Adam(model.parameters()),
+    "named_parameters()": lambda model: torch.optim.AdamW(model.named_parameters()),
+    "named, in another order": lambda model: torch.optim.AdamW(list(model.named_parameters())[::-1]),
+    "named, prefixed": lambda model: torch.optim.AdamW([(f"net.{n}", p) for n, p in model.named_parameters()]),
+    "minGPT's groups": lambda model: torch.optim.AdamW(mingpt_groups(model)),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_an_optimizer_is_matched_by_names_or_by_order_and_shape(maker: str) -> None:
+    model = ours(activation="gelu_erf")
+    optimizer = MAKERS[maker](model)
+    for _ in range(2):
+        model(IDS[:, :-1], IDS[:, 1:])[1].backward()
+        optimizer.step()
+    found, note = unchanged(model, optimizer.state_dict())
+    assert note is None
+    assert found is not None
+    assert_matched(model, optimizer, found)
+
+
+def test_a_lecture_models_moments_are_joined_as_its_weights_are() -> None:
+    model = lecture()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        model(IDS).square().mean().backward()
+        optimizer.step()
+    content = {"model": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
     found = foreign.understood(content, where=WHERE)
-    assert found.optimizer_state is None
-    assert found.notes == [f"{WHERE}: its optimizer state names no parameters and was left out"]
-    assert foreign.understood(content, where=WHERE, optimizer=False).notes == []
+    assert found.optimizer_state is not None
+    assert found.notes == []
+    state = dict(zip(found.model_state, found.optimizer_state["state"].values(), strict=True))
+    heads = dict(model.named_parameters())
+    queries = [optimizer.state[heads[f"blocks.1.sa.heads.{n}.query.weight"]]["exp_avg"] for n in range(3)]
+    assert torch.equal(state["h.1.attn.c_attn.weight"]["exp_avg"][:C], torch.cat(queries))
+    assert state["h.1.attn.c_attn.weight"]["step"] == 3
+    assert state["h.1.attn.c_attn.bias"]["step"] == 0  # its heads have none, so it starts anew
+
+
+@pytest.mark.parametrize("saved", [None, [], [None], [None, None]], ids=str)
+def test_no_optimizer_is_not_an_unusable_one(saved: Any) -> None:
+    found = foreign.understood({"model": lecture().state_dict(), "optimizer_states": saved}, where=WHERE)
+    assert (found.optimizer_state, found.notes) == (None, [])
+
+
+def test_an_empty_or_second_optimizer_is_reported() -> None:
+    model = lecture()
+    empty = torch.optim.AdamW(model.parameters()).state_dict()
+    for saved, reason in (([empty], "it is empty"), ([empty, empty], "of 2 optimizers"), ({"a": 1}, "no param_groups")):
+        content = {"model": model.state_dict(), "optimizer_states": saved}
+        found = foreign.understood(content, where=WHERE)
+        assert found.optimizer_state is None
+        (note,) = found.notes
+        assert reason in note
+        assert foreign.understood(content, where=WHERE, optimizer=False).notes == []
 
 
 # Tokenizers

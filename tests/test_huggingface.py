@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from drive import ROOT
-from records import flipped
+from records import bits, flipped
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
@@ -404,11 +405,18 @@ def test_a_torch_archive_runs_nothing(folder):
 
 
 def test_a_bare_pickle_is_never_opened(folder):
-    """As torch wrote them before 1.6: GPT-2's own first file was one."""
+    pickled(folder)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"transformer.wte.weight": 1}, protocol=2))
+    assert (refusal(folder).kind, refusal(folder).path) == ("refused", folder / "pytorch_model.bin")
+
+
+def test_the_format_of_torch_before_1_6_is_read(folder):
+    """GPT-2's own first file is in it."""
+    expected = ckpt.load(folder)
     weights = load_file(folder / WEIGHTS)
     pickled(folder)
     torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert (refusal(folder).kind, refusal(folder).path) == ("refused", folder / "pytorch_model.bin")
+    assert bits(ckpt.load(folder)) == bits(expected)
 
 
 HOSTILE = {

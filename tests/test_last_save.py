@@ -66,7 +66,7 @@ def test_the_last_save_is_tried_again_until_there_is_room(background, small_disk
 def test_the_attempts_end_after_some_minutes(small_disk, tmp_path, monkeypatch):
     pauses = Pauses(small_disk, room_in=0)
     monkeypatch.setattr(run_checkpoints.time, "sleep", pauses)
-    code, said = trained(tmp_path, {7: lambda: fill(small_disk)})
+    code, said = trained(tmp_path, {7: lambda: fill(small_disk)}, CHECKPOINT_ASYNC="false")
     assert code == 5, said
     assert 120 <= sum(pauses.seconds) == sum(run_checkpoints.PAUSES) <= 600
     assert newest(tmp_path).step == 4

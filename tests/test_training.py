@@ -16,7 +16,7 @@ from drive import ROOT, command, environment, logged, newest, small_text, train
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import training
-from milepost import ckpt, config, run, run_files
+from milepost import ckpt, config, run, run_checkpoints, run_files
 from milepost.ckpt import finding
 from milepost.ckpt.layouts import unified
 from milepost.ckpt.layouts.archive_layout import ArchiveLayout
@@ -250,7 +250,7 @@ def test_a_failed_save_does_not_stop_training(tmp_path, monkeypatch):
         return write(record, folder, stem)
 
     monkeypatch.setattr(ArchiveLayout, "write", full)
-    monkeypatch.setattr(run_files, "PAUSES", ())  # nobody makes room
+    monkeypatch.setattr(run_checkpoints, "PAUSES", ())  # nobody makes room
     code, said = train(tmp_path)
     assert code == 5
     assert "the disk is full" in said
@@ -460,7 +460,7 @@ def test_another_run_in_the_folder_is_never_pruned(tmp_path):
 
 def test_a_disk_too_small_for_the_policy_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(run_files, "PAUSES", ())  # nobody makes room
+    monkeypatch.setattr(run_checkpoints, "PAUSES", ())  # nobody makes room
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000))
     code, said = train(tmp_path, CHECKPOINT_KEEP_LAST="3", CHECKPOINT_INTERVAL="1")
     assert code == 2

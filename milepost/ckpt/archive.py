@@ -18,7 +18,7 @@ import stat
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milepost.ckpt import pickles, torch_pickle, zip_reader
+from milepost.ckpt import legacy_archive, pickles, torch_pickle, zip_reader
 from milepost.ckpt.manifest import JSON_LIMIT, parse_json, unreadable
 from milepost.ckpt.record import EARLIER, CheckpointError, Json, Kind
 from milepost.ckpt.zip_reader import PICKLE, Member
@@ -38,6 +38,10 @@ MEMBER = "milepost.json"  # valid in ROOT only: torch.save writes a folder of an
 PICKLE_LIMIT = JSON_LIMIT  # bytes; the metadata is in the pickle too
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 SEEN = 4096  # files whose type is cached
+SAVE_AGAIN = (  # the remedy for a pickle of another program that is not understood
+    "in the program that wrote it, save only the weights and the settings: "
+    "torch.save({'model': model.state_dict(), 'config': {...}}, path)"
+)
 ALIGNMENT = 64  # bytes, as in torch: mapped tensors are aligned for their dtype
 
 # First bytes of files that are not torch archives.
@@ -54,7 +58,13 @@ KINDS = (
 
 def is_archive(path: Path) -> bool:
     """Whether `path` is a file whose name or first bytes are those of a torch archive."""
-    return not os.path.isdir(path) and (path.suffix in SUFFIXES or first_bytes(path).startswith(b"PK\x03\x04"))
+    begins = (b"PK\x03\x04", legacy_archive.BEGIN)
+    return not os.path.isdir(path) and (path.suffix in SUFFIXES or first_bytes(path).startswith(begins))
+
+
+def is_legacy(path: Path) -> bool:
+    """Whether `path` is a file of torch before 1.6."""
+    return first_bytes(path).startswith(legacy_archive.BEGIN)
 
 
 def read_metadata(path: Path) -> Json:
@@ -237,9 +247,14 @@ class _Archive:
     folder: str
     members: Mapping[str, Member]
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it has the JSON member of this program."""
+        return self.folder == ROOT and MEMBER in self.members
+
     def metadata(self) -> Json:
         """Return the JSON member; None if there is none."""
-        if self.folder != ROOT or MEMBER not in self.members:
+        if not self.is_ours:
             return None
         return parse_json(self._read(MEMBER, limit=JSON_LIMIT), self.path, part=f"{ROOT}/{MEMBER}")
 
@@ -255,12 +270,10 @@ class _Archive:
         pickled = self._read(PICKLE, limit=PICKLE_LIMIT)
         with _damage(self.path):
             mapped = _map(self.path, file=self.file)
-            content = torch_pickle.content_of(pickled, lambda key: _storage(mapped, self.members[f"data/{key}"]))
-        if not isinstance(content, dict):
-            kind = type(content).__name__
-            problem = f"holds {kind}, expected a dictionary with model_state_dict"
-            raise CheckpointError(self.path, problem, kind="not understood")
-        return content
+            content = torch_pickle.content_of(
+                pickled, lambda key: _storage(mapped, self.members[f"data/{key}"]), objects=not self.is_ours
+            )
+        return _dictionary(self.path, content)
 
     def _check_byte_order(self) -> None:
         if "byteorder" in self.members and self._read("byteorder", limit=16) != sys.byteorder.encode():
@@ -282,8 +295,43 @@ class _Archive:
         return data
 
 
+def _dictionary(path: Path, content: Any) -> dict[Any, Any]:
+    if not isinstance(content, dict):
+        problem = f"holds {type(content).__name__}, expected a dictionary with model_state_dict"
+        raise CheckpointError(path, problem, kind="not understood")
+    return content
+
+
+@dataclass(frozen=True)
+class _Legacy:
+    """An open file of torch before 1.6, with what `_Archive` offers of another program's."""
+
+    path: Path
+    file: io.BufferedReader
+    members: Mapping[str, Member] = field(default_factory=dict)  # it has no checksums
+    folder: str = ""
+
+    def metadata(self) -> Json:
+        """Return None: this program never wrote such a file."""
+        return None
+
+    def strings(self) -> frozenset[str]:
+        """Return the strings in the pickle."""
+        with _damage(self.path):
+            return pickles.strings(self._parts().content)
+
+    def content(self) -> dict[Any, Any]:
+        """Return the pickled dict, its tensors memory-mapped."""
+        with _damage(self.path):
+            content = legacy_archive.content_of(self._parts(), _map(self.path, file=self.file))
+        return _dictionary(self.path, content)
+
+    def _parts(self) -> legacy_archive.Parts:
+        return legacy_archive.read_parts(self.file, limit=PICKLE_LIMIT)
+
+
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[_Archive]:
+def _opened(path: Path) -> Iterator[_Archive | _Legacy]:
     """Yield the archive at `path` after checking its structure; raise CheckpointError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -292,15 +340,21 @@ def _opened(path: Path) -> Iterator[_Archive]:
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     with file:
+        folder: str | None
         try:
             folder, members = zip_reader.read_members(file)
         except zip_reader.OddArchive as error:
             kind: Kind = "damaged" if isinstance(error, zip_reader.DamagedArchive) else "refused"
             raise CheckpointError(path, f"is {error}", kind=kind) from error
         except zip_reader.NotAnArchive as error:
-            raise _not_an_archive(path, error) from error
+            if not is_legacy(path):
+                raise _not_an_archive(path, error) from error
+            folder = None
         except OSError as error:
             raise unreadable(path, error) from error
+        if folder is None:
+            yield _Legacy(path, file)
+            return
         if path.suffix == ".safetensors":  # other programs choose the format by this suffix
             problem = "is a torch archive under another format's name"
             raise CheckpointError(path, problem, "rename it to .pt", kind="refused")
@@ -317,7 +371,10 @@ def _damage(path: Path) -> Iterator[None]:
     except pickles.Forbidden as error:
         listed = ", ".join(f"{wanted!r:.60}".strip("'") for wanted in error.names[:8])
         problem = f"asks for Python objects that a checkpoint never needs ({listed}) and was not opened"
-        raise CheckpointError(path, problem, kind="refused") from error
+        raise CheckpointError(path, problem, SAVE_AGAIN, kind="refused") from error
+    except pickles.NotUnderstood as error:
+        problem = f"holds more than tensors and plain values ({error})"
+        raise CheckpointError(path, problem, SAVE_AGAIN, kind="not understood") from error
     except MemoryError as error:
         raise unreadable(path, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))) from error
     except OSError as error:

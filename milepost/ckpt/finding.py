@@ -12,6 +12,7 @@ from milepost.locks import FOLDER_LOCK
 from milepost.paths import is_real_folder
 
 BEST_FOLDER = "best"
+NEWEST_NAMES = ("latest.pt", "final.pt", "ckpt.pt")  # of other programs, which keep one folder for each model
 SEEN = 4096  # checkpoints whose metadata is cached, so that frequent saves do not reopen every file
 
 
@@ -112,7 +113,9 @@ def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
             primary = layout.primary_file(path) if layout else None
             # In a run folder accept only layouts that are written into run folders: any folder may lie beside
             # checkpoints.
-            inside = layout is not None and (place in (folder, folder / BEST_FOLDER) or bool(layout.run_stem))
+            # What programs call their one newest file is a checkpoint there too: checkpoints/<name>/latest.pt.
+            named = path.name in NEWEST_NAMES and place.parent == folder
+            inside = layout is not None and (place in (folder, folder / BEST_FOLDER) or bool(layout.run_stem) or named)
             if layout and primary and inside and primary not in seen:
                 seen.add(primary)
                 yield look(primary, layout)

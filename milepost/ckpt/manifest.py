@@ -63,9 +63,17 @@ def unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
     return CheckpointError(path, f"cannot be read ({reason})", REMEDIES.get(code, "check its disk"), kind=kind)
 
 
+def refuse_pointer(begin: bytes, where: Path | str) -> None:
+    """Raise CheckpointError if a file begins as what git keeps in place of a large file."""
+    if begin.startswith(b"version https://git-lfs"):
+        problem = "is a git-lfs pointer, not the file itself"
+        raise CheckpointError(where, problem, "run `git lfs pull` in its folder, or download it again", kind="lacking")
+
+
 def parse_json(data: bytes, where: Path | str, *, part: str = "") -> dict[str, Json]:
     """Return the object in JSON text, which is all of the file `where` or its `part`; raise as `read_json` does."""
     prefix = f"{part}: " if part else ""
+    refuse_pointer(data[:32], where)
     if sum(map(data.count, (b",", b"[", b"{"))) > PARTS_LIMIT:
         problem = f"{prefix}has more than {PARTS_LIMIT} values, expected a small JSON file"
         raise CheckpointError(where, problem, kind="not understood")

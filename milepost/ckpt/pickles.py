@@ -1,6 +1,7 @@
 """Interpret the opcodes of a pickle: build its plain values and tensors without running anything that it names.
 
-A single pass counts, checks and builds, so that the values are built from exactly the opcodes that were checked.
+A single pass counts, checks and builds, so that the values are built from exactly the opcodes that were checked. Of
+another program's pickle, objects of any class are read as plain values too: see plain_objects.py.
 """
 
 import collections
@@ -9,6 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from milepost.ckpt import plain_objects
 
 # Limit of opcodes, and of parts with shared values counted each time. GPT-2 with AdamW takes 30,000, a 50,000-token BPE
 # 500,000.
@@ -47,7 +50,17 @@ ADDED = {
     "SETITEMS": None,
     "BUILD": 1,
 }  # number of values added to the value below them
-IGNORED = {"PROTO", "STOP"}
+IGNORED = {"PROTO", "STOP", "FRAME"}
+# Only in other programs' pickles: protocols 0, 3, 4 and 5, and sets, which are read as lists.
+THEIRS = {
+    *("SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *("BYTEARRAY8", "INT", "LONG", "FLOAT", "GET", "PUT", "MEMOIZE", "STACK_GLOBAL", "NEWOBJ_EX"),
+    *("EMPTY_SET", "FROZENSET", "ADDITEMS", "LIST", "FRAME"),
+}
+
+
+class NotUnderstood(ValueError):
+    """The pickle may be sound, but needs more than is built here."""
 
 
 class Forbidden(ValueError):
@@ -65,16 +78,17 @@ class Call:
     function: Callable[..., Any]
 
 
-def build(pickled: bytes, names: Mapping[str, Any], *, reference: Callable[[Any], Any]) -> Any:
+def build(pickled: bytes, names: Mapping[str, Any], *, reference: Callable[[Any], Any], objects: bool = False) -> Any:
     """Return the value of a pickle that asks only for `names` ("module name" -> a Call or a value).
 
-    `reference` returns the value of a persistent id. Raise Forbidden if the pickle asks for anything else; ValueError,
-    or any exception of pickletools or of a Call, if it is damaged, contains itself, or exceeds LIMIT.
+    `reference` returns the value of a persistent id. With `objects`, any other name that only holds data is read as
+    plain values. Raise Forbidden if the pickle asks for anything else, NotUnderstood if it needs more than that;
+    ValueError, or any exception of pickletools or of a Call, if it is damaged, contains itself, or exceeds LIMIT.
     """
-    machine, forbidden = _Machine(names, reference), set()
+    machine, forbidden = _Machine(names, reference, objects), set()
     try:
         for name, argument in _opcodes(pickled):
-            if name in ("GLOBAL", "INST") and argument not in names:
+            if name in ("GLOBAL", "INST") and machine.forbids(argument):
                 forbidden.add(argument.replace(" ", "."))
             elif not forbidden:
                 machine.step(name, argument)
@@ -110,7 +124,7 @@ def strings(pickled: bytes) -> frozenset[str]:
 def _opcodes(pickled: bytes) -> Iterator[tuple[str, Any]]:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
         if count >= LIMIT:
-            raise ValueError(f"it has more than {LIMIT} opcodes")
+            raise NotUnderstood(f"it has more than {LIMIT} opcodes")
         yield opcode.name, argument
 
 
@@ -119,13 +133,16 @@ class _Value:
     """A value on the stack.
 
     `parts`: its size, with shared values counted each time; `depth`: its nesting levels; `open`: whether more may be
-    added to it.
+    added to it. `name` ("module name") is that of a class or function to be read as plain values; `made`: whether the
+    value stands for an object, whose fields follow.
     """
 
     value: Any
     parts: int = 1
     depth: int = 0
     open: bool = False
+    name: str = ""
+    made: bool = False
 
 
 # Shared, so that millions of them take only their slots on the stack.
@@ -141,8 +158,8 @@ class _Machine:
     uncounted or contain itself.
     """
 
-    def __init__(self, names: Mapping[str, Any], reference: Callable[[Any], Any]) -> None:
-        self.names, self.reference = names, reference
+    def __init__(self, names: Mapping[str, Any], reference: Callable[[Any], Any], objects: bool) -> None:
+        self.names, self.reference, self.objects = names, reference, objects
         self.stack: list[_Value] = []
         self.marked: list[list[_Value]] = []  # the stacks below each MARK
         self.memo: dict[int, _Value] = {}
@@ -155,11 +172,15 @@ class _Machine:
             raise ValueError("it does not end with one value")
         return self.stack[0].value
 
+    def forbids(self, name: str) -> bool:
+        """Whether `name` is neither known nor may be read as plain values."""
+        return name not in self.names and (not self.objects or plain_objects.is_refused(name))
+
     def step(self, name: str, argument: Any) -> None:
         """Execute an opcode; raise ValueError, IndexError or KeyError for anything that a checkpoint never has."""
         self.parts += 1
         if name in PLAIN:
-            self.stack.append(_Value(argument, 1 + (len(argument) // LETTERS if isinstance(argument, str) else 0)))
+            self._scalar(argument)
         elif name in CONSTANTS:
             self.stack.append(CONSTANTS[name])
         elif name in PUTS:
@@ -170,20 +191,62 @@ class _Machine:
             self.parts += CONTAINER
             self.stack.append(_Value(EMPTY[name](), open=True))
         elif name == "GLOBAL":
-            self.stack.append(_Value(self.names[argument]))
+            self._name(argument)
         elif name == "MARK":
             self.marked.append(self.stack)
             self.stack = []
         elif name in CALLS:
-            self._call()
+            self._call(*self._taken(2))
         elif name in JOINED:
             self._join(name)
         elif name in ADDED:
             self._add(name)
+        elif name in THEIRS and self.objects:
+            self._step_theirs(name, argument)
         elif name not in IGNORED:
-            raise ValueError(f"it has the opcode {name}")
+            raise self._unknown(f"it has the opcode {name}")
         if self.parts > LIMIT:
-            raise ValueError(f"it would have more than {LIMIT} parts")
+            raise self._unknown(f"it would have more than {LIMIT} parts")
+
+    def _step_theirs(self, name: str, argument: Any) -> None:
+        """Execute an opcode that only other programs' pickles have."""
+        if name in ("EMPTY_SET", "FROZENSET", "LIST"):
+            inside = self._taken(None) if name != "EMPTY_SET" else []
+            self.parts += CONTAINER
+            self._push([item.value for item in inside], inside, open=name != "FROZENSET")
+        elif name == "ADDITEMS":
+            self._add("APPENDS")
+        elif name in ("PUT", "MEMOIZE"):
+            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
+        elif name == "GET":
+            self._fetch(self.memo[argument])
+        elif name == "STACK_GLOBAL":
+            module, function = self._taken(2)
+            wanted = f"{module.value!s:.200} {function.value!s:.200}"
+            if self.forbids(wanted):
+                raise Forbidden({wanted.replace(" ", ".")})
+            self._name(wanted)
+        elif name == "NEWOBJ_EX":
+            function, arguments, named = self._taken(3)
+            self._call(function, arguments if arguments.value else _Value((named.value,), named.parts, named.depth))
+        elif name != "FRAME":
+            self._scalar(argument)
+
+    def _unknown(self, problem: str) -> ValueError:
+        """Return the error for what is not built here; in a checkpoint of our own, it is damage."""
+        return NotUnderstood(problem) if self.objects else ValueError(problem)
+
+    def _scalar(self, value: Any) -> None:
+        self.stack.append(
+            _Value(value, 1 + (len(value) // LETTERS if isinstance(value, str | bytes | bytearray) else 0))
+        )
+
+    def _name(self, name: str) -> None:
+        """Push what a name stands for; a class or function to be read as plain values is its dotted name."""
+        if name in self.names:
+            self.stack.append(_Value(self.names[name]))
+        else:
+            self.stack.append(_Value(name.replace(" ", "."), 1 + len(name) // LETTERS, name=name))
 
     def _fetch(self, value: _Value) -> None:
         value.open = False
@@ -201,11 +264,13 @@ class _Machine:
         del self.stack[-count:]
         return taken
 
-    def _push(self, value: Any, inside: list[_Value], *, parts: int = 1, open: bool = False) -> None:
+    def _push(
+        self, value: Any, inside: list[_Value], *, parts: int = 1, open: bool = False, made: bool = False
+    ) -> None:
         depth = 1 + max((item.depth for item in inside), default=0)
         if depth > DEEPEST:
-            raise ValueError(f"it is nested deeper than {DEEPEST}")
-        self.stack.append(_Value(value, parts + sum(item.parts for item in inside), depth, open))
+            raise self._unknown(f"it is nested deeper than {DEEPEST}")
+        self.stack.append(_Value(value, parts + sum(item.parts for item in inside), depth, open, made=made))
 
     def _join(self, name: str) -> None:
         inside = self._taken(JOINED[name])
@@ -214,37 +279,60 @@ class _Machine:
         else:
             self._push(tuple(item.value for item in inside), inside)
 
-    def _call(self) -> None:
-        function, arguments = self._taken(2)
-        if type(function.value) is not Call:
-            raise ValueError("it calls something that is not a function")
+    def _call(self, function: _Value, arguments: _Value) -> None:
+        if type(function.value) is not Call and not function.name:
+            raise self._unknown("it calls something that is not a function")
         if type(arguments.value) is not tuple:
             raise ValueError("it calls a function without a tuple of arguments")
         self.parts += CALL
-        self._push(function.value.function(*arguments.value), [arguments], parts=CALL, open=True)
+        if not function.name:
+            self._push(function.value.function(*arguments.value), [arguments], parts=CALL, open=True)
+            return
+        self.parts += arguments.parts  # they may be copied
+        try:
+            value = plain_objects.called(function.name, arguments.value)
+        except Exception as error:
+            raise NotUnderstood(f"it describes {function.value:.80} in an unknown way") from error
+        self._push(value, [arguments], parts=CALL, open=True, made=True)
 
     def _add(self, name: str) -> None:
         inside, target = self._taken(ADDED[name]), self.stack[-1]
         if not target.open:
-            raise ValueError("a value in it contains itself")
+            raise self._unknown("a value in it contains itself")
         target.depth = max(target.depth, *(1 + item.depth for item in inside), 0)
         if target.depth > DEEPEST:
-            raise ValueError(f"it is nested deeper than {DEEPEST}")
+            raise self._unknown(f"it is nested deeper than {DEEPEST}")
         target.parts += sum(item.parts for item in inside)
         values = [item.value for item in inside]
+        if target.made and name.startswith("APPEND") and target.value == {}:
+            target.value = []  # an object that is a list
         if name.startswith("APPEND") and type(target.value) is list:
             target.value.extend(values)
         elif name.startswith("SETITEM") and isinstance(target.value, dict) and len(values) % 2 == 0:
             for key, value in zip(values[::2], values[1::2], strict=True):
                 self._set(target.value, key, value)
+        elif name == "BUILD" and target.made:
+            self._set_fields(target.value, values[0], copied=inside[0].parts)
         elif name != "BUILD" or type(target.value) is not collections.OrderedDict:  # its attributes are ignored
-            raise ValueError(f"it adds to {type(target.value).__name__} a value that it cannot hold")
+            raise self._unknown(f"it adds to {type(target.value).__name__} a value that it cannot hold")
+
+    def _set_fields(self, fields: Any, state: Any, *, copied: int) -> None:
+        """Add an object's fields to its dictionary; attributes of an object that is a scalar or a list are ignored."""
+        if not isinstance(fields, dict):
+            return
+        self.parts += copied
+        for name, value in plain_objects.fields_of(state).items():
+            if name not in fields:
+                self._set(fields, name, value)
 
     def _set(self, values: dict[Any, Any], key: Any, value: Any) -> None:
         """Set an item; raise ValueError if too many keys of the dictionary share its hash."""
         if type(key) is not str and not (type(key) is int and abs(key) < PLAIN_KEY):
-            hashed = id(values), hash(key)
+            try:
+                hashed = id(values), hash(key)
+            except TypeError:
+                raise self._unknown("a key of a dictionary in it is a list or a dictionary") from None
             self.hashes[hashed] += 1
             if self.hashes[hashed] > EQUAL_HASHES:
-                raise ValueError("the keys of a dictionary in it collide")
+                raise self._unknown("the keys of a dictionary in it collide")
         values[key] = value

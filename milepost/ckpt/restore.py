@@ -108,7 +108,9 @@ def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
     """Return adapters with the weights of their base added; raise CheckpointError if `base` is another base."""
     recorded = (record.base or {}).get("sha256")
     found = digest(base.model_state)
-    if base.adapters_only or found != recorded:
+    if recorded is None and not base.adapters_only:
+        record.notes.append(f"{_where(record)}: does not record its base; {_where(base)} is used, as set")
+    elif base.adapters_only or found != recorded:
         other = f"has other weights (sha256 {found[:16]}..., not {str(recorded)[:16]}...)"
         reason = "holds adapters itself" if base.adapters_only else other
         problem = f"is not the base of {_where(record)}: it {reason}"
@@ -126,7 +128,8 @@ def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
 def name_the_base(record: Checkpoint) -> str:
     """Return the remedy for adapters without their base."""
     source = (record.base or {}).get("source")
-    return f"set GPT2_MODEL_NAME or BASE_CHECKPOINT to the base that they were trained on ({source})"
+    trained_on = f"the base that they were trained on ({source})" if source else "the base that they were trained on"
+    return f"set GPT2_MODEL_NAME or BASE_CHECKPOINT to {trained_on}"
 
 
 def merged(record: Checkpoint) -> Checkpoint:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from milepost.ckpt.archive import bytes_of
-from milepost.ckpt.manifest import is_regular, unreadable
+from milepost.ckpt.manifest import is_regular, refuse_pointer, unreadable
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
 from milepost.files import CHUNK, NewFile, written
 
@@ -171,10 +171,12 @@ def check_header(path: Path) -> None:
         raise CheckpointError(path, "is not a regular file, expected a safetensors file", kind="not understood")
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(32)
+            length = int.from_bytes(begin[:8], "little")
             size = path.stat().st_size
     except OSError as error:
         raise unreadable(path, error) from error
+    refuse_pointer(begin, path)
     if not 2 <= length <= min(HEADER_LIMIT, size - 8):
         problem = f"is not a complete safetensors file (its header claims {length} bytes of a file of {size})"
         raise CheckpointError(path, problem, EARLIER, kind="damaged")

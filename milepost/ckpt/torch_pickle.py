@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from milepost.ckpt.pickles import Call, build
+from milepost.ckpt.pickles import Call, NotUnderstood, build
 
 DIMENSIONS = 64  # torch's maximum
 STORAGES = {
@@ -33,7 +33,7 @@ STORAGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class StorageKind:
     """A storage class that a pickle names."""
 
     dtype: torch.dtype
@@ -48,17 +48,23 @@ class _Storage:
     count: int
 
 
-def content_of(pickled: bytes, storage: Callable[[str], UntypedStorage]) -> Any:
+def content_of(pickled: bytes, storage: Callable[[str], UntypedStorage], *, objects: bool = False) -> Any:
     """Return the value of a torch pickle, its tensors as views of what `storage` returns for their keys.
 
-    Raise Forbidden if it asks for anything but tensors and plain values, any other exception if it is damaged.
+    With `objects`, objects of any class are read as plain values, as in another program's pickle. Raise Forbidden if it
+    asks for anything else, NotUnderstood if it needs more, any other exception if it is damaged.
     """
     storages: dict[str, _Storage] = {}
 
-    def reference(wanted: Any) -> _Storage:
-        return _storage(wanted, storage, storages)
+    def reference(wanted: Any) -> Any:
+        if (
+            objects and type(wanted) is tuple and len(wanted) == 6 and wanted[5] is None
+        ):  # before 1.6: no view of another
+            wanted = wanted[:5]
+        unknown = objects and type(wanted) is tuple and len(wanted) == 5 and isinstance(wanted[1], str)
+        return wanted if unknown else _storage(wanted, storage, storages)
 
-    return build(pickled, NAMES, reference=reference)
+    return build(pickled, THEIR_NAMES if objects else NAMES, reference=reference, objects=objects)
 
 
 def _storage(wanted: Any, storage: Callable[[str], UntypedStorage], storages: dict[str, _Storage]) -> _Storage:
@@ -66,7 +72,7 @@ def _storage(wanted: Any, storage: Callable[[str], UntypedStorage], storages: di
     if type(wanted) is not tuple or len(wanted) != 5 or wanted[0] != "storage":
         raise ValueError("a reference in it is not a storage")
     _, kind, key, _, count = wanted
-    if type(kind) is not _Kind or type(key) is not str or type(count) is not int:
+    if type(kind) is not StorageKind or type(key) is not str or type(count) is not int:
         raise ValueError("a reference in it is not a storage")
     if key not in storages:
         storages[key] = _Storage(storage(key), kind.dtype, count)
@@ -82,6 +88,8 @@ def _storage(wanted: Any, storage: Callable[[str], UntypedStorage], storages: di
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """Return the view of a storage that a pickle describes, without its autograd state."""
     plain = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= DIMENSIONS
+    if isinstance(storage, tuple):
+        raise NotUnderstood(f"a tensor in it has the unknown storage {storage[1]!s:.40}")
     if type(storage) is not _Storage or not plain or not _are_sizes((offset, *size, *stride)):
         raise ValueError("a tensor in it has an invalid description")
     count = math.prod(size)
@@ -107,12 +115,25 @@ def _size(values: Any) -> torch.Size:
     return torch.Size(values)
 
 
-NAMES: Mapping[str, Any] = {
+NAMES: dict[str, Any] = {
     "collections OrderedDict": Call(lambda: collections.OrderedDict()),
     "torch._utils _rebuild_tensor_v2": Call(_tensor),
     "torch._utils _rebuild_parameter": Call(_parameter),
     "torch Size": Call(_size),
     "torch device": Call(torch.device),
     **{f"torch {name}": getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")},
-    **{f"torch {name}Storage": _Kind(dtype) for name, dtype in STORAGES.items()},
+    **{f"torch {name}Storage": StorageKind(dtype) for name, dtype in STORAGES.items()},
+}
+
+
+def _subclass(make: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    """Return the plain tensor of a tensor with attributes, or of a subclass."""
+    if type(make) is not Call or not isinstance(arguments, tuple):
+        raise ValueError("a tensor in it has an invalid description")
+    return make.function(*arguments)
+
+
+THEIR_NAMES: Mapping[str, Any] = NAMES | {
+    "torch._utils _rebuild_parameter_with_state": Call(_parameter),
+    "torch._tensor _rebuild_from_type_v2": Call(_subclass),
 }

@@ -110,8 +110,8 @@ def _listed(folder: Path, index: Path) -> list[Path]:
 
 def _pickled(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a torch archive, whose pickle is checked before torch opens it with weights_only."""
-    if archive.first_bytes(file).startswith(b"\x80"):
-        problem = "is a bare pickle, as torch wrote before 1.6, and is never opened"
+    if archive.first_bytes(file).startswith(b"\x80") and not archive.is_legacy(file):
+        problem = "is a bare pickle, and is never opened"
         remedy = "load the folder with transformers, and let save_pretrained() write safetensors"
         raise CheckpointError(file, problem, remedy, kind="refused")
     tensors = archive.load(file)[0]

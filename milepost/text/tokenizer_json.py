@@ -58,7 +58,7 @@ def from_tokenizers_json(values: Mapping[str, Any]) -> Json:
     A char or byte tokenizer is recognised if it equals what `tokenizers_json` writes, GPT-2's by the content of its vocabulary and
     merges, whatever program wrote it. Everything else is taken for a byte-level BPE.
     """
-    plain = _without_empty_template(values)
+    plain = _without_traces(values)
     if _is_gpt2(plain):
         return {"kind": "gpt2"}
     if plain == tokenizers_json(ByteTokenizer()):
@@ -131,11 +131,13 @@ def _tokenizer_json(model: Json, *, before: Json, decoder: Json) -> Json:
     }
 
 
-def _without_empty_template(values: Mapping[str, Any]) -> Json:
-    """Return `values` without the template that transformers writes when it saves any tokenizer and that adds no token."""
-    if adds_nothing(values.get("post_processor")):
-        return {**values, "post_processor": None}
-    return dict(values)
+def _without_traces(values: Mapping[str, Any]) -> Json:
+    """Return `values` without what transformers leaves when it saves any tokenizer, and what changes no id of a text.
+
+    That is a template that adds no token, and the truncation and padding of the last call.
+    """
+    plain = {**values, "truncation": None, "padding": None}
+    return plain | {"post_processor": None} if adds_nothing(values.get("post_processor")) else plain
 
 
 def _is_char(values: Json) -> bool:

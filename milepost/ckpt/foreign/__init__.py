@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from milepost.ckpt.foreign.keys import config_of, epoch_of, plain, step_of, together, validation_loss_of, weights_of
-from milepost.ckpt.foreign.weights import translated
-from milepost.ckpt.record import CheckpointError, Json
-from milepost.ckpt.tensors import check_dense
+import models
+from milepost.ckpt.foreign.keys import config_of, epoch_of, step_of, together, validation_loss_of, weights_of
+from milepost.ckpt.foreign.optimizer import OPTIMIZERS, matched, saved_optimizer
+from milepost.ckpt.foreign.rates import schedule_of, training_settings
+from milepost.ckpt.foreign.weights import of_ours, trained, translated
+from milepost.ckpt.record import Json
 
-OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states")
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's state of a parameter
+__all__ = ["OPTIMIZERS", "Foreign", "understood"]
 
 
 @dataclass(kw_only=True)
@@ -30,6 +31,10 @@ class Foreign:
     step: int = 0
     epoch: float | None = None
     validation_loss: float | None = None
+    hyperparameters: dict[str, Json] = field(default_factory=dict)
+    schedule: dict[str, Json] = field(default_factory=dict)
+    adapters_only: bool = False
+    base: dict[str, Json] | None = None  # of adapters
     notes: list[str] = field(default_factory=list)
 
 
@@ -48,79 +53,60 @@ def understood(
     """
     key, weights = weights_of(content, where=where, whole=whole)
     around = content if key else {}  # a bare state dict has nothing beside its weights
-    config = together(config_of(around), dict(config or {}), where=where)
-    model_type, settings, state, notes = translated(weights, config, where=where, whole=whole)
-    moments, note = _optimizer(around, state) if optimizer else (None, None)
+    config_beside = dict(config or {})
+    config = together(config_of(around), config_of({"config": config_beside}), where=where)
+    base: dict[str, Json] | None = None
+    notes: list[str] = []
+    if own := of_ours(weights, config_beside, where=where):
+        model_type, settings, base = own
+        state = weights
+    else:
+        model_type, settings, state, notes = translated(weights, config, where=where, whole=whole)
+    saved = saved_optimizer(around) if optimizer else None
+    if own:
+        moments, note = matched(saved, shapes(state), shapes(state), lambda tensors: tensors, whole=whole)
+    else:
+        moments, note = _translated_optimizer(saved, weights, settings, state, config, whole=whole)
+    step = step_of(around, where=where)
+    schedule = schedule_of(around, step)
+    peak = {"LEARNING_RATE": schedule["peak"]} if schedule else {}
     return Foreign(
         model_type=model_type,
         model_settings=settings,
         model_state=state,
         optimizer_state=moments,
-        step=step_of(around, where=where),
+        step=step,
         epoch=epoch_of(around, where=where),
         validation_loss=validation_loss_of(around),
+        hyperparameters=training_settings(around, config) | peak,
+        schedule=schedule,
+        adapters_only=bool(own) and all(map(models.is_adapter, state)),
+        base=base,
         notes=notes + ([f"{where}: {note}"] if note else []),
     )
 
 
-def _optimizer(content: Mapping[Any, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Any] | None, str | None]:
-    saved = next((content[word] for word in OPTIMIZERS if content.get(word) is not None), None)
-    if isinstance(saved, list | tuple) and len(saved) == 1:  # Lightning saves a list of optimizers
-        saved = saved[0]
-    if saved is None or (isinstance(saved, list | tuple) and not saved):
-        return None, None
-    return nanogpt_optimizer(saved, {name: tuple(tensor.shape) for name, tensor in state.items()})
+def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def nanogpt_optimizer(
-    optimizer_state: Any, shapes: Mapping[str, tuple[int, ...]]
+def _translated_optimizer(
+    saved: Any,
+    weights: Mapping[Any, Any],
+    settings: Mapping[str, Json],
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Json],
+    *,
+    whole: bool,
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """Return nanoGPT's AdamW state with `param_names` in its groups, or None and the reason for leaving it out.
+    """Return the optimizer's state under our names, or None and the reason."""
+    if saved is None:
+        return None, None
+    config = {**config, "tied": settings.get("tied", False)}
 
-    nanoGPT's configure_optimizers() puts the 2D parameters into the first group and the rest into the second, both in
-    the order of named_parameters(). `shapes` has our names in that order, as `translated` returns them.
-    """
-    names = [name for name, shape in shapes.items() if len(shape) >= 2]
-    count = len(names)
-    names += [name for name, shape in shapes.items() if len(shape) < 2]
-    groups, moments = _two_groups(optimizer_state, count, len(names))
-    if groups is None:
-        return None, "its optimizer state names no parameters and was left out"
-    for index, name in enumerate(names):
-        if not _are_moments(moments.get(index), shapes[name]):
-            return None, f"its optimizer state does not fit {name} {shapes[name]} and was left out"
-    settings = [{str(word): plain(value)[1] for word, value in group.items() if plain(value)[0]} for group in groups]
-    named = [
-        group | {"params": indices, "param_names": [names[index] for index in indices]}
-        for group, indices in zip(settings, (list(range(count)), list(range(count, len(names)))), strict=True)
-    ]
-    return {"state": {index: dict(moments[index]) for index in range(len(names))}, "param_groups": named}, None
+    def translate(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        return translated(tensors, config, where="its moments", whole=whole)[2]
 
-
-def _two_groups(values: Any, first: int, total: int) -> tuple[list[dict[str, Any]] | None, Mapping[Any, Any]]:
-    """Return groups and state if they have nanoGPT's numbers of parameters, indexed as in torch; else None and {}."""
-    groups = values.get("param_groups") if isinstance(values, Mapping) else None
-    state = values.get("state") if isinstance(values, Mapping) else None
-    if not isinstance(groups, list) or len(groups) != 2 or not isinstance(state, Mapping) or len(state) != total:
-        return None, {}
-    wanted = (list(range(first)), list(range(first, total)))
-    for group, indices in zip(groups, wanted, strict=True):
-        saved = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(saved, list) or any(type(index) is not int for index in saved) or saved != indices:
-            return None, {}
-        if not all(isinstance(word, str) and word.isprintable() for word in group):
-            return None, {}
-    return groups, state
-
-
-def _are_moments(moments: Any, shape: tuple[int, ...]) -> bool:
-    if not isinstance(moments, dict) or moments.keys() != MOMENTS:
-        return False
-    for kind, value in moments.items():
-        try:
-            check_dense(value, "", kind)
-        except CheckpointError:
-            return False
-        if tuple(value.shape) != (() if kind == "step" else shape):
-            return False
-    return True
+    theirs = trained(weights, tied=settings.get("tied", False))
+    return matched(saved, theirs, shapes(state), translate, whole=whole)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from milepost.ckpt.record import EARLIER, LARGEST, CheckpointError, Json
@@ -18,10 +19,15 @@ DEPTH_LIMIT = 64  # of nested dicts and lists
 NODE_LIMIT = 1_000_000
 CORRECT = "correct it there"  # the remedy for a wrong value in a config
 
-WEIGHTS = ("model_state_dict", "state_dict", "model")
-CONFIGS = ("model_args", "hyper_parameters", "config", "hyperparameters", "model_config")
+WEIGHTS = ("model_state_dict", "state_dict", "model", "model_state", "weights", "net", "network", "module")
+CONFIGS = (
+    *("model_args", "hyper_parameters", "config", "hyperparameters", "model_config", "args", "hparams", "cfg"),
+    *("gpt_config", "model_cfg", "settings"),
+)
 LOSSES = ("validation_loss", "val_loss", "best_val_loss")
-STEPS = ("step", "global_step", "iter_num", "iteration", "it")
+STEPS = ("step", "global_step", "iter_num", "iteration", "it", "iter", "steps", "global_steps", "current_step")
+WRAPPERS = r"(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+ROOTS = ("wte.weight", "token_embedding_table.weight")  # a model of which all names share a prefix has one of them
 SIZES = {  # our name: the names in use for it
     "vocab_size": ("vocab_size",),
     "block_size": ("block_size", "n_positions", "n_ctx", "context_length", "max_seq_len"),
@@ -29,6 +35,7 @@ SIZES = {  # our name: the names in use for it
     "n_head": ("n_head", "n_heads", "num_heads", "num_attention_heads"),
     "n_embd": ("n_embd", "d_model", "hidden_size", "embed_dim"),
 }
+KNOWN_SIZES = {word for words in SIZES.values() for word in words}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,11 +52,11 @@ def weights_of(content: Mapping[Any, Any], *, where: str, whole: bool = True) ->
         problem = f"holds {type(content).__name__}, expected a dictionary with model_state_dict"
         raise CheckpointError(where, problem, kind="not understood")
     keys = [key for key in WEIGHTS if isinstance(content.get(key), Mapping) and _holds_tensors(content[key], where)]
-    found = {key: flattened(content[key], where=f"{where}: {key}") for key in keys}
+    found = {key: flattened(state_of(content[key]), where=f"{where}: {key}") for key in keys}
     if not found:
         leaves = [value for _, value in _leaves(content, where)]
         bare = leaves and all(isinstance(leaf, Tensor) for leaf in leaves)
-        found = {"": flattened(content, where=where)} if bare else {}
+        found = {"": flattened(content, where=where)} if bare else _under_any_key(content, where)
     if not found:
         problem = f"does not contain model_state_dict (keys seen: {keys_seen(content)})"
         remedy = f"it may be damaged, or not a checkpoint of a model; {EARLIER}"
@@ -60,6 +67,29 @@ def weights_of(content: Mapping[Any, Any], *, where: str, whole: bool = True) ->
             problem = f"{first} and {other} both hold weights, but different ones"
             raise CheckpointError(where, problem, "delete one of the two keys", kind="not understood")
     return first, found[first]
+
+
+def _under_any_key(content: Mapping[Any, Any], where: str) -> dict[str, dict[str, Tensor]]:
+    """Return the weights under an unknown key if they are the only named tensors; empty if there are none or several."""
+    found = {}
+    for key, value in content.items():
+        state = state_of(value) if isinstance(key, str) and isinstance(value, Mapping) else {}
+        if state and "param_groups" not in state and all(isinstance(leaf, Tensor) for _, leaf in _leaves(state, where)):
+            found[key] = state
+    if "_modules" in content:  # a whole module was saved
+        found = {"_modules": state_of(content)}
+    return {key: flattened(state, where=where) for key, state in found.items()} if len(found) == 1 else {}
+
+
+def state_of(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return the state dict of a whole torch module, which is read as the dictionary of its fields; else `value`."""
+    if not isinstance(value.get("_modules"), Mapping) or not isinstance(value.get("_parameters"), Mapping):
+        return value
+    own = {**value["_parameters"], **(value.get("_buffers") or {})}
+    unsaved = value.get("_non_persistent_buffers_set") or ()
+    state = {name: tensor for name, tensor in own.items() if tensor is not None and name not in unsaved}
+    inner = {name: state_of(module) for name, module in value["_modules"].items() if isinstance(module, Mapping)}
+    return state | {name: module for name, module in inner.items() if module}
 
 
 def flattened(nested: Any, *, where: str) -> dict[str, Tensor]:
@@ -126,16 +156,17 @@ def _equal_states(first: dict[str, Tensor], second: dict[str, Tensor], where: st
 
 
 def strip_prefixes(state: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
-    """Return `state` without the name prefixes of torch.compile, DDP, Lightning and nanoGPT, in any order.
+    """Return `state` without the name prefixes of torch.compile, DDP, FSDP, Lightning and nanoGPT, in any order.
 
-    Strip `model.` only if all names have it. Raise CheckpointError if two names become equal.
+    Strip `model.`, or another name of a module, only if all names have it. Raise CheckpointError if two names become
+    equal.
     """
     for name in state:
         if not isinstance(name, str) or not 0 < len(name) <= NAME_LIMIT or not name.isprintable():
             raise CheckpointError(where, f"{name!r:.80} is not a tensor name", kind="not understood")
     bare = {name: _without_wrappers(name) for name in state}
-    while bare and all(own.startswith("model.") for own in bare.values()):
-        bare = {name: _without_wrappers(own.removeprefix("model.")) for name, own in bare.items()}
+    while prefix := _common_prefix(list(bare.values())):
+        bare = {name: _without_wrappers(own.removeprefix(prefix)) for name, own in bare.items()}
     taken: dict[str, str] = {}
     for name, own in bare.items():
         if own in taken:
@@ -146,8 +177,17 @@ def strip_prefixes(state: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
     return {own: state[name] for own, name in taken.items()}
 
 
+def _common_prefix(names: list[str]) -> str:
+    """Return the first word of all names, with its dot, if it is not part of a model's own names; else ""."""
+    prefix = names[0][: names[0].find(".") + 1] if names else ""
+    if not prefix or not all(name.startswith(prefix) for name in names):
+        return ""
+    inside = any(name.endswith(f".{root}") for root in ROOTS for name in names)
+    return prefix if prefix == "model." or inside else ""
+
+
 def _without_wrappers(name: str) -> str:
-    return re.sub(r"^(?:(?:_orig_mod|module|transformer)\.)+", "", name)
+    return re.sub(r"^(?:(?:module|transformer)\.)+", "", re.sub(rf"(?<![^.]){WRAPPERS}", "", name))
 
 
 def _shape(value: Any) -> str:
@@ -169,13 +209,26 @@ def more(listed: Sequence[Any] | Mapping[Any, Any]) -> str:
 
 
 def config_of(content: Mapping[Any, Any]) -> dict[str, Json]:
-    """Return the config of the model as JSON values, without values that JSON cannot hold; empty if there is none."""
+    """Return the config of the model as JSON values, without values that JSON cannot hold; empty if there is none.
+
+    Sizes at the top of `content` add what the config lacks.
+    """
+    configs = configs_of(content)
+    chosen = next((values for values in configs if KNOWN_SIZES & _lower(values)), configs[0] if configs else {})
+    top = {name: value for name, value in content.items() if isinstance(name, str) and name.lower() in KNOWN_SIZES}
+    pairs = ((name, plain(value)) for name, value in [*top.items(), *list(chosen.items())[:1000]] if _is_word(name))
+    return {name: value for name, (fits, value) in pairs if fits}
+
+
+def configs_of(content: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    """Return every config in `content`, outer ones first."""
     outer = [content[word] for word in CONFIGS if isinstance(content.get(word), Mapping)]
     inner = [values[word] for values in outer for word in (*CONFIGS, "model") if isinstance(values.get(word), Mapping)]
-    known = {word for words in SIZES.values() for word in words}
-    chosen = next((values for values in (*outer, *inner) if known & values.keys()), outer[0] if outer else {})
-    pairs = ((name, plain(value)) for name, value in list(chosen.items())[:1000] if _is_word(name))
-    return {name: value for name, (fits, value) in pairs if fits}
+    return [*outer, *inner]
+
+
+def _lower(values: Mapping[Any, Any]) -> set[str]:
+    return {name.lower() for name in values if isinstance(name, str)}
 
 
 def _is_word(name: Any) -> bool:
@@ -210,7 +263,8 @@ def together(inside: dict[str, Json], beside: dict[str, Json], *, where: str) ->
 
 def size_of(config: Mapping[str, Json], size: str, *, where: str) -> int | None:
     """Return a size in `config` under any of its names, None if it is absent; raise CheckpointError if invalid."""
-    values = {word: config[word] for word in SIZES[size] if config.get(word) is not None}
+    words = [spelled for word in SIZES[size] for spelled in (word, word.upper())]
+    values = {word: config[word] for word in words if config.get(word) is not None}
     for word, value in values.items():
         if type(value) is not int or not 0 < value < 2**31:
             problem = f"{word} is {short(value)} in its config, expected a positive whole number"
@@ -230,13 +284,22 @@ def short(value: Any) -> str:
 def step_of(content: Mapping[Any, Any], *, where: str) -> int:
     """Return the optimizer steps done, 0 if it records none; raise CheckpointError if it is not a whole number."""
     for word in STEPS:
-        value = content.get(word)
-        if value is not None:
+        value = number_of(content.get(word))
+        if value is not None and not isinstance(value, Mapping):
             if type(value) is not int or not 0 <= value <= LARGEST:
                 problem = f"the file is damaged: {word} is {short(value)}, expected a whole number of at least 0"
                 raise CheckpointError(where, problem, EARLIER, kind="damaged")
             return value
     return 0
+
+
+def number_of(value: Any) -> Any:
+    """Return the number in a tensor of one number, a whole one as int; any other value as it is."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    if not dense or value.numel() != 1 or value.is_complex() or value.is_quantized or value.dtype == torch.bool:
+        return value
+    number = value.item()
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def epoch_of(content: Mapping[Any, Any], *, where: str) -> float | None:
@@ -251,10 +314,24 @@ def epoch_of(content: Mapping[Any, Any], *, where: str) -> float | None:
 
 
 def validation_loss_of(content: Mapping[Any, Any]) -> float | None:
-    """Return the validation loss in nats per token; None if it records none, or 1e9, nanoGPT's initial value."""
+    """Return the validation loss in nats per token; None if it records none, or 1e9, nanoGPT's initial value.
+
+    Without one of its own, it is the score of Lightning's ModelCheckpoint, if that monitors a loss.
+    """
     value: Any = next((content[word] for word in LOSSES if content.get(word) is not None), None)
+    value = _monitored_loss(content.get("callbacks")) if value is None else value
     if isinstance(value, Tensor) and value.shape == () and value.dtype in FLOATS and value.device.type == "cpu":
         value = float(value)
     if type(value) not in (int, float) or not 0 < value < 1e9:
         return None
     return float(value)
+
+
+def _monitored_loss(callbacks: Any) -> Any:
+    for name, values in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        monitor = values.get("monitor") if isinstance(values, Mapping) else None
+        if isinstance(name, str) and name.startswith("ModelCheckpoint") and isinstance(monitor, str):
+            scores = (values.get("current_score"), values.get("best_model_score"))
+            if "loss" in monitor and "train" not in monitor:
+                return next((score for score in scores if score is not None), None)
+    return None

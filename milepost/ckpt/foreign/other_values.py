@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from milepost.ckpt.foreign.embedded_tokenizer import TOKENIZERS, VOCABULARIES
-from milepost.ckpt.foreign.keys import WEIGHTS
+from milepost.ckpt.foreign.keys import WEIGHTS, weights_of
 from milepost.ckpt.record import LARGEST, Checkpoint, Json
 
 MOST_LEVELS = 16  # of nested dicts and lists
@@ -56,7 +56,11 @@ def plain_values(values: Iterable[tuple[Any, Any]]) -> tuple[dict[str, Json], li
 
 def _beside_the_record(content: Mapping[Any, Any], record: Checkpoint, *, optimizer: bool) -> Iterator[tuple[Any, Any]]:
     """Yield the keys that hold neither the weights, nor what the record took: its optimizer state and its tokenizer."""
-    weights = {key for key in WEIGHTS if isinstance(content.get(key), Mapping)}
+    weights = {
+        key
+        for key in (*WEIGHTS, weights_of(content, where="", whole=False)[0])
+        if isinstance(content.get(key), Mapping)
+    }
     for key, value in content.items() if weights else ():  # else it is a bare state dict
         taken = _is_optimizer(key, value) and (record.optimizer_state is not None or not optimizer or _is_empty(value))
         tokenizer = record.tokenizer is not None and key in (*TOKENIZERS, *VOCABULARIES)

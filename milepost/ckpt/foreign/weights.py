@@ -1,10 +1,11 @@
 """Translate another program's weights by their names and shapes, and by its config where shapes do not suffice.
 
-Supported: nanoGPT (https://github.com/karpathy/nanoGPT), the two models of Karpathy's lecture
-(https://github.com/karpathy/ng-video-lecture), and this program's own names without its metadata. Never loads a part of
-a model. In the shapes below C = n_embd, H = n_head, hs = C / H, T = block_size and V = vocab_size.
+Supported: nanoGPT (https://github.com/karpathy/nanoGPT), minGPT (https://github.com/karpathy/minGPT), the GPT-2 of
+transformers, the two models of Karpathy's lecture (https://github.com/karpathy/ng-video-lecture), and this program's own
+names without its metadata. Never loads a part of a model. In the shapes below C = n_embd, H = n_head, hs = C / H, T = block_size and V = vocab_size.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,18 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import models
 from milepost.ckpt.foreign.keys import CORRECT, SHOWN, SIZES, described, more, short, size_of, strip_prefixes
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
 from milepost.ckpt.tensors import checked_tensors, same_tensor
 
 # Activations by name. Others call torch's nn.GELU() gelu, which is the exact form; our `gelu` is GPT-2's tanh form.
-OUR_ACTIVATIONS = {"gelu": "gelu", "gelu_erf": "gelu_erf", "gelu_new": "gelu", "gelu_tanh": "gelu", "relu": "relu"}
+OUR_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_erf": "gelu_erf", "gelu_new": "gelu", "gelu_tanh": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu",
+}  # fmt: skip
 THEIR_ACTIVATIONS = OUR_ACTIVATIONS | {"gelu": "gelu_erf"}
+
+# transformers stores these as Conv1D, whose weight is (in, out): the transpose of nn.Linear's.
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# The published GPT-2: (n_layer, n_embd) and its n_head. Each has 50257 rows or more and 1024 positions.
+GPT2_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
+ASSUMED: dict[str, int] = {}  # sizes that the user named, for files that lack them
 
 TABLE, POSITIONS = "token_embedding_table.weight", "position_embedding_table.weight"
 LECTURE_BLOCK_SIZE = 8  # of the lecture's bigram model; its weights do not determine it
 
 Translation = tuple[str, dict[str, Json], dict[str, Tensor], list[str]]
+
+
+def assume(**sizes: int) -> None:
+    """Take these sizes for files that lack them, until the next call: `n_head` is not known from the weights."""
+    ASSUMED.clear()
+    ASSUMED.update(sizes)
 
 
 def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: str, whole: bool = True) -> Translation:
@@ -33,20 +49,93 @@ def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: s
     Raise CheckpointError listing names and shapes if any tensor cannot be translated. If not `whole`, only the head's
     bias and first row are read, and tensors that would be computed have shapes but no memory.
     """
-    theirs = {name: tensor for name, tensor in strip_prefixes(state, where=where).items() if not _is_mask(name, tensor)}
+    bare = strip_prefixes(state, where=where)
+    theirs = {name: tensor for name, tensor in bare.items() if not _is_mask(name, tensor)}
     _check_weights(theirs, where)
     if theirs.keys() == {TABLE}:
         return _from_bigram(theirs[TABLE], config, where)
     if TABLE in theirs and POSITIONS in theirs:
         return _from_lecture(theirs, config, where, whole=whole)
     if "wte.weight" in theirs and "wpe.weight" in theirs:
-        untied_by_us = {"lm_head.weight", "lm_head.bias"} <= theirs.keys()
-        nanogpt = any("transformer." in name for name in state) or ("lm_head.weight" in theirs and not untied_by_us)
-        return _from_gpt2(theirs, config, where, nanogpt=nanogpt, whole=whole)
+        program = _program(state, bare, theirs, config)
+        if program == "transformers":
+            theirs = {name: _turned(name, tensor, whole=whole) for name, tensor in theirs.items()}
+        return _from_gpt2(theirs, config, where, program=program, whole=whole)
     listed = ", ".join(described(name, tensor) for name, tensor in list(theirs.items())[:SHOWN])
     problem = f"its weights are of no model that milepost knows: {listed}{more(theirs)}"
     expected = "expected those of nanoGPT, of the lecture's models or of milepost"
-    raise CheckpointError(where, f"{problem}; {expected}", kind="not understood")
+    remedy = "save the whole model's state_dict() again, under the names of one of these, with torch.save"
+    raise CheckpointError(where, f"{problem}; {expected}", remedy, kind="not understood")
+
+
+def of_ours(
+    state: Mapping[Any, Any], config: Mapping[str, Json], *, where: str
+) -> tuple[str, dict[str, Json], dict[str, Json] | None] | None:
+    """Return model type, settings and base of weights under our names beside our config.json; None if it is not ours.
+
+    Such a folder is the part of a checkpoint to share: `consolidated/`, whose manifest lies in the folder above.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in models.MODELS:
+        return None
+    if "lm_head.weight" in state and config.get("tied"):
+        return None
+    if strip_prefixes(state, where=where).keys() != state.keys():
+        return None
+    fields = dataclasses.fields(models.load(model_type).settings_type)
+    settings = {field.name: config[field.name] for field in fields if field.name in config}
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    own = {"activation", "tied"} <= settings.keys() or required == {field.name for field in fields}
+    if not own or not required <= settings.keys():
+        return None
+    for size in ("vocab_size", "block_size"):
+        if type(settings.get(size)) is not int or settings[size] < 1:
+            problem = f"{size} is {short(settings.get(size))} in its config, expected a positive whole number"
+            raise CheckpointError(where, problem, CORRECT, kind="not understood")
+    checked_tensors(state, where)
+    base = config.get("base")
+    return model_type, settings, base if isinstance(base, dict) else None
+
+
+def trained(state: Mapping[Any, Any], *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of its parameters by bare name, in the order in which its optimizer numbers them.
+
+    That is the order of the weights, without masks and without the head of a tied model. Weights in alphabetical order
+    were sorted by whoever saved them: those of a GPT-2 are returned in its own order.
+    """
+    theirs = {name: tensor for name, tensor in strip_prefixes(state, where="").items() if not _is_mask(name, tensor)}
+    if tied:
+        theirs = {name: tensor for name, tensor in theirs.items() if not name.startswith("lm_head.")}
+    if list(theirs) == sorted(theirs) and "wte.weight" in theirs:
+        layers = 1 + max((int(name.split(".")[1]) for name in theirs if re.match(r"h\.[0-9]{1,6}\.", name)), default=0)
+        sizes = {"vocab_size": 0, "block_size": 0, "n_embd": 0, "n_layer": layers}
+        theirs = {name: theirs[name] for name in _gpt2_shapes(sizes, bias=True, tied=False) if name in theirs}
+    return {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+
+
+def _program(
+    state: Mapping[Any, Any], bare: Mapping[str, Any], theirs: Mapping[str, Tensor], config: Mapping[str, Json]
+) -> str:
+    """Return whose GPT-2 these weights are, by orientation, names, masks and head: they compute different GELUs."""
+    C = theirs["wte.weight"].shape[-1]
+    wide = [t.shape for name, t in theirs.items() if name.endswith((CONV1D[0], CONV1D[2])) and t.dim() == 2]
+    if wide and all(rows == C and columns in (3 * C, 4 * C) for rows, columns in wide):
+        return "transformers"
+    if {"lm_head.weight", "lm_head.bias"} <= theirs.keys():
+        return "milepost"
+    if not any("transformer." in name for name in state) and "lm_head.weight" not in theirs:
+        return "milepost"
+    # nanoGPT ties its head, and its config has `dropout`; minGPT's has `resid_pdrop` and two more.
+    masked = any(name.endswith(".attn.bias") and name not in theirs for name in bare)
+    head = theirs.get("lm_head.weight")
+    own_head = head is not None and not same_tensor(head, theirs["wte.weight"], whole=False)
+    return "minGPT" if masked and own_head and "dropout" not in config else "nanoGPT"
+
+
+def _turned(name: str, tensor: Tensor, *, whole: bool) -> Tensor:
+    if not name.endswith(CONV1D) or tensor.dim() != 2:
+        return tensor
+    return tensor.t().contiguous() if whole else tensor.t()
 
 
 def _is_mask(name: str, tensor: Any) -> bool:
@@ -87,7 +176,7 @@ def _from_bigram(table: Tensor, config: Mapping[str, Json], where: str) -> Trans
 
 
 def _from_gpt2(
-    theirs: dict[str, Tensor], config: Mapping[str, Json], where: str, *, nanogpt: bool, whole: bool
+    theirs: dict[str, Tensor], config: Mapping[str, Json], where: str, *, program: str, whole: bool
 ) -> Translation:
     """Translate nanoGPT's names, which are ours too: (out, in) weights; query, key and value in one."""
     sizes = _table_sizes(theirs, "wte.weight", "wpe.weight", where)
@@ -98,16 +187,35 @@ def _from_gpt2(
     settings: dict[str, Json] = sizes | {"n_layer": max(1, len(layers))}
     shapes = _gpt2_shapes(settings, bias=bias, tied=tied)
     _check_fit(shapes, ours, where)
-    settings |= {"n_head": _n_head(config, sizes["n_embd"], where), "dropout": _dropout(config, where), "bias": bias}
-    words, usual = (THEIR_ACTIVATIONS, "gelu_erf") if nanogpt else (OUR_ACTIVATIONS, "gelu")
+    n_head, note = _n_head(config, settings, where)
+    settings |= {"n_head": n_head, "dropout": _dropout(config, where), "bias": bias}
+    usual = "gelu_erf" if program == "nanoGPT" else "gelu"
+    words = OUR_ACTIVATIONS if program == "milepost" else THEIR_ACTIVATIONS
     settings |= {"activation": _activation(config, words, usual, where), "tied": tied}
     _check_sizes(settings, config, where)
     if type(config.get("bias")) is bool and config["bias"] is not bias:
         problem = f"bias is {config['bias']} in its config, but {bias} by its weights"
         raise CheckpointError(where, problem, CORRECT, kind="not understood")
-    if nanogpt and config.get("activation") is None:
-        notes.append(f"{where}: read as nanoGPT's, with the exact GELU that it computes since May 2023")
+    _check_epsilon(config, where)
+    if not any(word in config for word in ACTIVATION):
+        notes += [f"{where}: {note}" for note in (READ_AS.get(program),) if note]
+    notes += [f"{where}: {note}"] if note else []
     return "gpt2", settings, {name: ours[name] for name in shapes}, notes
+
+
+ACTIVATION = ("activation", "activation_function")
+READ_AS = {
+    "nanoGPT": "read as nanoGPT's, with the exact GELU that it computes since May 2023",
+    "minGPT": "read as minGPT's, with the tanh form of GELU that it computes",
+    "transformers": "read as transformers', with the tanh form of GELU that its GPT-2 computes",
+}
+
+
+def _check_epsilon(config: Mapping[str, Json], where: str) -> None:
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if epsilon != 1e-5:
+        problem = f"layer_norm_epsilon is {short(epsilon)} in its config, expected 1e-05: another model is computed"
+        raise CheckpointError(where, problem, kind="not understood")
 
 
 def _table_sizes(theirs: Mapping[str, Tensor], tokens: str, positions: str, where: str) -> dict[str, Json]:
@@ -193,20 +301,28 @@ def _check_sizes(settings: Mapping[str, Json], config: Mapping[str, Json], where
             raise CheckpointError(where, problem, "take the config that was saved with them", kind="not understood")
 
 
-def _n_head(config: Mapping[str, Json], n_embd: int, where: str) -> int:
-    n_head = size_of(config, "n_head", where=where)
+def _n_head(config: Mapping[str, Json], settings: Mapping[str, Any], where: str) -> tuple[int, str | None]:
+    """Return n_head and a note on where it comes from, if not from the config."""
+    n_head, note = size_of(config, "n_head", where=where), None
+    shape, published = (settings["n_layer"], settings["n_embd"]), settings["block_size"] == 1024
+    if n_head is None and published and shape in GPT2_HEADS:
+        n_head = GPT2_HEADS[shape]
+        note = f"records no n_head; {n_head} is used, that of the published GPT-2 of {shape[0]} layers and width {shape[1]}"
+    if n_head is None and "n_head" in ASSUMED:
+        n_head = ASSUMED["n_head"]
+        note = f"records no n_head; {n_head} is used, as set"
     if n_head is None:
         problem = "has no n_head, which shapes do not determine"
-        remedy = 'put it in config.json beside the file: {"n_head": 6}'
+        remedy = 'set N_HEAD, or put it in config.json beside the file: {"n_head": 6}'
         raise CheckpointError(where, problem, remedy, kind="lacking")
-    if n_embd % n_head:
-        problem = f"n_head is {n_head} in its config, which does not divide n_embd={n_embd}"
+    if settings["n_embd"] % n_head:
+        problem = f"n_head is {n_head} in its config, which does not divide n_embd={settings['n_embd']}"
         raise CheckpointError(where, problem, CORRECT, kind="not understood")
-    return n_head
+    return n_head, note
 
 
 def _dropout(config: Mapping[str, Json], where: str) -> float:
-    value = config.get("dropout")
+    value = config.get("dropout", config.get("resid_pdrop"))
     if value is None:
         return 0.0
     if type(value) not in (int, float) or not 0 <= value < 1:
@@ -216,7 +332,7 @@ def _dropout(config: Mapping[str, Json], where: str) -> float:
 
 
 def _activation(config: Mapping[str, Json], words: Mapping[str, str], usual: str, where: str) -> str:
-    value = config.get("activation")
+    value = next((config[word] for word in ACTIVATION if config.get(word) is not None), None)
     if value is None:
         return usual
     if not isinstance(value, str) or value not in words:

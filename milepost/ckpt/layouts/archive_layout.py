@@ -11,7 +11,7 @@ from typing import Any
 
 from milepost.ckpt import archive
 from milepost.ckpt.foreign.importing import adopted, adopted_metadata
-from milepost.ckpt.foreign.keys import WEIGHTS, keys_seen
+from milepost.ckpt.foreign.keys import WEIGHTS, keys_seen, number_of
 from milepost.ckpt.layouts.base import Layout, raise_first
 from milepost.ckpt.manifest import plain_metadata
 from milepost.ckpt.record import (
@@ -116,10 +116,10 @@ class ArchiveLayout(Layout):
         values = archive.read_metadata(model)
         if values is None:
             return self._metadata_without_member(model)
-        values = check_metadata(values, str(model))
+        member, values = values, check_metadata(values, str(model))
         optimizer = self.optimizer_file(path)
         if optimizer is None:
-            return values
+            return _of_a_pair(values, member)
         if not optimizer.is_file():
             return without_optimizer(values)
         _check_same_save(model, optimizer)
@@ -142,7 +142,7 @@ class ArchiveLayout(Layout):
         Raises CheckpointError, also for two archives of different saves. Never runs code from them.
         """
         if verify:
-            raise_first(self.problems(path))
+            raise_first(self.problems(path) if optimizer else archive.verify(self._existing_model(path)))
         model, separate = self._existing_model(path), self.optimizer_file(path)
         content, values = archive.load(model)
         values = self._saved_again(content) if values is None else values
@@ -152,11 +152,14 @@ class ArchiveLayout(Layout):
         record = _without_optimizer(model, content, {name: value for name, value in values.items() if name != "half"})
         if separate is None:
             record.optimizer_state = self._state(content, model) if optimizer else None
-        elif separate.is_file():
-            _check_same_save(model, separate)
-            record.optimizer_state = self._state(archive.load(separate)[0], separate) if optimizer else None
-        else:
+            record.parts = _of_a_pair({"parts": record.parts}, values)["parts"]
+        elif not separate.is_file():
             note_missing_optimizer(record, separate)
+        elif optimizer:
+            _check_same_save(model, separate)
+            record.optimizer_state = self._state(archive.load(separate)[0], separate)
+        else:
+            record.notes += _damage_of_optimizer(model, separate)
         record.path, record.layout = model, self.name
         return record
 
@@ -170,11 +173,10 @@ class ArchiveLayout(Layout):
         if separate is None or not separate.is_file():
             return content
         rest, _ = archive.load(separate)
-        if rest.get("global_step") != content.get("global_step"):
+        if number_of(rest.get("global_step")) != number_of(content.get("global_step")):
             problem = f"belongs to another step than {model.name}"
             raise CheckpointError(separate, problem, _move_away(model), kind="refused")
-        others = {key: value for key, value in rest.items() if key != "optimizer_states"}
-        return {"epoch": None, **others, **content, "optimizer": self._state(rest, separate)}
+        return {**rest, **content}
 
     def problems(self, path: Path) -> list[CheckpointError]:
         """Compare the bytes of each archive with their CRC-32."""
@@ -212,7 +214,15 @@ class ArchiveLayout(Layout):
             archive.dump(self.optimizer_keys(record, values), file, metadata=member)
 
 
+def _of_a_pair(values: Values, member: Values) -> Values:
+    """Return the metadata of an archive: a pair's model file holds no optimizer, whatever it is now named."""
+    return without_optimizer(values) if member.get("half") == "model" else values
+
+
 def _without_optimizer(path: Path, content: dict[Any, Any], values: Json) -> Checkpoint:
+    if "model_state_dict" not in content and "optimizer_states" in content:
+        problem = "holds only an optimizer's state, and its name is not that of a pair"
+        raise CheckpointError(path, problem, "name it <name>-optimizer.pt, beside <name>-model.pt", kind="lacking")
     if "model_state_dict" not in content:
         problem = (
             f"does not contain model_state_dict (keys seen: {keys_seen(content)}): it is damaged, or another program's"
@@ -227,6 +237,17 @@ def _check_same_save(model: Path, optimizer: Path) -> None:
     if ids[0] != ids[1]:
         problem = f"belongs to another save than {model.name} ({ids[1]!r:.40}, not {ids[0]!r:.40})"
         raise CheckpointError(optimizer, problem, _move_away(model), kind="refused")
+
+
+def _damage_of_optimizer(model: Path, optimizer: Path) -> list[str]:
+    """Return a note if the optimizer's file is damaged, which only a resume needs; raise if it is of another save."""
+    try:
+        _check_same_save(model, optimizer)
+    except CheckpointError as error:
+        if error.path != optimizer or error.kind == "refused":
+            raise
+        return [f"{error}; {model.name} is whole and is used without it"]
+    return []
 
 
 def _move_away(model: Path) -> str:

@@ -113,6 +113,11 @@ def _foreign_content(path: Path, optimizer: bool) -> Mapping[str, Any]:
     return keys
 
 
+def _foreign_problems(path: Path) -> list[CheckpointError]:
+    files = [path / name for name in (MODEL, OPTIMIZER) if name == MODEL or is_regular(path / name)]
+    return [problem for file in files for problem in archive.verify(file)]
+
+
 def _foreign_note(path: Path) -> str | None:
     missing = not is_regular(path / OPTIMIZER)
     return f"{path}: holds no optimizer state: it generates but cannot resume bit-exactly" if missing else None
@@ -134,7 +139,8 @@ LAYOUT = ManifestLayout(
     foreign=ForeignReader(
         layout="directory",
         content=_foreign_content,
-        checksums=lambda path: archive.verify(path / MODEL),
+        checksums=_foreign_problems,
+        optimizer_file=OPTIMIZER,
         note=_foreign_note,
     ),
 )

@@ -27,6 +27,7 @@ class ForeignReader:
     content: Content = archive_content
     # The file beside which a config.json and a tokenizer may lie.
     source: Callable[[Path], Path] = lambda path: path
+    optimizer_file: str = ""  # in a folder, the file that holds only the optimizer's state
     checksums: Callable[[Path], list[CheckpointError]] | None = archive.verify  # None: the format has none
     note: Callable[[Path], str | None] = lambda path: None  # on what is missing from the checkpoint
 
@@ -37,7 +38,8 @@ class ForeignReader:
     def read(self, path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
         """Return the record that the checkpoint translates to; raise CheckpointError if it cannot be translated."""
         if verify and self.checksums:
-            raise_first(self.checksums(path))
+            unneeded = path / self.optimizer_file if self.optimizer_file and not optimizer else None
+            raise_first([problem for problem in self.checksums(path) if problem.path != unneeded])
         record = adopted(self.source(path), self.content(path, optimizer), layout=self.layout, optimizer=optimizer)
         record.path = path if path.is_dir() else self.source(path)
         record.notes += [note] if (note := self.note(path)) else []

@@ -230,7 +230,10 @@ class ManifestLayout(Layout):
         if foreign := self._foreign_reader(path):
             return foreign.read(path, optimizer=optimizer, verify=verify)
         manifest = self._manifest(path)
-        raise_first(self._file_problems(path, manifest, hashed=verify, begins=self._read_patterns(manifest, optimizer)))
+        bad = self._file_problems(path, manifest, hashed=verify, begins=self._read_patterns(manifest, optimizer))
+        unneeded = None if optimizer else self.optimizer_file(path)
+        raise_first([problem for problem in bad if problem.path != unneeded])
+        notes = [f"{problem}; the rest is whole and is used without it" for problem in bad]
         if verify:
             raise_first(self.check_bytes(path, manifest))
         record = from_metadata(
@@ -239,6 +242,7 @@ class ManifestLayout(Layout):
             optimizer_state=None,
             where=str(self.locate(path, self.manifest)),
         )
+        record.notes += notes
         self.check_record(path, record)
         self._read_optimizer(path, manifest, record, wanted=optimizer)
         record.path, record.layout = self.primary_file(path), self.name
