@@ -85,13 +85,13 @@ def test_the_base_stays_while_its_adapters_are_not_saved_yet(tmp_path, monkeypat
     start = training.log_start
 
     def prune_first(run):
-        said.append(call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false"))
+        said.append(call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false").code)
+        said.append([bases[step].exists() for step in (2, 4, 6)])
         start(run)
 
     monkeypatch.setattr(training, "log_start", prune_first)
     tuned(tmp_path, bases[2])
-    assert said[0].code == 0
-    assert [bases[step].exists() for step in (2, 4, 6)] == [True, False, True]
+    assert said == [0, [True, False, True]]
     assert list(tmp_path.rglob(".base-*")) == []  # the saved adapters say it themselves
     assert opens(tmp_path)
 
@@ -114,6 +114,20 @@ def test_the_base_of_another_program_stays(tmp_path):
     assert call(pruner, tmp_path, CHECKPOINT_DIR=folder, **asked).code == 0
     assert [path.name for path in sorted(folder.glob("*.pt"))] == ["ckpt_100.pt", "ckpt_300.pt"]
     assert opens(tmp_path)
+
+
+def test_the_base_of_a_copy_of_adapters_in_a_folder_of_the_user_stays(tmp_path):
+    bases = base_run(tmp_path)
+    tuned(tmp_path, bases[2], CHECKPOINT_KEEP_BEST="0")
+    own = [one.path for one in ckpt.find(tmp_path / "checkpoints") if "adapters" in one.metadata["parts"]]
+    mine = tmp_path / "checkpoints" / "mine" / "2026"
+    mine.mkdir(parents=True)
+    shutil.move(own[-1], mine / "favourite.pt")
+    for path in own[:-1]:
+        path.unlink()
+    assert call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false").code == 0
+    assert [bases[step].exists() for step in (2, 4, 6)] == [True, False, True]
+    assert opens(tmp_path, CHECKPOINT_PATH=mine / "favourite.pt")
 
 
 def test_a_base_that_retention_never_deletes_gets_no_note(tmp_path):

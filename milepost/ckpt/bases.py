@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.ckpt.finding import Found, folder_of, look, places, scan, stamps
+from milepost.ckpt.finding import Found, folder_of, folders_below, look, places, scan, stamps
 from milepost.ckpt.layouts import known_layout, layout_of
 from milepost.ckpt.names import own_stem
 from milepost.ckpt.record import CheckpointError, Json
@@ -32,8 +32,9 @@ class Base:
 
 
 def bases_in_use(folder: Path) -> list[Base]:
-    """Return every base recorded by adapters in `folder`, its run folders and their best/, or by a note there."""
-    adapters = (found for found in scan(folder) if "adapters" in found.metadata.get("parts", ()))
+    """Return every base recorded by adapters in `folder` and below it, where copies may lie, or by a note."""
+    below = (place for place in folders_below(folder) if place == folder or os.access(place, os.R_OK | os.X_OK))
+    adapters = (found for place in below for found in scan(place) if "adapters" in found.metadata.get("parts", ()))
     named = [_base(found.metadata.get("base"), found.path) for found in adapters]
     notes = (note for place in places(folder) for note in sorted(place.glob(NOTE.format(run_id="*"))))
     named += [_base(values, Path(str(values.get("needed_by")))) for note in notes if (values := _read_note(note))]
