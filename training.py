@@ -46,6 +46,7 @@ from milepost.runtime.optim import clip_gradients, gradient_norm
 from milepost.runtime.progress import Log, Progress, amount
 from milepost.runtime.schedule import lr_at
 from milepost.text.batches import validation_windows
+from milepost.text.unknown import first_known
 
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save failed
 SKIPS_ALLOWED = 20  # consecutive float16 updates that the scaler may skip while it looks for a scale
@@ -285,8 +286,8 @@ def evaluate(run: Run, stop: Interrupt) -> float | None:
 def sample(run: Run) -> str:
     """Return SAMPLE_TOKENS tokens drawn from the model with a generator of their own, as text."""
     settings, generator = run.settings, torch.Generator().manual_seed(run.settings.seed)
-    start, alphabet = run.tokenizer.end_of_text, run.text.scan.alphabet
-    prompt = run.tokenizer.encode("\n" if "\n" in alphabet else alphabet[0]) if start is None else [start]
+    start = run.tokenizer.end_of_text
+    prompt = run.tokenizer.encode(first_known(run.tokenizer, run.text.scan.alphabet)) if start is None else [start]
     drawn = generate(
         run.model,
         prompt,

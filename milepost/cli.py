@@ -54,6 +54,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
                 time.sleep(GRACE)
         code = stopped(error, log)
     finally:
+        assume()
         log.close()
         flush_streams()
     return distributed.ended(code)

@@ -154,9 +154,7 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         for name, requested, saved in config.contradictions(settings, fixed_settings(record))
     ]
     wanted = config.from_saved(settings, saved_settings(record))
-    if "sha256" not in record.data and not settings.is_set("TRAINING_DATA_SOURCE"):
-        problem = f"{record.path} does not record its training text, since another program wrote it"
-        raise ConfigError([f"RESUME={settings.resume}: {problem}: set TRAINING_DATA_SOURCE to the text to train on"])
+    check_text_named(record, settings, f"RESUME={settings.resume}")
     if "sha256" not in record.data and not differences:
         for note in record.notes:
             log(note)
@@ -181,6 +179,13 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
             [f"RESUME={settings.resume}: cannot resume {record.path}: {'; '.join(differences)}: {remedy}"]
         )
     return record
+
+
+def check_text_named(record: Checkpoint, settings: Config, asked: str) -> None:
+    """Raise ConfigError if the record knows no training text and the user names none: the default is another one."""
+    if "sha256" not in record.data and not settings.is_set("TRAINING_DATA_SOURCE"):
+        problem = f"{record.path} does not record its training text, since another program wrote it"
+        raise ConfigError([f"{asked}: {problem}: set TRAINING_DATA_SOURCE to the text to train on"])
 
 
 def unfinished_run(run: Run) -> ckpt.Found | None:

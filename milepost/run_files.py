@@ -51,7 +51,7 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
             with _blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
                 prepare_folder(Path(fallback))
         check_space(run)
-        protect_base(run)
+        protect_base(run, held)
     with _blaming("RUNS_DIR", run.folder):
         run.log.open(run.folder / "training.log")
         write_own(run.folder / "config.env", config.as_env(run.settings, run.resolved()))
@@ -104,18 +104,31 @@ def check_space(run: Run) -> None:
         run.log(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
 
 
-def protect_base(run: Run) -> None:
-    """Leave a note beside the base of adapters that are saved in another folder, so that pruning keeps the base."""
+def protect_base(run: Run, held: contextlib.ExitStack) -> None:
+    """Leave a note beside the base of adapters that are saved alone, so that pruning keeps the base.
+
+    In the folder of the adapters the note counts only until they are saved there, so it goes with this process.
+    """
     if not (run.base and run.settings.checkpoint_adapters_only):
         return
+    folder = Path(run.settings.checkpoint_dir)
     try:
-        note = ckpt.note_use(run.base, run_id=run.run_id, checkpoint_dir=Path(run.settings.checkpoint_dir))
+        note = ckpt.note_use(run.base, run_id=run.run_id, checkpoint_dir=folder)
     except OSError as error:
         base, why = run.base.get("source"), f"no note can be left beside it ({error})"
         run.log(f"warning: pruning may delete {base}, which these adapters need, because {why}: copy it elsewhere")
-    else:
-        if note:
-            run.log(f"{shown(note)} keeps the base of these adapters from being pruned; delete it with them")
+        return
+    if note and ckpt.is_beside(note, folder):
+        held.callback(_forget_use, run, note)
+    elif note:
+        run.log(f"{shown(note)} keeps the base of these adapters from being pruned; delete it with them")
+
+
+def _forget_use(run: Run, note: Path) -> None:
+    """Delete the note, unless the adapters may be saved in the fallback folder only."""
+    if not run.settings.checkpoint_fallback_dir:
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
 
 
 def check_tracker(name: str) -> None:

@@ -29,7 +29,7 @@ from milepost.ckpt import Checkpoint, CheckpointError, Found, Selection
 from milepost.ckpt.conversion import Converted, Exported, file_identity, is_imported
 from milepost.ckpt.exports import Export
 from milepost.ckpt.finding import in_best, scan
-from milepost.ckpt.layouts import Layout
+from milepost.ckpt.layouts import Layout, known_layout
 from milepost.ckpt.names import ENDS
 from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
@@ -113,8 +113,12 @@ def writer(settings: Config) -> Layout | Export:
 
 def completed(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     """Return the record, with the tokenizer that the settings name if it has none and they name one."""
-    named = names_complete_tokenizer(settings) or settings.is_set("TRAINING_DATA_SOURCE")
-    return with_tokenizer(record, settings, log) if named else record
+    return with_tokenizer(record, settings, log) if names_tokenizer(settings) else record
+
+
+def names_tokenizer(settings: Config) -> bool:
+    """Return whether the settings name a tokenizer for checkpoints that have none."""
+    return names_complete_tokenizer(settings) or settings.is_set("TRAINING_DATA_SOURCE")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,6 +199,11 @@ def do(job: Job, to: Layout | Export, report: Report, settings: Config, log: Log
         log(f"{shown(old)} {why}")
         report.add(old, why, [])
         return
+    if isinstance(to, Layout) and not alone and (before := done_before(job, to.name, settings)):
+        why = f"is in {shown(before.path.parent)} already"
+        log(f"{shown(old)} {why}")
+        report.add(old, why, [] if has_tokenizer(before) else [without_tokenizer(before.path)])
+        return
     try:
         with naming_output(job.folder or old.parent):
             new, losses = convert(job, to, settings, log) if isinstance(to, Layout) else export(job, to, settings, log)
@@ -213,11 +222,24 @@ def why_not_needed(job: Job, layout: str, settings: Config, *, alone: bool) -> s
             problem = f"{variable}={layout}: {job.found.path} is laid out so already"
             raise ConfigError([f"{problem}; set another, or OUTPUT to a folder for a copy"])
         return "is laid out so already"
-    if job.folder is None or job.stem or alone or job.found.problem:
+    return None
+
+
+def done_before(job: Job, layout: str, settings: Config) -> Found | None:
+    """Return what an earlier conversion of the checkpoint wrote to OUTPUT, if it holds all that is asked for now."""
+    if job.folder is None or job.stem or job.found.problem or not job.folder.is_dir():
         return None
     wanted = (*identity(job.found)[:-1], layout)
-    done = job.folder.is_dir() and wanted in {identity(found) for found in ckpt.find(job.folder) if not found.problem}
-    return f"is in {shown(job.folder)} already" if done else None
+    asked = set(job.found.metadata.get("parts", ())) - ({"optimizer"} if settings.checkpoint_model_only else set())
+    earlier = [found for found in ckpt.find(job.folder) if not found.problem and identity(found) == wanted]
+    whole = [found for found in earlier if asked <= set(found.metadata.get("parts", ()))]
+    best = max(whole, key=has_tokenizer, default=None)
+    return best if best and (has_tokenizer(best) or not names_tokenizer(settings)) else None
+
+
+def has_tokenizer(found: Found) -> bool:
+    """Return whether the checkpoint holds its tokenizer, which `Found` leaves out."""
+    return known_layout(found.path).read_metadata(found.path).get("tokenizer") is not None
 
 
 def identity(found: Found) -> tuple[Any, ...]:
@@ -238,8 +260,13 @@ def convert(job: Job, to: Layout, settings: Config, log: Log) -> tuple[Path, lis
     print_converted(done, to, settings, log)
     target = shown(done.target)
     losses = [f"{target} lacks what no layout holds: {', '.join(done.left_out)}"] if done.left_out else []
-    losses += [] if done.has_tokenizer else [f"{target} is written without a tokenizer: {NAME_ONE}"]
+    losses += [] if done.has_tokenizer else [without_tokenizer(done.target)]
     return done.target, losses
+
+
+def without_tokenizer(target: Path) -> str:
+    """Return the sentence on a conversion that has no tokenizer."""
+    return f"{shown(target)} is written without a tokenizer: {NAME_ONE}"
 
 
 def prefix(settings: Config) -> str | None:

@@ -29,7 +29,7 @@ from milepost.ckpt.finding import folder_of
 from milepost.cli import guarded, processes
 from milepost.config import Config, ConfigError
 from milepost.reporting import print_resume
-from milepost.resume import free_tensors, resumed, saved_schedule, saved_settings
+from milepost.resume import check_text_named, free_tensors, resumed, saved_schedule, saved_settings
 from milepost.run import agreed, planned, with_tokenizer
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log
@@ -108,6 +108,7 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
     """Train RESUME_TRAINING_STEPS more steps; with 0, print what would be restored and stop."""
     for name in filter(settings.is_set, UNUSED_KEEPING if settings.resume_learning_rate == "keep" else UNUSED):
         log(f"{name} is not used: MODE=resume follows RESUME_LEARNING_RATE and RESUME_TRAINING_STEPS")
+    check_text_named(record, settings, "MODE=resume")
     schedule = plan(settings, record)
     end = record.step + settings.resume_training_steps
     settings = config.with_values(settings, destination(settings, record), source="MODE=resume")

@@ -51,7 +51,7 @@ def main(settings: Config, log: Log) -> int:
     for checkpoint in found:
         if checkpoint.problem:
             log(f"left alone: {checkpoint.problem}")
-    prefixes = [text.strip() for text in (settings.prune_others or "").split(",") if text.strip()]
+    prefixes = asked_for(settings.prune_others or "")
     report_others(found, prefixes, log)
     rows: list[Row] = []
     failed: list[Exception] = []
@@ -90,11 +90,15 @@ def report_others(found: list[Found], prefixes: list[str], log: Log) -> None:
     if left:
         groups = ", ".join(f"{shown(name) or '(a number)'}: {count}" for name, count in left.most_common(5))
         more = ", ..." if len(left) > 5 else ""
-        variable = f"PRUNE_OTHERS={left.most_common(1)[0][0]}"
-        log(
-            f"left alone: {left.total()} of other programs ({groups}{more}); {variable} applies the policy to "
-            f"those names"
-        )
+        numbered = {beginning(each) for each in others(found) if beginning(each) != each.path.name}
+        settable = [name for name, _ in left.most_common() if name in numbered and [name] == asked_for(name)]
+        way = f"; PRUNE_OTHERS={settable[0]} applies the policy to those names" if settable else ""
+        log(f"left alone: {left.total()} of other programs ({groups}{more}){way}")
+
+
+def asked_for(names: str) -> list[str]:
+    """Return the beginnings of names that PRUNE_OTHERS lists."""
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def pruned_others(folder: Path, prefix: str, settings: Config) -> Iterator[Row]:

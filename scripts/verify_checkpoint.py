@@ -36,7 +36,7 @@ from milepost.ckpt.tensor_listing import all_files, differing, labelled
 from milepost.ckpt.tensors import digest, not_finite
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.resume import inexact_reasons, resumed, saved_schedule, saved_settings
+from milepost.resume import check_text_named, inexact_reasons, resumed, saved_schedule, saved_settings
 from milepost.run import Run, fresh, to_record, with_its_base
 from milepost.run_files import open_run
 from milepost.runtime.hardware import DeviceError
@@ -169,6 +169,7 @@ def round_trip(record: Checkpoint) -> str:
 def resumes_exactly(record: Checkpoint, settings: Config, log: Log) -> Row:
     """Return the row on whether a resume on this machine would be bit-exact. "no" does not count as a failure."""
     try:
+        check_text_named(record, settings, "a resume")
         run, restored = resumed(own_settings(settings), record, log)
         reasons = inexact_reasons(run, record, restored)
     except (ConfigError, DataError, DeviceError, UnknownCharacters, CheckpointError) as error:

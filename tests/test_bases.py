@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from drive import at_step, train
 from records import record
 from script import call, script
 from test_lora import SHAPE_OF_THE_BASE, WITH
 
+import training
 from milepost import ckpt
 from milepost.ckpt import retention
 from milepost.ckpt.layouts import WRITERS
@@ -76,6 +78,56 @@ def test_adapters_in_another_folder_leave_a_note_beside_their_base(tmp_path):
     assert call(pruner, tmp_path / "base", CHECKPOINT_KEEP_LAST="1", DRY_RUN="false").code == 0
     assert not bases[2].exists()
     assert not opens(tmp_path)
+
+
+def test_the_base_stays_while_its_adapters_are_not_saved_yet(tmp_path, monkeypatch):
+    bases, said = base_run(tmp_path), []
+    start = training.log_start
+
+    def prune_first(run):
+        said.append(call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false").code)
+        said.append([bases[step].exists() for step in (2, 4, 6)])
+        start(run)
+
+    monkeypatch.setattr(training, "log_start", prune_first)
+    tuned(tmp_path, bases[2])
+    assert said == [0, [True, False, True]]
+    assert list(tmp_path.rglob(".base-*")) == []  # the saved adapters say it themselves
+    assert opens(tmp_path)
+
+
+def test_the_base_of_another_program_stays(tmp_path):
+    whole = ckpt.load(base_run(tmp_path / "base")[2])
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for step in (100, 200, 300):
+        config = {name: value for name, value in whole.model_settings.items() if isinstance(value, int)}
+        content = {
+            "model": whole.model_state,
+            "model_args": config,
+            "iter_num": step,
+            "chars": whole.tokenizer["chars"],
+        }
+        torch.save(content, folder / f"ckpt_{step}.pt")
+    tuned(tmp_path, folder / "ckpt_100.pt")
+    asked = {"CHECKPOINT_KEEP_LAST": "1", "PRUNE_OTHERS": "ckpt_", "DRY_RUN": "false"}
+    assert call(pruner, tmp_path, CHECKPOINT_DIR=folder, **asked).code == 0
+    assert [path.name for path in sorted(folder.glob("*.pt"))] == ["ckpt_100.pt", "ckpt_300.pt"]
+    assert opens(tmp_path)
+
+
+def test_the_base_of_a_copy_of_adapters_in_a_folder_of_the_user_stays(tmp_path):
+    bases = base_run(tmp_path)
+    tuned(tmp_path, bases[2], CHECKPOINT_KEEP_BEST="0")
+    own = [one.path for one in ckpt.find(tmp_path / "checkpoints") if "adapters" in one.metadata["parts"]]
+    mine = tmp_path / "checkpoints" / "mine" / "2026"
+    mine.mkdir(parents=True)
+    shutil.move(own[-1], mine / "favourite.pt")
+    for path in own[:-1]:
+        path.unlink()
+    assert call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false").code == 0
+    assert [bases[step].exists() for step in (2, 4, 6)] == [True, False, True]
+    assert opens(tmp_path, CHECKPOINT_PATH=mine / "favourite.pt")
 
 
 def test_a_base_that_retention_never_deletes_gets_no_note(tmp_path):

@@ -326,3 +326,40 @@ def test_gguf_is_given_the_name_that_was_asked_for(tmp_path):
     writer = ckpt.exporter("gguf", gguf_type="f32")
     assert writer.targets(tmp_path, "x") == [tmp_path / "x-f32.gguf"]
     assert writer.targets(tmp_path, "x.gguf") == [tmp_path / "x.gguf"]
+
+
+def test_what_an_earlier_conversion_left_out_is_converted_when_it_is_asked_for(tmp_path):
+    for step in (1, 2):
+        ckpt.save(record(step), tmp_path / "old")
+    asked = {"CHECKPOINT_PATH": tmp_path / "old", "CONVERT_TO": "separated", "OUTPUT": tmp_path / "new"}
+    assert converted(tmp_path, **asked, CHECKPOINT_MODEL_ONLY="true").code == 0
+    for _ in range(2):  # the second time, nothing is left to do
+        assert converted(tmp_path, **asked).code == 0
+        found = ckpt.find(tmp_path / "new")
+        assert [one.step for one in found if one.resumable] == [1, 2]
+        assert len(found) == 4
+    assert converted(tmp_path, **asked, CHECKPOINT_MODEL_ONLY="true").code == 0
+    assert len(ckpt.find(tmp_path / "new")) == 4
+
+
+def test_checkpoints_converted_without_a_tokenizer_are_converted_again_with_one(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(CHARS), encoding="utf-8")
+    for step in (1, 2):
+        content = {"model": golden_nano().state_dict(), "step": step, "config": {"n_head": 2}}
+        (tmp_path / "old").mkdir(exist_ok=True)
+        torch.save(content, tmp_path / "old" / f"ckpt_{step}.pt")
+    asked = {"CHECKPOINT_PATH": tmp_path / "old", "CONVERT_TO": "unified", "OUTPUT": tmp_path / "new"}
+    for _ in range(2):
+        said = converted(tmp_path, **asked)
+        assert said.code == 3
+        assert "Conversion complete" not in said.out
+        assert "TRAINING_DATA_SOURCE" in said.err
+    assert len(ckpt.find(tmp_path / "new")) == 2
+    named = converted(tmp_path, **asked, TRAINING_DATA_SOURCE=text)
+    assert named.code == 0, named.err
+    assert sum(ckpt.load(one.path).tokenizer is not None for one in ckpt.find(tmp_path / "new")) == 2
+    for source in (text, None):
+        more = {} if source is None else {"TRAINING_DATA_SOURCE": source}
+        assert converted(tmp_path, **asked, **more).code == 0
+    assert len(ckpt.find(tmp_path / "new")) == 4

@@ -11,7 +11,7 @@ from records import NOON, flipped, hugging_face_folder, in_child, newest, record
 from work import calls, opened
 
 from milepost import ckpt
-from milepost.ckpt import CheckpointError, Found, finding, retention
+from milepost.ckpt import CheckpointError, Found, finding, resolving, retention
 
 
 def best(folder: Path) -> Path | None:
@@ -487,3 +487,22 @@ def test_several_checkpoints_are_refused_where_one_is_expected(folder):
         ckpt.resolve(",".join(str(path) for path in folder.glob("*.pt")), folder)
     assert caught.value.kind == "not found"
     assert "a single checkpoint" in caught.value.remedy
+
+
+def test_a_misspelt_path_beside_many_folders_is_not_found_soon(tmp_path, monkeypatch):
+    for number in range(300):
+        (tmp_path / f"{number:03d}").mkdir()
+    looked = []
+    scan = resolving.scan
+
+    def counted(place):
+        looked.append(place)
+        if len(looked) == 3:
+            raise PermissionError(13, "Permission denied", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(resolving, "scan", counted)
+    with pytest.raises(CheckpointError) as caught:
+        resolving.resolve(str(tmp_path / "nope.pt"), tmp_path)
+    assert caught.value.kind == "not found"
+    assert len(looked) < 300

@@ -144,6 +144,24 @@ def test_keep_holds_the_rate_of_the_file(tmp_path: Path) -> None:
     assert record.hyperparameters["BATCH_SIZE"] == 2
 
 
+def test_the_rate_of_another_optimizer_is_not_adamws() -> None:
+    model = nano()
+    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
+    content = nanogpt(model, momentum, step=5)
+    content["config"] |= {"learning_rate": 0.1}
+    found = foreign.understood(content, where="f")
+    assert found.optimizer_state is None
+    assert not {"LEARNING_RATE", "WEIGHT_DECAY"} & found.hyperparameters.keys()
+
+
+def test_a_resume_asks_for_the_text_instead_of_taking_the_bundled_one(tmp_path: Path) -> None:
+    asked = {"CHECKPOINT_PATH": str(write(tmp_path)), "MODE": "resume", "CHECKPOINT_DIR": str(tmp_path / "new")}
+    done = command("scripts/load_checkpoint.py", tmp_path, **PLAIN | asked | {"TRAINING_DATA_SOURCE": None})
+    assert done.returncode == 2, done.stderr
+    assert "set TRAINING_DATA_SOURCE" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_keep_without_a_rate_asks_for_one(tmp_path: Path) -> None:
     path = write(tmp_path, optimizer=None, config={})
     code, _, err = resumed(tmp_path, path, RESUME_LEARNING_RATE="keep")

@@ -4,6 +4,7 @@ and nothing needed or in use.
 
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -329,6 +330,26 @@ def test_the_policy_applies_to_names_that_are_asked_for(folder):
     done = call(pruner, folder, **asked, DRY_RUN="false")
     assert done.code == 0, done.err
     assert names(folder) == sorted(["ckpt_1.pt", *mine])
+
+
+@pytest.mark.parametrize("begin", ["run2_ckpt_", "epoch=", "model.v1.", "my ckpt"])
+def test_the_beginning_that_is_named_can_be_set(begin, folder):
+    for number in (1, 2):
+        foreign(folder, f"{begin}{number}.pt", number)
+    foreign(folder, "2024 best.pt", 3)
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1")
+    (variable,) = re.findall("PRUNE_OTHERS=(.*) applies", said.err)
+    assert variable == begin
+    assert "remove" in call(pruner, folder, CHECKPOINT_KEEP_LAST="1", PRUNE_OTHERS=variable).out
+
+
+@pytest.mark.parametrize("names", [("1.pt", "2.pt"), ("best.pt", "other.pt"), ("my 1.pt", "my 2.pt")])
+def test_no_beginning_is_named_that_cannot_be_set(names, folder):
+    for number, name in enumerate(names, 1):
+        foreign(folder, name, number)
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1")
+    assert "2 of other programs" in said.err
+    assert "PRUNE_OTHERS" not in said.err
 
 
 def test_of_other_programs_multiples_bases_links_equal_steps_and_readable_files_stay(folder):

@@ -332,6 +332,18 @@ def test_skipped_files_of_a_folder_are_counted(tmp_path):
         assert line.endswith("4 files skipped: .docx, .jpg, no suffix")
 
 
+def test_a_run_on_a_text_whose_line_feeds_the_vocabulary_lacks_draws_its_samples(tmp_path):
+    one_line, lines = tmp_path / "one_line.txt", tmp_path / "lines.txt"
+    one_line.write_text("abcd efgh ijkl " * 200, encoding="utf-8")
+    lines.write_text("!\nabcd \u00dfefgh\n" * 200, encoding="utf-8")
+    assert train(tmp_path, TRAINING_DATA_SOURCE=str(one_line), **FAST)[0] == 0
+    more = {"MODE": "resume", "RESUME_TRAINING_STEPS": "4", "SAMPLE_INTERVAL": "2", "UNKNOWN_CHARACTERS": "skip"}
+    said = call(script("load_checkpoint"), tmp_path, TRAINING_DATA_SOURCE=lines, **more)
+    assert said.code == 0, said.err
+    drawn = [path.read_text(encoding="utf-8") for path in (tmp_path / "runs").rglob("samples/*.txt")]
+    assert any(text.startswith(" ") for text in drawn)
+
+
 def test_an_old_checkpoint_of_a_folder_reads_the_files_that_it_was_trained_on(tmp_path):
     folder = tmp_path / "letters"
     letters(folder, end="\r\n")

@@ -315,3 +315,12 @@ def test_a_glob_and_a_list_verify_all_that_they_name(tmp_path, chosen):
     assert sorted(shown) == [str(folder / name) for name in expected]
     assert said.code == (3 if len(expected) > 1 else 0)
     assert said.out.splitlines()[-1] == (f"FAILED: {folder / 'sub' / 'broken.pt'}" if said.code else "PASSED")
+
+
+def test_a_checkpoint_that_records_no_text_is_not_compared_with_the_bundled_one(tmp_path):
+    path = save(tmp_path, dataclasses.replace(gpt2_record(), data={}, run_id=None))
+    said = call(verifier, tmp_path, CHECKPOINT_PATH=path)
+    assert said.code == 0, said.out
+    assert rows(said.out)["exactly"][0] == "no"
+    assert "set TRAINING_DATA_SOURCE" in rows(said.out)["exactly"][1]
+    assert "dear_wren" not in said.out

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from milepost.ckpt.bases import find_base, note_use
+from milepost.ckpt.bases import find_base, is_beside, note_use
 from milepost.ckpt.best import best_is_kept, keep_best, keep_saved_best, saved_best
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
@@ -44,6 +44,7 @@ __all__ = [
     "find_base",
     "follow",
     "free_space_problem",
+    "is_beside",
     "keep_best",
     "keep_saved_best",
     "latest",

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.ckpt.finding import Found, folder_of, look, places, scan, stamps
+from milepost.ckpt.finding import Found, folder_of, folders_below, look, places, scan, stamps
 from milepost.ckpt.layouts import known_layout, layout_of
 from milepost.ckpt.names import own_stem
 from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.tensors import digest
 from milepost.files import new_file
-from milepost.paths import with_home
+from milepost.paths import is_real_file, with_home
 
 LEVELS = 4  # folders above the adapters, and parts of the recorded path, with which a moved base is looked for
 NOTE = ".base-{run_id}.json"  # beside a base, about adapters in another folder
@@ -32,8 +32,9 @@ class Base:
 
 
 def bases_in_use(folder: Path) -> list[Base]:
-    """Return every base recorded by adapters in `folder`, its run folders and their best/, or by a note there."""
-    adapters = (found for found in scan(folder) if "adapters" in found.metadata.get("parts", ()))
+    """Return every base recorded by adapters in `folder` and below it, where copies may lie, or by a note."""
+    below = (place for place in folders_below(folder) if place == folder or os.access(place, os.R_OK | os.X_OK))
+    adapters = (found for place in below for found in scan(place) if "adapters" in found.metadata.get("parts", ()))
     named = [_base(found.metadata.get("base"), found.path) for found in adapters]
     notes = (note for place in places(folder) for note in sorted(place.glob(NOTE.format(run_id="*"))))
     named += [_base(values, Path(str(values.get("needed_by")))) for note in notes if (values := _read_note(note))]
@@ -108,19 +109,18 @@ def _weights_digest(path: Path, _: Any) -> str | None:
 
 
 def note_use(base: dict[str, Json], *, run_id: str, checkpoint_dir: Path) -> Path | None:
-    """Write a note beside the base of adapters, so that retention in another folder keeps it; return the note's path.
+    """Write a note beside the base of adapters, so that retention keeps it; return the note's path.
 
-    Return None if no note is needed: the base is not a checkpoint of this program, or lies in `checkpoint_dir`. Raise
-    OSError on a write error.
+    Return None if no note is needed: retention never deletes the base. Raise OSError on a write error.
     """
     source = Path(str(base.get("source")))
-    if not os.path.exists(source) or source.parent.resolve() in {place.resolve() for place in places(checkpoint_dir)}:
+    if not os.path.exists(source):
         return None
     try:
         found = look(source, known_layout(source))
     except CheckpointError:
         return None
-    if found.problem or found.run_id is None or own_stem(found) is None:
+    if found.problem or not (is_real_file(source) if found.run_id is None else own_stem(found)):
         return None
     note = source.with_name(NOTE.format(run_id=run_id))
     if not os.path.lexists(note):
@@ -128,3 +128,8 @@ def note_use(base: dict[str, Json], *, run_id: str, checkpoint_dir: Path) -> Pat
         with new_file(note) as file:
             file.write((json.dumps(values, indent=1) + "\n").encode())
     return note
+
+
+def is_beside(note: Path, checkpoint_dir: Path) -> bool:
+    """Whether a note lies in the folder of the adapters themselves, which say there what they need once they are saved."""
+    return note.parent.resolve() in {place.resolve() for place in places(checkpoint_dir)}

@@ -1,7 +1,9 @@
 """Resolve what a user names: the latest or the best checkpoint, a file, a stem, a folder, a glob. Changes no file."""
 
+import contextlib
 import difflib
 import glob
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from milepost.ckpt.layouts import LAYOUTS, layout_of
 from milepost.ckpt.manifest import is_regular
 from milepost.ckpt.record import CheckpointError, Kind
 
+LOOKED_AT = 200  # folders looked at for a hint: a misspelt path may lie in a home folder
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
 OPEN_ADAPTER = (
     "open the checkpoint that it was exported from, or merge it into its base with peft (merge_and_unload, "
@@ -222,13 +225,20 @@ def listing(folder: Path, *, limit: int = 8) -> str:
     return f"{folder} holds {', '.join(names[:limit])}{more}"
 
 
+def _holds_any(place: Path) -> bool:
+    """Whether a checkpoint is in the folder, as far as it can be listed."""
+    with contextlib.suppress(OSError):
+        return any(True for _ in scan(place))
+    return False
+
+
 def _held_instead(folder: Path, *, limit: int = 3) -> str:
     """Return the end of a sentence on a folder without checkpoints: what else is in it that may have been meant."""
     if is_regular(folder / ADAPTER_CONFIG):
         return f", but an adapter of peft ({ADAPTER_CONFIG}): {OPEN_ADAPTER}"
     if incomplete := orphans(folder):
         return f", but {'; '.join(str(found.problem) for found in incomplete[:limit])}"
-    below = [place for place in folders_below(folder) if place != folder and any(True for _ in scan(place))]
+    below = [place for place in itertools.islice(folders_below(folder), 1, LOOKED_AT) if _holds_any(place)]
     if below:
         more = f" and {len(below) - limit} more" if len(below) > limit else ""
         return f"; folders below it do: {', '.join(map(str, below[:limit]))}{more}; name one of them"

@@ -129,8 +129,9 @@ def others(found: Iterable[Found]) -> list[Found]:
 
 
 def beginning(found: Found) -> str:
-    """Return the beginning of the name, before its first digit: `ckpt_` of `ckpt_1000.pt`."""
-    return re.split("[0-9]", found.path.name, maxsplit=1)[0]
+    """Return the name before the number that it ends with: `ckpt_` of `ckpt_1000.pt`; without one, the whole name."""
+    number = re.search(f"{NUMBER.pattern}$", found.path.name)
+    return found.path.name[: number.start()] if number else found.path.name
 
 
 def expired_others(folder: Path, prefix: str, *, keep_last: int, keep_every: int) -> list[Found]:

@@ -60,6 +60,12 @@ def unknown_characters(tokenizer: Tokenizer, text: str) -> str:
     return ""
 
 
+def first_known(tokenizer: Tokenizer, alphabet: str) -> str:
+    """Return a line feed, or else the first character of the alphabet, that the vocabulary has."""
+    ordered = sorted(alphabet, key="\n".__ne__)
+    return next(character for character in ordered if not unknown_characters(tokenizer, character))
+
+
 def lenient(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[Tokenizer, str]:
     """Return a tokenizer that takes the unknown characters too, and what it does with them, in words.
 

@@ -38,10 +38,16 @@ CLOSE = 1e-6  # relative difference between a recorded rate and that of the sche
 
 
 def training_settings(content: Mapping[Any, Any], config: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the settings of its training by our variables; those of the optimizer's groups take precedence."""
+    """Return the settings of its training by our variables; those of the optimizer's groups take precedence.
+
+    The rate and the weight decay of another optimizer than Adam's kind, such as SGD, mean nothing to AdamW and are left out.
+    """
     places: list[Mapping[Any, Any]] = [content, *configs_of(content), config]
     found = {name: _first(places, words, whole=name in WHOLE) for name, words in WORDS.items()}
-    found |= {name: value for name, value in _of_groups(content).items() if value is not None}
+    if _is_of_another_kind(content):
+        found |= dict.fromkeys(("LEARNING_RATE", "WEIGHT_DECAY"))
+    else:
+        found |= {name: value for name, value in _of_groups(content).items() if value is not None}
     return {name: value for name, value in found.items() if value is not None and _in_range(name, value)}
 
 
@@ -63,11 +69,22 @@ def schedule_of(content: Mapping[Any, Any], step: int) -> dict[str, Json]:
     return dict(vars(schedule)) if near else {}
 
 
-def _of_groups(content: Mapping[Any, Any]) -> dict[str, float | None]:
-    """Return the settings of the first group of the optimizer, and the rate of the scheduler if no group has one."""
+def _groups(content: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    """Return the parameter groups of the optimizer; an empty list if there are none."""
     saved = saved_optimizer(content)
     groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
-    groups = [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
+    return [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
+
+
+def _is_of_another_kind(content: Mapping[Any, Any]) -> bool:
+    """Whether the optimizer is none of Adam's kind: its groups have no betas."""
+    groups = _groups(content)
+    return bool(groups) and not any("betas" in group for group in groups)
+
+
+def _of_groups(content: Mapping[Any, Any]) -> dict[str, float | None]:
+    """Return the settings of the first group of the optimizer, and the rate of the scheduler if no group has one."""
+    groups = _groups(content)
     first = groups[0] if groups else {}
     betas = first.get("betas")
     beta1, beta2 = betas if isinstance(betas, list | tuple) and len(betas) == 2 else (None, None)
