@@ -340,7 +340,7 @@ def draw_file(runs: list[Curve], output: Path) -> None:
     for panel, axes in zip(drawn, grid, strict=False):
         for number, run in enumerate(runs):
             xs, ys = [list(values) for values in zip(*points(run, panel), strict=True)] or ([], [])
-            style = {"color": f"C{number}", "linestyle": "-" if run.requested else "--"}
+            style = {"color": f"C{number}", "linestyle": "-" if run.requested else "--", "label": legend_of(run)}
             axes.plot(xs, ys, marker="." if panel.split == "validation" else "", linewidth=1, **style)
         axes.set_title(panel.title, fontsize=10, parse_math=False)
         axes.grid(alpha=0.3)
