@@ -4,6 +4,8 @@ import os
 # too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import signal
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -12,6 +14,10 @@ from milepost.run import text
 # A slow machine is no failure: hypothesis's own limits are 200 ms for an example and a second to draw ten.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+# nohup makes the suite ignore SIGHUP, and what it starts inherits that: a test of the signal would wait for ever.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from milepost import ckpt, config
 from milepost.runtime import interrupt
 from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 
+SETTINGS = config.read({"PYTHON_DOTENV_DISABLED": "1"})
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU]
 
 # Prints when it is ready and when it was asked to stop, then runs for ever. Only an orderly exit would print "cleaned
@@ -357,7 +358,7 @@ def test_before_the_loop_one_signal_is_enough(number, tmp_path, handlers_as_befo
         os.kill(os.getpid(), number)
         raise AssertionError("the signal was not heard")
 
-    assert training.guarded(reading_text, None) == INTERRUPTED
+    assert training.guarded(reading_text, SETTINGS) == INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -372,8 +373,8 @@ def test_an_interrupt_that_a_library_converts_is_an_interrupt(number, handlers_a
     def failing(settings, log):
         raise ImportError("no module")
 
-    assert training.guarded(importing, None) == INTERRUPTED
-    assert training.guarded(failing, None) == 1  # control: of the one before nothing is remembered
+    assert training.guarded(importing, SETTINGS) == INTERRUPTED
+    assert training.guarded(failing, SETTINGS) == 1  # control: of the one before nothing is remembered
 
 
 def test_a_swallowed_interrupt_is_seen_when_training_begins(handlers_as_before):
@@ -386,8 +387,8 @@ def test_a_swallowed_interrupt_is_seen_when_training_begins(handlers_as_before):
             seen.append(stop.requested)
         return 0
 
-    training.guarded(swallows, None)
-    training.guarded(lambda *_: seen.append(Interrupt().__enter__().requested), None)
+    training.guarded(swallows, SETTINGS)
+    training.guarded(lambda *_: seen.append(Interrupt().__enter__().requested), SETTINGS)
     assert seen == [True, False]
 
 
