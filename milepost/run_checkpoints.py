@@ -155,10 +155,10 @@ def _is_pending(run: Run, record: Checkpoint) -> bool:
 def _log_disk_error(
     run: Run, what: str, *, record: Checkpoint | None = None, folder: Path | None = None
 ) -> Iterator[None]:
-    """Log why the disk refused a write, and the space that the record needs; training continues."""
+    """Log why the disk refused a write, and the space that the record needs, instead of raising."""
     try:
         yield
     except (OSError, ckpt.CheckpointError) as error:
         need = bytes_on_disk(record) if record else 0
         why = ckpt.why_not_saved(error, folder or Path(run.settings.checkpoint_dir), need=need)
-        run.log(f"{what} ({why}); training continues")
+        run.log(f"{what} ({why}){'; training continues' if run.state.step < run.end else ''}")

@@ -434,7 +434,6 @@ def test_a_hundred_thousand_mutated_pickles(part: int, tmp_path: Path) -> None:
     assert sum(counts.values()) == count
 
 
-def test_nothing_is_said_of_warnings(tmp_path: Path) -> None:
-    """Reading objects warns of nothing."""
+def test_reading_objects_raises_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings(action="error"):
         loaded(tmp_path / "a.pt", {name: value for name, (value, _) in OBJECTS.items()})
