@@ -10,10 +10,11 @@ train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
 
 test: check
-	$(BIN)/python -m pytest -q -m "not soak"
+	$(BIN)/python -m pytest -q -m "not soak and not exchange"
 
 test-exchange: $(VENV)/.exchange
 	$(BIN)/python -m pytest -q tests/exchange tests/test_export.py tests/test_evaluate.py tests/test_huggingface.py
+	$(BIN)/python -m pytest -q -m exchange
 
 test-llama: $(VENV)/.llama
 	$(BIN)/python -m pytest -q tests/llama

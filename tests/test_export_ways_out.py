@@ -128,7 +128,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("to", ckpt.EXPORTS)
+@pytest.mark.parametrize(
+    "to", [pytest.param(to, marks=pytest.mark.exchange) if to == "gguf" else to for to in ckpt.EXPORTS]
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_remedy_of_a_refusal_works(tmp_path, model, to):
     one = MODELS[model]()
@@ -185,9 +187,12 @@ def ended_folder(folder: Path, *, end: str = "</s>", generation: int | None = No
     return folder
 
 
-@pytest.mark.parametrize(
+ENDS = pytest.mark.parametrize(
     ("end", "generation", "expected"), [("</s>", None, 2), ("<|im_end|>", None, 3), ("</s>", 3, 3)]
 )
+
+
+@ENDS
 def test_the_token_that_ends_a_text_comes_from_the_file(tmp_path, end, generation, expected):
     folder = ended_folder(tmp_path / "theirs", end=end, generation=generation)
     assert build_tokenizer(ckpt.load(folder)).end_of_text == expected
@@ -197,7 +202,15 @@ def test_the_token_that_ends_a_text_comes_from_the_file(tmp_path, end, generatio
     assert AutoConfig.from_pretrained(back).eos_token_id == expected
     assert GenerationConfig.from_pretrained(back).eos_token_id == expected
     assert AutoTokenizer.from_pretrained(back).eos_token_id == expected
-    gguf = pytest.importorskip("gguf")
+
+
+@pytest.mark.exchange
+@ENDS
+def test_the_token_that_ends_a_text_is_in_the_gguf(tmp_path, end, generation, expected):
+    import gguf
+
+    folder = ended_folder(tmp_path / "theirs", end=end, generation=generation)
+    ours = ckpt.convert(folder, tmp_path / "new", layout="unified").target
     fields = gguf.GGUFReader(export_of(tmp_path, ours, "gguf")).fields
     assert int(fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == expected
 

@@ -107,8 +107,8 @@ def test_a_link_in_place_of_a_run_folder_is_refused_by_name(name, theirs, tmp_pa
     assert snapshot(tmp_path / "outside") == before
 
 
+@pytest.mark.exchange
 def test_a_tensorboard_folder_that_is_a_link_loses_no_events(theirs, tmp_path):
-    pytest.importorskip("tensorboard")
     place = theirs / "runs" / run_id(theirs) / "tensorboard"
     place.symlink_to(tmp_path / "outside" / "folder")
     before = snapshot(tmp_path / "outside")
