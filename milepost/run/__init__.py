@@ -10,6 +10,7 @@ from milepost.run.build import (
     planned,
     shapes,
 )
+from milepost.run.replay import check_unchanged, checked, left_by_step, why_not_replayed
 from milepost.run.state import TRY_INSTEAD, Run, Saved, State, is_due, to_record
 from milepost.run.text import Text, open_source, read_text, scan_source, scan_text
 from milepost.run.weights import (
@@ -33,8 +34,11 @@ __all__ = [
     "build_device",
     "changeable",
     "check_batch_size",
+    "check_unchanged",
+    "checked",
     "fresh",
     "is_due",
+    "left_by_step",
     "lineage",
     "memory_needed",
     "names_complete_tokenizer",
@@ -45,6 +49,7 @@ __all__ = [
     "scan_text",
     "shapes",
     "to_record",
+    "why_not_replayed",
     "with_its_base",
     "with_tokenizer",
 ]
