@@ -50,7 +50,14 @@ def main(settings: Config, log: Log) -> int:
     with processes(settings, log) as world:
         name, folder = settings.checkpoint_path, Path(settings.checkpoint_dir)
         found = agreed(
-            lambda: ckpt.load_named(name, folder, say=log, optimizer=resuming, verify=resuming),  # of every byte
+            lambda: ckpt.load_named(
+                name,
+                folder,
+                say=log,
+                optimizer=resuming,
+                verify=resuming,  # of every byte
+                certain=resuming,
+            ),
             world,
             optimizer=resuming,
         )
