@@ -10,6 +10,7 @@ from typing import Any
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
+from milepost.ckpt.foreign.importing import rate_in_use
 from milepost.ckpt.restore import Restored, build_model, restore_optimizer
 from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.config import Config, ConfigError
@@ -287,7 +288,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     )
     child = schedule is not None or bool(changed) or not same_text
     if schedule is None:
-        schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)
+        schedule = _schedule(settings, record, changed)
     run = assemble(
         settings,
         log,
@@ -311,6 +312,28 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
         run.run_id = record.run_id
         restore_progress(run, record)
     return run, restored
+
+
+def _schedule(settings: Config, record: Checkpoint, changed: dict[str, Any]) -> Schedule:
+    """Return the saved schedule, or a new one if a variable of it changed.
+
+    Another program's checkpoint without one holds the learning rate that it records, unless a variable is set.
+    """
+    if record.schedule and not changed.keys() & PLAN:
+        return saved_schedule(record)
+    asked = any(map(settings.is_set, PLAN - {"TRAINING_STEPS"}))
+    if not record.schedule and record.run_id is None and not asked:
+        end = max(settings.training_steps, record.step + 1)
+        return held_schedule(record, end) or planned(settings)
+    return planned(settings)
+
+
+def held_schedule(record: Checkpoint, end: int) -> Schedule | None:
+    """Return a constant schedule to the step `end` at the rate that another program recorded; None if there is none."""
+    rate = rate_in_use(record)
+    if rate is None:
+        return None
+    return Schedule(kind="constant", peak=rate, floor=rate, warmup_steps=0, start_step=record.step, end_step=end)
 
 
 def saved_schedule(record: Checkpoint) -> Schedule:
