@@ -34,6 +34,7 @@ class Foreign:
     hyperparameters: dict[str, Json] = field(default_factory=dict)
     schedule: dict[str, Json] = field(default_factory=dict)
     rate: float | None = None  # the learning rate in use at its step
+    unused: str | None = None  # why its optimizer state cannot be used
     adapters_only: bool = False
     base: dict[str, Json] | None = None  # of adapters
     notes: list[str] = field(default_factory=list)
@@ -82,6 +83,7 @@ def understood(
         hyperparameters=training_settings(around, config) | peak,
         schedule=schedule,
         rate=rate_in_use(around),
+        unused=note,
         adapters_only=bool(own) and all(map(models.is_adapter, state)),
         base=base,
         notes=notes + ([f"{where}: {note}"] if note else []),

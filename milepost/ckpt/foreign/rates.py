@@ -16,14 +16,14 @@ from milepost.runtime.schedule import Schedule, lr_at
 
 # Variable -> the names in use for it in a config, or at the top of the file.
 WORDS: dict[str, tuple[str, ...]] = {
-    "BATCH_SIZE": ("batch_size", "micro_batch_size"),
+    "BATCH_SIZE": ("batch_size", "micro_batch_size", "train_batch_size", "per_device_train_batch_size"),
     "GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "accumulate_grad_batches"),
     "TRAINING_STEPS": ("max_iters", "max_steps", "training_steps", "total_steps"),
     "LEARNING_RATE": ("learning_rate", "lr"),
     "WEIGHT_DECAY": ("weight_decay",),
-    "BETA1": ("beta1",),
-    "BETA2": ("beta2",),
-    "GRAD_CLIP": ("grad_clip", "gradient_clip_val", "grad_norm_clip"),
+    "BETA1": ("beta1", "adam_beta1"),
+    "BETA2": ("beta2", "adam_beta2"),
+    "GRAD_CLIP": ("grad_clip", "gradient_clip_val", "grad_norm_clip", "max_grad_norm"),
 }
 WHOLE = {"BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "TRAINING_STEPS"}
 SCHEDULERS = (
