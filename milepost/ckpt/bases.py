@@ -97,7 +97,7 @@ def base_in(base: dict[str, Json], folder: Path) -> Path | None:
 
 
 def _recognised(base: dict[str, Json], candidates: Iterable[Found]) -> Path | None:
-    for found in candidates:
+    for found in candidates if base.get("sha256") else ():
         whole = found.problem is None and "adapters" not in found.metadata.get("parts", ())
         if whole and base.get("step") in (None, found.step) and _digest_of(found) == base.get("sha256"):
             return found.path
