@@ -12,7 +12,7 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import Restored
 from milepost.places import SCRIPTS_FOLDER
 from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
-from milepost.run import Run, memory_needed, shapes
+from milepost.run import Run, memory_needed, shapes, why_not_replayed
 from milepost.runtime import hardware
 from milepost.runtime.progress import amount, command_line, duration, shown, table
 from milepost.runtime.schedule import lr_at
@@ -45,6 +45,9 @@ def log_start(run: Run) -> None:
     log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
     log_checkpoint_policy(run)
     log_unfinished(run)
+    interval = settings.replay_check_interval
+    if interval and run.end // interval > run.state.step // interval and (reason := why_not_replayed(run)):
+        log(f"REPLAY_CHECK_INTERVAL={interval}: no step is taken twice to find faults of the device, because {reason}")
     for line in config.describe(settings):
         log(line)
 

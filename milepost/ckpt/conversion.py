@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from milepost.ckpt.exports import Export, Proof
 from milepost.ckpt.exports.common import not_the_same
-from milepost.ckpt.finding import BEST_FOLDER, Found, folder_of
+from milepost.ckpt.finding import BEST_FOLDER, folder_of
+from milepost.ckpt.index import Found
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_copy, free_stem, only_stem, own_stem, plain_stem, target_folder

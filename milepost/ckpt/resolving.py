@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from milepost.ckpt.finding import (
-    Found,
     best,
     containing,
-    entries,
     find,
     folders_below,
     latest,
-    look,
     loss_of,
     lowest_loss,
+    names_in,
     orphan,
     orphans,
     scan,
 )  # fmt: skip
+from milepost.ckpt.index import Found, look
 from milepost.ckpt.layouts import LAYOUTS, layout_of
 from milepost.ckpt.manifest import is_regular
 from milepost.ckpt.record import CheckpointError, Kind
@@ -257,7 +256,7 @@ def _held_instead(folder: Path, *, limit: int = 3) -> str:
     if below:
         more = f" and {len(below) - limit} more" if len(below) > limit else ""
         return f"; folders below it do: {', '.join(map(str, below[:limit]))}{more}; name one of them"
-    names = sorted(path.name for path in entries(folder, required=False) if not path.name.startswith("."))
+    names = sorted(name for name in names_in(folder) if name[0] != ".")
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     others = f" (it holds {', '.join(names[:limit])}{more})" if names else ""
     return f"{others}; was ENABLE_CHECKPOINTS=true set when training?"

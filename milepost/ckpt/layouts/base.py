@@ -127,6 +127,14 @@ class Layout(ABC):
             member.startswith(f"{place}/") for member in self.members
         )
 
+    def holds_other_files(self, path: Path) -> bool:
+        """Whether the checkpoint is a folder that also holds files which no save writes."""
+        if not path.is_dir():
+            return False
+        files = (file for file in path.rglob("*") if not file.is_dir() and file.name[0] != ".")  # no .DS_Store
+        names = (file.relative_to(path).as_posix() for file in files)
+        return not all(matches(name, self.members) for name in names)
+
     # -----------------------------------------------------------------------------------------------------------------
     # Contents, by each mechanism.
 
