@@ -21,9 +21,10 @@ import torch  # noqa: E402
 import torch.distributed.checkpoint  # noqa: E402  (once, not in every child)
 from records import record  # noqa: E402
 
-from milepost import ckpt, files  # noqa: E402
+from milepost import ckpt  # noqa: E402
 from milepost.ckpt import Checkpoint  # noqa: E402
 from milepost.ckpt.writer import Writer, named_tensors  # noqa: E402
+from milepost.files import look, writing  # noqa: E402
 
 SIZE = 128  # rows and columns of each of three tensors: 200 kB a checkpoint
 EVERY = 3  # of so many steps one is the best only, as an evaluation between two saves is
@@ -108,6 +109,7 @@ def nth(folder: str, layout: str, mode: str, number: str) -> None:
 
     The writes of step 4 repeat those of step 3 and are not counted.
     """
+    look(Path(folder))  # as a run does before it trains
     original = killed_before(int(number))
     each_step(range(4, 5), folder, layout, mode, keep_last=1, keep_every=2)
     for name in REPEATED:
@@ -134,7 +136,7 @@ def killed_before(number: int) -> dict[str, Callable[..., Any]]:
 
         return call
 
-    files.CHUNK = 2**16  # so that a file takes several writes
+    writing.CHUNK = 2**16  # so that a file takes several writes
     original = {name: getattr(os, name) for name in CHANGING}
     for name, action in original.items():
         setattr(os, name, counted(name, action))
@@ -145,7 +147,7 @@ def half(descriptor: int, data: Any) -> None:
     """Write the first half; past the page cache only whole blocks can be written."""
     direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
     size = len(data) // 2
-    _write(descriptor, memoryview(data)[: size // files.BLOCK * files.BLOCK if direct else size])
+    _write(descriptor, memoryview(data)[: size // writing.BLOCK * writing.BLOCK if direct else size])
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from milepost.ckpt.bases import bases_among
 from milepost.ckpt.finding import BEST_FOLDER, Found, in_best, linked, loss_of, scan
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.names import PREFIX, own_checkpoints, target_folder
+from milepost.ckpt.reading_back import check_reachable, check_saved
 from milepost.ckpt.record import Checkpoint, from_metadata
 from milepost.ckpt.saving import make_place, save
 from milepost.files import link_or_copy, remove, sync_folder
@@ -39,6 +40,7 @@ def keep_best(
     for changed in (place, place.parent):  # the new name is durable before an older checkpoint is deleted
         sync_folder(changed)
     with folder_lock(folder):
+        check_saved(kept)
         for checkpoint in _superseded(record, folder, count=count):
             remove(known_layout(checkpoint.path).files(checkpoint.path))
     return kept
@@ -50,6 +52,7 @@ def _superseded(record: Checkpoint, folder: Path, *, count: int) -> list[Found]:
     Two saves of one step count once. Copies made by hand, the bases of adapters and what a link names stay.
     """
     found = [each for each in scan(folder) if in_best(each, folder)]
+    check_reachable(found)
     own = [found for found in own_checkpoints(found) if found.run_id == record.run_id is not None]
     own.sort(key=lambda found: (loss_of(found) is None, loss_of(found), found.save_order))
     best = list(dict.fromkeys((found.step, loss_of(found)) for found in own))[:count]

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from milepost.ckpt.layouts import LAYOUTS, Layout, known_layout, layout_of
 from milepost.ckpt.record import CheckpointError, Json, Kind
+from milepost.files import below as files_below
+from milepost.files import entries as entries_of
+from milepost.files import is_unfinished
 from milepost.locks import FOLDER_LOCK
 from milepost.paths import is_real_folder
 
@@ -157,7 +160,7 @@ def places(folder: Path) -> Iterator[Path]:
     if not os.path.isdir(folder):
         return
     whole = layout_of(folder)
-    runs = [path for path in sorted(folder.iterdir()) if is_real_folder(path) and not path.name.startswith(".")]
+    runs = [path for path in sorted(entries_of(folder)) if is_real_folder(path) and not path.name.startswith(".")]
     runs = [path for path in runs if whole is None or not whole.owns(folder, path)]
     for place in (folder, *(path for path in runs if path.name != BEST_FOLDER and layout_of(path) is None)):
         yield place
@@ -179,7 +182,7 @@ def linked(found: Iterable[Found], folder: Path) -> set[Path]:
 def entries(place: Path, *, required: bool) -> list[Path]:
     """Return the entries of `place`; none if it is not `required` and cannot be listed, such as lost+found."""
     try:
-        return list(place.iterdir())
+        return entries_of(place)
     except OSError:
         if required:
             raise
@@ -188,7 +191,11 @@ def entries(place: Path, *, required: bool) -> list[Path]:
 
 def look(path: Path, layout: Layout) -> Found:
     """Return the checkpoint at `path` with its metadata or its problem; its tensors stay unread."""
-    return _look(path, layout, tuple(stamps(layout.files(path))))  # type: ignore[arg-type]
+    stamped = tuple(stamps(layout.files(path)))
+    try:
+        return _look(path, layout, stamped)  # type: ignore[arg-type]
+    except CheckpointError as error:  # it may answer the next time
+        return Found(path, {}, str(error), layout=layout.name, size=sum(stamp[1] for stamp in stamped), kind=error.kind)
 
 
 @functools.lru_cache(maxsize=SEEN)
@@ -198,13 +205,15 @@ def _look(path: Path, layout: Layout, stamps: tuple[tuple[int, ...], ...]) -> Fo
         metadata = {name: value for name, value in layout.read_metadata(path).items() if name != "tokenizer"}
         return Found(path, metadata, layout=layout.name, size=size)
     except CheckpointError as error:
+        if error.kind == "unreachable" or is_unfinished(path):  # not for the cache: neither depends on these stamps
+            raise
         return Found(path, {}, str(error), layout=layout.name, size=size, kind=error.kind)
 
 
 def stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
     """Yield inode, size in bytes and modification time of each file, and of each file inside each folder."""
     for file in files:
-        for path in sorted(file.rglob("*")) if file.is_dir() else [file]:
+        for path in sorted(files_below(file)) if file.is_dir() else [file]:
             try:
                 status = path.stat()
             except OSError:
