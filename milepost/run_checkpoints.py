@@ -17,7 +17,7 @@ from milepost.run_files import METRICS, flush_lines, open_run
 from milepost.runtime.errors import TrainingError
 from milepost.runtime.progress import Metrics, duration, shown
 
-LONGEST_PAUSE = 60.0  # seconds between two looks at a disk that refused a save
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until a disk that refused a save is asked again
 PAUSES = (5, 10, 15, 30, 60, 60, 60, 60)  # seconds between the attempts to save the last step on a full disk: 5 min
 
 
@@ -67,7 +67,7 @@ def _write_regular(run: Run, record: Checkpoint, folder: Path) -> Path | None:
         except OSError as error:
             _note_refusal(run, error, need=bytes_on_disk(record))
             raise
-        run.saved.failed, run.saved.pause = False, 1.0
+        run.saved.failed, run.saved.attempts = False, 0
         return run.saved.path
     return None
 
@@ -75,9 +75,14 @@ def _write_regular(run: Run, record: Checkpoint, folder: Path) -> Path | None:
 def _note_refusal(run: Run, error: OSError, *, need: int) -> None:
     """Note when to try again, if the error may pass."""
     saved = run.saved
-    saved.need, saved.retry_at = need, time.monotonic() + saved.pause
-    saved.pause = min(2 * saved.pause, LONGEST_PAUSE)
+    saved.need, saved.retry_at = need, time.monotonic() + _pause(run)
+    saved.attempts += 1
     saved.refused = error.errno in (errno.ENOSPC, errno.EDQUOT) or is_unreachable(error)
+
+
+def _pause(run: Run) -> float:
+    """Return the seconds until the next attempt: twice as long after each failure."""
+    return min(FIRST_PAUSE * 2.0 ** min(run.saved.attempts, 16), LONGEST_PAUSE)
 
 
 def retry_is_due(run: Run) -> bool:
@@ -87,7 +92,7 @@ def retry_is_due(run: Run) -> bool:
     saved = run.saved
     if not (saved.failed and saved.refused) or time.monotonic() < saved.retry_at:
         return False
-    saved.retry_at = time.monotonic() + saved.pause
+    saved.retry_at = time.monotonic() + _pause(run)
     with contextlib.suppress(OSError):
         return ckpt.free_space_problem(Path(run.settings.checkpoint_dir), need=saved.need) is None
     return False

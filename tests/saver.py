@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.distributed.checkpoint  # noqa: E402  (once, not in every child)
+from lacking import take_away  # noqa: E402
 from records import record  # noqa: E402
 
 from milepost import ckpt  # noqa: E402
@@ -104,11 +105,13 @@ def many(folder: str, layout: str, run_id: str, times: str) -> None:
         save_keep_prune(of_step(step, run_id), Path(folder), layout)
 
 
-def nth(folder: str, layout: str, mode: str, number: str) -> None:
+def nth(folder: str, layout: str, mode: str, number: str, lack: str = "") -> None:
     """Save steps 3 and 4; SIGKILL before the n-th call that changes the disk, in the middle of it if it is a write.
 
-    The writes of step 4 repeat those of step 3 and are not counted.
+    The writes of step 4 repeat those of step 3 and are not counted. The file system lacks what `lack` names.
     """
+    if lack:
+        take_away(setattr, lack)
     look(Path(folder))  # as a run does before it trains
     original = killed_before(int(number))
     each_step(range(4, 5), folder, layout, mode, keep_last=1, keep_every=2)

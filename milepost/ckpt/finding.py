@@ -10,7 +10,6 @@ from milepost.ckpt.layouts import LAYOUTS, Layout, known_layout, layout_of
 from milepost.ckpt.record import CheckpointError, Json, Kind
 from milepost.files import below as files_below
 from milepost.files import entries as entries_of
-from milepost.files import is_unfinished
 from milepost.locks import FOLDER_LOCK
 from milepost.paths import is_real_folder
 
@@ -205,7 +204,7 @@ def _look(path: Path, layout: Layout, stamps: tuple[tuple[int, ...], ...]) -> Fo
         metadata = {name: value for name, value in layout.read_metadata(path).items() if name != "tokenizer"}
         return Found(path, metadata, layout=layout.name, size=size)
     except CheckpointError as error:
-        if error.kind == "unreachable" or is_unfinished(path):  # not for the cache: neither depends on these stamps
+        if error.kind in ("unreachable", "lacking"):  # not for the cache: neither depends on these stamps alone
             raise
         return Found(path, {}, str(error), layout=layout.name, size=size, kind=error.kind)
 

@@ -59,8 +59,8 @@ class Saved:
     failed: bool = False  # whether the last regular save failed
     refused: bool = False  # whether it failed for a reason that may pass: a full disk, a folder that did not answer
     need: int = 0  # bytes of the save that failed
-    retry_at: float = 0.0  # when another attempt is worth it (time.monotonic()), and the seconds to the one after it
-    pause: float = 1.0
+    attempts: int = 0  # failures in a row
+    retry_at: float = 0.0  # when another attempt is worth it (time.monotonic())
     resumed_time: float = math.inf  # when the checkpoint that the run resumes from was saved (Unix seconds)
 
 
