@@ -24,7 +24,7 @@ from test_faults import fault
 from test_kill import Said, last, saver  # noqa: F401  (a fixture)
 
 from milepost import ckpt, files, run_checkpoints
-from milepost.ckpt import CheckpointError, saving
+from milepost.ckpt import CheckpointError, finding, saving
 from milepost.ckpt.finding import look
 from milepost.ckpt.layouts import known_layout
 from milepost.files import GrowingFile, file_system, growing, owner_file, reaching
@@ -133,7 +133,10 @@ def test_a_record_of_an_ordinary_disk_names_no_lack(tmp_path):
     assert saving.LACKS not in ckpt.load(ckpt.save(of_step(1), tmp_path)).runtime
 
 
-@pytest.mark.parametrize(("lack", "layout"), IN_PLACE)
+@pytest.mark.parametrize(
+    ("lack", "layout"),
+    [*IN_PLACE[:2], IN_PLACE[-1], *(pytest.param(*pair, marks=pytest.mark.soak) for pair in IN_PLACE[2:-1])],
+)
 def test_refused_at_every_call_in_place_nothing_is_harmed(lack, layout, lacking, tmp_path):  # noqa: F811
     lacking(lack)
     make_before(tmp_path / "before", layout)
@@ -157,7 +160,10 @@ def test_refused_at_every_call_in_place_nothing_is_harmed(lack, layout, lacking,
     assert number >= 10
 
 
-@pytest.mark.parametrize(("lack", "layout"), IN_PLACE)
+@pytest.mark.parametrize(
+    ("lack", "layout"),
+    [IN_PLACE[0], IN_PLACE[-1], *(pytest.param(*pair, marks=pytest.mark.soak) for pair in IN_PLACE[1:-1])],
+)
 def test_killed_at_every_call_in_place_no_half_is_taken(lack, layout, saver, tmp_path):  # noqa: F811
     make_before(tmp_path / "before", layout)
     halves = 0
@@ -349,7 +355,7 @@ def test_a_file_that_is_stale_once_is_read(layout, stale, tmp_path):
 def test_what_could_not_be_read_is_not_damaged_and_nothing_is_pruned_on_its_strength(layout, stale, tmp_path):
     paths = [ckpt.save(of_step(step), tmp_path, layout=layout) for step in (1, 2, 3)]
     before = {one.step for one in whole(tmp_path)}
-    look.__globals__["_look"].cache_clear()
+    finding._look.cache_clear()
     stale[paths[1].stem] = 10**6
     found = {one.path: one for one in ckpt.find(tmp_path)}
     assert found[paths[1]].kind == "unreachable"

@@ -218,6 +218,7 @@ def remove(files: Sequence[Path]) -> None:
     hidden = hidden_name(primary)
     if len(files) == 1:
         os.replace(primary, hidden)
+        moved(primary, hidden)
         discard(hidden)
         return
     try:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from milepost.files.reaching import is_unreachable, steadily
+from milepost.files.reaching import entries, is_unreachable, steadily
 from milepost.paths import is_real_folder
 
 TEMPORARY = ".tmp-"  # names that begin so are never read; leftovers of a crash are removed under the folder's lock
@@ -119,8 +119,19 @@ def discard(hidden: Path) -> None:
     with contextlib.suppress(OSError):
         if is_real_folder(hidden):
             shutil.rmtree(hidden, ignore_errors=True)
+            if os.path.lexists(hidden):  # it has names that a listing does not show yet
+                _delete_below(hidden)
         else:
             hidden.unlink(missing_ok=True)
+
+
+def _delete_below(folder: Path) -> None:
+    for path in entries(folder):
+        if is_real_folder(path):
+            _delete_below(path)
+        else:
+            path.unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _tried(folder: Path) -> frozenset[str]:

@@ -77,7 +77,8 @@ def entries(folder: Path) -> list[Path]:
     """Return the entries of `folder`, with those that this process has just made. Raise OSError if it has no listing."""
     found = list(steadily(lambda: list(folder.iterdir())))
     here, names = Path(os.path.abspath(folder)), {path.name for path in found}
-    own = [path.name for path in _made if path.parent == here and path.name not in names]
+    made = {path.relative_to(here).parts[0] for path in _made if here in path.parents}
+    own = sorted(made - names)
     return [*found, *(folder / name for name in own if os.path.lexists(folder / name))]
 
 
