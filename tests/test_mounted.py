@@ -77,8 +77,12 @@ def test_a_life_without(lacking, tmp_path):
     a_life_on(tmp_path / "fs", "unified", *lacking.split(","))
 
 
-@pytest.mark.parametrize("layout", [layout for layout in ckpt.WRITERS if layout not in ("unified", "sharded")])
-@pytest.mark.parametrize("lacking", ["rename", "rename-dir", "late"])
+IN_LAYOUTS = [("rename", layout) for layout in ckpt.WRITERS if layout not in ("unified", "sharded")]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "layout"), [*IN_LAYOUTS, ("rename-dir", "directory"), ("late", "directory"), ("late", "separated")]
+)
 def test_a_life_in_every_layout_without(lacking, layout, tmp_path):
     a_life_on(tmp_path / "fs", layout, lacking)
 

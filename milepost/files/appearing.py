@@ -228,6 +228,7 @@ def remove(files: Sequence[Path]) -> None:
         sync_folder(primary.parent)
     else:
         os.replace(primary, hidden / primary.name)
+        moved(primary, hidden / primary.name)
     for file in files[:-1]:
         file.unlink(missing_ok=True)
     discard(hidden)
