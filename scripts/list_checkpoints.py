@@ -19,6 +19,7 @@ from typing import Any
 from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import find_below, loss_of, scan
+from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.paths import with_home
@@ -46,6 +47,9 @@ def main(settings: Config, log: Log) -> int:
     for checkpoint in [*found, *ckpt.orphans(folder)]:
         if checkpoint.problem:
             write_stdout(f"{checkpoint.kind}: {checkpoint.problem}")
+    latest = named["latest"]
+    if latest and (others := rivals(latest, found)):
+        write_stdout(f"{ambiguity(latest, others)}; `latest` is a guess")
     if below := folders_with_more(folder):
         write_stdout(f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}")
     if runs := lineage(found):

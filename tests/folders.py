@@ -8,7 +8,8 @@ from saver import of_step
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.finding import BEST_FOLDER, Found, _look, scan
+from milepost.ckpt.finding import BEST_FOLDER, scan
+from milepost.ckpt.index import Found, _last_listing
 from milepost.ckpt.layouts import layout_of
 
 
@@ -28,7 +29,7 @@ def whole(folder: Path, *, in_place: bool = False) -> list[Found]:
     `in_place`: a killed writer may have left halves, which must be refused as such.
     """
     if in_place:
-        _look.cache_clear()  # another process wrote marks
+        _last_listing.cache_clear()  # another process wrote marks
     found = list(scan(folder))
     if in_place:
         marked = {file.with_name(file.name[5:-11]) for file in folder.rglob(".tmp-*.unfinished")}

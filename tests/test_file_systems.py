@@ -19,13 +19,14 @@ import pytest
 from drive import newest, train
 from folders import make_before, next_save_clears_up, steps_of, tidy, whole
 from lacking import LACKS, lacking  # noqa: F401  (a fixture)
+from records import record
 from saver import of_step, save_keep_prune
 from test_faults import fault
 from test_kill import Said, last, saver  # noqa: F401  (a fixture)
 
 from milepost import ckpt, files, run_checkpoints
-from milepost.ckpt import CheckpointError, finding, saving
-from milepost.ckpt.finding import look
+from milepost.ckpt import CheckpointError, index, saving
+from milepost.ckpt.index import look
 from milepost.ckpt.layouts import known_layout
 from milepost.files import GrowingFile, file_system, growing, owner_file, reaching
 from milepost.locks import RunLock, RunLockedError, folder_lock
@@ -185,8 +186,8 @@ def test_killed_at_every_call_in_place_no_half_is_taken(lack, layout, saver, tmp
     assert halves > 3  # the kills did come at the wrong time
 
 
-def test_control_without_its_mark_a_half_is_taken_for_another_programs_folder(lacking, tmp_path):  # noqa: F811
-    path = ckpt.save(of_step(1), tmp_path, layout="directory")
+def test_control_without_its_mark_a_half_is_taken_for_another_programs_folder(tmp_path):
+    path = ckpt.save(record(1), tmp_path, layout="directory")
     (path / "manifest.json").unlink()
     assert look(path, known_layout(path)).problem is None
     (tmp_path / f".tmp-{path.name}.unfinished").write_text("{")
@@ -355,7 +356,7 @@ def test_a_file_that_is_stale_once_is_read(layout, stale, tmp_path):
 def test_what_could_not_be_read_is_not_damaged_and_nothing_is_pruned_on_its_strength(layout, stale, tmp_path):
     paths = [ckpt.save(of_step(step), tmp_path, layout=layout) for step in (1, 2, 3)]
     before = {one.step for one in whole(tmp_path)}
-    finding._look.cache_clear()
+    index._last_listing.cache_clear()
     stale[paths[1].stem] = 10**6
     found = {one.path: one for one in ckpt.find(tmp_path)}
     assert found[paths[1]].kind == "unreachable"

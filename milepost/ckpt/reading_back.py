@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from milepost.ckpt.finding import Found, look
+from milepost.ckpt.index import Found, look
 from milepost.ckpt.layouts import known_layout
 from milepost.ckpt.record import CheckpointError
 

@@ -33,7 +33,7 @@ from milepost.files.file_system import (
 )  # fmt: skip
 from milepost.files.growing import GrowingFile, content_of, replace_content, replacing
 from milepost.files.owner_file import OwnerFile
-from milepost.files.reaching import UNREACHABLE, below, entries, is_unreachable, remember, steadily
+from milepost.files.reaching import UNREACHABLE, Entry, below, entries_with_made, is_unreachable, remember, steadily
 from milepost.files.writing import (
     BEGINNING,
     BLOCK,
@@ -48,9 +48,10 @@ from milepost.files.writing import (
 
 __all__ = [
     "APPEND", "BEGINNING", "BLOCK", "CHUNK", "LOCKS", "TEMPORARY", "UNFINISHED",
-    "UNREACHABLE", "GrowingFile", "NewFile",
+    "UNREACHABLE",
+    "Entry", "GrowingFile", "NewFile",
     "OwnerFile", "below",
-    "content_of",    "delete_unfinished", "discard", "entries", "flush_to_disk", "forget", "free_space", "hidden_name", "instead",
+    "content_of",    "delete_unfinished", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "instead",
     "is_unfinished", "is_unreachable", "lacks", "largest_file", "link_or_copy", "look", "make_folder", "naming_path",
     "new_file", "new_folder", "new_group", "new_path", "remember", "remove", "replace_content", "replacing",
     "reveal", "steadily", "sync_folder", "unfinished", "write_json", "written",

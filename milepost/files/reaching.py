@@ -3,10 +3,11 @@
 An error of `UNREACHABLE` says nothing about the bytes of a file, so it never means damage.
 """
 
+import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,13 +74,50 @@ def moved(old: Path, new: Path) -> None:
     remember(after)
 
 
+class MadeEntry:
+    """A name that this process made and a listing lacks, with what is needed of an os.DirEntry."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = path.name, str(path)
+
+    def inode(self) -> int:
+        """Return the inode; 0 if the name is gone."""
+        with contextlib.suppress(OSError):
+            return os.lstat(self.path).st_ino
+        return 0
+
+    def is_dir(self) -> bool:
+        """Whether it is a folder, or a link to one."""
+        return os.path.isdir(self.path)
+
+    def stat(self) -> os.stat_result:
+        """Return its status; raise OSError."""
+        return os.stat(self.path)
+
+
+Entry = os.DirEntry[str] | MadeEntry
+
+
+def entries_with_made(folder: Path, listed: Iterable[os.DirEntry[str]]) -> Iterator[Entry]:
+    """Yield the `listed` entries of `folder`, then the names in it that this process has just made."""
+    names = set()
+    for entry in listed:
+        names.add(entry.name)
+        yield entry
+    yield from (MadeEntry(folder / name) for name in _made_in(folder) if name not in names)
+
+
+def _made_in(folder: Path) -> list[str]:
+    here = Path(os.path.abspath(folder))
+    made = {path.relative_to(here).parts[0] for path in _made if here in path.parents}
+    return sorted(name for name in made if os.path.lexists(folder / name))
+
+
 def entries(folder: Path) -> list[Path]:
     """Return the entries of `folder`, with those that this process has just made. Raise OSError if it has no listing."""
     found = list(steadily(lambda: list(folder.iterdir())))
-    here, names = Path(os.path.abspath(folder)), {path.name for path in found}
-    made = {path.relative_to(here).parts[0] for path in _made if here in path.parents}
-    own = sorted(made - names)
-    return [*found, *(folder / name for name in own if os.path.lexists(folder / name))]
+    names = {path.name for path in found}
+    return [*found, *(folder / name for name in _made_in(folder) if name not in names)]
 
 
 def below(folder: Path) -> Iterator[Path]:
