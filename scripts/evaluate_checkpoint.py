@@ -12,6 +12,7 @@ from milepost import config
 READS = (
     "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DTYPE", "DETERMINISTIC",
     "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER",
+    "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -83,10 +84,6 @@ def check(settings: Config, log: Log) -> None:
         problems.append(f"OUTPUT={output}: cannot write to {output.parent}; set an existing, writable folder")
     if problems:
         raise ConfigError(problems)
-    if settings.eval_type == "standard" and settings.benchmark_data is not None:
-        log("BENCHMARK_DATA is not used: it needs EVAL_TYPE=benchmark or both")
-    if settings.eval_type == "benchmark" and settings.eval_data is not None:
-        log("EVAL_DATA is not used: it needs EVAL_TYPE=standard or both")
 
 
 def load(path: Path, settings: Config, log: Log) -> Checkpoint:

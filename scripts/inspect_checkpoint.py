@@ -9,7 +9,7 @@ import sys
 sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-READS = ("CHECKPOINT_PATH", "COMPARE_WITH", "CHECKPOINT_DIR")
+READS = ("CHECKPOINT_PATH", "COMPARE_WITH", "CHECKPOINT_DIR", "N_HEAD")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import json
