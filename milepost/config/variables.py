@@ -260,8 +260,12 @@ class Config:
     benchmark_data: str | None = var(None, "files of questions (.jsonl .csv): HellaSwag, minimal pairs such as BLiMP, story cloze",
         group="Evaluation", form="source", needs="EVAL_TYPE=benchmark|both")
 
+    format: str = var("text", "what scripts that list, inspect, verify, evaluate and prune print on stdout: tables, or one JSON object whose "
+        "fields docs/checkpoints.md describes", group="Tools", choices=("text", "json"))
+    sort: str = var("saved", "order in which scripts/list_checkpoints.py lists, the highest last; loss lists the lowest last",
+        group="Tools", choices=("saved", "step", "loss", "size", "name"))
     run: str = var("latest", "runs that scripts/plot_run.py draws: a run's name or its beginning, a glob of names, a run's folder, latest, or "
-        "several joined by commas", group="Tools")
+        "several joined by commas. Of scripts/list_checkpoints.py, the runs to list; not set: all", group="Tools")
     compare_with: str | None = var(None, "checkpoint that scripts/inspect_checkpoint.py compares CHECKPOINT_PATH with",
         group="Tools", form="path", words=("latest", "best"))
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the previous checkpoint and compares every byte",
