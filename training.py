@@ -17,7 +17,8 @@ READS = (
     "TRAINING_DATA_SOURCE", "MODEL_TYPE", "GPT2_MODEL_NAME", "TRAINING_STEPS", "BATCH_SIZE", "LEARNING_RATE",
     "ENABLE_CHECKPOINTS", "RESUME",
     "Data", "Model", "Adapters", "Training", "Logging", "Hardware and seed", "Checkpoints if ENABLE_CHECKPOINTS or RESUME",
-    "CHECKPOINT_DIR if ENABLE_CHECKPOINTS or RESUME or INIT_FROM", "RUNS_DIR", "RESUME_STEP", "INIT_FROM", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY",
+    "CHECKPOINT_DIR if ENABLE_CHECKPOINTS or RESUME or INIT_FROM", "RUNS_DIR",
+    "RESUME_STEP", "INIT_FROM", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -26,6 +27,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ from milepost.config import Config
 from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
-from milepost.run import TRY_INSTEAD, Run, agreed, fresh, is_due
+from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due
 from milepost.run_checkpoints import finish_saving, repair, save_checkpoint
 from milepost.run_files import open_run, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
@@ -116,8 +118,7 @@ def loop(run: Run, stop: Interrupt) -> None:
             off = "nothing is saved, because ENABLE_CHECKPOINTS is false"
             run.log(f"SIGUSR1: {f'saving step {state.step}' if run.settings.enable_checkpoints else off}")
 
-        # Evaluate on the validation text and draw a sample. A resumed run skips what its checkpoint had done at this
-        # step.
+        # Evaluate on the validation text and draw a sample. A resumed run skips what its checkpoint had done here.
         if state.observed_step != state.step and not stopping and is_due(run, "eval", "sample"):
             observe(run, stop)
             stopping = run.world.any(stop.requested)
@@ -134,9 +135,9 @@ def loop(run: Run, stop: Interrupt) -> None:
             finish_saving(run)
             return
 
-        # Take one optimizer step, and log its metrics when due.
+        # Take one optimizer step, now and then twice to check the device, and log its metrics when due.
         lr = lr_at(state.step, run.schedule)
-        metrics = training_step(run, lr)
+        metrics = checked(run, partial(training_step, run, lr))
         run.bar.advance(state.step)
         if is_due(run, "log"):
             report(run, clock, metrics)

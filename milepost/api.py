@@ -157,7 +157,7 @@ def _folder(folder: Name | None) -> Path:
 
 
 def _resolved(checkpoint: Name, folder: Name | None) -> Path:
-    return ckpt.resolve(os.fspath(checkpoint), _folder(folder))[0]
+    return ckpt.resolve(os.fspath(checkpoint), _folder(folder), certain=True)[0]
 
 
 __all__ = [

@@ -15,7 +15,7 @@ from milepost.config import Config, ConfigError
 from milepost.locks import Reports, RunLockedError
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import ElsewhereError, World
-from milepost.runtime.errors import TrainingError
+from milepost.runtime.errors import DeviceFaultError, TrainingError
 from milepost.runtime.interrupt import INTERRUPTED, raise_on_signal, stopping_signals, was_interrupted
 from milepost.runtime.progress import Log
 from milepost.screen import flush_streams, harmless, ignore
@@ -27,7 +27,7 @@ from milepost.text.errors import DataError
 GRACE = 2.0
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (tokenization.IncompleteTokenizer, 2),
-    (ckpt.CheckpointError, 3), (DataError, 4),
+    (ckpt.CheckpointError, 3), (DataError, 4), (DeviceFaultError, 7),
 )  # fmt: skip
 
 

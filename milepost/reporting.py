@@ -12,7 +12,7 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import Restored
 from milepost.places import SCRIPTS_FOLDER
 from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
-from milepost.run import Run, memory_needed, shapes
+from milepost.run import Run, memory_needed, shapes, why_not_replayed
 from milepost.runtime import hardware
 from milepost.runtime.progress import amount, command_line, duration, shown, table
 from milepost.runtime.schedule import lr_at
@@ -45,6 +45,9 @@ def log_start(run: Run) -> None:
     log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
     log_checkpoint_policy(run)
     log_unfinished(run)
+    interval = settings.replay_check_interval
+    if interval and run.end // interval > run.state.step // interval and (reason := why_not_replayed(run)):
+        log(f"REPLAY_CHECK_INTERVAL={interval}: no step is taken twice to find faults of the device, because {reason}")
     for line in config.describe(settings):
         log(line)
 
@@ -111,7 +114,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
     changed, exact = changed_settings(run, record), same_position(run, record)
     rates = (
         f"{schedule.kind}, peak {schedule.peak:g}, floor {schedule.floor:g}, "
-        f"{schedule.warmup_steps} warm-up steps from step {schedule.start_step}"
+        f"{schedule.warmup_steps} warm-up steps from step {schedule.start_step}{_own_peak(run, record, changed)}"
     )
     parameters = amount(models.parameter_count(run.model))
     moments = f"moments of {restored.restored} of {restored.total} parameters"
@@ -138,6 +141,16 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
         else ("bit-exact", "yes", "ends where the uninterrupted run would have ended"),
     ]
     write_stdout(table(rows))
+
+
+def _own_peak(run: Run, record: Checkpoint, changed: dict[str, Any]) -> str:
+    """Return the end of a sentence with the peak of the saved schedule, if the default of MODE=resume replaced another."""
+    settings = run.settings
+    own = record.schedule.get("peak", record.hyperparameters.get("LEARNING_RATE"))
+    chosen = settings.mode != "resume" or settings.is_set("RESUME_LEARNING_RATE") or "OPTIMIZER" in changed
+    if chosen or own is None or own == run.schedule.peak:
+        return ""
+    return f"; the default, while the peak was {own:g} before: RESUME_LEARNING_RATE={own:g} returns to it"
 
 
 def _group(run: Run, group: dict[str, Any]) -> str:

@@ -3,13 +3,16 @@
 import contextlib
 import dataclasses
 import datetime
+import io
 from pathlib import Path
 from typing import Any
 
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
+from milepost.ckpt.foreign.importing import rate_in_use
 from milepost.ckpt.restore import Restored, build_model, restore_optimizer
+from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.config import Config, ConfigError
 from milepost.locks import is_trained
 from milepost.run import (
@@ -53,6 +56,7 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
     readable = _readable(found, log)
     if settings.resume_step is None or not readable:
         record = newest_fitting(exact_first(readable), settings, log)
+        refuse_rivals(record, readable, settings)
     else:
         # Take the step from the run that RESUME=auto without RESUME_STEP would resume, never from another run.
         newest = newest_fitting(exact_first(readable), settings, log, verify=False)
@@ -68,8 +72,8 @@ def _named(settings: Config, log: Log) -> Checkpoint:
     """Return the checkpoint that RESUME names, or that of RESUME_STEP of the same run. Raise as `find_record` does."""
     name, folder = settings.resume, Path(settings.checkpoint_dir)
     if settings.resume_step is None:
-        return check_fits(ckpt.load_named(name, folder, say=log, verify=True), settings, log)
-    named = ckpt.load_named(name, folder, say=log, optimizer=False)
+        return check_fits(ckpt.load_named(name, folder, say=log, verify=True, certain=True), settings, log)
+    named = ckpt.load_named(name, folder, say=log, optimizer=False, certain=True)
     path = named.path or folder
     if named.step == settings.resume_step:
         return check_fits(ckpt.load(path, verify=True), settings, log)
@@ -142,6 +146,22 @@ def newest_fitting(
     if misfits:
         raise misfits[0]
     return None
+
+
+def refuse_rivals(record: Checkpoint | None, readable: list[ckpt.Found], settings: Config) -> None:
+    """Raise ConfigError naming the checkpoints that fit as well as the record, if nothing records which is newer."""
+    chosen = next((found for found in readable if record and found.path == record.path), None)
+    others = rivals(chosen, readable) if chosen else []
+    if chosen and (others := [found for found in others if _fits(found, settings)]):
+        problem = ambiguity(chosen, others)
+        raise ConfigError([f"RESUME=auto: {problem}: name the checkpoint in RESUME, or its folder in CHECKPOINT_DIR"])
+
+
+def _fits(found: ckpt.Found, settings: Config) -> bool:
+    try:
+        return newest_fitting([found], settings, Log(io.StringIO()), verify=False) is not None
+    except ConfigError:
+        return False
 
 
 def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
@@ -268,7 +288,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     )
     child = schedule is not None or bool(changed) or not same_text
     if schedule is None:
-        schedule = saved_schedule(record) if record.schedule and not changed.keys() & PLAN else planned(settings)
+        schedule = _schedule(settings, record, changed)
     run = assemble(
         settings,
         log,
@@ -292,6 +312,28 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
         run.run_id = record.run_id
         restore_progress(run, record)
     return run, restored
+
+
+def _schedule(settings: Config, record: Checkpoint, changed: dict[str, Any]) -> Schedule:
+    """Return the saved schedule, or a new one if a variable of it changed.
+
+    Another program's checkpoint without one holds the learning rate that it records, unless a variable is set.
+    """
+    if record.schedule and not changed.keys() & PLAN:
+        return saved_schedule(record)
+    asked = any(map(settings.is_set, PLAN - {"TRAINING_STEPS"}))
+    if not record.schedule and record.run_id is None and not asked:
+        end = max(settings.training_steps, record.step + 1)
+        return held_schedule(record, end) or planned(settings)
+    return planned(settings)
+
+
+def held_schedule(record: Checkpoint, end: int) -> Schedule | None:
+    """Return a constant schedule to the step `end` at the rate that another program recorded; None if there is none."""
+    rate = rate_in_use(record)
+    if rate is None:
+        return None
+    return Schedule(kind="constant", peak=rate, floor=rate, warmup_steps=0, start_step=record.step, end_step=end)
 
 
 def saved_schedule(record: Checkpoint) -> Schedule:

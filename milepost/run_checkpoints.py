@@ -10,10 +10,11 @@ from typing import Any
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
-from milepost.ckpt.record import bytes_on_disk
-from milepost.run import TRY_INSTEAD, Run, State, to_record
+from milepost.ckpt.record import bytes_on_disk, named_tensors
+from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
 from milepost.run_files import METRICS, open_run
-from milepost.runtime.errors import TrainingError
+from milepost.runtime.digests import digests
+from milepost.runtime.errors import DeviceFaultError, TrainingError
 from milepost.runtime.progress import Metrics, duration, shown
 
 PAUSES = (5, 10, 15, 30, 60, 60, 60, 60)  # seconds between the attempts to save the last step on a full disk: 5 min
@@ -29,17 +30,34 @@ def save_checkpoint(run: Run, *, regular: bool, fallback: bool = False) -> None:
     if regular:
         run.saved.step, run.saved.observed_step = run.state.step, run.state.observed_step
         run.saved.failed = run.world.is_rank0  # until the write succeeds
+    left = left_by_step(run)
+    if run.engine == "fsdp":
+        _check_parts(run, left)
     record = to_record(run)
     if run.world.is_rank0 or run.saves_parts:
-        run.writer.submit(record, lambda copy: _write(run, copy, regular=regular, fallback=fallback))
+        left = left if run.engine != "fsdp" or run.saves_parts else digests(named_tensors(record))  # gathered
+        run.writer.submit(record, lambda copy: _write(run, copy, left, regular=regular, fallback=fallback))
 
 
-def _write(run: Run, record: Checkpoint, *, regular: bool, fallback: bool) -> None:
+def _check_parts(run: Run, left: dict[str, int]) -> None:
+    """Raise DeviceFaultError in every process if a tensor of one of them is not what the last step left."""
+    message = ""
+    try:
+        check_unchanged(run.tensors(), left, run.state.step)
+    except DeviceFaultError as error:
+        message = str(error)
+    if messages := list(filter(None, run.world.all_gather(message))):
+        raise DeviceFaultError(messages[0])
+
+
+def _write(run: Run, record: Checkpoint, left: dict[str, int], *, regular: bool, fallback: bool) -> None:
     """Write the record, keep it as the best if it is, and delete expired checkpoints. Disk errors are logged and do not
     stop training.
 
-    Raise TrainingError instead of saving NaN or Inf weights. Where each process saves its own part, rank 0 leads.
+    Raise TrainingError instead of saving NaN or Inf weights, DeviceFaultError instead of saving what is not what the
+    step `left`. Where each process saves its own part, rank 0 leads.
     """
+    check_unchanged(named_tensors(record), left, record.step)
     if bad := ckpt.not_finite(record):
         raise TrainingError(f"{bad[0]} after step {record.step} is not finite, so nothing was saved; {TRY_INSTEAD}")
     if not run.world.is_rank0:

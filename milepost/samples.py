@@ -14,7 +14,7 @@ from milepost.config import Config, ConfigError
 from milepost.generation.decoder import Decoder
 from milepost.generation.texts import Sampling, choose_decoder, no_lookup_reason, texts
 from milepost.resume import fixed_settings
-from milepost.run import with_its_base
+from milepost.run import first_token_problem, refused, with_its_base
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log
 from milepost.text.blocks import decoded, normalized
@@ -92,6 +92,7 @@ def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str,
     device = hardware.choose_device(settings.device)
     model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
     ids = _encode_prompt(tokenizer, prompt_for(record, prompt), settings, log)
+    check_device(record, model, ids, settings, device=device)
     generator, lookup = _choose_generator(model, settings, device, log, prompt_tokens=len(ids))
     dtype = generator.weights if isinstance(generator, Decoder) else "float32"
     what = f"{record.model_type} at step {record.step}, {tokenizer.kind} tokenizer"
@@ -113,6 +114,15 @@ def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str,
         yield _blame_checkpoint(pieces, record)
     if slid:  # not while the text is shown: on a terminal the line would break it
         log(f"the context window of {model.settings.block_size} tokens was full; the oldest tokens were dropped")
+
+
+def check_device(record: Checkpoint, model: Model, ids: list[int], settings: Config, *, device: torch.device) -> None:
+    """Raise DeviceError if the first token's logits come out otherwise on the device than on the CPU."""
+    if device.type == "cpu" or not settings.device_check:
+        return
+    reference = build_model(record, device=torch.device("cpu"), shared=True).eval()
+    if problem := first_token_problem(model, reference, ids):
+        raise refused(device, problem)
 
 
 def _sampling(settings: Config) -> Sampling:

@@ -26,11 +26,11 @@ from typing import Any
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError, Found, Selection
-from milepost.ckpt.conversion import Converted, Exported, file_identity, is_imported
+from milepost.ckpt.conversion import Converted, Exported, file_identity, is_imported, left_out_before
 from milepost.ckpt.exports import Export
 from milepost.ckpt.finding import in_best, scan
 from milepost.ckpt.layouts import Layout, known_layout
-from milepost.ckpt.names import ENDS
+from milepost.ckpt.names import ENDS, plain_stem
 from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import base_folder
@@ -40,6 +40,7 @@ from milepost.screen import write_stdout
 
 BAD = 3
 FILE_ENDS = (*ENDS, ".gguf")  # OUTPUT with such an end is a file
+DOES_NOT_COUNT = "it does not count as converted, and stays as it is"
 NAME_ONE = "set TRAINING_DATA_SOURCE to the text it was trained on, or TOKENIZER=byte or gpt2, and convert it again"
 
 
@@ -199,10 +200,10 @@ def do(job: Job, to: Layout | Export, report: Report, settings: Config, log: Log
         log(f"{shown(old)} {why}")
         report.add(old, why, [])
         return
-    if isinstance(to, Layout) and not alone and (before := done_before(job, to.name, settings)):
+    if isinstance(to, Layout) and not alone and (before := done_before(job, to.name, settings, log)):
         why = f"is in {shown(before.path.parent)} already"
         log(f"{shown(old)} {why}")
-        report.add(old, why, [] if has_tokenizer(before) else [without_tokenizer(before.path)])
+        report.add(old, why, losses_of(before.path, left_out_before(before.metadata), has_tokenizer(before)))
         return
     try:
         with naming_output(job.folder or old.parent):
@@ -225,16 +226,32 @@ def why_not_needed(job: Job, layout: str, settings: Config, *, alone: bool) -> s
     return None
 
 
-def done_before(job: Job, layout: str, settings: Config) -> Found | None:
-    """Return what an earlier conversion of the checkpoint wrote to OUTPUT, if it holds all that is asked for now."""
+def done_before(job: Job, layout: str, settings: Config, log: Log) -> Found | None:
+    """Return what an earlier conversion of the checkpoint wrote to OUTPUT, if it holds all that is asked for now.
+
+    Log and pass over a damaged one.
+    """
     if job.folder is None or job.stem or job.found.problem or not job.folder.is_dir():
         return None
     wanted = (*identity(job.found)[:-1], layout)
     asked = set(job.found.metadata.get("parts", ())) - ({"optimizer"} if settings.checkpoint_model_only else set())
-    earlier = [found for found in ckpt.find(job.folder) if not found.problem and identity(found) == wanted]
-    whole = [found for found in earlier if asked <= set(found.metadata.get("parts", ()))]
+    there = ckpt.find(job.folder)
+    stem = plain_stem(job.found.path, known_layout(job.found.path))
+    for found in there:
+        if found.problem and found.path.name.startswith(stem):
+            log(f"{found.problem}; {DOES_NOT_COUNT}")
+    earlier = [found for found in there if not found.problem and identity(found) == wanted]
+    whole = [found for found in earlier if asked <= set(found.metadata.get("parts", ())) and is_valid(found, log)]
     best = max(whole, key=has_tokenizer, default=None)
     return best if best and (has_tokenizer(best) or not names_tokenizer(settings)) else None
+
+
+def is_valid(found: Found, log: Log) -> bool:
+    """Return whether every byte agrees with its checksum; log what does not."""
+    problems = ckpt.verify(found.path)
+    if problems:
+        log(f"{problems[0]}; {DOES_NOT_COUNT}")
+    return not problems
 
 
 def has_tokenizer(found: Found) -> bool:
@@ -258,15 +275,13 @@ def convert(job: Job, to: Layout, settings: Config, log: Log) -> tuple[Path, lis
         in_best=job.in_best, best_too=job.best_too, complete=lambda record: completed(record, settings, log),
     )  # fmt: skip
     print_converted(done, to, settings, log)
-    target = shown(done.target)
-    losses = [f"{target} lacks what no layout holds: {', '.join(done.left_out)}"] if done.left_out else []
-    losses += [] if done.has_tokenizer else [without_tokenizer(done.target)]
-    return done.target, losses
+    return done.target, losses_of(done.target, done.left_out, done.has_tokenizer)
 
 
-def without_tokenizer(target: Path) -> str:
-    """Return the sentence on a conversion that has no tokenizer."""
-    return f"{shown(target)} is written without a tokenizer: {NAME_ONE}"
+def losses_of(target: Path, left_out: list[str], has_tokenizer: bool) -> list[str]:
+    """Return a sentence on each thing that a conversion does not hold."""
+    losses = [f"{shown(target)} lacks what no layout holds: {', '.join(left_out)}"] if left_out else []
+    return losses + ([] if has_tokenizer else [f"{shown(target)} is written without a tokenizer: {NAME_ONE}"])
 
 
 def prefix(settings: Config) -> str | None:

@@ -119,6 +119,8 @@ def state_lines(values: Mapping[str, Any], tensors: list[Held]) -> str:
              "save_number", "saved_at", "runtime", "imported")  # fmt: skip
     if "optimizer" in values.get("parts", ()):
         resumable = "Optimizer state available - can resume training"
+    elif reason := (values.get("imported") or {}).get("optimizer"):
+        resumable = f"Optimizer state of another program - model only: {reason}"
     elif unused := [tensor.size for tensor in tensors if tensor.part == "optimizer"]:
         size = amount(sum(unused), "B")
         resumable = (

@@ -22,6 +22,7 @@ from typing import Any
 from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import find_below, loss_of, scan
+from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.paths import with_home
@@ -89,12 +90,20 @@ def lines(folder: Path, found: list[Found], named: dict[str, Found | None]) -> I
     for checkpoint in [*found, *ckpt.orphans(folder)]:
         if checkpoint.problem:
             yield f"{checkpoint.kind}: {checkpoint.problem}"
+    if guess := doubt(named["latest"], found):
+        yield guess
     if below := folders_with_more(folder):
         yield f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}"
     if runs := lineage(found):
         yield "\n" + table([("run", "checkpoints", "size", "began with", "changed"), *runs])
     if needed := bases(found):
         yield "\n" + table([("adapters of run", "need base", ""), *needed])
+
+
+def doubt(latest: Found | None, found: list[Found]) -> str:
+    """Return why the latest checkpoint is a guess, or an empty text."""
+    others = rivals(latest, found) if latest else []
+    return f"{ambiguity(latest, others)}; `latest` is a guess" if latest and others else ""
 
 
 def as_json(folder: Path, found: list[Found], named: dict[str, Found | None]) -> dict[str, Any]:
@@ -109,6 +118,7 @@ def as_json(folder: Path, found: list[Found], named: dict[str, Found | None]) ->
         "checkpoints": [entry(each, marks(each, named)) for each in found],
         "orphans": [entry(each, "") for each in ckpt.orphans(folder)],
         "below": folders_with_more(folder),
+        "guess": doubt(named["latest"], found) or None,
         "runs": runs,
         "bases": needed,
     }

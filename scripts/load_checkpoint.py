@@ -32,7 +32,7 @@ from milepost.ckpt.finding import folder_of
 from milepost.cli import guarded, processes
 from milepost.config import Config, ConfigError
 from milepost.reporting import print_resume
-from milepost.resume import check_text_named, free_tensors, resumed, saved_schedule, saved_settings
+from milepost.resume import check_text_named, free_tensors, held_schedule, resumed, saved_schedule, saved_settings
 from milepost.run import agreed, planned, with_tokenizer
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log
@@ -53,7 +53,14 @@ def main(settings: Config, log: Log) -> int:
     with processes(settings, log) as world:
         name, folder = settings.checkpoint_path, Path(settings.checkpoint_dir)
         found = agreed(
-            lambda: ckpt.load_named(name, folder, say=log, optimizer=resuming, verify=resuming),  # of every byte
+            lambda: ckpt.load_named(
+                name,
+                folder,
+                say=log,
+                optimizer=resuming,
+                verify=resuming,  # of every byte
+                certain=resuming,
+            ),
             world,
             optimizer=resuming,
         )
@@ -141,7 +148,11 @@ def plan(settings: Config, record: Checkpoint) -> Schedule:
     Raise ConfigError if it is above the peak.
     """
     if settings.resume_learning_rate == "keep" and not record.schedule and record.run_id is None:
-        return held(settings, record)
+        end = record.step + max(1, settings.resume_training_steps)
+        if schedule := held_schedule(record, end):
+            return schedule
+        problem = f"RESUME_LEARNING_RATE=keep: {record.path} records no learning rate"
+        raise ConfigError([f"{problem}: set RESUME_LEARNING_RATE to a number"])
     saved = saved_schedule(record) if record.schedule else planned(config.from_saved(settings, saved_settings(record)))
     if settings.resume_learning_rate == "keep":
         return saved
@@ -160,16 +171,6 @@ def plan(settings: Config, record: Checkpoint) -> Schedule:
         problem = f"MIN_LEARNING_RATE={new.floor:g} is above RESUME_LEARNING_RATE={new.peak:g}"
         raise ConfigError([f"{problem}: set a lower MIN_LEARNING_RATE"])
     return new
-
-
-def held(settings: Config, record: Checkpoint) -> Schedule:
-    """Return a constant schedule at the learning rate that the checkpoint records; raise ConfigError if it records none."""
-    rate = record.hyperparameters.get("LEARNING_RATE")
-    if rate is None:
-        problem = f"RESUME_LEARNING_RATE=keep: {record.path} records no learning rate"
-        raise ConfigError([f"{problem}: set RESUME_LEARNING_RATE to a number"])
-    end = record.step + max(1, settings.resume_training_steps)
-    return Schedule(kind="constant", peak=rate, floor=rate, warmup_steps=0, start_step=record.step, end_step=end)
 
 
 if __name__ == "__main__":

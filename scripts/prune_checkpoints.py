@@ -22,7 +22,8 @@ from typing import Any
 
 from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
-from milepost.ckpt.finding import look, scan
+from milepost.ckpt.finding import scan
+from milepost.ckpt.index import look
 from milepost.ckpt.layouts import known_layout
 from milepost.ckpt.retention import beginning, expired_others, latest_valid, others, prune_others, select_expired
 from milepost.ckpt.tensor_listing import all_files, held

@@ -12,7 +12,8 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "REPLAY", "CHECKPOINT_DIR", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "INIT_FROM", "DEVICE", "FORMAT", "N_HEAD",
+    "CHECKPOINT_PATH", "REPLAY", "CHECKPOINT_DIR", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "INIT_FROM", "DEVICE", "DEVICE_CHECK",
+    "FORMAT", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 

@@ -8,7 +8,8 @@ from saver import of_step
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.finding import BEST_FOLDER, Found, scan
+from milepost.ckpt.finding import BEST_FOLDER, scan
+from milepost.ckpt.index import Found
 from milepost.ckpt.layouts import layout_of
 
 

@@ -35,7 +35,7 @@ from safetensors.torch import save_file  # noqa: E402
 from work import HANGING  # noqa: E402
 
 from milepost import ckpt, files  # noqa: E402
-from milepost.ckpt import Checkpoint, archive, finding, manifest, restore  # noqa: E402
+from milepost.ckpt import Checkpoint, archive, index, manifest, restore  # noqa: E402
 from milepost.runtime.optim import build_optimizer  # noqa: E402
 
 MOST_TOLD = 20
@@ -509,7 +509,7 @@ def case(draw: random.Random, every: list[Sample]) -> str:
     for place, data in changed.items():
         place.write_bytes(data)
     archive._cached.cache_clear()  # which know a file by its time, and no two saves come so soon after each other
-    finding._look.cache_clear()
+    index._last_listing.cache_clear()
     try:
         return outcome(draw, one, exact=one.ours and not knowing)
     finally:

@@ -65,6 +65,7 @@ CHOICES: dict[str, list[str]] = {
     "CHECKPOINT_KEEP_BEST": ["0", "1", "2"],
     "CHECKPOINT_ASYNC": ["true", "false"],
     "CHECKPOINT_PREFIX": ["", "mine"],
+    "REPLAY_CHECK_INTERVAL": ["0", "1", "2", "1000"],
     "TTT_LAYERS": ["", "", "", "0,1"],
 }
 

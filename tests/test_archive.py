@@ -5,6 +5,7 @@ import json
 import pickle
 import pickletools
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from drive import ROOT, tensor_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import FULL, WEIGHT, flipped, members, pack, record
-from work import calls
+from work import calls, limited
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError, archive, tensor_listing
@@ -444,6 +445,28 @@ def test_what_verify_passes_is_the_same_to_a_second_reader(structures, number, s
     path, data = structures[number]
     path.write_bytes(fuzz.zip_structure(random.Random(seed), data))
     second_readers_view(path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", range(10))
+def test_a_hundred_thousand_hostile_archives(structures, part):
+    """None needs more memory than a process of this size with 256 MiB more has, none hangs, and all readers agree."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    came = Counter[str]()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, hard))
+    try:
+        for seed in range(part * 10_000, (part + 1) * 10_000):
+            path, data = structures[seed % 3]
+            path.write_bytes(fuzz.zip_structure(random.Random(seed), data))
+            with limited(60):
+                came[second_readers_view(path)] += 1
+            assert not any(problem.kind == "lacking" for problem in archive.verify(path)), seed  # such as memory
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
+    print(part, dict(came))
+    assert came.total() == 10_000
+    assert came["refused"] > 1000
 
 
 def test_control_changed_structures_are_refused_and_some_mislead_torch(structures):

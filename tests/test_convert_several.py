@@ -28,6 +28,7 @@ from script import call, files_of, same_tensors, script
 from milepost import ckpt
 from milepost.ckpt.conversion import convert
 from milepost.ckpt.layouts import WRITERS
+from milepost.ckpt.restore import build_tokenizer
 
 converter = script("convert_checkpoint")
 CHAR = {"token_kind": "char", "chars": CHARS}
@@ -251,6 +252,71 @@ def test_a_damaged_file_is_named_in_the_table_and_the_exit_code_is_3(tmp_path, c
     assert sum(line.startswith(f"skipped: {broken}: is damaged") for line in said.err.splitlines()) == 1
     assert any(name.endswith("latest.pt") for name in files_of(new))
     assert "Conversion complete!" not in said.out
+
+
+LOSSES = {"random generators": {"rng_state": torch.arange(16, dtype=torch.uint8)}, "tokenizer": {"tokenizer": None}}
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+@pytest.mark.parametrize("lost", LOSSES)
+def test_a_second_conversion_reports_the_losses_of_the_first_again(tmp_path, layout, lost):
+    saved(tmp_path / "old" / "latest.pt", 7, **LOSSES[lost])
+    asked = {"CHECKPOINT_PATH": tmp_path / "old", "CONVERT_TO": layout, "OUTPUT": tmp_path / "new"}
+    first = converted(tmp_path, **asked)
+    before = files_of(tmp_path / "new")
+    second = converted(tmp_path, **asked)
+    assert (first.code, second.code, files_of(tmp_path / "new")) == (3, 3, before)
+    assert second.err.splitlines()[-1] == first.err.splitlines()[-1]
+    assert "Conversion complete!" not in second.out
+    saved(tmp_path / "old" / "latest.pt", 7)  # control: without a loss both end with 0
+    assert [converted(tmp_path, **asked | {"OUTPUT": tmp_path / "whole"}).code for _ in range(2)] == [0, 0]
+
+
+def test_a_conversion_of_a_conversion_keeps_what_the_first_left_out_and_loses_nothing(tmp_path):
+    path = saved(tmp_path / "latest.pt", 7, rng_state=torch.arange(16, dtype=torch.uint8))
+    first = convert(path, tmp_path / "one", layout="unified")
+    second = convert(first.target, tmp_path / "two", layout="directory")
+    assert (first.left_out, second.left_out) == (["rng_state"], [])
+    assert ckpt.load(second.target).imported == ckpt.load(first.target).imported
+    assert ckpt.load(second.target).imported["left_out"] == ["rng_state"]
+
+
+@pytest.mark.parametrize("size", ["flipped", 900])
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_damaged_target_does_not_count_as_converted(tmp_path, size, ours):
+    source, new = tmp_path / "old", tmp_path / "new"
+    path = ckpt.save(record(3), source) if ours else saved(source / "latest.pt", 7)
+    asked = {"CHECKPOINT_PATH": source, "CONVERT_TO": "unified", "OUTPUT": new}
+    assert converted(tmp_path, **asked).code == 0
+    (target,) = new.glob("*.pt")
+    data = bytearray(target.read_bytes())
+    data[data.find(ckpt.load(path).model_state.popitem()[1].numpy().tobytes()) + 1] ^= 1
+    target.write_bytes(data if size == "flipped" else data[:size])
+    damaged = target.read_bytes()
+    said = converted(tmp_path, **asked)
+    assert said.code == 0, said.err
+    assert str(target) in said.err  # named
+    assert target.read_bytes() == damaged
+    (anew,) = set(new.glob("*.pt")) - {target}
+    assert not ckpt.verify(anew)
+    said = converted(tmp_path, **asked)
+    assert (said.code, len(list(new.glob("*.pt")))) == (0, 2)
+    assert same_tensors(ckpt.load(anew), ckpt.load(path))
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_the_hash_of_the_tokenizer_is_recorded_as_in_our_own_saves(tmp_path, layout):
+    path = saved(tmp_path / "latest.pt", 7)
+    new = ckpt.load(convert(path, tmp_path / "new", layout=layout).target)
+    assert new.tokenizer_sha256 == build_tokenizer(new).digest
+    assert ckpt.load(path).tokenizer_sha256 is None
+
+
+def test_a_tokenizer_that_cannot_be_rebuilt_is_left_out(tmp_path):
+    bpe = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": "none"}}
+    done = convert(saved(tmp_path / "latest.pt", 7, tokenizer=bpe), tmp_path / "new", layout="unified")
+    assert (done.has_tokenizer, len(done.left_out)) == (False, 1)
+    assert ckpt.load(done.target).tokenizer is None
 
 
 def test_half_of_a_pair_is_not_passed_over(tmp_path):

@@ -247,13 +247,26 @@ def of_transformers_state(folder: Path) -> Made:
     return Made(write(folder / "gpt2.pt", content), lambda ids: model(ids).logits, optimizer)
 
 
+def decayed(model: Any) -> list[dict[str, Any]]:
+    """The groups of transformers' Trainer: no decay of biases and LayerNorms."""
+    parameters = dict(model.named_parameters())
+    free = {name for name in parameters if name.endswith("bias") or ".ln_" in name}
+    return [
+        {"params": [one for name, one in parameters.items() if name not in free], "weight_decay": 0.1},
+        {"params": [one for name, one in parameters.items() if name in free], "weight_decay": 0.0},
+    ]
+
+
 def of_transformers_trainer(folder: Path) -> Made:
     model = theirs()
     path = folder / "checkpoint-500"
+    optimizer = stepped(lambda ids: model(ids).logits, torch.optim.AdamW(decayed(model), lr=1e-3))
     model.save_pretrained(path)
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    torch.save({"base_lrs": [2e-3, 2e-3], "last_epoch": 500, "_last_lr": [1e-3, 1e-3]}, path / "scheduler.pt")
     (path / "trainer_state.json").write_text(json.dumps({"global_step": 500, "epoch": 1.5}))
     (path / "meta.pkl").write_bytes(meta(ELEVEN))
-    return Made(path, lambda ids: model(ids).logits)
+    return Made(path, lambda ids: model(ids).logits, optimizer)
 
 
 def of_llm_c(folder: Path) -> Made:
@@ -292,7 +305,7 @@ PROGRAMS: dict[str, Callable[[Path], Made]] = {
     "MLX": of_mlx,
 }
 # The programs whose files hold no optimizer state that is read.
-WEIGHTS_ONLY = {"minGPT", "`checkpoint-500/` of transformers' Trainer", "a state dict of llm.c", "MLX"}
+WEIGHTS_ONLY = {"minGPT", "a state dict of llm.c", "MLX"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from foreign_programs import SIZES, LectureModel, NanoGPT, nanogpt, shaken, writ
 
 from milepost import ckpt
 from milepost.ckpt import foreign
+from milepost.ckpt.foreign.importing import rate_in_use
 from milepost.ckpt.restore import build_model
 from milepost.runtime.schedule import Schedule, lr_at
 
@@ -54,7 +55,7 @@ def write(folder: Path, **changes: Any) -> Path:
 def test_the_settings_of_groups_and_config_are_taken(tmp_path: Path) -> None:
     settings = ckpt.load(write(tmp_path)).hyperparameters
     assert settings == {
-        "BATCH_SIZE": 2, "LEARNING_RATE": RATE, "WEIGHT_DECAY": 0.1, "BETA1": 0.9, "BETA2": 0.95, "GRAD_CLIP": 0.5,
+        "BATCH_SIZE": 2, "LEARNING_RATE": 6e-4, "WEIGHT_DECAY": 0.1, "BETA1": 0.9, "BETA2": 0.95, "GRAD_CLIP": 0.5,
     }  # fmt: skip
 
 
@@ -113,6 +114,24 @@ def test_nanogpts_schedule_goes_on_where_its_rate_is_that_of_the_schedule(step: 
     assert found.hyperparameters["TRAINING_STEPS"] == 5000
     content["optimizer"]["param_groups"][0]["lr"] = 1e-7  # negative control: not the schedule's
     assert foreign.understood(content, where="f").schedule == {}
+
+
+@pytest.mark.parametrize("place", ["config", "group", "scheduler", "nowhere"])
+def test_the_peak_and_the_rate_in_use_are_told_apart(place: str, tmp_path: Path) -> None:
+    """A decayed rate is not the peak of a schedule."""
+    model = nano()
+    content = nanogpt(model, stepped(model, model.configure_optimizers()))
+    content["config"] = {"learning_rate": 6e-4} if place == "config" else {}
+    if place == "group":
+        content["optimizer"]["param_groups"][0]["initial_lr"] = 6e-4
+    if place == "scheduler":
+        content["lr_scheduler"] = {"base_lrs": [6e-4, 6e-4], "_last_lr": [RATE, RATE]}
+    found = foreign.understood(content, where="f")
+    peak = RATE if place == "nowhere" else 6e-4
+    assert (found.hyperparameters["LEARNING_RATE"], found.rate) == (peak, RATE)
+    torch.save(content | {"chars": ELEVEN}, tmp_path / "ckpt.pt")
+    kept = ckpt.load(ckpt.convert(tmp_path / "ckpt.pt", tmp_path / "new", layout="directory").target)
+    assert (kept.hyperparameters["LEARNING_RATE"], rate_in_use(kept)) == (peak, RATE)
 
 
 def resumed(folder: Path, path: Path, **changes: str) -> tuple[int, str, str]:
@@ -195,6 +214,23 @@ def test_a_resume_on_a_text_that_the_user_names_is_a_child(resume: str, tmp_path
     record = ckpt.load(last.path, verify=True)
     assert (record.step, record.parent["file"], record.parent["run_id"]) == (252, "ckpt.pt", None)
     assert {kinds["step"].item() for kinds in record.optimizer_state["state"].values()} == {4.0}  # two and two
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, "constant, peak 0.00025, floor 0.00025"),  # the decayed rate, held
+        ({"MIN_LEARNING_RATE": "1e-5"}, "cosine, peak 0.0006, floor 1e-05"),  # a new plan, from the peak of the file
+        ({"LEARNING_RATE": "1e-3"}, "cosine, peak 0.001, floor 0.0001"),
+    ],
+)
+def test_a_decayed_rate_is_held_and_not_decayed_again(asked: dict[str, str], expected: str, tmp_path: Path) -> None:
+    """A file of nanoGPT without lr_decay_iters, so that its schedule is not known."""
+    path = write(tmp_path)
+    named = {"CHECKPOINT_DIR": str(tmp_path), "TRAINING_DATA_SOURCE": str(tmp_path / "text.txt")}
+    code, said = train(tmp_path, RESUME=str(path), **named | asked)
+    assert code == 0, said
+    assert expected in row(said, "learning rate")
 
 
 @pytest.mark.parametrize("name", ["latest.pt", "final.pt", "ckpt.pt"])

@@ -411,6 +411,33 @@ def test_a_mutated_pickle_is_read_or_refused_and_imports_nothing(tmp_path: Path)
     assert counts["damaged"] + counts["not understood"] > MUTATIONS / 4
 
 
+TEXTS = [b"V" + text + b"\n." for text in (b"abc", b"\\u00e9", b"\xe9", b"\\ud800", b"\\U0010ffff", b"\\u12")]
+TEXTS += [b"S'" + text + b"'\n." for text in (b"abc", b"\\xe9", b"\xe9", b"\\N{DASH}")]
+TEXTS += [
+    b"U\x02\xe9\xe8.",
+    b"T\x02\x00\x00\x00\xe9\xe8.",
+    b"\x8c\x02\xe9\xe8.",
+    b"I1\n.",
+    b"I01\n.",
+    b"L1L\n.",
+    b"F1e5\n.",
+]
+
+
+def test_no_codec_is_imported_for_the_texts_of_old_protocols(tmp_path: Path) -> None:
+    """pickletools decodes with several codecs, which Python imports when it first needs each."""
+    own = MUTATED.replace("for data in seeds:\n    read(data)\n", "").replace(
+        "data = fuzz.respliced(draw, data) if draw.random() < 0.5 else fuzz.blind(draw, data, draw.choice(seeds))",
+        "data = seeds[case]",
+    )
+    assert (own.count("read(data)"), "seeds[case]" in own) == (2, True)
+    (tmp_path / "seeds").write_bytes(pickle.dumps(TEXTS))
+    command = [sys.executable, "-c", own, str(ROOT), str(tmp_path), "1", "0", str(len(TEXTS))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sum(eval(done.stdout, {}).values()) == len(TEXTS)
+
+
 def test_control_the_hook_would_see_an_import(tmp_path: Path) -> None:
     """Negative control: Python's own unpickler imports what such a pickle names, and the process ends."""
     own = MUTATED.replace("torch_pickle.content_of(data, lambda key: storage, objects=True)", "pickle.loads(data)")

@@ -136,6 +136,19 @@ def test_the_default_rate_is_3e_4(resume, trained):
     assert list(rates(trained, child_of(trained).run_id).values()) == pytest.approx(cosine(3e-4, 7.5e-5, 4))
 
 
+@pytest.mark.parametrize("asked", [{}, {"RESUME_LEARNING_RATE": "3e-4"}, {"OPTIMIZER": "adamw"}])
+def test_the_default_rate_is_compared_with_the_peak_of_the_run(asked, resume, tmp_path):
+    """Muon's rates are far from 3e-4; a rate that was set, or that of another optimizer, is not compared."""
+    folder = tmp_path / "muon"
+    folder.mkdir()
+    assert trained_in(folder, SAMPLE_INTERVAL="0", OPTIMIZER="muon", LEARNING_RATE="1e-2")[0] == 0
+    said = resume(at_step(folder, 4), RESUME_TRAINING_STEPS="0", **asked)
+    assert said.code == 0, said.err
+    assert ("RESUME_LEARNING_RATE=0.01" in said.row("learning rate")) is (not asked)
+    said = resume(at_step(folder, 4), RESUME_TRAINING_STEPS="0", RESUME_LEARNING_RATE="0.01")  # what it advises
+    assert "peak 0.01" in said.row("learning rate")
+
+
 def test_warm_up_floor_and_kind_can_be_set(resume, trained):
     resume(RESUME_LEARNING_RATE="3e-4", WARMUP_STEPS="2", MIN_LEARNING_RATE="0", LR_SCHEDULE="linear")
     wanted = [1e-4, 2e-4, 3e-4, 1.5e-4]

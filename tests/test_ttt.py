@@ -567,3 +567,59 @@ def test_a_checkpoint_of_adapters_needs_a_named_base() -> None:
     with pytest.raises(config.ConfigError, match=r"adds none: set LORA_RANK or TTT_LAYERS$"):
         config.read(values | {"GPT2_MODEL_NAME": "gpt2"})
     assert config.read(values | {"INIT_FROM": "x.pt"}).checkpoint_adapters_only  # the weights may bring them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it is for: remembering what it has read.
+
+KEYS, VALUES, WIDTH = 8, 8, 32
+
+
+class Recall(torch.nn.Module):
+    """The layer between embeddings and a head, without attention: only its inner weights carry anything to a later token."""
+
+    def __init__(self, base_lr: float) -> None:
+        super().__init__()
+        settings = TTTSettings("0", base_lr=base_lr, mini_batch_size=4, initial_gating_alpha=1.0)
+        self.layer = TTTMLP(settings, width=WIDTH, n_head=2)
+        self.key, self.value = torch.nn.Embedding(KEYS, WIDTH), torch.nn.Embedding(VALUES + 1, WIDTH)
+        self.head = torch.nn.Linear(WIDTH, VALUES)
+
+    def forward(self, keys: Tensor, values: Tensor) -> Tensor:
+        read = self.layer(self.key(keys) + self.value(values))
+        return self.head(read[:, KEYS:])  # (B, KEYS, VALUES), of the tokens that ask
+
+
+def pairs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys and values of texts that tell a value for each key, drawn anew, and then ask for each in another order;
+    and the answers.
+    """
+    keys, order = (torch.rand(count, KEYS, generator=generator).argsort(1) for _ in range(2))
+    values = torch.randint(VALUES, (count, KEYS), generator=generator)
+    nothing = torch.full_like(values, VALUES)
+    return torch.cat([keys, keys.gather(1, order)], 1), torch.cat([values, nothing], 1), values.gather(1, order)
+
+
+def recalled(base_lr: float, *, steps: int) -> float:
+    """Train and return the share of right answers in new texts."""
+    torch.manual_seed(0)
+    model, generator = Recall(base_lr), torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 * (steps - step) / steps)
+        keys, values, wanted = pairs(64, generator)
+        F.cross_entropy(model(keys, values).flatten(0, 1), wanted.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    keys, values, wanted = pairs(1000, generator)
+    with torch.no_grad():
+        return (model(keys, values).argmax(-1) == wanted).float().mean().item()
+
+
+def test_the_layer_recalls_what_it_has_read() -> None:
+    assert recalled(1.0, steps=400) > 0.99
+
+
+def test_control_without_inner_steps_it_recalls_nothing() -> None:
+    """One of eight values is right by chance."""
+    assert 0.1 < recalled(1e-8, steps=400) < 0.15

@@ -8,6 +8,9 @@ WORKER_FAULT: "RANK:STEP" kills that process before it learns from the batch of 
 WORKER_LATE: "lock" or "report": a signal comes, as from torchrun, when a process that lost another gives its lock free
 or says so. WORKER_MEMORY: bytes that each device seems to have. WORKER_OTHER: "NAME=value" that the second process
 finds in its environment, as if it were on another machine.
+WORKER_FLIP: "RANK:STEP:batch" changes a token of that step in that process, the first time that the step is taken;
+"RANK:STEP:weight" flips a bit of a weight there for good, before the update; "RANK:STEP:evaluation" while it evaluates
+after that step.
 """
 
 import atexit
@@ -89,6 +92,44 @@ if asked_to_save := os.environ.get("WORKER_SAVE"):
         return plain_at(self, step)
 
     Batches.at = signalled_at
+
+if flip := os.environ.get("WORKER_FLIP"):
+    import torch
+
+    from milepost.runtime import optim
+    from milepost.text import batches
+
+    its_rank, its_step, place = flip.split(":")
+    right_at, norm, windows = Batches.at, optim.gradient_norm, batches.validation_windows
+    seen, weights, flipped = [], [], []
+
+    def fault(where):
+        now = rank == its_rank and where == place and seen and seen[-1] == int(its_step) - 1 and not flipped
+        flipped.extend([where] * bool(now))
+        return now
+
+    def flipped_at(self, step):
+        seen.append(step)
+        x, y = right_at(self, step)
+        if fault("batch"):
+            x[0, 0, 0] ^= 1
+        return x, y
+
+    def flip_weight():
+        optim.local(weights[-1]).detach().view(-1).view(torch.int32)[3] ^= 1 << 20
+
+    def noted_norm(optimizer):
+        weights.append(optimizer.param_groups[0]["params"][0])
+        if fault("weight"):
+            flip_weight()
+        return norm(optimizer)
+
+    def noted_windows(*arguments, **sizes):
+        if fault("evaluation"):
+            flip_weight()
+        return windows(*arguments, **sizes)
+
+    Batches.at, optim.gradient_norm, batches.validation_windows = flipped_at, noted_norm, noted_windows
 
 sys.argv = [str(SCRIPT)]
 runpy.run_path(str(SCRIPT), run_name="__main__")

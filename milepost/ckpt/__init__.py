@@ -9,7 +9,6 @@ from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
 from milepost.ckpt.finding import (
     BEST_FOLDER,
-    Found,
     best,
     due,
     find,
@@ -17,6 +16,7 @@ from milepost.ckpt.finding import (
     lowest_loss,
     orphans,
 )
+from milepost.ckpt.index import Found
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.opening import load, load_named
 from milepost.ckpt.record import Checkpoint, CheckpointError

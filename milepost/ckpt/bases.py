@@ -4,12 +4,14 @@ import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.ckpt.finding import Found, folder_of, folders_below, look, places, scan, stamps
+from milepost.ckpt.finding import folder_of, folders_below, names_in, places, scan
+from milepost.ckpt.index import Found, look, stamps
 from milepost.ckpt.layouts import known_layout, layout_of
 from milepost.ckpt.names import own_stem
 from milepost.ckpt.record import CheckpointError, Json
@@ -19,6 +21,7 @@ from milepost.paths import is_real_file, with_home
 
 LEVELS = 4  # folders above the adapters, and parts of the recorded path, with which a moved base is looked for
 NOTE = ".base-{run_id}.json"  # beside a base, about adapters in another folder
+OWN_NOTE = re.compile(r"\.base-.*\.json", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,19 @@ class Base:
 
 def bases_in_use(folder: Path) -> list[Base]:
     """Return every base recorded by adapters in `folder` and below it, where copies may lie, or by a note."""
-    below = (place for place in folders_below(folder) if place == folder or os.access(place, os.R_OK | os.X_OK))
-    adapters = (found for place in below for found in scan(place) if "adapters" in found.metadata.get("parts", ()))
+    below = (
+        place for place in folders_below(folder, fresh=False) if place == folder or os.access(place, os.R_OK | os.X_OK)
+    )
+    adapters = (
+        found for place in below for found in scan(place, fresh=False) if "adapters" in found.metadata.get("parts", ())
+    )
     named = [_base(found.metadata.get("base"), found.path) for found in adapters]
-    notes = (note for place in places(folder) for note in sorted(place.glob(NOTE.format(run_id="*"))))
+    notes = (
+        place / name
+        for place in places(folder, fresh=False)
+        for name in sorted(names_in(place))
+        if OWN_NOTE.fullmatch(name)
+    )
     named += [_base(values, Path(str(values.get("needed_by")))) for note in notes if (values := _read_note(note))]
     return [base for base in named if base is not None]
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from milepost.ckpt.bases import bases_among
-from milepost.ckpt.finding import BEST_FOLDER, Found, in_best, linked, loss_of, scan
+from milepost.ckpt.finding import BEST_FOLDER, linked, loss_of, scan
+from milepost.ckpt.index import Found, is_unchanged
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.names import PREFIX, own_checkpoints, target_folder
 from milepost.ckpt.record import Checkpoint, from_metadata
@@ -49,13 +50,13 @@ def _superseded(record: Checkpoint, folder: Path, *, count: int) -> list[Found]:
 
     Two saves of one step count once. Copies made by hand, the bases of adapters and what a link names stay.
     """
-    found = [each for each in scan(folder) if in_best(each, folder)]
-    own = [found for found in own_checkpoints(found) if found.run_id == record.run_id is not None]
+    found = [each for each in scan(folder, regular=False, fresh=False) if each.run_id == record.run_id is not None]
+    own = own_checkpoints(found)
     own.sort(key=lambda found: (loss_of(found) is None, loss_of(found), found.save_order))
     best = list(dict.fromkeys((found.step, loss_of(found)) for found in own))[:count]
     worse = [found for found in own if (found.step, loss_of(found)) not in best and _is_worse(found, record)]
     kept = {*bases_among(worse, folder), *linked(worse, folder)}
-    return [found for found in worse if found.path not in kept]
+    return [found for found in worse if found.path not in kept and is_unchanged(found)]
 
 
 def _is_worse(found: Found, record: Checkpoint) -> bool:
@@ -66,13 +67,15 @@ def _is_worse(found: Found, record: Checkpoint) -> bool:
 
 def best_is_kept(folder: Path, *, run_id: str | None, loss: float) -> bool:
     """Whether a best/ of `folder` holds a checkpoint of the run whose validation loss is at most `loss`, or unknown."""
-    kept = [found for found in scan(folder) if in_best(found, folder) and found.run_id == run_id]
+    kept = [found for found in scan(folder, regular=False) if found.run_id == run_id]
     return any(found.problem is None and not (loss_of(found) or loss) > loss for found in kept)
 
 
 def saved_best(folder: Path, *, run_id: str | None, step: int, loss: float) -> Found | None:
     """Return the ordinary save of a run's best step; None if there is none or it was saved before evaluation."""
-    own = [found for found in scan(folder, bests=False) if found.problem is None and found.run_id == run_id]
+    own = [
+        found for found in scan(folder, bests=False, fresh=False) if found.problem is None and found.run_id == run_id
+    ]
     same = [found for found in own if (found.step, loss_of(found)) == (step, loss)]
     return max(same, key=lambda found: (found.resumable, found.save_order), default=None)
 

@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 from milepost.ckpt.exports import Export, Proof
 from milepost.ckpt.exports.common import not_the_same
-from milepost.ckpt.finding import BEST_FOLDER, Found, folder_of
+from milepost.ckpt.finding import BEST_FOLDER, folder_of
+from milepost.ckpt.index import Found
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_copy, free_stem, only_stem, own_stem, plain_stem, target_folder
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
-from milepost.ckpt.restore import logits
+from milepost.ckpt.restore import build_tokenizer, logits
 from milepost.ckpt.saving import free_space_problem
 from milepost.ckpt.tensor_listing import all_files, labelled
 from milepost.ckpt.tensors import digest, not_finite
@@ -28,6 +29,7 @@ from milepost.locks import FOLDER_LOCK, folder_lock
 from milepost.paths import check_inside, is_real_folder
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+LEFT_OUT = "left_out"  # key of `imported`: the parts of the source that no layout holds
 HEADROOM = 2**20  # bytes of a checkpoint besides its tensors: metadata and tokenizer
 
 
@@ -70,9 +72,7 @@ def convert(
     CheckpointError if the source is damaged or was edited by hand, the layout cannot hold it, or the result differs;
     OSError if the disk fails. Nothing new is left then.
     """
-    record = complete(_opened(source, optimizer=not model_only))
-    if record.tokenizer is None:
-        record.notes.append(f"{source}: has no tokenizer, so the converted checkpoint has none either")
+    record = _prepared(complete(_opened(source, optimizer=not model_only)), source)
     if folder is None:
         folder, in_best = origin(record, source)
     name = _Name(source, stem, prefix)
@@ -142,6 +142,30 @@ def _opened(source: Path, *, optimizer: bool) -> Checkpoint:
     if bad := not_finite(record.model_state):
         record.notes.append(f"{source}: {bad[0]} holds NaN or infinity, and so does the converted checkpoint")
     return record
+
+
+def _prepared(record: Checkpoint, source: Path) -> Checkpoint:
+    """Return the record as the conversion is to hold it: with its tokenizer's sha256, as a save of ours has it, and with
+    what was left out, so that a later call can report it again.
+    """
+    if record.tokenizer is not None and is_imported(metadata(record)):
+        try:
+            record.tokenizer_sha256 = build_tokenizer(record).digest
+        except CheckpointError as error:
+            record.notes.append(f"{error}")
+            record.left_out.append("its tokenizer, which cannot be rebuilt")
+            record.tokenizer = None
+    if record.tokenizer is None:
+        record.notes.append(f"{source}: has no tokenizer, so the converted checkpoint has none either")
+    if record.left_out:
+        record.imported = (record.imported or {}) | {LEFT_OUT: list(record.left_out)}
+    return record
+
+
+def left_out_before(values: Json) -> list[str]:
+    """Return what a conversion left out of the checkpoint with these metadata."""
+    listed = (values.get("imported") or {}).get(LEFT_OUT)
+    return [part for part in listed if isinstance(part, str)] if isinstance(listed, list) else []
 
 
 def _refuse_edited(record: Checkpoint) -> None:

@@ -1,56 +1,19 @@
 """Find checkpoints in a folder: list them, choose the latest or the best. Changes no file."""
 
-import functools
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from milepost.ckpt.layouts import LAYOUTS, Layout, known_layout, layout_of
-from milepost.ckpt.record import CheckpointError, Json, Kind
+from milepost.ckpt.index import Found, Listing, look, look_into
+from milepost.ckpt.layouts import LAYOUTS, known_layout, layout_of
+from milepost.ckpt.record import CheckpointError
 from milepost.locks import FOLDER_LOCK
 from milepost.paths import is_real_folder
 
 BEST_FOLDER = "best"
 NEWEST_NAMES = ("latest.pt", "final.pt", "ckpt.pt")  # of other programs, which keep one folder for each model
-SEEN = 4096  # checkpoints whose metadata is cached, so that frequent saves do not reopen every file
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint found in a folder: its metadata without tensors and tokenizer, or the problem with reading it."""
-
-    path: Path
-    metadata: dict[str, Json]
-    problem: str | None = None
-    layout: str = field(default="", compare=False)
-    size: int = field(default=0, compare=False)  # bytes of all its files
-    kind: Kind | None = field(default=None, compare=False)  # of the problem
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done, as recorded inside; 0 for a damaged file."""
-        return self.metadata.get("step", 0)
-
-    @property
-    def run_id(self) -> str | None:
-        """The run that saved it; None for a damaged checkpoint or another program's."""
-        return self.metadata.get("run_id")
-
-    @property
-    def resumable(self) -> bool:
-        """Whether it holds the optimizer's state."""
-        return "optimizer" in self.metadata.get("parts", ())
-
-    @property
-    def is_final(self) -> bool:
-        """Whether its run was planned to end there."""
-        return self.step > 0 and self.step == self.metadata.get("hyperparameters", {}).get("TRAINING_STEPS")
-
-    @property
-    def save_order(self) -> tuple[int, str, int]:
-        """Sort key from oldest to newest; checkpoints without a save number (other programs') come first."""
-        return self.metadata.get("save_number") or 0, self.metadata.get("saved_at") or "", self.step
+IN_RUN_FOLDERS = [layout.name for layout in LAYOUTS if layout.run_stem]
 
 
 def find(folder: Path) -> list[Found]:
@@ -85,40 +48,47 @@ def find_below(folder: Path) -> Iterator[Found]:
         seen |= {found.path for found in (*here, *scan(place))}
 
 
-def folders_below(folder: Path) -> Iterator[Path]:
-    """Yield `folder` and the folders below it, from the top down, without the parts of checkpoints."""
+def folders_below(folder: Path, *, fresh: bool = True) -> Iterator[Path]:
+    """Yield `folder` and the folders below it, from the top down, without the parts of checkpoints and without the
+    checkpoints that hold nothing else. `fresh` is that of `scan`.
+    """
     yield folder
     whole = layout_of(folder)
-    for path in sorted(entries(folder, required=False)):
-        part = path.name.startswith(".") or (whole is not None and whole.owns(folder, path))
-        if is_real_folder(path) and not part:
-            yield from folders_below(path)
+    with contextlib.suppress(OSError):  # such as lost+found
+        inside = look_into(folder, whole=whole, fresh=fresh)
+        for name in sorted([*inside.folders, *inside.mixed]):
+            if not (whole is not None and whole.owns(folder, folder / name)):
+                yield from folders_below(folder / name, fresh=fresh)
 
 
-def scan(folder: Path, *, bests: bool = True) -> Iterator[Found]:
+def scan(folder: Path, *, regular: bool = True, bests: bool = True, fresh: bool = True) -> Iterator[Found]:
     """Yield every checkpoint in `folder` under each of its names, after `folder` itself if it is a checkpoint too.
 
-    Skip best/ if not `bests`.
+    Skip those outside best/ if not `regular`, and those inside if not `bests`. If not `fresh`, take the metadata of a file
+    that was seen before and has kept its name and inode as it was then: this costs a save little in a full folder.
     """
     whole = layout_of(folder)
-    if whole is not None:
+    if whole is not None and regular:
         yield look(folder, whole)
-    for place in places(folder):
-        if not bests and place.name == BEST_FOLDER and place != folder:
-            continue
-        seen = set()
-        for path in sorted(entries(place, required=place == folder)):
-            part = path.name.startswith(".") or (whole is not None and whole.owns(folder, path))
-            layout = None if part else layout_of(path)
-            primary = layout.primary_file(path) if layout else None
-            # In a run folder accept only layouts that are written into run folders: any folder may lie beside
-            # checkpoints.
-            # What programs call their one newest file is a checkpoint there too: checkpoints/<name>/latest.pt.
-            named = path.name in NEWEST_NAMES and place.parent == folder
-            inside = layout is not None and (place in (folder, folder / BEST_FOLDER) or bool(layout.run_stem) or named)
-            if layout and primary and inside and primary not in seen:
-                seen.add(primary)
-                yield look(primary, layout)
+    if not os.path.isdir(folder):
+        return
+    inside = look_into(folder, whole=whole, fresh=fresh)
+    found = list(inside.found.values()) if regular else []
+    for place in _inner_places(folder, inside):
+        if bests if place.name == BEST_FOLDER else regular:
+            with contextlib.suppress(OSError):  # such as lost+found
+                here = look_into(place, whole=layout_of(place), fresh=fresh).found.values()
+                found += [each for each in here if place == folder / BEST_FOLDER or not _is_stray(each, folder)]
+    yield from (each for each in found if whole is None or not whole.owns(folder, each.path))
+
+
+def _is_stray(found: Found, folder: Path) -> bool:
+    """Whether a checkpoint in a run folder of `folder` was not saved there: any folder may lie beside checkpoints.
+
+    What programs call their one newest file is a checkpoint there too: checkpoints/<name>/latest.pt.
+    """
+    named = found.path.name in NEWEST_NAMES and found.path.parent.parent == folder
+    return not (named or found.layout in IN_RUN_FOLDERS)
 
 
 def orphans(folder: Path) -> list[Found]:
@@ -127,8 +97,8 @@ def orphans(folder: Path) -> list[Found]:
 
     `find` leaves them out, because a save that was killed may leave such a file.
     """
-    files = [path for place in places(folder) for path in sorted(entries(place, required=False))]
-    free = (path for path in files if not path.name.startswith(".") and containing(path) is None)
+    files = [place / name for place in places(folder) for name in sorted(names_in(place)) if name[0] != "."]
+    free = (path for path in files if containing(path) is None)
     return [found for path in free if (found := orphan(path)) is not None]
 
 
@@ -149,18 +119,21 @@ def orphan(path: Path) -> Found | None:
     )
 
 
-def places(folder: Path) -> Iterator[Path]:
+def places(folder: Path, *, fresh: bool = True) -> Iterator[Path]:
     """Yield the folders that hold the checkpoints of `folder`: itself, its run folders, and the best/ of each.
 
-    Links are not followed, because what is found here may be pruned.
+    Links are not followed, because what is found here may be pruned. `fresh` is that of `scan`.
     """
-    if not os.path.isdir(folder):
-        return
-    whole = layout_of(folder)
-    runs = [path for path in sorted(folder.iterdir()) if is_real_folder(path) and not path.name.startswith(".")]
-    runs = [path for path in runs if whole is None or not whole.owns(folder, path)]
-    for place in (folder, *(path for path in runs if path.name != BEST_FOLDER and layout_of(path) is None)):
-        yield place
+    if os.path.isdir(folder):
+        yield folder
+        yield from _inner_places(folder, look_into(folder, whole=layout_of(folder), fresh=fresh))
+
+
+def _inner_places(folder: Path, inside: Listing) -> Iterator[Path]:
+    runs = [folder / name for name in inside.folders if name != BEST_FOLDER]
+    for place in (folder, *(path for path in runs if not (inside.whole and inside.whole.owns(folder, path)))):
+        if place != folder:
+            yield place
         if is_real_folder(place / BEST_FOLDER):
             yield place / BEST_FOLDER
 
@@ -170,47 +143,22 @@ def linked(found: Iterable[Found], folder: Path) -> set[Path]:
 
     Such a link is a user's name for a checkpoint, as a copy is.
     """
-    links = (path for place in places(folder) for path in entries(place, required=False) if path.is_symlink())
-    targets = {os.path.realpath(link) for link in links}
+    targets = {os.path.realpath(link) for place in places(folder, fresh=False) for link in _links_in(place)}
     files = {each.path: known_layout(each.path).files(each.path) for each in found} if targets else {}
     return {path for path, own in files.items() if targets.intersection(map(os.path.realpath, own))}
 
 
-def entries(place: Path, *, required: bool) -> list[Path]:
-    """Return the entries of `place`; none if it is not `required` and cannot be listed, such as lost+found."""
-    try:
-        return list(place.iterdir())
-    except OSError:
-        if required:
-            raise
-        return []
+def _links_in(place: Path) -> list[str]:
+    with contextlib.suppress(OSError), os.scandir(place) as inside:
+        return [entry.path for entry in inside if entry.is_symlink()]
+    return []
 
 
-def look(path: Path, layout: Layout) -> Found:
-    """Return the checkpoint at `path` with its metadata or its problem; its tensors stay unread."""
-    return _look(path, layout, tuple(stamps(layout.files(path))))  # type: ignore[arg-type]
-
-
-@functools.lru_cache(maxsize=SEEN)
-def _look(path: Path, layout: Layout, stamps: tuple[tuple[int, ...], ...]) -> Found:
-    size = sum(stamp[1] for stamp in stamps)
-    try:
-        metadata = {name: value for name, value in layout.read_metadata(path).items() if name != "tokenizer"}
-        return Found(path, metadata, layout=layout.name, size=size)
-    except CheckpointError as error:
-        return Found(path, {}, str(error), layout=layout.name, size=size, kind=error.kind)
-
-
-def stamps(files: Iterable[Path]) -> Iterator[tuple[int, ...]]:
-    """Yield inode, size in bytes and modification time of each file, and of each file inside each folder."""
-    for file in files:
-        for path in sorted(file.rglob("*")) if file.is_dir() else [file]:
-            try:
-                status = path.stat()
-            except OSError:
-                continue
-            if not path.is_dir():
-                yield status.st_ino, status.st_size, status.st_mtime_ns
+def names_in(place: Path) -> list[str]:
+    """Return the names in `place`; none if it cannot be listed."""
+    with contextlib.suppress(OSError):
+        return os.listdir(place)
+    return []
 
 
 def latest(found: list[Found]) -> Found | None:

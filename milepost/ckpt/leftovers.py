@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from milepost.ckpt.finding import places
+from milepost.ckpt.finding import names_in, places
 from milepost.ckpt.layouts import LAYOUTS, layout_of
 from milepost.files import TEMPORARY, discard, hidden_name, make_folder, written
 from milepost.locks import folder_lock, remove_free_locks
@@ -22,7 +22,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
     Files of a living process stay: in a run folder or in best/ it may hold the lock of the folder above instead.
     """
-    leftovers = [path for path in folder.glob(f"{TEMPORARY}*") if _is_left_over(path)]
+    paths = [folder / name for name in names_in(folder) if name.startswith(TEMPORARY)]
+    leftovers = [path for path in paths if _is_left_over(path)]
     for path in leftovers:
         for part in _visible_parts(path):
             part.unlink(missing_ok=True)

@@ -8,9 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from milepost.ckpt.exports import Export
-from milepost.ckpt.finding import BEST_FOLDER, Found
+from milepost.ckpt.finding import BEST_FOLDER
+from milepost.ckpt.index import Found
 from milepost.ckpt.layouts import WRITERS, Layout
-from milepost.ckpt.manifest import matches
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
 
 PREFIX = "checkpoint"
@@ -125,21 +125,12 @@ def own_stem(found: Found) -> str | None:
     original.
     """
     writer = WRITERS.get(found.layout)
-    if writer is None or _holds_other_files(found.path, writer):
+    if writer is None or writer.holds_other_files(found.path):
         return None
     ends = [path.name.removeprefix("@") for path in writer.targets(Path(), "@")]
     stems = [found.path.name.removesuffix(end) for end in ends if found.path.name.endswith(end)]
     match = _numbered_stem if writer.run_stem else _stamped_stem
     return next((own for stem in stems if (own := match(found, stem, writer.run_stem)) is not None), None)
-
-
-def _holds_other_files(path: Path, layout: Layout) -> bool:
-    """Whether the checkpoint is a folder that also holds files which no save writes."""
-    if not path.is_dir():
-        return False
-    files = (file for file in path.rglob("*") if not file.is_dir() and not file.name.startswith("."))  # no .DS_Store
-    names = (file.relative_to(path).as_posix() for file in files)
-    return not all(matches(name, layout.members) for name in names)
 
 
 def _prefix_of(found: Found) -> str:

@@ -21,14 +21,20 @@ def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
 
 
 def load_named(
-    name: str, folder: Path, *, say: Callable[[str], object], optimizer: bool = True, verify: bool = False
+    name: str,
+    folder: Path,
+    *,
+    say: Callable[[str], object],
+    optimizer: bool = True,
+    verify: bool = False,
+    certain: bool = False,
 ) -> Checkpoint:
     """Return the record that `name` selects as `resolve` does; `say` gets a line on each choice.
 
     Where `name` leaves a choice (latest, best, a folder, a glob), a checkpoint that cannot be used is skipped and the
     next one is taken. Raise the first CheckpointError if none can be used.
     """
-    chosen, notes = resolve(name, folder)
+    chosen, notes = resolve(name, folder, certain=certain)
     for note in notes:
         say(note)
     problems: list[CheckpointError] = []

@@ -5,6 +5,9 @@ another program's pickle, objects of any class are read as plain values too: see
 """
 
 import collections
+import encodings.ascii
+import encodings.latin_1
+import encodings.raw_unicode_escape  # noqa: F401  (pickletools decodes with these: no pickle causes an import)
 import pickletools
 import re
 from collections.abc import Callable, Iterator, Mapping

@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from milepost.ckpt.finding import (
-    Found,
     best,
     containing,
-    entries,
     find,
     folders_below,
     latest,
-    look,
     loss_of,
     lowest_loss,
+    names_in,
     orphan,
     orphans,
     scan,
 )  # fmt: skip
+from milepost.ckpt.index import Found, look
 from milepost.ckpt.layouts import LAYOUTS, layout_of
 from milepost.ckpt.manifest import is_regular
 from milepost.ckpt.record import CheckpointError, Kind
+from milepost.ckpt.rivals import ambiguity, rivals
 
 LOOKED_AT = 200  # folders looked at for a hint: a misspelt path may lie in a home folder
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
@@ -37,21 +37,22 @@ OPEN_ADAPTER = (
 )
 
 
-def resolve(name: str, folder: Path) -> tuple[Path, list[str]]:
+def resolve(name: str, folder: Path, *, certain: bool = False) -> tuple[Path, list[str]]:
     """Return the checkpoint that CHECKPOINT_PATH names, and notes about the choice.
 
     `name` is `latest` or `best` (of `folder`), a file, a checkpoint folder or a file in one, the common stem of several
     files, a folder of checkpoints, or a glob (the shell does not expand one in an assignment). Raise CheckpointError
-    listing what exists otherwise.
+    listing what exists otherwise, and if `certain` also where nothing records which of several is newer; else that is
+    one of the notes.
     """
     if name in ("latest", "best"):
-        return _choose(folder, by=best if name == "best" else latest)
+        return _choose(folder, by=best if name == "best" else latest, certain=certain)
     path = Path(os.path.expanduser(name))
     if not os.path.lexists(path):
         if primary := _with_stem(path):
             return primary, []
         if glob.has_magic(name):
-            return _choose_by_step(name, folder)
+            return _choose_by_step(name, folder, certain=certain)
     if not os.path.exists(path):
         close = difflib.get_close_matches(path.name, ["latest", "best"], n=1, cutoff=0.7)
         hint = f"did you mean {close[0]}? " if close else "name a single checkpoint here; " if "," in name else ""
@@ -60,7 +61,7 @@ def resolve(name: str, folder: Path) -> tuple[Path, list[str]]:
         return whole, [f"{path} is part of {whole}, which is used"]
     layout = layout_of(path)
     if os.path.isdir(path) and layout is None:
-        return _choose(path, by=latest)
+        return _choose(path, by=latest, certain=certain)
     return (layout.primary_file(path) if layout else None) or path, _others_inside(path)
 
 
@@ -122,7 +123,7 @@ def _nearest(path: Path, folder: Path) -> Path:
     return path.parent if os.path.isdir(path.parent) else folder
 
 
-def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None]) -> tuple[Path, list[str]]:
+def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None], certain: bool) -> tuple[Path, list[str]]:
     found = _find_or_raise(folder)
     notes = _problems(found)
     chosen = by(found)
@@ -131,7 +132,18 @@ def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None]) -> tuple
     if chosen is None:
         remedy = "; ".join(notes or [listing(folder)])
         raise CheckpointError(folder, "no checkpoint can be read", remedy, kind="damaged" if notes else "not found")
-    return chosen.path, [*notes, f"taking {chosen.path}"]
+    if by is best:  # within a folder the loss decides
+        found = [each for each in found if each.path.parent != chosen.path.parent or loss_of(each) == loss_of(chosen)]
+    return chosen.path, [*notes, f"taking {chosen.path}", *_doubt(chosen, found, folder, certain=certain)]
+
+
+def _doubt(chosen: Found, found: list[Found], where: Path | str, *, certain: bool) -> list[str]:
+    """Return a note if nothing records that `chosen` is the newest of `found`; raise CheckpointError if `certain`."""
+    others = rivals(chosen, found)
+    if others and certain:
+        problem = ambiguity(chosen, others)
+        raise CheckpointError(where, problem, "name the checkpoint itself", kind="refused")
+    return [f"{ambiguity(chosen, others)}; name another checkpoint itself to choose it"] if others else []
 
 
 def _better_elsewhere(chosen: Found, found: list[Found]) -> list[str]:
@@ -168,7 +180,7 @@ def _matching(pattern: str) -> list[Found]:
     return whole + [found for name in names if (found := orphan(Path(name))) and found.path not in primaries]
 
 
-def _choose_by_step(pattern: str, folder: Path) -> tuple[Path, list[str]]:
+def _choose_by_step(pattern: str, folder: Path, *, certain: bool) -> tuple[Path, list[str]]:
     """Return the checkpoint of the highest step that the glob matches."""
     matches = _matching(pattern)
     notes = _problems(matches)
@@ -179,7 +191,9 @@ def _choose_by_step(pattern: str, folder: Path) -> tuple[Path, list[str]]:
         problem = "no matching checkpoint can be read" if matches else "matches no checkpoint"
         raise CheckpointError(pattern, problem, remedy, kind=kind)
     chosen = max(readable, key=lambda found: (found.step, found.save_order, found.resumable))
-    return chosen.path, [*notes, f"{pattern} matches {len(matches)}: taking {chosen.path}"]
+    notes.append(f"{pattern} matches {len(matches)}: taking {chosen.path}")
+    same_step = [found for found in readable if found.step == chosen.step]
+    return chosen.path, [*notes, *_doubt(chosen, same_step, pattern, certain=certain)]
 
 
 def several(names: str, folder: Path) -> tuple[list[Path], list[str]]:
@@ -242,7 +256,7 @@ def _held_instead(folder: Path, *, limit: int = 3) -> str:
     if below:
         more = f" and {len(below) - limit} more" if len(below) > limit else ""
         return f"; folders below it do: {', '.join(map(str, below[:limit]))}{more}; name one of them"
-    names = sorted(path.name for path in entries(folder, required=False) if not path.name.startswith("."))
+    names = sorted(name for name in names_in(folder) if name[0] != ".")
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     others = f" (it holds {', '.join(names[:limit])}{more})" if names else ""
     return f"{others}; was ENABLE_CHECKPOINTS=true set when training?"

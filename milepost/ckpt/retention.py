@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from milepost.ckpt.bases import bases_among
-from milepost.ckpt.finding import Found, in_best, linked, look, scan
+from milepost.ckpt.finding import in_best, linked, scan
+from milepost.ckpt.index import Found, is_unchanged, look
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.names import own_checkpoints
 from milepost.ckpt.record import CheckpointError
@@ -99,7 +100,8 @@ def select_expired(
     Renamed checkpoints are copies made by hand and stay. So do checkpoints that are links, because deleting them would
     delete files elsewhere, and checkpoints that a link in the folder points to.
     """
-    own = own_checkpoints(list(scan(folder, bests=False)))
+    known = scan(folder, bests=False, fresh=False)
+    own = own_checkpoints([each for each in known if each.run_id == run_id])
     named = linked(own, folder)
     found = [each for each in own if not any(map(os.path.islink, known_layout(each.path).files(each.path)))]
     found = [each for each in found if each.path not in named]
@@ -115,7 +117,9 @@ def select_expired(
     # A base without its optimizer is still a base, unless stripping gives it another name.
     renamed = [found for found in gone.strip if known_layout(found.path).optimizer_file(found.path) is None]
     kept = bases_among([*gone.remove, *renamed], folder)
-    remove, strip = ([each for each in group if each.path not in kept] for group in (gone.remove, gone.strip))
+    remove, strip = (
+        [each for each in group if each.path not in kept and is_unchanged(each)] for group in (gone.remove, gone.strip)
+    )
     return Expired(remove=remove, strip=strip, kept=kept)
 
 
@@ -204,7 +208,7 @@ def latest_valid(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
 
     A person's copy does not count: its owner may delete it.
     """
-    own = [found for found in own_checkpoints(list(scan(folder, bests=False))) if found.run_id == run_id]
+    own = own_checkpoints([each for each in scan(folder, bests=False) if each.run_id == run_id])
     return _newest_valid(sorted(own, key=lambda found: found.save_order))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from milepost.ckpt.finding import Found, containing, find_below, folder_of, look
+from milepost.ckpt.finding import containing, find_below, folder_of
+from milepost.ckpt.index import Found, look
 from milepost.ckpt.layouts import known_layout, layout_of
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.resolving import listing, resolve, whole_folder

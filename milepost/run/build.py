@@ -13,12 +13,13 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_model
 from milepost.ckpt.writer import Writer
 from milepost.config import Config, ConfigError
+from milepost.run.device_check import device_problem
 from milepost.run.probe import probe
 from milepost.run.state import Run, Saved, State
 from milepost.run.text import Text, read_text
 from milepost.run.weights import adapters, identity, initial_weights, lineage, shape_variables, with_model_of
 from milepost.runtime import distributed, hardware
-from milepost.runtime.distributed import SINGLE, World
+from milepost.runtime.distributed import SINGLE, ElsewhereError, World
 from milepost.runtime.optim import build_optimizer
 from milepost.runtime.progress import Log, amount
 from milepost.runtime.schedule import Schedule, default_floor
@@ -179,6 +180,7 @@ def assemble(
     step = record.step if record else 0
     dtype, compile_step = numerics(settings, log, device=device, model=model, end=end)
     engine = choose_engine(settings, world, device=device, model=model, dtype=dtype, record=record)
+    check_device(settings, world, device=device, dtype=dtype, model=model)
     probed = probe_of(settings, world, device=device, dtype=dtype, model=model, record=record)
     forward = distribute(model, engine, device=device, compile_step=compile_step)
     batches = Batches(
@@ -237,6 +239,25 @@ def probe_of(
     if not compared or not settings.deterministic or device.type == "mps":
         return {}
     return probe(model, optimizer=settings.optimizer, device=device, dtype=dtype, world=world)
+
+
+def check_device(settings: Config, world: World, *, device: torch.device, dtype: str, model: Model) -> None:
+    """Raise DeviceError if a step of this process's size comes out otherwise on the device than on the CPU."""
+    if device.type == "cpu" or not settings.device_check:
+        return
+    rows = settings.batch_size // world.size
+    problem = device_problem(model, device=device, dtype=dtype, rows=rows, seed=settings.seed)
+    if world.any(problem is not None):
+        raise refused(device, problem) if problem else ElsewhereError
+
+
+def refused(device: torch.device, problem: str) -> hardware.DeviceError:
+    """Return the refusal of a device that computes wrongly, with the ways on."""
+    wrong = f"DEVICE={device.type} computes wrongly with torch {torch.__version__}: {problem}"
+    remedy = (
+        "set DEVICE=cpu, or install another version of torch or of the driver; DEVICE_CHECK=false goes on regardless"
+    )
+    return hardware.DeviceError(f"{wrong}: {remedy}")
 
 
 def choose_engine(

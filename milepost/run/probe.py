@@ -29,7 +29,7 @@ def probe(model: Model, *, optimizer: str, device: torch.device, dtype: str, wor
     ROWS sequences of its block size. No generator and no weight of the run changes.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        small = type(model)(model.probe_settings()).to(device).train()
+        small = small_model(model, device).train()
         if any(not parameter.requires_grad for parameter in model.parameters()):
             models.freeze_base(small)
         each = world.all_gather(digest(_step(small, optimizer, device=device, dtype=dtype)))
@@ -40,10 +40,7 @@ def probe(model: Model, *, optimizer: str, device: torch.device, dtype: str, wor
 
 def _step(small: Model, optimizer: str, *, device: torch.device, dtype: str) -> dict[str, Tensor]:
     """Return loss, gradient norm, gradients and updated weights by name."""
-    for parameter in small.parameters():
-        parameter.data.copy_(_numbers(parameter))
-    ids = torch.arange(ROWS * small.settings.block_size + 1, device=device) * 40503 % small.settings.vocab_size
-    x, y = ids[:-1].view(ROWS, -1), ids[1:].view(ROWS, -1)  # (B, T) both
+    x, y = (ids.to(device) for ids in fixed_ids(small, sequences=ROWS, tokens=small.settings.block_size))  # (B, T) both
     stepper = build_optimizer(small, optimizer, lr=0.01, weight_decay=0.1, betas=(0.9, 0.99))
     hardware.seed_step(device, 0, 0)
     with hardware.autocast(device, dtype):
@@ -55,7 +52,28 @@ def _step(small: Model, optimizer: str, *, device: torch.device, dtype: str) -> 
     return computed | {name: parameter.detach() for name, parameter in small.named_parameters()}
 
 
-def _numbers(parameter: Tensor) -> Tensor:
-    """Return numbers in [-0.1, 0.1) of the parameter's shape, the same on every machine: one rounding each."""
-    pattern = (torch.arange(PATTERN) * 40503 % PATTERN - PATTERN // 2).float() / (5 * PATTERN)
-    return pattern.repeat(-(-parameter.numel() // PATTERN))[: parameter.numel()].view(parameter.shape)
+def small_model(model: Model, device: torch.device, *, pattern: Tensor | None = None) -> Model:
+    """Return a model that computes as `model` does, with its widths and adapters, but the fewest blocks; its weights are
+    the numbers of `pattern` over and over, by default of one that is the same on every machine.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:  # drawn there: faster
+        small = type(model)(model.probe_settings()).to(device)
+    for parameter in small.parameters():
+        parameter.data.copy_(_numbers(parameter, _pattern() if pattern is None else pattern))
+    return small
+
+
+def fixed_ids(model: Model, *, sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of a batch that is the same everywhere, (sequences, tokens) int64 both."""
+    ids = torch.arange(sequences * tokens + 1) * 40503 % model.settings.vocab_size
+    return ids[:-1].view(sequences, -1), ids[1:].view(sequences, -1)
+
+
+def _pattern() -> Tensor:
+    """Return PATTERN numbers in [-0.1, 0.1), the same on every machine: one rounding each."""
+    return (torch.arange(PATTERN) * 40503 % PATTERN - PATTERN // 2).float() / (5 * PATTERN)
+
+
+def _numbers(parameter: Tensor, pattern: Tensor) -> Tensor:
+    """Return the pattern, repeated, in the parameter's shape."""
+    return pattern.repeat(-(-parameter.numel() // len(pattern)))[: parameter.numel()].view(parameter.shape)

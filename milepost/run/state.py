@@ -12,6 +12,7 @@ from torch import nn
 import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
+from milepost.ckpt.record import named_tensors
 from milepost.ckpt.writer import Writer
 from milepost.config import Config
 from milepost.run.text import Text
@@ -41,6 +42,7 @@ class State:
     # And not these.
     skipped_updates: int = 0  # consecutive float16 updates that overflowed
     updating: bool = False  # during the optimizer's update
+    left: tuple[int, dict[str, int]] = (-1, {})  # a step, and the digests of the tensors that it left
     last_sample: str | None = None
     reported: set[str] = field(default_factory=set)  # files whose write errors were logged
 
@@ -118,6 +120,16 @@ class Run:
         """Whether the best step should be in best/ and is not, as far as rank 0 knows."""
         enabled = self.settings.enable_checkpoints and self.settings.checkpoint_keep_best > 0
         return enabled and self.state.best_step not in (None, self.saved.best_step)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return this process's part of all weights and moments, named as `named_tensors` names those of a record."""
+        record = Checkpoint(
+            model_state=self.model.state_dict(),
+            optimizer_state=self.optimizer.state_dict(),
+            model_type="",
+            model_settings={},
+        )
+        return {name: distributed.local(tensor) for name, tensor in named_tensors(record).items()}
 
     def resolved(self) -> dict[str, Any]:
         """Return the variables that the run follows instead of its settings' values, by name: schedule and layout.

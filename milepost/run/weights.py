@@ -31,7 +31,9 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
         record: Checkpoint | None = ckpt.load(world.local_rank0_first(lambda: local_folder(hub_name)), optimizer=False)
     elif name:
         record = agreed(
-            lambda: ckpt.load_named(name, folder, say=notes.append, optimizer=False), world, optimizer=False
+            lambda: ckpt.load_named(name, folder, say=notes.append, optimizer=False, certain=True),
+            world,
+            optimizer=False,
         )
     else:
         return None

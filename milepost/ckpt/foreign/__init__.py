@@ -13,7 +13,7 @@ from torch import Tensor
 import models
 from milepost.ckpt.foreign.keys import config_of, epoch_of, step_of, together, validation_loss_of, weights_of
 from milepost.ckpt.foreign.optimizer import OPTIMIZERS, matched, saved_optimizer
-from milepost.ckpt.foreign.rates import schedule_of, training_settings
+from milepost.ckpt.foreign.rates import rate_in_use, schedule_of, training_settings
 from milepost.ckpt.foreign.weights import of_ours, trained, translated
 from milepost.ckpt.record import Json
 
@@ -33,6 +33,8 @@ class Foreign:
     validation_loss: float | None = None
     hyperparameters: dict[str, Json] = field(default_factory=dict)
     schedule: dict[str, Json] = field(default_factory=dict)
+    rate: float | None = None  # the learning rate in use at its step
+    unused: str | None = None  # why its optimizer state cannot be used
     adapters_only: bool = False
     base: dict[str, Json] | None = None  # of adapters
     notes: list[str] = field(default_factory=list)
@@ -80,6 +82,8 @@ def understood(
         validation_loss=validation_loss_of(around),
         hyperparameters=training_settings(around, config) | peak,
         schedule=schedule,
+        rate=rate_in_use(around),
+        unused=note,
         adapters_only=bool(own) and all(map(models.is_adapter, state)),
         base=base,
         notes=notes + ([f"{where}: {note}"] if note else []),

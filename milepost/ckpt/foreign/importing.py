@@ -15,6 +15,8 @@ from milepost.ckpt.manifest import is_regular, read_json, unreadable
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
 
 CONFIG, TOKENIZER, META = "config.json", "tokenizer.json", "meta.pkl"
+RATE = "learning_rate"  # key of `imported`: the rate in use at the record's step
+UNUSED = "optimizer"  # key of `imported`: why the optimizer's state cannot be used
 
 
 def adopted(
@@ -50,8 +52,22 @@ def adopted(
     values, record.left_out = other_values(
         content, record, beside={CONFIG: config} if config else {}, optimizer=optimizer
     )
-    record.imported = {"values": values} if values else None
+    record.imported = imported(values, rate=meant.rate, unused=meant.unused)
     return record
+
+
+def imported(values: dict[str, Json], *, rate: float | None, unused: str | None) -> dict[str, Json] | None:
+    """Return the field `imported` of a record: the values that have no other field, the rate in use, and why an
+    optimizer's state is not used; None if there is nothing.
+    """
+    fields = {"values": values, RATE: rate, UNUSED: unused}
+    return {name: value for name, value in fields.items() if value} or None
+
+
+def rate_in_use(record: Checkpoint) -> float | None:
+    """Return the learning rate at the record's step that another program recorded, else its peak; None if there is none."""
+    rates = ((record.imported or {}).get(RATE), record.hyperparameters.get("LEARNING_RATE"))
+    return next((float(rate) for rate in rates if isinstance(rate, int | float) and 0 < rate < 1e9), None)
 
 
 def adopted_metadata(path: Path, content: Mapping[Any, Any], *, layout: str) -> dict[str, Json]:

@@ -16,14 +16,14 @@ from milepost.runtime.schedule import Schedule, lr_at
 
 # Variable -> the names in use for it in a config, or at the top of the file.
 WORDS: dict[str, tuple[str, ...]] = {
-    "BATCH_SIZE": ("batch_size", "micro_batch_size"),
+    "BATCH_SIZE": ("batch_size", "micro_batch_size", "train_batch_size", "per_device_train_batch_size"),
     "GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "accumulate_grad_batches"),
     "TRAINING_STEPS": ("max_iters", "max_steps", "training_steps", "total_steps"),
     "LEARNING_RATE": ("learning_rate", "lr"),
     "WEIGHT_DECAY": ("weight_decay",),
-    "BETA1": ("beta1",),
-    "BETA2": ("beta2",),
-    "GRAD_CLIP": ("grad_clip", "gradient_clip_val", "grad_norm_clip"),
+    "BETA1": ("beta1", "adam_beta1"),
+    "BETA2": ("beta2", "adam_beta2"),
+    "GRAD_CLIP": ("grad_clip", "gradient_clip_val", "grad_norm_clip", "max_grad_norm"),
 }
 WHOLE = {"BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "TRAINING_STEPS"}
 SCHEDULERS = (
@@ -40,15 +40,26 @@ CLOSE = 1e-6  # relative difference between a recorded rate and that of the sche
 def training_settings(content: Mapping[Any, Any], config: Mapping[str, Json]) -> dict[str, Json]:
     """Return the settings of its training by our variables; those of the optimizer's groups take precedence.
 
-    The rate and the weight decay of another optimizer than Adam's kind, such as SGD, mean nothing to AdamW and are left out.
+    LEARNING_RATE is the peak of its schedule: the initial rate that a scheduler of torch notes, else that of the config, unless
+    the rate in use is higher, else the rate in use (`rate_in_use`). The rate and the weight decay of another optimizer than
+    Adam's kind, such as SGD, mean nothing to AdamW and are left out.
     """
     places: list[Mapping[Any, Any]] = [content, *configs_of(content), config]
     found = {name: _first(places, words, whole=name in WHOLE) for name, words in WORDS.items()}
     if _is_of_another_kind(content):
         found |= dict.fromkeys(("LEARNING_RATE", "WEIGHT_DECAY"))
     else:
+        planned, rate = found["LEARNING_RATE"], rate_in_use(content)
+        peak = _initial(content) or max(planned or 0.0, rate or 0.0) or None
         found |= {name: value for name, value in _of_groups(content).items() if value is not None}
+        found["LEARNING_RATE"] = peak
     return {name: value for name, value in found.items() if value is not None and _in_range(name, value)}
+
+
+def rate_in_use(content: Mapping[Any, Any]) -> float | None:
+    """Return the learning rate of the last step by the optimizer's groups, or by the scheduler; None if none is recorded."""
+    rate = None if _is_of_another_kind(content) else _of_groups(content)["LEARNING_RATE"]
+    return float(rate) if rate is not None and _in_range("LEARNING_RATE", rate) else None
 
 
 def schedule_of(content: Mapping[Any, Any], step: int) -> dict[str, Json]:
@@ -97,11 +108,19 @@ def _of_groups(content: Mapping[Any, Any]) -> dict[str, float | None]:
     }
 
 
-def _scheduled(content: Mapping[Any, Any]) -> Any:
-    """Return the last rate that a scheduler set; None if none is recorded."""
+def _initial(content: Mapping[Any, Any]) -> float | None:
+    """Return the rate with which a scheduler of torch began; None if none is recorded."""
+    groups = _groups(content)
+    noted = _number(groups[0].get("initial_lr")) if groups else None
+    rate = noted if noted is not None else _number(_scheduled(content, "base_lrs"))
+    return float(rate) if rate is not None and _in_range("LEARNING_RATE", rate) else None
+
+
+def _scheduled(content: Mapping[Any, Any], word: str = "_last_lr") -> Any:
+    """Return the first of the rates that a scheduler records, by default the last that it set; None if none is recorded."""
     state = next((content[word] for word in SCHEDULERS if content.get(word)), None)
     state = state[0] if isinstance(state, list | tuple) and state else state
-    rates = state.get("_last_lr") if isinstance(state, Mapping) else None
+    rates = state.get(word) if isinstance(state, Mapping) else None
     return rates[0] if isinstance(rates, list | tuple) and rates else None
 
 

@@ -35,6 +35,8 @@ class Layout(ABC):
     name: str
     # A folder: the files in it, as glob patterns, in the order in which a manifest lists them.
     members: tuple[str, ...] = ()
+    # Further files in it that belong to it, such as another program's, and hold no tensor of its model.
+    others: tuple[str, ...] = ()
     # Files side by side instead: the ends of their names in order of appearance; the last makes a checkpoint visible.
     suffixes: tuple[str, ...] = ()
     primary: str = ""  # the suffix of the file that stands for the checkpoint; empty: the last
@@ -121,7 +123,17 @@ class Layout(ABC):
         if not self.is_folder or path not in inside.parents or not self.detect(path):
             return False
         place = inside.relative_to(path).as_posix()
-        return matches(place, self.members) or any(member.startswith(f"{place}/") for member in self.members)
+        return matches(place, (*self.members, *self.others)) or any(
+            member.startswith(f"{place}/") for member in self.members
+        )
+
+    def holds_other_files(self, path: Path) -> bool:
+        """Whether the checkpoint is a folder that also holds files which no save writes."""
+        if not path.is_dir():
+            return False
+        files = (file for file in path.rglob("*") if not file.is_dir() and file.name[0] != ".")  # no .DS_Store
+        names = (file.relative_to(path).as_posix() for file in files)
+        return not all(matches(name, self.members) for name in names)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Contents, by each mechanism.

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 import models
-from milepost.ckpt.foreign.importing import TOKENIZER, tokenizer_beside
+from milepost.ckpt import archive
+from milepost.ckpt.foreign import trainer
+from milepost.ckpt.foreign.importing import TOKENIZER, imported, tokenizer_beside
 from milepost.ckpt.foreign.keys import epoch_of, step_of, validation_loss_of
 from milepost.ckpt.foreign.other_values import plain_values
 from milepost.ckpt.layouts.base import raise_first
@@ -28,7 +30,6 @@ from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, 
 CONFIG, WEIGHTS = "config.json", SAFETENSORS.whole
 GENERATION, OPTIMIZER, MANIFEST = "generation_config.json", "optimizer.safetensors", "milepost.json"
 VOCAB, MERGES, ADDED, SPECIAL = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
-TRAINING = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")  # which are not translated
 END_OF_TEXT = "<|endoftext|>"
 TRAINER = "trainer_state.json"  # of transformers' Trainer
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
@@ -172,16 +173,21 @@ def _load_weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
 class Transformers:
     """Reads a folder that transformers saved: no manifest, no checksums but those of torch archives.
 
-    Its Trainer records step and epoch in a file of its own; otherwise the step is 0.
+    Its Trainer records step and epoch in a file of its own, and the optimizer in another; otherwise the step is 0.
     """
 
     def read_metadata(self, path: Path) -> dict[str, Json]:
         """Return the model's shape and the training's progress."""
-        progress, _ = _progress(path)
+        settings = _settings(path)
+        try:
+            training = _training(path, settings, whole=False)
+        except CheckpointError as error:  # damage keeps nobody from generating; `read` raises it for a resume
+            training = trainer.Training(note=str(error))
+        progress, _ = _progress(path, training)
         return {
             "model_type": "gpt2",
-            "model_settings": _settings(path),
-            "parts": ["model"],
+            "model_settings": settings,
+            "parts": ["model", *(["optimizer"] if training.optimizer_state else [])],
             "written_by": WRITER,
             **progress,
         }
@@ -190,22 +196,27 @@ class Transformers:
         """Return the record, its weights under our names and in our orientation."""
         settings = _settings(path)
         if verify:
-            raise_first(checksum_problems(path))
+            raise_first([*checksum_problems(path), *(_training_problems(path) if optimizer else [])])
         _check_head(path, settings)
         tokenizer, note = _read_tokenizer(path, settings["vocab_size"])
-        progress, left_out = _progress(path)
-        left_out += [f"{name} (of transformers' Trainer)" for name in TRAINING if optimizer and is_regular(path / name)]
+        training = _training(path, settings) if optimizer else trainer.Training()
+        progress, left_out = _progress(path, training)
         adapter = _adapter_beside(path)
+        notes = [f"{path}: {training.note}"] if training.note else []
         return Checkpoint(
             model_state=read_weights(path, lambda weights: _translate(path, weights, settings)),
+            optimizer_state=training.optimizer_state,
             model_type="gpt2",
             model_settings=settings,
             tokenizer=tokenizer,
             path=path,
             layout="huggingface",
             owned=True,
-            notes=([note] if note and tokenizer else []) + ([f"{path}: {adapter} is left out"] if adapter else []),
+            notes=notes
+            + ([note] if note and tokenizer else [])
+            + ([f"{path}: {adapter} is left out"] if adapter else []),
             left_out=left_out + ([adapter] if adapter else []),
+            parts=["model", *(["optimizer"] if training.optimizer_state else [])],
             written_by=WRITER,
             **progress,
         )
@@ -214,7 +225,7 @@ class Transformers:
         """Return what is wrong with checksums, where there are any, and structure."""
         try:
             settings = _settings(path)
-            if problems := checksum_problems(path):
+            if problems := [*checksum_problems(path), *_training_problems(path)]:
                 return problems
             _check_head(path, settings)
             read_weights(path, lambda weights: _translate(path, weights, settings))
@@ -223,8 +234,33 @@ class Transformers:
         return []
 
 
-def _progress(path: Path) -> tuple[dict[str, Json], list[str]]:
-    """Return step and epoch by the file of transformers' Trainer, the other values of the folder,
+def _training(path: Path, settings: dict[str, Json], *, whole: bool = True) -> trainer.Training:
+    """Return what the Trainer saved besides the model; raise CheckpointError if its optimizer's file is damaged."""
+    if not any(is_regular(path / name) for name in trainer.OPTIMIZERS):
+        return trainer.Training(left_out=trainer.unread(path))
+    state = read_json(path / TRAINER) if is_regular(path / TRAINER) else {}
+    return trainer.training_of(
+        path,
+        state,
+        mapped(path),
+        lambda tensors: _contiguous(_translate(path, tensors, settings), whole=whole),
+        step=step_of(state, where=str(path / TRAINER)),
+        tied=settings["tied"],
+        whole=whole,
+    )
+
+
+def _contiguous(tensors: dict[str, Tensor], *, whole: bool) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()} if whole else tensors
+
+
+def _training_problems(path: Path) -> list[CheckpointError]:
+    files = [path / name for name in trainer.OPTIMIZERS if is_regular(path / name)]
+    return [problem for file in files for problem in archive.verify(file) if problem.kind == "damaged"]
+
+
+def _progress(path: Path, training: trainer.Training) -> tuple[dict[str, Json], list[str]]:
+    """Return step, epoch and settings by the files of transformers' Trainer, the other values of the folder,
     and what is not taken.
     """
     state = read_json(path / TRAINER) if is_regular(path / TRAINER) else {}
@@ -234,13 +270,16 @@ def _progress(path: Path) -> tuple[dict[str, Json], list[str]]:
     evaluated = [
         entry for entry in entries if isinstance(entry, dict) and entry.get("step") == step and "eval_loss" in entry
     ]
-    kept, left_out = plain_values([*state.items(), *configs])
+    scheduler = [(trainer.SCHEDULER, training.scheduler)] if training.scheduler else []
+    kept, left_out = plain_values([*state.items(), *configs, *scheduler])
     return {
         "step": step,
         "epoch": epoch_of(state, where=str(path / TRAINER)),
         "validation_loss": validation_loss_of({"val_loss": evaluated[-1]["eval_loss"]} if evaluated else {}),
-        "imported": {"values": kept} if kept else None,
-    }, left_out
+        "hyperparameters": dict(training.hyperparameters),
+        "schedule": dict(training.schedule),
+        "imported": imported(kept, rate=training.rate, unused=training.note),
+    }, [*left_out, *training.left_out]
 
 
 def _adapter_beside(path: Path) -> str | None:
@@ -377,10 +416,13 @@ LAYOUT = ManifestLayout(
         PICKLED.whole,
         PICKLED.shards,
         PICKLED.index,
+        *trainer.OPTIMIZERS,
     ),
+    others=(TRAINER, *trainer.OTHERS),
     manifest=MANIFEST,
     weights=Safetensors(WEIGHTS),
     optimizer=Safetensors(OPTIMIZER),
+    foreign_optimizers=trainer.OPTIMIZERS,
     extra=_extra,
     head=lambda record: {"format": "milepost"},
     remedy=f"{EARLIER}, or remove {MANIFEST} to open the folder as transformers would",

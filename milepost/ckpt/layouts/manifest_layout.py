@@ -117,6 +117,7 @@ class ManifestLayout(Layout):
     markers: tuple[tuple[str, ...], ...] = ()  # sets of files, any of which identifies a folder; default: the manifest
     remedy: str = EARLIER  # for damage
     foreign: Reader | None = None  # reads a checkpoint without a manifest, which is another program's
+    foreign_optimizers: tuple[str, ...] = ()  # names of the optimizer's file in such a folder
     why_no_manifest: str = "it was copied in part"  # what to report where nothing reads it
     # Hooks, where a layout truly differs.
     claims: Callable[[Path], bool] | None = None  # instead of `markers`
@@ -186,11 +187,10 @@ class ManifestLayout(Layout):
         return self.locate(path, self.optimizer.pattern) if self.optimizer and self.optimizer.single else None
 
     def is_optimizer_file(self, path: Path, file: Path) -> bool:
-        """Whether the optimizer's pattern matches `file`."""
-        if self.optimizer is None:
-            return False
+        """Whether the optimizer's pattern, or the name in another program's folder, matches `file`."""
+        patterns = [*([self.optimizer.pattern] if self.optimizer else []), *self.foreign_optimizers]
         name = file.relative_to(path).as_posix() if self.is_folder else self.suffix(file)
-        return matches(name, [self.optimizer.pattern])
+        return matches(name, patterns)
 
     def _weights_of(self, parts: Sequence[str]) -> TensorFiles | None:
         return self.adapters if self.adapters and "adapters" in parts else self.weights
