@@ -13,7 +13,6 @@ from milepost import config
 READS = ("CHECKPOINT_DIR", "CHECKPOINT_PATH", "RUN", "SORT", "FORMAT")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
-import fnmatch
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.paths import with_home
+from milepost.run.build import is_run
 from milepost.runtime.progress import Log, amount, shown, table
 from milepost.screen import write_json, write_stdout
 
@@ -61,7 +61,7 @@ def of_runs(found: list[Found], settings: Config) -> list[Found]:
     newest = ckpt.latest(found)
     latest = (newest.run_id or "") if newest else ""
     names = [latest if name == "latest" else name for name in map(str.strip, settings.run.split(",")) if name]
-    chosen = [each for each in found if any(fnmatch.fnmatchcase(each.run_id or "", f"{name}*") for name in names)]
+    chosen = [each for each in found if any(is_run(each.run_id or "", name) for name in names)]
     if not chosen:
         runs = ", ".join(sorted({each.run_id for each in found if each.run_id})) or "none"
         raise ConfigError([f"RUN={settings.run}: no checkpoint here is of such a run; runs: {runs}"])

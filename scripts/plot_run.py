@@ -12,7 +12,6 @@ from milepost import config
 READS = ("RUN", "OUTPUT", "RUNS_DIR")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
-import fnmatch
 import importlib.util
 import itertools
 import json
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.run.build import is_run
 from milepost.runtime.chart import LETTERS, Points, chart
 from milepost.runtime.progress import Log, read_metrics, replacing, shown, table
 from milepost.screen import harmless, write_stdout
@@ -117,13 +117,13 @@ def chosen(requested: str, folder: Path) -> list[Path]:
 
 
 def runs_of(part: str, there: list[Path]) -> list[Path]:
-    """Return the runs that a part of RUN names: latest, a folder, a name, or a prefix or glob of names."""
+    """Return the runs that a part of RUN names: latest, a folder, a RUN_NAME, or an id, its beginning or a glob."""
     if part.lower() == "latest":
         return [max(there, key=last_time)] if there else []
     if os.path.isfile(os.path.join(part, METRICS)):
         return [Path(os.path.abspath(part))]
     same = [path for path in there if path.name == part]
-    return same or [path for path in there if path.name.startswith(part) or fnmatch.fnmatchcase(path.name, part)]
+    return same or [path for path in there if is_run(path.name, part)]
 
 
 def last_time(folder: Path) -> float:

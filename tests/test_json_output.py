@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from drive import ROOT
+from drive import ROOT, train
 from script import call, copied, family, script, train_family
 
 from milepost import ckpt
@@ -84,6 +84,19 @@ def test_the_list_is_filtered_by_run(folder: Path) -> None:
     done = call(script("list_checkpoints"), folder, RUN="no-such-run")
     assert done.code == 2
     assert str(parent) in done.err
+
+
+def test_a_named_run_is_found_by_its_name(tmp_path: Path) -> None:
+    for name in ("alpha", "alpha.2", None):
+        assert train(tmp_path, RUN_NAME=name, TRAINING_STEPS="1", WARMUP_STEPS="0", EVAL_INTERVAL="0")[0] == 0
+    folders = sorted(path.name.split("-", 2)[2].rpartition("-")[0] for path in (tmp_path / "runs").iterdir())
+    assert folders == ["alpha", "alpha.2", "gpt2-letters"]
+    for name in ("alpha", "alpha.2"):
+        assert [each["run"].split("-")[2] for each in printed("list_checkpoints", tmp_path, RUN=name)["runs"]] == [name]
+        drawn = call(script("plot_run"), tmp_path, RUN=name)
+        assert (drawn.code, drawn.out.count("alpha")) == (0, 1)
+    refused = call(script("plot_run"), tmp_path, RUN="alph")
+    assert refused.code == 2
 
 
 def test_an_inspection_has_metadata_and_tensors(folder: Path) -> None:

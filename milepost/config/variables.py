@@ -175,6 +175,8 @@ class Config:
         "at step 0; 0 = only at the end", group="Logging", scope="habit", minimum=0)
     log_interval: int = var(10, "optimizer steps between lines of metrics.jsonl",
         group="Logging", scope="habit", minimum=1)
+    run_name: str | None = var(None, "name of a new run, which its folder, its checkpoints' metadata, lists and plots show, and RUN takes; not set: "
+        "model and text", group="Logging", form="name")
     tracker: str = var("none", "also send the metrics to this tracker (pip install it first); never asks for a login: wandb logs offline unless "
         "WANDB_API_KEY or WANDB_MODE is set", group="Logging", scope="habit", words=("none",), choices=TRACKERS)
 
