@@ -46,15 +46,22 @@ bench-long: $(VENV)/.dev
 clean:  # keeps checkpoints and runs
 	rm -rf $(VENV) data/.cache .pytest_cache .mypy_cache .ruff_cache
 
+# A .venv of a Python that is too old, or that has gone, is made anew; pip shows what it downloads.
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+define environment
+	@$(BIN)/python $(NEW_ENOUGH) 2>/dev/null || { $(PYTHON) $(NEW_ENOUGH) && $(PYTHON) -m venv --clear $(VENV); } || \
+	  { echo "error: $(PYTHON) is not Python 3.11 or newer with venv: make PYTHON=python3.12, for instance" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	@echo "installing into $(VENV): some minutes and up to some gigabytes the first time"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -r $(1)
+	@touch $@
+endef
+
 $(VENV)/.runtime: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
-	touch $@
+	$(call environment,requirements.txt)
 
 $(VENV)/.dev: requirements.txt requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	touch $@
+	$(call environment,requirements-dev.txt)
 
 $(VENV)/.exchange: $(VENV)/.dev requirements-exchange.txt
 	$(BIN)/python -m pip install --quiet -r requirements-exchange.txt

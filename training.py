@@ -16,7 +16,8 @@ from milepost import config
 READS = (
     "TRAINING_DATA_SOURCE", "MODEL_TYPE", "GPT2_MODEL_NAME", "TRAINING_STEPS", "BATCH_SIZE", "LEARNING_RATE",
     "ENABLE_CHECKPOINTS", "RESUME",
-    "Data", "Model", "Adapters", "Training", "Logging", "Hardware and seed", "Checkpoints",
+    "Data", "Model", "Adapters", "Training", "Logging", "Hardware and seed", "Checkpoints if ENABLE_CHECKPOINTS or RESUME",
+    "CHECKPOINT_DIR if ENABLE_CHECKPOINTS or RESUME or INIT_FROM", "RUNS_DIR",
     "RESUME_STEP", "INIT_FROM", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported

@@ -13,6 +13,10 @@ The names below are the whole public interface; docs/python.md describes them. T
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from milepost.start import check
+
+check()  # this Python's version and packages, before anything that needs them
+
 if TYPE_CHECKING:
     from milepost.api import best, convert, find, generate, latest, load, prune, save, train, verify
 

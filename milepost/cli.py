@@ -44,6 +44,8 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
         Reports.line = log
         torchrun = config.torchrun()
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
+        for note in (*settings.notes, *config.no_effect(settings, Path(sys.argv[0]).name)):
+            log(note)
         code = action(settings, log)
         code = INTERRUPTED if code and was_interrupted() else code
     except (KeyboardInterrupt, Exception) as error:

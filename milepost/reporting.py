@@ -40,7 +40,7 @@ def log_start(run: Run) -> None:
     if run.tokenizer.kind == "char" and settings.tokenizer == "auto" and settings.is_set("TRAINING_DATA_SOURCE"):
         log(f"only these {run.tokenizer.vocab_size} characters can be read later; TOKENIZER=byte or bpe reads any text")
     adapters = f", {amount(trained)} of them trained" if trained < count else ""
-    log(f"model: {amount(count)} parameters ({count * 4 / 1e6:.1f} MB){adapters}, block size {settings.block_size}")
+    log(f"model: {amount(count)} parameters ({amount(count * 4, 'B')}){adapters}, block size {settings.block_size}")
     warn_of_memory(run)
     log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
     log_checkpoint_policy(run)
@@ -96,9 +96,9 @@ def log_plan(run: Run, *, seconds_per_step: float) -> None:
     steps, rows, block_size = run.end - run.state.step, run.batches.rows_per_step, run.settings.block_size
     epochs = run.batches.epoch(run.end) - run.batches.epoch(run.state.step)
     amounts = f"{amount(steps * rows * block_size)} tokens, {epochs:.2g} epochs"
-    run.log(
-        f"plan: {steps} steps of {rows} x {block_size} tokens = {amounts}; about {duration(steps * seconds_per_step)}"
-    )
+    seconds = steps * seconds_per_step
+    about = "about " if seconds >= 0.95 else ""
+    run.log(f"plan: {steps} steps of {rows} x {block_size} tokens = {amounts}; {about}{duration(seconds)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

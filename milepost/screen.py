@@ -5,9 +5,12 @@ No output decides how a program ends: what cannot be written is lost, and the pr
 """
 
 import contextlib
+import json
+import math
 import os
 import sys
 import unicodedata
+from collections.abc import Mapping
 from typing import TextIO
 
 LEAVES_THE_LINE = ("Cc", "Cs", "Zl", "Zp")  # categories: control characters, lone surrogates, line separators
@@ -52,6 +55,19 @@ def write_stdout(text: str, *, colored: bool = False) -> None:
         ignore(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             show(f"stdout cannot be written ({error}): the rest of this report is lost", sys.stderr)
+
+
+def write_json(values: object) -> None:
+    """Print one JSON object to stdout, as `write_stdout` does. Paths become text, NaN and Inf null: JSON has neither."""
+    write_stdout(json.dumps(_finite(values), indent=1, allow_nan=False, default=str))
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def open_streams() -> None:

@@ -12,8 +12,8 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "CONVERT_TO", "OUTPUT", "CHECKPOINT_LAYOUT", "CHECKPOINT_MODEL_ONLY", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "GGUF_TYPE",
-    "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER",
+    "CHECKPOINT_PATH", "CONVERT_TO", "OUTPUT", "CHECKPOINT_LAYOUT if not CONVERT_TO", "CHECKPOINT_MODEL_ONLY", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "GGUF_TYPE",
+    "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 

@@ -12,6 +12,7 @@ from milepost import config
 READS = (
     "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DTYPE", "DETERMINISTIC",
     "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER",
+    "FORMAT", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -36,7 +37,7 @@ from milepost.resume import saved_settings
 from milepost.run import open_source, scan_source, scan_text, with_its_base, with_tokenizer
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log, shown
-from milepost.screen import write_stdout
+from milepost.screen import write_json, write_stdout
 from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.known import known_text
 from milepost.text.token_files import split_at
@@ -62,12 +63,15 @@ def main(settings: Config, log: Log) -> int:
             done.append(evaluate_record(record, text, benchmarks, settings, log, device=device))
         log(summary(done[-1]))
     comparisons = [row for other in done[1:] for row in compare(done[0], other, log=log)]
-    write_stdout(tables(done, comparisons))
+    how = {"milepost": VERSION, "device": device.type, "dtype": dtype, "eval_stride": settings.eval_stride}
+    figures = how | {"checkpoints": [as_json(evaluation) for evaluation in done], "comparisons": comparisons}
+    if settings.format == "json":
+        write_json(figures)
+    else:
+        write_stdout(tables(done, comparisons))
     if settings.output:
-        how = {"milepost": VERSION, "device": device.type, "dtype": dtype, "eval_stride": settings.eval_stride}
-        figures = {"checkpoints": [as_json(evaluation) for evaluation in done], "comparisons": comparisons}
         with replacing(Path(settings.output)) as temporary:
-            temporary.write_text(json.dumps(how | figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         log(f"wrote {shown(settings.output)}")
     return 0
 
@@ -84,10 +88,6 @@ def check(settings: Config, log: Log) -> None:
         problems.append(f"OUTPUT={output}: cannot write to {output.parent}; set an existing, writable folder")
     if problems:
         raise ConfigError(problems)
-    if settings.eval_type == "standard" and settings.benchmark_data is not None:
-        log("BENCHMARK_DATA is not used: it needs EVAL_TYPE=benchmark or both")
-    if settings.eval_type == "benchmark" and settings.eval_data is not None:
-        log("EVAL_DATA is not used: it needs EVAL_TYPE=standard or both")
 
 
 def load(path: Path, settings: Config, log: Log) -> Checkpoint:

@@ -9,7 +9,7 @@ import sys
 sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-READS = ("CHECKPOINT_PATH", "COMPARE_WITH", "CHECKPOINT_DIR")
+READS = ("CHECKPOINT_PATH", "COMPARE_WITH", "CHECKPOINT_DIR", "FORMAT", "N_HEAD")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import json
@@ -26,7 +26,7 @@ from milepost.cli import guarded
 from milepost.config import Config
 from milepost.resume import saved_settings
 from milepost.runtime.progress import Log, amount, shown, table
-from milepost.screen import write_stdout
+from milepost.screen import write_json, write_stdout
 from milepost.text import tokenization
 
 SHOWN_TENSORS = 5  # per part
@@ -39,11 +39,18 @@ def main(settings: Config, log: Log) -> int:
     """Print the sections of CHECKPOINT_PATH, or its differences from COMPARE_WITH; return the exit code."""
     path = resolved(settings.checkpoint_path, settings, log)
     if settings.compare_with is None:
-        write_stdout("\n\n".join(sections(path)))
+        if settings.format == "json":
+            write_json(as_json(path))
+        else:
+            write_stdout("\n\n".join(sections(path)))
         return 0
     other = resolved(settings.compare_with, settings, log)
     records = ckpt.load(path), ckpt.load(other)
-    if differences := compared(*records):
+    differences = compared(*records)
+    if settings.format == "json":
+        rows = [dict(zip(("part", "name", "one", "other"), row, strict=True)) for row in differences]
+        write_json({"paths": [path, other], "identical": not differences, "differences": rows})
+    elif differences:
         write_stdout(table([("", "", shown(path), shown(other)), *differences]))
     else:
         log(f"{shown(path)} and {shown(other)} are identical")
@@ -71,6 +78,19 @@ def sections(path: Path) -> Iterator[str]:
     yield "=== TOKENIZER ===\n" + pairs(tokenizer_of(values))
     yield "=== TRAINING STATE ===\n" + state_lines(values, tensors)
     yield "=== TENSORS ===\n" + tensor_lines(path, tensors, apart="adapters" in values.get("parts", ()))
+
+
+def as_json(path: Path) -> dict[str, Any]:
+    """Return the checkpoint's metadata, files and tensors as JSON values."""
+    values, tensors = without_secrets(known_layout(path).read_metadata(path)), held(path)
+    listed = [
+        {"part": each.part, "name": each.name, "dtype": each.dtype, "shape": each.shape, "bytes": each.size}
+        for each in tensors
+    ]
+    files = [{"path": file, "bytes": file.stat().st_size} for file in all_files(path)]
+    about = {"path": path, "layout": known_layout(path).name, "files": files, "tokenizer": tokenizer_of(values)}
+    plain = {name: value for name, value in values.items() if name != "tokenizer"}
+    return about | {"metadata": plain, "tensors": listed}
 
 
 def file_lines(path: Path, values: Mapping[str, Any]) -> str:
@@ -110,7 +130,8 @@ def state_lines(values: Mapping[str, Any], tensors: list[Held]) -> str:
         resumable = "No optimizer state - model-only checkpoint"
     planned = values.get("hyperparameters", {}).get("TRAINING_STEPS")
     last = f"Last recorded training step: {values.get('step')}" + (f" of {planned}" if planned else "")
-    return f"{last}\n{pairs({name: values.get(name) for name in names})}\n{resumable}"
+    rounded = {"epoch": f"{values['epoch']:.2f}"} if isinstance(values.get("epoch"), float) else {}
+    return f"{last}\n{pairs({name: values.get(name) for name in names} | rounded)}\n{resumable}"
 
 
 def tensor_lines(path: Path, tensors: list[Held], *, apart: bool) -> str:

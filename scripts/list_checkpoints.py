@@ -2,6 +2,7 @@
 
 python3 scripts/list_checkpoints.py
 CHECKPOINT_PATH=old-checkpoints python3 scripts/list_checkpoints.py
+SORT=loss RUN='20260718*' FORMAT=json python3 scripts/list_checkpoints.py
 """
 
 import sys
@@ -9,10 +10,11 @@ import sys
 sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-READS = ("CHECKPOINT_DIR", "CHECKPOINT_PATH")
+READS = ("CHECKPOINT_DIR", "CHECKPOINT_PATH", "RUN", "SORT", "FORMAT")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.paths import with_home
+from milepost.run.build import is_run
 from milepost.runtime.progress import Log, amount, shown, table
-from milepost.screen import write_stdout
+from milepost.screen import write_json, write_stdout
 
 HEADER = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "", "path")
 
@@ -43,20 +46,100 @@ def main(settings: Config, log: Log) -> int:
     named = {"latest": ckpt.latest(found), "best": ckpt.best(found), "lowest loss": ckpt.lowest_loss(found)}
     if named["lowest loss"] is named["best"]:
         del named["lowest loss"]
-    write_stdout(table([HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)]))
+    wanted = in_order(of_runs(found, settings), settings.sort)
+    if settings.format == "json":
+        write_json(as_json(folder, wanted, named))
+    else:
+        write_stdout("\n".join(lines(folder, wanted, named)))
+    return 0
+
+
+def of_runs(found: list[Found], settings: Config) -> list[Found]:
+    """Return the checkpoints of the runs that RUN names, all if it is not set. Raise ConfigError if there are none."""
+    if not settings.is_set("RUN"):
+        return found
+    newest = ckpt.latest(found)
+    latest = (newest.run_id or "") if newest else ""
+    names = [latest if name == "latest" else name for name in map(str.strip, settings.run.split(",")) if name]
+    chosen = [each for each in found if any(is_run(each.run_id or "", name) for name in names)]
+    if not chosen:
+        runs = ", ".join(sorted({each.run_id for each in found if each.run_id})) or "none"
+        raise ConfigError([f"RUN={settings.run}: no checkpoint here is of such a run; runs: {runs}"])
+    return chosen
+
+
+def in_order(found: list[Found], order: str) -> list[Found]:
+    """Return the checkpoints in the order of SORT; those without the figure come first."""
+    if order == "saved":
+        return found
+
+    figures: dict[str, Callable[[Found], Any]] = {
+        "step": lambda each: None if each.problem else each.step,
+        "loss": lambda each: None if each.problem or loss_of(each) is None else -loss_of(each),  # type: ignore[operator]
+        "size": lambda each: each.size,
+        "name": lambda each: each.path.name,
+    }
+    figure = figures[order]
+    known = [each for each in found if figure(each) is not None]
+    return [each for each in found if figure(each) is None] + sorted(known, key=figure)
+
+
+def lines(folder: Path, found: list[Found], named: dict[str, Found | None]) -> Iterator[str]:
+    """Yield the parts of the list as text."""
+    yield table([HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)])
     for checkpoint in [*found, *ckpt.orphans(folder)]:
         if checkpoint.problem:
-            write_stdout(f"{checkpoint.kind}: {checkpoint.problem}")
-    latest = named["latest"]
-    if latest and (others := rivals(latest, found)):
-        write_stdout(f"{ambiguity(latest, others)}; `latest` is a guess")
+            yield f"{checkpoint.kind}: {checkpoint.problem}"
+    if guess := doubt(named["latest"], found):
+        yield guess
     if below := folders_with_more(folder):
-        write_stdout(f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}")
+        yield f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}"
     if runs := lineage(found):
-        write_stdout("\n" + table([("run", "checkpoints", "began with", "changed"), *runs]))
+        yield "\n" + table([("run", "checkpoints", "size", "began with", "changed"), *runs])
     if needed := bases(found):
-        write_stdout("\n" + table([("adapters of run", "need base", ""), *needed]))
-    return 0
+        yield "\n" + table([("adapters of run", "need base", ""), *needed])
+
+
+def doubt(latest: Found | None, found: list[Found]) -> str:
+    """Return why the latest checkpoint is a guess, or an empty text."""
+    others = rivals(latest, found) if latest else []
+    return f"{ambiguity(latest, others)}; `latest` is a guess" if latest and others else ""
+
+
+def as_json(folder: Path, found: list[Found], named: dict[str, Found | None]) -> dict[str, Any]:
+    """Return the list as JSON values; docs/checkpoints.md describes the fields."""
+    runs = [
+        {"run": run_id, "checkpoints": len(own), "bytes": total(own), "parent": own[-1].metadata.get("parent")}
+        for run_id, own in by_run(found).items()
+    ]
+    needed = [{"run": run_id, "base": source, "state": state} for run_id, source, state in bases(found)]
+    return {
+        "folder": folder,
+        "checkpoints": [entry(each, marks(each, named)) for each in found],
+        "orphans": [entry(each, "") for each in ckpt.orphans(folder)],
+        "below": folders_with_more(folder),
+        "guess": doubt(named["latest"], found) or None,
+        "runs": runs,
+        "bases": needed,
+    }
+
+
+def entry(checkpoint: Found, names: str) -> dict[str, Any]:
+    """Return a checkpoint as JSON values."""
+    ok = not checkpoint.problem
+    return {
+        "path": checkpoint.path,
+        "step": checkpoint.step if ok else None,
+        "loss": loss_of(checkpoint) if ok else None,
+        "bytes": checkpoint.size,
+        "layout": checkpoint.layout,
+        "run": checkpoint.run_id,
+        "saved_at": checkpoint.metadata.get("saved_at"),
+        "resumable": ok and checkpoint.resumable,
+        "marks": names.split(", ") if names else [],
+        "kind": None if ok else str(checkpoint.kind),
+        "problem": checkpoint.problem or None,
+    }
 
 
 def chosen_folder(settings: Config) -> Path:
@@ -106,14 +189,27 @@ def folders_with_more(folder: Path) -> list[Path]:
 
 
 def lineage(found: list[Found]) -> list[tuple[str, ...]]:
-    """Return a row per run, in the order of first saves: its checkpoints, where it began,
+    """Return a row per run, in the order of the list: its checkpoints and their size, where it began,
     and the settings changed then.
     """
+    return [
+        (run_id, str(len(own)), amount(total(own), "B"), *beginning(own[-1].metadata.get("parent")))
+        for run_id, own in by_run(found).items()
+    ]
+
+
+def by_run(found: list[Found]) -> dict[str, list[Found]]:
+    """Return the checkpoints of each run."""
     runs: dict[str, list[Found]] = {}
     for checkpoint in found:
         if checkpoint.run_id:
             runs.setdefault(checkpoint.run_id, []).append(checkpoint)
-    return [(run_id, str(len(own)), *beginning(own[-1].metadata.get("parent"))) for run_id, own in runs.items()]
+    return runs
+
+
+def total(found: list[Found]) -> int:
+    """Return the bytes of the checkpoints."""
+    return sum(each.size for each in found)
 
 
 def bases(found: list[Found]) -> list[tuple[str, ...]]:

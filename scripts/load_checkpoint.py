@@ -10,9 +10,12 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "MODE", "PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE",
-    "Generation", "Training", "Logging", "Hardware and seed", "Checkpoints",
-    "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION", "DROPOUT",
+    "CHECKPOINT_PATH", "MODE", "PROMPT if MODE=inference", "MAX_NEW_TOKENS if MODE=inference", "TEMPERATURE",
+    "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE",
+    "Generation if MODE=inference", "TOP_K", "TOP_P", "REPETITION_PENALTY",
+    "Training if MODE=resume", "Logging if MODE=resume", "Hardware and seed if MODE=resume", "DEVICE", "DTYPE",
+    "Checkpoints if MODE=resume", "CHECKPOINT_DIR", "RUNS_DIR", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER",
+    "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION if MODE=resume", "DROPOUT if MODE=resume", "N_HEAD",
     "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported

@@ -12,7 +12,6 @@ from milepost import config
 READS = ("RUN", "OUTPUT", "RUNS_DIR")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
-import fnmatch
 import importlib.util
 import itertools
 import json
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.files import replacing
+from milepost.run.build import is_run
 from milepost.runtime.chart import LETTERS, Points, chart
 from milepost.runtime.progress import Log, read_metrics, shown, table
 from milepost.screen import harmless, write_stdout
@@ -55,6 +55,9 @@ PANELS = (
     Panel("learning rate", "train", "lr", True),
     Panel("tokens per second", "train", "tok_s", True),
 )
+
+TITLE = "loss (nats per token): training thin, validation thick with dots"  # of a picture's first panel
+HIDDEN = "_"  # label of a curve that the legend does not list
 
 USUAL = ("run_id", "step", "time", "split", "loss", "lr", "grad_norm", "tokens", "tok_s")  # names in every line
 
@@ -115,13 +118,13 @@ def chosen(requested: str, folder: Path) -> list[Path]:
 
 
 def runs_of(part: str, there: list[Path]) -> list[Path]:
-    """Return the runs that a part of RUN names: latest, a folder, a name, or a prefix or glob of names."""
+    """Return the runs that a part of RUN names: latest, a folder, a RUN_NAME, or an id, its beginning or a glob."""
     if part.lower() == "latest":
         return [max(there, key=last_time)] if there else []
     if os.path.isfile(os.path.join(part, METRICS)):
         return [Path(os.path.abspath(part))]
     same = [path for path in there if path.name == part]
-    return same or [path for path in there if path.name.startswith(part) or fnmatch.fnmatchcase(path.name, part)]
+    return same or [path for path in there if is_run(path.name, part)]
 
 
 def last_time(folder: Path) -> float:
@@ -332,7 +335,7 @@ def draw_file(runs: list[Curve], output: Path) -> None:
     """Write the charts and a legend to `output`, atomically."""
     from matplotlib.figure import Figure  # without pyplot, no screen is needed
 
-    drawn = panels(runs)
+    drawn = [panel for panel in panels(runs) if panel.split != "validation"]  # which the first panel has
     rows = math.ceil(len(drawn) / 2)
     figure = Figure(figsize=(12, 4 * rows), layout="constrained")
     grid = list(figure.subplots(rows, 2, sharex=True).flat)
@@ -340,20 +343,56 @@ def draw_file(runs: list[Curve], output: Path) -> None:
         axes.set_visible(False)
     for panel, axes in zip(drawn, grid, strict=False):
         for number, run in enumerate(runs):
-            xs, ys = [list(values) for values in zip(*points(run, panel), strict=True)] or ([], [])
-            style = {"color": f"C{number}", "linestyle": "-" if run.requested else "--", "label": legend_of(run)}
-            axes.plot(xs, ys, marker="." if panel.split == "validation" else "", linewidth=1, **style)
-        axes.set_title(panel.title, fontsize=10, parse_math=False)
+            draw_curve(axes, run, panel, number)
+        axes.set_title(TITLE if panel is PANELS[0] else panel.title, fontsize=10, parse_math=False)
         axes.grid(alpha=0.3)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-    for axes in figure.axes[-2:]:
+    for axes in grid[: len(drawn)][-2:]:  # the last of each column
         axes.set_xlabel("optimizer step", fontsize=9)
-    legend = figure.legend(grid[0].lines, list(map(legend_of, runs)), loc="outside lower center", fontsize=8)
+        axes.tick_params(labelbottom=True)
+    handles = [line for line in grid[-1 if len(drawn) == 1 else 1].lines if line.get_label() != HIDDEN]
+    legend = figure.legend(handles, list(map(legend_of, runs)), loc="outside lower center", fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a dollar sign in a name is not mathematics
     with replacing(output) as temporary:
         figure.savefig(temporary, dpi=120)
+        if output.suffix.lower() == ".svg":
+            temporary.write_text(dark_too(temporary.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def draw_curve(axes: Any, run: Curve, panel: Panel, number: int) -> None:
+    """Draw a run into a panel; its validation loss too, thick and with dots, beside its training loss, smoothed if it is long."""
+    style = {"color": f"C{number}", "linestyle": "-" if run.requested else "--"}
+    xs, ys = columns_of(points(run, panel))
+    if panel is not PANELS[0]:
+        axes.plot(xs, ys, linewidth=1, label=legend_of(run), **style)
+        return
+    smooth = smoothed(ys)
+    if smooth != ys:
+        axes.plot(xs, ys, linewidth=0.6, alpha=0.25, label=HIDDEN, **style)
+    axes.plot(xs, smooth, linewidth=1, label=legend_of(run), **style)
+    axes.plot(*columns_of(points(run, PANELS[1])), marker="o", markersize=3, linewidth=2, label=HIDDEN, **style)
+
+
+def columns_of(pairs: Points) -> tuple[list[float], list[float]]:
+    """Return the x and the y values."""
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Return the means over a window of a fiftieth of the values around each; short curves as they are."""
+    reach = len(values) // 100
+    windows = (values[max(0, at - reach) : at + reach + 1] for at in range(len(values)))
+    return [sum(window) / len(window) for window in windows] if reach else values
+
+
+def dark_too(svg: str) -> str:
+    """Return the picture with a style that turns its lightness around where the reader's screen is dark."""
+    start, end, rest = svg.partition("<svg ")
+    tag, close, content = rest.partition(">")
+    style = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(1) hue-rotate(180deg); } }</style>"
+    return f"{start}{end}{tag}{close}\n {style}{content}"
 
 
 def legend_of(run: Curve) -> str:

@@ -10,7 +10,7 @@ import sys
 sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-READS = ("CHECKPOINT_KEEP_LAST", "CHECKPOINT_KEEP_EVERY", "DRY_RUN", "PRUNE_OTHERS", "CHECKPOINT_DIR")
+READS = ("CHECKPOINT_KEEP_LAST", "CHECKPOINT_KEEP_EVERY", "DRY_RUN", "PRUNE_OTHERS", "CHECKPOINT_DIR", "FORMAT")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import contextlib
@@ -31,7 +31,7 @@ from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.locks import RunLockedError, hold_run
 from milepost.runtime.progress import Log, amount, shown, table
-from milepost.screen import write_stdout
+from milepost.screen import write_json, write_stdout
 
 Row = tuple[str, Found, int]  # what is done, to which checkpoint, the bytes that this frees
 
@@ -66,10 +66,23 @@ def main(settings: Config, log: Log) -> int:
             log(f"left alone: {error}")
         except (OSError, CheckpointError) as error:
             failed.append(error)
-    print_rows(rows, dry_run=settings.dry_run, failed=bool(failed))
+    if settings.format == "json":
+        write_json(as_json(rows, dry_run=settings.dry_run, failed=failed))
+    else:
+        print_rows(rows, dry_run=settings.dry_run, failed=bool(failed))
     if failed:
         raise failed[0]
     return 0
+
+
+def as_json(rows: list[Row], *, dry_run: bool, failed: list[Exception]) -> dict[str, Any]:
+    """Return what was or would be done as JSON values."""
+    done = [
+        {"action": action, "path": one.path, "step": one.step, "run": one.run_id, "bytes": size}
+        for action, one, size in rows
+    ]
+    freed = sum(size for *_, size in rows)
+    return {"dry_run": dry_run, "bytes": freed, "checkpoints": done, "errors": list(map(str, failed))}
 
 
 def print_rows(rows: list[Row], *, dry_run: bool, failed: bool) -> None:

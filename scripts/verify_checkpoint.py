@@ -13,6 +13,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "REPLAY", "CHECKPOINT_DIR", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "INIT_FROM", "DEVICE", "DEVICE_CHECK",
+    "FORMAT", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -42,7 +43,7 @@ from milepost.run_files import open_run
 from milepost.runtime.hardware import DeviceError
 from milepost.runtime.interrupt import Interrupt
 from milepost.runtime.progress import Log, Progress, amount, shown, table
-from milepost.screen import write_stdout
+from milepost.screen import write_json, write_stdout
 from milepost.text.errors import DataError
 from milepost.text.tokenization import UnknownCharacters
 from training import loop
@@ -54,16 +55,27 @@ SAMPLE = "Dear Wren,\nna\u00efve \u6f22\u5b57 \U0001f642 \t1,234 == 5\n"  # for 
 
 def main(settings: Config, log: Log) -> int:
     """Print a table per checkpoint, and PASSED or FAILED; return the exit code, 3 if any check failed."""
-    paths = chosen(settings, log)
-    failed = []
+    paths, as_text = chosen(settings, log), settings.format == "text"
+    failed, values = [], []
     for path in paths:
         rows = verified(path, settings, log)
         failed += [path] if any(status == FAILED for _, status, _ in rows) else []
-        write_stdout(f"{shown(path)}\n{table(rows)}\n")
+        values.append(as_json(path, rows))
+        if as_text:
+            write_stdout(f"{shown(path)}\n{table(rows)}\n")
+    if not as_text:
+        write_json({"passed": not failed, "checkpoints": values})
+        return BAD if failed else 0
     if len(paths) > 1:
         write_stdout(f"{len(paths)} checkpoints, {len(failed)} bad")
     write_stdout(f"{FAILED}: {', '.join(map(shown, failed))}" if failed else "PASSED")
     return BAD if failed else 0
+
+
+def as_json(path: Path, rows: list[Row]) -> dict[str, Any]:
+    """Return the checks of a checkpoint as JSON values."""
+    checks = [{"check": check, "status": status, "details": details} for check, status, details in rows]
+    return {"path": path, "passed": all(status != FAILED for _, status, _ in rows), "checks": checks}
 
 
 def chosen(settings: Config, log: Log) -> list[Path]:

@@ -42,7 +42,7 @@ def call(module: ModuleType, folder: Path, **changes: str | Path | None) -> Said
     out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), io.StringIO()
     texts = {name: None if value is None else str(value) for name, value in changes.items()}
     try:
-        settings = config.read(environment(folder, **NOTHING_OF_TRAINING | texts))
+        settings = config.read(environment(folder, **NOTHING_OF_TRAINING | texts), reads=module.READS)
     except config.ConfigError as error:
         return Said(2, "", str(error))
     with redirect_stdout(out):

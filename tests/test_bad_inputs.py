@@ -40,6 +40,7 @@ from drive import ROOT, command, tensor_bytes
 from folders import opened as opened_or_said
 from records import WEIGHT, gpt2_record, in_child, members, pack, record, walkable_folder
 from safetensors.torch import load_file, save_file
+from script import NOTHING_OF_TRAINING
 from work import HANGING, calls
 
 from milepost import ckpt
@@ -1185,7 +1186,9 @@ def test_bombs_are_refused_in_a_quarter_of_a_gigabyte(tmp_path):
 
 
 def at_the_door(folder: Path, path: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    return command("scripts/load_checkpoint.py", folder, CHECKPOINT_PATH=str(path), PROMPT="a", **changes)
+    prompt = {} if "MODE" in changes else {"PROMPT": "a"}
+    set_here = {**NOTHING_OF_TRAINING, "CHECKPOINT_PATH": str(path), **prompt, **changes}
+    return command("scripts/load_checkpoint.py", folder, **set_here)
 
 
 DOOR = {

@@ -489,7 +489,7 @@ def test_nan_weights(folder, tmp_path):
 
 def test_unused_settings_are_logged(folder):
     said, _ = evaluate(folder, BENCHMARK_DATA=FILES / "pairs.jsonl", EVAL_STRIDE="1000")
-    assert "BENCHMARK_DATA is not used" in said.err
+    assert "needs EVAL_TYPE=benchmark or both" in said.err
     assert "context of 16 tokens, shorter than the stride of 1000" in said.err
     said, _ = evaluate(folder, EVAL_TYPE="benchmark", BENCHMARK_DATA=FILES / "pairs.jsonl", EVAL_DATA="x.txt")
-    assert "EVAL_DATA is not used" in said.err
+    assert "needs EVAL_TYPE=standard or both" in said.err

@@ -17,6 +17,7 @@ from work import calls, opened
 from milepost import ckpt
 from milepost.ckpt.layouts import WRITERS, unified
 from milepost.runtime.hardware import choose_device
+from milepost.runtime.progress import amount
 
 lister, inspector = script("list_checkpoints"), script("inspect_checkpoint")
 
@@ -63,8 +64,9 @@ def test_the_best_of_the_latest_run_is_marked(tmp_path):
 
 def test_lineage_shows_where_each_run_began(trained):
     head, first, child = call(lister, trained).out.split("\n\n")[1].splitlines()
-    assert head.split() == ["run", "checkpoints", "began", "with", "changed"]
-    assert first.split()[1:] == ["4", "fresh", "weights"]
+    assert head.split() == ["run", "checkpoints", "size", "began", "with", "changed"]
+    size = amount(sum(each.size for each in ckpt.find(trained / "checkpoints") if each.run_id == first.split()[0]), "B")
+    assert first.split()[1:] == ["4", size, "fresh", "weights"]
     parent = first.split()[0]
     assert f"{parent} at step 4 ({family(trained)[4].name})" in child
     assert child.endswith("  BATCH_SIZE 4 -> 2, LEARNING_RATE 0.001 -> 0.0001")

@@ -22,10 +22,10 @@ from milepost.runtime import progress
 from milepost.runtime.progress import Log, Metrics, Progress, amount, duration, read_metrics, shown, table
 
 
-def on_a_terminal(action: Callable[[TextIO], None]) -> str:
-    """Return what `action` sent to a real terminal of 100 columns."""
+def on_a_terminal(action: Callable[[TextIO], None], *, columns: int = 100) -> str:
+    """Return what `action` sent to a real terminal."""
     ours, theirs = os.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
+    termios.tcsetwinsize(theirs, (24, columns))
     received = bytearray()
 
     def listen() -> None:
@@ -46,7 +46,7 @@ def on_a_terminal(action: Callable[[TextIO], None]) -> str:
 
 def counts(text: str) -> list[tuple[int, int]]:
     """Return the steps and totals that a bar showed, in order."""
-    return [(int(step), int(total)) for step, total in re.findall(r"(\d+)/(\d+) \[", text)]
+    return [(int(step), int(total)) for step, total in re.findall(r"(\d+)/(\d+)(?:,| \[)", text)]
 
 
 # Log
@@ -126,6 +126,18 @@ def test_the_bar_starts_at_the_resumed_step_and_its_total_never_grows():
     for step in range(41, 51):
         assert f"line {step}\r\n" in text  # above the bar, not mixed into it
         assert f"loss={step / 10:.4f}, tok_s=12k" in text
+
+
+def test_a_narrow_terminal_shows_the_step_and_the_loss() -> None:
+    def show(stream: TextIO) -> None:
+        bar = Progress(Log(stream), start=0, total=100_000, plain=False)
+        bar.show(2, loss="3.1234", tok_s="12.3k")
+        bar.advance(2)
+        bar.close()
+
+    *_, last = on_a_terminal(show, columns=50).strip().split("\r")
+    assert "2/100000, loss=3.1234" in last
+    assert len(last) <= 50
 
 
 def test_a_resumed_run_on_a_terminal(tmp_path, capsys):
@@ -395,7 +407,7 @@ def test_rewinding_without_metrics_creates_no_file(tmp_path):
 # Formatting
 
 DURATIONS = [
-    (0, "0 s"), (0.4, "0 s"), (45, "45 s"), (89, "89 s"), (90, "2 min"), (100, "2 min"), (3600, "60 min"),
+    (0, "under 1 s"), (0.94, "under 1 s"), (0.96, "1 s"), (45, "45 s"), (89, "89 s"), (90, "2 min"), (100, "2 min"), (3600, "60 min"),
     (5340, "89 min"),
     (5400, "1 h 30 min"), (7199, "1 h 59 min"), (7200, "2 h 00 min"), (7500, "2 h 05 min"), (360000, "100 h 00 min"),
 ]  # fmt: skip

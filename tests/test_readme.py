@@ -5,7 +5,7 @@ import re
 
 import pytest
 from drive import ROOT
-from pages import commands, copied_checkout, run
+from pages import blocks, commands, copied_checkout, run
 
 import models
 
@@ -27,11 +27,12 @@ def checkout(tmp_path_factory):
 
 
 def test_the_readme_has_the_commands_of_a_first_visit():
-    found = " ".join(commands(README))
+    found = " ".join([*commands(README), *blocks(README, "sh")])  # what installs is pasted, not run here
     for part in (
         "make train",
         "make test",
-        "pip install -r requirements.txt",
+        "uv pip install --python .venv -r requirements.txt",
+        ".venv/bin/python -m pip install -r requirements.txt",
         "MODE=inference",
         "MODE=resume",
         "RESUME=auto",
@@ -42,7 +43,7 @@ def test_the_readme_has_the_commands_of_a_first_visit():
         "prune_checkpoints.py",
     ):
         assert part in found
-    assert len(commands(README)) == 13
+    assert len(commands(README)) == 12
 
 
 def test_every_command_runs_as_written(checkout):

@@ -19,12 +19,16 @@ BY_SCOPE = {scope: {n for n, v in VARIABLES.items() if v.metadata["scope"] == sc
 
 # Settings that appear in functions which a script reaches, but that have no effect there.
 NO_EFFECT = {
+    # The report of a resume, which MODE=resume of load_checkpoint.py shares, names the rate that was chosen there.
+    "training": {"MODE", "RESUME_LEARNING_RATE"},
+    # These open no weights, for which N_HEAD can answer what a file lacks.
+    **{name: {"N_HEAD"} for name in ("list_checkpoints", "plot_run", "prune_checkpoints")},
     # The checkpoint brings the model and the adapters: settings that differ are refused or dropped. RESUME belongs to training.py;
     # the processes of torchrun share the function that warns about it.
-    "load_checkpoint": BY_SCOPE["identity"] - {"TOKENIZER", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "VALIDATION_FRACTION", "GPT2_MODEL_NAME"} | {"RESUME"},
+    "load_checkpoint": BY_SCOPE["identity"] - {"TOKENIZER", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "VALIDATION_FRACTION", "GPT2_MODEL_NAME", "N_HEAD"} | {"RESUME"},
     # Training again takes the checkpoint's own settings (own_settings), and neither saves nor samples nor forms a group of processes.
-    "verify_checkpoint": VARIABLES.keys() - BY_SCOPE["session"] - {"TRAINING_DATA_SOURCE"} | {
-        "CHECKPOINT_ASYNC", "CHECKPOINT_FALLBACK_DIR", "CHECKPOINT_LAYOUT", "DISTRIBUTED", "RUNS_DIR", "TEMPERATURE", "TOP_K", "TOP_P",
+    "verify_checkpoint": VARIABLES.keys() - BY_SCOPE["session"] - {"TRAINING_DATA_SOURCE", "N_HEAD"} | {
+        "CHECKPOINT_ASYNC", "CHECKPOINT_FALLBACK_DIR", "CHECKPOINT_LAYOUT", "DISTRIBUTED", "RUNS_DIR", "RUN_NAME", "TEMPERATURE", "TOP_K", "TOP_P",
         "REPETITION_PENALTY",
     },
 }  # fmt: skip
@@ -43,8 +47,8 @@ def test_a_script_declares_the_settings_that_it_reads(path):
 @pytest.mark.parametrize("name", NO_EFFECT)
 def test_settings_without_effect_would_otherwise_be_declared(name):
     """Each list holds nothing that the script does not reach, but for whole scopes."""
-    listed = NO_EFFECT[name] & BY_SCOPE["session"]
-    assert listed <= reads(ROOT / "scripts" / f"{name}.py")
+    (path,) = (path for path in SCRIPTS if path.stem == name)
+    assert NO_EFFECT[name] & BY_SCOPE["session"] <= reads(path)
 
 
 def test_every_setting_is_read_by_some_script():
@@ -110,7 +114,7 @@ def test_a_run_reads_nothing_undeclared(name, folder, monkeypatch, read_fields):
 def test_training_reads_nothing_undeclared(tmp_path, read_fields):
     assert training.guarded(training.main, config.read(environment(tmp_path))) == 0
     assert {"EVAL_INTERVAL", "N_LAYER", "BIAS"} <= read_fields  # read by computed names
-    assert read_fields <= declared(ROOT / "training.py")
+    assert read_fields <= declared(ROOT / "training.py") | NO_EFFECT["training"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

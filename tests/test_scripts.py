@@ -76,7 +76,8 @@ def test_what_is_printed_goes_to_stdout_and_the_rest_to_stderr(folder):
     done = command("scripts/prune_checkpoints.py", folder, **changes)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].endswith("bytes would be freed; DRY_RUN=false does it")
-    done = command("scripts/inspect_checkpoint.py", folder, **changes, CHECKPOINT_PATH=str(folder / "nothing.pt"))
+    nothing = NOTHING_OF_TRAINING | {"CHECKPOINT_PATH": str(folder / "nothing.pt")}
+    done = command("scripts/inspect_checkpoint.py", folder, **nothing)
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.count("\n") == 1
     assert "\x1b" not in done.stderr

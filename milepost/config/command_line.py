@@ -35,7 +35,7 @@ def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Con
         _print_once(harmless(refuse_arguments(script, arguments, read_here), one_line=True), sys.stderr)
         raise SystemExit(2)
     try:
-        return read()
+        return read(reads=reads)
     except ConfigError as error:
         if debug():
             raise

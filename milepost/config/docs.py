@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from milepost.config.effects import conditions
 from milepost.config.parse import as_text, expected, quoted, short_text
-from milepost.config.resolve import defaults_of, public
+from milepost.config.resolve import default_beside, public
 from milepost.config.variables import SCOPES, VARIABLES, Config
 from milepost.places import ROOT
 from milepost.screen import harmless
@@ -29,17 +30,12 @@ def as_env(config: Config, resolved: Mapping[str, Any]) -> str:
 
 def describe(config: Config) -> list[str]:
     """Return lines on the settings that differ from their defaults, each with its source."""
-    changed = [name for name in VARIABLES if getattr(config, name.lower()) != _default_beside(config, name)]
+    changed = [name for name in VARIABLES if getattr(config, name.lower()) != default_beside(config, name)]
     shown = [f"{name}={short_text(public(config, name))} ({config.sources[name]})" for name in changed]
     text = "non-default settings: " + (", ".join(shown) or "none")
     return textwrap.wrap(
         harmless(text, one_line=True), 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
-
-
-def _default_beside(config: Config, name: str) -> object:
-    """Return the value that the variable would have if only it were not set: defaults depend on other variables."""
-    return defaults_of({each: getattr(config, each.lower()) for each in VARIABLES if each != name})[name]
 
 
 def _default_text(name: str) -> str:
@@ -71,14 +67,14 @@ def declared(reads: Sequence[str]) -> dict[str, list[str]]:
     A group stands for its variables but for those that READS names itself, and ENV_FILE, which every script reads. Raises KeyError
     for a name that is neither a variable nor a group.
     """
-    groups = dict(_groups())
-    heading = "Settings" if set(reads) <= VARIABLES.keys() else "Common settings"
+    groups, words = dict(_groups()), [entry.partition(" if ")[0] for entry in reads]
+    heading = "Settings" if set(words) <= VARIABLES.keys() else "Common settings"
     headings: dict[str, list[str]] = {heading: []}
-    for word in reads:
+    for word in words:
         if word in VARIABLES:
             headings.setdefault(heading, []).append(word)
         else:
-            headings[word] = [name for name in groups[word] if name not in (*reads, "ENV_FILE")]
+            headings[word] = [name for name in groups[word] if name not in (*words, "ENV_FILE")]
             heading = "Other settings"
     return headings
 
@@ -89,10 +85,12 @@ def help_text(script: str, doc: str, reads: Sequence[str]) -> str:
     lines = [f"usage: [NAME=value ...] python3 {script}", "", *summary, "",
              "Settings are environment variables, or lines of .env or of the file that ENV_FILE names.",
              "docs/configuration.md describes the variables of all scripts."]  # fmt: skip
+    only = conditions(reads)
     for heading, names in declared(reads).items():
         lines += ["", heading]
         for name in names:
-            lines.append(f"  {name}  (default: {_default_text(name) or 'not set'})")
+            needs = " and ".join(filter(None, (only[name], VARIABLES[name].metadata["needs"])))
+            lines.append(f"  {name}  (default: {_default_text(name) or 'not set'}{'; only if ' * bool(needs)}{needs})")
             lines += textwrap.wrap(_meaning(name), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
@@ -138,8 +136,12 @@ Every setting is an environment variable, or a line of the file `.env` in the re
 - Paths that are set are relative to the current folder, default paths to the repository. Where `pip install .` has installed
   the package, there is no repository: default paths and `.env` are those of the current folder.
 - All mistakes are reported together, and the exit code is 2. In the env file every unknown name is a mistake. In the
-  process environment a name is one if it has 8 letters or more and an underscore, and nearly is a variable of this
-  page (difflib's ratio is at least 0.9), such as `CHECKPOINT_INTERVALS`.
+  process environment, which other programs share, a name is a mistake if it can hardly be meant for anything else, such
+  as `CHECKPOINT_INTERVALS` or `LORA_R`; a name that is near, or another project's word, such as `LR` or `EPOCHS`, is
+  ignored with a warning that names the variable.
+- A setting that has no effect is named when a script starts: one that the script does not read (`PROMPT` with
+  `training.py`), or one that needs another (`N_LAYER` without `MODEL_TYPE=gpt2`, `CHECKPOINT_INTERVAL` without
+  `ENABLE_CHECKPOINTS=true`). Places that are set for all scripts (`DEVICE`, `CHECKPOINT_DIR`, `RUNS_DIR`) are not.
 - "On resume" tells what `RESUME` and `MODE=resume` do with a setting. "must match": `RESUME=auto` takes only a
   checkpoint with the same value. "saved": taken from the checkpoint unless set. "saved, else a child run": likewise, and a
   new value starts a child run, because it changes the trained weights. "as set": never taken from a checkpoint.

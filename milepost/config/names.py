@@ -8,55 +8,25 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from milepost.config.variables import VARIABLES
+from milepost.config.words import (
+    FAMILIES,
+    FLAGS,
+    FOREIGN_NAMES,
+    FOREIGN_PREFIXES,
+    NO_WARNING,
+    OTHER_UNITS,
+    OTHER_WORDS,
+    SUFFIXES,
+)
 from milepost.runtime.trackers import TRACKERS
 from milepost.text.addresses import masked
 
-NEAR_MISS = 0.9  # difflib ratio from which a name in the process environment counts as a misspelt variable
+NEAR_MISS = 0.9  # difflib ratio from which a name with an underscore can hardly be anything but a misspelt variable
+CLOSE = 0.83  # and from which a name of the process environment is reported
 
-# Prefixes of other programs' variables. An env file may hold them; they enter the process environment before torch is imported.
-FOREIGN_PREFIXES = (
-    "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SAFETENSORS_", "TOKENIZERS_", "TIKTOKEN_", "DATA_GYM_", "TQDM_",
-    "MPL", "WANDB_", "TRACKIO_", "GRADIO_", "TORCH", "PYTORCH_", "PYTHON", "CUDA_", "CUBLAS_", "CUDNN_",
-    "NVIDIA_", "NCCL_", "GLOO_", "MPS_", "TRITON_", "ATEN_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_",
-    "XDG_", "SSL_CERT_", "LC_",
-)  # fmt: skip
-
-FOREIGN_NAMES = (
-    "NO_COLOR", "FORCE_COLOR", "DEBUG", "CI", "TERM", "COLUMNS", "LANG", "TZ", "TMPDIR", "RANK", "LOCAL_RANK",
-    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY",
-    "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
-)  # fmt: skip
-
-# Names of these settings in other projects, used in suggestions.
-OTHER_WORDS = {
-    "LR": "LEARNING_RATE", "MIN_LR": "MIN_LEARNING_RATE", "WARMUP": "WARMUP_STEPS", "WARMUP_ITERS": "WARMUP_STEPS",
-    "STEPS": "TRAINING_STEPS", "MAX_STEPS": "TRAINING_STEPS", "MAX_ITERS": "TRAINING_STEPS", "BSZ": "BATCH_SIZE",
-    "GRAD_ACCUM": "GRADIENT_ACCUMULATION_STEPS", "GRADIENT_ACCUMULATION": "GRADIENT_ACCUMULATION_STEPS",
-    "EVAL_ITERS": "EVAL_STEPS", "RANDOM_SEED": "SEED", "PRECISION": "DTYPE",
-    "MODEL": "MODEL_TYPE", "CONTEXT_LENGTH": "BLOCK_SIZE", "SEQ_LEN": "BLOCK_SIZE", "SEQ_LENGTH": "BLOCK_SIZE",
-    "MAX_SEQ_LEN": "BLOCK_SIZE", "NUM_LAYERS": "N_LAYER", "N_LAYERS": "N_LAYER", "NUM_HEADS": "N_HEAD", "N_HEADS": "N_HEAD",
-    "HIDDEN_SIZE": "N_EMBD", "D_MODEL": "N_EMBD", "EMBED_DIM": "N_EMBD",
-    "DATA": "TRAINING_DATA_SOURCE", "DATASET": "TRAINING_DATA_SOURCE", "DATA_PATH": "TRAINING_DATA_SOURCE",
-    "TRAIN_FILE": "TRAINING_DATA_SOURCE",
-    "OUT_DIR": "CHECKPOINT_DIR", "OUTPUT_DIR": "CHECKPOINT_DIR", "SAVE_DIR": "CHECKPOINT_DIR",
-    "CHECKPOINT": "CHECKPOINT_PATH", "CKPT": "CHECKPOINT_PATH", "CKPT_PATH": "CHECKPOINT_PATH", "MODEL_PATH": "CHECKPOINT_PATH",
-    "LEGACY_CHECKPOINT": "CHECKPOINT_PATH", "SAVE_INTERVAL": "CHECKPOINT_INTERVAL", "SAVE_STEPS": "CHECKPOINT_INTERVAL",
-    "EVERY_N_TRAIN_STEPS": "CHECKPOINT_INTERVAL", "SAVE_MODEL_ONLY": "CHECKPOINT_MODEL_ONLY", "FILENAME_PREFIX": "CHECKPOINT_PREFIX",
-    "RESUME_FROM_CHECKPOINT": "RESUME", "RESUME_FROM": "RESUME", "START": "PROMPT", "MAX_TOKENS": "MAX_NEW_TOKENS",
-    "CONFIG": "ENV_FILE", "CONFIG_FILE": "ENV_FILE", "MODEL_NAME": "CHECKPOINT_DIR", "MODEL_NAME_OR_PATH": "GPT2_MODEL_NAME",
-}  # fmt: skip
-
-# The variable that a bare file name on the command line probably means, by its suffix.
-SUFFIXES = {
-    ".pt": "CHECKPOINT_PATH", ".pth": "CHECKPOINT_PATH", ".ckpt": "CHECKPOINT_PATH", ".safetensors": "CHECKPOINT_PATH",
-    ".txt": "TRAINING_DATA_SOURCE", ".md": "TRAINING_DATA_SOURCE", ".env": "ENV_FILE", ".yaml": "ENV_FILE", ".yml": "ENV_FILE",
-    ".toml": "ENV_FILE",
-}  # fmt: skip
 CONFIG_SUFFIXES = (".yaml", ".yml", ".toml", ".json")  # of configuration files that are not env files
 CONFIG_BYTES = 2**16  # read of such a file
 CONFIG_LINE = re.compile(r"""\s*["']?([A-Za-z_][\w.-]*)["']?\s*[:=]\s*(.*?),?\s*(?:\s#.*)?""")
-
-LONG_NAMES = [name for name in VARIABLES if "_" in name and len(name) >= 8]
 
 
 def is_foreign(name: str) -> bool:
@@ -72,22 +42,54 @@ def unknown_in_file(names: Iterable[str], label: str) -> Iterator[str]:
         if name == "ENV_FILE":
             yield f"{label}: ENV_FILE can only be set in the process environment"
         elif name not in VARIABLES and not is_foreign(name):
-            close = closest_variable(name)
-            hint = f"did you mean {close}?" if close else "docs/configuration.md lists them"
-            yield f"{label}: {name} is not a variable; {hint}"
+            yield f"{label}: {name} is not a variable; {_suggestion(name, closest_variable(name))}"
 
 
-def unknown_in_environment(names: Iterable[str]) -> Iterator[str]:
-    """Yield one sentence for each near miss of a long name; all else in the process environment belongs to other programs."""
+def unknown_in_environment(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return one sentence for each name that can only be meant for us, and one for each that may be another program's."""
+    mistakes, notes = [], []
     for name in names:
-        if "_" in name and len(name) >= 8 and name not in VARIABLES and not is_foreign(name):
-            for close in difflib.get_close_matches(name.upper(), LONG_NAMES, 1, NEAR_MISS):
-                yield f"{name} is not a variable; did you mean {close}?"
+        meant = None if name in VARIABLES or is_foreign(name) else meant_by(name)
+        if meant and _only_ours(name, meant):
+            mistakes.append(f"{name} is not a variable; {_suggestion(name, meant)}")
+        elif meant:
+            notes.append(f"{name} in the environment is not a variable and is ignored; {_suggestion(name, meant)}")
+    return mistakes, notes
+
+
+def meant_by(name: str) -> str | None:
+    """Return the variable that an unknown name of the process environment may be meant for; None if none is near."""
+    word = _as_name(name)
+    if word in NO_WARNING:
+        return None
+    if word in OTHER_WORDS or word in OTHER_UNITS:
+        return OTHER_WORDS.get(word) or OTHER_UNITS[word][0]
+    if word.startswith(FAMILIES):
+        return closest_variable(word)
+    return _close(word)
+
+
+def _close(word: str) -> str | None:
+    return next(iter(difflib.get_close_matches(word, VARIABLES, 1, CLOSE)), None)
+
+
+def _only_ours(name: str, meant: str) -> bool:
+    word = _as_name(name)
+    near = difflib.SequenceMatcher(None, word, meant).ratio() >= NEAR_MISS
+    return "_" in word and (near or word.startswith(FAMILIES))
+
+
+def _suggestion(name: str, meant: str | None) -> str:
+    if meant is None:
+        return "docs/configuration.md lists them"
+    _, unit = OTHER_UNITS.get(_as_name(name), (None, ""))
+    return f"did you mean {meant}{', ' * bool(unit)}{unit}?"
 
 
 def closest_variable(word: str) -> str | None:
     """Return the variable that `word` is another name for or is closest to, if any. For a question, not for a command."""
-    return variable_meant(word) or next(iter(difflib.get_close_matches(_as_name(word), VARIABLES, 1)), None)
+    unit, _ = OTHER_UNITS.get(_as_name(word), (None, ""))
+    return unit or variable_meant(word) or next(iter(difflib.get_close_matches(_as_name(word), VARIABLES, 1)), None)
 
 
 def _as_name(word: str) -> str:
@@ -111,14 +113,18 @@ def refuse_arguments(script: str, arguments: Sequence[str], reads: Collection[st
     `reads` are the variables that the script reads, if known.
     """
     rest, settings, unknown = list(map(masked, arguments)), Settings(), []
+    name: str | None
     while rest:
         argument = rest.pop(0)
         word, equals, value = argument.partition("=")
         named = bool(equals) or argument.startswith("-")
         if named and not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        if named:
-            name = variable_meant(word.lstrip("-"))
+        option = _as_name(word.lstrip("-"))
+        if named and value == "true" and option in FLAGS:
+            name, value = FLAGS[option]
+        elif named:
+            name = None if option in OTHER_UNITS else variable_meant(word.lstrip("-"))
         else:
             name, word, value = SUFFIXES.get(Path(argument).suffix), "", argument
         if name == "CHECKPOINT_PATH" and name not in reads and "RESUME" in reads:
@@ -128,7 +134,8 @@ def refuse_arguments(script: str, arguments: Sequence[str], reads: Collection[st
         elif name:
             settings.add(name, value, word=word)
         else:
-            unknown.append(argument)
+            other = OTHER_UNITS.get(option, (_close(option),))[0] if named else None
+            unknown.append(f"{argument} (compare {other})" if other else argument)
     use = f"use {settings.text()} python3 {script}" if settings.values else f"python3 {script} --help lists them"
     about = f" (unknown: {' '.join(unknown)})" if unknown else ""
     return f"{script} takes no arguments, settings are environment variables{about}: {use}"

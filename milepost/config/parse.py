@@ -196,7 +196,7 @@ def expected(variable: Field[Any]) -> str:
     rules = variable.metadata
     if rules["choices"]:
         return "one of " + ", ".join([*rules["words"], *rules["choices"]])
-    limits = [f"{word} {rules[limit]}" for limit, (word, _) in LIMITS.items() if rules[limit] is not None]
+    limits = [f"{word} {as_text(rules[limit])}" for limit, (word, _) in LIMITS.items() if rules[limit] is not None]
     value = " ".join([NOUNS[rules["form"] or kind_of(variable)], " and ".join(limits)]).strip()
     return f"{', '.join(rules['words'])} or {value}" if rules["words"] else value
 

@@ -6,20 +6,15 @@ All mistakes are reported together, before torch is imported.
 import dataclasses
 import functools
 import io
+import itertools
 import os
-import sys
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-try:
-    from dotenv import dotenv_values
-    from dotenv.parser import Binding, parse_stream
-except ModuleNotFoundError:
-    sys.exit(
-        "python-dotenv is not installed for this Python: pip install -r requirements.txt, "
-        "or run .venv/bin/python, which `make train` creates"
-    )
+from dotenv import dotenv_values
+from dotenv.parser import Binding, parse_stream
 
 from milepost.config.names import is_foreign, not_an_env_file, unknown_in_environment, unknown_in_file
 from milepost.config.parse import absolute_path, parse_saved, parse_value, refusal, short_text
@@ -44,12 +39,18 @@ from milepost.runtime.optimizers import OPTIMIZERS
 from milepost.text.addresses import masked
 from models import MODELS, with_trait
 
+# What the shell of Windows shows before a command: $P is the folder, $G is >, and conda puts its environment before them.
+PROMPT_OF_CMD = re.compile(r"(?:[(\[][^()\[\]]*[)\]] *)*(?:\$[A-Za-z_$+])*\$[Pp](?:\$[A-Za-z_$+])*")
 
-def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str] | None = None) -> Config:
+
+def read(
+    environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str] | None = None, reads: Iterable[str] = ()
+) -> Config:
     """Return the settings: those of `environ` (default: the process environment), then of the env file, then the defaults.
 
     Paths that are set are relative to `cwd` (default: the current folder), default paths to the checkout. Other programs'
-    variables in the env file enter the process environment, unless `environ` is passed. Raises ConfigError with every problem.
+    variables in the env file enter the process environment, unless `environ` is passed. `reads` are a script's READS.
+    Raises ConfigError with every problem.
     """
     variables = os.environ if environ is None else environ
     folder = _current_folder() if cwd is None else os.path.abspath(cwd)
@@ -60,11 +61,12 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
             os.environ.setdefault(name, in_file[name])
         # cuBLAS reads this when it starts. Without it, its workspaces may change the order of sums.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    problems += [*unknown_in_environment(variables), *unknown_in_file(in_file, label)]
+    mistakes, notes = unknown_in_environment(variables)
+    problems += [*mistakes, *unknown_in_file(in_file, label)]
     texts = {name: (in_file[name], label) for name in VARIABLES if _is_set(name, in_file.get(name, ""))}
     for name in VARIABLES:
         text = variables.get(name, "")
-        if _is_set(name, text) and (name, text) != ("PROMPT", "$P$G"):  # which the shell of Windows sets
+        if _is_set(name, text) and not (name == "PROMPT" and PROMPT_OF_CMD.fullmatch(text)):
             texts[name] = text, "environment"
     values: dict[str, Any] = {}
     for name, (text, source) in texts.items():
@@ -72,7 +74,11 @@ def read(environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str
             values[name] = parse_value(VARIABLES[name], text, folder)
         except ValueError:
             problems.append(refusal(VARIABLES[name], text, source))
-    return _finish(values, {name: source for name, (_, source) in texts.items()}, problems)
+    try:
+        config = _finish(values, {name: source for name, (_, source) in texts.items()}, problems)
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *notes]) from None
+    return dataclasses.replace(config, notes=tuple(notes), reads=tuple(reads))
 
 
 def _current_folder() -> str:
@@ -189,15 +195,27 @@ def _finish(values: dict[str, Any], sources: dict[str, str], problems: list[str]
     """Return the Config of `values` and the defaults. Raise ConfigError if there are problems or contradictions."""
     bad = sources.keys() - values.keys()
     config = _build(values, sources)
-    # A resumed run takes unset values from its checkpoint, so their defaults contradict nothing before that.
-    incomplete = not merged and (config.resume != "never" or config.mode == "resume" or config.init_from is not None)
     for names, sentence in _clashes(config):
-        known = [config.is_set(name) or VARIABLES[name].metadata["scope"] == "session" for name in names]
-        if any(map(config.is_set, names)) and not bad.intersection(names) and (all(known) or not incomplete):
+        known = merged or all(settled(config, name) for name in names)
+        if known and any(map(config.is_set, names)) and not bad.intersection(names):
             problems.append(sentence)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def settled(config: Config, name: str) -> bool:
+    """Return whether no checkpoint can change the variable: a resumed run takes unset values from its checkpoint, so their
+    defaults contradict nothing before that.
+    """
+    scope, resumes = VARIABLES[name].metadata["scope"], config.resume != "never" or config.mode == "resume"
+    brought = resumes or (config.init_from is not None and scope == "identity")
+    return not brought or config.is_set(name) or scope == "session"
+
+
+def default_beside(config: Config, name: str) -> object:
+    """Return the value that the variable would have if only it were not set: defaults depend on other variables."""
+    return defaults_of({each: getattr(config, each.lower()) for each in VARIABLES if each != name})[name]
 
 
 def _build(values: dict[str, Any], sources: Mapping[str, str]) -> Config:
@@ -221,7 +239,10 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.gpt2_model_name and config.init_from:
         yield pair("GPT2_MODEL_NAME", "INIT_FROM", "{} and {} both name the first weights: unset one")
     if "n_head" in model.defaults and not config.gpt2_model_name and heads and width and width % heads:
-        yield pair("N_EMBD", "N_HEAD", f"{{}} must be a multiple of {{}}: set N_EMBD={-(-width // heads) * heads}")
+        wider = max(1, round(width / heads / 16)) * 16 * heads
+        near = (n for away in range(16) for n in (heads + away, heads - away) if n > 0 and width % n == 0)
+        options = [*(f"N_HEAD={n}" for n in itertools.islice(near, 1)), f"N_EMBD={wider}"]
+        yield pair("N_EMBD", "N_HEAD", f"{{}} must be a multiple of {{}}: set {' or '.join(options)}")
     if OPTIMIZERS[config.optimizer].hidden_matrices and not model.hidden_matrices:
         yield pair("OPTIMIZER", "MODEL_TYPE", _needs_model("hidden_matrices") + ", which has no hidden matrices")
     # MODE=resume plans a schedule of its own, from RESUME_TRAINING_STEPS and RESUME_LEARNING_RATE.

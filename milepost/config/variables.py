@@ -72,14 +72,15 @@ class ConfigError(Exception):
 # fmt: off
 def var(default: Any, doc: str, *, group: str, scope: str = "session", form: str = "", choices: Collection[str] = (),
         words: tuple[str, ...] = (), minimum: float | None = None, above: float | None = None,
-        maximum: float | None = None, below: float | None = None) -> Any:
+        maximum: float | None = None, below: float | None = None, needs: str = "") -> Any:
     """Declare a variable. `words` are accepted besides values of its type and its `choices`; `form` names its parser in parse.FORMS.
 
-    `choices` may be a registry: what is added to it later is accepted too.
+    `choices` may be a registry: what is added to it later is accepted too. `needs` is a condition of effects.py on other
+    variables, without which this one has no effect.
     """
     return field(default=default, metadata={
         "doc": doc, "group": group, "scope": scope, "form": form, "choices": choices, "words": words,
-        "minimum": minimum, "above": above, "maximum": maximum, "below": below})
+        "minimum": minimum, "above": above, "maximum": maximum, "below": below, "needs": needs})
 # fmt: on
 
 
@@ -95,11 +96,11 @@ class Config:
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char for up to 256 different characters, else bpe",
         group="Data", scope="identity", words=("auto",), choices=TOKENIZERS)
     bpe_vocab_size: int = var(1024, "vocabulary size of a BPE trained on the text; small, so that a small model sees each token often",
-        group="Data", scope="identity", minimum=257, maximum=1_000_000)
+        group="Data", scope="identity", minimum=257, maximum=1_000_000, needs="TOKENIZER=auto|bpe")
     validation_fraction: float = var(0.1, "fraction of the text, taken from its end, held out for validation",
         group="Data", scope="identity", minimum=0, below=1)
     unknown_characters: str = var("refuse", "what to do with characters of a new text or prompt that the vocabulary of a char tokenizer lacks; "
-        "replace takes a character such as ?; how many there are is logged", group="Data", scope="habit", choices=("refuse", "skip", "replace"))
+        "replace takes a character such as ?; how many there are is logged", group="Data", scope="habit", choices=("refuse", "skip", "replace"), needs="TOKENIZER=auto|char")
     env_file: str | None = var(None, "file of settings to read instead of the repository's .env; only from the process environment",
         group="Data", form="path")
 
@@ -149,7 +150,7 @@ class Config:
     learning_rate: float = var(BY_MODEL["learning_rate"], "peak learning rate; with MODEL_TYPE=gpt2 OPTIMIZER=adamw the default is 3e-3 up to "
         "N_EMBD=128 and falls as 1 / N_EMBD, with LORA_RANK it is 5e-4", group="Training", scope="math", above=0)
     min_learning_rate: float | None = var(None, "learning rate at the end of the schedule; not set: 0 for linear, else a tenth of "
-        "LEARNING_RATE, as for GPT-3", group="Training", scope="math", minimum=0)
+        "LEARNING_RATE, as for GPT-3", group="Training", scope="math", minimum=0, needs="LR_SCHEDULE!=constant")
     warmup_steps: int = var(BY_MODEL["warmup_steps"], "optimizer steps of linear warm-up to LEARNING_RATE, while Adam's averages fill; the "
         "default is at most a tenth of TRAINING_STEPS", group="Training", scope="math", minimum=0)
     lr_schedule: str = var(BY_MODEL["lr_schedule"], "learning-rate schedule after the warm-up; wsd is constant and decays at the end; linear "
@@ -174,13 +175,15 @@ class Config:
         "at step 0; 0 = only at the end", group="Logging", scope="habit", minimum=0)
     log_interval: int = var(10, "optimizer steps between lines of metrics.jsonl",
         group="Logging", scope="habit", minimum=1)
+    run_name: str | None = var(None, "name of a new run, which its folder, its checkpoints' metadata, lists and plots show, and RUN takes; not set: "
+        "model and text", group="Logging", form="name")
     tracker: str = var("none", "also send the metrics to this tracker (pip install it first); never asks for a login: wandb logs offline unless "
         "WANDB_API_KEY or WANDB_MODE is set", group="Logging", scope="habit", words=("none",), choices=TRACKERS)
 
     seed: int = var(1337, "seed of the initial weights, the data order and dropout; 1337 as in nanoGPT",
         group="Hardware and seed", scope="math", minimum=0)
-    device: str = var("auto", "auto takes cuda, else mps, else cpu; CUDA_VISIBLE_DEVICES selects among several GPUs",
-        group="Hardware and seed", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = var("auto", "auto takes cuda, else mps, else cpu; gpu takes cuda or mps; CUDA_VISIBLE_DEVICES selects among several GPUs",
+        group="Hardware and seed", choices=("auto", "cpu", "cuda", "mps", "gpu"))
     distributed: str = var("auto", "how the processes of torchrun share the work: ddp, a full model in each; fsdp, weights sharded over all; "
         "auto takes fsdp only if model and optimizer do not fit otherwise", group="Hardware and seed", choices=("auto", "ddp", "fsdp"))
     dtype: str = var("auto", "dtype of matrix products; trained weights stay float32; auto is bfloat16 where that is fast",
@@ -223,9 +226,9 @@ class Config:
     init_from: str | None = var(None, "checkpoint whose weights and tokenizer start a new run at step 0, with a fresh optimizer",
         group="Resuming", form="path", words=("latest", "best"))
     resume_training_steps: int = var(5000, "optimizer steps that MODE=resume adds; 0 prints the plan and stops",
-        group="Resuming", minimum=0)
+        group="Resuming", minimum=0, needs="MODE=resume")
     resume_learning_rate: float | Literal["keep"] = var(3e-4, "peak learning rate of the added steps; keep = the saved schedule",
-        group="Resuming", words=("keep",), above=0)
+        group="Resuming", words=("keep",), above=0, needs="MODE=resume")
 
     mode: str = var("inference", "what scripts/load_checkpoint.py does: generate text, or train further",
         group="Generation", choices=("inference", "resume"))
@@ -239,15 +242,15 @@ class Config:
     temperature: float = var(0.8, "0 takes the most likely token, 1 samples as trained; 0.8 as in nanoGPT: small models ramble at 1",
         group="Generation", scope="habit", minimum=0)
     top_k: int = var(200, "sample from this many most likely tokens; 0 = all; 200 as in nanoGPT cuts the long tail of a large vocabulary",
-        group="Generation", scope="habit", minimum=0)
-    top_p: float = var(1.0, "sample from the most likely tokens that hold this probability; 1 = all", group="Generation", scope="habit", above=0, maximum=1)
+        group="Generation", scope="habit", minimum=0, needs="TEMPERATURE!=0")
+    top_p: float = var(1.0, "sample from the most likely tokens that hold this probability; 1 = all", group="Generation", scope="habit", above=0, maximum=1, needs="TEMPERATURE!=0")
     repetition_penalty: float = var(1.0, "above 1 makes tokens that occurred before less likely; 1 = off, as small vocabularies must repeat",
         group="Generation", scope="habit", above=0)
     stop: tuple[str, ...] = var((), r"text that ends the generation and is not shown, with \n, \t and \\ as escapes; several as a JSON list",
         group="Generation", form="list")
     num_samples: int = var(1, "texts to generate", group="Generation", minimum=1)
     sample_seed: int | None = var(None, "seed of the generation; not set: random, and printed",
-        group="Generation", minimum=0)
+        group="Generation", minimum=0, needs="TEMPERATURE!=0")
     quantize: str = var("none", "int8 stores a GPT-2's matrices in 8 bits to generate faster on a CPU; perplexity changes by less than 1 %",
         group="Generation", choices=("none", "int8"))
     speculate: str = var("none", "lookup decodes speculatively from n-grams that occurred before: the same text, faster where it repeats "
@@ -257,14 +260,18 @@ class Config:
     eval_type: str = var("standard", "what scripts/evaluate_checkpoint.py measures: standard is loss, perplexity and bits per byte on "
         "EVAL_DATA, benchmark the accuracy on BENCHMARK_DATA", group="Evaluation", choices=("standard", "benchmark", "both"))
     eval_data: str | None = var(None, "text to evaluate on, in the forms of TRAINING_DATA_SOURCE; not set: the validation text of each "
-        "checkpoint", group="Evaluation", form="source")
+        "checkpoint", group="Evaluation", form="source", needs="EVAL_TYPE=standard|both")
     eval_stride: int = var(0, "tokens between the starts of evaluated windows; 0 = BLOCK_SIZE; fewer give each token more context and take "
-        "longer", group="Evaluation", minimum=0)
+        "longer", group="Evaluation", minimum=0, needs="EVAL_TYPE=standard|both")
     benchmark_data: str | None = var(None, "files of questions (.jsonl .csv): HellaSwag, minimal pairs such as BLiMP, story cloze",
-        group="Evaluation", form="source")
+        group="Evaluation", form="source", needs="EVAL_TYPE=benchmark|both")
 
+    format: str = var("text", "what scripts that list, inspect, verify, evaluate and prune print on stdout: tables, or one JSON object whose "
+        "fields docs/checkpoints.md describes", group="Tools", choices=("text", "json"))
+    sort: str = var("saved", "order in which scripts/list_checkpoints.py lists, the highest last; loss lists the lowest last",
+        group="Tools", choices=("saved", "step", "loss", "size", "name"))
     run: str = var("latest", "runs that scripts/plot_run.py draws: a run's name or its beginning, a glob of names, a run's folder, latest, or "
-        "several joined by commas", group="Tools")
+        "several joined by commas. Of scripts/list_checkpoints.py, the runs to list; not set: all", group="Tools")
     compare_with: str | None = var(None, "checkpoint that scripts/inspect_checkpoint.py compares CHECKPOINT_PATH with",
         group="Tools", form="path", words=("latest", "best"))
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the previous checkpoint and compares every byte",
@@ -272,7 +279,7 @@ class Config:
     convert_to: str | None = var(None, "what scripts/convert_checkpoint.py writes: a checkpoint layout, or an export for another program, "
         "which no run resumes from; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "lecture", "peft"))
     gguf_type: str = var("f16", "dtype of the matrices that CONVERT_TO=gguf writes; q8_0 has half the bytes of f16 and is nearly as good",
-        group="Tools", choices=("f32", "f16", "q8_0"))
+        group="Tools", choices=("f32", "f16", "q8_0"), needs="CONVERT_TO=gguf")
     output: str | None = var(None, "folder or file that scripts/convert_checkpoint.py writes; not set: beside the checkpoint, or exports/ for an "
         "export; required for a whole folder. File that scripts/plot_run.py draws into (.png .svg .pdf) instead of the terminal, and that "
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
@@ -283,6 +290,9 @@ class Config:
 
     # Where each value came from: "environment", the env file's name, "checkpoint" or "default".
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    # What to report once the run logs: names of the process environment that are near a variable. And the script's READS.
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    reads: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def is_set(self, name: str) -> bool:
         """Return whether the user set the variable, in the environment or in the env file."""

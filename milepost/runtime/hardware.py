@@ -65,7 +65,8 @@ def choose_device(requested: str, *, local_rank: int = 0, local_size: int = 1) -
     Each of several processes takes its own GPU. MPS serves one process only: no library communicates its tensors.
     """
     present = [name for name in available_devices() if local_size == 1 or name != "mps"]
-    kind = present[0] if requested == "auto" else requested
+    gpus = [name for name in present if name != "cpu"]
+    kind = present[0] if requested == "auto" else gpus[0] if requested == "gpu" and gpus else requested
     if kind not in present:
         raise DeviceError(
             f"DEVICE={kind}: this machine has no {kind} device; available: {', '.join(present)} (DEVICE=auto "

@@ -88,6 +88,10 @@ class Log:
             self._file = None
 
 
+# tqdm cuts a line that is too long at its end: the figures stand before the times, so that 50 columns show the loss.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+
+
 class Progress:
     """A progress bar from the first step of this process to the last; plain lines if stderr is not a terminal."""
 
@@ -97,8 +101,9 @@ class Progress:
         self._total = total
         self._logged_at = time.monotonic()
         self._bar = tqdm(
-            initial=start, total=total, unit="step", file=log.stream, disable=self._plain, dynamic_ncols=True
-        )
+            initial=start, total=total, unit="step", file=log.stream, disable=self._plain, dynamic_ncols=True,
+            bar_format=BAR,
+        )  # fmt: skip
         self.figures: dict[str, str] = {}
 
     def advance(self, step: int) -> None:
@@ -229,7 +234,9 @@ def _read_line(text: str) -> dict[str, Any] | None:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration: 45 s, 3 min, 2 h 05 min."""
+    """Format a duration: under 1 s, 45 s, 3 min, 2 h 05 min."""
+    if seconds < 0.95:
+        return "under 1 s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

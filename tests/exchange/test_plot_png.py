@@ -34,16 +34,20 @@ def test_the_axes_hold_the_values_of_the_runs_and_their_parents(folder, monkeypa
     said = call(plot, folder, RUN="child,b1", OUTPUT=str(output))
     assert (said.code, said.out) == (0, "")
     (figure,) = figures
-    loss, validation, rate, speed = figure.axes
+    loss, rate, speed, unused = figure.axes
+    assert not unused.get_visible()
     drawn = {
-        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in loss.lines
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle())
+        for line in loss.lines
+        if line.get_label() != "_"
     }
+    validation = [line for line in loss.lines if line.get_marker() == "o"]
     assert drawn == {
         "a1": ([1, 2], [3.0, 2.0], "--"),
         "child (from a1 at step 2)": ([3, 4], [1.5, 1.25], "-"),
         "b1": ([1, 2], [3.0, 2.75], "-"),
     }
-    assert [list(line.get_ydata()) for line in validation.lines] == [[], [1.75], [3.25]]
+    assert [list(line.get_ydata()) for line in validation] == [[], [1.75], [3.25]]
     assert all(list(line.get_ydata()) == [0.1, 0.1] for line in rate.lines)
     assert speed.get_ylim()[0] == 0
 
@@ -68,7 +72,16 @@ def test_other_file_types(suffix, folder):
     assert call(plot, folder, RUN="a1", OUTPUT=str(output)).code == 0
     assert output.read_bytes()[:4] == {".svg": b"<?xm", ".pdf": b"%PDF", ".PNG": b"\x89PNG"}[suffix]
     if suffix == ".svg":
-        ElementTree.parse(output)
+        root = ElementTree.parse(output).getroot()
+        assert "prefers-color-scheme: dark" in root[0].text
+
+
+def test_a_long_training_loss_is_smoothed_and_its_own_values_stay_behind_it():
+    values = [float(at % 2) for at in range(1000)]
+    smooth = plot.smoothed(values)
+    assert len(smooth) == len(values)
+    assert max(smooth[20:-20]) - min(smooth[20:-20]) < 0.1  # of a range of 1
+    assert plot.smoothed(values[:99]) == values[:99]
 
 
 def test_a_failed_write_leaves_the_old_picture(folder, monkeypatch):

@@ -11,6 +11,10 @@ from milepost.text.chunks import rechunk
 from milepost.text.readers import Piece
 from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters, checked_ids, replace_surrogates
 
+UNMERGED_TOKENS, UNMERGED_SHARE = (
+    8,
+    0.1,
+)  # tokens without a merge that are accepted: this many, or this share of the vocabulary
 BPE_TRAINING_CHARACTERS = 64_000_000  # merges learned from more text hardly differ
 # The time to learn merges grows with the square of a word's length: a word of a million characters would take an hour.
 LONGEST_WORD = 256
@@ -37,6 +41,7 @@ class BpeTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True  # encode them as ordinary text
         self._json = json.loads(text)
         _check_ids(self._json, self._tokenizer.get_vocab())
+        _check_merges(self._json)
         self.vocab_size = self._tokenizer.get_vocab_size()
         added = {token["content"] for token in self._json["added_tokens"]}
         if end is not None and end not in added:
@@ -152,7 +157,7 @@ def check_bpe(spec: object) -> str:
         if not holds:
             raise ValueError(f"the tokenizer is not a byte-level BPE: {rule}")
     special = _check_bpe_tokens(model.get("vocab"), top.get("added_tokens"))
-    _check_special_tokens(model, special)
+    _check_special_tokens(_results(model), special)
     return text
 
 
@@ -205,13 +210,31 @@ def _is_word(token: dict[str, Any]) -> bool:
     return not strips and not re.search(r"\s", token["content"])
 
 
-def _check_special_tokens(model: dict[str, Any], special: set[str]) -> None:
-    """Raise ValueError if ordinary text can become a special token, which decodes to its content, not to its letters' bytes."""
+def _results(model: dict[str, Any]) -> set[str]:
+    """Return the tokens that the merges make."""
     merges = model.get("merges")
     pairs = (
         [merge.split(" ") if isinstance(merge, str) else merge for merge in merges] if isinstance(merges, list) else []
     )
-    merged = {"".join(map(str, pair)) for pair in pairs if isinstance(pair, list)}
+    return {"".join(map(str, pair)) for pair in pairs if isinstance(pair, list)}
+
+
+def _check_merges(spec: dict[str, Any]) -> None:
+    """Raise ValueError if so many tokens have no merge that the list must be cut: text would become other tokens than the model
+    learned. Some programs add a few such tokens on purpose.
+    """
+    special = {token["content"] for token in spec["added_tokens"]}
+    longer = {token for token in spec["model"]["vocab"].keys() - special if len(token) > 1}
+    lacking = len(longer - _results(spec["model"]))
+    if lacking > max(UNMERGED_TOKENS, UNMERGED_SHARE * len(longer)):
+        raise ValueError(
+            f"{lacking} of the vocabulary's {len(longer)} tokens of several bytes have no merge, so merges are missing "
+            "(merges.txt, or model.merges of tokenizer.json): copy or download the tokenizer's files again"
+        )
+
+
+def _check_special_tokens(merged: set[str], special: set[str]) -> None:
+    """Raise ValueError if ordinary text can become a special token, which decodes to its content, not to its letters' bytes."""
     if ambiguous := sorted(special & merged.union(byte_letters())):
         raise ValueError(
             f"the bpe tokenizer's token {ambiguous[0]!r} is special and also a result of merging ordinary text"

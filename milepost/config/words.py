@@ -1,0 +1,83 @@
+"""The words of other programs: their variables, which pass, and their names for our settings, for suggestions."""
+
+# Prefixes of other programs' variables. An env file may hold them; they enter the process environment before torch is imported.
+FOREIGN_PREFIXES = (
+    "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SAFETENSORS_", "TOKENIZERS_", "TIKTOKEN_", "DATA_GYM_", "TQDM_",
+    "MPL", "WANDB_", "TRACKIO_", "GRADIO_", "TORCH", "PYTORCH_", "PYTHON", "CUDA_", "CUBLAS_", "CUDNN_",
+    "NVIDIA_", "NCCL_", "GLOO_", "MPS_", "TRITON_", "ATEN_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_",
+    "XDG_", "SSL_CERT_", "LC_",
+)  # fmt: skip
+
+FOREIGN_NAMES = (
+    "NO_COLOR", "FORCE_COLOR", "DEBUG", "CI", "TERM", "COLUMNS", "LANG", "TZ", "TMPDIR", "RANK", "LOCAL_RANK",
+    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY",
+    "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "CHECKPOINT_DISABLE",  # Terraform's
+)  # fmt: skip
+
+# Names of these settings in other projects, which take the same values.
+OTHER_WORDS = {
+    "LR": "LEARNING_RATE", "MAX_LR": "LEARNING_RATE", "MIN_LR": "MIN_LEARNING_RATE", "WARMUP": "WARMUP_STEPS", "WARMUP_ITERS": "WARMUP_STEPS",
+    "LR_SCHEDULER_TYPE": "LR_SCHEDULE", "LR_SCHEDULER": "LR_SCHEDULE", "SCHEDULER": "LR_SCHEDULE",
+    "STEPS": "TRAINING_STEPS", "MAX_STEPS": "TRAINING_STEPS", "NUM_STEPS": "TRAINING_STEPS", "TRAIN_STEPS": "TRAINING_STEPS",
+    "MAX_ITERS": "TRAINING_STEPS", "ITERS": "TRAINING_STEPS", "ITERATIONS": "TRAINING_STEPS", "NUM_ITERATIONS": "TRAINING_STEPS",
+    "BSZ": "BATCH_SIZE", "TRAIN_BATCH_SIZE": "BATCH_SIZE", "MICRO_BATCH_SIZE": "BATCH_SIZE", "PER_DEVICE_TRAIN_BATCH_SIZE": "BATCH_SIZE",
+    "GRAD_ACCUM": "GRADIENT_ACCUMULATION_STEPS", "GRADIENT_ACCUMULATION": "GRADIENT_ACCUMULATION_STEPS",
+    "MAX_GRAD_NORM": "GRAD_CLIP", "GRADIENT_CLIP": "GRAD_CLIP", "ADAM_BETA1": "BETA1", "ADAM_BETA2": "BETA2", "OPTIM": "OPTIMIZER",
+    "EVAL_ITERS": "EVAL_STEPS", "EVAL_EVERY": "EVAL_INTERVAL", "LOG_EVERY": "LOG_INTERVAL", "LOGGING_STEPS": "LOG_INTERVAL",
+    "REPORT_TO": "TRACKER", "LOGGER": "TRACKER", "RANDOM_SEED": "SEED", "PRECISION": "DTYPE", "TORCH_COMPILE": "COMPILE",
+    "MODEL": "MODEL_TYPE", "ARCH": "MODEL_TYPE", "CONTEXT_LENGTH": "BLOCK_SIZE", "CONTEXT_SIZE": "BLOCK_SIZE", "N_CTX": "BLOCK_SIZE",
+    "N_POSITIONS": "BLOCK_SIZE", "SEQ_LEN": "BLOCK_SIZE", "SEQ_LENGTH": "BLOCK_SIZE",
+    "MAX_SEQ_LEN": "BLOCK_SIZE", "MAX_SEQ_LENGTH": "BLOCK_SIZE", "NUM_LAYERS": "N_LAYER", "N_LAYERS": "N_LAYER", "NUM_HIDDEN_LAYERS": "N_LAYER",
+    "NUM_HEADS": "N_HEAD", "N_HEADS": "N_HEAD", "NUM_ATTENTION_HEADS": "N_HEAD",
+    "HIDDEN_SIZE": "N_EMBD", "D_MODEL": "N_EMBD", "EMBED_DIM": "N_EMBD", "EMBEDDING_DIM": "N_EMBD", "N_EMBED": "N_EMBD",
+    "LORA": "LORA_RANK", "LORA_R": "LORA_RANK", "VOCAB_SIZE": "BPE_VOCAB_SIZE",
+    "DATA": "TRAINING_DATA_SOURCE", "DATASET": "TRAINING_DATA_SOURCE", "DATA_PATH": "TRAINING_DATA_SOURCE",
+    "DATA_FILE": "TRAINING_DATA_SOURCE", "TRAIN_FILE": "TRAINING_DATA_SOURCE", "TRAIN_DATA": "TRAINING_DATA_SOURCE",
+    "TRAINING_DATA": "TRAINING_DATA_SOURCE", "DATA_SOURCE": "TRAINING_DATA_SOURCE", "INPUT_FILE": "TRAINING_DATA_SOURCE",
+    "OUT_DIR": "CHECKPOINT_DIR", "OUTPUT_DIR": "CHECKPOINT_DIR", "SAVE_DIR": "CHECKPOINT_DIR", "CKPT_DIR": "CHECKPOINT_DIR",
+    "CHECKPOINT": "CHECKPOINT_PATH", "CKPT": "CHECKPOINT_PATH", "CKPT_PATH": "CHECKPOINT_PATH", "MODEL_PATH": "CHECKPOINT_PATH",
+    "CHECKPOINT_FILE": "CHECKPOINT_PATH", "LOAD_CHECKPOINT": "CHECKPOINT_PATH",
+    "LEGACY_CHECKPOINT": "CHECKPOINT_PATH", "SAVE_INTERVAL": "CHECKPOINT_INTERVAL", "SAVE_STEPS": "CHECKPOINT_INTERVAL",
+    "SAVE_EVERY": "CHECKPOINT_INTERVAL", "CHECKPOINT_EVERY": "CHECKPOINT_INTERVAL", "CHECKPOINT_STEPS": "CHECKPOINT_INTERVAL",
+    "EVERY_N_TRAIN_STEPS": "CHECKPOINT_INTERVAL", "SAVE_MODEL_ONLY": "CHECKPOINT_MODEL_ONLY", "FILENAME_PREFIX": "CHECKPOINT_PREFIX",
+    "SAVE_TOTAL_LIMIT": "CHECKPOINT_KEEP_LAST", "NUM_CKPT_KEEP": "CHECKPOINT_KEEP_LAST", "KEEP_LAST": "CHECKPOINT_KEEP_LAST",
+    "CHECKPOINTS": "ENABLE_CHECKPOINTS", "CHECKPOINTING": "ENABLE_CHECKPOINTS", "SAVE_CHECKPOINTS": "ENABLE_CHECKPOINTS",
+    "ALWAYS_SAVE_CHECKPOINT": "ENABLE_CHECKPOINTS", "SAVE_ADAPTERS": "CHECKPOINT_ADAPTERS_ONLY",
+    "RESUME_FROM_CHECKPOINT": "RESUME", "RESUME_FROM": "RESUME", "AUTO_RESUME": "RESUME", "RESUME_LR": "RESUME_LEARNING_RATE",
+    "RESUME_STEPS": "RESUME_TRAINING_STEPS", "INIT_STATE_DIR": "INIT_FROM", "INIT_WEIGHTS": "INIT_FROM",
+    "START": "PROMPT", "MAX_TOKENS": "MAX_NEW_TOKENS", "MAX_LENGTH": "MAX_NEW_TOKENS", "TEMP": "TEMPERATURE",
+    "REP_PENALTY": "REPETITION_PENALTY", "LOG_DIR": "RUNS_DIR", "LOGDIR": "RUNS_DIR",
+    "CONFIG": "ENV_FILE", "CONFIG_FILE": "ENV_FILE", "MODEL_NAME": "CHECKPOINT_DIR", "MODEL_NAME_OR_PATH": "GPT2_MODEL_NAME",
+    "PRETRAINED": "GPT2_MODEL_NAME", "PRETRAINED_MODEL": "GPT2_MODEL_NAME",
+}  # fmt: skip
+NO_WARNING = ("TEMP",)  # of OTHER_WORDS, names that every machine of some kind has
+
+# Names in other projects for what is set here in another unit or with other values: never translated, only named.
+OTHER_UNITS = {
+    **dict.fromkeys(("EPOCHS", "EPOCH", "NUM_EPOCHS", "N_EPOCHS", "MAX_EPOCHS", "NUM_TRAIN_EPOCHS"),
+                    ("TRAINING_STEPS", "which counts optimizer steps")),
+    **dict.fromkeys(("WARMUP_RATIO", "WARMUP_EPOCHS"), ("WARMUP_STEPS", "which counts optimizer steps")),
+    **dict.fromkeys(("LR_DECAY_ITERS", "DECAY_LR"), ("LR_SCHEDULE", "which ends at TRAINING_STEPS")),
+    **dict.fromkeys(("TTT", "TTT_ENABLE", "ENABLE_TTT", "USE_TTT"), ("TTT_LAYERS", "which lists blocks, like 1,5")),
+    **dict.fromkeys(("LORA_ENABLE", "ENABLE_LORA", "USE_LORA"), ("LORA_RANK", "which is a number, 8 for instance")),
+    **dict.fromkeys(("USE_CUDA", "USE_GPU", "NO_CUDA", "GPU", "GPUS"), ("DEVICE", "which is auto, cpu, cuda, mps or gpu")),
+    **dict.fromkeys(("FP16", "BF16", "FP32", "AMP", "MIXED_PRECISION"), ("DTYPE", "which is auto, float32, bfloat16 or float16")),
+}  # fmt: skip
+
+# Beginnings of names that are ours alone: whatever another program calls so is meant for a program like this one.
+FAMILIES = ("CHECKPOINT_", "ENABLE_CHECKPOINT", "RESUME_", "LORA_", "TTT_")
+
+# What an option of another program's command line means where it has no value.
+FLAGS = {
+    "LORA": ("LORA_RANK", "8"), "USE_LORA": ("LORA_RANK", "8"), "ENABLE_LORA": ("LORA_RANK", "8"),
+    "GPU": ("DEVICE", "gpu"), "USE_GPU": ("DEVICE", "gpu"), "CUDA": ("DEVICE", "cuda"), "USE_CUDA": ("DEVICE", "cuda"),
+    "MPS": ("DEVICE", "mps"), "CPU": ("DEVICE", "cpu"), "NO_CUDA": ("DEVICE", "cpu"),
+    "FP32": ("DTYPE", "float32"), "FP16": ("DTYPE", "float16"), "BF16": ("DTYPE", "bfloat16"),
+}  # fmt: skip
+
+# The variable that a bare file name on the command line probably means, by its suffix.
+SUFFIXES = {
+    ".pt": "CHECKPOINT_PATH", ".pth": "CHECKPOINT_PATH", ".ckpt": "CHECKPOINT_PATH", ".safetensors": "CHECKPOINT_PATH",
+    ".txt": "TRAINING_DATA_SOURCE", ".md": "TRAINING_DATA_SOURCE", ".env": "ENV_FILE", ".yaml": "ENV_FILE", ".yml": "ENV_FILE",
+    ".toml": "ENV_FILE",
+}  # fmt: skip
