@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # make test-exchange: test against other programs. make test-llama: test in llama.cpp, which is built from source.
-.PHONY: train test test-exchange test-llama check soak soak-exact bench bench-long clean
+.PHONY: train test test-filesystems test-exchange test-llama check soak soak-exact bench bench-long clean
 
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
 
 test: check
-	$(BIN)/python -m pytest -q -m "not soak and not exchange"
+	$(BIN)/python -m pytest -q -m "not soak and not exchange and not mounted"
+
+# File systems that lack something, mounted: needs /dev/fuse, and fuse3 and libfuse2 of Debian.
+test-filesystems: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m mounted
 
 test-exchange: $(VENV)/.exchange
 	$(BIN)/python -m pytest -q tests/exchange tests/test_export.py tests/test_evaluate.py tests/test_huggingface.py

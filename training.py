@@ -38,7 +38,7 @@ from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
 from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due
-from milepost.run_checkpoints import finish_saving, repair, save_checkpoint
+from milepost.run_checkpoints import finish_saving, repair, retry_is_due, save_checkpoint
 from milepost.run_files import open_run, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
@@ -111,8 +111,8 @@ def loop(run: Run, stop: Interrupt) -> None:
     """Run the training loop. Evaluation, samples, logs and checkpoints change neither weights nor later random draws."""
     state, clock = run.state, Clock(run)
     while True:
-        # A signal to one process stops all of them after the same step, or makes all of them save it.
-        stopping, saving = run.world.any_of(stop.requested, stop.save_requested)
+        # A signal to one process stops all of them after the same step, or makes all save it; so does a disk with room again.
+        stopping, saving, retrying = run.world.any_of(stop.requested, stop.save_requested, retry_is_due(run))
         if saving:
             stop.note_save()
             off = "nothing is saved, because ENABLE_CHECKPOINTS is false"
@@ -125,7 +125,7 @@ def loop(run: Run, stop: Interrupt) -> None:
             clock.restart()
 
         # Save at the interval, at the end and on a signal, and also each new best.
-        regular = has_news(run) and (stopping or saving or is_due(run, "checkpoint"))
+        regular = has_news(run) and (stopping or saving or retrying or is_due(run, "checkpoint"))
         new_best = run.best_is_pending and state.best_step == state.step
         if run.settings.enable_checkpoints and (regular or new_best):
             save_checkpoint(run, regular=regular)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from milepost.files import LOCKS, OwnerFile, lacks
 from milepost.paths import check_file
 from milepost.screen import show
 
@@ -38,13 +39,14 @@ class Reports:
 class OwnedLock:
     """A lock file, and beside it, while it is held, a file that names the holder.
 
-    The lock file has the write permissions of its folder: whoever may write there may lock it.
+    The lock file has the write permissions of its folder: whoever may write there may lock it. Where the file system
+    has no locks, the file that names the holder is the lock.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._owner = path.with_name(f"{path.name.removesuffix('.lock')}.owner")
-        self._lock: FileLock | None = None
+        self._lock: FileLock | OwnerFile | None = None
 
     def acquire(self, *, patience: float) -> bool:
         """Acquire the lock; return False if it is held elsewhere for `patience` seconds.
@@ -52,6 +54,10 @@ class OwnedLock:
         Raise OSError if anything but a lock file has its name.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if LOCKS in lacks(self.path.parent):
+            held = OwnerFile(self._owner)
+            self._lock = held if held.acquire(patience=patience) else None
+            return self._lock is not None
         check_file(self.path)
         mode = stat.S_IMODE(os.stat(self.path.parent).st_mode) & 0o666 | 0o600
         lock = FileLock(self.path, mode=mode)
@@ -87,7 +93,8 @@ class OwnedLock:
         """Release the lock; with `remove`, delete its file first, while no other process can hold it."""
         if self._lock is None:
             return
-        for path in (self._owner, *([self.path] if remove else [])):
+        owner = [] if isinstance(self._lock, OwnerFile) else [self._owner]  # else `release` deletes it
+        for path in (*owner, *([self.path] if remove else [])):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         self._lock.release()
@@ -144,16 +151,17 @@ def remove_free_locks(folder: Path) -> None:
 
     The caller holds the folder's lock.
     """
-    for path in folder.glob(".run-*.lock"):
+    owners = folder.glob(".run-*.owner") if LOCKS in lacks(folder) else ()  # there they are the locks
+    for path in [*folder.glob(".run-*.lock"), *(owner.with_suffix(".lock") for owner in owners)]:
         with contextlib.suppress(OSError):
             lock = OwnedLock(path)
-            if path.lstat().st_size == 0 and lock.acquire(patience=0):
+            if (not path.exists() or path.lstat().st_size == 0) and lock.acquire(patience=0):
                 lock.release(remove=True)
 
 
 def is_trained(folder: Path, run_id: str) -> bool:
     """Whether a process trains the run at this moment, as far as this process may look."""
-    if not (folder / f".run-{run_id}.lock").exists():
+    if not any((folder / f".run-{run_id}.{kind}").exists() for kind in ("lock", "owner")):
         return False
     with contextlib.suppress(OSError, RunLockedError), hold_run(folder, run_id):
         return False

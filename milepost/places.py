@@ -28,10 +28,11 @@ def cache_folder(user_caches: Path) -> Path:
     else `milepost` in the user's folder of caches.
     """
     own = DATA_FOLDER / ".cache"
-    writable = IN_CHECKOUT and all(_can_be_written(own / name) for name in CACHES)
+    writable = IN_CHECKOUT and all(can_be_written(own / name) for name in CACHES)
     return own if writable else user_caches / "milepost"
 
 
-def _can_be_written(folder: Path) -> bool:
+def can_be_written(folder: Path) -> bool:
+    """Return whether this process may write in the folder, or create it."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     return os.access(existing, os.W_OK | os.X_OK)

@@ -42,6 +42,7 @@ LAYOUTS = {
     "sharded": Registered("milepost.ckpt.layouts.sharded"),
     "directory": Registered("milepost.ckpt.layouts.directory"),
     "shared_folder": Registered("milepost.ckpt.layouts.shared_folder", saves=False),
+    "peft": Registered("milepost.ckpt.layouts.peft", saves=False),
     "huggingface": Registered("milepost.ckpt.layouts.huggingface"),
     "consolidated": Registered("milepost.ckpt.layouts.consolidated"),
     "stepfiles": Registered("milepost.ckpt.layouts.stepfiles"),

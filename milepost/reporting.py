@@ -105,16 +105,16 @@ def log_plan(run: Run, *, seconds_per_step: float) -> None:
 # Resume
 
 
-def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
-    """Print a table to stdout: what was restored, reset, overridden or missing, the learning rates, and whether the
-    resume is bit-exact.
+def print_resume(run: Run, record: Checkpoint, restored: Restored, *, rate_note: str = "") -> None:
+    """Print a table to stdout: what was restored, reset, overridden or missing, the learning rates with a note, and
+    whether the resume is bit-exact.
     """
     state = run.state
     child, schedule = run.run_id != record.run_id, run.schedule
     changed, exact = changed_settings(run, record), same_position(run, record)
     rates = (
         f"{schedule.kind}, peak {schedule.peak:g}, floor {schedule.floor:g}, "
-        f"{schedule.warmup_steps} warm-up steps from step {schedule.start_step}{_own_peak(run, record, changed)}"
+        f"{schedule.warmup_steps} warm-up steps from step {schedule.start_step}{rate_note}"
     )
     parameters = amount(models.parameter_count(run.model))
     moments = f"moments of {restored.restored} of {restored.total} parameters"
@@ -141,16 +141,6 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored) -> None:
         else ("bit-exact", "yes", "ends where the uninterrupted run would have ended"),
     ]
     write_stdout(table(rows))
-
-
-def _own_peak(run: Run, record: Checkpoint, changed: dict[str, Any]) -> str:
-    """Return the end of a sentence with the peak of the saved schedule, if the default of MODE=resume replaced another."""
-    settings = run.settings
-    own = record.schedule.get("peak", record.hyperparameters.get("LEARNING_RATE"))
-    chosen = settings.mode != "resume" or settings.is_set("RESUME_LEARNING_RATE") or "OPTIMIZER" in changed
-    if chosen or own is None or own == run.schedule.peak:
-        return ""
-    return f"; the default, while the peak was {own:g} before: RESUME_LEARNING_RATE={own:g} returns to it"
 
 
 def _group(run: Run, group: dict[str, Any]) -> str:

@@ -82,11 +82,21 @@ def _named(settings: Config, log: Log) -> Checkpoint:
 
 
 def _readable(found: list[ckpt.Found], log: Log) -> list[ckpt.Found]:
-    """Return the checkpoints without a problem, newest first; log the others."""
+    """Return the checkpoints without a problem, newest first; log the others. Raise CheckpointError if one does not
+    answer.
+    """
     for checkpoint in found:
         if checkpoint.problem:
-            log(f"skipped: {checkpoint.problem}")
+            _skip(checkpoint.problem, checkpoint.kind, log)
     return [checkpoint for checkpoint in reversed(found) if not checkpoint.problem]
+
+
+def _skip(problem: str, kind: str | None, log: Log) -> None:
+    """Log that a checkpoint is skipped. Raise CheckpointError if it did not answer: an older one would lose steps."""
+    if kind == "unreachable":
+        remedy = "RESUME=<path of another checkpoint> resumes from that one"
+        raise ckpt.CheckpointError(f"{problem}; {remedy}", kind="unreachable")
+    log(f"skipped: {problem}")
 
 
 def _of_step(record: Checkpoint, readable: list[ckpt.Found], folder: Path, settings: Config, log: Log) -> Checkpoint:
@@ -140,7 +150,7 @@ def newest_fitting(
         try:
             return check_fits(ckpt.load(candidate.path, verify=verify), settings, log)
         except ckpt.CheckpointError as error:
-            log(f"skipped: {error}")
+            _skip(str(error), error.kind, log)
         except ConfigError as error:
             misfits.append(error)
     if misfits:

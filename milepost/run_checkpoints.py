@@ -11,12 +11,14 @@ from typing import Any
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.record import bytes_on_disk, named_tensors
+from milepost.files import is_unreachable
 from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
-from milepost.run_files import METRICS, open_run
+from milepost.run_files import METRICS, flush_lines, open_run
 from milepost.runtime.digests import digests
 from milepost.runtime.errors import DeviceFaultError, TrainingError
 from milepost.runtime.progress import Metrics, duration, shown
 
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until a disk that refused a save is asked again
 PAUSES = (5, 10, 15, 30, 60, 60, 60, 60)  # seconds between the attempts to save the last step on a full disk: 5 min
 
 
@@ -30,6 +32,8 @@ def save_checkpoint(run: Run, *, regular: bool, fallback: bool = False) -> None:
     if regular:
         run.saved.step, run.saved.observed_step = run.state.step, run.state.observed_step
         run.saved.failed = run.world.is_rank0  # until the write succeeds
+        run.saved.refused = False
+    flush_lines(run)  # no checkpoint without its lines
     left = left_by_step(run)
     if run.engine == "fsdp":
         _check_parts(run, left)
@@ -79,26 +83,55 @@ def _write_regular(run: Run, record: Checkpoint, folder: Path) -> Path | None:
         try:
             run.saved.path = ckpt.save(record, folder, **_form(run))
         except OSError as error:
-            run.saved.disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            _note_refusal(run, error, need=bytes_on_disk(record))
             raise
-        run.saved.failed = False
+        run.saved.failed, run.saved.attempts = False, 0
         return run.saved.path
     return None
+
+
+def _note_refusal(run: Run, error: OSError, *, need: int) -> None:
+    """Note when to try again, if the error may pass."""
+    saved = run.saved
+    saved.need, saved.retry_at = need, time.monotonic() + _pause(run)
+    saved.attempts += 1
+    saved.refused = error.errno in (errno.ENOSPC, errno.EDQUOT) or is_unreachable(error)
+
+
+def _pause(run: Run) -> float:
+    """Return the seconds until the next attempt: twice as long after each failure."""
+    return min(FIRST_PAUSE * 2.0 ** min(run.saved.attempts, 16), LONGEST_PAUSE)
+
+
+def retry_is_due(run: Run) -> bool:
+    """Return whether a save that the disk refused is worth another attempt: its folder answers and has room. False on
+    all ranks but 0.
+    """
+    saved = run.saved
+    if not (saved.failed and saved.refused) or time.monotonic() < saved.retry_at:
+        return False
+    saved.retry_at = time.monotonic() + _pause(run)
+    with contextlib.suppress(OSError):
+        return ckpt.free_space_problem(Path(run.settings.checkpoint_dir), need=saved.need) is None
+    return False
 
 
 def finish_saving(run: Run) -> None:
     """Wait for the save in flight, try to save the last step again if that failed, and put the best step into best/."""
     run.writer.wait()
+    flush_lines(run)
     if run.world.broadcast(run.saved.failed and run.settings.checkpoint_fallback_dir is not None):
         save_checkpoint(run, regular=True, fallback=True)
         run.writer.wait()
         if run.world.is_rank0 and not run.saved.failed:
             run.log(f"step {run.state.step} is saved in {shown(str(run.saved.path))} instead")
     for number, pause in enumerate(PAUSES):
-        if not run.world.broadcast(run.saved.failed and run.saved.disk_full):
+        if not run.world.broadcast(run.saved.failed and run.saved.refused):
             break
         if number == 0:
-            run.log(f"trying again for {duration(sum(PAUSES))}: make room; Ctrl-C twice gives up")
+            run.log(
+                f"trying again for {duration(sum(PAUSES))}: make room, or bring its folder back; Ctrl-C twice gives up"
+            )
         run.world.on_rank0(functools.partial(time.sleep, pause))
         save_checkpoint(run, regular=True)
         run.writer.wait()

@@ -12,6 +12,7 @@ import models
 from milepost import ckpt, config
 from milepost.ckpt.leftovers import prepare_folder
 from milepost.config import ConfigError
+from milepost.files import instead, lacks, largest_file
 from milepost.locks import RunLock
 from milepost.paths import check_inside, is_real_file
 from milepost.run import Run, is_due
@@ -21,6 +22,7 @@ from milepost.runtime.tracking.base import Tracker
 from milepost.runtime.tracking.mirror import Mirror
 
 METRICS = "metrics.jsonl"
+LATER = ", and its lines wait in memory until it can be"
 LOCK_PATIENCE = 120  # seconds after which a network file system releases the locks of a dead machine
 
 
@@ -51,7 +53,9 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
             with _blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
                 prepare_folder(Path(fallback))
         check_space(run)
+        check_file_size(run)
         protect_base(run, held)
+    log_lacks(run)
     with _blaming("RUNS_DIR", run.folder):
         run.log.open(run.folder / "training.log")
         write_own(run.folder / "config.env", config.as_env(run.settings, run.resolved()))
@@ -68,6 +72,21 @@ def _lock(run: Run, folder: Path, held: contextlib.ExitStack) -> None:
     lock = RunLock(folder, run.run_id)
     lock.acquire(patience=LOCK_PATIENCE if config.was_restarted() else 0)
     held.callback(lock.release)
+
+
+def log_lacks(run: Run) -> None:
+    """Log what the file systems of the run's folders lack, and what is done instead: a line for each that lacks
+    something.
+    """
+    settings, told = run.settings, set()
+    saved: list[str | None] = []
+    if settings.enable_checkpoints:
+        saved = [settings.checkpoint_dir, settings.checkpoint_fallback_dir]
+    folders = [Path(place) for place in saved if place is not None]
+    for folder in [*folders, run.folder]:
+        if (lacking := lacks(folder)) and lacking not in told:
+            told.add(lacking)
+            run.log(f"the file system of {shown(folder)} lacks something: {instead(lacking)}")
 
 
 @contextlib.contextmanager
@@ -93,15 +112,30 @@ def check_space(run: Run) -> None:
     full = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # + 1: written before one is pruned
     both = math.lcm(interval, every)  # steps that are saved, and stay without their optimizer
     stripped = min(run.end // both - first // both, max(0, saves - last)) if last and both else 0
-    trained = models.trained_count(run.model)
-    weights = 4 * (trained if settings.checkpoint_adapters_only else models.parameter_count(run.model))
-    size = weights + (0 if settings.checkpoint_model_only else 8 * trained)
+    weights, size = checkpoint_sizes(run)
     if problem := ckpt.free_space_problem(folder, need=full * size + stripped * weights):
         thinned = f" and {stripped} of {amount(weights, 'B')}" if stripped else ""
         plan = f"{full} checkpoints of {amount(size, 'B')}{thinned}: {problem}"
         if last:
             raise ConfigError([f"CHECKPOINT_KEEP_LAST={last}: {plan}; keep fewer, or set another CHECKPOINT_DIR"])
         run.log(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
+
+
+def checkpoint_sizes(run: Run) -> tuple[int, int]:
+    """Return the bytes of a checkpoint without and with its optimizer, as far as the settings save them."""
+    trained = models.trained_count(run.model)
+    weights = 4 * (trained if run.settings.checkpoint_adapters_only else models.parameter_count(run.model))
+    return weights, weights + (0 if run.settings.checkpoint_model_only else 8 * trained)
+
+
+def check_file_size(run: Run) -> None:
+    """Raise ConfigError if a file of a checkpoint will be larger than its file system allows, as FAT does at 4 GiB."""
+    limit = largest_file(folder := Path(run.settings.checkpoint_dir))
+    weights, size = checkpoint_sizes(run)
+    largest = size if run.layout == "unified" else max(weights, size - weights)
+    if limit is not None and largest > limit:
+        sizes = f"ends files at {amount(limit, 'B')}, and a checkpoint's has {amount(largest, 'B')}"
+        raise ConfigError([f"CHECKPOINT_DIR: the file system of {folder} {sizes}: set a folder on another disk"])
 
 
 def protect_base(run: Run, held: contextlib.ExitStack) -> None:
@@ -181,9 +215,17 @@ def write_metrics(run: Run, split: str, values: Mapping[str, float]) -> None:
     identity = {"run_id": run.run_id, "step": run.state.step, "time": round(time.time(), 3), "split": split}
     common = {"loss": None, "lr": None, "grad_norm": None, "tokens": run.state.tokens_seen, "tok_s": None}
     line: dict[str, Any] = identity | common | dict(values) | identity  # no metric replaces what identifies a line
-    with _report_once(run, METRICS):
+    with _report_once(run, METRICS, LATER):
         run.metrics.write(**line)
     run.mirror.write(line)
+
+
+def flush_lines(run: Run) -> None:
+    """Write the lines of metrics.jsonl and training.log that wait in memory, on rank 0."""
+    if run.world.is_rank0:
+        with _report_once(run, METRICS, LATER):
+            run.metrics.flush()
+        run.log.flush()
 
 
 def write_sample(run: Run, text: str) -> None:
@@ -197,10 +239,10 @@ def write_sample(run: Run, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _report_once(run: Run, name: str) -> Iterator[None]:
+def _report_once(run: Run, name: str, then: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if name not in run.state.reported:
             run.state.reported.add(name)
-            run.log(f"{name} could not be written ({error}); training continues")
+            run.log(f"{name} could not be written ({error}); training continues{then}")

@@ -28,8 +28,9 @@ from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.files import replacing
 from milepost.run import with_tokenizer
-from milepost.runtime.progress import Log, replacing, shown
+from milepost.runtime.progress import Log, shown
 from milepost.samples import drop_conflicts, prompt_for, read_prompt, sample_seed, sample_texts
 from milepost.screen import harmless, write_stdout
 

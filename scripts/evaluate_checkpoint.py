@@ -32,10 +32,11 @@ from milepost.evaluate.choices import Benchmark, read_benchmark
 from milepost.evaluate.evaluation import Evaluation, NotFiniteError, compare, evaluate
 from milepost.evaluate.passages import Text
 from milepost.evaluate.report import as_json, summary, tables
+from milepost.files import replacing
 from milepost.resume import saved_settings
 from milepost.run import open_source, scan_source, scan_text, with_its_base, with_tokenizer
 from milepost.runtime import hardware
-from milepost.runtime.progress import Log, replacing, shown
+from milepost.runtime.progress import Log, shown
 from milepost.screen import write_json, write_stdout
 from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.known import known_text

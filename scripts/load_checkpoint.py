@@ -32,8 +32,16 @@ from milepost.ckpt.finding import folder_of
 from milepost.cli import guarded, processes
 from milepost.config import Config, ConfigError
 from milepost.reporting import print_resume
-from milepost.resume import check_text_named, free_tensors, held_schedule, resumed, saved_schedule, saved_settings
-from milepost.run import agreed, planned, with_tokenizer
+from milepost.resume import (
+    changed_settings,
+    check_text_named,
+    free_tensors,
+    held_schedule,
+    resumed,
+    saved_schedule,
+    saved_settings,
+)
+from milepost.run import Run, agreed, planned, with_tokenizer
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log
 from milepost.runtime.schedule import Schedule, replan
@@ -123,12 +131,21 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
     end = record.step + settings.resume_training_steps
     settings = config.with_values(settings, destination(settings, record), source="MODE=resume")
     run, restored = resumed(settings, record, log, world, schedule=schedule, end=end)
-    print_resume(run, record, restored)
+    print_resume(run, record, restored, rate_note=own_peak(run, record))
     free_tensors(record)
     if settings.resume_training_steps == 0:
         log("RESUME_TRAINING_STEPS=0: nothing is trained")
         return 0
     return train(run)
+
+
+def own_peak(run: Run, record: Checkpoint) -> str:
+    """Return the end of a sentence with the peak of the saved schedule, if the default of RESUME_LEARNING_RATE replaced another."""
+    own = record.schedule.get("peak", record.hyperparameters.get("LEARNING_RATE"))
+    chosen = run.settings.is_set("RESUME_LEARNING_RATE") or "OPTIMIZER" in changed_settings(run, record)
+    if chosen or own is None or own == run.schedule.peak:
+        return ""
+    return f"; the default, while the peak was {own:g} before: RESUME_LEARNING_RATE={own:g} returns to it"
 
 
 def destination(settings: Config, record: Checkpoint) -> dict[str, Any]:

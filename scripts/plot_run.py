@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.files import replacing
 from milepost.run.build import is_run
 from milepost.runtime.chart import LETTERS, Points, chart
-from milepost.runtime.progress import Log, read_metrics, replacing, shown, table
+from milepost.runtime.progress import Log, read_metrics, shown, table
 from milepost.screen import harmless, write_stdout
 from milepost.text.errors import DataError
 

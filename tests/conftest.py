@@ -9,6 +9,7 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
+from milepost.files import look
 from milepost.run import text
 
 # A slow machine is no failure: hypothesis's own limits are 200 ms for an example and a second to draw ten.
@@ -24,3 +25,9 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_I
 def own_cache(tmp_path_factory, monkeypatch):
     """Token files of the tests stay out of the checkout."""
     monkeypatch.setattr(text, "CACHE_FOLDER", tmp_path_factory.getbasetemp() / "token-cache")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def looked_at(tmp_path_factory):
+    """A process looks once at what a file system can do; tests that count or refuse calls count none of that."""
+    look(tmp_path_factory.getbasetemp())

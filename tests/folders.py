@@ -9,7 +9,7 @@ from saver import of_step
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.finding import BEST_FOLDER, scan
-from milepost.ckpt.index import Found
+from milepost.ckpt.index import Found, _last_listing
 from milepost.ckpt.layouts import layout_of
 
 
@@ -22,11 +22,20 @@ def steps_of(found: list[Found], *, best: bool) -> list[int]:
     return sorted({one.step for one in found if in_best(one) == best})
 
 
-def whole(folder: Path) -> list[Found]:
+def whole(folder: Path, *, in_place: bool = False) -> list[Found]:
     """Return every checkpoint under each of its names; assert that each opens and is bit-identical to what `of_step`
     returns.
+
+    `in_place`: a killed writer may have left halves, which must be refused as such.
     """
+    if in_place:
+        _last_listing.cache_clear()  # another process wrote marks
     found = list(scan(folder))
+    if in_place:
+        marked = {file.with_name(file.name[5:-11]) for file in folder.rglob(".tmp-*.unfinished")}
+        halves = [one for one in found if marked & set(files_of(one.path))]
+        assert {one.kind for one in halves} <= {"lacking"}
+        found = [one for one in found if one not in halves]
     assert [one.problem for one in found if one.problem] == []
     for one in found:
         saved = of_step(one.step, str(one.run_id))

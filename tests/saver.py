@@ -19,11 +19,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.distributed.checkpoint  # noqa: E402  (once, not in every child)
+from lacking import take_away  # noqa: E402
 from records import record  # noqa: E402
 
-from milepost import ckpt, files  # noqa: E402
+from milepost import ckpt  # noqa: E402
 from milepost.ckpt import Checkpoint  # noqa: E402
 from milepost.ckpt.writer import Writer, named_tensors  # noqa: E402
+from milepost.files import look, writing  # noqa: E402
 
 SIZE = 128  # rows and columns of each of three tensors: 200 kB a checkpoint
 EVERY = 3  # of so many steps one is the best only, as an evaluation between two saves is
@@ -103,11 +105,14 @@ def many(folder: str, layout: str, run_id: str, times: str) -> None:
         save_keep_prune(of_step(step, run_id), Path(folder), layout)
 
 
-def nth(folder: str, layout: str, mode: str, number: str) -> None:
+def nth(folder: str, layout: str, mode: str, number: str, lack: str = "") -> None:
     """Save steps 3 and 4; SIGKILL before the n-th call that changes the disk, in the middle of it if it is a write.
 
-    The writes of step 4 repeat those of step 3 and are not counted.
+    The writes of step 4 repeat those of step 3 and are not counted. The file system lacks what `lack` names.
     """
+    if lack:
+        take_away(setattr, lack)
+    look(Path(folder))  # as a run does before it trains
     original = killed_before(int(number))
     each_step(range(4, 5), folder, layout, mode, keep_last=1, keep_every=2)
     for name in REPEATED:
@@ -134,7 +139,7 @@ def killed_before(number: int) -> dict[str, Callable[..., Any]]:
 
         return call
 
-    files.CHUNK = 2**16  # so that a file takes several writes
+    writing.CHUNK = 2**16  # so that a file takes several writes
     original = {name: getattr(os, name) for name in CHANGING}
     for name, action in original.items():
         setattr(os, name, counted(name, action))
@@ -145,7 +150,7 @@ def half(descriptor: int, data: Any) -> None:
     """Write the first half; past the page cache only whole blocks can be written."""
     direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
     size = len(data) // 2
-    _write(descriptor, memoryview(data)[: size // files.BLOCK * files.BLOCK if direct else size])
+    _write(descriptor, memoryview(data)[: size // writing.BLOCK * writing.BLOCK if direct else size])
 
 
 def main() -> None:

@@ -291,3 +291,18 @@ def test_another_checkpoint_in_the_place_of_a_moved_base_is_not_taken(gone):
 
 def test_a_run_without_adapters_needs_no_base(project):
     assert listed_bases(project / "base") == []
+
+
+def test_a_named_folder_is_searched_for_the_base_and_not_for_its_latest(tmp_path):
+    """A base that was trained further: its folder holds newer checkpoints too."""
+    bases = base_run(tmp_path / "base")
+    (tmp_path / "adapters").mkdir()
+    tuned(tmp_path / "adapters", bases[2])
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = Path(shutil.move(tmp_path / "base", tmp_path / "elsewhere" / "deep")) / "checkpoints"
+    assert not opens(tmp_path / "adapters")
+    assert opens(tmp_path / "adapters", BASE_CHECKPOINT=elsewhere)
+    next(elsewhere.glob("*step0002*")).unlink()  # control: then no checkpoint of the folder is the base
+    said = call(loader, tmp_path / "adapters", PROMPT="a", BASE_CHECKPOINT=elsewhere)
+    assert said.code == 3
+    assert "is not the base of" in said.err

@@ -35,9 +35,10 @@ from records import FULL, NOON, flipped, in_child, record, set_clock, walkable_f
 from saver import CHANGING, of_step, save_keep_prune
 from work import limited
 
-from milepost import ckpt, files
+from milepost import ckpt
 from milepost.ckpt import Checkpoint, manifest, retention
 from milepost.ckpt.finding import scan
+from milepost.files import writing
 from milepost.locks import FOLDER_LOCK
 
 LAYOUTS = list(ckpt.WRITERS)
@@ -268,7 +269,7 @@ def refusing_direct(action: Callable[..., Any], *, by: str) -> Callable[..., Any
 def test_a_disk_that_cannot_be_written_past_the_cache_is_written_through_it(by, layout, tmp_path, monkeypatch):
     name = by.split(",")[0]
     with monkeypatch.context() as patch:
-        patch.setattr(files, "CHUNK", 2**14)
+        patch.setattr(writing, "CHUNK", 2**14)
         patch.setattr(os, name, refusing_direct(getattr(os, name), by=by))
         ckpt.save(of_step(4), tmp_path, layout=layout)
     assert [one.step for one in whole(tmp_path)] == [4]
@@ -439,7 +440,7 @@ def test_control_a_load_that_does_not_verify_takes_flipped_weights(layout, tmp_p
     """Negative control for the comparison above: it sees one bit,
     and beyond the beginning of a file only verify keeps it out.
     """
-    for module in (files, manifest):
+    for module in (writing, manifest):
         monkeypatch.setattr(module, "BEGINNING", 8)
     home = ckpt.save(record(7, **FULL), tmp_path, layout=layout)
     whole_one = ckpt.load(home)

@@ -21,13 +21,14 @@ from drive import tensor_bytes
 from filelock import FileLock, Timeout
 from records import in_child, record, snapshot, walkable_folder
 
-from milepost import ckpt, files
+from milepost import ckpt
 from milepost.ckpt import layouts
 from milepost.ckpt.layouts import stepfiles
 from milepost.ckpt.leftovers import prepare_folder, remove_leftovers
 from milepost.ckpt.manifest import write_manifest
 from milepost.files import (
     NewFile,
+    flush_to_disk,
     link_or_copy,
     new_file,
     new_folder,
@@ -36,6 +37,7 @@ from milepost.files import (
     remove,
     sync_folder,
     write_json,
+    writing,
     written,
 )
 from milepost.locks import FOLDER_LOCK, RunLock, RunLockedError, folder_lock
@@ -204,7 +206,7 @@ def refuses_direct(monkeypatch: pytest.MonkeyPatch, *, makes_the_file: bool) -> 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("direct", ["direct", "refused", "refused late"])
 def test_a_file_of_any_size_in_writes_of_any_size_is_what_was_written(direct, size, pieces, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 8192)  # so that these sizes lie around its edges
+    monkeypatch.setattr(writing, "CHUNK", 8192)  # so that these sizes lie around its edges
     asked = refuses_direct(monkeypatch, makes_the_file=direct == "refused late") if direct != "direct" else []
     data = bytes(range(256)) * 60
     step = max(1, size // pieces)
@@ -450,7 +452,7 @@ def errno_of_a_save(folder: Path, layout: str) -> int | None:
 @pytest.mark.parametrize("layout", sorted(ckpt.WRITERS))
 def test_a_disk_full_at_every_single_write_harms_nothing(layout, saved_once, monkeypatch):
     """The n-th write fails, for every n until a save passes untouched."""
-    monkeypatch.setattr(files, "CHUNK", 16 * 1024)  # otherwise each file is one write
+    monkeypatch.setattr(writing, "CHUNK", 16 * 1024)  # otherwise each file is one write
     for fail_at in range(1000):
         left, write = iter(range(fail_at)), os.write
 
@@ -506,14 +508,23 @@ def test_an_io_error_after_the_rename_is_raised_and_the_new_file_stays(saved_onc
     assert [one.step for one in ckpt.find(saved_once) if one.problem is None] == [1, 2]
 
 
-def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path, monkeypatch):
-    def refusing(descriptor):
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+def test_a_file_system_without_fsync_is_no_error(tmp_path, monkeypatch):
+    def refusing(code):
+        def fsync(descriptor):
+            raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "fsync", refusing)
-    assert sync_folder(tmp_path) is None
-    with open(tmp_path / "file", "wb") as file, pytest.raises(OSError, match="Invalid argument"):  # for a file it is
-        files.flush_to_disk(file)
+        return fsync
+
+    with open(tmp_path / "file", "wb") as file:
+        for code in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            monkeypatch.setattr(os, "fsync", refusing(code))
+            assert sync_folder(tmp_path) is None
+            assert flush_to_disk(file.fileno()) is None
+        monkeypatch.setattr(os, "fsync", refusing(errno.EIO))  # the control: this one means lost bytes
+        with pytest.raises(OSError, match="Input/output error"):
+            flush_to_disk(file.fileno())
+        with pytest.raises(OSError, match="Input/output error"):
+            sync_folder(tmp_path)
 
 
 def test_other_errors_of_the_writer_stay_what_they_are(tmp_path):

@@ -1,13 +1,15 @@
 """Nothing that is shared names the home folder of the user who trained it, and everything in it is found again."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 from drive import ROOT, command, newest, small_text
+from records import in_child
 from script import NOTHING_OF_TRAINING
 
-from milepost import ckpt
+from milepost import ckpt, config
 from milepost.paths import with_home, without_home
 
 NO_SAMPLES = {"EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0"}
@@ -79,6 +81,32 @@ def test_a_resume_finds_the_text_again(home):
     only = "the uninterrupted run would have ended at step 4"
     assert re.search(f"^bit-exact +no +{only}$", done.stdout, re.MULTILINE), done.stdout
     assert newest(home).step == 6
+
+
+def test_caches_of_a_user_without_a_home_folder_go_to_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))  # nobody can create it
+    assert config.user_caches() == tmp_path / ".cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "caches"))  # named: an error there is the user's
+    assert config.user_caches() == tmp_path / "file" / "caches"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # control: it can be created
+    assert config.user_caches() == tmp_path / "home" / ".cache"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user that the system does not know")
+def test_a_user_that_the_system_does_not_know_gets_no_folder_of_the_name_tilde():
+    """Nobody's number but one: no entry in the list of users, and no HOME."""
+
+    def caches() -> str:
+        os.environ.pop("HOME", None)
+        os.environ.pop("XDG_CACHE_HOME", None)
+        os.setuid(54321)
+        return str(config.user_caches())
+
+    assert in_child(caches) == str(Path.cwd() / ".cache")
 
 
 def test_paths_in_and_outside_the_home_folder(monkeypatch):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from milepost.ckpt.bases import find_base, is_beside, note_use
+from milepost.ckpt.bases import base_in, find_base, is_beside, note_use
 from milepost.ckpt.best import best_is_kept, keep_best, keep_saved_best, saved_best
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.conversion import convert, export
@@ -34,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "Found",
     "Selection",
+    "base_in",
     "best",
     "best_is_kept",
     "convert",

@@ -30,7 +30,7 @@ from milepost.ckpt import legacy_archive, pickles, torch_pickle, zip_reader
 from milepost.ckpt.manifest import JSON_LIMIT, parse_json, unreadable
 from milepost.ckpt.record import EARLIER, CheckpointError, Json, Kind
 from milepost.ckpt.zip_reader import PICKLE, Member
-from milepost.files import CHUNK
+from milepost.files import CHUNK, steadily
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 ROOT = "archive"
@@ -232,7 +232,7 @@ def first_bytes(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return b""
-        with open(path, "rb") as file:
+        with steadily(lambda: open(path, "rb")) as file:
             return file.read(32)
     except (OSError, ValueError):
         return b""
@@ -334,9 +334,9 @@ class _Legacy:
 def _opened(path: Path) -> Iterator[_Archive | _Legacy]:
     """Yield the archive at `path` after checking its structure; raise CheckpointError."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(steadily(path.stat).st_mode):
             raise CheckpointError(path, "is not a regular file, expected a checkpoint", kind="not understood")
-        file = open(path, "rb")  # noqa: SIM115  (closed below)
+        file = steadily(lambda: open(path, "rb"))  # noqa: SIM115  (closed below)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     with file:

@@ -100,7 +100,16 @@ def find_base(base: dict[str, Json], adapters: Path, *, run_id: str | None) -> P
     tails = [Path(*source.parts[-count:]) for count in range(1, min(LEVELS, len(source.parts) - 1) + 1)]
     moved = [above / tail for above in list(adapters.absolute().parents)[:LEVELS] for tail in tails]
     candidates = [look(path, layout) for path in moved if (layout := layout_of(path))]
-    for found in [*candidates, *scan(folder_of(adapters, run_id))]:
+    return _recognised(base, [*candidates, *scan(folder_of(adapters, run_id))])
+
+
+def base_in(base: dict[str, Json], folder: Path) -> Path | None:
+    """Return the checkpoint in `folder` that is the base which adapters record, by the sha256 of its weights, or None."""
+    return _recognised(base, scan(folder))
+
+
+def _recognised(base: dict[str, Json], candidates: Iterable[Found]) -> Path | None:
+    for found in candidates if base.get("sha256") else ():
         whole = found.problem is None and "adapters" not in found.metadata.get("parts", ())
         if whole and base.get("step") in (None, found.step) and _digest_of(found) == base.get("sha256"):
             return found.path

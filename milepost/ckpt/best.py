@@ -7,6 +7,7 @@ from milepost.ckpt.finding import BEST_FOLDER, linked, loss_of, scan
 from milepost.ckpt.index import Found, is_unchanged
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.names import PREFIX, own_checkpoints, target_folder
+from milepost.ckpt.reading_back import check_reachable, check_saved
 from milepost.ckpt.record import Checkpoint, from_metadata
 from milepost.ckpt.saving import make_place, save
 from milepost.files import link_or_copy, remove, sync_folder
@@ -40,6 +41,7 @@ def keep_best(
     for changed in (place, place.parent):  # the new name is durable before an older checkpoint is deleted
         sync_folder(changed)
     with folder_lock(folder):
+        check_saved(kept)
         for checkpoint in _superseded(record, folder, count=count):
             remove(known_layout(checkpoint.path).files(checkpoint.path))
     return kept
@@ -50,8 +52,9 @@ def _superseded(record: Checkpoint, folder: Path, *, count: int) -> list[Found]:
 
     Two saves of one step count once. Copies made by hand, the bases of adapters and what a link names stay.
     """
-    found = [each for each in scan(folder, regular=False, fresh=False) if each.run_id == record.run_id is not None]
-    own = own_checkpoints(found)
+    known = list(scan(folder, regular=False, fresh=False))
+    check_reachable(known)
+    own = own_checkpoints([each for each in known if each.run_id == record.run_id is not None])
     own.sort(key=lambda found: (loss_of(found) is None, loss_of(found), found.save_order))
     best = list(dict.fromkeys((found.step, loss_of(found)) for found in own))[:count]
     worse = [found for found in own if (found.step, loss_of(found)) not in best and _is_worse(found, record)]

@@ -15,6 +15,7 @@ from typing import Any
 
 from milepost.ckpt.layouts import LAYOUTS, Layout, layout_of
 from milepost.ckpt.record import CheckpointError, Json, Kind
+from milepost.files import Entry, entries_with_made
 from milepost.paths import is_real_folder
 
 FOLDERS = 4096  # that are remembered
@@ -142,8 +143,8 @@ def _present(folder: Path, known: Listing, *, fresh: bool) -> tuple[dict[str, St
     """Return the stamp of each entry, and the names of those that came, went or changed."""
     present: dict[str, Stamp] = {}
     changed = set()
-    with os.scandir(folder) as entries:
-        for entry in entries:
+    with os.scandir(folder) as listed:
+        for entry in entries_with_made(folder, listed):
             name = entry.name
             if name[0] == ".":
                 continue
@@ -160,7 +161,7 @@ def _present(folder: Path, known: Listing, *, fresh: bool) -> tuple[dict[str, St
     return present, changed
 
 
-def _identity(entry: os.DirEntry[str]) -> Any:
+def _identity(entry: Entry) -> Any:
     """Return the inode, which costs nothing; of a folder also its time, which changes with the names in it."""
     with contextlib.suppress(OSError):  # a link to itself, or nothing any more
         if entry.is_dir():
@@ -168,7 +169,7 @@ def _identity(entry: os.DirEntry[str]) -> Any:
     return entry.inode()
 
 
-def _stamp(entry: os.DirEntry[str], parts: Container[str]) -> Stamp:
+def _stamp(entry: Entry, parts: Container[str]) -> Stamp:
     """Return the identity, and inode, size and time of the file or of each file in the folder.
 
     Of a folder that is none of the `parts` of a known checkpoint, return `FOLDER`.

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from milepost.ckpt.finding import names_in, places
 from milepost.ckpt.layouts import LAYOUTS, layout_of
-from milepost.files import TEMPORARY, discard, hidden_name, make_folder, written
+from milepost.files import (
+    TEMPORARY,
+    UNFINISHED,
+    delete_unfinished,
+    discard,
+    hidden_name,
+    look,
+    make_folder,
+    unfinished,
+    written,
+)  # fmt: skip
 from milepost.locks import folder_lock, remove_free_locks
 from milepost.paths import is_real_folder
 
@@ -28,7 +38,15 @@ def remove_leftovers(folder: Path) -> list[Path]:
         for part in _visible_parts(path):
             part.unlink(missing_ok=True)
         discard(path)
-    return leftovers
+    marks = [mark for mark in folder.glob(f"{TEMPORARY}*{UNFINISHED}") if _is_left_mark(mark)]
+    for mark in marks:
+        delete_unfinished(mark)
+    return leftovers + marks
+
+
+def _is_left_mark(mark: Path) -> bool:
+    marked = unfinished(mark)
+    return not mark.is_symlink() and (marked is None or not _has_writer(marked[0]))
 
 
 def remove_leftovers_below(folder: Path, places: set[Path]) -> None:
@@ -73,12 +91,14 @@ def _is_in_a_checkpoint(part: Path) -> bool:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Create the folder and write a probe file, so that a run fails before its first step and not at its first save.
+    """Create the folder and try what its file system can do, so that a run fails before its first step and not at its
+    first save.
 
     Remove what killed runs left in it and in the folders of runs: whoever writes there holds the lock of this folder.
-    Raise OSError if it cannot be written, NotImplementedError if its file system has no locks.
+    Raise OSError if it cannot be written.
     """
     make_folder(folder)
+    look(folder)
     with folder_lock(folder):
         remove_leftovers_below(folder, set(places(folder)))
         remove_free_locks(folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json, Kind, check_metadata, metadata
-from milepost.files import BEGINNING, CHUNK, NewFile, write_json
+from milepost.files import BEGINNING, CHUNK, UNREACHABLE, NewFile, is_unfinished, is_unreachable, steadily, write_json
 
 JSON_LIMIT = 16 * 2**20  # bytes; a 50,000-token BPE vocabulary takes about 3 MB
 PARTS_LIMIT = 1_000_000  # values in a file; such a vocabulary has 200,000. An object of 8 bytes takes 200 in memory
@@ -28,12 +28,13 @@ REMEDIES: dict[object, str] = {  # by the errno of what is not the file's fault
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
 }
+AWAY = "try again when its folder answers; nothing is known of its bytes"  # the remedy for what is unreachable
 
 
 def is_regular(path: Path) -> bool:
     """Whether `path` is a regular file. Never open anything else: reading a pipe or a device could block forever."""
     try:
-        return stat.S_ISREG(path.stat().st_mode)
+        return stat.S_ISREG(steadily(path.stat).st_mode)
     except (OSError, ValueError):
         return False
 
@@ -44,6 +45,7 @@ def read_json(path: Path) -> dict[str, Json]:
     Raises CheckpointError if there is no such file, or it is too large, malformed or not an object, or repeats a name.
     """
     if not is_regular(path):
+        check_reachable(path)
         if os.path.lexists(path):
             raise CheckpointError(path, "is not a regular file, expected JSON", kind="not understood")
         raise CheckpointError(path, "is missing, expected JSON", EARLIER, kind="not found")
@@ -51,7 +53,7 @@ def read_json(path: Path) -> dict[str, Json]:
         if path.stat().st_size > JSON_LIMIT:
             problem = f"is larger than {JSON_LIMIT} bytes, expected a small JSON file"
             raise CheckpointError(path, problem, kind="not understood")
-        return parse_json(path.read_bytes(), path)
+        return parse_json(steadily(path.read_bytes), path)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -59,8 +61,34 @@ def read_json(path: Path) -> dict[str, Json]:
 def unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
     """Return the error for a file that exists but that the system does not let us read."""
     reason, code = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+    if is_unreachable(error):
+        return CheckpointError(path, f"could not be read ({reason})", AWAY, kind="unreachable")
     kind: Kind = "lacking" if code in REMEDIES else "damaged"
     return CheckpointError(path, f"cannot be read ({reason})", REMEDIES.get(code, "check its disk"), kind=kind)
+
+
+def unreachable_behind(error: Exception) -> OSError | None:
+    """Return the error of a folder that does not answer, also one that a library put into words of its own."""
+    if is_unreachable(error):
+        return error  # type: ignore[return-value]
+    found = (code for code in UNREACHABLE if os.strerror(code) in str(error))
+    return next((OSError(code, os.strerror(code)) for code in found), None)
+
+
+def check_finished(path: Path) -> None:
+    """Raise CheckpointError if the checkpoint at `path` is being written in place, or was when its writer was killed."""
+    if is_unfinished(path):
+        problem = "is unfinished: it is being saved, or its save was killed, and the next save removes it"
+        raise CheckpointError(path, problem, EARLIER, kind="lacking")
+
+
+def check_reachable(path: Path) -> None:
+    """Raise CheckpointError if `path` does not answer, which is not the same as being missing."""
+    try:
+        steadily(lambda: os.stat(path))
+    except (OSError, ValueError) as error:
+        if is_unreachable(error):
+            raise unreadable(path, error) from error
 
 
 def refuse_pointer(begin: bytes, where: Path | str) -> None:
@@ -174,6 +202,7 @@ def file_problems(
     for name, entry in manifest["files"].items():
         path = locate(name)
         if not is_regular(path):
+            check_reachable(path)
             if not matches(name, optional):
                 problem = "is missing, but its manifest lists it"
                 problems.append(CheckpointError(path, problem, remedy, kind="damaged"))
@@ -202,7 +231,7 @@ def sha256(path: Path, *, most: int | None = None) -> str:
     """Return the sha256 of the file, or of its first `most` bytes, in hex; raise CheckpointError."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb", buffering=0) as file:
+        with steadily(lambda: open(path, "rb", buffering=0)) as file:
             if most is not None:
                 digest.update(file.read(most))
                 return digest.hexdigest()

@@ -24,7 +24,7 @@ LONGEST = 1400  # characters of an error
 Json = Any  # dict, list, str, int, float, bool or None: what json.dumps takes
 
 
-Kind = Literal["damaged", "not found", "not understood", "lacking", "refused", "unspecified"]
+Kind = Literal["damaged", "not found", "not understood", "lacking", "refused", "unreachable", "unspecified"]
 
 EARLIER = "take an earlier checkpoint"  # the remedy for damage
 
@@ -37,6 +37,7 @@ class CheckpointError(Exception):
     - "not found": there is no such checkpoint or file;
     - "not understood": it is of an unknown format, or another program's that cannot be translated;
     - "lacking": a part that is needed is missing, such as a manifest or a base;
+    - "unreachable": its folder or server did not answer, so that nothing is known of its bytes;
     - "refused": it is intact, but does not fit what is asked for, or is unsafe to open.
     """
 

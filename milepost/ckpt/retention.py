@@ -13,6 +13,7 @@ from milepost.ckpt.finding import in_best, linked, scan
 from milepost.ckpt.index import Found, is_unchanged, look
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.names import own_checkpoints
+from milepost.ckpt.reading_back import check_reachable, check_saved
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.tensors import not_finite
 from milepost.files import remove, sync_folder
@@ -75,6 +76,8 @@ def prune(
     after deleting all the others.
     """
     with folder_lock(folder):
+        if latest_valid is not None:
+            check_saved(latest_valid)
         gone = select_expired(
             folder, run_id=run_id, keep_last=keep_last, keep_every=keep_every, latest_valid=latest_valid, spare=spare
         )
@@ -98,9 +101,11 @@ def select_expired(
     """Return what `prune` would delete now, without the bases that adapters need.
 
     Renamed checkpoints are copies made by hand and stay. So do checkpoints that are links, because deleting them would
-    delete files elsewhere, and checkpoints that a link in the folder points to.
+    delete files elsewhere, and checkpoints that a link in the folder points to. Raise CheckpointError if a checkpoint
+    does not answer: what it needs is unknown.
     """
-    known = scan(folder, bests=False, fresh=False)
+    known = list(scan(folder, bests=False, fresh=False))
+    check_reachable(known)
     own = own_checkpoints([each for each in known if each.run_id == run_id])
     named = linked(own, folder)
     found = [each for each in own if not any(map(os.path.islink, known_layout(each.path).files(each.path)))]

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import errno
 import os
-import shutil
 import stat
 from pathlib import Path
 
@@ -14,9 +13,11 @@ from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_stem, target_folder
 from milepost.ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk
 from milepost.ckpt.validate import validate
-from milepost.files import make_folder
+from milepost.files import free_space, lacks, make_folder
 from milepost.locks import folder_lock
 from milepost.paths import check_inside
+
+LACKS = "file_system_lacks"  # in a record's `runtime`: under which conditions its files were written
 
 
 def save(
@@ -39,6 +40,8 @@ def save(
         record.save_number = min(LARGEST, 1 + max(numbers, default=0))  # at the limit, the time decides
         record.saved_at = now.isoformat(timespec="microseconds")
         record.save_id = os.urandom(8).hex()
+        if lacking := lacks(folder):
+            record.runtime = {**record.runtime, LACKS: sorted(lacking)}
         stem = free_stem(record, place, writer=writer, now=now, prefix=prefix)
         target = place / BEST_FOLDER if best_only else place
         check_inside(folder, target)
@@ -49,12 +52,17 @@ def save(
 
 
 def free_space_problem(folder: Path, *, need: int) -> str | None:
-    """Return a sentence if fewer than `need` bytes are free on the disk of `folder`; None otherwise."""
-    return None if need <= shutil.disk_usage(folder).free else _disk_full(folder, need=need)
+    """Return a sentence if fewer than `need` bytes are free on the disk of `folder`; None otherwise, or if that is
+    unknown.
+    """
+    free = free_space(folder)
+    return None if free is None or need <= free else _disk_full(folder, need=need)
 
 
 def _disk_full(folder: Path, *, need: int) -> str:
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
+    if free is None:
+        return f"the disk is full: about {need:,} bytes are needed in {folder}, which does not report its free space"
     if need <= free and _inodes_used_up(folder):
         return f"no inodes are left in {folder}, though {free:,} bytes are free: delete small files that are not needed"
     reserved = ", but not for this user: there may be a quota" if need <= free else ""

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from milepost.ckpt.archive import bytes_of
-from milepost.ckpt.manifest import is_regular, refuse_pointer, unreadable
+from milepost.ckpt.manifest import is_regular, refuse_pointer, unreachable_behind, unreadable
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
-from milepost.files import CHUNK, NewFile, written
+from milepost.files import CHUNK, NewFile, steadily, written
 
 NAME_LIMIT = 512  # characters of a tensor's name
 HEADER_LIMIT = 16 * 2**20  # bytes of a safetensors file's header; a hundred thousand tensors fit
@@ -162,6 +162,8 @@ def _not_read(path: Path, error: Exception) -> CheckpointError:
     """Return the error for a safetensors file that the library did not open: damaged, or no memory to map it."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return unreadable(path, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+    if away := unreachable_behind(error):
+        return unreadable(path, away)
     return CheckpointError(path, f"is damaged ({str(error).splitlines()[0]:.160})", EARLIER, kind="damaged")
 
 
@@ -170,7 +172,7 @@ def check_header(path: Path) -> None:
     if not is_regular(path):
         raise CheckpointError(path, "is not a regular file, expected a safetensors file", kind="not understood")
     try:
-        with open(path, "rb") as file:
+        with steadily(lambda: open(path, "rb")) as file:
             begin = file.read(32)
             length = int.from_bytes(begin[:8], "little")
             size = path.stat().st_size

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from milepost.config.parse import BOOLEANS
 from milepost.config.variables import ConfigError
+from milepost.places import can_be_written
 
 
 def debug() -> bool:
@@ -50,9 +51,15 @@ def environment(names: Iterable[str]) -> dict[str, str]:
 
 
 def user_caches() -> Path:
-    """Return the user's folder of caches: XDG_CACHE_HOME if it is an absolute path, else ~/.cache."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache"))
+    """Return the user's folder of caches: XDG_CACHE_HOME if it is an absolute path, else ~/.cache.
+
+    Where there is no home folder, or none that can be written, as for an unknown user of a container: .cache of the
+    current folder.
+    """
+    named, own = os.environ.get("XDG_CACHE_HOME", ""), Path(os.path.expanduser("~/.cache"))
+    if os.path.isabs(named):
+        return Path(named)
+    return own if own.is_absolute() and can_be_written(own) else Path.cwd() / ".cache"
 
 
 def no_color() -> bool:

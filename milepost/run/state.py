@@ -51,7 +51,7 @@ class State:
 class Saved:
     """What of a run is on the disk.
 
-    The thread that saves in the background updates `best_step`, `path`, `failed` and `disk_full`.
+    The thread that saves in the background updates `best_step`, `path`, `failed` and what belongs to it.
     """
 
     step: int = 0  # of the last regular checkpoint
@@ -59,7 +59,10 @@ class Saved:
     best_step: int | None = None  # the run's best step, once it is in best/
     path: Path | None = None  # the last regular checkpoint written
     failed: bool = False  # whether the last regular save failed
-    disk_full: bool = False  # whether the disk was full when a regular save last failed
+    refused: bool = False  # whether it failed for a reason that may pass: a full disk, a folder that did not answer
+    need: int = 0  # bytes of the save that failed
+    attempts: int = 0  # failures in a row
+    retry_at: float = 0.0  # when another attempt is worth it (time.monotonic())
     resumed_time: float = math.inf  # when the checkpoint that the run resumes from was saved (Unix seconds)
 
 

@@ -76,6 +76,9 @@ def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         named = str(there) if there else None
     if not settings.base_checkpoint and settings.gpt2_model_name:
         path = local_folder(settings.gpt2_model_name)
+    elif there := _base_in_folder(record, named or settings.init_from):
+        path = there
+        log(f"the base of {shown(record.path) if record.path else 'the adapters'} is {shown(path)}")
     elif named := named or settings.init_from:
         path, notes = ckpt.resolve(named, Path(settings.checkpoint_dir))
         for note in notes:
@@ -83,6 +86,12 @@ def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     else:
         raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record)}"])
     return with_base(record, ckpt.load(path, optimizer=False))
+
+
+def _base_in_folder(record: Checkpoint, named: str | None) -> Path | None:
+    """Return the checkpoint that is the record's base, if a folder of checkpoints is named that holds it."""
+    folder = ckpt.whole_folder(named) if named else None
+    return ckpt.base_in(record.base, folder) if folder and record.base else None
 
 
 def identity(base: Checkpoint, settings: Config) -> dict[str, Any]:

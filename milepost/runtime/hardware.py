@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from milepost.runtime import cgroup
 from milepost.splitmix import mix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -289,7 +290,9 @@ def _probes_differ(before: Any, now: Any) -> bool:
 
 def all_memory(device: torch.device) -> int | None:
     """Return the device's memory in bytes, free or not; None if unknown."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _meminfo("MemTotal")
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return _lower(_meminfo("MemTotal"), cgroup.memory_limit())
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -298,8 +301,12 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def free_main_memory() -> int | None:
-    """Return the free bytes of main memory; None if unknown."""
-    return _meminfo("MemAvailable")
+    """Return the free bytes of main memory, as far as a container or a batch system allows; None if unknown."""
+    return _lower(_meminfo("MemAvailable"), cgroup.memory_left())
+
+
+def _lower(one: int | None, other: int | None) -> int | None:
+    return min((value for value in (one, other) if value is not None), default=None)
 
 
 def _meminfo(name: str) -> int | None:

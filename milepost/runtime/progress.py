@@ -2,48 +2,29 @@
 
 import contextlib
 import errno
-import io
 import json
 import math
 import os
 import shlex
 import shutil
-import stat
 import string
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from milepost.files import GrowingFile, content_of, replace_content
 from milepost.screen import harmless, show
 
 QUIET_SECONDS = 10  # between plain progress lines without a terminal, at least
 
 
-def own_file(name: str, flags: int) -> int:
-    """Open a run's own file for writing, as an `opener` of `open`.
-
-    Raise OSError if a link, a pipe or a device is in its place.
-    """
-    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # O_NONBLOCK: opening a pipe would block
-    descriptor = os.open(name, flags | safe, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "is not a regular file, and Milepost writes its own file here: remove it", name)
-    return descriptor
-
-
 def write_own(path: Path, text: str) -> None:
     """Durably replace a run's own file. Raise OSError if a link, a pipe or a device is in its place."""
-    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise OSError(
-            errno.EINVAL, "is not a regular file, and Milepost writes its own file here: remove it", str(path)
-        )
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    replace_content(path, text.encode())
 
 
 class Log:
@@ -52,15 +33,28 @@ class Log:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream: TextIO = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         self.rank = self.local_rank = 0  # of this process in the training, and on its machine
-        self._file: TextIO | None = None
+        self._file: GrowingFile | None = None
         self._early: list[str] = []
 
     def open(self, path: Path) -> None:
         """Write all earlier lines to `path`, and from now on every line."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8", opener=own_file)  # noqa: SIM115  (it lives as long as the run)
-        self._file.writelines(line + "\n" for line in self._early)
-        self._file.flush()
+        file = GrowingFile(path)
+        file.flush()
+        self._file = file
+        for line in self._early:
+            self._add(line)
+
+    def flush(self) -> None:
+        """Write lines of training.log that wait because its file system cannot append."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.flush()
+
+    def _add(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.add((harmless(line) + "\n").encode(errors="backslashreplace"))
 
     def __call__(self, line: str) -> None:
         """Write one line, above the progress bar if there is one; on rank 0 only.
@@ -85,13 +79,12 @@ class Log:
         if self._file is None:
             self._early.append(harmless(line))
         else:
-            show(line, self._file)
+            self._add(line)
 
     def close(self) -> None:
         """Close training.log. A write error here is ignored: the lines are on stderr."""
         if self._file:
-            with contextlib.suppress(OSError):
-                self._file.close()
+            self._file.close()
             self._file = None
 
 
@@ -146,8 +139,7 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.set_aside = path.with_name(f"{path.stem}.set-aside{path.suffix}")
-        self._file: io.FileIO | None = None
-        self._torn = True  # whether the file may end within a line
+        self._file = GrowingFile(path)
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool], *, until: float = math.inf) -> None:
         """Leave the history of the checkpoint that the run resumes from in metrics.jsonl, and set every other line
@@ -174,38 +166,19 @@ class Metrics:
         Raise OSError on a write error, and once if the file was deleted since the last line: a new file then has the
         line.
         """
-        deleted = self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0
-        if deleted:
-            self.close()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._file is None:
-            self._file = open(self.path, "ab+", buffering=0, opener=own_file)  # noqa: SIM115  (it lives as long as the run)
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
-        rest = memoryview(b"\n" + line if self._torn and _ends_within_a_line(self._file) else line)
-        self._torn = True
-        while len(rest):
-            rest = rest[self._file.write(rest) :]
-        self._torn = False
-        if deleted:
-            raise OSError(errno.ENOENT, "deleted while training; a new file has the lines from now on", str(self.path))
+        self._file.add((json.dumps(finite, allow_nan=False) + "\n").encode())
+
+    def flush(self) -> None:
+        """Write lines that wait: the file system cannot append, or refused them. Raise OSError if it still does."""
+        self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file:
-            with contextlib.suppress(OSError):  # each line was written, or its refusal logged, at once
-                self._file.close()
-            self._file = None
-
-
-def _ends_within_a_line(file: io.FileIO) -> bool:
-    if file.seek(0, os.SEEK_END) == 0:
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"
+        """Write what waits, and close the file."""
+        self._file.close()
 
 
 def _history(
@@ -237,21 +210,7 @@ def _place(line: dict[str, Any]) -> tuple[int, int]:
 
 
 def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that durably replaces `path` at the end. An exception leaves `path` as it was."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_content(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -260,7 +219,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise OSError(errno.EINVAL, "is not a regular file, expected the metrics of a run: remove it", str(path))
-    lines = (_read_line(text) for text in path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    lines = (_read_line(text) for text in content_of(path).decode(errors="replace").split("\n"))
     return [line for line in lines if line is not None]
 
 

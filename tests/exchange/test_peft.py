@@ -13,7 +13,7 @@ from script import call, script
 import models
 from milepost import ckpt
 from milepost.ckpt.layouts.huggingface import CONV1D
-from milepost.ckpt.restore import build_model
+from milepost.ckpt.restore import build_model, with_base
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
 IDS = torch.arange(24).view(2, 12) % 31
@@ -128,3 +128,31 @@ def test_peft_keeps_nothing_but_adapters(tmp_path):
     )
     assert said.code == 3
     assert "has no LoRA adapters" in said.err
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("headless", [False, True])
+def test_an_adapter_that_peft_saved_opens_beside_its_base(tmp_path: Path, safe, headless):
+    plain, _, _ = drawn()
+    source = ckpt.save(dataclasses.replace(plain, optimizer_state=None), tmp_path / "checkpoints")
+    said = call(
+        script("convert_checkpoint"),
+        tmp_path,
+        CHECKPOINT_PATH=source,
+        CONVERT_TO="huggingface",
+        OUTPUT=tmp_path / "base",
+    )
+    assert said.code == 0, said.err
+    (folder,) = (tmp_path / "base").glob("[!.]*")
+    kind = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(kind.from_pretrained(folder), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter", safe_serialization=safe)
+    record = with_base(ckpt.load(tmp_path / "adapter", verify=True), ckpt.load(folder))
+    ours = build_model(record, device=torch.device("cpu")).eval()
+    with torch.no_grad():
+        found = theirs(IDS).last_hidden_state @ theirs.base_model.model.wte.weight.T if headless else theirs(IDS).logits
+        assert (found - ours(IDS)[0]).abs().max() < 1e-4
+        assert (found - build_model(plain, device=torch.device("cpu")).eval()(IDS)[0]).abs().max() > 1e-2

@@ -13,7 +13,7 @@ from milepost.ckpt import archive
 from milepost.ckpt.foreign.importing import adopted, adopted_metadata
 from milepost.ckpt.foreign.keys import WEIGHTS, keys_seen, number_of
 from milepost.ckpt.layouts.base import Layout, raise_first
-from milepost.ckpt.manifest import plain_metadata
+from milepost.ckpt.manifest import check_finished, plain_metadata
 from milepost.ckpt.record import (
     EARLIER,
     Checkpoint,
@@ -102,6 +102,7 @@ class ArchiveLayout(Layout):
 
     def _existing_model(self, path: Path) -> Path:
         model = self._model(path)
+        check_finished(model)
         if self.is_pair and not model.is_file():
             problem = f"holds only an optimizer's state, and the model file {model.name} is missing"
             raise CheckpointError(path, problem, f"put {model.name} beside it", kind="lacking")

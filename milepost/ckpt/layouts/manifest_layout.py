@@ -14,7 +14,16 @@ from torch import Tensor
 
 from milepost.ckpt import archive
 from milepost.ckpt.layouts.base import Layout, ListedTensor, is_there, raise_first
-from milepost.ckpt.manifest import file_problems, is_regular, matches, read_json, read_manifest, sha256, write_manifest
+from milepost.ckpt.manifest import (
+    check_finished,
+    file_problems,
+    is_regular,
+    matches,
+    read_json,
+    read_manifest,
+    sha256,
+    write_manifest,
+)  # fmt: skip
 from milepost.ckpt.record import (
     EARLIER,
     Checkpoint,
@@ -212,7 +221,11 @@ class ManifestLayout(Layout):
     # Reading.
 
     def _foreign_reader(self, path: Path) -> Reader | None:
-        """Return what reads the checkpoint of another program at `path`; None if it has a manifest of ours."""
+        """Return what reads the checkpoint of another program at `path`; None if it has a manifest of ours.
+
+        Raise CheckpointError if it is unfinished.
+        """
+        check_finished(path if self.is_folder else self.locate(path, self.manifest))
         return None if is_there(self.locate(path, self.manifest)) else self.foreign
 
     def read_metadata(self, path: Path) -> dict[str, Json]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from milepost.ckpt import collective, pickles
 from milepost.ckpt.layouts.base import ListedTensor
 from milepost.ckpt.layouts.manifest_layout import Made, ManifestLayout, format_line
-from milepost.ckpt.manifest import read_json
+from milepost.ckpt.manifest import read_json, unreachable_behind, unreadable
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json
 from milepost.ckpt.tensors import DTYPES, checked_tensors, optimizer_state
 from milepost.files import write_json
@@ -151,6 +151,8 @@ def _mapped(file: Path, *, size: int) -> Tensor:
     try:
         return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
+        if away := unreachable_behind(error):
+            raise unreadable(file, away) from error
         problem = f"cannot be read ({str(error).splitlines()[0]:.120})"
         raise CheckpointError(file, problem, EARLIER, kind="damaged") from error
 

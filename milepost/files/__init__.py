@@ -1,0 +1,58 @@
+"""Atomic, durable writes: write to a temporary hidden name, fsync, rename, fsync the folder.
+
+The one place that writes durably, and that knows what a folder's file system lacks and what is done instead: see
+docs/filesystems.md.
+"""
+
+from milepost.files.appearing import (
+    UNFINISHED,
+    delete_unfinished,
+    is_unfinished,
+    link_or_copy,
+    naming_path,
+    new_file,
+    new_folder,
+    new_group,
+    new_path,
+    remove,
+    reveal,
+    unfinished,
+)  # fmt: skip
+from milepost.files.file_system import (
+    APPEND,
+    LOCKS,
+    TEMPORARY,
+    discard,
+    forget,
+    free_space,
+    hidden_name,
+    instead,
+    lacks,
+    largest_file,
+    look,
+)  # fmt: skip
+from milepost.files.growing import GrowingFile, content_of, replace_content, replacing
+from milepost.files.owner_file import OwnerFile
+from milepost.files.reaching import UNREACHABLE, Entry, below, entries_with_made, is_unreachable, remember, steadily
+from milepost.files.writing import (
+    BEGINNING,
+    BLOCK,
+    CHUNK,
+    NewFile,
+    flush_to_disk,
+    make_folder,
+    sync_folder,
+    write_json,
+    written,
+)  # fmt: skip
+
+__all__ = [
+    "APPEND", "BEGINNING", "BLOCK", "CHUNK", "LOCKS", "TEMPORARY", "UNFINISHED",
+    "UNREACHABLE",
+    "Entry", "GrowingFile", "NewFile",
+    "OwnerFile", "below",
+    "content_of",    "delete_unfinished", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "instead",
+    "is_unfinished", "is_unreachable", "lacks", "largest_file", "link_or_copy", "look", "make_folder", "naming_path",
+    "new_file", "new_folder", "new_group", "new_path", "remember", "remove", "replace_content", "replacing",
+    "reveal", "steadily", "sync_folder", "unfinished", "write_json", "written",
+]  # fmt: skip

@@ -1,0 +1,128 @@
+"""Folders that do not answer for a moment, as network folders do: try again, and know what one has just written.
+
+An error of `UNREACHABLE` says nothing about the bytes of a file, so it never means damage.
+"""
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+UNREACHABLE = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "ECONNABORTED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
+        "ENETUNREACH", "EREMOTEIO", "ESHUTDOWN",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds between the attempts
+REST = 10.0  # seconds after a failure of all attempts in which one attempt is enough: a folder has many files
+LATE = 300.0  # seconds for which this process remembers a name: listing caches are seldom older
+
+Result = TypeVar("Result")
+_failed: list[float] = []  # when all attempts last failed
+_made: dict[Path, float] = {}  # path -> when this process created it
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether the error is that of a file or folder that may answer later."""
+    return isinstance(error, OSError) and error.errno in UNREACHABLE
+
+
+def steadily(action: Callable[[], Result]) -> Result:
+    """Return what `action` returns, trying again with growing pauses while the folder does not answer.
+
+    Raise what the last attempt raised.
+    """
+    resting = bool(_failed) and time.monotonic() - _failed[-1] < REST
+    for pause in () if resting else PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if not is_unreachable(error):
+                raise
+        time.sleep(pause)
+    try:
+        return action()
+    except OSError as error:
+        if is_unreachable(error):
+            _failed[:] = [time.monotonic()]
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names that this process made, which a listing may not show yet.
+
+
+def remember(path: Path) -> None:
+    """Note that this process has created `path`."""
+    now = time.monotonic()
+    for old in [old for old, when in _made.items() if now - when > LATE]:
+        _made.pop(old, None)
+    _made[Path(os.path.abspath(path))] = now
+
+
+def moved(old: Path, new: Path) -> None:
+    """Note that `old`, with what is below it, is now `new`."""
+    before, after = Path(os.path.abspath(old)), Path(os.path.abspath(new))
+    for path in [path for path in _made if path == before or before in path.parents]:
+        _made[after / path.relative_to(before)] = _made.pop(path)
+    remember(after)
+
+
+class MadeEntry:
+    """A name that this process made and a listing lacks, with what is needed of an os.DirEntry."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = path.name, str(path)
+
+    def inode(self) -> int:
+        """Return the inode; 0 if the name is gone."""
+        with contextlib.suppress(OSError):
+            return os.lstat(self.path).st_ino
+        return 0
+
+    def is_dir(self) -> bool:
+        """Whether it is a folder, or a link to one."""
+        return os.path.isdir(self.path)
+
+    def stat(self) -> os.stat_result:
+        """Return its status; raise OSError."""
+        return os.stat(self.path)
+
+
+Entry = os.DirEntry[str] | MadeEntry
+
+
+def entries_with_made(folder: Path, listed: Iterable[os.DirEntry[str]]) -> Iterator[Entry]:
+    """Yield the `listed` entries of `folder`, then the names in it that this process has just made."""
+    names = set()
+    for entry in listed:
+        names.add(entry.name)
+        yield entry
+    yield from (MadeEntry(folder / name) for name in _made_in(folder) if name not in names)
+
+
+def _made_in(folder: Path) -> list[str]:
+    here = Path(os.path.abspath(folder))
+    made = {path.relative_to(here).parts[0] for path in _made if here in path.parents}
+    return sorted(name for name in made if os.path.lexists(folder / name))
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return the entries of `folder`, with those that this process has just made. Raise OSError if it has no listing."""
+    found = list(steadily(lambda: list(folder.iterdir())))
+    names = {path.name for path in found}
+    return [*found, *(folder / name for name in _made_in(folder) if name not in names)]
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """Yield everything below `folder`, each folder before its content. Links are not followed."""
+    for path in sorted(entries(folder)):
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from below(path)
