@@ -19,8 +19,6 @@ BY_SCOPE = {scope: {n for n, v in VARIABLES.items() if v.metadata["scope"] == sc
 
 # Settings that appear in functions which a script reaches, but that have no effect there.
 NO_EFFECT = {
-    # The report of a resume, which MODE=resume of load_checkpoint.py shares, names the rate that was chosen there.
-    "training": {"MODE", "RESUME_LEARNING_RATE"},
     # These open no weights, for which N_HEAD can answer what a file lacks.
     **{name: {"N_HEAD"} for name in ("list_checkpoints", "plot_run", "prune_checkpoints")},
     # The checkpoint brings the model and the adapters: settings that differ are refused or dropped. RESUME belongs to training.py;
@@ -47,8 +45,8 @@ def test_a_script_declares_the_settings_that_it_reads(path):
 @pytest.mark.parametrize("name", NO_EFFECT)
 def test_settings_without_effect_would_otherwise_be_declared(name):
     """Each list holds nothing that the script does not reach, but for whole scopes."""
-    (path,) = (path for path in SCRIPTS if path.stem == name)
-    assert NO_EFFECT[name] & BY_SCOPE["session"] <= reads(path)
+    listed = NO_EFFECT[name] & BY_SCOPE["session"]
+    assert listed <= reads(ROOT / "scripts" / f"{name}.py")
 
 
 def test_every_setting_is_read_by_some_script():
@@ -114,7 +112,7 @@ def test_a_run_reads_nothing_undeclared(name, folder, monkeypatch, read_fields):
 def test_training_reads_nothing_undeclared(tmp_path, read_fields):
     assert training.guarded(training.main, config.read(environment(tmp_path))) == 0
     assert {"EVAL_INTERVAL", "N_LAYER", "BIAS"} <= read_fields  # read by computed names
-    assert read_fields <= declared(ROOT / "training.py") | NO_EFFECT["training"]
+    assert read_fields <= declared(ROOT / "training.py")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,10 @@ def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Con
         _print_once(harmless(refuse_arguments(script, arguments, read_here), one_line=True), sys.stderr)
         raise SystemExit(2)
     try:
-        return read(reads=reads)
+        settings = read(reads=reads)
+        if sys.stderr.isatty():  # torch takes seconds to import, in which nothing else can be shown
+            _print_once("loading PyTorch ...", sys.stderr)
+        return settings
     except ConfigError as error:
         if debug():
             raise

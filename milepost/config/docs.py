@@ -3,6 +3,7 @@
 `python3 -m milepost.config` writes the last two.
 """
 
+import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -34,8 +35,17 @@ def describe(config: Config) -> list[str]:
     shown = [f"{name}={short_text(public(config, name))} ({config.sources[name]})" for name in changed]
     text = "non-default settings: " + (", ".join(shown) or "none")
     return textwrap.wrap(
-        harmless(text, one_line=True), 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        harmless(text, one_line=True),
+        columns(118),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+
+
+def columns(most: int) -> int:
+    """Return the width of the terminal, at least 50 and at most `most`, which is also the width without a terminal."""
+    return max(50, min(most, shutil.get_terminal_size((most, 24)).columns))
 
 
 def _default_text(name: str) -> str:
@@ -81,7 +91,8 @@ def declared(reads: Sequence[str]) -> dict[str, list[str]]:
 
 def help_text(script: str, doc: str, reads: Sequence[str]) -> str:
     """Return the text of --help: usage, the first paragraph of the script's docstring, and the variables that it reads."""
-    summary = textwrap.wrap(doc.strip().partition("\n\n")[0], 100)
+    width = columns(100)
+    summary = textwrap.wrap(doc.strip().partition("\n\n")[0], width)
     lines = [f"usage: [NAME=value ...] python3 {script}", "", *summary, "",
              "Settings are environment variables, or lines of .env or of the file that ENV_FILE names.",
              "docs/configuration.md describes the variables of all scripts."]  # fmt: skip
@@ -91,7 +102,7 @@ def help_text(script: str, doc: str, reads: Sequence[str]) -> str:
         for name in names:
             needs = " and ".join(filter(None, (only[name], VARIABLES[name].metadata["needs"])))
             lines.append(f"  {name}  (default: {_default_text(name) or 'not set'}{'; only if ' * bool(needs)}{needs})")
-            lines += textwrap.wrap(_meaning(name), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(_meaning(name), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
