@@ -101,6 +101,10 @@ class OwnedLock:
         self._lock = None
 
 
+class FolderHeldError(OSError):
+    """Another process has been writing in the folder for too long. The folder itself answers."""
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock under which names and save numbers are chosen and leftovers removed; wait for it.
@@ -114,7 +118,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         Reports.line(f"waiting for {holder}, which is writing in {folder}; if it is stopped or hangs, end it")
         if not lock.acquire(patience=PATIENCE - QUIET):
             problem = f"{lock.owner()} has been writing in the folder for {PATIENCE:.0f} s: resume it or end it"
-            raise OSError(errno.ETIMEDOUT, problem, str(folder))
+            raise FolderHeldError(errno.ETIMEDOUT, problem, str(folder))
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.record import bytes_on_disk, named_tensors
 from milepost.files import is_unreachable
+from milepost.locks import FolderHeldError
 from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
 from milepost.run_files import METRICS, flush_lines, open_run
 from milepost.runtime.digests import digests
@@ -95,7 +96,11 @@ def _note_refusal(run: Run, error: OSError, *, need: int) -> None:
     saved = run.saved
     saved.need, saved.retry_at = need, time.monotonic() + _pause(run)
     saved.attempts += 1
-    saved.refused = error.errno in (errno.ENOSPC, errno.EDQUOT) or is_unreachable(error)
+    saved.refused = error.errno in (errno.ENOSPC, errno.EDQUOT) or _is_away(error)
+
+
+def _is_away(error: OSError) -> bool:
+    return is_unreachable(error) and not isinstance(error, FolderHeldError)
 
 
 def _pause(run: Run) -> float:
