@@ -60,13 +60,13 @@ class OwnedLock:
             return self._lock is not None
         check_file(self.path)
         mode = stat.S_IMODE(os.stat(self.path.parent).st_mode) & 0o666 | 0o600
-        lock = FileLock(self.path, mode=mode)
+        lock = FileLock(self.path)  # without a mode, which some file systems refuse to set
         try:
             lock.acquire(timeout=patience)
         except Timeout:
             return False
         self._lock = lock
-        with contextlib.suppress(OSError):  # another user's
+        with contextlib.suppress(OSError):  # another user's, or refused
             if stat.S_IMODE(os.lstat(self.path).st_mode) != mode:
                 self.path.chmod(mode)
         self._name_owner()

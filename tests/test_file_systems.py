@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -407,3 +408,24 @@ def test_a_failed_save_is_tried_again_as_soon_as_there_is_room_and_not_at_the_ne
     steps = steps_of(list(ckpt.find(tmp_path / "checkpoints")), best=False)
     assert steps[0] == 5
     assert steps[1:] == [8, 12, 16, 20]
+
+
+def test_names_that_were_made_are_known_while_another_thread_makes_more(tmp_path):
+    """A save in the background makes names while the loop lists folders."""
+    made, problems = [tmp_path / str(number) for number in range(2000)], []
+
+    def make() -> None:
+        try:
+            for path in made:
+                reaching.remember(path)
+                reaching.moved(path, path.with_name(f"new{path.name}"))
+        except RuntimeError as error:
+            problems.append(error)
+
+    (tmp_path / "new7").touch()
+    thread = threading.Thread(target=make)
+    thread.start()
+    while thread.is_alive():
+        assert list(tmp_path.iterdir()) == reaching.entries(tmp_path)
+    assert problems == []
+    assert [entry.name for entry in reaching.entries_with_made(tmp_path, [])] == ["new7"]  # what a late listing lacks

@@ -6,8 +6,9 @@ An error of `UNREACHABLE` says nothing about the bytes of a file, so it never me
 import contextlib
 import errno
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +26,8 @@ LATE = 300.0  # seconds for which this process remembers a name: listing caches 
 
 Result = TypeVar("Result")
 _failed: list[float] = []  # when all attempts last failed
-_made: dict[Path, float] = {}  # path -> when this process created it
+_made: dict[str, dict[str, float]] = {}  # folder -> name -> when this process created it
+_guard = threading.Lock()  # of `_made`: a writer saves in the background while the loop lists
 
 
 def is_unreachable(error: BaseException | None) -> bool:
@@ -60,18 +62,26 @@ def steadily(action: Callable[[], Result]) -> Result:
 
 def remember(path: Path) -> None:
     """Note that this process has created `path`."""
+    folder, name = os.path.split(os.path.abspath(path))
     now = time.monotonic()
-    for old in [old for old, when in _made.items() if now - when > LATE]:
-        _made.pop(old, None)
-    _made[Path(os.path.abspath(path))] = now
+    with _guard:
+        for place, names in list(_made.items()):
+            recent = {each: when for each, when in names.items() if now - when <= LATE}
+            if recent:
+                _made[place] = recent
+            else:
+                del _made[place]
+        _made.setdefault(folder, {})[name] = now
 
 
 def moved(old: Path, new: Path) -> None:
     """Note that `old`, with what is below it, is now `new`."""
-    before, after = Path(os.path.abspath(old)), Path(os.path.abspath(new))
-    for path in [path for path in _made if path == before or before in path.parents]:
-        _made[after / path.relative_to(before)] = _made.pop(path)
-    remember(after)
+    before, after = os.path.abspath(old), os.path.abspath(new)
+    with _guard:
+        for place in [place for place in _made if f"{place}{os.sep}".startswith(f"{before}{os.sep}")]:
+            _made[after + place[len(before) :]] = _made.pop(place)
+        _made.get(os.path.dirname(before), {}).pop(os.path.basename(before), None)
+    remember(new)
 
 
 class MadeEntry:
@@ -104,20 +114,21 @@ def entries_with_made(folder: Path, listed: Iterable[os.DirEntry[str]]) -> Itera
     for entry in listed:
         names.add(entry.name)
         yield entry
-    yield from (MadeEntry(folder / name) for name in _made_in(folder) if name not in names)
+    yield from (MadeEntry(folder / name) for name in _made_in(folder, names))
 
 
-def _made_in(folder: Path) -> list[str]:
-    here = Path(os.path.abspath(folder))
-    made = {path.relative_to(here).parts[0] for path in _made if here in path.parents}
-    return sorted(name for name in made if os.path.lexists(folder / name))
+def _made_in(folder: Path, listed: Container[str]) -> list[str]:
+    """Return the names that this process has just made in `folder` and that are not `listed`."""
+    with _guard:
+        made = sorted(_made.get(os.path.abspath(folder), ()))
+    return [name for name in made if name not in listed and os.path.lexists(folder / name)]
 
 
 def entries(folder: Path) -> list[Path]:
     """Return the entries of `folder`, with those that this process has just made. Raise OSError if it has no listing."""
     found = list(steadily(lambda: list(folder.iterdir())))
     names = {path.name for path in found}
-    return [*found, *(folder / name for name in _made_in(folder) if name not in names)]
+    return [*found, *(folder / name for name in _made_in(folder, names))]
 
 
 def below(folder: Path) -> Iterator[Path]:
