@@ -20,15 +20,20 @@ VENV = os.path.join(ROOT, ".venv")
 
 
 def check() -> None:
-    """Return if this Python can run the project.
+    """Return if this Python can run the project. From here on a signal ends a script of the project at once.
 
     Otherwise a script of the project runs again in the checkout's .venv, if there is another Python in it, or ends with the command
     that mends it; anything else that imports milepost gets ImportError.
     """
+    script = is_script()
+    if script and sys.version_info[:2] >= OLDEST:
+        from milepost.runtime.interrupt import exit_on_signal  # an older Python cannot read it
+
+        exit_on_signal()
     problem = find_problem(sys.version_info[:2])
     if not problem:
         return
-    if not is_script():
+    if not script:
         raise ImportError("%s: %s" % (problem, remedy()))
     python = python_of(VENV)
     if os.path.exists(python) and os.path.realpath(sys.prefix) != os.path.realpath(VENV):

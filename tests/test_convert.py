@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from records import FULL, WEIGHT, assert_same, gpt2_record, record
 from script import call, copied, family, files_of, same_tensors, script, train_family
 
 from milepost import ckpt
-from milepost.ckpt import CheckpointError, finding, saving
+from milepost.ckpt import CheckpointError, finding
 from milepost.ckpt.layouts import WRITERS, layout_of
 from milepost.ckpt.layouts.manifest_layout import ManifestLayout
 from milepost.locks import FOLDER_LOCK
@@ -246,7 +247,7 @@ def test_an_edited_one_is_refused(tmp_path, layout):
 def test_a_full_disk_is_seen_before(tmp_path, monkeypatch):
     path = save(tmp_path, record(1))
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
     before = files_of(path.parent)
     said = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_LAYOUT="directory")
     assert said.code == 1

@@ -17,7 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "screen": set(),
     "splitmix": set(),
     "places": set(),
-    "start": set(),  # the very first import
+    "start": {"runtime"},  # the very first import; interrupt.py imports no other package
     "registry": set(),  # imports what a registry names, when it is first used
     "config": {
         "models",

@@ -61,10 +61,8 @@ class GrowingFile:
 
     def flush(self) -> None:
         """Write the lines that wait. Raise as `add` does."""
-        if self.appends:
-            self._append()
-        elif self._waiting:
-            self._write_whole()
+        if self._waiting:
+            self._append() if self.appends else self._write_whole()
 
     def _append(self) -> None:
         deleted = False
