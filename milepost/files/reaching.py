@@ -27,6 +27,7 @@ LATE = 300.0  # seconds for which this process remembers a name: listing caches 
 Result = TypeVar("Result")
 _failed: list[float] = []  # when all attempts last failed
 _made: dict[str, dict[str, float]] = {}  # folder -> name -> when this process created it
+_cleared = [0.0]  # when old names were last left out
 _guard = threading.Lock()  # of `_made`: a writer saves in the background while the loop lists
 
 
@@ -65,13 +66,19 @@ def remember(path: Path) -> None:
     folder, name = os.path.split(os.path.abspath(path))
     now = time.monotonic()
     with _guard:
-        for place, names in list(_made.items()):
-            recent = {each: when for each, when in names.items() if now - when <= LATE}
-            if recent:
-                _made[place] = recent
-            else:
-                del _made[place]
+        if now - _cleared[-1] > LATE / 10:  # seldom: a save makes many names
+            _clear(now)
         _made.setdefault(folder, {})[name] = now
+
+
+def _clear(now: float) -> None:
+    _cleared[:] = [now]
+    for folder, names in list(_made.items()):
+        recent = {name: when for name, when in names.items() if now - when <= LATE}
+        if recent:
+            _made[folder] = recent
+        else:
+            del _made[folder]
 
 
 def moved(old: Path, new: Path) -> None:
