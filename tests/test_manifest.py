@@ -221,7 +221,7 @@ def test_a_damaged_manifest_is_named(data, home, layout):
 @pytest.mark.parametrize("number", [1, 2], ids=["weights", "optimizer"])
 def test_a_flipped_bit_is_found_by_verify_and_by_verify_alone(number, layout, tmp_path, monkeypatch):
     """But for the beginning of a file, which every load looks at: here it is short, as a mebibyte is of a real one."""
-    for module in (files, manifest):
+    for module in (files.writing, manifest):
         monkeypatch.setattr(module, "BEGINNING", 64)
     home = ckpt.save(record(7, **FULL), tmp_path, layout=layout)
     path = place(home, layout, number)

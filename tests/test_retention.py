@@ -542,7 +542,7 @@ def test_a_full_disk_does_not_prevent_pruning(layout, tmp_path, monkeypatch):
     def refused(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write_json", refused)
+    monkeypatch.setattr(files.appearing, "write_json", refused)
     ckpt.prune(tmp_path, run_id="one", keep_last=1, keep_every=0, latest_valid=last)
     assert [one.step for one in ckpt.find(tmp_path)] == [2]
     assert not list(first.parent.glob("*0001*"))
