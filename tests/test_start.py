@@ -36,7 +36,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(python: Path | str, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"} | variables
     return subprocess.run(
-        [python, *arguments], env=env, capture_output=True, text=True, timeout=HANGING, check=False, cwd=ROOT.parent
+        [python, *arguments], env=env, capture_output=True, text=True, timeout=HANGING, check=False, cwd=ROOT / "docs"
     )
 
 
