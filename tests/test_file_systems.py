@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import errno
 import io
+import json
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ from records import record
 from saver import of_step, save_keep_prune
 from test_faults import fault
 from test_kill import Said, last, saver  # noqa: F401  (a fixture)
+from work import limited
 
 from milepost import ckpt, files, run_checkpoints
 from milepost.ckpt import CheckpointError, index, saving
@@ -166,8 +168,9 @@ def test_refused_at_every_call_in_place_nothing_is_harmed(lack, layout, lacking,
     ("lack", "layout"),
     [IN_PLACE[0], IN_PLACE[-1], *(pytest.param(*pair, marks=pytest.mark.soak) for pair in IN_PLACE[1:-1])],
 )
-def test_killed_at_every_call_in_place_no_half_is_taken(lack, layout, saver, tmp_path):  # noqa: F811
+def test_killed_at_every_call_in_place_no_half_is_taken(lack, layout, saver, lacking, tmp_path):  # noqa: F811
     make_before(tmp_path / "before", layout)
+    lacking(lack)  # in the process that clears up, as in the one that is killed
     halves = 0
     for number in range(1000):
         folder = tmp_path / "now"
@@ -429,3 +432,27 @@ def test_names_that_were_made_are_known_while_another_thread_makes_more(tmp_path
         assert list(tmp_path.iterdir()) == reaching.entries(tmp_path)
     assert problems == []
     assert [entry.name for entry in reaching.entries_with_made(tmp_path, [])] == ["new7"]  # what a late listing lacks
+
+
+@pytest.mark.parametrize("lack", [None, "rename"])
+def test_a_mark_of_somebody_else_deletes_nothing(tmp_path, lack, lacking):  # noqa: F811
+    """A folder may come from another person: no file in it decides what is deleted."""
+    if lack:
+        lacking(lack)
+    folder = tmp_path / "checkpoints"
+    good = [ckpt.save(of_step(step), folder) for step in (1, 2)]
+    (folder / "notes.txt").write_text("mine")
+    gone = f"checkpoint_bigram_letters_step0009_{good[0].stem[-15:]}.pt"
+    for names in ([good[0].name, good[1].name], [good[0].name, "notes.txt"], ["notes.txt", gone], [good[0].name, gone]):
+        values = {"process": 3999999, "names": names}
+        (folder / f".tmp-{names[-1]}.unfinished").write_text(json.dumps(values))
+    before = {path: path.read_bytes() for path in (*good, folder / "notes.txt")}
+    ckpt.save(of_step(3), folder)
+    assert {path: path.read_bytes() for path in before if path.exists()} == before
+
+
+def test_a_pipe_beside_a_file_that_changes_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"one\n")
+    os.mkfifo(tmp_path / ".metrics.jsonl.new")
+    with limited():
+        assert growing.content_of(tmp_path / "metrics.jsonl") == b"one\n"

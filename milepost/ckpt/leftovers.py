@@ -8,21 +8,26 @@ import os
 import re
 from pathlib import Path
 
+from milepost import files
 from milepost.ckpt.finding import names_in, places
+from milepost.ckpt.index import look
 from milepost.ckpt.layouts import LAYOUTS, layout_of
+from milepost.ckpt.names import has_form_of_save
 from milepost.files import (
+    RENAME,
+    RENAME_FOLDERS,
     TEMPORARY,
     UNFINISHED,
-    delete_unfinished,
+    delete_marked,
     discard,
     hidden_name,
-    look,
+    lacks,
     make_folder,
     unfinished,
     written,
 )  # fmt: skip
 from milepost.locks import folder_lock, remove_free_locks
-from milepost.paths import is_real_folder
+from milepost.paths import is_real_file, is_real_folder
 
 OWN_NAME = re.compile(re.escape(TEMPORARY) + r"(?P<name>.+)-(?P<process>[0-9]{1,10})-[0-9a-f]{8}")
 
@@ -38,15 +43,45 @@ def remove_leftovers(folder: Path) -> list[Path]:
         for part in _visible_parts(path):
             part.unlink(missing_ok=True)
         discard(path)
-    marks = [mark for mark in folder.glob(f"{TEMPORARY}*{UNFINISHED}") if _is_left_mark(mark)]
-    for mark in marks:
-        delete_unfinished(mark)
-    return leftovers + marks
+    marks = [path for path in paths if path.name.endswith(UNFINISHED) and _is_left_mark(path)]
+    return leftovers + [mark for mark in marks if _remove_marked(mark)]
 
 
 def _is_left_mark(mark: Path) -> bool:
     marked = unfinished(mark)
-    return not mark.is_symlink() and (marked is None or not _has_writer(marked[0]))
+    return is_real_file(mark) and (marked is None or not _has_writer(marked[0]))
+
+
+def _remove_marked(mark: Path) -> bool:
+    """Remove a mark, and what it marks as a half of a save; return whether it was removed.
+
+    A file that another person may have written decides nothing: marks are only heeded where the file system cannot rename, and
+    only what has the form of a save's name and is no whole checkpoint, nor part of one, is deleted.
+    """
+    if not {RENAME, RENAME_FOLDERS} & lacks(mark.parent):
+        return False
+    marked = unfinished(mark)
+    if marked is None:  # it is written first: without a whole mark, nothing was
+        discard(mark)
+        return True
+    paths = marked[1]
+    if not all(map(has_form_of_save, paths)):
+        return False
+    discard(mark)
+    doomed = [path for path in paths if not _is_whole(path)]
+    if paths[-1] in doomed:
+        delete_marked(doomed)
+    return True
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether `path` is a checkpoint of ours or a part of one, or may be: it does not answer."""
+    layout = layout_of(path)
+    primary = layout.primary_file(path) if layout else None
+    if layout is None or primary is None:
+        return False
+    found = look(primary, layout)
+    return found.kind == "unreachable" or bool(found.metadata.get("save_id"))
 
 
 def remove_leftovers_below(folder: Path, places: set[Path]) -> None:
@@ -98,7 +133,7 @@ def prepare_folder(folder: Path) -> None:
     Raise OSError if it cannot be written.
     """
     make_folder(folder)
-    look(folder)
+    files.look(folder)
     with folder_lock(folder):
         remove_leftovers_below(folder, set(places(folder)))
         remove_free_locks(folder)

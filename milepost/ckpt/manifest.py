@@ -78,7 +78,7 @@ def unreachable_behind(error: Exception) -> OSError | None:
 def check_finished(path: Path) -> None:
     """Raise CheckpointError if the checkpoint at `path` is being written in place, or was when its writer was killed."""
     if is_unfinished(path):
-        problem = "is unfinished: it is being saved, or its save was killed, and the next save removes it"
+        problem = "is unfinished: it is being saved, or its save was killed"
         raise CheckpointError(path, problem, EARLIER, kind="lacking")
 
 

@@ -133,6 +133,17 @@ def own_stem(found: Found) -> str | None:
     return next((own for stem in stems if (own := match(found, stem, writer.run_stem)) is not None), None)
 
 
+def has_form_of_save(path: Path) -> bool:
+    """Whether the name of `path` has the form of those that saves give, as far as it tells without metadata."""
+    for writer in WRITERS.values():
+        form = re.sub(r"\\{step[^}]*\\}", "[0-9]{4,}", re.escape(writer.run_stem)).replace(r"\{prefix\}", ".+")
+        pattern = f"(.+_)?{form}{NUMBERED.pattern}" if form else rf".+_step[0-9]{{4,}}_{STAMPED.pattern}"
+        ends = [target.name.removeprefix("@") for target in writer.targets(Path(), "@")]
+        if any(re.fullmatch(pattern + re.escape(end), path.name) for end in ends):
+            return True
+    return False
+
+
 def _prefix_of(found: Found) -> str:
     return str(found.metadata.get("hyperparameters", {}).get("CHECKPOINT_PREFIX", PREFIX))
 

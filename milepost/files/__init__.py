@@ -6,7 +6,7 @@ docs/filesystems.md.
 
 from milepost.files.appearing import (
     UNFINISHED,
-    delete_unfinished,
+    delete_marked,
     is_unfinished,
     link_or_copy,
     naming_path,
@@ -21,6 +21,8 @@ from milepost.files.appearing import (
 from milepost.files.file_system import (
     APPEND,
     LOCKS,
+    RENAME,
+    RENAME_FOLDERS,
     TEMPORARY,
     discard,
     forget,
@@ -47,11 +49,11 @@ from milepost.files.writing import (
 )  # fmt: skip
 
 __all__ = [
-    "APPEND", "BEGINNING", "BLOCK", "CHUNK", "LOCKS", "TEMPORARY", "UNFINISHED",
+    "APPEND", "BEGINNING", "BLOCK", "CHUNK", "LOCKS", "RENAME", "RENAME_FOLDERS", "TEMPORARY", "UNFINISHED",
     "UNREACHABLE",
     "Entry", "GrowingFile", "NewFile",
     "OwnerFile", "below",
-    "content_of",    "delete_unfinished", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "instead",
+    "content_of",    "delete_marked", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "instead",
     "is_unfinished", "is_unreachable", "lacks", "largest_file", "link_or_copy", "look", "make_folder", "naming_path",
     "new_file", "new_folder", "new_group", "new_path", "remember", "remove", "replace_content", "replacing",
     "reveal", "steadily", "sync_folder", "unfinished", "write_json", "written",

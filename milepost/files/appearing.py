@@ -3,8 +3,8 @@
 A checkpoint is a file, a folder, or a group of files. The last file of a group, the primary file, makes it visible.
 
 Where the file system cannot rename, files are written under their final names, and a mark beside them says meanwhile
-that they are unfinished. Readers refuse what has a mark; the next writer deletes it, because a mark that is left over
-belongs to a killed process.
+that they are unfinished. Readers refuse what has a mark. The next save deletes what a killed process left under one, if it is
+provably a half of a save.
 """
 
 import contextlib
@@ -177,24 +177,29 @@ def _delete_marked(paths: Sequence[Path]) -> None:
 
 
 def unfinished(mark: Path) -> tuple[int, list[Path]] | None:
-    """Return the process that wrote a mark, and the paths that it marks; None if the mark itself is incomplete."""
+    """Return the process that wrote a mark, and the paths that it marks; None if the mark itself is incomplete.
+
+    It may come from another person: what it names is for the caller to prove.
+    """
     try:
         values = json.loads(mark.read_bytes())
         process, names = values["process"], values["names"]
         if type(process) is not int or not names or any(Path(name).name != name for name in names):
             return None
-        return process, [mark.with_name(name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError):
+        paths = [mark.with_name(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return (process, paths) if mark_of(paths[-1]) == mark else None
 
 
-def delete_unfinished(mark: Path) -> None:
-    """Delete what a killed process left under a mark, and the mark. The caller holds the folder's lock."""
-    marked = unfinished(mark)
-    if marked is None or mark_of(marked[1][-1]) != mark:
-        discard(mark)  # the mark is written first: without a whole one, nothing was
-    else:
-        _delete_marked(marked[1])
+def delete_marked(paths: Sequence[Path]) -> None:
+    """Delete these paths, the primary one last in the list, so that a kill leaves no half without a mark.
+
+    The caller holds the folder's lock.
+    """
+    with contextlib.suppress(OSError):  # the disk may be full, and deleting is the cure
+        _mark(paths)
+    _delete_marked(paths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,9 +216,7 @@ def remove(files: Sequence[Path]) -> None:
         primary.unlink(missing_ok=True)
         return
     if RENAME in lacking or (len(files) == 1 and RENAME_FOLDERS in lacking):
-        with contextlib.suppress(OSError):  # the disk may be full, and deleting is the cure
-            _mark(files)
-        _delete_marked(files)
+        delete_marked(files)
         return
     hidden = hidden_name(primary)
     if len(files) == 1:

@@ -17,6 +17,7 @@ from pathlib import Path
 from milepost.files.file_system import APPEND, RENAME, RENAME_ONTO, lacks
 from milepost.files.reaching import moved, steadily
 from milepost.files.writing import flush_to_disk, sync_file
+from milepost.paths import is_real_file
 
 MOST_WAITING = 2**18  # lines; then the oldest are lost
 NOT_REGULAR = "is not a regular file, and Milepost writes its own file here: remove it"
@@ -109,8 +110,7 @@ class GrowingFile:
     def close(self) -> None:
         """Write what waits, and close the file. An error is ignored: it was raised before."""
         with contextlib.suppress(OSError):
-            if self._waiting:
-                self.flush()
+            self.flush()
         self._close_file()
 
 
@@ -169,6 +169,8 @@ def _beside(path: Path) -> Path:
 
 
 def _kept(path: Path) -> bytes | None:
+    if not is_real_file(_beside(path)):  # nothing, or what another person put there: reading a pipe would block
+        return None
     try:
         digest, _, content = _beside(path).read_bytes().partition(b"\n")
     except OSError:
