@@ -14,10 +14,10 @@ RUN case "$DEVICE" in \
 COPY . .
 
 # The checkout stays read-only for the user that trains: all output goes to the volume.
-RUN useradd --create-home --uid 1000 milepost && mkdir /work && chown milepost /work
+RUN useradd --create-home --uid 1000 milepost && mkdir /data && chown milepost /data
 USER milepost
-VOLUME /work
-ENV CHECKPOINT_DIR=/work/checkpoints RUNS_DIR=/work/runs XDG_CACHE_HOME=/work/cache PYTHONDONTWRITEBYTECODE=1
+VOLUME /data
+ENV CHECKPOINT_DIR=/data/checkpoints RUNS_DIR=/data/runs XDG_CACHE_HOME=/data/cache PYTHONDONTWRITEBYTECODE=1
 # SIGTERM of `docker stop` reaches Python itself, which saves before it ends.
 ENTRYPOINT ["python"]
 CMD ["training.py"]

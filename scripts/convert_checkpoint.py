@@ -147,8 +147,7 @@ def planned(selection: Selection, to: Layout | Export, settings: Config) -> Iter
 
 def saves_in_best(folder: Path) -> set[Any]:
     """Return the save ids of the checkpoints in a best/ of `folder`."""
-    bests = (found for found in scan(folder) if in_best(found, folder))
-    return {found.metadata["save_id"] for found in bests if found.metadata.get("save_id")}
+    return {found.metadata["save_id"] for found in scan(folder, regular=False) if found.metadata.get("save_id")}
 
 
 def output(selection: Selection, to: Layout | Export, settings: Config) -> tuple[Path | None, str | None]:

@@ -56,7 +56,7 @@ def test_docker_files_agree_with_the_project() -> None:
     service = compose["services"]["train"]
     assert service["environment"].keys() <= config.VARIABLES.keys()
     config.read({"PYTHON_DOTENV_DISABLED": "1", **service["environment"]})
-    set_there = dict(re.findall(r"(\w+)=(/work/\w+)", dockerfile))
+    set_there = dict(re.findall(r"(\w+)=(/data/\w+)", dockerfile))
     assert {volume.split(":")[1] for volume in service["volumes"]} == set(set_there.values())
     assert {volume.split(":")[0] for volume in service["volumes"]} == compose["volumes"].keys()
     assert "ARG DEVICE=cpu" in dockerfile
