@@ -27,7 +27,10 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(text, "CACHE_FOLDER", tmp_path_factory.getbasetemp() / "token-cache")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def looked_at(tmp_path_factory):
-    """A process looks once at what a file system can do; tests that count or refuse calls count none of that."""
+    """A process looks once at what a file system can do; tests that count or refuse calls count none of that.
+
+    Once for each test: some make the process forget its look.
+    """
     look(tmp_path_factory.getbasetemp())
