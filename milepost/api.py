@@ -20,7 +20,7 @@ from milepost.ckpt.retention import latest_valid
 from milepost.cli import processes
 from milepost.config import Config, ConfigError
 from milepost.locks import hold_run
-from milepost.run import Run, with_tokenizer
+from milepost.run import Run, completed
 from milepost.runtime.progress import Log
 from milepost.samples import sample_texts
 
@@ -63,7 +63,7 @@ def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load(checkpoint, folder=resolved.checkpoint_dir, optimizer=False)
     seed = resolved.sample_seed if resolved.sample_seed is not None else int.from_bytes(os.urandom(4), "little")
-    record = with_tokenizer(checkpoint, resolved, log)
+    record = completed(checkpoint, resolved, log)
     (text,) = ("".join(pieces) for pieces in sample_texts(resolved, record, log, prompt=prompt, seed=seed))
     return text
 

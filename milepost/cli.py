@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from milepost import ckpt, config
-from milepost.ckpt.foreign.weights import assume
 from milepost.config import Config, ConfigError
 from milepost.locks import Reports, RunLockedError
 from milepost.runtime import distributed, hardware
@@ -40,7 +39,6 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
     torchrun: dict[str, int] = {}
     try:
         raise_on_signal()
-        assume(**{"n_head": settings.n_head} if settings.is_set("N_HEAD") and settings.n_head else {})
         Reports.line = log
         torchrun = config.torchrun()
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
@@ -56,7 +54,6 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
                 time.sleep(GRACE)
         code = stopped(error, log)
     finally:
-        assume()
         log.close()
         flush_streams()
     return distributed.ended(code)

@@ -22,12 +22,12 @@ from milepost.run import (
     build_device,
     changeable,
     check_batch_size,
+    completed,
     lineage,
     planned,
     read_text,
     scan_text,
     with_its_base,
-    with_tokenizer,
 )
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
@@ -188,7 +188,7 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     if "sha256" not in record.data and not differences:
         for note in record.notes:
             log(note)
-        return with_tokenizer(record, settings, log)  # it resumes as a child run
+        return completed(record, settings, log)  # it resumes as a child run
     corpus, scanned = scan_text(wanted, log, known_text(record.data, record.tokenizer))
     remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
     if scanned.sha256 != record.data.get("sha256"):

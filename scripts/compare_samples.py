@@ -29,7 +29,7 @@ from milepost.ckpt import Checkpoint
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.files import replacing
-from milepost.run import with_tokenizer
+from milepost.run import completed
 from milepost.runtime.progress import Log, shown
 from milepost.samples import drop_conflicts, prompt_for, read_prompt, sample_seed, sample_texts
 from milepost.screen import harmless, write_stdout
@@ -68,7 +68,7 @@ def main(settings: Config, log: Log) -> int:
 
 def sample(path: Path, settings: Config, log: Log, *, prompt: str, seed: int) -> Sampled:
     """Return NUM_SAMPLES texts of one checkpoint, equal to those of scripts/load_checkpoint.py with the same settings."""
-    record = with_tokenizer(ckpt.load(path, optimizer=False), settings, log)
+    record = completed(ckpt.load(path, optimizer=False), settings, log)
     for note in record.notes:
         log(note)
     texts = sample_texts(drop_conflicts(record, settings, log), record, log, prompt=prompt, seed=seed)

@@ -34,7 +34,7 @@ from milepost.ckpt.names import ENDS, plain_stem
 from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import base_folder
-from milepost.run import names_complete_tokenizer, with_tokenizer
+from milepost.run import names_complete_tokenizer, with_heads, with_tokenizer
 from milepost.runtime.progress import Log, shown, table
 from milepost.screen import write_stdout
 
@@ -113,7 +113,8 @@ def writer(settings: Config) -> Layout | Export:
 
 
 def completed(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
-    """Return the record, with the tokenizer that the settings name if it has none and they name one."""
+    """Return the record with the number of heads, and with the tokenizer if the settings name one, where it lacks them."""
+    record = with_heads(record, settings)
     return with_tokenizer(record, settings, log) if names_tokenizer(settings) else record
 
 

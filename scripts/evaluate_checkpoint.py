@@ -34,7 +34,7 @@ from milepost.evaluate.passages import Text
 from milepost.evaluate.report import as_json, summary, tables
 from milepost.files import replacing
 from milepost.resume import saved_settings
-from milepost.run import open_source, scan_source, scan_text, with_its_base, with_tokenizer
+from milepost.run import completed, open_source, scan_source, scan_text, with_its_base
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log, shown
 from milepost.screen import write_json, write_stdout
@@ -93,7 +93,7 @@ def check(settings: Config, log: Log) -> None:
 def load(path: Path, settings: Config, log: Log) -> Checkpoint:
     """Return the checkpoint at `path` with tokenizer, base and merged adapters, without optimizer state."""
     record = with_its_base(ckpt.load(path, optimizer=False), settings, log)
-    record = merged(with_tokenizer(record, settings, log))
+    record = merged(completed(record, settings, log))
     for note in record.notes:
         log(note)
     return record

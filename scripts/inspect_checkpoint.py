@@ -9,7 +9,7 @@ import sys
 sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-READS = ("CHECKPOINT_PATH", "COMPARE_WITH", "CHECKPOINT_DIR", "FORMAT", "N_HEAD")
+READS = ("CHECKPOINT_PATH", "COMPARE_WITH", "CHECKPOINT_DIR", "FORMAT")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 
 import models
 from milepost import ckpt
+from milepost.ckpt.foreign.importing import lacks_n_head
 from milepost.ckpt.layouts import known_layout
 from milepost.ckpt.record import Checkpoint, metadata, without_secrets
 from milepost.ckpt.tensor_listing import Held, all_files, differing, held, labelled
@@ -74,7 +75,8 @@ def sections(path: Path) -> Iterator[str]:
     values, tensors = without_secrets(known_layout(path).read_metadata(path)), held(path)
     yield "=== FORMAT ===\n" + file_lines(path, values)
     settings = values.get("model_settings", {}) | values.get("hyperparameters", {})
-    yield "=== CONFIG ===\n" + pairs({"model_type": values.get("model_type"), **settings})
+    missing = {"n_head": "not recorded; set N_HEAD to open the checkpoint"} if lacks_n_head(values) else {}
+    yield "=== CONFIG ===\n" + pairs({"model_type": values.get("model_type"), **missing, **settings})
     yield "=== TOKENIZER ===\n" + pairs(tokenizer_of(values))
     yield "=== TRAINING STATE ===\n" + state_lines(values, tensors)
     yield "=== TENSORS ===\n" + tensor_lines(path, tensors, apart="adapters" in values.get("parts", ()))

@@ -21,6 +21,7 @@ from typing import Any
 from milepost import ckpt
 from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import find_below, loss_of, scan
+from milepost.ckpt.foreign.importing import lacks_n_head
 from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
@@ -177,9 +178,11 @@ def row(checkpoint: Found, names: str) -> tuple[str, ...]:
 
 def marks(checkpoint: Found, named: dict[str, Found | None]) -> str:
     """Return the words for the checkpoint: `latest`, `best` (of the latest run),
-    `lowest loss` of all runs if it is another.
+    `lowest loss` of all runs if it is another; `lacks n_head` if it opens only with N_HEAD.
     """
-    return ", ".join(word for word, other in named.items() if checkpoint is other)
+    words = [word for word, other in named.items() if checkpoint is other]
+    lacking = checkpoint.problem is None and lacks_n_head(checkpoint.metadata)
+    return ", ".join([*words, *(["lacks n_head"] if lacking else [])])
 
 
 def folders_with_more(folder: Path) -> list[Path]:

@@ -41,7 +41,7 @@ from milepost.resume import (
     saved_schedule,
     saved_settings,
 )
-from milepost.run import Run, agreed, planned, with_tokenizer
+from milepost.run import Run, agreed, completed, planned
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log
 from milepost.runtime.schedule import Schedule, replan
@@ -73,7 +73,7 @@ def main(settings: Config, log: Log) -> int:
             optimizer=resuming,
         )
         assert found is not None  # `load_named` raises
-        record = with_tokenizer(found, settings, log)
+        record = completed(found, settings, log)
         for note in record.notes:
             log(note)
         settings = drop_conflicts(record, settings, log)

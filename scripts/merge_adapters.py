@@ -11,7 +11,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "OUTPUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "CHECKPOINT_LAYOUT",
-    "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "N_HEAD",
+    "CHECKPOINT_PREFIX", "CHECKPOINT_DIR",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 

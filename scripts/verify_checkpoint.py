@@ -38,7 +38,7 @@ from milepost.ckpt.tensors import digest, not_finite
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.resume import check_text_named, inexact_reasons, resumed, saved_schedule, saved_settings
-from milepost.run import Run, fresh, to_record, with_its_base
+from milepost.run import Run, fresh, to_record, with_heads, with_its_base
 from milepost.run_files import open_run
 from milepost.runtime.hardware import DeviceError
 from milepost.runtime.interrupt import Interrupt
@@ -144,7 +144,7 @@ def bytes_agree(path: Path) -> str:
 def shapes(record: Checkpoint, settings: Config, log: Log) -> Row:
     """Return the row of the shapes. Those of a checkpoint of adapters need its base."""
     try:
-        return checked("shapes", lambda: shapes_fit(with_its_base(record, settings, log)))
+        return checked("shapes", lambda: shapes_fit(with_heads(with_its_base(record, settings, log), settings)))
     except ConfigError as error:
         return "shapes", "none", str(error)
 

@@ -275,6 +275,22 @@ def test_a_base_beside_the_adapters_is_found_by_its_weights_under_any_name(gone)
     assert opens(gone / "adapters", CHECKPOINT_PATH=newest_adapters(gone))
 
 
+def test_a_resume_records_where_the_base_is_now(gone):
+    """The command that it prints opens its checkpoints, and they open without naming the base."""
+    archive = gone / "an archive"
+    (gone / "base" / "checkpoints").rename(archive)
+    (base,) = archive.glob("*step0002*")
+    first = min((found for found in ckpt.find(gone / "adapters" / "checkpoints")), key=lambda found: found.step)
+    code, said = train(gone / "adapters", RESUME=str(first.path), BASE_CHECKPOINT=str(archive), **ADAPTERS)
+    assert code == 0, said
+    (command,) = (line for line in said.splitlines() if line.startswith("next: "))
+    assert f"BASE_CHECKPOINT='{base}'" in command
+    saved = newest_adapters(gone)
+    assert ckpt.load(saved).base["source"] == str(base)
+    assert opens(gone / "adapters", CHECKPOINT_PATH=saved)
+    assert not opens(gone / "adapters", CHECKPOINT_PATH=first.path)  # the control: it records where the base was
+
+
 def newest_adapters(folder: Path) -> Path:
     found = ckpt.find(folder / "adapters" / "checkpoints")
     return [each.path for each in found if "adapters" in each.metadata["parts"]][-1]

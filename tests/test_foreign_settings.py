@@ -9,10 +9,11 @@ import pytest
 import torch
 from drive import TINY, command
 from foreign_programs import SIZES, LectureModel, NanoGPT, nanogpt, shaken, write_lecture_folder
+from script import call, script
 
 from milepost import ckpt
 from milepost.ckpt import foreign
-from milepost.ckpt.foreign.importing import rate_in_use
+from milepost.ckpt.foreign.importing import rate_in_use, with_n_head
 from milepost.ckpt.restore import build_model
 from milepost.runtime.schedule import Schedule, lr_at
 
@@ -267,6 +268,14 @@ def test_the_folder_of_document_004_keeps_optimizer_and_batch_size(tmp_path: Pat
 # What the file lacks
 
 
+def without_heads(folder: Path) -> tuple[Path, NanoGPT]:
+    """A file of nanoGPT's weights with their characters, which records nothing else; and its model."""
+    path, model = folder / "weights.pt", nano()
+    torch.save({"model": model.state_dict(), "chars": ELEVEN}, path)
+    (folder / "text.txt").write_text("".join(ELEVEN) * 60)
+    return path, model
+
+
 def test_n_head_from_the_settings_opens_what_lacks_it(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"model": nano().state_dict(), "chars": ELEVEN}, path)
@@ -280,6 +289,79 @@ def test_n_head_from_the_settings_opens_what_lacks_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"n_head": 2}))  # what the file says counts
     done = command("scripts/inspect_checkpoint.py", tmp_path, **PLAIN | asked | {"N_HEAD": "3"})
     assert [line.split() for line in done.stdout.splitlines() if line.startswith("n_head")] == [["n_head:", "2"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("load_checkpoint", {"PROMPT": "abc", "MAX_NEW_TOKENS": "5"}),
+        ("compare_samples", {"PROMPT": "abc", "MAX_NEW_TOKENS": "5"}),
+        ("evaluate_checkpoint", {"EVAL_DATA": "text.txt"}),
+        ("verify_checkpoint", {}),
+        ("convert_checkpoint", {"OUTPUT": "new"}),
+        ("convert_checkpoint", {"OUTPUT": "new", "CONVERT_TO": "nanogpt"}),
+    ],
+)
+def test_whatever_builds_the_model_asks_for_n_head_and_takes_it(
+    name: str, asked: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = without_heads(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = call(script(name), tmp_path, CHECKPOINT_PATH=str(path), **asked)
+    assert done.code == 3
+    assert "has no n_head" in done.err + done.out
+    assert "set N_HEAD" in done.err + done.out
+    assert not list(tmp_path.glob("new/*"))
+    done = call(script(name), tmp_path, CHECKPOINT_PATH=str(path), N_HEAD="5", **asked)
+    assert done.code == 3
+    assert "does not divide n_embd=12" in done.err + done.out
+    done = call(script(name), tmp_path, CHECKPOINT_PATH=str(path), N_HEAD="3", **asked)
+    assert done.code == 0, done.err
+    if "OUTPUT" in asked and "CONVERT_TO" not in asked:
+        (converted,) = tmp_path.glob("new/*.pt")
+        assert ckpt.load(converted).model_settings["n_head"] == 3
+
+
+def test_a_file_without_heads_is_shown_as_that(tmp_path: Path) -> None:
+    path, _ = without_heads(tmp_path)
+    done = call(script("inspect_checkpoint"), tmp_path, CHECKPOINT_PATH=str(path))
+    assert done.code == 0, done.err
+    assert "not recorded; set N_HEAD" in row(done.out, "n_head")
+    done = call(script("list_checkpoints"), tmp_path, CHECKPOINT_DIR=str(tmp_path))
+    assert done.code == 0, done.err
+    assert "lacks n_head" in done.out
+
+
+def test_the_number_of_heads_of_one_call_is_not_that_of_the_next(tmp_path: Path) -> None:
+    path, model = without_heads(tmp_path)
+    record = ckpt.load(path)
+    with pytest.raises(ckpt.CheckpointError) as caught:
+        build_model(record, device=torch.device("cpu"))
+    assert (caught.value.kind, caught.value.path) == ("lacking", path)
+    with pytest.raises(ckpt.CheckpointError) as caught:
+        ckpt.save(record, tmp_path / "saved")
+    assert caught.value.kind == "lacking"
+    logits = build_model(with_n_head(record, 3), device=torch.device("cpu")).eval()(IDS).logits
+    assert torch.allclose(logits, model(IDS), atol=1e-5)
+    assert "n_head" not in ckpt.load(path).model_settings
+
+
+def test_adapters_know_the_heads_of_a_base_that_records_none(tmp_path: Path) -> None:
+    """They were named when the adapters were trained, and stand in the adapters' own settings."""
+    path, _ = without_heads(tmp_path)
+    (tmp_path / "text.txt").write_text("".join(ELEVEN) * 60)
+    asked = {
+        "INIT_FROM": str(path), "TRAINING_DATA_SOURCE": str(tmp_path / "text.txt"), "ENABLE_CHECKPOINTS": "true", "DEVICE": "cpu",
+        "CHECKPOINT_ADAPTERS_ONLY": "true", "LORA_RANK": "2", "TRAINING_STEPS": "2", "CHECKPOINT_DIR": str(tmp_path / "new"), "MODEL_TYPE": "gpt2",
+    }  # fmt: skip
+    done = command("training.py", tmp_path, **PLAIN | asked)
+    assert done.returncode == 3
+    assert "set N_HEAD" in done.stderr
+    done = command("training.py", tmp_path, **PLAIN | asked | {"N_HEAD": "3"})
+    assert done.returncode == 0, done.stderr
+    (adapters,) = (tmp_path / "new").glob("*.pt")
+    done = call(script("load_checkpoint"), tmp_path, CHECKPOINT_PATH=str(adapters), PROMPT="abc", MAX_NEW_TOKENS="5")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize("layers", [12, 24])

@@ -19,8 +19,6 @@ BY_SCOPE = {scope: {n for n, v in VARIABLES.items() if v.metadata["scope"] == sc
 
 # Settings that appear in functions which a script reaches, but that have no effect there.
 NO_EFFECT = {
-    # These open no weights, for which N_HEAD can answer what a file lacks.
-    **{name: {"N_HEAD"} for name in ("list_checkpoints", "plot_run", "prune_checkpoints")},
     # The checkpoint brings the model and the adapters: settings that differ are refused or dropped. RESUME belongs to training.py;
     # the processes of torchrun share the function that warns about it.
     "load_checkpoint": BY_SCOPE["identity"] - {"TOKENIZER", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "VALIDATION_FRACTION", "GPT2_MODEL_NAME", "N_HEAD"} | {"RESUME"},

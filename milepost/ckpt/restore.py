@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import models
-from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError
+from milepost.ckpt.foreign.importing import lacks_n_head, n_head_problem
+from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, metadata
 from milepost.ckpt.tensors import digest
 from milepost.runtime.distributed import sharded_like
 from milepost.runtime.muon import Muon
@@ -55,6 +56,8 @@ def build_model(
     """
     if record.adapters_only:
         raise CheckpointError(_where(record), "holds only adapters", name_the_base(record), kind="lacking")
+    if lacks_n_head(metadata(record)):
+        raise n_head_problem(record)
     settings = {**record.model_settings, **(adapters or {})}
     state = dict(record.model_state)
     if block_size is not None and block_size != settings["block_size"]:

@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
+from milepost.ckpt.foreign.importing import lacks_n_head, n_head_problem
 from milepost.ckpt.record import Checkpoint, CheckpointError, check_metadata, metadata
 
 
 def validate(record: Checkpoint) -> None:
-    """Raise CheckpointError of kind "refused" if what a save would write could not be loaded again.
+    """Raise CheckpointError if what a save would write could not be loaded again.
 
     The parameters of an optimizer state without `param_names` are named in the model's order where the shapes fit.
     """
@@ -18,6 +19,8 @@ def validate(record: Checkpoint) -> None:
         check_metadata(metadata(record), "checkpoint")
     except (TypeError, ValueError, CheckpointError) as error:
         raise _refused(str(error).removeprefix("checkpoint: ")) from error
+    if lacks_n_head(metadata(record)):
+        raise n_head_problem(record)
     if not record.model_state:
         raise _refused("it has no weights")
     if record.optimizer_state is not None:

@@ -18,8 +18,10 @@ from milepost.run.text import Text, open_source, read_text, scan_source, scan_te
 from milepost.run.weights import (
     adapter_variables,
     agreed,
+    completed,
     lineage,
     names_complete_tokenizer,
+    with_heads,
     with_its_base,
     with_tokenizer,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "check_batch_size",
     "check_unchanged",
     "checked",
+    "completed",
     "first_token_problem",
     "fresh",
     "is_due",
@@ -54,6 +57,7 @@ __all__ = [
     "shapes",
     "to_record",
     "why_not_replayed",
+    "with_heads",
     "with_its_base",
     "with_tokenizer",
 ]

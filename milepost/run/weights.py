@@ -6,8 +6,9 @@ from typing import Any
 
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.foreign.importing import with_chars, with_kind
+from milepost.ckpt.foreign.importing import IN_CONFIG, lacks_n_head, n_head_problem, with_chars, with_kind, with_n_head
 from milepost.ckpt.hub import local_folder
+from milepost.ckpt.record import metadata
 from milepost.ckpt.restore import name_the_base, with_base
 from milepost.ckpt.tensors import digest
 from milepost.config import Config, ConfigError
@@ -38,7 +39,7 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
     else:
         return None
     assert record is not None  # `load_named` raises
-    record = with_tokenizer(with_its_base(record, config.without(settings, ["INIT_FROM"]), log), settings, log)
+    record = completed(with_its_base(record, config.without(settings, ["INIT_FROM"]), log), settings, log)
     for note in [*notes, *record.notes]:
         log(note)
     return record
@@ -85,7 +86,16 @@ def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
             log(note)
     else:
         raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record)}"])
-    return with_base(record, ckpt.load(path, optimizer=False))
+    whole = with_base(record, ckpt.load(path, optimizer=False))
+    if record.base and _is_gone(record.base):  # what this run saves names the place where the base is now
+        whole.base = {**record.base, "source": settings.gpt2_model_name or str(Path(path).absolute())}
+    return whole
+
+
+def _is_gone(base: Mapping[str, Any]) -> bool:
+    """Return whether the path that a base records leads nowhere. A name of the hub is not a path."""
+    source = Path(str(base.get("source")))
+    return source.is_absolute() and not source.exists()
 
 
 def _base_in_folder(record: Checkpoint, named: str | None) -> Path | None:
@@ -103,6 +113,23 @@ def lineage(record: Checkpoint, changed: dict[str, Any]) -> dict[str, Any]:
     """Return the origin of a child run: its first checkpoint, and the settings changed there ({name: [before, now]})."""
     file = record.path.name if record.path else None
     return {"run_id": record.run_id, "step": record.step, "save_id": record.save_id, "file": file, "changed": changed}
+
+
+def completed(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
+    """Return the record with what another program's file lacks and the settings name: number of heads and tokenizer.
+
+    Raise CheckpointError if they do not name it.
+    """
+    return with_tokenizer(with_heads(record, settings), settings, log)
+
+
+def with_heads(record: Checkpoint, settings: Config) -> Checkpoint:
+    """Return the record, with N_HEAD if it lacks n_head. Raise CheckpointError if N_HEAD is not set, or does not fit."""
+    if not lacks_n_head(metadata(record)):
+        return record
+    if not (settings.is_set("N_HEAD") and settings.n_head):
+        raise n_head_problem(record, remedy=f"set N_HEAD, or {IN_CONFIG}")
+    return with_n_head(record, settings.n_head)
 
 
 def with_tokenizer(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:

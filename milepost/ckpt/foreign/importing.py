@@ -16,6 +16,7 @@ from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
 
 CONFIG, TOKENIZER, META = "config.json", "tokenizer.json", "meta.pkl"
 RATE = "learning_rate"  # key of `imported`: the rate in use at the record's step
+IN_CONFIG = 'put it in config.json beside the file: {"n_head": 6}'
 UNUSED = "optimizer"  # key of `imported`: why the optimizer's state cannot be used
 
 
@@ -103,6 +104,28 @@ def _read_token_file(path: Path | None) -> Mapping[str, Json] | None:
             return read_meta(file.read(META_LIMIT + 1), where=str(path))
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def lacks_n_head(values: Mapping[str, Json]) -> bool:
+    """Whether these metadata are of another program's GPT-2 that records no n_head, which the weights do not show."""
+    settings = values.get("model_settings") or {}
+    return values.get("save_id") is None and values.get("model_type") == "gpt2" and "n_head" not in settings
+
+
+def n_head_problem(record: Checkpoint, *, remedy: str = IN_CONFIG) -> CheckpointError:
+    """Return the error of a record that lacks n_head."""
+    return CheckpointError(str(record.path), "has no n_head, which shapes do not determine", remedy, kind="lacking")
+
+
+def with_n_head(record: Checkpoint, n_head: int) -> Checkpoint:
+    """Return a record that lacks n_head with this one; raise CheckpointError if it does not fit the weights."""
+    width = record.model_settings["n_embd"]
+    if width % n_head:
+        problem = f"n_head is set to {n_head}, which does not divide n_embd={width}"
+        raise CheckpointError(str(record.path), problem, "set a number of heads that divides it", kind="refused")
+    record.model_settings = {**record.model_settings, "n_head": n_head}
+    record.notes.append(f"{record.path}: records no n_head; {n_head} is used, as set")
+    return record
 
 
 def with_chars(record: Checkpoint, chars: list[str]) -> Checkpoint:

@@ -28,7 +28,6 @@ THEIR_ACTIVATIONS = OUR_ACTIVATIONS | {"gelu": "gelu_erf"}
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # The published GPT-2: (n_layer, n_embd) and its n_head. Each has 50257 rows or more and 1024 positions.
 GPT2_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
-ASSUMED: dict[str, int] = {}  # sizes that the user named, for files that lack them
 
 TABLE, POSITIONS = "token_embedding_table.weight", "position_embedding_table.weight"
 LECTURE_BLOCK_SIZE = 8  # of the lecture's bigram model; its weights do not determine it
@@ -36,16 +35,11 @@ LECTURE_BLOCK_SIZE = 8  # of the lecture's bigram model; its weights do not dete
 Translation = tuple[str, dict[str, Json], dict[str, Tensor], list[str]]
 
 
-def assume(**sizes: int) -> None:
-    """Take these sizes for files that lack them, until the next call: `n_head` is not known from the weights."""
-    ASSUMED.clear()
-    ASSUMED.update(sizes)
-
-
 def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: str, whole: bool = True) -> Translation:
     """Return model type, settings, weights under our names (in the order of nanoGPT's parameters) and notes.
 
     Names and shapes determine the model; `config` adds n_head, dropout and block_size and must not contradict them.
+    The settings lack `n_head` if neither the weights nor `config` determine it.
     Raise CheckpointError listing names and shapes if any tensor cannot be translated. If not `whole`, only the head's
     bias and first row are read, and tensors that would be computed have shapes but no memory.
     """
@@ -188,7 +182,8 @@ def _from_gpt2(
     shapes = _gpt2_shapes(settings, bias=bias, tied=tied)
     _check_fit(shapes, ours, where)
     n_head, note = _n_head(config, settings, where)
-    settings |= {"n_head": n_head, "dropout": _dropout(config, where), "bias": bias}
+    settings |= {"n_head": n_head} if n_head else {}
+    settings |= {"dropout": _dropout(config, where), "bias": bias}
     usual = "gelu_erf" if program == "nanoGPT" else "gelu"
     words = OUR_ACTIVATIONS if program == "milepost" else THEIR_ACTIVATIONS
     settings |= {"activation": _activation(config, words, usual, where), "tied": tied}
@@ -301,21 +296,14 @@ def _check_sizes(settings: Mapping[str, Json], config: Mapping[str, Json], where
             raise CheckpointError(where, problem, "take the config that was saved with them", kind="not understood")
 
 
-def _n_head(config: Mapping[str, Json], settings: Mapping[str, Any], where: str) -> tuple[int, str | None]:
-    """Return n_head and a note on where it comes from, if not from the config."""
+def _n_head(config: Mapping[str, Json], settings: Mapping[str, Any], where: str) -> tuple[int | None, str | None]:
+    """Return n_head and a note on where it comes from, if not from the config; None if it is not known."""
     n_head, note = size_of(config, "n_head", where=where), None
     shape, published = (settings["n_layer"], settings["n_embd"]), settings["block_size"] == 1024
     if n_head is None and published and shape in GPT2_HEADS:
         n_head = GPT2_HEADS[shape]
         note = f"records no n_head; {n_head} is used, that of the published GPT-2 of {shape[0]} layers and width {shape[1]}"
-    if n_head is None and "n_head" in ASSUMED:
-        n_head = ASSUMED["n_head"]
-        note = f"records no n_head; {n_head} is used, as set"
-    if n_head is None:
-        problem = "has no n_head, which shapes do not determine"
-        remedy = 'set N_HEAD, or put it in config.json beside the file: {"n_head": 6}'
-        raise CheckpointError(where, problem, remedy, kind="lacking")
-    if settings["n_embd"] % n_head:
+    if n_head is not None and settings["n_embd"] % n_head:
         problem = f"n_head is {n_head} in its config, which does not divide n_embd={settings['n_embd']}"
         raise CheckpointError(where, problem, CORRECT, kind="not understood")
     return n_head, note
