@@ -86,7 +86,7 @@ class OwnedLock:
             check_file(self._owner)  # reading a pipe would block
             owner = json.loads(self._owner.read_text(encoding="utf-8"))
             return f"process {owner['pid']} on {owner['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return "another process"
 
     def release(self, *, remove: bool) -> None:

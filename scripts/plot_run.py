@@ -12,6 +12,7 @@ from milepost import config
 READS = ("RUN", "OUTPUT", "RUNS_DIR")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -22,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from milepost.ckpt import CheckpointError
+from milepost.ckpt.manifest import is_regular, read_json
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.files import replacing
@@ -107,9 +110,11 @@ def chosen(requested: str, folder: Path) -> list[Path]:
         )
     if not folder.is_dir():
         raise ConfigError([f"RUNS_DIR={folder}: no such folder; training creates it, or set another"])
-    there = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
+    there = sorted(path.parent for path in folder.glob(f"*/{METRICS}") if is_regular(path))
     folders: dict[Path, None] = {}
     for part in parts:
+        if os.path.lexists(file := folder / part / METRICS) and not is_regular(file):  # reading a pipe would block
+            raise DataError(f"{shown(file)}: is not a regular file, expected the metrics of a run: remove it")
         found = runs_of(part, there)
         if not found:
             raise ConfigError([f"RUN={part}: no run in {shown(folder)} matches; {listed(there)}"])
@@ -129,14 +134,14 @@ def runs_of(part: str, there: list[Path]) -> list[Path]:
 
 def last_time(folder: Path) -> float:
     """Return the Unix time of the run's last complete line. File times would change with a copy."""
-    with open(folder / METRICS, "rb") as file:
+    ends: list[bytes] = []
+    with contextlib.suppress(OSError), open(folder / METRICS, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         ends = file.read().splitlines()
     for end in reversed(ends):
-        try:
+        # A torn line, or not one of ours.
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return float(json.loads(end)["time"])
-        except (ValueError, TypeError, KeyError, OverflowError):  # a torn line, or not one of ours
-            continue
     return -math.inf
 
 
@@ -212,8 +217,8 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def parent_of(folder: Path) -> dict[str, Any] | None:
     """Return the checkpoint that the run began with, from run.json; None if there is none or it is unknown."""
     try:
-        parent = json.loads((folder / "run.json").read_text(encoding="utf-8"))["parent"]
-    except (OSError, ValueError, KeyError, TypeError):
+        parent = read_json(folder / "run.json").get("parent")
+    except CheckpointError:
         return None
     return parent if isinstance(parent, dict) else None
 

@@ -164,6 +164,7 @@ def test_pipes_in_place_of_checkpoints_do_not_block(theirs):
         "y.safetensors",
         "y_state.json",
         "z.ckpt",
+        ".base-other.json",
     ):
         os.mkfifo(checkpoints / name)
     (checkpoints / "pair").mkdir()
@@ -173,6 +174,10 @@ def test_pipes_in_place_of_checkpoints_do_not_block(theirs):
     assert done.returncode in (0, 3), done.stderr
     done = command("training.py", theirs, RESUME="auto", **NOTHING | {"DEVICE": "cpu"})
     assert done.returncode == 0, done.stderr
+    asked = {"CHECKPOINT_KEEP_LAST": "1", "DRY_RUN": "false"}
+    done = command("scripts/prune_checkpoints.py", theirs, **NOTHING | asked)
+    assert done.returncode == 0, done.stderr
+    assert [found.step for found in ckpt.find(checkpoints) if found.run_id and found.path.parent.name != "best"] == [6]
     done = command("scripts/load_checkpoint.py", theirs, CHECKPOINT_PATH=str(checkpoints / "z.ckpt"), **NOTHING)
     assert done.returncode == 3
 

@@ -161,6 +161,51 @@ def test_nonsense_in_the_files_of_a_run_is_left_out(folder):
         assert names_in(drawn(folder, RUN="a1")) == ["a1"]
 
 
+DEEP = "[" * 3000 + "]" * 3000
+
+
+def test_deeply_nested_lines_are_left_out(folder):
+    place = folder / "runs" / "b1"
+    whole = drawn(folder, RUN="b1").out
+    with open(place / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{DEEP}\n{{"loss": {DEEP}, "step": 9, "time": 9999}}\n[{DEEP}')
+    (place / "run.json").write_text(f'{{"parent": {DEEP}}}')
+    assert drawn(folder, RUN="b1").out == whole
+    assert names_in(drawn(folder, RUN="*")) == ["a1", "a2", "b1"]
+
+
+def not_a_file(path: Path, kind: str) -> None:
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "link to a device" else path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device", "link to itself"])
+def test_metrics_that_are_no_file_hide_no_other_run(kind, folder):
+    """In a process with a limit: reading a pipe would wait for ever, and reading the device would fill the memory."""
+    not_a_file(folder / "runs" / "a1" / "metrics.jsonl", kind)
+    changes = {"RUNS_DIR": str(folder / "runs")}
+    for requested, names in (("latest", ["b1"]), ("*", ["a2", "b1"])):
+        done = command("scripts/plot_run.py", folder, RUN=requested, **changes)
+        assert done.returncode == 0, done.stderr
+        assert [row.split()[1] for row in done.stdout.rstrip().split("\n\n")[-1].splitlines()[1:]] == names
+    done = command("scripts/plot_run.py", folder, RUN="a1", **changes)
+    assert done.returncode == 4
+    assert "a1/metrics.jsonl" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device", "link to itself"])
+def test_a_parent_in_what_is_no_file_is_unknown(kind, folder):
+    not_a_file(folder / "runs" / "b1" / "run.json", kind)
+    done = command("scripts/plot_run.py", folder, RUNS_DIR=str(folder / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("resumed from")[-1].split() == ["*", "b1", "4", "2.2500", "2.7500", "2.7500", "500"]
+
+
 HUGE = ["1e301", "-1.7e308", "1" + "0" * 400, "-1" + "0" * 400, "1e999", "NaN"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from milepost.ckpt.finding import folder_of, folders_below, names_in, places, scan
 from milepost.ckpt.index import Found, look, stamps
 from milepost.ckpt.layouts import known_layout, layout_of
+from milepost.ckpt.manifest import read_json
 from milepost.ckpt.names import own_stem
 from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.tensors import digest
@@ -54,9 +55,8 @@ def bases_in_use(folder: Path) -> list[Base]:
 
 
 def _read_note(note: Path) -> dict[str, Json]:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads(note.read_text(encoding="utf-8"))
-        return values if isinstance(values, dict) else {}
+    with contextlib.suppress(CheckpointError):
+        return read_json(note)
     return {}
 
 

@@ -91,7 +91,7 @@ class OwnerFile:
             touched, content = path.stat().st_mtime, steadily(path.read_bytes)
         except FileNotFoundError:
             return False
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             owner = json.loads(content)
             if owner["host"] == socket.gethostname() and (now := started(int(owner["pid"]))) is not None:
                 return now != owner.get("started")

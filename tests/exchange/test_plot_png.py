@@ -1,10 +1,12 @@
 """plot_run.py with matplotlib: a picture with the figures of metrics.jsonl in it."""
 
+import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import matplotlib.figure
 import matplotlib.image
+import matplotlib.text
 import numpy as np
 import pytest
 from script import call, script
@@ -50,6 +52,32 @@ def test_the_axes_hold_the_values_of_the_runs_and_their_parents(folder, monkeypa
     assert [list(line.get_ydata()) for line in validation] == [[], [1.75], [3.25]]
     assert all(list(line.get_ydata()) == [0.1, 0.1] for line in rate.lines)
     assert speed.get_ylim()[0] == 0
+
+
+NAMES = [r"a$\x$", r"$\frac{1}$", "$", "$$", r"\\$x_$", "a_$^{", "_hidden", "a%b", "a&<b>"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_a_name_is_drawn_as_it_is_written(name, suffix, folder, monkeypatch):
+    """matplotlib takes what is between dollar signs as mathematics, and leaves out what begins with an underscore."""
+    place = written(folder, name, losses=[3.0, 2.0], since=5000.0, parent={"run_id": None, "file": name, "step": 0})
+    lines = (place / "metrics.jsonl").read_text().replace('"tok_s"', f"{json.dumps(name)}: 1.0, " + '"tok_s"')
+    (place / "metrics.jsonl").write_text(lines)
+    texts: list[str] = []
+    save = matplotlib.figure.Figure.savefig
+
+    def saving(figure, *words, **more):
+        texts.extend(text.get_text() for text in figure.findobj(matplotlib.text.Text) if not text.get_parse_math())
+        save(figure, *words, **more)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", saving)
+    output = folder / f"curves{suffix}"
+    said = call(plot, folder, OUTPUT=str(output))
+    assert said.code == 0, said.err
+    assert name in texts  # the title of its metric
+    assert f"{name} (weights from {name} at step 0)" in texts  # the legend
+    assert output.stat().st_size > 1000
 
 
 def test_a_png_in_color_and_no_other_file(folder):
