@@ -17,7 +17,7 @@ from milepost.resume import fixed_settings
 from milepost.run import first_token_problem, refused, with_its_base
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log
-from milepost.text.blocks import decoded, normalized
+from milepost.text.blocks import decoded, normalized, not_decoded
 from milepost.text.errors import UnknownCharacters
 from milepost.text.known import has_carriage_returns
 from milepost.text.tokenization import Tokenizer
@@ -69,7 +69,7 @@ def _read_prompt_file(name: str) -> str:
             return decoded(data)
         problem = f"has more than {PROMPT_LIMIT:,} bytes; set a shorter text"
     except UnicodeDecodeError as error:
-        problem = f"is not valid {error.encoding[:6].upper()} at byte {error.start}; save it as UTF-8"
+        problem = not_decoded(error)
     except OSError as error:
         problem = f"cannot be read ({error.strerror}); set a text file, or - for stdin"
     raise ConfigError([f"PROMPT_FILE={name}: {problem}"])

@@ -205,7 +205,7 @@ def test_a_changed_file_is_read_again(tmp_path):
 
 NO_ARCHIVES = [
     (b"", "an empty file"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a git-lfs pointer: run `git lfs pull`"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "run `git lfs pull`"),
     (b"<!doctype html><html>not found</html>", "a web page"),
     (b'\n {"error": 404}', "JSON text"),
     (b"GGUF\x03\0\0\0" + bytes(40), "a GGUF file"),
@@ -221,6 +221,9 @@ def test_what_is_no_archive_is_called_what_it_is(data, kind, tmp_path):
     (tmp_path / "a.pt").write_bytes(data)
     assert kind in refusal(tmp_path / "a.pt")
     assert kind_of_error(tmp_path / "a.pt") == "not understood"
+    with pytest.raises(CheckpointError) as caught:
+        archive.load(tmp_path / "a.pt")
+    assert caught.value.remedy
 
 
 # ---------------------------------------------------------------------------------------------------------------------

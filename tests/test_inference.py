@@ -138,7 +138,7 @@ def test_the_prompt_comes_from_the_variable_a_file_or_stdin(gpt2, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("latin1.txt", "UTF-8 at byte 3"), ("none.txt", "No such file"), (".", "directory")]
+    ("name", "reason"), [("latin1.txt", "UTF-8: byte 3"), ("none.txt", "No such file"), (".", "directory")]
 )
 def test_a_prompt_file_that_cannot_be_read_is_refused(name, reason, gpt2, tmp_path):
     (tmp_path / "latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))

@@ -371,3 +371,45 @@ def test_evaluating_reads_the_text_as_the_checkpoint_knows_it(tmp_path):
     said = call(script("evaluate_checkpoint"), old, CHECKPOINT_PATH=str(newest(old).path))
     assert said.code == 0, said.err
     assert newest(old).data["sha256"][:12] in said.out
+
+
+UMLAUTS = "Liebes Tagebuch,\r\nschön war es im Café.\r\n" * 80
+
+
+@pytest.mark.parametrize("name", ["diary.txt", "diary.csv", "diary.jsonl"])
+def test_a_text_in_the_code_page_of_windows_is_refused_with_the_letter_that_shows_it(name, tmp_path):
+    """It could be any of several code pages, so it is neither assumed nor read with marks in place of its letters."""
+    path = tmp_path / name
+    path.write_bytes(UMLAUTS.encode("cp1252"))
+    code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(path), **FAST)
+    assert code == 4
+    assert "'ö' in Windows-1252" in said
+    assert "save it as UTF-8" in said
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_prompt_in_the_code_page_of_windows_is_refused_with_the_letter_that_shows_it(trained, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("schön".encode("cp1252"))
+    said = call(script("load_checkpoint"), trained, PROMPT_FILE=str(tmp_path / "prompt.txt"))
+    assert said.code == 2
+    assert "'ö' in Windows-1252" in said.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("diary.csv", "date;entry\r\n" + "today;Dear diary\r\n" * 200),
+        ("diary.tsv", "date\tentry\n" + "today\tDear diary\n" * 200),
+        ("diary.jsonl", '{"date": 1, "entry": "Dear diary"}\n' * 200),
+        ("diary.json", json.dumps([{"date": 1, "entry": "Dear diary"}] * 200)),
+    ],
+)
+def test_records_without_the_text_field_name_the_setting_and_the_fields(name, text, tmp_path):
+    (tmp_path / name).write_bytes(text.encode())
+    changes = FAST | {"TRAINING_DATA_SOURCE": str(tmp_path / name)}
+    code, said = train(tmp_path, **changes)
+    assert code == 4
+    assert "TEXT_FIELD" in said
+    assert "entry" in said
+    code, said = train(tmp_path, TEXT_FIELD="entry", **changes)  # what it says works
+    assert code == 0, said

@@ -44,15 +44,16 @@ SAVE_AGAIN = (  # the remedy for a pickle of another program that is not underst
 )
 ALIGNMENT = 64  # bytes, as in torch: mapped tensors are aligned for their dtype
 
-# First bytes of files that are not torch archives.
+SAVE_AGAIN = "load it in the program that wrote it, and save its weights there: torch.save(model.state_dict(), path)"
+# First bytes of files that are not torch archives, what they are, and what to do.
 KINDS = (
-    (b"", "an empty file"),
-    (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
-    (b"<", "a web page"),
-    (b"{", "JSON text"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x80", "a bare pickle, which is never opened"),
+    (b"", "an empty file", EARLIER),
+    (b"version https://git-lfs", "a git-lfs pointer", "run `git lfs pull`"),
+    (b"<", "a web page", "download the file again: this is what a server sent in its place"),
+    (b"{", "JSON text", "name the weights, or the folder that holds both"),
+    (b"GGUF", "a GGUF file", "name the checkpoint that it was exported from"),
+    (b"\x89HDF", "an HDF5 file", SAVE_AGAIN),
+    (b"\x80", "a bare pickle, which is never opened", SAVE_AGAIN),
 )
 
 
@@ -404,15 +405,15 @@ def _not_an_archive(path: Path, error: Exception) -> CheckpointError:
     if first[8:9] == b"{":  # eight bytes of length and then JSON
         remedy = "name the folder that holds it and its config.json"
         return CheckpointError(path, "is a safetensors file, not a torch file", remedy, kind="not understood")
-    return CheckpointError(
-        path, f"is not a checkpoint but {kind_of(path) or 'of an unknown kind'}", kind="not understood"
-    )
+    kind, remedy = kind_of(path) or ("of an unknown kind", SAVE_AGAIN)
+    return CheckpointError(path, f"is not a checkpoint but {kind}", remedy, kind="not understood")
 
 
-def kind_of(path: Path) -> str | None:
-    """Return the kind of a file that is not a torch archive by its first bytes; None if it is unknown."""
+def kind_of(path: Path) -> tuple[str, str] | None:
+    """Return the kind of a file that is not a torch archive by its first bytes, and what to do; None if it is unknown."""
     first = first_bytes(path).lstrip()
-    return next((kind for start, kind in reversed(KINDS) if first.startswith(start) and (start or not first)), None)
+    found = (row for row in reversed(KINDS) if first.startswith(row[0]) and (row[0] or not first))
+    return next((row[1:] for row in found), None)
 
 
 def _first_line(error: Exception) -> str:

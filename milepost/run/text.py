@@ -15,7 +15,7 @@ from milepost.text import token_files, tokenization
 from milepost.text.batches import largest_block_size
 from milepost.text.chunks import LongWordError
 from milepost.text.corpus import Corpus, open_corpus
-from milepost.text.errors import DataError
+from milepost.text.errors import DataError, TextFieldError
 from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, open_text
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
@@ -107,13 +107,16 @@ def scan_text(settings: Config, log: Log, known: Known = UNKNOWN_TEXT) -> tuple[
 @functools.lru_cache(maxsize=4)  # the log in the key makes every command read a changed text again
 def scan_source(source: str, log: Log, *, text_field: str = "text", known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
     """Return a text source and its fingerprint, in the form in which it is the known text. Cached for the command."""
-    corpus, scanned = open_text(
-        lambda reading: open_source(source, reading),
-        cache_dir=CACHE_FOLDER,
-        text_field=text_field,
-        known=known,
-        log=log,
-    )
+    try:
+        corpus, scanned = open_text(
+            lambda reading: open_source(source, reading),
+            cache_dir=CACHE_FOLDER,
+            text_field=text_field,
+            known=known,
+            log=log,
+        )
+    except TextFieldError as error:
+        raise DataError(f"{error}: set TEXT_FIELD to the name of the field that holds the text") from error
     for line in (*corpus.skipped, *scanned.notes):
         _log_once(line, log)
     return corpus, scanned

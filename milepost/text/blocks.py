@@ -110,8 +110,21 @@ def _decode(data: bytes, encoding: str, *, path: Path, position: int, final: boo
     try:
         return DECODERS[encoding](data, "strict", final)
     except UnicodeDecodeError as error:
-        where = f"byte {position + error.start} is 0x{data[error.start]:02x}, {error.reason}"
-        raise DataError(f"{path} is not valid {encoding[:6].upper()}: {where}; save it as UTF-8") from None
+        raise DataError(f"{path} {not_decoded(error, position)}") from None
+
+
+def not_decoded(error: UnicodeDecodeError, position: int = 0) -> str:
+    """Return the problem with a file that is not the text it should be, and the remedy. `position` is where its data begins.
+
+    Windows wrote text in its own code page for decades. That is named where the byte is a letter there, and never assumed.
+    """
+    byte = error.object[error.start]
+    where = f"byte {position + error.start} is 0x{byte:02x}, {error.reason}"
+    letter = bytes([byte]).decode("cp1252", "replace")
+    guess = f" ({letter!r} in Windows-1252)" if error.encoding == "utf-8" and letter.isalpha() else ""
+    return (
+        f"is not valid {error.encoding[:6].upper()}: {where}{guess}; save it as UTF-8, as editors offer under Save As"
+    )
 
 
 def _check_unpacked(path: Path, size: int) -> None:

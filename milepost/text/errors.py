@@ -5,6 +5,10 @@ class DataError(Exception):
     """Bad or missing data, described in one sentence. Exit code 4."""
 
 
+class TextFieldError(DataError):
+    """Records have no text field of the given name. The message lists their fields."""
+
+
 class UnknownCharacters(ValueError):
     """Text holds characters that a character vocabulary lacks; `characters` lists all of them, sorted."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from milepost.text import blocks
 from milepost.text.blocks import blocks_of, check_length, lines_of, normalized
-from milepost.text.errors import DataError
+from milepost.text.errors import DataError, TextFieldError
 
 Piece = tuple[str, bool]
 
@@ -122,7 +122,7 @@ def _text_in(row: Any, reading: Reading, *, where: str) -> str:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with a member {field!r}, found a {type(row).__name__}")
     if field not in row:
-        raise DataError(f"{where}: expected a member {field!r}, found {listed(list(row))}: name the text field")
+        raise TextFieldError(f"{where}: expected a member {field!r}, found {listed(list(row))}")
     return _checked(row[field], reading, where=where)
 
 
@@ -175,7 +175,7 @@ def _read_csv(path: Path, reading: Reading) -> Iterator[Piece]:
     header = [name.strip() for name in names]
     if field not in header:
         problem = f"expected a column {field!r} in the first line, found {listed(header)}"
-        raise DataError(f"{path}: {problem}: name the text field")
+        raise TextFieldError(f"{path}: {problem}")
     column = header.index(field)
     for number, row in rows:
         if row and len(row) <= column:

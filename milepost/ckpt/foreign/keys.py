@@ -59,7 +59,7 @@ def weights_of(content: Mapping[Any, Any], *, where: str, whole: bool = True) ->
         found = {"": flattened(content, where=where)} if bare else _under_any_key(content, where)
     if not found:
         problem = f"does not contain model_state_dict (keys seen: {keys_seen(content)})"
-        remedy = f"it may be damaged, or not a checkpoint of a model; {EARLIER}"
+        remedy = "save the weights as tensors under one key: torch.save({'model': model.state_dict()}, path)"
         raise CheckpointError(where, problem, remedy, kind="not understood")
     first, *others = found
     for other in others:

@@ -58,7 +58,7 @@ def known_layout(path: Path) -> Layout:
     layout = layout_of(path)
     if layout is None:
         names = ", ".join(layout.name for layout in LAYOUTS)
-        kind = archive.kind_of(path) if path.is_file() else None
+        kind, remedy = (archive.kind_of(path) if path.is_file() else None) or (None, None)
         problem = f"is not a checkpoint of a known layout ({names}){f', but {kind}' if kind else ''}"
-        raise CheckpointError(path, problem, kind="not understood")
+        raise CheckpointError(path, problem, remedy, kind="not understood")
     return layout
