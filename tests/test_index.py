@@ -1,8 +1,11 @@
 """What is remembered of a folder's checkpoints: equal to what a first look finds, whatever was done to the folder."""
 
+import contextlib
 import dataclasses
 import random
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from milepost.ckpt import index, retention
 from milepost.ckpt.finding import scan
 from milepost.ckpt.layouts import LAYOUTS, WRITERS
 from milepost.ckpt.saving import save as save_record
+from milepost.ckpt.tensors import digest
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def change(draw: random.Random, folder: Path, pool: list[Path], *, in_place: boo
 
 
 def seen(folder: Path, *, fresh: bool) -> list[tuple]:
-    found = sorted(scan(folder, fresh=fresh), key=lambda each: each.path)
+    found = sorted(scan(folder, looks=None if fresh else {}), key=lambda each: each.path)
     return [dataclasses.astuple(each) for each in found]
 
 
@@ -115,6 +119,68 @@ def test_what_was_rewritten_in_place_is_not_pruned(tmp_path):
     gone = retention.prune(tmp_path, run_id="run", keep_last=2, keep_every=0, latest_valid=paths[3])
     assert [found.path for found in gone.remove] == [paths[1]]
     assert [path.exists() for path in paths] == [True, False, True, True]
+
+
+LISTED: list[str] | None = None
+
+
+def _note_listing(event: str, arguments: tuple) -> None:
+    if LISTED is not None and event in ("os.scandir", "os.listdir"):
+        LISTED.append(str(arguments[0]))
+
+
+sys.addaudithook(_note_listing)  # Python cannot remove it; it notes nothing outside of `listed`
+
+
+def listed(action: Callable[[], object], folder: Path) -> int:
+    """Return how often `action` lists the folder itself."""
+    global LISTED
+    LISTED = []
+    try:
+        action()
+        return LISTED.count(str(folder))
+    finally:
+        LISTED = None
+
+
+def saved_as_in_training(step: int, folder: Path) -> Path:
+    own = dataclasses.replace(record(step), run_id="run")
+    path = save_record(own, folder)
+    ckpt.keep_best(own, folder, saved=path)
+    ckpt.prune(folder, run_id="run", keep_last=2, keep_every=0, latest_valid=path)
+    return path
+
+
+def test_an_operation_lists_a_folder_once_however_often_it_asks(tmp_path):
+    """Two listings more read the names of leftovers and of notes, one the links, and one the adapters below, which are
+    looked for after it is known what expires.
+    """
+    for step in range(1, 6):
+        saved_as_in_training(step, tmp_path)
+    assert listed(lambda: saved_as_in_training(6, tmp_path), tmp_path) <= 8
+    looks: index.Looks = {}
+    assert listed(lambda: [list(scan(tmp_path, looks=looks)) for _ in range(3)], tmp_path) == 1
+    assert listed(lambda: [list(scan(tmp_path, looks={})) for _ in range(3)], tmp_path) == 3  # the control
+    assert listed(lambda: [list(scan(tmp_path)) for _ in range(3)], tmp_path) == 3
+
+
+def test_adapters_that_come_while_it_is_decided_what_expires_keep_their_base(tmp_path, monkeypatch):
+    """They are looked for after the decision, not in the listing that it was made from."""
+    paths = [save(tmp_path, step, run_id="run") for step in (1, 2, 3)]
+    decide = retention.expired
+
+    def deciding(found, **policy):
+        gone = decide(found, **policy)
+        base = {"sha256": digest(ckpt.load(paths[0]).model_state), "source": str(paths[0]), "step": 1}
+        save(tmp_path, 9, run_id="adapters", base=base, parts=["adapters"])
+        return gone
+
+    monkeypatch.setattr(retention, "expired", deciding)
+    with monkeypatch.context() as patch:
+        patch.setattr("milepost.ckpt.saving.folder_lock", contextlib.nullcontext)  # as on another machine without locks
+        gone = retention.prune(tmp_path, run_id="run", keep_last=1, keep_every=0, latest_valid=paths[2])
+    assert [found.path for found in gone.remove] == [paths[1]]
+    assert [path.exists() for path in paths] == [True, False, True]
 
 
 @pytest.mark.parametrize("layout", WRITERS)

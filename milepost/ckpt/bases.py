@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.ckpt.finding import folder_of, folders_below, names_in, places, scan
-from milepost.ckpt.index import Found, look, stamps
+from milepost.ckpt.index import Found, Looks, look, stamps
 from milepost.ckpt.layouts import known_layout, layout_of
 from milepost.ckpt.manifest import read_json
 from milepost.ckpt.names import own_stem
@@ -37,16 +37,17 @@ class Base:
 
 def bases_in_use(folder: Path) -> list[Base]:
     """Return every base recorded by adapters in `folder` and below it, where copies may lie, or by a note."""
+    looks: Looks = {}
     below = (
-        place for place in folders_below(folder, fresh=False) if place == folder or os.access(place, os.R_OK | os.X_OK)
+        place for place in folders_below(folder, looks=looks) if place == folder or os.access(place, os.R_OK | os.X_OK)
     )
     adapters = (
-        found for place in below for found in scan(place, fresh=False) if "adapters" in found.metadata.get("parts", ())
+        found for place in below for found in scan(place, looks=looks) if "adapters" in found.metadata.get("parts", ())
     )
     named = [_base(found.metadata.get("base"), found.path) for found in adapters]
     notes = (
         place / name
-        for place in places(folder, fresh=False)
+        for place in places(folder, looks=looks)
         for name in sorted(names_in(place))
         if OWN_NOTE.fullmatch(name)
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from milepost.ckpt.bases import bases_among
 from milepost.ckpt.finding import BEST_FOLDER, linked, loss_of, scan
-from milepost.ckpt.index import Found, is_unchanged
+from milepost.ckpt.index import Found, Looks, is_unchanged
 from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.names import PREFIX, own_checkpoints, target_folder
 from milepost.ckpt.reading_back import check_reachable, check_saved
@@ -52,13 +52,14 @@ def _superseded(record: Checkpoint, folder: Path, *, count: int) -> list[Found]:
 
     Two saves of one step count once. Copies made by hand, the bases of adapters and what a link names stay.
     """
-    known = list(scan(folder, regular=False, fresh=False))
+    looks: Looks = {}
+    known = list(scan(folder, regular=False, looks=looks))
     check_reachable(known)
     own = own_checkpoints([each for each in known if each.run_id == record.run_id is not None])
     own.sort(key=lambda found: (loss_of(found) is None, loss_of(found), found.save_order))
     best = list(dict.fromkeys((found.step, loss_of(found)) for found in own))[:count]
     worse = [found for found in own if (found.step, loss_of(found)) not in best and _is_worse(found, record)]
-    kept = {*bases_among(worse, folder), *linked(worse, folder)}
+    kept = {*bases_among(worse, folder), *linked(worse, folder, looks)}
     return [found for found in worse if found.path not in kept and is_unchanged(found)]
 
 
@@ -76,9 +77,7 @@ def best_is_kept(folder: Path, *, run_id: str | None, loss: float) -> bool:
 
 def saved_best(folder: Path, *, run_id: str | None, step: int, loss: float) -> Found | None:
     """Return the ordinary save of a run's best step; None if there is none or it was saved before evaluation."""
-    own = [
-        found for found in scan(folder, bests=False, fresh=False) if found.problem is None and found.run_id == run_id
-    ]
+    own = [found for found in scan(folder, bests=False, looks={}) if found.problem is None and found.run_id == run_id]
     same = [found for found in own if (found.step, loss_of(found)) == (step, loss)]
     return max(same, key=lambda found: (found.resumable, found.save_order), default=None)
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from milepost.ckpt.index import Found, Listing, look, look_into
+from milepost.ckpt.index import Found, Listing, Looks, look, look_into
 from milepost.ckpt.layouts import LAYOUTS, known_layout, layout_of
 from milepost.ckpt.record import CheckpointError
 from milepost.locks import FOLDER_LOCK
@@ -48,23 +48,23 @@ def find_below(folder: Path) -> Iterator[Found]:
         seen |= {found.path for found in (*here, *scan(place))}
 
 
-def folders_below(folder: Path, *, fresh: bool = True) -> Iterator[Path]:
+def folders_below(folder: Path, *, looks: Looks | None = None) -> Iterator[Path]:
     """Yield `folder` and the folders below it, from the top down, without the parts of checkpoints and without the
-    checkpoints that hold nothing else. `fresh` is that of `scan`.
+    checkpoints that hold nothing else. `looks` is that of `look_into`.
     """
     yield folder
     whole = layout_of(folder)
     with contextlib.suppress(OSError):  # such as lost+found
-        inside = look_into(folder, whole=whole, fresh=fresh)
+        inside = look_into(folder, whole=whole, looks=looks)
         for name in sorted([*inside.folders, *inside.mixed]):
             if not (whole is not None and whole.owns(folder, folder / name)):
-                yield from folders_below(folder / name, fresh=fresh)
+                yield from folders_below(folder / name, looks=looks)
 
 
-def scan(folder: Path, *, regular: bool = True, bests: bool = True, fresh: bool = True) -> Iterator[Found]:
+def scan(folder: Path, *, regular: bool = True, bests: bool = True, looks: Looks | None = None) -> Iterator[Found]:
     """Yield every checkpoint in `folder` under each of its names, after `folder` itself if it is a checkpoint too.
 
-    Skip those outside best/ if not `regular`, and those inside if not `bests`. If not `fresh`, take the metadata of a file
+    Skip those outside best/ if not `regular`, and those inside if not `bests`. With `looks`, take the metadata of a file
     that was seen before and has kept its name and inode as it was then: this costs a save little in a full folder.
     """
     whole = layout_of(folder)
@@ -72,12 +72,12 @@ def scan(folder: Path, *, regular: bool = True, bests: bool = True, fresh: bool 
         yield look(folder, whole)
     if not os.path.isdir(folder):
         return
-    inside = look_into(folder, whole=whole, fresh=fresh)
+    inside = look_into(folder, whole=whole, looks=looks)
     found = list(inside.found.values()) if regular else []
     for place in _inner_places(folder, inside):
         if bests if place.name == BEST_FOLDER else regular:
             with contextlib.suppress(OSError):  # such as lost+found
-                here = look_into(place, whole=layout_of(place), fresh=fresh).found.values()
+                here = look_into(place, whole=layout_of(place), looks=looks).found.values()
                 found += [each for each in here if place == folder / BEST_FOLDER or not _is_stray(each, folder)]
     yield from (each for each in found if whole is None or not whole.owns(folder, each.path))
 
@@ -119,14 +119,14 @@ def orphan(path: Path) -> Found | None:
     )
 
 
-def places(folder: Path, *, fresh: bool = True) -> Iterator[Path]:
+def places(folder: Path, *, looks: Looks | None = None) -> Iterator[Path]:
     """Yield the folders that hold the checkpoints of `folder`: itself, its run folders, and the best/ of each.
 
-    Links are not followed, because what is found here may be pruned. `fresh` is that of `scan`.
+    Links are not followed, because what is found here may be pruned. `looks` is that of `look_into`.
     """
     if os.path.isdir(folder):
         yield folder
-        yield from _inner_places(folder, look_into(folder, whole=layout_of(folder), fresh=fresh))
+        yield from _inner_places(folder, look_into(folder, whole=layout_of(folder), looks=looks))
 
 
 def _inner_places(folder: Path, inside: Listing) -> Iterator[Path]:
@@ -138,12 +138,13 @@ def _inner_places(folder: Path, inside: Listing) -> Iterator[Path]:
             yield place / BEST_FOLDER
 
 
-def linked(found: Iterable[Found], folder: Path) -> set[Path]:
+def linked(found: Iterable[Found], folder: Path, looks: Looks | None = None) -> set[Path]:
     """Return the paths of the checkpoints that a link in `folder`, its run folders or a best/ points to.
 
     Such a link is a user's name for a checkpoint, as a copy is.
     """
-    targets = {os.path.realpath(link) for place in places(folder, fresh=False) for link in _links_in(place)}
+    looks = {} if looks is None else looks
+    targets = {os.path.realpath(link) for place in places(folder, looks=looks) for link in _links_in(place)}
     files = {each.path: known_layout(each.path).files(each.path) for each in found} if targets else {}
     return {path for path, own in files.items() if targets.intersection(map(os.path.realpath, own))}
 

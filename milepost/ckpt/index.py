@@ -118,24 +118,33 @@ class Listing:
     _shared: dict[str, Json] = field(default_factory=dict)  # metadata that is equal in many, such as a run's settings
 
 
+# What one operation has seen of each folder. It lists a folder once, however often it asks, and reads again what it is
+# about to delete; the next operation begins with an empty one.
+Looks = dict[Path, Listing]
+
+
 @functools.lru_cache(maxsize=FOLDERS)
 def _last_listing(folder: Path) -> list[Listing]:
     return [Listing()]
 
 
-def look_into(folder: Path, *, whole: Layout | None = None, fresh: bool = True) -> Listing:
+def look_into(folder: Path, *, whole: Layout | None = None, looks: Looks | None = None) -> Listing:
     """Return what `folder` holds; `whole` is its own layout, if it is a checkpoint itself.
 
-    If not `fresh`, a file with a known name and inode is taken as it was: no file is looked at that was seen before.
-    Raise OSError if the folder cannot be listed.
+    With `looks`, a file with a known name and inode is taken as it was, so that no file is looked at that was seen before,
+    and a folder that is in `looks` is not listed again. Raise OSError if the folder cannot be listed.
     """
+    if looks is not None and folder in looks and looks[folder].whole is whole:
+        return looks[folder]
     last = _last_listing(folder)
     known = last[0] if last[0].whole is whole else Listing(whole)
-    present, changed = _present(folder, known, fresh=fresh)
+    present, changed = _present(folder, known, fresh=looks is None)
     changed |= known._unread
     if changed:
         known = _updated(folder, known, present, changed | _beside(changed))
         last[0] = known
+    if looks is not None:
+        looks[folder] = known
     return known
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from milepost.ckpt.bases import bases_among
 from milepost.ckpt.finding import in_best, linked, scan
-from milepost.ckpt.index import Found, is_unchanged, look
+from milepost.ckpt.index import Found, Looks, is_unchanged, look
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.names import own_checkpoints
 from milepost.ckpt.reading_back import check_reachable, check_saved
@@ -104,10 +104,11 @@ def select_expired(
     delete files elsewhere, and checkpoints that a link in the folder points to. Raise CheckpointError if a checkpoint
     does not answer: what it needs is unknown.
     """
-    known = list(scan(folder, bests=False, fresh=False))
+    looks: Looks = {}
+    known = list(scan(folder, bests=False, looks=looks))
     check_reachable(known)
     own = own_checkpoints([each for each in known if each.run_id == run_id])
-    named = linked(own, folder)
+    named = linked(own, folder, looks)
     found = [each for each in own if not any(map(os.path.islink, known_layout(each.path).files(each.path)))]
     found = [each for each in found if each.path not in named]
     gone = expired(

@@ -36,7 +36,7 @@ def save(
         place = target_folder(record, folder, writer=writer)
         remove_leftovers_below(folder, _places(record, folder))
         now = datetime.datetime.now(datetime.UTC)
-        numbers = [checkpoint.metadata.get("save_number") or 0 for checkpoint in scan(folder, fresh=False)]
+        numbers = [checkpoint.metadata.get("save_number") or 0 for checkpoint in scan(folder, looks={})]
         record.save_number = min(LARGEST, 1 + max(numbers, default=0))  # at the limit, the time decides
         record.saved_at = now.isoformat(timespec="microseconds")
         record.save_id = os.urandom(8).hex()
