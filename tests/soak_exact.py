@@ -259,7 +259,8 @@ def result(folder: Path, steps: int) -> dict[str, Any]:
 def leftovers(folder: Path) -> list[str]:
     """Return the hidden files that a finished training should not leave: none in its runs, of checkpoints its own."""
     hidden = [path for path in (folder / "checkpoints").rglob(".*") if ".tmp" in path.name or ".owner" in path.name]
-    return sorted(str(path.relative_to(folder)) for path in [*hidden, *(folder / "runs").rglob(".*")])
+    hidden += [path for path in (folder / "runs").rglob(".*") if path.name != ".lock"]
+    return sorted(str(path.relative_to(folder)) for path in hidden)
 
 
 def differences(whole: dict[str, Any], pieces: dict[str, Any]) -> list[str]:
