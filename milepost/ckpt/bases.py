@@ -16,7 +16,7 @@ from milepost.ckpt.layouts import known_layout, layout_of
 from milepost.ckpt.names import own_stem
 from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.tensors import digest
-from milepost.files import new_file
+from milepost.files import if_it_answers, new_file, read_steadily
 from milepost.paths import is_real_file, with_home
 
 LEVELS = 4  # folders above the adapters, and parts of the recorded path, with which a moved base is looked for
@@ -54,8 +54,8 @@ def bases_in_use(folder: Path) -> list[Base]:
 
 
 def _read_note(note: Path) -> dict[str, Json]:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads(note.read_text(encoding="utf-8"))
+    with contextlib.suppress(ValueError, RecursionError), if_it_answers():
+        values = json.loads(read_steadily(note))
         return values if isinstance(values, dict) else {}
     return {}
 
@@ -122,10 +122,15 @@ def _digest_of(found: Found) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _weights_digest(path: Path, _: Any) -> str | None:
-    """Return the sha256 of the checkpoint's weights as adapters record it; None if they cannot be read."""
+    """Return the sha256 of the checkpoint's weights as adapters record it; None if they are damaged.
+
+    Raise CheckpointError if they do not answer.
+    """
     try:
         return digest(known_layout(path).read(path, optimizer=False).model_state)
-    except (CheckpointError, OSError):
+    except CheckpointError as error:
+        if error.kind == "unreachable":
+            raise
         return None
 
 
