@@ -230,6 +230,14 @@ def test_control_without_its_mark_a_half_is_taken_for_another_programs_folder(tm
     assert caught.value.kind == "lacking"
 
 
+def test_a_checkpoint_of_which_no_file_is_left_is_no_unexpected_error(tmp_path):
+    """Some file systems lose a renamed file, and another process may have deleted it."""
+    files.remove([])
+    with pytest.raises(FileNotFoundError):
+        files.link_or_copy([], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Locks.
 

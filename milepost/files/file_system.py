@@ -156,7 +156,7 @@ def _tried(folder: Path) -> frozenset[str]:
             LOCKS: lambda: _lock_twice(lock),
             SPACE: lambda: _ask_for_space(folder),
         }
-        found |= {lack for lack, trial in trials.items() if not _works(trial, folder)}
+        found |= {lack for lack, trial in trials.items() if lack not in found and not _works(trial, folder)}
         return frozenset(found - ({RENAME_ONTO, RENAME_FOLDERS} if RENAME in found else set()))
     finally:
         for path in names:
