@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # make test-exchange: test against other programs. make test-llama: test in llama.cpp, which is built from source.
-.PHONY: train test test-filesystems test-exchange test-llama check soak soak-exact bench bench-long clean
+.PHONY: train test test-filesystems test-exchange test-llama check soak soak-filesystems soak-exact bench bench-long clean
 
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
@@ -12,9 +12,10 @@ train: $(VENV)/.runtime
 test: check
 	$(BIN)/python -m pytest -q -m "not soak and not exchange and not mounted"
 
-# File systems that lack something, mounted: needs /dev/fuse, and fuse3 and libfuse2 of Debian.
+# File systems that lack something, mounted: needs /dev/fuse, and fuse3 and libfuse2 of Debian. A test on rclone, sshfs, exfat or ntfs-3g
+# is skipped, with the package that it needs, where that is missing.
 test-filesystems: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m mounted
+	$(BIN)/python -m pytest -q -m "mounted and not soak"
 
 test-exchange: $(VENV)/.exchange
 	$(BIN)/python -m pytest -q tests/exchange tests/test_export.py tests/test_evaluate.py tests/test_huggingface.py
@@ -29,7 +30,11 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m soak
+	$(BIN)/python -m pytest -q -m "soak and not mounted"
+
+# Killed at random times and at every call, on mounted file systems; needs rclone too.
+soak-filesystems: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -s -m "soak and mounted"
 
 # SETTINGS drawn at random, each trained alone and in pieces, and compared; a minute for about eight.
 SETTINGS ?= 500

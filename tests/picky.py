@@ -4,7 +4,8 @@
 
 It passes every call on to FOLDER, and refuses some as other file systems do. `REFUSALS` has what can be lacking; the
 rest is `append` (a file is written once from its beginning to its end), `statfs` (all zeros), `late` (a name is
-listed two seconds after it was made) and `gone` (nothing answers while FOLDER/.gone exists).
+listed two seconds after it was made), `gone` (nothing answers while FOLDER/.gone exists), `unread` (bytes between the two
+offsets in FOLDER/.unread cannot be read while that exists) and `case` (names that differ in case are one name).
 """
 
 import contextlib
@@ -45,7 +46,16 @@ def mount(folder: str, place: str, lacking: set[str]) -> None:
         def real(self, path: str) -> str:
             if "gone" in lacking and os.path.exists(f"{folder}/.gone"):
                 raise mfusepy.FuseOSError(errno.ENOTCONN)
-            return folder + path
+            return folder + (path if "case" not in lacking else self.named(path))
+
+        def named(self, path: str) -> str:
+            """Return the path with each name as it is on disk."""
+            found = ""
+            for name in filter(None, path.split("/")):
+                inside = os.listdir(folder + found) if os.path.isdir(folder + found) else []
+                same = [each for each in inside if each.casefold() == name.casefold()]
+                found += f"/{name if name in inside or not same else same[0]}"
+            return found or "/"
 
         def refuse(self, *lacks: str) -> None:
             for lack in lacks:
@@ -112,6 +122,11 @@ def mount(folder: str, place: str, lacking: set[str]) -> None:
 
         def read(self, path: str, size: int, offset: int, handle: int) -> bytes:
             self.real(path)
+            if "unread" in lacking and os.path.exists(f"{folder}/.unread"):
+                with open(f"{folder}/.unread", encoding="utf-8") as control:
+                    begin, end = map(int, control.read().split())
+                    if offset < end and offset + size > begin:
+                        raise mfusepy.FuseOSError(errno.EIO)
             return os.pread(handle, size, offset)
 
         def write(self, path: str, data: bytes, offset: int, handle: int) -> int:

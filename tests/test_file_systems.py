@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from drive import newest, train
 from folders import make_before, next_save_clears_up, steps_of, tidy, whole
-from lacking import LACKS, lacking  # noqa: F401  (a fixture)
+from lacking import LACKS, lacking, refuse  # noqa: F401  (a fixture)
 from records import record
 from saver import of_step, save_keep_prune
 from test_faults import fault
@@ -87,11 +87,40 @@ def test_a_full_disk_is_no_lack(tmp_path, monkeypatch):
     assert files.look(tmp_path) == frozenset()  # and it was not remembered
 
 
+@pytest.mark.parametrize(("name", "lack"), [("link", "hard links"), ("rename", "rename")])
+def test_what_is_refused_with_eio_is_lacking_if_the_folder_takes_a_file_afterwards(name, lack, tmp_path, monkeypatch):
+    """As rclone refuses links. Of a folder that is away, nothing is known."""
+    files.forget()
+    with monkeypatch.context() as patch:
+        refuse(patch.setattr, os, name, errno.EIO)
+        assert files.look(tmp_path) == {lack}
+        files.forget()
+        write, done = os.write, []
+
+        def once(descriptor: int, data: bytes) -> int:
+            done.append(data)
+            if len(done) > 2:  # of the first trial and of append
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return write(descriptor, data)
+
+        patch.setattr(os, "write", once)
+        with pytest.raises(OSError, match="Input/output"):
+            files.look(tmp_path)
+    assert files.look(tmp_path) == frozenset()  # and it was not remembered
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_kind_of_file_system_lacks_is_known_where_timing_decides(tmp_path, monkeypatch):
+    files.forget()
+    monkeypatch.setattr(file_system, "kind_of", lambda folder: "fuse.rclone")
+    assert files.look(tmp_path) == {"rename of folders"}
+    files.forget()
+
+
 def test_fat_is_known_by_its_mount():
     mounts = "36 35 98:0 / /mnt rw,noatime - ext3 /dev/root rw\n40 35 8:17 / /usb rw shared:3 - vfat /dev/sdb1 rw\n"
-    assert file_system._limit_of(mounts, "8:17") == 2**32 - 1
-    assert file_system._limit_of(mounts, "98:0") is None
-    assert file_system._limit_of(mounts, "1:1") is None
+    assert [file_system._kind_in(mounts, device) for device in ("8:17", "98:0", "1:1")] == ["vfat", "ext3", None]
+    assert "vfat" in file_system.FAT
 
 
 def test_a_checkpoint_too_large_for_its_file_system_is_refused_before_training(tmp_path, monkeypatch):
@@ -199,6 +228,14 @@ def test_control_without_its_mark_a_half_is_taken_for_another_programs_folder(tm
     with pytest.raises(CheckpointError) as caught:
         ckpt.load(path)
     assert caught.value.kind == "lacking"
+
+
+def test_a_checkpoint_of_which_no_file_is_left_is_no_unexpected_error(tmp_path):
+    """Some file systems lose a renamed file, and another process may have deleted it."""
+    files.remove([])
+    with pytest.raises(FileNotFoundError):
+        files.link_or_copy([], tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,17 +3,29 @@
 They need /dev/fuse, libfuse and mfusepy: `make test-filesystems`.
 """
 
+import contextlib
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from drive import command, small_text
+from drive import ROOT, command, small_text
+from lives import live
+from mounts import MOUNTS, await_that, missing, ssh_server, sshfs_of, unmount
 from picky import mounted
+from records import record
 
-from milepost import ckpt
+from milepost import ckpt, files
 from milepost.runtime.progress import read_metrics
+from milepost.text.corpus import open_corpus
+from milepost.text.scan import scan
+from milepost.text.token_files import prepare
+from milepost.text.tokenization import ByteTokenizer
 
 pytestmark = pytest.mark.mounted
 
@@ -87,6 +99,24 @@ def test_a_life_in_every_layout_without(lacking, layout, tmp_path):
     a_life_on(tmp_path / "fs", layout, lacking)
 
 
+# Pairs of lacks, drawn once: each lack and each layout is in one.
+PAIRS = [
+    ("append,rename-dir", "directory"),
+    ("lock,rename", "separated"),
+    ("fsync,append", "stepfiles"),
+    ("statfs,lock", "consolidated"),
+    ("rename-over,append", "huggingface"),
+    ("fsync-dir,late", "unified"),
+    ("rename,rename-over", "directory"),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("lacking", "layout"), PAIRS)
+def test_a_life_without_two_things(lacking, layout, tmp_path):
+    a_life_on(tmp_path / "fs", layout, *lacking.split(","))
+
+
 def test_a_folder_that_goes_away_and_comes_back_costs_neither_a_line_nor_the_last_step(tmp_path):
     folder = tmp_path / "fs"
     with mounted(folder, "gone") as place:
@@ -114,3 +144,119 @@ def test_a_folder_that_goes_away_and_comes_back_costs_neither_a_line_nor_the_las
     last = ckpt.latest(ckpt.find(folder / "back" / "checkpoints"))
     assert last is not None
     assert last.step == 400
+
+
+READ = """
+import sys
+from pathlib import Path
+from milepost import ckpt
+from milepost.ckpt.record import named_tensors
+back, path = map(Path, sys.argv[1:])
+record = ckpt.load(path)
+(back / ".unread").write_text("1400000 1500000")
+kind = "none"
+try:
+    record = ckpt.load(path)
+    sum(float(tensor.double().sum()) for tensor in named_tensors(record).values())
+except ckpt.CheckpointError as error:
+    kind = error.kind
+print(kind)
+"""
+
+
+@pytest.mark.parametrize("layout", ckpt.WRITERS)
+def test_mapped_bytes_that_cannot_be_read_are_an_error_and_not_the_end_of_the_process(layout, tmp_path):
+    with mounted(tmp_path / "fs", "unread") as place:
+        path = ckpt.save(
+            record(1, size=700), place, layout=layout
+        )  # 6 MB, of which a load without `verify` reads no such byte
+        words = [sys.executable, "-c", READ, str(tmp_path / "fs" / "back"), str(path)]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr  # -7: SIGBUS
+    assert done.stdout.strip() == "unreachable"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Debian's own.
+
+
+def needs(name: str) -> None:
+    if packages := missing(name):
+        pytest.skip(f"needs {packages}")
+
+
+ON = [("rclone", "directory"), ("rclone, writes", "directory"), ("sshfs", "unified")]
+LONGER = [("rclone, writes", "separated"), ("exfat", "unified"), ("ntfs-3g", "directory"), ("overlay", "unified")]
+ON += [pytest.param(*each, marks=pytest.mark.soak) for each in LONGER]
+
+
+@pytest.mark.parametrize(("name", "layout"), ON)
+def test_a_run_that_is_killed_there_ends_as_on_an_ordinary_disk(name, layout, tmp_path):
+    needs(name)
+    with MOUNTS[name](tmp_path / "fs") as place:
+        live(tmp_path, place, layout)
+
+
+def test_an_sshfs_that_dies_and_is_mounted_again_costs_neither_a_line_nor_the_last_step(tmp_path):
+    needs("sshfs")
+    own = tmp_path / "fs"
+    with ssh_server(own) as port, contextlib.ExitStack() as second, contextlib.ExitStack() as first:
+        place = first.enter_context(sshfs_of(own, port))
+
+        def die_and_return() -> None:
+            await_that(lambda: bool(list((own / "back" / "checkpoints").glob("*step0020*"))), lambda: "no save")
+            os.kill(int((own / "pid").read_text()), signal.SIGKILL)
+            time.sleep(2)
+            unmount(place)
+            second.enter_context(sshfs_of(own, port))
+
+        away = threading.Thread(target=die_and_return)
+        away.start()
+        said = command(
+            "training.py", own, CHECKPOINT_DIR=str(place / "checkpoints"), RUNS_DIR=str(place / "runs"),
+            CHECKPOINT_INTERVAL="20", TRAINING_STEPS="400", TRAINING_DATA_SOURCE=str(small_text(tmp_path)),
+            EVAL_INTERVAL="0", SAMPLE_INTERVAL="0",
+        )  # fmt: skip
+        away.join()
+    assert said.returncode == 0, said.stderr
+    assert "could not be written" in said.stderr  # the control: it was away
+    assert lines_of(own) == list(range(1, 401))
+    last = ckpt.latest(ckpt.find(own / "back" / "checkpoints"))
+    assert last is not None
+    assert last.step == 400
+    assert ckpt.verify(last.path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is no checkpoint, and names.
+
+
+@pytest.mark.parametrize("lacking", ["append", "rename", "rename-dir", "append,rename,lock"])
+def test_token_files_are_built_and_built_again_without(lacking, tmp_path):
+    with mounted(tmp_path / "fs", *lacking.split(",")) as place:
+        files.forget()
+        corpus = open_corpus(str(small_text(tmp_path)), data_dir=tmp_path)
+
+        def built() -> list[bytes]:
+            split = prepare(corpus, scan(corpus), ByteTokenizer(), validation_fraction=0.1, cache_dir=place / "tokens")
+            return [split.train.tobytes(), split.validation.tobytes()]
+
+        expected = built()
+        (folder,) = (place / "tokens").iterdir()
+        next(folder.glob("*.npy")).unlink()  # as a killed process may leave it
+        assert built() == expected
+        assert len(expected[0]) > 1000
+        assert [path.name for path in (place / "tokens").iterdir()] == [folder.name]
+    files.forget()
+
+
+def test_names_that_differ_in_case_are_one_name_there_and_no_checkpoint_is_lost(tmp_path):
+    with mounted(tmp_path / "fs", "case") as place:
+        files.forget()
+        (place / "Name").touch()
+        assert (place / "nAME").exists()  # the control
+        (place / "Name").unlink()
+        paths = [ckpt.save(record(1), place, prefix=prefix) for prefix in ("Check", "check", "CHECK")]
+        assert len({path.name.casefold() for path in paths}) == 3
+        assert [each.problem for each in ckpt.find(place)] == [None] * 3
+    files.forget()

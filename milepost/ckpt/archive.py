@@ -30,7 +30,7 @@ from milepost.ckpt import legacy_archive, pickles, torch_pickle, zip_reader
 from milepost.ckpt.manifest import JSON_LIMIT, parse_json, unreadable
 from milepost.ckpt.record import EARLIER, CheckpointError, Json, Kind
 from milepost.ckpt.zip_reader import PICKLE, Member
-from milepost.files import CHUNK, steadily
+from milepost.files import CHUNK, is_unreachable, open_steadily, steadily
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 ROOT = "archive"
@@ -140,7 +140,9 @@ def verify(path: Path) -> list[CheckpointError]:
     """Return what is wrong with the file; an empty list if every CRC-32 matches and `load` would open it."""
     try:
         with _opened(path) as archive:
-            if name := zip_reader.damaged(archive.file, archive.members):
+            with _damage(path):
+                name = zip_reader.damaged(archive.file, archive.members)
+            if name:
                 name = f"{archive.folder}/{name}"
                 problem = f"is damaged: the bytes of {name:.80} do not match their checksum"
                 return [CheckpointError(path, problem, kind="damaged")]
@@ -229,13 +231,18 @@ def bytes_of(tensor: Tensor) -> Any:
 
 
 def first_bytes(path: Path) -> bytes:
-    """Return the first bytes of a regular file; never open a pipe or a device, which could block forever."""
+    """Return the first bytes of a regular file; never open a pipe or a device, which could block forever.
+
+    Raise CheckpointError if it does not answer.
+    """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(steadily(path.stat).st_mode):
             return b""
-        with steadily(lambda: open(path, "rb")) as file:
+        with open_steadily(path) as file:
             return file.read(32)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_unreachable(error):
+            raise unreadable(path, error) from error
         return b""
 
 
@@ -337,7 +344,7 @@ def _opened(path: Path) -> Iterator[_Archive | _Legacy]:
     try:
         if not stat.S_ISREG(steadily(path.stat).st_mode):
             raise CheckpointError(path, "is not a regular file, expected a checkpoint", kind="not understood")
-        file = steadily(lambda: open(path, "rb"))  # noqa: SIM115  (closed below)
+        file = open_steadily(path)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     with file:

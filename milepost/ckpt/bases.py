@@ -1,6 +1,5 @@
 """Find the bases of saved adapters, which retention keeps: adapters cannot be opened without their base."""
 
-import contextlib
 import functools
 import json
 import os
@@ -56,8 +55,11 @@ def bases_in_use(folder: Path) -> list[Base]:
 
 
 def _read_note(note: Path) -> dict[str, Json]:
-    with contextlib.suppress(CheckpointError):
+    try:
         return read_json(note)
+    except CheckpointError as error:
+        if error.kind == "unreachable":  # then it may name a base
+            raise
     return {}
 
 
@@ -123,10 +125,15 @@ def _digest_of(found: Found) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _weights_digest(path: Path, _: Any) -> str | None:
-    """Return the sha256 of the checkpoint's weights as adapters record it; None if they cannot be read."""
+    """Return the sha256 of the checkpoint's weights as adapters record it; None if they are damaged.
+
+    Raise CheckpointError if they do not answer.
+    """
     try:
         return digest(known_layout(path).read(path, optimizer=False).model_state)
-    except (CheckpointError, OSError):
+    except CheckpointError as error:
+        if error.kind == "unreachable":
+            raise
         return None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from milepost.ckpt.index import Found, Listing, Looks, look, look_into
 from milepost.ckpt.layouts import LAYOUTS, known_layout, layout_of
 from milepost.ckpt.record import CheckpointError
+from milepost.files import if_it_answers, steadily
 from milepost.locks import FOLDER_LOCK
 from milepost.paths import is_real_folder
 
@@ -76,7 +77,7 @@ def scan(folder: Path, *, regular: bool = True, bests: bool = True, looks: Looks
     found = list(inside.found.values()) if regular else []
     for place in _inner_places(folder, inside):
         if bests if place.name == BEST_FOLDER else regular:
-            with contextlib.suppress(OSError):  # such as lost+found
+            with if_it_answers():  # lost+found does not
                 here = look_into(place, whole=layout_of(place), looks=looks).found.values()
                 found += [each for each in here if place == folder / BEST_FOLDER or not _is_stray(each, folder)]
     yield from (each for each in found if whole is None or not whole.owns(folder, each.path))
@@ -88,7 +89,7 @@ def _is_stray(found: Found, folder: Path) -> bool:
     What programs call their one newest file is a checkpoint there too: checkpoints/<name>/latest.pt.
     """
     named = found.path.name in NEWEST_NAMES and found.path.parent.parent == folder
-    return not (named or found.layout in IN_RUN_FOLDERS)
+    return not (named or found.layout in IN_RUN_FOLDERS or found.kind == "unreachable")
 
 
 def orphans(folder: Path) -> list[Found]:
@@ -150,15 +151,15 @@ def linked(found: Iterable[Found], folder: Path, looks: Looks | None = None) -> 
 
 
 def _links_in(place: Path) -> list[str]:
-    with contextlib.suppress(OSError), os.scandir(place) as inside:
+    with if_it_answers(), os.scandir(place) as inside:
         return [entry.path for entry in inside if entry.is_symlink()]
     return []
 
 
 def names_in(place: Path) -> list[str]:
-    """Return the names in `place`; none if it cannot be listed."""
-    with contextlib.suppress(OSError):
-        return os.listdir(place)
+    """Return the names in `place`; none if it may not be listed. Raise OSError if it does not answer."""
+    with if_it_answers():
+        return steadily(lambda: os.listdir(place))
     return []
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from milepost.ckpt.layouts import LAYOUTS, Layout, layout_of
 from milepost.ckpt.record import CheckpointError, Json, Kind
-from milepost.files import Entry, entries_with_made
+from milepost.files import Entry, entries_with_made, steadily
 from milepost.paths import is_real_folder
 
 FOLDERS = 4096  # that are remembered
@@ -138,7 +138,7 @@ def look_into(folder: Path, *, whole: Layout | None = None, looks: Looks | None 
         return looks[folder]
     last = _last_listing(folder)
     known = last[0] if last[0].whole is whole else Listing(whole)
-    present, changed = _present(folder, known, fresh=looks is None)
+    present, changed = steadily(lambda: _present(folder, known, fresh=looks is None))
     changed |= known._unread
     if changed:
         known = _updated(folder, known, present, changed | _beside(changed))
@@ -163,11 +163,18 @@ def _present(folder: Path, known: Listing, *, fresh: bool) -> tuple[dict[str, St
                 continue
             present[name] = stamp = _stamp(entry, known._parts)
             # A folder that is no checkpoint may become one.
-            if stamp != before or (stamp is FOLDER and layout_of(folder / name)):
+            if stamp != before or (stamp is FOLDER and _may_be_checkpoint(folder / name)):
                 changed.add(name)
     if len(present) != len(known._stamps) or changed:
         changed |= known._stamps.keys() - present.keys()
     return present, changed
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    try:
+        return layout_of(path) is not None
+    except CheckpointError:  # it does not answer
+        return True
 
 
 def _identity(entry: Entry) -> Any:
@@ -206,12 +213,16 @@ def _beside(names: Iterable[str]) -> set[str]:
 def _updated(folder: Path, known: Listing, present: dict[str, Stamp], changed: set[str]) -> Listing:
     """Return the listing with the `changed` entries read again. `known` stays: another thread may be reading it."""
     parts = {name: part for name, part in known._parts.items() if name not in changed}
-    gone = {known._parts[name][0] for name in changed & known._parts.keys()}
+    gone = changed | {known._parts[name][0] for name in changed & known._parts.keys()}
     read: dict[str, Found] = {}
     shared = dict(known._shared)
     for name in sorted(changed & present.keys()):
         path = folder / name
-        layout = layout_of(path)
+        try:
+            layout = layout_of(path)
+        except CheckpointError as error:  # it does not answer
+            read[name] = Found(path, {}, str(error), kind=error.kind)
+            continue
         primary = layout.primary_file(path) if layout else None
         if path.is_dir():
             present[name] = _folder_stamp(path) if primary else FOLDER

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json, Kind, check_metadata, metadata
-from milepost.files import BEGINNING, CHUNK, UNREACHABLE, NewFile, is_unfinished, is_unreachable, steadily, write_json
+from milepost.files import (
+    BEGINNING,
+    CHUNK,
+    UNREACHABLE,
+    NewFile,
+    is_unfinished,
+    is_unreachable,
+    open_steadily,
+    read_steadily,
+    steadily,
+    write_json,
+)  # fmt: skip
 
 JSON_LIMIT = 16 * 2**20  # bytes; a 50,000-token BPE vocabulary takes about 3 MB
 PARTS_LIMIT = 1_000_000  # values in a file; such a vocabulary has 200,000. An object of 8 bytes takes 200 in memory
@@ -32,10 +43,15 @@ AWAY = "try again when its folder answers; nothing is known of its bytes"  # the
 
 
 def is_regular(path: Path) -> bool:
-    """Whether `path` is a regular file. Never open anything else: reading a pipe or a device could block forever."""
+    """Whether `path` is a regular file. Never open anything else: reading a pipe or a device could block forever.
+
+    Raise CheckpointError if it does not answer, which is not the same as being missing.
+    """
     try:
         return stat.S_ISREG(steadily(path.stat).st_mode)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_unreachable(error):
+            raise unreadable(path, error) from error
         return False
 
 
@@ -45,15 +61,14 @@ def read_json(path: Path) -> dict[str, Json]:
     Raises CheckpointError if there is no such file, or it is too large, malformed or not an object, or repeats a name.
     """
     if not is_regular(path):
-        check_reachable(path)
         if os.path.lexists(path):
             raise CheckpointError(path, "is not a regular file, expected JSON", kind="not understood")
         raise CheckpointError(path, "is missing, expected JSON", EARLIER, kind="not found")
     try:
-        if path.stat().st_size > JSON_LIMIT:
+        if steadily(path.stat).st_size > JSON_LIMIT:
             problem = f"is larger than {JSON_LIMIT} bytes, expected a small JSON file"
             raise CheckpointError(path, problem, kind="not understood")
-        return parse_json(steadily(path.read_bytes), path)
+        return parse_json(read_steadily(path), path)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -80,15 +95,6 @@ def check_finished(path: Path) -> None:
     if is_unfinished(path):
         problem = "is unfinished: it is being saved, or its save was killed"
         raise CheckpointError(path, problem, EARLIER, kind="lacking")
-
-
-def check_reachable(path: Path) -> None:
-    """Raise CheckpointError if `path` does not answer, which is not the same as being missing."""
-    try:
-        steadily(lambda: os.stat(path))
-    except (OSError, ValueError) as error:
-        if is_unreachable(error):
-            raise unreadable(path, error) from error
 
 
 def refuse_pointer(begin: bytes, where: Path | str) -> None:
@@ -202,7 +208,6 @@ def file_problems(
     for name, entry in manifest["files"].items():
         path = locate(name)
         if not is_regular(path):
-            check_reachable(path)
             if not matches(name, optional):
                 problem = "is missing, but its manifest lists it"
                 problems.append(CheckpointError(path, problem, remedy, kind="damaged"))
@@ -231,7 +236,7 @@ def sha256(path: Path, *, most: int | None = None) -> str:
     """Return the sha256 of the file, or of its first `most` bytes, in hex; raise CheckpointError."""
     digest = hashlib.sha256()
     try:
-        with steadily(lambda: open(path, "rb", buffering=0)) as file:
+        with open_steadily(path) as file:
             if most is not None:
                 digest.update(file.read(most))
                 return digest.hexdigest()

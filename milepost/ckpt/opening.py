@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from milepost.ckpt.layouts import known_layout
-from milepost.ckpt.record import Checkpoint, CheckpointError
+from milepost.ckpt.record import Checkpoint, CheckpointError, named_tensors
 from milepost.ckpt.resolving import not_found, resolve, stand_ins
+from milepost.ckpt.tensors import bring_in_tensors
 
 
 def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
@@ -17,7 +18,9 @@ def load(path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpo
     """
     if not os.path.exists(path):
         raise not_found(path, path.parent)
-    return known_layout(path).read(path, optimizer=optimizer, verify=verify)
+    record = known_layout(path).read(path, optimizer=optimizer, verify=verify)
+    bring_in_tensors(named_tensors(record).values(), path)
+    return record
 
 
 def load_named(
@@ -32,7 +35,7 @@ def load_named(
     """Return the record that `name` selects as `resolve` does; `say` gets a line on each choice.
 
     Where `name` leaves a choice (latest, best, a folder, a glob), a checkpoint that cannot be used is skipped and the
-    next one is taken. Raise the first CheckpointError if none can be used.
+    next one is taken, unless `certain` and it only does not answer. Raise the first CheckpointError if none can be used.
     """
     chosen, notes = resolve(name, folder, certain=certain)
     for note in notes:
@@ -45,5 +48,7 @@ def load_named(
         try:
             return load(path, optimizer=optimizer, verify=verify)
         except CheckpointError as error:
+            if certain and error.kind == "unreachable":  # an older one would lose steps
+                raise
             problems.append(error)
     raise problems[0]

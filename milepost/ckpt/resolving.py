@@ -25,9 +25,10 @@ from milepost.ckpt.finding import (
 )  # fmt: skip
 from milepost.ckpt.index import Found, look
 from milepost.ckpt.layouts import LAYOUTS, layout_of
-from milepost.ckpt.manifest import is_regular
+from milepost.ckpt.manifest import is_regular, unreadable
 from milepost.ckpt.record import CheckpointError, Kind
 from milepost.ckpt.rivals import ambiguity, rivals
+from milepost.files import is_unreachable
 
 LOOKED_AT = 200  # folders looked at for a hint: a misspelt path may lie in a home folder
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
@@ -125,6 +126,8 @@ def _nearest(path: Path, folder: Path) -> Path:
 
 def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None], certain: bool) -> tuple[Path, list[str]]:
     found = _find_or_raise(folder)
+    if certain:
+        check_answers(found)
     notes = _problems(found)
     chosen = by(found)
     if chosen is not None and by is best:
@@ -135,6 +138,12 @@ def _choose(folder: Path, *, by: Callable[[list[Found]], Found | None], certain:
     if by is best:  # within a folder the loss decides
         found = [each for each in found if each.path.parent != chosen.path.parent or loss_of(each) == loss_of(chosen)]
     return chosen.path, [*notes, f"taking {chosen.path}", *_doubt(chosen, found, folder, certain=certain)]
+
+
+def check_answers(found: list[Found]) -> None:
+    """Raise CheckpointError if a checkpoint does not answer: it may be the newest."""
+    if away := next((each for each in found if each.kind == "unreachable"), None):
+        raise CheckpointError(f"{away.problem}; name another checkpoint itself to use it", kind="unreachable")
 
 
 def _doubt(chosen: Found, found: list[Found], where: Path | str, *, certain: bool) -> list[str]:
@@ -161,6 +170,8 @@ def _find_or_raise(folder: Path) -> list[Found]:
     try:
         return find(folder)
     except OSError as error:
+        if is_unreachable(error):
+            raise unreadable(folder, error) from error
         problem = f"cannot be listed ({error.strerror})"
         raise CheckpointError(folder, problem, "check its permissions", kind="not found") from error
 

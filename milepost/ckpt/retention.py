@@ -224,6 +224,8 @@ def _newest_valid(oldest_first: list[Found]) -> tuple[Path | None, list[str]]:
         try:
             weights = known_layout(found.path).read(found.path, optimizer=False, verify=True).model_state
         except CheckpointError as error:
+            if error.kind == "unreachable":
+                raise
             problems.append(str(error))
             continue
         if not (bad := not_finite(weights)):

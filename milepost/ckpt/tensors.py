@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from milepost.ckpt.archive import bytes_of
 from milepost.ckpt.manifest import is_regular, refuse_pointer, unreachable_behind, unreadable
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
-from milepost.files import CHUNK, NewFile, steadily, written
+from milepost.files import CHUNK, NewFile, bring_in, open_steadily, written
 
 NAME_LIMIT = 512  # characters of a tensor's name
 HEADER_LIMIT = 16 * 2**20  # bytes of a safetensors file's header; a hundred thousand tensors fit
@@ -84,6 +84,18 @@ def same_tensor(first: Tensor, second: Tensor, *, whole: bool = True) -> bool:
 
 def _bytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * tensor.element_size()
+
+
+def bring_in_tensors(tensors: Iterable[Tensor], path: Path) -> None:
+    """Read mapped tensors in where the folder of `path`, their file, may go away. Raise CheckpointError if it does not
+    answer.
+    """
+    try:
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and tensor.is_contiguous():
+                bring_in(path, tensor.data_ptr(), tensor.nbytes)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -172,10 +184,13 @@ def check_header(path: Path) -> None:
     if not is_regular(path):
         raise CheckpointError(path, "is not a regular file, expected a safetensors file", kind="not understood")
     try:
-        with steadily(lambda: open(path, "rb")) as file:
+        with open_steadily(path) as file:
             begin = file.read(32)
             length = int.from_bytes(begin[:8], "little")
             size = path.stat().st_size
+            file.read(
+                min(length, HEADER_LIMIT)
+            )  # the library maps it: a page that cannot be read would end the process
     except OSError as error:
         raise unreadable(path, error) from error
     refuse_pointer(begin, path)

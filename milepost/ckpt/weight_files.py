@@ -16,7 +16,7 @@ from torch import Tensor
 from milepost.ckpt import archive
 from milepost.ckpt.manifest import read_json
 from milepost.ckpt.record import CheckpointError
-from milepost.ckpt.tensors import checked_tensors, read_safetensors
+from milepost.ckpt.tensors import bring_in_tensors, checked_tensors, read_safetensors
 
 PARTS, SMALLEST = 16, 2**20  # number of parts to read the weights in, and the bytes below which no part is worth it
 DOWNLOAD = "download the folder again"
@@ -45,6 +45,7 @@ def read_weights(folder: Path, translate: Callable[[dict[str, Tensor]], dict[str
     state: dict[str, Tensor] = {}
     for part in parts:
         found = translate(mapped(folder))  # map again: dropping the previous mapping frees the pages that were read
+        bring_in_tensors((found[name] for name in part), folder)
         state |= {name: found[name].clone(memory_format=torch.contiguous_format) for name in part}
     return {name: state[name] for name in order}
 

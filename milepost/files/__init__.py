@@ -35,7 +35,17 @@ from milepost.files.file_system import (
 )  # fmt: skip
 from milepost.files.growing import GrowingFile, content_of, replace_content, replacing
 from milepost.files.owner_file import OwnerFile
-from milepost.files.reaching import UNREACHABLE, Entry, below, entries_with_made, is_unreachable, remember, steadily
+from milepost.files.reaching import (
+    UNREACHABLE,
+    Entry,
+    below,
+    entries_with_made,
+    if_it_answers,
+    is_unreachable,
+    remember,
+    steadily,
+)  # fmt: skip
+from milepost.files.reading import bring_in, open_steadily, read_steadily
 from milepost.files.writing import (
     BEGINNING,
     BLOCK,
@@ -52,9 +62,9 @@ __all__ = [
     "APPEND", "BEGINNING", "BLOCK", "CHUNK", "LOCKS", "RENAME", "RENAME_FOLDERS", "TEMPORARY", "UNFINISHED",
     "UNREACHABLE",
     "Entry", "GrowingFile", "NewFile",
-    "OwnerFile", "below",
-    "content_of",    "delete_marked", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "instead",
+    "OwnerFile", "below", "bring_in",
+    "content_of", "delete_marked", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "if_it_answers", "instead",
     "is_unfinished", "is_unreachable", "lacks", "largest_file", "link_or_copy", "look", "make_folder", "naming_path",
-    "new_file", "new_folder", "new_group", "new_path", "remember", "remove", "replace_content", "replacing",
+    "new_file", "new_folder", "new_group", "new_path", "open_steadily", "read_steadily", "remember", "remove", "replace_content", "replacing",
     "reveal", "steadily", "sync_folder", "unfinished", "write_json", "written",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ provably a half of a save.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -211,6 +212,8 @@ def remove(files: Sequence[Path]) -> None:
 
     The primary file is hidden first: after a kill it proves which of the other files belong to its save.
     """
+    if not files:  # somebody else was faster
+        return
     primary, lacking = files[-1], lacks(files[-1].parent)
     if len(files) == 1 and not primary.is_dir():
         primary.unlink(missing_ok=True)
@@ -238,7 +241,12 @@ def remove(files: Sequence[Path]) -> None:
 
 
 def link_or_copy(files: Sequence[Path], place: Path) -> Path:
-    """Put a checkpoint into the folder `place` too, by hard links where possible; return its primary file."""
+    """Put a checkpoint into the folder `place` too, by hard links where possible; return its primary file.
+
+    Raise OSError on a write error, or if no file is left of it.
+    """
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "its files are gone", str(place))
     primary = files[-1]
     if primary.is_dir():
         with new_folder(place / primary.name) as hidden:

@@ -36,6 +36,8 @@ INSTEAD = {
 NO_ANSWER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # What a call answers that the file system does not have.
 NOT_OFFERED = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
+# What cannot be tried, because timing decides: rclone may lose the files of a renamed folder until they are uploaded.
+LACKED_BY: dict[str, frozenset[str]] = {"fuse.rclone": frozenset({RENAME_FOLDERS})}
 FAT_LIMIT = 2**32 - 1  # bytes of a file
 FAT = ("vfat", "msdos", "fat32")
 
@@ -92,17 +94,21 @@ def free_space(folder: Path) -> int | None:
 
 def largest_file(folder: Path) -> int | None:
     """Return the largest size of a file on the disk of `folder`, in bytes, where it is small; None where it is not."""
+    return FAT_LIMIT if kind_of(folder) in FAT else None
+
+
+def kind_of(folder: Path) -> str | None:
+    """Return the type of the file system of `folder` as Linux names it, such as ext4; None elsewhere."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         device = os.stat(folder).st_dev
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
-        return _limit_of(mounts, f"{os.major(device)}:{os.minor(device)}")
+        return _kind_in(mounts, f"{os.major(device)}:{os.minor(device)}")
     return None
 
 
-def _limit_of(mounts: str, device: str) -> int | None:
+def _kind_in(mounts: str, device: str) -> str | None:
     lines = (line.split() for line in mounts.splitlines())
-    kinds = {words[2]: words[words.index("-") + 1] for words in lines if "-" in words}
-    return FAT_LIMIT if kinds.get(device) in FAT else None
+    return {words[2]: words[words.index("-") + 1] for words in lines if "-" in words}.get(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +146,7 @@ def _tried(folder: Path) -> frozenset[str]:
     names = [name.with_name(name.name[:-8] + os.urandom(4).hex()) for _ in range(6)]
     file, other, place, moved, linked, lock = names
     try:
-        found = {*_write_first(file), *_sync_folder(folder)}
+        found = {*_write_first(file), *_sync_folder(folder), *LACKED_BY.get(kind_of(folder) or "", ())}
         trials: dict[str, Callable[[], None]] = {
             APPEND: lambda: _append(file),
             LINKS: lambda: os.link(file, linked),
@@ -150,27 +156,40 @@ def _tried(folder: Path) -> frozenset[str]:
             LOCKS: lambda: _lock_twice(lock),
             SPACE: lambda: _ask_for_space(folder),
         }
-        found |= {lack for lack, trial in trials.items() if not _works(trial, unread_counts=lack == RENAME_FOLDERS)}
+        found |= {lack for lack, trial in trials.items() if lack not in found and not _works(trial, folder)}
         return frozenset(found - ({RENAME_ONTO, RENAME_FOLDERS} if RENAME in found else set()))
     finally:
         for path in names:
             discard(path)
 
 
-def _works(trial: Callable[[], None], *, unread_counts: bool) -> bool:
+def _works(trial: Callable[[], None], folder: Path) -> bool:
     """Whether the trial ends without an error. Raise OSError where the error is no answer, such as a full disk.
 
-    `unread_counts`: what cannot be read back is an answer too.
+    EIO and its like are an answer if the folder takes another file right afterwards: some systems refuse a link or an
+    append with them.
     """
     try:
         trial()
     except NotImplementedError:
         return False
     except OSError as error:
-        if error.errno in NO_ANSWER or (is_unreachable(error) and not unread_counts):
+        if error.errno in NO_ANSWER:
             raise
+        if is_unreachable(error):
+            _check_answers(folder)
         return False
     return True
+
+
+def _check_answers(folder: Path) -> None:
+    """Raise OSError if the folder does not take a file and give it back."""
+    file = hidden_name(folder / "look")
+    try:
+        for _ in _write_first(file):
+            pass
+    finally:
+        discard(file)
 
 
 def _write_first(file: Path) -> Iterator[str]:

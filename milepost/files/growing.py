@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from milepost.files.file_system import APPEND, RENAME, RENAME_ONTO, lacks
-from milepost.files.reaching import moved, steadily
+from milepost.files.reaching import moved
+from milepost.files.reading import read_steadily
 from milepost.files.writing import flush_to_disk, sync_file
 from milepost.paths import is_real_file
 
@@ -164,7 +165,7 @@ def replace_content(path: Path, content: bytes) -> None:
 
 def content_of(path: Path) -> bytes:
     """Return the content of a file that `replace_content` wrote, also if it was killed while it did."""
-    return steadily(path.read_bytes) if (kept := _kept(path)) is None else kept
+    return read_steadily(path) if (kept := _kept(path)) is None else kept
 
 
 def restore(path: Path) -> None:

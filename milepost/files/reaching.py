@@ -36,6 +36,16 @@ def is_unreachable(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in UNREACHABLE
 
 
+@contextlib.contextmanager
+def if_it_answers() -> Iterator[None]:
+    """Suppress OSErrors of the block, except those of a folder that does not answer: what it holds is unknown."""
+    try:
+        yield
+    except OSError as error:
+        if is_unreachable(error):
+            raise
+
+
 def steadily(action: Callable[[], Result]) -> Result:
     """Return what `action` returns, trying again with growing pauses while the folder does not answer.
 

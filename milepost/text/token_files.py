@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from operator import itemgetter
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from milepost.files import flush_to_disk, new_folder, write_json
+from milepost.files import APPEND, flush_to_disk, lacks, new_folder, remove, write_json
 from milepost.text.chunks import LongWordError, rechunk, whole_documents
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
@@ -192,25 +194,39 @@ def _build(folder: Path, parts: Iterable[tuple[int, Piece]], tokenizer: Tokenize
 
 
 def _discard(folder: Path) -> None:
-    """Rename a damaged folder out of the way before deleting it, so that nobody sees it half deleted."""
-    aside = folder.with_name(f".{folder.name}-{os.urandom(4).hex()}")
+    """Delete a damaged folder, or what has its name, so that nobody sees it half deleted."""
     with contextlib.suppress(OSError):
-        os.rename(folder, aside)
-        aside.unlink() if aside.is_file() or aside.is_symlink() else shutil.rmtree(aside, ignore_errors=True)
+        folder.unlink() if folder.is_symlink() else remove([folder])
 
 
 def _write(path: Path, arrays: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    """Stream ids into a .npy file. Its length is known only at the end, so the header is written twice."""
-    count = 0
-    with open(path, "wb") as file:
-        _write_header(file, 0, dtype)
-        for ids in arrays:
-            file.write(ids.astype(dtype).tobytes())
-            count += len(ids)
-        file.seek(0)
-        _write_header(file, count, dtype)  # of the same size: numpy pads it for any length
+    """Stream ids into a .npy file. Its length is known only at the end, so the header is written twice, or where a file is
+    written once from its beginning to its end, after the ids are in a temporary file.
+    """
+    path.unlink(missing_ok=True)  # some systems let nobody write a file again
+    with open(path, "xb") as file:
+        if APPEND in lacks(path.parent):
+            with tempfile.TemporaryFile() as ids_only:
+                count = _stream(ids_only, arrays, dtype)
+                ids_only.seek(0)
+                _write_header(file, count, dtype)
+                shutil.copyfileobj(ids_only, file)
+        else:
+            _write_header(file, 0, dtype)
+            count = _stream(file, arrays, dtype)
+            file.seek(0)
+            _write_header(file, count, dtype)  # of the same size: numpy pads it for any length
         file.flush()
         flush_to_disk(file.fileno())
+
+
+def _stream(file: IO[bytes], arrays: Iterable[np.ndarray], dtype: np.dtype) -> int:
+    """Write the ids; return their number."""
+    count = 0
+    for ids in arrays:
+        file.write(ids.astype(dtype).tobytes())
+        count += len(ids)
+    return count
 
 
 def _write_header(file: object, count: int, dtype: np.dtype) -> None:

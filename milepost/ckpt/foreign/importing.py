@@ -13,6 +13,7 @@ from milepost.ckpt.foreign.other_values import other_values
 from milepost.ckpt.foreign.tokenizer import META_LIMIT, Choice, read_meta, tokenizer_for
 from milepost.ckpt.manifest import is_regular, read_json, unreadable
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
+from milepost.files import open_steadily
 
 CONFIG, TOKENIZER, META = "config.json", "tokenizer.json", "meta.pkl"
 RATE = "learning_rate"  # key of `imported`: the rate in use at the record's step
@@ -100,7 +101,7 @@ def _read_token_file(path: Path | None) -> Mapping[str, Json] | None:
     if path is None or path.name == TOKENIZER:
         return read_json(path) if path else None
     try:
-        with open(path, "rb") as file:
+        with open_steadily(path) as file:
             return read_meta(file.read(META_LIMIT + 1), where=str(path))
     except OSError as error:
         raise unreadable(path, error) from error

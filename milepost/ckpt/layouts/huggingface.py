@@ -26,6 +26,7 @@ from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json
 from milepost.ckpt.restore import tokenizer_files, tokenizer_from_file, tokenizer_from_parts
 from milepost.ckpt.tensors import same_tensor
 from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, mapped, read_weights
+from milepost.files import read_steadily
 
 CONFIG, WEIGHTS = "config.json", SAFETENSORS.whole
 GENERATION, OPTIMIZER, MANIFEST = "generation_config.json", "optimizer.safetensors", "milepost.json"
@@ -389,7 +390,7 @@ def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:
         if (path / MERGES).stat().st_size > JSON_LIMIT:
             problem = f"is larger than {JSON_LIMIT} bytes, expected a list of merges"
             raise CheckpointError(path / MERGES, problem, kind="not understood")
-        merges = (path / MERGES).read_text(encoding="utf-8")
+        merges = read_steadily(path / MERGES).decode("utf-8")
     except (OSError, ValueError) as error:
         raise unreadable(path / MERGES, error) from error
     names = [name for name in special if isinstance(name, str)]

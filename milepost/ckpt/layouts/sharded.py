@@ -19,8 +19,8 @@ from milepost.ckpt.layouts.base import ListedTensor
 from milepost.ckpt.layouts.manifest_layout import Made, ManifestLayout, format_line
 from milepost.ckpt.manifest import read_json, unreachable_behind, unreadable
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json
-from milepost.ckpt.tensors import DTYPES, checked_tensors, optimizer_state
-from milepost.files import write_json
+from milepost.ckpt.tensors import DTYPES, bring_in_tensors, checked_tensors, optimizer_state
+from milepost.files import read_steadily, write_json
 
 TORCH_METADATA, INDEX, MANIFEST = ".metadata", "tensors.json", "manifest.json"
 PIECES = "__*.distcp"
@@ -87,7 +87,9 @@ def _check_bytes(path: Path, manifest: Mapping[str, Any]) -> list[CheckpointErro
 def _torch_metadata_problems(path: Path) -> list[CheckpointError]:
     """Return what is wrong with torch's metadata: torch would run whatever the pickle asks for."""
     try:
-        foreign = pickles.forbidden_names(path.read_bytes(), pickles.METADATA)
+        foreign = pickles.forbidden_names(read_steadily(path), pickles.METADATA)
+    except OSError as error:
+        return [unreadable(path, error)]
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         return [CheckpointError(path, f"is damaged ({type(error).__name__})", EARLIER, kind="damaged")]
     if not foreign:
@@ -143,7 +145,7 @@ def _tensors(path: Path, manifest: Mapping[str, Any], index: Mapping[str, Json],
     chosen = {name: entry for name, entry in index.items() if name.startswith(begin)}
     files = {file for entry in chosen.values() for file, *_ in entry["pieces"]}
     mapped = {file: _mapped(path / file, size=manifest["files"][file]["size"]) for file in files}
-    return {name.removeprefix(begin): _joined(entry, mapped) for name, entry in chosen.items()}
+    return {name.removeprefix(begin): _joined(path, entry, mapped) for name, entry in chosen.items()}
 
 
 def _mapped(file: Path, *, size: int) -> Tensor:
@@ -157,10 +159,12 @@ def _mapped(file: Path, *, size: int) -> Tensor:
         raise CheckpointError(file, problem, EARLIER, kind="damaged") from error
 
 
-def _joined(entry: Json, mapped: Mapping[str, Tensor]) -> Tensor:
+def _joined(path: Path, entry: Json, mapped: Mapping[str, Tensor]) -> Tensor:
     shape, dtype = entry["shape"], NAMED[entry["dtype"]]
     row = math.prod(shape[1:]) * dtype.itemsize
     parts = [mapped[file][begin : begin + rows * row].view(dtype) for file, begin, rows in entry["pieces"]]
+    for (file, *_), part in zip(entry["pieces"], parts, strict=True):
+        bring_in_tensors([part], path / file)
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
 
 
