@@ -26,10 +26,11 @@ from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.paths import with_home
 from milepost.run.build import is_run
-from milepost.runtime.progress import Log, amount, shown, table
-from milepost.screen import write_json, write_stdout
+from milepost.runtime.progress import Log, amount, shown
+from milepost.runtime.tables import is_wider, table, without_common
+from milepost.screen import stdout_columns, write_json, write_stdout
 
-HEADER = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "", "path")
+HEADER = ("step", "loss", "size", "layout", "resumable", "saved (UTC)", "run", "path", "")
 
 
 def main(settings: Config, log: Log) -> int:
@@ -86,7 +87,13 @@ def in_order(found: list[Found], order: str) -> list[Found]:
 
 def lines(folder: Path, found: list[Found], named: dict[str, Found | None]) -> Iterator[str]:
     """Yield the parts of the list as text."""
-    yield table([HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)])
+    columns = stdout_columns()
+    rows = [HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)]
+    if is_wider(rows, columns):
+        rows, common = without_common(rows)
+        if common:
+            yield f"all {len(found)}: {common}"
+    yield table(rows, columns=columns)
     for checkpoint in [*found, *ckpt.orphans(folder)]:
         if checkpoint.problem:
             yield f"{checkpoint.kind}: {checkpoint.problem}"
@@ -95,9 +102,9 @@ def lines(folder: Path, found: list[Found], named: dict[str, Found | None]) -> I
     if below := folders_with_more(folder):
         yield f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}"
     if runs := lineage(found):
-        yield "\n" + table([("run", "checkpoints", "size", "began with", "changed"), *runs])
+        yield "\n" + table([("run", "checkpoints", "size", "began with", "changed"), *runs], columns=columns)
     if needed := bases(found):
-        yield "\n" + table([("adapters of run", "need base", ""), *needed])
+        yield "\n" + table([("adapters of run", "need base", ""), *needed], columns=columns)
 
 
 def doubt(latest: Found | None, found: list[Found]) -> str:
@@ -160,18 +167,18 @@ def row(checkpoint: Found, names: str) -> tuple[str, ...]:
     """Return the table row of a checkpoint."""
     if checkpoint.problem:
         size, kind = amount(checkpoint.size, "B"), str(checkpoint.kind)
-        return "?", "", size, checkpoint.layout, "", "", kind, "", shown(checkpoint.path)
+        return "?", "", size, checkpoint.layout, kind, "", "", shown(checkpoint.path), ""
     loss = loss_of(checkpoint)
     return (
         str(checkpoint.step),
         "" if loss is None else f"{loss:.4f}",
         amount(checkpoint.size, "B"),
         checkpoint.layout,
-        checkpoint.run_id or "",
-        str(checkpoint.metadata.get("saved_at") or "")[:19].replace("T", " "),
         "yes" if checkpoint.resumable else "no",
-        names,
+        str(checkpoint.metadata.get("saved_at") or "")[:19].replace("T", " "),
+        checkpoint.run_id or "",
         shown(checkpoint.path),
+        names,
     )
 
 

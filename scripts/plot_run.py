@@ -27,7 +27,8 @@ from milepost.config import Config, ConfigError
 from milepost.files import replacing
 from milepost.run.build import is_run
 from milepost.runtime.chart import LETTERS, Points, chart
-from milepost.runtime.progress import Log, read_metrics, shown, table
+from milepost.runtime.progress import Log, read_metrics, shown
+from milepost.runtime.tables import table
 from milepost.screen import harmless, write_stdout
 from milepost.text.errors import DataError
 
