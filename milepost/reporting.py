@@ -44,6 +44,8 @@ def log_start(run: Run) -> None:
     log(f"model: {amount(count)} parameters ({amount(count * 4, 'B')}){adapters}, block size {settings.block_size}")
     warn_of_memory(run)
     log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
+    if settings.run_note:
+        log(f"note: {settings.run_note}")
     log_checkpoint_policy(run)
     log_unfinished(run)
     interval = settings.replay_check_interval

@@ -36,7 +36,7 @@ METRICS = "metrics.jsonl"
 SUFFIXES = {".png", ".svg", ".pdf"}
 MAX_VALUE = 1e300  # differences and means of a few such values are finite
 MAX_NAMED = 8  # runs in a message
-ROWS, SMALL_ROWS = (6, 20), (3, 5)  # of the chart of the losses and of those below it, at least and at most
+ROWS, SMALL_ROWS = (5, 20), (3, 5)  # of the chart of the losses and of those below it, at least and at most
 LOW = 30  # lines of a window in which the charts below are small
 FRAME = 3  # lines of a chart besides its rows
 MIN_COLUMNS, SIDE_BY_SIDE, MAX_COLUMNS = 40, 70, 180  # SIDE_BY_SIDE: from here on two small charts per line
@@ -72,7 +72,7 @@ class Drawn(NamedTuple):
     lines: list[dict[str, Any]]
     parent: dict[str, Any] | None
     requested: bool
-    label: str = ""  # the settings in which it differs from the other runs that are drawn
+    label: str = ""  # what tells it apart from the other runs that are drawn
 
 
 def main(settings: Config, log: Log) -> int:
@@ -207,8 +207,11 @@ def weights_only(run: Drawn) -> bool:
 
 
 def labelled(runs: list[Drawn], runs_dir: Path) -> list[Drawn]:
-    """Return the runs, each with the settings in which it differs from the others."""
-    texts = config.labels({run.name: config.env_values(runs_dir / run.name / "config.env") for run in runs})
+    """Return the runs, each with the settings in which it differs from the others, and the note on it."""
+    own = {run.name: config.env_values(runs_dir / run.name / "config.env") for run in runs}
+    texts = {
+        name: ", ".join(filter(None, (text, own[name].get("RUN_NOTE")))) for name, text in config.labels(own).items()
+    }
     return [run._replace(label=harmless(texts[run.name], one_line=True)) for run in runs]
 
 
@@ -327,7 +330,7 @@ def beside(charts: list[list[str]], width: int) -> list[str]:
     return ["  ".join(row) for row in itertools.zip_longest(*charts, fillvalue=" " * width)]
 
 
-HEAD = ("", "run", "step", "train", "val", "best", "tokens/s", "resumed from", "settings that differ")
+HEAD = ("", "run", "step", "train", "val", "best", "tokens/s", "resumed from", "settings that differ, note")
 
 
 def summary(runs: list[Drawn], *, letters: bool, columns: int | None) -> list[str]:

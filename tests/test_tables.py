@@ -67,5 +67,9 @@ def test_a_pipe_and_a_wide_terminal_get_a_line_per_row(columns: int | None) -> N
 
 def test_columns_that_are_alike_are_named_once() -> None:
     rows = [("step", "layout", "", "resumable"), ("1", "unified", "", "yes"), ("2", "unified", "", "yes")]
-    assert without_common(rows) == ([("step",), ("1",), ("2",)], "layout unified, resumable yes")
-    assert without_common(rows[:2]) == (rows[:2], "")
+    assert without_common(rows, ("layout", "resumable")) == (
+        [("step", ""), ("1", ""), ("2", "")],
+        "layout unified, resumable yes",
+    )
+    assert without_common(rows, ("layout",))[1] == "layout unified"
+    assert without_common(rows[:2], ("layout",)) == (rows[:2], "")

@@ -5,7 +5,7 @@ that is longer than the line is left to the terminal, from which it can still be
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from milepost.screen import harmless
 
@@ -36,12 +36,16 @@ def is_wider(rows: Sequence[Row], columns: int | None) -> bool:
     return columns is not None and any(len(line) > columns for line in table(rows).splitlines())
 
 
-def without_common(rows: Sequence[Row]) -> tuple[list[Row], str]:
-    """Return the rows, the first of which is the header, without the columns that are alike in all, and these as words:
+def without_common(rows: Sequence[Row], of: Collection[str]) -> tuple[list[Row], str]:
+    """Return the rows, the first of which is the header, without those of the columns `of` that are alike in all, and these as words:
     `layout unified, resumable yes`.
     """
     header, *rest = rows
-    common = [at for at, column in enumerate(zip(*rest, strict=True)) if len(rest) > 1 and len(set(column)) == 1]
+    common = [
+        at
+        for at, column in enumerate(zip(*rest, strict=True))
+        if header[at] in of and len(rest) > 1 and len(set(column)) == 1
+    ]
     words = ", ".join(f"{header[at]} {rest[0][at]}" for at in common if rest[0][at])
     return [tuple(cell for at, cell in enumerate(row) if at not in common) for row in rows], words
 
