@@ -112,7 +112,7 @@ def test_a_note_and_what_differs_are_listed(tmp_path: Path) -> None:
     assert first.endswith("  LEARNING_RATE=0.001   a first try: \\x1b[2J")
     assert second.endswith("  LEARNING_RATE=0.0001")
     drawn = call(script("plot_run"), tmp_path, RUN="2*").out.rstrip().splitlines()
-    assert [line.split("  ")[-1] for line in drawn[-2:]] == [
+    assert [line.split("  ")[-1].strip() for line in drawn[-2:]] == [
         "LEARNING_RATE=0.001, a first try: \\x1b[2J",
         "LEARNING_RATE=0.0001",
     ]
