@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # make test-exchange: test against other programs. make test-llama: test in llama.cpp, which is built from source.
-.PHONY: train test test-filesystems test-exchange test-llama check soak soak-filesystems soak-exact bench bench-long clean
+.PHONY: train test test-filesystems test-exchange test-llama check soak soak-filesystems soak-exact bench bench-long docs clean
 
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
@@ -48,8 +48,17 @@ bench: $(VENV)/.dev
 bench-long: $(VENV)/.dev
 	$(BIN)/python benchmarks/time_to_loss.py long
 
+# The documents as a site with search, in site/; a link that leads nowhere ends it. An environment of its own.
+docs: .venv-docs/.docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.docs: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
 clean:  # keeps checkpoints and runs
-	rm -rf $(VENV) data/.cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-docs site data/.cache .pytest_cache .mypy_cache .ruff_cache
 
 # A .venv of a Python that is too old, or that has gone, is made anew; pip shows what it downloads.
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'

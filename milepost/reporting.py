@@ -14,9 +14,10 @@ from milepost.places import SCRIPTS_FOLDER
 from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
 from milepost.run import Run, memory_needed, shapes, why_not_replayed
 from milepost.runtime import hardware
-from milepost.runtime.progress import amount, command_line, duration, shown, table
+from milepost.runtime.progress import amount, command_line, duration, shown
 from milepost.runtime.schedule import lr_at
-from milepost.screen import write_stdout
+from milepost.runtime.tables import table
+from milepost.screen import stdout_columns, write_stdout
 
 TRAINING = config.ROOT / "training.py"
 LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
@@ -43,6 +44,8 @@ def log_start(run: Run) -> None:
     log(f"model: {amount(count)} parameters ({amount(count * 4, 'B')}){adapters}, block size {settings.block_size}")
     warn_of_memory(run)
     log(f"output: {shown(run.folder)} (metrics.jsonl, training.log, samples, config.env, run.json)")
+    if settings.run_note:
+        log(f"note: {settings.run_note}")
     log_checkpoint_policy(run)
     log_unfinished(run)
     interval = settings.replay_check_interval
@@ -140,7 +143,7 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored, *, rate_note:
         if reasons
         else ("bit-exact", "yes", "ends where the uninterrupted run would have ended"),
     ]
-    write_stdout(table(rows))
+    write_stdout(table(rows, columns=stdout_columns()))
 
 
 def _group(run: Run, group: dict[str, Any]) -> str:

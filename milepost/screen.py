@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Mapping
@@ -55,6 +56,11 @@ def write_stdout(text: str, *, colored: bool = False) -> None:
         ignore(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             show(f"stdout cannot be written ({error}): the rest of this report is lost", sys.stderr)
+
+
+def stdout_columns() -> int | None:
+    """Return the width of the terminal that stdout is, at least 40; None for a pipe or a file."""
+    return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
 
 
 def write_json(values: object) -> None:

@@ -35,8 +35,9 @@ from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import base_folder
 from milepost.run import names_complete_tokenizer, with_heads, with_tokenizer
-from milepost.runtime.progress import Log, shown, table
-from milepost.screen import write_stdout
+from milepost.runtime.progress import Log, shown
+from milepost.runtime.tables import table
+from milepost.screen import stdout_columns, write_stdout
 
 BAD = 3
 FILE_ENDS = (*ENDS, ".gguf")  # OUTPUT with such an end is a file
@@ -81,7 +82,7 @@ def main(settings: Config, log: Log) -> int:
             do(job, to, report, settings, log, alone=selection.is_single)
     finally:
         if not selection.is_single and report.rows:
-            write_stdout("\n" + table([("old", "new"), *report.rows]))
+            write_stdout("\n" + table([("old", "new"), *report.rows], columns=stdout_columns()))
     for loss in report.losses:
         log(loss)
     if settings.convert_to not in ckpt.EXPORTS:

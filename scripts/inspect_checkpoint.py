@@ -26,8 +26,9 @@ from milepost.ckpt.tensor_listing import Held, all_files, differing, held, label
 from milepost.cli import guarded
 from milepost.config import Config
 from milepost.resume import saved_settings
-from milepost.runtime.progress import Log, amount, shown, table
-from milepost.screen import write_json, write_stdout
+from milepost.runtime.progress import Log, amount, shown
+from milepost.runtime.tables import table
+from milepost.screen import stdout_columns, write_json, write_stdout
 from milepost.text import tokenization
 
 SHOWN_TENSORS = 5  # per part
@@ -52,7 +53,7 @@ def main(settings: Config, log: Log) -> int:
         rows = [dict(zip(("part", "name", "one", "other"), row, strict=True)) for row in differences]
         write_json({"paths": [path, other], "identical": not differences, "differences": rows})
     elif differences:
-        write_stdout(table([("", "", shown(path), shown(other)), *differences]))
+        write_stdout(table([("", "", shown(path), shown(other)), *differences], columns=stdout_columns()))
     else:
         log(f"{shown(path)} and {shown(other)} are identical")
     return 0
@@ -100,7 +101,7 @@ def file_lines(path: Path, values: Mapping[str, Any]) -> str:
     written = values.get("written_by") or "another program"
     top = {"layout": known_layout(path).name, "format": values.get("format_version"), "written by": written}
     files = [(str(file.relative_to(path.parent)), f"{file.stat().st_size:,} bytes") for file in all_files(path)]
-    return f"{pairs(top)}\nLocation: {shown(path)}\n{table([('  ' + name, size) for name, size in files])}"
+    return f"{pairs(top)}\nLocation: {shown(path)}\n{table([('  ' + name, size) for name, size in files], columns=stdout_columns())}"
 
 
 def tokenizer_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +133,12 @@ def state_lines(values: Mapping[str, Any], tensors: list[Held]) -> str:
         resumable = "No optimizer state - model-only checkpoint"
     planned = values.get("hyperparameters", {}).get("TRAINING_STEPS")
     last = f"Last recorded training step: {values.get('step')}" + (f" of {planned}" if planned else "")
-    rounded = {"epoch": f"{values['epoch']:.2f}"} if isinstance(values.get("epoch"), float) else {}
+    digits = {"epoch": 2, "validation_loss": 4, "best_loss": 4}
+    rounded = {
+        name: f"{value:.{digits[name]}f}"
+        for name, value in values.items()
+        if name in digits and isinstance(value, float)
+    }
     return f"{last}\n{pairs({name: values.get(name) for name in names} | rounded)}\n{resumable}"
 
 
@@ -148,7 +154,7 @@ def tensor_lines(path: Path, tensors: list[Held], *, apart: bool) -> str:
         if own:
             names = [(f"  {tensor.name}", tensor.dtype, str(tensor.shape)) for tensor in own[:SHOWN_TENSORS]]
             rest = [f"  ... and {len(own) - SHOWN_TENSORS} more"] if len(own) > SHOWN_TENSORS else []
-            lines += [f"{part}:", table(names), *rest]
+            lines += [f"{part}:", table(names, columns=stdout_columns()), *rest]
         parts.append((part, sum(tensor.size for tensor in own)))
     parts += [("rest", total - sum(size for _, size in parts)), ("total", total)]
     return "\n".join([*lines, table([(name, f"{size:,} bytes", amount(size, "B")) for name, size in parts])])
@@ -157,7 +163,7 @@ def tensor_lines(path: Path, tensors: list[Held], *, apart: bool) -> str:
 def pairs(values: Mapping[str, Any]) -> str:
     """Return a line per name and value; nested dicts get dotted names."""
     rows = [(f"{name}:", clipped(value)) for name, value in flat(values).items() if value is not None]
-    return table(rows or [("not recorded",)])
+    return table(rows or [("not recorded",)], columns=stdout_columns())
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -27,10 +27,14 @@ from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.paths import with_home
 from milepost.run.build import is_run
-from milepost.runtime.progress import Log, amount, shown, table
-from milepost.screen import write_json, write_stdout
+from milepost.runtime.progress import Log, amount, shown
+from milepost.runtime.tables import is_wider, table, without_common
+from milepost.screen import stdout_columns, write_json, write_stdout
 
-HEADER = ("step", "loss", "size", "layout", "run", "saved (UTC)", "resumable", "", "path")
+HEADER = ("step", "loss", "size", "layout", "resumable", "saved (UTC)", "run", "path", "")
+
+
+FIXED = 5  # columns of the table of runs that are always there
 
 
 def main(settings: Config, log: Log) -> int:
@@ -87,7 +91,13 @@ def in_order(found: list[Found], order: str) -> list[Found]:
 
 def lines(folder: Path, found: list[Found], named: dict[str, Found | None]) -> Iterator[str]:
     """Yield the parts of the list as text."""
-    yield table([HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)])
+    columns = stdout_columns()
+    rows = [HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)]
+    if is_wider(rows, columns):
+        rows, common = without_common(rows, ("layout", "resumable"))
+        if common:
+            yield f"all {len(found)}: {common}"
+    yield table(rows, columns=columns)
     for checkpoint in [*found, *ckpt.orphans(folder)]:
         if checkpoint.problem:
             yield f"{checkpoint.kind}: {checkpoint.problem}"
@@ -96,9 +106,11 @@ def lines(folder: Path, found: list[Found], named: dict[str, Found | None]) -> I
     if below := folders_with_more(folder):
         yield f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}"
     if runs := lineage(found):
-        yield "\n" + table([("run", "checkpoints", "size", "began with", "changed"), *runs])
+        rows = [("run", "checkpoints", "size", "began with", "changed", "settings that differ", "note"), *runs]
+        used = [at for at in range(len(rows[0])) if at < FIXED or any(row[at] for row in runs)]
+        yield "\n" + table([tuple(row[at] for at in used) for row in rows], columns=columns)
     if needed := bases(found):
-        yield "\n" + table([("adapters of run", "need base", ""), *needed])
+        yield "\n" + table([("adapters of run", "need base", ""), *needed], columns=columns)
 
 
 def doubt(latest: Found | None, found: list[Found]) -> str:
@@ -109,8 +121,16 @@ def doubt(latest: Found | None, found: list[Found]) -> str:
 
 def as_json(folder: Path, found: list[Found], named: dict[str, Found | None]) -> dict[str, Any]:
     """Return the list as JSON values; docs/checkpoints.md describes the fields."""
+    differs = told_apart(found)
     runs = [
-        {"run": run_id, "checkpoints": len(own), "bytes": total(own), "parent": own[-1].metadata.get("parent")}
+        {
+            "run": run_id,
+            "checkpoints": len(own),
+            "bytes": total(own),
+            "parent": own[-1].metadata.get("parent"),
+            "differs": differs.get(run_id, ""),
+            "note": note(own),
+        }
         for run_id, own in by_run(found).items()
     ]
     needed = [{"run": run_id, "base": source, "state": state} for run_id, source, state in bases(found)]
@@ -161,18 +181,18 @@ def row(checkpoint: Found, names: str) -> tuple[str, ...]:
     """Return the table row of a checkpoint."""
     if checkpoint.problem:
         size, kind = amount(checkpoint.size, "B"), str(checkpoint.kind)
-        return "?", "", size, checkpoint.layout, "", "", kind, "", shown(checkpoint.path)
+        return "?", "", size, checkpoint.layout, kind, "", "", shown(checkpoint.path), ""
     loss = loss_of(checkpoint)
     return (
         str(checkpoint.step),
         "" if loss is None else f"{loss:.4f}",
         amount(checkpoint.size, "B"),
         checkpoint.layout,
-        checkpoint.run_id or "",
-        str(checkpoint.metadata.get("saved_at") or "")[:19].replace("T", " "),
         "yes" if checkpoint.resumable else "no",
-        names,
+        str(checkpoint.metadata.get("saved_at") or "")[:19].replace("T", " "),
+        checkpoint.run_id or "",
         shown(checkpoint.path),
+        names,
     )
 
 
@@ -193,12 +213,26 @@ def folders_with_more(folder: Path) -> list[Path]:
 
 def lineage(found: list[Found]) -> list[tuple[str, ...]]:
     """Return a row per run, in the order of the list: its checkpoints and their size, where it began,
-    and the settings changed then.
+    the settings changed then, those in which runs from the same beginnings differ, and the note on it.
     """
+    differs = told_apart(found)
     return [
-        (run_id, str(len(own)), amount(total(own), "B"), *beginning(own[-1].metadata.get("parent")))
+        (run_id, str(len(own)), amount(total(own), "B"), *beginning(own[-1].metadata.get("parent")),
+         differs.get(run_id, ""), note(own) or "")
         for run_id, own in by_run(found).items()
-    ]
+    ]  # fmt: skip
+
+
+def told_apart(found: list[Found]) -> dict[str, str]:
+    """Return the settings in which the runs without a parent differ; those of a child are what changed."""
+    latest = {run_id: own[-1].metadata for run_id, own in by_run(found).items()}
+    return config.labels({n: each.get("hyperparameters") or {} for n, each in latest.items() if not each.get("parent")})
+
+
+def note(own: list[Found]) -> str | None:
+    """Return the note on a run, RUN_NOTE of its latest checkpoint."""
+    text = (own[-1].metadata.get("hyperparameters") or {}).get("RUN_NOTE")
+    return text if isinstance(text, str) else None
 
 
 def by_run(found: list[Found]) -> dict[str, list[Found]]:

@@ -29,17 +29,20 @@ from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.files import replacing
 from milepost.run.build import is_run
-from milepost.runtime.chart import LETTERS, Points, chart
-from milepost.runtime.progress import Log, read_metrics, shown, table
-from milepost.screen import harmless, write_stdout
+from milepost.runtime.chart import LETTERS, Curve, Points, chart
+from milepost.runtime.progress import Log, read_metrics, shown
+from milepost.runtime.tables import table
+from milepost.screen import harmless, stdout_columns, write_stdout
 from milepost.text.errors import DataError
 
 METRICS = "metrics.jsonl"
 SUFFIXES = {".png", ".svg", ".pdf"}
 MAX_VALUE = 1e300  # differences and means of a few such values are finite
 MAX_NAMED = 8  # runs in a message
-ROWS = 8  # of a chart on the terminal
-MIN_COLUMNS, SIDE_BY_SIDE, MAX_COLUMNS = 40, 110, 180  # SIDE_BY_SIDE: from here on two charts per line
+ROWS, SMALL_ROWS = (5, 20), (3, 5)  # of the chart of the losses and of those below it, at least and at most
+LOW = 30  # lines of a window in which the charts below are small
+FRAME = 3  # lines of a chart besides its rows
+MIN_COLUMNS, SIDE_BY_SIDE, MAX_COLUMNS = 40, 70, 180  # SIDE_BY_SIDE: from here on two small charts per line
 COLORS = (36, 33, 35, 32, 34, 31)  # of a terminal (ECMA-48), legible on dark and light backgrounds
 
 
@@ -65,13 +68,14 @@ HIDDEN = "_"  # label of a curve that the legend does not list
 USUAL = ("run_id", "step", "time", "split", "loss", "lr", "grad_norm", "tokens", "tok_s")  # names in every line
 
 
-class Curve(NamedTuple):
+class Drawn(NamedTuple):
     """A run to draw: its lines, up to the step where a requested run resumed from it, and its parent."""
 
     name: str
     lines: list[dict[str, Any]]
     parent: dict[str, Any] | None
     requested: bool
+    label: str = ""  # what tells it apart from the other runs that are drawn
 
 
 def main(settings: Config, log: Log) -> int:
@@ -80,7 +84,7 @@ def main(settings: Config, log: Log) -> int:
     if output:
         check_output(output)
     folders = chosen(settings.run, Path(settings.runs_dir))
-    runs = with_parents(folders, log)
+    runs = labelled(with_parents(folders, log), Path(settings.runs_dir))
     if not any(run.lines for run in runs):
         raise DataError(
             f"{', '.join(map(shown, folders))}: {METRICS} is empty; a run writes a line every LOG_INTERVAL steps"
@@ -155,12 +159,12 @@ def listed(there: list[Path]) -> str:
     )
 
 
-def with_parents(folders: list[Path], log: Log) -> list[Curve]:
+def with_parents(folders: list[Path], log: Log) -> list[Drawn]:
     """Return the runs of `folders` and their parents, parents first.
 
     A parent that is not requested ends where its child resumed.
     """
-    curves: dict[str, Curve] = {}
+    curves: dict[str, Drawn] = {}
     for folder in folders:
         own = drawable(folder, requested=True)
         curves[folder.name] = own
@@ -173,12 +177,12 @@ def with_parents(folders: list[Path], log: Log) -> list[Curve]:
     return sorted(curves.values(), key=lambda run: (run.requested, run.lines[0]["time"] if run.lines else math.inf))
 
 
-def drawable(folder: Path, *, requested: bool) -> Curve:
+def drawable(folder: Path, *, requested: bool) -> Drawn:
     """Return the run of a folder with all its lines."""
-    return Curve(folder.name, lines_of(folder), parent_of(folder), requested)
+    return Drawn(folder.name, lines_of(folder), parent_of(folder), requested)
 
 
-def ancestors(run: Curve, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]:
+def ancestors(run: Drawn, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]:
     """Yield name and last step of each run that this one continues, nearest first, as far as they exist."""
     seen, last = {run.name}, run
     while (parent := last.parent) and not weights_only(last):
@@ -195,7 +199,7 @@ def ancestors(run: Curve, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]
         last = drawable(runs_dir / name, requested=False)
 
 
-def weights_only(run: Curve) -> bool:
+def weights_only(run: Drawn) -> bool:
     """Return whether the run took its parent's weights but counts its steps from 0, as with INIT_FROM: it continues no
     curve.
 
@@ -205,6 +209,15 @@ def weights_only(run: Curve) -> bool:
     if not isinstance(step, int):
         return False
     return step == 0 or any(line["step"] < step + (line.get("split") == "train") for line in run.lines)
+
+
+def labelled(runs: list[Drawn], runs_dir: Path) -> list[Drawn]:
+    """Return the runs, each with the settings in which it differs from the others, and the note on it."""
+    own = {run.name: config.env_values(runs_dir / run.name / "config.env") for run in runs}
+    texts = {
+        name: ", ".join(filter(None, (text, own[name].get("RUN_NOTE")))) for name, text in config.labels(own).items()
+    }
+    return [run._replace(label=harmless(texts[run.name], one_line=True)) for run in runs]
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -223,7 +236,7 @@ def parent_of(folder: Path) -> dict[str, Any] | None:
     return parent if isinstance(parent, dict) else None
 
 
-def panels(runs: list[Curve]) -> list[Panel]:
+def panels(runs: list[Drawn]) -> list[Panel]:
     """Return the usual panels, and one for each further metric of the training lines."""
     lines = [line for run in runs for line in run.lines if line.get("split") == "train"]
     names = dict.fromkeys(name for line in lines for name, y in line.items() if math.isfinite(_number(y)))
@@ -233,7 +246,7 @@ def panels(runs: list[Curve]) -> list[Panel]:
     ]
 
 
-def points(run: Curve, panel: Panel) -> Points:
+def points(run: Drawn, panel: Panel) -> Points:
     """Return the (step, value) pairs of a run in a panel."""
     own = [line for line in run.lines if line.get("split") == panel.split]
     values = [(line["step"], _number(line.get(panel.field))) for line in own]
@@ -251,27 +264,48 @@ def _number(value: Any) -> float:
 # On the terminal.
 
 
-def draw_terminal(runs: list[Curve]) -> None:
-    """Print the charts and a table of the runs: in color on a terminal, as plain text into a pipe or with NO_COLOR."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    ascii_only = not _has_characters(encoding)
+def draw_terminal(runs: list[Drawn]) -> None:
+    """Print the charts and a table of the runs: in color and within the window on a terminal, as plain text into a pipe
+    or with NO_COLOR.
+    """
+    ascii_only = not _has_characters(getattr(sys.stdout, "encoding", None) or "utf-8")
     colored = sys.stdout.isatty() and not config.no_color()
     letters = ascii_only or (len(runs) > 1 and not colored)
-    columns = min(MAX_COLUMNS, max(MIN_COLUMNS, shutil.get_terminal_size().columns))
+    window = shutil.get_terminal_size((80, 24))
+    columns = min(MAX_COLUMNS, max(MIN_COLUMNS, window.columns))
+    style: dict[str, Any] = {"ascii_only": ascii_only, "paint": painted if colored else None}
+    legend = summary(runs, letters=letters, columns=stdout_columns())
+    small = below(runs, columns, SMALL_ROWS[window.lines >= LOW], letters=letters, **style)
+    taken = (
+        sum(map(len, small)) + len(small) + len(legend) + FRAME + 3
+    )  # blank lines, a line of the log, the next prompt
+    rows = min(ROWS[1], max(ROWS[0], window.lines - taken))
+    title = f"loss (nats per token), validation as {'A' if letters else 'o'}"
+    losses = [curve for number, run in enumerate(runs) for curve in both_losses(run, number, letters=letters)]
+    main_chart = chart(title, losses, columns=columns, rows=rows, **style)
+    text = "\n\n".join("\n".join(map(str.rstrip, lines)) for lines in (main_chart, *small))
+    write_stdout("\n".join([text, "", *(in_colors(legend) if colored else legend)]), colored=colored)
+
+
+def both_losses(run: Drawn, number: int, *, letters: bool) -> list[Curve]:
+    """Return the curves of a run's training loss, smoothed if it is long, and of its validation loss, as points."""
+    letter = LETTERS[number % len(LETTERS)]
+    xs, ys = columns_of(points(run, PANELS[0]))
+    training = Curve(list(zip(xs, smoothed(ys), strict=True)), number, letter if letters else "")
+    return [training, Curve(points(run, PANELS[1]), number, letter.upper() if letters else "o", joined=False)]
+
+
+def below(runs: list[Drawn], columns: int, rows: int, *, letters: bool, **style: Any) -> list[list[str]]:
+    """Return the lines of the charts of all metrics but the losses, two beside each other where the window is wide."""
     abreast = 2 if columns >= SIDE_BY_SIDE else 1
     width = (columns - 2) // 2 if abreast == 2 else columns
+    mark = [LETTERS[number % len(LETTERS)] if letters else "" for number in range(len(runs))]
     charts = [
-        chart(panel.title, [points(run, panel) for run in runs], columns=width, rows=ROWS, letters=letters,
-        ascii_only=ascii_only,
-              floor=0 if panel.from_zero else None, paint=painted if colored else None)
-        for panel in panels(runs)
+        chart(panel.title, [Curve(points(run, panel), at, mark[at]) for at, run in enumerate(runs)],
+              columns=width, rows=rows, floor=0 if panel.from_zero else None, **style)
+        for panel in panels(runs)[2:]
     ]  # fmt: skip
-    text = "\n\n".join(beside(charts[at : at + abreast], width) for at in range(0, len(charts), abreast))
-    legend = summary(runs, letters=letters)
-    if colored:
-        head, *rest = legend.splitlines()
-        legend = "\n".join([head, *(painted(number, line) for number, line in enumerate(rest))])
-    write_stdout(f"{text}\n\n{legend}", colored=colored)
+    return [beside(charts[at : at + abreast], width) for at in range(0, len(charts), abreast)]
 
 
 def _has_characters(encoding: str) -> bool:
@@ -288,32 +322,42 @@ def painted(curve: int, text: str) -> str:
     return f"\x1b[{COLORS[curve % len(COLORS)]}m{text}\x1b[0m"
 
 
-def beside(charts: list[list[str]], width: int) -> str:
-    """Return charts of equal width side by side."""
-    rows = itertools.zip_longest(*charts, fillvalue=" " * width)
-    return "\n".join("  ".join(row).rstrip() for row in rows)
+def in_colors(legend: list[str]) -> Iterator[str]:
+    """Yield the lines of the table, those of a run in its color; the first of a run begins with its mark."""
+    number = -1
+    for line in legend:
+        number += not line.startswith(" ")
+        yield line if number < 0 else painted(number, line)
 
 
-def summary(runs: list[Curve], *, letters: bool) -> str:
-    """Return a table with a row per run: its last step, losses, speed and parent."""
-    head = ("", "run", "step", "loss", "validation", "best", "tokens/s", "resumed from")
-    rows: list[tuple[str, ...]] = [head]
+def beside(charts: list[list[str]], width: int) -> list[str]:
+    """Return the lines of charts of equal width side by side."""
+    return ["  ".join(row) for row in itertools.zip_longest(*charts, fillvalue=" " * width)]
+
+
+HEAD = ("", "run", "step", "train", "val", "best", "tokens/s", "resumed from", "settings that differ, note")
+
+
+def summary(runs: list[Drawn], *, letters: bool, columns: int | None) -> list[str]:
+    """Return the lines of a table with a row per run: its last step, losses, speed, parent, and what tells it apart."""
+    rows: list[tuple[str, ...]] = [HEAD]
     for number, run in enumerate(runs):
         train, validation, _, speed = ([y for _, y in points(run, panel)] for panel in PANELS)
         middle = f"{sorted(speed)[len(speed) // 2]:.0f}" if speed else ""
         losses = [f"{ys[-1]:.4f}" if ys else "" for ys in (train, validation)]
         best = f"{min(validation):.4f}" if validation else ""
         mark = LETTERS[number % len(LETTERS)] if letters else "*" if run.requested else "."
-        rows.append((mark, run.name, str(last_step(run)), *losses, best, middle, origin(run)))
-    return table(rows)
+        rows.append((mark, run.name, str(last_step(run)), *losses, best, middle, origin(run), run.label))
+    used = [at for at in range(len(HEAD)) if at < 2 or any(row[at] for row in rows[1:])]
+    return table([tuple(row[at] for at in used) for row in rows], columns=columns).splitlines()
 
 
-def last_step(run: Curve) -> int:
+def last_step(run: Drawn) -> int:
     """Return the last step that is drawn."""
     return max((line["step"] for line in run.lines), default=0)
 
 
-def origin(run: Curve) -> str:
+def origin(run: Drawn) -> str:
     """Describe the checkpoint that the run began with."""
     if run.parent is None:
         return ""
@@ -336,7 +380,7 @@ def check_output(output: Path) -> None:
         raise ConfigError([f"OUTPUT={output}: plotting into a file needs matplotlib: {remedy}"])
 
 
-def draw_file(runs: list[Curve], output: Path) -> None:
+def draw_file(runs: list[Drawn], output: Path) -> None:
     """Write the charts and a legend to `output`, atomically."""
     from matplotlib.figure import Figure  # without pyplot, no screen is needed
 
@@ -366,7 +410,7 @@ def draw_file(runs: list[Curve], output: Path) -> None:
             temporary.write_text(dark_too(temporary.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def draw_curve(axes: Any, run: Curve, panel: Panel, number: int) -> None:
+def draw_curve(axes: Any, run: Drawn, panel: Panel, number: int) -> None:
     """Draw a run into a panel; its validation loss too, thick and with dots, beside its training loss, smoothed if it is long."""
     style = {"color": f"C{number}", "linestyle": "-" if run.requested else "--"}
     xs, ys = columns_of(points(run, panel))
@@ -400,12 +444,10 @@ def dark_too(svg: str) -> str:
     return f"{start}{end}{tag}{close}\n {style}{content}"
 
 
-def legend_of(run: Curve) -> str:
-    """Return the run's name and parent."""
-    if run.parent is None:
-        return harmless(run.name, one_line=True)
-    text = f"{run.name} ({origin(run)})" if weights_only(run) else f"{run.name} (from {origin(run)})"
-    return harmless(text, one_line=True)
+def legend_of(run: Drawn) -> str:
+    """Return the run's name, its parent, and the settings in which it differs."""
+    begun = "" if run.parent is None else f" ({origin(run)})" if weights_only(run) else f" (from {origin(run)})"
+    return harmless(f"{run.name}{begun}{': ' * bool(run.label)}{run.label}", one_line=True)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from milepost.ckpt.tensor_listing import all_files, held
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.locks import RunLockedError, hold_run
-from milepost.runtime.progress import Log, amount, shown, table
-from milepost.screen import write_json, write_stdout
+from milepost.runtime.progress import Log, amount, shown
+from milepost.runtime.tables import table
+from milepost.screen import stdout_columns, write_json, write_stdout
 
 Row = tuple[str, Found, int]  # what is done, to which checkpoint, the bytes that this frees
 
@@ -91,7 +92,7 @@ def print_rows(rows: list[Row], *, dry_run: bool, failed: bool) -> None:
         (action, str(one.step), amount(size, "B"), one.run_id or "", shown(one.path)) for action, one, size in rows
     ]
     if cells:
-        write_stdout(table([("", "step", "frees", "run", "path"), *cells]))
+        write_stdout(table([("", "step", "frees", "run", "path"), *cells], columns=stdout_columns()))
     freed, deleted = sum(size for *_, size in rows), any(not action.startswith("kept") for action, *_ in rows)
     would = "would be freed; DRY_RUN=false does it" if dry_run else "freed"
     write_stdout(f"{freed:,} bytes {would}" if deleted or failed else "nothing to delete")

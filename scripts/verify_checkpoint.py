@@ -42,8 +42,9 @@ from milepost.run import Run, fresh, to_record, with_heads, with_its_base
 from milepost.run_files import open_run
 from milepost.runtime.hardware import DeviceError
 from milepost.runtime.interrupt import Interrupt
-from milepost.runtime.progress import Log, Progress, amount, shown, table
-from milepost.screen import write_json, write_stdout
+from milepost.runtime.progress import Log, Progress, amount, shown
+from milepost.runtime.tables import table
+from milepost.screen import stdout_columns, write_json, write_stdout
 from milepost.text.errors import DataError
 from milepost.text.tokenization import UnknownCharacters
 from training import loop
@@ -62,7 +63,7 @@ def main(settings: Config, log: Log) -> int:
         failed += [path] if any(status == FAILED for _, status, _ in rows) else []
         values.append(as_json(path, rows))
         if as_text:
-            write_stdout(f"{shown(path)}\n{table(rows)}\n")
+            write_stdout(f"{shown(path)}\n{table(rows, columns=stdout_columns())}\n")
     if not as_text:
         write_json({"passed": not failed, "checkpoints": values})
         return BAD if failed else 0

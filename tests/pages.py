@@ -37,7 +37,7 @@ def copied_checkout(folder: Path) -> Path:
     return folder
 
 
-def run(command: str, checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(command: str, checkout: Path, *, shell: str = "bash", **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a line in a shell whose python3 and pip are those of this test, with an empty home and no network."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {
@@ -47,5 +47,5 @@ def run(command: str, checkout: Path, **variables: str) -> subprocess.CompletedP
         "OMP_NUM_THREADS": "1",
     } | variables
     return subprocess.run(
-        ["bash", "-c", command], cwd=checkout, env=env, capture_output=True, text=True, timeout=HANGING, check=False
+        [shell, "-c", command], cwd=checkout, env=env, capture_output=True, text=True, timeout=HANGING, check=False
     )

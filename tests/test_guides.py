@@ -4,6 +4,7 @@ and every command and line of Python in them runs in a folder made for it.
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import re
@@ -11,6 +12,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pages
 import pytest
 import torch
 from drive import ROOT, TINY, small_text, train
@@ -25,6 +27,16 @@ from milepost.runtime.progress import Log
 PAGES = sorted((ROOT / "docs" / "coming-from").glob("*.md"))
 FOREIGN = ROOT / "tests" / "fixtures" / "foreign"
 NAMES = [page.stem for page in PAGES]
+# Pages by task whose commands run here too; those of README.md, commands.md and fine-tuning.md run elsewhere.
+# What they name, from what lies in the folder. (The commands of adapters.md build on its folder `adapters`.)
+NEEDED = {
+    "letters.txt": "held_out.txt",
+    "pairs.jsonl": "blimp/pairs.jsonl",
+    "endings.jsonl": "hellaswag_val.jsonl",
+    "old/legacy/latest.pt": "dante/latest.pt",
+    "old/legacy/tokenizer.json": "dante/tokenizer.json",
+}
+TASKS = ["evaluating", "exporting", "resuming", "watching"]
 # Words in capitals that are no variable of ours: of git and the shell, of their projects, and what a reader puts in.
 NO_VARIABLES = {"CHECKPOINT", "DIR", "FILE", "SIGTERM", "FORMAT", "CONFIG", "TOKENIZER", "STATE", "TRAINING", "TENSORS",
 "WARNING", "SYSTEM",
@@ -34,6 +46,8 @@ A_FEW = {"TRAINING_STEPS": "8", "RESUME_TRAINING_STEPS": "2", "MAX_NEW_TOKENS": 
 # What a page's commands must have printed, all together, and files that they must have left.
 PRINTED = {
     "env-scripts": ["Dear Wren,", "matches", "step      ", "gpt2 at step"],
+    "hf-trainer": ["perplexity", "Conversion complete!", "bit-exact"],
+    "nanogpt": ["Dear", "=== FORMAT ===", "is finished: 8 of 8 steps"],
     "json-directory": ["=== FORMAT ===", "layout: ", "Location: ", "=== CONFIG ===", "=== TOKENIZER ===",
     "=== TRAINING STATE ===",
                        "Last recorded training step: ", "Number of tensors: ", "Conversion complete!", "Converted: "],
@@ -45,6 +59,8 @@ PRINTED = {
 }  # fmt: skip
 LEFT = {
     "env-scripts": ["checkpoints/checkpoint_gpt2_letters_gpt2_step0008_*.pt", "checkpoints/checkpoint_gpt2_letters_gpt2medium_step0008_*.pt"],
+    "hf-trainer": ["exported/*/model.safetensors"],
+    "nanogpt": ["exported/*/ckpt.pt", "checkpoints/*step0008*"],
     "json-directory": ["converted/*/model.pt", "all/*/manifest.json", "to-share/*/tokenizer.json", "checkpoints/dante/checkpoint_gpt2_letters_step0008_*/optimizer.pt"],
     "separated": ["checkpoints/*-optimizer.pt", "split/*-model.pt", "to-share/*/config.json", "new-checkpoints/*-model.pt"],
     "step-files": ["checkpoints/*/step_000008.safetensors", "checkpoints/*/step_000008_state.json", "checkpoints/*/best/step_*_optimizer.safetensors"],
@@ -162,6 +178,7 @@ def theirs(folder: Path) -> None:
     """Files of other programs, questions, and settings in a file."""
     shutil.copytree(FOREIGN / "pair", folder / "theirs")
     shutil.copytree(FOREIGN / "unified", folder / "theirs", dirs_exist_ok=True)
+    shutil.copytree(FOREIGN / "nanogpt", folder / "nanogpt")
     shutil.copytree(FOREIGN / "directory" / "dante", folder / "old" / "dante")
     shutil.copytree(FOREIGN / "lecture", folder / "old" / "legacy")
     (folder / "old" / "text.txt").write_text("abc ab\nca b c\n" * 50, encoding="utf-8")
@@ -212,7 +229,15 @@ def called(command: str, folder: Path) -> Said:
 
 
 def test_there_is_a_guide_for_each_kind_of_reader():
-    assert set(NAMES) == {"step-files", "env-scripts", "separated", "ttt-and-lora", "json-directory"}
+    assert set(NAMES) == {
+        "step-files",
+        "env-scripts",
+        "separated",
+        "ttt-and-lora",
+        "json-directory",
+        "nanogpt",
+        "hf-trainer",
+    }
     assert all(len(commands(page)) >= 3 for page in NAMES)
 
 
@@ -265,6 +290,21 @@ def test_every_command_runs(page, folder):
     everything = "\n".join(done.out + done.err for done in said.values())
     assert [text for text in PRINTED[page] if text not in everything] == []
     assert [pattern for pattern in LEFT[page] if not list(folder.glob(pattern))] == []
+
+
+@pytest.mark.parametrize("page", TASKS)
+def test_every_command_of_a_page_by_task_runs(page, folder):
+    lines = pages.commands((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
+    ours = [line for line in lines if re.search(r"\bpython3 \S+\.py$", line) and "nanoGPT" not in line]
+    assert ours
+    for source, target in NEEDED.items():
+        (folder / target).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / source, folder / target)
+    for command in ours:
+        if "CONVERT_TO=gguf" in command or ("curves.png" in command and importlib.util.find_spec("matplotlib") is None):
+            continue  # extras; make test-exchange exports and draws
+        done = called(command, folder)
+        assert done.code == 0, f"{command}\n{done.out}\n{done.err}"
 
 
 @pytest.mark.parametrize("page", [page for page in NAMES if blocks(page, "python")])

@@ -99,6 +99,25 @@ def test_a_named_run_is_found_by_its_name(tmp_path: Path) -> None:
     assert refused.code == 2
 
 
+def test_a_note_and_what_differs_are_listed(tmp_path: Path) -> None:
+    shorter = {"TRAINING_STEPS": "1", "WARMUP_STEPS": "0", "EVAL_INTERVAL": "0"}
+    for rate, text in (("1e-3", "a first try: \x1b[2J"), ("1e-4", None)):
+        assert train(tmp_path, LEARNING_RATE=rate, RUN_NOTE=text, **shorter)[0] == 0
+    runs = printed("list_checkpoints", tmp_path)["runs"]
+    assert [(run["differs"], run["note"]) for run in runs] == [
+        ("LEARNING_RATE=0.001", "a first try: \x1b[2J"),
+        ("LEARNING_RATE=0.0001", None),
+    ]
+    *_, first, second = call(script("list_checkpoints"), tmp_path).out.splitlines()
+    assert first.endswith("  LEARNING_RATE=0.001   a first try: \\x1b[2J")
+    assert second.endswith("  LEARNING_RATE=0.0001")
+    drawn = call(script("plot_run"), tmp_path, RUN="2*").out.rstrip().splitlines()
+    assert [line.split("  ")[-1].strip() for line in drawn[-2:]] == [
+        "LEARNING_RATE=0.001, a first try: \\x1b[2J",
+        "LEARNING_RATE=0.0001",
+    ]
+
+
 def test_an_inspection_has_metadata_and_tensors(folder: Path) -> None:
     path = family(folder)[4]
     out = printed("inspect_checkpoint", folder, CHECKPOINT_PATH=path)

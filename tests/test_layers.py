@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "text": {"files", "splitmix", "registry"},
     "runtime": {"files", "splitmix", "registry", "screen"},
     "generation": {"models", "text", "runtime", "splitmix"},
-    "evaluate": {"models", "text", "runtime"},
+    "evaluate": {"models", "text", "runtime", "screen"},
     "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry", "screen"},
 }
 BELOW_RUN = {*ROOMS}

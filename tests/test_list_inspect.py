@@ -40,7 +40,7 @@ def test_every_checkpoint_in_the_order_of_saving(trained):
     said = call(lister, trained)
     assert said.code == 0
     head, *lines = said.out.split("\n\n")[0].splitlines()
-    assert head.split() == ["step", "loss", "size", "layout", "run", "saved", "(UTC)", "resumable", "path"]
+    assert head.split() == ["step", "loss", "size", "layout", "resumable", "saved", "(UTC)", "run", "path"]
     assert [line.split()[0] for line in lines] == ["2", "4", "6", "8", "5", "6"]
     assert [line.split()[1] for line in lines if "step0008" in line] == [f"{loss_at(trained, 8):.4f}"]
     assert all(" unified " in line and " yes " in line for line in lines)
@@ -99,7 +99,7 @@ def test_every_layout_is_listed_once(tmp_path, layout):
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*") if file.is_file())
     assert line.split()[:2] == ["3", "0.5000"]
     assert line.split()[3] == layout
-    assert line.endswith(str(path))
+    assert line.endswith(f"  {path}  latest, best")
     assert line.split()[2] == f"{size / 1000:.3g}kB"
 
 
@@ -150,6 +150,21 @@ def test_unchanged_files_are_not_opened_again(tmp_path):
     os.utime(changed, ns=(1, 1))
     _, once_more = opened(lambda: call(lister, tmp_path), tmp_path)
     assert 0 < once_more <= before // 200
+
+
+def test_a_narrow_terminal_shows_every_path_whole_and_no_line_is_broken_by_it(trained, monkeypatch):
+    monkeypatch.setattr(lister, "stdout_columns", lambda: 80)
+    monkeypatch.chdir(trained)
+    text, runs = call(lister, trained).out.split("\n\n")
+    common, head, under, *lines = text.splitlines()
+    assert common == "all 6: layout unified, resumable yes"
+    assert head.split() + under.split() == ["step", "loss", "size", "saved", "(UTC)", "run", "path"]
+    found = ckpt.find(trained / "checkpoints")
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [str(each.step) for each in found]
+    assert [line.split()[0] for line in lines if line.startswith("    checkpoints/")] == [
+        str(each.path.relative_to(trained)) for each in found
+    ]
+    assert max(map(len, (text + runs).splitlines())) <= 80
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_latest_is_the_run_that_wrote_last_whatever_the_file_times(folder):
 
 def test_the_table_shows_the_values_of_the_lines(folder):
     *_, head, row = drawn(folder, RUN="a1").out.rstrip().splitlines()
-    assert head.split() == ["run", "step", "loss", "validation", "best", "tokens/s", "resumed", "from"]
+    assert head.split() == ["run", "step", "train", "val", "best", "tokens/s"]
     assert row.split() == ["*", "a1", "3", "1.0000", "1.5000", "1.5000", "500"]
 
 
@@ -91,10 +91,10 @@ def test_several_runs_share_charts_and_have_letters_without_color(folder):
     out = drawn(folder, RUN="a1,b1").out
     assert "\x1b" not in out
     loss = out.split("\n\n")[0].splitlines()
-    assert loss[0] == "training loss (nats per token)"
-    assert "".join(loss).count("a") > 5
-    assert loss[1].strip().startswith("3 │")
-    assert loss[8].strip().startswith("1 │")
+    assert loss[0] == "loss (nats per token), validation as A"
+    assert "".join(loss[1:]).count("a") > 5
+    assert "".join(loss[1:]).count("A") == "".join(loss[1:]).count("B") == 1
+    assert [line.split()[0] for line in loss[1:-1] if "┤" in line] == ["3", "2", "1"]
     assert [row.split()[:2] for row in out.rstrip().split("\n\n")[-1].splitlines()[1:]] == [["a", "a1"], ["b", "b1"]]
 
 
@@ -280,7 +280,9 @@ def test_a_trained_child_is_drawn_after_its_parent(tmp_path, tmp_path_factory):
     parent, child = names_in(said)
     rows = [row.split() for row in said.out.rstrip().split("\n\n")[-1].splitlines()[1:]]
     assert [row[2] for row in rows] == ["4", "6"]
-    assert rows[1][-4:] == [parent, "at", "step", "4"]
+    assert " ".join(rows[1]).endswith(
+        f"{parent} at step 4 BATCH_SIZE=2 LEARNING_RATE=0.0001 TRAINING_STEPS=6 WARMUP_STEPS=0"
+    )
     assert child != parent
 
 
@@ -303,7 +305,7 @@ def test_a_pipe_gets_no_colours_and_a_poor_encoding_gets_ascii(folder):
     written(folder, "é", losses=[2.0, 1.0])
     for encoding in ("ascii", "latin-1"):
         poor = outside(folder, RUN="é", PYTHONIOENCODING=encoding, PYTHONUTF8="1").stdout.decode(encoding)
-        assert poor.splitlines()[1].startswith("       2 |a")
+        assert poor.splitlines()[1].startswith("       2 +a")
         assert ("é" in poor) == (encoding == "latin-1")
 
 
@@ -337,7 +339,7 @@ def test_a_terminal_gets_colors_unless_turned_off(folder, monkeypatch):
     for poor in ({"NO_COLOR": "1", "TERM": "xterm"}, {"TERM": "dumb"}):
         plain = colored(folder, monkeypatch, **poor)
         assert "\x1b" not in plain
-        assert "3 │a" in plain or "3 │b" in plain
+        assert "3 ┤a" in plain or "3 ┤b" in plain
 
 
 def test_a_name_cannot_control_the_terminal(folder, monkeypatch):
@@ -352,7 +354,40 @@ def test_no_line_is_wider_than_the_terminal(columns, folder, monkeypatch):
     charts = drawn(folder, RUN="a1").out.split("\n\n")[:-1]
     widest = max(len(line) for one in charts for line in one.splitlines())
     assert widest <= max(40, columns)
-    assert len(charts) == (2 if columns >= 110 else 4)
+    assert len(charts) == (2 if columns >= 70 else 3)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(24, 24), (50, 50), (10, 20)])
+def test_a_run_fits_the_window(rows: int, most: int, folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", str(rows))
+    monkeypatch.setattr(plot, "stdout_columns", lambda: 80)
+    out = drawn(folder, RUN="a1").out
+    assert len(out.splitlines()) < most
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_overfitting_is_visible(folder):
+    """Validation rises while training falls, in the same chart."""
+    place = folder / "runs" / "a1" / "metrics.jsonl"
+    lines = [{"step": n, "time": n, "split": "train", "loss": 3 - n / 50} for n in range(1, 100)]
+    lines += [{"step": n, "time": n, "split": "validation", "loss": 1 + n / 50} for n in (10, 50, 90)]
+    place.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chart = drawn(folder, RUN="a1").out.split("\n\n")[0].splitlines()[1:-2]
+    rows = {line.index("o"): at for at, line in enumerate(chart) if "o" in line}
+    assert len(rows) == 3
+    assert [rows[column] for column in sorted(rows)] == sorted(rows.values(), reverse=True)
+    first, last = ([at for at, char in enumerate(line) if "⠀" < char < "⣿"] for line in (chart[0], chart[-1]))
+    assert max(first) < min(last)
+
+
+def test_runs_are_told_apart_by_the_settings_that_differ(folder):
+    for name, rate in (("a1", "1e-3"), ("b1", "0.01")):
+        (folder / "runs" / name / "config.env").write_text(f"LEARNING_RATE={rate}\nDROPOUT=0.1\nSEED=1\n")
+    said = drawn(folder, RUN="a1,b1").out.rstrip().splitlines()
+    assert [line.split()[-1] for line in said[-2:]] == ["LEARNING_RATE=0.001", "LEARNING_RATE=0.01"]
+    assert "DROPOUT" not in "".join(said)
+    assert "LEARNING_RATE" not in drawn(folder, RUN="a1").out  # nothing to tell it apart from
 
 
 def test_without_matplotlib_only_a_file_is_refused(folder, monkeypatch):
@@ -376,8 +411,8 @@ def test_as_a_user_runs_it(tmp_path):
     assert train(tmp_path)[0] == 0
     done = command("scripts/plot_run.py", tmp_path, **NOTHING_OF_TRAINING)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("training loss (nats per token)")
-    assert done.stdout.count("└") == 4
+    assert done.stdout.startswith("loss (nats per token), validation as o\n")
+    assert done.stdout.count("└") == 3
     line = '{ "$0" "$1"; echo $? >&3; } 3>"$2/code" | true'
     words = [sys.executable, str(ROOT / "scripts" / "plot_run.py"), str(tmp_path)]
     env = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(tmp_path / "runs")}

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import training
 from milepost import config
 from milepost.runtime import progress
-from milepost.runtime.progress import Log, Metrics, Progress, amount, duration, read_metrics, shown, table
+from milepost.runtime.progress import Log, Metrics, Progress, amount, duration, read_metrics, shown
+from milepost.runtime.tables import table
 
 
 def on_a_terminal(action: Callable[[TextIO], None], *, columns: int = 100) -> str:
@@ -125,19 +126,37 @@ def test_the_bar_starts_at_the_resumed_step_and_its_total_never_grows():
     assert set(range(40, 51)) == set(steps)
     for step in range(41, 51):
         assert f"line {step}\r\n" in text  # above the bar, not mixed into it
-        assert f"loss={step / 10:.4f}, tok_s=12k" in text
+        assert f"loss {step / 10:.4f}" in text
+    assert " left, tok_s 12k" in text
 
 
-def test_a_narrow_terminal_shows_the_step_and_the_loss() -> None:
+FIGURES = {"validation": "3.2345", "loss": "3.1234", "tok_s": "12.3k"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (30, ["loss"]),
+        (50, ["loss"]),
+        (65, ["loss", "validation"]),
+        (80, ["loss", "validation", "left"]),
+        (100, [*FIGURES, "left"]),
+    ],
+)
+def test_a_narrow_terminal_shows_the_step_and_the_loss_first(columns: int, shown: list[str]) -> None:
     def show(stream: TextIO) -> None:
         bar = Progress(Log(stream), start=0, total=100_000, plain=False)
-        bar.show(2, loss="3.1234", tok_s="12.3k")
-        bar.advance(2)
+        for step in range(1, 30):
+            bar.show(step, **FIGURES)
+            bar.advance(step)
         bar.close()
 
-    *_, last = on_a_terminal(show, columns=50).strip().split("\r")
-    assert "2/100000, loss=3.1234" in last
-    assert len(last) <= 50
+    *_, last = on_a_terminal(show, columns=columns).strip().split("\r")
+    assert "29/100000, loss 3.1234" in last
+    assert ("%|" in last) == (columns > 40)
+    assert len(last) <= columns
+    words = [f"{name} {value}" for name, value in FIGURES.items()] + [" left"]
+    assert [word.split()[0] for word in words if word in last] == [name for name in (*FIGURES, "left") if name in shown]
 
 
 def test_a_resumed_run_on_a_terminal(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 
 import pytest
 from drive import ROOT
@@ -10,6 +11,7 @@ from pages import blocks, commands, copied_checkout, run
 import models
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [*commands(README), *commands((ROOT / "docs" / "commands.md").read_text(encoding="utf-8"))]
 TINY = {
     "N_LAYER": "1", "N_HEAD": "1", "N_EMBD": "8", "BLOCK_SIZE": "8", "BATCH_SIZE": "2", "EVAL_STEPS": "1",
     "SAMPLE_INTERVAL": "0",
@@ -27,7 +29,7 @@ def checkout(tmp_path_factory):
 
 
 def test_the_readme_has_the_commands_of_a_first_visit():
-    found = " ".join([*commands(README), *blocks(README, "sh")])  # what installs is pasted, not run here
+    found = " ".join([*COMMANDS, *blocks(README, "sh")])  # what installs is pasted, not run here
     for part in (
         "make train",
         "make test",
@@ -43,14 +45,19 @@ def test_the_readme_has_the_commands_of_a_first_visit():
         "prune_checkpoints.py",
     ):
         assert part in found
-    assert len(commands(README)) == 12
+    assert len(COMMANDS) == 12
+    assert len(README.splitlines()) < 115  # a screen and a half
 
 
-def test_every_command_runs_as_written(checkout):
-    """In the README's order: each command builds on the files of those before it."""
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_every_command_runs_as_written(shell, tmp_path):
+    """Those of the README, then those of docs/commands.md, in their order: each builds on the files of those before it."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    checkout = copied_checkout(tmp_path)
     said = {
-        command: run(command, checkout, **TINY | SHORT.get(command, {}))
-        for command in commands(README)
+        command: run(command, checkout, shell=shell, **TINY | SHORT.get(command, {}))
+        for command in COMMANDS
         if command != NOT_FROM_INSIDE
     }
     for command, done in said.items():
@@ -64,7 +71,7 @@ def test_every_command_runs_as_written(checkout):
     assert len(by_word["inference"].stdout) == len("Dear Wren,") + 300 + 1
     assert "1000; 2000 more, to 3000" in by_word["MODE=resume"].stdout
     assert "step3000" in by_word["MODE=resume"].stderr
-    assert "is finished: 3000 of 3000 steps" in by_word["RESUME=auto"].stderr
+    assert "is finished: 1000 of 1000 steps" in by_word["RESUME=auto"].stderr
     exported = next((checkout / "exported").glob("checkpoint_*/model.safetensors"))
     assert (exported.parent / "tokenizer.json").is_file()
 
@@ -84,7 +91,23 @@ def test_make_test_runs_every_check(checkout):
     assert all(part in done.stdout for part in ("pytest", "ruff check", "ruff format --check", "mypy"))
 
 
-def test_the_links_of_the_documents_lead_somewhere():
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda page: page.stem)
+def test_the_links_of_the_documents_lead_somewhere(page):
+    """And, where they name a heading, to one that is there."""
+    for target, _, heading in re.findall(r"\]\(([^)#:\s]*)(#([^)]+))?\)", page.read_text(encoding="utf-8")):
+        there = page.parent / target if target else page
+        assert there.exists(), f"{page.name} links to {target}"
+        assert not heading or heading in headings(there), f"{page.name} links to {target}#{heading}"
+
+
+def headings(page):
+    """The names by which links reach the headings of a page."""
+    lines = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", line.lower()).strip().replace(" ", "-") for line in lines]
+
+
+def test_every_page_is_in_the_table_of_the_readme_and_in_the_site():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if f"docs/{page}" not in README and page != "README.md"] == []
+    assert [page for page in pages if not re.search(rf"[: ]{re.escape(page)}$", site, re.MULTILINE)] == []

@@ -22,7 +22,8 @@ import training
 from milepost import ckpt
 from milepost.ckpt import CheckpointError
 from milepost.config import ConfigError
-from milepost.runtime.progress import Log, command_line, shown, table
+from milepost.runtime.progress import Log, command_line, shown
+from milepost.runtime.tables import table
 from milepost.screen import harmless
 
 STEERING = (

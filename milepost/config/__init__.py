@@ -18,6 +18,7 @@ from milepost.config.host import (
     user_caches,
     was_restarted,
 )
+from milepost.config.labels import env_values, labels
 from milepost.config.parse import as_text, expected
 from milepost.config.resolve import (
     changes,
@@ -58,12 +59,14 @@ __all__ = [
     "declared",
     "describe",
     "env_example",
+    "env_values",
     "environment",
     "expected",
     "from_command_line",
     "from_saved",
     "frozen_base",
     "help_text",
+    "labels",
     "max_restarts",
     "no_color",
     "no_effect",

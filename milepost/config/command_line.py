@@ -1,11 +1,12 @@
 """The first call of every script: its settings, its help, or the list of mistakes."""
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from milepost.config.docs import declared, help_text
+from milepost.config.docs import declared, described, help_text
 from milepost.config.host import debug
 from milepost.config.names import refuse_arguments
 from milepost.config.resolve import read
@@ -28,8 +29,7 @@ def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Con
     exit_on_signal()
     script, *arguments = sys.argv
     if {"-h", "--help"}.intersection(arguments):
-        _print_once(help_text(script, doc or "", reads), sys.stdout)
-        raise SystemExit(0)
+        raise SystemExit(_help(script, doc or "", reads, [word for word in arguments if word not in ("-h", "--help")]))
     if arguments:
         read_here = {name for names in declared(reads).values() for name in names}
         _print_once(harmless(refuse_arguments(script, arguments, read_here), one_line=True), sys.stderr)
@@ -44,6 +44,22 @@ def from_command_line(module: str, doc: str | None, reads: Sequence[str]) -> Con
             raise
         _print_once(str(error), sys.stderr)
         raise SystemExit(2) from None
+
+
+def _help(script: str, doc: str, reads: Sequence[str], words: list[str]) -> int:
+    """Print the help, of all settings after `--help all`, or of those that the words name; return the exit code."""
+    everything = [word.lower() for word in words] == ["all"]
+    only, unknown = ([], []) if everything else described(words, reads)
+    if unknown:
+        subjects = ", ".join(declared(reads))
+        _print_once(
+            harmless(f"--help {' '.join(unknown)}: no setting of {script}; subjects: {subjects}", one_line=True),
+            sys.stderr,
+        )
+        return 2
+    rows = shutil.get_terminal_size().lines if sys.stdout.isatty() and not everything else None
+    _print_once(help_text(script, doc, reads, only=only, rows=rows), sys.stdout)
+    return 0
 
 
 def _print_once(text: str, stream: TextIO) -> None:

@@ -3,9 +3,10 @@
 `python3 -m milepost.config` writes the last two.
 """
 
+import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from milepost.config.effects import conditions
@@ -89,21 +90,78 @@ def declared(reads: Sequence[str]) -> dict[str, list[str]]:
     return headings
 
 
-def help_text(script: str, doc: str, reads: Sequence[str]) -> str:
-    """Return the text of --help: usage, the first paragraph of the script's docstring, and the variables that it reads."""
+def help_text(
+    script: str, doc: str, reads: Sequence[str], *, only: Collection[str] = (), rows: int | None = None
+) -> str:
+    """Return the text of --help: usage, the first paragraph of the script's docstring, and the variables that it reads.
+
+    On a screen of so many `rows`, a longer text has the common settings in short, and how to see the others. `only` names
+    variables and groups to describe instead.
+    """
     width = columns(100)
     summary = textwrap.wrap(doc.strip().partition("\n\n")[0], width)
-    lines = [f"usage: [NAME=value ...] python3 {script}", "", *summary, "",
-             "Settings are environment variables, or lines of .env or of the file that ENV_FILE names.",
-             "docs/configuration.md describes the variables of all scripts."]  # fmt: skip
-    only = conditions(reads)
-    for heading, names in declared(reads).items():
-        lines += ["", heading]
-        for name in names:
-            needs = " and ".join(filter(None, (only[name], VARIABLES[name].metadata["needs"])))
-            lines.append(f"  {name}  (default: {_default_text(name) or 'not set'}{'; only if ' * bool(needs)}{needs})")
-            lines += textwrap.wrap(_meaning(name), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
+    about = ("Settings are environment variables, or lines of .env or of the file that ENV_FILE names. "
+             "docs/configuration.md describes the variables of all scripts.")  # fmt: skip
+    usage = [f"usage: [NAME=value ...] python3 {script}", "", *summary, ""]
+    headings = declared(reads)
+    full = [*usage, *textwrap.wrap(about, width), *_in_full(headings, reads, width=width, only=only)]
+    if only or rows is None or len(full) < rows:
+        return "\n".join(full)
+    texts = ([*usage, *_in_short(headings, count, width=width)] for count in range(len(full), 0, -1))
+    return "\n".join(next((text for text in texts if len(text) < rows), full))
+
+
+def _in_full(
+    headings: Mapping[str, Sequence[str]], reads: Sequence[str], *, width: int, only: Collection[str]
+) -> Iterator[str]:
+    """Yield the lines on all variables, or on those that `only` names, with defaults, conditions and values."""
+    needed = conditions(reads)
+    for heading, names in headings.items():
+        shown = [
+            name for name in names if not only or {name, heading, VARIABLES[name].metadata["group"]}.intersection(only)
+        ]
+        yield from ["", heading] if shown else []
+        for name in shown:
+            needs = " and ".join(filter(None, (needed[name], VARIABLES[name].metadata["needs"])))
+            yield f"  {name}  (default: {_default_text(name) or 'not set'}{'; only if ' * bool(needs)}{needs})"
+            yield from textwrap.wrap(_meaning(name), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _in_short(headings: Mapping[str, Sequence[str]], count: int, *, width: int) -> Iterator[str]:
+    """Yield the lines on the first `count` common settings, then the names of the groups, and how to see more."""
+    (_, common), *others = headings.items()
+    common, further = common[:count], common[count:]
+    indent = max(map(len, common)) + 4
+    for name in common:
+        first, *more = textwrap.wrap(_clause(name), width - indent)
+        yield from [f"  {name:{indent - 2}}{first}", *(" " * indent + line for line in more)]
+    yield ""
+    groups = [f"{group} ({len(names)})" for group, names in others]
+    for label, words in (("Also", further), ("More, by subject", groups)):
+        yield from textwrap.wrap(f"{label}: {', '.join(words)}", width, subsequent_indent="  ") if words else []
+    yield "--help all: every setting in full. --help NAME: one setting or subject."
+
+
+def _clause(name: str) -> str:
+    """Return the first clause on a variable, with its default and its other choices."""
+    rules = VARIABLES[name].metadata
+    clause = re.sub(r" \([^)]*\)", "", rules["doc"].partition("; ")[0])
+    clause = clause if len(clause) <= 90 else clause.partition(": ")[0]
+    default = _default_text(name)
+    others = [word for word in (*rules["words"], *rules["choices"]) if word != default]
+    others = [] if set(others).intersection(re.findall(r"\w+", clause)) else others  # the clause explains them
+    said = ", or ".join(filter(None, [f"default: {default}" if default else "", " ".join(others)]))
+    return f"{clause} ({said})" if said else clause
+
+
+def described(words: Sequence[str], reads: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the variables and groups that words after --help name, in whatever case, and the words that name none."""
+    headings = declared(reads)
+    groups = {VARIABLES[name].metadata["group"] for names in headings.values() for name in names}
+    known = {name.upper(): name for name in (*headings, *groups, *(n for names in headings.values() for n in names))}
+    return [known[word.upper()] for word in words if word.upper() in known], [
+        w for w in words if w.upper() not in known
+    ]
 
 
 def env_example() -> str:
@@ -137,7 +195,8 @@ def reference() -> str:
 INTRODUCTION = """# Configuration
 
 Every setting is an environment variable, or a line of the file `.env` in the repository. Scripts take no argument but
-`--help`, which lists the variables that the script reads. `python3 -m milepost.config` writes this page and
+`--help`, which lists the variables that the script reads: on a terminal the common ones first, `--help all` every one in
+full, `--help LORA_RANK` one, `--help checkpoints` a subject of this page. `python3 -m milepost.config` writes this page and
 `.env.example`, which holds the same list to start from.
 
 - The process environment comes first, then `.env`, then the default. `ENV_FILE=other.env` reads that file instead, and

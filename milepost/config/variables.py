@@ -177,6 +177,8 @@ class Config:
         group="Logging", scope="habit", minimum=1)
     run_name: str | None = var(None, "name of a new run, which its folder, its checkpoints' metadata, lists and plots show, and RUN takes; not set: "
         "model and text", group="Logging", form="name")
+    run_note: str | None = var(None, "a note on the run, such as what it is to show; its checkpoints, lists and plots carry it",
+        group="Logging", scope="habit")
     tracker: str = var("none", "also send the metrics to this tracker (pip install it first); never asks for a login: wandb logs offline unless "
         "WANDB_API_KEY or WANDB_MODE is set", group="Logging", scope="habit", words=("none",), choices=TRACKERS)
 

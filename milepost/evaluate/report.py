@@ -8,7 +8,9 @@ import numpy as np
 from milepost.evaluate.evaluation import Evaluation
 from milepost.evaluate.passages import Text
 from milepost.evaluate.statistics import wilson
-from milepost.runtime.progress import shown, table
+from milepost.runtime.progress import shown
+from milepost.runtime.tables import table
+from milepost.screen import stdout_columns
 
 FIGURES = ("checkpoint", "step", "loss", "perplexity", "bits/byte", "tokens", "bytes")
 ACCURACIES = ("benchmark", "format", "items", "checkpoint", "accuracy", "95 % interval", "by length", "95 % interval")
@@ -49,7 +51,9 @@ def tables(evaluations: list[Evaluation], comparisons: list[dict[str, Any]]) -> 
     heads = (FIGURES, ACCURACIES, compared)
     parts = ["\n".join(dict.fromkeys(_source(it.text) for it in evaluations if it.text))]
     parts += [
-        table([head, *rows]) for head, rows in zip(heads, (figures, accuracies, differences), strict=True) if rows
+        table([head, *rows], columns=stdout_columns())
+        for head, rows in zip(heads, (figures, accuracies, differences), strict=True)
+        if rows
     ]
     return "\n\n".join(filter(None, parts))
 

@@ -10,7 +10,7 @@ import shutil
 import string
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -88,8 +88,32 @@ class Log:
             self._file = None
 
 
-# tqdm cuts a line that is too long at its end: the figures stand before the times, so that 50 columns show the loss.
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+LEAST_BAR = 10  # columns that the bar itself gets before a figure less important than the loss
+
+
+def bar_format(figures: Mapping[str, str], *, total: int, columns: int) -> str:
+    """Return tqdm's format for a line of `columns`: percentage, bar, step and loss, then what fits, in the order of use to
+    its reader. tqdm would cut the end off, whatever stands there.
+    """
+    left = {"left": "{remaining}"} if total else {}
+    order = ["loss", "validation", "left", *(name for name in figures if name not in ("loss", "validation"))]
+    known = dict(figures) | left
+    taken = len("100%|| ") + 2 * len(str(total)) + 1
+    words = ""
+    for name in (name for name in order if name in known):
+        word = f", {known[name]} left" if name == "left" else f", {name} {known[name]}"
+        width = len(word) if name != "left" else len(", 00:00:00 left")
+        if name != "loss" and taken + width + LEAST_BAR > columns:
+            continue
+        words, taken = words + word, taken + width
+    bar = "{percentage:3.0f}%|{bar}| " if taken < columns else ""
+    return f"{bar}{{n_fmt}}/{{total_fmt}}{words}"
+
+
+def _columns(stream: TextIO) -> int:
+    with contextlib.suppress(OSError, ValueError):  # a ValueError if it is closed, or no file
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
 
 
 class Progress:
@@ -102,7 +126,7 @@ class Progress:
         self._logged_at = time.monotonic()
         self._bar = tqdm(
             initial=start, total=total, unit="step", file=log.stream, disable=self._plain, dynamic_ncols=True,
-            bar_format=BAR,
+            bar_format=bar_format({}, total=total, columns=_columns(log.stream)),
         )  # fmt: skip
         self.figures: dict[str, str] = {}
 
@@ -115,7 +139,7 @@ class Progress:
         """Show `figures` beside the bar, or as a plain line every QUIET_SECONDS."""
         self.figures |= figures
         if not self._plain:
-            self._bar.set_postfix(self.figures, refresh=False)
+            self._bar.bar_format = bar_format(self.figures, total=self._total, columns=_columns(self._log.stream))
         elif time.monotonic() - self._logged_at >= QUIET_SECONDS:
             self._logged_at = time.monotonic()
             left = f", {duration(seconds_left)} left" if seconds_left else ""
@@ -287,12 +311,3 @@ def command_line(script: Path, *, processes: int | None = None, **variables: obj
         for name, value in variables.items()
     ]
     return " ".join([*words, python, _quoted(_relative(script))])
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Format rows in aligned columns, each row on one line."""
-    rows = [tuple(harmless(cell, one_line=True) for cell in row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

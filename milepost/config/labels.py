@@ -1,0 +1,46 @@
+"""What tells runs apart: the settings in which they differ."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+
+from milepost.config.parse import as_text
+from milepost.config.variables import VARIABLES
+
+MOST = 4  # settings of a label
+LAST = ("TRAINING_STEPS", "WARMUP_STEPS", "MIN_LEARNING_RATE")  # which differ with every resume and follow from others
+
+
+def labels(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return for each run the settings that change its weights and in which the runs differ: `DROPOUT=0.2 N_EMBD=64`.
+
+    Values may be those of metadata or texts of an env file. A run whose settings are unknown has an empty label, and counts for none.
+    """
+    known = {run: {name: _text(value) for name, value in own.items()} for run, own in settings.items() if own}
+    names = [name for name, each in VARIABLES.items() if each.metadata["scope"] in ("identity", "math")]
+    values = {name: {own.get(name, "") for own in known.values()} for name in names}
+    differing = [name for name in names if len(values[name]) > 1 and "auto" not in values[name]]  # auto may be either
+    differing.sort(key=LAST.__contains__)
+    more = f" and {len(differing) - MOST} more" if len(differing) > MOST else ""
+    return {
+        run: " ".join(f"{name}={known[run].get(name, '')}" for name in differing[:MOST]) + more if run in known else ""
+        for run in settings
+    }
+
+
+def env_values(path: Path) -> dict[str, str]:
+    """Return the settings of a run's config.env; an empty dict if it cannot be read."""
+    try:
+        return {name: value or "" for name, value in dotenv_values(path, interpolate=False).items()}
+    except (OSError, ValueError):
+        return {}
+
+
+def _text(value: Any) -> str:
+    """Return the value as its variable is written: 0.001 and `1e-3` are alike."""
+    try:
+        return as_text(float(value)) if not isinstance(value, bool) else as_text(value)
+    except (TypeError, ValueError):
+        return as_text(value)

@@ -1,0 +1,31 @@
+"""The settings that tell runs apart."""
+
+from milepost import config
+
+
+def test_only_settings_that_differ_and_change_the_weights():
+    one = {"LEARNING_RATE": 0.001, "DROPOUT": 0.1, "EVAL_INTERVAL": 5, "BIAS": True, "TRAINING_STEPS": 9}
+    other = one | {"LEARNING_RATE": "1e-2", "EVAL_INTERVAL": 6, "DROPOUT": "0.10", "TRAINING_STEPS": "10"}
+    assert config.labels({"a": one, "b": other, "c": {}}) == {
+        "a": "LEARNING_RATE=0.001 TRAINING_STEPS=9",
+        "b": "LEARNING_RATE=0.01 TRAINING_STEPS=10",
+        "c": "",
+    }
+    assert config.labels({"a": one}) == {"a": ""}
+
+
+def test_auto_is_not_called_different_from_what_it_came_to():
+    assert config.labels({"a": {"TOKENIZER": "auto"}, "b": {"TOKENIZER": "char"}}) == {"a": "", "b": ""}
+
+
+def test_many_are_counted():
+    names = ("LEARNING_RATE", "DROPOUT", "SEED", "N_LAYER", "N_HEAD", "N_EMBD")
+    many = config.labels({run: dict.fromkeys(names, value) for run, value in (("a", 1), ("b", 2))})
+    assert many["a"].count("=") == 4
+    assert many["a"].endswith(" and 2 more")
+
+
+def test_a_config_env_that_cannot_be_read_is_no_setting(tmp_path):
+    (tmp_path / "config.env").write_bytes(b"\xff\xfe\x00")
+    assert config.env_values(tmp_path / "nowhere") == {}
+    assert config.env_values(tmp_path / "config.env") == {}
