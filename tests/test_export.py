@@ -1,6 +1,8 @@
 """Exports: what nanoGPT and transformers make of them, what has no place in them, and that nothing else is touched."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,26 @@ def test_transformers_opens_the_model_and_its_tokenizer(tmp_path, kind):
         assert ours.std() > 0.5
         torch.testing.assert_close(theirs(batch).logits, ours, atol=1e-4, rtol=0)
     assert layout_of(path) is huggingface.LAYOUT
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_transformers_generates_our_text_without_a_warning(tmp_path, kind):
+    """Tokens that end a text are named as they are: null for characters and bytes."""
+    path, _ = exported(tmp_path, model_of(kind), "huggingface")
+    asked = {"CHECKPOINT_PATH": path, "PROMPT": "Dear", "MAX_NEW_TOKENS": "12", "TEMPERATURE": "0"}
+    ours = call(script("load_checkpoint"), tmp_path, **asked).out
+    program = (
+        "import sys, warnings; warnings.simplefilter('always')\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))\n"
+        "print('opened', file=sys.stderr)\n"
+        "ids = model.generate(**tokenizer('Dear', return_tensors='pt'), max_new_tokens=12, do_sample=False)\n"
+        "sys.stdout.buffer.write(tokenizer.decode(ids[0]).encode())\n"
+    )
+    said = subprocess.run([sys.executable, "-W", "ignore", "-c", program, path], capture_output=True, check=True)
+    assert said.stdout.decode().strip() == ours.strip()
+    warned = [line for line in said.stderr.decode().splitlines() if line and "%|" not in line]  # its progress bar
+    assert warned == ["opened"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
