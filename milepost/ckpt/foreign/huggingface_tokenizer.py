@@ -5,7 +5,7 @@ from pathlib import Path
 
 from milepost.ckpt.foreign.importing import CONFIG, TOKENIZER, tokenizer_beside
 from milepost.ckpt.foreign.tokenizer import Choice
-from milepost.ckpt.manifest import JSON_LIMIT, is_regular, read_json, unreadable
+from milepost.ckpt.manifest import JSON_LIMIT, is_regular, read_json, refuse_pointer, unreadable
 from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.restore import tokenizer_from_file, tokenizer_from_parts
 
@@ -21,7 +21,12 @@ def read_tokenizer(path: Path, vocab_size: int) -> Choice:
         return _with_ends(path, tokenizer_from_file(read_json(path / TOKENIZER)))
     if is_regular(path / VOCAB) and is_regular(path / MERGES):
         return _with_ends(path, _tokenizer_of_two_files(path))
-    return tokenizer_beside(path, vocab_size)
+    choice = tokenizer_beside(path, vocab_size)
+    halves = [name for name in (VOCAB, MERGES) if is_regular(path / name)]
+    if choice[0] is None and halves:
+        problem = f"has {halves[0]} without {VOCAB if halves[0] == MERGES else MERGES}, and no {TOKENIZER}"
+        raise CheckpointError(path, problem, "copy or download the tokenizer's files again", kind="lacking")
+    return choice
 
 
 def _with_ends(path: Path, tokenizer: dict[str, Json]) -> Choice:
@@ -85,6 +90,7 @@ def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:
         merges = (path / MERGES).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise unreadable(path / MERGES, error) from error
+    refuse_pointer(merges[:32].encode(), path / MERGES)
     names = [name for name in _flat(roles.values()) if isinstance(name, str)]
     return tokenizer_from_parts(read_json(path / VOCAB), merges, added, names)
 

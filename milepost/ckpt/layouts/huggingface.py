@@ -26,7 +26,7 @@ from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json
 from milepost.ckpt.restore import build_tokenizer, tokenizer_files
 from milepost.ckpt.tensors import same_tensor
-from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, mapped, read_weights
+from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, mapped, passed_over, read_weights
 
 CONFIG, WEIGHTS = "config.json", SAFETENSORS.whole
 OPTIMIZER, MANIFEST = "optimizer.safetensors", "milepost.json"
@@ -198,6 +198,7 @@ class Transformers:
         progress, left_out = _progress(path, training)
         adapter = _adapter_beside(path)
         notes = [f"{path}: {training.note}"] if training.note else []
+        notes += [beside] if (beside := passed_over(path)) else []
         return Checkpoint(
             model_state=read_weights(path, lambda weights: _translate(path, weights, settings)),
             optimizer_state=training.optimizer_state,
@@ -283,7 +284,7 @@ def _adapter_beside(path: Path) -> str | None:
     """
     if not is_regular(path / ADAPTER_CONFIG):
         return None
-    return f"the adapter in it ({ADAPTER_CONFIG}), which changes what transformers computes"
+    return f"the adapter in it ({ADAPTER_CONFIG}), with which transformers would compute,"
 
 
 def _settings(path: Path) -> dict[str, Json]:
