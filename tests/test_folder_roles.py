@@ -84,6 +84,18 @@ def test_a_folder_called_best_is_a_folder_of_checkpoints(tmp_path):
     assert convert(saved[-1], layout="directory").target.parent == folder
 
 
+@pytest.mark.parametrize("neighbour", ["another program's", "another run's"])
+def test_a_folder_called_best_is_not_its_neighbour_s(tmp_path, neighbour):
+    """A checkpoint of another program or run in the folder above does not make it that folder's best."""
+    if neighbour == "another run's":
+        ckpt.save(record(9, run_id="other"), tmp_path)
+    else:
+        transformers_folder(tmp_path / "base")
+        (tmp_path / ".lock").unlink()
+    saved = ckpt.save(record(1), tmp_path / "best")
+    assert folder_of(saved, record().run_id) == tmp_path / "best"
+
+
 def test_a_best_below_a_folder_of_checkpoints_stays_its_best(tmp_path):
     """The control: the same name, where the folder above was saved into."""
     saved = ckpt.save(record(1, validation_loss=1.0), tmp_path)
