@@ -155,8 +155,8 @@ def remove_free_locks(folder: Path) -> None:
 
     The caller holds the folder's lock.
     """
-    owners = folder.glob(".run-*.owner") if LOCKS in lacks(folder) else ()  # there they are the locks
-    for path in [*folder.glob(".run-*.lock"), *(owner.with_suffix(".lock") for owner in owners)]:
+    found = [*folder.glob(".run-*.lock"), *folder.glob(".run-*.owner")]
+    for path in sorted({path.with_suffix(".lock") for path in found}):
         with contextlib.suppress(OSError):
             lock = OwnedLock(path)
             if (not path.exists() or path.lstat().st_size == 0) and lock.acquire(patience=0):

@@ -10,9 +10,11 @@ from typing import Any
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
+from milepost.ckpt.leftovers import prepare_folder
 from milepost.ckpt.record import bytes_on_disk, named_tensors
 from milepost.files import is_unreachable
 from milepost.locks import FolderHeldError
+from milepost.paths import is_real_folder
 from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
 from milepost.run_files import METRICS, flush_lines, open_run
 from milepost.runtime.digests import digests
@@ -181,7 +183,10 @@ def copy_best(run: Run, record: Checkpoint | None = None) -> None:
 
 
 def repair(run: Run) -> None:
-    """Restore files that a finished run lacks: metrics that an earlier resume had set aside, the best step in best/."""
+    """Restore files that a finished run lacks: metrics that an earlier resume had set aside, the best step in best/.
+
+    Remove what a kill after its last save left.
+    """
     metrics_aside = Metrics(run.folder / METRICS).set_aside.exists()
     if metrics_aside or (
         run.best_is_pending and ckpt.saved_best(Path(run.settings.checkpoint_dir), **_best_of(run, run.state))
@@ -189,6 +194,9 @@ def repair(run: Run) -> None:
         with contextlib.ExitStack() as held:
             open_run(run, held)
             copy_best(run)
+    for folder in filter(is_real_folder, (run.folder, Path(run.settings.checkpoint_dir))):
+        with contextlib.suppress(OSError):  # a finished run may lie where nothing can be written
+            prepare_folder(folder)
 
 
 def _form(run: Run) -> dict[str, Any]:

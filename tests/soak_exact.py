@@ -208,15 +208,12 @@ def damage(folder: Path, rng: random.Random) -> dict[str, str]:
 
 
 def move_text(folder: Path, rng: random.Random) -> dict[str, str]:
-    """Move the text to another name."""
+    """Move the text to another name; what training writes anew under its first name is no longer the text."""
     name = folder / f"moved{rng.randrange(1000)}.txt"
-    (text,) = folder.glob("*.txt") if not (folder / "said.txt").exists() else _texts(folder)
+    texts = [path for path in folder.glob("*.txt") if path.name != "said.txt"]
+    text = max(texts, key=lambda path: path.name.startswith("moved"))
     text.rename(name)
     return {"TRAINING_DATA_SOURCE": str(name)}
-
-
-def _texts(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.txt") if path.name != "said.txt"]
 
 
 def change_layout(folder: Path, rng: random.Random) -> dict[str, str]:
@@ -260,8 +257,9 @@ def result(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return the hidden files that a finished training should not leave in the folder of checkpoints."""
+    """Return the hidden files that a finished training should not leave: none in its runs, of checkpoints its own."""
     hidden = [path for path in (folder / "checkpoints").rglob(".*") if ".tmp" in path.name or ".owner" in path.name]
+    hidden += [path for path in (folder / "runs").rglob(".*") if path.name != ".lock"]
     return sorted(str(path.relative_to(folder)) for path in hidden)
 
 

@@ -321,6 +321,20 @@ def test_a_file_that_is_replaced_in_place_is_whole_whenever_its_writer_dies(lack
     assert [each.name for each in tmp_path.iterdir()] == ["lines"]
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_what_a_killed_replacement_leaves_goes_with_the_next(call, tmp_path):
+    path = tmp_path / "sample.txt"
+    files.replace_content(path, b"old")
+    if (child := os.fork()) == 0:  # a kill leaves no time to clean up
+        setattr(os, call, lambda *_: os._exit(9))
+        files.replace_content(path, b"new content")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (files.content_of(path), len(list(tmp_path.iterdir()))) == (b"old", 2)
+    files.replace_content(path, b"newest")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("sample.txt", b"newest")]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders that do not answer.
 

@@ -198,3 +198,26 @@ def test_a_best_step_is_not_pruned_before_it_is_in_best(tmp_path):
     assert code == 130, said
     assert bests(tmp_path) == [4]
     assert not best.exists()
+
+
+def test_a_resume_of_a_finished_run_clears_what_a_kill_after_its_last_save_left(tmp_path):
+    code, said = train(tmp_path)
+    assert code == 0, said
+    checkpoints, last = tmp_path / "checkpoints", newest(tmp_path)
+    folder = tmp_path / "runs" / last.run_id
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    hidden = f".tmp-{last.path.name}-{{}}-0123abcd"
+    left = [
+        checkpoints / hidden.format(ended.pid),
+        checkpoints / "best" / hidden.format(ended.pid),
+        checkpoints / ".owner",
+    ]
+    left += [place / f".run-{last.run_id}.owner" for place in (checkpoints, folder)]
+    living = checkpoints / hidden.format(os.getppid())  # another process writes it at this moment
+    for path in (*left, living):
+        path.write_text("{}")
+    code, said = train(tmp_path, RESUME="auto")
+    assert (code, "is finished" in said) == (0, True)
+    assert [path for path in left if path.exists()] == []
+    assert living.exists()

@@ -144,11 +144,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_content(path: Path, content: bytes) -> None:
-    """Durably replace a run's own file. Raise OSError if a link, a pipe or a device is in its place."""
+    """Durably replace a run's own file. Raise OSError if a link, a pipe or a device is in its place.
+
+    The new content goes through one name beside the file, so that what a kill leaves there goes with the next write.
+    """
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
         raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    restore(path)
+    if {RENAME, RENAME_ONTO} & lacks(path.parent):
+        _write_over(path, content)
+        return
+    try:
+        _write(_beside(path), content)
+        os.replace(_beside(path), path)
+        moved(_beside(path), path)
+    finally:
+        _beside(path).unlink(missing_ok=True)
 
 
 def content_of(path: Path) -> bytes:
