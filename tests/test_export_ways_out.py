@@ -164,55 +164,98 @@ def test_a_tokenizer_without_an_end_exports_no_end(tmp_path, kind):
     assert (generation.eos_token_id, generation.bos_token_id) == (None, None)
 
 
-def ended_folder(folder: Path, *, end: str = "</s>", generation: int | None = None) -> Path:
-    """A folder of transformers whose tokenizer ends texts with `end`,
-    by the id in config.json or generation_config.json.
-    """
-    special = ["<s>", "<pad>", "</s>", "<|im_end|>"]
+SPECIAL = ["<s>", "<pad>", "</s>", "<|im_end|>"]
+
+
+def ended_folder(folder: Path, *, end: str = "</s>", **ids: Any) -> Path:
+    """A folder of transformers whose tokenizer ends texts with `end`; `ids` are the eos_token_id of its two configs."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     trained.train_from_iterator(["Dear Wren, dear Wren, dear wrens all"], trainer=trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token=end)
     sizes = {"vocab_size": len(tokenizer), "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=special.index(end)))
-    if generation is not None:
-        model.generation_config.eos_token_id = generation
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=2))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for name in ("config", "generation_config"):
+        values = json.loads((folder / f"{name}.json").read_text())
+        del values["eos_token_id"]
+        named = {"eos_token_id": ids[name]} if name in ids else {}
+        (folder / f"{name}.json").write_text(json.dumps(values | named))
     return folder
 
 
+# What the files name, and the tokens at which generation stops.
 ENDS = pytest.mark.parametrize(
-    ("end", "generation", "expected"), [("</s>", None, 2), ("<|im_end|>", None, 3), ("</s>", 3, 3)]
+    ("named", "expected"),
+    [
+        ({"config": 2}, [2]),
+        ({"config": 3, "end": "<|im_end|>"}, [3]),
+        ({"config": 2, "generation_config": 3}, [3]),
+        ({"config": 2, "generation_config": [3, 2]}, [3, 2]),
+        ({}, [2]),  # tokenizer_config.json
+        ({"end": "<|im_end|>"}, [3]),
+        ({"config": 50256, "generation_config": 50256}, [2]),  # the default of GPT2Config, outside the vocabulary
+        ({"config": None}, [2]),
+    ],
 )
 
 
 @ENDS
-def test_the_token_that_ends_a_text_comes_from_the_file(tmp_path, end, generation, expected):
-    folder = ended_folder(tmp_path / "theirs", end=end, generation=generation)
-    assert build_tokenizer(ckpt.load(folder)).end_of_text == expected
+def test_the_tokens_that_end_a_text_come_from_the_file(tmp_path, named, expected):
+    folder = ended_folder(tmp_path / "theirs", **named)
+    assert list(build_tokenizer(ckpt.load(folder)).stop_ids) == expected
     ours = ckpt.convert(folder, tmp_path / "new", layout="unified").target
-    assert build_tokenizer(ckpt.load(ours)).end_of_text == expected
+    assert list(build_tokenizer(ckpt.load(ours)).stop_ids) == expected
     back = export_of(tmp_path, ours, "huggingface")
-    assert AutoConfig.from_pretrained(back).eos_token_id == expected
-    assert GenerationConfig.from_pretrained(back).eos_token_id == expected
-    assert AutoTokenizer.from_pretrained(back).eos_token_id == expected
+    one = expected if expected[1:] else expected[0]
+    assert AutoConfig.from_pretrained(back).eos_token_id == one
+    assert GenerationConfig.from_pretrained(back).eos_token_id == one
+    assert AutoTokenizer.from_pretrained(back).eos_token_id == expected[0]
 
 
 @pytest.mark.exchange
 @ENDS
-def test_the_token_that_ends_a_text_is_in_the_gguf(tmp_path, end, generation, expected):
+def test_the_tokens_that_end_a_text_are_in_the_gguf(tmp_path, named, expected):
     import gguf
 
-    folder = ended_folder(tmp_path / "theirs", end=end, generation=generation)
+    folder = ended_folder(tmp_path / "theirs", **named)
     ours = ckpt.convert(folder, tmp_path / "new", layout="unified").target
     fields = gguf.GGUFReader(export_of(tmp_path, ours, "gguf")).fields
-    assert int(fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == expected
+    ids = [fields[f"tokenizer.ggml.{role}_token_id"] for role in ("eos", "eot", "eom")[: len(expected)]]
+    assert [int(each.parts[-1][0]) for each in ids] == expected
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_generation_stops_at_each_of_them(tmp_path, stop):
+    """A model that says that token after any other: the embedding and the head are its own."""
+    folder = ended_folder(tmp_path / "theirs", generation_config=[3, 2])
+    one = ckpt.load(folder)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in one.model_state.items()}
+    tensors["ln_f.bias"] = torch.ones_like(tensors["ln_f.bias"])
+    tensors["wte.weight"][stop] = 1
+    path = ckpt.save(dataclasses.replace(one, model_state=tensors), tmp_path / "checkpoints")
+    asked = {"CHECKPOINT_PATH": path, "PROMPT": "Dear", "MAX_NEW_TOKENS": "5", "TEMPERATURE": "0"}
+    assert call(script("load_checkpoint"), tmp_path, **asked).out.strip() == "Dear"
+
+
+def test_an_end_that_is_an_ordinary_token_is_named(tmp_path):
+    folder = ended_folder(tmp_path / "theirs", generation_config=10)
+    one = ckpt.load(folder)
+    assert any("generation_config.json" in note and "10" in note for note in one.notes)
+    assert build_tokenizer(one).stop_ids == ()
+
+
+@pytest.mark.parametrize("stops", ["<|im_end|>", 3, ["nothing"]])
+def test_stops_that_are_no_tokens_are_refused(tmp_path, stops):
+    one = ckpt.load(ended_folder(tmp_path / "theirs"))
+    with pytest.raises(ValueError, match="bpe tokenizer"):
+        BpeTokenizer.from_dict(one.tokenizer | {"stops": stops})
 
 
 def test_an_end_that_is_no_token_is_refused():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drive import train
 from foreign_programs import (
     CHARS,
     SMALL,
@@ -29,7 +30,10 @@ from milepost.ckpt import CheckpointError, retention
 from milepost.ckpt.conversion import convert
 from milepost.ckpt.finding import folder_of, in_best
 from milepost.ckpt.layouts import WRITERS, known_layout
+from milepost.ckpt.restore import build_tokenizer
 from milepost.ckpt.tensor_listing import all_files
+from milepost.text.tokenization import CharTokenizer
+from milepost.text.tokenizer_json import tokenizers_json
 
 lister, pruner, converter = script("list_checkpoints"), script("prune_checkpoints"), script("convert_checkpoint")
 FOLDER_LAYOUTS = [name for name in WRITERS if WRITERS[name].is_folder and not WRITERS[name].run_stem]
@@ -78,6 +82,18 @@ def test_a_folder_called_best_is_a_folder_of_checkpoints(tmp_path):
     gone = retention.prune(folder, run_id=record().run_id, keep_last=1, keep_every=0, latest_valid=saved[-1])
     assert [found.path for found in gone.remove] == saved[:2]
     assert convert(saved[-1], layout="directory").target.parent == folder
+
+
+@pytest.mark.parametrize("neighbour", ["another program's", "another run's"])
+def test_a_folder_called_best_is_not_its_neighbour_s(tmp_path, neighbour):
+    """A checkpoint of another program or run in the folder above does not make it that folder's best."""
+    if neighbour == "another run's":
+        ckpt.save(record(9, run_id="other"), tmp_path)
+    else:
+        transformers_folder(tmp_path / "base")
+        (tmp_path / ".lock").unlink()
+    saved = ckpt.save(record(1), tmp_path / "best")
+    assert folder_of(saved, record().run_id) == tmp_path / "best"
 
 
 def test_a_best_below_a_folder_of_checkpoints_stays_its_best(tmp_path):
@@ -134,6 +150,107 @@ def test_a_folder_of_weights_and_sizes_opens_as_its_file_does(tmp_path):
     path, _ = ckpt.resolve(str(folder), tmp_path)
     assert path == folder / "model.safetensors"
     assert ckpt.load(path).model_settings["n_head"] == SMALL["n_head"]
+
+
+@pytest.mark.parametrize("place", ["beside", "inside"])
+def test_a_tokenizer_saved_after_a_padded_call_is_the_same(tmp_path, place):
+    """tokenizer.json keeps truncation and padding of the last call; neither is part of the tokenizer."""
+    last = {"truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}}
+    last |= {
+        "padding": {"strategy": {"Fixed": 4}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    }
+    values = tokenizers_json(CharTokenizer([*CHARS])) | last
+    if place == "inside":
+        path = tmp_path / "ckpt.pt"
+        torch.save(nanogpt(golden_nano()) | {"tokenizer": values}, path)
+    else:
+        path = hub_mixin(tmp_path / "m") / "model.safetensors"
+        (path.parent / "meta.pkl").unlink()
+        (path.parent / "tokenizer.json").write_text(json.dumps(values))
+    assert build_tokenizer(ckpt.load(path)).encode("".join(CHARS)) == list(range(len(CHARS)))
+
+
+def trainer_run(folder: Path) -> Path:
+    for step in (10, 9):
+        state = {"global_step": step, "log_history": []}
+        (transformers_folder(folder / f"checkpoint-{step}") / "trainer_state.json").write_text(json.dumps(state))
+    return folder / "checkpoint-10"
+
+
+def a_hub_mixin(folder: Path) -> Path:
+    return hub_mixin(folder) / "model.safetensors"
+
+
+def a_folder_of_ours(folder: Path) -> Path:
+    return [ckpt.save(gpt2_record(step), folder) for step in (1, 2)][-1]
+
+
+@pytest.mark.parametrize("make", [trainer_run, a_hub_mixin, a_folder_of_ours])
+@pytest.mark.parametrize("variable", ["INIT_FROM", "GPT2_MODEL_NAME", "CHECKPOINT_PATH"])
+def test_any_folder_of_weights_serves_in_any_role(tmp_path, make, variable):
+    used = make(tmp_path / "theirs")
+    if variable == "CHECKPOINT_PATH":
+        said = call(script("load_checkpoint"), tmp_path, CHECKPOINT_PATH=tmp_path / "theirs", MAX_NEW_TOKENS="2")
+        assert (said.code, f"{used}: gpt2 at step" in said.err) == (0, True), said.err
+        return
+    own = dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE", "DROPOUT"]) | {"MODEL_TYPE": "gpt2"}
+    text = tmp_path / "letters.txt"
+    text.write_text("".join(ckpt.load(used).tokenizer["chars"]) * 60)
+    own |= {"TRAINING_DATA_SOURCE": str(text), "TRAINING_STEPS": "2", variable: str(tmp_path / "theirs")}
+    code, said = train(tmp_path, **own)
+    assert code == 0, said
+    assert (str(used) in said) or make is a_hub_mixin
+
+
+def test_a_vocabulary_without_its_merges_is_named(tmp_path):
+    path = transformers_folder(tmp_path / "m")
+    (path / "tokenizer.json").unlink()
+    for half, other in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
+        (path / half).write_text("{}")
+        with pytest.raises(CheckpointError, match=other) as caught:
+            ckpt.load(path)
+        assert caught.value.kind == "lacking"
+        (path / half).unlink()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 548105171\n"
+HELD_BY_GIT = [
+    "model.safetensors",
+    "tokenizer.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "vocab.json",
+]
+
+
+@pytest.mark.parametrize("name", [*HELD_BY_GIT, "pytorch_model.bin", "model.safetensors.index.json"])
+def test_a_pointer_of_git_lfs_is_named_in_every_place(tmp_path, name):
+    path = transformers_folder(tmp_path / "m")
+    if name in ("merges.txt", "vocab.json"):
+        (path / "tokenizer.json").unlink()
+        (path / "merges.txt").write_text("#version: 0.2\n")
+        (path / "vocab.json").write_text("{}")
+    if name in ("pytorch_model.bin", "model.safetensors.index.json"):
+        (path / "model.safetensors").unlink()
+    (path / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match="git lfs pull") as caught:
+        ckpt.load(path)
+    assert caught.value.path == path / name or str(path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.csv"])
+def test_a_text_that_git_keeps_elsewhere_is_not_trained_on(tmp_path, name):
+    (tmp_path / name).write_text(POINTER)
+    code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(tmp_path / name), BLOCK_SIZE="4")
+    assert (code, "git lfs pull" in said) == (4, True), said
+
+
+def test_a_text_on_git_lfs_is_trained_on(tmp_path):
+    """The control: it begins as a pointer does, and is longer than one."""
+    (tmp_path / "a.txt").write_text(POINTER * 60)
+    code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(tmp_path / "a.txt"), BLOCK_SIZE="4")
+    assert code == 0, said
 
 
 def test_weights_of_a_save_that_was_killed_are_no_checkpoint(tmp_path):

@@ -27,7 +27,7 @@ from milepost.text.tokenization.gpt2 import gpt2_file
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 97, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX, FIRST = "model.safetensors.index.json", "model-0.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -564,6 +564,7 @@ def test_a_damaged_config_is_refused(text, folder):
 
 
 def sharded(folder: Path, weight_map: object) -> None:
+    (folder / WEIGHTS).rename(folder / FIRST)  # a whole file would be used before an index
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -574,7 +575,7 @@ def test_a_shard_outside_the_folder_is_never_opened(name, folder):
     assert (refusal(folder).kind, refusal(folder).path) == ("refused", folder / f"{WEIGHTS}.index.json")
 
 
-@pytest.mark.parametrize("weight_map", [{}, None, [WEIGHTS], *({"a": name} for name in ("9", "..", ""))], ids=str)
+@pytest.mark.parametrize("weight_map", [{}, None, [FIRST], *({"a": name} for name in ("9", "..", ""))], ids=str)
 def test_an_index_without_its_shards_is_refused(weight_map, folder):
     sharded(folder, weight_map)
     error = refusal(folder)
@@ -590,9 +591,22 @@ def test_a_shard_that_is_a_pipe_is_refused_and_not_waited_for(folder):
 
 def test_one_name_in_two_shards_is_refused(folder):
     shutil.copy(folder / WEIGHTS, folder / "model-2.safetensors")
-    sharded(folder, {"a": WEIGHTS, "b": "model-2.safetensors"})
+    sharded(folder, {"a": FIRST, "b": "model-2.safetensors"})
     assert refusal(folder).kind == "damaged"
     assert "is in an earlier shard too" in refused(folder)
+
+
+@pytest.mark.parametrize("shards", ["missing", "present"])
+def test_a_stale_index_beside_new_weights_is_named_and_not_used(shards, folder, theirs):
+    """In the order of transformers, a whole file comes before an index."""
+    old = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(old, FIRST)}))
+    if shards == "present":
+        save_file(old, folder / FIRST)
+    assert_same_logits(ckpt.load(folder), theirs)
+    assert_same_logits(ckpt.load(folder), GPT2LMHeadModel.from_pretrained(folder).eval())
+    assert sum(INDEX in note for note in ckpt.load(folder).notes) == 1
+    assert ckpt.verify(folder) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

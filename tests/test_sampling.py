@@ -92,6 +92,22 @@ def test_top_p_at_an_exact_boundary_keeps_no_token_more() -> None:
     assert keep_top_p(logits, 1.0) is logits
 
 
+@pytest.mark.parametrize(
+    "setting", [{"top_p": 1e-50}, {"top_p": 5e-324}, {"repetition_penalty": 1e-50}, {"repetition_penalty": 1e300}]
+)
+@pytest.mark.parametrize("temperature", [2e-6, 1.0])
+def test_settings_beyond_float32_are_not_blamed_on_the_weights(setting: dict[str, float], temperature: float) -> None:
+    tokens = list(generate(SMALL, [1, 2], max_new_tokens=8, temperature=temperature, generator=seeded(3), **setting))
+    assert len(tokens) == 8
+    assert all(0 <= token < SMALL.settings.vocab_size for token in tokens)
+
+
+def test_a_penalty_hides_no_logit_that_is_not_finite() -> None:
+    """The control: diverged weights are still reported."""
+    assert penalize(torch.tensor([torch.inf, 1.0]), [0, 1], 0.5)[0] == torch.inf
+    assert penalize(torch.tensor([torch.nan, 1.0]), [0, 1], 2.0)[0].isnan()
+
+
 def test_top_k_zero_and_penalty_one_change_nothing() -> None:
     logits = spread(3)
     assert keep_top_k(logits, 0) is logits

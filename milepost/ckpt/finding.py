@@ -202,20 +202,24 @@ def due(step: int, interval: int, *, last: int) -> bool:
 def folder_of(path: Path, run_id: str | None) -> Path:
     """Return the checkpoint folder that holds the checkpoint at `path`: the folder above best/ and the run folder.
 
-    A folder of checkpoints may be called best itself: then the folder above it was never one.
+    A folder of checkpoints may be called best itself: then the folder above it is another one, or none.
     """
     folder = path.parent
-    if folder.name == BEST_FOLDER and (folder.parent.name == run_id or _was_saved_into(folder.parent)):
+    if folder.name == BEST_FOLDER and _is_best_of(folder.parent, run_id):
         folder = folder.parent
     return folder.parent if folder.name == run_id else folder
 
 
-def _was_saved_into(folder: Path) -> bool:
-    """Whether `folder` is one of checkpoints: it has a lock, or a checkpoint outside best/."""
+def _is_best_of(above: Path, run_id: str | None) -> bool:
+    """Whether best/ in `above` holds the best of that folder: the run was saved there too, or only `above` has a lock."""
+    if above.name == run_id:
+        return True
     try:
-        return os.path.lexists(folder / FOLDER_LOCK) or any(True for _ in scan(folder, bests=False))
+        if any(found.run_id == run_id for found in scan(above, bests=False)):
+            return True
     except OSError:  # it cannot be listed, so nothing was saved there
         return False
+    return os.path.lexists(above / FOLDER_LOCK) and not os.path.lexists(above / BEST_FOLDER / FOLDER_LOCK)
 
 
 def containing(path: Path) -> Path | None:

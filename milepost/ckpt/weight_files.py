@@ -85,15 +85,25 @@ def checksum_problems(folder: Path) -> list[CheckpointError]:
 
 
 def weight_files(folder: Path) -> tuple[Form, list[Path]]:
-    """Return the form of the weights, safetensors first, and their files; raise CheckpointError if none."""
+    """Return the form of the weights and their files, chosen in the order of transformers: safetensors first, and a
+    whole file before an index. Raise CheckpointError if none.
+    """
     for form in (SAFETENSORS, PICKLED):
-        if (folder / form.index).is_file():
-            return form, _listed(folder, folder / form.index)
         if (folder / form.whole).is_file():
             return form, [folder / form.whole]
+        if (folder / form.index).is_file():
+            return form, _listed(folder, folder / form.index)
     held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10])
     problem = f"has no {SAFETENSORS.whole} and no {PICKLED.whole} (it holds {held})"
     raise CheckpointError(folder, problem, DOWNLOAD, kind="lacking")
+
+
+def passed_over(folder: Path) -> str | None:
+    """Return a note if an index lies beside weights in one file: other weights, of an earlier save or of none."""
+    form, files = weight_files(folder)
+    if files[0].name != form.whole or not (folder / form.index).is_file():
+        return None
+    return f"{folder}: its weights are those of {form.whole}, as for transformers; {form.index} is not used"
 
 
 def _listed(folder: Path, index: Path) -> list[Path]:

@@ -14,6 +14,8 @@ from models.model import Cache, Model
 
 # In a larger vocabulary, the best tokens are tried first: sorting all takes milliseconds.
 FEW: Final = 1024
+# An extreme penalty makes no logit larger: a temperature of 1e-6 would overflow float32.
+LARGEST: Final = 1e30
 
 
 def penalize(logits: Tensor, ids: Collection[int], penalty: float) -> Tensor:
@@ -25,7 +27,8 @@ def penalize(logits: Tensor, ids: Collection[int], penalty: float) -> Tensor:
         return logits
     seen = torch.tensor(sorted(ids), device=logits.device)
     scores = logits[seen]
-    return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+    penalized = torch.where(scores > 0, scores / penalty, scores * penalty).clamp(-LARGEST, LARGEST)
+    return logits.index_copy(0, seen, torch.where(scores.isfinite(), penalized, scores))
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -46,6 +49,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     best, order = _best_first(logits, p)
     probs = (best - logits.logsumexp(-1)).exp()
     surplus = probs.cumsum(-1) - probs >= p  # better tokens already sum to p
+    surplus[0] = False  # a p that is 0 in float32
     kept = order[~surplus]
     return torch.full_like(logits, -torch.inf).index_copy(0, kept, logits[kept])
 

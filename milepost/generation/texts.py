@@ -102,7 +102,7 @@ def _text(
         repetition_penalty=sampling.repetition_penalty,
         generator=generator,
         vocab_size=tokenizer.vocab_size,
-        stop_ids=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
+        stop_ids=tokenizer.stop_ids,
         on_slide=on_slide,
         lookup=lookup,
     )

@@ -29,7 +29,7 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
     notes: list[str] = []
     folder, hub_name, name = Path(settings.checkpoint_dir), settings.gpt2_model_name, settings.init_from
     if hub_name:
-        record: Checkpoint | None = ckpt.load(world.local_rank0_first(lambda: local_folder(hub_name)), optimizer=False)
+        record: Checkpoint | None = _pretrained(world.local_rank0_first(lambda: local_folder(hub_name)), notes)
     elif name:
         record = agreed(
             lambda: ckpt.load_named(name, folder, say=notes.append, optimizer=False, certain=True),
@@ -39,10 +39,16 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
     else:
         return None
     assert record is not None  # `load_named` raises
-    record = completed(with_its_base(record, config.without(settings, ["INIT_FROM"]), log), settings, log)
+    others = config.without(settings, ["INIT_FROM", "GPT2_MODEL_NAME"])
+    record = completed(with_its_base(record, others, log), settings, log)
     for note in [*notes, *record.notes]:
         log(note)
     return record
+
+
+def _pretrained(folder: Path, notes: list[str]) -> Checkpoint:
+    """Return the checkpoint that the folder is, or the latest one in it; add a line on each choice to the notes."""
+    return ckpt.load_named(str(folder), folder, say=notes.append, optimizer=False, certain=True)
 
 
 def agreed(find: Callable[[], Checkpoint | None], world: World, *, optimizer: bool = True) -> Checkpoint | None:
@@ -106,7 +112,9 @@ def _base_in_folder(record: Checkpoint, named: str | None) -> Path | None:
 
 def identity(base: Checkpoint, settings: Config) -> dict[str, Any]:
     """Return what identifies a base (the sha256 of its weights), and its source."""
-    return {"sha256": digest(base.model_state), "source": settings.gpt2_model_name or str(base.path), "step": base.step}
+    name = settings.gpt2_model_name
+    source = name if name and not Path(name).expanduser().is_dir() else str(base.path)
+    return {"sha256": digest(base.model_state), "source": source, "step": base.step}
 
 
 def lineage(record: Checkpoint, changed: dict[str, Any]) -> dict[str, Any]:

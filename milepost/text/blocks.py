@@ -20,6 +20,7 @@ UNPACKED_LIMIT = (
 MOST_PACKED = 250  # text is packed to a third or a tenth; gzip can reach a thousandth
 UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}  # which begins with a mark
 LONGEST_MARK = 2  # bytes
+POINTER, LONGEST_POINTER = b"version https://git-lfs", 1024  # bytes; longer files are texts
 DECODERS: dict[str, Callable[[bytes, str, bool], tuple[str, int]]] = {
     "utf-8": codecs.utf_8_decode, "utf-16-le": codecs.utf_16_le_decode, "utf-16-be": codecs.utf_16_be_decode,
 }  # fmt: skip
@@ -97,12 +98,21 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Yield the file's bytes, decompressed. Read errors become DataError."""
     opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
     try:
+        _refuse_pointer(path)
         with opener(path, "rb") as file:
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is a damaged gzip file ({error}): copy or compress it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raise DataError if git keeps the file elsewhere, and only its pointer is there."""
+    with open(path, "rb") as file:
+        begin = file.read(LONGEST_POINTER + 1)
+    if len(begin) <= LONGEST_POINTER and begin.startswith(POINTER) and b"\noid " in begin:
+        raise DataError(f"{path} is a git-lfs pointer, not the text itself: run `git lfs pull` in its folder")
 
 
 def _decode(data: bytes, encoding: str, *, path: Path, position: int, final: bool) -> tuple[str, int]:

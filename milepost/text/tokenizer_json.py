@@ -65,7 +65,7 @@ def from_tokenizers_json(values: Mapping[str, Any]) -> Json:
         return {"kind": "byte"}
     if _is_char(plain):
         return {"kind": "char", "chars": _tokens_by_id(plain)}
-    return {"kind": "bpe", "tokenizer": plain}
+    return {"kind": "bpe", "tokenizer": {name: plain[name] for name in values}}
 
 
 def from_vocab_and_merges(vocab: Json, merges: str, added: Mapping[str, int], special: Iterable[str]) -> Json:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gguf.quants import dequantize
 from script import call, script
-from test_export import TEXT, exported, model_of, saved, untied
+from test_export import TEXT, exported, model_of, saved
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError
@@ -124,14 +124,13 @@ def test_biases_that_were_left_out_are_zeros(tmp_path):
 
 
 def test_a_head_of_its_own_is_kept(tmp_path):
-    one = untied(0.0)
     bpe = model(tied=False)
     bpe.model_state["lm_head.bias"].zero_()
     tensors = {each.name: each.data for each in opened(tmp_path, bpe, "f32").tensors}
     assert (tensors["output.weight"] == bpe.model_state["lm_head.weight"].numpy()).all()
     assert "output.bias" not in tensors
-    with pytest.raises(CheckpointError, match=r"its tokenizer is char, which llama\.cpp does not have"):
-        ckpt.exporter("gguf").write(one, tmp_path, "x")
+    with pytest.raises(CheckpointError, match="it has no tokenizer"):
+        ckpt.exporter("gguf").write(dataclasses.replace(bpe, tokenizer=None), tmp_path, "x")
 
 
 def test_rows_that_are_no_whole_blocks_stay_in_f16(tmp_path):
@@ -185,20 +184,64 @@ def test_nothing_is_left_of_what_was_not_finished(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_that_ends_no_text_needs_a_row_to_spare(tmp_path):
-    """llama.cpp takes token 11 for the end of a text where nothing else is named."""
-    one = model()
+def without_end(one: Checkpoint) -> Checkpoint:
+    """The record with a BPE of 299 tokens that ends no text."""
     spec = tokenization.build("bpe", [(TEXT * 9, True)], alphabet="", documents=1, vocab_size=300).to_dict()[
         "tokenizer"
     ]
     vocab = {token: i - 1 for token, i in spec["model"]["vocab"].items() if i}
     bare = {"kind": "bpe", "tokenizer": spec | {"added_tokens": [], "model": spec["model"] | {"vocab": vocab}}}
-    padded = dataclasses.replace(one, tokenizer=bare)
-    reader = opened(tmp_path, padded, "f32")
+    return dataclasses.replace(one, tokenizer=bare)
+
+
+@pytest.mark.parametrize("rows", [300, 299])
+def test_a_row_without_a_token_ends_the_text_of_a_tokenizer_that_ends_none(tmp_path, rows):
+    """llama.cpp takes token 11 for the end of a text where nothing else is named. A row that the model lacks is added:
+    the mean of the others, whose logit is never the largest.
+    """
+    one = without_end(model())
+    wte = one.model_state["wte.weight"][:rows]
+    settings = one.model_settings | {"vocab_size": rows}
+    one = dataclasses.replace(one, model_settings=settings, model_state=one.model_state | {"wte.weight": wte})
+    reader = opened(tmp_path, one, "f32")
     assert field(reader, "tokenizer.ggml.eos_token_id") == 299
     assert field(reader, "tokenizer.ggml.token_type")[299] == 5
-    wte = one.model_state["wte.weight"][:299]
-    settings = one.model_settings | {"vocab_size": 299}
-    full = dataclasses.replace(padded, model_settings=settings, model_state=one.model_state | {"wte.weight": wte})
-    with pytest.raises(CheckpointError, match=r"no token that ends a text, and llama\.cpp needs both"):
-        ckpt.exporter("gguf").write(full, tmp_path, "x")
+    (theirs,) = [each.data for each in reader.tensors if each.name == "token_embd.weight"]
+    assert theirs.shape == (300, 32)
+    assert (theirs[:rows] == wte.numpy()).all()
+    if rows == 299:
+        np.testing.assert_allclose(theirs[299], wte.mean(dim=0), rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Characters and bytes: llama.cpp's rwkv tokenizer.
+
+
+def bytes_of(text: str) -> bytes:
+    """An independent statement of llama_unescape_rwkv_token."""
+    return re.sub(rb"\\x(..)", lambda found: bytes([int(found[1], 16)]), text.encode("latin-1"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(("kind", "spare"), [("char", 0), ("char", 100), ("byte", 0), ("byte", 100)])
+def test_characters_and_bytes(tmp_path, kind, spare):
+    torch.manual_seed(1)
+    one = model_of(kind)
+    known = build_tokenizer(one)
+    rows = known.vocab_size + spare
+    wte = torch.cat([one.model_state["wte.weight"], torch.zeros(spare, 8)])
+    settings = one.model_settings | {"vocab_size": rows}
+    one = dataclasses.replace(one, model_settings=settings, model_state=one.model_state | {"wte.weight": wte})
+    reader = opened(tmp_path, one, "f32")
+    assert field(reader, "tokenizer.ggml.model") == "rwkv"
+    texts = [bytes_of(text) for text in field(reader, "tokenizer.ggml.tokens")]
+    assert texts[: known.vocab_size] == [known.decode_bytes([i]) for i in range(known.vocab_size)]
+    assert len(texts) == len({*texts})
+    beginnings = {text[:length] for text in texts for length in range(1, len(text))}
+    assert beginnings <= {*texts}  # else llama.cpp would never end on a character that the model lacks
+    added = 9 if kind == "char" else 0  # of é ñ “ ” … 日 本 😀: C3, E2, E2 80, E6, E6 97, E6 9C, F0, F0 9F, F0 9F 98
+    assert len(texts) == max(rows, known.vocab_size + added), sorted(beginnings - {*texts[: known.vocab_size]})
+    assert not {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.bos_token_id"} & reader.fields.keys()
+    assert field(reader, "tokenizer.ggml.token_type") == [1] * known.vocab_size + [5] * (len(texts) - known.vocab_size)
+    for unused in texts[known.vocab_size :]:  # in no text of UTF-8, whole or from a character's start
+        with pytest.raises(UnicodeDecodeError):
+            unused.decode()

@@ -107,19 +107,27 @@ def with_biases(record: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def proved(record: Checkpoint, again: Checkpoint, *, expected: Mapping[str, Tensor], rounded: str = "") -> Proof:
+def proved(
+    record: Checkpoint,
+    again: Checkpoint,
+    *,
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor] | None = None,
+    rounded: str = "",
+) -> Proof:
     """Return the proof that `again`, read back from the disk, has the `expected` tensors; `rounded` describes their
-    rounding.
+    rounding, `found` are the tensors of the file if the model uses only a part of them.
 
     Raises CheckpointError naming the tensors that differ.
     """
-    if other := differing(expected, again.model_state):
+    found = again.model_state if found is None else found
+    if other := differing(expected, found):
         named = "; ".join(f"{name}: {how}" for name, how in list(other.items())[:3])
         raise not_the_same(again.path or Path(), "tensors", record, named)
     ours, theirs = logits(record), logits(again)
     return Proof(
         tensors=len(expected),
-        sha256=digest(again.model_state),
+        sha256=digest(found),
         logits=tuple(theirs.shape),
         difference=(ours - theirs).abs().max().item(),
         spread=ours.std().item(),

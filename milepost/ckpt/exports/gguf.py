@@ -18,14 +18,12 @@ from torch import Tensor
 from milepost.ckpt.exports.common import (
     Proof,
     as_gpt2,
-    cannot_represent,
     check_gpt2,
-    elsewhere,
     proved,
     with_biases,
 )
-from milepost.ckpt.record import Checkpoint, Json
-from milepost.ckpt.restore import tokenizer_files
+from milepost.ckpt.exports.gguf_tokens import add_tokens, tokens_of
+from milepost.ckpt.record import Checkpoint
 from milepost.files import new_path
 
 NAME = "gguf"
@@ -36,7 +34,7 @@ NAMES = {  # ours: theirs
     "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }  # fmt: skip
-END_OF_TEXT = "<|endoftext|>"
+BY_TOKEN = ("wte.weight", "lm_head.weight")  # a row for each token
 
 
 @dataclass(frozen=True)
@@ -57,24 +55,24 @@ class Gguf:
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
         """Write the file. Raises CheckpointError for what llama.cpp's GPT-2 or its tokenizers cannot represent."""
         check_gpt2(record, "llama.cpp")
-        tokens = _tokens(record)
+        tokens = tokens_of(record)
         (path,) = self.targets(folder, stem)
         with new_path(path) as hidden:
             writer = _library().GGUFWriter(hidden, "gpt2")
             try:
                 _add_sizes(writer, record, file_type=_library().LlamaFileType[TYPES[self.type]])
-                _add_tokens(writer, tokens)
-                self._add_tensors(writer, record)
+                add_tokens(writer, tokens)
+                self._add_tensors(writer, record, rows=len(tokens.texts))
             finally:
                 writer.close()
         return path
 
-    def _add_tensors(self, writer: Any, record: Checkpoint) -> None:
+    def _add_tensors(self, writer: Any, record: Checkpoint, *, rows: int) -> None:
         """Write all headers first, then tensor after tensor, so that no second copy of the weights is ever in
         memory.
         """
         quants = _library().quants
-        weights = dict(self._typed(record))
+        weights = dict(self._typed(record, rows=rows))
         for name, (tensor, kind) in weights.items():
             shape = _library().quant_shape_to_byte_shape(tensor.shape, kind) if kind.name == "Q8_0" else tensor.shape
             stored = {"F32": np.float32, "F16": np.float16, "Q8_0": np.uint8}[kind.name]
@@ -86,7 +84,7 @@ class Gguf:
         for tensor, kind in weights.values():
             writer.write_tensor_data(quants.quantize(tensor.float().contiguous().numpy(), kind))
 
-    def _typed(self, record: Checkpoint) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
+    def _typed(self, record: Checkpoint, *, rows: int) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
         """Yield name, tensor and type; rows that are not a multiple of Q8_0's blocks of 32 become F16."""
         kinds = _library().GGMLQuantizationType
         for name, tensor in with_biases(record).items():
@@ -95,7 +93,7 @@ class Gguf:
             kind = kinds[self.type.upper()] if name != "wpe.weight" and tensor.dim() == 2 else kinds.F32
             if kind == kinds.Q8_0 and tensor.shape[-1] % 32:
                 kind = kinds.F16
-            yield their_name(name), (tensor, kind)
+            yield their_name(name), (_with_rows(tensor, rows) if name in BY_TOKEN else tensor, kind)
 
     def proof(self, record: Checkpoint, path: Path) -> Proof:
         """Prove that llama.cpp finds the record's weights, rounded to their type; it computes the tanh GELU."""
@@ -104,15 +102,25 @@ class Gguf:
             our_name(name): torch.from_numpy(
                 quants.dequantize(quants.quantize(tensor.float().contiguous().numpy(), kind), kind)
             )
-            for name, (tensor, kind) in self._typed(record)
+            for name, (tensor, kind) in self._typed(record, rows=len(tokens_of(record).texts))
         }
-        state = read_tensors(path)
-        bias = (
-            {} if record.model_settings.get("tied", True) else {"lm_head.bias": torch.zeros(len(state["wte.weight"]))}
-        )
-        again = as_gpt2(record, path, state | bias, bias=True, activation="gelu")
+        state, rows = read_tensors(path), record.model_settings["vocab_size"]
+        used = {name: tensor[:rows] if name in BY_TOKEN else tensor for name, tensor in state.items()}
+        if not record.model_settings.get("tied", True):
+            used["lm_head.bias"] = torch.zeros(rows)
+        again = as_gpt2(record, path, used, bias=True, activation="gelu")
         rounded = "" if self.type == "f32" else f"its matrices are rounded to {self.type}"
-        return proved(record, again, expected=expected | bias, rounded=rounded)
+        return proved(record, again, expected=expected, found=state, rounded=rounded)
+
+
+def _with_rows(weight: Tensor, rows: int) -> Tensor:
+    """Return a matrix of a row for each token with rows for tokens that the model lacks, each the mean of the others.
+
+    The logit of such a token is the mean of the others, so it is never the largest.
+    """
+    if len(weight) == rows:
+        return weight
+    return torch.cat([weight, weight.mean(dim=0, keepdim=True).expand(rows - len(weight), -1)])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -159,53 +167,3 @@ def _add_sizes(writer: Any, record: Checkpoint, *, file_type: int) -> None:
     writer.add_layer_norm_eps(1e-5)
     writer.add_file_type(file_type)
     writer.add_quantization_version(_library().GGML_QUANT_VERSION)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer: byte-level BPE over GPT-2's regex is the only kind that ours and llama.cpp's `gpt2` share.
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    texts: list[str]  # by id, in GPT-2's characters for bytes
-    types: list[int]  # llama.cpp's: 1 normal, 3 control, 4 added by a user, 5 unused
-    merges: list[str]
-    end: int  # the id that ends a text
-
-
-def _tokens(record: Checkpoint) -> _Tokens:
-    """Return the tokenizer, padded to the vocabulary; raise CheckpointError if llama.cpp has no such."""
-    kind = (record.tokenizer or {"kind": "no tokenizer"})["kind"]
-    if kind not in ("bpe", "gpt2"):
-        problem = f"its tokenizer is {kind}, which llama.cpp does not have"
-        raise cannot_represent(record, problem, f"{elsewhere(record)}, or train with TOKENIZER=bpe or gpt2")
-    spec = tokenizer_files(record)["tokenizer.json"]
-    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    special = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
-    ids: dict[str, int] = spec["model"]["vocab"] | added
-    rows = record.model_settings["vocab_size"]
-    texts = sorted(ids, key=ids.__getitem__)
-    types = [3 if text in special else 4 if text in added else 1 for text in texts]
-    padding = [f"[PAD{row}]" for row in range(len(texts), rows)]
-    named = (record.tokenizer or {}).get("end", END_OF_TEXT)
-    end = special.get(named, len(texts) if padding else None)  # a row without a token never comes
-    if end is None or not spec["model"]["merges"] or set(padding) & ids.keys():
-        problem = "its tokenizer has no merges or no token that ends a text, and llama.cpp needs both"
-        raise cannot_represent(record, problem, elsewhere(record))
-    return _Tokens(texts + padding, types + [5] * len(padding), _merges(spec["model"]["merges"]), end)
-
-
-def _merges(merges: list[Json]) -> list[str]:
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-
-
-def _add_tokens(writer: Any, tokens: _Tokens) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens.texts)
-    writer.add_token_types(tokens.types)
-    writer.add_token_merges(tokens.merges)
-    writer.add_bos_token_id(tokens.end)
-    writer.add_eos_token_id(tokens.end)
-    writer.add_add_bos_token(False)
-    writer.add_add_space_prefix(False)

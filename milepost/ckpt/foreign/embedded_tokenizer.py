@@ -12,6 +12,7 @@ from milepost.ckpt.foreign.keys import CONFIGS, short
 from milepost.ckpt.foreign.tokenizer import GPT2_TOKENS, Choice, characters, check_rows, is_tokenizers_json
 from milepost.ckpt.manifest import parse_json
 from milepost.ckpt.record import CheckpointError, Json
+from milepost.text.tokenizer_json import from_tokenizers_json
 
 TOKENIZERS = ("tokenizer", "tokenizer_state", "tokenizer_config", "meta")  # keys of a tokenizer's own dictionary
 # A list or text of tokens in the order of their ids, or a dictionary from id to token or from token to id.
@@ -84,7 +85,7 @@ def _in(place: Mapping[Any, Any], own: bool, vocab_size: int) -> Iterator[dict[s
     """Yield the tokenizers in a dictionary; there should be only one."""
     if own and is_tokenizers_json(place):
         check_rows(len(place["model"]["vocab"]), vocab_size, "it")
-        yield {"kind": "bpe", "tokenizer": _as_json(place)}
+        yield from_tokenizers_json(_as_json(place))
         return
     for word in VOCABULARIES:
         value = place.get(word)

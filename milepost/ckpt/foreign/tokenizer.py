@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
+from milepost.text.tokenizer_json import from_tokenizers_json
 
 GPT2_TOKENS = 50257
 GPT2_ROWS = (GPT2_TOKENS, 50304)  # nanoGPT pads the vocabulary to a multiple of 64
@@ -60,7 +61,7 @@ def _from_token_file(values: Mapping[str, Any], vocab_size: int, where: str) -> 
     if is_tokenizers_json(values):
         size = len(values["model"]["vocab"])
         check_rows(size, vocab_size, where)
-        return {"kind": "bpe", "tokenizer": dict(values)}, size
+        return from_tokenizers_json(values), size
     kind = values.get("token_kind", values.get("kind"))
     if kind == "char":
         tokenizer = characters(values.get("chars"), vocab_size, where)

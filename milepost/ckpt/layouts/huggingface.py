@@ -5,7 +5,7 @@ written here besides: `optimizer.safetensors`, and the manifest `milepost.json`,
 bigram model has the same files, but transformers has no such model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,20 @@ from torch import Tensor
 import models
 from milepost.ckpt import archive
 from milepost.ckpt.foreign import trainer
-from milepost.ckpt.foreign.importing import TOKENIZER, imported, tokenizer_beside
+from milepost.ckpt.foreign.huggingface_tokenizer import GENERATION, read_tokenizer
+from milepost.ckpt.foreign.importing import imported
 from milepost.ckpt.foreign.keys import epoch_of, step_of, validation_loss_of
 from milepost.ckpt.foreign.other_values import plain_values
 from milepost.ckpt.layouts.base import raise_first
 from milepost.ckpt.layouts.manifest_layout import ManifestLayout, Safetensors
-from milepost.ckpt.manifest import JSON_LIMIT, is_regular, read_json, unreadable
+from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json
-from milepost.ckpt.restore import tokenizer_files, tokenizer_from_file, tokenizer_from_parts
+from milepost.ckpt.restore import build_tokenizer, tokenizer_files
 from milepost.ckpt.tensors import same_tensor
-from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, mapped, read_weights
-from milepost.files import read_steadily
+from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, mapped, passed_over, read_weights
 
 CONFIG, WEIGHTS = "config.json", SAFETENSORS.whole
-GENERATION, OPTIMIZER, MANIFEST = "generation_config.json", "optimizer.safetensors", "milepost.json"
-VOCAB, MERGES, ADDED, SPECIAL = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
-END_OF_TEXT = "<|endoftext|>"
+OPTIMIZER, MANIFEST = "optimizer.safetensors", "milepost.json"
 TRAINER = "trainer_state.json"  # of transformers' Trainer
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
 WRITER = "another program (transformers)"
@@ -101,7 +99,7 @@ def _refuse_adapters(record: Checkpoint) -> None:
 def _extra(record: Checkpoint) -> dict[str, Json]:
     config = _their_config(record) if record.model_type == "gpt2" else _own_config(record)
     tokenizer = tokenizer_files(record)
-    ends = _end_of_text(record, tokenizer)
+    ends = _ends(record)
     return {CONFIG: config | ends, GENERATION: {"_from_model_config": True} | ends, **tokenizer}
 
 
@@ -127,14 +125,10 @@ def _their_config(record: Checkpoint) -> dict[str, Json]:
     }
 
 
-def _end_of_text(record: Checkpoint, files: dict[str, Json]) -> dict[str, Json]:
-    """Return the id of the token that ends a text, null if the tokenizer has none:
-    transformers would take GPT-2's 50256.
-    """
-    end = (record.tokenizer or {}).get("end", END_OF_TEXT)
-    added = files.get(TOKENIZER, {}).get("added_tokens", ())
-    found = next((token["id"] for token in added if token["content"] == end), None)
-    return {"bos_token_id": found, "eos_token_id": found}
+def _ends(record: Checkpoint) -> dict[str, Json]:
+    """Return the ids of the tokens that end a text, null if the tokenizer has none: transformers would take GPT-2's 50256."""
+    ids = list(build_tokenizer(record).stop_ids) if record.tokenizer else []
+    return {"bos_token_id": ids[0] if ids else None, "eos_token_id": ids if ids[1:] else ids[0] if ids else None}
 
 
 def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
@@ -199,11 +193,12 @@ class Transformers:
         if verify:
             raise_first([*checksum_problems(path), *(_training_problems(path) if optimizer else [])])
         _check_head(path, settings)
-        tokenizer, note = _read_tokenizer(path, settings["vocab_size"])
+        tokenizer, note = read_tokenizer(path, settings["vocab_size"])
         training = _training(path, settings) if optimizer else trainer.Training()
         progress, left_out = _progress(path, training)
         adapter = _adapter_beside(path)
         notes = [f"{path}: {training.note}"] if training.note else []
+        notes += [beside] if (beside := passed_over(path)) else []
         return Checkpoint(
             model_state=read_weights(path, lambda weights: _translate(path, weights, settings)),
             optimizer_state=training.optimizer_state,
@@ -289,7 +284,7 @@ def _adapter_beside(path: Path) -> str | None:
     """
     if not is_regular(path / ADAPTER_CONFIG):
         return None
-    return f"the adapter in it ({ADAPTER_CONFIG}), which changes what transformers computes"
+    return f"the adapter in it ({ADAPTER_CONFIG}), with which transformers would compute,"
 
 
 def _settings(path: Path) -> dict[str, Json]:
@@ -351,55 +346,6 @@ def _translate(path: Path, weights: dict[str, Tensor], settings: dict[str, Json]
     if not settings.get("tied", True) and head is not None:  # transformers' has no bias
         model_state |= {"lm_head.weight": head, "lm_head.bias": torch.zeros(head.shape[:1], dtype=head.dtype)}
     return model_state
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer.
-
-
-def _read_tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, Json] | None, str | None]:
-    """Return the folder's tokenizer as JSON values, and a note if it was chosen by the size of the vocabulary."""
-    if is_regular(path / TOKENIZER):
-        return _with_end(path, tokenizer_from_file(read_json(path / TOKENIZER))), None
-    if is_regular(path / VOCAB) and is_regular(path / MERGES):
-        return _with_end(path, _tokenizer_of_two_files(path)), None
-    return tokenizer_beside(path, vocab_size)
-
-
-def _with_end(path: Path, tokenizer: dict[str, Json]) -> dict[str, Json]:
-    """Return the tokenizer with the special token that ends a text by generation_config.json or config.json."""
-    if tokenizer["kind"] != "bpe":
-        return tokenizer
-    configs = [read_json(path / name) for name in (GENERATION, CONFIG) if is_regular(path / name)]
-    ids = [config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None]
-    chosen = ids[0][0] if ids and isinstance(ids[0], list) and ids[0] else ids[0] if ids else None
-    added = tokenizer["tokenizer"].get("added_tokens")
-    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    named = [token.get("content") for token in tokens if type(chosen) is int and token.get("id") == chosen]
-    return tokenizer | {"end": named[0]} if named and named[0] != END_OF_TEXT else tokenizer
-
-
-def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:
-    """Return the tokenizer of vocab.json and merges.txt, as GPT-2 and early fine-tunes have it."""
-    added = read_json(path / ADDED) if is_regular(path / ADDED) else {}
-    roles = read_json(path / SPECIAL) if is_regular(path / SPECIAL) else {}
-    special = [
-        role["content"] if isinstance(role, dict) and "content" in role else role for role in _flat(roles.values())
-    ]
-    try:
-        if (path / MERGES).stat().st_size > JSON_LIMIT:
-            problem = f"is larger than {JSON_LIMIT} bytes, expected a list of merges"
-            raise CheckpointError(path / MERGES, problem, kind="not understood")
-        merges = read_steadily(path / MERGES).decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise unreadable(path / MERGES, error) from error
-    names = [name for name in special if isinstance(name, str)]
-    return tokenizer_from_parts(read_json(path / VOCAB), merges, added, names)
-
-
-def _flat(roles: Iterable[Json]) -> Iterator[Json]:
-    for role in roles:
-        yield from role if isinstance(role, list) else [role]
 
 
 LAYOUT = ManifestLayout(

@@ -63,6 +63,11 @@ class Tokenizer(Protocol):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens at which generation stops, `end_of_text` first."""
+        return () if self.end_of_text is None else (self.end_of_text,)
+
+    @property
     def digest(self) -> str:
         """The sha256 of the tokenizer's canonical JSON, in hex."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -24,13 +24,14 @@ _LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 class BpeTokenizer(Tokenizer):
     """Byte-level byte-pair encoding over GPT-2's pre-tokenizer, from the JSON of the `tokenizers` library.
 
-    `end` is the special token that ends a text, if it has another name than `<|endoftext|>`.
+    `end` is the special token that ends a text, if it has another name than `<|endoftext|>`; `stops` are further tokens at
+    which generation stops.
     """
 
     kind = "bpe"
     splits_at = "word"
 
-    def __init__(self, tokenizer: Mapping[str, Any], end: str | None = None) -> None:
+    def __init__(self, tokenizer: Mapping[str, Any], end: str | None = None, stops: Sequence[str] = ()) -> None:
         import tokenizers
 
         text = check_bpe(tokenizer)
@@ -44,9 +45,12 @@ class BpeTokenizer(Tokenizer):
         _check_merges(self._json)
         self.vocab_size = self._tokenizer.get_vocab_size()
         added = {token["content"] for token in self._json["added_tokens"]}
-        if end is not None and end not in added:
-            raise ValueError(f"the bpe tokenizer ends texts with {end!r}, which is not one of its added tokens")
-        self._end, self.end_token = end, end or END_OF_TEXT
+        if not isinstance(stops, list | tuple):
+            raise ValueError("the bpe tokenizer's stops must be a list of tokens")
+        for token in (*([] if end is None else [end]), *stops):
+            if token not in added:
+                raise ValueError(f"the bpe tokenizer ends texts with {token!r}, which is not one of its added tokens")
+        self._end, self._stops, self.end_token = end, tuple(stops), end or END_OF_TEXT
         self.end_of_text = self._tokenizer.token_to_id(self.end_token)
         letters = {letter: byte for byte, letter in enumerate(byte_letters())}
         self._bytes = [b""] * self.vocab_size
@@ -60,7 +64,7 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Self:
-        return cls(saved.get("tokenizer"), saved.get("end"))  # type: ignore[arg-type]  # check_bpe refuses what is not a mapping
+        return cls(saved.get("tokenizer"), saved.get("end"), saved.get("stops", ()))  # type: ignore[arg-type]  # check_bpe refuses what is not a mapping
 
     def encode_array(self, text: str) -> np.ndarray:
         # Short texts in a batch take a fifth of the time of one long text.
@@ -73,7 +77,13 @@ class BpeTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         end = {} if self._end is None else {"end": self._end}
-        return {"kind": "bpe", "tokenizer": json.loads(json.dumps(self._json)), **end}
+        stops = {"stops": list(self._stops)} if self._stops else {}
+        return {"kind": "bpe", "tokenizer": json.loads(json.dumps(self._json)), **end, **stops}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        further = (self._tokenizer.token_to_id(token) for token in self._stops)
+        return (*super().stop_ids, *(i for i in further if i is not None))
 
 
 # Training

@@ -1,0 +1,124 @@
+"""The tokenizer in a GGUF file, in the two forms that llama.cpp shares with ours.
+
+`gpt2` is byte-level BPE over GPT-2's regex. `rwkv` takes the longest token that the text begins with, each token being
+any bytes: characters and bytes are that exactly. No other form of llama.cpp leaves the end of a text out
+(llama.cpp, src/llama-vocab.cpp, llama_vocab::impl::load): where nothing is named it takes token 2 or 11.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from milepost.ckpt.exports.common import cannot_represent, elsewhere
+from milepost.ckpt.record import Checkpoint, Json
+from milepost.ckpt.restore import build_tokenizer, tokenizer_files
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
+MOST_ENDS = 3  # the ends of a text, of a turn and of a message
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A vocabulary by id. It may have more tokens than the model has rows."""
+
+    model: str  # llama.cpp's name for the form: gpt2 or rwkv
+    texts: list[str]
+    types: list[int]
+    merges: list[str]
+    ends: tuple[int, ...]  # the ids that end a text
+
+
+def tokens_of(record: Checkpoint) -> Tokens:
+    """Return the tokenizer with at least a token for each row; raise CheckpointError if llama.cpp has no such."""
+    tokenizer, rows = record.tokenizer or {"kind": None}, record.model_settings["vocab_size"]
+    if tokenizer["kind"] == "char":
+        return _of_bytes([char.encode() for char in tokenizer["chars"]], rows)
+    if tokenizer["kind"] == "byte":
+        return _of_bytes([bytes([byte]) for byte in range(256)], rows)
+    if tokenizer["kind"] in ("bpe", "gpt2"):
+        return _of_merges(record, rows)
+    problem = f"its tokenizer is {tokenizer['kind']}, which llama.cpp does not have"
+    if tokenizer["kind"] is None:
+        problem = "it has no tokenizer, and llama.cpp needs one"
+    raise cannot_represent(record, problem, f"{elsewhere(record)}, or train with TOKENIZER=char, byte, bpe or gpt2")
+
+
+def add_tokens(writer: Any, tokens: Tokens) -> None:
+    """Write the tokenizer into the header of a GGUFWriter."""
+    writer.add_tokenizer_model(tokens.model)
+    writer.add_token_list(tokens.texts)
+    writer.add_token_types(tokens.types)
+    if tokens.model == "gpt2":
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges(tokens.merges)
+    for end in tokens.ends[:1]:
+        writer.add_bos_token_id(end)
+    roles = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, end in zip(roles, tokens.ends, strict=False):
+        add(end)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+
+
+def _of_merges(record: Checkpoint, rows: int) -> Tokens:
+    """Return a byte-level BPE. If it has no end of a text, a row without a token, which never comes, stands for it."""
+    spec = tokenizer_files(record)["tokenizer.json"]
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    special = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
+    ids: dict[str, int] = spec["model"]["vocab"] | added
+    texts = sorted(ids, key=ids.__getitem__)
+    types = [CONTROL if text in special else USER_DEFINED if text in added else NORMAL for text in texts]
+    ends = build_tokenizer(record).stop_ids
+    padding = [f"[PAD{row}]" for row in range(len(texts), max(rows, len(texts) + (not ends)))]
+    if not spec["model"]["merges"] or set(padding) & ids.keys():
+        problem = "its BPE has no merges or tokens named [PAD...], and llama.cpp has no such tokenizer"
+        raise cannot_represent(record, problem, elsewhere(record))
+    if len(ends) > MOST_ENDS:
+        problem = f"{len(ends)} tokens end its texts, and llama.cpp has places for {MOST_ENDS}"
+        raise cannot_represent(record, problem, elsewhere(record))
+    return Tokens(
+        model="gpt2",
+        texts=texts + padding,
+        types=types + [UNUSED] * len(padding),
+        merges=_merges(spec["model"]["merges"]),
+        ends=ends or (len(texts),),
+    )
+
+
+def _merges(merges: list[Json]) -> list[str]:
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _of_bytes(known: list[bytes], rows: int) -> Tokens:
+    """Return tokens of these bytes.
+
+    Every beginning of a token is a token as well: where the text leaves a token half-way, llama.cpp would start again
+    with the text's first byte, for ever. So it stops at a character that the model lacks, as we do.
+    """
+    spare = _spare(known)
+    more = list(itertools.islice(spare, max(rows - len(known), len(_beginnings(known)))))
+    texts = [_escaped(token) for token in known + more]
+    return Tokens("rwkv", texts, [NORMAL] * len(known) + [UNUSED] * len(more), merges=[], ends=())
+
+
+def _beginnings(known: Iterable[bytes]) -> list[bytes]:
+    """Return the proper beginnings of tokens that are not tokens themselves, the shorter ones first."""
+    parts = {token[:length] for token in known for length in range(1, len(token))}
+    return sorted(parts - {*known}, key=lambda part: (len(part), part))
+
+
+def _spare(known: list[bytes]) -> Iterator[bytes]:
+    """Yield tokens for rows without one: the beginnings of the others, then bytes that are in no UTF-8 text.
+
+    No token comes before its own beginnings.
+    """
+    yield from _beginnings(known)
+    for length in itertools.count(1):
+        never = map(bytes, itertools.product(range(0xF8, 0x100), repeat=length))
+        yield from (token for token in never if length > 1 or token not in known)
+
+
+def _escaped(token: bytes) -> str:
+    """Return a token as the rwkv form writes it: printable ASCII as it is, any other byte as `\\xff`."""
+    return "".join(chr(byte) if 0x20 <= byte < 0x7F and byte != ord("\\") else f"\\x{byte:02x}" for byte in token)

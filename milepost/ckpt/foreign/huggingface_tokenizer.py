@@ -1,0 +1,103 @@
+"""The tokenizer of a folder of transformers, and the tokens with which its files end a text."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from milepost.ckpt.foreign.importing import CONFIG, TOKENIZER, tokenizer_beside
+from milepost.ckpt.foreign.tokenizer import Choice
+from milepost.ckpt.manifest import JSON_LIMIT, is_regular, read_json, refuse_pointer, unreadable
+from milepost.ckpt.record import CheckpointError, Json
+from milepost.ckpt.restore import tokenizer_from_file, tokenizer_from_parts
+from milepost.files import read_steadily
+
+GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+VOCAB, MERGES, ADDED, SPECIAL = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
+END_OF_TEXT = "<|endoftext|>"
+ENDS = ((GENERATION, "eos_token_id"), (CONFIG, "eos_token_id"), (TOKENIZER_CONFIG, "eos_token"), (SPECIAL, "eos_token"))
+
+
+def read_tokenizer(path: Path, vocab_size: int) -> Choice:
+    """Return the folder's tokenizer as JSON values, and a note on what was chosen or passed over; it may be empty."""
+    if is_regular(path / TOKENIZER):
+        return _with_ends(path, tokenizer_from_file(read_json(path / TOKENIZER)))
+    if is_regular(path / VOCAB) and is_regular(path / MERGES):
+        return _with_ends(path, _tokenizer_of_two_files(path))
+    choice = tokenizer_beside(path, vocab_size)
+    halves = [name for name in (VOCAB, MERGES) if is_regular(path / name)]
+    if choice[0] is None and halves:
+        problem = f"has {halves[0]} without {VOCAB if halves[0] == MERGES else MERGES}, and no {TOKENIZER}"
+        raise CheckpointError(path, problem, "copy or download the tokenizer's files again", kind="lacking")
+    return choice
+
+
+def _with_ends(path: Path, tokenizer: dict[str, Json]) -> Choice:
+    """Return the tokenizer with the tokens that end a text.
+
+    The first file of ENDS that names a token decides: an id outside the vocabulary is a default that nobody chose.
+    """
+    for file, key in ENDS:
+        values = [value for value in _flat([_value(path, file, key)]) if _exists(value, tokenizer)]
+        if not values:
+            continue
+        ends = [name for name in (_special(value, tokenizer) for value in values) if name is not None]
+        note = ""
+        if len(ends) < len(values):
+            note = (
+                f"{path / file}: its {key} {values} names a token that is not special; generation does not stop at it"
+            )
+        return tokenizer | _fields(ends), note
+    return tokenizer, ""
+
+
+def _fields(ends: list[str]) -> dict[str, Json]:
+    """Return the fields of a tokenizer for these tokens, none for what it has without them."""
+    first = {"end": ends[0]} if ends and ends[0] != END_OF_TEXT else {}
+    return first | ({"stops": ends[1:]} if ends[1:] else {})
+
+
+def _value(path: Path, file: str, key: str) -> Json:
+    return read_json(path / file).get(key) if is_regular(path / file) else None
+
+
+def _exists(value: Json, tokenizer: dict[str, Json]) -> bool:
+    """Whether a value is the id or the text of a token."""
+    if type(value) not in (int, str):
+        return False
+    if tokenizer["kind"] != "bpe":
+        rows = {"gpt2": 50257, "byte": 256}.get(tokenizer["kind"], len(tokenizer.get("chars", ())))
+        return type(value) is int and 0 <= value < rows
+    vocab = tokenizer["tokenizer"]["model"].get("vocab")
+    known = vocab if isinstance(vocab, dict) else {}
+    return value in known or value in known.values() or _special(value, tokenizer) is not None
+
+
+def _special(value: Json, tokenizer: dict[str, Json]) -> str | None:
+    """Return the text of the special token that is meant by an id or a text."""
+    if tokenizer["kind"] != "bpe":
+        return END_OF_TEXT if (tokenizer["kind"], value) == ("gpt2", 50256) else None
+    added = tokenizer["tokenizer"].get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return next((token["content"] for token in tokens if value in (token.get("id"), token.get("content"))), None)
+
+
+def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:
+    """Return the tokenizer of vocab.json and merges.txt, as GPT-2 and early fine-tunes have it."""
+    added = read_json(path / ADDED) if is_regular(path / ADDED) else {}
+    roles = read_json(path / SPECIAL) if is_regular(path / SPECIAL) else {}
+    try:
+        if (path / MERGES).stat().st_size > JSON_LIMIT:
+            problem = f"is larger than {JSON_LIMIT} bytes, expected a list of merges"
+            raise CheckpointError(path / MERGES, problem, kind="not understood")
+        merges = read_steadily(path / MERGES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise unreadable(path / MERGES, error) from error
+    refuse_pointer(merges[:32].encode(), path / MERGES)
+    names = [name for name in _flat(roles.values()) if isinstance(name, str)]
+    return tokenizer_from_parts(read_json(path / VOCAB), merges, added, names)
+
+
+def _flat(roles: Iterable[Json]) -> Iterator[Json]:
+    """Yield the tokens of values that are a token, a list of tokens, or a token with its properties."""
+    for role in roles:
+        for each in role if isinstance(role, list) else [role]:
+            yield each["content"] if isinstance(each, dict) and "content" in each else each
