@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
 from models.adapters import ADAPTERS, adapter_counts, adapter_kind, draw_adapters, freeze_base, is_adapter
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTERS", "MODELS", "Entry", "adapter_counts", "adapter_kind", "build", "draw_adapters", "fields_of", "freeze_base",
-    "is_adapter", "load", "parameter_count", "plain", "register", "settings_from", "trained_count", "training_bytes",
+    "is_adapter", "load", "lora_layers", "parameter_count", "plain", "register", "settings_from", "trained_count", "training_bytes",
     "with_trait",
 ]  # fmt: skip
 
@@ -39,6 +39,7 @@ class Entry:
     defaults: Mapping[str, Any]  # of its variables, in lower case
     pretrained: Mapping[str, Any] | None = None  # the same with GPT2_MODEL_NAME; None: it has no pretrained weights
     adapters: tuple[str, ...] = ()  # of ADAPTERS, those that its settings take
+    lora_layers: tuple[str, ...] = ()  # the names of its linear layers that LoRA may adapt, all by default
     hidden_matrices: bool = False  # whether it has matrices for Muon to orthogonalize
     adamw_learning_rate: float | None = None  # at N_EMBD=128, where its default optimizer is Muon and AdamW is used
     transformers: str | None = None  # the architecture that Hugging Face transformers opens it as
@@ -56,7 +57,9 @@ def register(name: str, model: str | type[Model], *, defaults: Mapping[str, Any]
         raise ValueError(f"model {name!r}: expected a new name of lower-case letters, digits, _ and -.")
     if lacks := [variable for variable in OF_EVERY_MODEL if variable not in defaults]:
         raise ValueError(f"model {name!r}: its defaults do not declare {', '.join(lacks)}.")
-    MODELS[name] = Entry(model=model, defaults=defaults, **traits)
+    entry = Entry(model=model, defaults=defaults, **traits)
+    targets = {"lora_targets": ",".join(entry.lora_layers)} if entry.lora_layers else {}
+    MODELS[name] = replace(entry, defaults={**defaults, **targets})
 
 
 # fmt: off
@@ -70,7 +73,14 @@ register("gpt2", "models.gpt2:GPT2",
          pretrained={"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1,
                      "training_steps": 2000, "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100,
                      "lr_schedule": "cosine", "optimizer": "adamw"},
-         adapters=("lora", "ttt"), hidden_matrices=True, adamw_learning_rate=3e-3, transformers="GPT2LMHeadModel")
+         adapters=("lora", "ttt"), lora_layers=("c_attn", "c_proj", "c_fc"), hidden_matrices=True,
+         adamw_learning_rate=3e-3, transformers="GPT2LMHeadModel")
+register("llama", "models.llama:Llama",
+         defaults={"n_layer": 4, "n_head": 4, "n_embd": 128, "n_kv_head": None, "n_inner": None, "block_size": 128,
+                   "dropout": 0.0, "training_steps": 1000, "batch_size": 12, "learning_rate": 1e-2,
+                   "warmup_steps": 100, "lr_schedule": "linear", "optimizer": "muon"},
+         adapters=("lora",), hidden_matrices=True, adamw_learning_rate=3e-3, transformers="LlamaForCausalLM",
+         lora_layers=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 # fmt: on
 
 
@@ -78,6 +88,11 @@ def with_trait(trait: str, value: object = None) -> list[str]:
     """Return the names of the models whose Entry has the trait, or has `value` among its values."""
     held = {name: getattr(entry, trait) for name, entry in MODELS.items()}
     return [name for name, own in held.items() if (value in own if value is not None else own)]
+
+
+def lora_layers() -> tuple[str, ...]:
+    """Return the names of the layers that LoRA may adapt, of all models."""
+    return tuple(dict.fromkeys(name for entry in MODELS.values() for name in entry.lora_layers))
 
 
 def load(model_type: str) -> type[Model]:
@@ -109,7 +124,9 @@ def build(model_type: str, settings: Mapping[str, object]) -> Model:
 
 def settings_from(model_type: str, values: Mapping[str, object]) -> Any:
     """Return a model's settings from plain values, checked as build() says; nothing is allocated yet."""
-    return _checked(load(model_type).settings_type, values, of=f"the {model_type} model")
+    settings = _checked(load(model_type).settings_type, values, of=f"the {model_type} model")
+    _check_targets(model_type, settings)
+    return settings
 
 
 def fields_of(model_type: str) -> tuple[str, ...]:
@@ -133,6 +150,12 @@ def _checked(kind: Any, values: Mapping[str, object], *, of: str) -> Any:
     if missing := [name for name, f in known.items() if f.default is MISSING and name not in values]:
         raise ValueError(f"{', '.join(missing)}: missing from the settings of {of}.")
     return kind(**{name: _typed(name, value, kinds[name]) for name, value in values.items()})
+
+
+def _check_targets(model_type: str, settings: Any) -> None:
+    lora, layers = getattr(settings, "lora", None), MODELS[model_type].lora_layers
+    if lora is not None and (unknown := [name for name in lora.targets.split(",") if name not in layers]):
+        raise ValueError(f"targets={lora.targets!r:.80}: {unknown[0]!r:.40} is not one of {', '.join(layers)}.")
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:

@@ -17,7 +17,6 @@ ADAPTERS: Final = {
     "ttt": "TTT",
 }  # the field of a model's settings that adds them -> their name in messages
 LORA_NAMES: Final = ("lora_A", "lora_B")
-LORA_TARGETS: Final = ("c_attn", "c_proj", "c_fc")  # a block's linear layers; c_proj is attention's and the MLP's
 
 
 def is_ttt(name: str) -> bool:

@@ -1,6 +1,7 @@
-"""Causal self-attention over a whole sequence, by the fastest kernel: a fixed rule on device and size."""
+"""Causal self-attention by the fastest kernel, which is a fixed rule on device and size, and its key/value cache."""
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,6 +10,68 @@ from torch.nn import functional as F
 # On a CPU the backward pass of the fused kernel is slow (2.5 times as long as plain products at T = 256, ten times at T
 # = 64). Above this many tokens the (T, T) scores no longer fit into a cache.
 SHORT = 512
+SMALLEST_ROOM = 256  # tokens of a new key/value cache
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the `length` tokens seen so far, so that a new token costs one position, not all of them.
+
+    A buffer per layer, (B, KV, room, hs) for KV heads of keys, is allocated at first use, because only the keys know their
+    dtype under autocast, and grows with the text to at most block_size: few texts fill a long context. Set length = 0 to
+    start over in the same buffers. For use without gradients.
+    """
+
+    batch_size: int
+    block_size: int
+    length: int = 0
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, KV, T, hs) of new tokens; return those of all tokens, (B, KV, length + T, hs)."""
+        end = self.length + k.size(2)
+        return self._stored(self.keys, layer, k, end), self._stored(self.values, layer, v, end)
+
+    def _stored(self, buffers: list[Tensor], layer: int, new: Tensor, end: int) -> Tensor:
+        _, KV, _, hs = new.shape
+        if layer == len(buffers):
+            buffers.append(new.new_empty(self.batch_size, KV, 0, hs))
+        if (room := buffers[layer].size(2)) < end:
+            larger = new.new_empty(self.batch_size, KV, min(self.block_size, max(SMALLEST_ROOM, end, 2 * room)), hs)
+            larger[:, :, : self.length] = buffers[layer][:, :, : self.length]
+            buffers[layer] = larger
+        buffers[layer][:, :, self.length : end] = new
+        return buffers[layer][:, :, :end]
+
+
+def offset_mask(T: int, start: int, device: torch.device) -> Tensor | None:
+    """Return which of start + T keys each of T new queries may see, (T, start + T); None for one query,
+    which sees all.
+    """
+    if T == 1:
+        return None
+    return torch.ones(T, start + T, dtype=torch.bool, device=device).tril(diagonal=start)
+
+
+def attention_after(q: Tensor, k: Tensor, v: Tensor, *, start: int, dropout: float) -> Tensor:
+    """Return causal attention (B, H, T, hs) of T new queries over the keys of the `start` tokens before them and their
+    own, (B, H, start + T, hs), with dropout on the attention weights.
+    """
+    if start == 0:
+        return causal_attention(q, k, v, dropout=dropout)
+    mask = offset_mask(q.size(2), start, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def check_length(start: int, T: int, block_size: int) -> None:
+    """Raise ValueError if T tokens after `start` in the cache are more than a context of block_size tokens."""
+    if start + T > block_size:
+        cached = f" after {start} in the cache" if start else ""
+        raise ValueError(
+            f"the input has {T} tokens{cached}, but the model's context is block_size={block_size} "
+            "tokens; pass no more than the last of them, or train with a larger BLOCK_SIZE."
+        )
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.adapters import LORA_NAMES
-from models.attention import SHORT, causal_attention
+from models.attention import SHORT, KeyValueCache, attention_after, check_length
 from models.head import CHUNK, head_loss
 from models.lora import LoraSettings, linear
 from models.model import Model, Output
@@ -77,31 +77,10 @@ SIZES: Final = {
 
 
 @dataclass
-class GPT2Cache:
-    """Keys and values of the `length` tokens seen so far, so that a new token costs one position, not all of them.
+class GPT2Cache(KeyValueCache):
+    """Keys, values, and in `learned` the states of the TTT layers by block."""
 
-    A buffer per layer, (B, H, block_size, hs), is allocated at first use, because only the keys know their dtype under
-    autocast. Set length = 0 to start over in the same buffers. For use without gradients. `learned` holds the states of
-    the TTT layers by block.
-    """
-
-    batch_size: int
-    block_size: int
-    length: int = 0
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
     learned: dict[int, TTTState] = field(default_factory=dict)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, hs) of new tokens; return those of all tokens, (B, H, length + T, hs)."""
-        if layer == len(self.keys):
-            _, H, _, hs = k.shape
-            self.keys.append(k.new_empty(self.batch_size, H, self.block_size, hs))
-            self.values.append(v.new_empty(self.batch_size, H, self.block_size, hs))
-        end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def learner(self, layer: int, ttt: TTTMLP) -> TTTState:
         """Return the state of a block's TTT layer, a new state at length 0.
@@ -138,20 +117,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, start + T, hs)
         dropout = self.dropout if self.training else 0.0
-        if start == 0:
-            y = causal_attention(q, k, v, dropout=dropout)  # (B, H, T, hs)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=_offset_mask(T, start, x.device), dropout_p=dropout)
+        y = attention_after(q, k, v, start=start, dropout=dropout)  # (B, H, T, hs)
         return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
-
-
-def _offset_mask(T: int, start: int, device: torch.device) -> Tensor | None:
-    """Return which of start + T keys each of T new queries may see, (T, start + T); None for one query,
-    which sees all.
-    """
-    if T == 1:
-        return None
-    return torch.ones(T, start + T, dtype=torch.bool, device=device).tril(diagonal=start)
 
 
 class MLP(nn.Module):
@@ -263,7 +230,7 @@ class GPT2(Model):
         Raises ValueError when the tokens exceed block_size.
         """
         start, T = 0 if cache is None else cache.length, ids.size(1)
-        self._check_length(start, T)
+        check_length(start, T, self.settings.block_size)
         positions = torch.arange(start, start + T, device=ids.device)  # (T,)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         for layer, block in enumerate(self.h):
@@ -277,14 +244,6 @@ class GPT2(Model):
         if targets is None:
             return Output(logits, None, {})
         return Output(None, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), {})
-
-    def _check_length(self, start: int, T: int) -> None:
-        if start + T > self.settings.block_size:
-            cached = f" after {start} in the cache" if start else ""
-            raise ValueError(
-                f"the input has {T} tokens{cached}, but the model's context is block_size={self.settings.block_size} "
-                "tokens; pass no more than the last of them, or train with a larger BLOCK_SIZE."
-            )
 
     def new_cache(self, batch_size: int) -> GPT2Cache:
         """Return an empty key/value cache for forward(), for batch_size sequences of up to block_size tokens."""

@@ -11,26 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.adapters import LORA_NAMES, LORA_TARGETS
+from models.adapters import LORA_NAMES
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The adapters of a model. The product is scaled by alpha / rank; `targets` are names of layers,
-    joined by commas.
+    """The adapters of a model. The product is scaled by alpha / rank; `targets` are names of layers, joined by commas, of
+    those that the model registers as `lora_layers`.
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
-    targets: str = ",".join(LORA_TARGETS)
+    targets: str = "c_attn,c_proj,c_fc"
 
     def __post_init__(self) -> None:
         names = self.targets.split(",")
-        if unknown := [name for name in names if name not in LORA_TARGETS]:
-            raise ValueError(
-                f"targets={self.targets!r:.80}: {unknown[0]!r:.40} is not one of {', '.join(LORA_TARGETS)}."
-            )
         if len(set(names)) < len(names):
             raise ValueError(f"targets={self.targets!r:.80}: names a layer twice.")
         if not 0 <= self.dropout < 1:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import models
 from milepost import config
 from milepost.config import VARIABLES, Config, ConfigError
 from milepost.config.names import refuse_arguments
@@ -665,7 +666,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
     if rules["form"] == "name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "layers":
-        return st.lists(st.sampled_from(config.LORA_LAYERS), min_size=1).map(", ".join)
+        return st.lists(st.sampled_from(models.lora_layers()), min_size=1).map(", ".join)
     if rules["form"] == "blocks":
         return st.sets(st.integers(0, 9), min_size=1).map(lambda numbers: " ,".join(map(str, numbers)))
     if rules["form"] or name in ("PROMPT", "RUN", "TEXT_FIELD", "PRUNE_OTHERS"):

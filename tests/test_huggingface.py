@@ -287,7 +287,7 @@ def refused(folder: Path) -> str:
 
 CONFIGS = [
     ({"activation_function": "silu"}, "activation_function is 'silu', expected 'gelu_new' or 'gelu_pytorch_tanh' or"),
-    ({"model_type": "llama"}, "model_type is 'llama', expected 'gpt2'"),
+    ({"model_type": "bert"}, "model_type is 'bert', expected one of gpt2, llama, qwen2, qwen3, mistral"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
     ({"scale_attn_weights": False}, "scale_attn_weights is False"),

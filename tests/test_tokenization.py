@@ -255,7 +255,7 @@ INVALID: dict[str, Callable[[dict[str, Any]], object]] = {
     "GPT-2's regex": lambda t: t["pre_tokenizer"].update(use_regex=False),
     "post_processor": lambda t: t.update(post_processor={"type": "TemplateProcessing"}),
     "post_processor must be": lambda t: t.update(post_processor=template("A", "A")),
-    "ignore_merges": lambda t: t["model"].update(ignore_merges=True),
+    "'<.endoftext.>' is special and also": lambda t: t["model"].update(ignore_merges=True),
     "'Ġ' is special": lambda t: t["added_tokens"].append(special("Ġ", t["model"]["vocab"]["Ġ"])),
     f"{MERGED!r} is special and also": lambda t: t["added_tokens"].append(special(MERGED, t["model"]["vocab"][MERGED])),
     f"'<b>' the id {BPE.vocab_size + 1}, expected {BPE.vocab_size}": lambda t: t["added_tokens"].extend(

@@ -34,7 +34,6 @@ from milepost.config.resolve import (
 )
 from milepost.config.variables import (
     ALLOW_BLANK,
-    LORA_LAYERS,
     SCOPES,
     VARIABLES,
     Config,
@@ -44,7 +43,6 @@ from milepost.places import ROOT
 
 __all__ = [
     "ALLOW_BLANK",
-    "LORA_LAYERS",
     "ROOT",
     "SCOPES",
     "VARIABLES",

@@ -12,8 +12,9 @@ from dataclasses import Field
 from types import NoneType
 from typing import Any, get_args
 
-from milepost.config.variables import ALLOW_BLANK, LORA_LAYERS, MAX_INT
+from milepost.config.variables import ALLOW_BLANK, MAX_INT
 from milepost.text.addresses import masked
+from models import lora_layers
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -139,11 +140,11 @@ def _name(text: str, folder: str) -> str:
 
 
 def _layers(text: str, _folder: str) -> str:
-    """Return layer names joined by commas, in the order of LORA_LAYERS."""
-    names = [name.strip() for name in text.split(",")]
-    if not names or not set(names) <= set(LORA_LAYERS):
+    """Return names of layers that LoRA may adapt, joined by commas, in the order of the models' own."""
+    names, layers = [name.strip() for name in text.split(",")], lora_layers()
+    if not names or not set(names) <= set(layers):
         raise ValueError(text)
-    return ",".join(name for name in LORA_LAYERS if name in names)
+    return ",".join(name for name in layers if name in names)
 
 
 def _blocks(text: str, _folder: str) -> str:
@@ -180,7 +181,7 @@ NOUNS: dict[Any, str] = {
     "hub": "a hub name or a folder",
     "list": 'text, or a JSON list like ["a", "b"]',
     "name": "up to 40 letters, digits, `_`, `.` and `-`",
-    "layers": f"some of {', '.join(LORA_LAYERS)}, joined by commas",
+    "layers": f"some of {', '.join(lora_layers())}, joined by commas",
     "blocks": "different whole numbers from 0, joined by commas",
 }
 

@@ -276,9 +276,11 @@ def _needs_model(trait: str, value: str | None = None) -> str:
 def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the contradictions among the settings of adapters."""
     pair = functools.partial(_pair, config)
-    taken = MODELS[config.model_type].adapters
+    taken, layers = MODELS[config.model_type].adapters, MODELS[config.model_type].lora_layers
     if config.lora_rank and "lora" not in taken:
         yield pair("LORA_RANK", "MODEL_TYPE", _needs_model("adapters", "lora"))
+    elif config.lora_rank and (others := set(config.lora_targets.split(",")) - set(layers)):
+        yield pair("LORA_TARGETS", "MODEL_TYPE", f"{{}} names {min(others)}, but {{}} has {', '.join(layers)}")
     if config.ttt_layers and "ttt" not in taken:
         yield pair("TTT_LAYERS", "MODEL_TYPE", _needs_model("adapters", "ttt"))
     elif config.ttt_layers and config.n_layer and int(config.ttt_layers.split(",")[-1]) >= config.n_layer:
@@ -286,7 +288,8 @@ def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("TTT_LAYERS", "N_LAYER", f"{{}} names a missing block: {{}} has blocks {blocks}")
     for switch, options in (("LORA_RANK", LORA_OPTIONS), ("TTT_LAYERS", TTT_OPTIONS)):
         for name in options:
-            if not getattr(config, switch.lower()) and getattr(config, name.lower()) != VARIABLES[name].default:
+            default = MODELS[config.model_type].defaults.get(name.lower(), VARIABLES[name].default)
+            if not getattr(config, switch.lower()) and getattr(config, name.lower()) != default:
                 yield pair(name, switch, f"{{}} has no effect without {switch}: set that, or unset {name}")
     freezes = "LORA_RANK" if config.lora_rank else "CHECKPOINT_ADAPTERS_ONLY"
     if (

@@ -15,7 +15,6 @@ from milepost.runtime.trackers import TRACKERS
 from milepost.screen import harmless
 from milepost.text.registry import TOKENIZERS
 from models import MODELS
-from models.adapters import LORA_TARGETS
 
 Json = str | int | float | bool | None
 
@@ -24,7 +23,6 @@ Json = str | int | float | bool | None
 LORA_OPTIONS = ("LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS")
 TTT_OPTIONS = ("TTT_BASE_LR", "TTT_MINI_BATCH_SIZE", "TTT_INITIAL_GATING_ALPHA")
 
-LORA_LAYERS = LORA_TARGETS  # that the variable LORA_TARGETS can name
 LAYOUTS = layouts_to_save()
 MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
@@ -104,7 +102,7 @@ class Config:
     env_file: str | None = var(None, "file of settings to read instead of the repository's .env; only from the process environment",
         group="Data", form="path")
 
-    model_type: str = var(DEFAULT_MODEL, "bigram trains in seconds, gpt2 in minutes",
+    model_type: str = var(DEFAULT_MODEL, "bigram trains in seconds, gpt2 and llama in minutes",
         group="Model", scope="identity", choices=MODELS)
     gpt2_model_name: str | None = var(None, "pretrained weights to start from, with MODEL_TYPE=gpt2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
         "another hub name, or a Hugging Face folder", group="Model", scope="identity", form="hub")
@@ -113,6 +111,10 @@ class Config:
     n_head: int | None = var(4, "attention heads per block; must divide N_EMBD",
         group="Model", scope="identity", minimum=1)
     n_embd: int | None = var(128, "embedding dimension",
+        group="Model", scope="identity", minimum=1)
+    n_kv_head: int | None = var(None, "heads of keys and values of a llama; must divide N_HEAD; fewer make its cache smaller; not set: N_HEAD",
+        group="Model", scope="identity", minimum=1)
+    n_inner: int | None = var(None, "width of the MLP of a llama; not set: 8/3 of N_EMBD, which has as many parameters as GPT-2's",
         group="Model", scope="identity", minimum=1)
     block_size: int = var(BY_MODEL["block_size"], "context length in tokens; pretrained GPT-2 allows 1024, which is slow on a laptop",
         group="Model", scope="identity", minimum=1)
@@ -126,8 +128,8 @@ class Config:
         scope="identity", above=0)
     lora_dropout: float = var(0.0, "dropout probability of the adapters' inputs", group="Adapters",
         scope="identity", minimum=0, below=1)
-    lora_targets: str = var("c_attn,c_proj,c_fc", "layers with adapters, joined by commas: c_attn (query, key, value), c_proj (both of a "
-        "block), c_fc", group="Adapters", scope="identity", form="layers")
+    lora_targets: str = var("c_attn,c_proj,c_fc", "layers with adapters, joined by commas. Of gpt2: c_attn (query, key, value), c_proj (both "
+        "of a block), c_fc. Of llama: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj", group="Adapters", scope="identity", form="layers")
     ttt_layers: str | None = var(None, "blocks of a GPT-2, counted from 0, with a TTT layer, which learns while it reads, like 1,5,10; "
         "not set: none", group="Adapters", scope="identity", form="blocks")
     ttt_base_lr: float = var(1.0, "inner learning rate of a TTT layer, before the trained factor",

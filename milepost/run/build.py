@@ -114,10 +114,11 @@ def new_model(settings: Config, *, vocab_size: int) -> Model:
 
 
 def architecture(settings: Config, *, vocab_size: int) -> dict[str, Any]:
-    """Return the model's settings, as models.build takes them: each field that is a variable has its value."""
+    """Return the model's settings, as models.build takes them: each field that is a variable has its value, if one is set."""
     names = models.fields_of(settings.model_type)
     values = {name: getattr(settings, name) for name in names if name.upper() in config.VARIABLES}
-    return {"vocab_size": vocab_size} | values | adapters(settings)
+    given = {name: value for name, value in values.items() if value is not None}
+    return {"vocab_size": vocab_size} | given | adapters(settings)
 
 
 def changeable(settings: Config) -> dict[str, Any]:

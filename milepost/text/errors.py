@@ -10,13 +10,13 @@ class TextFieldError(DataError):
 
 
 class UnknownCharacters(ValueError):
-    """Text holds characters that a character vocabulary lacks; `characters` lists all of them, sorted."""
+    """Text holds characters that a vocabulary lacks; `characters` lists all of them, sorted."""
 
-    def __init__(self, characters: str, vocab_size: int) -> None:
+    def __init__(self, characters: str, vocab_size: int, *, unit: str = "characters") -> None:
         self.characters = characters
         first = ", ".join(map(named, characters[:10]))
         more = f" and {len(characters) - 10} more" if len(characters) > 10 else ""
-        super().__init__(f"{first}{more}: not in the vocabulary of {vocab_size} characters")
+        super().__init__(f"{first}{more}: not in the vocabulary of {vocab_size} {unit}")
 
 
 class IncompleteTokenizer(TypeError):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters
-from milepost.text.tokenization.bpe import BpeTokenizer, adds_nothing, check_bpe
+from milepost.text.tokenization.bpe import BpeTokenizer, adds_nothing, check_bpe, splits_as_gpt2
 from milepost.text.tokenization.byte import ByteTokenizer
 from milepost.text.tokenization.char import CharTokenizer
 from milepost.text.tokenization.gpt2 import Gpt2Tokenizer, gpt2_file
@@ -153,7 +153,7 @@ def _is_gpt2(values: Json) -> bool:
         check_bpe(values)
     except ValueError:
         return False
-    return {token["content"] for token in values["added_tokens"]} <= {END_OF_TEXT}
+    return splits_as_gpt2(values) and {token["content"] for token in values["added_tokens"]} <= {END_OF_TEXT}
 
 
 def _content_digest(values: Json) -> str | None:

@@ -12,7 +12,7 @@ from script import call, script
 
 import models
 from milepost import ckpt
-from milepost.ckpt.layouts.huggingface import CONV1D
+from milepost.ckpt.foreign.gpt2_architecture import CONV1D
 from milepost.ckpt.restore import build_model, with_base
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}

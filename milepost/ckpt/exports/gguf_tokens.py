@@ -13,6 +13,7 @@ from typing import Any
 from milepost.ckpt.exports.common import cannot_represent, elsewhere
 from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.restore import build_tokenizer, tokenizer_files
+from milepost.text.tokenization.bpe import splits_as_gpt2
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 MOST_ENDS = 3  # the ends of a text, of a turn and of a message
@@ -64,6 +65,9 @@ def add_tokens(writer: Any, tokens: Tokens) -> None:
 def _of_merges(record: Checkpoint, rows: int) -> Tokens:
     """Return a byte-level BPE. If it has no end of a text, a row without a token, which never comes, stands for it."""
     spec = tokenizer_files(record)["tokenizer.json"]
+    if not splits_as_gpt2(spec):
+        problem = "its BPE cuts texts otherwise than GPT-2's, and would read other tokens in llama.cpp"
+        raise cannot_represent(record, problem, elsewhere(record))
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     special = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
     ids: dict[str, int] = spec["model"]["vocab"] | added

@@ -1,4 +1,4 @@
-"""peft's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, only LoRA, for transformers' GPT-2.
+"""peft's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, only LoRA, for transformers' GPT-2 and Llama.
 
 The format: https://huggingface.co/docs/peft/en/developer_guides/checkpoint. The base is not part of it.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from milepost.ckpt.exports.common import HERE_ONLY, Proof, cannot_represent, elsewhere, not_the_same
+from milepost.ckpt.layouts.huggingface import ARCHITECTURES
 from milepost.ckpt.record import Checkpoint, Json, metadata
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest, read_safetensors, write_safetensors
@@ -15,7 +16,7 @@ from milepost.files import new_folder, write_json
 
 NAME = "peft"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model.transformer."
+PREFIX = "base_model.model."
 
 
 class Peft:
@@ -55,7 +56,8 @@ def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
     if not record.model_settings.get("lora"):
         raise cannot_represent(record, "has no LoRA adapters, and peft holds nothing else", elsewhere(record))
     state = record.model_state
-    return {f"{PREFIX}{name}.weight": state[name] for name in state if name.endswith((".lora_A", ".lora_B"))}
+    prefix = PREFIX + ARCHITECTURES[record.model_type].prefix
+    return {f"{prefix}{name}.weight": state[name] for name in state if name.endswith((".lora_A", ".lora_B"))}
 
 
 def _their_config(record: Checkpoint) -> dict[str, Json]:
@@ -68,7 +70,7 @@ def _their_config(record: Checkpoint) -> dict[str, Json]:
         "lora_alpha": lora["alpha"],
         "lora_dropout": lora["dropout"],
         "target_modules": lora["targets"].split(","),
-        "fan_in_fan_out": True,  # transformers' Conv1D
+        "fan_in_fan_out": ARCHITECTURES[record.model_type].transposed,
         "bias": "none",
         "inference_mode": True,
     }

@@ -1,4 +1,4 @@
-"""A folder as Hugging Face transformers saves a GPT-2: `config.json`, `*.safetensors`, tokenizer files.
+"""A folder as Hugging Face transformers saves a GPT-2 or a Llama: `config.json`, `*.safetensors`, tokenizer files.
 
 The pretrained weights of GPT-2 come in this form, in safetensors or in torch archives. Transformers ignores what is
 written here besides: `optimizer.safetensors`, and the manifest `milepost.json`, from which a run resumes bit-exactly. A
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import models
 from milepost.ckpt import archive
-from milepost.ckpt.foreign import trainer
+from milepost.ckpt.foreign import gpt2_architecture, llama_architecture, trainer
+from milepost.ckpt.foreign.architecture import CONFIG, Architecture, not_ours
 from milepost.ckpt.foreign.huggingface_tokenizer import GENERATION, read_tokenizer
 from milepost.ckpt.foreign.importing import imported
 from milepost.ckpt.foreign.keys import epoch_of, step_of, validation_loss_of
@@ -28,7 +27,7 @@ from milepost.ckpt.restore import build_tokenizer, tokenizer_files
 from milepost.ckpt.tensors import same_tensor
 from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, mapped, passed_over, read_weights
 
-CONFIG, WEIGHTS = "config.json", SAFETENSORS.whole
+WEIGHTS = SAFETENSORS.whole
 OPTIMIZER, MANIFEST = "optimizer.safetensors", "milepost.json"
 TRAINER = "trainer_state.json"  # of transformers' Trainer
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
@@ -36,28 +35,8 @@ WRITER = "another program (transformers)"
 OTHER_WEIGHTS = (
     "consolidated.safetensors"  # of a folder whose config.json names a model_type too, and is not transformers'
 )
-
-# transformers stores these four as Conv1D, whose weight is (in, out): the transpose of nn.Linear's.
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# Causal masks that old versions stored beside the weights.
-BUFFERS = (".attn.bias", ".attn.masked_bias")
-ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf", "relu": "relu"}  # theirs -> ours
-SIZES = {  # ours -> theirs
-    "vocab_size": "vocab_size",
-    "block_size": "n_positions",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
-# What our GPT-2 computes; with another value of any of these it is another model.
-EXPECTED: dict[str, tuple[Json, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": tuple(ACTIVATIONS),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
+# Our models that transformers has, by our names.
+ARCHITECTURES = {each.model_type: each for each in (gpt2_architecture.ARCHITECTURE, llama_architecture.ARCHITECTURE)}
 
 
 def _claims(path: Path) -> bool:
@@ -77,18 +56,14 @@ def _claims(path: Path) -> bool:
 
 
 def _to_disk(record: Checkpoint) -> Mapping[str, Tensor]:
-    """Return the weights for transformers; raise CheckpointError naming what its GPT-2 cannot hold."""
+    """Return the weights for transformers; raise CheckpointError naming what its model cannot hold."""
     _refuse_adapters(record)
-    return _their_weights(record) if _is_known(record.model_type) else record.model_state
-
-
-def _is_known(model_type: str) -> bool:
-    """Return whether transformers has the model."""
-    return model_type in models.with_trait("transformers")
+    known = ARCHITECTURES.get(record.model_type)
+    return known.theirs(record) if known else record.model_state
 
 
 def _refuse_adapters(record: Checkpoint) -> None:
-    where, problem = record.path or "checkpoint", "which have no place in transformers' GPT-2"
+    where, problem = record.path or "checkpoint", "which have no place in transformers' model"
     if record.model_settings.get("ttt"):
         raise CheckpointError(where, f"has TTT layers, {problem}", "keep it in another layout", kind="refused")
     if record.model_settings.get("lora"):
@@ -97,7 +72,8 @@ def _refuse_adapters(record: Checkpoint) -> None:
 
 
 def _extra(record: Checkpoint) -> dict[str, Json]:
-    config = _their_config(record) if record.model_type == "gpt2" else _own_config(record)
+    known = ARCHITECTURES.get(record.model_type)
+    config = known.config(record) if known else _own_config(record)
     tokenizer = tokenizer_files(record)
     ends = _ends(record)
     return {CONFIG: config | ends, GENERATION: {"_from_model_config": True} | ends, **tokenizer}
@@ -107,49 +83,10 @@ def _own_config(record: Checkpoint) -> dict[str, Json]:
     return {"model_type": f"milepost-{record.model_type}", **record.model_settings}
 
 
-def _their_config(record: Checkpoint) -> dict[str, Json]:
-    ours = record.model_settings
-    sizes = {theirs: ours[name] for name, theirs in SIZES.items()}
-    dropout = {f"{part}_pdrop": ours.get("dropout", 0.0) for part in ("resid", "embd", "attn")}
-    theirs = next(theirs for theirs, name in ACTIVATIONS.items() if name == ours.get("activation", "gelu"))
-    return {
-        "architectures": [models.MODELS[record.model_type].transformers],
-        "model_type": "gpt2",
-        **sizes,
-        "n_ctx": ours["block_size"],
-        **dropout,
-        "activation_function": theirs,
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": ours.get("tied", True),
-        "dtype": str(record.model_state["wte.weight"].dtype).removeprefix("torch."),
-    }
-
-
 def _ends(record: Checkpoint) -> dict[str, Json]:
     """Return the ids of the tokens that end a text, null if the tokenizer has none: transformers would take GPT-2's 50256."""
     ids = list(build_tokenizer(record).stop_ids) if record.tokenizer else []
     return {"bos_token_id": ids[0] if ids else None, "eos_token_id": ids if ids[1:] else ids[0] if ids else None}
-
-
-def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
-    """Return the weights under transformers' names and in its orientation,
-    with zeros for biases that the model lacks.
-    """
-    weights: dict[str, Tensor] = {}
-    for name, tensor in record.model_state.items():
-        if name == "lm_head.bias":
-            if tensor.any():
-                problem = f"lm_head.bias {tuple(tensor.shape)}: transformers' GPT-2 has none"
-                remedy = "keep it in another layout"
-                raise CheckpointError(record.path or "checkpoint", problem, remedy, kind="refused")
-            continue
-        theirs = name if name.startswith("lm_head.") else f"transformer.{name}"
-        weights[theirs] = tensor.t() if name.endswith(CONV1D) else tensor
-        bias = theirs.removesuffix("weight") + "bias"
-        has_bias = not theirs.endswith((".wte.weight", ".wpe.weight", "lm_head.weight"))
-        if has_bias and not record.model_settings.get("bias", True):
-            weights[bias] = torch.zeros(tensor.shape[0], dtype=tensor.dtype)
-    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,9 +96,8 @@ def _their_weights(record: Checkpoint) -> dict[str, Tensor]:
 def _load_weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a folder of ours, under our names and in our orientation."""
     values = manifest["metadata"]
-    if values["model_type"] != "gpt2":
-        return read_weights(path, lambda weights: weights)
-    return read_weights(path, lambda weights: _translate(path, weights, values["model_settings"]))
+    known = ARCHITECTURES.get(values["model_type"])
+    return read_weights(path, lambda weights: known.ours(path, weights, values["model_settings"]) if known else weights)
 
 
 @dataclass(frozen=True)
@@ -173,14 +109,14 @@ class Transformers:
 
     def read_metadata(self, path: Path) -> dict[str, Json]:
         """Return the model's shape and the training's progress."""
-        settings = _settings(path)
+        model, settings = _described(path)
         try:
-            training = _training(path, settings, whole=False)
+            training = _training(path, model, settings, whole=False)
         except CheckpointError as error:  # damage keeps nobody from generating; `read` raises it for a resume
             training = trainer.Training(note=str(error))
         progress, _ = _progress(path, training)
         return {
-            "model_type": "gpt2",
+            "model_type": model.model_type,
             "model_settings": settings,
             "parts": ["model", *(["optimizer"] if training.optimizer_state else [])],
             "written_by": WRITER,
@@ -189,20 +125,20 @@ class Transformers:
 
     def read(self, path: Path, *, optimizer: bool = True, verify: bool = False) -> Checkpoint:
         """Return the record, its weights under our names and in our orientation."""
-        settings = _settings(path)
+        model, settings = _described(path)
         if verify:
             raise_first([*checksum_problems(path), *(_training_problems(path) if optimizer else [])])
-        _check_head(path, settings)
+        _check_head(path, model, settings)
         tokenizer, note = read_tokenizer(path, settings["vocab_size"])
-        training = _training(path, settings) if optimizer else trainer.Training()
+        training = _training(path, model, settings) if optimizer else trainer.Training()
         progress, left_out = _progress(path, training)
         adapter = _adapter_beside(path)
         notes = [f"{path}: {training.note}"] if training.note else []
         notes += [beside] if (beside := passed_over(path)) else []
         return Checkpoint(
-            model_state=read_weights(path, lambda weights: _translate(path, weights, settings)),
+            model_state=read_weights(path, lambda weights: model.ours(path, weights, settings)),
             optimizer_state=training.optimizer_state,
-            model_type="gpt2",
+            model_type=model.model_type,
             model_settings=settings,
             tokenizer=tokenizer,
             path=path,
@@ -220,17 +156,27 @@ class Transformers:
     def problems(self, path: Path) -> list[CheckpointError]:
         """Return what is wrong with checksums, where there are any, and structure."""
         try:
-            settings = _settings(path)
+            model, settings = _described(path)
             if problems := [*checksum_problems(path), *_training_problems(path)]:
                 return problems
-            _check_head(path, settings)
-            read_weights(path, lambda weights: _translate(path, weights, settings))
+            _check_head(path, model, settings)
+            read_weights(path, lambda weights: model.ours(path, weights, settings))
         except CheckpointError as error:
             return [error]
         return []
 
 
-def _training(path: Path, settings: dict[str, Json], *, whole: bool = True) -> trainer.Training:
+def _described(path: Path) -> tuple[Architecture, dict[str, Json]]:
+    """Return the model that config.json describes, and our settings of it; raise CheckpointError unless ours computes it."""
+    config = read_json(path / CONFIG)
+    kinds = {kind: each for each in ARCHITECTURES.values() for kind in each.kinds}
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise not_ours(path, "model_type", kind, f"one of {', '.join(kinds)}: milepost computes no other")
+    return kinds[kind], kinds[kind].settings(path, config)
+
+
+def _training(path: Path, model: Architecture, settings: dict[str, Json], *, whole: bool = True) -> trainer.Training:
     """Return what the Trainer saved besides the model; raise CheckpointError if its optimizer's file is damaged."""
     if not any(is_regular(path / name) for name in trainer.OPTIMIZERS):
         return trainer.Training(left_out=trainer.unread(path))
@@ -239,7 +185,7 @@ def _training(path: Path, settings: dict[str, Json], *, whole: bool = True) -> t
         path,
         state,
         mapped(path),
-        lambda tensors: _contiguous(_translate(path, tensors, settings), whole=whole),
+        lambda tensors: _contiguous(model.ours(path, tensors, settings), whole=whole),
         step=step_of(state, where=str(path / TRAINER)),
         tied=settings["tied"],
         whole=whole,
@@ -287,65 +233,14 @@ def _adapter_beside(path: Path) -> str | None:
     return f"the adapter in it ({ADAPTER_CONFIG}), with which transformers would compute,"
 
 
-def _settings(path: Path) -> dict[str, Json]:
-    """Return our settings by config.json; raise CheckpointError unless it describes a GPT-2 as ours computes it."""
-    config = read_json(path / CONFIG)
-    for name, allowed in EXPECTED.items():
-        if config.get(name, allowed[0]) not in allowed:
-            expected = " or ".join(map(repr, allowed))
-            raise _not_ours(path, name, config[name], f"{expected}: this is not a GPT-2 that milepost computes")
-    for field in SIZES.values():
-        if not isinstance(config.get(field), int) or isinstance(config.get(field), bool) or config[field] < 1:
-            raise _not_ours(path, field, config.get(field), "a positive whole number")
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise _not_ours(path, "n_inner", config["n_inner"], "null or 4 * n_embd")
-    tied = config.get("tie_word_embeddings", True)
-    if not isinstance(tied, bool):
-        raise _not_ours(path, "tie_word_embeddings", tied, "true or false")
-    dropout = config.get("resid_pdrop", 0.1)
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise _not_ours(path, "resid_pdrop", dropout, "a number from 0 to below 1")
-    activation = ACTIVATIONS[config.get("activation_function", "gelu_new")]
-    sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
-    return sizes | {"dropout": float(dropout), "bias": True, "activation": activation, "tied": tied}
-
-
-def _not_ours(path: Path, name: str, value: Json, expected: str) -> CheckpointError:
-    return CheckpointError(path / CONFIG, f"{name} is {value!r:.80}, expected {expected}", kind="not understood")
-
-
-def _check_head(path: Path, settings: dict[str, Json]) -> None:
+def _check_head(path: Path, model: Architecture, settings: dict[str, Json]) -> None:
     """Raise CheckpointError if the config ties the head to the embedding, but the weights differ."""
     weights = mapped(path)
     head = weights.get("lm_head.weight")
-    embedding = next((weights[name] for name in ("wte.weight", "transformer.wte.weight") if name in weights), head)
-    if settings["tied"] and head is not None and embedding is not None and not same_tensor(head, embedding):
-        problem = f"lm_head.weight differs from wte.weight, but {CONFIG} ties them"
+    name = next((name for name in model.embedding if name in weights), None)
+    if settings["tied"] and head is not None and name is not None and not same_tensor(head, weights[name]):
+        problem = f"lm_head.weight differs from {model.embedding[0]}, but {CONFIG} ties them"
         raise CheckpointError(path, problem, "set tie_word_embeddings to false there", kind="refused")
-
-
-def _translate(path: Path, weights: dict[str, Tensor], settings: dict[str, Json]) -> dict[str, Tensor]:
-    """Return views of the parameters under our names and in our orientation,
-    without what is not a parameter of ours.
-    """
-    model_state: dict[str, Tensor] = {}
-    for theirs, tensor in weights.items():
-        name = theirs.removeprefix("transformer.")
-        if name == "lm_head.weight" or name.endswith(BUFFERS):
-            continue
-        if not tensor.is_floating_point():
-            problem = f"{theirs!r:.80} is {tensor.dtype}, expected floating point weights"
-            raise CheckpointError(path, problem, kind="not understood")
-        if name in model_state:
-            problem = f"{name!r:.80} is there twice, with and without `transformer.`"
-            raise CheckpointError(path, problem, kind="not understood")
-        model_state[name] = tensor.t() if name.endswith(CONV1D) and tensor.dim() == 2 else tensor
-    if not settings.get("bias", True):
-        model_state = {name: tensor for name, tensor in model_state.items() if not name.endswith(".bias")}
-    head = weights.get("lm_head.weight")
-    if not settings.get("tied", True) and head is not None:  # transformers' has no bias
-        model_state |= {"lm_head.weight": head, "lm_head.bias": torch.zeros(head.shape[:1], dtype=head.dtype)}
-    return model_state
 
 
 LAYOUT = ManifestLayout(

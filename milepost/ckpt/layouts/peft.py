@@ -1,4 +1,4 @@
-"""An adapter of peft: `adapter_config.json` and `adapter_model.safetensors`, LoRA for a GPT-2, read only.
+"""An adapter of peft: `adapter_config.json` and `adapter_model.safetensors`, LoRA for a GPT-2 or a Llama, read only.
 
 It opens as our adapters without their base do: its base, a folder or file on this disk, gives the sizes and the tokenizer.
 """
@@ -19,7 +19,7 @@ from models.lora import LoraSettings
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "base_model_name_or_path"
 MERGE = "merge it into its base with peft (merge_and_unload, save_pretrained)"
-PREFIXES = ("base_model.model.transformer.", "base_model.model.")
+PREFIXES = ("base_model.model.transformer.", "base_model.model.model.", "base_model.model.")
 # With another value than the first of any of these, peft computes something else than our LoRA.
 EXPECTED: dict[str, tuple[Json, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_rslora": (False, None), "rank_pattern": ({}, None),

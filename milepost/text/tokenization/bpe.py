@@ -3,11 +3,12 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from milepost.text.chunks import rechunk
+from milepost.text.errors import UnknownCharacters
 from milepost.text.readers import Piece
 from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters, checked_ids, replace_surrogates
 
@@ -18,18 +19,28 @@ UNMERGED_TOKENS, UNMERGED_SHARE = (
 BPE_TRAINING_CHARACTERS = 64_000_000  # merges learned from more text hardly differ
 # The time to learn merges grows with the square of a word's length: a word of a million characters would take an hour.
 LONGEST_WORD = 256
+# How other models cut a text before the merges: the patterns of `Split` that are taken. A pattern from a file could take for
+# ever, and the library does not hear a signal meanwhile.
+SPLITS = {
+    "Qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+# Bytes that a vocabulary may lack, as SmolLM2's does: control characters, and what begins characters outside ASCII.
+RARE_BYTES = frozenset({*range(0x20), *range(0xC0, 0x100)} - set(b"\t\n\r"))
 _LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level byte-pair encoding over GPT-2's pre-tokenizer, from the JSON of the `tokenizers` library.
+    """Byte-level byte-pair encoding, from the JSON of the `tokenizers` library.
+
+    It cuts the text as GPT-2 does, or as SmolLM2 (each digit apart), Qwen2 or Llama 3; then a document is encoded as a whole.
 
     `end` is the special token that ends a text, if it has another name than `<|endoftext|>`; `stops` are further tokens at
     which generation stops.
     """
 
     kind = "bpe"
-    splits_at = "word"
+    splits_at: Literal["word", "document"] = "word"
 
     def __init__(self, tokenizer: Mapping[str, Any], end: str | None = None, stops: Sequence[str] = ()) -> None:
         import tokenizers
@@ -41,6 +52,8 @@ class BpeTokenizer(Tokenizer):
             raise ValueError(f"the bpe tokenizer cannot be built: {error}") from error
         self._tokenizer.encode_special_tokens = True  # encode them as ordinary text
         self._json = json.loads(text)
+        if not splits_as_gpt2(self._json):
+            self.splits_at = "document"
         _check_ids(self._json, self._tokenizer.get_vocab())
         _check_merges(self._json)
         self.vocab_size = self._tokenizer.get_vocab_size()
@@ -53,6 +66,8 @@ class BpeTokenizer(Tokenizer):
         self._end, self._stops, self.end_token = end, tuple(stops), end or END_OF_TEXT
         self.end_of_text = self._tokenizer.token_to_id(self.end_token)
         letters = {letter: byte for byte, letter in enumerate(byte_letters())}
+        known = bytes(byte for letter, byte in letters.items() if letter in self._json["model"]["vocab"])
+        self._known_bytes = known if len(known) < 256 else None
         self._bytes = [b""] * self.vocab_size
         for token, i in self._tokenizer.get_vocab().items():
             self._bytes[i] = token.encode() if token in added else bytes(letters[letter] for letter in token)
@@ -67,10 +82,18 @@ class BpeTokenizer(Tokenizer):
         return cls(saved.get("tokenizer"), saved.get("end"), saved.get("stops", ()))  # type: ignore[arg-type]  # check_bpe refuses what is not a mapping
 
     def encode_array(self, text: str) -> np.ndarray:
-        # Short texts in a batch take a fifth of the time of one long text.
-        texts = [chunk for chunk, _ in rechunk([(replace_surrogates(text), True)], size=1 << 14)]
+        texts = [replace_surrogates(text)]
+        self._check_bytes(texts[0])
+        if self.splits_at == "word":  # short texts in a batch take a fifth of the time of one long text
+            texts = [chunk for chunk, _ in rechunk([(texts[0], True)], size=1 << 14)]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([np.zeros(0, np.uint32), *(np.array(encoding.ids, np.uint32) for encoding in encoded)])
+
+    def _check_bytes(self, text: str) -> None:
+        """Raise UnknownCharacters if the vocabulary lacks a byte of the text: the library would drop it."""
+        if self._known_bytes is not None and (lost := text.encode().translate(None, self._known_bytes)):
+            unknown = {character for character in set(text) if set(character.encode()) & set(lost)}
+            raise UnknownCharacters("".join(sorted(unknown)), self.vocab_size, unit="tokens")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes[i] for i in checked_ids(ids, self.vocab_size))
@@ -150,14 +173,11 @@ def check_bpe(spec: object) -> str:
         "tokens must have no prefix or suffix": not (
             model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
         ),
-        "model.ignore_merges must be false": not model.get("ignore_merges"),  # else a special token may match a word
         "model.byte_fallback must be false": not model.get("byte_fallback"),
-        "the normalizer must be null": top.get("normalizer") is None,
+        "the normalizer must be null or NFC": top.get("normalizer") in (None, {"type": "NFC"}),
         "truncation and padding must be null": top.get("truncation") is None and top.get("padding") is None,
-        "the pre_tokenizer must be ByteLevel with GPT-2's regex and no prefix space": (
-            before.get("type") == "ByteLevel"
-            and before.get("add_prefix_space") is False
-            and before.get("use_regex", True) is True
+        f"the pre_tokenizer must be ByteLevel with GPT-2's regex and no prefix space, or as that of SmolLM2, {' or '.join(SPLITS)}": (
+            _is_byte_level(before, regex=True) or _cuts_and_is_byte_level(before)
         ),
         "the post_processor must be null or ByteLevel": (
             after.get("type", "ByteLevel") == "ByteLevel" or adds_nothing(after)
@@ -167,8 +187,34 @@ def check_bpe(spec: object) -> str:
         if not holds:
             raise ValueError(f"the tokenizer is not a byte-level BPE: {rule}")
     special = _check_bpe_tokens(model.get("vocab"), top.get("added_tokens"))
-    _check_special_tokens(_results(model), special)
+    words = model["vocab"].keys() if model.get("ignore_merges") else ()  # each is a result then, whatever the merges
+    _check_special_tokens(_results(model).union(words), special)
     return text
+
+
+def splits_as_gpt2(spec: Mapping[str, Any]) -> bool:
+    """Whether the JSON of a BPE cuts a text as GPT-2 does, changes nothing before, and merges every word."""
+    plain = spec.get("normalizer") is None and not spec["model"].get("ignore_merges")
+    return plain and _is_byte_level(_section(dict(spec), "pre_tokenizer"), regex=True)
+
+
+def _is_byte_level(part: Mapping[str, Any], *, regex: bool) -> bool:
+    plain = part.get("type") == "ByteLevel" and part.get("add_prefix_space") is False
+    return plain and part.get("use_regex", True) is regex
+
+
+def _cuts_and_is_byte_level(before: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer is a sequence that cuts at digits and then as GPT-2 does, or by one of SPLITS."""
+    parts = before.get("pretokenizers") if before.get("type") == "Sequence" else None
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, dict) for part in parts):
+        return False
+    first, last = parts
+    if first.get("type") == "Digits":
+        return _is_byte_level(last, regex=True)
+    pattern = first.get("pattern")
+    known = isinstance(pattern, dict) and pattern.get("Regex") in SPLITS.values()
+    plain = first.get("type") == "Split" and first.get("behavior") == "Isolated" and first.get("invert") is False
+    return known and plain and _is_byte_level(last, regex=False)
 
 
 def adds_nothing(post_processor: object) -> bool:
@@ -201,7 +247,7 @@ def _check_bpe_tokens(vocab: object, added: object) -> set[str]:
     if any(type(i) is not int for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"the bpe tokenizer's ids are not exactly 0 to {len(ids) - 1}")
     letters = set(byte_letters())
-    if not letters <= vocab.keys():
+    if not {letter for byte, letter in enumerate(byte_letters()) if byte not in RARE_BYTES} <= vocab.keys():
         raise ValueError("the bpe tokenizer lacks some of the 256 bytes")
     for token in vocab.keys() - special:
         if not token or not letters.issuperset(token):
