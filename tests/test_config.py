@@ -669,7 +669,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.lists(st.sampled_from(models.lora_layers()), min_size=1).map(", ".join)
     if rules["form"] == "blocks":
         return st.sets(st.integers(0, 9), min_size=1).map(lambda numbers: " ,".join(map(str, numbers)))
-    if rules["form"] or name in ("PROMPT", "RUN", "TEXT_FIELD", "PRUNE_OTHERS"):
+    if rules["form"] or kind_of(each) is str:
         free = st.one_of(prose, tricky).filter(lambda text: text.replace(",", " ").strip() and text.strip()[0] != "[")
         return st.one_of(free, st.sampled_from(rules["words"])) if rules["words"] else free
     by_type: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
