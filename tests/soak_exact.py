@@ -259,7 +259,8 @@ def result(folder: Path, steps: int) -> dict[str, Any]:
 def leftovers(folder: Path) -> list[str]:
     """Return the hidden files that a finished training should not leave: none in its runs, of checkpoints its own."""
     hidden = [path for path in (folder / "checkpoints").rglob(".*") if ".tmp" in path.name or ".owner" in path.name]
-    hidden += [path for path in (folder / "runs").rglob(".*") if path.name != ".lock"]
+    # A run that was killed before its first save is never resumed: its locks stay in its own folder.
+    hidden += [path for path in (folder / "runs").rglob(".*") if not path.name.endswith((".lock", ".owner"))]
     return sorted(str(path.relative_to(folder)) for path in hidden)
 
 
