@@ -257,10 +257,13 @@ def result(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return the hidden files that a finished training should not leave: none in its runs, of checkpoints its own."""
+    """Return the hidden files that a finished training should not leave: of its checkpoints its own, in its runs none.
+
+    A run that was killed before its first save is never resumed, and keeps what was there.
+    """
     hidden = [path for path in (folder / "checkpoints").rglob(".*") if ".tmp" in path.name or ".owner" in path.name]
-    # A run that was killed before its first save is never resumed: its locks stay in its own folder.
-    hidden += [path for path in (folder / "runs").rglob(".*") if not path.name.endswith((".lock", ".owner"))]
+    saved = {found.run_id for found in ckpt.find(folder / "checkpoints")}
+    hidden += [path for run in saved for path in (folder / "runs" / str(run)).rglob(".*") if path.name != ".lock"]
     return sorted(str(path.relative_to(folder)) for path in hidden)
 
 

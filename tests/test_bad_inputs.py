@@ -993,7 +993,7 @@ METADATA = {
         r"format 3 was written by 'milepost 9.0\x1b[2J': update milepost: this is 0.1.0, which reads formats up to 2",
     ),
     "38 format of a wrong type": ({"format_version": "1"}, "format_version is '1', expected int"),
-    "39 unknown model": ({"model_type": "llama"}, "model_type='llama': expected one of bigram, gpt2"),
+    "39 unknown model": ({"model_type": "mamba"}, "model_type='mamba': expected one of bigram, gpt2, llama"),
     "39 model of a wrong type": ({"model_type": 7}, "model_type is 7, expected str"),
     "40 more tokens than rows": (
         {"tokenizer": {"kind": "char", "chars": list("abcdefghi")}},

@@ -214,7 +214,7 @@ def test_settings_of_another_model_are_refused_before_it_is_built(changes, reaso
 
 
 def test_a_model_of_an_unknown_kind_or_of_too_few_settings_is_refused():
-    assert "model_type='llama': expected one of bigram, gpt2" in refused(gpt2_record(model_type="llama"))
+    assert "model_type='mamba': expected one of bigram, gpt2, llama" in refused(gpt2_record(model_type="mamba"))
     assert "n_embd" in refused(
         gpt2_record(model_settings={name: size for name, size in SETTINGS.items() if name != "n_embd"})
     )

@@ -123,7 +123,8 @@ def _in_full(
         yield from ["", heading] if shown else []
         for name in shown:
             needs = " and ".join(filter(None, (needed[name], VARIABLES[name].metadata["needs"])))
-            yield f"  {name}  (default: {_default_text(name) or 'not set'}{'; only if ' * bool(needs)}{needs})"
+            heading = f"{name}  (default: {_default_text(name) or 'not set'}{'; only if ' * bool(needs)}{needs})"
+            yield from textwrap.wrap(heading, width, initial_indent="  ", subsequent_indent=" " * 6)
             yield from textwrap.wrap(_meaning(name), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
