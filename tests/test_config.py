@@ -29,7 +29,7 @@ def names(text: str) -> set[str]:
 # The contract of names: adding or renaming a variable has to change this list too.
 IDENTITY = names(
     "TRAINING_DATA_SOURCE TEXT_FIELD TOKENIZER BPE_VOCAB_SIZE VALIDATION_FRACTION MODEL_TYPE GPT2_MODEL_NAME "
-    "N_LAYER N_HEAD N_EMBD BLOCK_SIZE BIAS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS CHECKPOINT_ADAPTERS_ONLY "
+    "N_LAYER N_HEAD N_EMBD N_KV_HEAD N_INNER BLOCK_SIZE BIAS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS CHECKPOINT_ADAPTERS_ONLY "
     "TTT_LAYERS TTT_BASE_LR TTT_MINI_BATCH_SIZE TTT_INITIAL_GATING_ALPHA"
 )
 MATH = names(
@@ -37,7 +37,7 @@ MATH = names(
     "OPTIMIZER WEIGHT_DECAY BETA1 BETA2 GRAD_CLIP DROPOUT SEED DTYPE COMPILE DETERMINISTIC"
 )
 HABIT = names(
-    "UNKNOWN_CHARACTERS EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL TRACKER ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL CHECKPOINT_MODEL_ONLY "
+    "UNKNOWN_CHARACTERS EVAL_INTERVAL EVAL_STEPS SAMPLE_INTERVAL LOG_INTERVAL RUN_NOTE TRACKER ENABLE_CHECKPOINTS CHECKPOINT_INTERVAL CHECKPOINT_MODEL_ONLY "
     "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST REPLAY_CHECK_INTERVAL TEMPERATURE TOP_K TOP_P REPETITION_PENALTY"
 )
 SESSION = names(
@@ -221,7 +221,7 @@ def test_words_besides_numbers_and_paths(tmp_path: Path) -> None:
 def test_choices_take_any_case_and_suggest_the_closest() -> None:
     assert read(MODEL_TYPE="GPT2").model_type == "gpt2"
     assert problems(MODEL_TYPE="gtp2") == [
-        "MODEL_TYPE='gtp2' (environment): expected one of bigram, gpt2; did you mean gpt2?"
+        "MODEL_TYPE='gtp2' (environment): expected one of bigram, gpt2, llama; did you mean gpt2?"
     ]
     assert problems(DEVICE="cuda:1") == [
         "DEVICE='cuda:1' (environment): expected one of auto, cpu, cuda, mps, gpu; did you mean cuda?"
@@ -606,7 +606,7 @@ def test_unknown_and_session_names_in_a_checkpoint_are_ignored() -> None:
         ("BATCH_SIZE", 10**80, "BATCH_SIZE=(a number of 266 bits) (checkpoint): expected a whole number at least 1"),
         ("DROPOUT", float("nan"), "DROPOUT=nan (checkpoint): expected a number at least 0 and below 1"),
         ("BIAS", 2, "BIAS=2 (checkpoint): expected true or false"),
-        ("MODEL_TYPE", "gpt3", "MODEL_TYPE='gpt3' (checkpoint): expected one of bigram, gpt2; did you mean gpt2?"),
+        ("MODEL_TYPE", "gpt3", "MODEL_TYPE='gpt3' (checkpoint): expected one of bigram, gpt2, llama; did you mean gpt2?"),
         ("TRAINING_DATA_SOURCE", 5, None),
         ("TRAINING_DATA_SOURCE", "", None),
     ],
@@ -704,6 +704,7 @@ TOGETHER = (
     "cannot hold adapters",
     "has no TTT layers",
     "names a missing block",
+    ", but MODEL_TYPE",
 )
 
 
@@ -825,7 +826,7 @@ def test_a_mistake_ends_with_2_and_no_traceback_before_torch(tmp_path: Path) -> 
     code = f"import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); {START}"
     done = run(code, cwd=tmp_path, MODEL_TYPE="gtp2", DEBUG="true", **ALONE)
     assert (done.returncode, done.stdout) == (2, "False\n")
-    assert done.stderr == "MODEL_TYPE='gtp2' (environment): expected one of bigram, gpt2; did you mean gpt2?\n"
+    assert done.stderr == "MODEL_TYPE='gtp2' (environment): expected one of bigram, gpt2, llama; did you mean gpt2?\n"
     assert "Traceback" in run(code, cwd=tmp_path, MODEL_TYPE="gtp2", DEBUG="1", **ALONE).stderr
 
 
@@ -853,7 +854,7 @@ def test_help_prints_the_summary_and_the_variables_that_the_script_reads(
     assert "python3 scripts/some_script.py" in out
     assert "\nDo this and that.\n" in out
     assert "MORE" not in out
-    assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.01, pretrained 5e-5)" in out
+    assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.01, llama 0.01, pretrained 5e-5)" in out
     assert "OPTIMIZER  (default: bigram adamw, gpt2 muon, pretrained adamw)" in out
     shown = [line.split()[0] for line in out.splitlines() if "  (default: " in line]
     resuming = [name for name, each in VARIABLES.items() if each.metadata["group"] == "Resuming"]
