@@ -855,7 +855,7 @@ def test_help_prints_the_summary_and_the_variables_that_the_script_reads(
     assert "\nDo this and that.\n" in out
     assert "MORE" not in out
     assert "LEARNING_RATE  (default: bigram 0.01, gpt2 0.01, llama 0.01, pretrained 5e-5)" in out
-    assert "OPTIMIZER  (default: bigram adamw, gpt2 muon, pretrained adamw)" in out
+    assert "OPTIMIZER  (default: bigram adamw, gpt2 muon, llama muon, pretrained adamw)" in out
     shown = [line.split()[0] for line in out.splitlines() if "  (default: " in line]
     resuming = [name for name, each in VARIABLES.items() if each.metadata["group"] == "Resuming"]
     assert shown == ["LEARNING_RATE", *resuming, "OPTIMIZER"]  # common settings, groups, other settings
