@@ -270,6 +270,14 @@ def test_an_invalid_tokenizer_is_refused(tokenizer, reason):
     assert "\n" not in str(caught.value)
 
 
+def test_another_programs_tokenizer_that_is_not_read_is_not_called_damaged():
+    theirs = record(tokenizer={"kind": "bpe", "tokenizer": {"model": {"type": "Unigram"}}})
+    theirs.written_by = "another program (transformers)"
+    with pytest.raises(CheckpointError) as caught:
+        build_tokenizer(theirs)
+    assert (caught.value.kind, "docs/models.md" in caught.value.remedy) == ("not understood", True)
+
+
 def test_fewer_tokens_than_rows_are_accepted():
     assert build_tokenizer(record(tokenizer=char(*"abc"))).vocab_size == 3
 

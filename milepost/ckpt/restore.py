@@ -207,6 +207,9 @@ def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
         tokenizer = tokenization.from_dict(record.tokenizer)
     except ValueError as error:
         problem = f"its tokenizer cannot be rebuilt ({error})"
+        if record.written_by.startswith("another program"):
+            remedy = "docs/models.md says which tokenizers are read: start from a model that has one of them"
+            raise CheckpointError(_where(record), problem, remedy, kind="not understood") from error
         raise CheckpointError(_where(record), problem, EARLIER, kind="damaged") from error
     if record.tokenizer_sha256 not in (None, tokenizer.digest):
         problem = "the file is damaged: its tokenizer is not the one it was saved with"
