@@ -99,7 +99,8 @@ def unused(name: str, **variables: str) -> list[str]:
         ("training", {"RESUME_LEARNING_RATE": "1"}, ["RESUME_LEARNING_RATE"], "LEARNING_RATE is"),
         ("training", {"OUTPUT": "x", "PROMPT": "a"}, ["OUTPUT", "PROMPT"], "CHECKPOINT_DIR"),
         ("training", {"N_LAYER": "6", "N_EMBD": "96"}, ["N_LAYER", "N_EMBD"], "needs MODEL_TYPE=gpt2"),
-        ("training", {"DROPOUT": "0.1", "BIAS": "false"}, ["DROPOUT", "BIAS"], "needs MODEL_TYPE=gpt2"),
+        ("training", {"DROPOUT": "0.1"}, ["DROPOUT"], "needs MODEL_TYPE=gpt2 or llama"),
+        ("training", {"BIAS": "false"}, ["BIAS"], "needs MODEL_TYPE=gpt2"),
         ("training", {"N_HEAD": "3", "MODE": "resume"}, ["N_HEAD"], "needs MODEL_TYPE=gpt2"),  # MODE is not read there
         ("training", {"CHECKPOINT_INTERVAL": "500"}, ["CHECKPOINT_INTERVAL"], "needs ENABLE_CHECKPOINTS=true"),
         ("training", {"CHECKPOINT_DIR": "x"}, ["CHECKPOINT_DIR"], "needs ENABLE_CHECKPOINTS=true or RESUME or INIT_FROM"),

@@ -14,6 +14,7 @@ from milepost.ckpt.layouts.foreign_layout import ForeignLayout, ForeignReader
 from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
 from milepost.ckpt.tensors import checked_tensors, digest, read_safetensors
+from models import MODELS
 from models.lora import LoraSettings
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -47,7 +48,7 @@ class Adapter(ForeignReader):
         values = layout.read_metadata(source)
         return {
             "model_type": values["model_type"],
-            "model_settings": values["model_settings"] | {"lora": _lora(path, config)},
+            "model_settings": values["model_settings"] | {"lora": _lora(path, config, values["model_type"])},
             "tokenizer": values.get("tokenizer"),
             "base": {"source": str(source), "step": values.get("step")},
             "parts": ["adapters"],
@@ -83,11 +84,14 @@ def _config(path: Path) -> dict[str, Json]:
     return config
 
 
-def _lora(path: Path, config: dict[str, Json]) -> dict[str, Json]:
-    """Return our settings of LoRA."""
+def _lora(path: Path, config: dict[str, Json], model_type: str) -> dict[str, Json]:
+    """Return our settings of LoRA; raise CheckpointError if the model has no such layers."""
     targets = config.get("target_modules")
     names = sorted(targets) if isinstance(targets, list) and all(isinstance(name, str) for name in targets) else []
+    layers = MODELS[model_type].lora_layers
     try:
+        if not names or not set(names) <= set(layers):
+            raise ValueError(f"target_modules is {targets!r:.80}, expected some of {', '.join(layers)}")
         if type(config["r"]) is not int or config["r"] < 1:
             raise ValueError(f"r is {config['r']!r:.80}, expected a whole number of at least 1")
         lora = LoraSettings(config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, ",".join(names))
@@ -114,7 +118,7 @@ def _translated(path: Path, rank: int, base: Checkpoint) -> dict[str, Tensor]:
     file = _weights(path)
     theirs = read_safetensors(file) if file.name == WEIGHTS else archive.load(file)[0]
     found = {_our_name(name): tensor for name, tensor in checked_tensors(theirs, str(file)).items()}
-    targets = set(_lora(path, _config(path))["targets"].split(","))
+    targets = set(_lora(path, _config(path), base.model_type)["targets"].split(","))
     linear = {
         name.removesuffix(".weight"): tensor.shape for name, tensor in base.model_state.items() if tensor.dim() == 2
     }
