@@ -101,7 +101,7 @@ def test_training(said):
 
 def test_watching(said):
     folder, answers = said
-    assert all(words in of(answers, "plot_run", "RUN=*").stderr for words in ("curves.png",))
+    assert all(words in of(answers, "plot_run", "RUN='*'").stderr for words in ("curves.png",))
     assert "validation loss" in answers["python3 scripts/plot_run.py"].stdout
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     (events,) = folder.glob("runs/**/events.out.tfevents.*")  # only the first command asks for a tracker
