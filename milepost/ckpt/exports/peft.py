@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from milepost.ckpt.exports.common import HERE_ONLY, Proof, cannot_represent, elsewhere, not_the_same
-from milepost.ckpt.layouts.huggingface import ARCHITECTURES
+from milepost.ckpt.foreign.architectures import ARCHITECTURES
 from milepost.ckpt.record import Checkpoint, Json, metadata
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest, read_safetensors, write_safetensors

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from milepost.ckpt import archive
-from milepost.ckpt.foreign import gpt2_architecture, llama_architecture, trainer
+from milepost.ckpt.foreign import trainer
 from milepost.ckpt.foreign.architecture import CONFIG, Architecture, not_ours
+from milepost.ckpt.foreign.architectures import ARCHITECTURES
 from milepost.ckpt.foreign.huggingface_tokenizer import GENERATION, read_tokenizer
 from milepost.ckpt.foreign.importing import imported
 from milepost.ckpt.foreign.keys import epoch_of, step_of, validation_loss_of
@@ -35,8 +36,6 @@ WRITER = "another program (transformers)"
 OTHER_WEIGHTS = (
     "consolidated.safetensors"  # of a folder whose config.json names a model_type too, and is not transformers'
 )
-# Our models that transformers has, by our names.
-ARCHITECTURES = {each.model_type: each for each in (gpt2_architecture.ARCHITECTURE, llama_architecture.ARCHITECTURE)}
 
 
 def _claims(path: Path) -> bool:
