@@ -378,7 +378,7 @@ def test_transformers_has_no_place_for_it(tmp_path: Path) -> None:
     path = ckpt.save(gpt2_record(settings={"ttt": {"layers": "0"}}), tmp_path / "checkpoints")
     said = call(converter, tmp_path, CHECKPOINT_PATH=path, CHECKPOINT_LAYOUT="huggingface")
     assert said.code == 3
-    assert f"{path}: has TTT layers, which have no place in transformers' GPT-2: keep it in another layout" in said.err
+    assert f"{path}: has TTT layers, which have no place in transformers' model: keep it in another layout" in said.err
     assert [one.path for one in ckpt.find(tmp_path / "checkpoints")] == [path]
 
 
