@@ -102,7 +102,9 @@ def test_training(said):
 def test_watching(said):
     folder, answers = said
     assert all(words in of(answers, "plot_run", "RUN='*'").stderr for words in ("curves.png",))
-    assert "validation loss" in answers["python3 scripts/plot_run.py"].stdout
+    heading, *chart = answers["python3 scripts/plot_run.py"].stdout.split("\n\n")[0].splitlines()
+    assert heading == "loss (nats per token), validation as o"
+    assert "".join(chart).count("o") >= 2  # GPT-2's own loss, and the last step's
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     (events,) = folder.glob("runs/**/events.out.tfevents.*")  # only the first command asks for a tracker
     (run_folder,) = (path for path in events.parents if path.parent.name == "runs")
