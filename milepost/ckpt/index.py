@@ -225,11 +225,12 @@ def _looked(folder: Path, before: Listing, names: set[str] | None, *, fresh: boo
 class _Present:
     """The names that a folder holds."""
 
-    stamps: dict[str, Stamp] = field(default_factory=dict)
+    stamps: dict[str, Stamp] = field(default_factory=dict)  # of the names that were looked at
     hidden: set[str] = field(default_factory=set)
     links: set[str] = field(default_factory=set)
     folders: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)  # those that came, went or changed, without hidden ones
+    gone: set[str] = field(default_factory=set)
 
 
 def _present(folder: Path, known: Listing, names: set[str] | None, *, fresh: bool) -> _Present:
@@ -239,18 +240,14 @@ def _present(folder: Path, known: Listing, names: set[str] | None, *, fresh: boo
         with os.scandir(folder) as listed:
             for entry in entries_with_made(folder, listed):
                 _note(entry, now, known, fresh=fresh)
-        gone = known._stamps.keys() - now.stamps.keys()
+        now.gone = known._stamps.keys() - now.stamps.keys()
     else:
         now = _Present({}, *(set(each - names) for each in (known.hidden, known.links, known._folders)))
         for name in names:
             if os.path.lexists(path := folder / name):
                 _note(MadeEntry(path), now, known, fresh=True)
-        gone = {name for name in names if name in known._stamps and name not in now.stamps}
-        if gone or any(known._stamps.get(name) != stamp for name, stamp in now.stamps.items()):
-            now.stamps = {name: stamp for name, stamp in known._stamps.items() if name not in gone} | now.stamps
-        else:
-            now.stamps = known._stamps
-    now.changed |= gone | {name for name in now.links ^ known.links if name[0] != "."}
+        now.gone = {name for name in names if name in known._stamps and name not in now.stamps}
+    now.changed |= now.gone | {name for name in now.links ^ known.links if name[0] != "."}
     return now
 
 
@@ -318,10 +315,13 @@ def _beside(names: Iterable[str]) -> set[str]:
 
 def _updated(folder: Path, known: Listing, now: _Present, changed: set[str]) -> Listing:
     """Return the listing with the `changed` entries read again. `known` stays: another thread may be reading it."""
-    parts, stamps = dict(known._parts), dict(now.stamps)
+    parts, stamps = known._parts.copy(), known._stamps.copy()
+    stamps.update(now.stamps)
+    for name in now.gone:
+        del stamps[name]
     gone = changed | {part[0] for name in changed if (part := parts.pop(name, None))}
     read: dict[str, Found] = {}
-    shared = dict(known._shared)
+    shared = known._shared.copy()
     for name in sorted(changed):
         if name not in stamps:
             continue
@@ -366,11 +366,11 @@ def _holds_other_files(folder: Path, parts: dict[str, tuple[str, Layout]], name:
 
 def _grouped(known: Listing, gone: set[str], read: dict[str, Found]) -> dict[str, Any]:
     """Return the fields of a listing that hold its checkpoints: without the names that are `gone`, and with the `read`."""
-    found, runs = dict(known._found), dict(known._of_runs)
-    adapters, unread = dict(known._adapters), dict(known._unread)
+    found, runs = known._found.copy(), known._of_runs.copy()
+    adapters, unread = known._adapters.copy(), known._unread.copy()
     left = {name: found.pop(name) for name in gone | read.keys() if name in found}
     for run_id in {each.run_id for each in (*left.values(), *read.values())}:
-        runs[run_id] = dict(runs.get(run_id, {}))
+        runs[run_id] = runs.get(run_id, {}).copy()
     for name, each in left.items():
         del runs[each.run_id][name]
         adapters.pop(name, None)
