@@ -64,15 +64,16 @@ def texts(
     sampling: Sampling,
     seed: int,
     count: int,
+    first: int = 0,
     lookup: bool = False,
     on_slide: Callable[[], None] | None = None,
 ) -> Iterator[Iterator[str]]:
-    """Yield `count` continuations of the prompt `ids`, each as an iterator over pieces of text.
+    """Yield `count` continuations of the prompt `ids`, each as an iterator over pieces of text, numbered from `first`.
 
     Text number i depends only on (seed, i). An empty prompt starts at `first_id`. Raise ValueError if the logits are
     not finite.
     """
-    for number in range(count):
+    for number in range(first, first + count):
         generator = torch.Generator().manual_seed(mix(seed, number))
         yield _text(model, tokenizer, ids, sampling, generator=generator, lookup=lookup, on_slide=on_slide)
 
