@@ -17,6 +17,7 @@ READS = (
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import os
@@ -27,8 +28,8 @@ from pathlib import Path
 from milepost.cli import EXIT_CODES, guarded, report
 from milepost.config import Config, ConfigError
 from milepost.files import replacing
-from milepost.generation.conversation import Message, continued, fitted
-from milepost.generation.texts import texts
+from milepost.generation.conversation import answer_stops, continued, fitted, message_ids
+from milepost.generation.texts import Sampling, texts
 from milepost.runtime.interrupt import ctrl_c_noted, ctrl_c_raises
 from milepost.runtime.progress import Log, shown
 from milepost.samples import (
@@ -46,6 +47,7 @@ from milepost.samples import (
 )
 from milepost.screen import ignore, put, put_pieces
 from milepost.text.blocks import decoded, not_decoded
+from milepost.text.templates import Message
 
 BLOCK = '"""'  # begins and ends a text of several lines
 HISTORY = "chat_history"  # in the user's folder of caches
@@ -223,13 +225,15 @@ def answer(chat: Chat, loaded: Loaded, messages: Sequence[Message], *, number: i
     """Write the answer to the last message to stdout and return it; Ctrl-C on a terminal ends it early."""
     settings, context = chat.settings, loaded.model.settings.block_size
     room = context - min(settings.max_new_tokens, context // 2)
-    ids, dropped = fitted(messages, lambda some: message_ids(loaded, some, settings), room=room)
+    tokenizer = loaded.tokenizer
+    encode = lambda text: encode_prompt(tokenizer, text, settings)  # noqa: E731
+    ids, dropped = fitted(messages, lambda some: message_ids(some, tokenizer, encode), room=room)
     full = [dropped] if dropped else []
     (pieces,) = texts(
         loaded.generator,
-        loaded.tokenizer,
+        tokenizer,
         ids,
-        sampling=sampling(settings),
+        sampling=how(chat, loaded),
         seed=chat.seed,
         first=number,
         count=1,
@@ -255,9 +259,11 @@ def until(pieces: Iterator[str], stopped: Callable[[], bool]) -> Iterator[str]:
             return
 
 
-def message_ids(loaded: Loaded, messages: Sequence[Message], settings: Config) -> list[int]:
-    """Return the tokens of the messages, up to where the answer begins."""
-    return encode_prompt(loaded.tokenizer, continued(messages), settings)
+def how(chat: Chat, loaded: Loaded) -> Sampling:
+    """Return how tokens are drawn, and what ends an answer: what the settings and the chat template name."""
+    ids, strings = answer_stops(loaded.tokenizer)
+    asked = sampling(chat.settings)
+    return dataclasses.replace(asked, stop=(*asked.stop, *strings), stop_ids=ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

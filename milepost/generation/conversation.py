@@ -1,14 +1,29 @@
 """A conversation as the tokens that a model reads: its messages, the oldest dropped where the context is full."""
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+
+from milepost.text.templates import Message, chat_ids, chat_stops
+from milepost.text.tokenization.base import Tokenizer
 
 
-class Message(TypedDict):
-    """One text of a conversation; `role` is user, assistant or system."""
+def message_ids(
+    messages: Sequence[Message], tokenizer: Tokenizer, encode: Callable[[str], list[int]] | None = None
+) -> list[int]:
+    """Return the tokens of the messages up to where the answer begins: by the tokenizer's chat template, or without one as a
+    single text, which `encode` may turn into tokens in the tokenizer's place.
 
-    role: str
-    content: str
+    Raise TemplateError if the template refuses the messages.
+    """
+    if tokenizer.chat_template is not None:
+        return chat_ids(messages, tokenizer, tokenizer.chat_template, answer=True)
+    return (encode or tokenizer.encode)(continued(messages))
+
+
+def answer_stops(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the ids and the strings at which an answer ends, besides the tokenizer's own stop_ids."""
+    if tokenizer.chat_template is None:
+        return (), ()
+    return chat_stops(tokenizer, tokenizer.chat_template)
 
 
 def continued(messages: Sequence[Message]) -> str:
