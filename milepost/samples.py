@@ -14,6 +14,7 @@ from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.restore import build_model, build_tokenizer, merged, with_base
 from milepost.ckpt.tensors import digest
 from milepost.config import Config, ConfigError
+from milepost.generation.conversation import NO_TEMPLATE
 from milepost.generation.decoder import Decoder
 from milepost.generation.texts import Sampling, choose_decoder, no_lookup_reason, texts
 from milepost.resume import fixed_settings
@@ -96,6 +97,14 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     generator: Model | Decoder
     lookup: bool
+
+    @property
+    def template(self) -> str | None:
+        """The chat template: that of the conversations that the model was trained on, where its record names one (None is
+        the plain template), else its tokenizer's, else NO_TEMPLATE.
+        """
+        saved = self.record.data.get("template", self.tokenizer.chat_template or NO_TEMPLATE)
+        return saved if saved is None or isinstance(saved, str) else NO_TEMPLATE
 
     @property
     def dtype(self) -> str:

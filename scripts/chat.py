@@ -227,7 +227,9 @@ def answer(chat: Chat, loaded: Loaded, messages: Sequence[Message], *, number: i
     room = context - min(settings.max_new_tokens, context // 2)
     tokenizer = loaded.tokenizer
     encode = lambda text: encode_prompt(tokenizer, text, settings)  # noqa: E731
-    ids, dropped = fitted(messages, lambda some: message_ids(some, tokenizer, encode), room=room)
+    ids, dropped = fitted(
+        messages, lambda some: message_ids(some, tokenizer, loaded.template, encode=encode), room=room
+    )
     full = [dropped] if dropped else []
     (pieces,) = texts(
         loaded.generator,
@@ -261,7 +263,7 @@ def until(pieces: Iterator[str], stopped: Callable[[], bool]) -> Iterator[str]:
 
 def how(chat: Chat, loaded: Loaded) -> Sampling:
     """Return how tokens are drawn, and what ends an answer: what the settings and the chat template name."""
-    ids, strings = answer_stops(loaded.tokenizer)
+    ids, strings = answer_stops(loaded.tokenizer, loaded.template)
     asked = sampling(chat.settings)
     return dataclasses.replace(asked, stop=(*asked.stop, *strings), stop_ids=ids)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pages
@@ -10,11 +11,14 @@ import pytest
 from drive import ROOT, child_environment, command, environment, train
 from script import NOTHING_OF_TRAINING, call, family, script, train_family
 from terminal import Terminal
+from test_templates import CHATML, bpe
 
 import training
-from milepost import config
-from milepost.generation.conversation import continued, fitted, turns
+from milepost import ckpt, config
+from milepost.generation.conversation import NO_TEMPLATE, answer_stops, continued, fitted, message_ids, turns
+from milepost.generation.texts import Sampling, steps, texts
 from milepost.runtime.progress import Log
+from milepost.text.templates import chat_ids
 
 CHAT = "scripts/chat.py"
 HERE = NOTHING_OF_TRAINING | {"MAX_NEW_TOKENS": "12", "SAMPLE_SEED": "7", "TOP_K": "0"}
@@ -253,3 +257,51 @@ def test_what_fits_is_the_longest_end_that_begins_with_the_user():
         assert dropped == 0 or len(continued(messages[2 * dropped - 2 :])) > room
     system = [{"role": "system", "content": "s:"}, *messages]
     assert bytes(fitted(system, encode, room=6)[0]).decode() == "s:ee"
+
+
+def test_messages_with_a_template_take_its_form_and_its_stops():
+    tokenizer = bpe(CHATML)
+    unused = lambda text: pytest.fail(text)  # noqa: E731
+    asked = said("a", "b", "c")
+    assert message_ids(asked, tokenizer, CHATML, encode=unused) == chat_ids(asked, tokenizer, CHATML, answer=True)
+    assert message_ids(asked, tokenizer, NO_TEMPLATE, encode=tokenizer.encode) == tokenizer.encode("ab\nc")
+    assert answer_stops(tokenizer, CHATML) == ((tokenizer.special_tokens["<|im_end|>"],), ())
+    assert answer_stops(tokenizer, NO_TEMPLATE) == ((), ())
+
+
+def test_a_checkpoint_of_conversations_answers_in_the_plain_form(roomy, tmp_path):
+    """Its record names the template; null is the plain one. An answer ends where the template ends a turn."""
+    (path,) = (roomy / "checkpoints").glob("*.pt")
+    record = ckpt.load(path)
+    record.data["template"] = None
+    ckpt.save(record, tmp_path / "checkpoints")
+    lines = {"CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "UNKNOWN_CHARACTERS": "skip", "TEMPERATURE": "0"}
+    module = script("chat")
+    settings = config.read(environment(roomy, **HERE | lines))
+    loaded = module.open_named("latest", settings, Log())
+    assert loaded.template is None
+    chat = module.Chat(loaded, settings, Log(), 7, terminal=False)
+    assert module.how(chat, loaded).stop == ("<|end|>",)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of a text.
+
+
+def test_steps_give_the_text_its_tokens_their_logits_and_why_it_ends(roomy):
+    module = script("chat")
+    loaded = module.open_named("latest", config.read(environment(roomy, **HERE)), Log())
+    ids = loaded.tokenizer.encode("Dear")
+    greedy = Sampling(max_new_tokens=30, temperature=0)
+    found = list(steps(loaded.generator, loaded.tokenizer, ids, sampling=greedy, seed=1))
+    drawn = [step for step in found if step.token is not None]
+    assert [int(step.logits.argmax()) for step in drawn] == [step.token for step in drawn]
+    text = loaded.tokenizer.decode([step.token for step in drawn])
+    (pieces,) = texts(loaded.generator, loaded.tokenizer, ids, sampling=greedy, seed=1, count=1)
+    assert "".join(step.text for step in found) == text == "".join(pieces)
+    assert [step.finish for step in found] == [""] * 30 + ["length"]
+    for ending in ({"stop": (text[5:7],)}, {"stop_ids": (drawn[9].token,)}):
+        ended = list(steps(loaded.generator, loaded.tokenizer, ids, sampling=replace(greedy, **ending), seed=1))
+        assert ended[-1].finish == "stop"
+        assert text.startswith("".join(step.text for step in ended))
+        assert len(ended) < 30

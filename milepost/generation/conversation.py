@@ -1,29 +1,30 @@
 """A conversation as the tokens that a model reads: its messages, the oldest dropped where the context is full."""
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from milepost.text.templates import Message, chat_ids, chat_stops
 from milepost.text.tokenization.base import Tokenizer
 
+NO_TEMPLATE: Final = ""  # the messages are one text that the model continues
+
 
 def message_ids(
-    messages: Sequence[Message], tokenizer: Tokenizer, encode: Callable[[str], list[int]] | None = None
+    messages: Sequence[Message], tokenizer: Tokenizer, template: str | None, *, encode: Callable[[str], list[int]]
 ) -> list[int]:
-    """Return the tokens of the messages up to where the answer begins: by the tokenizer's chat template, or without one as a
-    single text, which `encode` may turn into tokens in the tokenizer's place.
+    """Return the tokens of the messages up to where the answer begins.
 
-    Raise TemplateError if the template refuses the messages.
+    `template` is Jinja, None for the plain template, or NO_TEMPLATE: then `encode` turns the one text into tokens. Raise
+    TemplateError if the template refuses the messages.
     """
-    if tokenizer.chat_template is not None:
-        return chat_ids(messages, tokenizer, tokenizer.chat_template, answer=True)
-    return (encode or tokenizer.encode)(continued(messages))
+    if template == NO_TEMPLATE:
+        return encode(continued(messages))
+    return chat_ids(messages, tokenizer, template, answer=True)
 
 
-def answer_stops(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def answer_stops(tokenizer: Tokenizer, template: str | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the ids and the strings at which an answer ends, besides the tokenizer's own stop_ids."""
-    if tokenizer.chat_template is None:
-        return (), ()
-    return chat_stops(tokenizer, tokenizer.chat_template)
+    return ((), ()) if template == NO_TEMPLATE else chat_stops(tokenizer, template)
 
 
 def continued(messages: Sequence[Message]) -> str:
