@@ -1,33 +1,36 @@
-"""Texts generated from a checkpoint as the settings ask: what load_checkpoint.py and compare_samples.py share."""
+"""Checkpoints opened to generate, and texts as the settings ask: what the scripts that generate share."""
 
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 
-from milepost import config
+from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.restore import build_model, build_tokenizer, merged
+from milepost.ckpt.restore import build_model, build_tokenizer, merged, with_base
+from milepost.ckpt.tensors import digest
 from milepost.config import Config, ConfigError
+from milepost.generation.conversation import NO_TEMPLATE, answer_stops, message_ids
 from milepost.generation.decoder import Decoder
 from milepost.generation.texts import Sampling, choose_decoder, no_lookup_reason, texts
 from milepost.resume import fixed_settings
-from milepost.run import first_token_problem, refused, template_of, with_its_base
+from milepost.run import completed, first_token_problem, refused, with_its_base
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log
 from milepost.text.blocks import decoded, normalized, not_decoded
 from milepost.text.errors import UnknownCharacters
 from milepost.text.known import has_carriage_returns
-from milepost.text.templates import chat_ids, chat_stops
 from milepost.text.tokenization import Tokenizer
 from milepost.text.unknown import Mode, lenient, occurrences, told, unknown_characters
-from models import adapter_counts
+from models import adapter_counts, adapter_kind
 from models.model import Model
 
 PROMPT_LIMIT = 1 << 26  # bytes: a model reads no more than its context, and a prompt is held in memory
+MANY = 1 << 20  # tokens of a conversation or a server: as many as pay for preparing the weights
 
 
 def drop_conflicts(record: Checkpoint, settings: Config, log: Log) -> Config:
@@ -87,50 +90,98 @@ def sample_seed(settings: Config) -> int:
     return int.from_bytes(os.urandom(4), "little") if settings.sample_seed is None else settings.sample_seed
 
 
+class Loaded(NamedTuple):
+    """A checkpoint that is ready to generate: its record with its base and merged adapters, and what continues texts.
+
+    `base` is the record without adapters, over which others can be opened.
+    """
+
+    record: Checkpoint
+    base: Checkpoint
+    model: Model
+    tokenizer: Tokenizer
+    generator: Model | Decoder
+    lookup: bool
+
+    @property
+    def template(self) -> str | None:
+        """The chat template: that of the conversations that the model was trained on, where its record names one (None is
+        the plain template), else its tokenizer's, else NO_TEMPLATE.
+        """
+        saved = self.record.data.get("template", self.tokenizer.chat_template or NO_TEMPLATE)
+        return saved if saved is None or isinstance(saved, str) else NO_TEMPLATE
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights that generate."""
+        return self.generator.weights if isinstance(self.generator, Decoder) else "float32"
+
+
+def open_named(name: str, settings: Config, log: Log, *, base: Checkpoint | None = None) -> Loaded:
+    """Return the checkpoint that `name` selects, as CHECKPOINT_PATH does, ready to generate many texts.
+
+    If it holds only adapters over `base`, they are put over that record, and nothing else is read.
+    """
+    record = ckpt.load_named(name, Path(settings.checkpoint_dir), say=log, optimizer=False)
+    if base is not None and record.adapters_only and (record.base or {}).get("sha256") == digest(base.model_state):
+        record = with_base(record, base)
+    record = completed(record, settings, log)
+    for note in record.notes:
+        log(note)
+    return opened(drop_conflicts(record, settings, log), record, log, tokens=MANY)
+
+
+def opened(settings: Config, record: Checkpoint, log: Log, *, tokens: int, prompt: str = "", name: str = "") -> Loaded:
+    """Return the record ready to generate about `tokens` tokens after `prompt`, with which a device is checked; `name` is what to call it."""
+    record = with_its_base(record, settings, log)
+    for count in adapter_counts({name: tensor.shape for name, tensor in record.model_state.items()}).values():
+        log(f"Loaded {count}")
+    base, record = without_adapters(record), merged(record)
+    device = hardware.choose_device(settings.device)
+    model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
+    text = prompt_for(record, prompt)
+    ids = encoder_for(tokenizer, text, settings, log, name=name).encode(text)
+    check_device(record, model, ids or [0], settings, device=device)
+    generator, lookup = _choose_generator(model, settings, device, log, tokens=len(ids) + tokens)
+    return Loaded(record, base, model, tokenizer, generator, lookup)
+
+
+def without_adapters(record: Checkpoint) -> Checkpoint:
+    """Return a whole record's weights without its adapters: those of the base, if it was frozen."""
+    state = {name: tensor for name, tensor in record.model_state.items() if adapter_kind(name) is None}
+    settings = {name: value for name, value in record.model_settings.items() if name not in ("lora", "ttt")}
+    return dataclasses.replace(record, model_state=state, model_settings=settings, base=None, parts=["model"], notes=[])
+
+
 def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str, seed: int) -> Iterator[Iterator[str]]:
     """Yield NUM_SAMPLES continuations of the prompt, each as an iterator over pieces, to be read before the next.
 
     Raise CheckpointError if the model's logits are not finite.
     """
-    record = with_its_base(record, settings, log)
-    for count in adapter_counts({name: tensor.shape for name, tensor in record.model_state.items()}).values():
-        log(f"Loaded {count}")
-    record = merged(record)
-    device = hardware.choose_device(settings.device)
-    model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
-    encoder = _encoder_for(tokenizer, prompt_for(record, prompt), settings, log)
-    ids, stop_ids, stops = encoder.encode(prompt_for(record, prompt)), tuple[int, ...](), tuple[str, ...]()
-    if is_question(record, settings, prompt):
-        question, template = (
-            {"role": "user", "content": prompt_for(record, prompt)},
-            template_of(record.data, tokenizer),
-        )
-        ids = chat_ids([question], encoder, template, answer=True)
-        stop_ids, stops = chat_stops(tokenizer, template)
-    check_device(record, model, ids, settings, device=device)
-    generator, lookup = _choose_generator(model, settings, device, log, prompt_tokens=len(ids))
-    dtype = generator.weights if isinstance(generator, Decoder) else "float32"
-    what = f"{record.model_type} at step {record.step}, {tokenizer.kind} tokenizer"
-    log(f"{record.path}: {what}, on {device.type} in {dtype}; SAMPLE_SEED={seed}")
+    tokens = settings.max_new_tokens * settings.num_samples
+    name = "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}"
+    loaded = opened(settings, record, log, tokens=tokens, prompt=prompt, name=name)
+    device = next(loaded.model.parameters()).device
+    what = f"{record.model_type} at step {record.step}, {loaded.tokenizer.kind} tokenizer"
+    log(f"{record.path}: {what}, on {device.type} in {loaded.dtype}; SAMPLE_SEED={seed}")
     slid: set[bool] = set()
+    ids, how = _asked(loaded, settings, prompt)
     drawn = texts(
-        generator,
-        tokenizer,
+        loaded.generator,
+        loaded.tokenizer,
         ids,
-        sampling=dataclasses.replace(
-            _sampling(settings), stop=(*settings.stop, *stops), stop_ids=(*tokenizer.stop_ids, *stop_ids)
-        ),
+        sampling=how,
         seed=seed,
         count=settings.num_samples,
-        lookup=lookup,
+        lookup=loaded.lookup,
         on_slide=lambda: slid.add(True),
     )
     for number, pieces in enumerate(drawn, 1):
         if settings.num_samples > 1:
             log(f"sample {number} of {settings.num_samples}")
-        yield _blame_checkpoint(pieces, record)
+        yield blame_checkpoint(pieces, record)
     if slid:  # not while the text is shown: on a terminal the line would break it
-        log(f"the context window of {model.settings.block_size} tokens was full; the oldest tokens were dropped")
+        log(f"the context window of {loaded.model.settings.block_size} tokens was full; the oldest tokens were dropped")
 
 
 def check_device(record: Checkpoint, model: Model, ids: list[int], settings: Config, *, device: torch.device) -> None:
@@ -142,7 +193,8 @@ def check_device(record: Checkpoint, model: Model, ids: list[int], settings: Con
         raise refused(device, problem)
 
 
-def _sampling(settings: Config) -> Sampling:
+def sampling(settings: Config) -> Sampling:
+    """Return how the settings ask tokens to be drawn."""
     return Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -153,7 +205,25 @@ def _sampling(settings: Config) -> Sampling:
     )
 
 
-def _encoder_for(tokenizer: Tokenizer, prompt: str, settings: Config, log: Log) -> Tokenizer:
+def _asked(loaded: Loaded, settings: Config, prompt: str) -> tuple[list[int], Sampling]:
+    """Return the tokens of the prompt, of a question those of its turn, and how tokens are drawn after it."""
+    text, how = prompt_for(loaded.record, prompt), sampling(settings)
+    encoder = encoder_for(loaded.tokenizer, text, settings)
+    if not is_question(loaded.record, settings, prompt):
+        return encoder.encode(text), how
+    ids, strings = answer_stops(loaded.tokenizer, loaded.template)
+    asked = message_ids([{"role": "user", "content": text}], encoder, loaded.template)
+    return asked, dataclasses.replace(how, stop=(*how.stop, *strings), stop_ids=ids)
+
+
+def encoder_for(
+    tokenizer: Tokenizer,
+    prompt: str,
+    settings: Config,
+    log: Callable[[str], object] = lambda line: None,
+    *,
+    name: str = "the text",
+) -> Tokenizer:
     """Return what encodes the prompt, without characters that the vocabulary lacks if UNKNOWN_CHARACTERS says so.
 
     Raise ConfigError with these characters if they are refused.
@@ -161,7 +231,6 @@ def _encoder_for(tokenizer: Tokenizer, prompt: str, settings: Config, log: Log) 
     unknown = unknown_characters(tokenizer, prompt)
     if not unknown:
         return tokenizer
-    name = "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}"
     try:
         encoder, done = lenient(tokenizer, unknown, cast(Mode, settings.unknown_characters))
     except UnknownCharacters as error:
@@ -172,13 +241,12 @@ def _encoder_for(tokenizer: Tokenizer, prompt: str, settings: Config, log: Log) 
 
 
 def _choose_generator(
-    model: Model, settings: Config, device: torch.device, log: Log, *, prompt_tokens: int
+    model: Model, settings: Config, device: torch.device, log: Log, *, tokens: int
 ) -> tuple[Model | Decoder, bool]:
     """Return the decoder, or the model itself where a decoder does not pay, and whether it verifies drafts.
 
     Raise ConfigError if QUANTIZE cannot be applied.
     """
-    tokens = prompt_tokens + settings.max_new_tokens * settings.num_samples
     decoder, reason = choose_decoder(
         model, device=device, dtype=settings.dtype, quantize=settings.quantize, tokens=tokens
     )
@@ -191,7 +259,7 @@ def _choose_generator(
     return decoder or model, settings.speculate == "lookup" and not reason
 
 
-def _blame_checkpoint(pieces: Iterator[str], record: Checkpoint) -> Iterator[str]:
+def blame_checkpoint(pieces: Iterator[str], record: Checkpoint) -> Iterator[str]:
     """Yield the pieces. Logits that are not finite are the checkpoint's fault."""
     try:
         yield from pieces

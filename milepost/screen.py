@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TextIO
 
 LEAVES_THE_LINE = ("Cc", "Cs", "Zl", "Zp")  # categories: control characters, lone surrogates, line separators
@@ -48,6 +48,28 @@ def show(text: str, stream: TextIO | None, *, colored: bool = False) -> OSError 
     except (OSError, ValueError) as error:  # a ValueError if the stream was closed since
         return error
     return None
+
+
+def put(text: str) -> None:
+    """Write text to stdout at once. Raise OSError saying that it is lost, or BrokenPipeError if its reader has gone."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"the text is lost: stdout cannot be written ({error.strerror})") from error
+
+
+def put_pieces(pieces: Iterable[str]) -> str:
+    """Write pieces of text to stdout as they come; what could steer a terminal is escaped if it is one. Return them joined."""
+    clean = harmless if sys.stdout.isatty() else str
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    written = []
+    for piece in pieces:
+        put(clean(piece))
+        written.append(piece)
+    return "".join(written)
 
 
 def write_stdout(text: str, *, colored: bool = False) -> None:

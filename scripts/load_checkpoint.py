@@ -22,7 +22,6 @@ SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log
 from milepost.runtime.schedule import Schedule, replan
 from milepost.samples import drop_conflicts, is_question, prompt_for, read_prompt, sample_seed, sample_texts
-from milepost.screen import harmless, ignore
+from milepost.screen import ignore, put_pieces
 from training import train
 
 
@@ -90,29 +89,11 @@ def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     before = [] if is_question(record, settings, prompt) else [prompt_for(record, prompt)]
     try:
         for pieces in sample_texts(settings, record, log, prompt=prompt, seed=sample_seed(settings)):
-            show(itertools.chain(before, pieces), stream=settings.stream)
+            whole = itertools.chain(before, pieces)
+            put_pieces(itertools.chain(whole if settings.stream else ["".join(whole)], "\n"))
     except BrokenPipeError:
         ignore(sys.stdout)  # the reader closed the pipe, as `| head` does
     return 0
-
-
-def show(pieces: Iterator[str], *, stream: bool) -> None:
-    """Write the pieces and a newline to stdout; what could steer a terminal is escaped if it is one."""
-    clean = harmless if sys.stdout.isatty() else str
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    for piece in itertools.chain(pieces if stream else ["".join(pieces)], "\n"):
-        put(clean(piece))
-
-
-def put(text: str) -> None:
-    """Write text to stdout at once. Raise OSError saying that it is lost, or BrokenPipeError if its reader has gone."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, f"the text is lost: stdout cannot be written ({error.strerror})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,15 +61,16 @@ def command(
     script: str, folder: Path, *, cwd: Path = ROOT, stdin: str = "", **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script in a process of its own, as a user would."""
-    env = {
-        name: os.environ[name]
-        for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
-        if name in os.environ
-    }
     return subprocess.run(
-        [sys.executable, script], cwd=cwd, env=env | environment(folder, **changes), input=stdin, capture_output=True,
+        [sys.executable, script], cwd=cwd, env=child_environment(folder, **changes), input=stdin, capture_output=True,
         text=True, timeout=HANGING, check=False
     )  # fmt: skip
+
+
+def child_environment(folder: Path, **changes: str) -> dict[str, str]:
+    """Return the variables of a process of its own: those of `environment` and what it needs of this one's."""
+    names = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    return {name: os.environ[name] for name in names if name in os.environ} | environment(folder, **changes)
 
 
 def newest(folder: Path) -> ckpt.Checkpoint:

@@ -29,6 +29,7 @@ from milepost.config.resolve import (
     read,
     shared_settings,
     to_dict,
+    with_text,
     with_values,
     without,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "tqdm_disabled",
     "user_caches",
     "was_restarted",
+    "with_text",
     "with_values",
     "without",
 ]

@@ -150,6 +150,15 @@ def with_values(current: Config, values: Mapping[str, Any], *, source: str) -> C
     return dataclasses.replace(current, **named, sources={**current.sources, **dict.fromkeys(values, source)})
 
 
+def with_text(current: Config, name: str, text: str, *, source: str) -> Config:
+    """Return `current` with the variable set to the value that `text` is. Raise ConfigError if it is not valid."""
+    try:
+        value = parse_value(VARIABLES[name], text, _current_folder())
+    except (ValueError, OverflowError) as error:
+        raise ConfigError([refusal(VARIABLES[name], text, source)]) from error
+    return with_values(current, {name: value}, source=source)
+
+
 def without(current: Config, names: Iterable[str]) -> Config:
     """Return `current` as if `names` were not set."""
     values, sources = _set_values(current)

@@ -111,6 +111,7 @@ def generate(
     stop_ids: Collection[int] = (),
     use_cache: bool = True,
     on_slide: Callable[[], None] | None = None,
+    on_logits: Callable[[Tensor], None] | None = None,
     lookup: bool = False,
 ) -> Iterator[int]:
     """Yield up to max_new_tokens ids that continue `ids`; stop before one of stop_ids.
@@ -123,6 +124,8 @@ def generate(
     window is cut to its last max_length // 2 tokens, whose keys and values are recomputed, because positions are
     learned and absolute. on_slide() is called the first time. With and without use_cache the model sees the same
     windows. The repetition penalty counts every token of prompt and continuation, as in transformers.
+
+    on_logits(logits) is called with the logits (V,) of each token just before it is drawn.
 
     lookup: verify several drafted tokens at a time (generate.lookup), with a Decoder only. The text is the same: each
     token is drawn from its own logits, and a draft only decides which logits are computed early.
@@ -138,6 +141,8 @@ def generate(
         generator.seed()
 
     def choose(logits: Tensor, seen: Collection[int]) -> int:
+        if on_logits is not None:
+            on_logits(logits[:vocab_size])
         logits = penalize(logits[:vocab_size], seen, repetition_penalty)
         return next_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from milepost.generation.decoder import Decoder, decoder_of
 from milepost.generation.sampling import generate
@@ -24,7 +26,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] | None = None  # None: those of the tokenizer
+    stop_ids: tuple[int, ...] = ()  # besides those of the tokenizer
 
 
 def choose_decoder(
@@ -65,34 +67,54 @@ def texts(
     sampling: Sampling,
     seed: int,
     count: int,
+    first: int = 0,
     lookup: bool = False,
     on_slide: Callable[[], None] | None = None,
 ) -> Iterator[Iterator[str]]:
-    """Yield `count` continuations of the prompt `ids`, each as an iterator over pieces of text.
+    """Yield `count` continuations of the prompt `ids`, each as an iterator over pieces of text, numbered from `first`.
 
     Text number i depends only on (seed, i). An empty prompt starts at `first_id`. Raise ValueError if the logits are
     not finite.
     """
-    for number in range(count):
-        generator = torch.Generator().manual_seed(mix(seed, number))
-        yield _text(model, tokenizer, ids, sampling, generator=generator, lookup=lookup, on_slide=on_slide)
+    for number in range(first, first + count):
+        drawn = steps(
+            model, tokenizer, ids, sampling=sampling, seed=seed, number=number, lookup=lookup, on_slide=on_slide
+        )
+        yield (step.text for step in drawn)
 
 
-def _text(
+class Step(NamedTuple):
+    """What one token adds to a text: the text that it releases, and the logits (V,) that it was drawn from.
+
+    `token` is None where text follows without a token of its own. `finish` is why the text ends: "stop" for one of the
+    strings or tokens that end it, "length" after max_new_tokens; else "".
+    """
+
+    text: str
+    token: int | None = None
+    logits: Tensor | None = None
+    finish: Literal["", "stop", "length"] = ""
+
+
+def steps(
     model: Model | Decoder,
     tokenizer: Tokenizer,
     ids: list[int],
-    sampling: Sampling,
     *,
-    generator: torch.Generator,
-    lookup: bool,
-    on_slide: Callable[[], None] | None,
-) -> Iterator[str]:
+    sampling: Sampling,
+    seed: int,
+    number: int = 0,
+    lookup: bool = False,
+    on_slide: Callable[[], None] | None = None,
+) -> Iterator[Step]:
+    """Yield the steps of text number `number` of texts(); the last has a `finish`, unless a caller ends it before."""
+    generator = torch.Generator().manual_seed(mix(seed, number))
     decoder = StreamDecoder(tokenizer, stop=sampling.stop)
     if not ids:
         ids = [first_id(tokenizer, generator)]
         if ids[0] != tokenizer.end_of_text:
-            yield decoder.push(ids[0])  # part of the text, perhaps the first byte of a character
+            yield Step(decoder.push(ids[0]))  # part of the text, perhaps the first byte of a character
+    latest: list[Tensor] = []
     drawn = generate(
         model,
         ids,
@@ -103,15 +125,18 @@ def _text(
         repetition_penalty=sampling.repetition_penalty,
         generator=generator,
         vocab_size=tokenizer.vocab_size,
-        stop_ids=tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids,
+        stop_ids=(*tokenizer.stop_ids, *sampling.stop_ids),
         on_slide=on_slide,
+        on_logits=lambda logits: latest.__setitem__(slice(None), [logits]),
         lookup=lookup,
     )
+    count = 0
     for token in drawn:
-        yield decoder.push(token)
+        count += 1
+        yield Step(decoder.push(token), token, latest[0], "stop" if decoder.stopped else "")
         if decoder.stopped:
             return
-    yield decoder.flush()
+    yield Step(decoder.flush(), finish="length" if count == sampling.max_new_tokens else "stop")
 
 
 def first_id(tokenizer: Tokenizer, generator: torch.Generator) -> int:

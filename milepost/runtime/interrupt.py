@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 INTERRUPTED = 130  # exit code, as shells use it
@@ -96,6 +96,27 @@ def _is_first(number: int) -> bool:
     if now - _State.requested_at >= SAME_REQUEST and number != getattr(signal, "SIGXCPU", None):
         _end(b"\nstopped at once; earlier saves are complete\n")
     return False
+
+
+@contextlib.contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """A block in which SIGINT, as Ctrl-C sends it, raises KeyboardInterrupt each time and asks for nothing else."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def ctrl_c_noted() -> Iterator[Callable[[], bool]]:
+    """A block in which SIGINT only sets what the yielded function returns: whether it arrived since the block began."""
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Interrupt:
