@@ -7,7 +7,7 @@ from typing import Any, cast
 from milepost import config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_tokenizer
-from milepost.config import Config
+from milepost.config import Config, ConfigError
 from milepost.places import DATA_FOLDER, cache_folder
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log
@@ -61,6 +61,7 @@ def read_text(
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, scanned))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
+    check_separator(settings.document_separator, tokenizer)
     fraction, block_size = settings.validation_fraction, settings.block_size
     mode = cast(Mode, settings.unknown_characters)
     try:
@@ -89,6 +90,14 @@ def read_text(
     return text, tokenizer
 
 
+def check_separator(separator: str | None, tokenizer: tokenization.Tokenizer) -> None:
+    """Raise ConfigError if documents are to be separated by a token that the tokenizer lacks."""
+    if separator and tokenizer.end_of_text is None:
+        problem = f"the {tokenizer.kind} tokenizer has no end-of-text token to put in its place"
+        remedy = "train a new model with TOKENIZER=bpe or gpt2, or unset it"
+        raise ConfigError([f"DOCUMENT_SEPARATOR={separator}: {problem}: {remedy}"])
+
+
 def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenization.Tokenizer:
     """Return the tokenizer that the settings ask for; a BPE tokenizer is trained on the text."""
     kind = tokenization.choose(settings.tokenizer, alphabet=scanned.alphabet, pretrained=bool(settings.gpt2_model_name))
@@ -101,23 +110,33 @@ def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenizati
 
 def scan_text(settings: Config, log: Log, known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
     """Return TRAINING_DATA_SOURCE and its fingerprint, in the form in which it is the known text."""
-    return scan_source(settings.training_data_source, log, text_field=settings.text_field, known=known)
+    return scan_source(
+        settings.training_data_source,
+        log,
+        text_field=settings.text_field,
+        separator=settings.document_separator or "",
+        known=known,
+    )
 
 
 @functools.lru_cache(maxsize=4)  # the log in the key makes every command read a changed text again
-def scan_source(source: str, log: Log, *, text_field: str = "text", known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
+def scan_source(
+    source: str, log: Log, *, text_field: str = "text", separator: str = "", known: Known = UNKNOWN_TEXT
+) -> tuple[Corpus, Scan]:
     """Return a text source and its fingerprint, in the form in which it is the known text. Cached for the command."""
     try:
         corpus, scanned = open_text(
             lambda reading: open_source(source, reading),
             cache_dir=CACHE_FOLDER,
             text_field=text_field,
+            separator=separator,
             known=known,
             log=log,
         )
     except TextFieldError as error:
         raise DataError(f"{error}: set TEXT_FIELD to the name of the field that holds the text") from error
-    for line in (*corpus.skipped, *scanned.notes):
+    found = [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"] if separator else []
+    for line in (*corpus.skipped, *scanned.notes, *found):
         _log_once(line, log)
     return corpus, scanned
 

@@ -48,6 +48,7 @@ def open_text(
     *,
     cache_dir: Path,
     text_field: str = "text",
+    separator: str = "",
     known: Known = UNKNOWN_TEXT,
     log: Callable[[str], None] | None = None,
 ) -> tuple[Corpus, Scan]:
@@ -58,7 +59,7 @@ def open_text(
     """
 
     def opened(verbatim: bool) -> tuple[Corpus, Scan]:
-        corpus = open_as(Reading(text_field=text_field, verbatim=verbatim))
+        corpus = open_as(Reading(text_field=text_field, separator=separator, verbatim=verbatim))
         return corpus, cached_scan(corpus, cache_dir=cache_dir, log=log)
 
     if known.verbatim:
