@@ -148,4 +148,4 @@ def fenced(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, SETTINGS))
+    sys.exit(guarded(main, SETTINGS, reports=True))

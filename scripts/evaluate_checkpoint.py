@@ -164,4 +164,4 @@ def evaluate_record(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, SETTINGS))
+    sys.exit(guarded(main, SETTINGS, reports=True))

@@ -451,4 +451,4 @@ def legend_of(run: Drawn) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, SETTINGS))
+    sys.exit(guarded(main, SETTINGS, reports=True))
