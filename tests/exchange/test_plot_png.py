@@ -12,6 +12,8 @@ import pytest
 from script import call, script
 from test_plot_run import written
 
+from milepost.plots.curves import smoothed
+
 plot = script("plot_run")
 
 
@@ -106,10 +108,10 @@ def test_other_file_types(suffix, folder):
 
 def test_a_long_training_loss_is_smoothed_and_its_own_values_stay_behind_it():
     values = [float(at % 2) for at in range(1000)]
-    smooth = plot.smoothed(values)
+    smooth = smoothed(values)
     assert len(smooth) == len(values)
     assert max(smooth[20:-20]) - min(smooth[20:-20]) < 0.1  # of a range of 1
-    assert plot.smoothed(values[:99]) == values[:99]
+    assert smoothed(values[:99]) == values[:99]
 
 
 def test_a_failed_write_leaves_the_old_picture(folder, monkeypatch):
