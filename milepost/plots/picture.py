@@ -18,22 +18,24 @@ def draw_file(runs: list[Drawn], output: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot, no screen is needed
 
     drawn = [panel for panel in panels(runs) if panel.split != "validation"]  # which the first panel has
-    rows = math.ceil(len(drawn) / 2)
+    rows = 1 + math.ceil((len(drawn) - 1) / 2)
     figure = Figure(figsize=(12, 4 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, 2, sharex=True).flat)
-    for axes in grid[len(drawn) :]:
-        axes.set_visible(False)
-    for panel, axes in zip(drawn, grid, strict=False):
+    cells = figure.add_gridspec(rows, 2)
+    places = [
+        cells[0, :],
+        *(cells[1 + at // 2, at % 2] for at in range(len(drawn) - 1)),
+    ]  # the losses over the whole width
+    for panel, place in zip(drawn, places, strict=True):
+        axes = figure.add_subplot(place, sharex=figure.axes[0] if figure.axes else None)
         for number, run in enumerate(runs):
             draw_curve(axes, run, panel, number)
         axes.set_title(TITLE if panel is PANELS[0] else panel.title, fontsize=10, parse_math=False)
         axes.grid(alpha=0.3)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-    for axes in grid[: len(drawn)][-2:]:  # the last of each column
+    for axes in figure.axes[-2:]:  # the lowest of each column
         axes.set_xlabel("optimizer step", fontsize=9)
-        axes.tick_params(labelbottom=True)
-    handles = [line for line in grid[-1 if len(drawn) == 1 else 1].lines if line.get_label() != HIDDEN]
+    handles = [line for line in figure.axes[1].lines if line.get_label() != HIDDEN]
     legend = figure.legend(handles, list(map(legend_of, runs)), loc="outside lower center", fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a dollar sign in a name is not mathematics
