@@ -195,7 +195,20 @@ def check_bpe(spec: object) -> str:
 def splits_as_gpt2(spec: Mapping[str, Any]) -> bool:
     """Whether the JSON of a BPE cuts a text as GPT-2 does, changes nothing before, and merges every word."""
     plain = spec.get("normalizer") is None and not spec["model"].get("ignore_merges")
-    return plain and _is_byte_level(_section(dict(spec), "pre_tokenizer"), regex=True)
+    return plain and splits_as(spec) == "GPT-2"
+
+
+def splits_as(spec: Mapping[str, Any]) -> str:
+    """Return whose model the JSON of a BPE cuts a text as: GPT-2, SmolLM2 or one of SPLITS; or "" if it is none of them."""
+    before = _section(dict(spec), "pre_tokenizer")
+    if _is_byte_level(before, regex=True):
+        return "GPT-2"
+    if not _cuts_and_is_byte_level(before):
+        return ""
+    first = before["pretokenizers"][0]
+    if first["type"] == "Digits":
+        return "SmolLM2" if first.get("individual_digits") is True else ""
+    return next(name for name, regex in SPLITS.items() if first["pattern"]["Regex"] == regex)
 
 
 def _is_byte_level(part: Mapping[str, Any], *, regex: bool) -> bool:
