@@ -17,7 +17,7 @@ from milepost.runtime.distributed import ElsewhereError, World
 from milepost.runtime.errors import DeviceFaultError, TrainingError
 from milepost.runtime.interrupt import INTERRUPTED, raise_on_signal, stopping_signals, was_interrupted
 from milepost.runtime.progress import Log
-from milepost.screen import flush_streams, harmless, ignore
+from milepost.screen import flush_streams, harmless, ignore, report_lost
 from milepost.text import tokenization
 from milepost.text.errors import DataError
 
@@ -30,10 +30,13 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )  # fmt: skip
 
 
-def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log | None = None) -> int:
+def guarded(
+    action: Callable[[Config, Log], int], settings: Config, *, log: Log | None = None, reports: bool = False
+) -> int:
     """Run `action` and return its exit code. Log an error as one sentence, with a traceback only if DEBUG is exactly 1.
 
-    The code after a signal is 130, unless the action returned 0.
+    The code after a signal is 130, unless the action returned 0. An action that only `reports` fails with 1 if stdout could not
+    be written, as GNU's commands do.
     """
     log = log or Log()
     torchrun: dict[str, int] = {}
@@ -45,7 +48,7 @@ def guarded(action: Callable[[Config, Log], int], settings: Config, *, log: Log 
         for note in (*settings.notes, *config.no_effect(settings, Path(sys.argv[0]).name)):
             log(note)
         code = action(settings, log)
-        code = INTERRUPTED if code and was_interrupted() else code
+        code = INTERRUPTED if code and was_interrupted() else code or int(reports and report_lost())
     except (KeyboardInterrupt, Exception) as error:
         if torchrun:  # it signals the other processes as soon as one has failed
             for number in stopping_signals():

@@ -69,7 +69,9 @@ def log_checkpoint_policy(run: Run) -> None:
     """Log when and where checkpoints are saved, and which are kept."""
     settings, log = run.settings, run.log
     if not settings.enable_checkpoints:
-        log("checkpoints are OFF: this model will not be saved; set ENABLE_CHECKPOINTS=true to save it")
+        log(
+            f"checkpoints are OFF: this model will not be saved{_in_vain(settings)}; set ENABLE_CHECKPOINTS=true to save it"
+        )
         return
     interval, last, multiple = (
         settings.checkpoint_interval,
@@ -83,6 +85,18 @@ def log_checkpoint_policy(run: Run) -> None:
         log("CHECKPOINT_MODEL_ONLY=true: without the optimizer, checkpoints generate but cannot resume bit-exactly")
     if run.layout == "huggingface" and settings.model_type not in models.with_trait("transformers"):
         log(f"transformers has no {settings.model_type} model: only milepost will open these folders")
+
+
+def _in_vain(settings: config.Config) -> str:
+    """Return what RESUME hopes for and gets nothing of while nothing is saved. Without RESUME, `no_effect` has said so."""
+    if settings.resume == "never":
+        return ""
+    names = [name for name, each in config.VARIABLES.items() if each.metadata["group"] == "Checkpoints"]
+    policy = [
+        name for name in names if settings.is_set(name) and name not in (*config.EVERYWHERE, "ENABLE_CHECKPOINTS")
+    ]
+    unused = f", {' and '.join(policy)} without effect" if policy else ""
+    return f", RESUME={shown(settings.resume)} will not find it{unused}"
 
 
 def warn_of_memory(run: Run) -> None:

@@ -1,7 +1,8 @@
 """What people read on a screen: text that cannot steer a terminal, and streams that may be closed, full or of a small
 encoding.
 
-No output decides how a program ends: what cannot be written is lost, and the program continues.
+No output decides what a program does: what cannot be written is lost, and the program continues. A command whose only product is
+its report asks `report_lost` at its end.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import TextIO
 
 LEAVES_THE_LINE = ("Cc", "Cs", "Zl", "Zp")  # categories: control characters, lone surrogates, line separators
+_LOST: list[OSError | ValueError] = []  # why reports of this process did not reach stdout
 REORDERS = (*range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C)  # bidirectional controls
 
 
@@ -77,7 +79,13 @@ def write_stdout(text: str, *, colored: bool = False) -> None:
     if error := show(text, sys.stdout, colored=colored):
         ignore(sys.stdout)
         if not isinstance(error, BrokenPipeError):
+            _LOST.append(error)
             show(f"stdout cannot be written ({error}): the rest of this report is lost", sys.stderr)
+
+
+def report_lost() -> bool:
+    """Return whether `write_stdout` failed in this process, other than at a closed pipe."""
+    return bool(_LOST)
 
 
 def stdout_columns() -> int | None:

@@ -12,7 +12,7 @@ from milepost import config
 READS = (
     "CHECKPOINT_PATH", "PROMPT", "PROMPT_FILE", "RAW_PROMPT", "NUM_SAMPLES", "SAMPLE_SEED", "OUTPUT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P",
     "REPETITION_PENALTY", "STOP", "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME",
-    "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "N_HEAD",
+    "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -148,4 +148,4 @@ def fenced(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, SETTINGS))
+    sys.exit(guarded(main, SETTINGS, reports=True))

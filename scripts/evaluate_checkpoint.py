@@ -11,7 +11,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DTYPE", "DETERMINISTIC",
-    "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
+    "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "FORMAT", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
@@ -103,7 +103,8 @@ def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
     """Return EVAL_DATA, else the validation part of the checkpoint's own text. Raise DataError if there is none."""
     known = known_text(record.data, record.tokenizer)
     if settings.eval_data is not None:
-        found = scan_source(settings.eval_data, log, reading=reading_of(settings), known=known)
+        asked = config.from_saved(settings, saved_settings(record))
+        found = scan_source(settings.eval_data, log, reading=reading_of(asked), known=known)
         return Text(*found, start=0)
     name, fraction = shown(record.path or ""), record.data.get("validation_fraction")
     if not fraction:
@@ -166,4 +167,4 @@ def evaluate_record(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, SETTINGS))
+    sys.exit(guarded(main, SETTINGS, reports=True))

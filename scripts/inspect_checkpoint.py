@@ -213,4 +213,4 @@ def fields_of(record: Checkpoint) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, SETTINGS))
+    sys.exit(guarded(main, SETTINGS, reports=True))

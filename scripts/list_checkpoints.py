@@ -291,4 +291,4 @@ def as_set(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, SETTINGS))
+    sys.exit(guarded(main, SETTINGS, reports=True))

@@ -14,7 +14,7 @@ READS = (
     "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE",
     "Generation if MODE=inference", "TOP_K", "TOP_P", "REPETITION_PENALTY",
     "Training if MODE=resume", "Logging if MODE=resume", "Hardware and seed if MODE=resume", "DEVICE", "DTYPE",
-    "Checkpoints if MODE=resume", "CHECKPOINT_DIR", "RUNS_DIR", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
+    "Checkpoints if MODE=resume", "CHECKPOINT_DIR", "RUNS_DIR", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION if MODE=resume", "DROPOUT if MODE=resume", "N_HEAD",
     "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
 )  # fmt: skip

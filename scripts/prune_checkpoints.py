@@ -187,4 +187,4 @@ def freed_by_stripping(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, SETTINGS))
+    sys.exit(guarded(main, SETTINGS, reports=True))

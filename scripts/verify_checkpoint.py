@@ -287,4 +287,4 @@ def train_quietly(run: Run, log: Log) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, SETTINGS))
+    sys.exit(guarded(main, SETTINGS, reports=True))

@@ -763,6 +763,31 @@ def test_written_ends_of_text_are_counted_wherever_blocks_end(
     assert "4 times" in note
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".txt.gz"])
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(["<|end|>", "<|end", "|>", "<", "ab", "\r\n", "日本"])).map("".join), st.integers(1, 9))
+def test_a_separator_ends_documents_wherever_blocks_end(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, text: str, block: int
+) -> None:
+    path = write(tmp_path_factory.mktemp("text") / f"a{suffix}", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK", block)
+        corpus = opened(path, separator="<|end|>")
+        assert documents(corpus) == [each for each in text.replace("\r\n", "\n").split("<|end|>") if each]
+        assert max((len(piece) for piece, _ in corpus.pieces()), default=0) <= max(block, 2) + len("<|end|>")
+
+
+def test_a_separator_gives_another_scan_and_is_no_text_of_a_record(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "a<|end|>b")
+    found = [
+        cached_scan(opened(path, separator=s), cache_dir=tmp_path / "c", now=lambda: LATER) for s in ("", "<|end|>")
+    ]
+    assert [(each.characters, each.documents) for each in found] == [(9, 1), (2, 2)]
+    assert found[0].sha256 != found[1].sha256
+    path = write(tmp_path / "a.jsonl", '{"text": "a<|end|>b"}')
+    assert documents(opened(path, separator="<|end|>")) == ["a<|end|>b"]
+
+
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "ab")
     write(tmp_path / "cache", "a file, not a folder")

@@ -27,16 +27,43 @@ from milepost.runtime.progress import Log
 PAGES = sorted((ROOT / "docs" / "coming-from").glob("*.md"))
 FOREIGN = ROOT / "tests" / "fixtures" / "foreign"
 NAMES = [page.stem for page in PAGES]
-# Pages by task whose commands run here too; those of README.md, commands.md, conversations.md and fine-tuning.md run elsewhere.
-# What they name, from what lies in the folder. (The commands of adapters.md build on its folder `adapters`.)
+# What the pages by task name, from what lies in the folder.
 NEEDED = {
-    "letters.txt": "held_out.txt",
-    "pairs.jsonl": "blimp/pairs.jsonl",
-    "endings.jsonl": "hellaswag_val.jsonl",
-    "old/legacy/latest.pt": "dante/latest.pt",
-    "old/legacy/tokenizer.json": "dante/tokenizer.json",
+    "stories.txt": "letters.txt",
+    "held_out.txt": "letters.txt",
+    "SmolLM2-135M": "gpt2",
+    "checkpoints/base.pt": "checkpoints/*gpt2*step0004*.pt",
+    "blimp/pairs.jsonl": "pairs.jsonl",
+    "hellaswag_val.jsonl": "endings.jsonl",
+    "dante/latest.pt": "old/legacy/latest.pt",
+    "dante/tokenizer.json": "old/legacy/tokenizer.json",
 }
-TASKS = ["evaluating", "exporting", "resuming", "watching"]
+ELSEWHERE = {  # page -> the test that runs all of its commands
+    "README.md": "test_readme.py",
+    "docs/commands.md": "test_readme.py",
+    "docs/fine-tuning.md": "exchange/test_fine_tuning.py",
+    "docs/conversations.md": "test_conversations_guide.py",
+    "docs/chat.md": "test_chat.py",
+}
+# The only commands of a page that no test runs as they are written: how they begin, and why.
+NOT_RUN = {
+    "uv ": "a registry of packages",
+    "pip install ": "a registry of packages",
+    "%pip install ": "a registry of packages; tests/test_installed.py installs from a wheel",
+    "python3 -m venv ": "a registry of packages follows it",
+    ".venv/bin/python -m pip ": "a registry of packages",
+    "docker ": "a daemon of Docker; tests/test_installing.py checks its files",
+    "make test": "these tests, from inside themselves",
+    "make check": "ruff and mypy, which CI runs",
+    "make train": "tests/test_readme.py runs it",
+    "MODEL_TYPE=gpt2 BATCH_SIZE=512 ": "eight machines; tests/test_distributed.py has two nodes of one machine",
+    "lm_eval ": "another program, and questions from the hub",
+    "llama-completion ": "llama.cpp; tests/llama opens the file",
+    "cp -r exported/FOLDER nanoGPT": "a checkout of nanoGPT; tests/test_export.py opens the file as it does",
+    "python3 -m torch.distributed.checkpoint.format_utils ": "tests/test_sharded.py calls its function",
+}
+WINDOWS = ("powershell", "bat")  # read, not run: tests/test_installing.py
+SLURM = "#!/bin/bash"  # the job runs in tests/test_interrupt.py
 # Words in capitals that are no variable of ours: of git and the shell, of their projects, and what a reader puts in.
 NO_VARIABLES = {"CHECKPOINT", "DIR", "FILE", "SIGTERM", "FORMAT", "CONFIG", "TOKENIZER", "STATE", "TRAINING", "TENSORS",
 "WARNING", "SYSTEM",
@@ -292,19 +319,98 @@ def test_every_command_runs(page, folder):
     assert [pattern for pattern in LEFT[page] if not list(folder.glob(pattern))] == []
 
 
+ALL = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
+       for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))}  # fmt: skip
+OURS = re.compile(r"python3 (training|scripts/\w+)\.py$")
+
+
+def typed(text: str, *, inline: bool = True) -> list[str]:
+    """Every line that a page has to be typed: of its blocks for a shell or a notebook, and commands within its text."""
+    shell = [block for language in ("bash", "sh") for block in pages.blocks(text, language) if SLURM not in block]
+    notebook = [line for block in pages.blocks(text, "text") for line in block.splitlines() if line[:1] in ("!", "%")]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    spans = [span for span in re.findall(r"`([^`\n]+)`", prose) if OURS.search(span) and "<" not in span]
+    lines = [line.split("   #")[0].strip() for block in shell for line in block.splitlines()]
+    return list(dict.fromkeys([*filter(None, lines), *notebook, *(spans if inline else [])]))
+
+
+def not_excused(line: str) -> bool:
+    return not line.startswith(tuple(NOT_RUN))
+
+
+def to_run(page: str) -> list[str]:
+    return [line for line in typed(ALL[page]) if not_excused(line)]
+
+
+TASKS = [page for page in ALL if page not in ELSEWHERE and "coming-from" not in page and to_run(page)]
+
+
+def in_a_checkout(line: str) -> bool:
+    """Whether a line is no command of a script alone, and needs a shell in a checkout."""
+    return not OURS.search(line) or "torchrun" in line
+
+
 @pytest.mark.parametrize("page", TASKS)
 def test_every_command_of_a_page_by_task_runs(page, folder):
-    lines = pages.commands((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
-    ours = [line for line in lines if re.search(r"\bpython3 \S+\.py$", line) and "nanoGPT" not in line]
-    assert ours
-    for source, target in NEEDED.items():
+    for target, pattern in NEEDED.items():
+        source = next(folder.glob(pattern))
         (folder / target).parent.mkdir(exist_ok=True)
-        shutil.copy(folder / source, folder / target)
-    for command in ours:
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / target)
+    for command in (line for line in to_run(page) if not in_a_checkout(line)):
         if "CONVERT_TO=gguf" in command or ("curves.png" in command and importlib.util.find_spec("matplotlib") is None):
             continue  # extras; make test-exchange exports and draws
-        done = called(command, folder)
+        done = called(command.replace("BLOCK_SIZE=256", "BLOCK_SIZE=16"), folder)  # the text is short
         assert done.code == 0, f"{command}\n{done.out}\n{done.err}"
+
+
+def test_what_needs_a_shell_runs_in_a_checkout(tmp_path):
+    """torchrun with two processes in place of eight, cells of a notebook and Python; the tests are only collected."""
+    checkout = pages.copied_checkout(tmp_path)
+    small = {name: value for name, value in TINY.items() if name.startswith("N_")} | {
+        "BLOCK_SIZE": "16", "TRAINING_STEPS": "4", "EVAL_STEPS": "1", "SAMPLE_INTERVAL": "0", "PYTEST_ADDOPTS": "--collect-only"}  # fmt: skip
+    lines = [line for page in TASKS for line in to_run(page) if in_a_checkout(line)]
+    assert {line.split()[-1] for line in lines} == {"training.py", "tests/test_config.py", "env"}
+    for line in lines:
+        here = line.removeprefix("!").replace("=/content/drive/MyDrive/", "=").replace("per-node=8", "per-node=2")
+        done = pages.run(here, checkout, **small)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    for page in ("docs/installing.md", "docs/python.md"):
+        for block in pages.blocks(ALL[page], "python"):
+            (checkout / "cell.py").write_text(block, encoding="utf-8")
+            done = pages.run("python3 cell.py", checkout)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.rstrip()
+            assert any(checkout.glob("checkpoints/*step0020*"))
+
+
+def test_the_python_of_the_other_pages_runs(folder):
+    """A layout of one's own, and what transformers opens."""
+    exec(compile(pages.blocks(ALL["docs/checkpoints.md"], "python")[0], "checkpoints.md", "exec"), given := {})
+    assert given["LAYOUT"].name == "mine"
+    command = next(line for line in to_run("docs/exporting.md") if "CONVERT_TO=huggingface" in line)
+    assert called(command.replace("=exported", "=fresh"), folder).code == 0
+    (exported,) = (path.parent for path in (folder / "fresh").rglob("config.json"))
+    exec(
+        compile(pages.blocks(ALL["docs/exporting.md"], "python")[0], "exporting.md", "exec"),
+        given := {"folder": exported},
+    )
+    assert given["model"].num_parameters() > 0
+
+
+def test_every_line_that_is_not_run_has_a_reason():
+    """All lines to type are run by a test named here, or begin as one of NOT_RUN; none of these is left over."""
+    lines = {page: typed(text) for page, text in ALL.items()}
+    unused = [start for start in NOT_RUN if not any(line.startswith(start) for each in lines.values() for line in each)]
+    assert unused == []
+    for page in NAMES:
+        typed_there = {line for line in typed(ALL[f"docs/coming-from/{page}.md"], inline=False) if not_excused(line)}
+        assert typed_there <= set(commands(page)), page
+    for page, test in ELSEWHERE.items():
+        assert page.split("/")[-1] in (ROOT / "tests" / test).read_text(encoding="utf-8")
+    python = {page for page, text in ALL.items() if pages.blocks(text, "python") and "coming-from" not in page}
+    assert python == {f"docs/{name}.md" for name in ("installing", "python", "checkpoints", "exporting", "fine-tuning")}
+    languages = {word for text in ALL.values() for word in re.findall(r"^```(\w+)\n(?:.*\n)+?```", text, re.MULTILINE)}
+    assert languages <= {"bash", "sh", "python", "text", "mermaid", *WINDOWS}
 
 
 @pytest.mark.parametrize("page", [page for page in NAMES if blocks(page, "python")])
@@ -318,7 +424,8 @@ def test_every_line_of_python_runs(page, folder):
 
 
 def test_what_the_checks_look_for_can_fail(folder):
-    """A variable that is none, a script that is not there, a setting that is refused."""
+    """A variable that is none, a script that is not there, a setting that is refused, a line that nothing runs."""
+    assert [line for line in typed("```sh\nuv sync\nnew-tool --now\n```\n") if not_excused(line)] == ["new-tool --now"]
     assert uses("CHECKPOINT_INTERVALS=5 python3 training.py") - config.VARIABLES.keys() - NO_VARIABLES == {
         "CHECKPOINT_INTERVALS"
     }

@@ -25,6 +25,18 @@ def test_many_are_counted():
     assert many["a"].endswith(" and 2 more")
 
 
+def test_the_settings_that_tell_runs_apart_come_first():
+    """Two runs of each size: without the last setting, the labels of both would be alike."""
+    sizes = (
+        {"N_LAYER": n, "N_HEAD": n, "N_EMBD": 8 * n, "BLOCK_SIZE": 8 * n, "TRAINING_STEPS": n} for n in (1, 1, 2, 2)
+    )
+    runs = {str(at): size | {"SEED": at % 2, "LEARNING_RATE": 1 + at} for at, size in enumerate(sizes)}
+    assert [text.split()[0] for text in config.labels(runs).values()] == [f"LEARNING_RATE={n}" for n in (1, 2, 3, 4)]
+    for own in runs.values():
+        own["LEARNING_RATE"] = 1
+    assert len(set(config.labels(runs).values())) == 4
+
+
 def test_a_config_env_that_cannot_be_read_is_no_setting(tmp_path):
     (tmp_path / "config.env").write_bytes(b"\xff\xfe\x00")
     assert config.env_values(tmp_path / "nowhere") == {}

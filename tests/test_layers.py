@@ -41,11 +41,12 @@ ALLOWED = ROOMS | {
     "resume": BELOW_RUN | {"run"},
     "cli": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
+    "plots": BELOW_RUN,
     "run_files": BELOW_RUN | {"run"},
     "run_checkpoints": BELOW_RUN | {"run", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
     "training": BELOW_TRAINING,
-    "scripts": BELOW_TRAINING | {"samples", "training"},
+    "scripts": BELOW_TRAINING | {"samples", "training", "plots"},
     "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"start", "api"},  # the latter when a name of it is first used
 }

@@ -168,6 +168,12 @@ def test_a_script_without_declared_settings_judges_none() -> None:
     assert config.no_effect(Config(), "x.py") == []
 
 
+def test_a_setting_that_is_not_used_is_shown_as_it_was_set() -> None:
+    settings = config.read(ALONE | {"MODE": "resume", "CHECKPOINT_PATH": "latest"}, reads=training.READS)
+    (said,) = config.no_effect(settings, "training.py")
+    assert "MODE=resume" in said
+
+
 def test_a_start_logs_what_has_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the command-line entry, as a user would meet it."""
     log = training.Log(io.StringIO())

@@ -12,6 +12,11 @@ from drive import ROOT, command, train
 from script import NOTHING_OF_TRAINING, Said, call, copied, script, train_family
 from test_progress import on_a_terminal
 
+from milepost.plots import terminal
+from milepost.plots.curves import with_parents
+from milepost.plots.picture import legend_of
+from milepost.plots.terminal import draw_terminal
+
 plot = script("plot_run")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +276,7 @@ def test_a_run_started_from_weights_is_drawn_without_the_run_that_trained_them(f
     written(folder, "new", losses=[1.0], since=5000.0, before=2, parent={"run_id": None, "step": 0, "file": "gpt2"})
     assert drawn(folder, RUN="new").out.rstrip().endswith("  weights from gpt2 at step 0")
     assert names_in(drawn(folder, RUN="tuned,a1")) == ["a1", "tuned"]  # requested
-    told = [plot.legend_of(run) for run in plot.with_parents([folder / "runs" / "child"], pytest.fail)]
+    told = [legend_of(run) for run in with_parents([folder / "runs" / "child"], pytest.fail)]
     assert told == ["tuned (weights from a1 at step 3)", "child (from tuned at step 2)"]
 
 
@@ -326,8 +331,8 @@ def colored(folder: Path, monkeypatch, **variables: str) -> str:
 
     def action(stream: io.TextIOBase) -> None:
         monkeypatch.setattr(sys, "stdout", stream)
-        runs = plot.with_parents([folder / "runs" / name for name in ("a1", "b1")], pytest.fail)
-        plot.draw_terminal(runs)
+        runs = with_parents([folder / "runs" / name for name in ("a1", "b1")], pytest.fail)
+        draw_terminal(runs)
         monkeypatch.undo()
 
     return on_a_terminal(action)
@@ -363,7 +368,7 @@ def test_no_line_is_wider_than_the_terminal(columns, folder, monkeypatch):
 def test_a_run_fits_the_window(rows: int, most: int, folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", str(rows))
-    monkeypatch.setattr(plot, "stdout_columns", lambda: 80)
+    monkeypatch.setattr(terminal, "stdout_columns", lambda: 80)
     out = drawn(folder, RUN="a1").out
     assert len(out.splitlines()) < most
     assert max(map(len, out.splitlines())) <= 80

@@ -15,7 +15,7 @@ import torch
 from drive import ROOT, at_step, environment, newest, tensor_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from script import NOTHING_OF_TRAINING
+from script import NOTHING_OF_TRAINING, script
 from work import HANGING
 
 import training
@@ -135,7 +135,7 @@ def unheard(name: str, folder: Path, redirection: str, *, cwd: Path | None = Non
             if each in os.environ}  # fmt: skip
     values = environment(folder, **(changes if name == "training" else NOTHING_OF_TRAINING | changes))
     path = ROOT / ("training.py" if name == "training" else f"scripts/{name}.py")
-    line = f'exec "$0" "$1" {redirection}'
+    line = f'"$0" "$1" {redirection}'
     done = subprocess.run(
         ["bash", "-c", line, sys.executable, str(path)], cwd=cwd or folder, env=kept | values, timeout=HANGING,
         check=False, capture_output=True, stdin=subprocess.DEVNULL,
@@ -164,15 +164,31 @@ def test_every_script_is_tried():
 @pytest.mark.parametrize("way", UNHEARD)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_that_nobody_hears_ends_like_any_other(name, way, trained, tmp_path):
-    """But text that load_checkpoint.py could not write on a full disk is lost, and the exit code says so."""
+    """But a text or a report that a full disk took is lost, and the exit code says so, unless the product is a checkpoint."""
     folder = tmp_path / "é"
     shutil.copytree(trained, folder)
     redirection, encoding = UNHEARD[way]
-    lost = (name, way) == ("load_checkpoint", "full")
+    lost = way == "full" and "OUTPUT" not in SCRIPTS[name]
     assert unheard(name, folder, redirection, **SCRIPTS[name] | encoding) == int(lost)
     if output := SCRIPTS[name].get("OUTPUT"):
         (path,) = [found.path for found in ckpt.find(folder / output)]
         assert ckpt.verify(path) == []
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if "FORMAT" in script(name).READS])
+def test_json_that_was_lost_is_one_sentence_and_exit_code_1(name, trained, tmp_path):
+    """On stderr; a reader that closes its pipe, as `| head` does, is none. A checkpoint that is bad has its own code."""
+    folder = tmp_path / "é"
+    shutil.copytree(trained, folder)
+    changes = SCRIPTS[name] | {"FORMAT": "json"}
+    assert unheard(name, folder, "2>said >/dev/full", **changes) == 1
+    assert (folder / "said").read_text(encoding="utf-8").count("stdout cannot be written") == 1
+    assert unheard(name, folder, "2>said | true; exit ${PIPESTATUS[0]}", **changes) == 0
+    assert "stdout" not in (folder / "said").read_text(encoding="utf-8")
+    if name == "verify_checkpoint":
+        at_step(folder, 8).write_bytes(at_step(folder, 8).read_bytes()[:-9])
+        (bad,) = (path for path in (folder / "checkpoints").glob("*step0008*"))
+        assert unheard(name, folder, ">/dev/full", **changes | {"CHECKPOINT_PATH": str(bad)}) == 3
 
 
 @pytest.mark.parametrize("way", [*(way for way, _ in UNHEARD.values()), "2>&-", "<&-", ">&-"])

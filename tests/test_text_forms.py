@@ -1,14 +1,17 @@
 """Text as people have it: line ends and marks, characters that a vocabulary lacks, formats and folders, at training and at resume."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drive import at_step, logged, newest, small_text, tensor_bytes, train
 from script import call, script
 
 from milepost import ckpt
+from milepost.ckpt.restore import build_tokenizer
 from milepost.run import text as text_module
 from milepost.text.known import Known, has_carriage_returns, known_text
 from milepost.text.tokenization import ByteTokenizer, CharTokenizer, UnknownCharacters
@@ -316,6 +319,37 @@ def test_the_text_field_is_taken_from_the_settings_and_from_the_checkpoint(kind,
     assert "not bit-exact" not in said
     assert ("semicolons" in said) == (kind == "csv")
     assert tensor_bytes(newest(resumed)) == tensor_bytes(newest(first))
+
+
+def test_a_separator_becomes_the_end_of_text_and_resumes_exactly(tmp_path, monkeypatch):
+    """Also where the resume does not name it: the checkpoint has it."""
+    monkeypatch.setattr(text_module, "CACHE_FOLDER", tmp_path / "cache")
+    first, text, ends = tmp_path / "first", letters(tmp_path).read_text(encoding="utf-8"), "<|endoftext|>"
+    first.mkdir()
+    parts = [text[at : at + 300] for at in range(0, 3000, 300)]
+    (tmp_path / "parts.txt").write_text(ends.join(parts) + ends, encoding="utf-8")
+    place = {"TRAINING_DATA_SOURCE": str(tmp_path / "parts.txt"), "BPE_VOCAB_SIZE": "300"}
+    code, said = train(first, TOKENIZER="bpe", DOCUMENT_SEPARATOR=ends, **place, **FAST)
+    assert code == 0, said
+    assert "10 documents" in said
+    (tokens,) = (np.load(path) for path in (tmp_path / "cache").glob("*/train.npy"))
+    tokenizer = build_tokenizer(newest(first))
+    whole = tokenizer.decode(tokens)
+    assert whole.split(ends) == parts[:9]  # the last is held out
+    assert (tokens == tokenizer.end_of_text).sum() == 8
+    resumed = resumable_copy(first, tmp_path / "resumed")
+    assert "not bit-exact" not in resume(resumed, **place)
+    assert tensor_bytes(newest(resumed)) == tensor_bytes(newest(first))
+    other = resumable_copy(first, tmp_path / "other")
+    assert train(other, RESUME="auto", DOCUMENT_SEPARATOR="<end>", **place, **FAST)[0] == 2
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_a_separator_is_refused_where_no_token_can_take_its_place(tokenizer, tmp_path):
+    letters(tmp_path)
+    code, said = train(tmp_path, TOKENIZER=tokenizer, DOCUMENT_SEPARATOR="<|endoftext|>", **FAST)
+    assert code == 2
+    assert {"DOCUMENT_SEPARATOR=<|endoftext|>", "TOKENIZER=bpe"} <= set(re.split(r"[ :]+", said))
 
 
 def test_skipped_files_of_a_folder_are_counted(tmp_path):

@@ -61,6 +61,21 @@ def test_a_run_describes_itself_in_at_most_15_lines(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_resume_that_will_find_nothing_is_named(tmp_path):
+    """A resumed run saves as its checkpoint did; a first run with RESUME=auto does not save by itself."""
+    off = {"ENABLE_CHECKPOINTS": None, "CHECKPOINT_INTERVAL": "4", "CHECKPOINT_KEEP_LAST": "2"}
+    for changes, named in (
+        ({"RESUME": "auto"}, {"RESUME=auto", "CHECKPOINT_INTERVAL", "CHECKPOINT_KEEP_LAST", "ENABLE_CHECKPOINTS=true"}),
+        ({}, {"ENABLE_CHECKPOINTS=true"}),
+    ):
+        code, said = train(tmp_path, **off, **changes)
+        (line,) = [line for line in said.splitlines() if line.startswith("checkpoints are OFF")]
+        assert code == 0
+        assert set(re.findall(r"[A-Z_]{4,}(?:=\w+)?", line)) == named
+    assert train(tmp_path)[0] == 0
+    assert "checkpoints are OFF" not in train(tmp_path, **off, RESUME="auto")[1]
+
+
 def test_metrics_are_strict_json_with_equal_names_in_every_line(tmp_path):
     assert train(tmp_path)[0] == 0
     (path,) = (tmp_path / "runs").glob("*/metrics.jsonl")

@@ -6,7 +6,7 @@ os.environ.
 
 from milepost.config.command_line import from_command_line
 from milepost.config.docs import as_env, declared, describe, env_example, help_text, reference
-from milepost.config.effects import conditions, no_effect
+from milepost.config.effects import EVERYWHERE, conditions, no_effect
 from milepost.config.host import (
     debug,
     environment,
@@ -44,6 +44,7 @@ from milepost.places import ROOT
 
 __all__ = [
     "ALLOW_BLANK",
+    "EVERYWHERE",
     "ROOT",
     "SCOPES",
     "VARIABLES",

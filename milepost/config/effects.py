@@ -46,14 +46,14 @@ def no_effect(config: Config, script: str) -> list[str]:
     unread = [name for name in names if name not in reads and name not in EVERYWHERE]
     switched_off: dict[str, list[str]] = {}
     mode, resume = (getattr(config if n in reads else Config(), n.lower()) for n in ("MODE", "RESUME"))
-    config = dataclasses.replace(config, mode=mode, resume=resume)
+    asked, config = config, dataclasses.replace(config, mode=mode, resume=resume)
     for name in (name for name in names if name in reads):
         of_models = _of_other_models(config, name) if "MODEL_TYPE" in reads else ()
         for condition in (reads[name], VARIABLES[name].metadata["needs"], *of_models):
             if condition and not _holds(config, condition):
                 switched_off.setdefault(condition, []).append(name)
                 break
-    return [*_unread(config, unread, reads, script), *(_needs(config, *each) for each in switched_off.items())]
+    return [*_unread(asked, unread, reads, script), *(_needs(config, *each) for each in switched_off.items())]
 
 
 def _counts(config: Config, name: str) -> bool:

@@ -22,12 +22,22 @@ def labels(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     names = [name for name, each in VARIABLES.items() if each.metadata["scope"] in ("identity", "math")]
     values = {name: {own.get(name, "") for own in known.values()} for name in names}
     differing = [name for name in names if len(values[name]) > 1 and "auto" not in values[name]]  # auto may be either
-    differing.sort(key=LAST.__contains__)
+    shown = _telling(differing, list(known.values()))
     more = f" and {len(differing) - MOST} more" if len(differing) > MOST else ""
     return {
-        run: " ".join(f"{name}={known[run].get(name, '')}" for name in differing[:MOST]) + more if run in known else ""
+        run: " ".join(f"{name}={known[run].get(name, '')}" for name in shown) + more if run in known else ""
         for run in settings
     }
+
+
+def _telling(names: list[str], runs: list[dict[str, str]]) -> list[str]:
+    """Return the MOST names that tell most of the runs apart, the best first; those of LAST only where others are used up."""
+    chosen: list[str] = []
+    while len(chosen) < min(MOST, len(names)):
+        left = [name for name in names if name not in chosen]
+        apart = {name: len({tuple(own.get(each, "") for each in (*chosen, name)) for own in runs}) for name in left}
+        chosen.append(max(left, key=lambda name: (name not in LAST, apart[name])))
+    return chosen
 
 
 def env_values(path: Path) -> dict[str, str]:

@@ -28,7 +28,14 @@ MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes ne
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 
 DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
-DATA_VARIABLES = ("TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD", "VALIDATION_FRACTION")
+DATA_VARIABLES = (
+    "TRAINING_DATA_SOURCE",
+    "TEXT_FIELD",
+    "DOCUMENT_SEPARATOR",
+    "PROMPT_FIELD",
+    "ANSWER_FIELD",
+    "VALIDATION_FRACTION",
+)
 
 # May differ between machines that train together: places on their disks, and files that training never reads. The text and the base of
 # adapters are compared by hash.
@@ -95,6 +102,8 @@ class Config:
         "prompt and completion, or with instruction and output are conversations", group="Data", scope="identity")
     answer_field: str | None = var(None, "column or member that holds the answer to PROMPT_FIELD; not set: completion",
         group="Data", scope="identity")
+    document_separator: str | None = var(None, "text that ends a document within a .txt or .md file, such as <|endoftext|>: the tokenizer's "
+        "end-of-text token takes its place; not set: each file is a document", group="Data", scope="identity")
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char for up to 256 different characters, else bpe",
         group="Data", scope="identity", words=("auto",), choices=TOKENIZERS)
     bpe_vocab_size: int = var(1024, "vocabulary size of a BPE trained on the text; small, so that a small model sees each token often",

@@ -10,7 +10,7 @@ from torch import Tensor
 from milepost import config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_tokenizer
-from milepost.config import Config
+from milepost.config import Config, ConfigError
 from milepost.places import DATA_FOLDER, cache_folder
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log
@@ -71,6 +71,7 @@ def read_text(
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, scanned))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
+    check_separator(settings.document_separator, tokenizer)
     template = template_of(record.data, tokenizer) if record else tokenizer.chat_template
     mode = cast(Mode, settings.unknown_characters)
     try:
@@ -174,6 +175,14 @@ def validation_of(
     return validation_batches(packing, batch_size=batch_size, steps=steps, positions=model.packs)
 
 
+def check_separator(separator: str | None, tokenizer: tokenization.Tokenizer) -> None:
+    """Raise ConfigError if documents are to be separated by a token that the tokenizer lacks."""
+    if separator and tokenizer.end_of_text is None:
+        problem = f"the {tokenizer.kind} tokenizer has no end-of-text token to put in its place"
+        remedy = "train a new model with TOKENIZER=bpe or gpt2, or unset it"
+        raise ConfigError([f"DOCUMENT_SEPARATOR={separator}: {problem}: {remedy}"])
+
+
 def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenization.Tokenizer:
     """Return the tokenizer that the settings ask for; a BPE tokenizer is trained on the text."""
     kind = tokenization.choose(settings.tokenizer, alphabet=scanned.alphabet, pretrained=bool(settings.gpt2_model_name))
@@ -192,7 +201,10 @@ def scan_text(settings: Config, log: Log, known: Known = UNKNOWN_TEXT) -> tuple[
 def reading_of(settings: Config) -> Reading:
     """Return how files of the training text are read."""
     return Reading(
-        text_field=settings.text_field, prompt_field=settings.prompt_field, answer_field=settings.answer_field
+        text_field=settings.text_field,
+        prompt_field=settings.prompt_field,
+        answer_field=settings.answer_field,
+        separator=settings.document_separator or "",
     )
 
 
@@ -209,7 +221,9 @@ def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known
         )
     except TextFieldError as error:
         raise DataError(f"{error}: set TEXT_FIELD to the name of the field that holds the text") from error
-    for line in (*corpus.skipped, *scanned.notes):
+    separator = reading.separator
+    found = [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"] if separator else []
+    for line in (*corpus.skipped, *scanned.notes, *found):
         _log_once(line, log)
     return corpus, scanned
 

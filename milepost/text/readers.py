@@ -1,7 +1,7 @@
 """The readers of text files: each yields the documents of one format as pieces.
 
 A piece is `(text, ends)`: some characters, and True on the last piece of a document. A piece has at most `blocks.BLOCK`
-characters, so memory use is flat downstream. Empty documents are skipped.
+characters and a separator's, so memory use is flat downstream. Empty documents are skipped.
 """
 
 import csv
@@ -30,7 +30,8 @@ SEPARATOR = re.compile(r"[\s,]*")  # between the values of a JSON file
 class Reading:
     """How files become text.
 
-    `text_field` is the column of a CSV and the member of a JSON object that holds the text. `verbatim` reads as versions
+    `text_field` is the column of a CSV and the member of a JSON object that holds the text. `separator` ends a document
+    within a .txt or .md file, and is no text itself; empty: a file is one document. `verbatim` reads as versions
     did that did not normalize text: line ends and marks inside as they are, only the formats VERBATIM. Remarks on a file go
     to `note`. `prompt_field` and `answer_field` are those of conversations, whose rows have a `form` of
     milepost.text.conversations.
@@ -40,6 +41,7 @@ class Reading:
     prompt_field: str | None = None
     answer_field: str | None = None
     form: str = ""
+    separator: str = ""
     verbatim: bool = False
     note: Callable[[str], None] = lambda _: None
 
@@ -48,11 +50,14 @@ PLAIN = Reading()
 
 
 def _read_text(path: Path, reading: Reading) -> Iterator[Piece]:
-    held = ""
+    held, separator = "", reading.separator
     for text in blocks_of(path, verbatim=reading.verbatim):
-        if held:
-            yield held, False
-        held = text
+        *documents, held = (held + text).split(separator) if separator else [held + text]
+        yield from ((document, True) for document in documents if document)
+        kept = len(separator) or len(text)  # a separator may begin in them, and then follows some text of its document
+        if len(held) > kept:
+            yield held[:-kept], False
+            held = held[-kept:]
     if held:
         yield held, True
 

@@ -61,9 +61,7 @@ def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
 def _about_ends(source: str, count: int) -> str:
     """Return a line on a text in which the end of a document is written out, as texts for other programs have it."""
     times = f"{count} time{'s' * (count > 1)}"
-    return (
-        f"{source} has {END_OF_TEXT} {times}, read as ordinary characters; a .jsonl separates documents, one per line"
-    )
+    return f"{source} has {END_OF_TEXT} {times}, read as ordinary characters; make it the document separator if it ends documents"
 
 
 def cached_scan(
@@ -88,9 +86,10 @@ def _record(corpus: Corpus) -> str:
     if reading.form:
         fields = f"{reading.form} {reading.prompt_field!r} {reading.answer_field!r}"
         return f"{plain}-talks-{hashlib.sha256(fields.encode()).hexdigest()[:16]}"
-    if reading.text_field == "text":
+    if reading.text_field == "text" and not reading.separator:
         return plain
-    return f"{plain}-{hashlib.sha256(reading.text_field.encode()).hexdigest()[:16]}"
+    way = "\0".join(filter(None, (reading.text_field, reading.separator)))
+    return f"{plain}-{hashlib.sha256(way.encode()).hexdigest()[:16]}"
 
 
 def add_to_digest(digest: Any, text: str, ends: bool) -> int:

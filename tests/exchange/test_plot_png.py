@@ -12,6 +12,8 @@ import pytest
 from script import call, script
 from test_plot_run import written
 
+from milepost.plots.curves import smoothed
+
 plot = script("plot_run")
 
 
@@ -36,8 +38,9 @@ def test_the_axes_hold_the_values_of_the_runs_and_their_parents(folder, monkeypa
     said = call(plot, folder, RUN="child,b1", OUTPUT=str(output))
     assert (said.code, said.out) == (0, "")
     (figure,) = figures
-    loss, rate, speed, unused = figure.axes
-    assert not unused.get_visible()
+    loss, rate, speed = figure.axes
+    assert loss.bbox.width > 2 * rate.bbox.width
+    assert loss.get_xlim() == rate.get_xlim()
     drawn = {
         line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle())
         for line in loss.lines
@@ -106,10 +109,10 @@ def test_other_file_types(suffix, folder):
 
 def test_a_long_training_loss_is_smoothed_and_its_own_values_stay_behind_it():
     values = [float(at % 2) for at in range(1000)]
-    smooth = plot.smoothed(values)
+    smooth = smoothed(values)
     assert len(smooth) == len(values)
     assert max(smooth[20:-20]) - min(smooth[20:-20]) < 0.1  # of a range of 1
-    assert plot.smoothed(values[:99]) == values[:99]
+    assert smoothed(values[:99]) == values[:99]
 
 
 def test_a_failed_write_leaves_the_old_picture(folder, monkeypatch):

@@ -1,0 +1,1 @@
+"""The curves of runs: read from their metrics, drawn on a terminal or into a picture."""
