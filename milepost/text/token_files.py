@@ -74,7 +74,9 @@ def prepare(
         return _open_or_build(cache_dir / _key(scan, tokenizer, validation_fraction), parts, tokenizer, dtype)
     except OSError as error:
         remedy = "free space and fix permissions there; a read-only checkout uses XDG_CACHE_HOME instead"
-        raise DataError(f"the token files in {cache_dir} cannot be written ({error}): {remedy}") from error
+        raise DataError(
+            f"the token files in {cache_dir} cannot be written ({error.strerror or error}): {remedy}"
+        ) from error
     except LongWordError as error:
         raise DataError(f"{corpus.source}: {error}") from error
 
