@@ -121,7 +121,7 @@ def naming_output(folder: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise
         remedy = "fix its permissions, or set another OUTPUT"
-        raise ConfigError([f"OUTPUT: {folder} cannot be written ({error}): {remedy}"]) from error
+        raise ConfigError([f"OUTPUT: {folder} cannot be written ({error.strerror or error}): {remedy}"]) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

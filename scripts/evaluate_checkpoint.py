@@ -10,7 +10,7 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DTYPE", "DETERMINISTIC",
+    "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DEVICE_CHECK", "DTYPE", "DETERMINISTIC",
     "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "FORMAT", "N_HEAD",
 )  # fmt: skip
@@ -32,15 +32,27 @@ from milepost.evaluate.choices import Benchmark, read_benchmark
 from milepost.evaluate.evaluation import Evaluation, NotFiniteError, compare, evaluate
 from milepost.evaluate.passages import Text
 from milepost.evaluate.report import as_json, summary, tables
+from milepost.evaluate.scoring import rows_at_once
 from milepost.files import replacing
 from milepost.resume import saved_settings
-from milepost.run import completed, open_source, reading_of, scan_source, scan_text, template_of, with_its_base
+from milepost.run import (
+    completed,
+    device_problem,
+    open_source,
+    reading_of,
+    refused,
+    scan_source,
+    scan_text,
+    template_of,
+    with_its_base,
+)
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log, shown
 from milepost.screen import write_json, write_stdout
 from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.known import known_text
 from milepost.text.token_files import split_at
+from models.model import Model
 
 
 def main(settings: Config, log: Log) -> int:
@@ -59,8 +71,11 @@ def main(settings: Config, log: Log) -> int:
         check_characters(record, text, benchmarks)
     done: list[Evaluation] = []
     for record, text in zip(records, texts, strict=True):
+        model = build_model(record, device=device, shared=True).eval()
+        check_device(model, settings, device=device, dtype=dtype)
         with hardware.autocast(device, dtype):
-            done.append(evaluate_record(record, text, benchmarks, settings, log, device=device))
+            done.append(evaluate_record(record, model, text, benchmarks, settings, log))
+        del model  # before the next one is built
         log(summary(done[-1]))
     comparisons = [row for other in done[1:] for row in compare(done[0], other, log=log)]
     how = {"milepost": VERSION, "device": device.type, "dtype": dtype, "eval_stride": settings.eval_stride}
@@ -137,21 +152,24 @@ def check_characters(record: Checkpoint, text: Text | None, benchmarks: list[Ben
             raise DataError(f"{shown(source)}: {shown(record.path or '')} cannot read it: {error}; {remedy}") from error
 
 
+def check_device(model: Model, settings: Config, *, device: torch.device, dtype: str) -> None:
+    """Raise DeviceError if a batch of windows comes out otherwise on the device than on the CPU."""
+    if device.type == "cpu" or not settings.device_check:
+        return
+    rows = rows_at_once(model, settings.batch_size)
+    if problem := device_problem(model, device=device, dtype=dtype, rows=rows, seed=0, backward=False):
+        raise refused(device, problem)
+
+
 def evaluate_record(
-    record: Checkpoint,
-    text: Text | None,
-    benchmarks: list[Benchmark],
-    settings: Config,
-    log: Log,
-    *,
-    device: torch.device,
+    record: Checkpoint, model: Model, text: Text | None, benchmarks: list[Benchmark], settings: Config, log: Log
 ) -> Evaluation:
     """Return the figures of one checkpoint. Raise CheckpointError if its model's probabilities are not finite."""
     identity = {name: getattr(record, name) for name in ("model_type", "step", "run_id", "save_id")}
     tokenizer = build_tokenizer(record)
     try:
         return evaluate(
-            build_model(record, device=device, shared=True).eval(),
+            model,
             tokenizer,
             text,
             benchmarks,

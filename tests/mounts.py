@@ -19,6 +19,7 @@ NEEDS = {
     "sshfs": (["sshfs", "sshd"], "sshfs and openssh-server"),
     "s3fs": (["s3fs"], "s3fs"),
     "ntfs-3g": (["mkntfs", "ntfs-3g"], "ntfs-3g"),
+    "fusefat": (["mkfs.vfat", "fusefat"], "dosfstools and fusefat"),
     "exfat": (["mkfs.exfat", "mount.exfat-fuse"], "exfatprogs and exfat-fuse"),
 }
 IMAGE = 64  # MiB of a file system that is an image
@@ -237,6 +238,7 @@ MOUNTS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Path]]] = {
     "s3fs": s3fs,
     "overlay": overlay,
     "ext4": lambda folder: image(folder, ["mkfs.ext4", "-q"], None),
+    "small ext4": lambda folder: image(folder, ["mkfs.ext4", "-q", "-m", "0", "-N", "64"], None, size=16),
     "xfs": lambda folder: image(folder, ["mkfs.xfs", "-q"], None, size=320),
     "ntfs-3g": lambda folder: image(folder, ["mkntfs", "-F", "-q"], ["ntfs-3g"]),
     "exfat": lambda folder: image(folder, ["mkfs.exfat"], ["mount.exfat-fuse"]),

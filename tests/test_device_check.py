@@ -13,6 +13,7 @@ import torch
 from device_faults import Products as Faulty
 from device_faults import from_row_9, zeros
 from drive import environment, newest, train
+from script import call, script
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,7 +43,12 @@ def gpt2(**changes: Any) -> GPT2:
 
 
 def problem(
-    model: Any, *, dtype: str = "float32", fault: Callable[[Tensor], None] | None = None, rows: int = 4
+    model: Any,
+    *,
+    dtype: str = "float32",
+    fault: Callable[[Tensor], None] | None = None,
+    rows: int = 4,
+    backward: bool = True,
 ) -> str | None:
     def compute(work: Callable[[], Any]) -> Any:
         if fault is None:
@@ -50,7 +56,7 @@ def problem(
         with Faulty(fault):
             return work()
 
-    return device_problem(model, device=CPU, dtype=dtype, rows=rows, seed=7, compute=compute)
+    return device_problem(model, device=CPU, dtype=dtype, rows=rows, seed=7, backward=backward, compute=compute)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -76,6 +82,25 @@ def slightly_wrong(out: Tensor) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_device_whose_products_are_wrong_is_found(name, dtype, fault):
     assert problem(gpt2(**MODELS[name]), dtype=dtype, fault=fault)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_forward_pass_by_itself_is_looked_at(name, dtype):
+    model = gpt2(**MODELS[name])
+    assert problem(model, dtype=dtype, backward=False) is None
+    for fault in (from_row_9, zeros, nans):
+        assert problem(model, dtype=dtype, fault=fault, backward=False)
+
+
+def test_a_forward_pass_by_itself_computes_no_gradient():
+    """What is wrong only in a backward pass does not matter to an evaluation."""
+    seen: list[Tensor] = []
+    assert problem(gpt2(), fault=seen.append, backward=False) is None
+    whole: list[Tensor] = []
+    assert problem(gpt2(), fault=whole.append) is None
+    assert not any(each.requires_grad for each in seen)
+    assert 0 < len(seen) < len(whole) / 2
 
 
 def test_a_percent_is_too_much_in_float32():
@@ -270,6 +295,28 @@ def test_the_first_token_is_compared_before_a_text_is_generated(tmp_path):
         samples.check_device(record, wrong, [1, 2, 3], settings, device=MPS)
     samples.check_device(record, wrong, [1, 2, 3], settings, device=CPU)
     samples.check_device(record, wrong, [1, 2, 3], dataclasses.replace(settings, device_check=False), device=MPS)
+
+
+def test_a_batch_is_compared_before_a_checkpoint_is_evaluated(tmp_path, monkeypatch):
+    assert train(tmp_path, TRAINING_STEPS="2")[0] == 0
+    evaluator, asked = script("evaluate_checkpoint"), []
+    monkeypatch.setattr(evaluator, "device_problem", lambda model, **how: asked.append(how) or "row 9 is zero")
+    plain = evaluator.check_device
+
+    def elsewhere(model, settings, *, device, dtype):
+        before = len(asked)
+        plain(model, settings, device=device, dtype=dtype)
+        assert len(asked) == before  # the CPU is the reference
+        plain(model, settings, device=MPS, dtype=dtype)
+
+    monkeypatch.setattr(evaluator, "check_device", elsewhere)
+    path = newest(tmp_path).path
+    done = call(evaluator, tmp_path, CHECKPOINT_PATH=path, BATCH_SIZE="3")
+    assert done.code == 2
+    assert "row 9 is zero" in done.err
+    assert (asked[0]["rows"], asked[0]["device"], asked[0]["backward"]) == (3, MPS, False)
+    assert call(evaluator, tmp_path, CHECKPOINT_PATH=path, DEVICE_CHECK="false").code == 0
+    assert len(asked) == 1
 
 
 def test_a_fault_in_the_first_token_is_found():

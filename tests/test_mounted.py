@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from drive import ROOT, command, small_text
-from lives import live
+from drive import ROOT, command, small_text, tensor_bytes
+from lives import figures, live, said_by, undisturbed
 from mounts import MOUNTS, await_that, missing, ssh_server, sshfs_of, unmount
 from picky import mounted
 from records import record
@@ -187,6 +187,7 @@ def needs(name: str) -> None:
 
 ON = [("rclone", "directory"), ("rclone, writes", "directory"), ("sshfs", "unified")]
 LONGER = [("rclone, writes", "separated"), ("exfat", "unified"), ("ntfs-3g", "directory"), ("overlay", "unified")]
+LONGER += [("fusefat", "unified"), ("fusefat", "directory")]
 ON += [pytest.param(*each, marks=pytest.mark.soak) for each in LONGER]
 
 
@@ -225,6 +226,42 @@ def test_an_sshfs_that_dies_and_is_mounted_again_costs_neither_a_line_nor_the_la
     assert last is not None
     assert last.step == 400
     assert ckpt.verify(last.path) == []
+
+
+def fill_room(place: Path, filler: Path) -> None:
+    """Leave room for what a run writes besides its checkpoints."""
+    room = os.statvfs(place)
+    (filler / "1").write_bytes(bytes(room.f_bavail * room.f_frsize - 100_000))
+
+
+def fill_inodes(place: Path, filler: Path) -> None:
+    """Leave the inodes that a run takes besides its checkpoints."""
+    for number in range(os.statvfs(place).f_ffree - 12):
+        (filler / str(number)).touch()
+
+
+@pytest.mark.parametrize("fill", [fill_room, fill_inodes])
+def test_a_disk_that_has_no_room_until_the_training_has_ended_gets_the_last_step(fill, tmp_path):
+    expected = undisturbed("unified")
+    with MOUNTS["small ext4"](tmp_path / "fs") as place:
+        filler = place / "filler"
+        filler.mkdir()
+        fill(place, filler)
+
+        def make_room() -> None:
+            await_that(lambda: "trying again" in "".join(log.read_text() for log in place.rglob("training.log")), str)
+            assert [path for path in (place / "checkpoints").iterdir() if path.name[0] != "."] == []  # the control
+            shutil.rmtree(filler)
+
+        later = threading.Thread(target=make_room)
+        later.start()
+        # With a policy the run would be refused at its start: its checkpoints do not fit.
+        said = said_by("training.py", tmp_path, place, CHECKPOINT_KEEP_LAST="0", CHECKPOINT_KEEP_BEST="0")
+        later.join()
+        assert "could not be saved" in said
+        (last,) = ckpt.find(place / "checkpoints")
+        assert (tensor_bytes(ckpt.load(last.path, verify=True)), figures(place)) == expected
+    files.forget()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

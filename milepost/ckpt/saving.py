@@ -88,6 +88,8 @@ def why_not_saved(error: Exception, folder: Path, *, need: int) -> str:
     if code == errno.EFBIG:
         limit = "the file system or the limit of this process (ulimit -f) allows no file of that size"
         return f"the file is too large: about {need:,} bytes are needed in {folder}, and {limit}"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return f"{error}"
 
 

@@ -213,7 +213,7 @@ class Config:
         group="Hardware and seed", scope="math", choices=("auto", "true", "false"))
     deterministic: bool = var(True, "use deterministic kernels, so that a resumed run ends bit-identical to an uninterrupted one",
         group="Hardware and seed", scope="math")
-    device_check: bool = var(True, "before the first step or token on a device other than the CPU, compare what it computes with the CPU, on a sample; "
+    device_check: bool = var(True, "before training, generating or evaluating on a device other than the CPU, compare what it computes with the CPU, on a sample; "
         "false goes on without", group="Hardware and seed")
     replay_check_interval: int = var(1000, "optimizer steps between those that are taken twice from the same state and must be equal bit for bit, "
         "which shows a device or memory that errs now and then; 0 = none", group="Hardware and seed", scope="habit", minimum=0)

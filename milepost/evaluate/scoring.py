@@ -53,13 +53,18 @@ def log_likelihoods(
     ]
     jobs.sort(key=lambda job: job[1].end - job[1].start)  # so that the windows of a batch are about equally long
     results = [np.empty(max(0, len(ids) - 1)) for ids in sequences]
-    rows = max(1, min(batch_size, LOGITS // (context * model.settings.vocab_size)))
+    rows = rows_at_once(model, batch_size)
     for position in range(0, len(jobs), rows):
         batch = jobs[position : position + rows]
         found = _log_probabilities(model, [sequences[which][window.start : window.end + 1] for which, window in batch])
         for (which, window), row in zip(batch, found, strict=True):
             results[which][window.first : window.end] = row[window.first - window.start : window.end - window.start]
     return results
+
+
+def rows_at_once(model: Model, batch_size: int) -> int:
+    """Return how many windows are read at once: batch_size, or as many as LOGITS allows."""
+    return max(1, min(batch_size, LOGITS // (model.settings.block_size * model.settings.vocab_size)))
 
 
 @torch.inference_mode()

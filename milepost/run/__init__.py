@@ -11,7 +11,7 @@ from milepost.run.build import (
     refused,
     shapes,
 )
-from milepost.run.device_check import first_token_problem
+from milepost.run.device_check import device_problem, first_token_problem
 from milepost.run.replay import check_unchanged, checked, left_by_step, why_not_replayed
 from milepost.run.state import TRY_INSTEAD, Run, Saved, State, is_due, to_record
 from milepost.run.text import (
@@ -51,6 +51,7 @@ __all__ = [
     "check_unchanged",
     "checked",
     "completed",
+    "device_problem",
     "first_token_problem",
     "fresh",
     "is_due",

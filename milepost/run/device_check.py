@@ -40,23 +40,31 @@ LOSS_SCALE = 4096.0  # keeps the gradients of float16 from vanishing
 
 
 def device_problem(
-    model: Model, *, device: torch.device, dtype: str, rows: int, seed: int, compute: Compute[Any] = lambda work: work()
+    model: Model,
+    *,
+    device: torch.device,
+    dtype: str,
+    rows: int,
+    seed: int,
+    backward: bool = True,
+    compute: Compute[Any] = lambda work: work(),
 ) -> str | None:
     """Return what the device computes wrongly, with figures, in a step of `rows` sequences; None if nothing.
 
-    `compute` runs the work of the device: tests put faults around it. No weight and no generator of the run changes.
+    Without `backward` the step ends with its loss, as when a model is evaluated. `compute` runs the work of the device: tests put faults around it. No weight and no generator of the run changes.
     """
     drawn = torch.from_numpy(np.random.default_rng(seed).uniform(-0.1, 0.1, PATTERN).astype(np.float32))
     small = small_model(model, device, pattern=drawn).eval()  # without dropout, whose draws differ between devices
     reference = copy.deepcopy(small).to("cpu")
     short = fixed_ids(small, sequences=SEQUENCES, tokens=min(TOKENS, small.settings.block_size))
-    here = compute(lambda: _computed(small, short, device=device, dtype=dtype))
-    there = _computed(reference, short, device=torch.device("cpu"), dtype="float32")
+    here = compute(lambda: _computed(small, short, device=device, dtype=dtype, backward=backward))
+    there = _computed(reference, short, device=torch.device("cpu"), dtype="float32", backward=backward)
     if problem := _disagreement(here, there, limit=WHOLE[_precision(dtype, device)]):
         return problem
     whole = fixed_ids(small, sequences=rows, tokens=small.settings.block_size)
     products = Products(seed)
-    compute(lambda: _watched(products, small, whole, device=device, dtype=dtype))
+    with torch.set_grad_enabled(backward):
+        compute(lambda: _watched(products, small, whole, device=device, dtype=dtype))
     return products.problem
 
 
@@ -82,24 +90,29 @@ def _precision(dtype: str, device: torch.device) -> str:
     return "tf32" if dtype == "float32" and rounded else dtype
 
 
-def _computed(model: Model, ids: tuple[Tensor, Tensor], *, device: torch.device, dtype: str) -> dict[str, Tensor]:
-    """Return logits, loss and gradients, in main memory."""
+def _computed(
+    model: Model, ids: tuple[Tensor, Tensor], *, device: torch.device, dtype: str, backward: bool
+) -> dict[str, Tensor]:
+    """Return logits and loss, and with `backward` gradients, in main memory."""
     x, y = (each.to(device) for each in ids)
     with hardware.autocast(device, dtype):
         with torch.no_grad():
             logits = model(x).logits
-        loss = model(x, y).loss
+        with torch.set_grad_enabled(backward):
+            loss = model(x, y).loss
     scale = _backward(loss, dtype)
     found = {"logits": logits, "loss": loss.detach()}
-    found |= {f"gradient of {name}": p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found |= {f"gradient of {name}": grad if scale == 1.0 else grad / scale for name, grad in gradients.items()}
     model.zero_grad(set_to_none=True)
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
 def _backward(loss: Tensor, dtype: str) -> float:
-    """Compute the gradients; return the factor by which they are too large."""
+    """Compute the gradients, if the loss has any; return the factor by which they are too large."""
     scale = LOSS_SCALE if dtype == "float16" else 1.0
-    (loss * scale).backward()
+    if loss.requires_grad:
+        (loss * scale).backward()
     return scale
 
 
@@ -112,7 +125,7 @@ def _disagreement(here: dict[str, Tensor], there: dict[str, Tensor], *, limit: f
     sizes = {name: float(tensor.norm()) / math.sqrt(tensor.numel()) for name, tensor in there.items()}
     largest = max((size for name, size in sizes.items() if name.startswith("gradient")), default=0.0)
     for name, right in there.items():
-        distance = float((here[name] - right).norm()) / math.sqrt(right.numel())
+        distance = float(here[name].sub_(right).norm()) / math.sqrt(right.numel())  # in place: a table is large
         size = sizes[name] + FLOOR * largest * name.startswith("gradient")
         if not distance <= limit * size:
             of = tuple(right.shape)
@@ -252,7 +265,7 @@ def _sample(matrix: Tensor, rows: list[int] | None, columns: list[int] | None) -
 
 
 def _attention_problem(name: str, named: dict[str, Any], out: Any, random: np.random.Generator) -> str | None:
-    """Return how the fused attention of a head differs from softmax(q k^T) v in float64, or its gradients do."""
+    """Return how the fused attention of a head differs from softmax(q k^T) v, or its gradients do."""
     q = named["query"]  # (B, H, T, hs)
     masked = any(named.get(mask) is not None for mask in ("attn_mask", "attn_bias"))
     if masked or named.get("dropout_p") or q.dim() != 4 or q.shape[2] > LONGEST:
@@ -261,13 +274,13 @@ def _attention_problem(name: str, named: dict[str, Any], out: Any, random: np.ra
     gradient = named.get("grad_out", named.get("grad_out_"))
     limit = ATTENTION[_precision(dtype, q.device)]
     place = int(random.integers(q.shape[0])), int(random.integers(q.shape[1]))  # a sequence and a head
-    heads = [named[each][place].cpu().double().numpy() for each in ("query", "key", "value")]
+    heads = [named[each][place].cpu().float().numpy() for each in ("query", "key", "value")]  # ample for the limit
     factor = float(named.get("scale") or 1 / math.sqrt(q.shape[3]))
-    upstream = None if gradient is None else gradient[place].cpu().double().numpy()
+    upstream = None if gradient is None else gradient[place].cpu().float().numpy()
     right = attention(*heads, scale=factor, causal=bool(named.get("is_causal")), gradient=upstream)
     names = ("output",) if upstream is None else ("dq", "dk", "dv")
     for what, value, got in zip(names, right, out, strict=False):
-        distance = float(np.linalg.norm(got[place].cpu().double().numpy() - value))
+        distance = float(np.linalg.norm(got[place].cpu().float().numpy() - value))
         error = distance / max(float(np.linalg.norm(value)), 1e-30)
         if not error <= limit:
             return (
@@ -282,7 +295,7 @@ def attention(
     """Return the attention (T, hs) of one head, or with `gradient`, that of the loss by it, those by q, k and v."""
     scores = scale * (q @ k.T)  # (T, T)
     if causal:
-        scores[np.triu_indices(len(q), 1)] = -np.inf
+        scores[~np.tri(len(q), dtype=bool)] = -np.inf
     weights = np.exp(scores - scores.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
     if gradient is None:

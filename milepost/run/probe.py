@@ -9,7 +9,8 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import models
 from milepost.ckpt.tensors import digest
@@ -56,11 +57,22 @@ def small_model(model: Model, device: torch.device, *, pattern: Tensor | None = 
     """Return a model that computes as `model` does, with its widths and adapters, but the fewest blocks; its weights are
     the numbers of `pattern` over and over, by default of one that is the same on every machine.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:  # drawn there: faster
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device, _Undrawn():
         small = type(model)(model.probe_settings()).to(device)
+    numbers = _pattern() if pattern is None else pattern
     for parameter in small.parameters():
-        parameter.data.copy_(_numbers(parameter, _pattern() if pattern is None else pattern))
+        _repeat(numbers.to(device), parameter.data)
     return small
+
+
+class _Undrawn(TorchFunctionMode):
+    """Within its block `torch.nn.init` leaves zeros in weights: drawing millions of numbers takes long."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        weight = (kwargs or {}).get("tensor")
+        if getattr(func, "__module__", None) == nn.init.__name__ and isinstance(weight, nn.Parameter):
+            return weight.data.zero_()
+        return func(*args, **(kwargs or {}))
 
 
 def fixed_ids(model: Model, *, sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -74,6 +86,9 @@ def _pattern() -> Tensor:
     return (torch.arange(PATTERN) * 40503 % PATTERN - PATTERN // 2).float() / (5 * PATTERN)
 
 
-def _numbers(parameter: Tensor, pattern: Tensor) -> Tensor:
-    """Return the pattern, repeated, in the parameter's shape."""
-    return pattern.repeat(-(-parameter.numel() // len(pattern)))[: parameter.numel()].view(parameter.shape)
+def _repeat(pattern: Tensor, values: Tensor) -> None:
+    """Write the pattern into the values, over and over."""
+    flat = values.view(-1)
+    whole = len(flat) // len(pattern) * len(pattern)
+    flat[:whole].view(-1, len(pattern)).copy_(pattern)
+    flat[whole:].copy_(pattern[: len(flat) - whole])

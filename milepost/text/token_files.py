@@ -177,7 +177,8 @@ def open_or_build(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[
         return _open_built(folder, dtypes, build)
     except OSError as error:
         remedy = "free space and fix permissions there; a read-only checkout uses XDG_CACHE_HOME instead"
-        raise DataError(f"the token files in {folder.parent} cannot be written ({error}): {remedy}") from error
+        problem = f"the token files in {folder.parent} cannot be written ({error.strerror or error})"
+        raise DataError(f"{problem}: {remedy}") from error
 
 
 def _open_built(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[Path], None]) -> list[np.ndarray]:
