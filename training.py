@@ -37,7 +37,7 @@ from milepost.config import Config
 from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
-from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due
+from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due, validation_of
 from milepost.run_checkpoints import finish_saving, repair, retry_is_due, save_checkpoint
 from milepost.run_files import open_run, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
@@ -47,7 +47,6 @@ from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 from milepost.runtime.optim import clip_gradients, gradient_norm
 from milepost.runtime.progress import Log, Progress, amount
 from milepost.runtime.schedule import lr_at
-from milepost.text.batches import validation_windows
 from milepost.text.unknown import first_known
 
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save failed
@@ -187,27 +186,28 @@ def training_step(run: Run, lr: float) -> dict[str, Tensor]:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
+    state.tokens_seen += run.batches.tokens_in(state.step)
     state.step += 1
-    state.tokens_seen += run.batches.rows_per_step * run.settings.block_size
     state.updating = False
     return metrics
 
 
 def accumulate_gradients(run: Run) -> dict[str, Tensor]:
     """Leave the step's gradients on the parameters; return the loss and the model's metrics, each the mean over the
-    micro-batches.
+    micro-batches; of conversations, over all tokens that count.
 
     Each process takes its own sequences of every micro-batch; gradients, loss and metrics are means over all processes.
     """
-    x, y = (ids.to(run.device, non_blocking=True) for ids in run.batches.at(run.state.step))  # (A, B, T) both
+    batch = [part.to(run.device, non_blocking=True) for part in run.batches.at(run.state.step)]  # (A, B, T) each
+    divisors = run.batches.divisors(run.state.step)
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=run.device))
-    for number, (micro_x, micro_y) in enumerate(zip(x, y, strict=True), 1):
-        with distributed.syncing(run.forward, run.engine, now=number == len(x)):
+    for number, (micro, divisor) in enumerate(zip(zip(*batch, strict=True), divisors, strict=True), 1):
+        with distributed.syncing(run.forward, run.engine, now=number == len(divisors)):
             with hardware.autocast(run.device, run.dtype):
-                output = run.forward(micro_x, micro_y)
-                loss = output.loss / len(x)
+                output = run.forward(*micro)
+                loss = output.loss / divisor
             run.scaler.scale(loss).backward()
-        parts = {name: value.detach() / len(x) for name, value in output.metrics.items()} | {"loss": loss.detach()}
+        parts = {name: value.detach() / divisor for name, value in output.metrics.items()} | {"loss": loss.detach()}
         for name, value in parts.items():
             totals[name] += value
     return {name: run.world.mean(total) for name, total in totals.items()}
@@ -270,12 +270,12 @@ def evaluate(run: Run, stop: Interrupt) -> float | None:
     settings, world, total, count, stopping = run.settings, run.world, 0.0, 0.0, False
     run.model.eval()  # the plain module, so that the compiled one never sees another shape
     sizes = {"block_size": settings.block_size, "batch_size": settings.batch_size, "steps": settings.eval_steps}
-    for x, y in validation_windows(run.text.split.validation, **sizes):  # (B, T) both
-        own = world.share(len(x))
-        counted = x[own].numel()
+    for batch in validation_of(run.text, run.model, **sizes):  # (B, T) each
+        own = world.share(len(batch[0]))
+        counted = int((batch[1][own] >= 0).sum())
         rows = own if counted else slice(1)
         with hardware.autocast(run.device, run.dtype):
-            loss = run.model(x[rows].to(run.device), y[rows].to(run.device)).loss
+            loss = run.model(*(part[rows].to(run.device) for part in batch)).loss
         total, count = total + loss.item() * counted, count + counted
         if stopping := world.any(stop.requested):
             break
@@ -310,7 +310,7 @@ def report(run: Run, clock: "Clock", metrics: Mapping[str, Tensor]) -> None:
     """Write a training line to metrics.jsonl, and show loss and speed beside the bar."""
     values, rate = {name: value.item() for name, value in metrics.items()}, clock.rate()
     write_metrics(run, "train", values | {"tok_s": round(rate, 1)})
-    left = (run.end - run.state.step) * run.batches.rows_per_step * run.settings.block_size / max(rate, 1e-9)
+    left = (run.end - run.state.step) * run.batches.tokens_in(run.state.step) / max(rate, 1e-9)
     run.bar.show(run.state.step, loss=f"{values['loss']:.4f}", tok_s=amount(rate), seconds_left=left)
 
 

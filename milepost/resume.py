@@ -225,7 +225,7 @@ def unfinished_run(run: Run) -> ckpt.Found | None:
     """
     folder, asked, text = Path(run.settings.checkpoint_dir), run.hyperparameters(), run.text.scan.sha256
     scopes = {name: variable.metadata["scope"] for name, variable in config.VARIABLES.items()}
-    known_by_hash = ("TRAINING_DATA_SOURCE", "TEXT_FIELD")
+    known_by_hash = ("TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD")
     names = [name for name, scope in scopes.items() if scope in ("identity", "math") and name not in known_by_hash]
     newest: dict[str, ckpt.Found] = {}
     for found in ckpt.find(folder) if folder.is_dir() else []:

@@ -1,5 +1,6 @@
 """Texts generated from a checkpoint as the settings ask: what load_checkpoint.py and compare_samples.py share."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ from milepost.config import Config, ConfigError
 from milepost.generation.decoder import Decoder
 from milepost.generation.texts import Sampling, choose_decoder, no_lookup_reason, texts
 from milepost.resume import fixed_settings
-from milepost.run import first_token_problem, refused, with_its_base
+from milepost.run import first_token_problem, refused, template_of, with_its_base
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log
 from milepost.text.blocks import decoded, normalized, not_decoded
 from milepost.text.errors import UnknownCharacters
 from milepost.text.known import has_carriage_returns
+from milepost.text.templates import chat_ids, chat_stops
 from milepost.text.tokenization import Tokenizer
 from milepost.text.unknown import Mode, lenient, occurrences, told, unknown_characters
 from models import adapter_counts
@@ -57,6 +59,11 @@ def prompt_for(record: Checkpoint, prompt: str) -> str:
     return prompt.removeprefix("\ufeff") if has_carriage_returns(record.tokenizer) else normalized(prompt)
 
 
+def is_question(record: Checkpoint, settings: Config, prompt: str) -> bool:
+    """Return whether the prompt is a user's turn that the model answers: it was trained on conversations."""
+    return bool(prompt) and "template" in record.data and not settings.raw_prompt
+
+
 def _read_prompt_file(name: str) -> str:
     """Return the text of a file, or of stdin for `-`. Raise ConfigError if it is not text or has more than PROMPT_LIMIT bytes."""
     try:
@@ -91,7 +98,15 @@ def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str,
     record = merged(record)
     device = hardware.choose_device(settings.device)
     model, tokenizer = build_model(record, device=device, shared=True).eval(), build_tokenizer(record)
-    ids = _encode_prompt(tokenizer, prompt_for(record, prompt), settings, log)
+    encoder = _encoder_for(tokenizer, prompt_for(record, prompt), settings, log)
+    ids, stop_ids, stops = encoder.encode(prompt_for(record, prompt)), tuple[int, ...](), tuple[str, ...]()
+    if is_question(record, settings, prompt):
+        question, template = (
+            {"role": "user", "content": prompt_for(record, prompt)},
+            template_of(record.data, tokenizer),
+        )
+        ids = chat_ids([question], encoder, template, answer=True)
+        stop_ids, stops = chat_stops(tokenizer, template)
     check_device(record, model, ids, settings, device=device)
     generator, lookup = _choose_generator(model, settings, device, log, prompt_tokens=len(ids))
     dtype = generator.weights if isinstance(generator, Decoder) else "float32"
@@ -102,7 +117,9 @@ def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str,
         generator,
         tokenizer,
         ids,
-        sampling=_sampling(settings),
+        sampling=dataclasses.replace(
+            _sampling(settings), stop=(*settings.stop, *stops), stop_ids=(*tokenizer.stop_ids, *stop_ids)
+        ),
         seed=seed,
         count=settings.num_samples,
         lookup=lookup,
@@ -136,14 +153,14 @@ def _sampling(settings: Config) -> Sampling:
     )
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: str, settings: Config, log: Log) -> list[int]:
-    """Return the prompt's tokens, without characters that the vocabulary lacks if UNKNOWN_CHARACTERS says so.
+def _encoder_for(tokenizer: Tokenizer, prompt: str, settings: Config, log: Log) -> Tokenizer:
+    """Return what encodes the prompt, without characters that the vocabulary lacks if UNKNOWN_CHARACTERS says so.
 
     Raise ConfigError with these characters if they are refused.
     """
     unknown = unknown_characters(tokenizer, prompt)
     if not unknown:
-        return tokenizer.encode(prompt)
+        return tokenizer
     name = "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}"
     try:
         encoder, done = lenient(tokenizer, unknown, cast(Mode, settings.unknown_characters))
@@ -151,7 +168,7 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: str, settings: Config, log: Log
         remedy = "remove them, the model has never seen them, or set UNKNOWN_CHARACTERS=skip or replace"
         raise ConfigError([f"{name}: {error}; {remedy}"]) from error
     log(f"{name}: {told(occurrences([(prompt, True)], unknown), done)}")
-    return encoder.encode(prompt)
+    return encoder
 
 
 def _choose_generator(

@@ -54,10 +54,23 @@ def offset_mask(T: int, start: int, device: torch.device) -> Tensor | None:
     return torch.ones(T, start + T, dtype=torch.bool, device=device).tril(diagonal=start)
 
 
-def attention_after(q: Tensor, k: Tensor, v: Tensor, *, start: int, dropout: float) -> Tensor:
-    """Return causal attention (B, H, T, hs) of T new queries over the keys of the `start` tokens before them and their
-    own, (B, H, start + T, hs), with dropout on the attention weights.
+def visible(positions: Tensor) -> Tensor:
+    """Return which keys each query may see where a row holds several texts, (B, 1, T, T): those of its own text up to itself.
+
+    `positions` (B, T) are those of the tokens in their texts: 0 begins a text.
     """
+    text = (positions == 0).cumsum(1)  # (B, T): the number of each token's text
+    return (text[:, None, :, None] == text[:, None, None, :]).tril()
+
+
+def attention_after(
+    q: Tensor, k: Tensor, v: Tensor, *, start: int, dropout: float, seen: Tensor | None = None
+) -> Tensor:
+    """Return causal attention (B, H, T, hs) of T new queries over the keys of the `start` tokens before them and their
+    own, (B, H, start + T, hs), with dropout on the attention weights. `seen` is what `visible` returned, of packed rows.
+    """
+    if seen is not None:
+        return packed_attention(q, k, v, seen, dropout=dropout)
     if start == 0:
         return causal_attention(q, k, v, dropout=dropout)
     mask = offset_mask(q.size(2), start, q.device)
@@ -79,6 +92,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tens
     if q.device.type == "cpu" and q.size(2) <= SHORT:
         return plain_attention(q, k, v, dropout=dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, dropout: float) -> Tensor:
+    """Return attention of q, k and v, all (B, H, T, hs), to the keys `seen` (B, 1, T, T), with dropout on its weights."""
+    if q.device.type == "cpu" and q.size(2) <= SHORT:
+        scores = (q @ k.transpose(2, 3) / math.sqrt(q.size(3))).masked_fill(~seen, -torch.inf)
+        return F.dropout(scores.softmax(-1), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:

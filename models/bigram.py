@@ -47,10 +47,15 @@ class Bigram(Model):
         # Near-uniform predictions: training then starts at a loss of log(V), with nothing to unlearn.
         nn.init.normal_(self.token_embedding_table.weight, std=0.02)
 
+    @property
+    def packs(self) -> bool:
+        return True
+
     def forward(
         self,
         ids: Tensor,
         targets: Tensor | None = None,
+        positions: Tensor | None = None,
         *,
         cache: BigramCache | None = None,
         last_only: bool = False,
@@ -58,7 +63,7 @@ class Bigram(Model):
         """Return the logits (B, T, V) of each next token, (B, 1, V) with last_only, and the mean loss in nats if
         targets are passed.
 
-        ids and targets are int64 (B, T). A cache only counts.
+        ids and targets are int64 (B, T). A cache only counts; positions change nothing, as no token before the current one does.
         """
         if cache is not None:
             cache.length += ids.size(1)

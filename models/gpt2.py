@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.adapters import LORA_NAMES
-from models.attention import SHORT, KeyValueCache, attention_after, check_length
+from models.attention import SHORT, KeyValueCache, attention_after, check_length, visible
 from models.head import CHUNK, head_loss
 from models.lora import LoraSettings, linear
 from models.model import Model, Output
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.c_proj = linear("c_proj", C, C, bias=settings.bias, lora=settings.lora)
         self.drop = nn.Dropout(settings.dropout)
 
-    def forward(self, x: Tensor, cache: GPT2Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cache: GPT2Cache | None, layer: int, seen: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, hs)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, T, hs)
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, start + T, hs)
         dropout = self.dropout if self.training else 0.0
-        y = attention_after(q, k, v, start=start, dropout=dropout)  # (B, H, T, hs)
+        y = attention_after(q, k, v, start=start, dropout=dropout, seen=seen)  # (B, H, T, hs)
         return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
 
 
@@ -162,8 +162,8 @@ class Block(nn.Module):
         self.mlp = MLP(settings)
         self.ttt: TTTMLP | None = None
 
-    def forward(self, x: Tensor, cache: GPT2Cache | None, layer: int) -> Tensor:
-        attended = self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x: Tensor, cache: GPT2Cache | None, layer: int, seen: Tensor | None = None) -> Tensor:
+        attended = self.attn(self.ln_1(x), cache, layer, seen)
         x = x + attended
         if self.ttt is not None:
             x = x + self.ttt(attended, None if cache is None else cache.learner(layer, self.ttt))
@@ -198,6 +198,11 @@ class GPT2(Model):
         """The most tokens that forward() takes, including those in the cache."""
         return self.settings.block_size
 
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several texts; a TTT layer would learn from all of them."""
+        return self.settings.ttt is None
+
     def _initialise(self) -> None:
         """Initialise matrices with Normal(0, 0.02), positions with 0.01, the 2 n_layer projections that add to the
         residual stream with 0.02 / sqrt(2 n_layer), biases with 0 and LayerNorm weights with 1.
@@ -219,6 +224,7 @@ class GPT2(Model):
         self,
         ids: Tensor,
         targets: Tensor | None = None,
+        positions: Tensor | None = None,
         *,
         cache: GPT2Cache | None = None,
         last_only: bool = False,
@@ -227,14 +233,16 @@ class GPT2(Model):
         loss in nats.
 
         ids and targets are int64 (B, T). With a cache, the ids follow the tokens it holds, and it grows by T.
-        Raises ValueError when the tokens exceed block_size.
+        `positions` are those of packed rows (`packs`). Raises ValueError when the tokens exceed block_size.
         """
         start, T = 0 if cache is None else cache.length, ids.size(1)
         check_length(start, T, self.settings.block_size)
-        positions = torch.arange(start, start + T, device=ids.device)  # (T,)
+        seen = None if positions is None else visible(positions)  # (B, 1, T, T)
+        if positions is None:
+            positions = torch.arange(start, start + T, device=ids.device)  # (T,)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)  # (B, T, C)
+            x = block(x, cache, layer, seen)  # (B, T, C)
         if cache is not None:
             cache.length += T
         x = self.ln_f(x[:, -1:] if last_only else x)

@@ -13,7 +13,7 @@ CHUNK = 2**25  # logits held at once, 128 MB in float32; smaller chunks only add
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy, in nats, of the logits x @ weight.T against targets; x (N, C), weight (V, C),
-    targets int64 (N,).
+    targets int64 (N,), of which those below 0 do not count.
 
     Above CHUNK logits it is computed chunk by chunk, gradients included. A compiler fuses by itself, and float16 needs
     the loss scaled before the gradients are rounded: both use the plain formula.
@@ -22,6 +22,9 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     logits = x.size(0) * weight.size(0)
+    if not torch.compiler.is_compiling() and (device == "cpu" or logits > CHUNK) and not (counts := targets >= 0).all():
+        x, targets = x[counts], targets[counts]  # conversations: only answers need logits
+        logits = x.size(0) * weight.size(0)
     if logits <= CHUNK or dtype == torch.float16 or torch.compiler.is_compiling():
         return F.cross_entropy(F.linear(x, weight).float(), targets)
     loss: Tensor = _ChunkedLoss.apply(x.to(dtype), weight, targets, -(-logits // CHUNK))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.adapters import LORA_NAMES
-from models.attention import SHORT, KeyValueCache, attention_after, check_length
+from models.attention import SHORT, KeyValueCache, attention_after, check_length, visible
 from models.head import CHUNK, head_loss
 from models.lora import LoraSettings, linear
 from models.model import Model, Output
@@ -125,10 +125,17 @@ def frequencies(settings: LlamaSettings, device: torch.device | None = None) -> 
     return (1 - kept) * angles / scaling.factor + kept * angles
 
 
-def rotation(settings: LlamaSettings, start: int, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of the angles at T positions from `start` on, each (T, hs / 2) in float32."""
-    positions = torch.arange(start, start + T, dtype=torch.float32, device=device)
-    angles = positions[:, None] * frequencies(settings, device)
+def rotation(
+    settings: LlamaSettings, start: int, T: int, device: torch.device, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the angles at T positions from `start` on, each (T, hs / 2) in float32; at `positions` (B, T)
+    of packed rows, each (B, 1, T, hs / 2).
+    """
+    if positions is not None:
+        angles = positions[:, None, :, None].float() * frequencies(settings, device)
+        return angles.cos(), angles.sin()
+    from_start = torch.arange(start, start + T, dtype=torch.float32, device=device)
+    angles = from_start[:, None] * frequencies(settings, device)
     return angles.cos(), angles.sin()
 
 
@@ -159,7 +166,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(s.head_size, eps=s.norm_eps) if s.qk_norm else nn.Identity()
         self.drop = nn.Dropout(s.dropout)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: KeyValueCache | None, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None,
+        layer: int,
+        seen: Tensor | None = None,
+    ) -> Tensor:
         B, T, _ = x.shape
         H, KV, hs = self.shape
         q = rotated(self.q_norm(self.q_proj(x).view(B, T, H, hs)).transpose(1, 2), *turn)  # (B, H, T, hs)
@@ -170,7 +184,8 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  # (B, KV, start + T, hs)
         if KV < H:
             k, v = (heads.repeat_interleave(H // KV, 1) for heads in (k, v))  # (B, H, start + T, hs)
-        y = attention_after(q, k, v, start=start, dropout=self.dropout if self.training else 0.0)  # (B, H, T, hs)
+        dropout = self.dropout if self.training else 0.0
+        y = attention_after(q, k, v, start=start, dropout=dropout, seen=seen)  # (B, H, T, hs)
         return self.drop(self.o_proj(y.transpose(1, 2).reshape(B, T, H * hs)))  # (B, T, C)
 
 
@@ -199,8 +214,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(settings.n_embd, eps=settings.norm_eps)
         self.mlp = MLP(settings)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: KeyValueCache | None, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, cache, layer)
+    def forward(
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None,
+        layer: int,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, cache, layer, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -225,6 +247,10 @@ class Llama(Model):
         """The most tokens that forward() takes, including those in the cache."""
         return self.settings.block_size
 
+    @property
+    def packs(self) -> bool:
+        return True
+
     def _initialise(self) -> None:
         """Initialise matrices with Normal(0, 0.02), as transformers does, the 2 n_layer projections that add to the residual
         stream with 0.02 / sqrt(2 n_layer), as for GPT-2, and biases with 0. Adapters have initialised themselves.
@@ -243,6 +269,7 @@ class Llama(Model):
         self,
         ids: Tensor,
         targets: Tensor | None = None,
+        positions: Tensor | None = None,
         *,
         cache: KeyValueCache | None = None,
         last_only: bool = False,
@@ -251,14 +278,15 @@ class Llama(Model):
         loss in nats.
 
         ids and targets are int64 (B, T). With a cache, the ids follow the tokens it holds, and it grows by T.
-        Raises ValueError when the tokens exceed block_size.
+        `positions` are those of packed rows (`packs`). Raises ValueError when the tokens exceed block_size.
         """
         start, T = 0 if cache is None else cache.length, ids.size(1)
         check_length(start, T, self.settings.block_size)
         x = self.drop(self.embed_tokens(ids))  # (B, T, C)
-        turn = rotation(self.settings, start, T, ids.device)  # one for all blocks
+        seen = None if positions is None else visible(positions)  # (B, 1, T, T)
+        turn = rotation(self.settings, start, T, ids.device, positions)  # one for all blocks
         for layer, block in enumerate(self.layers):
-            x = block(x, turn, cache, layer)  # (B, T, C)
+            x = block(x, turn, cache, layer, seen)  # (B, T, C)
         if cache is not None:
             cache.length += T
         x = self.norm(x[:, -1:] if last_only else x)

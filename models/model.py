@@ -56,10 +56,19 @@ class Model(nn.Module):
         """The most tokens that forward() takes, including those in the cache; None for no limit."""
         return None
 
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several texts: forward() then takes the `positions` (B, T) of the ids as a third argument,
+        where 0 begins another text, of which nothing before it may be seen.
+        """
+        return False
+
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, *, cache: Any = None, last_only: bool = False
     ) -> Output:
         """Return the logits of each next token, and with targets the loss; ids and targets are int64 (B, T).
+
+        The loss is the mean over the targets that are not below 0; of conversations, only some count.
 
         With a cache the ids follow the tokens it holds, and it grows by T. With last_only the logits are those after
         the last token.

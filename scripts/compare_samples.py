@@ -10,9 +10,9 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "PROMPT", "PROMPT_FILE", "NUM_SAMPLES", "SAMPLE_SEED", "OUTPUT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P",
+    "CHECKPOINT_PATH", "PROMPT", "PROMPT_FILE", "RAW_PROMPT", "NUM_SAMPLES", "SAMPLE_SEED", "OUTPUT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P",
     "REPETITION_PENALTY", "STOP", "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME",
-    "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "N_HEAD",
+    "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 

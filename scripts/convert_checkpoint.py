@@ -13,7 +13,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "CONVERT_TO", "OUTPUT", "CHECKPOINT_LAYOUT if not CONVERT_TO", "CHECKPOINT_MODEL_ONLY", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "GGUF_TYPE",
-    "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER", "N_HEAD",
+    "TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 

@@ -11,7 +11,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DEVICE_CHECK", "DTYPE", "DETERMINISTIC",
-    "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER",
+    "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "FORMAT", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
@@ -35,7 +35,17 @@ from milepost.evaluate.report import as_json, summary, tables
 from milepost.evaluate.scoring import rows_at_once
 from milepost.files import replacing
 from milepost.resume import saved_settings
-from milepost.run import completed, device_problem, open_source, refused, scan_source, scan_text, with_its_base
+from milepost.run import (
+    completed,
+    device_problem,
+    open_source,
+    reading_of,
+    refused,
+    scan_source,
+    scan_text,
+    template_of,
+    with_its_base,
+)
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log, shown
 from milepost.screen import write_json, write_stdout
@@ -108,7 +118,7 @@ def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
     """Return EVAL_DATA, else the validation part of the checkpoint's own text. Raise DataError if there is none."""
     known = known_text(record.data, record.tokenizer)
     if settings.eval_data is not None:
-        found = scan_source(settings.eval_data, log, text_field=settings.text_field, known=known)
+        found = scan_source(settings.eval_data, log, reading=reading_of(settings), known=known)
         return Text(*found, start=0)
     name, fraction = shown(record.path or ""), record.data.get("validation_fraction")
     if not fraction:
@@ -118,7 +128,8 @@ def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
     if scanned.sha256 != record.data.get("sha256"):
         remedy = "set EVAL_DATA, or TRAINING_DATA_SOURCE to that text"
         raise DataError(f"{shown(corpus.source)} is not the text that {name} was trained on: {remedy}")
-    return Text(corpus, scanned, start=split_at(scanned.characters, fraction))
+    size = scanned.documents if corpus.reading.form else scanned.characters
+    return Text(corpus, scanned, start=split_at(size, fraction))
 
 
 def read_benchmarks(settings: Config) -> list[Benchmark]:
@@ -154,16 +165,18 @@ def evaluate_record(
 ) -> Evaluation:
     """Return the figures of one checkpoint. Raise CheckpointError if its model's probabilities are not finite."""
     identity = {name: getattr(record, name) for name in ("model_type", "step", "run_id", "save_id")}
+    tokenizer = build_tokenizer(record)
     try:
         return evaluate(
             model,
-            build_tokenizer(record),
+            tokenizer,
             text,
             benchmarks,
             name=shown(record.path or ""),
             identity={"path": str(record.path)} | identity,
             batch_size=settings.batch_size,
             stride=settings.eval_stride,
+            template=template_of(record.data, tokenizer),
             log=log,
         )
     except NotFiniteError as error:

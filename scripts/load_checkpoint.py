@@ -10,11 +10,11 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "MODE", "PROMPT if MODE=inference", "MAX_NEW_TOKENS if MODE=inference", "TEMPERATURE",
+    "CHECKPOINT_PATH", "MODE", "PROMPT if MODE=inference", "LOSS_ON if MODE=resume", "PACKING if MODE=resume", "MAX_NEW_TOKENS if MODE=inference", "TEMPERATURE",
     "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE",
     "Generation if MODE=inference", "TOP_K", "TOP_P", "REPETITION_PENALTY",
     "Training if MODE=resume", "Logging if MODE=resume", "Hardware and seed if MODE=resume", "DEVICE", "DTYPE",
-    "Checkpoints if MODE=resume", "CHECKPOINT_DIR", "RUNS_DIR", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "TOKENIZER",
+    "Checkpoints if MODE=resume", "CHECKPOINT_DIR", "RUNS_DIR", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION if MODE=resume", "DROPOUT if MODE=resume", "N_HEAD",
     "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
 )  # fmt: skip
@@ -45,7 +45,7 @@ from milepost.run import Run, agreed, completed, planned
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log
 from milepost.runtime.schedule import Schedule, replan
-from milepost.samples import drop_conflicts, prompt_for, read_prompt, sample_seed, sample_texts
+from milepost.samples import drop_conflicts, is_question, prompt_for, read_prompt, sample_seed, sample_texts
 from milepost.screen import harmless, ignore
 from training import train
 
@@ -85,11 +85,12 @@ def main(settings: Config, log: Log) -> int:
 
 
 def infer(settings: Config, record: Checkpoint, log: Log) -> int:
-    """Write prompt and continuations to stdout, everything else to stderr."""
+    """Write prompt and continuations to stdout, of a question only its answers, and everything else to stderr."""
     prompt = read_prompt(settings)
+    before = [] if is_question(record, settings, prompt) else [prompt_for(record, prompt)]
     try:
         for pieces in sample_texts(settings, record, log, prompt=prompt, seed=sample_seed(settings)):
-            show(itertools.chain([prompt_for(record, prompt)], pieces), stream=settings.stream)
+            show(itertools.chain(before, pieces), stream=settings.stream)
     except BrokenPipeError:
         ignore(sys.stdout)  # the reader closed the pipe, as `| head` does
     return 0

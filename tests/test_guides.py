@@ -27,7 +27,7 @@ from milepost.runtime.progress import Log
 PAGES = sorted((ROOT / "docs" / "coming-from").glob("*.md"))
 FOREIGN = ROOT / "tests" / "fixtures" / "foreign"
 NAMES = [page.stem for page in PAGES]
-# Pages by task whose commands run here too; those of README.md, commands.md and fine-tuning.md run elsewhere.
+# Pages by task whose commands run here too; those of README.md, commands.md, conversations.md and fine-tuning.md run elsewhere.
 # What they name, from what lies in the folder. (The commands of adapters.md build on its folder `adapters`.)
 NEEDED = {
     "letters.txt": "held_out.txt",

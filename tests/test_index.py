@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
+import os
 import random
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from milepost.ckpt.finding import scan
 from milepost.ckpt.layouts import LAYOUTS, WRITERS
 from milepost.ckpt.saving import save as save_record
 from milepost.ckpt.tensors import digest
+from milepost.files import watching
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +90,17 @@ def seen(folder: Path, *, fresh: bool) -> list[tuple]:
     return [dataclasses.astuple(each) for each in found]
 
 
+@pytest.fixture(params=["watched", "listed"])
+def is_watched(request, monkeypatch) -> bool:
+    """Whether the system reports what changes in a folder, or it is listed at each look."""
+    if request.param == "listed":
+        monkeypatch.setattr(watching, "WATCHED", ())
+    return request.param == "watched"
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("fresh", [True, False])
-def test_a_second_look_finds_what_a_first_look_would(tmp_path, pool, seed, fresh):
+def test_a_second_look_finds_what_a_first_look_would(tmp_path, pool, seed, fresh, is_watched):
     draw, folder, kinds = random.Random(seed), tmp_path / "checkpoints", set()
     folder.mkdir()
     for _ in range(40):
@@ -103,15 +116,15 @@ def test_a_second_look_finds_what_a_first_look_would(tmp_path, pool, seed, fresh
     assert kinds <= {layout.name for layout in LAYOUTS}
 
 
-def test_control_a_file_rewritten_in_place_is_seen_by_a_fresh_look_only(tmp_path):
+def test_control_a_file_rewritten_in_place_is_seen_by_a_fresh_look_or_where_the_folder_is_watched(tmp_path, is_watched):
     path = save(tmp_path, 3)
     before = seen(tmp_path, fresh=True)
     path.write_bytes(b"no checkpoint any more")
-    assert seen(tmp_path, fresh=False) == before
+    assert (seen(tmp_path, fresh=False) != before) == is_watched
     assert seen(tmp_path, fresh=True) != before
 
 
-def test_what_was_rewritten_in_place_is_not_pruned(tmp_path):
+def test_what_was_rewritten_in_place_is_not_pruned(tmp_path, is_watched):
     """A save takes known files as they were, but looks again at what it is about to delete."""
     paths = [save(tmp_path, step, run_id="run") for step in (1, 2, 3, 4)]
     list(scan(tmp_path))
@@ -134,37 +147,42 @@ sys.addaudithook(_note_listing)  # Python cannot remove it; it notes nothing out
 
 def listed(action: Callable[[], object], folder: Path) -> int:
     """Return how often `action` lists the folder itself."""
+    return with_listings(action, folder)[1]
+
+
+def with_listings(action: Callable[[], Any], folder: Path) -> tuple[Any, int]:
+    """Return the result of `action`, and how often it lists the folder itself."""
     global LISTED
     LISTED = []
     try:
-        action()
-        return LISTED.count(str(folder))
+        return action(), LISTED.count(str(folder))
     finally:
         LISTED = None
 
 
-def saved_as_in_training(step: int, folder: Path) -> Path:
+def saved_as_in_training(step: int, folder: Path, *, layout: str = "unified") -> Path:
     own = dataclasses.replace(record(step), run_id="run")
-    path = save_record(own, folder)
-    ckpt.keep_best(own, folder, saved=path)
+    path = save_record(own, folder, layout=layout)
+    ckpt.keep_best(own, folder, saved=path, layout=layout)
     ckpt.prune(folder, run_id="run", keep_last=2, keep_every=0, latest_valid=path)
     return path
 
 
-def test_an_operation_lists_a_folder_once_however_often_it_asks(tmp_path):
+def test_an_operation_lists_a_folder_once_however_often_it_asks(tmp_path, monkeypatch):
     """Two listings more read the names of leftovers and of notes, one the links, and one the adapters below, which are
     looked for after it is known what expires.
     """
+    monkeypatch.setattr(watching, "WATCHED", ())
     for step in range(1, 6):
         saved_as_in_training(step, tmp_path)
-    assert listed(lambda: saved_as_in_training(6, tmp_path), tmp_path) <= 8
+    assert 0 < listed(lambda: saved_as_in_training(6, tmp_path), tmp_path) <= 8
     looks: index.Looks = {}
     assert listed(lambda: [list(scan(tmp_path, looks=looks)) for _ in range(3)], tmp_path) == 1
     assert listed(lambda: [list(scan(tmp_path, looks={})) for _ in range(3)], tmp_path) == 3  # the control
     assert listed(lambda: [list(scan(tmp_path)) for _ in range(3)], tmp_path) == 3
 
 
-def test_adapters_that_come_while_it_is_decided_what_expires_keep_their_base(tmp_path, monkeypatch):
+def test_adapters_that_come_while_it_is_decided_what_expires_keep_their_base(tmp_path, monkeypatch, is_watched):
     """They are looked for after the decision, not in the listing that it was made from."""
     paths = [save(tmp_path, step, run_id="run") for step in (1, 2, 3)]
     decide = retention.expired
@@ -207,3 +225,47 @@ def test_a_save_opens_no_other_checkpoint_and_costs_little_more_among_many(tmp_p
         work[count] = openings, made
     assert work[200][0] == work[20][0]
     assert work[200][1] - work[20][1] < 180 * 150  # function calls for each checkpoint that is not read
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports what changes in a folder")
+@pytest.mark.parametrize("layout", WRITERS)
+def test_a_save_after_the_first_does_the_same_work_among_ten_times_as_many(tmp_path, layout, is_watched):
+    """It lists no folder that holds them, and takes the status of as many names and opens as many files."""
+    work = {}
+    for count in (2, 20, 200):  # the first has what is done once, like an import
+        folder = tmp_path / str(count)
+        one = save(folder, 1, layout=layout, run_id="other")
+        for number in range(count):
+            (shutil.copytree if one.is_dir() else shutil.copy)(one, one.with_name(f"copy{number}{one.name}"))
+        for step in range(2, 8):
+            saved_as_in_training(step, folder, layout=layout)
+
+        work[count] = work_of(functools.partial(saved_as_in_training, 8, folder, layout=layout), one.parent)
+    if is_watched:
+        assert work[20] == work[200]
+        assert work[200][2] == 0
+    else:  # the control
+        assert work[200][2] > 0
+
+
+def work_of(action: Callable[[], object], folder: Path) -> tuple[int, int, int]:
+    """Return how many names `action` takes the status of, how many files it opens, and how often it lists `folder`."""
+    (taken, openings), listings = with_listings(lambda: opened(lambda: statuses_taken(action), folder), folder)
+    return taken, openings, listings
+
+
+def statuses_taken(action: Callable[[], object]) -> int:
+    """Return how many names `action` takes the status of."""
+    taken = 0
+
+    def each(frame: FrameType, event: str, function: Any) -> None:
+        nonlocal taken
+        taken += event == "c_call" and function in (os.stat, os.lstat)
+
+    before = sys.getprofile()
+    sys.setprofile(each)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return taken

@@ -13,8 +13,9 @@ from work import HANGING
 from milepost import ckpt
 from milepost.runtime.interrupt import INTERRUPTED
 
-# Python imports it at its start. From the first import of milepost on it counts the events that Python reports to audit
-# hooks (imports, files, processes, compiled code and more), and sends the signal at one of them.
+# Python imports it at its start. Once the program takes signals, it counts the events that Python reports to audit hooks
+# (imports, files, processes, compiled code and more), and sends the signal at one of them. Before that Python itself
+# starts, nothing has been done, and a signal ends it as it ends any program.
 HOOK = """
 import os, signal, sys
 
@@ -22,7 +23,7 @@ count, at, number = -1, int(os.environ["AT_EVENT"]), int(os.environ["SIGNAL"])
 
 def hook(event, arguments):
     global count
-    if count < 0 and event == "import" and arguments[0] == "milepost.runtime.interrupt":
+    if count < 0 and signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL:  # the last that the program takes
         count = 0
     if count >= 0:
         count += 1

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.ckpt.finding import folder_of, folders_below, names_in, places, scan
-from milepost.ckpt.index import Found, Looks, look, stamps
+from milepost.ckpt.finding import folder_of, folders_below, hidden_in, places, scan
+from milepost.ckpt.index import Found, Listing, Looks, look, stamps
 from milepost.ckpt.layouts import known_layout, layout_of
 from milepost.ckpt.manifest import read_json
 from milepost.ckpt.names import own_stem
@@ -40,14 +40,13 @@ def bases_in_use(folder: Path) -> list[Base]:
     below = (
         place for place in folders_below(folder, looks=looks) if place == folder or os.access(place, os.R_OK | os.X_OK)
     )
-    adapters = (
-        found for place in below for found in scan(place, looks=looks) if "adapters" in found.metadata.get("parts", ())
-    )
+    found = (found for place in below for found in scan(place, looks=looks, pick=Listing.adapters))
+    adapters = (found for found in found if "adapters" in found.metadata.get("parts", ()))  # not a folder itself
     named = [_base(found.metadata.get("base"), found.path) for found in adapters]
     notes = (
         place / name
         for place in places(folder, looks=looks)
-        for name in sorted(names_in(place))
+        for name in hidden_in(place, looks)
         if OWN_NOTE.fullmatch(name)
     )
     named += [_base(values, Path(str(values.get("needed_by")))) for note in notes if (values := _read_note(note))]

@@ -53,7 +53,7 @@ def _superseded(record: Checkpoint, folder: Path, *, count: int) -> list[Found]:
     Two saves of one step count once. Copies made by hand, the bases of adapters and what a link names stay.
     """
     looks: Looks = {}
-    known = list(scan(folder, regular=False, looks=looks))
+    known = list(scan(folder, regular=False, looks=looks, pick=lambda listing: listing.of_run(record.run_id)))
     check_reachable(known)
     own = own_checkpoints([each for each in known if each.run_id == record.run_id is not None])
     own.sort(key=lambda found: (loss_of(found) is None, loss_of(found), found.save_order))
@@ -77,7 +77,8 @@ def best_is_kept(folder: Path, *, run_id: str | None, loss: float) -> bool:
 
 def saved_best(folder: Path, *, run_id: str | None, step: int, loss: float) -> Found | None:
     """Return the ordinary save of a run's best step; None if there is none or it was saved before evaluation."""
-    own = [found for found in scan(folder, bests=False, looks={}) if found.problem is None and found.run_id == run_id]
+    known = scan(folder, bests=False, looks={}, pick=lambda listing: listing.of_run(run_id))
+    own = [found for found in known if found.problem is None and found.run_id == run_id]
     same = [found for found in own if (found.step, loss_of(found)) == (step, loss)]
     return max(same, key=lambda found: (found.resumable, found.save_order), default=None)
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from milepost.ckpt.index import Found, Listing, Looks, look, look_into
+from milepost.ckpt.index import Found, Listing, Looks, Pick, look, look_into
 from milepost.ckpt.layouts import LAYOUTS, known_layout, layout_of
 from milepost.ckpt.record import CheckpointError
 from milepost.files import if_it_answers, steadily
@@ -62,11 +62,14 @@ def folders_below(folder: Path, *, looks: Looks | None = None) -> Iterator[Path]
                 yield from folders_below(folder / name, looks=looks)
 
 
-def scan(folder: Path, *, regular: bool = True, bests: bool = True, looks: Looks | None = None) -> Iterator[Found]:
+def scan(
+    folder: Path, *, regular: bool = True, bests: bool = True, looks: Looks | None = None, pick: Pick = Listing.all
+) -> Iterator[Found]:
     """Yield every checkpoint in `folder` under each of its names, after `folder` itself if it is a checkpoint too.
 
     Skip those outside best/ if not `regular`, and those inside if not `bests`. With `looks`, take the metadata of a file
-    that was seen before and has kept its name and inode as it was then: this costs a save little in a full folder.
+    that was seen before and has kept its name and inode as it was then: this costs a save little in a full folder. `pick`
+    chooses from each listing, so that a save does not look at every checkpoint of other runs.
     """
     whole = layout_of(folder)
     if whole is not None and regular:
@@ -74,13 +77,23 @@ def scan(folder: Path, *, regular: bool = True, bests: bool = True, looks: Looks
     if not os.path.isdir(folder):
         return
     inside = look_into(folder, whole=whole, looks=looks)
-    found = list(inside.found.values()) if regular else []
+    found = pick(inside) if regular else []
     for place in _inner_places(folder, inside):
         if bests if place.name == BEST_FOLDER else regular:
             with if_it_answers():  # lost+found does not
-                here = look_into(place, whole=layout_of(place), looks=looks).found.values()
+                here = pick(look_into(place, whole=layout_of(place), looks=looks))
                 found += [each for each in here if place == folder / BEST_FOLDER or not _is_stray(each, folder)]
     yield from (each for each in found if whole is None or not whole.owns(folder, each.path))
+
+
+def highest_number(folder: Path) -> int:
+    """Return the highest save number in `folder`, its run folders and their best/; 0 if there is none."""
+    whole, looks = layout_of(folder), Looks()
+    numbers = [0 if whole is None else look(folder, whole).metadata.get("save_number") or 0]
+    for place in places(folder, looks=looks):
+        with if_it_answers():
+            numbers.append(look_into(place, whole=layout_of(place), looks=looks).highest)
+    return max(numbers)
 
 
 def _is_stray(found: Found, folder: Path) -> bool:
@@ -150,9 +163,16 @@ def linked(found: Iterable[Found], folder: Path, looks: Looks | None = None) -> 
     return {path for path, own in files.items() if targets.intersection(map(os.path.realpath, own))}
 
 
-def _links_in(place: Path) -> list[str]:
-    with if_it_answers(), os.scandir(place) as inside:
-        return [entry.path for entry in inside if entry.is_symlink()]
+def _links_in(place: Path) -> list[Path]:
+    with if_it_answers():  # looked for at this moment: a user's link protects
+        return [place / name for name in look_into(place, whole=layout_of(place), looks={}).links]
+    return []
+
+
+def hidden_in(place: Path, looks: Looks) -> list[str]:
+    """Return the names in `place` that begin with a dot, sorted, as `names_in` does. `looks` is that of `look_into`."""
+    with if_it_answers():
+        return sorted(look_into(place, whole=layout_of(place), looks=looks).hidden)
     return []
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from milepost import files
-from milepost.ckpt.finding import names_in, places
+from milepost.ckpt.finding import hidden_in, places
 from milepost.ckpt.index import look
 from milepost.ckpt.layouts import LAYOUTS, layout_of
 from milepost.ckpt.names import has_form_of_save
@@ -37,7 +37,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
     Files of a living process stay: in a run folder or in best/ it may hold the lock of the folder above instead.
     """
-    paths = [folder / name for name in names_in(folder) if name.startswith(TEMPORARY)]
+    paths = [folder / name for name in hidden_in(folder, {}) if name.startswith(TEMPORARY)]
     leftovers = [path for path in paths if _is_left_over(path)]
     for path in leftovers:
         for part in _visible_parts(path):

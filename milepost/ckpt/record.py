@@ -1,5 +1,6 @@
 """Checkpoint: the in-memory record between every layout on disk and every user of a checkpoint; CheckpointError."""
 
+import functools
 import json
 import re
 import types
@@ -248,8 +249,9 @@ MIGRATIONS = (_name_the_parts,)  # the n-th converts format n to format n + 1
 
 def _check_values(known: dict[str, Json], where: str) -> None:
     """Raise CheckpointError for a value of the right type that is impossible."""
-    for name in known.keys() - {"tokenizer"}:  # which is large and has a check of its own
-        if not _is_text(known[name]):
+    values = {name: value for name, value in known.items() if name != "tokenizer"}  # it is large and has its own check
+    for name in () if _encodes(values) else values:
+        if not _is_text(values[name]):
             raise _damaged(where, f"{name} holds half of a surrogate pair, which no program can print")
     for name in ("vocab_size", "block_size"):  # every model has them
         size = known["model_settings"].get(name)
@@ -258,6 +260,15 @@ def _check_values(known: dict[str, Json], where: str) -> None:
     run_id = known.get("run_id")
     if run_id is not None and not RUN_ID.fullmatch(run_id):
         raise _damaged(where, f"run_id is {run_id!r:.80}, expected letters, digits, `_`, `.` and `-`")
+
+
+def _encodes(values: dict[str, Any]) -> bool:
+    """Whether the values are JSON text that can be encoded: much faster than to look at each string."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_text(value: Any) -> bool:
@@ -274,9 +285,14 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def _fits(value: Json, hint: Any) -> bool:
+@functools.cache
+def _classes(hint: Any) -> tuple[type, ...]:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    plain = tuple(typing.get_origin(option) or option for option in options)
+    return tuple(typing.get_origin(option) or option for option in options)
+
+
+def _fits(value: Json, hint: Any) -> bool:
+    plain = _classes(hint)
     if isinstance(value, bool):
         return False
     if isinstance(value, (int, float)):

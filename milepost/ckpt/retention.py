@@ -105,7 +105,7 @@ def select_expired(
     does not answer: what it needs is unknown.
     """
     looks: Looks = {}
-    known = list(scan(folder, bests=False, looks=looks))
+    known = list(scan(folder, bests=False, looks=looks, pick=lambda listing: listing.of_run(run_id)))
     check_reachable(known)
     own = own_checkpoints([each for each in known if each.run_id == run_id])
     named = linked(own, folder, looks)

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from milepost.ckpt.finding import BEST_FOLDER, scan
+from milepost.ckpt.finding import BEST_FOLDER, highest_number
 from milepost.ckpt.layouts import WRITERS
 from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_stem, target_folder
@@ -36,8 +36,7 @@ def save(
         place = target_folder(record, folder, writer=writer)
         remove_leftovers_below(folder, _places(record, folder))
         now = datetime.datetime.now(datetime.UTC)
-        numbers = [checkpoint.metadata.get("save_number") or 0 for checkpoint in scan(folder, looks={})]
-        record.save_number = min(LARGEST, 1 + max(numbers, default=0))  # at the limit, the time decides
+        record.save_number = min(LARGEST, 1 + highest_number(folder))  # at the limit, the time decides
         record.saved_at = now.isoformat(timespec="microseconds")
         record.save_id = os.urandom(8).hex()
         if lacking := lacks(folder):

@@ -28,7 +28,7 @@ MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes ne
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 
 DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
-DATA_VARIABLES = ("TRAINING_DATA_SOURCE", "TEXT_FIELD", "VALIDATION_FRACTION")
+DATA_VARIABLES = ("TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD", "ANSWER_FIELD", "VALIDATION_FRACTION")
 
 # May differ between machines that train together: places on their disks, and files that training never reads. The text and the base of
 # adapters are compared by hash.
@@ -91,6 +91,10 @@ class Config:
         "several joined by commas, https URL, or the named set tinyshakespeare", group="Data", scope="identity", form="source")
     text_field: str = var("text", "column of a CSV, or member of each JSON object, that holds the text",
         group="Data", scope="identity")
+    prompt_field: str | None = var(None, "column or member that holds the question of each row, which is then a conversation; not set: rows with messages, with "
+        "prompt and completion, or with instruction and output are conversations", group="Data", scope="identity")
+    answer_field: str | None = var(None, "column or member that holds the answer to PROMPT_FIELD; not set: completion",
+        group="Data", scope="identity")
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char for up to 256 different characters, else bpe",
         group="Data", scope="identity", words=("auto",), choices=TOKENIZERS)
     bpe_vocab_size: int = var(1024, "vocabulary size of a BPE trained on the text; small, so that a small model sees each token often",
@@ -99,6 +103,10 @@ class Config:
         group="Data", scope="identity", minimum=0, below=1)
     unknown_characters: str = var("refuse", "what to do with characters of a new text or prompt that the vocabulary of a char tokenizer lacks; "
         "replace takes a character such as ?; how many there are is logged", group="Data", scope="habit", choices=("refuse", "skip", "replace"), needs="TOKENIZER=auto|char")
+    loss_on: str = var("answers", "tokens of conversations that the model learns to write: those of the assistant, or all",
+        group="Data", scope="math", choices=("answers", "all"))
+    packing: bool = var(True, "put several conversations into each window of BLOCK_SIZE tokens, none of which sees another; false pads one to it",
+        group="Data", scope="math")
     env_file: str | None = var(None, "file of settings to read instead of the repository's .env; only from the process environment",
         group="Data", form="path")
 
@@ -242,6 +250,8 @@ class Config:
     prompt: str | None = var(None, "text to continue; not set: start from nothing", group="Generation")
     prompt_file: str | None = var(None, "file with the prompt; - is standard input",
         group="Generation", form="path", words=("-",))
+    raw_prompt: bool = var(False, "continue PROMPT as it is; else a model that was trained on conversations takes it as a question and answers",
+        group="Generation")
     max_new_tokens: int = var(300, "maximum number of tokens to generate", group="Generation", minimum=1)
     temperature: float = var(0.8, "0 takes the most likely token, 1 samples as trained; 0.8 as in nanoGPT: small models ramble at 1",
         group="Generation", scope="habit", minimum=0)

@@ -12,11 +12,13 @@ from milepost.evaluate.choices import Benchmark
 from milepost.evaluate.passages import BLOCK, Figures, Text, measure
 from milepost.evaluate.scoring import log_likelihoods
 from milepost.evaluate.statistics import FEWEST, mcnemar, paired
+from milepost.evaluate.talks import measure_talks
 from milepost.runtime.progress import QUIET_SECONDS
 from milepost.text.tokenization.base import Tokenizer
 from models.model import Model
 
 Log = Callable[[str], None]
+NOT_FINITE = "the model's probabilities are not finite: its weights are damaged, or its training diverged"
 
 
 class NotFiniteError(ValueError):
@@ -46,9 +48,11 @@ def evaluate(
     identity: dict[str, Any],
     batch_size: int,
     stride: int,
+    template: str | None = None,
     log: Log,
 ) -> Evaluation:
-    """Return the figures of a model in eval mode: of `text`, if it is not None, and of each benchmark.
+    """Return the figures of a model in eval mode: of `text`, if it is not None, and of each benchmark. `template` is the
+    model's for conversations; of these only the answers count, and how many are exact is an answer too.
 
     `stride` is the number of tokens between windows, 0 for adjacent windows. Raise NotFiniteError if the model's
     probabilities are not finite.
@@ -60,16 +64,20 @@ def evaluate(
     def score(sequences: list[np.ndarray]) -> list[np.ndarray]:
         found = log_likelihoods(model, sequences, batch_size=batch_size, stride=min(stride, context) or context)
         if not all(np.isfinite(row).all() for row in found):
-            raise NotFiniteError(
-                "the model's probabilities are not finite: its weights are damaged, or its training diverged"
-            )
+            raise NotFiniteError(NOT_FINITE)
         return found
 
-    figures = None
-    if text:
+    figures, answers = None, list[Answers]()
+    if text and text.is_talks:
+        talks = text.talks()
+        progress = _log_progress(log, name, len(talks))
+        figures, exact = measure_talks(talks, model, tokenizer, template, batch_size=batch_size, add=progress)
+        answers.append(exact)
+        if not np.isfinite(figures.nats):
+            raise NotFiniteError(NOT_FINITE)
+    elif text:
         progress = _log_progress(log, name, text.scan.characters - text.start)
         figures = measure(text.passages(), tokenizer, score, progress)
-    answers = []
     for benchmark in benchmarks:
         progress = _log_progress(log, f"{name}: {benchmark.name}", len(benchmark.items))
         answers.append(answer(benchmark, tokenizer, score, progress, context=context))

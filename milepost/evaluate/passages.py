@@ -1,5 +1,6 @@
 """The likelihood of a text, document by document: loss, perplexity and bits per byte."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import numpy as np
 
 from milepost.text.blocks import RECORD_LIMIT
 from milepost.text.chunks import rechunk
+from milepost.text.conversations import Talk
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.scan import Scan
@@ -26,7 +28,7 @@ BLOCK, MOST_BLOCKS = (
 
 @dataclass(frozen=True)
 class Text:
-    """The text to predict: a corpus, from character `start` on."""
+    """The text to predict: a corpus, from character `start` on; of conversations, from conversation `start` on."""
 
     corpus: Corpus
     scan: Scan
@@ -36,6 +38,15 @@ class Text:
     def identity(self) -> tuple[str, int]:
         """A value that is equal for equal texts."""
         return self.scan.sha256, self.start
+
+    @property
+    def is_talks(self) -> bool:
+        """Whether the text is conversations, of which only answers are predicted."""
+        return bool(self.corpus.reading.form)
+
+    def talks(self) -> list[Talk]:
+        """Return the conversations."""
+        return [talk for _, talk in itertools.islice(self.corpus.conversations(), self.start, None)]
 
     def passages(self) -> Iterator[str]:
         """Yield the documents. A document of more than CHUNK characters is split into parts, cut between words."""

@@ -59,7 +59,7 @@ def tables(evaluations: list[Evaluation], comparisons: list[dict[str, Any]]) -> 
 
 
 def _source(text: Text) -> str:
-    part = f" from character {text.start:,} on" if text.start else ""
+    part = f" from {'conversation' if text.is_talks else 'character'} {text.start:,} on" if text.start else ""
     return f"measured on {shown(text.corpus.source)}{part} (sha256 {text.scan.sha256[:12]})"
 
 
@@ -87,7 +87,11 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         if not math.isfinite(evaluation.figures.perplexity):
             standard["perplexity"] = None  # JSON has no infinity
         text = evaluation.text
-        source = {"source": text.corpus.source, "sha256": text.scan.sha256, "first_character": text.start}
+        source = {
+            "source": text.corpus.source,
+            "sha256": text.scan.sha256,
+            "first_conversation" if text.is_talks else "first_character": text.start,
+        }
         values["standard"] = standard | {"text": source}
     values["benchmarks"] = [
         {"name": answers.name, "format": answers.format, "items": len(answers.correct)}

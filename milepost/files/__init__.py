@@ -38,6 +38,7 @@ from milepost.files.owner_file import OwnerFile
 from milepost.files.reaching import (
     UNREACHABLE,
     Entry,
+    MadeEntry,
     below,
     entries_with_made,
     if_it_answers,
@@ -46,6 +47,7 @@ from milepost.files.reaching import (
     steadily,
 )  # fmt: skip
 from milepost.files.reading import bring_in, open_steadily, read_steadily
+from milepost.files.watching import Watch
 from milepost.files.writing import (
     BEGINNING,
     BLOCK,
@@ -61,8 +63,8 @@ from milepost.files.writing import (
 __all__ = [
     "APPEND", "BEGINNING", "BLOCK", "CHUNK", "LOCKS", "RENAME", "RENAME_FOLDERS", "TEMPORARY", "UNFINISHED",
     "UNREACHABLE",
-    "Entry", "GrowingFile", "NewFile",
-    "OwnerFile", "below", "bring_in",
+    "Entry", "GrowingFile", "MadeEntry", "NewFile",
+    "OwnerFile", "Watch", "below", "bring_in",
     "content_of", "delete_marked", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "if_it_answers", "instead",
     "is_unfinished", "is_unreachable", "lacks", "largest_file", "link_or_copy", "look", "make_folder", "naming_path",
     "new_file", "new_folder", "new_group", "new_path", "open_steadily", "read_steadily", "remember", "remove", "replace_content", "replacing",

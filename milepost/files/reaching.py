@@ -102,7 +102,7 @@ def moved(old: Path, new: Path) -> None:
 
 
 class MadeEntry:
-    """A name that this process made and a listing lacks, with what is needed of an os.DirEntry."""
+    """A name that no listing gave, such as one that this process made, with what is needed of an os.DirEntry."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.path = path.name, str(path)
@@ -116,6 +116,10 @@ class MadeEntry:
     def is_dir(self) -> bool:
         """Whether it is a folder, or a link to one."""
         return os.path.isdir(self.path)
+
+    def is_symlink(self) -> bool:
+        """Whether it is a link."""
+        return os.path.islink(self.path)
 
     def stat(self) -> os.stat_result:
         """Return its status; raise OSError."""

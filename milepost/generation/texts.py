@@ -16,7 +16,7 @@ from models.model import Model
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn, as in sampling.generate, and the strings that end a text."""
+    """How tokens are drawn, as in sampling.generate, and the strings and tokens that end a text."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -24,6 +24,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] | None = None  # None: those of the tokenizer
 
 
 def choose_decoder(
@@ -102,7 +103,7 @@ def _text(
         repetition_penalty=sampling.repetition_penalty,
         generator=generator,
         vocab_size=tokenizer.vocab_size,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids,
         on_slide=on_slide,
         lookup=lookup,
     )

@@ -14,7 +14,17 @@ from milepost.run.build import (
 from milepost.run.device_check import device_problem, first_token_problem
 from milepost.run.replay import check_unchanged, checked, left_by_step, why_not_replayed
 from milepost.run.state import TRY_INSTEAD, Run, Saved, State, is_due, to_record
-from milepost.run.text import Text, open_source, read_text, scan_source, scan_text
+from milepost.run.text import (
+    Text,
+    open_source,
+    packing_of,
+    read_text,
+    reading_of,
+    scan_source,
+    scan_text,
+    template_of,
+    validation_of,
+)
 from milepost.run.weights import (
     adapter_variables,
     agreed,
@@ -50,13 +60,17 @@ __all__ = [
     "memory_needed",
     "names_complete_tokenizer",
     "open_source",
+    "packing_of",
     "planned",
     "read_text",
+    "reading_of",
     "refused",
     "scan_source",
     "scan_text",
     "shapes",
+    "template_of",
     "to_record",
+    "validation_of",
     "why_not_replayed",
     "with_heads",
     "with_its_base",

@@ -18,7 +18,7 @@ from milepost.config import Config, ConfigError
 from milepost.run.device_check import device_problem
 from milepost.run.probe import probe
 from milepost.run.state import Run, Saved, State
-from milepost.run.text import Text, read_text
+from milepost.run.text import Text, read_text, training_batches
 from milepost.run.weights import adapters, identity, initial_weights, lineage, shape_variables, with_model_of
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, ElsewhereError, World
@@ -26,7 +26,6 @@ from milepost.runtime.optim import build_optimizer
 from milepost.runtime.progress import Log, amount
 from milepost.runtime.schedule import Schedule, default_floor
 from milepost.text import tokenization
-from milepost.text.batches import Batches
 from models.model import Model
 from models.sizes import size_of
 
@@ -186,11 +185,8 @@ def assemble(
     check_device(settings, world, device=device, dtype=dtype, model=model)
     probed = probe_of(settings, world, device=device, dtype=dtype, model=model, record=record)
     forward = distribute(model, engine, device=device, compile_step=compile_step)
-    batches = Batches(
-        text.split.train, block_size=settings.block_size, batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation_steps, seed=settings.seed, start_step=step, start_window=window,
-        rows=world.share(settings.batch_size),
-    )  # fmt: skip
+    rows = world.share(settings.batch_size)
+    batches = training_batches(text, model, settings, log, step=step, window=window, rows=rows)
     optimizer = build_optimizer(
         model, settings.optimizer, lr=schedule.peak, weight_decay=settings.weight_decay,
         betas=(settings.beta1, settings.beta2), world=world,

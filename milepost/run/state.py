@@ -23,6 +23,7 @@ from milepost.runtime.schedule import Schedule, default_floor
 from milepost.runtime.tracking.mirror import Mirror
 from milepost.text import tokenization
 from milepost.text.batches import Batches
+from milepost.text.packing import PackedBatches
 from models.model import Model
 
 TRY_INSTEAD = "try a lower LEARNING_RATE, a longer WARMUP_STEPS or GRAD_CLIP=1"  # where training diverges
@@ -89,7 +90,7 @@ class Run:
     writer: Writer
     # Data.
     text: Text
-    batches: Batches
+    batches: Batches | PackedBatches
     probed: dict[str, Any]  # what `probe` returned: whether this machine computes as another did
     # Processes.
     world: World = SINGLE

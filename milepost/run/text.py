@@ -1,8 +1,11 @@
 """The training text of a run: read it, choose its tokenizer, and tokenize it."""
 
 import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
+
+from torch import Tensor
 
 from milepost import config
 from milepost.ckpt import Checkpoint
@@ -12,26 +15,32 @@ from milepost.places import DATA_FOLDER, cache_folder
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log
 from milepost.text import token_files, tokenization
-from milepost.text.batches import largest_block_size
+from milepost.text.batches import Batches, largest_block_size, validation_windows
 from milepost.text.chunks import LongWordError
 from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError, TextFieldError
+from milepost.text.examples import Examples, ExampleSplit, prepare_examples
 from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, open_text
+from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
 from milepost.text.unknown import Mode, encoder_of
+from models.model import Model
 
 CACHE_FOLDER = cache_folder(config.user_caches()) / "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The training text: its fingerprint, and the tokens of both splits."""
+    """The training text: its fingerprint, and the tokens of both splits; of conversations also their template."""
 
     corpus: Corpus
     scan: Scan
-    split: token_files.TokenSplit
+    split: token_files.TokenSplit | ExampleSplit
     validation_fraction: float
+    template: str | None = None  # None is the plain one
+    answers: bool = False  # whether only tokens of answers count
+    pack: bool = False  # whether several conversations share a window
     unknown: str | None = None  # what was done with characters that the vocabulary lacks; None: it has all
 
     def fingerprint(self) -> dict[str, Any]:
@@ -44,6 +53,7 @@ class Text:
             "validation_fraction": self.validation_fraction,
             **({} if self.corpus.reading.verbatim else NORMALIZED),
             **({"unknown_characters": self.unknown} if self.unknown else {}),
+            **({"template": self.template} if isinstance(self.split, ExampleSplit) else {}),
         }
 
 
@@ -61,32 +71,107 @@ def read_text(
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, scanned))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
-    fraction, block_size = settings.validation_fraction, settings.block_size
+    template = template_of(record.data, tokenizer) if record else tokenizer.chat_template
     mode = cast(Mode, settings.unknown_characters)
     try:
         encoder, remark = world.local_rank0_first(
             lambda: encoder_of(tokenizer, corpus, scanned, mode=mode, cache_dir=CACHE_FOLDER)
         )
-        split = world.local_rank0_first(
-            lambda: token_files.prepare(
-                corpus, scanned, encoder, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
-            )
-        )
+        split = world.local_rank0_first(lambda: _tokenized(corpus, scanned, encoder, template, settings, log))
     except tokenization.UnknownCharacters as error:
         remedy = "set UNKNOWN_CHARACTERS=skip or replace, or train a new model with TOKENIZER=byte or bpe"
         raise DataError(f"{corpus.source}: {error}: {remedy}") from error
     if remark:
         log(remark)
+    if isinstance(split, token_files.TokenSplit):
+        _check_block_size(corpus, split, settings)
+    return Text(
+        corpus=corpus,
+        scan=scanned,
+        split=split,
+        validation_fraction=settings.validation_fraction,
+        unknown=mode if remark else None,
+        template=template,
+        answers=settings.loss_on == "answers",
+        pack=settings.packing,
+    ), tokenizer
+
+
+def _tokenized(
+    corpus: Corpus,
+    scanned: Scan,
+    encoder: tokenization.Tokenizer,
+    template: str | None,
+    settings: Config,
+    log: Log,
+) -> token_files.TokenSplit | ExampleSplit:
+    fraction = settings.validation_fraction
+    if corpus.reading.form:
+        return prepare_examples(
+            corpus, scanned, encoder, template=template, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
+        )
+    return token_files.prepare(corpus, scanned, encoder, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log)
+
+
+def template_of(data: Mapping[str, Any], tokenizer: tokenization.Tokenizer) -> str | None:
+    """Return the chat template of a checkpoint: that of the conversations it was trained on, else its tokenizer's."""
+    saved = data.get("template", tokenizer.chat_template)
+    return saved if isinstance(saved, str) else None
+
+
+def _check_block_size(corpus: Corpus, split: token_files.TokenSplit, settings: Config) -> None:
+    """Raise DataError if a part of the text has no window of BLOCK_SIZE tokens."""
+    fraction, block_size = settings.validation_fraction, settings.block_size
     largest = largest_block_size(len(split.train), len(split.validation) if fraction else 0)
     if block_size > largest:
         held = f"{len(split.train)} tokens to train on, {len(split.validation)} to validate on"
         fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
         remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0)"
         raise DataError(f"BLOCK_SIZE={block_size} is too long for this text ({held}): {remedy}")
-    text = Text(
-        corpus=corpus, scan=scanned, split=split, validation_fraction=fraction, unknown=mode if remark else None
-    )
-    return text, tokenizer
+
+
+def training_batches(
+    text: Text, model: Model, settings: Config, log: Log, *, step: int, window: int, rows: slice
+) -> Batches | PackedBatches:
+    """Return the batches of the training part from `step` on, whose data begin at `window`."""
+    position: dict[str, Any] = {
+        "batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps, "seed": settings.seed,
+        "start_step": step, "start_window": window, "rows": rows,
+    }  # fmt: skip
+    if isinstance(text.split, token_files.TokenSplit):
+        return Batches(text.split.train, block_size=settings.block_size, **position)
+    packing = packing_of(text, text.split.train, model, block_size=settings.block_size)
+    log(_about(text, packing, model))
+    return PackedBatches(packing, positions=model.packs, **position)
+
+
+def packing_of(text: Text, examples: Examples, model: Model, *, block_size: int) -> Packing:
+    """Return how conversations fill the model's windows: one each if the model cannot tell several apart."""
+    return packed(examples, block_size=block_size, pack=text.pack and model.packs, answers=text.answers)
+
+
+def _about(text: Text, packing: Packing, model: Model) -> str:
+    """Return a line on how conversations become batches."""
+    how = "packed into" if text.pack and model.packs else "one in each of"
+    why = "" if model.packs or not text.pack else ", because this model cannot tell several in a window apart"
+    parts = [
+        f"{how} {packing.windows} windows of {packing.block_size} tokens, {packing.padding:.1%} padding{why}",
+        f"{int(packing.counted.sum())} tokens count ({'answers' if text.answers else 'all'})",
+        "plain template" if text.template is None else "the model's own chat template",
+    ]
+    parts += [f"{packing.cut} longer than a window lose their end"] * bool(packing.cut)
+    parts += [f"{packing.left_out} left out, whose answer would be cut off"] * bool(packing.left_out)
+    return f"conversations: {len(packing.used)}, {'; '.join(parts)}"
+
+
+def validation_of(
+    text: Text, model: Model, *, block_size: int, batch_size: int, steps: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the fixed batches of a validation: inputs, targets and, of packed conversations, positions, (B, T) each."""
+    if isinstance(text.split, token_files.TokenSplit):
+        return validation_windows(text.split.validation, block_size=block_size, batch_size=batch_size, steps=steps)
+    packing = packing_of(text, text.split.validation, model, block_size=block_size)
+    return validation_batches(packing, batch_size=batch_size, steps=steps, positions=model.packs)
 
 
 def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenization.Tokenizer:
@@ -101,17 +186,24 @@ def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenizati
 
 def scan_text(settings: Config, log: Log, known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
     """Return TRAINING_DATA_SOURCE and its fingerprint, in the form in which it is the known text."""
-    return scan_source(settings.training_data_source, log, text_field=settings.text_field, known=known)
+    return scan_source(settings.training_data_source, log, reading=reading_of(settings), known=known)
+
+
+def reading_of(settings: Config) -> Reading:
+    """Return how files of the training text are read."""
+    return Reading(
+        text_field=settings.text_field, prompt_field=settings.prompt_field, answer_field=settings.answer_field
+    )
 
 
 @functools.lru_cache(maxsize=4)  # the log in the key makes every command read a changed text again
-def scan_source(source: str, log: Log, *, text_field: str = "text", known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
+def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
     """Return a text source and its fingerprint, in the form in which it is the known text. Cached for the command."""
     try:
         corpus, scanned = open_text(
             lambda reading: open_source(source, reading),
             cache_dir=CACHE_FOLDER,
-            text_field=text_field,
+            reading=reading,
             known=known,
             log=log,
         )

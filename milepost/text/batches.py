@@ -72,11 +72,19 @@ class Batches:
         x, y = _windows(self._tokens, starts.reshape(-1), self.block_size)
         return x.view(*starts.shape, self.block_size), y.view(*starts.shape, self.block_size)
 
+    def divisors(self, step: int) -> list[float]:
+        """Return, for each micro-batch, by what to divide its mean loss, so that their sum is the mean over the step."""
+        return [self._shape[0]] * self._shape[0]
+
+    def tokens_in(self, step: int) -> int:
+        """Return how many tokens the step reads."""
+        return self.rows_per_step * self.block_size
+
     def _window_starts(self, positions: np.ndarray) -> np.ndarray:
         """Return the first token of each of the windows at `positions`, which count over all epochs."""
         epochs, indices = np.divmod(positions.astype(np.uint64), np.uint64(self.windows_per_epoch))
-        phases = _key(self._seed, epochs, _PHASE) % np.uint64(self._phases)
-        windows = permuted(indices, size=self.windows_per_epoch, keys=_key(self._seed, epochs, _ORDER))
+        phases = epoch_keys(self._seed, epochs, _PHASE) % np.uint64(self._phases)
+        windows = permuted(indices, size=self.windows_per_epoch, keys=epoch_keys(self._seed, epochs, _ORDER))
         return (phases + windows * np.uint64(self.block_size)).astype(np.int64)
 
 
@@ -126,7 +134,7 @@ def _feistel(values: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarra
     return left * side + right
 
 
-def _key(seed: int, epochs: np.ndarray, use: int) -> np.ndarray:
+def epoch_keys(seed: int, epochs: np.ndarray, use: int) -> np.ndarray:
     """Return a key for each epoch, uint64."""
     first = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
     return splitmix64(splitmix64(first ^ np.uint64(use)) + epochs)

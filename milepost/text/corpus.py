@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.text.addresses import masked
+from milepost.text.conversations import Talk, as_pieces, conversations, described, form_of
 from milepost.text.download import DOWNLOAD_LIMIT, fetch, open_https, tiny_shakespeare
 from milepost.text.errors import DataError
 from milepost.text.readers import PLAIN, READERS, SUPPORTED, VERBATIM, Piece, Reading, listed, suffix_of
@@ -36,8 +37,17 @@ class Corpus:
         Raise DataError naming file and position where a file cannot be read.
         """
         reading = dataclasses.replace(self.reading, note=note)
+        if reading.form:
+            note(f"{self.source}: {described(reading.form, reading)}")
+            yield from as_pieces(self.conversations())
+            return
         for path in self.paths:
             yield from READERS[suffix_of(path.name)](path, reading)
+
+    def conversations(self) -> Iterator[tuple[str, Talk]]:
+        """Yield all conversations in order, each with its file and row. Raise DataError as `pieces` does."""
+        for path in self.paths:
+            yield from conversations(path, self.reading)
 
 
 def open_corpus(
@@ -74,6 +84,7 @@ def open_corpus(
         raise DataError(f"the data source {source!r} names nothing: expected a file, folder, glob or https URL")
     name = "_".join(map(_stem, map(masked, parts)))[:40].strip("_")
     shown = source if whole else masked(source)
+    reading = dataclasses.replace(reading, form=form_of(paths, reading))
     return Corpus(source=shown, name=name, paths=tuple(paths), reading=reading, skipped=tuple(skipped))
 
 

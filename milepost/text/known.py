@@ -4,6 +4,7 @@ Text is read with normalized line ends. Versions before that read it as it is, a
 text is first read verbatim, so that it has the recorded sha256 and the same tokens, carriage returns included.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
-from milepost.text.readers import Reading
+from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan, cached_scan
 
 NORMALIZED: Final = {
@@ -47,7 +48,7 @@ def open_text(
     open_as: Callable[[Reading], Corpus],
     *,
     cache_dir: Path,
-    text_field: str = "text",
+    reading: Reading = PLAIN,
     known: Known = UNKNOWN_TEXT,
     log: Callable[[str], None] | None = None,
 ) -> tuple[Corpus, Scan]:
@@ -58,7 +59,7 @@ def open_text(
     """
 
     def opened(verbatim: bool) -> tuple[Corpus, Scan]:
-        corpus = open_as(Reading(text_field=text_field, verbatim=verbatim))
+        corpus = open_as(dataclasses.replace(reading, verbatim=verbatim))
         return corpus, cached_scan(corpus, cache_dir=cache_dir, log=log)
 
     if known.verbatim:

@@ -32,10 +32,14 @@ class Reading:
 
     `text_field` is the column of a CSV and the member of a JSON object that holds the text. `verbatim` reads as versions
     did that did not normalize text: line ends and marks inside as they are, only the formats VERBATIM. Remarks on a file go
-    to `note`.
+    to `note`. `prompt_field` and `answer_field` are those of conversations, whose rows have a `form` of
+    milepost.text.conversations.
     """
 
     text_field: str = "text"
+    prompt_field: str | None = None
+    answer_field: str | None = None
+    form: str = ""
     verbatim: bool = False
     note: Callable[[str], None] = lambda _: None
 
@@ -57,19 +61,26 @@ def _read_text(path: Path, reading: Reading) -> Iterator[Piece]:
 
 
 def _read_jsonl(path: Path, reading: Reading) -> Iterator[Piece]:
+    for where, row in _jsonl_rows(path, reading):
+        yield from _slices(_text_in(row, reading, where=where), reading)
+
+
+def _jsonl_rows(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines_of(path, verbatim=reading.verbatim), 1):
         if line.strip():
             where = f"{path} line {number}"
             try:
-                row = json.loads(line)
+                yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} is not valid JSON ({error}): expected one object per line") from None
-            yield from _slices(_text_in(row, reading, where=where), reading)
+
+
+def _json_rows(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
+    return ((f"{path} record {number}", value) for number, value in enumerate(_json_values(path), 1))
 
 
 def _read_json(path: Path, reading: Reading) -> Iterator[Piece]:
-    for number, value in enumerate(_json_values(path), 1):
-        where = f"{path} record {number}"
+    for where, value in _json_rows(path, reading):
         text = value if isinstance(value, str) else _text_in(value, reading, where=where)
         yield from _slices(_checked(text, reading, where=where), reading)
 
@@ -184,6 +195,24 @@ def _read_csv(path: Path, reading: Reading) -> Iterator[Piece]:
             yield from _slices(row[column], reading)
 
 
+def _table_rows(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a CSV by the names of its first line."""
+    lines = lines_of(path)
+    first = next(lines, "")
+    rows = csv_rows(
+        path,
+        itertools.chain([first] if first else [], lines),
+        delimiter=_delimiter(path, first, reading.answer_field or ""),
+    )
+    _, names = next(rows, (1, []))
+    header = [name.strip() for name in names]
+    for number, row in rows:
+        if row and len(row) < len(header):
+            raise DataError(f"{path} line {number}: the row ends before the column {header[len(row)]!r}")
+        if row:
+            yield f"{path} line {number}", dict(zip(header, row, strict=False))
+
+
 def _delimiter(path: Path, first: str, field: str) -> str:
     """Return the delimiter with which the first line has the column `field`, else the one with which it has most columns."""
     headers = {delimiter: _columns(first, delimiter) for delimiter in DELIMITERS}
@@ -205,6 +234,18 @@ def _slices(text: str, reading: Reading) -> Iterator[Piece]:
         yield text[start : start + blocks.BLOCK], start + blocks.BLOCK >= len(text)
 
 
+def first_row(path: Path) -> Any:
+    """Return the first row of a file as it is in its first block, of a CSV with the names alone. Raise ValueError if it is longer."""
+    text = next(blocks_of(path), "")
+    if suffix_of(path.name) in (".csv", ".tsv"):
+        first = text.partition("\n")[0]
+        return dict.fromkeys(_columns(first, _delimiter(path, first, "")))
+    at = _value_at(text, 0)
+    if suffix_of(path.name) == ".json" and text.startswith("[", at):
+        at = _value_at(text, at + 1)
+    return json.JSONDecoder().raw_decode(text, at)[0]
+
+
 READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
     ".txt": _read_text,
     ".md": _read_text,
@@ -212,6 +253,12 @@ READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
+}
+ROWS: dict[str, Callable[[Path, Reading], Iterator[tuple[str, Any]]]] = {  # each row with its place
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _table_rows,
+    ".tsv": _table_rows,
 }
 VERBATIM = (".txt", ".md", ".jsonl", ".csv")  # the formats of versions that did not normalize text
 SUPPORTED = f"{', '.join(READERS)}, each also with .gz"

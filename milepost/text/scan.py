@@ -85,6 +85,9 @@ def _record(corpus: Corpus) -> str:
     """Return the name of what is remembered: the same files give another scan if they are read in another way."""
     reading = corpus.reading
     plain = VERBATIM_RECORD if reading.verbatim else RECORD
+    if reading.form:
+        fields = f"{reading.form} {reading.prompt_field!r} {reading.answer_field!r}"
+        return f"{plain}-talks-{hashlib.sha256(fields.encode()).hexdigest()[:16]}"
     if reading.text_field == "text":
         return plain
     return f"{plain}-{hashlib.sha256(reading.text_field.encode()).hexdigest()[:16]}"

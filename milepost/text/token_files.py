@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -68,15 +68,14 @@ def prepare(
     at = split_at(scan.characters, validation_fraction)
 
     def parts() -> Iterator[tuple[int, Piece]]:
-        return cut(_verified(corpus, scan, cache_dir, ByteProgress(log, "tokenizing")), at)
+        return cut(verified(corpus, corpus.pieces(), scan, cache_dir, ByteProgress(log, "tokenizing")), at)
 
+    folder = cache_dir / _key(scan, tokenizer, validation_fraction)
     try:
-        return _open_or_build(cache_dir / _key(scan, tokenizer, validation_fraction), parts, tokenizer, dtype)
-    except OSError as error:
-        remedy = "free space and fix permissions there; a read-only checkout uses XDG_CACHE_HOME instead"
-        raise DataError(
-            f"the token files in {cache_dir} cannot be written ({error.strerror or error}): {remedy}"
-        ) from error
+        arrays = open_or_build(
+            folder, dict.fromkeys(FILES, dtype), lambda hidden: _build(hidden, parts(), tokenizer, dtype)
+        )
+        return TokenSplit(*arrays)
     except LongWordError as error:
         raise DataError(f"{corpus.source}: {error}") from error
 
@@ -91,10 +90,12 @@ def _key(scan: Scan, tokenizer: Tokenizer, validation_fraction: float) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
-def _verified(corpus: Corpus, scan: Scan, cache_dir: Path, progress: ByteProgress) -> Iterator[Piece]:
+def verified(
+    corpus: Corpus, pieces: Iterable[Piece], scan: Scan, cache_dir: Path, progress: ByteProgress
+) -> Iterator[Piece]:
     """Yield the pieces of `corpus`. Raise DataError after the last one if they are not the text that was scanned."""
     digest = hashlib.sha256()
-    for text, ends in corpus.pieces():
+    for text, ends in pieces:
         progress.add(add_to_digest(digest, text, ends))
         yield text, ends
     if digest.hexdigest() != scan.sha256:
@@ -166,13 +167,25 @@ def _in_threads(encode: Callable[[Group], np.ndarray], groups: Iterable[Group]) 
 # Files
 
 
-def _open_or_build(
-    folder: Path, parts: Callable[[], Iterable[tuple[int, Piece]]], tokenizer: Tokenizer, dtype: np.dtype
-) -> TokenSplit:
-    """Return the token files of `folder`, building them if they are missing or damaged. Other processes may do the same."""
+def open_or_build(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[Path], None]) -> list[np.ndarray]:
+    """Return the arrays in the files of `folder`, by the names in `dtypes`, as read-only memory maps, (N,) each.
+
+    `build` writes them into a hidden folder if they are missing or damaged; other processes may do the same. Raise DataError
+    if they cannot be written.
+    """
+    try:
+        return _open_built(folder, dtypes, build)
+    except OSError as error:
+        remedy = "free space and fix permissions there; a read-only checkout uses XDG_CACHE_HOME instead"
+        raise DataError(
+            f"the token files in {folder.parent} cannot be written ({error.strerror or error}): {remedy}"
+        ) from error
+
+
+def _open_built(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[Path], None]) -> list[np.ndarray]:
     for _ in range(ATTEMPTS):
         exists = os.path.lexists(folder)
-        if found := _open(folder, dtype):
+        if found := _open(folder, dtypes):
             return found
         if exists:
             _discard(folder)
@@ -180,7 +193,8 @@ def _open_or_build(
         _remove_abandoned(folder.parent)
         try:
             with new_folder(folder) as hidden:
-                _build(hidden, parts(), tokenizer, dtype)
+                build(hidden)
+                write_json(hidden / SUMS, {name: file_sha256(hidden / name) for name in dtypes})
         except OSError:
             if not os.path.lexists(folder):  # else another process was faster
                 raise
@@ -189,10 +203,9 @@ def _open_or_build(
 
 def _build(folder: Path, parts: Iterable[tuple[int, Piece]], tokenizer: Tokenizer, dtype: np.dtype) -> None:
     for name in FILES:
-        _write(folder / name, [], dtype)
+        write_array(folder / name, [], dtype)
     for part, group in itertools.groupby(parts, key=itemgetter(0)):
-        _write(folder / FILES[part], token_ids((piece for _, piece in group), tokenizer), dtype)
-    write_json(folder / SUMS, {name: file_sha256(folder / name) for name in FILES})
+        write_array(folder / FILES[part], token_ids((piece for _, piece in group), tokenizer), dtype)
 
 
 def _discard(folder: Path) -> None:
@@ -201,7 +214,7 @@ def _discard(folder: Path) -> None:
         folder.unlink() if folder.is_symlink() else remove([folder])
 
 
-def _write(path: Path, arrays: Iterable[np.ndarray], dtype: np.dtype) -> None:
+def write_array(path: Path, arrays: Iterable[np.ndarray], dtype: np.dtype) -> None:
     """Stream ids into a .npy file. Its length is known only at the end, so the header is written twice, or where a file is
     written once from its beginning to its end, after the ids are in a temporary file.
     """
@@ -236,14 +249,12 @@ def _write_header(file: object, count: int, dtype: np.dtype) -> None:
     np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
 
 
-def _open(folder: Path, dtype: np.dtype) -> TokenSplit | None:
-    """Return the token files of a folder; None if one is missing, damaged, or not of the expected size and type."""
-    if not all(os.path.isfile(folder / name) for name in (*FILES, SUMS)):  # opening a named pipe would block
+def _open(folder: Path, dtypes: Mapping[str, np.dtype]) -> list[np.ndarray] | None:
+    """Return the arrays of a folder; None if one is missing, damaged, or not of the expected size and type."""
+    if not all(os.path.isfile(folder / name) for name in (*dtypes, SUMS)):  # opening a named pipe would block
         return None
     arrays = []
-    if not all(map(os.path.isfile, (folder / name for name in (*FILES, SUMS)))):  # a pipe would be waited for
-        return None
-    for name in FILES:
+    for name, dtype in dtypes.items():
         try:
             if json.loads((folder / SUMS).read_text(encoding="utf-8"))[name] != file_sha256(folder / name):
                 return None
@@ -254,7 +265,7 @@ def _open(folder: Path, dtype: np.dtype) -> TokenSplit | None:
         except Exception:  # whatever is wrong with a cache, it is rebuilt
             return None
         arrays.append(array)
-    return TokenSplit(*arrays)
+    return arrays
 
 
 def _remove_abandoned(cache_dir: Path) -> None:

@@ -49,6 +49,8 @@ def tokenizer_config(tokenizer: Tokenizer) -> Json:
     if tokenizer.end_of_text is not None:
         end = tokenizer.end_token if isinstance(tokenizer, BpeTokenizer) else END_OF_TEXT
         config |= {"bos_token": end, "eos_token": end}
+    if tokenizer.chat_template:
+        config["chat_template"] = tokenizer.chat_template
     return config
 
 

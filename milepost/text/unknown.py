@@ -46,6 +46,10 @@ class Lenient(Tokenizer):
         raise NotImplementedError
 
     @property
+    def special_tokens(self) -> Mapping[str, int]:
+        return self._tokenizer.special_tokens
+
+    @property
     def digest(self) -> str:
         """Another digest than the tokenizer's: the tokens of a text differ."""
         return hashlib.sha256(f"{self._tokenizer.digest} {self._stand_in!r}".encode()).hexdigest()

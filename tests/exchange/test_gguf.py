@@ -14,7 +14,8 @@ from test_export import TEXT, exported, model_of, saved
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.exports.gguf import TYPES, our_name, their_name
+from milepost.ckpt.exports.gguf import TYPES
+from milepost.ckpt.exports.gguf_gpt2 import MODEL
 from milepost.ckpt.restore import build_tokenizer
 from milepost.text import tokenization
 
@@ -64,7 +65,7 @@ def test_names_shapes_and_values(tmp_path, kind):
     known = set(gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT2])
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
     for name, tensor in one.model_state.items():
-        theirs = tensors[their_name(name)]
+        theirs = tensors[MODEL.their_name(name)]
         assert table.get_type_and_name(f"transformer.{name}", try_suffixes=(".weight", ".bias"))[0] in known
         assert table.get_name(f"transformer.{name}", try_suffixes=(".weight", ".bias")) == theirs.name
         assert theirs.shape.tolist() == list(reversed(tensor.shape))
@@ -74,7 +75,7 @@ def test_names_shapes_and_values(tmp_path, kind):
         largest = tensor.abs().amax(dim=-1, keepdim=True).numpy()
         step = {"f32": 0.0, "f16": 2**-11, "q8_0": 1 / 254 + 2**-11}[kind if matrix else "f32"]
         assert (np.abs(found - tensor.numpy()) <= step * largest + 1e-7 * bool(step)).all()
-        assert our_name(theirs.name) == name
+        assert MODEL.our_name(theirs.name) == name
 
 
 def test_sizes_and_the_words_around_them(tmp_path):

@@ -47,7 +47,7 @@ def elsewhere(record: Checkpoint) -> str:
     settings, bias = record.model_settings, record.model_state.get("lm_head.bias")
     if settings.get("lora") or settings.get("ttt"):
         return HERE_ONLY
-    if record.model_type == "gpt2" and (bias is None or not bias.any()):
+    if record.model_type in ("gpt2", "llama") and (bias is None or not bias.any()):
         return TO_HUGGINGFACE
     tokens = (record.tokenizer or {}).get("kind") in ("char", "gpt2")
     biased = any(name.endswith("attn.c_attn.bias") and tensor.any() for name, tensor in record.model_state.items())
@@ -55,14 +55,19 @@ def elsewhere(record: Checkpoint) -> str:
     return TO_LECTURE if tokens and (relu or record.model_type == "bigram") else HERE_ONLY
 
 
-def check_additions(record: Checkpoint, program: str) -> None:
-    """Raise CheckpointError if the record has adapters, or other tensors than a GPT-2 of its sizes."""
+def check_adapters(record: Checkpoint, model: str) -> None:
+    """Raise CheckpointError if the record has adapters; `model` is the other program's, such as "nanoGPT's GPT-2"."""
     if record.model_settings.get("ttt"):
-        problem = f"has TTT layers, which have no place in {program}'s GPT-2, nor in transformers'"
+        problem = f"has TTT layers, which have no place in {model}, nor in transformers'"
         raise cannot_represent(record, problem, HERE_ONLY)
     if record.model_settings.get("lora"):
-        problem = f"has LoRA adapters, which have no place in {program}'s GPT-2"
+        problem = f"has LoRA adapters, which have no place in {model}"
         raise cannot_represent(record, problem, "merge them first (scripts/merge_adapters.py)")
+
+
+def check_additions(record: Checkpoint, program: str) -> None:
+    """Raise CheckpointError if the record has adapters, or other tensors than a GPT-2 of its sizes."""
+    check_adapters(record, f"{program}'s GPT-2")
     if others := sorted(record.model_state.keys() - weight_shapes(record.model_settings).keys()):
         problem = f"{others[0]} and {len(others) - 1} more of its tensors have no place in {program}'s GPT-2"
         raise cannot_represent(record, problem, HERE_ONLY)

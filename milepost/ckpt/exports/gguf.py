@@ -1,11 +1,10 @@
 """GGUF, the single file that llama.cpp and the programs built on it open: weights, sizes and tokenizer.
 
-Written and read back with llama.cpp's own package, `gguf`. Names and shapes are those that its GPT-2 expects
-(https://github.com/ggml-org/llama.cpp/blob/master/src/models/gpt2.cpp); its linear layers are (out, in), as ours are.
+Written and read back with llama.cpp's own package, `gguf`. Names and shapes are those that its models expect: a file for
+each of ours, gguf_gpt2.py and gguf_llama.py.
 """
 
 import importlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milepost.ckpt.exports.common import (
-    Proof,
-    as_gpt2,
-    check_gpt2,
-    proved,
-    with_biases,
-)
+from milepost.ckpt.exports import gguf_gpt2, gguf_llama
+from milepost.ckpt.exports.common import Proof, cannot_represent, elsewhere, proved
+from milepost.ckpt.exports.gguf_models import GgufModel
 from milepost.ckpt.exports.gguf_tokens import add_tokens, tokens_of
 from milepost.ckpt.record import Checkpoint
 from milepost.files import new_path
@@ -29,12 +24,7 @@ from milepost.files import new_path
 NAME = "gguf"
 # Types of the matrices; norms, biases and positions stay float32, as in llama.cpp's converter.
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # ours: llama.cpp's name for such a file
-NAMES = {  # ours: theirs
-    "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output", "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}  # fmt: skip
-BY_TOKEN = ("wte.weight", "lm_head.weight")  # a row for each token
+MODELS = {"gpt2": gguf_gpt2.MODEL, "llama": gguf_llama.MODEL}
 
 
 @dataclass(frozen=True)
@@ -53,12 +43,12 @@ class Gguf:
         return [folder / (stem if stem.endswith(".gguf") else f"{stem}-{self.type}.gguf")]
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
-        """Write the file. Raises CheckpointError for what llama.cpp's GPT-2 or its tokenizers cannot represent."""
-        check_gpt2(record, "llama.cpp")
+        """Write the file. Raises CheckpointError for what llama.cpp's models or its tokenizers cannot represent."""
+        architecture = _model(record).architecture(record)
         tokens = tokens_of(record)
         (path,) = self.targets(folder, stem)
         with new_path(path) as hidden:
-            writer = _library().GGUFWriter(hidden, "gpt2")
+            writer = _library().GGUFWriter(hidden, architecture)
             try:
                 _add_sizes(writer, record, file_type=_library().LlamaFileType[TYPES[self.type]])
                 add_tokens(writer, tokens)
@@ -86,31 +76,35 @@ class Gguf:
 
     def _typed(self, record: Checkpoint, *, rows: int) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
         """Yield name, tensor and type; rows that are not a multiple of Q8_0's blocks of 32 become F16."""
-        kinds = _library().GGMLQuantizationType
-        for name, tensor in with_biases(record).items():
-            if name == "lm_head.bias":  # zeros, by check_gpt2
-                continue
-            kind = kinds[self.type.upper()] if name != "wpe.weight" and tensor.dim() == 2 else kinds.F32
+        kinds, model = _library().GGMLQuantizationType, _model(record)
+        for name, tensor in model.weights(record).items():
+            matrix = tensor.dim() == 2 and name not in model.full_precision
+            kind = kinds[self.type.upper()] if matrix else kinds.F32
             if kind == kinds.Q8_0 and tensor.shape[-1] % 32:
                 kind = kinds.F16
-            yield their_name(name), (_with_rows(tensor, rows) if name in BY_TOKEN else tensor, kind)
+            yield model.their_name(name), (_with_rows(tensor, rows) if name in model.by_token else tensor, kind)
 
     def proof(self, record: Checkpoint, path: Path) -> Proof:
-        """Prove that llama.cpp finds the record's weights, rounded to their type; it computes the tanh GELU."""
-        quants = _library().quants
+        """Prove that llama.cpp finds the record's weights, rounded to their type."""
+        quants, model = _library().quants, _model(record)
         expected = {
-            our_name(name): torch.from_numpy(
-                quants.dequantize(quants.quantize(tensor.float().contiguous().numpy(), kind), kind)
-            )
+            name: torch.from_numpy(quants.dequantize(quants.quantize(tensor.float().contiguous().numpy(), kind), kind))
             for name, (tensor, kind) in self._typed(record, rows=len(tokens_of(record).texts))
         }
         state, rows = read_tensors(path), record.model_settings["vocab_size"]
-        used = {name: tensor[:rows] if name in BY_TOKEN else tensor for name, tensor in state.items()}
-        if not record.model_settings.get("tied", True):
-            used["lm_head.bias"] = torch.zeros(rows)
-        again = as_gpt2(record, path, used, bias=True, activation="gelu")
+        ours = {model.our_name(name): tensor for name, tensor in state.items()}
+        used = {name: tensor[:rows] if name in model.by_token else tensor for name, tensor in ours.items()}
+        again = model.opened(record, path, used)
         rounded = "" if self.type == "f32" else f"its matrices are rounded to {self.type}"
         return proved(record, again, expected=expected, found=state, rounded=rounded)
+
+
+def _model(record: Checkpoint) -> GgufModel:
+    """Return how llama.cpp holds a model of the record's type. Raises CheckpointError if it has none."""
+    if record.model_type not in MODELS:
+        problem = f"is a {record.model_type}; llama.cpp has no such model"
+        raise cannot_represent(record, problem, elsewhere(record))
+    return MODELS[record.model_type]
 
 
 def _with_rows(weight: Tensor, rows: int) -> Tensor:
@@ -124,31 +118,12 @@ def _with_rows(weight: Tensor, rows: int) -> Tensor:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file under our names, in float32."""
+    """Return the tensors of a file under their names there, in float32."""
     library = _library()
     return {
-        our_name(tensor.name): torch.from_numpy(np.array(library.quants.dequantize(tensor.data, tensor.tensor_type)))
+        tensor.name: torch.from_numpy(np.array(library.quants.dequantize(tensor.data, tensor.tensor_type)))
         for tensor in library.GGUFReader(path).tensors
     }
-
-
-def their_name(name: str) -> str:
-    """`h.0.attn.c_attn.weight` -> `blk.0.attn_qkv.weight`."""
-    block, part, end = _split(name, "h")
-    return f"{f'blk.{block}.' if block else ''}{NAMES[part]}.{end}"
-
-
-def our_name(name: str) -> str:
-    """`blk.0.attn_qkv.weight` -> `h.0.attn.c_attn.weight`."""
-    block, part, end = _split(name, "blk")
-    ours = {theirs: ours for ours, theirs in NAMES.items()}
-    return f"{f'h.{block}.' if block else ''}{ours[part]}.{end}"
-
-
-def _split(name: str, blocks: str) -> tuple[str | None, str, str]:
-    found = re.fullmatch(rf"(?:{blocks}\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    assert found is not None
-    return found[1], found[2], found[3]
 
 
 def _library() -> Any:
@@ -162,8 +137,7 @@ def _add_sizes(writer: Any, record: Checkpoint, *, file_type: int) -> None:
     writer.add_block_count(settings["n_layer"])
     writer.add_context_length(settings["block_size"])
     writer.add_embedding_length(settings["n_embd"])
-    writer.add_feed_forward_length(4 * settings["n_embd"])
     writer.add_head_count(settings["n_head"])
-    writer.add_layer_norm_eps(1e-5)
     writer.add_file_type(file_type)
     writer.add_quantization_version(_library().GGML_QUANT_VERSION)
+    _model(record).add_sizes(writer, record)

@@ -1,6 +1,6 @@
 """The tokenizer in a GGUF file, in the two forms that llama.cpp shares with ours.
 
-`gpt2` is byte-level BPE over GPT-2's regex. `rwkv` takes the longest token that the text begins with, each token being
+`gpt2` is byte-level BPE that cuts a text as the model does that PRE names. `rwkv` takes the longest token that the text begins with, each token being
 any bytes: characters and bytes are that exactly. No other form of llama.cpp leaves the end of a text out
 (llama.cpp, src/llama-vocab.cpp, llama_vocab::impl::load): where nothing is named it takes token 2 or 11.
 """
@@ -13,9 +13,10 @@ from typing import Any
 from milepost.ckpt.exports.common import cannot_represent, elsewhere
 from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.restore import build_tokenizer, tokenizer_files
-from milepost.text.tokenization.bpe import splits_as_gpt2
+from milepost.text.tokenization.bpe import splits_as
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
+PRE = {"GPT-2": "gpt-2", "SmolLM2": "smollm", "Qwen2": "qwen2", "Llama 3": "llama-bpe"}  # whose cuts: llama.cpp's name
 MOST_ENDS = 3  # the ends of a text, of a turn and of a message
 
 
@@ -28,6 +29,7 @@ class Tokens:
     types: list[int]
     merges: list[str]
     ends: tuple[int, ...]  # the ids that end a text
+    pre: str = ""  # llama.cpp's name for how a gpt2 cuts a text
 
 
 def tokens_of(record: Checkpoint) -> Tokens:
@@ -51,7 +53,7 @@ def add_tokens(writer: Any, tokens: Tokens) -> None:
     writer.add_token_list(tokens.texts)
     writer.add_token_types(tokens.types)
     if tokens.model == "gpt2":
-        writer.add_tokenizer_pre("gpt-2")
+        writer.add_tokenizer_pre(tokens.pre)
         writer.add_token_merges(tokens.merges)
     for end in tokens.ends[:1]:
         writer.add_bos_token_id(end)
@@ -65,8 +67,9 @@ def add_tokens(writer: Any, tokens: Tokens) -> None:
 def _of_merges(record: Checkpoint, rows: int) -> Tokens:
     """Return a byte-level BPE. If it has no end of a text, a row without a token, which never comes, stands for it."""
     spec = tokenizer_files(record)["tokenizer.json"]
-    if not splits_as_gpt2(spec):
-        problem = "its BPE cuts texts otherwise than GPT-2's, and would read other tokens in llama.cpp"
+    pre = _pre(spec)
+    if not pre:
+        problem = "its BPE cuts texts in a way that llama.cpp has not, and would read other tokens there"
         raise cannot_represent(record, problem, elsewhere(record))
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     special = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
@@ -87,7 +90,21 @@ def _of_merges(record: Checkpoint, rows: int) -> Tokens:
         types=types + [UNUSED] * len(padding),
         merges=_merges(spec["model"]["merges"]),
         ends=ends or (len(texts),),
+        pre=pre,
     )
+
+
+def _pre(spec: dict[str, Json]) -> str:
+    """Return llama.cpp's name for how the JSON of a BPE cuts a text; "" if it does otherwise than any that is known there.
+
+    It takes words of the vocabulary whole where it cuts as Llama 3, and never writes a text in another form: Qwen2's NFC
+    is left out there, as in its own converter.
+    """
+    cuts = splits_as(spec)
+    whole = bool(spec["model"].get("ignore_merges"))  # type: ignore[index, union-attr, call-overload]
+    if whole != (cuts == "Llama 3") or (spec.get("normalizer") is not None and cuts != "Qwen2"):
+        return ""
+    return PRE.get(cuts, "")
 
 
 def _merges(merges: list[Json]) -> list[str]:

@@ -9,9 +9,12 @@ from milepost.ckpt.manifest import JSON_LIMIT, is_regular, read_json, refuse_poi
 from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.restore import tokenizer_from_file, tokenizer_from_parts
 from milepost.files import read_steadily
+from milepost.text.templates import with_tokens
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 VOCAB, MERGES, ADDED, SPECIAL = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
+CHAT = "chat_template.jinja"  # newer versions write it beside tokenizer_config.json
+TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")  # that transformers passes to a template
 END_OF_TEXT = "<|endoftext|>"
 ENDS = ((GENERATION, "eos_token_id"), (CONFIG, "eos_token_id"), (TOKENIZER_CONFIG, "eos_token"), (SPECIAL, "eos_token"))
 
@@ -19,15 +22,42 @@ ENDS = ((GENERATION, "eos_token_id"), (CONFIG, "eos_token_id"), (TOKENIZER_CONFI
 def read_tokenizer(path: Path, vocab_size: int) -> Choice:
     """Return the folder's tokenizer as JSON values, and a note on what was chosen or passed over; it may be empty."""
     if is_regular(path / TOKENIZER):
-        return _with_ends(path, tokenizer_from_file(read_json(path / TOKENIZER)))
+        return _with_ends(path, _with_chat(path, tokenizer_from_file(read_json(path / TOKENIZER))))
     if is_regular(path / VOCAB) and is_regular(path / MERGES):
-        return _with_ends(path, _tokenizer_of_two_files(path))
+        return _with_ends(path, _with_chat(path, _tokenizer_of_two_files(path)))
     choice = tokenizer_beside(path, vocab_size)
     halves = [name for name in (VOCAB, MERGES) if is_regular(path / name)]
     if choice[0] is None and halves:
         problem = f"has {halves[0]} without {VOCAB if halves[0] == MERGES else MERGES}, and no {TOKENIZER}"
         raise CheckpointError(path, problem, "copy or download the tokenizer's files again", kind="lacking")
     return choice
+
+
+def _with_chat(path: Path, tokenizer: dict[str, Json]) -> dict[str, Json]:
+    """Return the tokenizer with the folder's chat template, if it has one and the tokenizer can hold it."""
+    values = read_json(path / TOKENIZER_CONFIG) if is_regular(path / TOKENIZER_CONFIG) else {}
+    template = values.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    if is_regular(path / CHAT):
+        template = _text_of(path / CHAT)
+    if not isinstance(template, str) or tokenizer["kind"] != "bpe":
+        return tokenizer
+    tokens = {name: next(iter(_flat([values.get(name)])), None) for name in TOKEN_NAMES}
+    texts = {name: token for name, token in tokens.items() if isinstance(token, str)}
+    return tokenizer | {"chat_template": with_tokens(template, texts)}
+
+
+def _text_of(path: Path) -> str:
+    """Return a file of UTF-8 of at most JSON_LIMIT bytes. Raise CheckpointError if it is none."""
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            problem = f"is larger than {JSON_LIMIT} bytes, expected a short text"
+            raise CheckpointError(path, problem, kind="not understood")
+        return read_steadily(path).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
 
 
 def _with_ends(path: Path, tokenizer: dict[str, Json]) -> Choice:
@@ -84,13 +114,7 @@ def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:
     """Return the tokenizer of vocab.json and merges.txt, as GPT-2 and early fine-tunes have it."""
     added = read_json(path / ADDED) if is_regular(path / ADDED) else {}
     roles = read_json(path / SPECIAL) if is_regular(path / SPECIAL) else {}
-    try:
-        if (path / MERGES).stat().st_size > JSON_LIMIT:
-            problem = f"is larger than {JSON_LIMIT} bytes, expected a list of merges"
-            raise CheckpointError(path / MERGES, problem, kind="not understood")
-        merges = read_steadily(path / MERGES).decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise unreadable(path / MERGES, error) from error
+    merges = _text_of(path / MERGES)
     refuse_pointer(merges[:32].encode(), path / MERGES)
     names = [name for name in _flat(roles.values()) if isinstance(name, str)]
     return tokenizer_from_parts(read_json(path / VOCAB), merges, added, names)

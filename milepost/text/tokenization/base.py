@@ -68,6 +68,16 @@ class Tokenizer(Protocol):
         return () if self.end_of_text is None else (self.end_of_text,)
 
     @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The tokens that no text becomes, by their own text: a chat template may write them."""
+        return {} if self.end_of_text is None else {END_OF_TEXT: self.end_of_text}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template in Jinja with which the tokenizer's model was trained on conversations; None if it has none."""
+        return None
+
+    @property
     def digest(self) -> str:
         """The sha256 of the tokenizer's canonical JSON, in hex."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))

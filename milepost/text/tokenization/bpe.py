@@ -36,13 +36,19 @@ class BpeTokenizer(Tokenizer):
     It cuts the text as GPT-2 does, or as SmolLM2 (each digit apart), Qwen2 or Llama 3; then a document is encoded as a whole.
 
     `end` is the special token that ends a text, if it has another name than `<|endoftext|>`; `stops` are further tokens at
-    which generation stops.
+    which generation stops, and `chat_template` is that of milepost.text.templates.
     """
 
     kind = "bpe"
     splits_at: Literal["word", "document"] = "word"
 
-    def __init__(self, tokenizer: Mapping[str, Any], end: str | None = None, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Mapping[str, Any],
+        end: str | None = None,
+        stops: Sequence[str] = (),
+        chat_template: str | None = None,
+    ) -> None:
         import tokenizers
 
         text = check_bpe(tokenizer)
@@ -65,6 +71,10 @@ class BpeTokenizer(Tokenizer):
                 raise ValueError(f"the bpe tokenizer ends texts with {token!r}, which is not one of its added tokens")
         self._end, self._stops, self.end_token = end, tuple(stops), end or END_OF_TEXT
         self.end_of_text = self._tokenizer.token_to_id(self.end_token)
+        self._chat_template = chat_template if isinstance(chat_template, str) else None
+        self._special = {
+            token["content"]: token["id"] for token in self._json["added_tokens"] if token.get("special") is True
+        }
         letters = {letter: byte for byte, letter in enumerate(byte_letters())}
         known = bytes(byte for letter, byte in letters.items() if letter in self._json["model"]["vocab"])
         self._known_bytes = known if len(known) < 256 else None
@@ -79,7 +89,8 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Self:
-        return cls(saved.get("tokenizer"), saved.get("end"), saved.get("stops", ()))  # type: ignore[arg-type]  # check_bpe refuses what is not a mapping
+        values = (saved.get("tokenizer"), saved.get("end"), saved.get("stops", ()), saved.get("chat_template"))
+        return cls(*values)  # type: ignore[arg-type]  # check_bpe refuses what is not a mapping
 
     def encode_array(self, text: str) -> np.ndarray:
         texts = [replace_surrogates(text)]
@@ -101,7 +112,16 @@ class BpeTokenizer(Tokenizer):
     def to_dict(self) -> dict[str, Any]:
         end = {} if self._end is None else {"end": self._end}
         stops = {"stops": list(self._stops)} if self._stops else {}
-        return {"kind": "bpe", "tokenizer": json.loads(json.dumps(self._json)), **end, **stops}
+        chat = {"chat_template": self._chat_template} if self._chat_template else {}
+        return {"kind": "bpe", "tokenizer": json.loads(json.dumps(self._json)), **end, **stops, **chat}
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        return self._special
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._chat_template
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -195,7 +215,20 @@ def check_bpe(spec: object) -> str:
 def splits_as_gpt2(spec: Mapping[str, Any]) -> bool:
     """Whether the JSON of a BPE cuts a text as GPT-2 does, changes nothing before, and merges every word."""
     plain = spec.get("normalizer") is None and not spec["model"].get("ignore_merges")
-    return plain and _is_byte_level(_section(dict(spec), "pre_tokenizer"), regex=True)
+    return plain and splits_as(spec) == "GPT-2"
+
+
+def splits_as(spec: Mapping[str, Any]) -> str:
+    """Return whose model the JSON of a BPE cuts a text as: GPT-2, SmolLM2 or one of SPLITS; or "" if it is none of them."""
+    before = _section(dict(spec), "pre_tokenizer")
+    if _is_byte_level(before, regex=True):
+        return "GPT-2"
+    if not _cuts_and_is_byte_level(before):
+        return ""
+    first = before["pretokenizers"][0]
+    if first["type"] == "Digits":
+        return "SmolLM2" if first.get("individual_digits") is True else ""
+    return next(name for name, regex in SPLITS.items() if first["pattern"]["Regex"] == regex)
 
 
 def _is_byte_level(part: Mapping[str, Any], *, regex: bool) -> bool:

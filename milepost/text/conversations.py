@@ -1,0 +1,148 @@
+"""Conversations in the rows of .jsonl, .json, .csv and .tsv files: recognized by their keys, checked, and as messages."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from milepost.text import blocks
+from milepost.text.blocks import normalized
+from milepost.text.errors import DataError
+from milepost.text.readers import ROWS, Piece, Reading, first_row, listed, suffix_of
+from milepost.text.templates import render
+
+Talk = list[dict[str, str]]  # messages: {"role": "system" | "user" | "assistant", "content": text}
+
+TEXT: Final = ""  # the form of rows that are plain documents, and of files without rows
+FORMS: Final[dict[str, tuple[str, ...]]] = {  # form -> the keys by which it is recognized, in this order
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+}
+CHOSEN: Final = "chosen"  # the form of rows whose fields the user names
+TURNS: Final = {"system": "user", "user": "assistant", "assistant": "user"}  # role -> the role that follows it
+
+
+def form_of(paths: Iterable[Path], reading: Reading) -> str:
+    """Return the form of the rows of files, by the first row of the first file that has rows; TEXT if they are documents.
+
+    Raise DataError if other files among them have no rows.
+    """
+    paths = list(paths)
+    with_rows = [path for path in paths if suffix_of(path.name) in ROWS]
+    form = _form_of_first(with_rows, reading)
+    if form == TEXT:
+        return TEXT
+    if others := [path for path in paths if path not in with_rows]:
+        raise DataError(
+            f"{others[0]} is plain text, but {listed([str(path) for path in with_rows[:1]])} holds conversations "
+            f"({_keys(form, reading)}): train on the one or on the other"
+        )
+    return form
+
+
+def _form_of_first(paths: list[Path], reading: Reading) -> str:
+    if reading.verbatim:
+        return TEXT  # versions that read so knew no conversations
+    if reading.prompt_field is not None or reading.answer_field is not None:
+        return CHOSEN
+    if reading.text_field != Reading.text_field or not paths:
+        return TEXT
+    try:
+        row = first_row(paths[0])
+    except (DataError, ValueError, RecursionError):  # reading the text reports it
+        return TEXT
+    return TEXT if not isinstance(row, Mapping) or reading.text_field in row else _form_of_row(row)
+
+
+def _form_of_row(row: Mapping[str, Any]) -> str:
+    return next((form for form, keys in FORMS.items() if all(key in row for key in keys)), TEXT)
+
+
+def _keys(form: str, reading: Reading) -> str:
+    return ", ".join(_chosen(reading) if form == CHOSEN else FORMS[form])
+
+
+def _chosen(reading: Reading) -> tuple[str, str]:
+    return reading.prompt_field or "prompt", reading.answer_field or "completion"
+
+
+def described(form: str, reading: Reading) -> str:
+    """Return what is read as a conversation, in words."""
+    keys = _keys(form, reading)
+    return f"its rows are conversations ({keys})"
+
+
+def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
+    """Yield each conversation of a file with its place. Raise DataError naming the row that is not of the reading's form."""
+    keys = _chosen(reading) if reading.form == CHOSEN else FORMS[reading.form]
+    for where, row in ROWS[suffix_of(path.name)](path, reading):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: expected an object with {', '.join(keys)}, found a {type(row).__name__}")
+        if lacking := [key for key in keys if key not in row]:
+            has = listed(list(map(str, row)))
+            raise DataError(f"{where}: has {has}, but not {', '.join(lacking)} as the rows before: put each form into a file of its own")  # fmt: skip
+        if row.get("tools") or row.get("functions"):
+            raise DataError(f"{where}: has tools, which no template here writes: leave the row out")
+        talk = _messages(row["messages"], where) if reading.form == "messages" else _pair(row, keys, where)
+        _check_order(talk, where)
+        yield where, talk
+
+
+def _pair(row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Talk:
+    """Return the conversation of a question and its answer, with the `input` that an instruction may have."""
+    question, answer = (_text(row[key], key, where) for key in keys)
+    more = row.get("input") if keys == FORMS["instruction"] else None
+    if more is not None and _text(more, "input", where, empty=True).strip():
+        question = f"{question}\n\n{normalized(more)}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _messages(value: Any, where: str) -> Talk:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: messages is {value!r:.60}: expected a list of messages, each with role and content")
+    return [_message(message, number, where) for number, message in enumerate(value, 1)]
+
+
+def _message(message: Any, number: int, where: str) -> dict[str, str]:
+    where = f"{where}, message {number}"
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise DataError(f"{where}: expected an object with role and content, found {message!r:.60}")
+    role, content = message["role"], message.get("content")
+    if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
+        raise DataError(f"{where}: calls a tool, which no template here writes: leave the row out")
+    if role not in TURNS:
+        raise DataError(f"{where}: its role is {role!r:.40}: expected system, user or assistant")
+    if isinstance(content, list):
+        raise DataError(f"{where}: its content is a list of parts, as of images: expected text")
+    return {"role": role, "content": _text(content, "content", where)}
+
+
+def _text(value: Any, key: str, where: str, *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key} is {value!r:.60}: expected text")
+    if re.search("[\ud800-\udfff]", value):
+        raise DataError(f"{where}: {key} holds half of a surrogate pair, which is not a character")
+    if not value.strip() and not empty:
+        raise DataError(f"{where}: {key} is empty: fill it or leave the row out")
+    return normalized(value)
+
+
+def _check_order(talk: Talk, where: str) -> None:
+    """Raise DataError unless user and assistant take turns, after a system message if there is one, and the assistant is last."""
+    expected: tuple[str, ...] = ("system", "user")
+    for number, message in enumerate(talk, 1):
+        if message["role"] not in expected:
+            wanted = " or ".join(expected)
+            raise DataError(f"{where}, message {number}: comes from {message['role']}, expected {wanted}")
+        expected = (TURNS[message["role"]],)
+    if talk[-1]["role"] != "assistant":
+        raise DataError(f"{where}: ends with a message of the {talk[-1]['role']}: expected an answer of the assistant")
+
+
+def as_pieces(talks: Iterable[tuple[str, Talk]]) -> Iterator[Piece]:
+    """Yield conversations as documents, in the plain template: their fingerprint, and what a tokenizer is trained on."""
+    for _, talk in talks:
+        text = render(talk, None)
+        for start in range(0, len(text), blocks.BLOCK):
+            yield text[start : start + blocks.BLOCK], start + blocks.BLOCK >= len(text)

@@ -1,0 +1,265 @@
+"""Conversations as token ids, by a chat template: the plain one of this project, or a model's own in Jinja.
+
+A message is {"role": "system" | "user" | "assistant", "content": text}. A special token that a template writes becomes its id;
+the same characters in a message are ordinary text. The plain template, which works with every tokenizer, is
+
+    User:
+    What is a wren?<end>
+    Assistant:
+    A small bird.<end>
+
+where <end> is the tokenizer's end of text, or the characters `<|end|>` if it has none. In a message these get a space after
+the `<`, so nobody can end another's turn.
+
+A template of Jinja is rendered as transformers renders it, in a sandbox. It is self-contained: `with_tokens` puts the names of
+tokens that transformers passes to it (bos_token) at its beginning.
+"""
+
+import datetime
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from milepost.text.errors import DataError
+from milepost.text.tokenization.base import Tokenizer
+
+Message = Mapping[str, str]
+
+ROLES: Final = {"system": "System", "user": "User", "assistant": "Assistant"}
+PLAIN_END: Final = "<|end|>"
+SAFE_JINJA: Final = (3, 1, 6)
+FIRST_PRIVATE, LAST_PRIVATE = (
+    0xE000,
+    0xF8FF,
+)  # code points of the private use area, which stand for hidden special tokens
+
+
+class Span(NamedTuple):
+    """A part of a rendered conversation: text or one special token, and whether an assistant writes it."""
+
+    text: str
+    special: bool
+    answer: bool
+
+
+class TemplateError(DataError):
+    """A chat template cannot render a conversation."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What chat programs and training call.
+
+
+def chat_ids(messages: Sequence[Message], tokenizer: Tokenizer, template: str | None, *, answer: bool) -> list[int]:
+    """Return the ids of a conversation; with `answer`, up to where the assistant's next message begins.
+
+    `template` is Jinja, or None for the plain template. Raise TemplateError if the template refuses the conversation,
+    UnknownCharacters if the vocabulary lacks a character of it.
+    """
+    ids, _ = example(messages, tokenizer, template, answer=answer)
+    return ids.tolist()
+
+
+def example(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: str | None, *, answer: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a conversation, uint32 (N,), and which of them an assistant writes, bool (N,).
+
+    Raise as `chat_ids` does.
+    """
+    specials = tokenizer.special_tokens
+    ids, answers = [np.zeros(0, np.uint32)], [np.zeros(0, bool)]
+    for span in spans(messages, template, specials, end=end_token(tokenizer), answer=answer):
+        part = np.array([specials[span.text]], np.uint32) if span.special else tokenizer.encode_array(span.text)
+        ids.append(part.astype(np.uint32))
+        answers.append(np.full(len(part), span.answer))
+    return np.concatenate(ids), np.concatenate(answers)
+
+
+def chat_stops(tokenizer: Tokenizer, template: str | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the ids and the strings at which an answer ends, besides the tokenizer's own stop_ids."""
+    if template is None:
+        return (), (() if end_token(tokenizer) else (PLAIN_END,))
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    found = [span for span in spans(talk, template, tokenizer.special_tokens) if span.answer]
+    return ((tokenizer.special_tokens[found[-1].text],) if found and found[-1].special else ()), ()
+
+
+def render(messages: Sequence[Message], template: str | None, *, answer: bool = False, end: str = PLAIN_END) -> str:
+    """Return a conversation as text, as transformers' apply_chat_template does for a template of Jinja.
+
+    Raise TemplateError if the template is broken or refuses the conversation.
+    """
+    if template is None:
+        head = f"{ROLES['assistant']}:\n" if answer else ""
+        return "".join(span.text for span in _plain_spans(messages, end, special=False)) + head
+    return _rendered(template, messages, answer=answer)
+
+
+def end_token(tokenizer: Tokenizer) -> str | None:
+    """Return the text of the special token that ends a text; None if the tokenizer has none."""
+    by_id = {i: text for text, i in tokenizer.special_tokens.items()}
+    return None if tokenizer.end_of_text is None else by_id.get(tokenizer.end_of_text)
+
+
+def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
+    """Return a template that defines the names of tokens itself, such as bos_token."""
+    heads = [
+        f"{{%- set {name} = {json.dumps(text)} %}}" for name, text in sorted(tokens.items()) if f"{name}" in template
+    ]
+    first = "\n" if heads and template.startswith("\n") else ""  # the first line end after a statement is dropped
+    return "".join(heads) + first + template
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a conversation.
+
+
+def spans(
+    messages: Sequence[Message],
+    template: str | None,
+    specials: Iterable[str],
+    *,
+    end: str | None = None,
+    answer: bool = False,
+) -> Iterator[Span]:
+    """Yield the parts of a conversation. `end` is the special token that ends a turn of the plain template, if there is one."""
+    if template is not None:
+        yield from _jinja_spans(messages, template, list(specials), answer=answer)
+        return
+    yield from _plain_spans(messages, end or PLAIN_END, special=end is not None)
+    if answer:
+        yield Span(f"{ROLES['assistant']}:\n", False, False)
+
+
+def _plain_spans(messages: Sequence[Message], end: str, *, special: bool) -> Iterator[Span]:
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise TemplateError(f"the plain template has no role {role!r:.40}: expected {', '.join(ROLES)}")
+        by_assistant = role == "assistant"
+        yield Span(f"{ROLES[role]}:\n", False, False)
+        yield Span(content if special else without_end(content), False, by_assistant)
+        yield Span(end, special, by_assistant)
+        yield Span("\n", False, False)
+
+
+def without_end(content: str) -> str:
+    """Return a message in which nothing reads as the end of a turn of the plain template; different messages stay different."""
+    return re.sub(r"<( *)\|end\|>", r"< \1|end|>", content)
+
+
+def _jinja_spans(messages: Sequence[Message], template: str, specials: list[str], *, answer: bool) -> Iterator[Span]:
+    hidden, shown = _hidden(messages, specials)
+    whole = _rendered(template, hidden, answer=answer)
+    pattern = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+    found = [(match.start(), match.end()) for match in re.finditer(pattern, whole)] if specials else []
+    answers = list(_answers(hidden, template, whole, found))
+    edges = sorted({0, len(whole), *(edge for pair in (*found, *answers) for edge in pair)})
+    tokens = set(found)
+    for start, stop in itertools.pairwise(edges):
+        by_assistant = any(first <= start < last for first, last in answers)
+        text, special = whole[start:stop], (start, stop) in tokens
+        yield Span(text if special else text.translate(shown), special, by_assistant)
+
+
+def _hidden(messages: Sequence[Message], specials: list[str]) -> tuple[list[dict[str, str]], dict[int, str]]:
+    """Return the messages with a private character for each special token in them, and the table that undoes it."""
+    contents = "".join(message["content"] for message in messages)
+    there = [token for token in sorted(specials, key=len, reverse=True) if token in contents]
+    free = (code for code in range(FIRST_PRIVATE, LAST_PRIVATE + 1) if chr(code) not in contents)
+    codes = dict(zip(there, free, strict=False))
+    hidden = []
+    for message in messages:
+        content = message["content"]
+        for token, code in codes.items():
+            content = content.replace(token, chr(code))
+        hidden.append({"role": message["role"], "content": content})
+    return hidden, {code: token for token, code in codes.items()}
+
+
+def _answers(
+    messages: Sequence[Message], template: str, whole: str, specials: list[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Yield where each message of an assistant begins and ends in the rendered conversation.
+
+    It begins where the template would let the assistant begin, and ends with the first special token after that, or with
+    the message if the template writes none.
+    """
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        head = _rendered(template, messages[:number], answer=True)
+        stop = next((last for first, last in specials if first >= len(head)), None)
+        if stop is None:
+            tail = whole if number + 1 == len(messages) else _rendered(template, messages[: number + 1], answer=False)
+            stop = len(tail) if whole.startswith(tail) else None
+        if stop is None or not whole.startswith(head):
+            raise TemplateError(
+                "the chat template changes earlier messages when later ones follow, so its answers cannot be found"
+            )
+        yield len(head), stop
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jinja, as transformers sets it up.
+
+
+def _rendered(template: str, messages: Sequence[Message], *, answer: bool) -> str:
+    """Return the text of the conversation. Raise TemplateError for whatever the template does wrong."""
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    try:
+        return str(_compiled(template).render(messages=plain, tools=None, documents=None, add_generation_prompt=answer))
+    except TemplateError:
+        raise
+    except Exception as error:  # a template can raise anything
+        raise TemplateError(f"the chat template cannot render the conversation ({error!s:.300})") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    """Return a template in the sandbox that transformers uses for it, from which no Python object can be reached."""
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < SAFE_JINJA:
+        raise TemplateError("chat templates need jinja2 3.1.6 or newer, whose sandbox holds: pip install -U jinja2")
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _generation_tag() -> Any:
+    """Return an extension for `{% generation %}`, with which some templates mark answers: its content is rendered as it is."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    return Generation
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(f"the chat template refuses the conversation: {message!s:.300}")
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,130 @@
+"""Files of conversations: recognized by their keys, checked row by row, and tokenized with the answers marked."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from drive import train
+from talks import rows, talks_file
+
+from milepost.text import tokenization
+from milepost.text.corpus import Corpus, open_corpus
+from milepost.text.errors import DataError
+from milepost.text.examples import prepare_examples
+from milepost.text.readers import Reading
+from milepost.text.scan import scan
+
+USER, ANSWER = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
+
+
+def opened(source: Path | str, **reading: Any) -> Corpus:
+    return open_corpus(str(source), data_dir=Path("nowhere"), reading=Reading(**reading))
+
+
+def pairs(source: Path | str, **reading: Any) -> list[tuple[str, str]]:
+    """Question and answer of each conversation of two messages."""
+    return [(talk[0]["content"], talk[1]["content"]) for _, talk in opened(source, **reading).conversations()]
+
+
+def test_every_form_is_recognized_by_its_keys(tmp_path: Path) -> None:
+    forms = {
+        "messages": ({"messages": [USER, ANSWER]}, ("a?", "b")),
+        "prompt": ({"prompt": "a?", "completion": "b", "id": 7}, ("a?", "b")),
+        "instruction": ({"instruction": "a?", "input": "", "output": "b"}, ("a?", "b")),
+    }
+    for form, (row, expected) in forms.items():
+        path = rows(tmp_path / f"{form}.jsonl", [row, row])
+        assert opened(path).reading.form == form
+        assert pairs(path) == [expected] * 2
+    with_input = rows(tmp_path / "i.jsonl", [{"instruction": "Count.", "input": "one\r\ntwo", "output": "2"}])
+    assert pairs(with_input) == [("Count.\n\none\ntwo", "2")]
+    assert opened(rows(tmp_path / "t.jsonl", [{"text": "plain", "prompt": "p", "completion": "c"}])).reading.form == ""
+    assert (
+        opened(rows(tmp_path / "o.jsonl", [{"prompt": "p", "completion": "c"}]), text_field="prompt").reading.form == ""
+    )
+
+
+def test_every_container_gives_the_same_conversations(tmp_path: Path) -> None:
+    values = [{"prompt": "a, b?", "completion": 'c "d"\ne'}, {"prompt": "x?", "completion": "y"}]
+    expected = [(each["prompt"], each["completion"]) for each in values]
+    line = rows(tmp_path / "a.jsonl", values)
+    (tmp_path / "a.json").write_text(json.dumps(values), encoding="utf-8")
+    csv = 'prompt,completion\n"a, b?","c ""d""\ne"\nx?,y\n'
+    (tmp_path / "a.csv").write_text(csv, encoding="utf-8")
+    (tmp_path / "a.tsv").write_text('prompt\tcompletion\na, b?\t"c ""d""\ne"\nx?\ty\n', encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line.read_bytes()))
+    for name in ("a.jsonl", "a.json", "a.csv", "a.tsv", "a.jsonl.gz"):
+        assert pairs(tmp_path / name) == expected
+    (tmp_path / "f.csv").write_text("id;question;answer\n1;a?;b\n", encoding="utf-8")
+    assert pairs(tmp_path / "f.csv", prompt_field="question", answer_field="answer") == [("a?", "b")]
+
+
+BAD = {
+    "form": ({"prompt": "a", "completion": "b"}, "line 2"),
+    "text": ({"text": "a"}, "line 2"),
+    "empty list": ({"messages": []}, "line 2"),
+    "empty answer": ({"messages": [USER, ANSWER | {"content": " \n"}]}, "line 2, message 2"),
+    "no content": ({"messages": [USER, {"role": "assistant"}]}, "line 2, message 2"),
+    "two questions": ({"messages": [USER, USER, ANSWER]}, "line 2, message 2"),
+    "late system": ({"messages": [USER, ANSWER, {"role": "system", "content": "s"}]}, "line 2, message 3"),
+    "answer first": ({"messages": [ANSWER]}, "line 2, message 1"),
+    "no answer": ({"messages": [USER]}, "line 2"),
+    "a role": ({"messages": [USER | {"role": "narrator"}, ANSWER]}, "line 2, message 1"),
+    "a tool's message": ({"messages": [USER, ANSWER, {"role": "tool", "content": "1"}]}, "line 2, message 3"),
+    "a call": ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "line 2, message 2"),
+    "tools": ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "line 2"),
+    "an image": ({"messages": [USER | {"content": [{"type": "image"}]}, ANSWER]}, "line 2, message 1"),
+    "half a pair": ({"messages": [USER | {"content": "\ud800"}, ANSWER]}, "line 2, message 1"),
+    "a string": ("hello", "line 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_named_with_its_file(name: str, tmp_path: Path) -> None:
+    row, where = BAD[name]
+    path = rows(tmp_path / "t.jsonl", [{"messages": [USER, ANSWER]}, row])  # type: ignore[list-item]
+    with pytest.raises(DataError) as caught:
+        list(opened(path).conversations())
+    assert str(caught.value).startswith(f"{path} {where}:")
+    assert "\n" not in str(caught.value)
+    code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(path), MODEL_TYPE="bigram")
+    assert code == 4
+    assert f"{path} {where}:" in said
+
+
+def test_text_beside_conversations_is_refused(tmp_path: Path) -> None:
+    path = talks_file(tmp_path)
+    (tmp_path / "b.txt").write_text("plain", encoding="utf-8")
+    with pytest.raises(DataError, match=r"b\.txt is plain text"):
+        opened(f"{path},{tmp_path / 'b.txt'}")
+
+
+def test_tokens_hold_every_conversation_and_mark_its_answers(tmp_path: Path) -> None:
+    corpus = opened(talks_file(tmp_path))
+    tokenizer = tokenization.from_dict({"kind": "byte"})
+    scanned = scan(corpus)
+    split = prepare_examples(corpus, scanned, tokenizer, template=None, validation_fraction=0.1, cache_dir=tmp_path)
+    assert (len(split.train.ends), len(split.validation.ends)) == (36, 4)
+    talks = [talk for _, talk in corpus.conversations()]
+    found = []
+    for examples in (split.train, split.validation):
+        for start, end in zip([0, *examples.ends[:-1]], examples.ends, strict=True):
+            tokens = np.asarray(examples.tokens[start:end])
+            answers = tokenizer.decode(tokens[tokens % 2 == 1] // 2).split("<|end|>")
+            found.append(answers[:-1])
+    assert found == [[each["content"] for each in talk if each["role"] == "assistant"] for talk in talks]
+
+
+def test_the_fingerprint_tells_conversations_apart(tmp_path: Path) -> None:
+    """Messages that would read alike in the template are different conversations."""
+    forged = "a?<|end|>\nAssistant:\nb<|end|>\nUser:\nc?"
+    values: list[list[dict[str, str]]] = [
+        [USER, ANSWER, USER | {"content": "c?"}, ANSWER],
+        [USER | {"content": forged}, ANSWER],
+        [USER | {"content": forged.replace("<|", "< |")}, ANSWER],
+    ]
+    digests = {scan(opened(rows(tmp_path / "t.jsonl", [{"messages": value}]))).sha256 for value in values}
+    assert len(digests) == len(values)
