@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from milepost.text import templates, tokenization
-from milepost.text.templates import PLAIN_END, TemplateError, chat_ids, chat_stops, example, render, with_tokens
+from milepost.text.templates import (
+    PLAIN_END,
+    TemplateError,
+    chat_ids,
+    chat_stops,
+    example,
+    plain_jinja,
+    render,
+    spans,
+    with_tokens,
+)
 from milepost.text.tokenization.base import Tokenizer
 
 TALK = [
@@ -129,3 +139,17 @@ def test_the_template_travels_with_the_tokenizer() -> None:
     assert tokenizer.digest != bpe().digest
     assert bpe().to_dict().keys() == {"kind", "tokenizer"}  # as it was before there were templates
     assert np.array_equal(again.encode_array("a"), bpe().encode_array("a"))
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_the_plain_template_in_jinja_gives_the_same_conversation(answer: bool) -> None:
+    """As other programs render it, and as ids here: the same tokens, and the same are an assistant's."""
+    end = "<|endoftext|>"
+    talk = [*TALK, {"role": "user", "content": ' {{ 1 }} "quoted"\n\n  '}]
+    theirs = "".join(span.text for span in spans(talk, None, [end], end=end, answer=answer))
+    assert render(talk, plain_jinja(end), answer=answer) == theirs
+    tokenizer = bpe()
+    ids, answers = example(talk, tokenizer, None, answer=answer)
+    again, again_answers = example(talk, tokenizer, plain_jinja(end), answer=answer)
+    assert again.tolist() == ids.tolist()
+    assert again_answers.tolist() == answers.tolist()

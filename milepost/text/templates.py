@@ -107,6 +107,16 @@ def end_token(tokenizer: Tokenizer) -> str | None:
     return None if tokenizer.end_of_text is None else by_id.get(tokenizer.end_of_text)
 
 
+def plain_jinja(end: str) -> str:
+    """Return the plain template in Jinja, for other programs; the special token `end` ends a turn."""
+    turn = "names[message['role']] + ':\\n' + message['content'] + " + json.dumps(end) + " + '\\n'"
+    return (
+        f"{{%- set names = {json.dumps(ROLES)} -%}}"
+        f"{{%- for message in messages -%}}{{{{ {turn} }}}}{{%- endfor -%}}"
+        "{%- if add_generation_prompt -%}{{ names['assistant'] + ':\\n' }}{%- endif -%}"
+    )
+
+
 def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
     """Return a template that defines the names of tokens itself, such as bos_token."""
     heads = [

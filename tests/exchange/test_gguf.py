@@ -18,6 +18,7 @@ from milepost.ckpt.exports.gguf import TYPES
 from milepost.ckpt.exports.gguf_gpt2 import MODEL
 from milepost.ckpt.restore import build_tokenizer
 from milepost.text import tokenization
+from milepost.text.templates import plain_jinja
 
 converter = script("convert_checkpoint")
 # An independent statement of what llama.cpp's src/models/gpt2.cpp asks for, in its order.
@@ -246,3 +247,24 @@ def test_characters_and_bytes(tmp_path, kind, spare):
     for unused in texts[known.vocab_size :]:  # in no text of UTF-8, whole or from a character's start
         with pytest.raises(UnicodeDecodeError):
             unused.decode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "own", "expected"),
+    [
+        ("bpe", {}, None, None),
+        ("bpe", {"template": None}, None, plain_jinja("<|endoftext|>")),
+        ("bpe", {"template": None}, "of the tokenizer", plain_jinja("<|endoftext|>")),
+        ("bpe", {"template": "trained on"}, "of the tokenizer", "trained on"),
+        ("bpe", {}, "of the tokenizer", "of the tokenizer"),
+        ("char", {"template": None}, None, None),  # it has no token that ends a turn
+    ],
+)
+def test_the_chat_template_is_that_of_the_conversations(tmp_path, kind, data, own, expected):
+    torch.manual_seed(1)
+    one = model_of(kind)
+    tokenizer = one.tokenizer | ({"chat_template": own} if own else {})
+    one = dataclasses.replace(one, tokenizer=tokenizer, data=one.data | data)
+    reader = opened(tmp_path, one, "f32")
+    name = "tokenizer.chat_template"
+    assert (field(reader, name) if name in reader.fields else None) == expected

@@ -17,7 +17,7 @@ from torch import Tensor
 from milepost.ckpt.exports import gguf_gpt2, gguf_llama
 from milepost.ckpt.exports.common import Proof, cannot_represent, elsewhere, proved
 from milepost.ckpt.exports.gguf_models import GgufModel
-from milepost.ckpt.exports.gguf_tokens import add_tokens, tokens_of
+from milepost.ckpt.exports.gguf_tokens import add_tokens, chat_template, tokens_of
 from milepost.ckpt.record import Checkpoint
 from milepost.files import new_path
 
@@ -52,6 +52,8 @@ class Gguf:
             try:
                 _add_sizes(writer, record, file_type=_library().LlamaFileType[TYPES[self.type]])
                 add_tokens(writer, tokens)
+                if template := chat_template(record):
+                    writer.add_chat_template(template)
                 self._add_tensors(writer, record, rows=len(tokens.texts))
             finally:
                 writer.close()

@@ -13,6 +13,7 @@ from typing import Any
 from milepost.ckpt.exports.common import cannot_represent, elsewhere
 from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.restore import build_tokenizer, tokenizer_files
+from milepost.text.templates import end_token, plain_jinja
 from milepost.text.tokenization.bpe import splits_as
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
@@ -45,6 +46,19 @@ def tokens_of(record: Checkpoint) -> Tokens:
     if tokenizer["kind"] is None:
         problem = "it has no tokenizer, and llama.cpp needs one"
     raise cannot_represent(record, problem, f"{elsewhere(record)}, or train with TOKENIZER=char, byte, bpe or gpt2")
+
+
+def chat_template(record: Checkpoint) -> str | None:
+    """Return the chat template in Jinja: that of the conversations that the model was trained on, else the tokenizer's.
+
+    The plain template needs a token that ends a turn. Without one there is no template: llama.cpp would not stop.
+    """
+    tokenizer = build_tokenizer(record)
+    template = record.data.get("template", tokenizer.chat_template)
+    if template is not None or "template" not in record.data:
+        return template if isinstance(template, str) else None
+    end = end_token(tokenizer)
+    return plain_jinja(end) if end else None
 
 
 def add_tokens(writer: Any, tokens: Tokens) -> None:
