@@ -37,7 +37,7 @@ from milepost.config import Config
 from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
-from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due, validation_of
+from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due, sample_start, validation_of
 from milepost.run_checkpoints import finish_saving, repair, retry_is_due, save_checkpoint
 from milepost.run_files import open_run, write_metrics, write_sample
 from milepost.runtime import distributed, hardware
@@ -47,7 +47,6 @@ from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 from milepost.runtime.optim import clip_gradients, gradient_norm
 from milepost.runtime.progress import Log, Progress, amount
 from milepost.runtime.schedule import lr_at
-from milepost.text.unknown import first_known
 
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save failed
 SKIPS_ALLOWED = 20  # consecutive float16 updates that the scaler may skip while it looks for a scale
@@ -285,13 +284,14 @@ def evaluate(run: Run, stop: Interrupt) -> float | None:
 
 
 def sample(run: Run) -> str:
-    """Return SAMPLE_TOKENS tokens drawn from the model with a generator of their own, as text."""
+    """Return up to SAMPLE_TOKENS tokens drawn from the model with a generator of their own, as text: an answer to a question
+    where it learns from conversations.
+    """
     settings, generator = run.settings, torch.Generator().manual_seed(run.settings.seed)
-    start = run.tokenizer.end_of_text
-    prompt = run.tokenizer.encode(first_known(run.tokenizer, run.text.scan.alphabet)) if start is None else [start]
+    start = sample_start(run.text, run.tokenizer)
     drawn = generate(
         run.model,
-        prompt,
+        start.ids,
         max_new_tokens=SAMPLE_TOKENS,
         temperature=settings.temperature,
         top_k=settings.top_k,
@@ -299,11 +299,15 @@ def sample(run: Run) -> str:
         repetition_penalty=settings.repetition_penalty,
         generator=generator,
         vocab_size=run.tokenizer.vocab_size,
+        stop_ids=start.stop_ids,
     )
     try:
-        return run.tokenizer.decode([*(prompt if start is None else []), *drawn]) + "\n"
+        text = run.tokenizer.decode(drawn)
     except ValueError as error:  # the logits are not finite
         raise TrainingError(f"after step {run.state.step}: {error}") from error
+    for stop in start.stops:
+        text = text.partition(stop)[0]
+    return (run.tokenizer.decode(start.ids) if start.shown else "") + text + "\n"
 
 
 def report(run: Run, clock: "Clock", metrics: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from milepost import ckpt, config
 from milepost.config import Config, ConfigError
+from milepost.files import in_words
 from milepost.locks import Reports, RunLockedError
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import ElsewhereError, World
@@ -121,7 +122,7 @@ def naming_output(folder: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise
         remedy = "fix its permissions, or set another OUTPUT"
-        raise ConfigError([f"OUTPUT: {folder} cannot be written ({error.strerror or error}): {remedy}"]) from error
+        raise ConfigError([f"OUTPUT: {folder} cannot be written ({in_words(error)}): {remedy}"]) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

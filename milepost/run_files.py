@@ -12,7 +12,7 @@ import models
 from milepost import ckpt, config
 from milepost.ckpt.leftovers import prepare_folder
 from milepost.config import ConfigError
-from milepost.files import instead, lacks, largest_file
+from milepost.files import in_words, instead, lacks, largest_file
 from milepost.locks import RunLock
 from milepost.paths import check_inside, is_real_file
 from milepost.run import Run, is_due
@@ -95,7 +95,7 @@ def _blaming(variable: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, NotImplementedError) as error:
-        problem = f"{variable}: {folder} cannot be written ({getattr(error, 'strerror', None) or error})"
+        problem = f"{variable}: {folder} cannot be written ({in_words(error)})"
         raise ConfigError([f"{problem}: free space, fix its permissions, or set another {variable}"]) from error
 
 
@@ -149,7 +149,7 @@ def protect_base(run: Run, held: contextlib.ExitStack) -> None:
     try:
         note = ckpt.note_use(run.base, run_id=run.run_id, checkpoint_dir=folder)
     except OSError as error:
-        base, why = run.base.get("source"), f"no note can be left beside it ({error.strerror or error})"
+        base, why = run.base.get("source"), f"no note can be left beside it ({in_words(error)})"
         run.log(f"warning: pruning may delete {base}, which these adapters need, because {why}: copy it elsewhere")
         return
     if note and ckpt.is_beside(note, folder):
@@ -245,4 +245,4 @@ def _report_once(run: Run, name: str, then: str = "") -> Iterator[None]:
     except OSError as error:
         if name not in run.state.reported:
             run.state.reported.add(name)
-            run.log(f"{name} could not be written ({error.strerror or error}); training continues{then}")
+            run.log(f"{name} could not be written ({in_words(error)}); training continues{then}")

@@ -138,7 +138,7 @@ def unheard(name: str, folder: Path, redirection: str, *, cwd: Path | None = Non
     line = f'"$0" "$1" {redirection}'
     done = subprocess.run(
         ["bash", "-c", line, sys.executable, str(path)], cwd=cwd or folder, env=kept | values, timeout=HANGING,
-        check=False, capture_output=True, stdin=subprocess.DEVNULL,
+        check=False, capture_output=True, input=b"Dear\n",
     )  # fmt: skip
     return done.returncode
 
@@ -154,6 +154,7 @@ SCRIPTS = {
     "compare_samples": {"CHECKPOINT_PATH": "best,latest", "MAX_NEW_TOKENS": "4"},
     "plot_run": {},
     "load_checkpoint": {"CHECKPOINT_PATH": "latest", "MAX_NEW_TOKENS": "4"},
+    "chat": {"CHECKPOINT_PATH": "latest", "MAX_NEW_TOKENS": "4"},
 }
 
 

@@ -13,7 +13,7 @@ from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_stem, target_folder
 from milepost.ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk
 from milepost.ckpt.validate import validate
-from milepost.files import free_space, lacks, make_folder
+from milepost.files import free_space, in_words, lacks, make_folder
 from milepost.locks import folder_lock
 from milepost.paths import check_inside
 
@@ -88,9 +88,7 @@ def why_not_saved(error: Exception, folder: Path, *, need: int) -> str:
     if code == errno.EFBIG:
         limit = "the file system or the limit of this process (ulimit -f) allows no file of that size"
         return f"the file is too large: about {need:,} bytes are needed in {folder}, and {limit}"
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return f"{error}"
+    return in_words(error)
 
 
 def _places(record: Checkpoint, folder: Path) -> set[Path]:

@@ -158,3 +158,10 @@ def below(folder: Path) -> Iterator[Path]:
         yield path
         if path.is_dir() and not path.is_symlink():
             yield from below(path)
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error without its number: what is wrong, after the file that it is about."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -24,7 +24,8 @@ from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, ope
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
-from milepost.text.unknown import Mode, encoder_of
+from milepost.text.templates import chat_stops
+from milepost.text.unknown import Mode, encoder_of, first_known
 from models.model import Model
 
 CACHE_FOLDER = cache_folder(config.user_caches()) / "tokens"
@@ -173,6 +174,28 @@ def validation_of(
         return validation_windows(text.split.validation, block_size=block_size, batch_size=batch_size, steps=steps)
     packing = packing_of(text, text.split.validation, model, block_size=block_size)
     return validation_batches(packing, batch_size=batch_size, steps=steps, positions=model.packs)
+
+
+class SampleStart(NamedTuple):
+    """What a sample during training continues, and the tokens and strings that end it."""
+
+    ids: list[int]
+    shown: bool  # whether they are part of the sample
+    stop_ids: tuple[int, ...] = ()
+    stops: tuple[str, ...] = ()
+
+
+def sample_start(text: Text, tokenizer: tokenization.Tokenizer) -> SampleStart:
+    """Return what a sample continues: of conversations, the first question that is not trained on; else the end of a text, or
+    where the tokenizer has none, a character of the text.
+    """
+    if isinstance(text.split, ExampleSplit):
+        part = text.split.validation if len(text.split.validation) else text.split.train
+        stop_ids, stops = chat_stops(tokenizer, text.template)
+        return SampleStart(part.first_question(), True, (*tokenizer.stop_ids, *stop_ids), stops)
+    if tokenizer.end_of_text is not None:
+        return SampleStart([tokenizer.end_of_text], False)
+    return SampleStart(tokenizer.encode(first_known(tokenizer, text.scan.alphabet)), True)
 
 
 def check_separator(separator: str | None, tokenizer: tokenization.Tokenizer) -> None:

@@ -33,6 +33,11 @@ class Examples:
         """Return the number of tokens, as of a text."""
         return len(self.tokens)
 
+    def first_question(self) -> list[int]:
+        """Return the ids of the first conversation up to where its first answer begins."""
+        first = self.tokens[: self.ends[0]]
+        return (first[: np.argmax(first & 1)] >> 1).tolist()
+
 
 @dataclass(frozen=True)
 class ExampleSplit:

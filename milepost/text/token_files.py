@@ -20,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from milepost.files import APPEND, flush_to_disk, lacks, new_folder, remove, write_json
+from milepost.files import APPEND, flush_to_disk, in_words, lacks, new_folder, remove, write_json
 from milepost.text.chunks import LongWordError, rechunk, whole_documents
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
@@ -177,7 +177,7 @@ def open_or_build(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[
         return _open_built(folder, dtypes, build)
     except OSError as error:
         remedy = "free space and fix permissions there; a read-only checkout uses XDG_CACHE_HOME instead"
-        problem = f"the token files in {folder.parent} cannot be written ({error.strerror or error})"
+        problem = f"the token files in {folder.parent} cannot be written ({in_words(error)})"
         raise DataError(f"{problem}: {remedy}") from error
 
 
