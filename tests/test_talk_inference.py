@@ -20,7 +20,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("answers")
     source = rows(folder / "t.jsonl", [{"prompt": q, "completion": a} for q, a in PAIRS.items()] * 20)
     kind = {"TOKENIZER": request.param} | ({"BPE_VOCAB_SIZE": "270"} if request.param == "bpe" else {})
-    code, said = train(folder, TRAINING_DATA_SOURCE=str(source), **kind, **LEARNS)
+    sampled = {"SAMPLE_INTERVAL": LEARNS["TRAINING_STEPS"], "TEMPERATURE": "0"}
+    code, said = train(folder, TRAINING_DATA_SOURCE=str(source), **kind, **LEARNS | sampled)
     assert code == 0, said
     return folder
 
@@ -40,6 +41,14 @@ def test_a_prompt_is_a_question_and_the_answer_ends_itself(trained: Path) -> Non
     raw = generated(trained, PROMPT="Who sings?", RAW_PROMPT="true")
     assert raw.startswith("Who sings?")
     assert raw != "Who sings?The wren.\n"
+
+
+def test_a_sample_of_the_training_is_an_answer(trained: Path) -> None:
+    """To a question that is not trained on: the last tenth of 60 pairs begins with the first pair."""
+    (path,) = (trained / "runs").glob("*/samples/*.txt")
+    end = "<|endoftext|>" if newest(trained).tokenizer["kind"] == "bpe" else "<|end|>"
+    question = f"User:\nWho sings?{end}\nAssistant:\n"
+    assert path.read_text(encoding="utf-8") == f"{question}The wren.\n"
 
 
 def test_the_template_stays_in_every_layout(trained: Path) -> None:
