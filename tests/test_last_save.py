@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
+    """Fill the disk once the save in the background has ended, which a slow machine would let run into the full disk."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint writer":
+            thread.join()
     (disk / ".filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 20_000)))
 
 
