@@ -24,7 +24,7 @@ def commands(text: str) -> list[str]:
 
 def copied_checkout(folder: Path) -> Path:
     """Return a copy of the files that git tracks, with the environment of this test as .venv (make takes no path with a
-    space).
+    space). Beside its parts make can touch files of its own there, although the environment may be another user's.
     """
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -33,7 +33,10 @@ def copied_checkout(folder: Path) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / ".venv").mkdir()
+    for part in Path(sys.prefix).iterdir():
+        if not part.name.startswith("."):
+            (folder / ".venv" / part.name).symlink_to(part)
     return folder
 
 

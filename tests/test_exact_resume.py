@@ -1,6 +1,7 @@
 """Interrupted + resumed = uninterrupted, bit for bit: every weight, every optimizer tensor and every logged figure."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -117,7 +118,7 @@ def stopped_after(step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **ch
 def test_after_sigterm(step, straight, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
     said = stopped_after(step, folder, monkeypatch)
-    assert f"RESUME={newest(folder).path} " in said
+    assert f"RESUME={shlex.quote(str(newest(folder).path))} " in said
     code, said = train(folder, RESUME="auto")
     assert code == 0, said
     assert_same(straight, folder)

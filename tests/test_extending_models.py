@@ -19,6 +19,7 @@ import torch
 from drive import ROOT, environment, newest, tensor_bytes, train
 from script import call, script
 from test_distributed import torchrun
+from work import HANGING
 
 import models
 import training
@@ -118,7 +119,7 @@ def kill(toy: str, folder: Path, *, step: int = KILLED_AT, **changes: str) -> No
     }
     ended = subprocess.run(
         [sys.executable, "-c", code], env=keep | environment(folder, **changes), capture_output=True, text=True,
-        timeout=300, check=False
+        timeout=HANGING, check=False
     )  # fmt: skip
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from milepost.runtime import hardware
 from milepost.runtime.hardware import AFFECTS_BITS, DeviceError
 from milepost.splitmix import mix
 
+PLAIN = "/var/tmp"  # a folder without a space or a quote, wherever the tests have their files
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
@@ -126,11 +128,23 @@ def test_compiling_follows_a_fixed_rule(requested, device, pays, steps, expected
     assert (remark is not None) == (expected and not compiler)  # an impossible request is logged
 
 
-def test_torch_in_a_folder_with_a_space_cannot_compile_on_a_cpu(monkeypatch):
-    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
-    assert hardware.choose_compile("true", CPU, pays=True, steps=1) == (True, None)  # the control
-    monkeypatch.setattr(torch, "__path__", ["/a folder/torch"])
-    assert hardware.choose_compile("true", CPU, pays=True, steps=1)[0] is False
+@pytest.mark.parametrize("name", ["a folder", "o'hara", 'a"b'])
+@pytest.mark.parametrize("whose", ["torch", "temporary files", "cache"])
+def test_where_torch_would_not_quote_a_folder_a_cpu_cannot_compile(whose, name, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="plain-", dir=PLAIN) as plain:
+        place = Path(plain) / name
+        monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+        monkeypatch.setattr(torch, "__path__", ["/plain/torch"])
+        monkeypatch.setattr(tempfile, "tempdir", plain)
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{plain}/cache")
+        assert hardware.choose_compile("true", CPU, pays=True, steps=1) == (True, None)  # the control
+        if whose == "torch":
+            monkeypatch.setattr(torch, "__path__", [str(place)])
+        elif whose == "cache":
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place))
+        else:
+            monkeypatch.setattr(tempfile, "tempdir", str(place))
+        assert hardware.choose_compile("true", CPU, pays=True, steps=1)[0] is False
 
 
 # Bits

@@ -25,18 +25,21 @@ SETTINGS = config.read({"PYTHON_DOTENV_DISABLED": "1"})
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU]
 
 # Prints when it is ready and when it was asked to stop, then runs for ever. Only an orderly exit would print "cleaned
-# up".
+# up". It waits at a pipe into which Python writes each signal: one that came just before pause() would not end that.
 CHILD = """
 import atexit, os, signal
 from milepost.runtime import interrupt
 from milepost.runtime.interrupt import Interrupt
 interrupt.SAME_REQUEST = float("SAME_REQUEST")
 atexit.register(print, "cleaned up", flush=True)
+arrived, wakes = os.pipe()
+os.set_blocking(wakes, False)
+signal.set_wakeup_fd(wakes)
 signal.signal(signal.SIGWINCH, lambda *_: os.write(1, b"alive\\n"))  # print() may not be interrupted by itself
 with Interrupt() as stop:
     print("ready", stop.requested, flush=True)
     while not stop.requested:
-        signal.pause()
+        os.read(arrived, 1)
     print("asked to stop", flush=True)
     while True:
         signal.pause()
@@ -177,7 +180,7 @@ def hooked(
     env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(hook), "SAID": str(folder / "said")}
     env |= {"AT_IMPORT_OF": at, "SIGNAL": number, "MADE_OF_IT": made_of_it} | environment(folder, **changes)
     return subprocess.run(
-        [sys.executable, script], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, script], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=HANGING
     )
 
 
@@ -302,7 +305,9 @@ def handler(number, frame):
 
 @pytest.fixture
 def handlers_as_before():
+    """No signal has come yet, whatever the test before left; afterwards the handlers are as they were."""
     before = {number: signal.getsignal(number) for number in (*ALL, signal.SIGUSR1)}
+    interrupt.raise_on_signal()
     yield
     for number, each in before.items():
         signal.signal(number, each)

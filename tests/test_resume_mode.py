@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -474,7 +475,7 @@ def test_an_interrupted_child_resumes_bit_exactly(resume, trained, monkeypatch):
         said = resume(CHECKPOINT_DIR=str(trained / "stopped"), CHECKPOINT_INTERVAL="0")
     assert said.code == 130
     first = child_of(trained, "stopped")
-    assert f"RESUME={first.path} " in said.err
+    assert f"RESUME={shlex.quote(str(first.path))} " in said.err
     assert first.step == 6
 
     again = environment(trained, **NOTHING | {"RESUME": "auto", "CHECKPOINT_DIR": str(trained / "stopped")})

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import tempfile
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ BFLOAT16_DECODE_TOKENS = 32
 # Parameters of mallopt(3): how many blocks may be mapped singly, and from what size free memory at the top returns to
 # the system.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+
+UNQUOTED = frozenset(" \t'\"")  # characters that end or open a word in a command line without quotes
 
 # Increased when a change of ours changes the bits of a step. Version 2 has other kernels for attention, the head, GELU
 # and Muon.
@@ -143,7 +146,8 @@ def choose_compile(requested: str, device: torch.device, *, pays: bool, steps: i
         return True, None
     return (
         False,
-        "COMPILE: no working compiler found (torch cannot use one from a path with a space), so the run stays eager",
+        "COMPILE: no working compiler found (torch cannot use one where its own path, the folder for temporary files or "
+        "TORCHINDUCTOR_CACHE_DIR has a space or a quote), so the run stays eager",
     )
 
 
@@ -153,13 +157,20 @@ def _has_compiler(device: torch.device) -> bool:
             from torch.utils._triton import has_triton
 
             return has_triton()
-        if " " in torch.__path__[0]:  # its linker command does not quote this path
+        if any(UNQUOTED.intersection(place) for place in _compilers_places()):
             return False
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         return bool(get_cpp_compiler())
     except Exception:  # any failure to find a compiler means that there is none
         return False
+
+
+def _compilers_places() -> list[str]:
+    """Return the folders that torch writes into the compiler's command line as they are, without quotes."""
+    from torch._inductor.codecache import cache_dir
+
+    return [torch.__path__[0], tempfile.gettempdir(), cache_dir()]
 
 
 def compiled(model: nn.Module) -> nn.Module:
