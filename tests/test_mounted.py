@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drive import ROOT, command, small_text, tensor_bytes
 from lives import figures, live, said_by, undisturbed
@@ -276,7 +277,7 @@ def test_token_files_are_built_and_built_again_without(lacking, tmp_path):
 
         def built() -> list[bytes]:
             split = prepare(corpus, scan(corpus), ByteTokenizer(), validation_fraction=0.1, cache_dir=place / "tokens")
-            return [split.train.tobytes(), split.validation.tobytes()]
+            return [np.asarray(part).tobytes() for part in (split.train, split.validation)]
 
         expected = built()
         (folder,) = (place / "tokens").iterdir()

@@ -32,6 +32,7 @@ from milepost.files.file_system import (
     lacks,
     largest_file,
     look,
+    may_go_away,
 )  # fmt: skip
 from milepost.files.growing import GrowingFile, content_of, replace_content, replacing
 from milepost.files.owner_file import OwnerFile
@@ -67,7 +68,7 @@ __all__ = [
     "Entry", "GrowingFile", "MadeEntry", "NewFile",
     "OwnerFile", "Watch", "below", "bring_in",
     "content_of", "delete_marked", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "if_it_answers", "in_words", "instead",
-    "is_unfinished", "is_unreachable", "lacks", "largest_file", "link_or_copy", "look", "make_folder", "naming_path",
+    "is_unfinished", "is_unreachable", "lacks", "largest_file", "link_or_copy", "look", "make_folder", "may_go_away", "naming_path",
     "new_file", "new_folder", "new_group", "new_path", "open_steadily", "read_steadily", "remember", "remove", "replace_content", "replacing",
     "reveal", "steadily", "sync_folder", "unfinished", "write_json", "written",
 ]  # fmt: skip

@@ -40,6 +40,9 @@ NOT_OFFERED = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOT
 LACKED_BY: dict[str, frozenset[str]] = {"fuse.rclone": frozenset({RENAME_FOLDERS})}
 FAT_LIMIT = 2**32 - 1  # bytes of a file
 FAT = ("vfat", "msdos", "fat32")
+# How the types of file systems begin whose files may not answer any more: network folders, and those that a process serves.
+AWAY = ("fuse", "nfs", "cifs", "smb", "9p", "virtiofs", "ceph", "lustre", "gpfs", "afs", "beegfs")
+STAYS = ("fuse.fuse-overlayfs", "fuseblk")  # a container's own disk, a disk of this computer
 
 _known: dict[int, frozenset[str]] = {}  # by device: a look is kept for the life of the process
 
@@ -104,6 +107,12 @@ def kind_of(folder: Path) -> str | None:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
         return _kind_in(mounts, f"{os.major(device)}:{os.minor(device)}")
     return None
+
+
+def may_go_away(path: Path) -> bool:
+    """Whether a file or folder is on a file system that may stop answering while the process runs, as far as Linux says."""
+    kind = kind_of(path) or ""
+    return kind.startswith(AWAY) and kind not in STAYS
 
 
 def _kind_in(mounts: str, device: str) -> str | None:

@@ -11,6 +11,7 @@ import torch
 
 from milepost.splitmix import splitmix64
 from milepost.text.errors import DataError
+from milepost.text.token_arrays import Tokens, plain
 
 ROUNDS = 8  # with 6 the orders of very short texts are visibly uneven
 AHEAD = 4096  # window positions computed at once: computing 16 at a time takes seventy times as long per window
@@ -27,7 +28,7 @@ class Batches:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens,
         *,
         block_size: int,
         batch_size: int,
@@ -38,7 +39,7 @@ class Batches:
         rows: slice = slice(None),
     ) -> None:
         _check_length(len(tokens), block_size, "training")
-        self._tokens = np.asarray(tokens)  # slicing a memmap costs several times more
+        self._tokens = plain(tokens)
         self._shape, self._rows = (accumulation, batch_size), rows
         self._seed = seed
         self._start = (start_step, start_window)
@@ -94,7 +95,7 @@ def largest_block_size(train_tokens: int, validation_tokens: int) -> int:
 
 
 def validation_windows(
-    tokens: np.ndarray, *, block_size: int, batch_size: int, steps: int
+    tokens: Tokens, *, block_size: int, batch_size: int, steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield fixed batches (x, y) for evaluation, each (B, block_size) int64; only the last B may be below batch_size.
 
@@ -106,8 +107,8 @@ def validation_windows(
     there = max(0, (len(tokens) - 1) // block_size)
     count = min(steps * batch_size, there) if steps else there
     starts = np.arange(count) * there // max(1, count) * block_size
-    plain = np.asarray(tokens)
-    return (_windows(plain, starts[first : first + batch_size], block_size) for first in range(0, count, batch_size))
+    ids = plain(tokens)
+    return (_windows(ids, starts[first : first + batch_size], block_size) for first in range(0, count, batch_size))
 
 
 def permuted(indices: np.ndarray, *, size: int, keys: np.ndarray) -> np.ndarray:
@@ -140,7 +141,7 @@ def epoch_keys(seed: int, epochs: np.ndarray, use: int) -> np.ndarray:
     return splitmix64(splitmix64(first ^ np.uint64(use)) + epochs)
 
 
-def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(tokens: Tokens, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows = np.empty((len(starts), block_size + 1), dtype=np.int64)
     for row, start in zip(rows, starts.tolist(), strict=True):
         row[:] = tokens[start : start + block_size + 1]

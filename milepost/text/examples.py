@@ -12,6 +12,7 @@ from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
 from milepost.text.scan import ByteProgress, Log, Scan
 from milepost.text.templates import TemplateError, example
+from milepost.text.token_arrays import Tokens
 from milepost.text.token_files import open_or_build, split_at, verified, write_array
 from milepost.text.tokenization.base import Tokenizer
 
@@ -26,7 +27,7 @@ class Examples:
     where each conversation ends in them.
     """
 
-    tokens: np.ndarray
+    tokens: Tokens
     ends: np.ndarray
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ def prepare_examples(
             write_array(hidden / f"{part}_ends.npy", [np.cumsum(lengths, dtype=np.int64)], ENDS)
 
     train, train_ends, validation, validation_ends = open_or_build(folder, dtypes, build)
-    return ExampleSplit(Examples(train, train_ends), Examples(validation, validation_ends))
+    return ExampleSplit(Examples(train, np.asarray(train_ends)), Examples(validation, np.asarray(validation_ends)))
 
 
 def _checked(corpus: Corpus, scan: Scan, cache_dir: Path, progress: ByteProgress) -> Iterator[tuple[str, Talk]]:

@@ -1,4 +1,4 @@
-"""Token ids in memory-mapped files: a text is tokenized once per text, tokenizer and split."""
+"""Token ids in files: a text is tokenized once per text, tokenizer and split."""
 
 import contextlib
 import functools
@@ -20,13 +20,14 @@ from typing import IO
 
 import numpy as np
 
-from milepost.files import APPEND, flush_to_disk, in_words, lacks, new_folder, remove, write_json
+from milepost.files import APPEND, flush_to_disk, in_words, is_unreachable, lacks, new_folder, remove, write_json
 from milepost.text.chunks import LongWordError, rechunk, whole_documents
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
 from milepost.text.readers import Piece
 from milepost.text.scan import ByteProgress, Log, Scan, add_to_digest, forget_scan
 from milepost.text.stamps import file_sha256
+from milepost.text.token_arrays import Tokens, opened
 from milepost.text.tokenization.base import Tokenizer
 
 FORMAT = 1  # raise it when the same inputs give other files
@@ -43,10 +44,10 @@ Group = tuple[bool, list[Piece]]
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """Token ids of both parts of a text: read-only memory maps, (N,), uint16, or uint32 for large vocabularies."""
+    """Token ids of both parts of a text: (N,), uint16, or uint32 for large vocabularies."""
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: Tokens
+    validation: Tokens
 
 
 def prepare(
@@ -140,7 +141,7 @@ def _groups(pieces: Iterable[Piece]) -> Iterator[Group]:
 def _group_ids(group: Group, tokenizer: Tokenizer) -> np.ndarray:
     """Return the ids of consecutive pieces, (N,)."""
     between, pieces = group
-    arrays = []
+    arrays: list[Tokens] = []
     for text, ends in pieces:
         if between:
             end = tokenizer.end_of_text
@@ -167,8 +168,8 @@ def _in_threads(encode: Callable[[Group], np.ndarray], groups: Iterable[Group]) 
 # Files
 
 
-def open_or_build(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[Path], None]) -> list[np.ndarray]:
-    """Return the arrays in the files of `folder`, by the names in `dtypes`, as read-only memory maps, (N,) each.
+def open_or_build(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[Path], None]) -> list[Tokens]:
+    """Return the arrays in the files of `folder`, by the names in `dtypes`, (N,) each; see token_arrays.
 
     `build` writes them into a hidden folder if they are missing or damaged; other processes may do the same. Raise DataError
     if they cannot be written.
@@ -181,7 +182,7 @@ def open_or_build(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[
         raise DataError(f"{problem}: {remedy}") from error
 
 
-def _open_built(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[Path], None]) -> list[np.ndarray]:
+def _open_built(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[Path], None]) -> list[Tokens]:
     for _ in range(ATTEMPTS):
         exists = os.path.lexists(folder)
         if found := _open(folder, dtypes):
@@ -248,20 +249,21 @@ def _write_header(file: object, count: int, dtype: np.dtype) -> None:
     np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
 
 
-def _open(folder: Path, dtypes: Mapping[str, np.dtype]) -> list[np.ndarray] | None:
+def _open(folder: Path, dtypes: Mapping[str, np.dtype]) -> list[Tokens] | None:
     """Return the arrays of a folder; None if one is missing, damaged, or not of the expected size and type."""
     if not all(os.path.isfile(folder / name) for name in (*dtypes, SUMS)):  # opening a named pipe would block
         return None
-    arrays = []
+    arrays: list[Tokens] = []
     for name, dtype in dtypes.items():
         try:
             if json.loads((folder / SUMS).read_text(encoding="utf-8"))[name] != file_sha256(folder / name):
                 return None
-            array = np.load(folder / name, mmap_mode="r")
-            end = array.offset + array.nbytes
-            if array.dtype != dtype or array.ndim != 1 or os.path.getsize(folder / name) != end:
+            array = opened(folder / name)
+            if array.dtype != dtype or array.ndim != 1:
                 return None
-        except Exception:  # whatever is wrong with a cache, it is rebuilt
+        except Exception as error:  # whatever is wrong with a cache, it is rebuilt
+            if is_unreachable(error):
+                raise
             return None
         arrays.append(array)
     return arrays
