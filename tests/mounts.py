@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from work import HANGING
+
 # The programs that each needs, and Debian's packages of them.
 NEEDS = {
     "rclone": (["rclone"], "rclone"),
@@ -34,12 +36,12 @@ def missing(name: str) -> str | None:
 
 
 def await_that(holds: Callable[[], bool], what: Callable[[], str]) -> None:
-    """Return as soon as it holds; fail after a minute."""
-    for _ in range(1200):
-        if holds():
-            return
+    """Return as soon as it holds; fail if that never happens."""
+    until = time.monotonic() + HANGING
+    while not holds():
+        if time.monotonic() > until:
+            raise AssertionError(what())
         time.sleep(0.05)
-    raise AssertionError(what())
 
 
 def free_port() -> int:

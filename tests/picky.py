@@ -169,9 +169,7 @@ def mounted(folder: Path, *lacking: str) -> Iterator[Path]:
     words = [sys.executable, __file__, str(back), str(place), ",".join(lacking)]
     with open(folder / "mount.log", "wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as server:
         try:
-            for _ in range(600):
-                if os.path.ismount(place):
-                    break
+            while not os.path.ismount(place):
                 assert server.poll() is None, (folder / "mount.log").read_text()
                 time.sleep(0.05)
             yield place

@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -269,18 +270,39 @@ def test_the_owner_file_of_a_dead_process_is_taken_over(lacking, tmp_path):  # n
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("age", "held"), [(5.0, True), (3600.0, False)])
-def test_another_hosts_owner_file_counts_while_it_is_fresh(age, held, lacking, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(("age", "touched", "held"), [(5.0, False, True), (3600.0, False, False), (3600.0, True, True)])
+def test_another_hosts_owner_file_counts_while_it_is_touched_whatever_its_clock_says(
+    age,
+    touched,
+    held,
+    lacking,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
     lacking("locks")
     path = tmp_path / ".run-one.owner"
     path.write_text('{"pid": 1, "host": "elsewhere", "started": null, "number": "00"}')
-    now = time.time()
-    os.utime(path, (now - age, now - age))
-    assert owner_file.FRESH * 3 < owner_file.STALE
+    then, ended = time.time() - age, threading.Event()
+    os.utime(path, (then, then))
+    assert owner_file.FRESH * 5 < owner_file.STALE
+
+    def touch_by_a_clock_that_is_late() -> None:
+        for second in itertools.count(1):
+            if ended.wait(0.05):
+                return
+            os.utime(path, (then + second, then + second))
+
+    holder = threading.Thread(target=touch_by_a_clock_that_is_late if touched else ended.wait, daemon=True)
+    holder.start()
+    if not touched:
+        monkeypatch.setattr(owner_file, "FRESH", 0.1)
     lock = owner_file.OwnerFile(path)
     assert lock.acquire(patience=0) is not held
+    ended.set()
+    holder.join()
     lock.release()
     assert path.exists() is held
+    assert [each for each in tmp_path.iterdir() if each != path] == []
 
 
 def test_a_file_that_stopped_being_ours_is_not_deleted(tmp_path):

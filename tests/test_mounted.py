@@ -20,6 +20,7 @@ from lives import figures, live, said_by, undisturbed
 from mounts import MOUNTS, await_that, missing, ssh_server, sshfs_of, unmount
 from picky import mounted
 from records import record
+from work import HANGING
 
 from milepost import ckpt, files
 from milepost.runtime.progress import read_metrics
@@ -124,7 +125,7 @@ def test_a_folder_that_goes_away_and_comes_back_costs_neither_a_line_nor_the_las
         gone = folder / "back" / ".gone"
 
         def leave() -> None:
-            until = time.monotonic() + 60
+            until = time.monotonic() + HANGING
             while time.monotonic() < until and not list((folder / "back" / "checkpoints").glob("*step0020*")):
                 time.sleep(0.02)
             gone.touch()

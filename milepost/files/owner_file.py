@@ -1,8 +1,8 @@
 """A lock for file systems without locks: a file that only one process can create, and that its holder keeps fresh.
 
 It names host, process and a number drawn at random. A holder that has died is noticed by its process, on the same host,
-or by a file that has not been touched for STALE seconds. Times are those of the file system, never compared with a clock
-of this host.
+or by a file that has not been touched for STALE seconds. Clocks of hosts and servers differ and jump, so what they say
+is only a suspicion: such a file is watched for a while, and counts as a dead holder's if nobody touches it.
 """
 
 import contextlib
@@ -18,8 +18,9 @@ from milepost.files.reaching import steadily
 from milepost.paths import check_file
 
 FRESH = 10.0  # seconds between two touches
-STALE = 60.0  # seconds without a touch after which a holder on another host counts as dead
+STALE = 60.0  # seconds without a touch after which a holder on another host is suspected to be dead
 PAUSE = 0.1  # seconds between two attempts
+ALIVE, SILENT, GONE = "alive", "silent", "gone"  # of a holder; SILENT: by the clocks it has not touched its file
 
 
 class OwnerFile:
@@ -70,34 +71,37 @@ class OwnerFile:
 
     def _take_over(self) -> bool:
         """Replace the file of a dead holder. Only the process that creates a second file may, so that two never do."""
-        if not self._is_stale(self.path):
+        if self._holder(self.path) == ALIVE:
             return False
         guard = self.path.with_name(f"{self.path.name}.next")
-        if self._is_stale(guard):
+        if self._holder(guard) != ALIVE:
             discard(guard)
         if not self._create(guard):
             return False
         try:
-            if os.path.lexists(self.path) and not self._is_stale(self.path):  # another process was faster
+            holder = self._holder(self.path) if os.path.lexists(self.path) else GONE
+            if holder == ALIVE or (
+                holder == SILENT and not _stays(self.path)
+            ):  # another process was faster, or it lives
                 return False
             self.path.unlink(missing_ok=True)
             return self._create(self.path)
         finally:
             discard(guard)
 
-    def _is_stale(self, path: Path) -> bool:
-        """Whether the file is there and its holder is dead."""
+    def _holder(self, path: Path) -> str:
+        """Return what is known of the holder of a file; ALIVE if there is no file."""
         try:
             touched, content = path.stat().st_mtime, steadily(path.read_bytes)
         except FileNotFoundError:
-            return False
+            return ALIVE
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             owner = json.loads(content)
             if owner["host"] == socket.gethostname() and (now := started(int(owner["pid"]))) is not None:
-                return now != owner.get("started")
+                return ALIVE if now == owner.get("started") else GONE
             if owner["host"] == socket.gethostname() and started(os.getpid()) is not None:
-                return True  # this host lists its processes, and that one is not among them
-        return self._now(path) - touched > STALE
+                return GONE  # this host lists its processes, and that one is not among them
+        return SILENT if self._now(path) - touched > STALE else ALIVE
 
     def _now(self, path: Path) -> float:
         """Return the present time of the file system: the time of a new file."""
@@ -127,6 +131,18 @@ class OwnerFile:
                 os.write(descriptor, self._content)
             finally:
                 os.close(descriptor)
+
+
+def _stays(path: Path) -> bool:
+    """Watch a file for three of its holder's touches; return whether none came. A file that is gone has changed."""
+    until = time.monotonic() + 3 * FRESH
+    with contextlib.suppress(FileNotFoundError):
+        before = path.stat().st_mtime_ns
+        while path.stat().st_mtime_ns == before:
+            if time.monotonic() >= until:
+                return True
+            time.sleep(PAUSE)
+    return False
 
 
 def started(process: int) -> str | None:
