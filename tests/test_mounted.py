@@ -43,8 +43,10 @@ LACKS = [
     "statfs",
     "late",
     "link,chmod",
+    "case,chmod",  # as WSL shows a disk of Windows
     "rename,append,lock,statfs",
 ]
+UNTOLD = {"late", "case", "chmod"}  # nothing is done differently
 NOISE = ("Traceback", "UserWarning", "[Errno")
 
 
@@ -67,7 +69,7 @@ def lines_of(folder: Path) -> list[int]:
 def a_life_on(folder: Path, layout: str, *lacking: str) -> None:
     with mounted(folder, *lacking) as place:
         said = run("training.py", folder, place, CHECKPOINT_LAYOUT=layout)
-        assert ("lacks something" in said) == (lacking != ("late",))
+        assert ("lacks something" in said) == bool(set(lacking) - UNTOLD)
         back = folder / "back" / "checkpoints"
         for path in [path for path in back.rglob("*0008*") if not path.name.startswith(".")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
