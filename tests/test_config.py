@@ -666,6 +666,8 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.sampled_from(sorted(rules["choices"]))
     if rules["form"] in SECRET_FORMS:
         return st.just("https://example.com/s3cr3t")
+    if rules["form"] == "hub_name":
+        return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,9}/[A-Za-z0-9][A-Za-z0-9_.-]{0,9}", fullmatch=True)
     if rules["form"] == "name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "layers":
