@@ -259,7 +259,7 @@ class Config:
     prompt: str | None = var(None, "text to continue; not set: start from nothing", group="Generation")
     prompt_file: str | None = var(None, "file with the prompt; - is standard input",
         group="Generation", form="path", words=("-",))
-    raw_prompt: bool = var(False, "continue PROMPT as it is; else a model that was trained on conversations takes it as a question and answers",
+    raw_prompt: bool = var(False, "continue PROMPT as it is; else a model with a chat template takes it as a question and answers",
         group="Generation")
     max_new_tokens: int = var(300, "maximum number of tokens to generate", group="Generation", minimum=1)
     temperature: float = var(0.8, "0 takes the most likely token, 1 samples as trained; 0.8 as in nanoGPT: small models ramble at 1",

@@ -1,12 +1,9 @@
 """A conversation as the tokens that a model reads: its messages, the oldest dropped where the context is full."""
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
-from milepost.text.templates import Message, chat_ids, chat_stops
+from milepost.text.templates import NO_TEMPLATE, Message, chat_ids, chat_stops
 from milepost.text.tokenization.base import Tokenizer
-
-NO_TEMPLATE: Final = ""  # the messages are one text that the model continues
 
 
 def message_ids(messages: Sequence[Message], tokenizer: Tokenizer, template: str | None) -> list[int]:

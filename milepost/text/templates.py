@@ -32,6 +32,7 @@ Message = Mapping[str, str]
 
 ROLES: Final = {"system": "System", "user": "User", "assistant": "Assistant"}
 PLAIN_END: Final = "<|end|>"
+NO_TEMPLATE: Final = ""  # the messages are one text that the model continues
 SAFE_JINJA: Final = (3, 1, 6)
 FIRST_PRIVATE, LAST_PRIVATE = (
     0xE000,
@@ -53,6 +54,14 @@ class TemplateError(DataError):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What chat programs and training call.
+
+
+def template_of(data: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
+    """Return the chat template of a model: the one in `data`, the record of its training text, which names it if that was
+    conversations (None is the plain template); else its tokenizer's, else NO_TEMPLATE.
+    """
+    template = data.get("template", tokenizer.chat_template or NO_TEMPLATE)
+    return template if template is None or isinstance(template, str) else NO_TEMPLATE
 
 
 def chat_ids(messages: Sequence[Message], tokenizer: Tokenizer, template: str | None, *, answer: bool) -> list[int]:

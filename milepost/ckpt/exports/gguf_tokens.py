@@ -13,7 +13,7 @@ from typing import Any
 from milepost.ckpt.exports.common import cannot_represent, elsewhere
 from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.restore import build_tokenizer, tokenizer_files
-from milepost.text.templates import end_token, plain_jinja
+from milepost.text.templates import end_token, plain_jinja, template_of
 from milepost.text.tokenization.bpe import splits_as
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
@@ -49,14 +49,14 @@ def tokens_of(record: Checkpoint) -> Tokens:
 
 
 def chat_template(record: Checkpoint) -> str | None:
-    """Return the chat template in Jinja: that of the conversations that the model was trained on, else the tokenizer's.
+    """Return the model's chat template in Jinja; None if it has none.
 
     The plain template needs a token that ends a turn. Without one there is no template: llama.cpp would not stop.
     """
     tokenizer = build_tokenizer(record)
-    template = record.data.get("template", tokenizer.chat_template)
-    if template is not None or "template" not in record.data:
-        return template if isinstance(template, str) else None
+    template = template_of(record.data, tokenizer)
+    if template is not None:
+        return template or None
     end = end_token(tokenizer)
     return plain_jinja(end) if end else None
 
