@@ -208,7 +208,7 @@ def sampling(settings: Config) -> Sampling:
 def _beginning(loaded: Loaded, settings: Config, prompt: str) -> tuple[list[int], Sampling]:
     """Return the tokens of a text that is continued, and how tokens are drawn after them."""
     text = prompt_for(loaded.record, prompt)
-    return encoder_for(loaded.tokenizer, text, settings).encode(text), sampling(settings)
+    return encoder_for(loaded.tokenizer, text, settings).encode_whole(text), sampling(settings)
 
 
 def _question(loaded: Loaded, settings: Config, prompt: str) -> tuple[list[int], Sampling]:

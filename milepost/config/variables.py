@@ -107,7 +107,7 @@ class Config:
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char for up to 256 different characters, else bpe",
         group="Data", scope="identity", words=("auto",), choices=TOKENIZERS)
     bpe_vocab_size: int = var(1024, "vocabulary size of a BPE trained on the text; small, so that a small model sees each token often",
-        group="Data", scope="identity", minimum=257, maximum=1_000_000, needs="TOKENIZER=auto|bpe")
+        group="Data", scope="identity", minimum=257, maximum=1_000_000, needs="TOKENIZER=auto|bpe|sentencepiece")
     validation_fraction: float = var(0.1, "fraction of the text, taken from its end, held out for validation",
         group="Data", scope="identity", minimum=0, below=1)
     unknown_characters: str = var("refuse", "what to do with characters of a new text or prompt that the vocabulary of a char tokenizer lacks; "

@@ -12,7 +12,7 @@ def message_ids(messages: Sequence[Message], tokenizer: Tokenizer, template: str
     `template` is Jinja, None for the plain template, or NO_TEMPLATE. Raise TemplateError if it refuses the messages.
     """
     if template == NO_TEMPLATE:
-        return tokenizer.encode(continued(messages))
+        return tokenizer.encode_whole(continued(messages))
     return chat_ids(messages, tokenizer, template, answer=True)
 
 

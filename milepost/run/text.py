@@ -25,6 +25,7 @@ from milepost.text.packing import PackedBatches, Packing, packed, validation_bat
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
 from milepost.text.templates import chat_stops, template_of
+from milepost.text.tokenization.base import edge
 from milepost.text.unknown import Mode, encoder_of, first_known
 from models.model import Model
 
@@ -187,8 +188,9 @@ def sample_start(text: Text, tokenizer: tokenization.Tokenizer) -> SampleStart:
         part = text.split.validation if len(text.split.validation) else text.split.train
         stop_ids, stops = chat_stops(tokenizer, text.template)
         return SampleStart(part.first_question(), True, (*tokenizer.stop_ids, *stop_ids), stops)
-    if tokenizer.end_of_text is not None:
-        return SampleStart([tokenizer.end_of_text], False)
+    first = edge(tokenizer)
+    if first is not None:
+        return SampleStart([first], False)
     return SampleStart(tokenizer.encode(first_known(tokenizer, text.scan.alphabet)), True)
 
 

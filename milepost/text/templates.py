@@ -21,7 +21,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -82,9 +82,16 @@ def example(
     Raise as `chat_ids` does.
     """
     specials = tokenizer.special_tokens
-    ids, answers = [np.zeros(0, np.uint32)], [np.zeros(0, bool)]
+    after: Literal["nothing", "text", "special"] = "nothing"
+    begin = tokenizer.begin_of_text if template is None else None  # a template of Jinja writes it itself
+    ids = [np.array([i for i in [begin] if i is not None], np.uint32)]
+    answers = [np.zeros(len(ids[0]), bool)]
     for span in spans(messages, template, specials, end=end_token(tokenizer), answer=answer):
-        part = np.array([specials[span.text]], np.uint32) if span.special else tokenizer.encode_array(span.text)
+        if span.special:
+            part = np.array([specials[span.text]], np.uint32)
+        else:
+            part = tokenizer.encode_part(span.text, after=after)
+        after = "special" if span.special else "text" if span.text else after
         ids.append(part.astype(np.uint32))
         answers.append(np.full(len(part), span.answer))
     return np.concatenate(ids), np.concatenate(answers)

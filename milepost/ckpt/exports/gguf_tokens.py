@@ -31,6 +31,7 @@ class Tokens:
     merges: list[str]
     ends: tuple[int, ...]  # the ids that end a text
     pre: str = ""  # llama.cpp's name for how a gpt2 cuts a text
+    begin: int | None = None  # the id that precedes every text
 
 
 def tokens_of(record: Checkpoint) -> Tokens:
@@ -43,6 +44,12 @@ def tokens_of(record: Checkpoint) -> Tokens:
     if tokenizer["kind"] in ("bpe", "gpt2"):
         return _of_merges(record, rows)
     problem = f"its tokenizer is {tokenizer['kind']}, which llama.cpp does not have"
+    if tokenizer["kind"] == "sentencepiece":
+        problem = (
+            "llama.cpp needs the scores of its tokens, which are in the tokenizer.model that SentencePiece wrote alone"
+        )
+        own = "write a Hugging Face folder (CONVERT_TO=huggingface), put that file there and use llama.cpp's converter"
+        raise cannot_represent(record, problem, own)
     if tokenizer["kind"] is None:
         problem = "it has no tokenizer, and llama.cpp needs one"
     raise cannot_represent(record, problem, f"{elsewhere(record)}, or train with TOKENIZER=char, byte, bpe or gpt2")
@@ -69,12 +76,13 @@ def add_tokens(writer: Any, tokens: Tokens) -> None:
     if tokens.model == "gpt2":
         writer.add_tokenizer_pre(tokens.pre)
         writer.add_token_merges(tokens.merges)
-    for end in tokens.ends[:1]:
-        writer.add_bos_token_id(end)
+    begins = tokens.ends if tokens.begin is None else [tokens.begin]
+    for begin in begins[:1]:
+        writer.add_bos_token_id(begin)
     roles = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
     for add, end in zip(roles, tokens.ends, strict=False):
         add(end)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(tokens.begin is not None)
     writer.add_add_space_prefix(False)
 
 
@@ -90,7 +98,8 @@ def _of_merges(record: Checkpoint, rows: int) -> Tokens:
     ids: dict[str, int] = spec["model"]["vocab"] | added
     texts = sorted(ids, key=ids.__getitem__)
     types = [CONTROL if text in special else USER_DEFINED if text in added else NORMAL for text in texts]
-    ends = build_tokenizer(record).stop_ids
+    tokenizer = build_tokenizer(record)
+    ends = tokenizer.stop_ids
     padding = [f"[PAD{row}]" for row in range(len(texts), max(rows, len(texts) + (not ends)))]
     if not spec["model"]["merges"] or set(padding) & ids.keys():
         problem = "its BPE has no merges or tokens named [PAD...], and llama.cpp has no such tokenizer"
@@ -105,6 +114,7 @@ def _of_merges(record: Checkpoint, rows: int) -> Tokens:
         merges=_merges(spec["model"]["merges"]),
         ends=ends or (len(texts),),
         pre=pre,
+        begin=tokenizer.begin_of_text,
     )
 
 
