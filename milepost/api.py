@@ -53,7 +53,7 @@ def load(checkpoint: Name, *, folder: Name | None = None, optimizer: bool = True
 
 
 def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -> str:
-    """Return a continuation of the prompt, without the prompt.
+    """Return a continuation of the prompt, without the prompt; a model of conversations answers it.
 
     Settings are those of generation: max_new_tokens, temperature, top_k, top_p, stop, sample_seed, device, quantize,
     ...
@@ -65,7 +65,7 @@ def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -
         checkpoint = load(checkpoint, folder=resolved.checkpoint_dir, optimizer=False)
     seed = resolved.sample_seed if resolved.sample_seed is not None else int.from_bytes(os.urandom(4), "little")
     record = completed(checkpoint, resolved, log)
-    (text,) = ("".join(pieces) for pieces in sample_texts(resolved, record, log, prompt=prompt, seed=seed))
+    (text,) = ("".join(pieces) for _, pieces in sample_texts(resolved, record, log, prompt=prompt, seed=seed))
     return text
 
 

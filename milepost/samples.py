@@ -14,7 +14,7 @@ from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.restore import build_model, build_tokenizer, merged, with_base
 from milepost.ckpt.tensors import digest
 from milepost.config import Config, ConfigError
-from milepost.generation.conversation import NO_TEMPLATE, answer_stops, message_ids
+from milepost.generation.conversation import answer_stops, message_ids
 from milepost.generation.decoder import Decoder
 from milepost.generation.texts import Sampling, choose_decoder, no_lookup_reason, texts
 from milepost.resume import fixed_settings
@@ -24,6 +24,7 @@ from milepost.runtime.progress import Log
 from milepost.text.blocks import decoded, normalized, not_decoded
 from milepost.text.errors import UnknownCharacters
 from milepost.text.known import has_carriage_returns
+from milepost.text.templates import NO_TEMPLATE, template_of
 from milepost.text.tokenization import Tokenizer
 from milepost.text.unknown import Mode, lenient, occurrences, told, unknown_characters
 from models import adapter_counts, adapter_kind
@@ -60,11 +61,6 @@ def read_prompt(settings: Config) -> str:
 def prompt_for(record: Checkpoint, prompt: str) -> str:
     """Return the prompt with normalized line ends, as a training text has them, unless the vocabulary has carriage returns."""
     return prompt.removeprefix("\ufeff") if has_carriage_returns(record.tokenizer) else normalized(prompt)
-
-
-def is_question(record: Checkpoint, settings: Config, prompt: str) -> bool:
-    """Return whether the prompt is a user's turn that the model answers: it was trained on conversations."""
-    return bool(prompt) and "template" in record.data and not settings.raw_prompt
 
 
 def _read_prompt_file(name: str) -> str:
@@ -105,11 +101,8 @@ class Loaded(NamedTuple):
 
     @property
     def template(self) -> str | None:
-        """The chat template: that of the conversations that the model was trained on, where its record names one (None is
-        the plain template), else its tokenizer's, else NO_TEMPLATE.
-        """
-        saved = self.record.data.get("template", self.tokenizer.chat_template or NO_TEMPLATE)
-        return saved if saved is None or isinstance(saved, str) else NO_TEMPLATE
+        """The chat template of the model, as `template_of` returns it."""
+        return template_of(self.record.data, self.tokenizer)
 
     @property
     def dtype(self) -> str:
@@ -153,10 +146,13 @@ def without_adapters(record: Checkpoint) -> Checkpoint:
     return dataclasses.replace(record, model_state=state, model_settings=settings, base=None, parts=["model"], notes=[])
 
 
-def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str, seed: int) -> Iterator[Iterator[str]]:
-    """Yield NUM_SAMPLES continuations of the prompt, each as an iterator over pieces, to be read before the next.
+def sample_texts(
+    settings: Config, record: Checkpoint, log: Log, *, prompt: str, seed: int
+) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yield NUM_SAMPLES texts, each as the prompt that it continues and an iterator over its pieces, to be read before the next.
 
-    Raise CheckpointError if the model's logits are not finite.
+    A model of conversations answers the prompt instead, and the text that it continues is empty. Raise CheckpointError if the
+    model's logits are not finite.
     """
     tokens = settings.max_new_tokens * settings.num_samples
     name = "PROMPT" if settings.prompt_file is None else f"PROMPT_FILE={settings.prompt_file}"
@@ -165,7 +161,11 @@ def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str,
     what = f"{record.model_type} at step {record.step}, {loaded.tokenizer.kind} tokenizer"
     log(f"{record.path}: {what}, on {device.type} in {loaded.dtype}; SAMPLE_SEED={seed}")
     slid: set[bool] = set()
-    ids, how = _asked(loaded, settings, prompt)
+    asked = bool(prompt) and not settings.raw_prompt and loaded.template != NO_TEMPLATE
+    if asked:
+        log("the prompt is a user's turn that the model answers; RAW_PROMPT=true continues it as a text")
+    ids, how = (_question if asked else _beginning)(loaded, settings, prompt)
+    before = "" if asked else prompt_for(record, prompt)
     drawn = texts(
         loaded.generator,
         loaded.tokenizer,
@@ -179,7 +179,7 @@ def sample_texts(settings: Config, record: Checkpoint, log: Log, *, prompt: str,
     for number, pieces in enumerate(drawn, 1):
         if settings.num_samples > 1:
             log(f"sample {number} of {settings.num_samples}")
-        yield blame_checkpoint(pieces, record)
+        yield before, blame_checkpoint(pieces, record)
     if slid:  # not while the text is shown: on a terminal the line would break it
         log(f"the context window of {loaded.model.settings.block_size} tokens was full; the oldest tokens were dropped")
 
@@ -205,12 +205,16 @@ def sampling(settings: Config) -> Sampling:
     )
 
 
-def _asked(loaded: Loaded, settings: Config, prompt: str) -> tuple[list[int], Sampling]:
-    """Return the tokens of the prompt, of a question those of its turn, and how tokens are drawn after it."""
+def _beginning(loaded: Loaded, settings: Config, prompt: str) -> tuple[list[int], Sampling]:
+    """Return the tokens of a text that is continued, and how tokens are drawn after them."""
+    text = prompt_for(loaded.record, prompt)
+    return encoder_for(loaded.tokenizer, text, settings).encode_whole(text), sampling(settings)
+
+
+def _question(loaded: Loaded, settings: Config, prompt: str) -> tuple[list[int], Sampling]:
+    """Return the tokens of a user's turn up to where its answer begins, and how the answer is drawn and ends."""
     text, how = prompt_for(loaded.record, prompt), sampling(settings)
     encoder = encoder_for(loaded.tokenizer, text, settings)
-    if not is_question(loaded.record, settings, prompt):
-        return encoder.encode(text), how
     ids, strings = answer_stops(loaded.tokenizer, loaded.template)
     asked = message_ids([{"role": "user", "content": text}], encoder, loaded.template)
     return asked, dataclasses.replace(how, stop=(*how.stop, *strings), stop_ids=ids)

@@ -31,7 +31,7 @@ from milepost.config import Config, ConfigError
 from milepost.files import replacing
 from milepost.run import completed
 from milepost.runtime.progress import Log, shown
-from milepost.samples import drop_conflicts, prompt_for, read_prompt, sample_seed, sample_texts
+from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
 from milepost.screen import harmless, write_stdout
 
 MIN_WIDTH = 30  # columns of a text beside another
@@ -41,7 +41,7 @@ SAMPLING_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetit
 
 
 class Sampled(NamedTuple):
-    """A checkpoint and the texts generated from it, each including the prompt."""
+    """A checkpoint and the texts generated from it, each with the prompt that it continues; answers stand alone."""
 
     record: Checkpoint
     texts: list[str]
@@ -72,7 +72,7 @@ def sample(path: Path, settings: Config, log: Log, *, prompt: str, seed: int) ->
     for note in record.notes:
         log(note)
     texts = sample_texts(drop_conflicts(record, settings, log), record, log, prompt=prompt, seed=seed)
-    return Sampled(record, [prompt_for(record, prompt) + "".join(pieces) for pieces in texts])
+    return Sampled(record, [before + "".join(pieces) for before, pieces in texts])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,6 @@ from milepost.run import (
     refused,
     scan_source,
     scan_text,
-    template_of,
     with_its_base,
 )
 from milepost.runtime import hardware
@@ -51,6 +50,7 @@ from milepost.runtime.progress import Log, shown
 from milepost.screen import write_json, write_stdout
 from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.known import known_text
+from milepost.text.templates import template_of
 from milepost.text.token_files import split_at
 from models.model import Model
 
@@ -177,7 +177,7 @@ def evaluate_record(
             identity={"path": str(record.path)} | identity,
             batch_size=settings.batch_size,
             stride=settings.eval_stride,
-            template=template_of(record.data, tokenizer),
+            template=template_of(record.data, tokenizer) or None,
             log=log,
         )
     except NotFiniteError as error:

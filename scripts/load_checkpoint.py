@@ -44,7 +44,7 @@ from milepost.run import Run, agreed, completed, planned
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log
 from milepost.runtime.schedule import Schedule, replan
-from milepost.samples import drop_conflicts, is_question, prompt_for, read_prompt, sample_seed, sample_texts
+from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
 from milepost.screen import ignore, put_pieces
 from training import train
 
@@ -86,10 +86,9 @@ def main(settings: Config, log: Log) -> int:
 def infer(settings: Config, record: Checkpoint, log: Log) -> int:
     """Write prompt and continuations to stdout, of a question only its answers, and everything else to stderr."""
     prompt = read_prompt(settings)
-    before = [] if is_question(record, settings, prompt) else [prompt_for(record, prompt)]
     try:
-        for pieces in sample_texts(settings, record, log, prompt=prompt, seed=sample_seed(settings)):
-            whole = itertools.chain(before, pieces)
+        for before, pieces in sample_texts(settings, record, log, prompt=prompt, seed=sample_seed(settings)):
+            whole = itertools.chain([before], pieces)
             put_pieces(itertools.chain(whole if settings.stream else ["".join(whole)], "\n"))
     except BrokenPipeError:
         ignore(sys.stdout)  # the reader closed the pipe, as `| head` does

@@ -173,7 +173,7 @@ def round_trip(record: Checkpoint) -> str:
     """Check the tokenizer's hash, and that it decodes what it encodes."""
     tokenizer = build_tokenizer(record)
     text = "".join((record.tokenizer or {}).get("chars", ())) or SAMPLE
-    if tokenizer.decode(tokenizer.encode(text)) != text:
+    if tokenizer.decode(tokenizer.encode(text)) != tokenizer.prefix + text:
         raise CheckpointError(f"decoding the encoded text differs from {text[:40]!r}")
     known = f"sha256 {tokenizer.digest[:12]}..." if record.tokenizer_sha256 else "no hash recorded"
     return f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, {known}, round trip of {len(text)} characters"

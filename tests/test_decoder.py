@@ -17,6 +17,7 @@ from milepost.generation.lookup import Lookup
 from milepost.generation.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
 from models.gpt2 import GPT2, GPT2Settings
 from models.linears import LINEARS, quantized
+from models.llama import Llama, LlamaSettings, RotaryScaling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,28 +25,36 @@ ROOT = Path(__file__).resolve().parent.parent
 # made of it.
 VOCAB = 1000
 SETTINGS = GPT2Settings(VOCAB, block_size=48, n_layer=3, n_head=4, n_embd=64)
+LLAMA = LlamaSettings(VOCAB, block_size=48, n_layer=3, n_head=4, n_embd=64, n_kv_head=2)
 VARIANTS = {
     "published": SETTINGS,
     "no biases": replace(SETTINGS, bias=False),
     "relu": replace(SETTINGS, activation="relu"),
     "erf": replace(SETTINGS, activation="gelu_erf"),
     "untied": replace(SETTINGS, tied=False),
+    "llama": LLAMA,
+    "llama, as many heads of keys, untied": replace(LLAMA, n_kv_head=4, tied=False),
+    "llama, biases, norms of heads": replace(LLAMA, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True),
+    "llama, other heads, scaling": replace(
+        LLAMA, head_size=24, rope_scaling=RotaryScaling("llama3", 4.0, original_length=16)
+    ),
 }
 WEIGHTS = list(LINEARS)
 # Of logits whose spread is 1: float32 differs in the order of sums, the others by what their formats round off.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.15}
+TOLERANCE_LLAMA = {"float32": 1e-4, "bfloat16": 0.08, "int8": 0.25}  # its MLP multiplies two rounded numbers
 
 
-def random_model(settings: GPT2Settings) -> GPT2:
+def random_model(settings: GPT2Settings | LlamaSettings) -> GPT2 | Llama:
     """Every tensor random, biases and norms too, with logits of spread 1."""
     torch.manual_seed(1)
-    model = GPT2(settings).eval()
+    model = (GPT2(settings) if isinstance(settings, GPT2Settings) else Llama(settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
         scale = 1 / model(torch.arange(48)[None])[0].std()
         for name, parameter in model.named_parameters():
-            if name.startswith(("ln_f.", "lm_head.bias")):
+            if name.startswith(("ln_f.", "norm.", "lm_head.bias")):
                 parameter.mul_(scale)
     return model
 
@@ -102,7 +111,8 @@ def test_logits_are_the_plain_models(weights: str, variant: str, parts: tuple[in
     logits = through_cache(Decoder(MODELS[variant], weights=weights), ids, parts)
     assert logits.dtype == torch.float32
     assert expected.std() > 0.5
-    torch.testing.assert_close(logits, expected, atol=TOLERANCE[weights], rtol=0)
+    tolerance = TOLERANCE_LLAMA if variant.startswith("llama") else TOLERANCE
+    torch.testing.assert_close(logits, expected, atol=tolerance[weights], rtol=0)
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
@@ -119,9 +129,10 @@ def test_best_logits_are_not_rounded(weights: str) -> None:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str) -> None:
+@pytest.mark.parametrize("variant", ["published", "llama", "llama, biases, norms of heads"])
+def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str, variant: str) -> None:
     ids = torch.randint(VOCAB, (40,), generator=seeded(4)).tolist()
-    decoder = Decoder(MODEL, weights=weights)
+    decoder = Decoder(MODELS[variant], weights=weights)
     singly = through_cache(decoder, ids, [8, *[1] * 32])
     for size in (2, 3, 4, 5, 8, 11, 16):
         together = through_cache(decoder, ids, [8, *[size] * (32 // size), *[32 % size] * (32 % size > 0)])
@@ -236,9 +247,12 @@ def tokens(model: GPT2 | Decoder, prompt: list[int], seed: int = 0, **how: Any) 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("prompt", [[5], [7, 30, 2], list(range(48)), list(range(90))], ids=len)
-def test_float32_generates_what_the_plain_model_generates(prompt: list[int], temperature: float) -> None:
+@pytest.mark.parametrize("settings", [SETTINGS, LLAMA], ids=["gpt2", "llama"])
+def test_float32_generates_what_the_plain_model_generates(
+    prompt: list[int], temperature: float, settings: GPT2Settings | LlamaSettings
+) -> None:
     """Through three slides of the window, and from prompts that fill it or exceed it."""
-    model = lively(GPT2(SETTINGS))
+    model = lively(GPT2(settings) if isinstance(settings, GPT2Settings) else Llama(settings))
     how = {"temperature": temperature, "repetition_penalty": 1.2, "top_k": 20}
     assert tokens(Decoder(model, weights="float32"), prompt, **how) == tokens(model, prompt, **how)
 
@@ -253,9 +267,10 @@ def test_surplus_rows_and_stop_ids() -> None:
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prompt", [[3], [4, 5, 6, 7] * 5, list(range(60))], ids=["one", "repeats", "long"])
-def test_lookup_changes_no_token(weights: str, temperature: float, prompt: list[int]) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_lookup_changes_no_token(weights: str, temperature: float, prompt: list[int], kind: str) -> None:
     """Tokens that repeat and that do not, window slides included; the generator ends in the same state."""
-    decoder = Decoder(lively(GPT2(SETTINGS)), weights=weights)
+    decoder = Decoder(lively(GPT2(SETTINGS) if kind == "gpt2" else Llama(LLAMA)), weights=weights)
     states, texts = [], []
     for lookup in (False, True):
         generator = seeded(6)

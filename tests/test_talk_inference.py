@@ -1,11 +1,24 @@
 """A checkpoint trained on conversations answers a prompt with its template, and is evaluated on held-out answers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from drive import command, newest, train
+from records import gpt2_record
+from script import call, script
 from talks import rows
+from test_templates import CHATML, bpe
+
+import models
+from milepost import ckpt
+from milepost.ckpt.layouts.huggingface import MANIFEST
+from milepost.ckpt.restore import build_model, build_tokenizer
+from milepost.generation.sampling import generate
+from milepost.text.templates import NO_TEMPLATE, chat_ids, template_of
 
 PAIRS = {"Who sings?": "The wren.", "Who hunts?": "An owl.", "Who builds?": "A rook."}
 LEARNS = {
@@ -85,3 +98,59 @@ def test_the_validation_part_is_that_of_the_training(trained: Path) -> None:
     (figures,) = json.loads(output.read_text(encoding="utf-8"))["checkpoints"]
     assert figures["standard"]["loss"] == pytest.approx(newest(trained).validation_loss, abs=1e-4)
     assert figures["benchmarks"][0]["items"] == 6
+
+
+def instructed(folder: Path) -> tuple[ckpt.Checkpoint, Path]:
+    """A folder of random weights as another program leaves one: its tokenizer has a chat template, no record names any."""
+    torch.manual_seed(3)
+    tokenizer = bpe(CHATML)
+    model = models.build(
+        "llama", {"vocab_size": tokenizer.vocab_size, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    )
+    state = {name: 40 * tensor.detach() for name, tensor in model.state_dict().items()}
+    fields = {"model_type": "llama", "model_settings": models.plain(model.settings), "tokenizer": tokenizer.to_dict()}
+    path = ckpt.save(replace(gpt2_record(), model_state=state, data={}, **fields), folder, layout="huggingface")
+    (path / MANIFEST).unlink()
+    return ckpt.load(path), path
+
+
+def test_a_prompt_to_an_imported_instruction_model_is_a_question(tmp_path: Path) -> None:
+    one, path = instructed(tmp_path)
+    assert one.data == {}
+    tokenizer, model = build_tokenizer(one), build_model(one, device=torch.device("cpu")).eval()
+    greedy = {
+        "CHECKPOINT_PATH": path,
+        "TEMPERATURE": "0",
+        "TOP_K": "0",
+        "MAX_NEW_TOKENS": "12",
+        "PROMPT": "And a rook?",
+    }
+    asked = chat_ids([{"role": "user", "content": "And a rook?"}], tokenizer, CHATML, answer=True)
+    expected = {}
+    for raw, ids in (("false", asked), ("true", tokenizer.encode("And a rook?"))):
+        stops = (*tokenizer.stop_ids, tokenizer.special_tokens["<|im_end|>"])
+        text = tokenizer.decode(list(generate(model, ids, max_new_tokens=12, temperature=0, stop_ids=stops)))
+        expected[raw] = ("And a rook?" if raw == "true" else "") + text
+        said = call(script("load_checkpoint"), tmp_path, **greedy, RAW_PROMPT=raw)
+        assert (said.code, said.out) == (0, expected[raw] + "\n"), said.err
+        compared = call(script("compare_samples"), tmp_path, **greedy, RAW_PROMPT=raw, OUTPUT=tmp_path / "c.json")
+        assert compared.code == 0, compared.err
+        (values,) = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["checkpoints"]
+        assert values["texts"] == [expected[raw]]
+    assert expected["false"] not in expected["true"]  # the negative control: the template changes the text
+
+
+@pytest.mark.parametrize(
+    ("data", "own", "expected"),
+    [
+        ({}, None, NO_TEMPLATE),
+        ({}, CHATML, CHATML),
+        ({"template": None}, CHATML, None),
+        ({"template": "trained on"}, CHATML, "trained on"),
+        ({"template": 7}, CHATML, NO_TEMPLATE),
+    ],
+)
+def test_the_template_is_that_of_the_conversations_else_the_tokenizers(
+    data: dict[str, Any], own: str | None, expected: str | None
+) -> None:
+    assert template_of(data, bpe(own)) == expected

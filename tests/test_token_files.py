@@ -24,7 +24,8 @@ from milepost.text.tokenization import ByteTokenizer, CharTokenizer, Gpt2Tokeniz
 ROOT = Path(__file__).parent.parent
 TEXT = "Dear Wren,\n\nI can't decide — “stay” or go?  It's 12 o'clock.\n" * 30
 BPE = build("bpe", [(TEXT, True)], alphabet="", documents=1, vocab_size=350)
-TOKENIZERS = [CharTokenizer(sorted(set(TEXT))), ByteTokenizer(), BPE, Gpt2Tokenizer()]
+PIECES = build("sentencepiece", [(TEXT, True)], alphabet="", documents=1, vocab_size=350)
+TOKENIZERS = [CharTokenizer(sorted(set(TEXT))), ByteTokenizer(), BPE, Gpt2Tokenizer(), PIECES]
 
 
 def corpus_of(folder: Path, *documents: str) -> tuple[Corpus, Scan]:
@@ -43,8 +44,8 @@ def prepared(folder: Path, tokenizer: Tokenizer, *documents: str, fraction: floa
 def test_each_part_holds_the_tokens_of_its_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     split = prepared(tmp_path, tokenizer, TEXT)
     at = int(len(TEXT) * 0.9)
-    assert split.train.tolist() == tokenizer.encode(TEXT[:at])
-    assert split.validation.tolist() == tokenizer.encode(TEXT[at:])
+    assert split.train.tolist() == tokenizer.encode_whole(TEXT[:at])
+    assert split.validation.tolist() == tokenizer.encode_whole(TEXT[at:])
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.kind)
@@ -69,7 +70,9 @@ def test_documents_are_split_and_separated_as_a_plain_computation_does(
                 side.append(part)
         at = max(0, at - len(text))
     separator = [tokenizer.end_of_text] if tokenizer.end_of_text is not None else tokenizer.encode("\n")
-    expected = [[i for text in side for i in [*separator, *tokenizer.encode(text)]][len(separator) :] for side in sides]
+    expected = [
+        [i for text in side for i in [*separator, *tokenizer.encode_whole(text)]][len(separator) :] for side in sides
+    ]
     folder = tmp_path_factory.mktemp("split")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens_module, "CHUNK", chunk)

@@ -108,7 +108,7 @@ class Config:
     tokenizer: str = var("auto", "auto is gpt2 with GPT2_MODEL_NAME, else char for up to 256 different characters, else bpe",
         group="Data", scope="identity", words=("auto",), choices=TOKENIZERS)
     bpe_vocab_size: int = var(1024, "vocabulary size of a BPE trained on the text; small, so that a small model sees each token often",
-        group="Data", scope="identity", minimum=257, maximum=1_000_000, needs="TOKENIZER=auto|bpe")
+        group="Data", scope="identity", minimum=257, maximum=1_000_000, needs="TOKENIZER=auto|bpe|sentencepiece")
     validation_fraction: float = var(0.1, "fraction of the text, taken from its end, held out for validation",
         group="Data", scope="identity", minimum=0, below=1)
     unknown_characters: str = var("refuse", "what to do with characters of a new text or prompt that the vocabulary of a char tokenizer lacks; "
@@ -262,7 +262,7 @@ class Config:
     prompt: str | None = var(None, "text to continue; not set: start from nothing", group="Generation")
     prompt_file: str | None = var(None, "file with the prompt; - is standard input",
         group="Generation", form="path", words=("-",))
-    raw_prompt: bool = var(False, "continue PROMPT as it is; else a model that was trained on conversations takes it as a question and answers",
+    raw_prompt: bool = var(False, "continue PROMPT as it is; else a model with a chat template takes it as a question and answers",
         group="Generation")
     max_new_tokens: int = var(300, "maximum number of tokens to generate", group="Generation", minimum=1)
     temperature: float = var(0.8, "0 takes the most likely token, 1 samples as trained; 0.8 as in nanoGPT: small models ramble at 1",

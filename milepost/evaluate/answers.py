@@ -52,10 +52,14 @@ def encode(item: Item, choice: str, tokenizer: Tokenizer, *, context: int) -> tu
     their beginning.
 
     As in lm-evaluation-harness 0.4: the text is tokenized as a whole, spaces at the end of the context belong to the
-    choice, and a choice without context follows what precedes a document in training.
+    choice, and a choice without context follows what precedes a document in training. The token that begins every text,
+    if the tokenizer has one, precedes the context.
     """
     if item.context:
-        whole, head = tokenizer.encode_array(f"{item.context} {choice}"), tokenizer.encode_array(item.context.rstrip())
+        whole, head = (
+            np.array(tokenizer.encode_whole(text), np.uint32)
+            for text in (f"{item.context} {choice}", item.context.rstrip())
+        )
     else:
         head = opening(tokenizer)
         whole = np.concatenate([head, tokenizer.encode_array(choice)])

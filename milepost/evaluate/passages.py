@@ -15,6 +15,7 @@ from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.scan import Scan
 from milepost.text.token_files import CHUNK, cut
 from milepost.text.tokenization import Tokenizer
+from milepost.text.tokenization.base import edge
 
 # Maps sequences of ids, each (N,), to the log-probabilities of all but the first id, in nats, each (N - 1,).
 Score = Callable[[list[np.ndarray]], list[np.ndarray]]
@@ -84,9 +85,10 @@ class Figures:
 
 
 def opening(tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids that precede a document in training: the end of text, else a line feed; empty if the vocabulary has neither."""
-    if tokenizer.end_of_text is not None:
-        return np.array([tokenizer.end_of_text], dtype=np.uint32)
+    """Return the ids that precede a document in training: its `edge`, else a line feed; empty if the vocabulary has neither."""
+    first = edge(tokenizer)
+    if first is not None:
+        return np.array([first], dtype=np.uint32)
     try:
         return tokenizer.encode_array("\n")[-1:]
     except UnknownCharacters:

@@ -1,12 +1,9 @@
 """A conversation as the tokens that a model reads: its messages, the oldest dropped where the context is full."""
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
-from milepost.text.templates import Message, chat_ids, chat_stops
+from milepost.text.templates import NO_TEMPLATE, Message, chat_ids, chat_stops
 from milepost.text.tokenization.base import Tokenizer
-
-NO_TEMPLATE: Final = ""  # the messages are one text that the model continues
 
 
 def message_ids(messages: Sequence[Message], tokenizer: Tokenizer, template: str | None) -> list[int]:
@@ -15,7 +12,7 @@ def message_ids(messages: Sequence[Message], tokenizer: Tokenizer, template: str
     `template` is Jinja, None for the plain template, or NO_TEMPLATE. Raise TemplateError if it refuses the messages.
     """
     if template == NO_TEMPLATE:
-        return tokenizer.encode(continued(messages))
+        return tokenizer.encode_whole(continued(messages))
     return chat_ids(messages, tokenizer, template, answer=True)
 
 

@@ -2,7 +2,8 @@
 
 Generating a token reads every weight once and does little else, so its time is that of reading them. The weights are
 stored in the layout that models.linears reads fastest; the residual stream, norms, attention, keys and values stay in
-float32. In the shapes below R is the number of new tokens, and C, H, hs and V are as in models.gpt2.
+float32. A file for each model names its steps (decoder_gpt2, decoder_llama). In the shapes below R is the number of new tokens,
+and C, H, KV, hs and V are as in models.llama.
 
 The results for a token are bit-identical whatever the number of tokens in the pass. So drafted tokens can be verified
 together (generate.lookup) without changing the text. Two measures ensure it. oneDNN has a separate kernel for a single
@@ -11,16 +12,18 @@ in a call of its own: in a shared call its bits would depend on the thread that 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.gpt2 import GPT2, Block
+from milepost.generation import decoder_gpt2, decoder_llama
+from milepost.generation.decoder_parts import Parts
+from models.attention import SMALLEST_ROOM
+from models.gpt2 import GPT2
 from models.linears import LINEARS, Linear
+from models.llama import Llama
 from models.model import Model
 
 # The most tokens of a draft: a pass that verifies them takes at most 1.5 times as long as a pass of one token.
@@ -29,51 +32,45 @@ RESCORED: Final = 256  # best tokens whose logits are recomputed in float32: mor
 
 
 class DecodeCache:
-    """Keys and values of the `length` tokens seen, in one buffer of fixed size.
+    """Keys and values of the `length` tokens seen, in one buffer that grows to `block_size` tokens.
 
     Lower `length` to forget the latest tokens.
     """
 
-    def __init__(self, model: GPT2) -> None:
-        s = model.settings
-        self.length = 0
-        self.states = torch.empty(s.n_layer, 2, 1, s.n_head, s.block_size, s.n_embd // s.n_head)
+    def __init__(self, shape: tuple[int, int, int], block_size: int) -> None:
+        self.length, self.block_size = 0, block_size
+        n_layer, KV, hs = shape
+        self.states = torch.empty(n_layer, 2, 1, KV, min(block_size, SMALLEST_ROOM), hs)
 
-
-@dataclass(frozen=True)
-class _Layer:
-    """The six steps of a Block; `widen` includes the activation."""
-
-    norm_1: Linear
-    qkv: Linear
-    project: Linear
-    norm_2: Linear
-    widen: Linear
-    narrow: Linear
+    def states_for(self, tokens: int) -> Tensor:
+        """Return the buffer (n_layer, 2, 1, KV, room, hs) with room for so many tokens."""
+        room = self.states.size(4)
+        if tokens > room:
+            size = min(self.block_size, max(tokens, 2 * room))
+            larger = self.states.new_empty(*self.states.shape[:4], size, self.states.size(5))
+            larger[..., : self.length, :] = self.states[..., : self.length, :]
+            self.states = larger
+        return self.states
 
 
 class Decoder:
-    """A trained GPT2 on the CPU for sampling.generate(): one sequence, no gradients.
+    """A trained model on the CPU for sampling.generate(): one sequence, no gradients.
 
     `weights` is one of LINEARS: the dtype of the stored matrices. They are copies: later training of the model has no
     effect.
     """
 
-    def __init__(self, model: GPT2, *, weights: str) -> None:
-        if model.settings.ttt is not None:
-            raise ValueError("a Decoder has no TTT layers: generate with the model itself")
-        linear, head = LINEARS[weights], model.wte if model.lm_head is None else model.lm_head
-        self.model, self.settings, self.max_length = model, model.settings, model.max_length
+    def __init__(self, model: GPT2 | Llama, *, weights: str) -> None:
+        linear = LINEARS[weights]
+        self.settings, self.max_length = model.settings, model.max_length
         self.weights, self.exact, self.longest_draft = weights, weights == "float32", LONGEST_DRAFT[weights]
         with torch.inference_mode():
-            self.layers = [_layer(block, linear, model.settings.activation) for block in cast(list[Block], model.h)]
-            self.head, self.head_weight = linear(head.weight), head.weight
-            self.head_bias = head.weight.new_zeros(()) if model.lm_head is None else model.lm_head.bias
-            self.norm = _norm(model.ln_f)
+            self.parts = PARTS[type(model)](model, linear)
+            self.head = linear(self.parts.head_weight)
 
     def new_cache(self, batch_size: int = 1) -> DecodeCache:
         """Return an empty cache for rows()."""
-        return DecodeCache(self.model)
+        return DecodeCache(self.parts.cache_shape, self.settings.block_size)
 
     def modules(self) -> Iterable[nn.Module]:
         """Return no modules: a Decoder has no training mode."""
@@ -87,19 +84,19 @@ class Decoder:
         Rescoring is lazy, so a draft that fails early does not pay for the rest.
         """
         x = self._read(ids, cache)[-last:]  # (last, C)
-        logits = self.head(_at_least_two(x))[:last] + self.head_bias  # (last, V)
+        logits = self.head(_at_least_two(x))[:last] + self.parts.head_bias  # (last, V)
         return logits if self.exact else map(self._rescored, x.split(1), logits.float())
 
     def _read(self, ids: Sequence[int], cache: DecodeCache) -> Tensor:
         """Return the output of the last norm for each token, (R, C)."""
         start, R = cache.length, len(ids)
-        x = self.model.wte.weight[torch.tensor(ids)] + self.model.wpe.weight[start : start + R]
-        x = _at_least_two(x)  # (max(2, R), C)
-        for layer, states in zip(self.layers, cache.states.unbind(), strict=True):
-            x = x + layer.project(_at_least_two(_attend(layer.qkv(layer.norm_1(x))[:R], states, start)))
+        x = _at_least_two(self.parts.embed(torch.tensor(ids), start))  # (max(2, R), C)
+        for layer, states in zip(self.parts.layers, cache.states_for(start + R).unbind(), strict=True):
+            heads = layer.heads(layer.qkv(layer.norm_1(x))[:R], start)
+            x = x + layer.project(_at_least_two(_attend(*heads, states, start)))
             x = x + layer.narrow(layer.widen(layer.norm_2(x)))
         cache.length += R
-        return self.norm(x)[:R]
+        return self.parts.norm(x)[:R]
 
     @torch.inference_mode()
     def agrees(self) -> bool:
@@ -109,12 +106,16 @@ class Decoder:
         If this processor computes them differently, drafting could change the text. The rest of a pass handles each
         token separately.
         """
-        largest, generator = 1 + self.longest_draft, torch.Generator().manual_seed(0)
-        narrow = torch.randn(largest, self.settings.n_embd, generator=generator)
-        wide = torch.randn(largest, 4 * self.settings.n_embd, generator=generator)
-        layer = self.layers[0]
-        tested = [(linear, narrow) for linear in (layer.qkv, layer.project, layer.widen, self.head)]
-        return all(_rows_agree(linear, x) for linear, x in [*tested, (layer.narrow, wide)])
+        largest, generator, layer = 1 + self.longest_draft, torch.Generator().manual_seed(0), self.parts.layers[0]
+        _, KV, hs = self.parts.cache_shape
+        attended = getattr(self.settings, "n_head", KV) * hs
+        stream, heads, wide = (
+            torch.randn(largest, width, generator=generator)
+            for width in (self.settings.n_embd, attended, self.parts.inner)
+        )
+        steps = (layer.norm_1, layer.qkv, layer.norm_2, layer.widen, self.parts.norm, self.head)
+        tested = [*((step, stream) for step in steps), (layer.project, heads), (layer.narrow, wide)]
+        return all(_rows_agree(step, x) for step, x in tested)
 
     @torch.inference_mode()
     def _rescored(self, x: Tensor, logits: Tensor) -> Tensor:
@@ -124,12 +125,13 @@ class Decoder:
         tie.
         """
         best = logits.topk(min(RESCORED, logits.numel())).indices
-        bias = self.head_bias[best] if self.head_bias.dim() else self.head_bias
-        return logits.index_copy(0, best, F.linear(x, self.head_weight[best])[0] + bias)
+        weight, bias = self.parts.head_weight, self.parts.head_bias
+        return logits.index_copy(0, best, F.linear(x, weight[best])[0] + (bias[best] if bias.dim() else bias))
 
 
-# The models that have a fast decoder.
-DECODERS: Final[dict[type[Model], Callable[..., Decoder]]] = {GPT2: Decoder}
+# The models that have a fast decoder, and what makes one.
+PARTS: Final[dict[type[Model], Callable[..., Parts]]] = {GPT2: decoder_gpt2.parts_of, Llama: decoder_llama.parts_of}
+DECODERS: Final[dict[type[Model], Callable[..., Decoder]]] = dict.fromkeys(PARTS, Decoder)
 
 
 def decoder_of(model: Model) -> tuple[Callable[..., Decoder] | None, str]:
@@ -138,24 +140,6 @@ def decoder_of(model: Model) -> tuple[Callable[..., Decoder] | None, str]:
         return None, "TTT layers learn from each token, and cannot take it back"
     found = DECODERS.get(type(model))
     return found, "" if found else f"{type(model).__name__} has no fast decoder"
-
-
-def _layer(block: Block, linear: Callable[..., Linear], activation: str) -> _Layer:
-    attn, mlp = block.attn, block.mlp
-    return _Layer(
-        norm_1=_norm(block.ln_1),
-        qkv=linear(attn.c_attn.weight, attn.c_attn.bias),
-        project=linear(attn.c_proj.weight, attn.c_proj.bias),
-        norm_2=_norm(block.ln_2),
-        widen=linear(mlp.c_fc.weight, mlp.c_fc.bias, activation),
-        narrow=linear(mlp.c_proj.weight, mlp.c_proj.bias),
-    )
-
-
-def _norm(norm: nn.LayerNorm) -> Linear:
-    return partial(
-        F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps
-    )
 
 
 def _at_least_two(x: Tensor) -> Tensor:
@@ -169,21 +153,24 @@ def _rows_agree(linear: Linear, x: Tensor) -> bool:
     return all(torch.equal(linear(_at_least_two(x[-rows:]))[-rows:], whole[-rows:]) for rows in range(1, len(x)))
 
 
-def _attend(qkv: Tensor, states: Tensor, start: int) -> Tensor:
-    """Return the attention's output (R, C) for the qkv (R, 3C) of tokens from position `start` on.
+def _attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, start: int) -> Tensor:
+    """Return the attention's output (R, H hs) for the heads of tokens from position `start` on.
 
-    Their keys and values are written to states (2, 1, H, block_size, hs).
+    Their keys and values (R, KV, hs) are written to states (2, 1, KV, room, hs); each head of them serves H / KV of q (R, H, hs).
     """
-    R, H = qkv.size(0), states.size(2)
-    heads = qkv.view(R, 3, H, -1)  # (R, 3, H, hs)
-    states[:, 0, :, start : start + R] = heads[:, 1:].permute(1, 2, 0, 3)
-    q, (keys, values) = heads[:, :1].float(), states.unbind()  # (R, 1, H, hs), twice (1, H, block_size, hs)
+    R, H, hs = q.shape
+    KV = k.size(1)
+    states[:, 0, :, start : start + R] = torch.stack((k, v)).transpose(1, 2)
     if start == 0:  # the prompt: one call, because it contains no drafts
-        q = q.permute(1, 2, 0, 3)  # (1, H, R, hs)
-        y = F.scaled_dot_product_attention(q, keys[:, :, :R], values[:, :, :R], is_causal=True)  # (1, H, R, hs)
+        k, v = (heads.transpose(0, 1).repeat_interleave(H // KV, 0)[None] for heads in (k, v))  # (1, H, R, hs)
+        y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True)  # (1, H, R, hs)
         return y[0].transpose(0, 1).flatten(1)
+    q, (keys, values) = (
+        q.view(R, 1, KV, H // KV, hs),
+        states.unbind(),
+    )  # (R, 1, KV, H / KV, hs), twice (1, KV, room, hs)
     outputs = [
-        F.scaled_dot_product_attention(q[r, :, :, None], keys[:, :, :seen], values[:, :, :seen]).view(1, -1)
+        F.scaled_dot_product_attention(q[r], keys[:, :, :seen], values[:, :, :seen]).view(1, -1)
         for r, seen in enumerate(range(start + 1, start + R + 1))
     ]
     return torch.cat(outputs)

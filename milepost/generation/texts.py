@@ -12,7 +12,7 @@ from milepost.generation.sampling import generate
 from milepost.generation.stream import StreamDecoder
 from milepost.runtime import hardware
 from milepost.splitmix import mix
-from milepost.text.tokenization.base import Tokenizer
+from milepost.text.tokenization.base import Tokenizer, edge
 from models.model import Model
 
 
@@ -112,7 +112,7 @@ def steps(
     decoder = StreamDecoder(tokenizer, stop=sampling.stop)
     if not ids:
         ids = [first_id(tokenizer, generator)]
-        if ids[0] != tokenizer.end_of_text:
+        if ids[0] != edge(tokenizer):
             yield Step(decoder.push(ids[0]))  # part of the text, perhaps the first byte of a character
     latest: list[Tensor] = []
     drawn = generate(
@@ -140,9 +140,10 @@ def steps(
 
 
 def first_id(tokenizer: Tokenizer, generator: torch.Generator) -> int:
-    """Return the first token of a text without a prompt: the end of text, or if there is none,
-    a token drawn uniformly.
+    """Return the first token of a text without a prompt: the one that begins a text, else the end of text, or if there is
+    neither, a token drawn uniformly.
     """
-    if tokenizer.end_of_text is not None:
-        return tokenizer.end_of_text
+    first = edge(tokenizer)
+    if first is not None:
+        return first
     return int(torch.randint(tokenizer.vocab_size, (), generator=generator))

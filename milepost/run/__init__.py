@@ -23,7 +23,6 @@ from milepost.run.text import (
     sample_start,
     scan_source,
     scan_text,
-    template_of,
     validation_of,
 )
 from milepost.run.weights import (
@@ -70,7 +69,6 @@ __all__ = [
     "scan_source",
     "scan_text",
     "shapes",
-    "template_of",
     "to_record",
     "validation_of",
     "why_not_replayed",

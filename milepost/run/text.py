@@ -1,7 +1,7 @@
 """The training text of a run: read it, choose its tokenizer, and tokenize it."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +24,8 @@ from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, ope
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
-from milepost.text.templates import chat_stops
+from milepost.text.templates import chat_stops, template_of
+from milepost.text.tokenization.base import edge
 from milepost.text.unknown import Mode, encoder_of, first_known
 from models.model import Model
 
@@ -73,7 +74,7 @@ def read_text(
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
     check_separator(settings.document_separator, tokenizer)
-    template = template_of(record.data, tokenizer) if record else tokenizer.chat_template
+    template = template_of(record.data if record else {}, tokenizer) or None  # the plain one where there is none
     mode = cast(Mode, settings.unknown_characters)
     try:
         encoder, remark = world.local_rank0_first(
@@ -113,12 +114,6 @@ def _tokenized(
             corpus, scanned, encoder, template=template, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
         )
     return token_files.prepare(corpus, scanned, encoder, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log)
-
-
-def template_of(data: Mapping[str, Any], tokenizer: tokenization.Tokenizer) -> str | None:
-    """Return the chat template of a checkpoint: that of the conversations it was trained on, else its tokenizer's."""
-    saved = data.get("template", tokenizer.chat_template)
-    return saved if isinstance(saved, str) else None
 
 
 def _check_block_size(corpus: Corpus, split: token_files.TokenSplit, settings: Config) -> None:
@@ -193,8 +188,9 @@ def sample_start(text: Text, tokenizer: tokenization.Tokenizer) -> SampleStart:
         part = text.split.validation if len(text.split.validation) else text.split.train
         stop_ids, stops = chat_stops(tokenizer, text.template)
         return SampleStart(part.first_question(), True, (*tokenizer.stop_ids, *stop_ids), stops)
-    if tokenizer.end_of_text is not None:
-        return SampleStart([tokenizer.end_of_text], False)
+    first = edge(tokenizer)
+    if first is not None:
+        return SampleStart([first], False)
     return SampleStart(tokenizer.encode(first_known(tokenizer, text.scan.alphabet)), True)
 
 

@@ -10,4 +10,5 @@ TOKENIZERS: dict[str, str] = {
     "byte": "milepost.text.tokenization.byte:ByteTokenizer",
     "bpe": "milepost.text.tokenization.bpe:BpeTokenizer",
     "gpt2": "milepost.text.tokenization.gpt2:Gpt2Tokenizer",
+    "sentencepiece": "milepost.text.tokenization.sentencepiece:SentencePieceTokenizer",
 }

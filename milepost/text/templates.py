@@ -21,7 +21,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,7 @@ Message = Mapping[str, str]
 
 ROLES: Final = {"system": "System", "user": "User", "assistant": "Assistant"}
 PLAIN_END: Final = "<|end|>"
+NO_TEMPLATE: Final = ""  # the messages are one text that the model continues
 SAFE_JINJA: Final = (3, 1, 6)
 PRIVATE: Final = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # private code points
 
@@ -52,6 +53,14 @@ class TemplateError(DataError):
 # What chat programs and training call.
 
 
+def template_of(data: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
+    """Return the chat template of a model: the one in `data`, the record of its training text, which names it if that was
+    conversations (None is the plain template); else its tokenizer's, else NO_TEMPLATE.
+    """
+    template = data.get("template", tokenizer.chat_template or NO_TEMPLATE)
+    return template if template is None or isinstance(template, str) else NO_TEMPLATE
+
+
 def chat_ids(messages: Sequence[Message], tokenizer: Tokenizer, template: str | None, *, answer: bool) -> list[int]:
     """Return the ids of a conversation; with `answer`, up to where the assistant's next message begins.
 
@@ -70,9 +79,16 @@ def example(
     Raise as `chat_ids` does.
     """
     specials = tokenizer.special_tokens
-    ids, answers = [np.zeros(0, np.uint32)], [np.zeros(0, bool)]
+    after: Literal["nothing", "text", "special"] = "nothing"
+    begin = tokenizer.begin_of_text if template is None else None  # a template of Jinja writes it itself
+    ids = [np.array([i for i in [begin] if i is not None], np.uint32)]
+    answers = [np.zeros(len(ids[0]), bool)]
     for span in spans(messages, template, specials, end=end_token(tokenizer), answer=answer):
-        part = np.array([specials[span.text]], np.uint32) if span.special else tokenizer.encode_array(span.text)
+        if span.special:
+            part = np.array([specials[span.text]], np.uint32)
+        else:
+            part = tokenizer.encode_part(span.text, after=after)
+        after = "special" if span.special else "text" if span.text else after
         ids.append(part.astype(np.uint32))
         answers.append(np.full(len(part), span.answer))
     return np.concatenate(ids), np.concatenate(answers)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from operator import itemgetter
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 
@@ -38,8 +38,9 @@ THREADS = min(8, os.cpu_count() or 1)  # more would wait for the thread that rea
 ABANDONED = 24 * 3600  # seconds without a write after which a partial folder belongs to no living process
 ATTEMPTS = 10  # at building the folder while other processes build or remove it
 
-# Consecutive pieces, and whether the first one begins a document other than the first.
-Group = tuple[bool, list[Piece]]
+# Consecutive pieces, and what the first one does: it begins the text, or another document of it, or continues one.
+Start = Literal["text", "document", ""]
+Group = tuple[Start, list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def prepare(
     """Return the tokens of `corpus`, from `cache_dir` if they are there and intact, else tokenized into it.
 
     The text is split at character int(characters * (1 - validation_fraction)), training text first, and each part is tokenized
-    separately. Within a part, the tokenizer's end of text, else "\\n", separates documents. Raise DataError if the text differs
+    separately. Within a part, the tokenizer's end of text, else "\\n", separates documents, and the token that begins a text, if
+    it has one, precedes each. Raise DataError if the text differs
     from what `scan` saw or the files cannot be written.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
@@ -127,27 +129,30 @@ def token_ids(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndar
 
 def _groups(pieces: Iterable[Piece]) -> Iterator[Group]:
     """Yield groups of consecutive pieces of about CHUNK characters in total, however short each piece is."""
-    between, room, group = False, CHUNK, []
+    start: Start = "text"
+    room, group = CHUNK, []
     for text, ends in pieces:
         group.append((text, ends))
         room -= len(text) + 1
         if room <= 0:
-            yield between, group
-            between, room, group = ends, CHUNK, []
+            yield start, group
+            start, room, group = "document" if ends else "", CHUNK, []
     if group:
-        yield between, group
+        yield start, group
 
 
 def _group_ids(group: Group, tokenizer: Tokenizer) -> np.ndarray:
     """Return the ids of consecutive pieces, (N,)."""
-    between, pieces = group
+    start, pieces = group
+    end, begin = tokenizer.end_of_text, tokenizer.begin_of_text
     arrays: list[Tokens] = []
     for text, ends in pieces:
-        if between:
-            end = tokenizer.end_of_text
+        if start == "document":
             arrays.append(tokenizer.encode_array("\n") if end is None else np.array([end], dtype=np.uint32))
+        if start and begin is not None:
+            arrays.append(np.array([begin], dtype=np.uint32))
         arrays.append(tokenizer.encode_array(text))
-        between = ends
+        start = "document" if ends else ""
     return np.concatenate(arrays)
 
 

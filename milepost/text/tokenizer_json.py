@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters
-from milepost.text.tokenization.bpe import BpeTokenizer, adds_nothing, check_bpe, splits_as_gpt2
+from milepost.text.tokenization.bpe import adds_nothing, check_bpe, splits_as_gpt2
 from milepost.text.tokenization.byte import ByteTokenizer
 from milepost.text.tokenization.char import CharTokenizer
 from milepost.text.tokenization.gpt2 import Gpt2Tokenizer, gpt2_file
+from milepost.text.tokenization.library import LibraryTokenizer, tokens_before
+from milepost.text.tokenization.sentencepiece import is_sentencepiece
 
 Json = dict[str, Any]
 
@@ -35,7 +37,7 @@ def tokenizers_json(tokenizer: Tokenizer) -> Json:
         return _byte_level_json({letter: byte for byte, letter in enumerate(byte_letters())}, [])
     if isinstance(tokenizer, Gpt2Tokenizer):
         return _gpt2_json()
-    if isinstance(tokenizer, BpeTokenizer):
+    if isinstance(tokenizer, LibraryTokenizer):
         return tokenizer.to_dict()["tokenizer"]
     raise ValueError(f"the tokenizer {tokenizer.kind} has no form as a tokenizer.json")
 
@@ -47,8 +49,10 @@ def tokenizer_config(tokenizer: Tokenizer) -> Json:
     """
     config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.end_of_text is not None:
-        end = tokenizer.end_token if isinstance(tokenizer, BpeTokenizer) else END_OF_TEXT
+        end = tokenizer.end_token if isinstance(tokenizer, LibraryTokenizer) else END_OF_TEXT
         config |= {"bos_token": end, "eos_token": end}
+    if isinstance(tokenizer, LibraryTokenizer) and tokenizer.begin_token is not None:
+        config["bos_token"] = tokenizer.begin_token
     if tokenizer.chat_template:
         config["chat_template"] = tokenizer.chat_template
     return config
@@ -58,7 +62,8 @@ def from_tokenizers_json(values: Mapping[str, Any]) -> Json:
     """Return the `Tokenizer.to_dict` form of the values of a `tokenizer.json`; `tokenization.from_dict` checks it.
 
     A char or byte tokenizer is recognised if it equals what `tokenizers_json` writes, GPT-2's by the content of its vocabulary and
-    merges, whatever program wrote it. Everything else is taken for a byte-level BPE.
+    merges, whatever program wrote it. A Unigram, and a BPE with byte fallback, is like SentencePiece; everything else is taken
+    for a byte-level BPE.
     """
     plain = _without_traces(values)
     if _is_gpt2(plain):
@@ -67,7 +72,10 @@ def from_tokenizers_json(values: Mapping[str, Any]) -> Json:
         return {"kind": "byte"}
     if _is_char(plain):
         return {"kind": "char", "chars": _tokens_by_id(plain)}
-    return {"kind": "bpe", "tokenizer": {name: plain[name] for name in values}}
+    return {
+        "kind": "sentencepiece" if is_sentencepiece(plain) else "bpe",
+        "tokenizer": {name: plain[name] for name in values},
+    }
 
 
 def from_vocab_and_merges(vocab: Json, merges: str, added: Mapping[str, int], special: Iterable[str]) -> Json:
@@ -155,7 +163,8 @@ def _is_gpt2(values: Json) -> bool:
         check_bpe(values)
     except ValueError:
         return False
-    return splits_as_gpt2(values) and {token["content"] for token in values["added_tokens"]} <= {END_OF_TEXT}
+    plain = splits_as_gpt2(values) and tokens_before(values.get("post_processor")) == []
+    return plain and {token["content"] for token in values["added_tokens"]} <= {END_OF_TEXT}
 
 
 def _content_digest(values: Json) -> str | None:

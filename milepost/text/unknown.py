@@ -25,11 +25,15 @@ class Lenient(Tokenizer):
     def __init__(self, tokenizer: Tokenizer, unknown: str, stand_in: str) -> None:
         self.kind, self.vocab_size = tokenizer.kind, tokenizer.vocab_size
         self.end_of_text, self.splits_at = tokenizer.end_of_text, tokenizer.splits_at
+        self.begin_of_text, self.prefix = tokenizer.begin_of_text, tokenizer.prefix
         self._tokenizer, self._stand_in = tokenizer, stand_in
         self._table = dict.fromkeys(map(ord, unknown), stand_in)
 
     def encode_array(self, text: str) -> np.ndarray:
         return self._tokenizer.encode_array(text.translate(self._table))
+
+    def encode_part(self, text: str, *, after: Literal["nothing", "text", "special"]) -> np.ndarray:
+        return self._tokenizer.encode_part(text.translate(self._table), after=after)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._tokenizer.decode_bytes(ids)

@@ -133,6 +133,19 @@ def test_the_ids_of_any_text_are_ours(tmp_path, name, changes):
     assert llama.token_eos() == ours.end_of_text
 
 
+def test_the_token_that_begins_a_text_is_added_there_too(tmp_path):
+    values = tokenizer("Llama 3", ignore_merges=True).to_dict()
+    begin = {token["content"]: token["id"] for token in values["tokenizer"]["added_tokens"]}["<|im_end|>"]
+    values["tokenizer"]["post_processor"] = json.loads(
+        processors.TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", begin)]).__getstate__()
+    )
+    ours = tokenization.from_dict(values)
+    record = dataclasses.replace(random_model(vocab_size=ours.vocab_size), tokenizer=ours.to_dict())
+    llama = opened(tmp_path, record, vocab_only=True)
+    assert (llama.token_bos(), llama.token_eos()) == (begin, ours.end_of_text)
+    assert llama.tokenize(b"It's 2026", add_bos=True, special=False) == ours.encode_whole("It's 2026")
+
+
 def test_cuts_that_llama_cpp_has_otherwise_are_refused(tmp_path):
     """It takes words of Llama 3's vocabulary whole, whatever the merges say, and those of no other."""
     for name, changes in (("Llama 3", {}), ("Qwen2", {"ignore_merges": True})):

@@ -13,7 +13,7 @@ from typing import Any
 from milepost.ckpt.exports.common import cannot_represent, elsewhere
 from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.restore import build_tokenizer, tokenizer_files
-from milepost.text.templates import end_token, plain_jinja
+from milepost.text.templates import end_token, plain_jinja, template_of
 from milepost.text.tokenization.bpe import splits_as
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
@@ -31,6 +31,7 @@ class Tokens:
     merges: list[str]
     ends: tuple[int, ...]  # the ids that end a text
     pre: str = ""  # llama.cpp's name for how a gpt2 cuts a text
+    begin: int | None = None  # the id that precedes every text
 
 
 def tokens_of(record: Checkpoint) -> Tokens:
@@ -43,20 +44,26 @@ def tokens_of(record: Checkpoint) -> Tokens:
     if tokenizer["kind"] in ("bpe", "gpt2"):
         return _of_merges(record, rows)
     problem = f"its tokenizer is {tokenizer['kind']}, which llama.cpp does not have"
+    if tokenizer["kind"] == "sentencepiece":
+        problem = (
+            "llama.cpp needs the scores of its tokens, which are in the tokenizer.model that SentencePiece wrote alone"
+        )
+        own = "write a Hugging Face folder (CONVERT_TO=huggingface), put that file there and use llama.cpp's converter"
+        raise cannot_represent(record, problem, own)
     if tokenizer["kind"] is None:
         problem = "it has no tokenizer, and llama.cpp needs one"
     raise cannot_represent(record, problem, f"{elsewhere(record)}, or train with TOKENIZER=char, byte, bpe or gpt2")
 
 
 def chat_template(record: Checkpoint) -> str | None:
-    """Return the chat template in Jinja: that of the conversations that the model was trained on, else the tokenizer's.
+    """Return the model's chat template in Jinja; None if it has none.
 
     The plain template needs a token that ends a turn. Without one there is no template: llama.cpp would not stop.
     """
     tokenizer = build_tokenizer(record)
-    template = record.data.get("template", tokenizer.chat_template)
-    if template is not None or "template" not in record.data:
-        return template if isinstance(template, str) else None
+    template = template_of(record.data, tokenizer)
+    if template is not None:
+        return template or None
     end = end_token(tokenizer)
     return plain_jinja(end) if end else None
 
@@ -69,12 +76,13 @@ def add_tokens(writer: Any, tokens: Tokens) -> None:
     if tokens.model == "gpt2":
         writer.add_tokenizer_pre(tokens.pre)
         writer.add_token_merges(tokens.merges)
-    for end in tokens.ends[:1]:
-        writer.add_bos_token_id(end)
+    begins = tokens.ends if tokens.begin is None else [tokens.begin]
+    for begin in begins[:1]:
+        writer.add_bos_token_id(begin)
     roles = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
     for add, end in zip(roles, tokens.ends, strict=False):
         add(end)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(tokens.begin is not None)
     writer.add_add_space_prefix(False)
 
 
@@ -90,7 +98,8 @@ def _of_merges(record: Checkpoint, rows: int) -> Tokens:
     ids: dict[str, int] = spec["model"]["vocab"] | added
     texts = sorted(ids, key=ids.__getitem__)
     types = [CONTROL if text in special else USER_DEFINED if text in added else NORMAL for text in texts]
-    ends = build_tokenizer(record).stop_ids
+    tokenizer = build_tokenizer(record)
+    ends = tokenizer.stop_ids
     padding = [f"[PAD{row}]" for row in range(len(texts), max(rows, len(texts) + (not ends)))]
     if not spec["model"]["merges"] or set(padding) & ids.keys():
         problem = "its BPE has no merges or tokens named [PAD...], and llama.cpp has no such tokenizer"
@@ -105,6 +114,7 @@ def _of_merges(record: Checkpoint, rows: int) -> Tokens:
         merges=_merges(spec["model"]["merges"]),
         ends=ends or (len(texts),),
         pre=pre,
+        begin=tokenizer.begin_of_text,
     )
 
 

@@ -12,6 +12,7 @@ from milepost.ckpt.foreign.keys import CONFIGS, short
 from milepost.ckpt.foreign.tokenizer import GPT2_TOKENS, Choice, characters, check_rows, is_tokenizers_json
 from milepost.ckpt.manifest import parse_json
 from milepost.ckpt.record import CheckpointError, Json
+from milepost.text.tokenization.library import vocabulary
 from milepost.text.tokenizer_json import from_tokenizers_json
 
 TOKENIZERS = ("tokenizer", "tokenizer_state", "tokenizer_config", "meta")  # keys of a tokenizer's own dictionary
@@ -84,7 +85,7 @@ def _as_dictionary(value: Any) -> Mapping[Any, Any] | None:
 def _in(place: Mapping[Any, Any], own: bool, vocab_size: int) -> Iterator[dict[str, Json]]:
     """Yield the tokenizers in a dictionary; there should be only one."""
     if own and is_tokenizers_json(place):
-        check_rows(len(place["model"]["vocab"]), vocab_size, "it")
+        check_rows(len(vocabulary(place["model"])), vocab_size, "it")
         yield from_tokenizers_json(_as_json(place))
         return
     for word in VOCABULARIES:

@@ -10,6 +10,7 @@ from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.restore import tokenizer_from_file, tokenizer_from_parts
 from milepost.files import read_steadily
 from milepost.text.templates import with_tokens
+from milepost.text.tokenization.library import FROM_LIBRARY, vocabulary
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 VOCAB, MERGES, ADDED, SPECIAL = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
@@ -42,7 +43,7 @@ def _with_chat(path: Path, tokenizer: dict[str, Json]) -> dict[str, Json]:
         template = named.get("default")
     if is_regular(path / CHAT):
         template = _text_of(path / CHAT)
-    if not isinstance(template, str) or tokenizer["kind"] != "bpe":
+    if not isinstance(template, str) or tokenizer["kind"] not in FROM_LIBRARY:
         return tokenizer
     tokens = {name: next(iter(_flat([values.get(name)])), None) for name in TOKEN_NAMES}
     texts = {name: token for name, token in tokens.items() if isinstance(token, str)}
@@ -93,17 +94,16 @@ def _exists(value: Json, tokenizer: dict[str, Json]) -> bool:
     """Whether a value is the id or the text of a token."""
     if type(value) not in (int, str):
         return False
-    if tokenizer["kind"] != "bpe":
+    if tokenizer["kind"] not in FROM_LIBRARY:
         rows = {"gpt2": 50257, "byte": 256}.get(tokenizer["kind"], len(tokenizer.get("chars", ())))
         return type(value) is int and 0 <= value < rows
-    vocab = tokenizer["tokenizer"]["model"].get("vocab")
-    known = vocab if isinstance(vocab, dict) else {}
+    known = vocabulary(tokenizer["tokenizer"]["model"])
     return value in known or value in known.values() or _special(value, tokenizer) is not None
 
 
 def _special(value: Json, tokenizer: dict[str, Json]) -> str | None:
     """Return the text of the special token that is meant by an id or a text."""
-    if tokenizer["kind"] != "bpe":
+    if tokenizer["kind"] not in FROM_LIBRARY:
         return END_OF_TEXT if (tokenizer["kind"], value) == ("gpt2", 50256) else None
     added = tokenizer["tokenizer"].get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
+from milepost.text.tokenization.library import FROM_LIBRARY, vocabulary
 from milepost.text.tokenizer_json import from_tokenizers_json
 
 GPT2_TOKENS = 50257
@@ -59,15 +60,15 @@ def _from_token_file(values: Mapping[str, Any], vocab_size: int, where: str) -> 
         tokenizer = characters(_checked_meta(values, where), vocab_size, where)
         return tokenizer, len(tokenizer["chars"])
     if is_tokenizers_json(values):
-        size = len(values["model"]["vocab"])
+        size = len(vocabulary(values["model"]))
         check_rows(size, vocab_size, where)
         return from_tokenizers_json(values), size
     kind = values.get("token_kind", values.get("kind"))
     if kind == "char":
         tokenizer = characters(values.get("chars"), vocab_size, where)
         return tokenizer, len(tokenizer["chars"])
-    if kind == "bpe" and isinstance(values.get("tokenizer"), Mapping):
-        return {"kind": "bpe", "tokenizer": dict(values["tokenizer"])}, None
+    if kind in FROM_LIBRARY and isinstance(values.get("tokenizer"), Mapping):
+        return {"kind": kind, "tokenizer": dict(values["tokenizer"])}, None
     tokens = {"gpt2": GPT2_TOKENS, "byte": 256}.get(kind) if isinstance(kind, str) else None
     if tokens is None:
         problem = f"is not a tokenizer that milepost knows (kind {_short(kind)})"
@@ -80,7 +81,7 @@ def _from_token_file(values: Mapping[str, Any], vocab_size: int, where: str) -> 
 def is_tokenizers_json(values: Mapping[Any, Any]) -> bool:
     """Whether these are the values of a tokenizer.json of the `tokenizers` library."""
     model = values.get("model")
-    return isinstance(model, Mapping) and isinstance(model.get("vocab"), Mapping)
+    return isinstance(model, Mapping) and bool(vocabulary(model))
 
 
 def _short(value: Any) -> str:

@@ -16,7 +16,9 @@ class Tokenizer(Protocol):
     """Text to token ids and back. Special tokens are never parsed: "<|endoftext|>" in a text is ordinary text.
 
     Subclass it, set the attributes, and define the methods of REQUIRED. `kind` is the name in milepost.text.registry.
-    `end_of_text` is the id that separates documents; None separates them by a line feed.
+    `end_of_text` is the id that separates documents; None separates them by a line feed. `begin_of_text` is the id that
+    precedes every text, if the tokenizer has one: encode() leaves it out, encode_whole() puts it there. `prefix` is what
+    encode() puts before a text that does not begin with it: a space, for some.
 
     `splits_at` declares where a document may be cut so that the ids of its parts, concatenated, are the ids of the whole:
     between any two characters, between words (before a space or line feed that follows another character), or nowhere. The
@@ -26,6 +28,8 @@ class Tokenizer(Protocol):
     kind: str
     vocab_size: int
     end_of_text: int | None = None
+    begin_of_text: int | None = None
+    prefix: str = ""
     splits_at: Literal["character", "word", "document"] = "document"
 
     @classmethod
@@ -57,6 +61,15 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`."""
         return self.encode_array(text).tolist()
+
+    def encode_part(self, text: str, *, after: Literal["nothing", "text", "special"]) -> np.ndarray:
+        """Return the ids of a part of a longer text, (N,): of its beginning, of what follows text, or a special token."""
+        return self.encode_array(text)
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Return the ids of a whole text, with the one that precedes every text."""
+        begin = [] if self.begin_of_text is None else [self.begin_of_text]
+        return begin + self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, with U+FFFD for bytes that are not valid UTF-8."""
@@ -97,6 +110,11 @@ class FixedTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind}
+
+
+def edge(tokenizer: Tokenizer) -> int | None:
+    """Return the token that precedes a document in training: the one that begins a text, else the end of the text before it."""
+    return tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
 
 
 REQUIRED = ("kind", "build", "from_dict", "encode_array", "decode_bytes", "to_dict")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 from milepost.text.chunks import rechunk
 from milepost.text.errors import UnknownCharacters
 from milepost.text.readers import Piece
-from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters, checked_ids, replace_surrogates
+from milepost.text.tokenization.base import END_OF_TEXT, byte_letters, checked_ids, replace_surrogates
+from milepost.text.tokenization.library import LibraryTokenizer, as_json, section, tokens_before
 
 UNMERGED_TOKENS, UNMERGED_SHARE = (
     8,
@@ -30,67 +31,35 @@ RARE_BYTES = frozenset({*range(0x20), *range(0xC0, 0x100)} - set(b"\t\n\r"))
 _LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 
-class BpeTokenizer(Tokenizer):
+class BpeTokenizer(LibraryTokenizer):
     """Byte-level byte-pair encoding, from the JSON of the `tokenizers` library.
 
     It cuts the text as GPT-2 does, or as SmolLM2 (each digit apart), Qwen2 or Llama 3; then a document is encoded as a whole.
-
-    `end` is the special token that ends a text, if it has another name than `<|endoftext|>`; `stops` are further tokens at
-    which generation stops, and `chat_template` is that of milepost.text.templates.
     """
 
     kind = "bpe"
     splits_at: Literal["word", "document"] = "word"
 
-    def __init__(
-        self,
-        tokenizer: Mapping[str, Any],
-        end: str | None = None,
-        stops: Sequence[str] = (),
-        chat_template: str | None = None,
-    ) -> None:
-        import tokenizers
-
-        text = check_bpe(tokenizer)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"the bpe tokenizer cannot be built: {error}") from error
-        self._tokenizer.encode_special_tokens = True  # encode them as ordinary text
-        self._json = json.loads(text)
+    def __init__(self, *values: Any) -> None:
+        super().__init__(*values)
         if not splits_as_gpt2(self._json):
             self.splits_at = "document"
-        _check_ids(self._json, self._tokenizer.get_vocab())
         _check_merges(self._json)
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        added = {token["content"] for token in self._json["added_tokens"]}
-        if not isinstance(stops, list | tuple):
-            raise ValueError("the bpe tokenizer's stops must be a list of tokens")
-        for token in (*([] if end is None else [end]), *stops):
-            if token not in added:
-                raise ValueError(f"the bpe tokenizer ends texts with {token!r}, which is not one of its added tokens")
-        self._end, self._stops, self.end_token = end, tuple(stops), end or END_OF_TEXT
-        self.end_of_text = self._tokenizer.token_to_id(self.end_token)
-        self._chat_template = chat_template if isinstance(chat_template, str) else None
-        self._special = {
-            token["content"]: token["id"] for token in self._json["added_tokens"] if token.get("special") is True
-        }
         letters = {letter: byte for byte, letter in enumerate(byte_letters())}
         known = bytes(byte for letter, byte in letters.items() if letter in self._json["model"]["vocab"])
         self._known_bytes = known if len(known) < 256 else None
         self._bytes = [b""] * self.vocab_size
         for token, i in self._tokenizer.get_vocab().items():
-            self._bytes[i] = token.encode() if token in added else bytes(letters[letter] for letter in token)
+            self._bytes[i] = token.encode() if token in self._added else bytes(letters[letter] for letter in token)
+
+    @staticmethod
+    def check(tokenizer: object) -> str:
+        return check_bpe(tokenizer)
 
     @classmethod
     def build(cls, pieces: Iterable[Piece], *, alphabet: str, documents: int, vocab_size: int) -> Self:
         """Return a BPE of `vocab_size` tokens, trained on the first BPE_TRAINING_CHARACTERS of the text."""
         return cls(_train(pieces, vocab_size))
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
-        values = (saved.get("tokenizer"), saved.get("end"), saved.get("stops", ()), saved.get("chat_template"))
-        return cls(*values)  # type: ignore[arg-type]  # check_bpe refuses what is not a mapping
 
     def encode_array(self, text: str) -> np.ndarray:
         texts = [replace_surrogates(text)]
@@ -108,25 +77,6 @@ class BpeTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes[i] for i in checked_ids(ids, self.vocab_size))
-
-    def to_dict(self) -> dict[str, Any]:
-        end = {} if self._end is None else {"end": self._end}
-        stops = {"stops": list(self._stops)} if self._stops else {}
-        chat = {"chat_template": self._chat_template} if self._chat_template else {}
-        return {"kind": "bpe", "tokenizer": json.loads(json.dumps(self._json)), **end, **stops, **chat}
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        return self._special
-
-    @property
-    def chat_template(self) -> str | None:
-        return self._chat_template
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        further = (self._tokenizer.token_to_id(token) for token in self._stops)
-        return (*super().stop_ids, *(i for i in further if i is not None))
 
 
 # Training
@@ -151,11 +101,14 @@ def _train(pieces: Iterable[Piece], vocab_size: int) -> dict[str, Any]:
         initial_alphabet=byte_letters(),
         show_progress=False,
     )
-    chunks = (
-        part for text, _ in rechunk(_head(pieces, BPE_TRAINING_CHARACTERS), size=1 << 16) for part in _parts(text)
-    )
-    trainee.train_from_iterator(chunks, trainer=trainer)
+    trainee.train_from_iterator(training_parts(pieces), trainer=trainer)
     return json.loads(trainee.to_str())
+
+
+def training_parts(pieces: Iterable[Piece]) -> Iterator[str]:
+    """Yield the first BPE_TRAINING_CHARACTERS of the pieces in parts cut between words, and within very long ones."""
+    for text, _ in rechunk(_head(pieces, BPE_TRAINING_CHARACTERS), size=1 << 16):
+        yield from _parts(text)
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -181,12 +134,9 @@ def check_bpe(spec: object) -> str:
 
     The library itself accepts two tokens with one id, ids outside the vocabulary, and steps that change or drop text.
     """
-    try:
-        text = json.dumps(spec)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the bpe tokenizer does not consist of JSON values: {type(error).__name__}") from None
+    text = as_json(spec, "bpe")
     top = spec if isinstance(spec, dict) else {}
-    model, before, after = (_section(top, name) for name in ("model", "pre_tokenizer", "post_processor"))
+    model, before = section(top, "model"), section(top, "pre_tokenizer")
     rules = {
         "model.type must be BPE": model.get("type") == "BPE",
         "model.dropout must be null": model.get("dropout") is None,
@@ -199,8 +149,8 @@ def check_bpe(spec: object) -> str:
         f"the pre_tokenizer must be ByteLevel with GPT-2's regex and no prefix space, or as that of SmolLM2, {' or '.join(SPLITS)}": (
             _is_byte_level(before, regex=True) or _cuts_and_is_byte_level(before)
         ),
-        "the post_processor must be null or ByteLevel": (
-            after.get("type", "ByteLevel") == "ByteLevel" or adds_nothing(after)
+        "the post_processor must be null or ByteLevel, or put one special token before a text": (
+            tokens_before(top.get("post_processor")) is not None
         ),
     }
     for rule, holds in rules.items():
@@ -220,7 +170,7 @@ def splits_as_gpt2(spec: Mapping[str, Any]) -> bool:
 
 def splits_as(spec: Mapping[str, Any]) -> str:
     """Return whose model the JSON of a BPE cuts a text as: GPT-2, SmolLM2 or one of SPLITS; or "" if it is none of them."""
-    before = _section(dict(spec), "pre_tokenizer")
+    before = section(dict(spec), "pre_tokenizer")
     if _is_byte_level(before, regex=True):
         return "GPT-2"
     if not _cuts_and_is_byte_level(before):
@@ -255,11 +205,6 @@ def adds_nothing(post_processor: object) -> bool:
     first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
     template = {"type": "TemplateProcessing", "single": [first], "pair": [first, second], "special_tokens": {}}
     return post_processor == template
-
-
-def _section(top: dict[str, Any], name: str) -> dict[str, Any]:
-    section = top.get(name)
-    return section if isinstance(section, dict) else {} if section is None else {"type": "?"}
 
 
 def _check_bpe_tokens(vocab: object, added: object) -> set[str]:
@@ -328,13 +273,3 @@ def _check_special_tokens(merged: set[str], special: set[str]) -> None:
         raise ValueError(
             f"the bpe tokenizer's token {ambiguous[0]!r} is special and also a result of merging ordinary text"
         )
-
-
-def _check_ids(spec: dict[str, Any], ids: dict[str, int]) -> None:
-    """Raise ValueError if the file's ids are not the library's, which numbers added tokens itself, after the vocabulary."""
-    stated = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
-    for token, i in stated.items():
-        if ids.get(token) != i:
-            raise ValueError(
-                f"the bpe tokenizer gives {token!r} the id {i}, expected {ids.get(token)}: added tokens follow the vocabulary"
-            )
