@@ -1,15 +1,17 @@
-"""Measure the time from process start to the first token of a checkpoint of GPT-2 (124M parameters).
+"""Measure the time from process start to the first token of a checkpoint of GPT-2 (124M parameters), and of the starts that need no torch.
 
     python3 benchmarks/startup.py         # about a minute and 1.5 GB of disk
 
-The checkpoint has AdamW's state and is in the page cache. Both arms are whole processes, including their exit. The limit is torch's import
-and one pass over the weights.
+The checkpoint has AdamW's state and is in the page cache. All arms are whole processes, including their exit, with bytecode from an earlier
+round. The limit of the first token is torch's import and one pass over the weights; that of the other starts is an empty process.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +30,13 @@ SETTINGS = {
     "COMPILE": "false", "PYTHON_DOTENV_DISABLED": "1",
 }  # fmt: skip
 ROUNDS = 7
+STARTS = {  # without torch: a script, its arguments
+    "training.py --help": ("training.py", "--help"),
+    "a mistake in a setting": ("training.py",),
+    "list_checkpoints.py": ("scripts/list_checkpoints.py",),
+    "inspect_checkpoint.py": ("scripts/inspect_checkpoint.py",),
+    "plot_run.py": ("scripts/plot_run.py",),
+}
 
 
 def main() -> None:
@@ -40,6 +49,7 @@ def main() -> None:
         size = sum(parameter.nbytes for parameter in run.model.parameters())
         del run
         first_token(path, size)
+        starts(path)
 
 
 def trained(folder: Path) -> Run:
@@ -50,21 +60,20 @@ def trained(folder: Path) -> Run:
     return run
 
 
+def process(*arguments: str, **wanted: str) -> subprocess.CompletedProcess[bytes]:
+    """Run Python with these arguments and variables."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= wanted | {"PYTHON_DOTENV_DISABLED": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, check=False, capture_output=True, cwd=ROOT)
+
+
 def first_token(path: Path, size: int) -> None:
     """Measure the script that generates one token against a process that only imports torch."""
-    wanted = {
-        "CHECKPOINT_PATH": str(path),
-        "PROMPT": "Dear Wren,",
-        "MAX_NEW_TOKENS": "1",
-        "PYTHON_DOTENV_DISABLED": "1",
+    wanted = {"CHECKPOINT_PATH": str(path), "PROMPT": "Dear Wren,", "MAX_NEW_TOKENS": "1"}
+    arms = {
+        "first token": lambda: process("scripts/load_checkpoint.py", **wanted).check_returncode(),
+        "import torch": lambda: process("-c", "import torch").check_returncode(),
     }
-
-    def process(*arguments: str) -> None:
-        command, environment = [sys.executable, *arguments], os.environ | wanted
-        subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
-
-    script = str(ROOT / "scripts" / "load_checkpoint.py")
-    arms = {"first token": lambda: process(script), "import torch": lambda: process("-c", "import torch")}
     median = compare(arms, rounds=ROUNDS)
     ours, import_only = median["first token"], median["import torch"]
     limit = import_only + size / read_rate(size)
@@ -77,6 +86,33 @@ def first_token(path: Path, size: int) -> None:
         limit=f"{limit:.2f} s",
         share=limit / ours,
     )
+
+
+def starts(path: Path) -> None:
+    """Measure the starts that need no torch against a process that only imports it, and an empty one."""
+    folders = {"CHECKPOINT_DIR": str(path.parent), "RUNS_DIR": str(path.parent), "CHECKPOINT_PATH": str(path)}
+    make_metrics(path.parent / "run")
+    mistaken = folders | {"TRAINING_STEPS": "x"}
+    arms = {
+        name: partial(process, *arguments, **(mistaken if name == "a mistake in a setting" else folders))
+        for name, arguments in STARTS.items()
+    }
+    median = compare(
+        {"import torch": partial(process, "-c", "import torch"), "nothing": partial(process, "-c", ""), **arms},
+        rounds=ROUNDS,
+    )
+    peer, limit = median["import torch"], median["nothing"]
+    for name in STARTS:
+        ours = median[name]
+        figures = {"ours": f"{ours:.2f} s", "peer": f"{peer:.2f} s", "limit": f"{limit:.2f} s"}
+        row(f"start: {name}", **figures, ratio=ours / peer, bound="0.25", share=limit / ours)
+
+
+def make_metrics(folder: Path) -> None:
+    """Write the metrics of a run of a thousand lines."""
+    folder.mkdir()
+    line = {"time": 1000.0, "split": "train", "loss": 3.0, "lr": 0.1, "tok_s": 9.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step} | line) + "\n" for step in range(1000)))
 
 
 if __name__ == "__main__":
