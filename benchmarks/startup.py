@@ -30,17 +30,10 @@ SETTINGS = {
     "COMPILE": "false", "PYTHON_DOTENV_DISABLED": "1",
 }  # fmt: skip
 ROUNDS = 7
-STARTS = {  # without torch: a script, its arguments
-    "training.py --help": ("training.py", "--help"),
-    "a mistake in a setting": ("training.py",),
-    "list_checkpoints.py": ("scripts/list_checkpoints.py",),
-    "inspect_checkpoint.py": ("scripts/inspect_checkpoint.py",),
-    "plot_run.py": ("scripts/plot_run.py",),
-}
 
 
 def main() -> None:
-    """Print the row."""
+    """Print the rows."""
     header()
     (ROOT / "checkpoints").mkdir(exist_ok=True)  # on the disk that checkpoints are written to
     with tempfile.TemporaryDirectory(dir=ROOT / "checkpoints") as name:
@@ -60,19 +53,21 @@ def trained(folder: Path) -> Run:
     return run
 
 
-def process(*arguments: str, **wanted: str) -> subprocess.CompletedProcess[bytes]:
-    """Run Python with these arguments and variables."""
+def process(*arguments: str, code: int = 0, **wanted: str) -> None:
+    """Run Python with these arguments and variables; raise SystemExit if it ends with another exit code."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment |= wanted | {"PYTHON_DOTENV_DISABLED": "1"}
-    return subprocess.run([sys.executable, *arguments], env=environment, check=False, capture_output=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, *arguments], env=environment, check=False, capture_output=True, cwd=ROOT)
+    if done.returncode != code:
+        sys.exit(done.stderr.decode())
 
 
 def first_token(path: Path, size: int) -> None:
     """Measure the script that generates one token against a process that only imports torch."""
     wanted = {"CHECKPOINT_PATH": str(path), "PROMPT": "Dear Wren,", "MAX_NEW_TOKENS": "1"}
     arms = {
-        "first token": lambda: process("scripts/load_checkpoint.py", **wanted).check_returncode(),
-        "import torch": lambda: process("-c", "import torch").check_returncode(),
+        "first token": partial(process, "scripts/load_checkpoint.py", **wanted),
+        "import torch": partial(process, "-c", "import torch"),
     }
     median = compare(arms, rounds=ROUNDS)
     ours, import_only = median["first token"], median["import torch"]
@@ -89,23 +84,31 @@ def first_token(path: Path, size: int) -> None:
 
 
 def starts(path: Path) -> None:
-    """Measure the starts that need no torch against a process that only imports it, and an empty one."""
+    """Measure the starts that need no torch against a process that only imports it, and against an empty one."""
     folders = {"CHECKPOINT_DIR": str(path.parent), "RUNS_DIR": str(path.parent), "CHECKPOINT_PATH": str(path)}
     make_metrics(path.parent / "run")
-    mistaken = folders | {"TRAINING_STEPS": "x"}
     arms = {
-        name: partial(process, *arguments, **(mistaken if name == "a mistake in a setting" else folders))
-        for name, arguments in STARTS.items()
+        "training.py --help": partial(process, "training.py", "--help"),
+        "a mistake in a setting": partial(process, "training.py", code=2, TRAINING_STEPS="x"),
+        "list_checkpoints.py": partial(
+            process, "scripts/list_checkpoints.py", **folders | {"CHECKPOINT_PATH": "latest"}
+        ),
+        "inspect_checkpoint.py": partial(process, "scripts/inspect_checkpoint.py", **folders),
+        "plot_run.py": partial(process, "scripts/plot_run.py", **folders),
     }
-    median = compare(
-        {"import torch": partial(process, "-c", "import torch"), "nothing": partial(process, "-c", ""), **arms},
-        rounds=ROUNDS,
-    )
-    peer, limit = median["import torch"], median["nothing"]
-    for name in STARTS:
-        ours = median[name]
-        figures = {"ours": f"{ours:.2f} s", "peer": f"{peer:.2f} s", "limit": f"{limit:.2f} s"}
-        row(f"start: {name}", **figures, ratio=ours / peer, bound="0.25", share=limit / ours)
+    others = {"import torch": partial(process, "-c", "import torch"), "nothing": partial(process, "-c", "")}
+    median = compare(arms | others, rounds=ROUNDS)
+    for name in arms:
+        ours, peer, limit = median[name], median["import torch"], median["nothing"]
+        row(
+            f"start: {name}",
+            ours=f"{ours:.2f} s",
+            peer=f"{peer:.2f} s",
+            ratio=ours / peer,
+            bound="0.25",
+            limit=f"{limit:.2f} s",
+            share=limit / ours,
+        )
 
 
 def make_metrics(folder: Path) -> None:

@@ -235,3 +235,9 @@ def test_a_signal_during_the_first_use_ends_the_process(tmp_path, plain):
     (tmp_path / "numpy.py").write_text(swallows)
     done = python(SWALLOWED.format(plain=plain), PYTHONPATH=str(tmp_path), PYTHON_DOTENV_DISABLED="1")
     assert (done.returncode, done.stdout) == ((0, "went on\n") if plain else (130, "")), done.stderr
+
+
+def test_training_imports_before_it_starts_what_its_steps_use():
+    """So that no first use falls into a step."""
+    code = "import sys, training; print({'torch', 'torch.distributed', 'numpy'} <= set(sys.modules))"
+    assert python(code).stdout == "True\n"
