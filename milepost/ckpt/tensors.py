@@ -143,8 +143,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of each tensor by name, from the header only; raise CheckpointError."""
-    slices = _opened(path, "np", lambda file, name: file.get_slice(name))  # so that the library imports no torch
-    return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    return _opened(path, "np", _header_of)  # for numpy, because for torch the library imports it
+
+
+def _header_of(file: Any, name: str) -> tuple[str, tuple[int, ...]]:
+    part = file.get_slice(name)
+    return part.get_dtype(), tuple(part.get_shape())
 
 
 def _opened(path: Path, framework: str, take: Callable[[Any, str], Any]) -> dict[str, Any]:

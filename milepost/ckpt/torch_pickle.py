@@ -86,8 +86,8 @@ def headers_of(pickled: bytes, size: Callable[[str], int], *, objects: bool = Fa
     bytes of the storage of a key.
     """
     dtypes = {f"torch {name}": name for name in NAMED_DTYPES}
-    found = lambda key: (None, size(key))  # noqa: E731
-    return _value(pickled, found, names_of(_header, objects=objects) | dtypes, objects=objects)
+    names = names_of(_header, objects=objects) | dtypes
+    return _value(pickled, lambda key: (None, size(key)), names, objects=objects)
 
 
 def _value(pickled: bytes, found: Callable[[str], tuple[Any, int]], names: Mapping[str, Any], *, objects: bool) -> Any:
