@@ -1,15 +1,17 @@
-"""Measure the time from process start to the first token of a checkpoint of GPT-2 (124M parameters).
+"""Measure the time from process start to the first token of a checkpoint of GPT-2 (124M parameters), and of the starts that need no torch.
 
     python3 benchmarks/startup.py         # about a minute and 1.5 GB of disk
 
-The checkpoint has AdamW's state and is in the page cache. Both arms are whole processes, including their exit. The limit is torch's import
-and one pass over the weights.
+The checkpoint has AdamW's state and is in the page cache. All arms are whole processes, including their exit, with bytecode from an earlier
+round. The limit of the first token is torch's import and one pass over the weights; that of the other starts is an empty process.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +33,7 @@ ROUNDS = 7
 
 
 def main() -> None:
-    """Print the row."""
+    """Print the rows."""
     header()
     (ROOT / "checkpoints").mkdir(exist_ok=True)  # on the disk that checkpoints are written to
     with tempfile.TemporaryDirectory(dir=ROOT / "checkpoints") as name:
@@ -40,6 +42,7 @@ def main() -> None:
         size = sum(parameter.nbytes for parameter in run.model.parameters())
         del run
         first_token(path, size)
+        starts(path)
 
 
 def trained(folder: Path) -> Run:
@@ -50,21 +53,22 @@ def trained(folder: Path) -> Run:
     return run
 
 
+def process(*arguments: str, code: int = 0, **wanted: str) -> None:
+    """Run Python with these arguments and variables; raise SystemExit if it ends with another exit code."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= wanted | {"PYTHON_DOTENV_DISABLED": "1"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, check=False, capture_output=True, cwd=ROOT)
+    if done.returncode != code:
+        sys.exit(done.stderr.decode())
+
+
 def first_token(path: Path, size: int) -> None:
     """Measure the script that generates one token against a process that only imports torch."""
-    wanted = {
-        "CHECKPOINT_PATH": str(path),
-        "PROMPT": "Dear Wren,",
-        "MAX_NEW_TOKENS": "1",
-        "PYTHON_DOTENV_DISABLED": "1",
+    wanted = {"CHECKPOINT_PATH": str(path), "PROMPT": "Dear Wren,", "MAX_NEW_TOKENS": "1"}
+    arms = {
+        "first token": partial(process, "scripts/load_checkpoint.py", **wanted),
+        "import torch": partial(process, "-c", "import torch"),
     }
-
-    def process(*arguments: str) -> None:
-        command, environment = [sys.executable, *arguments], os.environ | wanted
-        subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
-
-    script = str(ROOT / "scripts" / "load_checkpoint.py")
-    arms = {"first token": lambda: process(script), "import torch": lambda: process("-c", "import torch")}
     median = compare(arms, rounds=ROUNDS)
     ours, import_only = median["first token"], median["import torch"]
     limit = import_only + size / read_rate(size)
@@ -77,6 +81,41 @@ def first_token(path: Path, size: int) -> None:
         limit=f"{limit:.2f} s",
         share=limit / ours,
     )
+
+
+def starts(path: Path) -> None:
+    """Measure the starts that need no torch against a process that only imports it, and against an empty one."""
+    folders = {"CHECKPOINT_DIR": str(path.parent), "RUNS_DIR": str(path.parent), "CHECKPOINT_PATH": str(path)}
+    make_metrics(path.parent / "run")
+    arms = {
+        "training.py --help": partial(process, "training.py", "--help"),
+        "a mistake in a setting": partial(process, "training.py", code=2, TRAINING_STEPS="x"),
+        "list_checkpoints.py": partial(
+            process, "scripts/list_checkpoints.py", **folders | {"CHECKPOINT_PATH": "latest"}
+        ),
+        "inspect_checkpoint.py": partial(process, "scripts/inspect_checkpoint.py", **folders),
+        "plot_run.py": partial(process, "scripts/plot_run.py", **folders),
+    }
+    others = {"import torch": partial(process, "-c", "import torch"), "nothing": partial(process, "-c", "")}
+    median = compare(arms | others, rounds=ROUNDS)
+    for name in arms:
+        ours, peer, limit = median[name], median["import torch"], median["nothing"]
+        row(
+            f"start: {name}",
+            ours=f"{ours:.2f} s",
+            peer=f"{peer:.2f} s",
+            ratio=ours / peer,
+            bound="0.25",
+            limit=f"{limit:.2f} s",
+            share=limit / ours,
+        )
+
+
+def make_metrics(folder: Path) -> None:
+    """Write the metrics of a run of a thousand lines."""
+    folder.mkdir()
+    line = {"time": 1000.0, "split": "train", "loss": 3.0, "lr": 0.1, "tok_s": 9.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step} | line) + "\n" for step in range(1000)))
 
 
 if __name__ == "__main__":

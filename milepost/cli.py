@@ -12,11 +12,12 @@ from typing import Any
 from milepost import ckpt, config
 from milepost.config import Config, ConfigError
 from milepost.files import in_words
+from milepost.lazy import FirstUse
 from milepost.locks import Reports, RunLockedError
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import ElsewhereError, World
 from milepost.runtime.errors import DeviceFaultError, TrainingError
-from milepost.runtime.interrupt import INTERRUPTED, raise_on_signal, stopping_signals, was_interrupted
+from milepost.runtime.interrupt import INTERRUPTED, ending_at_once, raise_on_signal, stopping_signals, was_interrupted
 from milepost.runtime.progress import Log
 from milepost.screen import flush_streams, harmless, ignore, report_lost
 from milepost.text import tokenization
@@ -43,7 +44,7 @@ def guarded(
     torchrun: dict[str, int] = {}
     try:
         raise_on_signal()
-        Reports.line = log
+        FirstUse.block, Reports.line = ending_at_once, log
         torchrun = config.torchrun()
         log.rank, log.local_rank = torchrun.get("rank", 0), torchrun.get("local_rank", 0)
         for note in (*settings.notes, *config.no_effect(settings, Path(sys.argv[0]).name)):

@@ -3,7 +3,9 @@
 Written out, so that neither the order of the data nor a seed depends on a library's generator.
 """
 
-import numpy as np
+from __future__ import annotations
+
+from milepost.lazy import np
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:

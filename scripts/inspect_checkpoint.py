@@ -25,7 +25,6 @@ from milepost.ckpt.record import Checkpoint, metadata, without_secrets
 from milepost.ckpt.tensor_listing import Held, all_files, differing, held, labelled
 from milepost.cli import guarded
 from milepost.config import Config
-from milepost.resume import saved_settings
 from milepost.runtime.progress import Log, amount, shown
 from milepost.runtime.tables import table
 from milepost.screen import stdout_columns, write_json, write_stdout
@@ -200,6 +199,8 @@ def compared(first: Checkpoint, second: Checkpoint) -> list[tuple[str, ...]]:
 
 def settings_of(record: Checkpoint) -> dict[str, Any]:
     """Return the settings of the model and of its training, `auto` as it was resolved."""
+    from milepost.resume import saved_settings  # with torch, which comparing tensors needs anyway
+
     hyperparameters = without_secrets({"hyperparameters": record.hyperparameters})["hyperparameters"]
     settings, followed = record.model_settings | hyperparameters, saved_settings(record)
     settings |= {name: followed.get(name, value) for name, value in settings.items() if value == "auto"}

@@ -23,10 +23,10 @@ from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import find_below, loss_of, scan
 from milepost.ckpt.foreign.importing import lacks_n_head
 from milepost.ckpt.rivals import ambiguity, rivals
+from milepost.ckpt.selection import is_run
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.paths import with_home
-from milepost.run.build import is_run
 from milepost.runtime.progress import Log, amount, shown
 from milepost.runtime.tables import is_wider, table, without_common
 from milepost.screen import stdout_columns, write_json, write_stdout

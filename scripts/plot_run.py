@@ -17,12 +17,12 @@ import os
 from pathlib import Path
 
 from milepost.ckpt.manifest import is_regular
+from milepost.ckpt.selection import is_run
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.plots.curves import METRICS, labelled, last_time, with_parents
 from milepost.plots.picture import SUFFIXES, draw_file
 from milepost.plots.terminal import draw_terminal
-from milepost.run.build import is_run
 from milepost.runtime.progress import Log, shown
 from milepost.text.errors import DataError
 

@@ -25,7 +25,15 @@ from milepost.ckpt import CheckpointError, Found
 from milepost.ckpt.finding import scan
 from milepost.ckpt.index import look
 from milepost.ckpt.layouts import known_layout
-from milepost.ckpt.retention import beginning, expired_others, latest_valid, others, prune_others, select_expired
+from milepost.ckpt.retention import (
+    Expired,
+    beginning,
+    expired_others,
+    latest_valid,
+    others,
+    prune_others,
+    select_expired,
+)
 from milepost.ckpt.tensor_listing import all_files, held
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
@@ -111,6 +119,11 @@ def report_others(found: list[Found], prefixes: list[str], log: Log) -> None:
         log(f"left alone: {left.total()} of other programs ({groups}{more}){way}")
 
 
+def policy(settings: Config) -> dict[str, Any]:
+    """Return how many of the newest checkpoints stay, and every how many steps a model does."""
+    return {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
+
+
 def asked_for(names: str) -> list[str]:
     """Return the beginnings of names that PRUNE_OTHERS lists."""
     return [name.strip() for name in names.split(",") if name.strip()]
@@ -118,10 +131,9 @@ def asked_for(names: str) -> list[str]:
 
 def pruned_others(folder: Path, prefix: str, settings: Config) -> Iterator[Row]:
     """Yield what is deleted of the other programs' checkpoints whose names begin with `prefix`."""
-    policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
-    sizes = {each.path: freed_by_removing(each.path) for each in expired_others(folder, prefix, **policy)}
+    sizes = {each.path: freed_by_removing(each.path) for each in expired_others(folder, prefix, **policy(settings))}
     act, action = (expired_others, "remove") if settings.dry_run else (prune_others, "removed")
-    for checkpoint in act(folder, prefix, **policy):
+    for checkpoint in act(folder, prefix, **policy(settings)):
         yield action, checkpoint, sizes.get(checkpoint.path, checkpoint.size)
 
 
@@ -131,6 +143,8 @@ def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[Ro
     Raise RunLockedError if a process trains the run.
     """
     with contextlib.nullcontext() if settings.dry_run else hold_run(folder, run_id):
+        if select_expired(folder, run_id=run_id, latest_valid=None, **policy(settings)) == Expired([], []):
+            return  # nothing is deleted, so that no weights need be read
         valid, problems = latest_valid(folder, run_id)
         for problem in problems:
             log(problem)
@@ -144,14 +158,13 @@ def pruned_to(valid: Path, folder: Path, run_id: str, settings: Config) -> Itera
     """Yield what is deleted of a run whose latest valid checkpoint is `valid`, and the bases that stay;
     then raise the first error.
     """
-    policy: dict[str, Any] = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
-    expired = select_expired(folder, run_id=run_id, latest_valid=valid, **policy)
+    expired = select_expired(folder, run_id=run_id, latest_valid=valid, **policy(settings))
     sizes = {each.path: freed_by_removing(each.path) for each in expired.remove}
     sizes |= {each.path: freed_by_stripping(each.path) for each in expired.strip}
     failed: Exception | None = None
     if not settings.dry_run:
         try:
-            ckpt.prune(folder, run_id=run_id, latest_valid=valid, **policy)
+            ckpt.prune(folder, run_id=run_id, latest_valid=valid, **policy(settings))
         except (OSError, CheckpointError) as error:
             failed = error
     actions = [("remove" if settings.dry_run else "removed", each) for each in expired.remove]

@@ -27,6 +27,7 @@ from work import calls, limited
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError, archive, tensor_listing
+from milepost.ckpt.dtypes import FLOATS
 from milepost.ckpt.record import metadata
 from milepost.files import NewFile
 
@@ -50,7 +51,7 @@ def dumped(path: Path, content: dict[str, Any], **options: Any) -> Path:
 def every_kind() -> dict[str, torch.Tensor]:
     """Every dtype, and every way in which a tensor can lie in its memory."""
     draw = torch.Generator().manual_seed(1)
-    floats = {str(one): torch.randn(5, 3, generator=draw).to(one) for one in archive.STORAGES if one.is_floating_point}
+    floats = {f"torch.{one}": torch.randn(5, 3, generator=draw).to(getattr(torch, one)) for one in FLOATS}
     odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40])
     base = torch.arange(24.0).reshape(4, 6)
     return floats | {

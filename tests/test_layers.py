@@ -15,7 +15,8 @@ ROOMS: dict[str, set[str]] = {
     "paths": set(),
     "locks": {"files", "paths", "screen"},
     "screen": set(),
-    "splitmix": set(),
+    "lazy": set(),  # torch and numpy at their first use
+    "splitmix": {"lazy"},
     "places": set(),
     "start": {"runtime"},  # the very first import; interrupt.py imports no other package
     "registry": set(),  # imports what a registry names, when it is first used
@@ -28,11 +29,11 @@ ROOMS: dict[str, set[str]] = {
         "screen",
     },  # only registries and interrupt.py, which import no torch
     "models": set(),
-    "text": {"files", "splitmix", "registry"},
-    "runtime": {"files", "splitmix", "registry", "screen"},
+    "text": {"files", "splitmix", "registry", "lazy"},
+    "runtime": {"files", "splitmix", "registry", "screen", "lazy"},
     "generation": {"models", "text", "runtime", "splitmix"},
     "evaluate": {"models", "text", "runtime", "screen"},
-    "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry", "screen"},
+    "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry", "screen", "lazy"},
 }
 BELOW_RUN = {*ROOMS}
 BELOW_TRAINING = BELOW_RUN | {"run", "run_files", "run_checkpoints", "resume", "reporting", "cli"}

@@ -33,8 +33,8 @@ from work import HANGING, limited
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError, manifest, retention
+from milepost.ckpt.dtypes import BY_SAFETENSORS
 from milepost.ckpt.layouts import sharded
-from milepost.ckpt.layouts.sharded import NAMED
 from milepost.ckpt.manifest import _own_sum
 from milepost.ckpt.record import bytes_on_disk, named_tensors
 
@@ -297,9 +297,9 @@ def test_what_could_not_be_read_again_never_appears(tmp_path, monkeypatch):
 def test_pieces_of_any_number_of_processes_are_joined(data, tmp_path_factory):
     """Rows dealt out at random to files that are written here byte by byte."""
     folder = tmp_path_factory.mktemp("pieces")
-    dtype = data.draw(st.sampled_from(sorted(NAMED)))
+    dtype = data.draw(st.sampled_from(sorted(BY_SAFETENSORS)))
     shape = data.draw(st.lists(st.integers(1, 5), max_size=3))
-    whole = torch.randint(-9, 9, shape).to(NAMED[dtype])
+    whole = torch.randint(-9, 9, shape).to(getattr(torch, BY_SAFETENSORS[dtype]))
     files, pieces, row = {}, [], 0
     flat = whole.reshape(shape[0] if shape else 1, -1)
     while row < len(flat):

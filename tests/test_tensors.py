@@ -14,8 +14,8 @@ from records import WEIGHT, gpt2_record, record
 from safetensors import torch as library
 
 from milepost.ckpt import CheckpointError
+from milepost.ckpt.dtypes import DTYPES, name_of
 from milepost.ckpt.tensors import (
-    DTYPES,
     HEADER_LIMIT,
     checked_tensors,
     optimizer_groups,
@@ -34,7 +34,7 @@ def every_kind() -> dict[str, torch.Tensor]:
     for number, dtype in enumerate(DTYPES):
         for shape in ((3, 2), (), (0,), (1, 0, 2), (7,)):
             values = torch.randn(shape, generator=draw) * 100
-            tensors[f"{'zamby'[number % 5]}.{number}.{len(tensors)}"] = values.to(dtype)
+            tensors[f"{'zamby'[number % 5]}.{number}.{len(tensors)}"] = values.to(getattr(torch, dtype))
     return tensors
 
 
@@ -66,7 +66,7 @@ def test_the_file_equals_the_librarys_to_the_byte(case, tmp_path):
 def test_with_any_names_in_any_order_the_file_equals_the_librarys(tmp_path_factory, dtypes):
     if any("\ud800" <= character <= "\udfff" for name in dtypes for character in name):
         return
-    tensors = {name: torch.arange(3).to(dtype) for name, dtype in dtypes.items()}
+    tensors = {name: torch.arange(3).to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
     path = tmp_path_factory.mktemp("any") / "a.safetensors"
     write_safetensors(path, tensors)
     assert path.read_bytes() == theirs(tensors)
@@ -80,7 +80,9 @@ def test_written_files_are_read_back_by_us_and_by_the_library(tmp_path):
         for name, tensor in tensors.items():
             assert read[name].dtype == tensor.dtype
             assert read[name].equal(tensor)
-    shapes = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    shapes = {
+        name: (DTYPES[name_of(tensor.dtype)].safetensors, tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
     assert tensor_shapes(path) == shapes
 
 

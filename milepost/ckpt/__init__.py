@@ -1,11 +1,12 @@
 """Checkpoints: the public functions of this package."""
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from milepost.ckpt.bases import base_in, find_base, is_beside, note_use
 from milepost.ckpt.best import best_is_kept, keep_best, keep_saved_best, saved_best
 from milepost.ckpt.collective import follow, leading, not_finite
-from milepost.ckpt.conversion import convert, export
 from milepost.ckpt.exports import EXPORTS, exporter
 from milepost.ckpt.finding import (
     BEST_FOLDER,
@@ -25,6 +26,9 @@ from milepost.ckpt.retention import prune
 from milepost.ckpt.saving import free_space_problem, save, why_not_saved
 from milepost.ckpt.selection import Selection, select
 from milepost.ckpt.tensor_listing import held
+
+if TYPE_CHECKING:
+    from milepost.ckpt.conversion import convert, export
 
 __all__ = [
     "BEST_FOLDER",
@@ -67,6 +71,16 @@ __all__ = [
     "whole_folder",
     "why_not_saved",
 ]
+
+
+# Of conversion.py, which is imported when one is first used: it compares logits, and so imports the models and torch.
+LATER = ("convert", "export")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("milepost.ckpt.conversion"), name)
 
 
 def verify(path: Path) -> list[str]:

@@ -20,17 +20,18 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, cast
 
 from milepost.ckpt import legacy_archive, pickles, torch_pickle, zip_reader
+from milepost.ckpt.dtypes import DTYPES, name_of
 from milepost.ckpt.manifest import JSON_LIMIT, parse_json, unreadable
 from milepost.ckpt.record import EARLIER, CheckpointError, Json, Kind
 from milepost.ckpt.zip_reader import PICKLE, Member
 from milepost.files import CHUNK, is_unreachable, open_steadily, steadily
+from milepost.lazy import Tensor, import_torch, np, torch
+
+if TYPE_CHECKING:
+    from torch import UntypedStorage
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 ROOT = "archive"
@@ -136,6 +137,12 @@ def load(path: Path) -> tuple[dict[Any, Any], Json]:
         return archive.content(), archive.metadata()
 
 
+def headers(path: Path) -> dict[Any, Any]:
+    """Return the pickled dict, each of its tensors as a `torch_pickle.Header`, as `load` checks it. Needs no torch."""
+    with _opened(path) as archive:
+        return archive.headers()
+
+
 def verify(path: Path) -> list[CheckpointError]:
     """Return what is wrong with the file; an empty list if every CRC-32 matches and `load` would open it."""
     try:
@@ -170,21 +177,12 @@ def dump(content: Any, file: io.RawIOBase, *, metadata: Json = None) -> list[int
     return begins
 
 
-STORAGES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-}
-
-
 class _Bytes:
     """Placeholder in the pickle for the bytes of a tensor, which are a separate member."""
 
     def __init__(self, key: int, tensor: Tensor) -> None:
-        self.reference = ("storage", STORAGES[tensor.dtype], str(key), "cpu", tensor.numel())
+        kind = getattr(torch, DTYPES[name_of(tensor.dtype)].storage)
+        self.reference = ("storage", kind, str(key), "cpu", tensor.numel())
 
 
 class _Pickler(pickle.Pickler):
@@ -274,6 +272,7 @@ class _Archive:
 
     def content(self) -> dict[Any, Any]:
         """Return the pickled dict, its tensors memory-mapped: only those that are used are read from disk."""
+        import_torch()
         self._check_byte_order()
         pickled = self._read(PICKLE, limit=PICKLE_LIMIT)
         with _damage(self.path):
@@ -281,6 +280,15 @@ class _Archive:
             content = torch_pickle.content_of(
                 pickled, lambda key: _storage(mapped, self.members[f"data/{key}"]), objects=not self.is_ours
             )
+        return _dictionary(self.path, content)
+
+    def headers(self) -> dict[Any, Any]:
+        """Return what `content` does, with headers in place of the tensors."""
+        self._check_byte_order()
+        pickled = self._read(PICKLE, limit=PICKLE_LIMIT)
+        with _damage(self.path):
+            sizes = {name.removeprefix("data/"): member.size for name, member in self.members.items()}
+            content = torch_pickle.headers_of(pickled, sizes.__getitem__, objects=not self.is_ours)
         return _dictionary(self.path, content)
 
     def _check_byte_order(self) -> None:
@@ -330,8 +338,15 @@ class _Legacy:
 
     def content(self) -> dict[Any, Any]:
         """Return the pickled dict, its tensors memory-mapped."""
+        import_torch()
         with _damage(self.path):
             content = legacy_archive.content_of(self._parts(), _map(self.path, file=self.file))
+        return _dictionary(self.path, content)
+
+    def headers(self) -> dict[Any, Any]:
+        """Return what `content` does, with headers in place of the tensors."""
+        with _damage(self.path):
+            content = legacy_archive.headers_of(self._parts(), _map(self.path, file=self.file))
         return _dictionary(self.path, content)
 
     def _parts(self) -> legacy_archive.Parts:
@@ -396,7 +411,7 @@ def _map(path: Path, *, file: io.BufferedReader) -> mmap.mmap:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def _storage(mapped: mmap.mmap, member: Member) -> torch.UntypedStorage:
+def _storage(mapped: mmap.mmap, member: Member) -> "UntypedStorage":
     """Return the bytes of a member as a storage; it keeps the file mapped while a tensor uses it."""
     if member.start + member.size > len(mapped):
         raise ValueError("it was truncated while it was read")

@@ -12,10 +12,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
 from milepost.ckpt import tensors
 from milepost.ckpt.record import Checkpoint
+from milepost.lazy import dist
 
 
 @contextlib.contextmanager

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from milepost.ckpt.exports import Export, Proof
-from milepost.ckpt.exports.common import not_the_same
+from milepost.ckpt.exports import Export
+from milepost.ckpt.exports.common import Proof, not_the_same
 from milepost.ckpt.finding import BEST_FOLDER, folder_of
 from milepost.ckpt.index import Found
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_copy, free_stem, only_stem, own_stem, plain_stem, target_folder
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, bytes_on_disk, metadata
-from milepost.ckpt.restore import build_tokenizer, logits
+from milepost.ckpt.restore import logits
+from milepost.ckpt.saved_tokenizer import build_tokenizer
 from milepost.ckpt.saving import free_space_problem
 from milepost.ckpt.tensor_listing import all_files, labelled
 from milepost.ckpt.tensors import digest, not_finite

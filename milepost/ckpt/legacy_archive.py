@@ -8,13 +8,15 @@ import io
 import mmap
 import pickletools
 import sys
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from milepost.ckpt import pickles, torch_pickle
 from milepost.ckpt.pickles import Call, NotUnderstood
 from milepost.ckpt.torch_pickle import StorageKind
+from milepost.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import UntypedStorage
 
 BEGIN = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number
 PROTOCOL = 1001
@@ -68,13 +70,19 @@ def content_of(parts: Parts, mapped: mmap.mmap) -> Any:
     """Return the value of the content, its tensors as views of the mapped file."""
     places = _places(parts, mapped)
 
-    def storage(key: str) -> torch.UntypedStorage:
+    def storage(key: str) -> "UntypedStorage":
         start, size = places[key]
         if not size:
             return torch.UntypedStorage(0)
         return torch.frombuffer(mapped, dtype=torch.uint8, offset=start, count=size).untyped_storage()
 
     return torch_pickle.content_of(parts.content, storage, objects=True)
+
+
+def headers_of(parts: Parts, mapped: mmap.mmap) -> Any:
+    """Return the value of the content with a `torch_pickle.Header` in place of each tensor."""
+    places = _places(parts, mapped)
+    return torch_pickle.headers_of(parts.content, lambda key: places[key][1], objects=True)
 
 
 def _places(parts: Parts, mapped: mmap.mmap) -> dict[str, tuple[int, int]]:
@@ -102,12 +110,11 @@ def _element_sizes(pickled: bytes) -> dict[str, int]:
             raise ValueError("a reference in it is not a storage")
         if not isinstance(wanted[1], StorageKind) or wanted[5] is not None:
             raise NotUnderstood("a tensor in it has an unknown storage")
-        sizes[wanted[2]] = wanted[1].dtype.itemsize
+        sizes[wanted[2]] = wanted[1].itemsize
 
-    names: dict[str, Call | Any] = {
-        name: Call(_nothing) if isinstance(value, Call) and name.startswith("torch._") else value
-        for name, value in torch_pickle.THEIR_NAMES.items()
-    }
+    names = torch_pickle.names_of(_nothing, objects=True)
+    names |= {name: Call(_nothing) for name in names if name.startswith("torch._")}
+    names |= {f"torch {name}": name for name in torch_pickle.NAMED_DTYPES}
     pickles.build(pickled, names, reference=reference, objects=True)
     return sizes
 

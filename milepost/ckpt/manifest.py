@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from milepost.ckpt import strict_json
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json, Kind, check_metadata, metadata
 from milepost.files import (
     BEGINNING,
@@ -112,24 +113,13 @@ def parse_json(data: bytes, where: Path | str, *, part: str = "") -> dict[str, J
         problem = f"{prefix}has more than {PARTS_LIMIT} values, expected a small JSON file"
         raise CheckpointError(where, problem, kind="not understood")
     try:
-        values = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_without_repeated_names)
+        values = strict_json.loads(data)
     except (ValueError, RecursionError) as error:
         problem = f"{prefix}is damaged: not valid JSON ({str(error) or 'nested too deep':.120})"
         raise CheckpointError(where, problem, EARLIER, kind="damaged") from error
     if not isinstance(values, dict):
         problem = f"{prefix}holds {type(values).__name__}, expected an object"
         raise CheckpointError(where, problem, kind="not understood")
-    return values
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def _without_repeated_names(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a name is repeated")
     return values
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-from torch.distributed import ProcessGroup
-
+from milepost.lazy import Tensor
 from milepost.paths import with_home, without_home
 from milepost.screen import harmless
 from milepost.text.addresses import masked
+
+if typing.TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FORMAT_VERSION = 2
 VERSION = "0.1.0"
@@ -102,7 +103,7 @@ class Checkpoint:
     # Known only in memory.
     path: Path | None = None
     layout: str | None = None
-    shared_by: ProcessGroup | None = (
+    shared_by: "ProcessGroup | None" = (
         None  # the processes that each hold a part of the tensors; None: this one holds all
     )
     owned: bool = False  # the tensors are in memory of their own, not mapped from a file: a model may take them
@@ -127,7 +128,9 @@ TENSOR_FIELDS = {"model_state", "optimizer_state"}
 MEMORY_FIELDS = {"path", "layout", "shared_by", "owned", "notes", "edited", "left_out"}
 OPTIONAL = ("base", "imported")  # fields of the metadata that are written only if they are set
 TYPES = {
-    name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
+    name: hint
+    for name, hint in typing.get_type_hints(Checkpoint, localns={"ProcessGroup": object}).items()
+    if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }
 TEXTS = {"data": "source", "hyperparameters": "TRAINING_DATA_SOURCE"}  # where a record names its text
 PATHS = TEXTS | {"base": "source"}  # where it names files of the machine that trained it

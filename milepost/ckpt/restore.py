@@ -1,7 +1,7 @@
 """Rebuild model, tokenizer and optimizer state from a Checkpoint."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import Tensor
 import models
 from milepost.ckpt.foreign.importing import lacks_n_head, n_head_problem
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, metadata
+from milepost.ckpt.saved_tokenizer import build_tokenizer as build_tokenizer
+from milepost.ckpt.saved_tokenizer import where_of
 from milepost.ckpt.tensors import digest
 from milepost.runtime.distributed import sharded_like
 from milepost.runtime.muon import Muon
 from milepost.runtime.optim import parts
-from milepost.text import tokenization, tokenizer_json
 from models.lora import LoraSettings
 from models.lora import merged as merged_weights
 from models.model import Model
@@ -55,13 +56,13 @@ def build_model(
     listing names and shapes if the weights do not match the recorded settings.
     """
     if record.adapters_only:
-        raise CheckpointError(_where(record), "holds only adapters", name_the_base(record), kind="lacking")
+        raise CheckpointError(where_of(record), "holds only adapters", name_the_base(record), kind="lacking")
     if lacks_n_head(metadata(record)):
         raise n_head_problem(record)
     settings = {**record.model_settings, **(adapters or {})}
     state = dict(record.model_state)
     if block_size is not None and block_size != settings["block_size"]:
-        _check_crop(block_size, settings["block_size"], where=_where(record))
+        _check_crop(block_size, settings["block_size"], where=where_of(record))
         state |= {name: table.clone() for name, table in _cropped(record.model_type, state, block_size).items()}
         settings["block_size"] = block_size
     try:
@@ -74,11 +75,11 @@ def build_model(
     except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape with too many elements
         reason = f"{str(error).splitlines()[0]:.300}"  # torch adds frames of C++
         problem = f"its settings do not build a model: {reason}"
-        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged") from error
+        raise CheckpointError(where_of(record), problem, EARLIER, kind="damaged") from error
     wanted = model.state_dict()
     added = {kind for kind in adapters or () if not record.model_settings.get(kind)}
     fresh = {name for name in wanted if models.adapter_kind(name) in added}
-    _check_shapes({name: wanted[name] for name in wanted if name not in fresh}, state, where=_where(record))
+    _check_shapes({name: wanted[name] for name in wanted if name not in fresh}, state, where=where_of(record))
     if shared or (take and record.owned):
         if take:
             record.model_state = {}  # frees each tensor as soon as it is converted
@@ -112,12 +113,12 @@ def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
     recorded = (record.base or {}).get("sha256")
     found = digest(base.model_state)
     if recorded is None and not base.adapters_only:
-        record.notes.append(f"{_where(record)}: does not record its base; {_where(base)} is used, as set")
+        record.notes.append(f"{where_of(record)}: does not record its base; {where_of(base)} is used, as set")
     elif base.adapters_only or found != recorded:
         other = f"has other weights (sha256 {found[:16]}..., not {str(recorded)[:16]}...)"
         reason = "holds adapters itself" if base.adapters_only else other
-        problem = f"is not the base of {_where(record)}: it {reason}"
-        raise CheckpointError(_where(base), problem, name_the_base(record), kind="refused")
+        problem = f"is not the base of {where_of(record)}: it {reason}"
+        raise CheckpointError(where_of(base), problem, name_the_base(record), kind="refused")
     block_size = record.model_settings["block_size"]
     state = base.model_state | _cropped(record.model_type, base.model_state, block_size)
     return dataclasses.replace(
@@ -145,7 +146,7 @@ def merged(record: Checkpoint) -> Checkpoint:
         state = merged_weights(record.model_state, lora)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         problem = f"its adapters cannot be merged ({error})"
-        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged") from error
+        raise CheckpointError(where_of(record), problem, EARLIER, kind="damaged") from error
     return dataclasses.replace(record, model_state=state, model_settings=settings, optimizer_state=None, base=None)
 
 
@@ -180,7 +181,7 @@ def _check_layers(record: Checkpoint, state: Mapping[str, Tensor]) -> None:
         problem = f"n_layer is {layers}, but it holds only {sum(held)} numbers"
     else:
         return
-    raise CheckpointError(_where(record), f"its settings are damaged: {problem}", EARLIER, kind="damaged")
+    raise CheckpointError(where_of(record), f"its settings are damaged: {problem}", EARLIER, kind="damaged")
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
@@ -197,54 +198,6 @@ def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, 
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         problem = f"its weights do not fit its settings: {'; '.join(problems[:SHOWN])}{more}"
         raise CheckpointError(where, problem, kind="damaged")
-
-
-def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
-    """Return the record's tokenizer; raise CheckpointError if it has none or more tokens than the model rows."""
-    if record.tokenizer is None:
-        raise CheckpointError(_where(record), "carries no tokenizer", kind="lacking")
-    try:
-        tokenizer = tokenization.from_dict(record.tokenizer)
-    except ValueError as error:
-        problem = f"its tokenizer cannot be rebuilt ({error})"
-        if record.written_by.startswith("another program"):
-            remedy = "docs/models.md says which tokenizers are read: start from a model that has one of them"
-            raise CheckpointError(_where(record), problem, remedy, kind="not understood") from error
-        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged") from error
-    if record.tokenizer_sha256 not in (None, tokenizer.digest):
-        problem = "the file is damaged: its tokenizer is not the one it was saved with"
-        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged")
-    rows = record.model_settings["vocab_size"]
-    if tokenizer.vocab_size > rows:
-        problem = f"its tokenizer has {tokenizer.vocab_size} tokens, but its model only {rows} rows"
-        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged")
-    return tokenizer
-
-
-def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
-    """Return the tokenizer as the JSON files of a Hugging Face folder, by name; empty if there is no tokenizer."""
-    if record.tokenizer is None:
-        return {}
-    tokenizer = build_tokenizer(record)
-    try:
-        values = tokenizer_json.tokenizers_json(tokenizer)
-    except ValueError as error:
-        raise CheckpointError(_where(record), f"{error}", "choose another layout", kind="refused") from error
-    return {
-        "tokenizer.json": values,
-        "tokenizer_config.json": tokenizer_json.tokenizer_config(tokenizer)
-        | {"model_max_length": record.model_settings["block_size"]},
-    }
-
-
-def tokenizer_from_file(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the tokenizer.json of a Hugging Face folder as a record holds it; another program's is read as BPE."""
-    return tokenizer_json.from_tokenizers_json(values)
-
-
-def tokenizer_from_parts(vocab: Any, merges: str, added: Any, special: Iterable[str]) -> dict[str, Any]:
-    """Return vocab.json, merges.txt, added_tokens.json and their special tokens as a record holds a tokenizer."""
-    return tokenizer_json.from_vocab_and_merges(vocab, merges, added, special)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint, *, kind: str | None = None) -> Restored:
@@ -309,7 +262,7 @@ def _state_by_name(record: Checkpoint) -> dict[str, dict[str, Any]]:
         }
     except (KeyError, IndexError, TypeError, ValueError) as error:
         problem = f"its optimizer state is not in torch's form with param_names ({error})"
-        raise CheckpointError(_where(record), problem, EARLIER, kind="damaged") from error
+        raise CheckpointError(where_of(record), problem, EARLIER, kind="damaged") from error
 
 
 def _fits(values: Any, shape: torch.Size, keys: set[str] | None, *, known: bool) -> bool:
@@ -344,7 +297,3 @@ def logits(record: Checkpoint) -> Tensor:
     ids = torch.randint(model.settings.vocab_size, (ROWS, length), generator=draw)
     found: Tensor = model(ids).logits
     return found
-
-
-def _where(record: Checkpoint) -> str:
-    return str(record.path or "checkpoint")

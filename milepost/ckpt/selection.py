@@ -1,5 +1,6 @@
-"""The checkpoints that are named where many are allowed: a list, the matches of a glob, everything below a folder."""
+"""The checkpoints that are named where many are allowed: a list, the matches of a glob, everything below a folder; and the runs."""
 
+import fnmatch
 import glob
 import os
 from collections.abc import Iterator
@@ -91,3 +92,9 @@ def _fixed_part(pattern: str) -> Path:
 
 def _above(folders: list[Path]) -> Path:
     return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+
+
+def is_run(run_id: str, requested: str) -> bool:
+    """Return whether a part of RUN means this run: its name, or the beginning or a glob of its whole id."""
+    patterns = (requested, f"*-{glob.escape(requested)}-????")
+    return run_id.startswith(requested) or any(fnmatch.fnmatchcase(run_id, pattern) for pattern in patterns)

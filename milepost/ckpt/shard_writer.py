@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from torch.futures import Future
 
 from milepost.ckpt import archive
+from milepost.ckpt.dtypes import DTYPES, name_of
 from milepost.ckpt.record import Checkpoint, Json
-from milepost.ckpt.tensors import DTYPES, optimizer_names
+from milepost.ckpt.tensors import optimizer_names
 from milepost.files import NewFile, written
 
 __all__ = ["CheckpointException", "cause", "state_of", "write"]
@@ -114,7 +115,8 @@ class _Storage(StorageWriter):
         self.made |= {_name(rank): entry for rank, (entry, _) in enumerate(results)}
         placed = [(_name(rank), piece) for rank, (_, pieces) in enumerate(results) for piece in pieces]
         for name, about in cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata).items():
-            self.index[name] = {"dtype": DTYPES[about.properties.dtype], "shape": list(about.size), "pieces": []}
+            dtype = DTYPES[name_of(about.properties.dtype)].safetensors
+            self.index[name] = {"dtype": dtype, "shape": list(about.size), "pieces": []}
         for file, piece in sorted(placed, key=lambda item: item[1].offset):
             if any(piece.offset[1:]):
                 raise NotImplementedError(f"{piece.key.fqn} is split along another dimension than its first")

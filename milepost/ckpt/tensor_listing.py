@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from milepost.ckpt import archive
+from milepost.ckpt.dtypes import BY_SAFETENSORS, name_of
 from milepost.ckpt.layouts import Layout, known_layout
 from milepost.ckpt.manifest import matches
 from milepost.ckpt.record import Checkpoint, CheckpointError
-from milepost.ckpt.tensors import DTYPES, optimizer_tensors, tensor_shapes
+from milepost.ckpt.tensors import optimizer_tensors, tensor_shapes
+from milepost.ckpt.torch_pickle import Header
+from milepost.lazy import Tensor
 
 MOST_LEVELS = 16  # of nested dicts and lists in a file
-TORCH_NAMES = {short: str(dtype).removeprefix("torch.") for dtype, short in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -66,25 +66,23 @@ def _held(name: str, dtype: str, shape: tuple[int, ...], *, part: str) -> Held:
     """Return a tensor whose dtype is in the words of safetensors."""
     bits = re.search(r"\d+", dtype)
     size = math.prod(shape) * (int(bits[0]) // 8 if bits else 1)
-    return Held(name, part, TORCH_NAMES.get(dtype, dtype), shape, size)
+    return Held(name, part, BY_SAFETENSORS.get(dtype, dtype), shape, size)
 
 
 def _in_archive(file: Path, part: str) -> Iterator[Held]:
-    content, _ = archive.load(file)  # mapped from the file
-    left: dict[int, int] = {}  # bytes of each storage that no tensor before has: tied weights are in the file once
+    content = archive.headers(file)
+    left: dict[str, int] = {}  # bytes of each storage that no tensor before has: tied weights are in the file once
     for key, value in content.items():
         key_part = "optimizer" if str(key).startswith("optim") else part
-        for name, tensor in _walk(value, [str(key)] if isinstance(value, Tensor) else [], seen=set()):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            storage = tensor.untyped_storage()
-            size = min(tensor.nbytes, left.setdefault(storage.data_ptr(), storage.nbytes()))
-            left[storage.data_ptr()] -= size
-            yield Held(name, key_part, dtype, tuple(tensor.shape), size)
+        for name, tensor in _walk(value, [str(key)] if isinstance(value, Header) else [], seen=set()):
+            size = min(tensor.size, left.setdefault(tensor.storage, tensor.storage_size))
+            left[tensor.storage] -= size
+            yield Held(name, key_part, tensor.dtype, tensor.shape, size)
 
 
-def _walk(value: Any, path: list[str], *, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _walk(value: Any, path: list[str], *, seen: set[int]) -> Iterator[tuple[str, Header]]:
     """Yield the tensors below `value` by their dotted names; enter each container once."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Header):
         yield ".".join(path), value
     elif isinstance(value, dict | list | tuple) and id(value) not in seen and len(path) < MOST_LEVELS:
         seen.add(id(value))
@@ -132,4 +130,4 @@ def _difference(first: Tensor | None, second: Tensor | None) -> str | None:
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    return f"{name_of(tensor.dtype)} {tuple(tensor.shape)}"

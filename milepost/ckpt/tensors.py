@@ -5,34 +5,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from milepost.ckpt.archive import bytes_of
+from milepost.ckpt.dtypes import DTYPES, FLOATS, name_of
 from milepost.ckpt.manifest import is_regular, refuse_pointer, unreachable_behind, unreadable
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
 from milepost.files import CHUNK, NewFile, bring_in, open_steadily, written
+from milepost.lazy import Tensor, import_torch, np, torch
 
 NAME_LIMIT = 512  # characters of a tensor's name
 HEADER_LIMIT = 16 * 2**20  # bytes of a safetensors file's header; a hundred thousand tensors fit
-# In the order of the safetensors library: larger elements first, so that every tensor is aligned for its dtype.
-DTYPES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
-# What the safetensors library raises; some for a dtype that torch lacks.
-UNREAD = (SafetensorError, OSError, ValueError, AttributeError, RuntimeError, MemoryError)
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # allowed for weights and moments
 
 
 def checked_tensors(values: Any, where: str) -> dict[str, Tensor]:
@@ -52,12 +37,12 @@ def checked_tensors(values: Any, where: str) -> dict[str, Tensor]:
     return values
 
 
-def check_dense(tensor: Any, where: str, name: str, *, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+def check_dense(tensor: Any, where: str, name: str, *, dtypes: Sequence[str] = FLOATS) -> None:
     """Raise CheckpointError unless it is a dense tensor of one of these dtypes, no larger than its storage."""
     if not isinstance(tensor, Tensor):
         problem = f"{name:.80} is {type(tensor).__name__}, expected a tensor"
         raise CheckpointError(where, problem, kind="not understood")
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype not in dtypes:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or name_of(tensor.dtype) not in dtypes:
         problem = f"{name:.80} is a {tensor.layout} {tensor.dtype} tensor on {tensor.device}, expected dense floats"
         raise CheckpointError(where, problem, kind="not understood")
     # An expanded tensor of stride 0 claims far more than the file holds: copying it would allocate all that.
@@ -134,12 +119,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> NewFile:
     Tensors are ordered by dtype and name, as in the library, so that the bytes equal what it would write.
     """
     rank = list(DTYPES)
-    ordered = sorted(tensors.items(), key=lambda item: (rank.index(item[1].dtype), item[0]))
+    ordered = sorted(tensors.items(), key=lambda item: (rank.index(name_of(item[1].dtype)), item[0]))
     header: dict[str, Json] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype = DTYPES[name_of(tensor.dtype)].safetensors
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with written(path, hashed=True) as file:
@@ -151,23 +137,30 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> NewFile:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the named tensors, mapped from the file; raise CheckpointError if it is not a valid safetensors file."""
-    check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (the handle is not a dict)
-    except UNREAD as error:
-        raise _not_read(path, error) from error
+    import_torch()
+    return _opened(path, "pt", lambda file, name: file.get_tensor(name))
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of each tensor by name, from the header only; raise CheckpointError."""
+    return _opened(path, "np", _header_of)  # for numpy, because for torch the library imports it
+
+
+def _header_of(file: Any, name: str) -> tuple[str, tuple[int, ...]]:
+    part = file.get_slice(name)
+    return part.get_dtype(), tuple(part.get_shape())
+
+
+def _opened(path: Path, framework: str, take: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """Return what `take` takes of each tensor of the open file, by name; raise CheckpointError."""
+    from safetensors import SafetensorError, safe_open  # only here are files of this kind read
+
     check_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except UNREAD as error:
-        raise _not_read(path, error) from error
+        with safe_open(path, framework=framework) as file:
+            return {name: take(file, name) for name in file.keys()}  # noqa: SIM118  (the handle is not a dict)
+    except (SafetensorError, OSError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
+        raise _not_read(path, error) from error  # AttributeError: a dtype that torch lacks
 
 
 def _not_read(path: Path, error: Exception) -> CheckpointError:

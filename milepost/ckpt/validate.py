@@ -3,10 +3,9 @@
 import json
 from typing import Any
 
-from torch import Tensor
-
 from milepost.ckpt.foreign.importing import lacks_n_head, n_head_problem
 from milepost.ckpt.record import Checkpoint, CheckpointError, check_metadata, metadata
+from milepost.lazy import Tensor
 
 
 def validate(record: Checkpoint) -> None:

@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from milepost.ckpt import archive
 from milepost.ckpt.manifest import read_json
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.tensors import bring_in_tensors, checked_tensors, read_safetensors
+from milepost.lazy import Tensor, torch
 
 PARTS, SMALLEST = 16, 2**20  # number of parts to read the weights in, and the bytes below which no part is worth it
 DOWNLOAD = "download the folder again"

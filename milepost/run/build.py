@@ -1,8 +1,6 @@
 """Build a run: choose device, numerics and engine, make the model and its optimizer, and put the parts together."""
 
 import datetime
-import fnmatch
-import glob
 import os
 from typing import Any
 
@@ -222,12 +220,6 @@ def new_run_id(settings: Config, text_name: str) -> str:
     """Return a unique name: start time, RUN_NAME or model and text, and four random hex digits."""
     name = settings.run_name or f"{settings.model_type}-{text_name}"
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}-{os.urandom(2).hex()}"
-
-
-def is_run(run_id: str, requested: str) -> bool:
-    """Return whether a part of RUN means this run: its name, or the beginning or a glob of its whole id."""
-    patterns = (requested, f"*-{glob.escape(requested)}-????")
-    return run_id.startswith(requested) or any(fnmatch.fnmatchcase(run_id, pattern) for pattern in patterns)
 
 
 def build_device(device: torch.device, world: World) -> torch.device:

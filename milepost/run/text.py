@@ -9,7 +9,7 @@ from torch import Tensor
 
 from milepost import config
 from milepost.ckpt import Checkpoint
-from milepost.ckpt.restore import build_tokenizer
+from milepost.ckpt.saved_tokenizer import build_tokenizer
 from milepost.config import Config, ConfigError
 from milepost.places import DATA_FOLDER, cache_folder
 from milepost.runtime.distributed import SINGLE, World

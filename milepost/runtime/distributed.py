@@ -4,6 +4,8 @@ The engines are PyTorch's: DistributedDataParallel (every process holds the whol
 part).
 """
 
+from __future__ import annotations
+
 import contextlib
 import datetime
 import gc
@@ -12,13 +14,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
+from milepost.lazy import Tensor, dist, torch, torch_is_in_use
 from milepost.screen import flush_streams
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Value = TypeVar("Value")
 POLL_SECONDS = 0.02
@@ -180,7 +182,7 @@ def ended(code: int) -> int:
 
     Leaving them could wait for dead processes, and the interpreter's own shutdown may abort in gloo's threads.
     """
-    if dist.is_initialized():
+    if torch_is_in_use() and dist.is_initialized():
         flush_streams()
         os._exit(code)
     return code
@@ -188,7 +190,9 @@ def ended(code: int) -> int:
 
 def lost(error: BaseException) -> bool:
     """Return whether the error means that another process is gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    if torch_is_in_use() and isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def data_parallel(forward: nn.Module) -> nn.Module:
     place in a bucket: `training.warm_up` runs two passes before the first step, so that a resumed run has the same
     buckets.
     """
-    return nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    return torch.nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
 
 def fully_sharded(model: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:

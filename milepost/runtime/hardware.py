@@ -1,19 +1,20 @@
 """Device, dtype and compilation, and everything on the machine that affects bitwise reproducibility."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import os
 import platform
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
+from milepost.lazy import torch, torch_is_in_use
 from milepost.runtime import cgroup
 from milepost.splitmix import mix
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from torch import nn
 
 # Embedding dimensions from which bfloat16 pays on a CPU: casts cost time in training, calls in generation.
 BFLOAT16_TRAIN_WIDTH, BFLOAT16_DECODE_WIDTH = 128, 256
@@ -222,7 +223,7 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     """Return the context in which matrix products have `dtype`; a null context for float32."""
     if dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[dtype])
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
 def fingerprint(
@@ -335,6 +336,6 @@ OUT_OF_MEMORY_TEXTS = ("not enough memory", "can't allocate memory", "MPS backen
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the error means that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or (torch_is_in_use() and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)

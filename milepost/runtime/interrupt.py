@@ -9,6 +9,7 @@ a library can swallow an exception.
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
@@ -96,6 +97,20 @@ def _is_first(number: int) -> bool:
     if now - _State.requested_at >= SAME_REQUEST and number != getattr(signal, "SIGXCPU", None):
         _end(b"\nstopped at once; earlier saves are complete\n")
     return False
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """A block in which a signal ends the process at once, where it would raise KeyboardInterrupt. For imports, as above."""
+    main = threading.current_thread() is threading.main_thread()  # only there is it raised, and may handlers change
+    raising = [number for number in stopping_signals() if main and signal.getsignal(number) is _raise]
+    for number in raising:
+        signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number in raising:
+            signal.signal(number, _raise)
 
 
 @contextlib.contextmanager

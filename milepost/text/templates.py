@@ -15,6 +15,8 @@ A template of Jinja is rendered as transformers renders it, in a sandbox. It is 
 tokens that transformers passes to it (bos_token) at its beginning.
 """
 
+from __future__ import annotations
+
 import datetime
 import functools
 import itertools
@@ -23,8 +25,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
-import numpy as np
-
+from milepost.lazy import np
 from milepost.text.errors import DataError
 from milepost.text.tokenization.base import Tokenizer
 

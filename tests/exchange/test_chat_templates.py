@@ -8,7 +8,7 @@ import transformers
 from test_llama_tokenizers import TEXTS, trained
 
 from milepost import ckpt
-from milepost.ckpt.restore import tokenizer_files
+from milepost.ckpt.saved_tokenizer import tokenizer_files
 from milepost.text import tokenization
 from milepost.text.templates import chat_ids, render
 from milepost.text.tokenizer_json import from_tokenizers_json

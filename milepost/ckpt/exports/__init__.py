@@ -3,14 +3,18 @@
 A layout holds all that a run needs; an export holds what its program can represent, and refuses anything else.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from milepost.ckpt.exports import gguf, lecture, nanogpt, peft
-from milepost.ckpt.exports.common import Proof
 from milepost.ckpt.record import Checkpoint
+from milepost.registry import imported
 
-__all__ = ["EXPORTS", "Export", "Proof", "exporter"]
+if TYPE_CHECKING:
+    from milepost.ckpt.exports.common import Proof
+
+__all__ = ["EXPORTS", "Export", "exporter"]
 
 
 class Export(Protocol):
@@ -32,11 +36,15 @@ class Export(Protocol):
         """Read the export back and compare its tensors with the record's. Raises CheckpointError if they differ."""
 
 
-EXPORTS = (gguf.NAME, nanogpt.NAME, lecture.NAME, peft.NAME)
+EXPORTS = {  # name: its class, which is imported with torch when it is first used
+    "gguf": "milepost.ckpt.exports.gguf:Gguf",
+    "nanogpt": "milepost.ckpt.exports.nanogpt:NanoGpt",
+    "lecture": "milepost.ckpt.exports.lecture:Lecture",
+    "peft": "milepost.ckpt.exports.peft:Peft",
+}
 
 
 def exporter(name: str, *, gguf_type: str = "f16") -> Export:
     """Return the export of this name, one of EXPORTS; `gguf_type` is one of gguf.TYPES."""
-    if name == gguf.NAME:
-        return cast(Export, gguf.Gguf(gguf_type))
-    return cast(Export, {nanogpt.NAME: nanogpt.NanoGpt, lecture.NAME: lecture.Lecture, peft.NAME: peft.Peft}[name]())
+    make = imported(EXPORTS[name])
+    return cast(Export, make(gguf_type) if name == "gguf" else make())

@@ -12,7 +12,7 @@ from typing import Any
 
 from milepost.ckpt.exports.common import cannot_represent, elsewhere
 from milepost.ckpt.record import Checkpoint, Json
-from milepost.ckpt.restore import build_tokenizer, tokenizer_files
+from milepost.ckpt.saved_tokenizer import build_tokenizer, tokenizer_files
 from milepost.text.templates import end_token, plain_jinja, template_of
 from milepost.text.tokenization.bpe import splits_as
 

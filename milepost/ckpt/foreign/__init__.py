@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 import models
 from milepost.ckpt.foreign.keys import config_of, epoch_of, step_of, together, validation_loss_of, weights_of
 from milepost.ckpt.foreign.optimizer import OPTIMIZERS, matched, saved_optimizer
 from milepost.ckpt.foreign.rates import rate_in_use, schedule_of, training_settings
 from milepost.ckpt.foreign.weights import of_ours, trained, translated
 from milepost.ckpt.record import Json
+from milepost.lazy import Tensor
 
 __all__ = ["OPTIMIZERS", "Foreign", "understood"]
 

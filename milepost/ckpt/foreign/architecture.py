@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.lazy import Tensor
 
 CONFIG = "config.json"
 Weights = dict[str, Tensor]

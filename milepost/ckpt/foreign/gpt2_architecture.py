@@ -4,9 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import models
 from milepost.ckpt.foreign.architecture import (
     Architecture,
@@ -19,6 +16,7 @@ from milepost.ckpt.foreign.architecture import (
     size,
 )
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.lazy import Tensor, torch
 
 PREFIX = "transformer."
 # transformers stores these four as Conv1D, whose weight is (in, out): the transpose of nn.Linear's.

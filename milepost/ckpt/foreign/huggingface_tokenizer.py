@@ -7,7 +7,7 @@ from milepost.ckpt.foreign.importing import CONFIG, TOKENIZER, tokenizer_beside
 from milepost.ckpt.foreign.tokenizer import Choice
 from milepost.ckpt.manifest import JSON_LIMIT, is_regular, read_json, refuse_pointer, unreadable
 from milepost.ckpt.record import CheckpointError, Json
-from milepost.ckpt.restore import tokenizer_from_file, tokenizer_from_parts
+from milepost.ckpt.saved_tokenizer import tokenizer_from_file, tokenizer_from_parts
 from milepost.files import read_steadily
 from milepost.text.templates import with_tokens
 from milepost.text.tokenization.library import FROM_LIBRARY, vocabulary

@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from milepost.ckpt.dtypes import FLOATS, name_of
 from milepost.ckpt.record import EARLIER, LARGEST, CheckpointError, Json
-from milepost.ckpt.tensors import FLOATS, NAME_LIMIT, check_dense, same_tensor
+from milepost.ckpt.tensors import NAME_LIMIT, check_dense, same_tensor
+from milepost.lazy import Tensor, torch
 
 SHOWN = 10  # names listed in a message
 DEPTH_LIMIT = 64  # of nested dicts and lists
@@ -151,7 +150,7 @@ def _equal_states(first: dict[str, Tensor], second: dict[str, Tensor], where: st
         return False
     for state in (first, second):
         for name, tensor in state.items():
-            check_dense(tensor, where, name, dtypes=(*FLOATS, tensor.dtype))  # a mask may have any dtype
+            check_dense(tensor, where, name, dtypes=(*FLOATS, name_of(tensor.dtype)))  # a mask may have any dtype
     return all(same_tensor(tensor, second[name], whole=whole) for name, tensor in first.items())
 
 
@@ -320,7 +319,12 @@ def validation_loss_of(content: Mapping[Any, Any]) -> float | None:
     """
     value: Any = next((content[word] for word in LOSSES if content.get(word) is not None), None)
     value = _monitored_loss(content.get("callbacks")) if value is None else value
-    if isinstance(value, Tensor) and value.shape == () and value.dtype in FLOATS and value.device.type == "cpu":
+    if (
+        isinstance(value, Tensor)
+        and value.shape == ()
+        and name_of(value.dtype) in FLOATS
+        and value.device.type == "cpu"
+    ):
         value = float(value)
     if type(value) not in (int, float) or not 0 < value < 1e9:
         return None

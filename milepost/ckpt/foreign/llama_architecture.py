@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import models
 from milepost.ckpt.foreign.architecture import (
     CONFIG,
@@ -22,6 +20,7 @@ from milepost.ckpt.foreign.architecture import (
     size,
 )
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.lazy import Tensor
 
 PREFIX = "model."
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -8,12 +8,10 @@ no other way gives another match. Pure functions; no value is trusted.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from milepost.ckpt.foreign.keys import number_of, plain, short
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.tensors import check_dense
+from milepost.lazy import Tensor, torch
 
 OPTIMIZERS = (
     *("optimizer", "optimizer_state_dict", "optimizer_states", "optim_state", "optimizer_state", "optim"),

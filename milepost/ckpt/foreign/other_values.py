@@ -8,11 +8,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from milepost.ckpt.foreign.embedded_tokenizer import TOKENIZERS, VOCABULARIES
 from milepost.ckpt.foreign.keys import WEIGHTS, weights_of
 from milepost.ckpt.record import LARGEST, Checkpoint, Json
+from milepost.lazy import Tensor
 
 MOST_LEVELS = 16  # of nested dicts and lists
 MOST_VALUES = 10_000  # in one key

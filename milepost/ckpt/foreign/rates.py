@@ -7,11 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from milepost.ckpt.foreign.keys import configs_of, number_of
 from milepost.ckpt.foreign.optimizer import saved_optimizer
 from milepost.ckpt.record import Json
+from milepost.lazy import Tensor
 from milepost.runtime.schedule import Schedule, lr_at
 
 # Variable -> the names in use for it in a config, or at the top of the file.

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from milepost.ckpt import archive
 from milepost.ckpt.foreign.optimizer import Translate, matched
 from milepost.ckpt.foreign.rates import CLOSE, rate_in_use, training_settings
 from milepost.ckpt.foreign.weights import trained
 from milepost.ckpt.manifest import is_regular
 from milepost.ckpt.record import CheckpointError, Json
+from milepost.lazy import Tensor
 from milepost.runtime.schedule import Schedule, lr_at
 
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # the second is accelerate's name

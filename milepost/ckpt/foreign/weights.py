@@ -10,13 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import models
 from milepost.ckpt.foreign.keys import CORRECT, SHOWN, SIZES, described, more, short, size_of, strip_prefixes
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
 from milepost.ckpt.tensors import checked_tensors, same_tensor
+from milepost.lazy import Tensor, torch
 
 # Activations by name. Others call torch's nn.GELU() gelu, which is the exact form; our `gelu` is GPT-2's tanh form.
 OUR_ACTIVATIONS = {

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from milepost.ckpt import archive
 from milepost.ckpt.foreign import trainer
 from milepost.ckpt.foreign.architecture import CONFIG, Architecture, not_ours
@@ -24,9 +22,10 @@ from milepost.ckpt.layouts.base import raise_first
 from milepost.ckpt.layouts.manifest_layout import ManifestLayout, Safetensors
 from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json
-from milepost.ckpt.restore import build_tokenizer, tokenizer_files
+from milepost.ckpt.saved_tokenizer import build_tokenizer, tokenizer_files
 from milepost.ckpt.tensors import same_tensor
 from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, mapped, passed_over, read_weights
+from milepost.lazy import Tensor
 
 WEIGHTS = SAFETENSORS.whole
 OPTIMIZER, MANIFEST = "optimizer.safetensors", "milepost.json"

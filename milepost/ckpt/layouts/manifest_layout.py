@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from milepost.ckpt import archive
 from milepost.ckpt.layouts.base import Layout, ListedTensor, is_there, raise_first
 from milepost.ckpt.manifest import (
@@ -42,6 +40,7 @@ from milepost.ckpt.tensors import (
     write_safetensors,
 )
 from milepost.files import NewFile, new_folder, new_group, write_json, written
+from milepost.lazy import Tensor
 from milepost.paths import is_real_file
 
 Locate = Callable[[str], Path]

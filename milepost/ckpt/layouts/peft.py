@@ -6,16 +6,14 @@ It opens as our adapters without their base do: its base, a folder or file on th
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from milepost.ckpt import archive, layouts
 from milepost.ckpt.layouts.base import Layout
 from milepost.ckpt.layouts.foreign_layout import ForeignLayout, ForeignReader
 from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
 from milepost.ckpt.tensors import checked_tensors, digest, read_safetensors
+from milepost.lazy import Tensor
 from models import MODELS
-from models.lora import LoraSettings
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "base_model_name_or_path"
@@ -86,6 +84,8 @@ def _config(path: Path) -> dict[str, Json]:
 
 def _lora(path: Path, config: dict[str, Json], model_type: str) -> dict[str, Json]:
     """Return our settings of LoRA; raise CheckpointError if the model has no such layers."""
+    from models.lora import LoraSettings  # it imports torch
+
     targets = config.get("target_modules")
     names = sorted(targets) if isinstance(targets, list) and all(isinstance(name, str) for name in targets) else []
     layers = MODELS[model_type].lora_layers

@@ -11,21 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from milepost.ckpt import collective, pickles
+from milepost.ckpt.dtypes import BY_SAFETENSORS, DTYPES
 from milepost.ckpt.layouts.base import ListedTensor
 from milepost.ckpt.layouts.manifest_layout import Made, ManifestLayout, format_line
 from milepost.ckpt.manifest import read_json, unreachable_behind, unreadable
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json
-from milepost.ckpt.tensors import DTYPES, bring_in_tensors, checked_tensors, optimizer_state
+from milepost.ckpt.tensors import bring_in_tensors, checked_tensors, optimizer_state
 from milepost.files import read_steadily, write_json
+from milepost.lazy import Tensor, import_torch, torch
 
 TORCH_METADATA, INDEX, MANIFEST = ".metadata", "tensors.json", "manifest.json"
 PIECES = "__*.distcp"
 MODEL, OPTIMIZER = "model.", "optimizer.state."  # how the names in a torch.distributed.checkpoint begin
-NAMED = {short: dtype for dtype, short in DTYPES.items()}
 MOST_DIMENSIONS = 8  # of a tensor; a model's have two
 
 
@@ -122,7 +120,7 @@ def _index(path: Path, manifest: Mapping[str, Any]) -> dict[str, Json]:
 
 def _claimed(entry: Any, sizes: Mapping[str, int]) -> int:
     """Return the bytes of a tensor by its entry; raise ValueError, or what Python raises, if it is invalid."""
-    shape, itemsize = entry["shape"], NAMED[entry["dtype"]].itemsize
+    shape, itemsize = entry["shape"], DTYPES[BY_SAFETENSORS[entry["dtype"]]].itemsize
     if (
         not isinstance(shape, list)
         or len(shape) > MOST_DIMENSIONS
@@ -150,6 +148,7 @@ def _tensors(path: Path, manifest: Mapping[str, Any], index: Mapping[str, Json],
 
 def _mapped(file: Path, *, size: int) -> Tensor:
     """Map the bytes of the file; torch raises if it has become shorter."""
+    import_torch()
     try:
         return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
@@ -160,7 +159,7 @@ def _mapped(file: Path, *, size: int) -> Tensor:
 
 
 def _joined(path: Path, entry: Json, mapped: Mapping[str, Tensor]) -> Tensor:
-    shape, dtype = entry["shape"], NAMED[entry["dtype"]]
+    shape, dtype = entry["shape"], getattr(torch, BY_SAFETENSORS[entry["dtype"]])
     row = math.prod(shape[1:]) * dtype.itemsize
     parts = [mapped[file][begin : begin + rows * row].view(dtype) for file, begin, rows in entry["pieces"]]
     for (file, *_), part in zip(entry["pieces"], parts, strict=True):

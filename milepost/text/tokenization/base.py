@@ -1,12 +1,13 @@
 """The interface of a tokenizer, and what several tokenizers share."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol, Self
 
-import numpy as np
-
+from milepost.lazy import np
 from milepost.registry import undefined
 from milepost.text.readers import END_OF_TEXT as END_OF_TEXT
 from milepost.text.readers import Piece

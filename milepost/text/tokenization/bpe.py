@@ -1,12 +1,13 @@
 """Byte-level byte-pair encoding, trained on the text."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Self
 
-import numpy as np
-
+from milepost.lazy import np
 from milepost.text.chunks import rechunk
 from milepost.text.errors import UnknownCharacters
 from milepost.text.readers import Piece

@@ -1,9 +1,10 @@
 """One token per byte of UTF-8."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
-import numpy as np
-
+from milepost.lazy import np
 from milepost.text.tokenization.base import FixedTokenizer, checked_ids, replace_surrogates
 
 

@@ -1,10 +1,12 @@
 """One token per character."""
 
+from __future__ import annotations
+
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-import numpy as np
-
+from milepost.lazy import np
 from milepost.text.errors import UnknownCharacters
 from milepost.text.readers import Piece
 from milepost.text.tokenization.base import Tokenizer, checked_ids
@@ -26,8 +28,13 @@ class CharTokenizer(Tokenizer):
         if any("\ud800" <= char <= "\udfff" for char in self.chars):
             raise ValueError("a char tokenizer cannot hold surrogates, which are not characters")
         self._bytes = [char.encode() for char in self.chars]
-        self._ids = np.full(0x110000, -1, dtype=np.int32)  # by code point
-        self._ids[[ord(char) for char in self.chars]] = np.arange(self.vocab_size)
+
+    @functools.cached_property
+    def _ids(self) -> np.ndarray:
+        """The id of each code point, -1 for a character that the vocabulary lacks."""
+        ids = np.full(0x110000, -1, dtype=np.int32)
+        ids[[ord(char) for char in self.chars]] = np.arange(self.vocab_size)
+        return ids
 
     @classmethod
     def build(cls, pieces: Iterable[Piece], *, alphabet: str, documents: int, vocab_size: int) -> Self:

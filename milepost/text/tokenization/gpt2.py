@@ -1,5 +1,7 @@
 """GPT-2's own tokenizer, through tiktoken, without a network."""
 
+from __future__ import annotations
+
 import functools
 import gzip
 import hashlib
@@ -10,8 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from milepost.lazy import np
 from milepost.text.errors import DataError
 from milepost.text.tokenization.base import END_OF_TEXT, FixedTokenizer, byte_letters, checked_ids, replace_surrogates
 

@@ -1,0 +1,60 @@
+"""The tokenizer of a record: rebuilt, and as the files of a Hugging Face folder. Needs no torch."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError
+from milepost.text import tokenization, tokenizer_json
+
+
+def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
+    """Return the record's tokenizer; raise CheckpointError if it has none or more tokens than the model rows."""
+    if record.tokenizer is None:
+        raise CheckpointError(where_of(record), "carries no tokenizer", kind="lacking")
+    try:
+        tokenizer = tokenization.from_dict(record.tokenizer)
+    except ValueError as error:
+        problem = f"its tokenizer cannot be rebuilt ({error})"
+        if record.written_by.startswith("another program"):
+            remedy = "docs/models.md says which tokenizers are read: start from a model that has one of them"
+            raise CheckpointError(where_of(record), problem, remedy, kind="not understood") from error
+        raise CheckpointError(where_of(record), problem, EARLIER, kind="damaged") from error
+    if record.tokenizer_sha256 not in (None, tokenizer.digest):
+        problem = "the file is damaged: its tokenizer is not the one it was saved with"
+        raise CheckpointError(where_of(record), problem, EARLIER, kind="damaged")
+    rows = record.model_settings["vocab_size"]
+    if tokenizer.vocab_size > rows:
+        problem = f"its tokenizer has {tokenizer.vocab_size} tokens, but its model only {rows} rows"
+        raise CheckpointError(where_of(record), problem, EARLIER, kind="damaged")
+    return tokenizer
+
+
+def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
+    """Return the tokenizer as the JSON files of a Hugging Face folder, by name; empty if there is no tokenizer."""
+    if record.tokenizer is None:
+        return {}
+    tokenizer = build_tokenizer(record)
+    try:
+        values = tokenizer_json.tokenizers_json(tokenizer)
+    except ValueError as error:
+        raise CheckpointError(where_of(record), f"{error}", "choose another layout", kind="refused") from error
+    return {
+        "tokenizer.json": values,
+        "tokenizer_config.json": tokenizer_json.tokenizer_config(tokenizer)
+        | {"model_max_length": record.model_settings["block_size"]},
+    }
+
+
+def tokenizer_from_file(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer.json of a Hugging Face folder as a record holds it; another program's is read as BPE."""
+    return tokenizer_json.from_tokenizers_json(values)
+
+
+def tokenizer_from_parts(vocab: Any, merges: str, added: Any, special: Iterable[str]) -> dict[str, Any]:
+    """Return vocab.json, merges.txt, added_tokens.json and their special tokens as a record holds a tokenizer."""
+    return tokenizer_json.from_vocab_and_merges(vocab, merges, added, special)
+
+
+def where_of(record: Checkpoint) -> str:
+    """Return where the record is from, for a message."""
+    return str(record.path or "checkpoint")
