@@ -191,9 +191,9 @@ def to_dict(config: Config) -> dict[str, Json]:
 
 
 def public(config: Config, name: str) -> Any:
-    """Return the value of a variable as it may be stored and shown: data sources without passwords and queries."""
+    """Return the value of a variable as it may be stored and shown: addresses without passwords and queries."""
     value = getattr(config, name.lower())
-    return masked(value) if VARIABLES[name].metadata["form"] == "source" and value else value
+    return masked(value) if VARIABLES[name].metadata["form"] in ("source", "address") and value else value
 
 
 def _portable(path: str) -> str:
