@@ -40,6 +40,7 @@ from milepost.resume import find_record, finished, free_tensors, inexact_reasons
 from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due, sample_start, validation_of
 from milepost.run_checkpoints import finish_saving, repair, retry_is_due, save_checkpoint
 from milepost.run_files import open_run, write_metrics, write_sample
+from milepost.run_mirror import finish_mirroring
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.errors import TrainingError
@@ -49,6 +50,7 @@ from milepost.runtime.progress import Log, Progress, amount
 from milepost.runtime.schedule import lr_at
 
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save failed
+NOT_MIRRORED = 8  # exit code of a run that finished and is saved, but whose last checkpoint is not in the mirror
 SKIPS_ALLOWED = 20  # consecutive float16 updates that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200
 PROBE_SECONDS = 2.0  # at most, to estimate the seconds per step after the warm-up
@@ -102,6 +104,7 @@ def train(run: Run) -> int:
             except BaseException as error:
                 with contextlib.suppress(Exception):
                     run.writer.wait()  # finish the save in flight, even if more signals arrive
+                    finish_mirroring(run)
                 stopped = f"stopped after step {run.state.step}: {how_to_resume(run)}"
                 run.log(stopped)
                 notify(error, run.log, more=stopped)
@@ -402,7 +405,7 @@ def end(run: Run) -> int:
         run.log.notices.send("interrupted", interrupted)
         return INTERRUPTED
     log_done(run, sample=state.last_sample or sample(run))
-    return SAVE_FAILED if run.saved.failed else 0
+    return SAVE_FAILED if run.saved.failed else NOT_MIRRORED if run.saved.not_mirrored else 0
 
 
 if __name__ == "__main__":

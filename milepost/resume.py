@@ -11,6 +11,7 @@ from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.ckpt.foreign.importing import rate_in_use
+from milepost.ckpt.record import from_metadata
 from milepost.ckpt.restore import Restored, build_model, restore_optimizer
 from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.config import Config, ConfigError
@@ -29,6 +30,7 @@ from milepost.run import (
     scan_text,
     with_its_base,
 )
+from milepost.run_mirror import bring_from_mirror
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log, command_line
@@ -50,6 +52,7 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
     if settings.resume != "auto":
         return _named(settings, log)
     folder = Path(settings.checkpoint_dir)
+    bring_from_mirror(settings, log, fits=lambda found: not _contradictions(found, settings))
     found = ckpt.find(folder)
     if settings.checkpoint_fallback_dir and (elsewhere := ckpt.find(Path(settings.checkpoint_fallback_dir))):
         found = sorted([*found, *elsewhere], key=lambda each: each.metadata.get("saved_at") or "")
@@ -172,6 +175,12 @@ def _fits(found: ckpt.Found, settings: Config) -> bool:
         return newest_fitting([found], settings, Log(io.StringIO()), verify=False) is not None
     except ConfigError:
         return False
+
+
+def _contradictions(found: ckpt.Found, settings: Config) -> list[Any]:
+    """Return the settings that a checkpoint contradicts, as far as its metadata tells."""
+    record = from_metadata(found.metadata, model_state={}, optimizer_state=None, where=str(found.path))
+    return config.contradictions(settings, fixed_settings(record))
 
 
 def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:

@@ -17,6 +17,7 @@ from milepost.locks import FolderHeldError
 from milepost.paths import is_real_folder
 from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
 from milepost.run_files import METRICS, flush_lines, open_run
+from milepost.run_mirror import copied_now, copy_to_mirror, finish_mirroring
 from milepost.runtime.digests import digests
 from milepost.runtime.errors import DeviceFaultError, TrainingError
 from milepost.runtime.progress import Metrics, duration, shown
@@ -72,11 +73,15 @@ def _write(run: Run, record: Checkpoint, left: dict[str, int], *, regular: bool,
         return
     with ckpt.leading(record):
         if fallback:
-            _write_regular(run, record, Path(str(run.settings.checkpoint_fallback_dir)))
+            folder = Path(str(run.settings.checkpoint_fallback_dir))
+            if saved := _write_regular(run, record, folder):
+                copy_to_mirror(run, saved, folder, step=record.step)
             return
         saved = _write_regular(run, record, Path(run.settings.checkpoint_dir)) if regular else None
         _keep_best(run, record, saved=saved)
-        if saved and run.settings.checkpoint_keep_last:
+        if saved:
+            copy_to_mirror(run, saved, Path(run.settings.checkpoint_dir), step=record.step)
+        if saved:
             _prune(run, record, saved=saved)
 
 
@@ -124,7 +129,9 @@ def retry_is_due(run: Run) -> bool:
 
 
 def finish_saving(run: Run) -> None:
-    """Wait for the save in flight, try to save the last step again if that failed, and put the best step into best/."""
+    """Wait for the save in flight, try to save the last step again if that failed, put the best step into best/, and wait
+    for the mirror.
+    """
     run.writer.wait()
     flush_lines(run)
     if run.world.broadcast(run.saved.failed and run.settings.checkpoint_fallback_dir is not None):
@@ -143,6 +150,10 @@ def finish_saving(run: Run) -> None:
         save_checkpoint(run, regular=True)
         run.writer.wait()
     copy_best(run)
+    finish_mirroring(run)
+    folder = Path(run.settings.checkpoint_dir)
+    if run.uploader and run.saved.path and run.saved.path.is_relative_to(folder):
+        _prune(run, run.state, saved=run.saved.path)  # what had to stay until it was copied
 
 
 def _keep_best(run: Run, record: Checkpoint, *, saved: Path | None) -> None:
@@ -160,13 +171,18 @@ def _keep_best(run: Run, record: Checkpoint, *, saved: Path | None) -> None:
             run.saved.best_step = record.step
 
 
-def _prune(run: Run, record: Checkpoint, *, saved: Path) -> None:
-    """Delete expired checkpoints, except the regular checkpoint of a best step that is not in best/ yet."""
+def _prune(run: Run, source: State | Checkpoint, *, saved: Path) -> None:
+    """Delete expired checkpoints, except the regular checkpoint of a best step that is not in best/ yet, and what is being
+    copied to the mirror.
+    """
+    if not run.settings.checkpoint_keep_last:
+        return
     folder, settings = Path(run.settings.checkpoint_dir), run.settings
     policy = {"keep_last": settings.checkpoint_keep_last, "keep_every": settings.checkpoint_keep_every}
+    record = source if isinstance(source, Checkpoint) else None
     with _log_disk_error(run, "expired checkpoints could not be deleted", record=record):
-        regular = ckpt.saved_best(folder, **_best_of(run, record)) if _is_pending(run, record) else None
-        spare = regular.path if regular else None
+        regular = ckpt.saved_best(folder, **_best_of(run, source)) if _is_pending(run, source) else None
+        spare = {*([regular.path] if regular else []), *copied_now(run)}
         ckpt.prune(folder, run_id=run.run_id, latest_valid=saved, spare=spare, **policy)
 
 
@@ -207,12 +223,12 @@ def _best_of(run: Run, source: State | Checkpoint) -> dict[str, Any]:
     return {"run_id": run.run_id, "step": source.best_step, "loss": source.best_loss}
 
 
-def _is_pending(run: Run, record: Checkpoint) -> bool:
-    """Return whether the record's best step should be in best/ and is not.
+def _is_pending(run: Run, source: State | Checkpoint) -> bool:
+    """Return whether the source's best step should be in best/ and is not.
 
     In the background the run may be at a later best already.
     """
-    return record.best_step not in (None, run.saved.best_step) and run.settings.checkpoint_keep_best > 0
+    return source.best_step not in (None, run.saved.best_step) and run.settings.checkpoint_keep_best > 0
 
 
 @contextlib.contextmanager

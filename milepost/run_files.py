@@ -16,6 +16,7 @@ from milepost.files import in_words, instead, lacks, largest_file
 from milepost.locks import RunLock
 from milepost.paths import check_inside, is_real_file
 from milepost.run import Run, is_due
+from milepost.run_mirror import check_mirror, open_mirror
 from milepost.runtime import trackers
 from milepost.runtime.progress import Metrics, amount, read_metrics, shown, write_own
 from milepost.runtime.tracking.base import Tracker
@@ -37,6 +38,8 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
     them.
     """
     check_tracker(run.settings.tracker)
+    if run.settings.enable_checkpoints:
+        check_mirror(run.settings)
     runs, checkpoints = Path(run.settings.runs_dir), Path(run.settings.checkpoint_dir)
     with _blaming("RUNS_DIR", run.folder):
         check_inside(runs, run.folder)
@@ -65,6 +68,7 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         # Set aside metrics newer than the checkpoint: resuming rewrites them.
         run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.saved.resumed_time)
     open_tracker(run, held)
+    open_mirror(run)
 
 
 def _lock(run: Run, folder: Path, held: contextlib.ExitStack) -> None:

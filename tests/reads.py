@@ -22,6 +22,7 @@ ABOVE_CKPT = (
     "milepost.run.state",
     "milepost.run.text",
     "milepost.run.weights",
+    "milepost.run_mirror",
     "milepost.run_files",
     "milepost.run_checkpoints",
     "milepost.resume",

@@ -34,18 +34,20 @@ ROOMS: dict[str, set[str]] = {
     "generation": {"models", "text", "runtime", "splitmix"},
     "evaluate": {"models", "text", "runtime", "screen"},
     "ckpt": {"models", "text", "runtime", "files", "locks", "paths", "registry", "screen", "lazy"},
+    "mirror": {"ckpt", "text", "files", "locks", "paths"},
 }
 BELOW_RUN = {*ROOMS}
-BELOW_TRAINING = BELOW_RUN | {"run", "run_files", "run_checkpoints", "resume", "reporting", "cli"}
+BELOW_TRAINING = BELOW_RUN | {"run", "run_mirror", "run_files", "run_checkpoints", "resume", "reporting", "cli"}
 ALLOWED = ROOMS | {
     "run": BELOW_RUN,
-    "resume": BELOW_RUN | {"run"},
+    "run_mirror": BELOW_RUN | {"run"},
+    "resume": BELOW_RUN | {"run", "run_mirror"},
     "cli": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
     "plots": BELOW_RUN,
     "publish": BELOW_RUN,
-    "run_files": BELOW_RUN | {"run"},
-    "run_checkpoints": BELOW_RUN | {"run", "run_files"},
+    "run_files": BELOW_RUN | {"run", "run_mirror"},
+    "run_checkpoints": BELOW_RUN | {"run", "run_mirror", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
     "training": BELOW_TRAINING,
     "scripts": BELOW_TRAINING | {"samples", "training", "plots", "publish"},

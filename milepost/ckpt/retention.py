@@ -4,7 +4,7 @@ import collections
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def expired(
     keep_last: int,
     keep_every: int,
     latest_valid: Path | None,
-    spare: Path | None = None,
+    spare: Collection[Path] = (),
     folder: Path | None = None,
 ) -> Expired:
     """Return the run's checkpoints that the policy expires, out of all that its `folder` holds. Touches no file.
@@ -59,7 +59,7 @@ def expired(
     saves = sorted(set(numbers.values()))
     old = saves[:-keep_last] if keep_last else []
     leaving = [checkpoint for checkpoint in own if numbers[checkpoint.path] in old and not checkpoint.is_final]
-    leaving = [checkpoint for checkpoint in leaving if checkpoint.path not in (latest_valid, spare)]
+    leaving = [checkpoint for checkpoint in leaving if checkpoint.path not in (latest_valid, *spare)]
     models = [checkpoint for checkpoint in leaving if keep_every and checkpoint.step % keep_every == 0]
     return Expired(
         remove=[checkpoint for checkpoint in leaving if checkpoint not in models],
@@ -68,7 +68,13 @@ def expired(
 
 
 def prune(
-    folder: Path, *, run_id: str, keep_last: int, keep_every: int, latest_valid: Path | None, spare: Path | None = None
+    folder: Path,
+    *,
+    run_id: str,
+    keep_last: int,
+    keep_every: int,
+    latest_valid: Path | None,
+    spare: Collection[Path] = (),
 ) -> Expired:
     """Delete the expired checkpoints of a run and return them.
 
@@ -96,7 +102,13 @@ def prune(
 
 
 def select_expired(
-    folder: Path, *, run_id: str, keep_last: int, keep_every: int, latest_valid: Path | None, spare: Path | None = None
+    folder: Path,
+    *,
+    run_id: str,
+    keep_last: int,
+    keep_every: int,
+    latest_valid: Path | None,
+    spare: Collection[Path] = (),
 ) -> Expired:
     """Return what `prune` would delete now, without the bases that adapters need.
 

@@ -104,6 +104,13 @@ def _source(text: str, folder: str) -> str:
     )
 
 
+def _address(text: str, _folder: str) -> str:
+    """Return the address of a store, which has a scheme, as it is."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^,\s]+", text.strip()):
+        raise ValueError(text)
+    return text.strip()
+
+
 def _paths(text: str, folder: str) -> str:
     """Return paths joined by commas as absolute paths; latest and best stay as they are."""
     if "," not in text or os.path.lexists(absolute_path(text, folder)):  # a single path that may contain a comma
@@ -174,6 +181,7 @@ FORMS: dict[str, Callable[[str, str], Any]] = {
     "path": absolute_path,
     "paths": _paths,
     "source": _source,
+    "address": _address,
     "hub": _hub,
     "hub_name": _hub_name,
     "list": _list,
@@ -194,6 +202,7 @@ NOUNS: dict[Any, str] = {
     "path": "a path",
     "paths": "a path, or several joined by commas",
     "source": "files, folders, globs, an https URL or tinyshakespeare",
+    "address": "an address such as s3://bucket/path or file:///path",
     "hub": "a hub name or a folder",
     "hub_name": "owner/name",
     "list": 'text, or a JSON list like ["a", "b"]',

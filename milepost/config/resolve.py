@@ -192,13 +192,13 @@ def to_dict(config: Config) -> dict[str, Json]:
 
 
 def public(config: Config, name: str) -> Any:
-    """Return the value of a variable as it may be stored and shown: data sources without passwords and queries, of a
-    secret only that it is set.
+    """Return the value of a variable as it may be stored and shown: addresses without passwords and queries, of a secret
+    only that it is set.
     """
     value, form = getattr(config, name.lower()), VARIABLES[name].metadata["form"]
     if value and form in SECRET_FORMS:
         return HIDDEN
-    return masked(value) if value and form == "source" else value
+    return masked(value) if value and form in ("source", "address") else value
 
 
 def _portable(path: str) -> str:

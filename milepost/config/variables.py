@@ -227,6 +227,10 @@ class Config:
     checkpoint_dir: str = var("checkpoints", "folder of the checkpoints", group="Checkpoints", form="path")
     checkpoint_fallback_dir: str | None = var(None, "folder on another disk, for the last step if it cannot be saved in CHECKPOINT_DIR; "
         "RESUME=auto looks there too", group="Checkpoints", form="path")
+    checkpoint_mirror: str | None = var(None, "address of a store that gets a copy of each checkpoint, such as s3://bucket/path or file:///path; "
+        "RESUME=auto looks there too", group="Checkpoints", form="address")
+    mirror_keep_last: int = var(0, "latest checkpoints to keep per run in CHECKPOINT_MIRROR, besides its final one and those of best/; 0 = all",
+        group="Checkpoints", minimum=0, needs="CHECKPOINT_MIRROR")
     checkpoint_layout: str = var("unified", "file layout of checkpoints; a resumed run keeps its layout",
         group="Checkpoints", choices=LAYOUTS)
     checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes (half with muon), but no bit-exact resume",

@@ -15,6 +15,7 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.record import named_tensors
 from milepost.ckpt.writer import Writer
 from milepost.config import Config
+from milepost.mirror import Uploader
 from milepost.run.text import Text
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, World
@@ -64,6 +65,7 @@ class Saved:
     need: int = 0  # bytes of the save that failed
     attempts: int = 0  # failures in a row
     retry_at: float = 0.0  # when another attempt is worth it (time.monotonic())
+    not_mirrored: int = 0  # checkpoints that the mirror lacks at the end
     resumed_time: float = math.inf  # when the checkpoint that the run resumes from was saved (Unix seconds)
 
 
@@ -108,6 +110,7 @@ class Run:
     metrics: Metrics = field(init=False)
     mirror: Mirror = field(init=False)
     bar: Progress = field(init=False)
+    uploader: Uploader | None = None  # to the mirror of checkpoints, on rank 0
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,19 @@
+"""Copies of checkpoints elsewhere, on a store that outlives this computer. docs/mirroring.md has the promises."""
+
+from milepost.mirror.fetching import fetch, fetch_bests, fetch_run, readable, runs_in
+from milepost.mirror.store import Store, StoreError, opened
+from milepost.mirror.uploader import Uploader
+from milepost.mirror.uploading import Mirrored
+
+__all__ = [
+    "Mirrored",
+    "Store",
+    "StoreError",
+    "Uploader",
+    "fetch",
+    "fetch_bests",
+    "fetch_run",
+    "opened",
+    "readable",
+    "runs_in",
+]

@@ -1,0 +1,213 @@
+"""A store of copies: a bucket, or a folder of another disk or machine, reached through fsspec by its address.
+
+What a back end raises becomes a StoreError here: one line, without passwords and tokens, and a kind that says what to do.
+"""
+
+import contextlib
+import importlib
+import io
+import posixpath
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from milepost.files import CHUNK, make_folder, new_file, written
+from milepost.text.addresses import masked, without_secrets
+
+# How an address begins -> the package that fsspec needs for it, besides itself.
+PACKAGES = {
+    "file": None, "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko",
+    "ssh": "paramiko",
+}  # fmt: skip
+# A part of a large file lies in memory while it is sent, so few are at a time. Milepost itself tries again.
+OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 2}}
+BUCKETS = ("s3", "gs", "az", "abfs", "hf")  # what has no folders
+READ_AHEAD = 16 * 2**20  # bytes
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError")
+LONGEST = 300  # characters of what a back end says
+
+# missing: no such object or bucket. refused: another attempt gets the same answer. passing: it may pass.
+Kind = Literal["missing", "refused", "passing"]
+
+
+class StoreError(Exception):
+    """A store did not do what it was asked to; `kind` says whether another attempt may help."""
+
+    def __init__(self, where: str, problem: str, kind: Kind) -> None:
+        self.problem, self.kind = problem, kind
+        super().__init__(f"{where}: {problem}")
+
+
+@dataclass(frozen=True)
+class Store:
+    """The objects below an address. Names are relative to it, with slashes.
+
+    Its folders on a disk of this computer are written durably, each object whole or not at all.
+    """
+
+    fs: Any  # an fsspec file system
+    root: str
+    address: str  # as it was set; never shown
+
+    @property
+    def shown(self) -> str:
+        """The address without user name, password and query."""
+        return masked(self.address)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the objects are files of this computer."""
+        return _scheme(self.address) == "file"
+
+    @property
+    def has_folders(self) -> bool:
+        """Whether a folder has to be created before an object in it."""
+        return _scheme(self.address) not in BUCKETS
+
+    def put(self, name: str, source: Path | bytes, *, moved: Callable[[], None] = lambda: None) -> None:
+        """Write an object from a file or from bytes, over one of the same name; call `moved` at each part of it that
+        has arrived. Raise StoreError.
+        """
+        path = self._path(name)
+        with self._naming(name):
+            if self.is_local:
+                _copy_durably(source, Path(path), moved)
+                return
+            if self.has_folders:
+                self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            if isinstance(source, bytes):
+                self.fs.pipe_file(path, source)
+            else:
+                from fsspec.callbacks import Callback
+
+                self.fs.put_file(str(source), path, callback=Callback(hooks={"moved": lambda *_, **__: moved()}))
+
+    def size(self, name: str) -> int:
+        """Return the bytes of an object. Raise StoreError."""
+        with self._naming(name):
+            self.fs.invalidate_cache()
+            return int(self.fs.info(self._path(name))["size"])
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """Return the content of a small object. Raise StoreError, also if it has more than `limit` bytes."""
+        if self.size(name) > limit:
+            raise StoreError(f"{self.shown}/{name}", f"is larger than {limit} bytes", "refused")
+        with self._naming(name):
+            return bytes(self.fs.cat_file(self._path(name)))
+
+    def get(self, name: str, target: Path) -> dict[str, Any]:
+        """Write an object into `target`, a file in a hidden folder, durably; return its size and sha256. Raise StoreError, and OSError
+        if the disk here refuses it.
+        """
+        target.unlink(missing_ok=True)  # of an attempt that broke off
+        with contextlib.ExitStack() as held:
+            with self._naming(name):
+                source = held.enter_context(self.fs.open(self._path(name), "rb", block_size=READ_AHEAD))
+            file = held.enter_context(written(target, hashed=True))
+            while data := self._next(name, source):
+                file.write(data)
+        return file.entry
+
+    def _next(self, name: str, source: IO[bytes]) -> bytes:
+        with self._naming(name):
+            return source.read(CHUNK)
+
+    def names(self) -> list[str]:
+        """Return the names of all objects, sorted; empty if the address holds nothing. Raise StoreError."""
+        with self._naming(""):
+            self.fs.invalidate_cache()
+            try:
+                found = self.fs.find(self.root)
+            except FileNotFoundError:
+                return []
+        return sorted(path.removeprefix(self.root).lstrip("/") for path in found)
+
+    def delete(self, name: str) -> None:
+        """Delete an object, if it is there. Raise StoreError."""
+        with self._naming(name), contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._path(name))
+            if self.is_local:
+                self._remove_empty_folders(Path(self._path(name)).parent)
+
+    def _remove_empty_folders(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):  # the first that holds something
+            while folder.is_relative_to(self.root) and folder != Path(self.root):
+                folder.rmdir()
+                folder = folder.parent
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Raise StoreError naming the object instead of whatever a back end raises."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception as error:
+            text = " ".join(without_secrets(str(error) or type(error).__name__, self.address).split())
+            where = "/".join(filter(None, (self.shown, name)))
+            raise StoreError(where, f"{_sentence(error, text):.{LONGEST}}", _kind(error)) from None
+
+
+def _scheme(address: str) -> str:
+    return address.partition("://")[0].lower()
+
+
+def opened(address: str) -> Store:
+    """Return the store at an address; ask it nothing yet.
+
+    Raise ValueError if the address cannot be one, ImportError naming the package that it lacks.
+    """
+    scheme = _scheme(address)
+    if scheme not in PACKAGES:
+        raise ValueError(f"expected an address that begins with {'://, '.join(PACKAGES)}://")
+    if package := PACKAGES[scheme]:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(f"{scheme}:// needs the package {package}: pip install {package}") from error
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, root = url_to_fs(address, use_listings_cache=False, skip_instance_cache=True, **OPTIONS.get(scheme, {}))
+    except Exception as error:
+        raise ValueError(without_secrets(str(error), address)) from None
+    if scheme == "s3":
+        fs.retries = 1
+    if not root.strip("/"):
+        raise ValueError("expected a folder or a bucket in the address")
+    return Store(fs, root.rstrip("/"), address.rstrip("/"))
+
+
+def _copy_durably(source: Path | bytes, target: Path, moved: Callable[[], None]) -> None:
+    make_folder(target.parent)
+    with (
+        new_file(target, replace=True) as file,
+        io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as content,
+    ):
+        while data := content.read(CHUNK):
+            file.write(data)
+            moved()
+
+
+def _kind(error: Exception) -> Kind:
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    refused = isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError)
+    return "refused" if refused or type(error).__name__ in NO_CREDENTIALS else "passing"
+
+
+def _sentence(error: Exception, text: str) -> str:
+    """Return what went wrong and, where that is known, what to do."""
+    if type(error).__name__ in NO_CREDENTIALS:
+        return f"{text}: set the credentials where its own tools look for them"
+    if isinstance(error, PermissionError):
+        return f"access is refused ({text}): check the credentials and what they may do there"
+    if isinstance(error, FileNotFoundError):
+        return "not found" if error.strerror else f"not found ({text})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return text

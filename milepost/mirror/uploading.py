@@ -1,0 +1,215 @@
+"""Copy a checkpoint and the files of its run to a store, the manifest last; then delete what has expired there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from milepost.ckpt.bases import bases_in_use
+from milepost.ckpt.finding import scan
+from milepost.ckpt.index import look
+from milepost.ckpt.layouts import Layout, known_layout
+from milepost.ckpt.manifest import JSON_LIMIT, sha256
+from milepost.ckpt.record import CheckpointError
+from milepost.files import below, content_of
+from milepost.mirror.contents import (
+    CHECKPOINTS,
+    LATEST,
+    RUN,
+    Part,
+    Save,
+    as_bytes,
+    expired,
+    newest_first,
+    objects_to_delete,
+    parsed,
+    save_name,
+    without_tokenizer,
+)
+from milepost.mirror.store import Store, StoreError
+from milepost.paths import is_real_file
+
+RUN_FILES = ("metrics.jsonl", "run.json", "config.env", "training.log")
+SAMPLES = "samples"
+
+
+@dataclass
+class Mirrored:
+    """The saves of a run that are known to be whole in a store, by name."""
+
+    store: Store
+    run_id: str
+    run_folder: Path
+    saves: dict[str, Save] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)  # the newest of each file of the run, by its place
+    looked_up: bool = False  # whether `saves` has those of earlier processes
+
+
+class GoneError(Exception):
+    """A checkpoint was deleted from the disk before it was copied."""
+
+
+@dataclass(frozen=True)
+class Sending:
+    """How objects are sent: `attempt` repeats, and `moved` is called whenever a part of a file has arrived."""
+
+    attempt: Callable[[Callable[[], object]], object]
+    moved: Callable[[], None]
+
+
+def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) -> Save:
+    """Copy the checkpoint, which lies below `folder`, its run's files and at last the manifest; return the save.
+
+    Raise StoreError if the store refuses it, GoneError if the checkpoint is gone, OSError or CheckpointError if it
+    cannot be read.
+    """
+    if not os.path.lexists(checkpoint):
+        raise GoneError(str(checkpoint))
+    layout = known_layout(checkpoint)
+    found = look(checkpoint, layout)
+    if found.problem:
+        raise CheckpointError(found.problem, kind=found.kind or "unspecified")
+    name, parts = save_name(found.metadata), []
+    for path in _files(layout, checkpoint):
+        place = f"{CHECKPOINTS}/{path.relative_to(folder).as_posix()}"
+        parts.append(_upload_file(known, path, place, name, sending))
+    parts += _upload_run(known, name, sending)
+    save = Save(
+        run_id=known.run_id,
+        name=name,
+        checkpoint=checkpoint.relative_to(folder).as_posix(),
+        layout=found.layout,
+        metadata=without_tokenizer(found.metadata),
+        bests=tuple(sorted({*_bests(known, folder)} & {name, *known.saves})),
+        parts=tuple(parts),
+    )
+    _put(known, save.manifest, as_bytes(save), sending)
+    _put(known, LATEST, json.dumps({"manifest": save.manifest}).encode(), sending)
+    known.saves[name] = save
+    known.parts = {part.place: part for part in save.run_parts}
+    return save
+
+
+def _files(layout: Layout, checkpoint: Path) -> list[Path]:
+    """Return the files of a checkpoint: side by side, or those in its folder that belong to it."""
+    if not checkpoint.is_dir():
+        return layout.files(checkpoint)
+    return sorted(file for file in below(checkpoint) if is_real_file(file) and layout.owns(checkpoint, file))
+
+
+def _upload_file(known: Mirrored, path: Path, place: str, name: str, sending: Sending) -> Part:
+    try:
+        part = Part(place, f"{known.run_id}/{name}/{place}", path.stat().st_size, sha256(path))
+        _put(known, part.object, path, sending)
+    except (CheckpointError, FileNotFoundError, StoreError) as error:
+        if not os.path.lexists(path):
+            raise GoneError(str(path)) from error
+        raise
+    return part
+
+
+def _upload_run(known: Mirrored, name: str, sending: Sending) -> list[Part]:
+    """Copy the files of the run that have changed; return all of them as parts."""
+    parts = []
+    for path in (*(known.run_folder / file for file in RUN_FILES), *sorted((known.run_folder / SAMPLES).glob("*.txt"))):
+        if not path.is_file():
+            continue
+        content = content_of(path)
+        place, digest = f"{RUN}/{path.relative_to(known.run_folder).as_posix()}", hashlib.sha256(content).hexdigest()
+        part = known.parts.get(place)
+        if part is None or part.sha256 != digest:
+            part = Part(place, f"{known.run_id}/{name}/{place}", len(content), digest)
+            _put(known, part.object, content, sending)
+        parts.append(part)
+    return parts
+
+
+def _put(known: Mirrored, name: str, source: Path | bytes, sending: Sending) -> None:
+    """Write an object and compare its size with what was sent."""
+    expected = len(source) if isinstance(source, bytes) else source.stat().st_size
+
+    def put() -> None:
+        known.store.put(name, source, moved=sending.moved)
+        if (size := known.store.size(name)) != expected:
+            raise StoreError(f"{known.store.shown}/{name}", f"has {size} bytes instead of {expected}", "passing")
+
+    sending.attempt(put)
+
+
+def _bests(known: Mirrored, folder: Path) -> Iterator[str]:
+    """Yield the names of the run's saves that are in best/ now."""
+    for found in scan(folder, regular=False):
+        if found.problem is None and found.run_id == known.run_id and found.metadata.get("save_id"):
+            yield save_name(found.metadata)
+
+
+def bests_to_upload(known: Mirrored, folder: Path, *, besides: Path) -> list[Path]:
+    """Return the run's checkpoints in best/ that the mirror lacks and that are not the checkpoint `besides` either."""
+    own = [found for found in scan(folder, regular=False) if found.problem is None and found.run_id == known.run_id]
+    save = look(besides, known_layout(besides)).metadata.get("save_id") if os.path.lexists(besides) else None
+    named = [found for found in own if found.metadata.get("save_id") not in (None, save)]
+    return [found.path for found in named if save_name(found.metadata) not in known.saves]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def look_up(known: Mirrored) -> list[str]:
+    """Read the manifests of the run into `known`; return what is wrong with those that cannot be read. Raise StoreError."""
+    problems = []
+    for manifest in newest_first(known.store.names()).get(known.run_id, []):
+        try:
+            if (name := manifest.split("/")[1]) not in known.saves:
+                known.saves[name] = read_save(known.store, manifest)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if known.saves and not known.parts:
+        newest = max(known.saves.values(), key=lambda save: save.found.save_order)
+        known.parts = {part.place: part for part in newest.run_parts}
+    known.looked_up = True
+    return problems
+
+
+def read_save(store: Store, manifest: str) -> Save:
+    """Return the save of a manifest; raise StoreError, or CheckpointError if it is damaged."""
+    where = f"{store.shown}/{manifest}"
+    save = parsed(store.read(manifest, limit=JSON_LIMIT), where)
+    if save.manifest != manifest:
+        raise CheckpointError(where, "is the manifest of another save", kind="damaged")
+    return save
+
+
+def prune(known: Mirrored, folder: Path, *, keep_last: int) -> list[Save]:
+    """Delete the run's saves that have expired in the store; return them. Raise StoreError, or CheckpointError if a
+    manifest cannot be read: what it names is unknown then, so nothing is deleted.
+    """
+    if not expired(list(known.saves.values()), keep_last=keep_last):
+        return []
+    if problems := look_up(known):
+        raise CheckpointError(problems[0])
+    needed = bases_of(known, folder)
+    gone = expired(list(known.saves.values()), keep_last=keep_last, needed=needed)
+    kept = [save for save in known.saves.values() if save not in gone]
+    for name in objects_to_delete(gone, kept):
+        known.store.delete(name)
+    for save in gone:
+        del known.saves[save.name]
+    return gone
+
+
+def bases_of(known: Mirrored, folder: Path) -> set[str]:
+    """Return the names of the run's saves that may be the base of adapters, here or in the store: those of the same step
+    or file name. The weights are not compared, which would take a download.
+    """
+    used = [(base.source, base.step) for base in bases_in_use(folder)]
+    for run_id, manifests in newest_first(known.store.names()).items():
+        if run_id != known.run_id and (base := read_save(known.store, manifests[0]).metadata.get("base")):
+            used.append((str(base.get("source")), base.get("step")))
+    steps, files = {step for _, step in used}, {PurePosixPath(source).name for source, _ in used}
+    return {
+        save.name
+        for save in known.saves.values()
+        if save.found.step in steps or PurePosixPath(save.checkpoint).name in files
+    }

@@ -1,0 +1,139 @@
+"""The mirror on a server that speaks S3, through a proxy that breaks requests. Nothing leaves this computer."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from drive import ROOT, child_environment, logged, newest, tensor_bytes, train
+from mirrors import halves, known, taken
+from records import save
+from s3_server import BUCKET, answered_in_part, cut_off, reset, s3, status
+from test_mirror import SMALL, lose, no_pause, steps, uploader
+from work import HANGING
+
+from milepost.mirror import StoreError, opened, readable, runs_in
+from milepost.mirror.retrying import ATTEMPTS
+from milepost.mirror.uploading import look_up, prune
+
+pytestmark = pytest.mark.exchange
+ADDRESS = f"s3://{BUCKET}/run"
+BROKEN = {
+    "500": status(500, "InternalError"), "503": status(503, "SlowDown"), "reset": reset, "cut off": cut_off,
+    "answered in part": answered_in_part,
+}  # fmt: skip
+REFUSED = {"denied": status(403, "AccessDenied"), "expired": status(400, "ExpiredToken")}
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    with s3(monkeypatch) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
+def test_a_broken_request_costs_nothing(tmp_path, proxy, name, at):
+    """Each kind of fault on each kind of request: list, put of a file, of bytes, and a question for the size."""
+    folder = tmp_path / "checkpoints"
+    copies, said = uploader(known(opened(ADDRESS), tmp_path))
+    proxy.faults.extend([None] * at + [BROKEN[name]] * 2)
+    copies.submit(save(folder, 1), folder, step=1)
+    assert copies.finish() == 0
+    assert said == []
+    store = opened(ADDRESS)
+    assert (steps(taken(store)), halves(store)) == ([1], [])
+
+
+@pytest.mark.parametrize("name", [*BROKEN, *REFUSED])
+def test_a_fault_that_stays_is_reported_in_one_line_without_secrets(tmp_path, proxy, name):
+    folder, fault = tmp_path / "checkpoints", (BROKEN | REFUSED)[name]
+    copies, said = uploader(known(opened(ADDRESS), tmp_path))
+    proxy.faults.extend([None] * 2 + [fault] * 20 * ATTEMPTS)
+    copies.submit(save(folder, 1), folder, step=1)
+    with copies._changed:
+        copies._changed.wait_for(lambda: copies._current is None and copies._waiting is None)
+    proxy.faults.clear()
+    assert len(said) == 1
+    assert "\n" not in said[0]
+    assert "hidden-secret" not in said[0]
+    assert copies.finish() == 0
+    assert steps(taken(opened(ADDRESS))) == [1]
+
+
+def test_a_bucket_that_is_missing(tmp_path, proxy):
+    folder = tmp_path / "checkpoints"
+    copies, said = uploader(known(opened("s3://nowhere/run"), tmp_path))
+    copies.submit(save(folder, 1), folder, step=1)
+    assert copies.finish() == 1
+    assert "does not exist" in said[0]
+
+
+def test_retention_leaves_what_is_not_ours(tmp_path, proxy):
+    store, folder = opened(ADDRESS), tmp_path / "checkpoints"
+    copies, said = uploader(known(store, tmp_path), keep_last=1)
+    store.put("one/mine.txt", b"mine")
+    for step in (1, 2, 3):
+        copies.submit(save(folder, step), folder, step=step)
+        copies.finish()
+    assert (said, steps(taken(store)), halves(store)) == ([], [3], [])
+    assert len(store.names()) == 4  # a checkpoint, its manifest, latest.json and what is not ours
+    fresh = known(store, tmp_path)
+    assert look_up(fresh) == []
+    assert prune(fresh, folder, keep_last=1) == []
+
+
+def test_a_part_that_changed_on_the_way_is_noticed(tmp_path, proxy):
+    store = opened(ADDRESS)
+    store.put("x", b"abc")
+    with pytest.raises(StoreError) as caught:
+        store.read("y", limit=10)
+    assert caught.value.kind == "missing"
+    assert list(readable(store, runs_in(store, pause=no_pause).get("one", []), say=print, pause=no_pause)) == []
+
+
+def test_a_run_resumes_on_an_empty_disk(tmp_path, proxy):
+    variables = SMALL | {"CHECKPOINT_MIRROR": ADDRESS}
+    code, said = train(tmp_path, **variables)
+    assert code == 0, said
+    whole, lines = tensor_bytes(newest(tmp_path)), logged(tmp_path)
+    lose(tmp_path)
+    store = opened(ADDRESS)
+    last = taken(store)[0]
+    store.put(last.checkpoint_parts[0].object, b"damaged")
+    code, said = train(tmp_path, **variables, RESUME="auto")
+    assert (code, "no checkpoint in" in said) == (0, True)  # the only one was damaged
+    assert f"skipped: {ADDRESS}/{last.checkpoint_parts[0].object}" in said
+    assert (tensor_bytes(newest(tmp_path)), logged(tmp_path)) == (whole, lines)
+    lose(tmp_path)
+    code, said = train(tmp_path, **variables, RESUME="auto")
+    assert "from the mirror" in said
+
+
+@pytest.mark.parametrize("request_number", [2, 9, 14, 21, 27])
+def test_a_machine_lost_at_a_request_costs_no_bit(tmp_path, proxy, request_number):
+    """The process is killed by the server's side, at a request that is never answered."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert train(whole, **SMALL)[0] == 0
+    variables = SMALL | {"CHECKPOINT_MIRROR": ADDRESS}
+    environment = child_environment(tmp_path, **variables) | {
+        name: value for name, value in os.environ.items() if name.startswith("AWS_") or name == "PYTHONPATH"
+    }
+    with subprocess.Popen([sys.executable, "training.py"], cwd=ROOT, env=environment, stdout=-3, stderr=-3) as process:
+
+        def kill(request) -> bool:
+            process.kill()
+            return reset(request)
+
+        proxy.faults.extend([None] * request_number + [kill])
+        assert process.wait(HANGING) == -signal.SIGKILL
+    proxy.faults.clear()
+    assert halves(opened(ADDRESS)) == []
+    reported = len(taken(opened(ADDRESS)))
+    lose(tmp_path)
+    code, said = train(tmp_path, **variables, RESUME="auto")
+    assert code == 0, said
+    assert ("from the mirror" in said) == (reported > 0)
+    assert (tensor_bytes(newest(tmp_path)), logged(tmp_path)) == (tensor_bytes(newest(whole)), logged(whole))
