@@ -71,7 +71,9 @@ def finish_mirroring(run: Run) -> None:
     skipped = run.uploader.skipped
     passed = f"; {skipped} earlier checkpoints were passed over, because newer ones were there first" if skipped else ""
     if missing := run.saved.not_mirrored:
-        run.log(f"{missing} checkpoint{'s' * (missing > 1)} not yet mirrored, for the reason above{passed}")
+        line = f"{missing} checkpoint{'s' * (missing > 1)} not yet mirrored"
+        run.log(f"{line}, for the reason above{passed}")
+        run.log.notices.send("mirror", line)
     elif run.uploader.newest:
         run.log(f"mirrored: {run.uploader.newest}{passed}")
 

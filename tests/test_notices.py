@@ -115,6 +115,12 @@ def test_a_disk_that_refuses_is_told_once_and_so_is_the_end(webhook, tmp_path):
     assert "NOT saved" in webhook.events[1]["text"]
 
 
+def test_a_mirror_that_is_behind_at_the_end_is_told(webhook, tmp_path):
+    (tmp_path / "mirror").write_text("a file where a folder should be")
+    assert train(tmp_path, NOTIFY_URL=webhook.url, CHECKPOINT_MIRROR=f"file://{tmp_path}/mirror")[0] == 8
+    assert kinds(webhook) == ["mirror", "finished"]
+
+
 def test_a_signal_is_told(webhook, tmp_path):
     variables = child_environment(tmp_path, NOTIFY_URL=webhook.url, TRAINING_STEPS="1000000")
     with subprocess.Popen(

@@ -12,7 +12,7 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-Kind = Literal["resumed", "finished", "interrupted", "failed", "disk"]
+Kind = Literal["resumed", "finished", "interrupted", "failed", "disk", "mirror"]
 
 TIMEOUT = 5.0  # seconds of a request
 PAUSES = (1.0, 2.0)  # seconds before a request that failed is tried again
