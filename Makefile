@@ -4,13 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # make test-exchange: test against other programs. make test-llama: test in llama.cpp, which is built from source.
-.PHONY: train test test-filesystems test-exchange test-llama check soak soak-filesystems soak-exact bench bench-long docs clean
+.PHONY: train test coverage test-filesystems test-exchange test-llama check soak soak-filesystems soak-exact bench bench-long docs clean
 
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
 
+# Test files are spread over so many processes; all tests of a file share one.
+WORKERS ?= auto
 test: check
-	$(BIN)/python -m pytest -q -m "not soak and not exchange and not mounted"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not soak and not exchange and not mounted"
+
+# The same in one process, with a table of the branches that no test takes. What runs in processes of its own is not counted.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest -q --cov=milepost --cov=models --cov=training --cov=scripts --cov-branch --cov-report=term-missing:skip-covered \
+	  -m "not soak and not exchange and not mounted"
 
 # File systems that lack something, mounted: needs /dev/fuse, and fuse3 and libfuse2 of Debian. A test on rclone, sshfs, exfat or ntfs-3g
 # is skipped, with the package that it needs, where that is missing.
@@ -27,7 +34,7 @@ test-llama: $(VENV)/.llama
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "soak and not mounted"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import torch
 from work import HANGING
 
@@ -60,8 +61,8 @@ def train(folder: Path, **changes: str) -> tuple[int, str]:
 def command(
     script: str, folder: Path, *, cwd: Path = ROOT, stdin: str = "", **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a process of its own, as a user would."""
-    return subprocess.run(
+    """Run a script in a process of its own, as a user would."""
+    return programs.run(
         [sys.executable, script], cwd=cwd, env=child_environment(folder, **changes), input=stdin, capture_output=True,
         text=True, timeout=HANGING, check=False
     )  # fmt: skip

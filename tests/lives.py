@@ -3,13 +3,13 @@
 import functools
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import programs
 from drive import ROOT, command, environment, small_text, tensor_bytes
 from work import HANGING
 
@@ -44,7 +44,7 @@ def trained_until(own: Path, place: Path, when: Callable[[], bool], **changes: s
     env = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
     env |= environment(own, **(POLICY | places(place) | changes))
     with open(own / "killed.log", "ab") as log:
-        process = subprocess.Popen([sys.executable, "training.py"], cwd=ROOT, env=env, stdout=log, stderr=log)
+        process = programs.start([sys.executable, "training.py"], cwd=ROOT, env=env, stdout=log, stderr=log)
         until = time.monotonic() + HANGING
         while process.poll() is None and not when():
             assert time.monotonic() < until

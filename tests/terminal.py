@@ -4,12 +4,13 @@ import os
 import pty
 import re
 import select
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import programs
 from drive import ROOT, child_environment
+from forkserver import own_terminal
 from work import HANGING
 
 
@@ -19,9 +20,9 @@ class Terminal:
     def __init__(self, script: str, folder: Path, **changes: str) -> None:
         self.master, slave = pty.openpty()
         env = child_environment(folder, **{"TERM": "xterm", "NO_COLOR": "1"} | changes)
-        self.process = subprocess.Popen(
+        self.process = programs.start(
             [sys.executable, script], cwd=ROOT, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=_own_terminal,
+            preexec_fn=own_terminal,
         )  # fmt: skip
         os.close(slave)
         self.shown = ""
@@ -52,10 +53,3 @@ class Terminal:
             pass
         os.close(self.master)
         return self.process.wait(timeout=HANGING)
-
-
-def _own_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C reaches the process group of the terminal

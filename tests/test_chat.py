@@ -1,12 +1,12 @@
 """scripts/chat.py, in processes of its own: through a pipe and on a real terminal."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pages
+import programs
 import pytest
 from drive import ROOT, child_environment, command, environment, train
 from script import NOTHING_OF_TRAINING, call, family, script, train_family
@@ -117,7 +117,7 @@ def test_a_mistake_is_reported_and_the_next_line_is_answered(line, code, answere
 
 
 def test_a_line_that_is_not_text_is_reported(roomy):
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, CHAT], cwd=ROOT, env=child_environment(roomy, **HERE), input=b"\xff\xfe\xfd\n", check=False,
         capture_output=True,
     )  # fmt: skip

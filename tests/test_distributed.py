@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from random import Random
 
+import programs
 import pytest
 import torch
 from drive import ROOT, command, environment, logged, newest, tensor_bytes, train
@@ -35,9 +36,9 @@ def start(
         "OMP_NUM_THREADS": "2" if processes == 1 else "1"
     }
     torchrun = [sys.executable, str(LAUNCHER), "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
+    return programs.start(
         [*torchrun, f"--max-restarts={restarts}", str(script)], env=env | environment(folder, **changes), cwd=ROOT,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, starts_others=True,
     )  # fmt: skip
 
 

@@ -4,10 +4,10 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from drive import ROOT, at_step, command, environment, logged, newest, tensor_bytes, train
 
@@ -184,7 +184,7 @@ def test_after_sigkill(step, background, straight, tmp_path):
     folder = tmp_path / "killed"
     folder.mkdir()
     env = {"PATH": os.environ["PATH"]} | environment(folder, CHECKPOINT_ASYNC=background)
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False
     )
     assert done.returncode == -signal.SIGKILL

@@ -1,10 +1,10 @@
 """Exports: what nanoGPT and transformers make of them, what has no place in them, and that nothing else is touched."""
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from foreign_programs import NanoGPT
@@ -88,7 +88,7 @@ def test_transformers_generates_our_text_without_a_warning(tmp_path, kind):
         "ids = model.generate(**tokenizer('Dear', return_tensors='pt'), max_new_tokens=12, do_sample=False)\n"
         "sys.stdout.buffer.write(tokenizer.decode(ids[0], skip_special_tokens=True).encode())\n"
     )
-    said = subprocess.run([sys.executable, "-W", "ignore", "-c", program, path], capture_output=True, check=True)
+    said = programs.run([sys.executable, "-c", program, path], capture_output=True, check=True)
     assert said.stdout.decode().strip() == ours.strip()
     warned = [line for line in said.stderr.decode().splitlines() if line and "%|" not in line]  # its progress bar
     assert warned == ["opened"]

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from drive import ROOT, environment
 from records import FULL, assert_same, flipped, record, refusal, snapshot
@@ -30,7 +31,7 @@ LONGEST = 40  # lines of the toy
 def extended(*words: str, folder: Path, **changes: str | Path) -> subprocess.CompletedProcess[str]:
     texts = {"CHECKPOINT_LAYOUT": "per_tensor"} | {name: str(value) for name, value in changes.items()}
     env = {"PATH": os.environ["PATH"]} | environment(folder, **texts)
-    return subprocess.run(
+    return programs.run(
         [sys.executable, TESTS / "extended.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
 

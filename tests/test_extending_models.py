@@ -9,11 +9,11 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import programs
 import pytest
 import torch
 from drive import ROOT, environment, newest, tensor_bytes, train
@@ -117,7 +117,7 @@ def kill(toy: str, folder: Path, *, step: int = KILLED_AT, **changes: str) -> No
         for name in ("PATH", "HOME", "TMPDIR", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
         if name in os.environ
     }
-    ended = subprocess.run(
+    ended = programs.run(
         [sys.executable, "-c", code], env=keep | environment(folder, **changes), capture_output=True, text=True,
         timeout=HANGING, check=False
     )  # fmt: skip

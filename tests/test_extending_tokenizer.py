@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from drive import ROOT, at_step, environment, logged, newest, tensor_bytes
 from script import NOTHING_OF_TRAINING
@@ -79,7 +80,7 @@ def run(place: Path, script: str, folder: Path, *arguments: str, **changes: obje
     changes = {name: None if value is None else str(value) for name, value in changes.items()}
     command = [sys.executable, str(place / "driver.py"), str(ROOT / script), *arguments]
     env = base | environment(folder, **changes)
-    return subprocess.run(command, env=env, cwd=place, capture_output=True, text=True, timeout=HANGING, check=False)
+    return programs.run(command, env=env, cwd=place, capture_output=True, text=True, timeout=HANGING, check=False)
 
 
 def look(place: Path, script: str, folder: Path, **changes: object) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from drive import ROOT
@@ -119,7 +120,7 @@ def ask(hub: Hub, name: str, cache: Path, **environment: str) -> subprocess.Comp
         "HF_HUB_ETAG_TIMEOUT": str(HANGING),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    return subprocess.run(
+    return programs.run(
         [sys.executable, "-c", ASK, name], cwd=ROOT, env=kept | values | environment, capture_output=True, text=True,
         check=False
     )  # fmt: skip

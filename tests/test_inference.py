@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import programs
 import pytest
 import torch
 from drive import ROOT, TINY, at_step, command, environment, newest
@@ -401,7 +402,7 @@ def test_a_closed_pipe_ends_it_quietly(tmp_path):
     env = {"PATH": os.environ["PATH"]} | environment(
         folder, **NOTHING_OF_TRAINING | {"PROMPT": "a", "MAX_NEW_TOKENS": str(10**12)}
     )
-    with subprocess.Popen([sys.executable, SCRIPT], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    with programs.start([sys.executable, SCRIPT], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         assert child.stdout.read(10) == b"abcdefghab"

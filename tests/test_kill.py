@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
+import programs
 import pytest
 import torch
 from folders import in_best, make_before, next_save_clears_up, steps_of, tidy, whole
@@ -34,9 +35,7 @@ Command = Callable[..., Said]
 def saver() -> Iterator[Command]:
     """Send tests/saver.py a command and return what its children printed; kill the first after `seconds` if given."""
     script = Path(__file__).with_name("saver.py")
-    with subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with programs.start([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 

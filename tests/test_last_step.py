@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from drive import ROOT, at_step, environment, newest, tensor_bytes, train
 
@@ -132,7 +133,7 @@ training.guarded(training.main, settings)
 
 def test_killed_between_the_last_save_and_its_copy_in_best(tmp_path):
     env = {"PATH": os.environ["PATH"]} | environment(tmp_path)
-    done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, env=env, capture_output=True, check=False)
+    done = programs.run([sys.executable, "-c", KILLED], cwd=ROOT, env=env, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert (newest(tmp_path).step, bests(tmp_path)) == (8, [4])
     code, said = train(tmp_path, RESUME="auto")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from drive import ROOT, command, train
 from script import NOTHING_OF_TRAINING, Said, call, copied, script, train_family
@@ -300,7 +301,7 @@ def test_a_trained_child_is_drawn_after_its_parent(tmp_path, tmp_path_factory):
 def outside(folder: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
     """The script in a process of its own, its output in a pipe."""
     words = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(folder / "runs")} | env
-    return subprocess.run(
+    return programs.run(
         [sys.executable, str(ROOT / "scripts" / "plot_run.py")], env=words, capture_output=True, check=True
     )
 

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+import programs
 import pytest
 import torch
 from drive import ROOT, newest, train
@@ -131,7 +131,7 @@ print(json.dumps(found))
 
 def computed(threads: int = 2, **variables: str) -> dict[str, list[str]]:
     command = [sys.executable, "-c", COMPUTE, str(ROOT), str(threads)]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
+    done = programs.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
     found: dict[str, list[str]] = json.loads(done.stdout)
     return found
 

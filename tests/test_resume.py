@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from drive import ROOT, TINY, at_step, command, environment, logged, newest, small_text, tensor_bytes, train
@@ -331,7 +332,7 @@ lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
-    with subprocess.Popen(
+    with programs.start(
         [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
@@ -563,7 +564,7 @@ def of_a_run(checkpoints: Path, run_id: str, *, besides: Path) -> Path:
 def killed_at(step: int, folder: Path, **changes: str) -> None:
     """Train in a separate process that SIGKILL ends right after a step."""
     env = {"PATH": os.environ["PATH"]} | environment(folder, **changes)
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -18,6 +18,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import programs
 import pytest
 import shards
 import torch
@@ -212,7 +213,7 @@ def pair() -> Iterator[Command]:
 
 def script() -> subprocess.Popen[str]:
     """Start tests/shards.py in a process group of its own."""
-    return subprocess.Popen(
+    return programs.start(
         [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
 
