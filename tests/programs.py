@@ -20,12 +20,12 @@ import forkserver
 from work import HANGING
 
 # Variables that the interpreter or a library reads once, as it starts. Each set of values of SERVED has a server of its
-# own; a program with other variables of this kind is started afresh.
+# own; a program with other variables of this kind is started afresh. How threads wait changes no result.
 ONCE = re.compile(
-    "PYTHON(?!_DOTENV_DISABLED)|LD_|LC_|LANG|TZ|MALLOC|OMP_|GOMP_|KMP_|MKL_|OPENBLAS_|ONEDNN_|DNNL_|ATEN_|CUDA_"
+    "PYTHON(?!_DOTENV_DISABLED)|LD_|LC_|LANG|TZ|MALLOC|OMP_(?!WAIT_)|GOMP_|KMP_|MKL_|OPENBLAS_|ONEDNN_|DNNL_|ATEN_|CUDA_"
     "|PYTORCH_|TORCH(?!ELASTIC_|_NCCL_)|TQDM_"
 )
-SERVED = re.compile("LD_LIBRARY_PATH|LC_|LANG|OMP_NUM_THREADS|OMP_WAIT_POLICY")
+SERVED = re.compile("LD_LIBRARY_PATH|LC_|LANG|OMP_NUM_THREADS|PYTHONIOENCODING")
 INHERITED = "TEST_FORK_SERVER"  # a variable with the number of the control socket
 Variables = tuple[tuple[str, str], ...]
 SERVERS = 3  # at most: each takes some hundred megabytes
@@ -158,7 +158,7 @@ def _server(once: Variables) -> socket.socket | None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, forkserver.__file__, str(theirs.fileno())], env=dict(once), pass_fds=[theirs.fileno()],
+                [sys.executable, forkserver.__file__, str(theirs.fileno())], env={"OMP_WAIT_POLICY": "PASSIVE"} | dict(once), pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )  # fmt: skip
         atexit.register(process.wait)

@@ -1,6 +1,7 @@
 """Every command of the README, as written, in a copy of the checkout, with a tiny model set through the environment."""
 
 import html
+import os
 import re
 import shutil
 
@@ -49,14 +50,11 @@ def test_the_readme_has_the_commands_of_a_first_visit():
     assert len(README.splitlines()) < 115  # a screen and a half
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_every_command_runs_as_written(shell, tmp_path):
+def test_every_command_runs_as_written(tmp_path):
     """Those of the README, then those of docs/commands.md, in their order: each builds on the files of those before it."""
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
     checkout = copied_checkout(tmp_path)
     said = {
-        command: run(command, checkout, shell=shell, **TINY | SHORT.get(command, {}))
+        command: run(command, checkout, **TINY | SHORT.get(command, {}))
         for command in COMMANDS
         if command != NOT_FROM_INSIDE
     }
@@ -74,6 +72,35 @@ def test_every_command_runs_as_written(shell, tmp_path):
     assert "is finished: 1000 of 1000 steps" in by_word["RESUME=auto"].stderr
     exported = next((checkout / "exported").glob("checkpoint_*/model.safetensors"))
     assert (exported.parent / "tokenizer.json").is_file()
+
+
+# Prints its name, its arguments and its variables, but for those in which a shell notes what it does.
+PRINTING = """#!/bin/sh
+printf '%s\\n' "${0##*/}" "$@"
+env | grep -v '^\\(_\\|SHLVL\\|LOGNAME\\|PWD\\|OLDPWD\\)=' | sort
+"""
+
+
+@pytest.fixture
+def in_shell(tmp_path):
+    """Return a function that runs a line in a shell whose programs are PRINTING."""
+    if shutil.which("zsh") is None:
+        pytest.skip("zsh is not installed")
+    for name in ("make", "python3", "torchrun"):
+        (tmp_path / name).write_text(PRINTING)
+        (tmp_path / name).chmod(0o755)
+    return lambda line, shell: run(line, tmp_path, shell=shell, PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_zsh_starts_the_same_programs_as_bash(in_shell):
+    """With the same arguments and variables; what they do then is tested above."""
+    for command in COMMANDS:
+        bash, zsh = (in_shell(command, shell) for shell in ("bash", "zsh"))
+        assert (bash.returncode, bash.stdout, bash.stderr) == (zsh.returncode, zsh.stdout, zsh.stderr) != (0, "", "")
+
+
+def test_control_a_line_that_only_bash_takes_is_noticed(in_shell):
+    assert [in_shell("make *.none", shell).returncode for shell in ("bash", "zsh")] == [0, 1]
 
 
 def test_the_picture_of_the_first_run_is_of_the_run_that_the_text_describes():

@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import drive
+import programs
 import pytest
 import torch
 from drive import ROOT, at_step, environment, newest, tensor_bytes
@@ -114,6 +115,7 @@ UNHEARD = {
     "closed": (">&- 2>&- <&-", {}),
     "ascii": (">out", {"PYTHONIOENCODING": "ascii:strict"}),
 }
+OPENED = {">/dev/full 2>/dev/full": ("/dev/full", "/dev/full"), ">out": ("out", os.devnull)}
 TRAINED = {"TRAINING_STEPS": "8", "CHECKPOINT_INTERVAL": "4"}
 
 
@@ -130,17 +132,25 @@ def trained(tmp_path_factory):
 
 
 def unheard(name: str, folder: Path, redirection: str, *, cwd: Path | None = None, **changes: str | None) -> int:
-    """Return the exit code of a script in a shell that redirects its streams."""
+    """Return the exit code of a script whose streams are redirected as by a shell."""
     kept = {each: os.environ[each] for each in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
             if each in os.environ}  # fmt: skip
     values = environment(folder, **(changes if name == "training" else NOTHING_OF_TRAINING | changes))
     path = ROOT / ("training.py" if name == "training" else f"scripts/{name}.py")
-    line = f'"$0" "$1" {redirection}'
-    done = subprocess.run(
-        ["bash", "-c", line, sys.executable, str(path)], cwd=cwd or folder, env=kept | values, timeout=HANGING,
-        check=False, capture_output=True, input=b"Dear\n",
-    )  # fmt: skip
-    return done.returncode
+    options = {"cwd": cwd or folder, "env": kept | values, "input": b"Dear\n"}
+    if redirection not in OPENED:  # a program that starts with closed streams has none
+        line = f'"$0" "$1" {redirection}'
+        done = subprocess.run(
+            ["bash", "-c", line, sys.executable, str(path)],
+            timeout=HANGING,
+            check=False,
+            capture_output=True,
+            **options,
+        )
+        return done.returncode
+    out, err = (options["cwd"] / each for each in OPENED[redirection])
+    with open(out, "wb") as stdout, open(err, "wb") as stderr:
+        return programs.run([sys.executable, path], stdout=stdout, stderr=stderr, **options).returncode
 
 
 SCRIPTS = {
