@@ -35,7 +35,7 @@ def main(settings: Config, log: Log) -> int:
     if output:
         check_output(output)
     folders = chosen(settings.run, Path(settings.runs_dir))
-    runs = labelled(with_parents(folders, log), Path(settings.runs_dir))
+    runs = labelled(with_parents(folders, log))
     if not any(run.lines for run in runs):
         raise DataError(
             f"{', '.join(map(shown, folders))}: {METRICS} is empty; a run writes a line every LOG_INTERVAL steps"
