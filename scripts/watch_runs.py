@@ -54,7 +54,9 @@ def listening(host: str, port: int) -> socket.socket:
         return socket.create_server(where[:2], family=family)
     except OSError as error:
         remedy = "set another PORT, 0 for any that is free" if port else "set SERVE_HOST to an address of this machine"
-        raise ConfigError([f"SERVE_HOST={host} PORT={port}: cannot be listened on ({in_words(error)}): {remedy}"]) from error
+        raise ConfigError(
+            [f"SERVE_HOST={host} PORT={port}: cannot be listened on ({in_words(error)}): {remedy}"]
+        ) from error
 
 
 def address(server: socket.socket) -> str:

@@ -9,7 +9,17 @@ from typing import Any
 
 STATIC = Path(__file__).resolve().parent / "static"
 LIBRARY = ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
-MODULES = ("text", "source", "table", "chart", "charts", "lineage", "details", "prompt", "page")  # none imports a later one
+MODULES = (
+    "text",
+    "source",
+    "table",
+    "chart",
+    "charts",
+    "lineage",
+    "details",
+    "prompt",
+    "page",
+)  # none imports a later one
 IMPORT = re.compile(r"^import \{[^}]*\} from \"\./\w+\.js\";\n", re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|let|class) )", re.MULTILINE)
 

@@ -59,6 +59,7 @@ class Library:
         self._damaged: list[Found] = []
         self._guard = threading.RLock()
         self._due = 0.0  # monotonic seconds
+        self._held = False  # whether `hold` gave the runs, which no file changes any more
 
     def look(self) -> int:
         """Look at the disk if the last look is long enough ago; return the version, which a change raises."""
@@ -89,8 +90,9 @@ class Library:
         with self._guard:
             runs = self._known(ids)
             for each in runs.values():
-                if each.file.has_changed():
+                if not self._held and each.file.has_changed():
                     each.file.read_on()
+                    each.stale = True
             return {
                 "labels": labels({run: each.settings for run, each in runs.items()}),
                 "curves": {run: curves(each.file.splits, window) for run, each in runs.items()},
@@ -108,7 +110,7 @@ class Library:
     def hold(self, drawn: Iterable[Drawn]) -> list[str]:
         """Take runs that were read before, in place of those of the folder; return their ids."""
         with self._guard:
-            self._runs = {}
+            self._runs, self._held = {}, True
             for run in drawn:
                 file = Followed(run.folder / METRICS, splits=as_columns(run.lines))
                 trained = seems_trained(run.folder, run.folder.name)
@@ -190,5 +192,3 @@ def _changed_at(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-

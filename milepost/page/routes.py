@@ -51,9 +51,11 @@ def routes(library: Library, *, names: Iterable[str] = (), stopping: Callable[[]
             window = window_of(request)
         except ValueError:
             return PlainTextResponse(f"expected axis ({', '.join(AXES)}), from and to, numbers\n", 400, HEADERS)
+        await run_in_threadpool(library.look)
         return answer(await run_in_threadpool(library.curves, ids_of(request), window))
 
     async def details(request: Request) -> Response:
+        await run_in_threadpool(library.look)
         return answer(await run_in_threadpool(library.details, ids_of(request)))
 
     async def events(request: Request) -> Response:

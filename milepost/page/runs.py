@@ -156,5 +156,3 @@ def settings_shown(settings: dict[str, str]) -> dict[str, str]:
 def labels(settings: dict[str, dict[str, str]]) -> dict[str, str]:
     """Return for each run the settings in which the runs differ, as one harmless line."""
     return {run: plain(text, length=500) for run, text in config.labels(settings).items()}
-
-

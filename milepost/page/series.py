@@ -22,8 +22,7 @@ def curves(splits: Splits, window: Window | None = None) -> dict[str, dict[str, 
         split: {
             name: found
             for name in columns.fields
-            if name not in AXES
-            and (found := series(columns, name, since=since, points=points_of(name), window=window))
+            if name not in AXES and (found := series(columns, name, since=since, points=points_of(name), window=window))
         }
         for split, columns in splits.items()
     }

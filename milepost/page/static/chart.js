@@ -64,8 +64,8 @@ function options(chart, { place, readout, height, fromZero, zoom }) {
     cursor: { sync: { key: "runs" }, drag: { setScale: false }, points: { size: 7 } },
     scales: { x: { time: false, range: (_, min, max) => chart.view.window ?? (min === max ? [min - 1, max + 1] : [min, max]) }, y },
     axes: [
-      { ...axis, values: (_, splits) => splits.map((x) => figure(x)), space: 70 },
-      { ...axis, size: 62, values: (_, splits) => splits.map((v) => (v === null ? "" : figure(v))) },
+      { ...axis, values: (_, splits) => splits.map((x) => figure(x)), size: 30, space: 55 },
+      { ...axis, size: 62, space: 24, values: (_, splits) => splits.map((v) => (v === null ? "" : figure(v))) },
     ],
     series: [{}, ...chart.lines.map(seriesOf)],
     hooks: {

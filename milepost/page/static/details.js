@@ -20,13 +20,13 @@ export function showCheckpoints(runs, ids, details) {
     element("td", { class: "number" }, loss(each.loss)),
     element("td", { class: "number" }, amount(each.bytes, "B")),
     element("td", {}, each.resumable ? "yes" : "no"),
-    element("td", {}, [each.best ? "best" : "", each.latest ? "latest" : ""].filter(Boolean).join(", ")),
-    element("td", {}, each.saved_at.slice(0, 16).replace("T", " ")),
+    element("td", { class: "number" }, [each.best ? "best" : "", each.latest ? "latest" : ""].filter(Boolean).join(", ")),
+    element("td", { class: "number" }, each.saved_at.slice(0, 16).replace("T", " ")),
     element("td", { class: "path" }, each.path))));
   const parents = ids.map((id) => runs.get(id)).filter((run) => run.parent).map((run) => element("li", {}, beginning(run)));
-  const head = ["run", "step", "loss", "size", "resumable", "", "saved (UTC)", "path"];
+  const head = ["run", "step", "loss", "size", "resumable", "marks", "saved (UTC)", "path"];
   byId("checkpoints").replaceChildren(...(rows.length
-    ? [legendOfDots(), element("details", { open: rows.length <= 12 }, element("summary", {}, `${rows.length} checkpoints`), scrolled("Checkpoints", table("newest of each run first", head, rows)))]
+    ? [legendOfDots(), element("details", { open: rows.length <= 12 }, element("summary", {}, `${rows.length} checkpoints`), scrolled("Table of checkpoints", table("newest of each run first", head, rows)))]
     : [element("p", { class: "about" }, "No checkpoint of these runs is in the checkpoint folder.")]),
     parents.length ? element("ul", { class: "plain" }, parents) : "");
 }
@@ -76,6 +76,6 @@ export function showSettings(runs, chosen, details) {
   const words = shown.length > 1 ? `${count} of ${names.length} settings differ, and stand first` : `${names.length} settings`;
   const open = byId("settings-table").querySelector("details")?.open ?? false;
   byId("settings-table").replaceChildren(element("details", { open }, element("summary", {}, words),
-    scrolled("Settings", table("settings that decide the weights", ["setting", ...shown.map((id) => runs.get(id).name)], sorted.map(row)))));
+    scrolled("Table of settings", table("settings that decide the weights", ["setting", ...shown.map((id) => runs.get(id).name)], sorted.map(row)))));
 }
 

@@ -14,7 +14,7 @@ export function showRuns(runs, chosen, toggle) {
   const caption = found.length === runs.size ? `${runs.size} runs` : `${found.length} of ${runs.size} runs`;
   const list = byId("run-list");
   const scroll = list.firstElementChild?.scrollTop ?? 0;
-  list.replaceChildren(scrolled("Runs", table(caption, ["run", "step", "train", "val"], rows)));
+  list.replaceChildren(scrolled("List of runs", table(caption, ["run", "step", element("span", { class: "train" }, "train"), "val"], rows)));
   list.firstElementChild.scrollTop = scroll;
   list.querySelector(`[data-run="${focused}"]`)?.focus({ preventScroll: true });
   byId("more").hidden = found.length <= visible;
@@ -34,12 +34,12 @@ function row(run, chosen, toggle) {
   const swatch = element("span", { class: `swatch color${box.checked ? colorOf(chosen, run.id) : "-none"}`, "aria-hidden": "true" });
   const about = element("span", { class: "about" },
     element("span", { class: `state ${run.state}` }, run.state), run.note ? ` ${run.note}` : "",
-    run.time === null ? "" : ` ${moment(run.time)}`);
+    run.time === null ? "" : " ", run.time === null ? "" : element("span", { class: "moment" }, moment(run.time)));
   return element("tr", {},
     element("th", { scope: "row" }, element("label", { class: "run" }, box, swatch, element("span", { class: "name" }, run.name)), about),
-    element("td", {}, figure(run.step), run.steps ? element("span", { class: "of" }, ` / ${figure(run.steps)}`) : ""),
-    element("td", {}, loss(run.loss)),
-    element("td", {}, loss(run.validation)));
+    element("td", { class: "number" }, figure(run.step), run.steps ? element("span", { class: "of" }, `of ${figure(run.steps)}`) : ""),
+    element("td", { class: "number train" }, loss(run.loss)),
+    element("td", { class: "number" }, loss(run.validation)));
 }
 
 export const COLORS = 8;
