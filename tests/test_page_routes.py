@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
 from urllib.parse import quote
 
 import httpx
@@ -36,7 +35,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def client(folder: Path) -> Iterator[httpx.Client]:
     library = Library(folder / "runs", folder / "checkpoints")
-    with served(Starlette(routes=routes(library))) as address, httpx.Client(base_url=address, timeout=HANGING) as client:
+    with (
+        served(Starlette(routes=routes(library))) as address,
+        httpx.Client(base_url=address, timeout=HANGING) as client,
+    ):
         yield client
 
 
@@ -63,7 +65,9 @@ PATHS = ["/", "/api/runs", "/api/curves", "/api/details", "/api/events"]
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "", "[::1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "", "[::1"]
+)
 def test_a_name_that_another_site_made_point_here_is_refused(path: str, host: str, client: httpx.Client) -> None:
     assert client.get(path, headers={"Host": host}).status_code == 421
 
@@ -93,10 +97,14 @@ def test_a_request_names_no_path(run: str, client: httpx.Client) -> None:
     assert client.get(f"/api/{quote(run[:99], safe='')}").status_code == 404
 
 
-@pytest.mark.parametrize("query", [{"axis": "step"}, {"axis": "odd", "from": "1", "to": "2"}, {"axis": "step", "from": "x", "to": "2"}])
+@pytest.mark.parametrize(
+    "query", [{"axis": "step"}, {"axis": "odd", "from": "1", "to": "2"}, {"axis": "step", "from": "x", "to": "2"}]
+)
 def test_a_window_that_is_none_is_refused(query: dict[str, str], client: httpx.Client) -> None:
     assert client.get("/api/curves", params={"run": BASE_ID} | query).status_code == 400
-    assert client.get("/api/curves", params={"run": BASE_ID, "axis": "step", "from": "nan", "to": "inf"}).json()["curves"] == {BASE_ID: {"train": {}, "validation": {}}}
+    assert client.get("/api/curves", params={"run": BASE_ID, "axis": "step", "from": "nan", "to": "inf"}).json()[
+        "curves"
+    ] == {BASE_ID: {"train": {}, "validation": {}}}
 
 
 def test_nothing_but_reading_is_answered(client: httpx.Client) -> None:

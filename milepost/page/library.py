@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 from milepost import ckpt, config
 from milepost.ckpt import Found
 from milepost.ckpt.manifest import is_regular

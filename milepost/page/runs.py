@@ -99,7 +99,7 @@ def resume_line(found: Iterable[Found], *, checkpoint_dir: Path, runs_dir: Path)
 
 def checkpoints(found: Iterable[Found]) -> list[Json]:
     """Return the checkpoints of a run, oldest first."""
-    own = [each for each in found]
+    own = list(found)
     best, latest = ckpt.lowest_loss(own), ckpt.latest(own)
     return [
         {

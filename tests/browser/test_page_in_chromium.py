@@ -164,9 +164,13 @@ def test_a_prompt_streams_into_four_columns(mode: str, browser: Browser, folder:
         page.select_option("#prompt-mode", mode)
         page.fill("#prompt-text", XSS[0])
         page.click("#prompt-send")
-        page.wait_for_function("() => [...document.querySelectorAll('#answers .about')].filter(e => e.textContent === 'done').length === 4")
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('#answers .about')].filter(e => e.textContent === 'done').length === 4"
+        )
         texts = page.locator("#answers pre").all_inner_texts()
-        assert texts == [f"{name} of {XSS[0]} <img src=x onerror='window.hit=1'> end" for name in (*MODELS[:3], MODELS[4])]
+        assert texts == [
+            f"{name} of {XSS[0]} <img src=x onerror='window.hit=1'> end" for name in (*MODELS[:3], MODELS[4])
+        ]
         assert page.evaluate("window.hit") is None
 
 
@@ -177,7 +181,9 @@ def test_what_a_server_of_models_refuses_is_shown(browser: Browser, folder: Path
         page.wait_for_selector("#prompt-text")
         page.fill("#prompt-text", "Dear")
         page.click("#prompt-send")
-        page.wait_for_function("() => document.querySelector('#answers').textContent.includes('failed: the queue is full')")
+        page.wait_for_function(
+            "() => document.querySelector('#answers').textContent.includes('failed: the queue is full')"
+        )
 
 
 def hostile(folder: Path) -> Path:
@@ -205,7 +211,9 @@ def test_hostile_texts_do_nothing(way: str, browser: Browser, tmp_path: Path) ->
         page = stack.enter_context(opened(browser, address))
         for box in page.locator("#run-list [type=checkbox]").all():
             box.check()
-        page.wait_for_function("count => document.querySelectorAll('#sample-list pre').length === count", arg=len(XSS) + 1)
+        page.wait_for_function(
+            "count => document.querySelectorAll('#sample-list pre').length === count", arg=len(XSS) + 1
+        )
         for summary in page.locator("summary").all():
             summary.click()
         assert page.evaluate("window.hit") is None
@@ -230,9 +238,16 @@ def test_a_script_that_got_into_the_page_is_refused(browser: Browser, folder: Pa
         page = visit.new_page()
         page.goto(address)
         page.wait_for_selector("#loss canvas")
-        assert page.evaluate("() => { try { document.body.innerHTML = '<b>'; } catch (error) { return error.name; } }") == "TypeError"
-        page.evaluate("() => { const s = document.createElement('script'); try { s.textContent = 'window.hit=1'; } catch {} document.body.append(s); }")
-        page.evaluate("() => { try { document.body.setAttribute('onclick', 'window.hit=1'); } catch {} document.body.click(); }")
+        assert (
+            page.evaluate("() => { try { document.body.innerHTML = '<b>'; } catch (error) { return error.name; } }")
+            == "TypeError"
+        )
+        page.evaluate(
+            "() => { const s = document.createElement('script'); try { s.textContent = 'window.hit=1'; } catch {} document.body.append(s); }"
+        )
+        page.evaluate(
+            "() => { try { document.body.setAttribute('onclick', 'window.hit=1'); } catch {} document.body.click(); }"
+        )
         assert page.evaluate("window.hit") is None
 
 
