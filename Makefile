@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# make test-exchange: test against other programs. make test-llama: test in llama.cpp, which is built from source.
-.PHONY: train test coverage test-filesystems test-exchange test-llama check soak soak-filesystems soak-exact bench bench-long docs clean
+# make test-exchange: test against other programs. make test-llama: test in llama.cpp, which is built from source. make test-browser: in Chromium.
+.PHONY: train test coverage test-filesystems test-exchange test-llama test-browser check soak soak-filesystems soak-exact bench bench-long docs clean
 
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
@@ -30,6 +30,10 @@ test-exchange: $(VENV)/.exchange
 
 test-llama: $(VENV)/.llama
 	$(BIN)/python -m pytest -q tests/llama
+
+# The page of watch_runs.py in Chromium, which pip does not bring: apt-get install chromium.
+test-browser: $(VENV)/.browser
+	$(BIN)/python -m pytest -q tests/browser
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -86,6 +90,10 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt
 
 $(VENV)/.exchange: $(VENV)/.dev requirements-exchange.txt
 	$(BIN)/python -m pip install --quiet -r requirements-exchange.txt
+	touch $@
+
+$(VENV)/.browser: $(VENV)/.dev requirements-browser.txt
+	$(BIN)/python -m pip install --quiet -r requirements-browser.txt
 	touch $@
 
 $(VENV)/.llama: $(VENV)/.exchange requirements-llama.txt

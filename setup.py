@@ -5,5 +5,10 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["milepost*", "models"]), "milepost.data", "milepost.scripts"],
     package_dir={"milepost.data": "data", "milepost.scripts": "scripts"},
-    package_data={"milepost": ["py.typed"], "milepost.text": ["gpt2/*"], "milepost.data": ["dear_wren.md"]},
+    package_data={
+        "milepost": ["py.typed"],
+        "milepost.text": ["gpt2/*"],
+        "milepost.page": ["static/*", "static/uplot/*"],
+        "milepost.data": ["dear_wren.md"],
+    },
 )

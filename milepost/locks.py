@@ -172,6 +172,20 @@ def is_trained(folder: Path, run_id: str) -> bool:
     return True
 
 
+def seems_trained(folder: Path, run_id: str) -> bool:
+    """Whether the lock of the run is held at this moment. Unlike `is_trained` it does not wait, so that a process that only
+    looks counts too, and it changes nothing where this process may not write.
+    """
+    path = folder / f".run-{run_id}.lock"
+    if not (path.exists() or path.with_suffix(".owner").exists()):
+        return False
+    with contextlib.suppress(OSError):
+        if (lock := OwnedLock(path)).acquire(patience=0):
+            lock.release(remove=True)
+            return False
+    return True
+
+
 @contextlib.contextmanager
 def hold_run(folder: Path, run_id: str) -> Iterator[None]:
     """Hold the lock of a run, so that no process trains it meanwhile. Raise RunLockedError if one does."""

@@ -214,11 +214,25 @@ def how_to_resume(run: Run) -> str:
     if processes < run.world.size:
         return f"{saved}; resume with the same torchrun commands and RESUME=auto"
     # The checkpoint itself and every folder, so that neither another run nor another folder continues.
-    folders = {name: Path(getattr(run.settings, name.lower())) for name in ("CHECKPOINT_DIR", "RUNS_DIR")}
-    variables = {"RESUME": latest.path} | folders | _base_variable(run)
-    return (
-        f"{saved}; resume with: {command_line(TRAINING, processes=processes if processes > 1 else None, **variables)}"
-    )
+    settings = run.settings
+    command = resume_command(
+        latest.path, checkpoint_dir=Path(settings.checkpoint_dir), runs_dir=Path(settings.runs_dir),
+        processes=processes if processes > 1 else None, base=_base_variable(run),
+    )  # fmt: skip
+    return f"{saved}; resume with: {command}"
+
+
+def resume_command(
+    path: Path,
+    *,
+    checkpoint_dir: Path,
+    runs_dir: Path,
+    processes: int | None = None,
+    base: dict[str, Any] | None = None,
+) -> str:
+    """Return the shell command that resumes training from a checkpoint. `base` is the variable that names its base."""
+    folders = {"CHECKPOINT_DIR": checkpoint_dir, "RUNS_DIR": runs_dir}
+    return command_line(TRAINING, processes=processes, RESUME=path, **folders, **(base or {}))
 
 
 def _latest_saved(run: Run) -> ckpt.Found | None:

@@ -2,6 +2,7 @@
 
 python3 scripts/plot_run.py
 RUN=latest,20251110 OUTPUT=curves.png python3 scripts/plot_run.py
+RUN=latest OUTPUT=report.html python3 scripts/plot_run.py
 """
 
 import sys
@@ -9,7 +10,7 @@ import sys
 sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-READS = ("RUN", "OUTPUT", "RUNS_DIR")
+READS = ("RUN", "OUTPUT", "RUNS_DIR", "CHECKPOINT_DIR")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import importlib.util
@@ -20,6 +21,7 @@ from milepost.ckpt.manifest import is_regular
 from milepost.ckpt.selection import is_run
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.page.report import write_report
 from milepost.plots.curves import METRICS, labelled, last_time, with_parents
 from milepost.plots.picture import SUFFIXES, draw_file
 from milepost.plots.terminal import draw_terminal
@@ -27,6 +29,7 @@ from milepost.runtime.progress import Log, shown
 from milepost.text.errors import DataError
 
 MAX_NAMED = 8  # runs in a message
+PAGE = ".html"  # the page of watch_runs.py, with the data in it
 
 
 def main(settings: Config, log: Log) -> int:
@@ -35,13 +38,16 @@ def main(settings: Config, log: Log) -> int:
     if output:
         check_output(output)
     folders = chosen(settings.run, Path(settings.runs_dir))
-    runs = labelled(with_parents(folders, log), Path(settings.runs_dir))
+    runs = labelled(with_parents(folders, log))
     if not any(run.lines for run in runs):
         raise DataError(
             f"{', '.join(map(shown, folders))}: {METRICS} is empty; a run writes a line every LOG_INTERVAL steps"
         )
     if output:
-        draw_file(runs, output)
+        if output.suffix.lower() == PAGE:
+            write_report(runs, output, checkpoint_dir=Path(settings.checkpoint_dir), runs_dir=Path(settings.runs_dir))
+        else:
+            draw_file(runs, output)
         log(f"drawn: {shown(output)}")
     else:
         draw_terminal(runs)
@@ -50,11 +56,11 @@ def main(settings: Config, log: Log) -> int:
 
 def check_output(output: Path) -> None:
     """Raise ConfigError if OUTPUT cannot be written, before anything is read."""
-    if output.suffix.lower() not in SUFFIXES or output.is_dir() or not output.parent.is_dir():
+    if output.suffix.lower() not in {PAGE, *SUFFIXES} or output.is_dir() or not output.parent.is_dir():
         raise ConfigError(
-            [f"OUTPUT={output}: expected a file name that ends in .png, .svg or .pdf, in an existing folder"]
+            [f"OUTPUT={output}: expected a file name that ends in .html, .png, .svg or .pdf, in an existing folder"]
         )
-    if importlib.util.find_spec("matplotlib") is None:
+    if output.suffix.lower() != PAGE and importlib.util.find_spec("matplotlib") is None:
         remedy = "pip install matplotlib, or unset OUTPUT to plot on the terminal"
         raise ConfigError([f"OUTPUT={output}: plotting into a file needs matplotlib: {remedy}"])
 

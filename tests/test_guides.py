@@ -54,6 +54,7 @@ NOT_RUN = {
     "python3 -m venv ": "a registry of packages follows it",
     ".venv/bin/python -m pip ": "a registry of packages",
     "docker ": "a daemon of Docker; tests/test_installing.py checks its files",
+    "python3 scripts/watch_runs.py": "a server, which runs until a signal; tests/test_page_routes.py starts it",
     "make test": "these tests, from inside themselves",
     "make check": "ruff and mypy, which CI runs",
     "make train": "tests/test_readme.py runs it",

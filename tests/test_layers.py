@@ -45,12 +45,13 @@ ALLOWED = ROOMS | {
     "cli": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
     "plots": BELOW_RUN,
+    "page": BELOW_RUN | {"run", "resume", "reporting", "plots"},
     "publish": BELOW_RUN,
     "run_files": BELOW_RUN | {"run", "run_mirror"},
     "run_checkpoints": BELOW_RUN | {"run", "run_mirror", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
     "training": BELOW_TRAINING,
-    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "publish"},
+    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "page", "publish"},
     "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"start", "api"},  # the latter when a name of it is first used
 }

@@ -412,7 +412,7 @@ def test_without_matplotlib_only_a_file_is_refused(folder, monkeypatch):
 def test_an_impossible_output_is_refused(name, folder):
     said = drawn(folder, OUTPUT=str(folder / name))
     assert (said.code, said.out) == (2, "")
-    assert "expected a file name that ends in .png, .svg or .pdf, in an existing folder" in said.err
+    assert "expected a file name that ends in .html, .png, .svg or .pdf, in an existing folder" in said.err
 
 
 def test_as_a_user_runs_it(tmp_path):

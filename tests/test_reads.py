@@ -88,7 +88,7 @@ RUNS = {
     "evaluate_checkpoint": {"EVAL_DATA": "letters.txt"},
     "compare_samples": {"MAX_NEW_TOKENS": "3", "PROMPT": "a"},
     "convert_checkpoint": {"CHECKPOINT_LAYOUT": "directory"},
-    "plot_run": {},
+    "plot_run": {"OUTPUT": "report.html"},
     "prune_checkpoints": {"CHECKPOINT_KEEP_LAST": "1"},
 }
 

@@ -311,8 +311,11 @@ class Config:
     gguf_type: str = var("f16", "dtype of the matrices that CONVERT_TO=gguf writes; q8_0 has half the bytes of f16 and is nearly as good",
         group="Tools", choices=("f32", "f16", "q8_0"), needs="CONVERT_TO=gguf")
     output: str | None = var(None, "folder or file that scripts/convert_checkpoint.py writes; not set: beside the checkpoint, or exports/ for an "
-        "export; required for a whole folder. File that scripts/plot_run.py draws into (.png .svg .pdf) instead of the terminal, and that "
+        "export; required for a whole folder. File that scripts/plot_run.py draws into (.html .png .svg .pdf) instead of the terminal, and that "
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
+    port: int = var(8000, "TCP port that scripts/watch_runs.py listens on; 0: any free one, which is logged", group="Tools", minimum=0, maximum=65535)
+    serve_host: str = var("127.0.0.1", "address or host name that scripts/watch_runs.py listens on; 0.0.0.0: all of this machine, so that others reach it",
+        group="Tools")
     prune_others: str | None = var(None, "beginnings of the names of other programs' checkpoint files, joined by commas, to which "
         "scripts/prune_checkpoints.py applies the policy too: ckpt_ for ckpt_1000.pt, ckpt_2000.pt, ...; not set: they stay", group="Tools")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete, scripts/publish_checkpoint.py only shows what it would "

@@ -45,6 +45,7 @@ class Drawn(NamedTuple):
     lines: list[dict[str, Any]]
     parent: dict[str, Any] | None
     requested: bool
+    folder: Path
     label: str = ""  # what tells it apart from the other runs that are drawn
 
 
@@ -68,7 +69,7 @@ def with_parents(folders: list[Path], log: Log) -> list[Drawn]:
 
 def drawable(folder: Path, *, requested: bool) -> Drawn:
     """Return the run of a folder with all its lines."""
-    return Drawn(folder.name, lines_of(folder), parent_of(folder), requested)
+    return Drawn(folder.name, lines_of(folder), parent_of(folder), requested, folder)
 
 
 def ancestors(run: Drawn, runs_dir: Path, log: Log) -> Iterator[tuple[str, int]]:
@@ -94,15 +95,22 @@ def weights_only(run: Drawn) -> bool:
 
     A resumed run trains from the parent's step on, and may validate at that step.
     """
-    step = run.parent.get("step") if run.parent else None
+    first = {split: min((line["step"] for line in run.lines if line.get("split") == split), default=None)
+             for split in ("train", "validation")}  # fmt: skip
+    return begins_anew(run.parent, **first)
+
+
+def begins_anew(parent: dict[str, Any] | None, *, train: float | None, validation: float | None) -> bool:
+    """Return whether a run whose lines begin at these steps counts its steps from 0 and not from its parent's."""
+    step = parent.get("step") if parent else None
     if not isinstance(step, int):
         return False
-    return step == 0 or any(line["step"] < step + (line.get("split") == "train") for line in run.lines)
+    return step == 0 or (train is not None and train <= step) or (validation is not None and validation < step)
 
 
-def labelled(runs: list[Drawn], runs_dir: Path) -> list[Drawn]:
+def labelled(runs: list[Drawn]) -> list[Drawn]:
     """Return the runs, each with the settings in which it differs from the others, and the note on it."""
-    own = {run.name: config.env_values(runs_dir / run.name / "config.env") for run in runs}
+    own = {run.name: config.env_values(run.folder / "config.env") for run in runs}
     texts = {
         name: ", ".join(filter(None, (text, own[name].get("RUN_NOTE")))) for name, text in config.labels(own).items()
     }
@@ -111,9 +119,13 @@ def labelled(runs: list[Drawn], runs_dir: Path) -> list[Drawn]:
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """Return the run's lines that have a time and a step that a float can hold exactly."""
-    lines = read_metrics(folder / METRICS)
-    timed = [line for line in lines if isinstance(line.get("time"), int | float)]
-    return [line for line in timed if isinstance(line.get("step"), int) and abs(line["step"]) < 2**53]
+    return [line for line in read_metrics(folder / METRICS) if is_line(line)]
+
+
+def is_line(line: dict[str, Any]) -> bool:
+    """Return whether a line has a time, and a step that a float can hold exactly."""
+    step = line.get("step")
+    return isinstance(line.get("time"), int | float) and isinstance(step, int) and abs(step) < 2**53
 
 
 def parent_of(folder: Path) -> dict[str, Any] | None:
@@ -141,7 +153,7 @@ def last_time(folder: Path) -> float:
 def panels(runs: list[Drawn]) -> list[Panel]:
     """Return the usual panels, and one for each further metric of the training lines."""
     lines = [line for run in runs for line in run.lines if line.get("split") == "train"]
-    names = dict.fromkeys(name for line in lines for name, y in line.items() if math.isfinite(_number(y)))
+    names = dict.fromkeys(name for line in lines for name, y in line.items() if math.isfinite(number(y)))
     return [
         *PANELS,
         *(Panel(harmless(name, one_line=True), "train", name, False) for name in names if name not in USUAL),
@@ -151,11 +163,11 @@ def panels(runs: list[Drawn]) -> list[Panel]:
 def points(run: Drawn, panel: Panel) -> Points:
     """Return the (step, value) pairs of a run in a panel."""
     own = [line for line in run.lines if line.get("split") == panel.split]
-    values = [(line["step"], _number(line.get(panel.field))) for line in own]
+    values = [(line["step"], number(line.get(panel.field))) for line in own]
     return sorted((step, y) for step, y in values if math.isfinite(y))
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """Return a value as a float; NaN if it is not a number, or so large that arithmetic would overflow."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_VALUE:
         return math.nan

@@ -251,11 +251,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise OSError(errno.EINVAL, "is not a regular file, expected the metrics of a run: remove it", str(path))
-    lines = (_read_line(text) for text in content_of(path).decode(errors="replace").split("\n"))
+    lines = (parse_line(text) for text in content_of(path).decode(errors="replace").split("\n"))
     return [line for line in lines if line is not None]
 
 
-def _read_line(text: str) -> dict[str, Any] | None:
+def parse_line(text: str) -> dict[str, Any] | None:
     """Return the object of a line; if the next line was appended to a torn one, the next line's object."""
     for start in sorted({0, max(0, text.rfind('{"'))}):
         with contextlib.suppress(ValueError, RecursionError):
