@@ -94,7 +94,7 @@ class Config:
     """The resolved settings: one field per variable, in lower case. None means "not set". `read()` builds it."""
 
     # fmt: off
-    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz), folder, glob, "
+    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz or .zst, .parquet .arrow), folder, glob, "
         "several joined by commas, https URL, or the named set tinyshakespeare", group="Data", scope="identity", form="source")
     text_field: str = var("text", "column of a CSV, or member of each JSON object, that holds the text",
         group="Data", scope="identity")

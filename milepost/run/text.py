@@ -20,7 +20,7 @@ from milepost.text.chunks import LongWordError
 from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError, TextFieldError
 from milepost.text.examples import Examples, ExampleSplit, prepare_examples
-from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, open_text
+from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, open_text
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
@@ -52,7 +52,7 @@ class Text:
             "sha256": self.scan.sha256,
             "characters": self.scan.characters,
             "validation_fraction": self.validation_fraction,
-            **({} if self.corpus.reading.verbatim else NORMALIZED),
+            **form_recorded(self.corpus),
             **({"unknown_characters": self.unknown} if self.unknown else {}),
             **({"template": self.template} if isinstance(self.split, ExampleSplit) else {}),
         }

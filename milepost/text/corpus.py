@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import glob
+import itertools
 import os
 import re
 from collections import Counter
@@ -15,7 +16,18 @@ from milepost.text.addresses import masked
 from milepost.text.conversations import Talk, as_pieces, conversations, described, form_of
 from milepost.text.download import DOWNLOAD_LIMIT, fetch, open_https, tiny_shakespeare
 from milepost.text.errors import DataError
-from milepost.text.readers import PLAIN, READERS, SUPPORTED, VERBATIM, Piece, Reading, listed, suffix_of
+from milepost.text.readers import (
+    PLAIN,
+    READERS,
+    SUPPORTED,
+    VERBATIM,
+    Piece,
+    Reading,
+    is_first_type,
+    listed,
+    suffix_of,
+    unpacked_name,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,6 @@ def open_corpus(
     """
     whole = os.path.lexists(os.path.expanduser(source))  # a file name may contain a comma
     parts = [source] if whole else [part.strip() for part in source.split(",") if part.strip()]
-    known = VERBATIM if reading.verbatim else tuple(READERS)
     paths: list[Path] = []
     skipped: list[str] = []
     for part in parts:
@@ -77,7 +88,7 @@ def open_corpus(
                 fetch(part, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_download_bytes, open_url=open_url)
             )
         else:
-            found, others = _local(part, known)
+            found, others = _local(part, reading)
             paths.extend(found)
             skipped.extend(_skipped(part, others))
     if not paths:
@@ -100,40 +111,40 @@ def _skipped(part: str, paths: list[Path]) -> list[str]:
 def _stem(part: str) -> str:
     """Return a part of a source as [a-z0-9_]: the file's name without suffix, else the folder's name."""
     path = Path(re.split("[?#]", part)[0] if "://" in part else os.path.abspath(os.path.expanduser(part)))
-    base = path.name.lower().removesuffix(".gz")
+    base = unpacked_name(path.name)
     base = os.path.splitext(base)[0] if suffix_of(base) in READERS else base
     words = (re.sub(r"[^a-z0-9]+", "_", word.lower()).strip("_") for word in (base, path.parent.name))
     return next(filter(None, words), "text")
 
 
-def _local(part: str, known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+def _local(part: str, reading: Reading) -> tuple[list[Path], list[Path]]:
     """Return the files of a path or glob, in a fixed order, and those of an unsupported type."""
     path = os.path.expanduser(part)
     if os.path.isdir(path):
-        return _in_folder(Path(path), known)
+        return _in_folder(Path(path), reading)
     if os.path.isfile(path):
-        if suffix_of(path) not in known:
+        if suffix_of(path) not in (VERBATIM if reading.verbatim else READERS):
             raise DataError(f"{part}: unsupported file type: expected {SUPPORTED}")
         return [Path(path)], []
     if os.path.exists(path):
         raise DataError(f"{part} is neither a file nor a folder")
     if glob.has_magic(path):
-        return _matching(path, known)
+        return _matching(path, reading)
     raise DataError(f"{part} does not exist: {_nearest(path)}")
 
 
-def _in_folder(folder: Path, known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+def _in_folder(folder: Path, reading: Reading) -> tuple[list[Path], list[Path]]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    found, others = _by_type(files, known)
+    found, others = _by_type(files, reading)
     if not found:
         raise DataError(f"{folder} has no supported file: expected {SUPPORTED}; {_nearest(str(folder / '*'))}")
     return found, others
 
 
-def _matching(pattern: str, known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+def _matching(pattern: str, reading: Reading) -> tuple[list[Path], list[Path]]:
     matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
-    found, others = _by_type(matches, known)
+    found, others = _by_type(matches, reading)
     if not found and matches:
         raise DataError(f"{pattern}: no matching file has a supported type: expected {SUPPORTED}")
     if not found:
@@ -141,11 +152,15 @@ def _matching(pattern: str, known: tuple[str, ...]) -> tuple[list[Path], list[Pa
     return found, others
 
 
-def _by_type(paths: list[Path], known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
-    """Return the files of a `known` type, and the others."""
-    return [path for path in paths if suffix_of(path.name) in known], [
-        path for path in paths if suffix_of(path.name) not in known
-    ]
+def _by_type(paths: list[Path], reading: Reading) -> tuple[list[Path], list[Path]]:
+    """Return the files that a folder or glob is read from, and the others."""
+
+    def is_read(path: Path) -> bool:
+        if reading.verbatim or reading.first_types:
+            return is_first_type(path.name) and (not reading.verbatim or suffix_of(path.name) in VERBATIM)
+        return suffix_of(path.name) in READERS
+
+    return list(filter(is_read, paths)), list(itertools.filterfalse(is_read, paths))
 
 
 def _nearest(path: str) -> str:
