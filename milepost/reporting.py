@@ -35,7 +35,8 @@ def log_start(run: Run) -> None:
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     numerics = f"{shared}{threads}, {run.dtype}, {'compiled' if run.compile_step else 'eager'}"
     log(f"run {run.run_id}: {settings.model_type} on {run.device.type} ({numerics})")
-    sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on"
+    held_out = f", from {shown(text.held_out[0].source)}" if text.held_out else ""
+    sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on{held_out}"
     tokenizer = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
     log(f"data: {shown(text.corpus.source)}: {amount(text.scan.characters)} characters, {tokenizer}; {sizes}")
     if run.tokenizer.kind == "char" and settings.tokenizer == "auto" and settings.is_set("TRAINING_DATA_SOURCE"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pages
 import pytest
 from drive import ROOT, small_text
+from talks import rows
 from test_columnar import table_file
 from test_guides import called
 
@@ -20,6 +21,10 @@ def stories(folder: Path) -> None:
     small_text(folder, name="stories.txt")
 
 
+def held_out(folder: Path) -> None:
+    rows(folder / "held_out.jsonl", [{"text": LETTER * 20}])
+
+
 def stories_table(folder: Path) -> None:
     table_file(folder / "stories.parquet", [{"story": f"{n}: {LETTER}"} for n in range(200)])
 
@@ -27,6 +32,7 @@ def stories_table(folder: Path) -> None:
 # A file that a command names -> what makes it; those that need a package are run by `make test-exchange`.
 FILES: dict[str, Callable[[Path], None]] = {
     "stories.txt": stories,
+    "held_out.jsonl": held_out,
     "stories.parquet": stories_table,
 }
 PACKAGES = ("stories.parquet",)

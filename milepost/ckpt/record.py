@@ -5,7 +5,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -129,8 +129,11 @@ OPTIONAL = ("base", "imported")  # fields of the metadata that are written only 
 TYPES = {
     name: hint for name, hint in typing.get_type_hints(Checkpoint).items() if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }
-TEXTS = {"data": "source", "hyperparameters": "TRAINING_DATA_SOURCE"}  # where a record names its text
-PATHS = TEXTS | {"base": "source"}  # where it names files of the machine that trained it
+TEXTS = (  # where a record names its texts
+    *(("data", name) for name in ("source", "validation_source")),
+    *(("hyperparameters", name) for name in ("TRAINING_DATA_SOURCE", "VALIDATION_DATA")),
+)
+PATHS = (*TEXTS, ("base", "source"))  # where it names files of the machine that trained it
 HEADER = 2048  # bytes that a tensor, or a piece of one, takes besides its own: names, checksums, alignment
 LARGEST = 2**53  # of a number in the metadata: every program that reads JSON has it exactly
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's folder, so it must not lead out of it
@@ -149,9 +152,11 @@ def without_secrets(values: dict[str, Json]) -> dict[str, Json]:
     return _changed(values, TEXTS, masked)
 
 
-def _changed(values: dict[str, Json], places: dict[str, str], change: Callable[[str], str]) -> dict[str, Json]:
+def _changed(
+    values: dict[str, Json], places: Iterable[tuple[str, str]], change: Callable[[str], str]
+) -> dict[str, Json]:
     """Return metadata with `change` applied to the text at each place, a field and a key in it."""
-    for name, key in places.items():
+    for name, key in places:
         source = (values.get(name) or {}).get(key)
         if isinstance(source, str) and change(source) != source:
             values = values | {name: values[name] | {key: change(source)}}

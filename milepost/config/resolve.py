@@ -186,7 +186,9 @@ def to_dict(config: Config) -> dict[str, Json]:
     """
     stored = [name for name, each in VARIABLES.items() if each.metadata["scope"] != "session" or name == "DEVICE"]
     values = {name: getattr(config, name.lower()) for name in stored}
-    values["TRAINING_DATA_SOURCE"] = ",".join(map(_portable, public(config, "TRAINING_DATA_SOURCE").split(",")))
+    for name in stored:
+        if VARIABLES[name].metadata["form"] == "source" and values[name]:
+            values[name] = ",".join(map(_portable, public(config, name).split(",")))
     return values
 
 
@@ -261,6 +263,13 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("MIN_LEARNING_RATE", "LEARNING_RATE", "{} is above {}: set a lower MIN_LEARNING_RATE")
     if config.prompt is not None and config.prompt_file is not None:
         yield pair("PROMPT", "PROMPT_FILE", "{} and {} are both set: unset one")
+    fraction = VARIABLES["VALIDATION_FRACTION"].default
+    if config.validation_data and config.is_set("VALIDATION_FRACTION") and config.validation_fraction != fraction:
+        yield pair(
+            "VALIDATION_DATA",
+            "VALIDATION_FRACTION",
+            "{} is the validation text, and {} would hold out another: unset one",
+        )
     if config.checkpoint_keep_every and not config.checkpoint_keep_last:
         yield pair(
             "CHECKPOINT_KEEP_EVERY",

@@ -35,12 +35,13 @@ DATA_VARIABLES = (
     "PROMPT_FIELD",
     "ANSWER_FIELD",
     "VALIDATION_FRACTION",
+    "VALIDATION_DATA",
 )
 
 # May differ between machines that train together: places on their disks, and files that training never reads. The text and the base of
 # adapters are compared by hash.
 PER_MACHINE = (
-    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "CHECKPOINT_DIR",
+    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "VALIDATION_DATA", "BASE_CHECKPOINT", "CHECKPOINT_DIR",
     "CHECKPOINT_FALLBACK_DIR", "RUNS_DIR", "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
 )  # fmt: skip
 
@@ -110,6 +111,8 @@ class Config:
         group="Data", scope="identity", minimum=257, maximum=1_000_000, needs="TOKENIZER=auto|bpe")
     validation_fraction: float = var(0.1, "fraction of the text, taken from its end, held out for validation",
         group="Data", scope="identity", minimum=0, below=1)
+    validation_data: str | None = var(None, "text to validate on, in the forms of TRAINING_DATA_SOURCE, which is then trained on whole; not set: VALIDATION_FRACTION of it",
+        group="Data", scope="identity", form="source")
     unknown_characters: str = var("refuse", "what to do with characters of a new text or prompt that the vocabulary of a char tokenizer lacks; "
         "replace takes a character such as ?; how many there are is logged", group="Data", scope="habit", choices=("refuse", "skip", "replace"), needs="TOKENIZER=auto|char")
     loss_on: str = var("answers", "tokens of conversations that the model learns to write: those of the assistant, or all",

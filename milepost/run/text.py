@@ -1,5 +1,6 @@
 """The training text of a run: read it, choose its tokenizer, and tokenize it."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,12 +34,16 @@ CACHE_FOLDER = cache_folder(config.user_caches()) / "tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The training text: its fingerprint, and the tokens of both splits; of conversations also their template."""
+    """The training text: its fingerprint, and the tokens of both splits; of conversations also their template.
+
+    `held_out` is the text for validation, if it is not a part of the same text.
+    """
 
     corpus: Corpus
     scan: Scan
     split: token_files.TokenSplit | ExampleSplit
     validation_fraction: float
+    held_out: tuple[Corpus, Scan] | None = None
     template: str | None = None  # None is the plain one
     answers: bool = False  # whether only tokens of answers count
     pack: bool = False  # whether several conversations share a window
@@ -53,9 +58,15 @@ class Text:
             "characters": self.scan.characters,
             "validation_fraction": self.validation_fraction,
             **form_recorded(self.corpus),
+            **(validation_recorded(*self.held_out) if self.held_out else {}),
             **({"unknown_characters": self.unknown} if self.unknown else {}),
             **({"template": self.template} if isinstance(self.split, ExampleSplit) else {}),
         }
+
+
+def validation_recorded(corpus: Corpus, scanned: Scan) -> dict[str, Any]:
+    """Return what a checkpoint records to recognize a text for validation."""
+    return {"validation_source": corpus.source, "validation_sha256": scanned.sha256}
 
 
 def read_text(
@@ -64,55 +75,86 @@ def read_text(
     """Return the training text and its tokenizer: the record's, or else that of the settings. Equal in every process."""
     known = known_text(record.data, record.tokenizer) if record else UNKNOWN_TEXT
     corpus, scanned = world.local_rank0_first(lambda: scan_text(settings, log, known))
-    if len(set(world.all_gather(scanned.sha256))) > 1:
-        raise DataError(f"{corpus.source}: differs between machines; copy the same text to all of them")
+    held_out = world.local_rank0_first(lambda: scan_validation(settings, log, known, corpus))
+    for source, scan in [(corpus, scanned), *([held_out] if held_out else [])]:
+        if len(set(world.all_gather(scan.sha256))) > 1:
+            raise DataError(f"{source.source}: differs between machines; copy the same text to all of them")
     if record:
         tokenizer = build_tokenizer(record)
     else:
-        made = world.on_rank0(lambda: new_tokenizer(settings, corpus, scanned))
+        alphabet = "".join(sorted({*scanned.alphabet, *(held_out[1].alphabet if held_out else "")}))
+        seen = dataclasses.replace(scanned, alphabet=alphabet)
+        made = world.on_rank0(lambda: new_tokenizer(settings, corpus, seen))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
     check_separator(settings.document_separator, tokenizer)
     template = template_of(record.data, tokenizer) if record else tokenizer.chat_template
-    mode = cast(Mode, settings.unknown_characters)
-    try:
-        encoder, remark = world.local_rank0_first(
-            lambda: encoder_of(tokenizer, corpus, scanned, mode=mode, cache_dir=CACHE_FOLDER)
-        )
-        split = world.local_rank0_first(lambda: _tokenized(corpus, scanned, encoder, template, settings, log))
-    except tokenization.UnknownCharacters as error:
-        remedy = "set UNKNOWN_CHARACTERS=skip or replace, or train a new model with TOKENIZER=byte or bpe"
-        raise DataError(f"{corpus.source}: {error}: {remedy}") from error
-    if remark:
-        log(remark)
+    tokenized = functools.partial(_tokenized, tokenizer=tokenizer, template=template, settings=settings, log=log)
+    fraction = fraction_of(settings)
+    split, unknown = world.local_rank0_first(lambda: tokenized(corpus, scanned, fraction=fraction))
+    if held_out:
+        given, _ = world.local_rank0_first(lambda: tokenized(*held_out, fraction=0.0))
+        split = dataclasses.replace(split, validation=given.train)  # type: ignore[arg-type]
     if isinstance(split, token_files.TokenSplit):
         _check_block_size(corpus, split, settings)
     return Text(
         corpus=corpus,
         scan=scanned,
         split=split,
-        validation_fraction=settings.validation_fraction,
-        unknown=mode if remark else None,
+        validation_fraction=fraction,
+        held_out=held_out,
+        unknown=unknown,
         template=template,
         answers=settings.loss_on == "answers",
         pack=settings.packing,
     ), tokenizer
 
 
+def fraction_of(settings: Config) -> float:
+    """Return the fraction of the training text that is held out: none if another text is for validation."""
+    return 0.0 if settings.validation_data else settings.validation_fraction
+
+
+def scan_validation(settings: Config, log: Log, known: Known, corpus: Corpus) -> tuple[Corpus, Scan] | None:
+    """Return VALIDATION_DATA and its fingerprint, in the form of the training text `corpus`; None if it is not set.
+
+    Raise DataError if one of them is conversations and the other is not.
+    """
+    if not settings.validation_data:
+        return None
+    in_form = Known(carriage_returns=known.carriage_returns)
+    found = scan_source(settings.validation_data, log, reading=reading_of(settings), known=in_form)
+    if bool(found[0].reading.form) != bool(corpus.reading.form):
+        talks, plain = (corpus, found[0]) if corpus.reading.form else (found[0], corpus)
+        remedy = "train and validate on texts of one kind"
+        raise DataError(f"{talks.source} holds conversations, {plain.source} does not: {remedy}")
+    return found
+
+
 def _tokenized(
     corpus: Corpus,
     scanned: Scan,
-    encoder: tokenization.Tokenizer,
+    *,
+    tokenizer: tokenization.Tokenizer,
     template: str | None,
+    fraction: float,
     settings: Config,
     log: Log,
-) -> token_files.TokenSplit | ExampleSplit:
-    fraction = settings.validation_fraction
+) -> tuple[token_files.TokenSplit | ExampleSplit, str | None]:
+    """Return the tokens, and what was done with characters that the vocabulary lacks; None if it has all."""
+    mode = cast(Mode, settings.unknown_characters)
+    try:
+        encoder, remark = encoder_of(tokenizer, corpus, scanned, mode=mode, cache_dir=CACHE_FOLDER)
+    except tokenization.UnknownCharacters as error:
+        remedy = "set UNKNOWN_CHARACTERS=skip or replace, or train a new model with TOKENIZER=byte or bpe"
+        raise DataError(f"{corpus.source}: {error}: {remedy}") from error
+    if remark:
+        _log_once(remark, log)
+    place: dict[str, Any] = {"validation_fraction": fraction, "cache_dir": CACHE_FOLDER, "log": log}
     if corpus.reading.form:
-        return prepare_examples(
-            corpus, scanned, encoder, template=template, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
-        )
-    return token_files.prepare(corpus, scanned, encoder, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log)
+        examples = prepare_examples(corpus, scanned, encoder, template=template, **place)
+        return examples, mode if remark else None
+    return token_files.prepare(corpus, scanned, encoder, **place), mode if remark else None
 
 
 def template_of(data: Mapping[str, Any], tokenizer: tokenization.Tokenizer) -> str | None:
@@ -123,12 +165,12 @@ def template_of(data: Mapping[str, Any], tokenizer: tokenization.Tokenizer) -> s
 
 def _check_block_size(corpus: Corpus, split: token_files.TokenSplit, settings: Config) -> None:
     """Raise DataError if a part of the text has no window of BLOCK_SIZE tokens."""
-    fraction, block_size = settings.validation_fraction, settings.block_size
-    largest = largest_block_size(len(split.train), len(split.validation) if fraction else 0)
+    block_size, validates = settings.block_size, settings.validation_data or settings.validation_fraction
+    largest = largest_block_size(len(split.train), len(split.validation) if validates else 0)
     if block_size > largest:
         held = f"{len(split.train)} tokens to train on, {len(split.validation)} to validate on"
         fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
-        remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0)"
+        remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0{', VALIDATION_DATA unset' * bool(settings.validation_data)})"
         raise DataError(f"BLOCK_SIZE={block_size} is too long for this text ({held}): {remedy}")
 
 
