@@ -18,6 +18,7 @@ from milepost.runtime.progress import amount, command_line, duration, shown
 from milepost.runtime.schedule import lr_at
 from milepost.runtime.tables import table
 from milepost.screen import stdout_columns, write_stdout
+from milepost.text.mixtures import MixedBatches
 
 TRAINING = config.ROOT / "training.py"
 LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
@@ -185,11 +186,21 @@ def log_done(run: Run, *, sample: str) -> None:
         else "no validation text"
     )
     run.log(f"done: {state.step} steps, {losses}")
+    if isinstance(run.batches, MixedBatches):
+        log_mixture(run, run.batches)
     write_stdout(sample)
     if run.saved.failed:
         run.log(f"step {state.step} is not saved, for the reason above; {how_to_resume(run)}")
     elif run.saved.path:
         run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.saved.path, **_base_variable(run)))
+
+
+def log_mixture(run: Run, batches: MixedBatches) -> None:
+    """Log how many windows came from each source of a mixture since the run began, and how often each was read."""
+    counts, epochs = batches.windows_by_source(run.state.step), batches.epochs_by_source(run.state.step)
+    rows = zip(run.text.corpus.parts, counts, epochs, strict=True)
+    named = [f"{count / sum(counts):.1%} from {shown(part.source)} (epoch {epoch:.2f})" for part, count, epoch in rows]
+    run.log(f"windows read: {', '.join(named)}")
 
 
 def how_to_resume(run: Run) -> str:

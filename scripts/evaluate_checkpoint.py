@@ -131,6 +131,9 @@ def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
     if scanned.sha256 != record.data.get("sha256"):
         remedy = "set EVAL_DATA, or TRAINING_DATA_SOURCE to that text"
         raise DataError(f"{shown(corpus.source)} is not the text that {name} was trained on: {remedy}")
+    if corpus.parts:
+        problem = f"{name} was trained on a mixture, of which a part of each source is validated on"
+        raise DataError(f"{problem}: set EVAL_DATA to the text to measure it on")
     size = scanned.documents if corpus.reading.form else scanned.characters
     return Text(corpus, scanned, start=split_at(size, fraction))
 

@@ -25,6 +25,15 @@ def held_out(folder: Path) -> None:
     rows(folder / "held_out.jsonl", [{"text": LETTER * 20}])
 
 
+def letters(folder: Path) -> None:
+    rows(folder / "letters.jsonl", [{"text": LETTER * 20}] * 5)
+
+
+def project(folder: Path) -> None:
+    (folder / "project").mkdir()
+    (folder / "project" / "wren.py").write_text("def sing():\n    return 'tseep'\n" * 200, encoding="utf-8")
+
+
 def stories_table(folder: Path) -> None:
     table_file(folder / "stories.parquet", [{"story": f"{n}: {LETTER}"} for n in range(200)])
 
@@ -33,6 +42,8 @@ def stories_table(folder: Path) -> None:
 FILES: dict[str, Callable[[Path], None]] = {
     "stories.txt": stories,
     "held_out.jsonl": held_out,
+    "letters.jsonl": letters,
+    "project": project,
     "stories.parquet": stories_table,
 }
 PACKAGES = ("stories.parquet",)
@@ -41,7 +52,7 @@ COMMANDS = [line for line in pages.commands(PAGE) if re.search(r"\bpython3 \S+\.
 
 def needed(line: str) -> list[str]:
     """The files that a command names."""
-    return [name for name in FILES if re.search(rf"[=, ]{re.escape(name)}\b", line)]
+    return [name for name in FILES if re.search(rf"[=,:']{re.escape(name)}\b", line)]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from milepost.paths import with_home, without_home
 from milepost.screen import harmless
 from milepost.text.addresses import masked
+from milepost.text.sources import with_places
 
 FORMAT_VERSION = 2
 VERSION = "0.1.0"
@@ -143,7 +144,7 @@ def metadata(record: Checkpoint) -> dict[str, Json]:
     """Return everything of a record but its tensors, as JSON values."""
     parts = ["adapters" if record.adapters_only else "model", *["optimizer"] * (record.optimizer_state is not None)]
     values = {name: getattr(record, name) for name in TYPES} | {"parts": parts}
-    values = _changed(without_secrets(values), PATHS, without_home)
+    values = _changed(without_secrets(values), PATHS, functools.partial(with_places, change=without_home))
     return {name: value for name, value in values.items() if value or name not in OPTIONAL}
 
 
@@ -196,7 +197,7 @@ def from_metadata(
 
     Raises CheckpointError for a field that is missing or wrong; `where` is the file they come from.
     """
-    known = _changed(check_metadata(values, where), PATHS, with_home)
+    known = _changed(check_metadata(values, where), PATHS, functools.partial(with_places, change=with_home))
     unknown = sorted(set(values) - set(known))
     record = Checkpoint(model_state=model_state, optimizer_state=optimizer_state, **known)
     if unknown:

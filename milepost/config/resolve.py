@@ -37,6 +37,7 @@ from milepost.config.variables import (
 from milepost.places import SHIPPED, base_folder
 from milepost.runtime.optimizers import OPTIMIZERS
 from milepost.text.addresses import masked
+from milepost.text.sources import with_places
 from models import MODELS, with_trait
 
 # What the shell of Windows shows before a command: $P is the folder, $G is >, and conda puts its environment before them.
@@ -188,7 +189,7 @@ def to_dict(config: Config) -> dict[str, Json]:
     values = {name: getattr(config, name.lower()) for name in stored}
     for name in stored:
         if VARIABLES[name].metadata["form"] == "source" and values[name]:
-            values[name] = ",".join(map(_portable, public(config, name).split(",")))
+            values[name] = with_places(public(config, name), _portable)
     return values
 
 

@@ -95,8 +95,9 @@ class Config:
     """The resolved settings: one field per variable, in lower case. None means "not set". `read()` builds it."""
 
     # fmt: off
-    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz or .zst, .parquet .arrow), folder, glob, "
-        "several joined by commas, https URL, or the named set tinyshakespeare", group="Data", scope="identity", form="source")
+    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz or .zst, .parquet .arrow, source code), folder, glob, "
+        "code: and a folder of source code, https URL, the named set tinyshakespeare, or several joined by commas; with weights, as in a.txt*3,b.txt*1, a mixture",
+        group="Data", scope="identity", form="source")
     text_field: str = var("text", "column of a CSV, or member of each JSON object, that holds the text",
         group="Data", scope="identity")
     prompt_field: str | None = var(None, "column or member that holds the question of each row, which is then a conversation; not set: rows with messages, with "

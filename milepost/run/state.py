@@ -23,6 +23,7 @@ from milepost.runtime.schedule import Schedule, default_floor
 from milepost.runtime.tracking.mirror import Mirror
 from milepost.text import tokenization
 from milepost.text.batches import Batches
+from milepost.text.mixtures import MixedBatches
 from milepost.text.packing import PackedBatches
 from models.model import Model
 
@@ -90,7 +91,7 @@ class Run:
     writer: Writer
     # Data.
     text: Text
-    batches: Batches | PackedBatches
+    batches: Batches | PackedBatches | MixedBatches
     probed: dict[str, Any]  # what `probe` returned: whether this machine computes as another did
     # Processes.
     world: World = SINGLE

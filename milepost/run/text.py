@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 from torch import Tensor
 
 from milepost import config
@@ -22,6 +23,7 @@ from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError, TextFieldError
 from milepost.text.examples import Examples, ExampleSplit, prepare_examples
 from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, open_text
+from milepost.text.mixtures import MixedBatches, MixedSplit, MixedTokens, mixed_split
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
@@ -29,6 +31,7 @@ from milepost.text.templates import chat_stops
 from milepost.text.unknown import Mode, encoder_of, first_known
 from models.model import Model
 
+Split = token_files.TokenSplit | ExampleSplit | MixedSplit
 CACHE_FOLDER = cache_folder(config.user_caches()) / "tokens"
 
 
@@ -41,7 +44,7 @@ class Text:
 
     corpus: Corpus
     scan: Scan
-    split: token_files.TokenSplit | ExampleSplit
+    split: Split
     validation_fraction: float
     held_out: tuple[Corpus, Scan] | None = None
     template: str | None = None  # None is the plain one
@@ -60,13 +63,19 @@ class Text:
             **form_recorded(self.corpus),
             **(validation_recorded(*self.held_out) if self.held_out else {}),
             **({"unknown_characters": self.unknown} if self.unknown else {}),
-            **({"template": self.template} if isinstance(self.split, ExampleSplit) else {}),
+            **({"template": self.template} if self.corpus.reading.form else {}),
+            **(mixture_recorded(self.corpus, self.scan) if self.scan.parts else {}),
         }
 
 
 def validation_recorded(corpus: Corpus, scanned: Scan) -> dict[str, Any]:
     """Return what a checkpoint records to recognize a text for validation."""
     return {"validation_source": corpus.source, "validation_sha256": scanned.sha256}
+
+
+def mixture_recorded(corpus: Corpus, scanned: Scan) -> dict[str, Any]:
+    """Return what a checkpoint records of the sources of a mixture, in their order."""
+    return {"mixture": {"weights": list(corpus.weights), "sha256": [part.sha256 for part in scanned.parts]}}
 
 
 def read_text(
@@ -95,8 +104,7 @@ def read_text(
     if held_out:
         given, _ = world.local_rank0_first(lambda: tokenized(*held_out, fraction=0.0))
         split = dataclasses.replace(split, validation=given.train)  # type: ignore[arg-type]
-    if isinstance(split, token_files.TokenSplit):
-        _check_block_size(corpus, split, settings)
+    _check_block_size(split, settings)
     return Text(
         corpus=corpus,
         scan=scanned,
@@ -131,7 +139,15 @@ def scan_validation(settings: Config, log: Log, known: Known, corpus: Corpus) ->
     return found
 
 
-def _tokenized(
+def _tokenized(corpus: Corpus, scanned: Scan, **how: Any) -> tuple[Split, str | None]:
+    """Return the tokens of a text or of all sources of a mixture, as `_source_tokenized` does."""
+    if not corpus.parts:
+        return _source_tokenized(corpus, scanned, **how)
+    found = [_source_tokenized(*each, **how) for each in zip(corpus.parts, scanned.parts, strict=True)]
+    return mixed_split([split for split, _ in found], corpus.weights), next((done for _, done in found if done), None)
+
+
+def _source_tokenized(
     corpus: Corpus,
     scanned: Scan,
     *,
@@ -163,30 +179,50 @@ def template_of(data: Mapping[str, Any], tokenizer: tokenization.Tokenizer) -> s
     return saved if isinstance(saved, str) else None
 
 
-def _check_block_size(corpus: Corpus, split: token_files.TokenSplit, settings: Config) -> None:
-    """Raise DataError if a part of the text has no window of BLOCK_SIZE tokens."""
+def _check_block_size(split: Split, settings: Config) -> None:
+    """Raise DataError if a part of a text has no window of BLOCK_SIZE tokens. Conversations are padded to it."""
+    train, validation = parts_of(split.train), parts_of(split.validation)
+    if isinstance(train[0], Examples):
+        return
     block_size, validates = settings.block_size, settings.validation_data or settings.validation_fraction
-    largest = largest_block_size(len(split.train), len(split.validation) if validates else 0)
+    smallest, held_out = min(map(len, train)), min(map(len, validation))
+    largest = largest_block_size(smallest, held_out if validates else 0)
     if block_size > largest:
-        held = f"{len(split.train)} tokens to train on, {len(split.validation)} to validate on"
+        held = f"{smallest} tokens to train on, {held_out} to validate on"
         fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
         remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0{', VALIDATION_DATA unset' * bool(settings.validation_data)})"
-        raise DataError(f"BLOCK_SIZE={block_size} is too long for this text ({held}): {remedy}")
+        which = "the smallest source" if len(train) > 1 else "this text"
+        raise DataError(f"BLOCK_SIZE={block_size} is too long for {which} ({held}): {remedy}")
+
+
+def parts_of(tokens: np.ndarray | Examples | MixedTokens) -> tuple[np.ndarray | Examples, ...]:
+    """Return the tokens of each source of a mixture, or of the one source that there is."""
+    return tokens.parts if isinstance(tokens, MixedTokens) else (tokens,)
 
 
 def training_batches(
     text: Text, model: Model, settings: Config, log: Log, *, step: int, window: int, rows: slice
-) -> Batches | PackedBatches:
+) -> Batches | PackedBatches | MixedBatches:
     """Return the batches of the training part from `step` on, whose data begin at `window`."""
     position: dict[str, Any] = {
         "batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps, "seed": settings.seed,
         "start_step": step, "start_window": window, "rows": rows,
     }  # fmt: skip
-    if isinstance(text.split, token_files.TokenSplit):
-        return Batches(text.split.train, block_size=settings.block_size, **position)
-    packing = packing_of(text, text.split.train, model, block_size=settings.block_size)
-    log(_about(text, packing, model))
-    return PackedBatches(packing, positions=model.packs, **position)
+    batches: list[Batches | PackedBatches] = []
+    for tokens in parts_of(text.split.train):
+        if isinstance(tokens, Examples):
+            packing = packing_of(text, tokens, model, block_size=settings.block_size)
+            log(_about(text, packing, model))
+            batches.append(PackedBatches(packing, positions=model.packs, **position))
+        else:
+            batches.append(Batches(tokens, block_size=settings.block_size, **position))
+    if not isinstance(text.split, MixedSplit):
+        return batches[0]
+    mixed = MixedBatches(batches, text.split.cycle, **position)
+    shares = [count / sum(text.split.cycle) for count in text.split.cycle]
+    named = [f"{share:.1%} from {part.source}" for share, part in zip(shares, text.corpus.parts, strict=True)]
+    log(f"mixture of windows: {', '.join(named)}")
+    return mixed
 
 
 def packing_of(text: Text, examples: Examples, model: Model, *, block_size: int) -> Packing:
@@ -212,10 +248,21 @@ def validation_of(
     text: Text, model: Model, *, block_size: int, batch_size: int, steps: int
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the fixed batches of a validation: inputs, targets and, of packed conversations, positions, (B, T) each."""
-    if isinstance(text.split, token_files.TokenSplit):
-        return validation_windows(text.split.validation, block_size=block_size, batch_size=batch_size, steps=steps)
-    packing = packing_of(text, text.split.validation, model, block_size=block_size)
-    return validation_batches(packing, batch_size=batch_size, steps=steps, positions=model.packs)
+    shares = shares_of(text)
+    for tokens, share in zip(parts_of(text.split.validation), shares, strict=True):
+        part = max(1, round(steps * share)) if steps else 0
+        if isinstance(tokens, Examples):
+            packing = packing_of(text, tokens, model, block_size=block_size)
+            yield from validation_batches(packing, batch_size=batch_size, steps=part, positions=model.packs)
+        else:
+            yield from validation_windows(tokens, block_size=block_size, batch_size=batch_size, steps=part)
+
+
+def shares_of(text: Text) -> list[float]:
+    """Return the share of each source of the validation text in a validation: by weight, as in training."""
+    if not isinstance(text.split, MixedSplit) or text.held_out:
+        return [1.0]
+    return [count / sum(text.split.cycle) for count in text.split.cycle]
 
 
 class SampleStart(NamedTuple):
@@ -231,8 +278,8 @@ def sample_start(text: Text, tokenizer: tokenization.Tokenizer) -> SampleStart:
     """Return what a sample continues: of conversations, the first question that is not trained on; else the end of a text, or
     where the tokenizer has none, a character of the text.
     """
-    if isinstance(text.split, ExampleSplit):
-        part = text.split.validation if len(text.split.validation) else text.split.train
+    part = parts_of(text.split.validation if len(text.split.validation) else text.split.train)[0]
+    if isinstance(part, Examples):
         stop_ids, stops = chat_stops(tokenizer, text.template)
         return SampleStart(part.first_question(), True, (*tokenizer.stop_ids, *stop_ids), stops)
     if tokenizer.end_of_text is not None:

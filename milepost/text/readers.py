@@ -5,6 +5,7 @@ characters and a separator's, so memory use is flat downstream. Empty documents 
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -63,6 +64,10 @@ def _read_text(path: Path, reading: Reading) -> Iterator[Piece]:
             held = held[-kept:]
     if held:
         yield held, True
+
+
+def _read_code(path: Path, reading: Reading) -> Iterator[Piece]:
+    return _read_text(path, dataclasses.replace(reading, separator=""))
 
 
 # JSON
@@ -271,6 +276,29 @@ def first_row(path: Path) -> Any:
     return json.JSONDecoder().raw_decode(text, at)[0]
 
 
+# Of source code; each file is a document.
+CODE = (
+    *(
+        ".py",
+        ".pyi",
+        ".js",
+        ".mjs",
+        ".cjs",
+        ".jsx",
+        ".ts",
+        ".tsx",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".cxx",
+        ".hpp",
+        ".cu",
+        ".cs",
+    ),
+    *(".rs", ".go", ".java", ".kt", ".scala", ".swift", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".ex"),
+    *(".exs", ".erl", ".clj", ".zig", ".sh", ".bash", ".ps1", ".sql"),
+)
 READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
     ".txt": _read_text,
     ".md": _read_text,
@@ -280,6 +308,7 @@ READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
     ".tsv": _read_csv,
     ".parquet": _read_columns,
     ".arrow": _read_columns,
+    **dict.fromkeys(CODE, _read_code),
 }
 # Each row with its place. The names are of the fields that are used: of files with columns no others are read.
 ROWS: dict[str, Callable[[Path, Reading, Collection[str]], Iterator[tuple[str, Any]]]] = {
