@@ -293,7 +293,7 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     hardware.make_deterministic(settings.deterministic, device)
     text, tokenizer = read_text(settings, log, world, record=record)
     same_text, same_validation = same_texts(record, text)
-    if not same_validation:
+    if not same_validation and "sha256" in record.data:
         before, now = validation_of(record.data), validation_of(text.fingerprint())
         log(f"validation is on {now}, before it was on {before}: its losses cannot be compared")
     child = schedule is not None or bool(changed) or not same_text or not same_validation

@@ -40,6 +40,7 @@ from milepost.run import (
     device_problem,
     open_source,
     reading_of,
+    refuse_weights,
     refused,
     scan_source,
     scan_text,
@@ -120,6 +121,7 @@ def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
     if settings.eval_data is not None:
         asked = config.from_saved(settings, saved_settings(record))
         found = scan_source(settings.eval_data, log, reading=reading_of(asked), known=known)
+        refuse_weights(found[0])
         return Text(*found, start=0)
     name, fraction = shown(record.path or ""), record.data.get("validation_fraction")
     if "validation_sha256" in record.data:
@@ -151,8 +153,9 @@ def given_validation(record: Checkpoint, settings: Config, log: Log) -> Text:
 
 def read_benchmarks(settings: Config) -> list[Benchmark]:
     """Return the benchmark in each file of BENCHMARK_DATA."""
-    files = open_source(settings.benchmark_data or "").paths
-    return [read_benchmark(path) for path in files]
+    corpus = open_source(settings.benchmark_data or "")
+    refuse_weights(corpus)
+    return [read_benchmark(path) for path in corpus.paths]
 
 
 def check_characters(record: Checkpoint, text: Text | None, benchmarks: list[Benchmark]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from drive import ROOT, at_step, logged, newest, small_text, tensor_bytes, train
 from exactly import resumes_exactly
+from script import call, script
 from talks import rows, talks_file
 from test_distributed import torchrun
 
@@ -176,6 +177,20 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
     for source, problem in problems.items():
         code, said = train(tmp_path, TRAINING_DATA_SOURCE=source)
         assert (code, problem in said) == (4, True), said
+
+
+def test_weights_are_for_training_alone(tmp_path: Path) -> None:
+    source = texts(tmp_path)
+    code, said = train(tmp_path, VALIDATION_DATA=source)
+    assert (code, "has weights" in said) == (4, True)
+    assert train(tmp_path, TRAINING_DATA_SOURCE=source)[0] == 0
+    place = {"CHECKPOINT_DIR": tmp_path / "checkpoints", "CHECKPOINT_PATH": "latest"}
+    done = call(script("evaluate_checkpoint"), tmp_path, **place, EVAL_DATA=source)
+    assert (done.code, "has weights" in done.err) == (4, True)
+    done = call(script("evaluate_checkpoint"), tmp_path, **place)
+    assert (done.code, "set EVAL_DATA" in done.err) == (4, True)
+    done = call(script("evaluate_checkpoint"), tmp_path, **place, EVAL_DATA=tmp_path / "one.txt")
+    assert done.code == 0, done.err
 
 
 def test_the_record_of_a_mixture_names_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

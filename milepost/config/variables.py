@@ -96,7 +96,7 @@ class Config:
 
     # fmt: off
     training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz or .zst, .parquet .arrow, source code), folder, glob, "
-        "code: and a folder of source code, https URL, the named set tinyshakespeare, or several joined by commas; with weights, as in a.txt*3,b.txt*1, a mixture",
+        "code: and a folder of source code, https URL, hf://datasets/owner/name, the named set tinyshakespeare, or several joined by commas; with weights, as in a.txt*3,b.txt*1, a mixture",
         group="Data", scope="identity", form="source")
     text_field: str = var("text", "column of a CSV, or member of each JSON object, that holds the text",
         group="Data", scope="identity")

@@ -22,11 +22,13 @@ from milepost.text.chunks import LongWordError
 from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError, TextFieldError
 from milepost.text.examples import Examples, ExampleSplit, prepare_examples
+from milepost.text.hub import at_commit
 from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, open_text
 from milepost.text.mixtures import MixedBatches, MixedSplit, MixedTokens, mixed_split
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
+from milepost.text.sources import with_places
 from milepost.text.templates import chat_stops
 from milepost.text.unknown import Mode, encoder_of, first_known
 from models.model import Model
@@ -130,13 +132,20 @@ def scan_validation(settings: Config, log: Log, known: Known, corpus: Corpus) ->
     """
     if not settings.validation_data:
         return None
-    in_form = Known(carriage_returns=known.carriage_returns)
+    in_form = Known(carriage_returns=known.carriage_returns, data_sets=known.data_sets)
     found = scan_source(settings.validation_data, log, reading=reading_of(settings), known=in_form)
+    refuse_weights(found[0])
     if bool(found[0].reading.form) != bool(corpus.reading.form):
         talks, plain = (corpus, found[0]) if corpus.reading.form else (found[0], corpus)
         remedy = "train and validate on texts of one kind"
         raise DataError(f"{talks.source} holds conversations, {plain.source} does not: {remedy}")
     return found
+
+
+def refuse_weights(corpus: Corpus) -> None:
+    """Raise DataError if a text is a mixture where nothing is drawn from it: to validate on, to evaluate on."""
+    if corpus.weights:
+        raise DataError(f"{corpus.source} has weights, which only training follows: leave them out")
 
 
 def _tokenized(corpus: Corpus, scanned: Scan, **how: Any) -> tuple[Split, str | None]:
@@ -325,7 +334,7 @@ def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known
     """Return a text source and its fingerprint, in the form in which it is the known text. Cached for the command."""
     try:
         corpus, scanned = open_text(
-            lambda reading: open_source(source, reading),
+            lambda reading: open_source(with_places(source, lambda place: at_commit(place, known.data_sets)), reading),
             cache_dir=CACHE_FOLDER,
             reading=reading,
             known=known,

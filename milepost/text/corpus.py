@@ -14,8 +14,9 @@ from milepost.text.conversations import Talk, as_pieces, conversations, describe
 from milepost.text.download import DOWNLOAD_LIMIT, fetch, open_https, tiny_shakespeare
 from milepost.text.errors import DataError
 from milepost.text.folders import Found, code_in, files_of
+from milepost.text.hub import SCHEME, data_set, files_at
 from milepost.text.readers import PLAIN, READERS, Piece, Reading, suffix_of, unpacked_name
-from milepost.text.sources import Part, parts_of
+from milepost.text.sources import Part, joined, parts_of
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,24 @@ def open_corpus(
     """
     whole = os.path.lexists(os.path.expanduser(source))  # a file name may contain a comma
     parts = [Part("", source, "")] if whole else parts_of(source)
-    found = functools.partial(
-        _found, reading=reading, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_download_bytes, open_url=open_url
-    )
     shown = source if whole else masked(source)
-    if not any(part.weight for part in parts):
-        return _corpus(shown, [(part, found(part)) for part in parts], reading)
-    if not all(part.weight for part in parts) or len(parts) < 2:
+    mixed = any(part.weight for part in parts)
+    if mixed and (not all(part.weight for part in parts) or len(parts) < 2):
         bare = next((part.place for part in parts if not part.weight), "nothing else")
         raise DataError(
             f"{shown}: {masked(bare)} has no weight: a mixture gives one to each of several sources, as in a.txt*3,b.txt*1"
         )
-    return _mixture(shown, parts, [_corpus(masked(part.place), [(part, found(part))], reading) for part in parts])
+    places = functools.partial(
+        _found, reading=reading, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_download_bytes, open_url=open_url
+    )
+    found = list(map(places, parts))
+    if any(part.place.startswith(SCHEME) for part in parts):  # they have their commits now
+        shown = masked(joined(part for part, _ in found))
+    if not mixed:
+        return _corpus(shown, found, reading)
+    return _mixture(
+        shown, parts, [_corpus(masked(joined([each[0]._replace(weight="")])), [each], reading) for each in found]
+    )
 
 
 def _found(
@@ -97,16 +104,19 @@ def _found(
     cache_dir: Path | None,
     max_bytes: int,
     open_url: Callable[[str], Any],
-) -> Found:
-    """Return the files that a part of a source names, and lines on what is left out."""
+) -> tuple[Part, Found]:
+    """Return a part of a source, with the commit of a data set of the hub, the files that it names, and lines on what is left out."""
     if part.kind:
-        return code_in(part.place)
+        return part, code_in(part.place)
     if part.place == "tinyshakespeare":
-        return [tiny_shakespeare(data_dir, cache_dir=cache_dir, open_url=open_url)], []
+        return part, ([tiny_shakespeare(data_dir, cache_dir=cache_dir, open_url=open_url)], [])
+    if part.place.startswith(SCHEME):
+        pinned, files = files_at(part.place, cache_dir or data_dir / ".cache")
+        return part._replace(place=pinned), (files, [f"{pinned}: {len(files)} file{'s' * (len(files) > 1)}"])
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", part.place):
         copy = fetch(part.place, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_bytes, open_url=open_url)
-        return [copy], []
-    return files_of(part.place, reading)
+        return part, ([copy], [])
+    return part, files_of(part.place, reading)
 
 
 def _corpus(shown: str, found: list[tuple[Part, Found]], reading: Reading) -> Corpus:
@@ -146,6 +156,8 @@ def _name(parts: list[Part]) -> str:
 
 def _stem(part: str) -> str:
     """Return a part of a source as [a-z0-9_]: the file's name without suffix, else the folder's name."""
+    if part.startswith(SCHEME):
+        part = data_set(part).repo
     path = Path(re.split("[?#]", part)[0] if "://" in part else os.path.abspath(os.path.expanduser(part)))
     base = unpacked_name(path.name)
     base = os.path.splitext(base)[0] if suffix_of(base) in READERS else base

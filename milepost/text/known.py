@@ -13,8 +13,10 @@ from typing import Any, Final
 
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
+from milepost.text.hub import SCHEME
 from milepost.text.readers import PLAIN, Reading, is_first_type
 from milepost.text.scan import Scan, cached_scan
+from milepost.text.sources import parts_of
 
 # What the fingerprint of a text says besides: unless it was read verbatim, and where it has files of later types.
 NORMALIZED: Final = {"text_form": "normalized"}
@@ -24,13 +26,14 @@ LATER_TYPES: Final = {"file_types": 2}
 @dataclass(frozen=True)
 class Known:
     """What a checkpoint knows of its text: the sha256, whether it was read verbatim, whether its vocabulary has "\\r", whether it
-    has files of a type that the first versions did not read.
+    has files of a type that the first versions did not read, and the addresses of data sets of the hub, with their commits.
     """
 
     sha256: str | None = None
     verbatim: bool = False
     carriage_returns: bool = False
     later_types: bool = False
+    data_sets: tuple[str, ...] = ()
 
 
 UNKNOWN_TEXT: Final = Known()
@@ -40,7 +43,9 @@ def known_text(data: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> 
     """Return what the fingerprint `data` and the tokenizer of a checkpoint say about its text."""
     sha256 = data.get("sha256")
     verbatim = sha256 is not None and not NORMALIZED.items() <= data.items()
-    return Known(sha256, verbatim, has_carriage_returns(tokenizer), LATER_TYPES.items() <= data.items())
+    sources = [part.place for name in ("source", "validation_source") for part in parts_of(str(data.get(name, "")))]
+    data_sets = tuple(place for place in sources if place.startswith(SCHEME))
+    return Known(sha256, verbatim, has_carriage_returns(tokenizer), LATER_TYPES.items() <= data.items(), data_sets)
 
 
 def form_recorded(corpus: Corpus) -> dict[str, Any]:

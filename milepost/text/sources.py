@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 CODE = "code:"
@@ -33,4 +33,9 @@ def _part(text: str) -> Part:
 
 def with_places(source: str, change: Callable[[str], str]) -> str:
     """Return the source with `change` applied to the place of each part."""
-    return ",".join(f"{part.kind}{change(part.place)}{part.weight}" for part in map(_part, source.split(",")))
+    return joined(part._replace(place=change(part.place)) for part in map(_part, source.split(",")))
+
+
+def joined(parts: Iterable[Part]) -> str:
+    """Return the source that has these parts."""
+    return ",".join("".join(part) for part in parts)
