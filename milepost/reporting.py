@@ -18,6 +18,7 @@ from milepost.runtime.progress import amount, command_line, duration, shown
 from milepost.runtime.schedule import lr_at
 from milepost.runtime.tables import table
 from milepost.screen import stdout_columns, write_stdout
+from milepost.text.mixtures import MixedBatches
 
 TRAINING = config.ROOT / "training.py"
 LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
@@ -36,7 +37,8 @@ def log_start(run: Run) -> None:
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     numerics = f"{shared}{threads}, {run.dtype}, {'compiled' if run.compile_step else 'eager'}"
     log(f"run {run.run_id}: {settings.model_type} on {run.device.type} ({numerics})")
-    sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on"
+    held_out = f", from {shown(text.held_out[0].source)}" if text.held_out else ""
+    sizes = f"{len(text.split.train)} tokens to train on, {len(text.split.validation)} to validate on{held_out}"
     tokenizer = f"{run.tokenizer.kind} tokenizer of {run.tokenizer.vocab_size}"
     log(f"data: {shown(text.corpus.source)}: {amount(text.scan.characters)} characters, {tokenizer}; {sizes}")
     if run.tokenizer.kind == "char" and settings.tokenizer == "auto" and settings.is_set("TRAINING_DATA_SOURCE"):
@@ -188,6 +190,8 @@ def log_done(run: Run, *, sample: str) -> None:
         else "no validation text"
     )
     run.log(f"done: {state.step} steps, {losses}")
+    if isinstance(run.batches, MixedBatches):
+        log_mixture(run, run.batches)
     not_saved = f"; step {state.step} is NOT saved" if run.saved.failed else ""
     run.log.notices.send("finished", f"{state.step} steps, {losses}{not_saved}")
     write_stdout(sample)
@@ -195,6 +199,14 @@ def log_done(run: Run, *, sample: str) -> None:
         run.log(f"step {state.step} is not saved, for the reason above; {how_to_resume(run)}")
     elif run.saved.path:
         run.log("next: " + command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=run.saved.path, **_base_variable(run)))
+
+
+def log_mixture(run: Run, batches: MixedBatches) -> None:
+    """Log how many windows came from each source of a mixture since the run began, and how often each was read."""
+    counts, epochs = batches.windows_by_source(run.state.step), batches.epochs_by_source(run.state.step)
+    rows = zip(run.text.corpus.parts, counts, epochs, strict=True)
+    named = [f"{count / sum(counts):.1%} from {shown(part.source)} (epoch {epoch:.2f})" for part, count, epoch in rows]
+    run.log(f"windows read: {', '.join(named)}")
 
 
 def how_to_resume(run: Run) -> str:

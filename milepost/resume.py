@@ -27,16 +27,14 @@ from milepost.run import (
     lineage,
     planned,
     read_text,
-    scan_text,
     with_its_base,
 )
+from milepost.run.same_text import same_texts, text_differences, validation_of
 from milepost.run_mirror import bring_from_mirror
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log, command_line
 from milepost.runtime.schedule import SCHEDULES, Schedule
-from milepost.text.addresses import masked
-from milepost.text.known import known_text
 
 # The variables that make up the schedule. Changing one makes a new schedule.
 PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", "LR_SCHEDULE"}
@@ -198,21 +196,15 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         for note in record.notes:
             log(note)
         return completed(record, settings, log)  # it resumes as a child run
-    corpus, scanned = scan_text(wanted, log, known_text(record.data, record.tokenizer))
+    other_text, other_validation = text_differences(record, wanted, log)
     remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
-    if scanned.sha256 != record.data.get("sha256"):
-        was = record.data.get("source")
+    if other_text:
         child = {"CHECKPOINT_PATH": record.path, "MODE": "resume"} | {
             name: config.public(wanted, name) for name in ("TRAINING_DATA_SOURCE", "RUNS_DIR")
         }
         command = command_line(config.ROOT / "scripts" / "load_checkpoint.py", **child)
         remedy += f"; to train further on this text, as a run of its own: {command}"
-        differences.append(
-            f"the text of {corpus.source} is not the text that the checkpoint was trained on ({masked(str(was))})"
-        )
-    if wanted.validation_fraction != record.data.get("validation_fraction"):
-        was = record.data.get("validation_fraction")
-        differences.append(f"VALIDATION_FRACTION is {wanted.validation_fraction}, the checkpoint has {was}")
+    differences += other_text + other_validation
     if differences:
         raise ConfigError(
             [f"RESUME={settings.resume}: cannot resume {record.path}: {'; '.join(differences)}: {remedy}"]
@@ -232,9 +224,16 @@ def unfinished_run(run: Run) -> ckpt.Found | None:
 
     A run that a process trains at this moment is not meant.
     """
-    folder, asked, text = Path(run.settings.checkpoint_dir), run.hyperparameters(), run.text.scan.sha256
+    folder, asked, text = Path(run.settings.checkpoint_dir), run.hyperparameters(), run.text.fingerprint()
     scopes = {name: variable.metadata["scope"] for name, variable in config.VARIABLES.items()}
-    known_by_hash = ("TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD")
+    known_by_hash = (
+        "TRAINING_DATA_SOURCE",
+        "TEXT_FIELD",
+        "DOCUMENT_SEPARATOR",
+        "PROMPT_FIELD",
+        "ANSWER_FIELD",
+        "VALIDATION_DATA",
+    )
     names = [name for name, scope in scopes.items() if scope in ("identity", "math") and name not in known_by_hash]
     newest: dict[str, ckpt.Found] = {}
     for found in ckpt.find(folder) if folder.is_dir() else []:
@@ -243,7 +242,8 @@ def unfinished_run(run: Run) -> ckpt.Found | None:
     for found in sorted(newest.values(), key=lambda found: found.save_order, reverse=True):
         saved = found.metadata.get("hyperparameters", {})
         same = all(name in saved and saved[name] == asked[name] for name in names)
-        same_text = found.metadata.get("data", {}).get("sha256") == text
+        data = found.metadata.get("data", {})
+        same_text = all(data.get(name) == text.get(name) for name in ("sha256", "validation_sha256"))
         if same and same_text and found.step < run.end and not is_trained(folder, str(found.run_id)):
             return found
     return None
@@ -301,11 +301,11 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     hardware.make_deterministic(settings.deterministic, device)
     text, tokenizer = read_text(settings, log, world, record=record)
-    same_text = all(
-        record.data.get(name) == text.fingerprint().get(name)
-        for name in ("sha256", "validation_fraction", "unknown_characters")
-    )
-    child = schedule is not None or bool(changed) or not same_text
+    same_text, same_validation = same_texts(record, text)
+    if not same_validation and "sha256" in record.data:
+        before, now = validation_of(record.data), validation_of(text.fingerprint())
+        log(f"validation is on {now}, before it was on {before}: its losses cannot be compared")
+    child = schedule is not None or bool(changed) or not same_text or not same_validation
     if schedule is None:
         schedule = _schedule(settings, record, changed)
     run = assemble(

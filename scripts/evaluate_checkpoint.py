@@ -40,6 +40,7 @@ from milepost.run import (
     device_problem,
     open_source,
     reading_of,
+    refuse_weights,
     refused,
     scan_source,
     scan_text,
@@ -49,7 +50,7 @@ from milepost.runtime import hardware
 from milepost.runtime.progress import Log, shown
 from milepost.screen import write_json, write_stdout
 from milepost.text.errors import DataError, UnknownCharacters
-from milepost.text.known import known_text
+from milepost.text.known import Known, has_carriage_returns, known_text
 from milepost.text.templates import template_of
 from milepost.text.token_files import split_at
 from models.model import Model
@@ -120,8 +121,11 @@ def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
     if settings.eval_data is not None:
         asked = config.from_saved(settings, saved_settings(record))
         found = scan_source(settings.eval_data, log, reading=reading_of(asked), known=known)
+        refuse_weights(found[0])
         return Text(*found, start=0)
     name, fraction = shown(record.path or ""), record.data.get("validation_fraction")
+    if "validation_sha256" in record.data:
+        return given_validation(record, settings, log)
     if not fraction:
         reason = "does not record its training text" if fraction is None else "was trained without validation text"
         raise DataError(f"{name} {reason}: set EVAL_DATA to the text to measure it on")
@@ -129,14 +133,29 @@ def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
     if scanned.sha256 != record.data.get("sha256"):
         remedy = "set EVAL_DATA, or TRAINING_DATA_SOURCE to that text"
         raise DataError(f"{shown(corpus.source)} is not the text that {name} was trained on: {remedy}")
+    if corpus.parts:
+        problem = f"{name} was trained on a mixture, of which a part of each source is validated on"
+        raise DataError(f"{problem}: set EVAL_DATA to the text to measure it on")
     size = scanned.documents if corpus.reading.form else scanned.characters
     return Text(corpus, scanned, start=split_at(size, fraction))
 
 
+def given_validation(record: Checkpoint, settings: Config, log: Log) -> Text:
+    """Return the text of its own that the checkpoint was validated on. Raise DataError if it has changed."""
+    asked = config.from_saved(settings, saved_settings(record))
+    known = Known(carriage_returns=has_carriage_returns(record.tokenizer))
+    corpus, scanned = scan_source(asked.validation_data or "", log, reading=reading_of(asked), known=known)
+    if scanned.sha256 != record.data["validation_sha256"]:
+        problem = f"{shown(corpus.source)} is not the text that {shown(record.path or '')} was validated on"
+        raise DataError(f"{problem}: set EVAL_DATA")
+    return Text(corpus, scanned)
+
+
 def read_benchmarks(settings: Config) -> list[Benchmark]:
     """Return the benchmark in each file of BENCHMARK_DATA."""
-    files = open_source(settings.benchmark_data or "").paths
-    return [read_benchmark(path) for path in files]
+    corpus = open_source(settings.benchmark_data or "")
+    refuse_weights(corpus)
+    return [read_benchmark(path) for path in corpus.paths]
 
 
 def check_characters(record: Checkpoint, text: Text | None, benchmarks: list[Benchmark]) -> None:

@@ -15,7 +15,7 @@ READS = (
     "Generation if MODE=inference", "TOP_K", "TOP_P", "REPETITION_PENALTY",
     "Training if MODE=resume", "Logging if MODE=resume", "Hardware and seed if MODE=resume", "DEVICE", "DTYPE",
     "Checkpoints if MODE=resume", "CHECKPOINT_DIR", "RUNS_DIR", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
-    "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION if MODE=resume", "DROPOUT if MODE=resume", "N_HEAD",
+    "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION if MODE=resume", "VALIDATION_DATA if MODE=resume", "DROPOUT if MODE=resume", "N_HEAD",
     "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported

@@ -12,7 +12,7 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "REPLAY", "CHECKPOINT_DIR", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "INIT_FROM", "DEVICE", "DEVICE_CHECK",
+    "CHECKPOINT_PATH", "REPLAY", "CHECKPOINT_DIR", "TRAINING_DATA_SOURCE", "VALIDATION_DATA", "BASE_CHECKPOINT", "INIT_FROM", "DEVICE", "DEVICE_CHECK",
     "FORMAT", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
@@ -192,10 +192,14 @@ def resumes_exactly(record: Checkpoint, settings: Config, log: Log) -> Row:
 
 def own_settings(settings: Config) -> Config:
     """Return the settings without those of training, which come from the checkpoint;
-    the place of the text may be set.
+    the places of the texts may be set.
     """
     scopes = {name: each.metadata["scope"] for name, each in config.VARIABLES.items()}
-    own = [name for name, scope in scopes.items() if scope != "session" and name != "TRAINING_DATA_SOURCE"]
+    own = [
+        name
+        for name, scope in scopes.items()
+        if scope != "session" and name not in ("TRAINING_DATA_SOURCE", "VALIDATION_DATA")
+    ]
     return config.without(settings, own)
 
 

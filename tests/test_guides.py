@@ -29,7 +29,6 @@ FOREIGN = ROOT / "tests" / "fixtures" / "foreign"
 NAMES = [page.stem for page in PAGES]
 # What the pages by task name, from what lies in the folder.
 NEEDED = {
-    "stories.txt": "letters.txt",
     "held_out.txt": "letters.txt",
     "SmolLM2-135M": "gpt2",
     "checkpoints/base.pt": "checkpoints/*gpt2*step0004*.pt",
@@ -43,6 +42,7 @@ ELSEWHERE = {  # page -> the test that runs all of its commands
     "docs/commands.md": "test_readme.py",
     "docs/fine-tuning.md": "exchange/test_fine_tuning.py",
     "docs/conversations.md": "test_conversations_guide.py",
+    "docs/data.md": "test_data_guide.py",
     "docs/chat.md": "test_chat.py",
     "docs/publishing.md": "test_publish.py",
 }

@@ -132,6 +132,7 @@ LIGHT = (
     "milepost.runtime.interrupt",
     "milepost.text.registry",
     "milepost.text.addresses",
+    "milepost.text.sources",
     "milepost.registry",
     "milepost.places",
     "milepost.screen",

@@ -90,7 +90,7 @@ def test_a_checkpoint_trained_on_carriage_returns_resumes_bit_exactly(tokenizer,
     assert newest(resumed).run_id == newest(old).run_id
     # The control: normalized, it is another text.
     monkeypatch.setattr(text_module, "known_text", lambda data, tokenizer: Known())
-    monkeypatch.setattr("milepost.resume.known_text", lambda data, tokenizer: Known())
+    monkeypatch.setattr("milepost.run.same_text.known_text", lambda data, tokenizer: Known())
     again = resumable_copy(old, tmp_path / "again")
     assert train(again, RESUME="auto", TRAINING_DATA_SOURCE=str(text), **variables, **FAST)[0] == 2
 

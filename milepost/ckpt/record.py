@@ -5,7 +5,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from milepost.lazy import Tensor
 from milepost.paths import with_home, without_home
 from milepost.screen import harmless
 from milepost.text.addresses import masked
+from milepost.text.sources import with_places
 
 if typing.TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -132,8 +133,11 @@ TYPES = {
     for name, hint in typing.get_type_hints(Checkpoint, localns={"ProcessGroup": object}).items()
     if name not in TENSOR_FIELDS | MEMORY_FIELDS
 }
-TEXTS = {"data": "source", "hyperparameters": "TRAINING_DATA_SOURCE"}  # where a record names its text
-PATHS = TEXTS | {"base": "source"}  # where it names files of the machine that trained it
+TEXTS = (  # where a record names its texts
+    *(("data", name) for name in ("source", "validation_source")),
+    *(("hyperparameters", name) for name in ("TRAINING_DATA_SOURCE", "VALIDATION_DATA")),
+)
+PATHS = (*TEXTS, ("base", "source"))  # where it names files of the machine that trained it
 HEADER = 2048  # bytes that a tensor, or a piece of one, takes besides its own: names, checksums, alignment
 LARGEST = 2**53  # of a number in the metadata: every program that reads JSON has it exactly
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # it names the run's folder, so it must not lead out of it
@@ -143,7 +147,7 @@ def metadata(record: Checkpoint) -> dict[str, Json]:
     """Return everything of a record but its tensors, as JSON values."""
     parts = ["adapters" if record.adapters_only else "model", *["optimizer"] * (record.optimizer_state is not None)]
     values = {name: getattr(record, name) for name in TYPES} | {"parts": parts}
-    values = _changed(without_secrets(values), PATHS, without_home)
+    values = _changed(without_secrets(values), PATHS, functools.partial(with_places, change=without_home))
     return {name: value for name, value in values.items() if value or name not in OPTIONAL}
 
 
@@ -152,9 +156,11 @@ def without_secrets(values: dict[str, Json]) -> dict[str, Json]:
     return _changed(values, TEXTS, masked)
 
 
-def _changed(values: dict[str, Json], places: dict[str, str], change: Callable[[str], str]) -> dict[str, Json]:
+def _changed(
+    values: dict[str, Json], places: Iterable[tuple[str, str]], change: Callable[[str], str]
+) -> dict[str, Json]:
     """Return metadata with `change` applied to the text at each place, a field and a key in it."""
-    for name, key in places.items():
+    for name, key in places:
         source = (values.get(name) or {}).get(key)
         if isinstance(source, str) and change(source) != source:
             values = values | {name: values[name] | {key: change(source)}}
@@ -194,7 +200,7 @@ def from_metadata(
 
     Raises CheckpointError for a field that is missing or wrong; `where` is the file they come from.
     """
-    known = _changed(check_metadata(values, where), PATHS, with_home)
+    known = _changed(check_metadata(values, where), PATHS, functools.partial(with_places, change=with_home))
     unknown = sorted(set(values) - set(known))
     record = Checkpoint(model_state=model_state, optimizer_state=optimizer_state, **known)
     if unknown:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from milepost.config.variables import ALLOW_BLANK, MAX_INT, SECRET_FORMS
 from milepost.text.addresses import HIDDEN, masked
+from milepost.text.sources import with_places
 from models import lora_layers
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -96,11 +97,11 @@ def _source(text: str, folder: str) -> str:
     """Return a data source with absolute paths; URLs and named sets stay as they are."""
     if os.path.lexists(absolute_path(text, folder)):  # a single path that may contain a comma
         return absolute_path(text, folder)
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = ",".join(part.strip() for part in text.split(",") if part.strip())
     if not parts:
         raise ValueError(text)
-    return ",".join(
-        part if "://" in part or part == "tinyshakespeare" else absolute_path(part, folder) for part in parts
+    return with_places(
+        parts, lambda part: part if "://" in part or part == "tinyshakespeare" else absolute_path(part, folder)
     )
 
 

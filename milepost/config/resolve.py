@@ -38,6 +38,7 @@ from milepost.config.variables import (
 from milepost.places import SHIPPED, base_folder
 from milepost.runtime.optimizers import OPTIMIZERS
 from milepost.text.addresses import HIDDEN, masked
+from milepost.text.sources import with_places
 from models import MODELS, with_trait
 
 # What the shell of Windows shows before a command: $P is the folder, $G is >, and conda puts its environment before them.
@@ -187,7 +188,9 @@ def to_dict(config: Config) -> dict[str, Json]:
     """
     stored = [name for name, each in VARIABLES.items() if each.metadata["scope"] != "session" or name == "DEVICE"]
     values = {name: getattr(config, name.lower()) for name in stored}
-    values["TRAINING_DATA_SOURCE"] = ",".join(map(_portable, public(config, "TRAINING_DATA_SOURCE").split(",")))
+    for name in stored:
+        if VARIABLES[name].metadata["form"] == "source" and values[name]:
+            values[name] = with_places(public(config, name), _portable)
     return values
 
 
@@ -266,6 +269,13 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("MIN_LEARNING_RATE", "LEARNING_RATE", "{} is above {}: set a lower MIN_LEARNING_RATE")
     if config.prompt is not None and config.prompt_file is not None:
         yield pair("PROMPT", "PROMPT_FILE", "{} and {} are both set: unset one")
+    fraction = VARIABLES["VALIDATION_FRACTION"].default
+    if config.validation_data and config.is_set("VALIDATION_FRACTION") and config.validation_fraction != fraction:
+        yield pair(
+            "VALIDATION_DATA",
+            "VALIDATION_FRACTION",
+            "{} is the validation text, and {} would hold out another: unset one",
+        )
     if config.checkpoint_keep_every and not config.checkpoint_keep_last:
         yield pair(
             "CHECKPOINT_KEEP_EVERY",

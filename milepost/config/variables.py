@@ -36,12 +36,13 @@ DATA_VARIABLES = (
     "PROMPT_FIELD",
     "ANSWER_FIELD",
     "VALIDATION_FRACTION",
+    "VALIDATION_DATA",
 )
 
 # May differ between machines that train together: places on their disks, and files that training never reads. The text and the base of
 # adapters are compared by hash.
 PER_MACHINE = (
-    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "CHECKPOINT_DIR",
+    "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "VALIDATION_DATA", "BASE_CHECKPOINT", "CHECKPOINT_DIR",
     "CHECKPOINT_FALLBACK_DIR", "RUNS_DIR", "NOTIFY_URL", "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
 )  # fmt: skip
 
@@ -95,8 +96,9 @@ class Config:
     """The resolved settings: one field per variable, in lower case. None means "not set". `read()` builds it."""
 
     # fmt: off
-    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz), folder, glob, "
-        "several joined by commas, https URL, or the named set tinyshakespeare", group="Data", scope="identity", form="source")
+    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz or .zst, .parquet .arrow, source code), folder, glob, "
+        "code: and a folder of source code, https URL, hf://datasets/owner/name, the named set tinyshakespeare, or several joined by commas; with weights, as in a.txt*3,b.txt*1, a mixture",
+        group="Data", scope="identity", form="source")
     text_field: str = var("text", "column of a CSV, or member of each JSON object, that holds the text",
         group="Data", scope="identity")
     prompt_field: str | None = var(None, "column or member that holds the question of each row, which is then a conversation; not set: rows with messages, with "
@@ -111,6 +113,8 @@ class Config:
         group="Data", scope="identity", minimum=257, maximum=1_000_000, needs="TOKENIZER=auto|bpe|sentencepiece")
     validation_fraction: float = var(0.1, "fraction of the text, taken from its end, held out for validation",
         group="Data", scope="identity", minimum=0, below=1)
+    validation_data: str | None = var(None, "text to validate on, in the forms of TRAINING_DATA_SOURCE, which is then trained on whole; not set: VALIDATION_FRACTION of it",
+        group="Data", scope="identity", form="source")
     unknown_characters: str = var("refuse", "what to do with characters of a new text or prompt that the vocabulary of a char tokenizer lacks; "
         "replace takes a character such as ?; how many there are is logged", group="Data", scope="habit", choices=("refuse", "skip", "replace"), needs="TOKENIZER=auto|char")
     loss_on: str = var("answers", "tokens of conversations that the model learns to write: those of the assistant, or all",

@@ -24,6 +24,8 @@ from milepost.runtime.schedule import Schedule, default_floor
 from milepost.runtime.tracking.mirror import Mirror
 from milepost.text import tokenization
 from milepost.text.batches import Batches
+from milepost.text.hub import SCHEME
+from milepost.text.mixtures import MixedBatches
 from milepost.text.packing import PackedBatches
 from models.model import Model
 
@@ -92,7 +94,7 @@ class Run:
     writer: Writer
     # Data.
     text: Text
-    batches: Batches | PackedBatches
+    batches: Batches | PackedBatches | MixedBatches
     probed: dict[str, Any]  # what `probe` returned: whether this machine computes as another did
     # Processes.
     world: World = SINGLE
@@ -139,13 +141,18 @@ class Run:
         return {name: distributed.local(tensor) for name, tensor in named_tensors(record).items()}
 
     def resolved(self) -> dict[str, Any]:
-        """Return the variables that the run follows instead of its settings' values, by name: schedule and layout.
+        """Return the variables that the run follows instead of its settings' values, by name: schedule, layout, and data sets of
+        the hub with their commits.
 
         MIN_LEARNING_RATE stays None where the floor is the schedule's default.
         """
         plan, asked = self.schedule, self.settings.min_learning_rate
         floor = None if asked is None and plan.floor == default_floor(plan.kind, plan.peak) else plan.floor
-        return {
+        data, texts = (
+            self.text.fingerprint(),
+            {"TRAINING_DATA_SOURCE": "source", "VALIDATION_DATA": "validation_source"},
+        )
+        return {name: data[key] for name, key in texts.items() if SCHEME in str(data.get(key))} | {
             "TRAINING_STEPS": self.end,
             "LR_SCHEDULE": plan.kind,
             "LEARNING_RATE": plan.peak,
@@ -155,8 +162,13 @@ class Run:
         }
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return the settings that a checkpoint records, as the run follows them."""
-        return config.to_dict(self.settings) | self.resolved()
+        """Return the settings that a checkpoint records, as the run follows them: data sets of the hub with their commits."""
+        data, texts = (
+            self.text.fingerprint(),
+            {"TRAINING_DATA_SOURCE": "source", "VALIDATION_DATA": "validation_source"},
+        )
+        pinned = {name: data[key] for name, key in texts.items() if SCHEME in str(data.get(key))}
+        return config.to_dict(self.settings) | self.resolved() | pinned
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the hardware, versions and numerics that affect bitwise reproducibility."""

@@ -1,5 +1,6 @@
 """The training text of a run: read it, choose its tokenizer, and tokenize it."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,26 +21,35 @@ from milepost.text.chunks import LongWordError
 from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError, TextFieldError
 from milepost.text.examples import Examples, ExampleSplit, prepare_examples
-from milepost.text.known import NORMALIZED, UNKNOWN_TEXT, Known, known_text, open_text
+from milepost.text.hub import at_commit
+from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, open_text
+from milepost.text.mixtures import MixedBatches, MixedSplit, MixedTokens, mixed_split
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
+from milepost.text.sources import with_places
 from milepost.text.templates import chat_stops, template_of
+from milepost.text.token_arrays import Tokens
 from milepost.text.tokenization.base import edge
 from milepost.text.unknown import Mode, encoder_of, first_known
 from models.model import Model
 
+Split = token_files.TokenSplit | ExampleSplit | MixedSplit
 CACHE_FOLDER = cache_folder(config.user_caches()) / "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The training text: its fingerprint, and the tokens of both splits; of conversations also their template."""
+    """The training text: its fingerprint, and the tokens of both splits; of conversations also their template.
+
+    `held_out` is the text for validation, if it is not a part of the same text.
+    """
 
     corpus: Corpus
     scan: Scan
-    split: token_files.TokenSplit | ExampleSplit
+    split: Split
     validation_fraction: float
+    held_out: tuple[Corpus, Scan] | None = None
     template: str | None = None  # None is the plain one
     answers: bool = False  # whether only tokens of answers count
     pack: bool = False  # whether several conversations share a window
@@ -53,10 +63,22 @@ class Text:
             "sha256": self.scan.sha256,
             "characters": self.scan.characters,
             "validation_fraction": self.validation_fraction,
-            **({} if self.corpus.reading.verbatim else NORMALIZED),
+            **form_recorded(self.corpus),
+            **(validation_recorded(*self.held_out) if self.held_out else {}),
             **({"unknown_characters": self.unknown} if self.unknown else {}),
-            **({"template": self.template} if isinstance(self.split, ExampleSplit) else {}),
+            **({"template": self.template} if self.corpus.reading.form else {}),
+            **(mixture_recorded(self.corpus, self.scan) if self.scan.parts else {}),
         }
+
+
+def validation_recorded(corpus: Corpus, scanned: Scan) -> dict[str, Any]:
+    """Return what a checkpoint records to recognize a text for validation."""
+    return {"validation_source": corpus.source, "validation_sha256": scanned.sha256}
+
+
+def mixture_recorded(corpus: Corpus, scanned: Scan) -> dict[str, Any]:
+    """Return what a checkpoint records of the sources of a mixture, in their order."""
+    return {"mixture": {"weights": list(corpus.weights), "sha256": [part.sha256 for part in scanned.parts]}}
 
 
 def read_text(
@@ -65,81 +87,146 @@ def read_text(
     """Return the training text and its tokenizer: the record's, or else that of the settings. Equal in every process."""
     known = known_text(record.data, record.tokenizer) if record else UNKNOWN_TEXT
     corpus, scanned = world.local_rank0_first(lambda: scan_text(settings, log, known))
-    if len(set(world.all_gather(scanned.sha256))) > 1:
-        raise DataError(f"{corpus.source}: differs between machines; copy the same text to all of them")
+    held_out = world.local_rank0_first(lambda: scan_validation(settings, log, known, corpus))
+    for source, scan in [(corpus, scanned), *([held_out] if held_out else [])]:
+        if len(set(world.all_gather(scan.sha256))) > 1:
+            raise DataError(f"{source.source}: differs between machines; copy the same text to all of them")
     if record:
         tokenizer = build_tokenizer(record)
     else:
-        made = world.on_rank0(lambda: new_tokenizer(settings, corpus, scanned))
+        alphabet = "".join(sorted({*scanned.alphabet, *(held_out[1].alphabet if held_out else "")}))
+        seen = dataclasses.replace(scanned, alphabet=alphabet)
+        made = world.on_rank0(lambda: new_tokenizer(settings, corpus, seen))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
     check_separator(settings.document_separator, tokenizer)
     template = template_of(record.data if record else {}, tokenizer) or None  # the plain one where there is none
-    mode = cast(Mode, settings.unknown_characters)
-    try:
-        encoder, remark = world.local_rank0_first(
-            lambda: encoder_of(tokenizer, corpus, scanned, mode=mode, cache_dir=CACHE_FOLDER)
-        )
-        split = world.local_rank0_first(lambda: _tokenized(corpus, scanned, encoder, template, settings, log))
-    except tokenization.UnknownCharacters as error:
-        remedy = "set UNKNOWN_CHARACTERS=skip or replace, or train a new model with TOKENIZER=byte or bpe"
-        raise DataError(f"{corpus.source}: {error}: {remedy}") from error
-    if remark:
-        log(remark)
-    if isinstance(split, token_files.TokenSplit):
-        _check_block_size(corpus, split, settings)
+    tokenized = functools.partial(_tokenized, tokenizer=tokenizer, template=template, settings=settings, log=log)
+    fraction = fraction_of(settings)
+    split, unknown = world.local_rank0_first(lambda: tokenized(corpus, scanned, fraction=fraction))
+    if held_out:
+        given, _ = world.local_rank0_first(lambda: tokenized(*held_out, fraction=0.0))
+        split = dataclasses.replace(split, validation=given.train)  # type: ignore[arg-type]
+    _check_block_size(split, settings)
     return Text(
         corpus=corpus,
         scan=scanned,
         split=split,
-        validation_fraction=settings.validation_fraction,
-        unknown=mode if remark else None,
+        validation_fraction=fraction,
+        held_out=held_out,
+        unknown=unknown,
         template=template,
         answers=settings.loss_on == "answers",
         pack=settings.packing,
     ), tokenizer
 
 
-def _tokenized(
+def fraction_of(settings: Config) -> float:
+    """Return the fraction of the training text that is held out: none if another text is for validation."""
+    return 0.0 if settings.validation_data else settings.validation_fraction
+
+
+def scan_validation(settings: Config, log: Log, known: Known, corpus: Corpus) -> tuple[Corpus, Scan] | None:
+    """Return VALIDATION_DATA and its fingerprint, in the form of the training text `corpus`; None if it is not set.
+
+    Raise DataError if one of them is conversations and the other is not.
+    """
+    if not settings.validation_data:
+        return None
+    in_form = Known(carriage_returns=known.carriage_returns, data_sets=known.data_sets)
+    found = scan_source(settings.validation_data, log, reading=reading_of(settings), known=in_form)
+    refuse_weights(found[0])
+    if bool(found[0].reading.form) != bool(corpus.reading.form):
+        talks, plain = (corpus, found[0]) if corpus.reading.form else (found[0], corpus)
+        remedy = "train and validate on texts of one kind"
+        raise DataError(f"{talks.source} holds conversations, {plain.source} does not: {remedy}")
+    return found
+
+
+def refuse_weights(corpus: Corpus) -> None:
+    """Raise DataError if a text is a mixture where nothing is drawn from it: to validate on, to evaluate on."""
+    if corpus.weights:
+        raise DataError(f"{corpus.source} has weights, which only training follows: leave them out")
+
+
+def _tokenized(corpus: Corpus, scanned: Scan, **how: Any) -> tuple[Split, str | None]:
+    """Return the tokens of a text or of all sources of a mixture, as `_source_tokenized` does."""
+    if not corpus.parts:
+        return _source_tokenized(corpus, scanned, **how)
+    found = [_source_tokenized(*each, **how) for each in zip(corpus.parts, scanned.parts, strict=True)]
+    return mixed_split([split for split, _ in found], corpus.weights), next((done for _, done in found if done), None)
+
+
+def _source_tokenized(
     corpus: Corpus,
     scanned: Scan,
-    encoder: tokenization.Tokenizer,
+    *,
+    tokenizer: tokenization.Tokenizer,
     template: str | None,
+    fraction: float,
     settings: Config,
     log: Log,
-) -> token_files.TokenSplit | ExampleSplit:
-    fraction = settings.validation_fraction
+) -> tuple[token_files.TokenSplit | ExampleSplit, str | None]:
+    """Return the tokens, and what was done with characters that the vocabulary lacks; None if it has all."""
+    mode = cast(Mode, settings.unknown_characters)
+    try:
+        encoder, remark = encoder_of(tokenizer, corpus, scanned, mode=mode, cache_dir=CACHE_FOLDER)
+    except tokenization.UnknownCharacters as error:
+        remedy = "set UNKNOWN_CHARACTERS=skip or replace, or train a new model with TOKENIZER=byte or bpe"
+        raise DataError(f"{corpus.source}: {error}: {remedy}") from error
+    if remark:
+        _log_once(remark, log)
+    place: dict[str, Any] = {"validation_fraction": fraction, "cache_dir": CACHE_FOLDER, "log": log}
     if corpus.reading.form:
-        return prepare_examples(
-            corpus, scanned, encoder, template=template, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log
-        )
-    return token_files.prepare(corpus, scanned, encoder, validation_fraction=fraction, cache_dir=CACHE_FOLDER, log=log)
+        examples = prepare_examples(corpus, scanned, encoder, template=template, **place)
+        return examples, mode if remark else None
+    return token_files.prepare(corpus, scanned, encoder, **place), mode if remark else None
 
 
-def _check_block_size(corpus: Corpus, split: token_files.TokenSplit, settings: Config) -> None:
-    """Raise DataError if a part of the text has no window of BLOCK_SIZE tokens."""
-    fraction, block_size = settings.validation_fraction, settings.block_size
-    largest = largest_block_size(len(split.train), len(split.validation) if fraction else 0)
+def _check_block_size(split: Split, settings: Config) -> None:
+    """Raise DataError if a part of a text has no window of BLOCK_SIZE tokens. Conversations are padded to it."""
+    train, validation = parts_of(split.train), parts_of(split.validation)
+    if isinstance(train[0], Examples):
+        return
+    block_size, validates = settings.block_size, settings.validation_data or settings.validation_fraction
+    smallest, held_out = min(map(len, train)), min(map(len, validation))
+    largest = largest_block_size(smallest, held_out if validates else 0)
     if block_size > largest:
-        held = f"{len(split.train)} tokens to train on, {len(split.validation)} to validate on"
+        held = f"{smallest} tokens to train on, {held_out} to validate on"
         fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
-        remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0)"
-        raise DataError(f"BLOCK_SIZE={block_size} is too long for this text ({held}): {remedy}")
+        remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0{', VALIDATION_DATA unset' * bool(settings.validation_data)})"
+        which = "the smallest source" if len(train) > 1 else "this text"
+        raise DataError(f"BLOCK_SIZE={block_size} is too long for {which} ({held}): {remedy}")
+
+
+def parts_of(tokens: Tokens | Examples | MixedTokens) -> tuple[Tokens | Examples, ...]:
+    """Return the tokens of each source of a mixture, or of the one source that there is."""
+    return tokens.parts if isinstance(tokens, MixedTokens) else (tokens,)
 
 
 def training_batches(
     text: Text, model: Model, settings: Config, log: Log, *, step: int, window: int, rows: slice
-) -> Batches | PackedBatches:
+) -> Batches | PackedBatches | MixedBatches:
     """Return the batches of the training part from `step` on, whose data begin at `window`."""
     position: dict[str, Any] = {
         "batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps, "seed": settings.seed,
         "start_step": step, "start_window": window, "rows": rows,
     }  # fmt: skip
-    if isinstance(text.split, token_files.TokenSplit):
-        return Batches(text.split.train, block_size=settings.block_size, **position)
-    packing = packing_of(text, text.split.train, model, block_size=settings.block_size)
-    log(_about(text, packing, model))
-    return PackedBatches(packing, positions=model.packs, **position)
+    batches: list[Batches | PackedBatches] = []
+    for tokens in parts_of(text.split.train):
+        if isinstance(tokens, Examples):
+            packing = packing_of(text, tokens, model, block_size=settings.block_size)
+            log(_about(text, packing, model))
+            batches.append(PackedBatches(packing, positions=model.packs, **position))
+        else:
+            batches.append(Batches(tokens, block_size=settings.block_size, **position))
+    if not isinstance(text.split, MixedSplit):
+        return batches[0]
+    mixed = MixedBatches(batches, text.split.cycle, **position)
+    shares = [count / sum(text.split.cycle) for count in text.split.cycle]
+    named = [f"{share:.1%} from {part.source}" for share, part in zip(shares, text.corpus.parts, strict=True)]
+    log(f"mixture of windows: {', '.join(named)}")
+    return mixed
 
 
 def packing_of(text: Text, examples: Examples, model: Model, *, block_size: int) -> Packing:
@@ -165,10 +252,21 @@ def validation_of(
     text: Text, model: Model, *, block_size: int, batch_size: int, steps: int
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the fixed batches of a validation: inputs, targets and, of packed conversations, positions, (B, T) each."""
-    if isinstance(text.split, token_files.TokenSplit):
-        return validation_windows(text.split.validation, block_size=block_size, batch_size=batch_size, steps=steps)
-    packing = packing_of(text, text.split.validation, model, block_size=block_size)
-    return validation_batches(packing, batch_size=batch_size, steps=steps, positions=model.packs)
+    shares = shares_of(text)
+    for tokens, share in zip(parts_of(text.split.validation), shares, strict=True):
+        part = max(1, round(steps * share)) if steps else 0
+        if isinstance(tokens, Examples):
+            packing = packing_of(text, tokens, model, block_size=block_size)
+            yield from validation_batches(packing, batch_size=batch_size, steps=part, positions=model.packs)
+        else:
+            yield from validation_windows(tokens, block_size=block_size, batch_size=batch_size, steps=part)
+
+
+def shares_of(text: Text) -> list[float]:
+    """Return the share of each source of the validation text in a validation: by weight, as in training."""
+    if not isinstance(text.split, MixedSplit) or text.held_out:
+        return [1.0]
+    return [count / sum(text.split.cycle) for count in text.split.cycle]
 
 
 class SampleStart(NamedTuple):
@@ -184,8 +282,8 @@ def sample_start(text: Text, tokenizer: tokenization.Tokenizer) -> SampleStart:
     """Return what a sample continues: of conversations, the first question that is not trained on; else the end of a text, or
     where the tokenizer has none, a character of the text.
     """
-    if isinstance(text.split, ExampleSplit):
-        part = text.split.validation if len(text.split.validation) else text.split.train
+    part = parts_of(text.split.validation if len(text.split.validation) else text.split.train)[0]
+    if isinstance(part, Examples):
         stop_ids, stops = chat_stops(tokenizer, text.template)
         return SampleStart(part.first_question(), True, (*tokenizer.stop_ids, *stop_ids), stops)
     first = edge(tokenizer)
@@ -232,7 +330,7 @@ def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known
     """Return a text source and its fingerprint, in the form in which it is the known text. Cached for the command."""
     try:
         corpus, scanned = open_text(
-            lambda reading: open_source(source, reading),
+            lambda reading: open_source(with_places(source, lambda place: at_commit(place, known.data_sets)), reading),
             cache_dir=CACHE_FOLDER,
             reading=reading,
             known=known,

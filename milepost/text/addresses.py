@@ -5,6 +5,8 @@ A user name, a password and the query, where signatures and keys stand, become `
 
 import re
 
+from milepost.text.sources import with_places
+
 HIDDEN = "***"
 # What stands before the host. A password may hold a slash or be cut off: then what follows the colon is not a port.
 _USER = r"[^/?#]*@|[^/?#@:]*:(?!\d*(?:[/?#]|$))[^?#@]*(?:@|$)"
@@ -15,7 +17,7 @@ _ADDRESS = re.compile(
 
 def masked(source: str) -> str:
     """Return a text source, of which each part may be an address, without user names, passwords and queries."""
-    return ",".join(map(_masked, source.split(",")))
+    return with_places(source, _masked) if "://" in source else source
 
 
 def _masked(part: str) -> str:

@@ -73,6 +73,15 @@ class Batches:
         x, y = _windows(self._tokens, starts.reshape(-1), self.block_size)
         return x.view(*starts.shape, self.block_size), y.view(*starts.shape, self.block_size)
 
+    def windows_at(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets (N, block_size) of the windows with these numbers, which count over all epochs."""
+        return _windows(self._tokens, self._window_starts(numbers), self.block_size)
+
+    def sizes_at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many targets count and how many tokens are read in each of these windows: a whole block."""
+        sizes = np.full(len(numbers), self.block_size)
+        return sizes, sizes
+
     def divisors(self, step: int) -> list[float]:
         """Return, for each micro-batch, by what to divide its mean loss, so that their sum is the mean over the step."""
         return [self._shape[0]] * self._shape[0]

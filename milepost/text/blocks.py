@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import gzip
+import importlib
 import io
 import os
 import zlib
@@ -14,10 +15,11 @@ from milepost.text.errors import DataError
 
 BLOCK = 1 << 20  # bytes per read, and the most characters of a block
 RECORD_LIMIT = 1 << 26  # characters of a line, a row or a JSON value: they are held in memory whole
+PACKED = (".gz", ".zst")
 UNPACKED_LIMIT = (
     1 << 30
-)  # bytes that any .gz file may hold; above, it must not be smaller than a MOST_PACKED-th of them
-MOST_PACKED = 250  # text is packed to a third or a tenth; gzip can reach a thousandth
+)  # bytes that any packed file may hold; above, it must not be smaller than a MOST_PACKED-th of them
+MOST_PACKED = 250  # text is packed to a third or a tenth; gzip can reach a thousandth, zstd more
 UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}  # which begins with a mark
 LONGEST_MARK = 2  # bytes
 POINTER, LONGEST_POINTER = b"version https://git-lfs", 1024  # bytes; longer files are texts
@@ -96,18 +98,29 @@ def _decoded(path: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Yield the file's bytes, decompressed. Read errors become DataError."""
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    zstd = _zstd(path) if path.suffix.lower() == ".zst" else None
+    opener: Any = zstd.open if zstd else gzip.open if path.suffix.lower() == ".gz" else open
+    damaged = (EOFError, zlib.error, gzip.BadGzipFile, *([zstd.ZstdError] if zstd else []))
     try:
-        _refuse_pointer(path)
+        refuse_pointer(path)
         with opener(path, "rb") as file:
             yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is a damaged gzip file ({error}): copy or compress it again") from error
+    except damaged as error:
+        kind = "zstd" if zstd else "gzip"
+        raise DataError(f"{path} is a damaged {kind} file ({error}): copy or compress it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _refuse_pointer(path: Path) -> None:
+def _zstd(path: Path) -> Any:
+    """Return Python's module for zstd, or before 3.14 its backport. Raise DataError if there is none."""
+    for module in ("compression.zstd", "backports.zstd"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(module)
+    raise DataError(f"{path} is read with backports.zstd, which is not installed: pip install backports.zstd")
+
+
+def refuse_pointer(path: Path) -> None:
     """Raise DataError if git keeps the file elsewhere, and only its pointer is there."""
     with open(path, "rb") as file:
         begin = file.read(LONGEST_POINTER + 1)

@@ -1,4 +1,4 @@
-"""Conversations in the rows of .jsonl, .json, .csv and .tsv files: recognized by their keys, checked, and as messages."""
+"""Conversations in the rows of files: recognized by their keys, checked, and as messages."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +19,7 @@ FORMS: Final[dict[str, tuple[str, ...]]] = {  # form -> the keys by which it is 
     "prompt": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
 }
+OPTIONAL: Final = ("input", "tools", "functions")  # keys that a row may have besides
 CHOSEN: Final = "chosen"  # the form of rows whose fields the user names
 TURNS: Final = {"system": "user", "user": "assistant", "assistant": "user"}  # role -> the role that follows it
 
@@ -76,7 +77,7 @@ def described(form: str, reading: Reading) -> str:
 def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
     """Yield each conversation of a file with its place. Raise DataError naming the row that is not of the reading's form."""
     keys = _chosen(reading) if reading.form == CHOSEN else FORMS[reading.form]
-    for where, row in ROWS[suffix_of(path.name)](path, reading):
+    for where, row in ROWS[suffix_of(path.name)](path, reading, (*keys, *OPTIONAL)):
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: expected an object with {', '.join(keys)}, found a {type(row).__name__}")
         if lacking := [key for key in keys if key not in row]:

@@ -1,11 +1,9 @@
 """Where training text comes from: a source string names files, and files are read as pieces of documents."""
 
-import contextlib
 import dataclasses
-import glob
+import functools
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,18 @@ from milepost.text.addresses import masked
 from milepost.text.conversations import Talk, as_pieces, conversations, described, form_of
 from milepost.text.download import DOWNLOAD_LIMIT, fetch, open_https, tiny_shakespeare
 from milepost.text.errors import DataError
-from milepost.text.readers import PLAIN, READERS, SUPPORTED, VERBATIM, Piece, Reading, listed, suffix_of
+from milepost.text.folders import Found, code_in, files_of
+from milepost.text.hub import SCHEME, data_set, files_at
+from milepost.text.readers import PLAIN, READERS, Piece, Reading, suffix_of, unpacked_name
+from milepost.text.sources import Part, joined, parts_of
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The files of a text: `source` as the user wrote it, without passwords, `name` safe for file names, `paths` in order.
 
-    `reading` is how they are read, `skipped` tells which files of folders and globs have an unsupported type.
+    `reading` is how they are read, `skipped` tells which files of folders and globs are left out. A mixture has its sources
+    in `parts`, with a weight for each.
     """
 
     source: str
@@ -30,6 +32,8 @@ class Corpus:
     paths: tuple[Path, ...]
     reading: Reading = PLAIN
     skipped: tuple[str, ...] = ()
+    parts: tuple["Corpus", ...] = ()
+    weights: tuple[str, ...] = ()
 
     def pieces(self, note: Callable[[str], None] = lambda _: None) -> Iterator[Piece]:
         """Yield all text in order, as pieces; remarks on files go to `note`.
@@ -37,16 +41,21 @@ class Corpus:
         Raise DataError naming file and position where a file cannot be read.
         """
         reading = dataclasses.replace(self.reading, note=note)
-        if reading.form:
+        if self.parts:
+            for part in self.parts:
+                yield from part.pieces(note)
+        elif reading.form:
             note(f"{self.source}: {described(reading.form, reading)}")
             yield from as_pieces(self.conversations())
-            return
-        for path in self.paths:
-            yield from READERS[suffix_of(path.name)](path, reading)
+        else:
+            for path in self.paths:
+                yield from READERS[suffix_of(path.name)](path, reading)
 
     def conversations(self) -> Iterator[tuple[str, Talk]]:
         """Yield all conversations in order, each with its file and row. Raise DataError as `pieces` does."""
-        for path in self.paths:
+        for part in self.parts:
+            yield from part.conversations()
+        for path in () if self.parts else self.paths:
             yield from conversations(path, self.reading)
 
 
@@ -59,99 +68,98 @@ def open_corpus(
     max_download_bytes: int = DOWNLOAD_LIMIT,
     open_url: Callable[[str], Any] = open_https,
 ) -> Corpus:
-    """Return the corpus that `source` names: a file, folder, glob, https URL or `tinyshakespeare`, or several joined by commas.
+    """Return the corpus that `source` names: a file, folder, glob, https URL or `tinyshakespeare`, or several joined by commas, with
+    weights for a mixture; `code:` and a folder for its source code.
 
     Downloads are cached in `cache_dir/downloads/`, by default below `data_dir/.cache`. `open_url` opens a URL for reading. Raise DataError if a part of the
     source does not exist.
     """
     whole = os.path.lexists(os.path.expanduser(source))  # a file name may contain a comma
-    parts = [source] if whole else [part.strip() for part in source.split(",") if part.strip()]
-    known = VERBATIM if reading.verbatim else tuple(READERS)
-    paths: list[Path] = []
-    skipped: list[str] = []
-    for part in parts:
-        if part == "tinyshakespeare":
-            paths.append(tiny_shakespeare(data_dir, cache_dir=cache_dir, open_url=open_url))
-        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", part):
-            paths.append(
-                fetch(part, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_download_bytes, open_url=open_url)
-            )
-        else:
-            found, others = _local(part, known)
-            paths.extend(found)
-            skipped.extend(_skipped(part, others))
-    if not paths:
-        raise DataError(f"the data source {source!r} names nothing: expected a file, folder, glob or https URL")
-    name = "_".join(map(_stem, map(masked, parts)))[:40].strip("_")
+    parts = [Part("", source, "")] if whole else parts_of(source)
     shown = source if whole else masked(source)
-    reading = dataclasses.replace(reading, form=form_of(paths, reading))
-    return Corpus(source=shown, name=name, paths=tuple(paths), reading=reading, skipped=tuple(skipped))
+    mixed = any(part.weight for part in parts)
+    if mixed and (not all(part.weight for part in parts) or len(parts) < 2):
+        bare = next((part.place for part in parts if not part.weight), "nothing else")
+        raise DataError(
+            f"{shown}: {masked(bare)} has no weight: a mixture gives one to each of several sources, as in a.txt*3,b.txt*1"
+        )
+    places = functools.partial(
+        _found, reading=reading, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_download_bytes, open_url=open_url
+    )
+    found = list(map(places, parts))
+    if any(part.place.startswith(SCHEME) for part in parts):  # they have their commits now
+        shown = masked(joined(part for part, _ in found))
+    if not mixed:
+        return _corpus(shown, found, reading)
+    return _mixture(
+        shown, parts, [_corpus(masked(joined([each[0]._replace(weight="")])), [each], reading) for each in found]
+    )
 
 
-def _skipped(part: str, paths: list[Path]) -> list[str]:
-    """Return a line on the files of a folder or glob that are not read: their number and their suffixes."""
-    kinds = Counter(os.path.splitext(path.name)[1].lower() or "no suffix" for path in paths)
-    if not kinds:
-        return []
-    common = listed([kind for kind, _ in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))])
-    return [f"{part}: {len(paths)} file{'s' * (len(paths) > 1)} skipped: {common}"]
+def _found(
+    part: Part,
+    *,
+    reading: Reading,
+    data_dir: Path,
+    cache_dir: Path | None,
+    max_bytes: int,
+    open_url: Callable[[str], Any],
+) -> tuple[Part, Found]:
+    """Return a part of a source, with the commit of a data set of the hub, the files that it names, and lines on what is left out."""
+    if part.kind:
+        return part, code_in(part.place)
+    if part.place == "tinyshakespeare":
+        return part, ([tiny_shakespeare(data_dir, cache_dir=cache_dir, open_url=open_url)], [])
+    if part.place.startswith(SCHEME):
+        pinned, files = files_at(part.place, cache_dir or data_dir / ".cache")
+        return part._replace(place=pinned), (files, [f"{pinned}: {len(files)} file{'s' * (len(files) > 1)}"])
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", part.place):
+        copy = fetch(part.place, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_bytes, open_url=open_url)
+        return part, ([copy], [])
+    return part, files_of(part.place, reading)
+
+
+def _corpus(shown: str, found: list[tuple[Part, Found]], reading: Reading) -> Corpus:
+    paths = tuple(path for _, (files, _) in found for path in files)
+    if not paths:
+        raise DataError(f"the data source {shown!r} names nothing: expected a file, folder, glob or https URL")
+    return Corpus(
+        source=shown,
+        name=_name([part for part, _ in found]),
+        paths=paths,
+        reading=dataclasses.replace(reading, form=form_of(paths, reading)),
+        skipped=tuple(line for _, (_, lines) in found for line in lines),
+    )
+
+
+def _mixture(shown: str, parts: list[Part], corpora: list[Corpus]) -> Corpus:
+    """Return the mixture of sources. Raise DataError unless all are conversations or none is."""
+    talks = [corpus.source for corpus in corpora if corpus.reading.form]
+    plain = [corpus.source for corpus in corpora if not corpus.reading.form]
+    if talks and plain:
+        problem = f"{talks[0]} holds conversations, {plain[0]} is plain text"
+        raise DataError(f"{problem}: mix texts with texts, or conversations with conversations")
+    return Corpus(
+        source=shown,
+        name=_name(parts),
+        paths=tuple(path for corpus in corpora for path in corpus.paths),
+        reading=corpora[0].reading,
+        skipped=tuple(line for corpus in corpora for line in corpus.skipped),
+        parts=tuple(corpora),
+        weights=tuple(part.weight for part in parts),
+    )
+
+
+def _name(parts: list[Part]) -> str:
+    return "_".join(_stem(masked(part.place)) for part in parts)[:40].strip("_")
 
 
 def _stem(part: str) -> str:
     """Return a part of a source as [a-z0-9_]: the file's name without suffix, else the folder's name."""
+    if part.startswith(SCHEME):
+        part = data_set(part).repo
     path = Path(re.split("[?#]", part)[0] if "://" in part else os.path.abspath(os.path.expanduser(part)))
-    base = path.name.lower().removesuffix(".gz")
+    base = unpacked_name(path.name)
     base = os.path.splitext(base)[0] if suffix_of(base) in READERS else base
     words = (re.sub(r"[^a-z0-9]+", "_", word.lower()).strip("_") for word in (base, path.parent.name))
     return next(filter(None, words), "text")
-
-
-def _local(part: str, known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
-    """Return the files of a path or glob, in a fixed order, and those of an unsupported type."""
-    path = os.path.expanduser(part)
-    if os.path.isdir(path):
-        return _in_folder(Path(path), known)
-    if os.path.isfile(path):
-        if suffix_of(path) not in known:
-            raise DataError(f"{part}: unsupported file type: expected {SUPPORTED}")
-        return [Path(path)], []
-    if os.path.exists(path):
-        raise DataError(f"{part} is neither a file nor a folder")
-    if glob.has_magic(path):
-        return _matching(path, known)
-    raise DataError(f"{part} does not exist: {_nearest(path)}")
-
-
-def _in_folder(folder: Path, known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    found, others = _by_type(files, known)
-    if not found:
-        raise DataError(f"{folder} has no supported file: expected {SUPPORTED}; {_nearest(str(folder / '*'))}")
-    return found, others
-
-
-def _matching(pattern: str, known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
-    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
-    found, others = _by_type(matches, known)
-    if not found and matches:
-        raise DataError(f"{pattern}: no matching file has a supported type: expected {SUPPORTED}")
-    if not found:
-        raise DataError(f"no file matches {pattern}: {_nearest(pattern)}")
-    return found, others
-
-
-def _by_type(paths: list[Path], known: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
-    """Return the files of a `known` type, and the others."""
-    return [path for path in paths if suffix_of(path.name) in known], [
-        path for path in paths if suffix_of(path.name) not in known
-    ]
-
-
-def _nearest(path: str) -> str:
-    """Return a listing of the nearest existing folder above `path`."""
-    folder = next(parent for parent in Path(os.path.abspath(path)).parents if parent.is_dir())
-    with contextlib.suppress(OSError):
-        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        return f"{folder} holds {listed(names)}"
-    return f"{folder} cannot be listed"

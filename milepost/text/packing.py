@@ -193,6 +193,16 @@ class PackedBatches:
         parts = self._packing.batch(own, positions=self._positions)
         return tuple(part.view(self._shape[0], -1, self.block_size) for part in parts)
 
+    def windows_at(self, numbers: np.ndarray) -> Batch:
+        """Return what `at` does, (N, block_size) each, of the windows with these numbers, which count over all epochs."""
+        return self._packing.batch(list(self._windows(numbers.astype(np.uint64))), positions=self._positions)
+
+    def sizes_at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many targets count and how many tokens are read in each of these windows, (N,) each."""
+        windows = list(self._windows(numbers.astype(np.uint64)))
+        counted, lengths = self._packing.counted, self._packing.lengths
+        return tuple(np.array([int(of[window].sum()) for window in windows]) for of in (counted, lengths))  # type: ignore[return-value]
+
     def divisors(self, step: int) -> list[float]:
         """Return, for each micro-batch, by what to divide this process's mean loss over counted targets, so that the mean over
         processes of the sum over micro-batches is the mean over all counted targets of the step.

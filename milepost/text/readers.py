@@ -5,17 +5,20 @@ characters and a separator's, so memory use is flat downstream. Empty documents 
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from milepost.text import blocks
-from milepost.text.blocks import blocks_of, check_length, lines_of, normalized
+from milepost.text.blocks import PACKED, blocks_of, check_length, lines_of, normalized
+from milepost.text.columnar import SUFFIXES as COLUMNAR
+from milepost.text.columnar import columnar_rows, columns_of
 from milepost.text.errors import DataError, TextFieldError
 
 Piece = tuple[str, bool]
@@ -32,8 +35,8 @@ class Reading:
 
     `text_field` is the column of a CSV and the member of a JSON object that holds the text. `separator` ends a document
     within a .txt or .md file, and is no text itself; empty: a file is one document. `verbatim` reads as versions
-    did that did not normalize text: line ends and marks inside as they are, only the formats VERBATIM. Remarks on a file go
-    to `note`. `prompt_field` and `answer_field` are those of conversations, whose rows have a `form` of
+    did that did not normalize text: line ends and marks inside as they are, only the formats VERBATIM. `first_types` reads
+    in folders only what versions before parquet read. Remarks on a file go to `note`. `prompt_field` and `answer_field` are those of conversations, whose rows have a `form` of
     milepost.text.conversations.
     """
 
@@ -43,6 +46,7 @@ class Reading:
     form: str = ""
     separator: str = ""
     verbatim: bool = False
+    first_types: bool = False
     note: Callable[[str], None] = lambda _: None
 
 
@@ -62,15 +66,19 @@ def _read_text(path: Path, reading: Reading) -> Iterator[Piece]:
         yield held, True
 
 
+def _read_code(path: Path, reading: Reading) -> Iterator[Piece]:
+    return _read_text(path, dataclasses.replace(reading, separator=""))
+
+
 # JSON
 
 
 def _read_jsonl(path: Path, reading: Reading) -> Iterator[Piece]:
-    for where, row in _jsonl_rows(path, reading):
+    for where, row in _jsonl_rows(path, reading, ()):
         yield from _slices(_text_in(row, reading, where=where), reading)
 
 
-def _jsonl_rows(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
+def _jsonl_rows(path: Path, reading: Reading, _: Collection[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines_of(path, verbatim=reading.verbatim), 1):
         if line.strip():
             where = f"{path} line {number}"
@@ -80,12 +88,12 @@ def _jsonl_rows(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{where} is not valid JSON ({error}): expected one object per line") from None
 
 
-def _json_rows(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Path, reading: Reading, _: Collection[str]) -> Iterator[tuple[str, Any]]:
     return ((f"{path} record {number}", value) for number, value in enumerate(_json_values(path), 1))
 
 
 def _read_json(path: Path, reading: Reading) -> Iterator[Piece]:
-    for where, value in _json_rows(path, reading):
+    for where, value in _json_rows(path, reading, ()):
         text = value if isinstance(value, str) else _text_in(value, reading, where=where)
         yield from _slices(_checked(text, reading, where=where), reading)
 
@@ -200,7 +208,7 @@ def _read_csv(path: Path, reading: Reading) -> Iterator[Piece]:
             yield from _slices(row[column], reading)
 
 
-def _table_rows(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, str]]]:
+def _table_rows(path: Path, reading: Reading, _: Collection[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the rows of a CSV by the names of its first line."""
     lines = lines_of(path)
     first = next(lines, "")
@@ -209,7 +217,7 @@ def _table_rows(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, s
         itertools.chain([first] if first else [], lines),
         delimiter=_delimiter(path, first, reading.answer_field or ""),
     )
-    _, names = next(rows, (1, []))
+    names = next(rows, (1, list[str]()))[1]
     header = [name.strip() for name in names]
     for number, row in rows:
         if row and len(row) < len(header):
@@ -233,6 +241,18 @@ def _columns(line: str, delimiter: str) -> list[str]:
         return []
 
 
+# Columns
+
+
+def _read_columns(path: Path, reading: Reading) -> Iterator[Piece]:
+    for where, row in columnar_rows(path, (reading.text_field,)):
+        yield from _slices(_text_in(row, reading, where=where), reading)
+
+
+def _column_rows(path: Path, _: Reading, fields: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    return columnar_rows(path, fields)
+
+
 def _slices(text: str, reading: Reading) -> Iterator[Piece]:
     text = text if reading.verbatim else normalized(text)
     for start in range(0, len(text), blocks.BLOCK):
@@ -240,7 +260,12 @@ def _slices(text: str, reading: Reading) -> Iterator[Piece]:
 
 
 def first_row(path: Path) -> Any:
-    """Return the first row of a file as it is in its first block, of a CSV with the names alone. Raise ValueError if it is longer."""
+    """Return the first row of a file as it is in its first block; where the names of columns are stored apart, those alone.
+
+    Raise ValueError if it is longer than a block.
+    """
+    if suffix_of(path.name) in COLUMNAR:
+        return dict.fromkeys(columns_of(path))
     text = next(blocks_of(path), "")
     if suffix_of(path.name) in (".csv", ".tsv"):
         first = text.partition("\n")[0]
@@ -251,6 +276,29 @@ def first_row(path: Path) -> Any:
     return json.JSONDecoder().raw_decode(text, at)[0]
 
 
+# Of source code; each file is a document.
+CODE = (
+    *(
+        ".py",
+        ".pyi",
+        ".js",
+        ".mjs",
+        ".cjs",
+        ".jsx",
+        ".ts",
+        ".tsx",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".cxx",
+        ".hpp",
+        ".cu",
+        ".cs",
+    ),
+    *(".rs", ".go", ".java", ".kt", ".scala", ".swift", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".ex"),
+    *(".exs", ".erl", ".clj", ".zig", ".sh", ".bash", ".ps1", ".sql"),
+)
 READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
     ".txt": _read_text,
     ".md": _read_text,
@@ -258,17 +306,35 @@ READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
+    ".parquet": _read_columns,
+    ".arrow": _read_columns,
+    **dict.fromkeys(CODE, _read_code),
 }
-ROWS: dict[str, Callable[[Path, Reading], Iterator[tuple[str, Any]]]] = {  # each row with its place
+# Each row with its place. The names are of the fields that are used: of files with columns no others are read.
+ROWS: dict[str, Callable[[Path, Reading, Collection[str]], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _jsonl_rows,
     ".json": _json_rows,
     ".csv": _table_rows,
     ".tsv": _table_rows,
+    ".parquet": _column_rows,
+    ".arrow": _column_rows,
 }
-VERBATIM = (".txt", ".md", ".jsonl", ".csv")  # the formats of versions that did not normalize text
-SUPPORTED = f"{', '.join(READERS)}, each also with .gz"
+VERBATIM = (".txt", ".md", ".jsonl", ".csv")  # the types of versions that did not normalize text
+FIRST_TYPES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv")  # and of those before parquet
+SUPPORTED = f"{', '.join(FIRST_TYPES)}, each also with .gz or .zst, {', '.join(COLUMNAR)}"
 
 
 def suffix_of(name: str) -> str:
-    """Return the suffix that selects the reader of a file name, in lower case and without `.gz`."""
-    return os.path.splitext(name.lower().removesuffix(".gz"))[1]
+    """Return the suffix that selects the reader of a file name, in lower case and without `.gz` or `.zst`."""
+    return os.path.splitext(unpacked_name(name))[1]
+
+
+def unpacked_name(name: str) -> str:
+    """Return a file name in lower case, without `.gz` or `.zst`."""
+    base, suffix = os.path.splitext(name.lower())
+    return base if suffix in PACKED else name.lower()
+
+
+def is_first_type(name: str) -> bool:
+    """Return whether versions before parquet read a file of this name in a folder."""
+    return suffix_of(name) in FIRST_TYPES and not name.lower().endswith(".zst")

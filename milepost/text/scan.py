@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Scan:
     documents: int
     alphabet: str  # the distinct characters, sorted
     notes: tuple[str, ...] = ()  # what the readers remark on files, such as the delimiter of a CSV
+    parts: tuple["Scan", ...] = ()  # of a mixture: what one pass over each source finds
 
 
 def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
@@ -67,11 +68,29 @@ def _about_ends(source: str, count: int) -> str:
 def cached_scan(
     corpus: Corpus, *, cache_dir: Path, log: Log | None = None, now: Callable[[], int] = time.time_ns
 ) -> Scan:
-    """Return `scan(corpus)`, from `cache_dir` if no file has changed since; see milepost.text.stamps for what that means."""
+    """Return `scan(corpus)`, from `cache_dir` if no file has changed since; see milepost.text.stamps for what that means.
+
+    That of a mixture is made of those of its sources; its `sha256` covers their texts and weights.
+    """
+    if corpus.parts:
+        parts = [cached_scan(part, cache_dir=cache_dir, log=log, now=now) for part in corpus.parts]
+        return _mixed(parts, corpus.weights)
     values = remembered(
         _record(corpus), corpus.paths, cache_dir / FOLDER, lambda: dataclasses.asdict(scan(corpus, log=log)), now=now
     )
-    return Scan(**{**values, "notes": tuple(values.get("notes", ()))})
+    return Scan(**{**values, "notes": tuple(values.get("notes", ())), "parts": ()})
+
+
+def _mixed(parts: Sequence[Scan], weights: Sequence[str]) -> Scan:
+    digest = hashlib.sha256("".join(f"{w} {part.sha256}\n" for w, part in zip(weights, parts, strict=True)).encode())
+    return Scan(
+        sha256=digest.hexdigest(),
+        characters=sum(part.characters for part in parts),
+        documents=sum(part.documents for part in parts),
+        alphabet="".join(sorted({character for part in parts for character in part.alphabet})),
+        notes=tuple(note for part in parts for note in part.notes),
+        parts=tuple(parts),
+    )
 
 
 def forget_scan(corpus: Corpus, *, cache_dir: Path) -> None:

@@ -1,0 +1,176 @@
+"""Data sets of the hub: `hf://datasets/owner/name[@revision][:config][/split]` as the files that hold a split.
+
+A revision becomes a commit, which takes its place in the address that a checkpoint records: a branch may move. The list of a commit's
+files is kept beside the other caches, so that a resume needs no network.
+"""
+
+import contextlib
+import fnmatch
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milepost.files import new_file
+from milepost.text.errors import DataError
+from milepost.text.readers import CODE, READERS, listed, suffix_of
+
+SCHEME = "hf://datasets/"
+_ADDRESS = re.compile(
+    rf"{SCHEME}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:/\s]+))?(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?"
+)
+_COMMIT = re.compile("[0-9a-f]{40}")
+FORM = f"{SCHEME}owner/name[@revision][:config][/split]"
+FOLDER = "or download the files and name their folder"
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval"),
+}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """An address taken apart."""
+
+    repo: str
+    revision: str | None
+    config: str | None
+    split: str
+
+    @property
+    def address(self) -> str:
+        """The address, with its split."""
+        revision, config = f"@{self.revision}" * bool(self.revision), f":{self.config}" * bool(self.config)
+        return f"{SCHEME}{self.repo}{revision}{config}/{self.split}"
+
+
+def data_set(address: str) -> DataSet:
+    """Return the parts of an address. Raise DataError if it is not of the form."""
+    found = _ADDRESS.fullmatch(address)
+    if not found:
+        raise DataError(f"{address}: expected {FORM}")
+    return DataSet(found["repo"], found["revision"], found["config"], found["split"] or "train")
+
+
+def at_commit(place: str, before: Iterable[str]) -> str:
+    """Return the address that a checkpoint recorded for this place, among `before`, if only its commit differs; else the place."""
+    if not _ADDRESS.fullmatch(place):
+        return place
+    asked = data_set(place)
+    same = [
+        each for each in map(data_set, filter(_ADDRESS.fullmatch, before)) if _but_commit(each) == _but_commit(asked)
+    ]
+    return next(
+        (each.address for each in same if asked.revision is None or not _COMMIT.fullmatch(asked.revision)), place
+    )
+
+
+def _but_commit(each: DataSet) -> tuple[str, str | None, str]:
+    return each.repo, each.config, each.split
+
+
+def files_at(address: str, cache_dir: Path) -> tuple[str, list[Path]]:
+    """Return the address with its commit, and the files of its split, downloaded into the hub's own cache.
+
+    Raise DataError if the hub has no such split, or cannot be reached.
+    """
+    asked = data_set(address)
+    if asked.revision and _COMMIT.fullmatch(asked.revision) and (known := _known(asked, cache_dir)):
+        return asked.address, known
+    # Imported only here: it takes a third of a second.
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        info = HfApi().dataset_info(asked.repo, revision=asked.revision)
+        names = files_of_split(asked, [each.rfilename for each in info.siblings or ()], configs_of(info.card_data))
+        pinned = DataSet(asked.repo, info.sha, asked.config, asked.split)
+        patterns = list(map(glob.escape, names))
+        folder = Path(snapshot_download(asked.repo, repo_type="dataset", revision=info.sha, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise DataError(
+            f"{address}: the hub has no such data set, or it needs HF_TOKEN: check the name, {FOLDER}"
+        ) from error
+    except (OSError, HfHubHTTPError, HFValidationError, EntryNotFoundError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{address} could not be fetched from the hub ({reason:.120}): try again, {FOLDER}") from error
+    paths = [folder / name for name in names]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise DataError(f"{address}: {listed(missing)} did not arrive from the hub: try again, {FOLDER}")
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a question to the hub
+        _record(pinned, cache_dir).parent.mkdir(parents=True, exist_ok=True)
+        with new_file(_record(pinned, cache_dir), replace=True) as file:
+            file.write(json.dumps({"address": pinned.address, "files": list(map(str, paths))}, indent=1).encode())
+    return pinned.address, paths
+
+
+def _record(pinned: DataSet, cache_dir: Path) -> Path:
+    return cache_dir / "hub" / f"{hashlib.sha256(pinned.address.encode()).hexdigest()[:32]}.json"
+
+
+def _known(pinned: DataSet, cache_dir: Path) -> list[Path]:
+    """Return the files of an address with a commit that were all downloaded before; empty if one is missing."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        paths = [Path(path) for path in json.loads(_record(pinned, cache_dir).read_bytes())["files"]]
+        return paths if all(path.is_file() for path in paths) else []
+    return []
+
+
+def configs_of(card: Any) -> list[dict[str, Any]]:
+    """Return the `configs` of a data set's README, if it has any."""
+    found = getattr(card, "configs", None) if card is not None else None
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def files_of_split(asked: DataSet, names: Sequence[str], configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the data files of the split in order: by the README's `configs`, else by what their names say.
+
+    Raise DataError naming the configs or splits that there are.
+    """
+    files = sorted(name for name in names if suffix_of(name) in READERS and suffix_of(name) not in (*CODE, ".md"))
+    patterns = _patterns(asked, configs)
+    if patterns is None:
+        inside = [name for name in files if asked.config is None or name.startswith(f"{asked.config}/")]
+        patterns = {split: found for split in SPLITS if (found := [n for n in inside if _names_split(n, split)])}
+        patterns = patterns or ({"train": inside} if inside else {})
+        chosen = patterns.get(asked.split, [])
+    else:
+        chosen = [n for n in files if any(fnmatch.fnmatchcase(n, each) for each in patterns.get(asked.split, []))]
+    if not chosen:
+        there = listed(sorted(patterns)) if patterns else "no data file"
+        raise DataError(
+            f"{asked.address}: the data set has no such split with {', '.join(list(READERS)[:8])} files; it has {there}"
+        )
+    return chosen
+
+
+def _names_split(name: str, split: str) -> bool:
+    words = re.split(r"[/._ -]|(?<=\D)(?=\d)", name.lower())
+    return any(word in SPLITS[split] for word in words)
+
+
+def _patterns(asked: DataSet, configs: Sequence[dict[str, Any]]) -> dict[str, list[str]] | None:
+    """Return split -> patterns of files, of the config that is asked for; None if the README has no data files."""
+    with_files = {str(each.get("config_name", "default")): each for each in configs if each.get("data_files")}
+    if not with_files:
+        return None
+    default = [
+        name for name, each in with_files.items() if each.get("default") or name == "default" or len(with_files) == 1
+    ]
+    name = asked.config or next(iter(default), "")
+    if name not in with_files:
+        raise DataError(
+            f"{asked.address}: expected one of its configs, as in {SCHEME}{asked.repo}:{next(iter(with_files))}: {listed(list(with_files))}"
+        )
+    found: dict[str, list[str]] = {}
+    files = with_files[name]["data_files"]
+    for each in files if isinstance(files, list) else [files]:
+        entry = each if isinstance(each, dict) else {"split": "train", "path": each}
+        path = entry.get("path", [])
+        found.setdefault(str(entry.get("split", "train")), []).extend(path if isinstance(path, list) else [path])
+    return found

@@ -1,0 +1,69 @@
+"""docs/data.md: every command as it is written, in a folder with the files that it names."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pages
+import pytest
+from drive import ROOT, small_text
+from talks import rows
+from test_columnar import table_file
+from test_guides import called
+
+from milepost.run import text as run_text
+
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+LETTER = "The wren sings at dawn, and the lark follows it.\n"
+
+
+def stories(folder: Path) -> None:
+    small_text(folder, name="stories.txt")
+
+
+def held_out(folder: Path) -> None:
+    rows(folder / "held_out.jsonl", [{"text": LETTER * 20}])
+
+
+def letters(folder: Path) -> None:
+    rows(folder / "letters.jsonl", [{"text": LETTER * 20}] * 5)
+
+
+def project(folder: Path) -> None:
+    (folder / "project").mkdir()
+    (folder / "project" / "wren.py").write_text("def sing():\n    return 'tseep'\n" * 200, encoding="utf-8")
+
+
+def stories_table(folder: Path) -> None:
+    table_file(folder / "stories.parquet", [{"story": f"{n}: {LETTER}"} for n in range(200)])
+
+
+# A file that a command names -> what makes it; those that need a package are run by `make test-exchange`.
+FILES: dict[str, Callable[[Path], None]] = {
+    "stories.txt": stories,
+    "held_out.jsonl": held_out,
+    "letters.jsonl": letters,
+    "project": project,
+    "stories.parquet": stories_table,
+}
+PACKAGES = ("stories.parquet",)
+COMMANDS = [line for line in pages.commands(PAGE) if re.search(r"\bpython3 \S+\.py$", line)]
+
+
+def needed(line: str) -> list[str]:
+    """The files that a command names."""
+    return [name for name in FILES if re.search(rf"[=,:']{re.escape(name)}\b", line)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(line, marks=[pytest.mark.exchange] * bool({*needed(line)} & {*PACKAGES})) for line in COMMANDS],
+)
+def test_every_command_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_text, "CACHE_FOLDER", tmp_path / "cache" / "tokens")
+    assert needed(line)
+    for name in needed(line):
+        FILES[name](tmp_path)
+    done = called(line, tmp_path)
+    assert done.code == 0, f"{done.out}\n{done.err}"
