@@ -44,6 +44,7 @@ ELSEWHERE = {  # page -> the test that runs all of its commands
     "docs/fine-tuning.md": "exchange/test_fine_tuning.py",
     "docs/conversations.md": "test_conversations_guide.py",
     "docs/chat.md": "test_chat.py",
+    "docs/serving.md": "test_serve_checkpoint.py",
 }
 # The only commands of a page that no test runs as they are written: how they begin, and why.
 NOT_RUN = {

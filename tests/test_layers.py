@@ -45,8 +45,9 @@ ALLOWED = ROOMS | {
     "run_files": BELOW_RUN | {"run"},
     "run_checkpoints": BELOW_RUN | {"run", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
+    "serving": BELOW_RUN | {"samples"},
     "training": BELOW_TRAINING,
-    "scripts": BELOW_TRAINING | {"samples", "training", "plots"},
+    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "serving"},
     "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"start", "api"},  # the latter when a name of it is first used
 }

@@ -158,8 +158,11 @@ SCRIPTS = {
 }
 
 
+ENDLESS = {"serve_checkpoint"}  # until a signal: tests/test_serve_checkpoint.py
+
+
 def test_every_script_is_tried():
-    assert set(SCRIPTS) == {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert {*SCRIPTS, *ENDLESS} == {path.stem for path in (ROOT / "scripts").glob("*.py")}
 
 
 @pytest.mark.parametrize("way", UNHEARD)

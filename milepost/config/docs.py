@@ -21,11 +21,12 @@ from models import MODELS
 def as_env(config: Config, resolved: Mapping[str, Any]) -> str:
     """Return the settings, with the values that a run `resolved`, as an env file.
 
-    Used as ENV_FILE, it sets them all again, but for the secret parts of an address.
+    Used as ENV_FILE, it sets them all again, but for secrets and the secret parts of an address.
     """
     lines = ["# The settings of a run. To use them again: ENV_FILE=path/of/this/file python3 training.py"]
-    for name in VARIABLES:
-        text = "" if name == "ENV_FILE" else as_text(resolved.get(name, public(config, name)))
+    for name, each in VARIABLES.items():
+        hidden = name == "ENV_FILE" or each.metadata["form"] == "secret"
+        text = "" if hidden else as_text(resolved.get(name, public(config, name)))
         lines.append(f"{name}={quoted(text)}" if text else f"# {name}=")
     return "\n".join(lines) + "\n"
 

@@ -36,7 +36,7 @@ from milepost.config.variables import (
 )
 from milepost.places import SHIPPED, base_folder
 from milepost.runtime.optimizers import OPTIMIZERS
-from milepost.text.addresses import masked
+from milepost.text.addresses import HIDDEN, masked
 from models import MODELS, with_trait
 
 # What the shell of Windows shows before a command: $P is the folder, $G is >, and conda puts its environment before them.
@@ -191,9 +191,13 @@ def to_dict(config: Config) -> dict[str, Json]:
 
 
 def public(config: Config, name: str) -> Any:
-    """Return the value of a variable as it may be stored and shown: data sources without passwords and queries."""
-    value = getattr(config, name.lower())
-    return masked(value) if VARIABLES[name].metadata["form"] == "source" and value else value
+    """Return the value of a variable as it may be stored and shown: data sources without passwords and queries, HIDDEN
+    for a secret.
+    """
+    value, form = getattr(config, name.lower()), VARIABLES[name].metadata["form"]
+    if form == "secret" and value:
+        return HIDDEN
+    return masked(value) if form == "source" and value else value
 
 
 def _portable(path: str) -> str:

@@ -13,7 +13,7 @@ in a call of its own: in a shared call its bits would depend on the thread that 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,14 @@ LONGEST_DRAFT: Final = {"float32": 11, "bfloat16": 11, "int8": 3}
 RESCORED: Final = 256  # best tokens whose logits are recomputed in float32: more than the default top_k
 
 
+class Ahead(NamedTuple):
+    """What read_ahead() computed for a token at a position: the logits (V,) after it."""
+
+    position: int
+    token: int
+    logits: Tensor
+
+
 class DecodeCache:
     """Keys and values of the `length` tokens seen, in one buffer of fixed size.
 
@@ -37,6 +45,7 @@ class DecodeCache:
     def __init__(self, model: GPT2) -> None:
         s = model.settings
         self.length = 0
+        self.ahead: Ahead | None = None
         self.states = torch.empty(s.n_layer, 2, 1, s.n_head, s.block_size, s.n_embd // s.n_head)
 
 
@@ -86,30 +95,55 @@ class Decoder:
 
         Rescoring is lazy, so a draft that fails early does not pay for the rest.
         """
-        x = self._read(ids, cache)[-last:]  # (last, C)
-        logits = self.head(_at_least_two(x))[:last] + self.head_bias  # (last, V)
+        ahead, cache.ahead = cache.ahead, None
+        if ahead is not None and (ahead.position, [ahead.token]) == (cache.length, list(ids)):
+            cache.length += 1
+            return [ahead.logits]
+        start, R = cache.length, len(ids)
+        positions = torch.arange(start, start + R)
+        x = self._read(ids, positions, lambda number, qkv: _attend(qkv, cache.states[number], start))
+        cache.length += R
+        return self._logits(x[-last:])
+
+    @torch.inference_mode()
+    def read_ahead(self, tokens: Sequence[int], caches: Sequence[DecodeCache]) -> None:
+        """Compute in one pass what rows() will return next for each of several texts: one token each, after its cache.
+
+        The bits are those of rows() alone if agrees(len(tokens)). A text that then continues otherwise loses only time.
+        """
+
+        def attend(number: int, qkv: Tensor) -> Tensor:
+            each = zip(qkv.split(1), caches, strict=True)
+            return torch.cat([_attend(row, cache.states[number], cache.length) for row, cache in each])
+
+        x = self._read(tokens, torch.tensor([cache.length for cache in caches]), attend)
+        for token, cache, logits in zip(tokens, caches, self._logits(x), strict=True):
+            cache.ahead = Ahead(cache.length, token, logits)
+
+    def _logits(self, x: Tensor) -> Iterable[Tensor]:
+        """Return the logits (V,) of each row of x (R, C)."""
+        logits = self.head(_at_least_two(x))[: len(x)] + self.head_bias  # (R, V)
         return logits if self.exact else map(self._rescored, x.split(1), logits.float())
 
-    def _read(self, ids: Sequence[int], cache: DecodeCache) -> Tensor:
-        """Return the output of the last norm for each token, (R, C)."""
-        start, R = cache.length, len(ids)
-        x = self.model.wte.weight[torch.tensor(ids)] + self.model.wpe.weight[start : start + R]
+    def _read(self, ids: Sequence[int], positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Return the output of the last norm for each token, (R, C). `attend` takes a layer's number and qkv (R, 3C)."""
+        R = len(ids)
+        x = self.model.wte.weight[torch.tensor(ids)] + self.model.wpe.weight[positions]
         x = _at_least_two(x)  # (max(2, R), C)
-        for layer, states in zip(self.layers, cache.states.unbind(), strict=True):
-            x = x + layer.project(_at_least_two(_attend(layer.qkv(layer.norm_1(x))[:R], states, start)))
+        for number, layer in enumerate(self.layers):
+            x = x + layer.project(_at_least_two(attend(number, layer.qkv(layer.norm_1(x))[:R])))
             x = x + layer.narrow(layer.widen(layer.norm_2(x)))
-        cache.length += R
         return self.norm(x)[:R]
 
     @torch.inference_mode()
-    def agrees(self) -> bool:
-        """Return whether rows are bit-identical in passes of any size up to a draft's, tested on one layer and the
-        head.
+    def agrees(self, rows: int | None = None) -> bool:
+        """Return whether rows are bit-identical in passes of any size up to `rows`, by default a draft's, tested on one
+        layer and the head.
 
         If this processor computes them differently, drafting could change the text. The rest of a pass handles each
         token separately.
         """
-        largest, generator = 1 + self.longest_draft, torch.Generator().manual_seed(0)
+        largest, generator = rows or 1 + self.longest_draft, torch.Generator().manual_seed(0)
         narrow = torch.randn(largest, self.settings.n_embd, generator=generator)
         wide = torch.randn(largest, 4 * self.settings.n_embd, generator=generator)
         layer = self.layers[0]
