@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -110,13 +110,14 @@ class Loaded(NamedTuple):
         return self.generator.weights if isinstance(self.generator, Decoder) else "float32"
 
 
-def open_named(name: str, settings: Config, log: Log, *, base: Checkpoint | None = None) -> Loaded:
+def open_named(name: str, settings: Config, log: Log, *, bases: Iterable[Checkpoint] = ()) -> Loaded:
     """Return the checkpoint that `name` selects, as CHECKPOINT_PATH does, ready to generate many texts.
 
-    If it holds only adapters over `base`, they are put over that record, and nothing else is read.
+    If it holds only adapters over one of `bases`, they are put over that record, and nothing else is read.
     """
     record = ckpt.load_named(name, Path(settings.checkpoint_dir), say=log, optimizer=False)
-    if base is not None and record.adapters_only and (record.base or {}).get("sha256") == digest(base.model_state):
+    needed = (record.base or {}).get("sha256") if record.adapters_only else None
+    if needed and (base := next((base for base in bases if digest(base.model_state) == needed), None)):
         record = with_base(record, base)
     record = completed(record, settings, log)
     for note in record.notes:

@@ -311,7 +311,7 @@ def use_adapter(chat: Chat, name: str) -> None:
     if name == "none":
         chat.loaded = opened(drop_conflicts(base, settings, chat.log), base, chat.log, tokens=MANY)
     else:
-        chat.loaded = open_named(name, settings, chat.log, base=base)
+        chat.loaded = open_named(name, settings, chat.log, bases=[base])
     describe(chat, chat.loaded)
 
 

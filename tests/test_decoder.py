@@ -140,6 +140,41 @@ def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str, variant: 
     assert decoder.agrees()
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_texts_that_are_read_ahead_together_have_the_bits_of_each_alone(weights: str) -> None:
+    decoder = Decoder(MODEL, weights=weights)
+    lengths = [1, 5, 17, 40, 47]
+    if not decoder.agrees(len(lengths)):
+        pytest.skip("this processor computes several rows otherwise than one")
+    texts = [[(7 * number + at) % VOCAB for at in range(length)] for number, length in enumerate(lengths)]
+    apart, together = ([decoder.new_cache() for _ in texts] for _ in range(2))
+    for ids, one, other in zip(texts, apart, together, strict=True):
+        decoder.rows(ids, one)
+        decoder.rows(ids, other)
+    tokens = [100 + number for number in range(len(texts))]
+    expected = [next(iter(decoder.rows([token], cache))) for token, cache in zip(tokens, apart, strict=True)]
+    decoder.read_ahead(tokens, together)
+    head, decoder.head = decoder.head, zero_head  # rows() computes nothing of its own
+    found = [next(iter(decoder.rows([token], cache))) for token, cache in zip(tokens, together, strict=True)]
+    decoder.head = head
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert [cache.length for cache in together] == [length + 1 for length in lengths]
+    for one, other, length in zip(apart, together, lengths, strict=True):
+        assert torch.equal(one.states[:, :, :, :, : length + 1], other.states[:, :, :, :, : length + 1])
+
+
+def test_what_was_read_ahead_is_dropped_where_the_text_continues_otherwise() -> None:
+    decoder = Decoder(MODEL, weights="float32")
+    cache, other = decoder.new_cache(), decoder.new_cache()
+    for each in (cache, other):
+        decoder.rows([1, 2, 3], each)
+    decoder.read_ahead([4, 4], [cache, decoder.new_cache()])
+    assert torch.equal(next(iter(decoder.rows([5], cache))), next(iter(decoder.rows([5], other))))
+    decoder.read_ahead([6, 6], [cache, decoder.new_cache()])
+    cache.length = other.length = 0  # a window that begins anew
+    assert torch.equal(next(iter(decoder.rows([6], cache))), next(iter(decoder.rows([6], other))))
+
+
 @pytest.mark.parametrize("rows", range(2, 13))
 def test_a_processor_that_computes_some_number_of_rows_otherwise_is_noticed(
     monkeypatch: pytest.MonkeyPatch, rows: int

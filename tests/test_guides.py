@@ -45,6 +45,7 @@ ELSEWHERE = {  # page -> the test that runs all of its commands
     "docs/data.md": "test_data_guide.py",
     "docs/chat.md": "test_chat.py",
     "docs/publishing.md": "test_publish.py",
+    "docs/serving.md": "test_serve_checkpoint.py",
 }
 # The only commands of a page that no test runs as they are written: how they begin, and why.
 NOT_RUN = {

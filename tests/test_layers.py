@@ -50,8 +50,9 @@ ALLOWED = ROOMS | {
     "run_files": BELOW_RUN | {"run", "run_mirror"},
     "run_checkpoints": BELOW_RUN | {"run", "run_mirror", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
+    "serving": BELOW_RUN | {"samples"},
     "training": BELOW_TRAINING,
-    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "page", "publish"},
+    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "page", "publish", "serving"},
     "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"start", "api"},  # the latter when a name of it is first used
 }

@@ -169,7 +169,10 @@ SCRIPTS = {
 }
 
 
-SERVERS = {"watch_runs"}  # run until a signal: tests/test_page_routes.py
+SERVERS = {
+    "serve_checkpoint",
+    "watch_runs",
+}  # until a signal: tests/test_serve_checkpoint.py, tests/test_page_routes.py
 
 
 def test_every_script_is_tried():

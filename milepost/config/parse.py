@@ -20,6 +20,8 @@ from models import lora_layers
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
+NAMED = re.compile(r"([A-Za-z0-9][\w.-]{0,63})=(.+)", re.DOTALL)  # a checkpoint by a name of one's own
+
 SYNONYMS = {("eval_type", "paper_metrics"): "benchmark"}  # other programs' words: (variable, word) -> ours
 
 LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -113,15 +115,34 @@ def _address(text: str, _folder: str) -> str:
 
 
 def _paths(text: str, folder: str) -> str:
-    """Return paths joined by commas as absolute paths; latest and best stay as they are."""
-    if "," not in text or os.path.lexists(absolute_path(text, folder)):  # a single path that may contain a comma
+    """Return paths joined by commas as absolute paths; latest and best stay as they are, and what names a path in `name=path`."""
+    if os.path.lexists(absolute_path(text, folder)):  # a single path that may contain a comma
         return absolute_path(text, folder)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise ValueError(text)
-    return ",".join(
-        part.lower() if part.lower() in ("latest", "best") else absolute_path(part, folder) for part in parts
-    )
+    return ",".join(_named_path(part, folder) for part in parts)
+
+
+def _named_path(part: str, folder: str) -> str:
+    if part.lower() in ("latest", "best"):
+        return part.lower()
+    path, named = absolute_path(part, folder), NAMED.fullmatch(part)
+    if named and not glob.glob(path) and (named[2].lower() in ("latest", "best") or _names_any(named[2], folder)):
+        return f"{named[1]}={_named_path(named[2], folder)}"
+    return path
+
+
+def _names_any(text: str, folder: str) -> bool:
+    path = absolute_path(text, folder)
+    return os.path.lexists(path) or bool(glob.glob(path))
+
+
+def _secret(text: str, _folder: str) -> str:
+    """Return a key as it is sent in a header."""
+    if not re.fullmatch(r"[!-~]+", text.strip()):
+        raise ValueError(text)
+    return text.strip()
 
 
 def _hub(text: str, folder: str) -> str:
@@ -185,6 +206,7 @@ FORMS: dict[str, Callable[[str, str], Any]] = {
     "address": _address,
     "hub": _hub,
     "hub_name": _hub_name,
+    "secret": _secret,
     "list": _list,
     "name": _name,
     "layers": _layers,
@@ -206,6 +228,7 @@ NOUNS: dict[Any, str] = {
     "address": "an address such as s3://bucket/path or file:///path",
     "hub": "a hub name or a folder",
     "hub_name": "owner/name",
+    "secret": "printable ASCII without spaces",
     "list": 'text, or a JSON list like ["a", "b"]',
     "name": "up to 40 letters, digits, `_`, `.` and `-`",
     "layers": f"some of {', '.join(lora_layers())}, joined by commas",

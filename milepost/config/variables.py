@@ -27,7 +27,7 @@ LAYOUTS = layouts_to_save()
 MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 
-SECRET_FORMS = ("webhook",)  # whose values are neither stored nor shown
+SECRET_FORMS = ("secret", "webhook")  # whose values are neither stored nor shown
 DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
 DATA_VARIABLES = (
     "TRAINING_DATA_SOURCE",
@@ -44,6 +44,7 @@ DATA_VARIABLES = (
 PER_MACHINE = (
     "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "VALIDATION_DATA", "BASE_CHECKPOINT", "CHECKPOINT_DIR",
     "CHECKPOINT_FALLBACK_DIR", "RUNS_DIR", "NOTIFY_URL", "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
+    "PORT", "SERVE_HOST", "API_KEY",
 )  # fmt: skip
 
 DEFAULT_MODEL = "bigram"
@@ -265,7 +266,7 @@ class Config:
     mode: str = var("inference", "what scripts/load_checkpoint.py does: generate text, or train further",
         group="Generation", choices=("inference", "resume"))
     checkpoint_path: str = var("latest", "checkpoint to open: a file, folder or glob, or latest or best of CHECKPOINT_DIR; scripts that "
-        "take several accept a list joined by commas, a whole folder, or every match of a glob", group="Generation", form="paths",
+        "take several accept a list joined by commas, a whole folder, or every match of a glob; scripts/serve_checkpoint.py also name=path", group="Generation", form="paths",
         words=("latest", "best"))
     prompt: str | None = var(None, "text to continue; not set: start from nothing", group="Generation")
     prompt_file: str | None = var(None, "file with the prompt; - is standard input",
@@ -317,9 +318,6 @@ class Config:
     output: str | None = var(None, "folder or file that scripts/convert_checkpoint.py writes; not set: beside the checkpoint, or exports/ for an "
         "export; required for a whole folder. File that scripts/plot_run.py draws into (.html .png .svg .pdf) instead of the terminal, and that "
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
-    port: int = var(8000, "TCP port that scripts/watch_runs.py listens on; 0: any free one, which is logged", group="Tools", minimum=0, maximum=65535)
-    serve_host: str = var("127.0.0.1", "address or host name that scripts/watch_runs.py listens on; 0.0.0.0: all of this machine, so that others reach it",
-        group="Tools")
     prune_others: str | None = var(None, "beginnings of the names of other programs' checkpoint files, joined by commas, to which "
         "scripts/prune_checkpoints.py applies the policy too: ckpt_ for ckpt_1000.pt, ckpt_2000.pt, ...; not set: they stay", group="Tools")
     dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete, scripts/publish_checkpoint.py only shows what it would "
@@ -327,6 +325,16 @@ class Config:
     push_to_hub: str | None = var(None, "model on the Hugging Face hub to which scripts/publish_checkpoint.py uploads: owner/name",
         group="Tools", form="hub_name")
     hub_private: bool = var(True, "publish to a private model; false to a public one", group="Tools")
+
+    port: int = var(8000, "TCP port that scripts/serve_checkpoint.py and scripts/watch_runs.py listen on; 0: any free one, which is logged",
+        group="Serving", minimum=0, maximum=65535)
+    serve_host: str = var("127.0.0.1", "address or host name that they listen on; 0.0.0.0: all of this machine, so that others reach it",
+        group="Serving")
+    api_key: str | None = var(None, "key that requests to scripts/serve_checkpoint.py must carry, as Authorization: Bearer KEY; never shown or stored; "
+        "not set: none", group="Serving", form="secret")
+    serve_slots: int = var(16, "requests that generate at the same time, each with a key/value cache in memory", group="Serving", minimum=1, maximum=256)
+    serve_queue: int = var(64, "requests that wait for a slot; further ones get status 429", group="Serving", minimum=0)
+    serve_timeout: int = var(300, "seconds that a request may take, waiting included; then it ends with an error", group="Serving", minimum=1)
     # fmt: on
 
     # Where each value came from: "environment", the env file's name, "checkpoint" or "default".

@@ -12,7 +12,7 @@ in a call of its own: in a shared call its bits would depend on the thread that 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,14 @@ LONGEST_DRAFT: Final = {"float32": 11, "bfloat16": 11, "int8": 3}
 RESCORED: Final = 256  # best tokens whose logits are recomputed in float32: more than the default top_k
 
 
+class Ahead(NamedTuple):
+    """What read_ahead() computed for a token at a position: the logits (V,) after it."""
+
+    position: int
+    token: int
+    logits: Tensor
+
+
 class DecodeCache:
     """Keys and values of the `length` tokens seen, in one buffer that grows to `block_size` tokens.
 
@@ -39,6 +47,7 @@ class DecodeCache:
 
     def __init__(self, shape: tuple[int, int, int], block_size: int) -> None:
         self.length, self.block_size = 0, block_size
+        self.ahead: Ahead | None = None
         n_layer, KV, hs = shape
         self.states = torch.empty(n_layer, 2, 1, KV, min(block_size, SMALLEST_ROOM), hs)
 
@@ -83,30 +92,59 @@ class Decoder:
 
         Rescoring is lazy, so a draft that fails early does not pay for the rest.
         """
-        x = self._read(ids, cache)[-last:]  # (last, C)
-        logits = self.head(_at_least_two(x))[:last] + self.parts.head_bias  # (last, V)
+        ahead, cache.ahead = cache.ahead, None
+        if ahead is not None and (ahead.position, [ahead.token]) == (cache.length, list(ids)):
+            cache.length += 1
+            return [ahead.logits]
+        start, R = cache.length, len(ids)
+        states = cache.states_for(start + R)
+        x = self._read(
+            ids, torch.arange(start, start + R), lambda number, q, k, v: _attend(q, k, v, states[number], start)
+        )
+        cache.length += R
+        return self._logits(x[-last:])
+
+    @torch.inference_mode()
+    def read_ahead(self, tokens: Sequence[int], caches: Sequence[DecodeCache]) -> None:
+        """Compute in one pass what rows() will return next for each of several texts: one token each, after its cache.
+
+        The bits are those of rows() alone if agrees(len(tokens)). A text that then continues otherwise loses only time.
+        """
+        lengths, states = [cache.length for cache in caches], [cache.states_for(cache.length + 1) for cache in caches]
+
+        def attend(number: int, *heads: Tensor) -> Tensor:
+            each = zip(*(part.split(1) for part in heads), (one[number] for one in states), lengths, strict=True)
+            return torch.cat([_attend(*row) for row in each])
+
+        x = self._read(tokens, torch.tensor(lengths), attend)
+        for token, cache, logits in zip(tokens, caches, self._logits(x), strict=True):
+            cache.ahead = Ahead(cache.length, token, logits)
+
+    def _logits(self, x: Tensor) -> Iterable[Tensor]:
+        """Return the logits (V,) of each row of x (R, C)."""
+        logits = self.head(_at_least_two(x))[: len(x)] + self.parts.head_bias  # (R, V)
         return logits if self.exact else map(self._rescored, x.split(1), logits.float())
 
-    def _read(self, ids: Sequence[int], cache: DecodeCache) -> Tensor:
-        """Return the output of the last norm for each token, (R, C)."""
-        start, R = cache.length, len(ids)
-        x = _at_least_two(self.parts.embed(torch.tensor(ids), start))  # (max(2, R), C)
-        for layer, states in zip(self.parts.layers, cache.states_for(start + R).unbind(), strict=True):
-            heads = layer.heads(layer.qkv(layer.norm_1(x))[:R], start)
-            x = x + layer.project(_at_least_two(_attend(*heads, states, start)))
+    def _read(self, ids: Sequence[int], positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """Return the output of the last norm for each token, (R, C). `attend` takes a layer's number and the heads of the tokens."""
+        R = len(ids)
+        x = _at_least_two(self.parts.embed(torch.tensor(ids), positions))  # (max(2, R), C)
+        for number, layer in enumerate(self.parts.layers):
+            heads = layer.heads(layer.qkv(layer.norm_1(x))[:R], positions)
+            x = x + layer.project(_at_least_two(attend(number, *heads)))
             x = x + layer.narrow(layer.widen(layer.norm_2(x)))
-        cache.length += R
         return self.parts.norm(x)[:R]
 
     @torch.inference_mode()
-    def agrees(self) -> bool:
-        """Return whether rows are bit-identical in passes of any size up to a draft's, tested on one layer and the
-        head.
+    def agrees(self, rows: int | None = None) -> bool:
+        """Return whether rows are bit-identical in passes of any size up to `rows`, by default a draft's, tested on one
+        layer and the head.
 
         If this processor computes them differently, drafting could change the text. The rest of a pass handles each
         token separately.
         """
-        largest, generator, layer = 1 + self.longest_draft, torch.Generator().manual_seed(0), self.parts.layers[0]
+        largest, generator = rows or 1 + self.longest_draft, torch.Generator().manual_seed(0)
+        layer = self.parts.layers[0]
         _, KV, hs = self.parts.cache_shape
         attended = getattr(self.settings, "n_head", KV) * hs
         stream, heads, wide = (

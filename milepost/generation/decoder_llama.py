@@ -63,10 +63,10 @@ def _gated(both: Tensor) -> Tensor:
 def _heads(attn: Attention, turns: tuple[Tensor, Tensor]) -> Heads:
     H, KV, hs = attn.shape
 
-    def heads(qkv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         R = qkv.size(0)
         q, k, v = qkv.float().view(R, H + 2 * KV, hs).split((H, KV, KV), 1)  # (R, H, hs), twice (R, KV, hs)
-        cosine, sine = (each[start : start + R, None] for each in turns)  # twice (R, 1, hs / 2)
+        cosine, sine = (each[positions, None] for each in turns)  # twice (R, 1, hs / 2)
         return rotated(attn.q_norm(q), cosine, sine), rotated(attn.k_norm(k), cosine, sine), v
 
     return heads

@@ -9,8 +9,8 @@ from torch import Tensor
 from models.linears import Linear
 
 FEW: int = 16  # rows that are computed one by one: more than a draft has
-# From the product of qkv and the position of the first row: queries (R, H, hs), keys and values (R, KV, hs), in float32.
-Heads = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+# From the product of qkv and the positions of the rows (R,): queries (R, H, hs), keys and values (R, KV, hs), in float32.
+Heads = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Parts:
-    """A model's steps. `embed` returns the residual stream (R, C) of ids (R,) from a position on; `cache_shape` is (n_layer,
+    """A model's steps. `embed` returns the residual stream (R, C) of ids (R,) at positions (R,); `cache_shape` is (n_layer,
     KV, hs), and `inner` the width of the MLP. The head's weight is (V, C), its bias (V,) or a scalar 0.
     """
 
-    embed: Callable[[Tensor, int], Tensor]
+    embed: Callable[[Tensor, Tensor], Tensor]
     layers: list[Layer]
     norm: Linear
     head_weight: Tensor

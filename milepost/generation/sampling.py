@@ -110,6 +110,7 @@ def generate(
     vocab_size: int | None = None,
     stop_ids: Collection[int] = (),
     use_cache: bool = True,
+    cache: Cache | None = None,
     on_slide: Callable[[], None] | None = None,
     on_logits: Callable[[Tensor], None] | None = None,
     lookup: bool = False,
@@ -118,6 +119,7 @@ def generate(
 
     vocab_size: the tokenizer's, if the model's head has surplus rows, which are then never drawn.
     generator: a CPU generator; None creates a fresh one, so torch's global generator is never touched.
+    cache: an empty one of the model's new_cache(); None creates one.
     Between two ids the model is in the mode (train or eval) in which the caller left it.
 
     The model sees a window of at most model.max_length tokens. When it is full, the oldest tokens are dropped: the
@@ -146,7 +148,8 @@ def generate(
         logits = penalize(logits[:vocab_size], seen, repetition_penalty)
         return next_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
 
-    cache = model.new_cache(batch_size=1) if use_cache else None
+    if cache is None and use_cache:
+        cache = model.new_cache(batch_size=1)
     drafts = Lookup(longest=model.longest_draft) if lookup and isinstance(model, Decoder) else None
     drawn = _stream(model, list(ids), choose=choose, cache=cache, on_slide=on_slide, lookup=drafts)
     stops = frozenset(stop_ids)

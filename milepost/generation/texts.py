@@ -13,7 +13,7 @@ from milepost.generation.stream import StreamDecoder
 from milepost.runtime import hardware
 from milepost.splitmix import mix
 from milepost.text.tokenization.base import Tokenizer, edge
-from models.model import Model
+from models.model import Cache, Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,9 @@ def texts(
 class Step(NamedTuple):
     """What one token adds to a text: the text that it releases, and the logits (V,) that it was drawn from.
 
-    `token` is None where text follows without a token of its own. `finish` is why the text ends: "stop" for one of the
-    strings or tokens that end it, "length" after max_new_tokens; else "".
+    `token` is None where text follows without a token of its own; the last may be a token that ends the text.
+    `finish` is why the text ends: "stop" for one of the strings or tokens that end it, "length" after max_new_tokens;
+    else "".
     """
 
     text: str
@@ -106,8 +107,12 @@ def steps(
     number: int = 0,
     lookup: bool = False,
     on_slide: Callable[[], None] | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[Step]:
-    """Yield the steps of text number `number` of texts(); the last has a `finish`, unless a caller ends it before."""
+    """Yield the steps of text number `number` of texts(); the last has a `finish`, unless a caller ends it before.
+
+    `cache` is an empty one of the model's new_cache(); None creates one.
+    """
     generator = torch.Generator().manual_seed(mix(seed, number))
     decoder = StreamDecoder(tokenizer, stop=sampling.stop)
     if not ids:
@@ -125,18 +130,20 @@ def steps(
         repetition_penalty=sampling.repetition_penalty,
         generator=generator,
         vocab_size=tokenizer.vocab_size,
-        stop_ids=(*tokenizer.stop_ids, *sampling.stop_ids),
+        cache=cache,
         on_slide=on_slide,
         on_logits=lambda logits: latest.__setitem__(slice(None), [logits]),
         lookup=lookup,
     )
-    count = 0
+    stops = frozenset((*tokenizer.stop_ids, *sampling.stop_ids))
     for token in drawn:
-        count += 1
+        if token in stops:
+            yield Step(decoder.flush(), token, latest[0], "stop")
+            return
         yield Step(decoder.push(token), token, latest[0], "stop" if decoder.stopped else "")
         if decoder.stopped:
             return
-    yield Step(decoder.flush(), finish="length" if count == sampling.max_new_tokens else "stop")
+    yield Step(decoder.flush(), finish="length")
 
 
 def first_id(tokenizer: Tokenizer, generator: torch.Generator) -> int:

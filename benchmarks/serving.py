@@ -1,0 +1,151 @@
+"""Measure scripts/serve_checkpoint.py with a GPT-2 (124M parameters) on a CPU: one client, and many at once.
+
+    python3 benchmarks/serving.py             # about five minutes and 0.5 GB of disk
+    python3 benchmarks/serving.py soak 60     # 64 clients for 60 s: errors, memory, and whether each text is that of its seed
+
+One client is measured against the same texts without a server, in the same process: its first token, and tokens per second. Then as many clients as
+CLIENTS at once, against one at a time.
+"""
+
+import resource
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from measure import compare, header, row  # noqa: E402
+from serving import Served, serving  # noqa: E402
+
+from milepost import ckpt, config  # noqa: E402
+from milepost.generation.texts import Sampling, texts  # noqa: E402
+from milepost.run import fresh, to_record  # noqa: E402
+from milepost.runtime.progress import Log  # noqa: E402
+
+SIZES = {
+    "124M": {"N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256"},
+    "small": {"N_LAYER": "4", "N_HEAD": "4", "N_EMBD": "256", "TOKENIZER": "char", "BLOCK_SIZE": "128"},
+}
+COMMON = {"MODEL_TYPE": "gpt2", "BATCH_SIZE": "1", "COMPILE": "false", "PYTHON_DOTENV_DISABLED": "1", "DEVICE": "cpu"}
+NEW, CLIENTS, SOAKING = 48, 16, 64
+PROMPT = "Dear Wren, the winter has been long"
+
+
+def main() -> None:
+    """Print the rows, or soak."""
+    soaking = sys.argv[1:2] == ["soak"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_weights(folder, "small" if soaking else "124M")
+        if soaking:
+            soak(folder, float(sys.argv[2]))
+            return
+        header()
+        for dtype in ("bfloat16", "float32"):
+            with serving(folder, CHECKPOINT_PATH="latest", DTYPE=dtype, SERVE_TIMEOUT="3600") as served:
+                one_client(served, dtype)
+                many_clients(served, dtype)
+
+
+def save_weights(folder: Path, size: str) -> None:
+    """Save a checkpoint of a fresh model."""
+    places = {"CHECKPOINT_DIR": str(folder / "checkpoints"), "RUNS_DIR": str(folder)}
+    run = fresh(config.read(COMMON | SIZES[size] | places), Log())
+    ckpt.save(to_record(run), folder / "checkpoints")
+
+
+def alone(served: Served, seed: int, tokens: int) -> str:
+    """Return a text without the server."""
+    loaded = served.server.catalogue.models["latest"].loaded
+    ids = loaded.tokenizer.encode(PROMPT)
+    how = Sampling(max_new_tokens=tokens, temperature=0.8, top_k=200)
+    return "".join(next(texts(loaded.generator, loaded.tokenizer, ids, sampling=how, seed=seed, count=1)))
+
+
+def asked(served: Served, seed: int, tokens: int, *, stream: bool = False) -> str:
+    """Return a text from the server."""
+    reply = served.complete(PROMPT, seed=seed, max_tokens=tokens, stream=stream)
+    values = reply.events if stream else [reply.value]
+    return "".join(value["choices"][0]["text"] for value in values)
+
+
+def one_client(served: Served, dtype: str) -> None:
+    """Measure one client that streams against the same texts in this process."""
+    assert asked(served, 1, NEW, stream=True) == alone(served, 1, NEW)
+    for what, tokens in (("first token", 1), ("tokens/s", NEW)):
+        arms = {
+            "served": lambda n=tokens: asked(served, 1, n, stream=True),
+            "alone": lambda n=tokens: alone(served, 1, n),
+        }
+        taken = compare(arms)
+        shown = {arm: f"{1e3 * s:.0f} ms" if tokens == 1 else f"{tokens / s:.1f} tok/s" for arm, s in taken.items()}
+        ratio = taken["alone"] / taken["served"]
+        row(f"one client, 124M {dtype}: {what}", ours=shown["served"], peer=shown["alone"], ratio=ratio, bound="0.95")
+
+
+def many_clients(served: Served, dtype: str) -> None:
+    """Measure CLIENTS requests at once against one after the other."""
+    seeds = range(CLIENTS)
+
+    def at_once() -> list[str]:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            return list(pool.map(lambda seed: asked(served, seed, NEW), seeds))
+
+    def in_turn() -> list[str]:
+        return [asked(served, seed, NEW) for seed in seeds]
+
+    assert at_once() == in_turn(), "a text depends on what else is generated"
+    taken = compare({"at once": at_once, "in turn": in_turn}, rounds=3, warmups=0)
+    rates = {arm: f"{CLIENTS * NEW / seconds:.1f} tok/s" for arm, seconds in taken.items()}
+    together = "together" if served.server.catalogue.models["latest"].together else "in turn"
+    ratio = taken["in turn"] / taken["at once"]
+    row(
+        f"{CLIENTS} clients, 124M {dtype} ({together})",
+        ours=rates["at once"],
+        peer=rates["in turn"],
+        ratio=ratio,
+        bound="5",
+    )
+
+
+def soak(folder: Path, seconds: float) -> None:
+    """Run SOAKING clients for so long; raise AssertionError for an error other than 429, or another text."""
+    counts = {"texts": 0, "refused": 0}
+    lock = threading.Lock()
+    with serving(folder, CHECKPOINT_PATH="latest", SERVE_SLOTS="16", SERVE_QUEUE="32") as served:
+        expected = {seed: alone(served, seed, 20 + seed % 30) for seed in range(200)}
+        began, before = time.monotonic(), memory()
+
+        def client(number: int) -> None:
+            seed = number
+            while time.monotonic() - began < seconds:
+                seed = (seed + 37) % len(expected)
+                reply = served.complete(PROMPT, seed=seed, max_tokens=20 + seed % 30)
+                assert reply.status in (200, 429), reply.body
+                with lock:
+                    counts["texts" if reply.status == 200 else "refused"] += 1
+                if reply.status == 429:
+                    time.sleep(float(reply.headers["retry-after"]))
+                else:
+                    assert reply.value["choices"][0]["text"] == expected[seed]
+
+        with ThreadPoolExecutor(SOAKING) as pool:
+            list(pool.map(client, range(SOAKING)))
+        print(f"{counts} in {time.monotonic() - began:.0f} s; memory {before:.0f} MB before, {memory():.0f} MB after")
+
+
+def memory() -> float:
+    """Return the memory of this process in MB: now where /proc says it, else the most that it had."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 1e6
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+if __name__ == "__main__":
+    main()

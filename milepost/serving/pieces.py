@@ -1,0 +1,117 @@
+"""The texts of a request, one after the other, token by token, with log-probabilities where they are asked for."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from milepost.generation.decoder import DecodeCache, Decoder
+from milepost.generation.texts import Sampling, steps
+from milepost.text.tokenization.base import Tokenizer
+from models.model import Model
+
+ROWS = 64  # tokens of a prompt whose probabilities are computed at a time
+LOWEST = -9999.0  # JSON has no infinity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Texts to generate: `n` after each prompt. Text number i after a prompt depends only on it, the seed and i.
+
+    `logprobs` is how many of the likeliest tokens to list; None for no log-probabilities.
+    """
+
+    model: Model
+    generator: Model | Decoder
+    lookup: bool
+    tokenizer: Tokenizer
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    seed: int
+    n: int = 1
+    logprobs: int | None = None
+    echo: bool = False
+
+
+class Score(NamedTuple):
+    """A token as its bytes, its log-probability in nats (None for the first token of a text), and the likeliest tokens
+    in its place.
+    """
+
+    token: bytes
+    logprob: float | None
+    top: list[tuple[bytes, float]]
+
+
+class Piece(NamedTuple):
+    """What one step adds to text number `choice` of a request. `finish` is why it ends; else ""."""
+
+    choice: int
+    text: str = ""
+    tokens: int = 0  # generated
+    scores: Sequence[Score] = ()
+    finish: Literal["", "stop", "length"] = ""
+
+
+class Next(NamedTuple):
+    """The token that a text reads next, after what its cache holds, so that several texts can be read together."""
+
+    token: int
+    cache: DecodeCache
+
+
+def pieces(work: Work) -> Iterator[tuple[Piece, Next | None]]:
+    """Yield the pieces of all texts, in the order of their number. Raise ValueError if the logits are not finite."""
+    for number, ids in enumerate(work.prompts):
+        scores = prompt_scores(work, ids) if work.echo and work.logprobs is not None else []
+        for text in range(work.n):
+            index = number * work.n + text
+            if work.echo:
+                yield Piece(index, work.tokenizer.decode(ids), scores=scores), None
+            yield from _continued(work, ids, index=index, number=text)
+
+
+def _continued(work: Work, ids: Sequence[int], *, index: int, number: int) -> Iterator[tuple[Piece, Next | None]]:
+    cache = work.generator.new_cache(batch_size=1)
+    drawn = steps(
+        work.generator,
+        work.tokenizer,
+        list(ids),
+        sampling=work.sampling,
+        seed=work.seed,
+        number=number,
+        lookup=work.lookup,
+        cache=cache,
+    )
+    for step in drawn:
+        scores: list[Score] = []
+        if work.logprobs is not None and step.token is not None and step.logits is not None:
+            scores = [_score(work, step.token, step.logits.float().log_softmax(-1))]
+        piece = Piece(index, step.text, int(step.token is not None), scores, step.finish)
+        goes_on = step.token is not None and not step.finish and isinstance(cache, DecodeCache)
+        yield piece, Next(step.token, cache) if goes_on else None  # type: ignore[arg-type]
+
+
+def _score(work: Work, token: int, logprobs: Tensor) -> Score:
+    """Return the score of a token by the log-probabilities (V,)."""
+    best = logprobs[: work.tokenizer.vocab_size].topk(min(work.logprobs or 0, work.tokenizer.vocab_size))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    top = [(work.tokenizer.decode_bytes([i]), max(value, LOWEST)) for i, value in pairs]
+    return Score(work.tokenizer.decode_bytes([token]), max(logprobs[token].item(), LOWEST), top)
+
+
+@torch.inference_mode()
+def prompt_scores(work: Work, ids: Sequence[int]) -> list[Score]:
+    """Return the scores of the tokens of a prompt, by the model itself in float32, as an evaluation computes them."""
+    if not ids:
+        return []
+    found = [Score(work.tokenizer.decode_bytes(ids[:1]), None, [])]
+    if len(ids) > 1:
+        device = next(work.model.parameters()).device
+        logits: Tensor = work.model(torch.tensor([ids[:-1]], device=device)).logits[0]  # (T - 1, V)
+        for start in range(0, len(logits), ROWS):
+            rows = logits[start : start + ROWS].float().log_softmax(-1).cpu()
+            found += [_score(work, token, row) for token, row in zip(ids[start + 1 :], rows, strict=False)]
+    return found

@@ -1,0 +1,98 @@
+"""Serve checkpoints to programs that speak OpenAI's API: completions and chats, streamed, on this machine.
+
+CHECKPOINT_PATH=latest PORT=8000 python3 scripts/serve_checkpoint.py
+CHECKPOINT_PATH=base=checkpoints/base.pt,wren=adapters python3 scripts/serve_checkpoint.py
+"""
+
+import sys
+
+sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
+from milepost import config
+
+READS = (
+    "CHECKPOINT_PATH", "PORT", "SERVE_HOST", "API_KEY", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY", "STOP", "SAMPLE_SEED",
+    "SERVE_SLOTS", "SERVE_QUEUE", "SERVE_TIMEOUT", "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT",
+    "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
+    "UNKNOWN_CHARACTERS", "N_HEAD",
+)  # fmt: skip
+SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
+
+import importlib.util
+import socket
+from pathlib import Path
+from typing import cast
+
+from milepost.cli import guarded
+from milepost.config import Config, ConfigError
+from milepost.files import in_words
+from milepost.runtime.progress import Log
+from milepost.samples import open_named, sampling
+from milepost.text.unknown import Mode
+
+PACKAGES = ("starlette", "uvicorn")  # of the extra `serve`
+
+
+def main(settings: Config, log: Log) -> int:
+    """Serve the checkpoints of CHECKPOINT_PATH until a signal ends it; return the exit code."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError([f"serving needs {' and '.join(missing)}: pip install {' '.join(missing)}"])
+    with listening(settings.serve_host, settings.port) as listener:
+        serve(settings, log, listener)
+    return 0
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there. Raise ConfigError if none can."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server((str(where[0]), port), family=family)
+    except OSError as error:
+        remedy = "set another PORT (0: any free one)" if port else "set SERVE_HOST to an address of this machine"
+        raise ConfigError([f"SERVE_HOST={host} PORT={port}: cannot listen ({in_words(error)}): {remedy}"]) from error
+
+
+def serve(settings: Config, log: Log, listener: socket.socket) -> None:
+    """Open the checkpoints and answer requests until a signal."""
+    from milepost.serving.app import Server, application
+    from milepost.serving.catalogue import Catalogue
+    from milepost.serving.generating import MOST_ROWS, Generating
+    from milepost.serving.preparing import Defaults
+    from milepost.serving.run import run
+
+    rows = min(settings.serve_slots, MOST_ROWS)
+    catalogue = Catalogue(
+        sources(settings),
+        Path(settings.checkpoint_dir),
+        open_one=lambda name, bases: open_named(name, settings, log, bases=bases),
+        rows=rows,
+        log=log,
+    )
+    server = Server(
+        catalogue,
+        Generating(slots=settings.serve_slots, queue=settings.serve_queue),
+        defaults=Defaults(
+            sampling=sampling(settings), seed=settings.sample_seed, unknown=cast(Mode, settings.unknown_characters)
+        ),
+        timeout=settings.serve_timeout,
+        log=log,
+    )
+    host, port = listener.getsockname()[:2]
+    log(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)")
+    run(application(server, key=settings.api_key, names=[settings.serve_host]), listener, on_stop=server.stop)
+
+
+def sources(settings: Config) -> dict[str, str]:
+    """Return what to open by the name that requests use. Raise ConfigError if a name occurs twice."""
+    from milepost.serving.catalogue import named
+
+    pairs = named(settings.checkpoint_path)
+    twice = {name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}
+    if twice:
+        remedy = f"name them, as in CHECKPOINT_PATH=one=path,{min(twice)}=path"
+        raise ConfigError([f"CHECKPOINT_PATH: several checkpoints would be called {min(twice)}: {remedy}"])
+    return dict(pairs)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, SETTINGS))
