@@ -274,7 +274,7 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair(
             "VALIDATION_DATA",
             "VALIDATION_FRACTION",
-            "{} is the validation text, and {} would hold out another: unset one",
+            "{} and {} both name the validation text: unset one",
         )
     if config.checkpoint_keep_every and not config.checkpoint_keep_last:
         yield pair(
