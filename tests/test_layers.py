@@ -42,12 +42,13 @@ ALLOWED = ROOMS | {
     "cli": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
     "plots": BELOW_RUN,
+    "publish": BELOW_RUN,
     "run_files": BELOW_RUN | {"run"},
     "run_checkpoints": BELOW_RUN | {"run", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
     "serving": BELOW_RUN | {"samples"},
     "training": BELOW_TRAINING,
-    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "serving"},
+    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "publish", "serving"},
     "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"start", "api"},  # the latter when a name of it is first used
 }

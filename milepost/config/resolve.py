@@ -28,6 +28,7 @@ from milepost.config.variables import (
     LORA_OPTIONS,
     MUON_MIN_TOKENS,
     PER_MACHINE,
+    SECRET_FORMS,
     TTT_OPTIONS,
     VARIABLES,
     Config,
@@ -191,13 +192,13 @@ def to_dict(config: Config) -> dict[str, Json]:
 
 
 def public(config: Config, name: str) -> Any:
-    """Return the value of a variable as it may be stored and shown: data sources without passwords and queries, HIDDEN
-    for a secret.
+    """Return the value of a variable as it may be stored and shown: data sources without passwords and queries, of a
+    secret only that it is set.
     """
     value, form = getattr(config, name.lower()), VARIABLES[name].metadata["form"]
-    if form == "secret" and value:
+    if value and form in SECRET_FORMS:
         return HIDDEN
-    return masked(value) if form == "source" and value else value
+    return masked(value) if value and form == "source" else value
 
 
 def _portable(path: str) -> str:

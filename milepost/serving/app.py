@@ -275,12 +275,14 @@ class Answer:
         """Wait for pieces; raise ApiError once the time is up or the server ends."""
         job, server = self._job, self._server
         ends = self._began + server.timeout
-        while not job.ready.is_set():
+        while True:
             now = time.monotonic()
             if now >= server.ends_at:
                 raise stopping()
             if now >= ends:
                 raise timed_out(server.timeout)
+            if job.ready.is_set():
+                return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(ends - now, 1.0)):  # `ends_at` may change
                     await job.ready.wait()
