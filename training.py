@@ -32,7 +32,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from milepost.cli import guarded, processes
+from milepost.cli import guarded, notify, processes
 from milepost.config import Config
 from milepost.generation.sampling import generate
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
@@ -65,6 +65,7 @@ def main(settings: Config, log: Log) -> int:
 
 def prepare(settings: Config, log: Log, world: World) -> tuple[Run, bool]:
     """Return a fresh run, or the one that RESUME asks for; and whether it is finished already."""
+    log.notify(settings.notify_url, name="NOTIFY_URL")
     record = agreed(lambda: find_record(settings, log), world) if settings.resume != "never" else None
     if record is None:
         if settings.resume != "never":
@@ -100,11 +101,14 @@ def train(run: Run) -> int:
                 with contextlib.closing(bar) as run.bar, save_if_a_process_dies(run):
                     loop(run, stop)
                 return end(run)
-            except BaseException:
+            except BaseException as error:
                 with contextlib.suppress(Exception):
                     run.writer.wait()  # finish the save in flight, even if more signals arrive
+                stopped = f"stopped after step {run.state.step}: {how_to_resume(run)}"
+                run.log(stopped)
+                notify(error, run.log, more=stopped)
+                with contextlib.suppress(Exception):
                     finish_mirroring(run)
-                run.log(f"stopped after step {run.state.step}: {how_to_resume(run)}")
                 raise
 
 
@@ -397,7 +401,9 @@ def end(run: Run) -> int:
     """Report how the run ended; return the exit code."""
     state = run.state
     if state.step < run.end or state.observed_step != state.step:
-        run.log(f"interrupted after step {state.step}: {how_to_resume(run)}")
+        interrupted = f"after step {state.step}: {how_to_resume(run)}"
+        run.log(f"interrupted {interrupted}")
+        run.log.notices.send("interrupted", interrupted)
         return INTERRUPTED
     log_done(run, sample=state.last_sample or sample(run))
     return SAVE_FAILED if run.saved.failed else NOT_MIRRORED if run.saved.not_mirrored else 0

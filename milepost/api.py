@@ -6,6 +6,7 @@ file, a folder, a stem, a glob, "latest" or "best". A `folder` that is not given
 default. Errors are raised: ConfigError, CheckpointError, DataError.
 """
 
+import contextlib
 import difflib
 import io
 import os
@@ -35,7 +36,7 @@ def train(**settings: Any) -> Run:
     checkpoints are enabled, and returns.
     """
     resolved, log = settings_of(**settings), Log()
-    with processes(resolved, log) as world:
+    with contextlib.closing(log), processes(resolved, log) as world:
         run, done = training.prepare(resolved, log, world)
         if not done:
             training.train(run)

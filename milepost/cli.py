@@ -75,11 +75,21 @@ def stopped(error: BaseException, log: Log) -> int:
         error = cause
     elif was_interrupted() or not isinstance(error, Exception):  # a library may have converted the exception
         log("interrupted")
+        notify(error, log)
         return INTERRUPTED
     assert isinstance(error, Exception)
+    notify(error, log)
     if config.debug():
         raise error
     return report(error, log)
+
+
+def notify(error: BaseException, log: Log, *, more: str = "") -> None:
+    """Send to the webhook of a training why it ends, and `more`."""
+    if was_interrupted() or not isinstance(error, Exception):
+        log.notices.send("interrupted", more or "before its first step")
+    elif not isinstance(error, ElsewhereError):
+        log.notices.send("failed", f"{sentence(error)}{'; ' * bool(more)}{more}")
 
 
 def report(error: Exception, log: Log) -> int:

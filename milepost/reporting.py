@@ -30,6 +30,7 @@ LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
 def log_start(run: Run) -> None:
     """Log, in at most 15 lines, what is trained on which data and where the output goes."""
     settings, text, log = run.settings, run.text, run.log
+    log.notices.run_id = run.run_id
     count, trained = models.parameter_count(run.model), models.trained_count(run.model)
     shared = f"{run.world.size} processes by {run.engine}, each " if run.world.size > 1 else ""
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
@@ -158,6 +159,9 @@ def print_resume(run: Run, record: Checkpoint, restored: Restored, *, rate_note:
         else ("bit-exact", "yes", "ends where the uninterrupted run would have ended"),
     ]
     write_stdout(table(rows, columns=stdout_columns()))
+    run.log.notices.run_id = run.run_id
+    if state.step < run.end:
+        run.log.notices.send("resumed", f"at step {state.step} of {run.end}{', not bit-exactly' if reasons else ''}")
 
 
 def _group(run: Run, group: dict[str, Any]) -> str:
@@ -184,6 +188,8 @@ def log_done(run: Run, *, sample: str) -> None:
         else "no validation text"
     )
     run.log(f"done: {state.step} steps, {losses}")
+    not_saved = f"; step {state.step} is NOT saved" if run.saved.failed else ""
+    run.log.notices.send("finished", f"{state.step} steps, {losses}{not_saved}")
     write_stdout(sample)
     if run.saved.failed:
         run.log(f"step {state.step} is not saved, for the reason above; {how_to_resume(run)}")

@@ -241,4 +241,6 @@ def _log_disk_error(
     except (OSError, ckpt.CheckpointError) as error:
         need = bytes_on_disk(record) if record else 0
         why = ckpt.why_not_saved(error, folder or Path(run.settings.checkpoint_dir), need=need)
-        run.log(f"{what} ({why}){'; training continues' if run.state.step < run.end else ''}")
+        line = f"{what} ({why}){'; training continues' if run.state.step < run.end else ''}"
+        run.log(line)
+        run.log.notices.send("disk", line)

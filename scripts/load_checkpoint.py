@@ -113,6 +113,8 @@ def resume(settings: Config, record: Checkpoint, log: Log, world: World) -> int:
     end = record.step + settings.resume_training_steps
     settings = config.with_values(settings, destination(settings, record), source="MODE=resume")
     run, restored = resumed(settings, record, log, world, schedule=schedule, end=end)
+    if settings.resume_training_steps:
+        log.notify(settings.notify_url, name="NOTIFY_URL")
     print_resume(run, record, restored, rate_note=own_peak(run, record))
     free_tensors(record)
     if settings.resume_training_steps == 0:

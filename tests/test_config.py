@@ -18,6 +18,7 @@ from milepost import config
 from milepost.config import VARIABLES, Config, ConfigError
 from milepost.config.names import refuse_arguments
 from milepost.config.parse import kind_of
+from milepost.config.variables import SECRET_FORMS
 
 ALONE = {"PYTHON_DOTENV_DISABLED": "1"}  # the developer's own .env must not decide a test
 
@@ -41,10 +42,10 @@ HABIT = names(
     "CHECKPOINT_PREFIX CHECKPOINT_KEEP_LAST CHECKPOINT_KEEP_EVERY CHECKPOINT_KEEP_BEST REPLAY_CHECK_INTERVAL TEMPERATURE TOP_K TOP_P REPETITION_PENALTY"
 )
 SESSION = names(
-    "ENV_FILE DEVICE DEVICE_CHECK DISTRIBUTED BASE_CHECKPOINT CHECKPOINT_DIR CHECKPOINT_FALLBACK_DIR CHECKPOINT_MIRROR MIRROR_KEEP_LAST RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE RAW_PROMPT "
+    "ENV_FILE NOTIFY_URL DEVICE DEVICE_CHECK DISTRIBUTED BASE_CHECKPOINT CHECKPOINT_DIR CHECKPOINT_FALLBACK_DIR CHECKPOINT_MIRROR MIRROR_KEEP_LAST RUNS_DIR RESUME RESUME_STEP INIT_FROM MODE CHECKPOINT_PATH PROMPT PROMPT_FILE RAW_PROMPT "
     "MAX_NEW_TOKENS STOP NUM_SAMPLES SAMPLE_SEED QUANTIZE SPECULATE STREAM "
     "EVAL_TYPE EVAL_DATA EVAL_STRIDE BENCHMARK_DATA "
-    "FORMAT SORT RUN_NAME CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN PRUNE_OTHERS RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
+    "FORMAT SORT RUN_NAME CHECKPOINT_LAYOUT CHECKPOINT_ASYNC COMPARE_WITH REPLAY CONVERT_TO GGUF_TYPE RUN OUTPUT DRY_RUN PUSH_TO_HUB HUB_PRIVATE PRUNE_OTHERS RESUME_TRAINING_STEPS RESUME_LEARNING_RATE"
 )
 
 
@@ -663,6 +664,10 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
     )
     if rules["choices"]:
         return st.sampled_from(sorted(rules["choices"]))
+    if rules["form"] in SECRET_FORMS:
+        return st.just("https://example.com/s3cr3t")
+    if rules["form"] == "hub_name":
+        return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,9}/[A-Za-z0-9][A-Za-z0-9_.-]{0,9}", fullmatch=True)
     if rules["form"] == "name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "address":
@@ -733,8 +738,11 @@ def test_as_env_reads_back(tmp_path_factory: pytest.TempPathFactory, variables: 
     path = tmp_path_factory.getbasetemp() / "round.env"
     path.write_text(config.as_env(before, {}), encoding="utf-8")
     after = config.read({"ENV_FILE": str(path)})
-    for name in VARIABLES.keys() - {"ENV_FILE"}:
+    secrets = {name for name, each in VARIABLES.items() if each.metadata["form"] in SECRET_FORMS}
+    for name in VARIABLES.keys() - {"ENV_FILE"} - secrets:
         assert getattr(after, name.lower()) == getattr(before, name.lower()), name
+    assert [name for name in secrets if after.is_set(name)] == []
+    assert "s3cr3t" not in path.read_text(encoding="utf-8")
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])

@@ -44,6 +44,7 @@ ELSEWHERE = {  # page -> the test that runs all of its commands
     "docs/fine-tuning.md": "exchange/test_fine_tuning.py",
     "docs/conversations.md": "test_conversations_guide.py",
     "docs/chat.md": "test_chat.py",
+    "docs/publishing.md": "test_publish.py",
 }
 # The only commands of a page that no test runs as they are written: how they begin, and why.
 NOT_RUN = {
@@ -58,6 +59,7 @@ NOT_RUN = {
     "make train": "tests/test_readme.py runs it",
     "MODEL_TYPE=gpt2 BATCH_SIZE=512 ": "eight machines; tests/test_distributed.py has two nodes of one machine",
     "lm_eval ": "another program, and questions from the hub",
+    "NOTIFY_URL=https://ntfy.sh/": "a server elsewhere; tests/test_notices.py has one of its own",
     "llama-completion ": "llama.cpp; tests/llama opens the file",
     "cp -r exported/FOLDER nanoGPT": "a checkout of nanoGPT; tests/test_export.py opens the file as it does",
     "python3 -m torch.distributed.checkpoint.format_utils ": "tests/test_sharded.py calls its function",

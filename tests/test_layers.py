@@ -44,11 +44,12 @@ ALLOWED = ROOMS | {
     "cli": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
     "plots": BELOW_RUN,
+    "publish": BELOW_RUN,
     "run_files": BELOW_RUN | {"run", "run_mirror"},
     "run_checkpoints": BELOW_RUN | {"run", "run_mirror", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
     "training": BELOW_TRAINING,
-    "scripts": BELOW_TRAINING | {"samples", "training", "plots"},
+    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "publish"},
     "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"start", "api"},  # the latter when a name of it is first used
 }

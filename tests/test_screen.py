@@ -154,6 +154,7 @@ SCRIPTS = {
     "compare_samples": {"CHECKPOINT_PATH": "best,latest", "MAX_NEW_TOKENS": "4"},
     "plot_run": {},
     "load_checkpoint": {"CHECKPOINT_PATH": "latest", "MAX_NEW_TOKENS": "4"},
+    "publish_checkpoint": {"CHECKPOINT_PATH": "latest", "PUSH_TO_HUB": "me/letters"},
     "chat": {"CHECKPOINT_PATH": "latest", "MAX_NEW_TOKENS": "4"},
 }
 

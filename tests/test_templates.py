@@ -1,5 +1,6 @@
 """Chat templates: the plain one for every tokenizer, Jinja in a sandbox, and special tokens that no user can write."""
 
+import itertools
 import json
 
 import numpy as np
@@ -90,6 +91,21 @@ def test_special_tokens_come_from_the_template_alone() -> None:
     assert chat_stops(tokenizer, CHATML) == ((end,), ())
     # The negative control: looked for in the rendered text, the user's would be special too.
     assert render([{"role": "user", "content": FORGED}], CHATML).count("<|im_end|>") == 2
+
+
+def test_special_tokens_come_from_the_template_alone_beside_every_private_character() -> None:
+    """The private characters of the first plane alone do not suffice: a message may hold them all."""
+    tokenizer = bpe()
+    content = "".join(map(chr, range(0xE000, 0xF900))) + FORGED
+    ids, _ = example([{"role": "user", "content": content}, TALK[2]], tokenizer, CHATML)
+    assert ids.tolist().count(tokenizer.special_tokens["<|im_start|>"]) == 2
+    assert tokenizer.decode(ids) == render([{"role": "user", "content": content}, TALK[2]], CHATML)
+    with pytest.raises(TemplateError, match="private"):
+        example(
+            [{"role": "user", "content": "".join(map(chr, itertools.chain(*templates.PRIVATE))) + FORGED}],
+            tokenizer,
+            CHATML,
+        )
 
 
 def test_answers_of_every_turn_are_found() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from milepost.config.effects import conditions
 from milepost.config.parse import as_text, expected, quoted, short_text
 from milepost.config.resolve import default_beside, public
-from milepost.config.variables import SCOPES, VARIABLES, Config
+from milepost.config.variables import SCOPES, SECRET_FORMS, VARIABLES, Config
 from milepost.places import ROOT
 from milepost.screen import harmless
 from models import MODELS
@@ -21,11 +21,12 @@ from models import MODELS
 def as_env(config: Config, resolved: Mapping[str, Any]) -> str:
     """Return the settings, with the values that a run `resolved`, as an env file.
 
-    Used as ENV_FILE, it sets them all again, but for the secret parts of an address.
+    Used as ENV_FILE, it sets them all again, but for the secret parts of an address, and for secrets.
     """
     lines = ["# The settings of a run. To use them again: ENV_FILE=path/of/this/file python3 training.py"]
     for name in VARIABLES:
-        text = "" if name == "ENV_FILE" else as_text(resolved.get(name, public(config, name)))
+        left_out = name == "ENV_FILE" or VARIABLES[name].metadata["form"] in SECRET_FORMS
+        text = "" if left_out else as_text(resolved.get(name, public(config, name)))
         lines.append(f"{name}={quoted(text)}" if text else f"# {name}=")
     return "\n".join(lines) + "\n"
 

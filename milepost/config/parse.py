@@ -7,13 +7,14 @@ import math
 import operator
 import os
 import re
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import Field
 from types import NoneType
 from typing import Any, get_args
 
-from milepost.config.variables import ALLOW_BLANK, MAX_INT
-from milepost.text.addresses import masked
+from milepost.config.variables import ALLOW_BLANK, MAX_INT, SECRET_FORMS
+from milepost.text.addresses import HIDDEN, masked
 from models import lora_layers
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -128,6 +129,12 @@ def _hub(text: str, folder: str) -> str:
     return path if text.strip().startswith((".", "/", "~")) or os.path.isdir(path) else text.strip()
 
 
+def _hub_name(text: str, _folder: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", text.strip(), re.ASCII):
+        raise ValueError(text)
+    return text.strip()
+
+
 def _list(text: str, _folder: str) -> tuple[str, ...]:
     """Return the strings of a JSON list, or `text` as a single string with its escapes replaced."""
     if not text.lstrip().startswith("["):
@@ -162,6 +169,13 @@ def _blocks(text: str, _folder: str) -> str:
     return ",".join(map(str, numbers))
 
 
+def _webhook(text: str, _folder: str) -> str:
+    parts = urllib.parse.urlsplit(text.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname or not parts.netloc.isprintable():
+        raise ValueError(text)
+    return text.strip()
+
+
 # How to parse the value of a variable with a `form`: text and current folder -> value.
 FORMS: dict[str, Callable[[str, str], Any]] = {
     "path": absolute_path,
@@ -169,10 +183,12 @@ FORMS: dict[str, Callable[[str, str], Any]] = {
     "source": _source,
     "address": _address,
     "hub": _hub,
+    "hub_name": _hub_name,
     "list": _list,
     "name": _name,
     "layers": _layers,
     "blocks": _blocks,
+    "webhook": _webhook,
 }
 
 PARSERS: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _integer, float: _number, str: str}
@@ -188,10 +204,12 @@ NOUNS: dict[Any, str] = {
     "source": "files, folders, globs, an https URL or tinyshakespeare",
     "address": "an address such as s3://bucket/path or file:///path",
     "hub": "a hub name or a folder",
+    "hub_name": "owner/name",
     "list": 'text, or a JSON list like ["a", "b"]',
     "name": "up to 40 letters, digits, `_`, `.` and `-`",
     "layers": f"some of {', '.join(lora_layers())}, joined by commas",
     "blocks": "different whole numbers from 0, joined by commas",
+    "webhook": "an http or https URL",
 }
 
 
@@ -216,7 +234,8 @@ def refusal(variable: Field[Any], value: object, source: str) -> str:
     if isinstance(value, int) and abs(value) > MAX_INT:  # Python does not print very large integers
         value = shown = f"(a number of {value.bit_length()} bits)"
     else:
-        shown = clip(repr(masked(value) if isinstance(value, str) else value))
+        secret = variable.metadata["form"] in SECRET_FORMS
+        shown = HIDDEN if secret else clip(repr(masked(value) if isinstance(value, str) else value))
     digits = str(value).strip()
     limit = " below 2**63" if kind_of(variable) is int and digits.isdecimal() and int(digits[:40]) > MAX_INT else ""
     options = (*variable.metadata["words"], *variable.metadata["choices"])

@@ -28,6 +28,7 @@ from milepost.config.variables import (
     LORA_OPTIONS,
     MUON_MIN_TOKENS,
     PER_MACHINE,
+    SECRET_FORMS,
     TTT_OPTIONS,
     VARIABLES,
     Config,
@@ -36,7 +37,7 @@ from milepost.config.variables import (
 )
 from milepost.places import SHIPPED, base_folder
 from milepost.runtime.optimizers import OPTIMIZERS
-from milepost.text.addresses import masked
+from milepost.text.addresses import HIDDEN, masked
 from models import MODELS, with_trait
 
 # What the shell of Windows shows before a command: $P is the folder, $G is >, and conda puts its environment before them.
@@ -191,9 +192,13 @@ def to_dict(config: Config) -> dict[str, Json]:
 
 
 def public(config: Config, name: str) -> Any:
-    """Return the value of a variable as it may be stored and shown: addresses without passwords and queries."""
-    value = getattr(config, name.lower())
-    return masked(value) if VARIABLES[name].metadata["form"] in ("source", "address") and value else value
+    """Return the value of a variable as it may be stored and shown: addresses without passwords and queries, of a
+    secret only that it is set.
+    """
+    value, form = getattr(config, name.lower()), VARIABLES[name].metadata["form"]
+    if value and form in SECRET_FORMS:
+        return HIDDEN
+    return masked(value) if value and form in ("source", "address") else value
 
 
 def _portable(path: str) -> str:

@@ -27,6 +27,7 @@ LAYOUTS = layouts_to_save()
 MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 
+SECRET_FORMS = ("webhook",)  # whose values are neither stored nor shown
 DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
 DATA_VARIABLES = (
     "TRAINING_DATA_SOURCE",
@@ -41,7 +42,7 @@ DATA_VARIABLES = (
 # adapters are compared by hash.
 PER_MACHINE = (
     "DEVICE", "ENV_FILE", "TRAINING_DATA_SOURCE", "BASE_CHECKPOINT", "CHECKPOINT_DIR",
-    "CHECKPOINT_FALLBACK_DIR", "RUNS_DIR", "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
+    "CHECKPOINT_FALLBACK_DIR", "RUNS_DIR", "NOTIFY_URL", "PROMPT_FILE", "EVAL_DATA", "BENCHMARK_DATA", "COMPARE_WITH", "OUTPUT",
 )  # fmt: skip
 
 DEFAULT_MODEL = "bigram"
@@ -200,6 +201,8 @@ class Config:
         group="Logging", scope="habit")
     tracker: str = var("none", "also send the metrics to this tracker (pip install it first); never asks for a login: wandb logs offline unless "
         "WANDB_API_KEY or WANDB_MODE is set", group="Logging", scope="habit", words=("none",), choices=TRACKERS)
+    notify_url: str | None = var(None, "webhook that is told when a training resumes, ends, fails or cannot be saved: of Slack, Discord or ntfy, or any server "
+        "that takes JSON; stored nowhere", group="Logging", form="webhook")
 
     seed: int = var(1337, "seed of the initial weights, the data order and dropout; 1337 as in nanoGPT",
         group="Hardware and seed", scope="math", minimum=0)
@@ -312,7 +315,11 @@ class Config:
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
     prune_others: str | None = var(None, "beginnings of the names of other programs' checkpoint files, joined by commas, to which "
         "scripts/prune_checkpoints.py applies the policy too: ckpt_ for ckpt_1000.pt, ckpt_2000.pt, ...; not set: they stay", group="Tools")
-    dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete", group="Tools")
+    dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete, scripts/publish_checkpoint.py only shows what it would "
+        "upload", group="Tools")
+    push_to_hub: str | None = var(None, "model on the Hugging Face hub to which scripts/publish_checkpoint.py uploads: owner/name",
+        group="Tools", form="hub_name")
+    hub_private: bool = var(True, "publish to a private model; false to a public one", group="Tools")
     # fmt: on
 
     # Where each value came from: "environment", the env file's name, "checkpoint" or "default".

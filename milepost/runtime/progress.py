@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from milepost.files import GrowingFile, content_of, replace_content
+from milepost.runtime.notices import Notices
 from milepost.screen import harmless, show
 
 QUIET_SECONDS = 10  # between plain progress lines without a terminal, at least
@@ -33,6 +34,7 @@ class Log:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream: TextIO = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         self.rank = self.local_rank = 0  # of this process in the training, and on its machine
+        self.notices = Notices()  # to a webhook
         self._file: GrowingFile | None = None
         self._early: list[str] = []
 
@@ -44,6 +46,11 @@ class Log:
         self._file = file
         for line in self._early:
             self._add(line)
+
+    def notify(self, url: str | None, *, name: str) -> None:
+        """Send notices of this training to a webhook, if rank 0 has one; `name` is that of its setting."""
+        if url and self.rank == 0:
+            self.notices.open(url, name=name, say=self)
 
     def flush(self) -> None:
         """Write lines of training.log that wait because its file system cannot append."""
@@ -82,7 +89,8 @@ class Log:
             self._add(line)
 
     def close(self) -> None:
-        """Close training.log. A write error here is ignored: the lines are on stderr."""
+        """Send what waits for the webhook, and close training.log. A write error here is ignored: the lines are on stderr."""
+        self.notices.close()
         if self._file:
             self._file.close()
             self._file = None

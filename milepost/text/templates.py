@@ -33,10 +33,7 @@ Message = Mapping[str, str]
 ROLES: Final = {"system": "System", "user": "User", "assistant": "Assistant"}
 PLAIN_END: Final = "<|end|>"
 SAFE_JINJA: Final = (3, 1, 6)
-FIRST_PRIVATE, LAST_PRIVATE = (
-    0xE000,
-    0xF8FF,
-)  # code points of the private use area, which stand for hidden special tokens
+PRIVATE: Final = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # private code points
 
 
 class Span(NamedTuple):
@@ -119,9 +116,7 @@ def plain_jinja(end: str) -> str:
 
 def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
     """Return a template that defines the names of tokens itself, such as bos_token."""
-    heads = [
-        f"{{%- set {name} = {json.dumps(text)} %}}" for name, text in sorted(tokens.items()) if f"{name}" in template
-    ]
+    heads = [f"{{%- set {name} = {json.dumps(text)} %}}" for name, text in sorted(tokens.items()) if name in template]
     first = "\n" if heads and template.startswith("\n") else ""  # the first line end after a statement is dropped
     return "".join(heads) + first + template
 
@@ -179,11 +174,19 @@ def _jinja_spans(messages: Sequence[Message], template: str, specials: list[str]
 
 
 def _hidden(messages: Sequence[Message], specials: list[str]) -> tuple[list[dict[str, str]], dict[int, str]]:
-    """Return the messages with a private character for each special token in them, and the table that undoes it."""
+    """Return the messages with a private character for each special token in them, and the table that undoes it.
+
+    Raise TemplateError if the messages leave too few private characters free.
+    """
     contents = "".join(message["content"] for message in messages)
     there = [token for token in sorted(specials, key=len, reverse=True) if token in contents]
-    free = (code for code in range(FIRST_PRIVATE, LAST_PRIVATE + 1) if chr(code) not in contents)
+    taken = set(contents)
+    free = (code for code in itertools.chain(*PRIVATE) if chr(code) not in taken)
     codes = dict(zip(there, free, strict=False))
+    if len(codes) < len(there):
+        raise TemplateError(
+            "a message holds every private character of Unicode, so its special tokens cannot be told apart"
+        )
     hidden = []
     for message in messages:
         content = message["content"]
