@@ -13,52 +13,38 @@ READS = (
     "CHECKPOINT_PATH", "PORT", "SERVE_HOST", "API_KEY", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY", "STOP", "SAMPLE_SEED",
     "SERVE_SLOTS", "SERVE_QUEUE", "SERVE_TIMEOUT", "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT",
     "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
-    "UNKNOWN_CHARACTERS", "N_HEAD",
+    "UNKNOWN_CHARACTERS", "N_HEAD", "RUNS_DIR",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
-import importlib.util
 import socket
 from pathlib import Path
 from typing import cast
 
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.files import in_words
 from milepost.runtime.progress import Log
 from milepost.samples import open_named, sampling
 from milepost.text.unknown import Mode
-
-PACKAGES = ("starlette", "uvicorn")  # of the extra `serve`
+from milepost.web import listening as web
 
 
 def main(settings: Config, log: Log) -> int:
     """Serve the checkpoints of CHECKPOINT_PATH until a signal ends it; return the exit code."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError([f"serving needs {' and '.join(missing)}: pip install {' '.join(missing)}"])
-    with listening(settings.serve_host, settings.port) as listener:
+    web.check_packages()
+    with web.listening(settings.serve_host, settings.port) as listener:
         serve(settings, log, listener)
     return 0
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there. Raise ConfigError if none can."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server((str(where[0]), port), family=family)
-    except OSError as error:
-        remedy = "set another PORT (0: any free one)" if port else "set SERVE_HOST to an address of this machine"
-        raise ConfigError([f"SERVE_HOST={host} PORT={port}: cannot listen ({in_words(error)}): {remedy}"]) from error
-
-
 def serve(settings: Config, log: Log, listener: socket.socket) -> None:
     """Open the checkpoints and answer requests until a signal."""
-    from milepost.serving.app import Server, application
+    from milepost.page.library import Library
+    from milepost.page.routes import routes
+    from milepost.serving.app import STOP_SECONDS, Server, application
     from milepost.serving.catalogue import Catalogue
     from milepost.serving.generating import MOST_ROWS, Generating
     from milepost.serving.preparing import Defaults
-    from milepost.serving.run import run
 
     rows = min(settings.serve_slots, MOST_ROWS)
     catalogue = Catalogue(
@@ -77,9 +63,12 @@ def serve(settings: Config, log: Log, listener: socket.socket) -> None:
         timeout=settings.serve_timeout,
         log=log,
     )
-    host, port = listener.getsockname()[:2]
-    log(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)")
-    run(application(server, key=settings.api_key, names=[settings.serve_host]), listener, on_stop=server.stop)
+    address = web.address(listener)
+    log(f"listening on {address}v1 (Ctrl-C ends it); runs, and a box to try prompts: {address}")
+    library = Library(Path(settings.runs_dir), Path(settings.checkpoint_dir))
+    pages = routes(library, stopping=lambda: server.generating.stopping)
+    app = application(server, key=settings.api_key, names=[settings.serve_host], pages=pages)
+    web.serve(app, listener, on_stop=server.stop, grace=STOP_SECONDS + 2)
 
 
 def sources(settings: Config) -> dict[str, str]:

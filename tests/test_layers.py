@@ -45,14 +45,15 @@ ALLOWED = ROOMS | {
     "cli": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
     "plots": BELOW_RUN,
-    "page": BELOW_RUN | {"run", "resume", "reporting", "plots"},
+    "page": BELOW_RUN | {"run", "resume", "reporting", "plots", "web"},
     "publish": BELOW_RUN,
+    "web": {"config", "files"},
     "run_files": BELOW_RUN | {"run", "run_mirror"},
     "run_checkpoints": BELOW_RUN | {"run", "run_mirror", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
-    "serving": BELOW_RUN | {"samples"},
+    "serving": BELOW_RUN | {"samples", "web"},
     "training": BELOW_TRAINING,
-    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "page", "publish", "serving"},
+    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "page", "publish", "serving", "web"},
     "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"start", "api"},  # the latter when a name of it is first used
 }

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,3 +122,17 @@ def test_the_commands_of_the_page(folder):
             names = [model["id"] for model in ask(address, "/v1/models")["data"]]
             assert names == [part.partition("=")[0] for part in values["CHECKPOINT_PATH"].split(",")]
     assert harness.startswith("lm_eval --model local-completions ")  # tests/exchange/test_openai_clients.py
+
+
+def test_the_page_is_served_beside_the_api_and_asks_for_the_key_too(folder):
+    with started(folder) as (_, address, _):
+        with urllib.request.urlopen(f"{address}/", timeout=HANGING) as page:
+            assert page.headers["content-type"].startswith("text/html")
+            assert b"</html>" in page.read()
+        (run,) = ask(address, "/api/runs")["runs"]
+        assert run["step"] == 2
+    with started(folder, API_KEY=KEY) as (_, address, _):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            ask(address, "/api/runs")
+        assert (caught.value.code, caught.value.headers["www-authenticate"][:5]) == (401, "Basic")
+        assert len(ask(address, "/api/runs", key=KEY)["runs"]) == 1

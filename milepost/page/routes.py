@@ -1,46 +1,39 @@
 """The page and its data over HTTP, as routes of Starlette for whoever serves them."""
 
 import asyncio
-import ipaddress
 import json
-import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
-from urllib.parse import urlsplit
 
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from milepost.page.html import page
 from milepost.page.library import Library
 from milepost.page.series import AXES, Window
+from milepost.web.guard import HEADERS, Guard
 
 MOST_RUNS = 32  # of a request
 MOST_LISTENERS = 64
 TICK = 1.0  # seconds between two looks for a listener
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
-def routes(library: Library, *, names: Iterable[str] = (), stopping: Callable[[], bool] = lambda: False) -> list[Route]:
-    """Return the routes `/` and `/api/...` of a library.
+def application(library: Library, *, names: Collection[str] = (), stopping: Callable[[], bool]) -> Starlette:
+    """Return a server of the page alone. `names` are host names of its own, besides addresses and localhost."""
+    return Starlette(routes=routes(library, stopping=stopping), middleware=[Middleware(Guard, names=names)])
 
-    `names` are host names that requests may use besides addresses and localhost. Streams end when `stopping` returns True.
-    """
+
+def routes(library: Library, *, stopping: Callable[[], bool]) -> list[Route]:
+    """Return the routes `/` and `/api/...` of a library, for an application with a Guard. Streams end when `stopping` returns True."""
     html, policy = page()
     listeners: set[object] = set()
 
     async def show(request: Request) -> Response:
-        return Response(html, media_type="text/html", headers=HEADERS | {"Content-Security-Policy": policy})
+        return Response(html, media_type="text/html", headers={**HEADERS, "content-security-policy": policy})
 
     async def runs(request: Request) -> Response:
         await run_in_threadpool(library.look)
@@ -60,14 +53,13 @@ def routes(library: Library, *, names: Iterable[str] = (), stopping: Callable[[]
 
     async def events(request: Request) -> Response:
         if len(listeners) >= MOST_LISTENERS:
-            return PlainTextResponse("too many pages are open\n", 503, HEADERS | {"Retry-After": "10"})
+            return PlainTextResponse("too many pages are open\n", 503, {**HEADERS, "retry-after": "10"})
         since = request.query_params.get("since", "")
         stream = changes(library, int(since) if since.isdecimal() and len(since) < 16 else -1, listeners, stopping)
         return StreamingResponse(stream, media_type="text/event-stream", headers=HEADERS)
 
-    guard = [Middleware(Guard, names=frozenset(name.lower() for name in names))]
     ends = {"/": show, "/api/runs": runs, "/api/curves": curves, "/api/details": details, "/api/events": events}
-    return [Route(path, end, methods=["GET"], middleware=guard) for path, end in ends.items()]
+    return [Route(path, end, methods=["GET"]) for path, end in ends.items()]
 
 
 def answer(value: Any) -> Response:
@@ -107,38 +99,3 @@ async def changes(
             await asyncio.sleep(TICK if not library.unread else 0)
     finally:
         listeners.discard(me)
-
-
-class Guard:
-    """Refuse requests that a page of another site may have caused: by its Origin, or by a name that it made point here."""
-
-    def __init__(self, app: ASGIApp, names: frozenset[str]) -> None:
-        self.app, self.names = app, names
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Request(scope).headers
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if not is_own_host(host, self.names):
-            refusal = "this address is not known here: use http://localhost, or the address in numbers\n"
-            await PlainTextResponse(refusal, 421, HEADERS)(scope, receive, send)
-        elif origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            await PlainTextResponse("requests from other sites are refused\n", 403, HEADERS)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-
-def is_own_host(host: str, names: frozenset[str]) -> bool:
-    """Return whether a Host header names this server: by an address, which no other site can make point here, or by a
-    known name.
-    """
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return False
-    if name in names | {"localhost", socket.gethostname().lower()}:
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

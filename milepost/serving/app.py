@@ -20,12 +20,13 @@ from milepost.serving import requests
 from milepost.serving.catalogue import Catalogue, Served
 from milepost.serving.faults import ApiError, invalid, stopping, timed_out, unknown_model
 from milepost.serving.generating import Generating, Job
-from milepost.serving.guard import HEADERS, Guard, error_response
+from milepost.serving.guard import HEADERS, error_response, refused
 from milepost.serving.metrics import Metrics, series
 from milepost.serving.pieces import Piece
 from milepost.serving.preparing import Defaults, work_for
 from milepost.serving.replies import Chunks, Usage, as_json, event, new_head, whole
 from milepost.serving.requests import Asked
+from milepost.web.guard import Guard
 
 BODY_LIMIT: Final = 4 << 20  # bytes
 CLIENT_GONE: Final = 499  # the status that proxies log then
@@ -72,7 +73,7 @@ def application(server: Server, *, key: str | None, names: Sequence[str], pages:
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, key=key, names=names)],
+        middleware=[Middleware(Guard, key=key, names=names, refuse=refused)],
         exception_handlers={HTTPException: not_routed},
         lifespan=following(server),
     )

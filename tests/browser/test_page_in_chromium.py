@@ -64,7 +64,9 @@ def refusals(message: ConsoleMessage) -> list[str]:
 
 @contextlib.contextmanager
 def watching(folder: Path, *more: Route) -> Iterator[str]:
-    with served(Starlette(routes=[*routes(Library(folder / "runs", folder / "checkpoints")), *more])) as address:
+    with served(
+        Starlette(routes=[*routes(Library(folder / "runs", folder / "checkpoints"), stopping=lambda: False), *more])
+    ) as address:
         yield address
 
 
