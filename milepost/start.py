@@ -13,6 +13,7 @@ OLDEST = (3, 11)
 PACKAGES = {  # module: its name on PyPI
     "torch": "torch", "tiktoken": "tiktoken", "tokenizers": "tokenizers", "numpy": "numpy", "dotenv": "python-dotenv",
     "safetensors": "safetensors", "tqdm": "tqdm", "filelock": "filelock", "huggingface_hub": "huggingface_hub",
+    "fsspec": "fsspec",
 }  # fmt: skip
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(PACKAGE)

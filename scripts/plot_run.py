@@ -21,7 +21,6 @@ from milepost.ckpt.manifest import is_regular
 from milepost.ckpt.selection import is_run
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.page.report import write_report
 from milepost.plots.curves import METRICS, labelled, last_time, with_parents
 from milepost.plots.picture import SUFFIXES, draw_file
 from milepost.plots.terminal import draw_terminal
@@ -45,6 +44,8 @@ def main(settings: Config, log: Log) -> int:
         )
     if output:
         if output.suffix.lower() == PAGE:
+            from milepost.page.report import write_report  # its commands to resume need torch
+
             write_report(runs, output, checkpoint_dir=Path(settings.checkpoint_dir), runs_dir=Path(settings.runs_dir))
         else:
             draw_file(runs, output)

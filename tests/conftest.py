@@ -3,6 +3,7 @@ import os
 # Before torch is imported: threads that wait by spinning make tests many times slower wherever another process runs
 # too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("COLUMNS", None)  # of a worker of pytest-xdist: lines of ours would fold
 
 import signal
 

@@ -58,6 +58,7 @@ NOT_RUN = {
     "python3 scripts/watch_runs.py": "a server, which runs until a signal; tests/test_page_routes.py starts it",
     "make test": "these tests, from inside themselves",
     "make check": "ruff and mypy, which CI runs",
+    "make coverage": "these tests, from inside themselves",
     "make train": "tests/test_readme.py runs it",
     "MODEL_TYPE=gpt2 BATCH_SIZE=512 ": "eight machines; tests/test_distributed.py has two nodes of one machine",
     "lm_eval ": "another program, and questions from the hub",
@@ -412,7 +413,9 @@ def test_every_line_that_is_not_run_has_a_reason():
     for page, test in ELSEWHERE.items():
         assert page.split("/")[-1] in (ROOT / "tests" / test).read_text(encoding="utf-8")
     python = {page for page, text in ALL.items() if pages.blocks(text, "python") and "coming-from" not in page}
-    assert python == {f"docs/{name}.md" for name in ("installing", "python", "checkpoints", "exporting", "fine-tuning")}
+    assert python == {
+        f"docs/{name}.md" for name in ("installing", "python", "checkpoints", "exporting", "fine-tuning", "serving")
+    }
     languages = {word for text in ALL.values() for word in re.findall(r"^```(\w+)\n(?:.*\n)+?```", text, re.MULTILINE)}
     assert languages <= {"bash", "sh", "python", "text", "mermaid", *WINDOWS}
 

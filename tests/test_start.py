@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +22,7 @@ ENTRIES = [Path("training.py"), *sorted(path.relative_to(ROOT) for path in (ROOT
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copied_checkout(tmp_path_factory.mktemp("checkout"))
-    (folder / ".venv").unlink()  # a link to this test's environment
+    shutil.rmtree(folder / ".venv")  # links to this test's environment
     return folder
 
 

@@ -12,7 +12,7 @@ from test_llama_tokenizers import trained as byte_level
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from milepost import ckpt
-from milepost.ckpt.restore import tokenizer_files
+from milepost.ckpt.saved_tokenizer import tokenizer_files
 from milepost.text import tokenization
 from milepost.text.errors import UnknownCharacters
 from milepost.text.templates import chat_ids

@@ -1,5 +1,7 @@
 """BPE and Unigram over characters, as SentencePiece has them: spaces are written as a letter, rare characters as their bytes."""
 
+from __future__ import annotations
+
 import collections
 import copy
 import functools
@@ -9,8 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, Self
 
-import numpy as np
-
+from milepost.lazy import np
 from milepost.text.errors import UnknownCharacters
 from milepost.text.readers import Piece
 from milepost.text.tokenization.base import END_OF_TEXT, checked_ids, replace_surrogates
