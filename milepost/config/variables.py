@@ -206,7 +206,7 @@ class Config:
         group="Logging", scope="habit")
     tracker: str = var("none", "also send the metrics to this tracker (pip install it first); never asks for a login: wandb logs offline unless "
         "WANDB_API_KEY or WANDB_MODE is set", group="Logging", scope="habit", words=("none",), choices=TRACKERS)
-    notify_url: str | None = var(None, "webhook that is told when a training resumes, ends, fails or cannot be saved: of Slack, Discord or ntfy, or any server "
+    notify_url: str | None = var(None, "webhook to notify when a training resumes, ends, fails or cannot be saved: of Slack, Discord or ntfy, or any server "
         "that takes JSON; stored nowhere", group="Logging", form="webhook")
 
     seed: int = var(1337, "seed of the initial weights, the data order and dropout; 1337 as in nanoGPT",
