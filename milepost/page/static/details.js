@@ -1,5 +1,5 @@
 // Checkpoints, samples and settings of the chosen runs, as tables and texts.
-import { amount, byId, element, figure, loss, scrolled, table } from "./text.js";
+import { amount, byId, counted, element, figure, loss, scrolled, table } from "./text.js";
 import { legendOfDots } from "./lineage.js";
 import { colorOf } from "./table.js";
 
@@ -26,7 +26,7 @@ export function showCheckpoints(runs, ids, details) {
   const parents = ids.map((id) => runs.get(id)).filter((run) => run.parent).map((run) => element("li", {}, beginning(run)));
   const head = ["run", "step", "loss", "size", "resumable", "marks", "saved (UTC)", "path"];
   byId("checkpoints").replaceChildren(...(rows.length
-    ? [legendOfDots(), element("details", { open: rows.length <= 12 }, element("summary", {}, `${rows.length} checkpoints`), scrolled("Table of checkpoints", table("newest of each run first", head, rows)))]
+    ? [legendOfDots(), element("details", { open: rows.length <= 12 }, element("summary", {}, counted(rows.length, "checkpoint")), scrolled("Table of checkpoints", table("newest of each run first", head, rows)))]
     : [element("p", { class: "about" }, "No checkpoint of these runs is in the checkpoint folder.")]),
     parents.length ? element("ul", { class: "plain" }, parents) : "");
 }

@@ -1,5 +1,5 @@
 // What is chosen, and what is drawn of it.
-import { byId, moment } from "./text.js";
+import { byId, counted, moment } from "./text.js";
 import { openSource } from "./source.js";
 import { showDamaged, showRuns } from "./table.js";
 import { onTheme } from "./chart.js";
@@ -35,7 +35,7 @@ function list() {
   showRuns(runs, chosen, toggle);
   showDamaged(problems);
   const training = [...runs.values()].filter((run) => run.state === "training").length;
-  const figures = source.live ? `${runs.size} runs, ${training} training` : `report of ${moment(source.written)}`;
+  const figures = source.live ? `${counted(runs.size, "run")}, ${training} training` : `report of ${moment(source.written)}`;
   byId("status").textContent = reachable ? figures : "the server does not answer; trying again";
 }
 

@@ -1,5 +1,5 @@
 // The list of runs: newest first, filtered, a part at a time.
-import { byId, element, figure, loss, moment, scrolled, table } from "./text.js";
+import { byId, counted, element, figure, loss, moment, scrolled, table } from "./text.js";
 
 const PART = 50;
 let visible = PART;
@@ -11,7 +11,7 @@ export function showRuns(runs, chosen, toggle) {
     .sort((one, other) => (other.time ?? 0) - (one.time ?? 0) || (one.name < other.name ? 1 : -1));
   const focused = document.activeElement?.dataset?.run;
   const rows = found.slice(0, visible).map((run) => row(run, chosen, toggle));
-  const caption = found.length === runs.size ? `${runs.size} runs` : `${found.length} of ${runs.size} runs`;
+  const caption = found.length === runs.size ? counted(runs.size, "run") : `${found.length} of ${runs.size} runs`;
   const list = byId("run-list");
   const scroll = list.firstElementChild?.scrollTop ?? 0;
   list.replaceChildren(scrolled("List of runs", table(caption, ["run", "step", element("span", { class: "train" }, "train"), "val"], rows)));

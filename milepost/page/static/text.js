@@ -18,6 +18,10 @@ function filled(node, properties, children) {
   return node;
 }
 
+export function counted(count, noun) {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}
+
 export function byId(id) {
   return document.getElementById(id);
 }
