@@ -698,7 +698,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
     if rules["form"] == "name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "address":
-        return st.from_regex(r"[a-z][a-z0-9]{0,9}://[A-Za-z0-9@:/?=._-]{1,40}", fullmatch=True)
+        return st.from_regex(r"[a-z][a-z0-9]{0,9}://[A-Za-z0-9/=._-]{1,40}", fullmatch=True)
     if rules["form"] == "layers":
         return st.lists(st.sampled_from(models.lora_layers()), min_size=1).map(", ".join)
     if rules["form"] == "blocks":

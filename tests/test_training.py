@@ -33,7 +33,8 @@ def metrics(folder):
 NOT_OF_BIGRAM = ["N_LAYER", "N_HEAD", "N_EMBD", "DROPOUT"]
 
 
-def test_a_run_describes_itself_in_at_most_15_lines(tmp_path):
+def test_a_run_describes_itself_in_at_most_15_lines(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("r")  # short, as a user's: the line of settings folds at long paths
     done = command(
         "training.py",
         tmp_path,
