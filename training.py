@@ -203,7 +203,7 @@ def accumulate_gradients(run: Run) -> dict[str, Tensor]:
 
     Each process takes its own sequences of every micro-batch; gradients, loss and metrics are means over all processes.
     """
-    batch = [part.to(run.device, non_blocking=True) for part in run.batches.at(run.state.step)]  # (A, B, T) each
+    batch = [hardware.moved(part, run.device) for part in run.batches.at(run.state.step)]  # (A, B, T) each
     divisors = run.batches.divisors(run.state.step)
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=run.device))
     for number, (micro, divisor) in enumerate(zip(zip(*batch, strict=True), divisors, strict=True), 1):
@@ -273,6 +273,7 @@ def evaluate(run: Run, stop: Interrupt) -> float | None:
     sequence that does not count: with sharded weights, every forward pass needs all processes.
     """
     settings, world, total, count, stopping = run.settings, run.world, 0.0, 0.0, False
+    losses, counts = [], []  # of each batch; read at the end, so that nothing waits for the device in between
     run.model.eval()  # the plain module, so that the compiled one never sees another shape
     sizes = {"block_size": settings.block_size, "batch_size": settings.batch_size, "steps": settings.eval_steps}
     for batch in validation_of(run.text, run.model, **sizes):  # (B, T) each
@@ -281,10 +282,13 @@ def evaluate(run: Run, stop: Interrupt) -> float | None:
         rows = own if counted else slice(1)
         with hardware.autocast(run.device, run.dtype):
             loss = run.model(*(part[rows].to(run.device) for part in batch)).loss
-        total, count = total + loss.item() * counted, count + counted
+        losses.append(loss)
+        counts.append(counted)
         if stopping := world.any(stop.requested):
             break
     run.model.train()
+    for value, counted in zip(torch.stack(losses).tolist(), counts, strict=True):
+        total, count = total + value * counted, count + counted
     total, count = world.sum(total, count)
     return None if stopping else total / count
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from drive import ROOT
 from torch.nn import functional as F
+from work import Waits
 
 from milepost.runtime.optim import build_optimizer
 from models import attention, build, head
@@ -111,6 +112,31 @@ def test_the_chunked_loss_is_the_plain_one(rows, monkeypatch):
     for one, other in zip(chunked, plain, strict=True):
         torch.testing.assert_close(one.double(), other.double(), atol=2e-6, rtol=2e-6)  # its softmax is float32
         assert other.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("ignored", [0, 1, 40])
+@pytest.mark.parametrize("chunk", [10**9, 530, 53])
+def test_as_a_gpu_computes_it_the_loss_is_the_same(chunk, ignored, monkeypatch):
+    """With rows added to the vocabulary, and without ever asking how many targets count."""
+    x, weight = drawn(100, 24).double(), drawn(53, 24).double()
+    targets = torch.randint(53, (100,), generator=TOKENS)
+    targets[torch.randperm(100, generator=TOKENS)[:ignored]] = -100
+    plain = losses_and_gradients(x, weight, targets, chunk=10**9, monkeypatch=monkeypatch, scale=0.25)
+    monkeypatch.setattr(head, "BEHIND", ("cpu",))
+    monkeypatch.setattr(head, "PADDED_FROM", 50)
+    assert head.rows_to_add(53) == 11
+    with Waits() as waits:
+        behind = losses_and_gradients(x, weight, targets, chunk=chunk, monkeypatch=monkeypatch, scale=0.25)
+    assert waits.count == 0
+    for one, other in zip(behind, plain, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), atol=2e-6, rtol=2e-6)
+    assert (plain[1].abs().sum(1) == 0).sum() == ignored
+    assert torch.equal(behind[1].abs().sum(1) == 0, plain[1].abs().sum(1) == 0)
+
+
+@pytest.mark.parametrize(("vocabulary", "added"), [(65, 0), (4095, 0), (4096, 0), (50257, 47), (50304, 0), (50305, 63)])
+def test_rows_added_to_a_vocabulary(vocabulary, added):
+    assert head.rows_to_add(vocabulary) == added
 
 
 def test_in_bfloat16_it_is_as_near_to_float64_as_autocast(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from work import Waits
 
 import models
 from milepost.runtime import muon
@@ -500,6 +501,25 @@ def test_clipping_is_torchs_clip_grad_norm(kind, readers, monkeypatch):
         tolerance = 1e-3 if name in matrices else 1e-6
         torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=0, atol=tolerance)
         assert (parameter - free.get_parameter(name)).abs().max() > 3 * tolerance  # the control: clipping was felt
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
+def test_clipping_without_a_look_at_the_norm_has_the_same_bits(kind, limit, monkeypatch):
+    """As on a GPU: the gradients of steps below the limit are divided by 1."""
+    looking, blind = gpt2(), gpt2()
+    optimizers = {model: optimizer_of(model, kind) for model in (looking, blind)}
+    for seed, size in enumerate((30.0, 0.001, 3.0)):
+        for model, behind in ((looking, ()), (blind, ("cpu",))):
+            monkeypatch.setattr(optim_module, "BEHIND", behind)
+            give_gradients(model, seed)
+            torch._foreach_mul_([parameter.grad for parameter in model.parameters()], size)
+            norm = gradient_norm(optimizers[model])
+            with Waits() as waits:
+                clip_gradients(optimizers[model], norm, limit=limit)
+            assert waits.count == (1 if limit and not behind else 0)
+            optimizers[model].step()
+    assert weights(looking) == weights(blind)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -87,3 +87,17 @@ class NoTensorAbove(TorchDispatchMode):
                 size = each.untyped_storage().nbytes()
                 assert size <= self.most, f"{function} made a tensor of {size:,} bytes"
         return answer
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the program asks for a value that was computed: with a GPU it waits for it each time."""
+
+    ASKING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique", "aten::equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function._schema.name.startswith(self.ASKING)
+        return function(*args, **(kwargs or {}))

@@ -1,8 +1,9 @@
 """Background saves: the state is copied into reusable buffers, and a thread writes them while training continues."""
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ class Writer:
             return
         copy = _like(record, self._buffers)
         self._copied.clear()
-        thread = threading.Thread(target=self._work, args=(record, copy, job), name="checkpoint writer")
+        work = (record, copy, job, _reached(record))
+        thread = threading.Thread(target=self._work, args=work, name="checkpoint writer")
         try:
             thread.start()
         except RuntimeError:  # the system has no more threads
@@ -73,11 +75,14 @@ class Writer:
         if error is not None:
             raise error
 
-    def _work(self, record: Checkpoint, copy: Checkpoint, job: Callable[[Checkpoint], None]) -> None:
+    def _work(
+        self, record: Checkpoint, copy: Checkpoint, job: Callable[[Checkpoint], None], reached: torch.cuda.Event | None
+    ) -> None:
         try:
             try:
-                for name, tensor in named_tensors(record).items():
-                    _copy(local(tensor), self._buffers[name])
+                with _beside(reached):
+                    for name, tensor in named_tensors(record).items():
+                        _copy(local(tensor), self._buffers[name])
             finally:
                 self._copied.set()
             job(copy)
@@ -136,9 +141,30 @@ def _buffer(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
+def _reached(record: Checkpoint) -> torch.cuda.Event | None:
+    """Return the moment at which the GPU has computed the record; None without one."""
+    device = next((tensor.device for tensor in named_tensors(record).values() if tensor.is_cuda), None)
+    return None if device is None else torch.cuda.current_stream(device).record_event()
+
+
+@contextlib.contextmanager
+def _beside(reached: torch.cuda.Event | None) -> Iterator[None]:
+    """Copy from a GPU from the moment `reached` on, on a stream of its own, beside what training computes meanwhile; end
+    when all is copied. On training's own stream each copy would wait for all that is queued there.
+    """
+    if reached is None:
+        yield
+        return
+    stream = torch.cuda.Stream(reached.device)
+    stream.wait_event(reached)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
 def _copy(tensor: Tensor, buffer: Tensor) -> None:
     """Copy from main memory with numpy: torch would start a second set of OpenMP threads that slows training."""
     if tensor.device.type == "cpu":
         np.copyto(bytes_of(buffer), bytes_of(tensor))
     else:
-        buffer.copy_(tensor)
+        buffer.copy_(tensor, non_blocking=tensor.is_cuda)

@@ -14,7 +14,7 @@ from milepost.runtime import cgroup
 from milepost.splitmix import mix
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # Embedding dimensions from which bfloat16 pays on a CPU: casts cost time in training, calls in generation.
 BFLOAT16_TRAIN_WIDTH, BFLOAT16_DECODE_WIDTH = 128, 256
@@ -28,9 +28,9 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 UNQUOTED = frozenset(" \t'\"")  # characters that end or open a word in a command line without quotes
 
-# Increased when a change of ours changes the bits of a step. Version 2 has other kernels for attention, the head, GELU
-# and Muon.
-KERNELS = 2
+# Increased when a change of ours changes the bits of a step on that kind of device. Version 2 has other kernels for
+# attention, the head, GELU and Muon; version 3, on CUDA, the head with a padded vocabulary.
+KERNELS = {"cpu": 2, "mps": 2, "cuda": 3}
 
 # Entries of a fingerprint that affect the bits of a step.
 AFFECTS_BITS = (
@@ -177,16 +177,33 @@ def _compilers_places() -> list[str]:
 def compiled(model: nn.Module) -> nn.Module:
     """Return the model compiled for one shape. It shares its parameters with `model`; save,
     evaluate and sample with that.
+
+    On CUDA the compiler would time alternatives, and choose other kernels with other bits in another process: where
+    kernels must be deterministic it may not.
     """
-    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+    on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+    options = untimed() if on_cuda and torch.are_deterministic_algorithms_enabled() else None
+    return torch.compile(model, dynamic=False, options=options)  # type: ignore[return-value]
+
+
+def untimed() -> dict[str, Any]:
+    """Return the compiler's options under which no timing chooses a kernel whose bits differ: products are padded only by
+    rules, and reductions split in one way. Versions of torch without such a mode have a fixed way to split already.
+    """
+    from torch._inductor import config
+
+    return {"deterministic": True} if hasattr(config, "deterministic") else {"shape_padding": False}
 
 
 def make_deterministic(on: bool, device: torch.device) -> None:
     """Select deterministic kernels and refuse the others. Call before the first use of the device.
 
     On MPS, which does not promise bit-identical results, torch only warns. On CUDA a warning would not do: the backward
-    pass of flash attention is deterministic only where nondeterministic kernels are refused.
+    passes of flash and of memory-efficient attention (float32, masks) are deterministic only where nondeterministic
+    kernels are refused. cuBLAS reads its variable when it starts; without it torch refuses every product.
     """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on, warn_only=device.type == "mps")
     # Filling new memory with NaN would only cost time: nothing here reads memory before writing it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -219,6 +236,11 @@ def seed_step(device: torch.device, seed: int, step: int, *, rank: int = 0) -> N
         torch.mps.manual_seed(drawn)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of main memory on the device; on CUDA from pinned memory, so that nothing waits for the copy."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
     """Return the context in which matrix products have `dtype`; a null context for float32."""
     if dtype == "float32":
@@ -242,7 +264,7 @@ def fingerprint(
         "local_processes": local_processes,
         "distributed": distributed,
         "torch": str(torch.__version__),
-        "kernels": KERNELS,
+        "kernels": KERNELS[device.type],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device.type,

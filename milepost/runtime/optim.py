@@ -11,6 +11,8 @@ from milepost.runtime.distributed import SINGLE, World, full, local
 
 # Where the fused AdamW kernel divides gradients by `grad_scale` while it reads them. On MPS it ignores that.
 READS_GRAD_SCALE = ("cpu", "cuda")
+# Devices that run behind the program: to ask whether a norm is above its limit is to wait for all they still have to do.
+BEHIND = ("cuda",)
 Named = list[tuple[str, nn.Parameter]]
 
 
@@ -85,9 +87,10 @@ def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, *, limit: flo
     """Scale the gradients of the next step by limit / `norm` if their `norm` is above `limit` (0: no limit); call
     before each step.
 
-    The fused AdamW scales while it reads, which saves a pass over all gradients. Below the limit nothing is multiplied.
+    The fused AdamW scales while it reads, which saves a pass over all gradients. Below the limit nothing is divided; on
+    CUDA everything is divided by 1 instead, which changes no bit: to ask would be to wait for the device.
     """
-    scale = (norm / limit).float() if limit and norm > limit else None
+    scale = clip_scale(norm, limit)
     for part in parts(optimizer):
         gradients = _gradients(part)
         held = [local(gradient) for gradient in gradients]
@@ -96,6 +99,15 @@ def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, *, limit: flo
             part.grad_scale = scale  # type: ignore[attr-defined]  # as torch.amp.GradScaler sets it, and keeps ours
         elif scale is not None:
             torch._foreach_div_(held, scale)
+
+
+def clip_scale(norm: Tensor, limit: float) -> Tensor | None:
+    """Return by what to divide gradients of this `norm`, at least 1; None for nothing."""
+    if not limit:
+        return None
+    if norm.device.type in BEHIND:
+        return (norm / limit).float().clamp(min=1.0)
+    return (norm / limit).float() if norm > limit else None
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
