@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # make test-exchange: test against other programs. make test-llama: test in llama.cpp, which is built from source. make test-browser: in Chromium.
-.PHONY: train test coverage test-filesystems test-exchange test-llama test-browser check soak soak-filesystems soak-exact bench bench-long docs clean
+# make gpu: test and measure on a CUDA GPU, in at most eight minutes.
+.PHONY: train test coverage test-filesystems test-exchange test-llama test-browser gpu check soak soak-filesystems soak-exact bench bench-long docs clean
 
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
@@ -34,6 +35,12 @@ test-llama: $(VENV)/.llama
 # The page of watch_runs.py in Chromium, which pip does not bring: apt-get install chromium.
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest -q tests/browser
+
+# On one CUDA GPU: the promises (skipped in one line where there is none), then the table of benchmarks/gpu.py, which compares with
+# nanoGPT and transformers where they are at hand. GPU_DEVICE=cpu runs the tests on the CPU, small.
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/gpu --durations=5
+	$(BIN)/python benchmarks/gpu.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

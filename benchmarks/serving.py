@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from measure import compare, header, row  # noqa: E402
-from serving import Served, serving  # noqa: E402
+from model_server import Served, serving  # noqa: E402
 
 from milepost import ckpt, config  # noqa: E402
 from milepost.generation.texts import Sampling, texts  # noqa: E402

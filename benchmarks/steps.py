@@ -187,7 +187,9 @@ def nanogpt(name: str) -> tuple[Callable[[], object], int]:
     return step, parameter_count(model)
 
 
-def nanogpt_model(name: str, *, vocab_size: int, beta2: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def nanogpt_model(
+    name: str, *, vocab_size: int, beta2: float, device: str = "cpu"
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """Return nanoGPT's model of a shape and its optimizer, from its checkout."""
     layers, heads, width, tokens, _, _ = SHAPES[name]
     sys.path.insert(0, str(nanogpt_folder()))
@@ -195,8 +197,8 @@ def nanogpt_model(name: str, *, vocab_size: int, beta2: float) -> tuple[torch.nn
 
     sizes = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": tokens, "vocab_size": vocab_size}
     with contextlib.redirect_stdout(sys.stderr):  # it tells of itself
-        model = GPT(GPTConfig(**sizes, dropout=0.0, bias=False))
-        return model, model.configure_optimizers(0.1, 1e-3, (0.9, beta2), "cpu")
+        model = GPT(GPTConfig(**sizes, dropout=0.0, bias=False)).to(device)
+        return model, model.configure_optimizers(0.1, 1e-3, (0.9, beta2), device)
 
 
 def nanogpt_folder() -> Path | None:

@@ -102,24 +102,26 @@ def validation_loss(run: Run) -> float:
     return training.evaluate(run, Never()) or math.nan  # type: ignore[arg-type]
 
 
-def nanogpt(run: Run) -> tuple[float, float]:
-    """Return seconds and validation loss of nanoGPT's loop on the run's tokens: its batches, schedule and optimizer."""
-    tokens = torch.from_numpy(run.text.split.train[:].astype("int64"))
-    model, optimizer = nanogpt_model("0.8M", vocab_size=run.tokenizer.vocab_size, beta2=0.99)
+def nanogpt(run: Run, *, steps: int = NANOGPT_STEPS) -> tuple[float, float]:
+    """Return seconds and validation loss of nanoGPT's loop on the run's tokens and device: its batches, schedule and
+    optimizer.
+    """
+    tokens, device = torch.from_numpy(run.text.split.train[:].astype("int64")), run.device.type
+    model, optimizer = nanogpt_model("0.8M", vocab_size=run.tokenizer.vocab_size, beta2=0.99, device=device)
 
     def step(number: int) -> None:
-        share = (number - 100) / (NANOGPT_STEPS - 100)
+        share = (number - 100) / (steps - 100)
         lr = 1e-3 * (number + 1) / 101 if number < 100 else 1e-4 + 0.5 * (1 + math.cos(math.pi * share)) * 9e-4
         for group in optimizer.param_groups:
             group["lr"] = lr
         starts = torch.randint(len(tokens) - 64, (12,))
-        x, y = (torch.stack([tokens[i + shift : i + shift + 64] for i in starts]) for shift in (0, 1))
+        x, y = (torch.stack([tokens[i + shift : i + shift + 64] for i in starts]).to(device) for shift in (0, 1))
         model(x, y)[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    took = seconds(lambda: [step(number) for number in range(NANOGPT_STEPS)])
+    took = seconds(lambda: [step(number) for number in range(steps)])
     run.model = model.eval()  # type: ignore[assignment]  # called the same way
     run.dtype = "float32"
     return took, validation_loss(run)

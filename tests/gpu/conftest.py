@@ -1,0 +1,34 @@
+import os
+import time
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+
+import gpus
+import pytest
+import torch
+from work import limited
+
+STARTED = time.monotonic()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name == "gpu":
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device() -> torch.device:
+    """What the tests run on: a CUDA device, or the CPU with GPU_DEVICE=cpu."""
+    if gpus.DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here; GPU_DEVICE=cpu runs the same tests on the CPU, small")
+    return torch.device(gpus.DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def in_time(device):
+    """The whole is for machines that are lent by the minute: past its seconds tests are skipped, and say so."""
+    if time.monotonic() - STARTED > gpus.SECONDS:
+        pytest.skip(f"the {gpus.SECONDS} seconds of these tests are over (GPU_TEST_SECONDS)")
+    with limited(gpus.MOST_SECONDS):
+        yield
