@@ -28,7 +28,7 @@ from steps import nanogpt_folder  # noqa: E402
 
 SMALL = "--small" in sys.argv[1:]
 ARMS = Path(__file__).with_name("gpu_arms.py")
-LIMITS = {"training": 110, "saving": 30, "generating": 45, "serving": 25, "time to loss": 30}  # seconds of each part
+LIMITS = {"training": 100, "saving": 25, "generating": 40, "serving": 25, "time to loss": 25}  # seconds of each part
 ROUNDS, STEPS, TOKENS = (2, 2, 8) if SMALL else (5, 20, 256)  # a turn is so many steps or tokens
 BEHIND_A_SAVE = 2 if SMALL else 20  # steps
 

@@ -46,6 +46,12 @@ def _onednn(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
     return lambda x: multiply(x, weight, bias, kernel, [], algorithm)
 
 
+def cast_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "", *, dtype: torch.dtype) -> Linear:
+    """Return the layer with weight, bias, rows and result in `dtype`, on any device, by PyTorch's own product."""
+    multiply = _plain(weight.to(dtype), None if bias is None else bias.to(dtype), activation)
+    return lambda x: multiply(x.to(dtype))
+
+
 def int8_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
     """Return the layer with 8-bit integer weights and a scale per output; rows and products as in bfloat16_linear."""
     whole, scales = quantized(weight)

@@ -1044,9 +1044,14 @@ def test_the_reference_has_a_row_for_each_variable() -> None:
 
 
 def test_cublas_is_configured_before_it_starts() -> None:
-    """In the process's real environment, where C code reads it; a user's own choice stays."""
-    code = "from milepost import config; import os; config.read(); print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
-    for env, expected in (({}, ":4096:8"), ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ":16:8")):
+    """In the process's real environment, where C code reads it, whether the settings come from there or from Python; a user's
+    own choice stays.
+    """
+    own = {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    for read, env, expected in (("", {}, ":4096:8"), ("{}", {}, ":4096:8"), ("", own, ":16:8"), ("{}", own, ":16:8")):
+        code = (
+            f"from milepost import config; import os; config.read({read}); print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+        )
         done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, env={"PATH": os.environ["PATH"], **ALONE, **env}, capture_output=True, text=True, check=True)  # fmt: skip
         assert done.stdout.strip() == expected
 

@@ -210,6 +210,26 @@ def test_processes_draw_differently_and_rank_0_as_a_single_process():
 # Fingerprints
 
 
+def test_the_compilers_options_are_known_to_it():
+    """On CUDA it times nothing whose bits differ; a torch that names this otherwise must not pass it over in silence."""
+    torch.compile(torch.nn.Linear(2, 2), options=hardware.untimed())
+    with pytest.raises(RuntimeError, match="nothing_of_the_kind"):  # the control
+        torch.compile(torch.nn.Linear(2, 2), options={"nothing_of_the_kind": True})
+
+
+def test_on_a_cpu_the_compilers_options_stay_as_they_are(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: taken.append(options) or model)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    hardware.compiled(torch.nn.Linear(2, 2))
+    assert taken == [{"dynamic": False, "options": None}]
+
+
+def test_what_is_moved_to_the_cpu_is_the_tensor_itself():
+    tensor = torch.arange(3)
+    assert hardware.moved(tensor, CPU) is tensor
+
+
 def fingerprint(**changes: object) -> dict[str, object]:
     return hardware.fingerprint(CPU, dtype="float32", compile_step=False, deterministic=True) | changes
 

@@ -61,8 +61,8 @@ def read(
     if environ is None:
         for name in filter(is_foreign, in_file):
             os.environ.setdefault(name, in_file[name])
-        # cuBLAS reads this when it starts. Without it, its workspaces may change the order of sums.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # cuBLAS reads this when it starts. Without it, its workspaces may change the order of sums, and torch refuses products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     mistakes, notes = unknown_in_environment(variables)
     problems += [*mistakes, *unknown_in_file(in_file, label)]
     texts = {name: (in_file[name], label) for name in VARIABLES if _is_set(name, in_file.get(name, ""))}

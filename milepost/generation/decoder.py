@@ -45,11 +45,11 @@ class DecodeCache:
     Lower `length` to forget the latest tokens.
     """
 
-    def __init__(self, shape: tuple[int, int, int], block_size: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], block_size: int, device: torch.device | None = None) -> None:
         self.length, self.block_size = 0, block_size
         self.ahead: Ahead | None = None
         n_layer, KV, hs = shape
-        self.states = torch.empty(n_layer, 2, 1, KV, min(block_size, SMALLEST_ROOM), hs)
+        self.states = torch.empty(n_layer, 2, 1, KV, min(block_size, SMALLEST_ROOM), hs, device=device)
 
     def states_for(self, tokens: int) -> Tensor:
         """Return the buffer (n_layer, 2, 1, KV, room, hs) with room for so many tokens."""
@@ -65,14 +65,17 @@ class DecodeCache:
 class Decoder:
     """A trained model on the CPU for sampling.generate(): one sequence, no gradients.
 
-    `weights` is one of LINEARS: the dtype of the stored matrices. They are copies: later training of the model has no
-    effect.
+    `weights` is one of LINEARS: the dtype of the stored matrices, by default made by its function there. They are copies:
+    later training of the model has no effect.
     """
 
-    def __init__(self, model: GPT2 | Llama, *, weights: str) -> None:
-        linear = LINEARS[weights]
+    fewest_rows = 2  # of a product; see above
+
+    def __init__(self, model: GPT2 | Llama, *, weights: str, linear: Callable[..., Linear] | None = None) -> None:
+        linear = linear or LINEARS[weights]
         self.settings, self.max_length = model.settings, model.max_length
-        self.weights, self.exact, self.longest_draft = weights, weights == "float32", LONGEST_DRAFT[weights]
+        self.weights, self.exact = weights, weights == "float32"
+        self.longest_draft = LONGEST_DRAFT.get(weights, 0)
         with torch.inference_mode():
             self.parts = PARTS[type(model)](model, linear)
             self.head = linear(self.parts.head_weight)
@@ -98,8 +101,11 @@ class Decoder:
             return [ahead.logits]
         start, R = cache.length, len(ids)
         states = cache.states_for(start + R)
+        positions = torch.arange(start, start + R, device=states.device)
         x = self._read(
-            ids, torch.arange(start, start + R), lambda number, q, k, v: _attend(q, k, v, states[number], start)
+            torch.tensor(ids, device=states.device),
+            positions,
+            lambda number, q, k, v: _attend(q, k, v, states[number], start),
         )
         cache.length += R
         return self._logits(x[-last:])
@@ -116,22 +122,25 @@ class Decoder:
             each = zip(*(part.split(1) for part in heads), (one[number] for one in states), lengths, strict=True)
             return torch.cat([_attend(*row) for row in each])
 
-        x = self._read(tokens, torch.tensor(lengths), attend)
+        x = self._read(torch.tensor(tokens), torch.tensor(lengths), attend)
         for token, cache, logits in zip(tokens, caches, self._logits(x), strict=True):
             cache.ahead = Ahead(cache.length, token, logits)
 
     def _logits(self, x: Tensor) -> Iterable[Tensor]:
         """Return the logits (V,) of each row of x (R, C)."""
-        logits = self.head(_at_least_two(x))[: len(x)] + self.parts.head_bias  # (R, V)
+        logits = self.head(self._enough(x))[: len(x)] + self.parts.head_bias  # (R, V)
         return logits if self.exact else map(self._rescored, x.split(1), logits.float())
 
-    def _read(self, ids: Sequence[int], positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    def _enough(self, x: Tensor) -> Tensor:
+        return x if self.fewest_rows == 1 else _at_least_two(x)
+
+    def _read(self, ids: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """Return the output of the last norm for each token, (R, C). `attend` takes a layer's number and the heads of the tokens."""
         R = len(ids)
-        x = _at_least_two(self.parts.embed(torch.tensor(ids), positions))  # (max(2, R), C)
+        x = self._enough(self.parts.embed(ids, positions))  # (max(fewest_rows, R), C)
         for number, layer in enumerate(self.parts.layers):
             heads = layer.heads(layer.qkv(layer.norm_1(x))[:R], positions)
-            x = x + layer.project(_at_least_two(attend(number, *heads)))
+            x = x + layer.project(self._enough(attend(number, *heads)))
             x = x + layer.narrow(layer.widen(layer.norm_2(x)))
         return self.parts.norm(x)[:R]
 

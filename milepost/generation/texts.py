@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from milepost.generation.decoder import Decoder, decoder_of
+from milepost.generation.graphed import FEWEST_TOKENS, GraphDecoder
 from milepost.generation.sampling import generate
 from milepost.generation.stream import StreamDecoder
 from milepost.runtime import hardware
@@ -42,6 +43,8 @@ def choose_decoder(
     build, reason = decoder_of(model)
     if build is None:
         return None, reason
+    if device.type == "cuda" and quantize == "none" and tokens >= FEWEST_TOKENS:
+        return GraphDecoder(cast(Any, model), weights=hardware.choose_dtype(dtype, device, width=width)), ""
     if device.type != "cpu":
         return None, f"this runs on {device.type}"
     if quantize != "none":

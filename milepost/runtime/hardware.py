@@ -200,10 +200,8 @@ def make_deterministic(on: bool, device: torch.device) -> None:
 
     On MPS, which does not promise bit-identical results, torch only warns. On CUDA a warning would not do: the backward
     passes of flash and of memory-efficient attention (float32, masks) are deterministic only where nondeterministic
-    kernels are refused. cuBLAS reads its variable when it starts; without it torch refuses every product.
+    kernels are refused. Reading the settings has fixed the workspace of cuBLAS.
     """
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on, warn_only=device.type == "mps")
     # Filling new memory with NaN would only cost time: nothing here reads memory before writing it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

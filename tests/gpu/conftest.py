@@ -1,7 +1,9 @@
 import os
 import time
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # cuBLAS reads it when it starts, before some tests read settings
 
 import gpus
 import pytest
@@ -15,6 +17,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name == "gpu":
             item.add_marker(pytest.mark.gpu)
+    items.sort(key=lambda item: "compiled" in item.name)  # last: a compiler takes most of the time
 
 
 @pytest.fixture(autouse=True, scope="session")

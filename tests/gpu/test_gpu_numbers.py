@@ -15,6 +15,8 @@ import models
 import training
 from milepost import ckpt, config
 from milepost.ckpt.restore import build_model
+from milepost.generation import decoder, graphed
+from milepost.generation.graphed import GraphDecoder
 from milepost.generation.sampling import generate
 from milepost.run import fresh
 from milepost.runtime import optim
@@ -122,6 +124,31 @@ def test_logits_are_those_of_transformers(kind, device, tmp_path):
     with torch.no_grad():
         expected = theirs.to(device)(ids().to(device)).logits
         assert error(ours(ids().to(device)).logits, expected.cpu()) < CLOSE["float32"]
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_captured_pass_is_the_pass(name, weights, device, monkeypatch):
+    """Bit for bit, through a buffer that grows and a window that is cut; in float32 it is the model too."""
+    monkeypatch.setattr(decoder, "SMALLEST_ROOM", 16)
+    captured, capture = [], graphed._captured
+    monkeypatch.setattr(graphed, "_captured", lambda *step: captured.append(capture(*step)) or captured[-1])
+    _, model = pair(name, device)
+    texts = [drawn(GraphDecoder(model, weights=weights))]
+    assert len(captured) == 2  # for 32 tokens, and for all 48
+    assert all(each.__name__ == ("replay" if ON_GPU else "step") for each in captured)
+    monkeypatch.setattr(graphed, "_captured", lambda step, device: step)
+    texts += [drawn(GraphDecoder(model, weights=weights)), drawn(model)]
+    assert texts[0] == texts[1]
+    assert weights != "float32" or texts[0][0] == texts[2][0]
+
+
+def drawn(model) -> tuple[list[int], list[bytes]]:
+    """Greedy tokens, and the logits that each was chosen by."""
+    logits: list[bytes] = []
+    prompt = list(range(3, 20))
+    note = lambda each: logits.append(each.cpu().numpy().tobytes())  # noqa: E731
+    return list(generate(model, prompt, max_new_tokens=60, temperature=0, on_logits=note)), logits
 
 
 # Waiting for the device
