@@ -8,7 +8,6 @@ from pathlib import Path
 
 import drive
 import programs
-import torch
 from drive import ROOT, at_step, environment, logged, newest, tensor_bytes
 from work import HANGING
 
@@ -88,8 +87,3 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     finally:
         process.kill()
     return process.returncode, out, err
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of the newest checkpoint in `folder`."""
-    return newest(folder).model_state
