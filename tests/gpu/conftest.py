@@ -13,17 +13,25 @@ from work import limited
 STARTED = time.monotonic()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.parent.name == "gpu":
             item.add_marker(pytest.mark.gpu)
     items.sort(key=lambda item: "compiled" in item.name)  # last: a compiler takes most of the time
+    if not there():  # one is left, to say so in one line
+        config.hook.pytest_deselected(items=items[1:])
+        del items[1:]
+
+
+def there() -> bool:
+    """Return whether there is what the tests run on."""
+    return gpus.DEVICE != "cuda" or torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def device() -> torch.device:
     """What the tests run on: a CUDA device, or the CPU with GPU_DEVICE=cpu."""
-    if gpus.DEVICE == "cuda" and not torch.cuda.is_available():
+    if not there():
         pytest.skip("no CUDA device here; GPU_DEVICE=cpu runs the same tests on the CPU, small")
     return torch.device(gpus.DEVICE)
 
