@@ -3,6 +3,7 @@
 python3 benchmarks/gpu_arms.py compiled [--small]
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -216,12 +217,12 @@ def serve() -> Actions:
 
     run = fresh(config.read(SETTINGS | {"COMPILE": "false", "OPTIMIZER": "adamw"}), Log())
     ckpt.save(to_record(run), FOLDER / "served" / "checkpoints")
-    served = serving(FOLDER / "served", CHECKPOINT_PATH="latest", DEVICE=DEVICE).__enter__()
+    held = contextlib.ExitStack()  # the server ends with it
+    served = held.enter_context(serving(FOLDER / "served", CHECKPOINT_PATH="latest", DEVICE=DEVICE))
     together = served.server.catalogue.models["latest"].together
 
     def answer(seed: int) -> int:
-        served.complete("Dear Wren", seed=seed, max_tokens=ANSWER)
-        return ANSWER
+        return int(served.complete("Dear Wren", seed=seed, max_tokens=ANSWER).value["usage"]["completion_tokens"])
 
     def requests(at_once: bool) -> dict[str, Any]:
         counts: list[int] = []
@@ -230,7 +231,7 @@ def serve() -> Actions:
         return {"seconds": taken, "tokens": sum(counts), "how": "read together" if together else "in turn"}
 
     answer(0)
-    return {"requests": requests}
+    return {"requests": requests, "stop": held.close}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def serve() -> Actions:
 
 
 def learning(arm: str) -> Actions:
-    """Return the actions of a whole training to its validation loss; see time_to_loss.py."""
+    """Return the action of a whole training to its validation loss; see time_to_loss.py."""
     kind = {
         "MODEL_TYPE": "gpt2",
         "TOKENIZER": "char",
