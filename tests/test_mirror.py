@@ -429,9 +429,17 @@ def test_another_model_in_the_mirror_is_left_there(tmp_path):
     assert {found.step for found in ckpt.find(tmp_path / "checkpoints")} == {6}
 
 
-def test_a_mirror_that_refuses_neither_stops_training_nor_is_passed_over(tmp_path):
+def test_a_mirror_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    variables = SMALL | {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'file' / 'mirror'}", "MIRROR_KEEP_LAST": "0"}
+    code, said = train(tmp_path, **SMALL, CHECKPOINT_MIRROR=f"file://{tmp_path / 'file' / 'mirror'}")
+    assert code == 2
+    assert "error: CHECKPOINT_MIRROR=" in said
+    assert list((tmp_path / "checkpoints").glob("checkpoint*")) == []
+
+
+def test_a_mirror_that_refuses_later_neither_stops_training_nor_is_passed_over(tmp_path):
+    (tmp_path / "mirror" / contents.LATEST).mkdir(parents=True)  # a folder where a file should be
+    variables = SMALL | {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'mirror'}", "MIRROR_KEEP_LAST": "0"}
     code, said = train(tmp_path, **variables)
     assert code == 8
     assert "1 checkpoint not yet mirrored" in said

@@ -45,6 +45,7 @@ class Mirrored:
     saves: dict[str, Save] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)  # the newest of each file of the run, by its place
     looked_up: bool = False  # whether `saves` has those of earlier processes
+    guard: Callable[[], None] = lambda: None  # raises if another process has taken over the run
 
 
 class GoneError(Exception):
@@ -53,17 +54,20 @@ class GoneError(Exception):
 
 @dataclass(frozen=True)
 class Sending:
-    """How objects are sent: `attempt` repeats, and `moved` is called whenever a part of a file has arrived."""
+    """How objects are sent: `attempt` repeats, `moved` is called with the bytes of each part that has arrived, and `piece`
+    bounds what is sent between two of these calls (0: any).
+    """
 
     attempt: Callable[[Callable[[], object]], object]
-    moved: Callable[[], None]
+    moved: Callable[[int], None]
+    piece: int = 0
 
 
 def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) -> Save:
     """Copy the checkpoint, which lies below `folder`, its run's files and at last the manifest; return the save.
 
-    Raise StoreError if the store refuses it, GoneError if the checkpoint is gone, OSError or CheckpointError if it
-    cannot be read.
+    Raise StoreError if the store refuses it, RunLockedError if another process has taken over the run, GoneError if the
+    checkpoint is gone, OSError or CheckpointError if it cannot be read.
     """
     if not os.path.lexists(checkpoint):
         raise GoneError(str(checkpoint))
@@ -85,6 +89,7 @@ def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) ->
         bests=tuple(sorted({*_bests(known, folder)} & {name, *known.saves})),
         parts=tuple(parts),
     )
+    sending.attempt(known.guard)
     _put(known, save.manifest, as_bytes(save), sending)
     _put(known, LATEST, json.dumps({"manifest": save.manifest}).encode(), sending)
     known.saves[name] = save
@@ -131,7 +136,7 @@ def _put(known: Mirrored, name: str, source: Path | bytes, sending: Sending) -> 
     expected = len(source) if isinstance(source, bytes) else source.stat().st_size
 
     def put() -> None:
-        known.store.put(name, source, moved=sending.moved)
+        known.store.put(name, source, moved=sending.moved, piece=sending.piece)
         if (size := known.store.size(name)) != expected:
             raise StoreError(f"{known.store.shown}/{name}", f"has {size} bytes instead of {expected}", "passing")
 
