@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import mirrors
 import pytest
@@ -33,6 +34,7 @@ from milepost.mirror import (
 from milepost.mirror.contents import Part, Save, expired, objects_to_delete
 from milepost.mirror.retrying import ATTEMPTS, LONGEST_PAUSE, attempted, pauses
 from milepost.mirror.uploading import look_up, prune
+from milepost.run_mirror import behind_mirror
 
 SECRETS = ("pass-word", "a-secret")
 
@@ -344,8 +346,10 @@ def test_of_those_that_wait_only_the_newest_is_copied_and_training_never_waits(t
         copies.submit(path, folder, step=step)
         begun.wait(HANGING)
     assert copies.in_use() == {paths[0], paths[3]}
+    assert behind_mirror(SimpleNamespace(uploader=copies)) == "2"
     released.set()
     assert copies.finish() == 0
+    assert behind_mirror(SimpleNamespace(uploader=copies)) == behind_mirror(SimpleNamespace(uploader=None)) == ""
     assert steps(saves_of(store)) == [4, 1]
     assert copies.skipped == 2
 
