@@ -11,8 +11,10 @@ from milepost.ckpt import CheckpointError
 from milepost.config import Config, ConfigError
 from milepost.files import below, make_folder
 from milepost.mirror import (
+    Helper,
     Lease,
     Mirrored,
+    Sharing,
     Store,
     StoreError,
     Uploader,
@@ -66,10 +68,26 @@ def open_mirror(run: Run, held: contextlib.ExitStack) -> None:
             "would both train it"
         )
     known = Mirrored(store, run.run_id, run.folder, guard=lease.hold)
-    rate = settings.mirror_mb_s * 1e6
-    run.uploader = Uploader(known, keep_last=settings.mirror_keep_last, say=run.log, rate=rate)
+    if run.saves_parts and run.world.size > 1:
+        run.sharing = Sharing(run.world.board, size=run.world.size)
+        known.ask = run.sharing.ask
+    run.uploader = Uploader(known, keep_last=settings.mirror_keep_last, say=run.log, rate=_rate(run))
     kept = f", the last {settings.mirror_keep_last} kept there" if settings.mirror_keep_last else ""
     run.log(f"mirror: each checkpoint is copied to {store.shown}{kept}; this is {lease.owner}")
+
+
+def help_mirroring(run: Run, held: contextlib.ExitStack) -> None:
+    """On another rank than 0 that writes a part of each checkpoint: copy that part to the mirror when rank 0 asks for it."""
+    store = check_mirror(run.settings) if run.settings.enable_checkpoints else None
+    if store is not None and run.saves_parts and not run.world.is_rank0:
+        known = Mirrored(store, run.run_id, run.folder)
+        run.helper = Helper(run.world.board, known, rank=run.world.rank, rate=_rate(run))
+        held.callback(run.helper.leave)
+
+
+def _rate(run: Run) -> float:
+    """Return the bytes per second that a process may send to the mirror."""
+    return run.settings.mirror_mb_s * 1e6 / (run.world.size if run.saves_parts else 1)
 
 
 def _refused(settings: Config, error: StoreError) -> ConfigError:
@@ -102,6 +120,8 @@ def finish_mirroring(run: Run) -> None:
         size = sum(file.stat().st_size for file in files if file.is_file())
         run.log(f"{_not_mirrored(len(waiting))} ({amount(size, 'B')}): waiting for it; Ctrl-C twice ends without it")
     run.saved.not_mirrored = run.uploader.finish()
+    if run.sharing is not None:
+        run.sharing.close()
     skipped = run.uploader.skipped
     passed = f"; {skipped} earlier checkpoints were passed over, because newer ones were there first" if skipped else ""
     if missing := run.saved.not_mirrored:
@@ -110,6 +130,12 @@ def finish_mirroring(run: Run) -> None:
         run.log.notices.send("mirror", line)
     elif run.uploader.newest:
         run.log(f"mirrored: {run.uploader.newest}{passed}")
+
+
+def wait_for_rank0(run: Run) -> None:
+    """On another rank than 0: wait until rank 0 needs no more help with the mirror."""
+    if run.helper is not None:
+        run.helper.finish()
 
 
 def _not_mirrored(count: int) -> str:

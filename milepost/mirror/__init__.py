@@ -3,13 +3,16 @@
 from milepost.mirror.fetching import fetch, fetch_bests, fetch_run, readable, runs_in
 from milepost.mirror.lease import Lease, holding
 from milepost.mirror.retrying import attempted
+from milepost.mirror.sharing import Helper, Sharing
 from milepost.mirror.store import Store, StoreError, opened
 from milepost.mirror.uploader import Uploader
 from milepost.mirror.uploading import Mirrored
 
 __all__ = [
+    "Helper",
     "Lease",
     "Mirrored",
+    "Sharing",
     "Store",
     "StoreError",
     "Uploader",

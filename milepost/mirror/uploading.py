@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -35,6 +35,10 @@ RUN_FILES = ("metrics.jsonl", "run.json", "config.env", "training.log")
 SAMPLES = "samples"
 
 
+# From the name of a save and its files by rank and place -> what waits for those of other ranks.
+Ask = Callable[[str, Mapping[int, Mapping[str, Path]], Callable[[int], None]], Callable[[], dict[str, Part]]]
+
+
 @dataclass
 class Mirrored:
     """The saves of a run that are known to be whole in a store, by name."""
@@ -46,6 +50,7 @@ class Mirrored:
     parts: dict[str, Part] = field(default_factory=dict)  # the newest of each file of the run, by its place
     looked_up: bool = False  # whether `saves` has those of earlier processes
     guard: Callable[[], None] = lambda: None  # raises if another process has taken over the run
+    ask: Ask = lambda *_: dict  # asks other processes to copy their files; returns what waits for their parts
 
 
 class GoneError(Exception):
@@ -75,10 +80,9 @@ def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) ->
     found = look(checkpoint, layout)
     if found.problem:
         raise CheckpointError(found.problem, kind=found.kind or "unspecified")
-    name, parts = save_name(found.metadata), []
-    for path in _files(layout, checkpoint):
-        place = f"{CHECKPOINTS}/{path.relative_to(folder).as_posix()}"
-        parts.append(_upload_file(known, path, place, name, sending))
+    name = save_name(found.metadata)
+    places = {f"{CHECKPOINTS}/{path.relative_to(folder).as_posix()}": path for path in _files(layout, checkpoint)}
+    parts = _upload_files(known, layout, places, name, sending)
     parts += _upload_run(known, name, sending)
     save = Save(
         run_id=known.run_id,
@@ -104,7 +108,21 @@ def _files(layout: Layout, checkpoint: Path) -> list[Path]:
     return sorted(file for file in below(checkpoint) if is_real_file(file) and layout.owns(checkpoint, file))
 
 
-def _upload_file(known: Mirrored, path: Path, place: str, name: str, sending: Sending) -> Part:
+def _upload_files(
+    known: Mirrored, layout: Layout, places: Mapping[str, Path], name: str, sending: Sending
+) -> list[Part]:
+    """Copy the files of a checkpoint, given by their places; those that another process wrote are copied there if it can."""
+    by_rank: dict[int, dict[str, Path]] = {}
+    for place, path in places.items():
+        by_rank.setdefault(layout.rank_of(path), {})[place] = path
+    wait = known.ask(name, by_rank, sending.moved)
+    done = {place: upload_file(known, path, place, name, sending) for place, path in by_rank.get(0, {}).items()}
+    done |= wait()
+    return [done.get(place) or upload_file(known, path, place, name, sending) for place, path in places.items()]
+
+
+def upload_file(known: Mirrored, path: Path, place: str, name: str, sending: Sending) -> Part:
+    """Copy a file into the folder of a save. Raise GoneError if it is gone, StoreError, CheckpointError or OSError."""
     try:
         part = Part(place, f"{known.run_id}/{name}/{place}", path.stat().st_size, sha256(path))
         _put(known, part.object, path, sending)
