@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from milepost import ckpt, config
@@ -62,11 +62,6 @@ def open_mirror(run: Run, held: contextlib.ExitStack) -> None:
         run.log(
             f"warning: the mirror does not answer ({error}); until it does, nothing keeps another machine from training this run"
         )
-    if not lease.exclusive:
-        run.log(
-            f"warning: {store.shown} writes over objects that exist, so two machines that start this run at the same moment "
-            "would both train it"
-        )
     known = Mirrored(store, run.run_id, run.folder, guard=lease.hold)
     if run.saves_parts and run.world.size > 1:
         run.sharing = Sharing(run.world.board, size=run.world.size)
@@ -116,9 +111,7 @@ def finish_mirroring(run: Run) -> None:
     if run.uploader is None:
         return
     if waiting := run.uploader.in_use():
-        files = [file for path in waiting for file in (path, *(below(path) if path.is_dir() else ()))]
-        size = sum(file.stat().st_size for file in files if file.is_file())
-        run.log(f"{_not_mirrored(len(waiting))} ({amount(size, 'B')}): waiting for it; Ctrl-C twice ends without it")
+        run.log(f"{_not_mirrored(len(waiting))}{_size(waiting)}: waiting; Ctrl-C twice ends without")
     run.saved.not_mirrored = run.uploader.finish()
     if run.sharing is not None:
         run.sharing.close()
@@ -136,6 +129,15 @@ def wait_for_rank0(run: Run) -> None:
     """On another rank than 0: wait until rank 0 needs no more help with the mirror."""
     if run.helper is not None:
         run.helper.finish()
+
+
+def _size(checkpoints: Collection[Path]) -> str:
+    """Return in words how many bytes checkpoints have; empty if one of them is gone."""
+    try:
+        files = [file for path in checkpoints for file in (path, *(below(path) if path.is_dir() else ()))]
+        return f" ({amount(sum(file.stat().st_size for file in files if file.is_file()), 'B')})"
+    except OSError:
+        return ""
 
 
 def _not_mirrored(count: int) -> str:
@@ -183,7 +185,11 @@ def _bring(store: Store, settings: Config, log: Log, fits: Fits, here: list[ckpt
         last = max((found.save_order for found in here if found.run_id == first.run_id), default=None)
         if last is not None and first.found.save_order <= last:
             return
-        with holding(Lease(store, first.run_id, say=log)):  # so that nobody trains the run any more
+        # Nobody else trains the run from here on. A run that saves nothing needs no lease, and may have no right to write.
+        alone = (
+            holding(Lease(store, first.run_id, say=log)) if settings.enable_checkpoints else contextlib.nullcontext()
+        )
+        with alone:
             later = [
                 name for name in runs_in(store, pause=time.sleep)[first.run_id] if name not in listed[first.run_id]
             ]

@@ -166,9 +166,10 @@ class Overwriting(Faulty):
 
 def test_a_store_that_writes_over_what_exists_is_noticed(leased):
     store = in_memory(Overwriting())
-    own, _ = leased(store, "one")
+    own, said = leased(store, "one")
     own.hold()
     assert not own.exclusive
+    assert len(said) == 1
     with pytest.raises(RunHeldElsewhereError):  # who lives is still seen
         leased(store, "two", Clock(lambda: own._beat(1)))[0].hold()
 
@@ -185,6 +186,35 @@ def test_an_attempt_that_broke_off_is_continued(leased, broken):
         own.hold()
     own.hold()
     assert lease_names(store) == ["00000001.beat", "00000001.json"]
+
+
+def test_what_was_given_back_is_not_taken_again(leased):
+    """As by an upload that still runs when the end has waited long enough."""
+    store = in_memory()
+    own, _ = leased(store, "one")
+    own.hold()
+    own.release()
+    with pytest.raises(RunHeldElsewhereError):
+        own.hold()
+    assert store.read(f"{RUN}/lease/00000001.beat", limit=100) == lease.RELEASED
+
+
+class Forgetful(Faulty):
+    """A store that shows nothing of what it was given."""
+
+    def find(self, path: str, *arguments: object, **named: object) -> list[str]:
+        """Find nothing."""
+        return []
+
+    def info(self, path: str, **named: object) -> dict[str, object]:
+        """Know of nothing."""
+        raise FileNotFoundError(path)
+
+
+def test_a_store_that_shows_nothing_is_not_asked_for_ever(leased):
+    with pytest.raises(StoreError) as caught:
+        leased(in_memory(Forgetful()), "one")[0].hold()
+    assert caught.value.kind == "passing"
 
 
 def test_a_damaged_lease_expires_too(leased):
@@ -261,7 +291,7 @@ def test_a_lease_lost_during_an_upload_leaves_no_manifest(tmp_path, leased):
 
 
 def test_a_run_that_another_process_trains_is_not_resumed(tmp_path):
-    """A process with a mirror stands still in its first upload; another one with an empty disk wants the same run."""
+    """The lease is held here, as by a run that trains; a run with an empty disk wants to resume."""
     mirror = f"file://{tmp_path / 'mirror'}"
     variables = SMALL | {"CHECKPOINT_MIRROR": mirror, "MIRROR_KEEP_LAST": "0"}
     (tmp_path / "one").mkdir()
@@ -278,6 +308,16 @@ def test_a_run_that_another_process_trains_is_not_resumed(tmp_path):
     lose(tmp_path / "two")
     holder.release()
     assert train(tmp_path / "two", **variables | {"TRAINING_STEPS": "4"}, RESUME="auto")[0] == 0  # control
+
+
+def test_a_run_that_saves_nothing_needs_no_lease(tmp_path):
+    variables = SMALL | {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'mirror'}", "MIRROR_KEEP_LAST": "0"}
+    assert train(tmp_path, **variables | {"TRAINING_STEPS": "4"})[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mirror").rglob("*")}
+    lose(tmp_path)
+    code, said = train(tmp_path, **variables | {"ENABLE_CHECKPOINTS": "false"}, RESUME="auto")
+    assert (code, "from the mirror" in said) == (0, True), said
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "mirror").rglob("*")} == before
 
 
 def test_a_run_gives_its_lease_back(tmp_path):

@@ -25,6 +25,7 @@ from milepost.mirror.store import Store, StoreError
 HEARTBEAT = 15.0  # seconds between two beats
 EXPIRY = 90.0  # seconds without a beat after which an owner counts as dead
 POLL = 3.0  # seconds between two looks at another owner's beat
+TRIES = 5  # numbers that others may take first
 LIMIT = 2**12  # bytes of an object
 RELEASED = b"released"
 FOLDER = "lease"
@@ -73,13 +74,16 @@ class Lease:
     def hold(self) -> None:
         """Take the lease, or check that it still is this process's.
 
-        Wait while another owner seems dead. Raise RunHeldElsewhereError if another process holds it, StoreError.
+        Wait while another owner seems dead. Raise RunHeldElsewhereError if another process holds it or this one has released
+        it, StoreError.
         """
         with self._busy:
+            if self._ended.is_set():
+                raise RunHeldElsewhereError(f"run {self._run_id} has ended here")
             self._check()
             if not self._number:
-                while not self._taken():
-                    pass
+                if not any(self._taken() for _ in range(TRIES)):
+                    raise StoreError(self._store.shown, "does not show what was just written there", "passing")
                 threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     def release(self) -> None:
@@ -125,6 +129,11 @@ class Lease:
         name = self._name("json", number)
         if self._store.create(name, self._owner):
             self.exclusive = not self._store.create(name, self._owner)  # it is there, so it must not be created again
+            if not self.exclusive:
+                self._say(
+                    f"warning: {self._store.shown} writes over objects that exist, so two machines that start this run at the "
+                    "same moment would both train it"
+                )
         return self._read(name) == self._owner
 
     def _is_free(self, number: int) -> bool:

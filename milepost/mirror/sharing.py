@@ -26,7 +26,7 @@ from milepost.mirror.store import StoreError
 from milepost.mirror.uploading import GoneError, Mirrored, Sending, upload_file
 
 POLL = 0.2  # seconds between two looks at the board
-STALLED = 120.0  # seconds in which nothing of another rank arrives, after which rank 0 copies its files
+STALLED = 600.0  # seconds in which nothing of another rank arrives, after which rank 0 copies its files
 
 
 class Board(Protocol):
