@@ -49,10 +49,11 @@ def open_mirror(run: Run, held: contextlib.ExitStack) -> None:
 
     Raise RunHeldElsewhereError if another process trains the run, ConfigError if the store refuses what a mirror needs.
     """
-    store, settings = check_mirror(run.settings), run.settings
-    if store is None:
+    # Connections of their own, so that no large upload delays a beat.
+    settings, store, beside = run.settings, check_mirror(run.settings), check_mirror(run.settings)
+    if store is None or beside is None:
         return
-    lease = Lease(store, run.run_id, say=run.log)
+    lease = Lease(beside, run.run_id, say=run.log)
     held.callback(lease.release)
     try:
         attempted(lease.hold, pause=time.sleep)

@@ -178,10 +178,11 @@ class Store:
     def _check_bucket(self) -> None:
         """Raise StoreError if the bucket is missing: back ends list it as empty."""
         bucket = self.root.partition("/")[0]
-        try:
-            self.fs.info(bucket)
-        except FileNotFoundError:
-            raise StoreError(self.shown, f"there is no bucket {bucket}", "missing") from None
+        with contextlib.suppress(PermissionError):  # one may have rights in a part of a bucket only
+            try:
+                self.fs.info(bucket)
+            except FileNotFoundError:
+                raise StoreError(self.shown, f"there is no bucket {bucket}", "missing") from None
 
     def delete(self, name: str) -> None:
         """Delete an object, if it is there. Raise StoreError."""

@@ -90,6 +90,13 @@ def test_a_bucket_that_may_not_be_written_is_refused_before_the_first_step(tmp_p
     assert list((tmp_path / "checkpoints").glob("checkpoint*")) == []
 
 
+def test_rights_in_a_part_of_a_bucket_are_enough(tmp_path, proxy):
+    """The bucket itself may not be asked for, and nothing lies below the address yet."""
+    proxy.faults.extend([only("HEAD", REFUSED["denied"])])
+    assert opened(ADDRESS).names() == []
+    assert ("HEAD", f"/{BUCKET}") in proxy.seen
+
+
 def only(command: str, fault: Fault) -> Fault:
     """A fault of one kind of request."""
     return lambda request: request.command == command and fault(request)
