@@ -28,7 +28,7 @@ from milepost.text.errors import DataError
 GRACE = 2.0
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (tokenization.IncompleteTokenizer, 2),
-    (ckpt.CheckpointError, 3), (DataError, 4), (DeviceFaultError, 7), (RunHeldElsewhereError, 9),
+    (ckpt.CheckpointError, 3), (DataError, 4), (DeviceFaultError, 7), (RunHeldElsewhereError, 10),
 )  # fmt: skip
 
 

@@ -302,7 +302,7 @@ def test_a_run_that_another_process_trains_is_not_resumed(tmp_path):
     holder.hold()
     (tmp_path / "two").mkdir()
     code, said = train(tmp_path / "two", **variables, RESUME="auto")
-    assert code == 9
+    assert code == 10
     assert f"error: run {run_id} is being trained by {holder.owner}" in said
     assert not list((tmp_path / "two" / "checkpoints").glob("checkpoint*"))
     lose(tmp_path / "two")
