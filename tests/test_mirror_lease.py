@@ -1,15 +1,18 @@
 """The lease of a run in a mirror: one machine trains it, another takes over when the first has gone silent."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 
 import pytest
-from drive import train
-from mirrors import RUN, Faulty, in_folder, in_memory, known, send
+from drive import newest, train
+from mirrors import RUN, Faulty, in_folder, in_memory, known, send, taken
 from records import save
+from test_last_step import trained
 from test_mirror import SMALL, lose, saves_of, steps, uploader
 from work import HANGING
 
@@ -308,6 +311,43 @@ def test_a_run_that_another_process_trains_is_not_resumed(tmp_path):
     lose(tmp_path / "two")
     holder.release()
     assert train(tmp_path / "two", **variables | {"TRAINING_STEPS": "4"}, RESUME="auto")[0] == 0  # control
+
+
+def test_what_arrives_until_the_lease_is_free_is_resumed(tmp_path, monkeypatch):
+    """The machine that trained the run saves once more, and ends, while another one waits for it."""
+    mirror, aside = tmp_path / "mirror", tmp_path / "aside"
+    variables = SMALL | {"CHECKPOINT_MIRROR": f"file://{mirror}", "MIRROR_KEEP_LAST": "0"}
+    assert train(tmp_path, **variables)[0] == 0
+    (last,) = mirror.glob("*/00000003-*")
+    (mirror / "latest.json").unlink()
+    last.rename(aside)
+    hold = Lease.hold
+
+    def held_later(lease: Lease) -> None:
+        hold(lease)
+        if aside.exists():
+            aside.rename(last)
+
+    monkeypatch.setattr(Lease, "hold", held_later)
+    lose(tmp_path)
+    code, said = train(tmp_path, **variables, RESUME="auto")
+    assert code == 0
+    assert re.search(r"from the mirror: \S+_step0006_", said), said
+
+
+def test_a_run_whose_lease_is_taken_trains_on_and_leaves_the_mirror_alone(tmp_path, monkeypatch):
+    store, clock = in_folder(tmp_path / "mirror"), Clock()
+    monkeypatch.setattr(lease, "HEARTBEAT", HANGING)  # cut off
+
+    def take_over() -> None:
+        (run_id,) = os.listdir(tmp_path / "runs")
+        Lease(store, run_id, say=print, host="two", pause=clock.pause, clock=clock).hold()
+
+    code, said = trained(tmp_path, {3: take_over}, **SMALL, CHECKPOINT_MIRROR=f"file://{tmp_path / 'mirror'}")
+    assert code == 8
+    assert said.count("has taken over run") == 1
+    assert newest(tmp_path).step == 6
+    assert max([0, *(each.found.step for each in taken(store))]) <= 2
 
 
 def test_a_run_that_saves_nothing_needs_no_lease(tmp_path):
