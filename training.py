@@ -40,7 +40,7 @@ from milepost.resume import find_record, finished, free_tensors, inexact_reasons
 from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due, sample_start, validation_of
 from milepost.run_checkpoints import finish_saving, repair, retry_is_due, save_checkpoint
 from milepost.run_files import open_run, write_metrics, write_sample
-from milepost.run_mirror import finish_mirroring
+from milepost.run_mirror import behind_mirror, finish_mirroring, help_mirroring
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.errors import TrainingError
@@ -92,6 +92,7 @@ def train(run: Run) -> int:
     hardware.keep_freed_memory()
     with contextlib.ExitStack() as held:
         run.world.on_rank0(lambda: open_run(run, held))
+        help_mirroring(run, held)
         with Interrupt() as stop:
             try:
                 log_start(run)
@@ -325,7 +326,8 @@ def report(run: Run, clock: "Clock", metrics: Mapping[str, Tensor]) -> None:
     values, rate = {name: value.item() for name, value in metrics.items()}, clock.rate()
     write_metrics(run, "train", values | {"tok_s": round(rate, 1)})
     left = (run.end - run.state.step) * run.batches.tokens_in(run.state.step) / max(rate, 1e-9)
-    run.bar.show(run.state.step, loss=f"{values['loss']:.4f}", tok_s=amount(rate), seconds_left=left)
+    figures = {"loss": f"{values['loss']:.4f}", "tok_s": amount(rate), "not_mirrored": behind_mirror(run)}
+    run.bar.show(run.state.step, **figures, seconds_left=left)
 
 
 class Clock:

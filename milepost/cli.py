@@ -13,7 +13,7 @@ from milepost import ckpt, config
 from milepost.config import Config, ConfigError
 from milepost.files import in_words
 from milepost.lazy import FirstUse
-from milepost.locks import Reports, RunLockedError
+from milepost.locks import Reports, RunHeldElsewhereError, RunLockedError
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import ElsewhereError, World
 from milepost.runtime.errors import DeviceFaultError, TrainingError
@@ -28,7 +28,7 @@ from milepost.text.errors import DataError
 GRACE = 2.0
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 2), (hardware.DeviceError, 2), (tokenization.UnknownCharacters, 2), (tokenization.IncompleteTokenizer, 2),
-    (ckpt.CheckpointError, 3), (DataError, 4), (DeviceFaultError, 7),
+    (ckpt.CheckpointError, 3), (DataError, 4), (DeviceFaultError, 7), (RunHeldElsewhereError, 10),
 )  # fmt: skip
 
 

@@ -129,6 +129,10 @@ class RunLockedError(Exception):
     """Another process is training the same run."""
 
 
+class RunHeldElsewhereError(RunLockedError):
+    """Another process, perhaps on another machine, holds the run in the store that both copy it to."""
+
+
 class RunLock:
     """The lock of a run, held by its process from start to end. Its file does not outlive it."""
 

@@ -21,6 +21,7 @@ from milepost.screen import stdout_columns, write_stdout
 from milepost.text.mixtures import MixedBatches
 
 TRAINING = config.ROOT / "training.py"
+COPIES = ("CHECKPOINT_FALLBACK_DIR", "CHECKPOINT_MIRROR", "MIRROR_KEEP_LAST", "MIRROR_MB_S")
 LOAD_CHECKPOINT = SCRIPTS_FOLDER / "load_checkpoint.py"
 
 
@@ -229,9 +230,9 @@ def how_to_resume(run: Run) -> str:
     settings = run.settings
     command = resume_command(
         latest.path, checkpoint_dir=Path(settings.checkpoint_dir), runs_dir=Path(settings.runs_dir),
-        processes=processes if processes > 1 else None, base=_base_variable(run),
+        processes=processes if processes > 1 else None, more=_copies(settings) | _base_variable(run),
     )  # fmt: skip
-    return f"{saved}; resume with: {command}"
+    return f"{saved}; resume with: {command}{_secret(settings)}"
 
 
 def resume_command(
@@ -240,11 +241,31 @@ def resume_command(
     checkpoint_dir: Path,
     runs_dir: Path,
     processes: int | None = None,
-    base: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> str:
-    """Return the shell command that resumes training from a checkpoint. `base` is the variable that names its base."""
+    """Return the shell command that resumes training from a checkpoint. `more` are variables besides its folders."""
     folders = {"CHECKPOINT_DIR": checkpoint_dir, "RUNS_DIR": runs_dir}
-    return command_line(TRAINING, processes=processes, RESUME=path, **folders, **(base or {}))
+    return command_line(TRAINING, processes=processes, RESUME=path, **folders, **(more or {}))
+
+
+def _copies(settings: config.Config) -> dict[str, Any]:
+    """Return the variables of where else checkpoints go, which no checkpoint brings back, as far as they may be shown."""
+    chosen = [name for name in COPIES if settings.is_set(name) and not _is_hidden(settings, name)]
+    values = {name: getattr(settings, name.lower()) for name in chosen}
+    return {name: Path(value) if name.endswith("_DIR") and value else value for name, value in values.items()}
+
+
+def _is_hidden(settings: config.Config, name: str) -> bool:
+    return config.public(settings, name) != getattr(settings, name.lower())
+
+
+def _secret(settings: config.Config) -> str:
+    """Return what a printed command cannot name."""
+    return "".join(
+        f", with {name} set again: it holds a secret, which is not shown"
+        for name in COPIES
+        if _is_hidden(settings, name)
+    )
 
 
 def _latest_saved(run: Run) -> ckpt.Found | None:

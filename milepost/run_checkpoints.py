@@ -17,7 +17,7 @@ from milepost.locks import FolderHeldError
 from milepost.paths import is_real_folder
 from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
 from milepost.run_files import METRICS, flush_lines, open_run
-from milepost.run_mirror import copied_now, copy_to_mirror, finish_mirroring
+from milepost.run_mirror import copied_now, copy_to_mirror, finish_mirroring, wait_for_rank0
 from milepost.runtime.digests import digests
 from milepost.runtime.errors import DeviceFaultError, TrainingError
 from milepost.runtime.progress import Metrics, duration, shown
@@ -151,6 +151,7 @@ def finish_saving(run: Run) -> None:
         run.writer.wait()
     copy_best(run)
     finish_mirroring(run)
+    wait_for_rank0(run)
     folder = Path(run.settings.checkpoint_dir)
     if run.uploader and run.saved.path and run.saved.path.is_relative_to(folder):
         _prune(run, run.state, saved=run.saved.path)  # what had to stay until it was copied

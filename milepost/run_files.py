@@ -58,6 +58,7 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         check_space(run)
         check_file_size(run)
         protect_base(run, held)
+        open_mirror(run, held)
     log_lacks(run)
     with _blaming("RUNS_DIR", run.folder):
         run.log.open(run.folder / "training.log")
@@ -68,7 +69,6 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         # Set aside metrics newer than the checkpoint: resuming rewrites them.
         run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.saved.resumed_time)
     open_tracker(run, held)
-    open_mirror(run)
 
 
 def _lock(run: Run, folder: Path, held: contextlib.ExitStack) -> None:

@@ -1,22 +1,28 @@
 """The mirror of a run's checkpoints: opened at the start, given each new checkpoint, awaited at the end, read by a resume."""
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from milepost import ckpt, config
 from milepost.ckpt import CheckpointError
 from milepost.config import Config, ConfigError
-from milepost.files import make_folder
+from milepost.files import below, make_folder
 from milepost.mirror import (
+    Helper,
+    Lease,
     Mirrored,
+    Sharing,
     Store,
     StoreError,
     Uploader,
+    attempted,
     fetch,
     fetch_bests,
     fetch_run,
+    holding,
     opened,
     readable,
     runs_in,
@@ -38,15 +44,51 @@ def check_mirror(settings: Config) -> Store | None:
         raise ConfigError([f"CHECKPOINT_MIRROR={config.public(settings, 'CHECKPOINT_MIRROR')}: {error}"]) from error
 
 
-def open_mirror(run: Run) -> None:
-    """Give the run its uploader, on rank 0, if it has a mirror and saves checkpoints."""
-    store = check_mirror(run.settings) if run.settings.enable_checkpoints else None
-    if store is None:
+def open_mirror(run: Run, held: contextlib.ExitStack) -> None:
+    """Take the run in its mirror, if it has one, for this process, and give it its uploader; on rank 0.
+
+    Raise RunHeldElsewhereError if another process trains the run, ConfigError if the store refuses what a mirror needs.
+    """
+    # Connections of their own, so that no large upload delays a beat.
+    settings, store, beside = run.settings, check_mirror(run.settings), check_mirror(run.settings)
+    if store is None or beside is None:
         return
-    known = Mirrored(store, run.run_id, run.folder)
-    run.uploader = Uploader(known, keep_last=run.settings.mirror_keep_last, say=run.log)
-    kept = f", the last {run.settings.mirror_keep_last} kept there" if run.settings.mirror_keep_last else ""
-    run.log(f"mirror: each checkpoint is copied to {store.shown}{kept}")
+    lease = Lease(beside, run.run_id, say=run.log)
+    held.callback(lease.release)
+    try:
+        attempted(lease.hold, pause=time.sleep)
+    except StoreError as error:
+        if error.kind != "passing":
+            raise _refused(settings, error) from error
+        run.log(
+            f"warning: the mirror does not answer ({error}); until it does, nothing keeps another machine from training this run"
+        )
+    known = Mirrored(store, run.run_id, run.folder, guard=lease.hold)
+    if run.saves_parts and run.world.size > 1:
+        run.sharing = Sharing(run.world.board, size=run.world.size)
+        known.ask = run.sharing.ask
+    run.uploader = Uploader(known, keep_last=settings.mirror_keep_last, say=run.log, rate=_rate(run))
+    kept = f", the last {settings.mirror_keep_last} kept there" if settings.mirror_keep_last else ""
+    run.log(f"mirror: each checkpoint is copied to {store.shown}{kept}; this is {lease.owner}")
+
+
+def help_mirroring(run: Run, held: contextlib.ExitStack) -> None:
+    """On another rank than 0 that writes a part of each checkpoint: copy that part to the mirror when rank 0 asks for it."""
+    store = check_mirror(run.settings) if run.settings.enable_checkpoints else None
+    if store is not None and run.saves_parts and not run.world.is_rank0:
+        known = Mirrored(store, run.run_id, run.folder)
+        run.helper = Helper(run.world.board, known, rank=run.world.rank, rate=_rate(run))
+        held.callback(run.helper.leave)
+
+
+def _rate(run: Run) -> float:
+    """Return the bytes per second that a process may send to the mirror."""
+    return run.settings.mirror_mb_s * 1e6 / (run.world.size if run.saves_parts else 1)
+
+
+def _refused(settings: Config, error: StoreError) -> ConfigError:
+    shown_address = config.public(settings, "CHECKPOINT_MIRROR")
+    return ConfigError([f"CHECKPOINT_MIRROR={shown_address}: {error}; without CHECKPOINT_MIRROR no copies are made"])
 
 
 def copy_to_mirror(run: Run, saved: Path, folder: Path, *, step: int) -> None:
@@ -60,22 +102,47 @@ def copied_now(run: Run) -> set[Path]:
     return run.uploader.in_use() if run.uploader else set()
 
 
+def behind_mirror(run: Run) -> str:
+    """Return how many checkpoints are not in the mirror yet, for the progress line; empty if there are none."""
+    return str((run.uploader and run.uploader.behind) or "")
+
+
 def finish_mirroring(run: Run) -> None:
     """Wait until the last checkpoint is in the mirror, and report how it ended. A second signal ends the process."""
     if run.uploader is None:
         return
     if waiting := run.uploader.in_use():
-        size = sum(path.stat().st_size for path in waiting if path.is_file())
-        run.log(f"waiting for the mirror{f' ({amount(size, chr(66))})' if size else ''}; Ctrl-C twice ends without it")
+        run.log(f"{_not_mirrored(len(waiting))}{_size(waiting)}: waiting; Ctrl-C twice ends without")
     run.saved.not_mirrored = run.uploader.finish()
+    if run.sharing is not None:
+        run.sharing.close()
     skipped = run.uploader.skipped
     passed = f"; {skipped} earlier checkpoints were passed over, because newer ones were there first" if skipped else ""
     if missing := run.saved.not_mirrored:
-        line = f"{missing} checkpoint{'s' * (missing > 1)} not yet mirrored"
+        line = _not_mirrored(missing)
         run.log(f"{line}, for the reason above{passed}")
         run.log.notices.send("mirror", line)
     elif run.uploader.newest:
         run.log(f"mirrored: {run.uploader.newest}{passed}")
+
+
+def wait_for_rank0(run: Run) -> None:
+    """On another rank than 0: wait until rank 0 needs no more help with the mirror."""
+    if run.helper is not None:
+        run.helper.finish()
+
+
+def _size(checkpoints: Collection[Path]) -> str:
+    """Return in words how many bytes checkpoints have; empty if one of them is gone."""
+    try:
+        files = [file for path in checkpoints for file in (path, *(below(path) if path.is_dir() else ()))]
+        return f" ({amount(sum(file.stat().st_size for file in files if file.is_file()), 'B')})"
+    except OSError:
+        return ""
+
+
+def _not_mirrored(count: int) -> str:
+    return f"{count} checkpoint{'s' * (count != 1)} not yet mirrored"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,6 +163,8 @@ def bring_from_mirror(settings: Config, log: Log, *, fits: Fits) -> None:
     try:
         _bring(store, settings, log, fits, here)
     except StoreError as error:
+        if error.kind == "missing":
+            raise _refused(settings, error) from error
         if not here:
             remedy = "try again when it answers; without CHECKPOINT_MIRROR a new run starts"
             raise CheckpointError(
@@ -105,10 +174,8 @@ def bring_from_mirror(settings: Config, log: Log, *, fits: Fits) -> None:
 
 
 def _bring(store: Store, settings: Config, log: Log, fits: Fits, here: list[ckpt.Found]) -> None:
-    saves = {
-        run: readable(store, names, say=log, pause=time.sleep)
-        for run, names in runs_in(store, pause=time.sleep).items()
-    }
+    listed = runs_in(store, pause=time.sleep)
+    saves = {run: readable(store, names, say=log, pause=time.sleep) for run, names in listed.items()}
     newest = [save for own in saves.values() if (save := next(own, None))]
     if not newest:
         log(f"the mirror {store.shown} holds no checkpoint that can be read")
@@ -117,11 +184,22 @@ def _bring(store: Store, settings: Config, log: Log, fits: Fits, here: list[ckpt
             log(f"skipped: run {first.run_id} of the mirror has other settings")
             continue
         last = max((found.save_order for found in here if found.run_id == first.run_id), default=None)
-        for save in itertools.chain([first], saves[first.run_id]):
-            if last is not None and save.found.save_order <= last:
-                return
-            if settings.resume_step in (None, save.found.step) and _brought(store, save, settings, log):
-                return
+        if last is not None and first.found.save_order <= last:
+            return
+        # Nobody else trains the run from here on. A run that saves nothing needs no lease, and may have no right to write.
+        alone = (
+            holding(Lease(store, first.run_id, say=log)) if settings.enable_checkpoints else contextlib.nullcontext()
+        )
+        with alone:
+            later = [
+                name for name in runs_in(store, pause=time.sleep)[first.run_id] if name not in listed[first.run_id]
+            ]
+            newer = readable(store, later, say=log, pause=time.sleep)
+            for save in itertools.chain(newer, [first], saves[first.run_id]):
+                if last is not None and save.found.save_order <= last:
+                    return
+                if settings.resume_step in (None, save.found.step) and _brought(store, save, settings, log):
+                    return
 
 
 def _brought(store: Store, save: Save, settings: Config, log: Log) -> bool:

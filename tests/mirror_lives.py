@@ -29,7 +29,7 @@ def killed_at(operation: int, *, halves: bool) -> None:
 
     def counted(action: Callable[..., None]) -> Callable[..., None]:
         def call(store: Store, name: str, *arguments: object, **named: object) -> None:
-            if next(done, None) is None:
+            if "/lease/" not in name and next(done, None) is None:  # which beats by a clock
                 if halves and arguments:
                     source = arguments[0] if isinstance(arguments[0], bytes) else Path(str(arguments[0])).read_bytes()
                     path = Path(store.root) / name

@@ -63,7 +63,7 @@ def known(store: Store, folder: Path, *, run_id: str = RUN) -> Mirrored:
 
 def send(mirrored: Mirrored, checkpoint: Path, folder: Path) -> Save:
     """Upload at the first attempt."""
-    return upload(mirrored, checkpoint, folder, Sending(lambda action: action(), lambda: None))
+    return upload(mirrored, checkpoint, folder, Sending(lambda action: action(), lambda size: None))
 
 
 def manifests(store: Store) -> list[str]:

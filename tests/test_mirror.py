@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import mirrors
 import pytest
@@ -33,6 +34,7 @@ from milepost.mirror import (
 from milepost.mirror.contents import Part, Save, expired, objects_to_delete
 from milepost.mirror.retrying import ATTEMPTS, LONGEST_PAUSE, attempted, pauses
 from milepost.mirror.uploading import look_up, prune
+from milepost.run_mirror import behind_mirror
 
 SECRETS = ("pass-word", "a-secret")
 
@@ -344,8 +346,10 @@ def test_of_those_that_wait_only_the_newest_is_copied_and_training_never_waits(t
         copies.submit(path, folder, step=step)
         begun.wait(HANGING)
     assert copies.in_use() == {paths[0], paths[3]}
+    assert behind_mirror(SimpleNamespace(uploader=copies)) == "2"
     released.set()
     assert copies.finish() == 0
+    assert behind_mirror(SimpleNamespace(uploader=copies)) == behind_mirror(SimpleNamespace(uploader=None)) == ""
     assert steps(saves_of(store)) == [4, 1]
     assert copies.skipped == 2
 
@@ -429,9 +433,17 @@ def test_another_model_in_the_mirror_is_left_there(tmp_path):
     assert {found.step for found in ckpt.find(tmp_path / "checkpoints")} == {6}
 
 
-def test_a_mirror_that_refuses_neither_stops_training_nor_is_passed_over(tmp_path):
+def test_a_mirror_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    variables = SMALL | {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'file' / 'mirror'}", "MIRROR_KEEP_LAST": "0"}
+    code, said = train(tmp_path, **SMALL, CHECKPOINT_MIRROR=f"file://{tmp_path / 'file' / 'mirror'}")
+    assert code == 2
+    assert "error: CHECKPOINT_MIRROR=" in said
+    assert list((tmp_path / "checkpoints").glob("checkpoint*")) == []
+
+
+def test_a_mirror_that_refuses_later_neither_stops_training_nor_is_passed_over(tmp_path):
+    (tmp_path / "mirror" / contents.LATEST).mkdir(parents=True)  # a folder where a file should be
+    variables = SMALL | {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'mirror'}", "MIRROR_KEEP_LAST": "0"}
     code, said = train(tmp_path, **variables)
     assert code == 8
     assert "1 checkpoint not yet mirrored" in said

@@ -21,7 +21,7 @@ from work import HANGING
 from milepost import ckpt
 
 STEP_OF_KILL = 5  # operations between two kills
-OPERATIONS = 24  # of an upload of three checkpoints at least
+OPERATIONS = 23  # of the uploads of a run at least
 FILES_OF_RUN = 4  # which are sent with the first checkpoint
 SOAK_KILLS = 200  # over the layouts that follow
 SOAK_LAYOUTS = ("unified", "separated", "directory", "huggingface", "stepfiles", "consolidated")
@@ -88,7 +88,7 @@ def test_two_hundred_machines_lost(tmp_path):
     draw = random.Random(18)
     kills = {
         (one := life(at, halves=half, layout=layout))["name"]: one
-        for at in range(20)
+        for at in range(OPERATIONS)
         for half in (False, True)
         for layout in SOAK_LAYOUTS
     }

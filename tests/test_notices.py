@@ -116,7 +116,7 @@ def test_a_disk_that_refuses_is_told_once_and_so_is_the_end(webhook, tmp_path):
 
 
 def test_a_mirror_that_is_behind_at_the_end_is_told(webhook, tmp_path):
-    (tmp_path / "mirror").write_text("a file where a folder should be")
+    (tmp_path / "mirror" / "latest.json").mkdir(parents=True)  # a folder where a file should be
     assert train(tmp_path, NOTIFY_URL=webhook.url, CHECKPOINT_MIRROR=f"file://{tmp_path}/mirror")[0] == 8
     assert kinds(webhook) == ["mirror", "finished"]
 

@@ -1,5 +1,6 @@
 """What a run reports: lines in stderr and training.log, a bar on a terminal, metrics in strict JSON."""
 
+import io
 import json
 import math
 import os
@@ -217,6 +218,15 @@ def test_a_disabled_bar_does_not_show_on_a_terminal():
         bar.close()
 
     assert on_a_terminal(show) == ""
+
+
+def test_a_figure_that_becomes_empty_is_left_out():
+    bar = Progress(Log(io.StringIO()), start=0, total=3, plain=True)
+    bar.show(1, loss="1.0", not_mirrored="2")
+    assert bar.figures == {"loss": "1.0", "not_mirrored": "2"}
+    bar.show(2, not_mirrored="")
+    assert bar.figures == {"loss": "1.0"}
+    bar.close()
 
 
 # Metrics

@@ -24,7 +24,7 @@ NO_EFFECT = {
     "load_checkpoint": BY_SCOPE["identity"] - {"TOKENIZER", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "VALIDATION_FRACTION", "VALIDATION_DATA", "GPT2_MODEL_NAME", "N_HEAD"} | {"RESUME"},
     # Training again takes the checkpoint's own settings (own_settings), and neither saves nor samples nor forms a group of processes.
     "verify_checkpoint": VARIABLES.keys() - BY_SCOPE["session"] - {"TRAINING_DATA_SOURCE", "VALIDATION_DATA", "N_HEAD"} | {
-        "CHECKPOINT_ASYNC", "CHECKPOINT_FALLBACK_DIR", "CHECKPOINT_LAYOUT", "CHECKPOINT_MIRROR", "MIRROR_KEEP_LAST", "DISTRIBUTED", "RUNS_DIR", "RUN_NAME", "TEMPERATURE", "TOP_K", "TOP_P",
+        "CHECKPOINT_ASYNC", "CHECKPOINT_FALLBACK_DIR", "CHECKPOINT_LAYOUT", "CHECKPOINT_MIRROR", "MIRROR_KEEP_LAST", "MIRROR_MB_S", "DISTRIBUTED", "RUNS_DIR", "RUN_NAME", "TEMPERATURE", "TOP_K", "TOP_P",
         "REPETITION_PENALTY",
     },
 }  # fmt: skip

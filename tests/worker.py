@@ -11,6 +11,7 @@ finds in its environment, as if it were on another machine.
 WORKER_FLIP: "RANK:STEP:batch" changes a token of that step in that process, the first time that the step is taken;
 "RANK:STEP:weight" flips a bit of a weight there for good, before the update; "RANK:STEP:evaluation" while it evaluates
 after that step.
+WORKER_PUTS: a folder where each process notes the objects that it writes into a mirror, in {rank}.puts.
 """
 
 import atexit
@@ -54,6 +55,18 @@ if late := os.environ.get("WORKER_LATE"):
         return action(*arguments)
 
     setattr(where, name, signalled)
+
+if noted := os.environ.get("WORKER_PUTS"):
+    from milepost.mirror import Store
+
+    plain_put = Store.put
+
+    def noted_put(store, name, *arguments, **named):
+        with open(Path(noted) / f"{rank}.puts", "a", encoding="utf-8") as file:
+            file.write(f'"{name}",')
+        plain_put(store, name, *arguments, **named)
+
+    Store.put = noted_put
 
 if memory := os.environ.get("WORKER_MEMORY"):
     hardware.all_memory = lambda _: int(memory)

@@ -236,6 +236,8 @@ class Config:
         "RESUME=auto looks there too", group="Checkpoints", form="address")
     mirror_keep_last: int = var(0, "latest checkpoints to keep per run in CHECKPOINT_MIRROR, besides its final one and those of best/; 0 = all",
         group="Checkpoints", minimum=0, needs="CHECKPOINT_MIRROR")
+    mirror_mb_s: float = var(0.0, "megabytes per second sent to CHECKPOINT_MIRROR at most; 0 = any number",
+        group="Checkpoints", minimum=0, needs="CHECKPOINT_MIRROR")
     checkpoint_layout: str = var("unified", "file layout of checkpoints; a resumed run keeps its layout",
         group="Checkpoints", choices=LAYOUTS)
     checkpoint_model_only: bool = var(False, "leave the optimizer out: a third of the bytes (half with muon), but no bit-exact resume",

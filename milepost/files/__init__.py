@@ -57,6 +57,7 @@ from milepost.files.writing import (
     NewFile,
     flush_to_disk,
     make_folder,
+    sync_file,
     sync_folder,
     write_json,
     written,
@@ -70,5 +71,5 @@ __all__ = [
     "content_of", "delete_marked", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "if_it_answers", "in_words", "instead",
     "is_unfinished", "is_unreachable", "lacks", "largest_file", "link_or_copy", "look", "make_folder", "may_go_away", "naming_path",
     "new_file", "new_folder", "new_group", "new_path", "open_steadily", "read_steadily", "remember", "remove", "replace_content", "replacing",
-    "reveal", "steadily", "sync_folder", "unfinished", "write_json", "written",
+    "reveal", "steadily", "sync_file", "sync_folder", "unfinished", "write_json", "written",
 ]  # fmt: skip

@@ -4,15 +4,17 @@ What a back end raises becomes a StoreError here: one line, without passwords an
 """
 
 import contextlib
+import errno
 import importlib
 import io
+import os
 import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from milepost.files import CHUNK, make_folder, new_file, written
+from milepost.files import CHUNK, discard, hidden_name, make_folder, new_file, sync_file, sync_folder, written
 from milepost.text.addresses import masked, without_secrets
 
 # How an address begins -> the package that fsspec needs for it, besides itself.
@@ -22,7 +24,10 @@ PACKAGES = {
 }  # fmt: skip
 # A part of a large file lies in memory while it is sent, so few are at a time. Milepost itself tries again.
 OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 2}}
-BUCKETS = ("s3", "gs", "az", "abfs", "hf")  # what has no folders
+CLOUDS = ("s3", "gs", "az", "abfs")  # whose addresses begin with a bucket
+BUCKETS = (*CLOUDS, "hf")  # what has no folders
+PART, MOST_PARTS = 5 * 2**20, 9000  # bytes of a part of a large object at least, and how many parts S3 takes
+UNSUPPORTED = (TypeError, NotImplementedError)  # of a back end that knows no such option
 READ_AHEAD = 16 * 2**20  # bytes
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError")
 LONGEST = 300  # characters of what a back end says
@@ -65,23 +70,65 @@ class Store:
         """Whether a folder has to be created before an object in it."""
         return _scheme(self.address) not in BUCKETS
 
-    def put(self, name: str, source: Path | bytes, *, moved: Callable[[], None] = lambda: None) -> None:
-        """Write an object from a file or from bytes, over one of the same name; call `moved` at each part of it that
-        has arrived. Raise StoreError.
+    def put(
+        self, name: str, source: Path | bytes, *, moved: Callable[[int], None] = lambda size: None, piece: int = 0
+    ) -> None:
+        """Write an object from a file or from bytes, over one of the same name. Raise StoreError.
+
+        Call `moved` with the bytes of each part that has arrived; with `piece`, this thread writes so many bytes at a
+        time, and `moved` may pause.
         """
         path = self._path(name)
         with self._naming(name):
             if self.is_local:
-                _copy_durably(source, Path(path), moved)
+                _copy_durably(source, Path(path), moved, piece=piece or CHUNK)
                 return
             if self.has_folders:
                 self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
-            if isinstance(source, bytes):
+            if piece:
+                self._put_in_pieces(path, source, moved, piece=piece)
+            elif isinstance(source, bytes):
                 self.fs.pipe_file(path, source)
             else:
                 from fsspec.callbacks import Callback
 
-                self.fs.put_file(str(source), path, callback=Callback(hooks={"moved": lambda *_, **__: moved()}))
+                self.fs.put_file(str(source), path, callback=Callback(hooks={"moved": lambda *_, **__: moved(0)}))
+
+    def _put_in_pieces(self, path: str, source: Path | bytes, moved: Callable[[int], None], *, piece: int) -> None:
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        file = self.fs.open(path, "wb", block_size=max(PART, size // MOST_PARTS))
+        try:
+            with _content(source) as content:
+                while data := content.read(piece):
+                    file.write(data)
+                    moved(len(data))
+        except BaseException:
+            with contextlib.suppress(Exception):  # closing it would complete the object
+                file.discard()
+            raise
+        file.close()
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a small object unless there is one of its name; return whether it was written. Raise StoreError.
+
+        A store that cannot do that writes over it, and returns True.
+        """
+        path = self._path(name)
+        with self._naming(name):
+            try:
+                if self.is_local:
+                    _create_durably(Path(path), content)
+                    return True
+                if self.has_folders:
+                    self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+                self.fs.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            except Exception as error:
+                if not (isinstance(error, UNSUPPORTED) or getattr(error, "errno", None) == errno.ENOSYS):
+                    raise
+                self.fs.pipe_file(path, content)
+        return True
 
     def size(self, name: str) -> int:
         """Return the bytes of an object. Raise StoreError."""
@@ -113,15 +160,29 @@ class Store:
         with self._naming(name):
             return source.read(CHUNK)
 
-    def names(self) -> list[str]:
-        """Return the names of all objects, sorted; empty if the address holds nothing. Raise StoreError."""
-        with self._naming(""):
+    def names(self, below: str = "") -> list[str]:
+        """Return the names of all objects, or of those in the folder `below`, sorted; empty if there are none.
+
+        Raise StoreError, also if the bucket is missing.
+        """
+        with self._naming(below):
             self.fs.invalidate_cache()
             try:
-                found = self.fs.find(self.root)
+                found = self.fs.find(self._path(below).rstrip("/"))
             except FileNotFoundError:
-                return []
+                found = []
+            if not found and _scheme(self.address) in CLOUDS:
+                self._check_bucket()
         return sorted(path.removeprefix(self.root).lstrip("/") for path in found)
+
+    def _check_bucket(self) -> None:
+        """Raise StoreError if the bucket is missing: back ends list it as empty."""
+        bucket = self.root.partition("/")[0]
+        with contextlib.suppress(PermissionError):  # one may have rights in a part of a bucket only
+            try:
+                self.fs.info(bucket)
+            except FileNotFoundError:
+                raise StoreError(self.shown, f"there is no bucket {bucket}", "missing") from None
 
     def delete(self, name: str) -> None:
         """Delete an object, if it is there. Raise StoreError."""
@@ -182,15 +243,36 @@ def opened(address: str) -> Store:
     return Store(fs, root.rstrip("/"), address.rstrip("/"))
 
 
-def _copy_durably(source: Path | bytes, target: Path, moved: Callable[[], None]) -> None:
+def _content(source: Path | bytes) -> IO[bytes]:
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+
+def _copy_durably(source: Path | bytes, target: Path, moved: Callable[[int], None], *, piece: int) -> None:
     make_folder(target.parent)
-    with (
-        new_file(target, replace=True) as file,
-        io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as content,
-    ):
-        while data := content.read(CHUNK):
+    with new_file(target, replace=True) as file, _content(source) as content:
+        while data := content.read(piece):
             file.write(data)
-            moved()
+            moved(len(data))
+
+
+def _create_durably(target: Path, content: bytes) -> None:
+    """Create a file that is seen whole, or raise FileExistsError. A rename would replace what another process created."""
+    make_folder(target.parent)
+    hidden = hidden_name(target)
+    try:
+        hidden.write_bytes(content)
+        sync_file(hidden)
+        try:
+            os.link(hidden, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with open(target, "xb") as file:
+                file.write(content)
+            sync_file(target)
+    finally:
+        discard(hidden)
+    sync_folder(target.parent)
 
 
 def _kind(error: Exception) -> Kind:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milepost.ckpt.record import CheckpointError
+from milepost.locks import RunLockedError
+from milepost.mirror.bandwidth import Bandwidth
 from milepost.mirror.retrying import attempted
 from milepost.mirror.store import StoreError
 from milepost.mirror.uploading import GoneError, Mirrored, Sending, bests_to_upload, look_up, prune, upload
@@ -35,9 +37,11 @@ class Uploader:
         say: Callable[[str], None],
         pause: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        rate: float = 0.0,
     ) -> None:
-        """`pause` waits some seconds between two attempts, `clock` returns seconds."""
+        """`pause` waits some seconds, `clock` returns seconds, `rate` bounds the bytes per second (0: any)."""
         self._known, self._keep_last, self._say, self._pause, self._clock = known, keep_last, say, pause, clock
+        self._bandwidth = Bandwidth(rate, pause=pause, clock=clock)
         self._changed = threading.Condition()
         self._waiting: _Job | None = None
         self._current: _Job | None = None
@@ -63,6 +67,11 @@ class Uploader:
         with self._changed:
             return {job.checkpoint for job in (self._waiting, self._current, self._failed) if job is not None}
 
+    @property
+    def behind(self) -> int:
+        """How many checkpoints are not mirrored yet, without those that newer ones overtook."""
+        return len(self.in_use())
+
     def finish(self) -> int:
         """Wait for the last checkpoint, and try it once more if it had failed; return how many are not mirrored.
 
@@ -75,7 +84,7 @@ class Uploader:
             self._changed.notify_all()
             while (self._waiting or self._current) and self._clock() - self._moved < STALLED:
                 self._changed.wait(1.0)
-        return len(self.in_use())
+        return self.behind
 
     def _work(self) -> None:
         while True:
@@ -98,6 +107,7 @@ class Uploader:
         Report why it is not there, once for each reason.
         """
         try:
+            self._attempt(self._known.guard)
             if not self._known.looked_up:
                 self._attempt(lambda: look_up(self._known))
             for best in bests_to_upload(self._known, job.folder, besides=job.checkpoint):
@@ -110,6 +120,7 @@ class Uploader:
             self._problem = ""
             self._say(f"the mirror works again: step {job.step} is there")
         try:
+            self._attempt(self._known.guard)
             prune(self._known, job.folder, keep_last=self._keep_last)
         except Exception as error:
             self._report("expired checkpoints could not be deleted", error)
@@ -117,7 +128,7 @@ class Uploader:
 
     def _copy(self, checkpoint: Path, folder: Path) -> None:
         try:
-            save = upload(self._known, checkpoint, folder, Sending(self._attempt, self._move))
+            save = upload(self._known, checkpoint, folder, Sending(self._attempt, self._sent, self._bandwidth.piece))
             self.newest = f"{self._known.store.shown}/{save.run_id}/{save.name}"
         except GoneError:  # deleted by its owner, or from best/ because a better one is there
             self.skipped += 1
@@ -126,12 +137,16 @@ class Uploader:
         attempted(action, pause=self._pause)
         self._move()
 
+    def _sent(self, size: int) -> None:
+        self._move()
+        self._bandwidth.sent(size)
+
     def _move(self) -> None:
         self._moved = self._clock()
 
     def _report(self, what: str, error: Exception) -> None:
         """Report a problem, unless it is the last one again."""
-        known = isinstance(error, StoreError | OSError | CheckpointError)
+        known = isinstance(error, StoreError | OSError | CheckpointError | RunLockedError)
         problem = error.problem if isinstance(error, StoreError) else str(error)
         if problem != self._problem:
             self._say(f"mirror: {what} ({error if known else f'{type(error).__name__}: {error}'}); training continues")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -35,6 +35,10 @@ RUN_FILES = ("metrics.jsonl", "run.json", "config.env", "training.log")
 SAMPLES = "samples"
 
 
+# From the name of a save and its files by rank and place -> what waits for those of other ranks.
+Ask = Callable[[str, Mapping[int, Mapping[str, Path]], Callable[[int], None]], Callable[[], dict[str, Part]]]
+
+
 @dataclass
 class Mirrored:
     """The saves of a run that are known to be whole in a store, by name."""
@@ -45,6 +49,8 @@ class Mirrored:
     saves: dict[str, Save] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)  # the newest of each file of the run, by its place
     looked_up: bool = False  # whether `saves` has those of earlier processes
+    guard: Callable[[], None] = lambda: None  # raises if another process has taken over the run
+    ask: Ask = lambda *_: dict  # asks other processes to copy their files; returns what waits for their parts
 
 
 class GoneError(Exception):
@@ -53,17 +59,20 @@ class GoneError(Exception):
 
 @dataclass(frozen=True)
 class Sending:
-    """How objects are sent: `attempt` repeats, and `moved` is called whenever a part of a file has arrived."""
+    """How objects are sent: `attempt` repeats, `moved` is called with the bytes of each part that has arrived, and `piece`
+    bounds what is sent between two of these calls (0: any).
+    """
 
     attempt: Callable[[Callable[[], object]], object]
-    moved: Callable[[], None]
+    moved: Callable[[int], None]
+    piece: int = 0
 
 
 def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) -> Save:
     """Copy the checkpoint, which lies below `folder`, its run's files and at last the manifest; return the save.
 
-    Raise StoreError if the store refuses it, GoneError if the checkpoint is gone, OSError or CheckpointError if it
-    cannot be read.
+    Raise StoreError if the store refuses it, RunLockedError if another process has taken over the run, GoneError if the
+    checkpoint is gone, OSError or CheckpointError if it cannot be read.
     """
     if not os.path.lexists(checkpoint):
         raise GoneError(str(checkpoint))
@@ -71,10 +80,9 @@ def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) ->
     found = look(checkpoint, layout)
     if found.problem:
         raise CheckpointError(found.problem, kind=found.kind or "unspecified")
-    name, parts = save_name(found.metadata), []
-    for path in _files(layout, checkpoint):
-        place = f"{CHECKPOINTS}/{path.relative_to(folder).as_posix()}"
-        parts.append(_upload_file(known, path, place, name, sending))
+    name = save_name(found.metadata)
+    places = {f"{CHECKPOINTS}/{path.relative_to(folder).as_posix()}": path for path in _files(layout, checkpoint)}
+    parts = _upload_files(known, layout, places, name, sending)
     parts += _upload_run(known, name, sending)
     save = Save(
         run_id=known.run_id,
@@ -85,6 +93,7 @@ def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) ->
         bests=tuple(sorted({*_bests(known, folder)} & {name, *known.saves})),
         parts=tuple(parts),
     )
+    sending.attempt(known.guard)
     _put(known, save.manifest, as_bytes(save), sending)
     _put(known, LATEST, json.dumps({"manifest": save.manifest}).encode(), sending)
     known.saves[name] = save
@@ -99,7 +108,21 @@ def _files(layout: Layout, checkpoint: Path) -> list[Path]:
     return sorted(file for file in below(checkpoint) if is_real_file(file) and layout.owns(checkpoint, file))
 
 
-def _upload_file(known: Mirrored, path: Path, place: str, name: str, sending: Sending) -> Part:
+def _upload_files(
+    known: Mirrored, layout: Layout, places: Mapping[str, Path], name: str, sending: Sending
+) -> list[Part]:
+    """Copy the files of a checkpoint, given by their places; those that another process wrote are copied there if it can."""
+    by_rank: dict[int, dict[str, Path]] = {}
+    for place, path in places.items():
+        by_rank.setdefault(layout.rank_of(path), {})[place] = path
+    wait = known.ask(name, by_rank, sending.moved)
+    done = {place: upload_file(known, path, place, name, sending) for place, path in by_rank.get(0, {}).items()}
+    done |= wait()
+    return [done.get(place) or upload_file(known, path, place, name, sending) for place, path in places.items()]
+
+
+def upload_file(known: Mirrored, path: Path, place: str, name: str, sending: Sending) -> Part:
+    """Copy a file into the folder of a save. Raise GoneError if it is gone, StoreError, CheckpointError or OSError."""
     try:
         part = Part(place, f"{known.run_id}/{name}/{place}", path.stat().st_size, sha256(path))
         _put(known, part.object, path, sending)
@@ -131,7 +154,7 @@ def _put(known: Mirrored, name: str, source: Path | bytes, sending: Sending) -> 
     expected = len(source) if isinstance(source, bytes) else source.stat().st_size
 
     def put() -> None:
-        known.store.put(name, source, moved=sending.moved)
+        known.store.put(name, source, moved=sending.moved, piece=sending.piece)
         if (size := known.store.size(name)) != expected:
             raise StoreError(f"{known.store.shown}/{name}", f"has {size} bytes instead of {expected}", "passing")
 

@@ -101,7 +101,7 @@ def resume_line(found: Iterable[Found], *, checkpoint_dir: Path, runs_dir: Path)
     if isinstance(base, dict) and "adapters" in latest.metadata.get("parts", ()):
         pretrained = (latest.metadata.get("hyperparameters") or {}).get("GPT2_MODEL_NAME")
         variable = {"GPT2_MODEL_NAME" if pretrained else "BASE_CHECKPOINT": str(base.get("source"))}
-    return resume_command(latest.path, checkpoint_dir=checkpoint_dir, runs_dir=runs_dir, base=variable)
+    return resume_command(latest.path, checkpoint_dir=checkpoint_dir, runs_dir=runs_dir, more=variable)
 
 
 def checkpoints(found: Iterable[Found], problems: Callable[[Found], list[str] | None]) -> list[Json]:

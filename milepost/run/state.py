@@ -15,7 +15,7 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.record import named_tensors
 from milepost.ckpt.writer import Writer
 from milepost.config import Config
-from milepost.mirror import Uploader
+from milepost.mirror import Helper, Sharing, Uploader
 from milepost.run.text import Text
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, World
@@ -113,6 +113,8 @@ class Run:
     mirror: Mirror = field(init=False)
     bar: Progress = field(init=False)
     uploader: Uploader | None = None  # to the mirror of checkpoints, on rank 0
+    sharing: Sharing | None = None  # of the uploads with other ranks, on rank 0
+    helper: Helper | None = None  # of the uploader, on other ranks
 
     @property
     def folder(self) -> Path:

@@ -46,6 +46,8 @@ class World:
         None  # gloo group for everything but gradients and weights, which use the default group
     )
 
+    board: Any = None  # torch's store, for values by name that all processes see
+
     @property
     def is_rank0(self) -> bool:
         """Whether this process logs, saves and writes metrics."""
@@ -146,8 +148,10 @@ def join(torchrun: dict[str, int], *, accelerator: str) -> World:
         return SINGLE
     world = World(**torchrun, control=None)
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_store_of_attempt(world), rank=world.rank, world_size=world.size)
-    return replace(world, control=new_control_group(timeout=CONTROL_TIMEOUT))
+    store = _store_of_attempt(world)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+    board = dist.PrefixStore("board", store)
+    return replace(world, control=new_control_group(timeout=CONTROL_TIMEOUT), board=board)
 
 
 def _store_of_attempt(world: World) -> dist.Store:

@@ -144,8 +144,8 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, *, seconds_left: float | None = None, **figures: str) -> None:
-        """Show `figures` beside the bar, or as a plain line every QUIET_SECONDS."""
-        self.figures |= figures
+        """Show `figures` beside the bar, or as a plain line every QUIET_SECONDS. An empty figure is left out from now on."""
+        self.figures = {name: value for name, value in (self.figures | figures).items() if value}
         if not self._plain:
             self._bar.bar_format = bar_format(self.figures, total=self._total, columns=_columns(self._log.stream))
         elif time.monotonic() - self._logged_at >= QUIET_SECONDS:

@@ -9,11 +9,12 @@ import pytest
 from drive import ROOT, child_environment, logged, newest, tensor_bytes, train
 from mirrors import halves, known, taken
 from records import save
-from s3_server import BUCKET, answered_in_part, cut_off, reset, s3, status
+from s3_server import BUCKET, Fault, Proxy, answered_in_part, cut_off, reset, s3, status
 from test_mirror import SMALL, lose, no_pause, steps, uploader
 from work import HANGING
 
-from milepost.mirror import StoreError, opened, readable, runs_in
+from milepost.locks import RunHeldElsewhereError
+from milepost.mirror import Lease, StoreError, attempted, holding, opened, readable, runs_in
 from milepost.mirror.retrying import ATTEMPTS
 from milepost.mirror.uploading import look_up, prune
 
@@ -67,7 +68,85 @@ def test_a_bucket_that_is_missing(tmp_path, proxy):
     copies, said = uploader(known(opened("s3://nowhere/run"), tmp_path))
     copies.submit(save(folder, 1), folder, step=1)
     assert copies.finish() == 1
-    assert "does not exist" in said[0]
+    assert "no bucket nowhere" in said[0]
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_bucket_that_is_missing_is_refused_before_the_first_step(tmp_path, proxy, resume):
+    code, said = train(tmp_path, **SMALL, CHECKPOINT_MIRROR="s3://nowhere/run", RESUME=resume)
+    assert code == 2
+    assert said.count("no bucket nowhere") == 1
+    assert list((tmp_path / "checkpoints").glob("checkpoint*")) == []
+
+
+@pytest.mark.parametrize("first", ["list", "write"])
+def test_a_bucket_that_may_not_be_written_is_refused_before_the_first_step(tmp_path, proxy, first):
+    """Neither listed nor written, or listed only."""
+    proxy.faults.extend([REFUSED["denied"] if first == "list" else only("PUT", REFUSED["denied"])] * 20)
+    code, said = train(tmp_path, **SMALL, CHECKPOINT_MIRROR=ADDRESS)
+    assert code == 2
+    assert said.count("access is refused") == 1
+    assert "hidden-secret" not in said
+    assert list((tmp_path / "checkpoints").glob("checkpoint*")) == []
+
+
+def test_rights_in_a_part_of_a_bucket_are_enough(tmp_path, proxy):
+    """The bucket itself may not be asked for, and nothing lies below the address yet."""
+    proxy.faults.extend([only("HEAD", REFUSED["denied"])])
+    assert opened(ADDRESS).names() == []
+    assert ("HEAD", f"/{BUCKET}") in proxy.seen
+
+
+def only(command: str, fault: Fault) -> Fault:
+    """A fault of one kind of request."""
+    return lambda request: request.command == command and fault(request)
+
+
+def overwriting(request: Proxy) -> bool:
+    """Let a server be one that knows no conditional writes."""
+    del request.headers["If-None-Match"]
+    return False
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_a_lease_is_exclusive_where_the_server_writes_conditionally(proxy, conditional):
+    proxy.faults.extend([None if conditional else overwriting] * 30)
+    own = Lease(opened(ADDRESS), "one", say=print)
+    with holding(own):
+        assert own.exclusive == conditional
+        with pytest.raises(RunHeldElsewhereError):
+            Lease(opened(ADDRESS), "one", say=print).hold()
+    with holding(Lease(opened(ADDRESS), "one", say=print)):  # it was given back
+        assert opened(ADDRESS).names("one/lease") == ["one/lease/00000002.beat", "one/lease/00000002.json"]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("at", range(0, 14, 2))
+def test_a_lease_is_had_whatever_request_breaks(proxy, name, at):
+    proxy.faults.extend([None] * at + [BROKEN[name]])
+    own = Lease(opened(ADDRESS), "one", say=print)
+    attempted(own.hold, pause=no_pause)
+    attempted(own.hold, pause=no_pause)
+    with pytest.raises(RunHeldElsewhereError):
+        Lease(opened(ADDRESS), "one", say=print).hold()
+    own.release()
+
+
+@pytest.mark.parametrize("fault", [None, "reset", "500"])
+def test_a_bounded_upload_in_parts_arrives_as_it_was(tmp_path, proxy, fault):
+    """Twelve million bytes in parts of five, one of which breaks, and a rate that no computer reaches."""
+    folder, content = tmp_path, os.urandom(12 * 10**6)
+    (folder / "large").write_bytes(content)
+    store, sent = opened(ADDRESS), []
+    proxy.faults.extend([None, BROKEN[fault]] if fault else [])
+    attempted(lambda: store.put("large", folder / "large", moved=sent.append, piece=2**20), pause=no_pause)
+    assert store.read("large", limit=2**30) == content
+    assert sum(sent) >= len(content)
+    assert max(sent) <= 2**20
+    assert sum(1 for command, path in proxy.seen if command == "PUT" and "partNumber" in path) >= 3
+    if fault is None:
+        store.put("small", b"abc", piece=2)
+        assert store.read("small", limit=10) == b"abc"
 
 
 def test_retention_leaves_what_is_not_ours(tmp_path, proxy):

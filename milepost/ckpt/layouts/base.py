@@ -4,6 +4,7 @@ A checkpoint is a folder, or a few files side by side that share a stem. Either 
 """
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ class Layout(ABC):
     # Leave a file to the layout of its folder, if that is a checkpoint that the file is part of.
     yields_to_folder: bool = False
 
+    # A file in its folder that another rank wrote, as a pattern whose group is the rank.
+    of_rank: str = ""
+
     writable = False  # whether the mechanism has `write`
 
     def __post_init__(self) -> None:
@@ -56,6 +60,11 @@ class Layout(ABC):
             )
         if self.primary and self.primary not in self.suffixes:
             raise ValueError(f"layout {self.name}: `primary` is {self.primary!r}, expected one of {self.suffixes}")
+
+    def rank_of(self, file: Path) -> int:
+        """Return the rank of the process that wrote a file of a checkpoint: 0 unless the layout says another."""
+        found = re.fullmatch(self.of_rank, file.name)
+        return int(found[1]) if found else 0
 
     def require(self, **traits: object) -> None:
         """Raise ValueError naming the first of `traits` that is not declared."""

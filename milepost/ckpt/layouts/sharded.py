@@ -170,6 +170,7 @@ def _joined(path: Path, entry: Json, mapped: Mapping[str, Tensor]) -> Tensor:
 LAYOUT = ManifestLayout(
     name="sharded",
     members=(PIECES, TORCH_METADATA, INDEX, MANIFEST),
+    of_rank=r"__(\d{1,9})_0\.distcp",
     manifest=MANIFEST,
     head=format_line("milepost sharded"),
     markers=((TORCH_METADATA,), (INDEX, MANIFEST)),
