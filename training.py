@@ -35,6 +35,7 @@ from torch import Tensor
 from milepost.cli import guarded, notify, processes
 from milepost.config import Config
 from milepost.generation.sampling import generate
+from milepost.remote import folder_here
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
 from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due, sample_start, validation_of
@@ -65,6 +66,7 @@ def main(settings: Config, log: Log) -> int:
 
 def prepare(settings: Config, log: Log, world: World) -> tuple[Run, bool]:
     """Return a fresh run, or the one that RESUME asks for; and whether it is finished already."""
+    folder_here(settings)
     log.notify(settings.notify_url, name="NOTIFY_URL")
     record = agreed(lambda: find_record(settings, log), world) if settings.resume != "never" else None
     if record is None:

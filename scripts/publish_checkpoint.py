@@ -10,7 +10,7 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "PUSH_TO_HUB", "DRY_RUN", "HUB_PRIVATE", "OUTPUT", "CHECKPOINT_DIR", "RUNS_DIR",
+    "CHECKPOINT_PATH", "PUSH_TO_HUB", "DRY_RUN", "HUB_PRIVATE", "OUTPUT", "CHECKPOINT_DIR", "CACHE_GB", "RUNS_DIR",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -35,6 +35,7 @@ from milepost.plots.picture import draw_file
 from milepost.publish.card import CURVE, card
 from milepost.publish.hub import push
 from milepost.publish.public import public_record
+from milepost.remote import local
 from milepost.runtime.progress import Log, amount, command_line, shown
 from milepost.screen import write_stdout
 
@@ -46,6 +47,7 @@ def main(settings: Config, log: Log) -> int:
     name = settings.push_to_hub
     if name is None:
         raise ConfigError(["PUSH_TO_HUB: not set; set it to owner/name, as the hub names a model"])
+    settings = local(settings, log)
     record = ckpt.load_named(settings.checkpoint_path, Path(settings.checkpoint_dir), say=log, optimizer=False)
     with destination(settings) as written:
         write(record, name, written, runs_dir=Path(settings.runs_dir), log=log)

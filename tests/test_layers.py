@@ -37,12 +37,22 @@ ROOMS: dict[str, set[str]] = {
     "mirror": {"ckpt", "text", "files", "locks", "paths"},
 }
 BELOW_RUN = {*ROOMS}
-BELOW_TRAINING = BELOW_RUN | {"run", "run_mirror", "run_files", "run_checkpoints", "resume", "reporting", "cli"}
+BELOW_TRAINING = BELOW_RUN | {
+    "run",
+    "run_mirror",
+    "run_files",
+    "run_checkpoints",
+    "resume",
+    "reporting",
+    "cli",
+    "remote",
+}
 ALLOWED = ROOMS | {
     "run": BELOW_RUN,
     "run_mirror": BELOW_RUN | {"run"},
     "resume": BELOW_RUN | {"run", "run_mirror"},
     "cli": BELOW_RUN,
+    "remote": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
     "plots": BELOW_RUN,
     "page": BELOW_RUN | {"run", "resume", "reporting", "plots", "web"},

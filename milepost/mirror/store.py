@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import io
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -96,6 +96,13 @@ class Store:
         with self._naming(name):
             return bytes(self.fs.cat_file(self._path(name)))
 
+    def ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        """Return begin and bytes of each span of an object, given by begin and end. Raise StoreError."""
+        begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+        with self._naming(name):
+            data = self.fs.cat_ranges([self._path(name)] * len(spans), begins, ends, on_error="raise")
+        return [(begin, bytes(each)) for begin, each in zip(begins, data, strict=True)]
+
     def get(self, name: str, target: Path) -> dict[str, Any]:
         """Write an object into `target`, a file in a hidden folder, durably; return its size and sha256. Raise StoreError, and OSError
         if the disk here refuses it.
@@ -122,6 +129,13 @@ class Store:
             except FileNotFoundError:
                 return []
         return sorted(path.removeprefix(self.root).lstrip("/") for path in found)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of all objects by their names. Raise StoreError."""
+        with self._naming(""):
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.root, detail=True)
+        return {path.removeprefix(self.root).lstrip("/"): int(entry["size"]) for path, entry in found.items()}
 
     def delete(self, name: str) -> None:
         """Delete an object, if it is there. Raise StoreError."""
