@@ -16,7 +16,7 @@ READS = (
     "Training if MODE=resume", "Logging if MODE=resume", "Hardware and seed if MODE=resume", "DEVICE", "DTYPE",
     "Checkpoints if MODE=resume", "CHECKPOINT_DIR", "CACHE_GB", "RUNS_DIR", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION if MODE=resume", "VALIDATION_DATA if MODE=resume", "DROPOUT if MODE=resume", "N_HEAD",
-    "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
+    "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "PUSH_TO_HUB if MODE=resume", "DRY_RUN if PUSH_TO_HUB", "HUB_PRIVATE if PUSH_TO_HUB",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 

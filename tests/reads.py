@@ -24,6 +24,7 @@ ABOVE_CKPT = (
     "milepost.run.weights",
     "milepost.run_mirror",
     "milepost.remote",
+    "milepost.run_publishing",
     "milepost.run_files",
     "milepost.run_checkpoints",
     "milepost.resume",

@@ -56,14 +56,15 @@ ALLOWED = ROOMS | {
     "reporting": BELOW_RUN | {"run", "resume"},
     "plots": BELOW_RUN,
     "page": BELOW_RUN | {"run", "resume", "reporting", "plots", "web"},
-    "publish": BELOW_RUN,
+    "publish": BELOW_RUN | {"plots"},
+    "run_publishing": BELOW_RUN | {"run", "publish"},
     "web": {"config", "files"},
     "run_files": BELOW_RUN | {"run", "run_mirror"},
     "run_checkpoints": BELOW_RUN | {"run", "run_mirror", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
     "serving": BELOW_RUN | {"samples", "web"},
-    "training": BELOW_TRAINING,
-    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "page", "publish", "serving", "web"},
+    "training": BELOW_TRAINING | {"run_publishing"},
+    "scripts": BELOW_TRAINING | {"run_publishing", "samples", "training", "plots", "page", "publish", "serving", "web"},
     "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"start", "api"},  # the latter when a name of it is first used
 }

@@ -324,9 +324,10 @@ class Config:
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
     prune_others: str | None = var(None, "beginnings of the names of other programs' checkpoint files, joined by commas, to which "
         "scripts/prune_checkpoints.py applies the policy too: ckpt_ for ckpt_1000.pt, ckpt_2000.pt, ...; not set: they stay", group="Tools")
-    dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete, scripts/publish_checkpoint.py only shows what it would "
-        "upload", group="Tools")
-    push_to_hub: str | None = var(None, "model on the Hugging Face hub to which scripts/publish_checkpoint.py uploads: owner/name",
+    dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete, scripts/publish_checkpoint.py and a run with PUSH_TO_HUB only "
+        "show what they would upload", group="Tools")
+    push_to_hub: str | None = var(None, "model on the Hugging Face hub to which a finished run uploads its last checkpoint, or scripts/publish_checkpoint.py "
+        "any: owner/name",
         group="Tools", form="hub_name")
     hub_private: bool = var(True, "publish to a private model; false to a public one", group="Tools")
 
