@@ -7,21 +7,24 @@ import contextlib
 import importlib
 import io
 import posixpath
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from milepost.files import CHUNK, make_folder, new_file, written
-from milepost.text.addresses import masked, without_secrets
+from milepost.text.addresses import credentials, masked, without_secrets
 
 # How an address begins -> the package that fsspec needs for it, besides itself.
 PACKAGES = {
     "file": None, "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko",
-    "ssh": "paramiko",
+    "ssh": "paramiko", "webdav+https": "webdav4", "webdav+http": "webdav4",
 }  # fmt: skip
 # A part of a large file lies in memory while it is sent, so few are at a time. Milepost itself tries again.
-OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"max_concurrency": 2, "use_listings_cache": False}, "sftp": {}, "ssh": {},  # the latter keep no listings
+}  # fmt: skip
 BUCKETS = ("s3", "gs", "az", "abfs", "hf")  # what has no folders
 READ_AHEAD = 16 * 2**20  # bytes
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError")
@@ -186,7 +189,9 @@ def opened(address: str) -> Store:
     from fsspec.core import url_to_fs
 
     try:
-        fs, root = url_to_fs(address, use_listings_cache=False, skip_instance_cache=True, **OPTIONS.get(scheme, {}))
+        options = OPTIONS.get(scheme, {"use_listings_cache": False})
+        webdav = package == "webdav4"
+        fs, root = _webdav(address) if webdav else url_to_fs(address, skip_instance_cache=True, **options)
     except Exception as error:
         raise ValueError(without_secrets(str(error), address)) from None
     if scheme == "s3":
@@ -194,6 +199,17 @@ def opened(address: str) -> Store:
     if not root.strip("/"):
         raise ValueError("expected a folder or a bucket in the address")
     return Store(fs, root.rstrip("/"), address.rstrip("/"))
+
+
+def _webdav(address: str) -> tuple[Any, str]:
+    """Return the file system of a WebDAV server and the path on it: what fsspec cannot tell from an address."""
+    from webdav4.fsspec import WebdavFileSystem
+
+    place, secret = credentials(address)
+    parts = urllib.parse.urlsplit(place.partition("+")[2])
+    user, _, password = urllib.parse.unquote(secret or "").partition(":")
+    auth = (user, password) if secret else None
+    return WebdavFileSystem(f"{parts.scheme}://{parts.netloc}", auth=auth, skip_instance_cache=True), parts.path
 
 
 def _copy_durably(source: Path | bytes, target: Path, moved: Callable[[], None]) -> None:
