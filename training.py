@@ -53,7 +53,7 @@ from milepost.runtime.progress import Log, Progress, amount
 from milepost.runtime.schedule import lr_at
 
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save failed
-NOT_PUBLISHED = 10  # exit code of a run that finished and is saved, but could not be published
+NOT_PUBLISHED = 9  # exit code of a run that finished and is saved, but could not be published
 NOT_MIRRORED = 8  # exit code of a run that finished and is saved, but whose last checkpoint is not in the mirror
 SKIPS_ALLOWED = 20  # consecutive float16 updates that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200

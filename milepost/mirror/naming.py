@@ -55,8 +55,13 @@ def find(address: str, *, pause: Pause) -> Named:
     Raise CheckpointError if no mirror is there or the store does not answer, ValueError or ImportError as `opened` does.
     """
     above, last = split(address)
-    for place, name in [(above, last)] if _is_name(last) else [(address, ""), (above, last)]:
-        store = opened(place)
+    if _is_name(last):
+        stores = [(opened(above), last)]
+    else:
+        stores = [(opened(address), "")]
+        with contextlib.suppress(ValueError):  # there may be nothing above it
+            stores.append((opened(above), last))
+    for store, name in stores:
         with answering():
             store, runs = _runs(store, pause=pause)
         if runs:
