@@ -108,7 +108,7 @@ def _source(text: str, folder: str) -> str:
 
 
 def _address(text: str, _folder: str) -> str:
-    """Return the address of a store, which has a scheme, as it is."""
+    """Return the address of a store, which has a scheme, as it is. Only names of folders hold spaces."""
     if not is_address(text.strip()):
         raise ValueError(text)
     return text.strip()
@@ -243,7 +243,7 @@ NOUNS: dict[Any, str] = {
     "folder": "a path, or an address such as s3://bucket/path",
     "paths": "a path or an address, or several joined by commas",
     "source": "files, folders, globs, an https URL or tinyshakespeare",
-    "address": "an address such as s3://bucket/path or file:///path",
+    "address": "an address such as s3://bucket/path, or file:///path for a folder",
     "hub": "a hub name or a folder",
     "hub_name": "owner/name",
     "secret": "printable ASCII without spaces",

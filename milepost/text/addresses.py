@@ -14,7 +14,7 @@ _ADDRESS = re.compile(
     rf"(?P<before>.*?[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>{_USER})?(?P<place>[^?#]*)(?P<rest>[?#].*)?", re.DOTALL
 )
 
-_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^,\s]+")
+_FORM = re.compile(r"(?i:file)://[^,]+|[A-Za-z][A-Za-z0-9+.-]*://[^,\s]+")  # only names of folders hold spaces
 
 
 def is_address(text: str) -> bool:
