@@ -18,6 +18,7 @@ READS = (
     "ENABLE_CHECKPOINTS", "RESUME",
     "Data", "Model", "Adapters", "Training", "Logging", "Hardware and seed", "Checkpoints if ENABLE_CHECKPOINTS or RESUME",
     "CHECKPOINT_DIR if ENABLE_CHECKPOINTS or RESUME or INIT_FROM", "RUNS_DIR",
+    "PUSH_TO_HUB if ENABLE_CHECKPOINTS", "DRY_RUN if PUSH_TO_HUB", "HUB_PRIVATE if PUSH_TO_HUB",
     "RESUME_STEP", "INIT_FROM", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
@@ -35,12 +36,14 @@ from torch import Tensor
 from milepost.cli import guarded, notify, processes
 from milepost.config import Config
 from milepost.generation.sampling import generate
+from milepost.remote import folder_here
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
 from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due, sample_start, validation_of
 from milepost.run_checkpoints import finish_saving, repair, retry_is_due, save_checkpoint
 from milepost.run_files import open_run, write_metrics, write_sample
 from milepost.run_mirror import behind_mirror, finish_mirroring, help_mirroring
+from milepost.run_publishing import check_publishing, publish_last
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import World
 from milepost.runtime.errors import TrainingError
@@ -50,6 +53,7 @@ from milepost.runtime.progress import Log, Progress, amount
 from milepost.runtime.schedule import lr_at
 
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save failed
+NOT_PUBLISHED = 9  # exit code of a run that finished and is saved, but could not be published
 NOT_MIRRORED = 8  # exit code of a run that finished and is saved, but whose last checkpoint is not in the mirror
 SKIPS_ALLOWED = 20  # consecutive float16 updates that the scaler may skip while it looks for a scale
 SAMPLE_TOKENS = 200
@@ -65,6 +69,7 @@ def main(settings: Config, log: Log) -> int:
 
 def prepare(settings: Config, log: Log, world: World) -> tuple[Run, bool]:
     """Return a fresh run, or the one that RESUME asks for; and whether it is finished already."""
+    folder_here(settings)
     log.notify(settings.notify_url, name="NOTIFY_URL")
     record = agreed(lambda: find_record(settings, log), world) if settings.resume != "never" else None
     if record is None:
@@ -90,6 +95,7 @@ def train(run: Run) -> int:
     Fresh and resumed runs share this one loop.
     """
     hardware.keep_freed_memory()
+    check_publishing(run.settings)
     with contextlib.ExitStack() as held:
         run.world.on_rank0(lambda: open_run(run, held))
         help_mirroring(run, held)
@@ -411,7 +417,12 @@ def end(run: Run) -> int:
         run.log.notices.send("interrupted", interrupted)
         return INTERRUPTED
     log_done(run, sample=state.last_sample or sample(run))
-    return SAVE_FAILED if run.saved.failed else NOT_MIRRORED if run.saved.not_mirrored else 0
+    problems = {
+        SAVE_FAILED: run.saved.failed,
+        NOT_MIRRORED: run.saved.not_mirrored,
+        NOT_PUBLISHED: not publish_last(run),
+    }
+    return next((code for code, wrong in problems.items() if wrong), 0)
 
 
 if __name__ == "__main__":

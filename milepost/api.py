@@ -2,7 +2,7 @@
 
 Settings are keywords, the variables of docs/configuration.md in lower case, with the same checks; the process
 environment and .env are not read. Paths are `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a
-file, a folder, a stem, a glob, "latest" or "best". A `folder` that is not given is the one to which train() saves by
+file, a folder, a stem, a glob, "latest", "best", or an address in a mirror. A `folder` that is not given is the one to which train() saves by
 default. Errors are raised: ConfigError, CheckpointError, DataError.
 """
 
@@ -21,6 +21,7 @@ from milepost.ckpt.retention import latest_valid
 from milepost.cli import processes
 from milepost.config import Config, ConfigError
 from milepost.locks import hold_run
+from milepost.remote import local_path
 from milepost.run import Run, completed
 from milepost.runtime.progress import Log
 from milepost.samples import sample_texts
@@ -48,7 +49,7 @@ def load(checkpoint: Name, *, folder: Name | None = None, optimizer: bool = True
 
     `optimizer=False` leaves the optimizer's tensors unread; `verify=True` compares every byte with its checksum first.
     """
-    name = os.fspath(checkpoint)
+    name = local_path(os.fspath(checkpoint), settings_of(), Log())
     return ckpt.load_named(name, _folder(folder), say=Log(), optimizer=optimizer, verify=verify)
 
 
@@ -158,7 +159,8 @@ def _folder(folder: Name | None) -> Path:
 
 
 def _resolved(checkpoint: Name, folder: Name | None) -> Path:
-    return ckpt.resolve(os.fspath(checkpoint), _folder(folder), certain=True)[0]
+    name = local_path(os.fspath(checkpoint), settings_of(), Log())
+    return ckpt.resolve(name, _folder(folder), certain=True)[0]
 
 
 __all__ = [

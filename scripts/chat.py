@@ -11,7 +11,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "SAMPLE_SEED", "REPETITION_PENALTY", "STOP", "STREAM",
-    "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
+    "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "CACHE_GB", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
     "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
@@ -30,6 +30,7 @@ from milepost.config import Config, ConfigError
 from milepost.files import replacing
 from milepost.generation.conversation import answer_stops, continued, fitted, message_ids
 from milepost.generation.texts import Sampling, texts
+from milepost.remote import local
 from milepost.runtime.interrupt import ctrl_c_noted, ctrl_c_raises
 from milepost.runtime.progress import Log, shown
 from milepost.samples import (
@@ -76,6 +77,7 @@ class Chat:
 
 def main(settings: Config, log: Log) -> int:
     """Answer each text that is typed or piped in until its end; return the exit code."""
+    settings = local(settings, log)
     loaded = open_named(settings.checkpoint_path, settings, log)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(loaded, settings, log, sample_seed(settings), terminal)

@@ -11,7 +11,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "PROMPT", "PROMPT_FILE", "RAW_PROMPT", "NUM_SAMPLES", "SAMPLE_SEED", "OUTPUT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P",
-    "REPETITION_PENALTY", "STOP", "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME",
+    "REPETITION_PENALTY", "STOP", "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "CACHE_GB", "BASE_CHECKPOINT", "GPT2_MODEL_NAME",
     "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER", "UNKNOWN_CHARACTERS", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
@@ -29,6 +29,7 @@ from milepost.ckpt import Checkpoint
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.files import replacing
+from milepost.remote import local
 from milepost.run import completed
 from milepost.runtime.progress import Log, shown
 from milepost.samples import drop_conflicts, read_prompt, sample_seed, sample_texts
@@ -52,6 +53,7 @@ def main(settings: Config, log: Log) -> int:
     output = Path(settings.output) if settings.output else None
     if output and (output.suffix not in FORMATS or output.is_dir() or not output.parent.is_dir()):
         raise ConfigError([f"OUTPUT={output}: expected a file name that ends in .json or .md, in an existing folder"])
+    settings = local(settings, log, every=True)
     paths, notes = ckpt.several(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)

@@ -12,7 +12,7 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "CONVERT_TO", "OUTPUT", "CHECKPOINT_LAYOUT if not CONVERT_TO", "CHECKPOINT_MODEL_ONLY", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "GGUF_TYPE",
+    "CHECKPOINT_PATH", "CONVERT_TO", "OUTPUT", "CHECKPOINT_LAYOUT if not CONVERT_TO", "CHECKPOINT_MODEL_ONLY", "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "CACHE_GB", "GGUF_TYPE",
     "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
@@ -34,6 +34,7 @@ from milepost.ckpt.names import ENDS, plain_stem
 from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import base_folder
+from milepost.remote import is_remote, local
 from milepost.run import names_complete_tokenizer, with_heads, with_tokenizer
 from milepost.runtime.progress import Log, shown
 from milepost.runtime.tables import table
@@ -71,11 +72,15 @@ class Report:
 
 def main(settings: Config, log: Log) -> int:
     """Convert or export what CHECKPOINT_PATH names; return the exit code, 3 if anything was left out or lost."""
+    mirrored = is_remote(settings)
+    if mirrored and settings.output is None and settings.convert_to not in ckpt.EXPORTS:
+        raise ConfigError(["OUTPUT: a checkpoint of a mirror is converted to a folder here; set OUTPUT to its name"])
+    settings = local(settings, log, every=True)
     selection = ckpt.select(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in selection.notes:
         log(note)
     to = writer(settings)
-    jobs = list(planned(selection, to, settings))
+    jobs = list(planned(selection, to, settings, flat=mirrored))
     report = Report()
     try:
         for job in jobs:
@@ -128,8 +133,9 @@ def names_tokenizer(settings: Config) -> bool:
 # What to write where.
 
 
-def planned(selection: Selection, to: Layout | Export, settings: Config) -> Iterator[Job]:
-    """Yield a job for each checkpoint. Below OUTPUT its folder is the same as below the folder above all of them.
+def planned(selection: Selection, to: Layout | Export, settings: Config, *, flat: bool) -> Iterator[Job]:
+    """Yield a job for each checkpoint. Below OUTPUT its folder is the same as below the folder above all of them, or if
+    `flat` none, since each checkpoint of a mirror has a folder of its own in the cache.
 
     Raise ConfigError for an OUTPUT that does not fit.
     """
@@ -139,7 +145,7 @@ def planned(selection: Selection, to: Layout | Export, settings: Config) -> Iter
         return
     in_bests: dict[Path, set[Any]] = {}
     for found in selection.found:
-        place = selection.place(found)
+        place = Path() if flat else selection.place(found)
         is_best = in_best(found, selection.root / place)
         if place not in in_bests:
             in_bests[place] = saves_in_best(selection.root / place) if selection.whole else set()

@@ -11,7 +11,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DEVICE_CHECK", "DTYPE", "DETERMINISTIC",
-    "CHECKPOINT_DIR", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
+    "CHECKPOINT_DIR", "CACHE_GB", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "FORMAT", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
@@ -34,6 +34,7 @@ from milepost.evaluate.passages import Text
 from milepost.evaluate.report import as_json, summary, tables
 from milepost.evaluate.scoring import rows_at_once
 from milepost.files import replacing
+from milepost.remote import local
 from milepost.resume import saved_settings
 from milepost.run import (
     completed,
@@ -59,6 +60,7 @@ from models.model import Model
 def main(settings: Config, log: Log) -> int:
     """Measure the checkpoints of CHECKPOINT_PATH, print tables, write all figures to OUTPUT, and return the exit code."""
     check(settings, log)
+    settings = local(settings, log, every=True)
     paths, notes = ckpt.several(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)

@@ -9,9 +9,10 @@ import sys
 sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, without installing
 from milepost import config
 
-READS = ("CHECKPOINT_PATH", "COMPARE_WITH", "CHECKPOINT_DIR", "FORMAT")
+READS = ("CHECKPOINT_PATH", "COMPARE_WITH", "CHECKPOINT_DIR", "CACHE_GB", "FORMAT")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from milepost.ckpt.record import Checkpoint, metadata, without_secrets
 from milepost.ckpt.tensor_listing import Held, all_files, differing, held, labelled
 from milepost.cli import guarded
 from milepost.config import Config
+from milepost.remote import address_of, headers, local_path
 from milepost.runtime.progress import Log, amount, shown
 from milepost.runtime.tables import table
 from milepost.screen import stdout_columns, write_json, write_stdout
@@ -38,14 +40,14 @@ NOT_COMPARED = ("save_id", "model_settings", "hyperparameters", "tokenizer")
 
 def main(settings: Config, log: Log) -> int:
     """Print the sections of CHECKPOINT_PATH, or its differences from COMPARE_WITH; return the exit code."""
-    path = resolved(settings.checkpoint_path, settings, log)
     if settings.compare_with is None:
-        if settings.format == "json":
-            write_json(as_json(path))
-        else:
-            write_stdout("\n\n".join(sections(path)))
+        with looked_at(settings, log) as (path, where):
+            if settings.format == "json":
+                write_json(as_json(path, where))
+            else:
+                write_stdout("\n\n".join(sections(path, where)))
         return 0
-    other = resolved(settings.compare_with, settings, log)
+    path, other = (resolved(name, settings, log) for name in (settings.checkpoint_path, settings.compare_with))
     records = ckpt.load(path), ckpt.load(other)
     differences = compared(*records)
     if settings.format == "json":
@@ -60,20 +62,32 @@ def main(settings: Config, log: Log) -> int:
 
 def resolved(name: str, settings: Config, log: Log) -> Path:
     """Return the path of the checkpoint that `name` stands for; log notes on the choice."""
-    path, notes = ckpt.resolve(name, Path(settings.checkpoint_dir))
+    path, notes = ckpt.resolve(local_path(name, settings, log), Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
     return path
+
+
+@contextlib.contextmanager
+def looked_at(settings: Config, log: Log) -> Iterator[tuple[Path, Path | str]]:
+    """Yield the path of the checkpoint of CHECKPOINT_PATH, and where it lies. Of one in a mirror, no tensor is downloaded."""
+    address = address_of(settings.checkpoint_path, settings)
+    if address is None:
+        path = resolved(settings.checkpoint_path, settings, log)
+        yield path, path
+    else:
+        with headers(address, log) as (path, where):
+            yield path, where
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One checkpoint.
 
 
-def sections(path: Path) -> Iterator[str]:
-    """Yield the text of each section. Reads metadata and headers, no tensor."""
+def sections(path: Path, where: Path | str) -> Iterator[str]:
+    """Yield the text of each section of the checkpoint at `path`, shown as `where`. Reads metadata and headers, no tensor."""
     values, tensors = without_secrets(known_layout(path).read_metadata(path)), held(path)
-    yield "=== FORMAT ===\n" + file_lines(path, values)
+    yield "=== FORMAT ===\n" + file_lines(path, where, values)
     settings = values.get("model_settings", {}) | values.get("hyperparameters", {})
     missing = {"n_head": "not recorded; set N_HEAD to open the checkpoint"} if lacks_n_head(values) else {}
     yield "=== CONFIG ===\n" + pairs({"model_type": values.get("model_type"), **missing, **settings})
@@ -82,25 +96,29 @@ def sections(path: Path) -> Iterator[str]:
     yield "=== TENSORS ===\n" + tensor_lines(path, tensors, apart="adapters" in values.get("parts", ()))
 
 
-def as_json(path: Path) -> dict[str, Any]:
-    """Return the checkpoint's metadata, files and tensors as JSON values."""
+def as_json(path: Path, where: Path | str) -> dict[str, Any]:
+    """Return the metadata, files and tensors of the checkpoint at `path`, shown as `where`, as JSON values."""
     values, tensors = without_secrets(known_layout(path).read_metadata(path)), held(path)
     listed = [
         {"part": each.part, "name": each.name, "dtype": each.dtype, "shape": each.shape, "bytes": each.size}
         for each in tensors
     ]
-    files = [{"path": file, "bytes": file.stat().st_size} for file in all_files(path)]
-    about = {"path": path, "layout": known_layout(path).name, "files": files, "tokenizer": tokenizer_of(values)}
+    place = str(where).removesuffix(path.name)
+    files = [
+        {"path": f"{place}{file.relative_to(path.parent).as_posix()}", "bytes": file.stat().st_size}
+        for file in all_files(path)
+    ]
+    about = {"path": where, "layout": known_layout(path).name, "files": files, "tokenizer": tokenizer_of(values)}
     plain = {name: value for name, value in values.items() if name != "tokenizer"}
     return about | {"metadata": plain, "tensors": listed}
 
 
-def file_lines(path: Path, values: Mapping[str, Any]) -> str:
+def file_lines(path: Path, where: Path | str, values: Mapping[str, Any]) -> str:
     """Return the lines on layout, location and files."""
     written = values.get("written_by") or "another program"
     top = {"layout": known_layout(path).name, "format": values.get("format_version"), "written by": written}
     files = [(str(file.relative_to(path.parent)), f"{file.stat().st_size:,} bytes") for file in all_files(path)]
-    return f"{pairs(top)}\nLocation: {shown(path)}\n{table([('  ' + name, size) for name, size in files], columns=stdout_columns())}"
+    return f"{pairs(top)}\nLocation: {shown(where)}\n{table([('  ' + name, size) for name, size in files], columns=stdout_columns())}"
 
 
 def tokenizer_of(values: Mapping[str, Any]) -> dict[str, Any]:

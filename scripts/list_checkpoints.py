@@ -2,6 +2,7 @@
 
 python3 scripts/list_checkpoints.py
 CHECKPOINT_PATH=old-checkpoints python3 scripts/list_checkpoints.py
+CHECKPOINT_DIR=s3://bucket/run python3 scripts/list_checkpoints.py
 SORT=loss RUN='20260718*' FORMAT=json python3 scripts/list_checkpoints.py
 """
 
@@ -14,7 +15,8 @@ READS = ("CHECKPOINT_DIR", "CHECKPOINT_PATH", "RUN", "SORT", "FORMAT")
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,48 +29,77 @@ from milepost.ckpt.selection import is_run
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.paths import with_home
+from milepost.remote import listing
 from milepost.runtime.progress import Log, amount, shown
 from milepost.runtime.tables import is_wider, table, without_common
 from milepost.screen import stdout_columns, write_json, write_stdout
 
 HEADER = ("step", "loss", "size", "layout", "resumable", "saved (UTC)", "run", "path", "")
-
-
 FIXED = 5  # columns of the table of runs that are always there
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A folder of checkpoints, or a mirror: its path or address and what it holds."""
+
+    folder: Path | str
+    found: list[Found]
+    newest: list[Found]  # has latest and best: of a mirror, into which several machines may save, the newest run
+    orphans: Sequence[Found] = ()
+    below: Sequence[Path] = ()  # folders with more
 
 
 def main(settings: Config, log: Log) -> int:
     """Print the checkpoints, the problems of damaged ones, where each run began,
     and the bases that adapters need; return the exit code.
     """
-    folder = chosen_folder(settings)
+    place = mirrored(settings) or in_folder(chosen_folder(settings))
+    found = place.found
+    named = {
+        "latest": ckpt.latest(place.newest),
+        "best": ckpt.best(place.newest),
+        "lowest loss": ckpt.lowest_loss(found),
+    }
+    if named["lowest loss"] is named["best"]:
+        del named["lowest loss"]
+    wanted = in_order(of_runs(place, settings), settings.sort)
+    if settings.format == "json":
+        write_json(as_json(place, wanted, named))
+    else:
+        write_stdout("\n".join(lines(place, wanted, named)))
+    return 0
+
+
+def in_folder(folder: Path) -> Listed:
+    """Return what a folder of this disk holds. Raise CheckpointError if that is nothing, or it cannot be listed."""
     try:
         found = ckpt.find(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
     if not found:
         raise CheckpointError(ckpt.listing(folder))
-    named = {"latest": ckpt.latest(found), "best": ckpt.best(found), "lowest loss": ckpt.lowest_loss(found)}
-    if named["lowest loss"] is named["best"]:
-        del named["lowest loss"]
-    wanted = in_order(of_runs(found, settings), settings.sort)
-    if settings.format == "json":
-        write_json(as_json(folder, wanted, named))
-    else:
-        write_stdout("\n".join(lines(folder, wanted, named)))
-    return 0
+    return Listed(folder, found, found, ckpt.orphans(folder), folders_with_more(folder))
 
 
-def of_runs(found: list[Found], settings: Config) -> list[Found]:
+def mirrored(settings: Config) -> Listed | None:
+    """Return what the mirror holds that CHECKPOINT_PATH or CHECKPOINT_DIR names by its address; None if neither does."""
+    listed = listing(settings)
+    if listed is None:
+        return None
+    address, found = listed
+    return Listed(address, found, [each for each in found if each.run_id == found[-1].run_id])
+
+
+def of_runs(place: Listed, settings: Config) -> list[Found]:
     """Return the checkpoints of the runs that RUN names, all if it is not set. Raise ConfigError if there are none."""
     if not settings.is_set("RUN"):
-        return found
-    newest = ckpt.latest(found)
+        return place.found
+    newest = ckpt.latest(place.newest)
     latest = (newest.run_id or "") if newest else ""
     names = [latest if name == "latest" else name for name in map(str.strip, settings.run.split(",")) if name]
-    chosen = [each for each in found if any(is_run(each.run_id or "", name) for name in names)]
+    chosen = [each for each in place.found if any(is_run(each.run_id or "", name) for name in names)]
     if not chosen:
-        runs = ", ".join(sorted({each.run_id for each in found if each.run_id})) or "none"
+        runs = ", ".join(sorted({each.run_id for each in place.found if each.run_id})) or "none"
         raise ConfigError([f"RUN={settings.run}: no checkpoint here is of such a run; runs: {runs}"])
     return chosen
 
@@ -89,7 +120,7 @@ def in_order(found: list[Found], order: str) -> list[Found]:
     return [each for each in found if figure(each) is None] + sorted(known, key=figure)
 
 
-def lines(folder: Path, found: list[Found], named: dict[str, Found | None]) -> Iterator[str]:
+def lines(place: Listed, found: list[Found], named: dict[str, Found | None]) -> Iterator[str]:
     """Yield the parts of the list as text."""
     columns = stdout_columns()
     rows = [HEADER, *(row(checkpoint, marks(checkpoint, named)) for checkpoint in found)]
@@ -98,18 +129,18 @@ def lines(folder: Path, found: list[Found], named: dict[str, Found | None]) -> I
         if common:
             yield f"all {len(found)}: {common}"
     yield table(rows, columns=columns)
-    for checkpoint in [*found, *ckpt.orphans(folder)]:
+    for checkpoint in [*found, *place.orphans]:
         if checkpoint.problem:
             yield f"{checkpoint.kind}: {checkpoint.problem}"
-    if guess := doubt(named["latest"], found):
+    if guess := doubt(named["latest"], place.newest):
         yield guess
-    if below := folders_with_more(folder):
-        yield f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, below))}"
+    if place.below:
+        yield f"more checkpoints below, which CHECKPOINT_PATH lists: {', '.join(map(shown, place.below))}"
     if runs := lineage(found):
         rows = [("run", "checkpoints", "size", "began with", "changed", "settings that differ", "note"), *runs]
         used = [at for at in range(len(rows[0])) if at < FIXED or any(row[at] for row in runs)]
         yield "\n" + table([tuple(row[at] for at in used) for row in rows], columns=columns)
-    if needed := bases(found):
+    if needed := bases(place, found):
         yield "\n" + table([("adapters of run", "need base", ""), *needed], columns=columns)
 
 
@@ -119,7 +150,7 @@ def doubt(latest: Found | None, found: list[Found]) -> str:
     return f"{ambiguity(latest, others)}; `latest` is a guess" if latest and others else ""
 
 
-def as_json(folder: Path, found: list[Found], named: dict[str, Found | None]) -> dict[str, Any]:
+def as_json(place: Listed, found: list[Found], named: dict[str, Found | None]) -> dict[str, Any]:
     """Return the list as JSON values; docs/checkpoints.md describes the fields."""
     differs = told_apart(found)
     runs = [
@@ -133,23 +164,23 @@ def as_json(folder: Path, found: list[Found], named: dict[str, Found | None]) ->
         }
         for run_id, own in by_run(found).items()
     ]
-    needed = [{"run": run_id, "base": source, "state": state} for run_id, source, state in bases(found)]
+    needed = [{"run": run_id, "base": source, "state": state} for run_id, source, state in bases(place, found)]
     return {
-        "folder": folder,
-        "checkpoints": [entry(each, marks(each, named)) for each in found],
-        "orphans": [entry(each, "") for each in ckpt.orphans(folder)],
-        "below": folders_with_more(folder),
-        "guess": doubt(named["latest"], found) or None,
+        "folder": place.folder,
+        "checkpoints": [entry(each, marks(each, named), place) for each in found],
+        "orphans": [entry(each, "", place) for each in place.orphans],
+        "below": place.below,
+        "guess": doubt(named["latest"], place.newest) or None,
         "runs": runs,
         "bases": needed,
     }
 
 
-def entry(checkpoint: Found, names: str) -> dict[str, Any]:
+def entry(checkpoint: Found, names: str, place: Listed) -> dict[str, Any]:
     """Return a checkpoint as JSON values."""
     ok = not checkpoint.problem
     return {
-        "path": checkpoint.path,
+        "path": f"{place.folder}/{checkpoint.path}" if isinstance(place.folder, str) else checkpoint.path,
         "step": checkpoint.step if ok else None,
         "loss": loss_of(checkpoint) if ok else None,
         "bytes": checkpoint.size,
@@ -249,7 +280,7 @@ def total(found: list[Found]) -> int:
     return sum(each.size for each in found)
 
 
-def bases(found: list[Found]) -> list[tuple[str, ...]]:
+def bases(place: Listed, found: list[Found]) -> list[tuple[str, ...]]:
     """Return a row per run and base of saved adapters: the base, and whether it is found."""
     rows: dict[tuple[str, str], str] = {}
     for checkpoint in found:
@@ -257,17 +288,20 @@ def bases(found: list[Found]) -> list[tuple[str, ...]]:
         if isinstance(base, dict) and "adapters" in checkpoint.metadata.get("parts", ()):
             key = checkpoint.run_id or "", with_home(str(base.get("source")))
             if key not in rows or rows[key] == "missing":
-                rows[key] = state_of_base(base, checkpoint)
+                rows[key] = state_of_base(base, checkpoint, place)
     return [(run_id, shown(source), state) for (run_id, source), state in rows.items()]
 
 
-def state_of_base(base: dict[str, Any], adapters: Found) -> str:
+def state_of_base(base: dict[str, Any], adapters: Found, place: Listed) -> str:
     """Return whether the base of adapters is found: where it was, elsewhere, or not;
     a name of the hub is not looked up.
     """
     source = with_home(str(base.get("source")))
     if not Path(source).is_absolute():
         return "on the hub"
+    if isinstance(place.folder, str):
+        held = any(each.path.name == Path(source).name and each.step == base.get("step") for each in place.found)
+        return "found" if held else "missing"
     path = ckpt.find_base(base, adapters.path, run_id=adapters.run_id)
     if path is None:
         return "missing"

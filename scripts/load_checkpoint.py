@@ -14,9 +14,9 @@ READS = (
     "RESUME_TRAINING_STEPS", "RESUME_LEARNING_RATE",
     "Generation if MODE=inference", "TOP_K", "TOP_P", "REPETITION_PENALTY",
     "Training if MODE=resume", "Logging if MODE=resume", "Hardware and seed if MODE=resume", "DEVICE", "DTYPE",
-    "Checkpoints if MODE=resume", "CHECKPOINT_DIR", "RUNS_DIR", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
+    "Checkpoints if MODE=resume", "CHECKPOINT_DIR", "CACHE_GB", "RUNS_DIR", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "UNKNOWN_CHARACTERS", "VALIDATION_FRACTION if MODE=resume", "VALIDATION_DATA if MODE=resume", "DROPOUT if MODE=resume", "N_HEAD",
-    "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM",
+    "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "PUSH_TO_HUB if MODE=resume", "DRY_RUN if PUSH_TO_HUB", "HUB_PRIVATE if PUSH_TO_HUB",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -30,6 +30,7 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.cli import guarded, processes
 from milepost.config import Config, ConfigError
+from milepost.remote import folder_here, local
 from milepost.reporting import print_resume
 from milepost.resume import (
     changed_settings,
@@ -57,6 +58,9 @@ def main(settings: Config, log: Log) -> int:
         log(f"{more}; to see only what would be restored and the plan, stop and set RESUME_TRAINING_STEPS=0")
     if config.torchrun() and not resuming:
         raise ConfigError(["MODE=inference runs in one process: start it without torchrun"])
+    if resuming:
+        folder_here(settings)
+    settings = local(settings, log)
     with processes(settings, log) as world:
         name, folder = settings.checkpoint_path, Path(settings.checkpoint_dir)
         found = agreed(

@@ -11,7 +11,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "OUTPUT", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "CHECKPOINT_LAYOUT",
-    "CHECKPOINT_PREFIX", "CHECKPOINT_DIR",
+    "CHECKPOINT_PREFIX", "CHECKPOINT_DIR", "CACHE_GB",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -25,6 +25,7 @@ from milepost.ckpt.restore import merged
 from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import SCRIPTS_FOLDER
+from milepost.remote import local
 from milepost.run import with_its_base
 from milepost.runtime.progress import Log, amount, command_line, shown
 from milepost.screen import write_stdout
@@ -37,6 +38,8 @@ def main(settings: Config, log: Log) -> int:
     """Merge and save; return the exit code."""
     if settings.output is None:
         raise ConfigError(["OUTPUT: not set; set it to a folder for the merged checkpoint"])
+    folder = Path(settings.output)
+    settings = local(settings, log)
     path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
         log(note)
@@ -45,7 +48,6 @@ def main(settings: Config, log: Log) -> int:
         raise ckpt.CheckpointError(f"{path}: has no LoRA adapters to merge: use it as it is")
     whole = without_adapters(merged(record))
     difference = change_of_logits(record, whole)
-    folder = Path(settings.output)
     with naming_output(folder):
         saved = ckpt.save(whole, folder, layout=settings.checkpoint_layout, prefix=settings.checkpoint_prefix)
     write_stdout(f"Merged: {shown(path)} -> {shown(saved)} ({amount(size_of(saved), 'B')})")

@@ -38,6 +38,7 @@ from milepost.ckpt.tensor_listing import all_files, held
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.locks import RunLockedError, hold_run
+from milepost.remote import folder_here
 from milepost.runtime.progress import Log, amount, shown
 from milepost.runtime.tables import table
 from milepost.screen import stdout_columns, write_json, write_stdout
@@ -54,6 +55,7 @@ def main(settings: Config, log: Log) -> int:
         raise ConfigError(
             ["CHECKPOINT_KEEP_LAST=0 keeps all: set how many of each run's newest checkpoints are to stay"]
         )
+    folder_here(settings)
     folder = Path(settings.checkpoint_dir)
     found = list(scan(folder))
     if not found:

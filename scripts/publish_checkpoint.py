@@ -10,31 +10,22 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "PUSH_TO_HUB", "DRY_RUN", "HUB_PRIVATE", "OUTPUT", "CHECKPOINT_DIR", "RUNS_DIR",
+    "CHECKPOINT_PATH", "PUSH_TO_HUB", "DRY_RUN", "HUB_PRIVATE", "OUTPUT", "CHECKPOINT_DIR", "CACHE_GB", "RUNS_DIR",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import contextlib
-import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-import models
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
-from milepost.ckpt.exports.peft import Peft
-from milepost.ckpt.restore import build_model
-from milepost.ckpt.tensors import digest
 from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
-from milepost.plots.curves import METRICS, drawable
-from milepost.plots.picture import draw_file
-from milepost.publish.card import CURVE, card
+from milepost.publish.folder import write
 from milepost.publish.hub import push
-from milepost.publish.public import public_record
+from milepost.remote import local
 from milepost.runtime.progress import Log, amount, command_line, shown
 from milepost.screen import write_stdout
 
@@ -46,9 +37,10 @@ def main(settings: Config, log: Log) -> int:
     name = settings.push_to_hub
     if name is None:
         raise ConfigError(["PUSH_TO_HUB: not set; set it to owner/name, as the hub names a model"])
+    settings = local(settings, log)
     record = ckpt.load_named(settings.checkpoint_path, Path(settings.checkpoint_dir), say=log, optimizer=False)
     with destination(settings) as written:
-        write(record, name, written, runs_dir=Path(settings.runs_dir), log=log)
+        write(record, name, written, runs_dir=Path(settings.runs_dir), say=log)
         files = sorted(path for path in written.rglob("*") if path.is_file())
         privacy = "private" if settings.hub_private else "public"
         write_stdout(f"{shown(record.path or 'checkpoint')} -> {name} ({privacy})")
@@ -87,35 +79,6 @@ def destination(settings: Config) -> Iterator[Path]:
         yield Path(place) / "published"
         if target:
             (Path(place) / "published").rename(target)
-
-
-def write(record: Checkpoint, name: str, target: Path, *, runs_dir: Path, log: Log) -> None:
-    """Write the folder that is published: the model for transformers, or LoRA adapters for peft; card and curve."""
-    public = public_record(record)
-    if record.model_settings.get("lora"):
-        Peft().write(public, target.parent, target.name)
-        trained = [tensor for name, tensor in record.model_state.items() if "lora" in name]
-        parameters = sum(tensor.numel() for tensor in trained)
-    else:
-        ckpt.WRITERS["huggingface"].write(public, target.parent, target.name)
-        parameters = models.parameter_count(build_model(record, device=torch.device("cpu")))
-    curve = draw_curve(record, runs_dir, target / CURVE, log)
-    text = card(public, name, parameters=parameters, sha256=digest(record.model_state), curve=curve)
-    (target / "README.md").write_text(text, encoding="utf-8")
-
-
-def draw_curve(record: Checkpoint, runs_dir: Path, target: Path, log: Log) -> bool:
-    """Draw the losses of the record's run up to its step; return False if that is not possible, and log why."""
-    folder = runs_dir / (record.run_id or "")
-    if record.run_id is None or not (folder / METRICS).is_file():
-        log(f"without a loss curve: {shown(runs_dir)} does not hold the run")
-        return False
-    if importlib.util.find_spec("matplotlib") is None:
-        log("without a loss curve: pip install matplotlib")
-        return False
-    run = drawable(folder, requested=True)
-    draw_file([run._replace(parent=None, lines=[line for line in run.lines if line["step"] <= record.step])], target)
-    return True
 
 
 if __name__ == "__main__":

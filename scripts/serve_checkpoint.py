@@ -11,7 +11,7 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "PORT", "SERVE_HOST", "API_KEY", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY", "STOP", "SAMPLE_SEED",
-    "SERVE_SLOTS", "SERVE_QUEUE", "SERVE_TIMEOUT", "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "BASE_CHECKPOINT",
+    "SERVE_SLOTS", "SERVE_QUEUE", "SERVE_TIMEOUT", "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "CHECKPOINT_DIR", "CACHE_GB", "BASE_CHECKPOINT",
     "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "UNKNOWN_CHARACTERS", "N_HEAD", "RUNS_DIR",
 )  # fmt: skip
@@ -23,6 +23,7 @@ from typing import cast
 
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.remote import local
 from milepost.runtime.progress import Log
 from milepost.samples import open_named, sampling
 from milepost.text.unknown import Mode
@@ -46,6 +47,7 @@ def serve(settings: Config, log: Log, listener: socket.socket) -> None:
     from milepost.serving.generating import MOST_ROWS, Generating
     from milepost.serving.preparing import Defaults
 
+    settings = local(settings, log, by_word=True)
     rows = min(settings.serve_slots, MOST_ROWS)
     catalogue = Catalogue(
         sources(settings),

@@ -12,7 +12,7 @@ sys.path.insert(0, __file__.rpartition("scripts")[0])  # runs from any folder, w
 from milepost import config
 
 READS = (
-    "CHECKPOINT_PATH", "REPLAY", "CHECKPOINT_DIR", "TRAINING_DATA_SOURCE", "VALIDATION_DATA", "BASE_CHECKPOINT", "INIT_FROM", "DEVICE", "DEVICE_CHECK",
+    "CHECKPOINT_PATH", "REPLAY", "CHECKPOINT_DIR", "CACHE_GB", "TRAINING_DATA_SOURCE", "VALIDATION_DATA", "BASE_CHECKPOINT", "INIT_FROM", "DEVICE", "DEVICE_CHECK",
     "FORMAT", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
@@ -37,6 +37,7 @@ from milepost.ckpt.tensor_listing import all_files, differing, labelled
 from milepost.ckpt.tensors import digest, not_finite
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
+from milepost.remote import local
 from milepost.resume import check_text_named, inexact_reasons, resumed, saved_schedule, saved_settings
 from milepost.run import Run, fresh, to_record, with_heads, with_its_base
 from milepost.run_files import open_run
@@ -56,6 +57,7 @@ SAMPLE = "Dear Wren,\nna\u00efve \u6f22\u5b57 \U0001f642 \t1,234 == 5\n"  # for 
 
 def main(settings: Config, log: Log) -> int:
     """Print a table per checkpoint, and PASSED or FAILED; return the exit code, 3 if any check failed."""
+    settings = local(settings, log, every=True, certain=True)
     paths, as_text = chosen(settings, log), settings.format == "text"
     failed, values = [], []
     for path in paths:

@@ -23,6 +23,8 @@ ABOVE_CKPT = (
     "milepost.run.text",
     "milepost.run.weights",
     "milepost.run_mirror",
+    "milepost.remote",
+    "milepost.run_publishing",
     "milepost.run_files",
     "milepost.run_checkpoints",
     "milepost.resume",

@@ -20,6 +20,7 @@ class Proxy(BaseHTTPRequestHandler):
     upstream: tuple[str, int]
     faults: list[Fault | None]
     seen: list[tuple[str, str]]
+    sent: list[int]  # bytes of each answer
 
     def _answer(self) -> None:
         self.seen.append((self.command, self.path))
@@ -55,6 +56,7 @@ class Proxy(BaseHTTPRequestHandler):
             server.request(self.command, self.path, body, headers)
             answer = server.getresponse()
             content = answer.read()
+        self.sent.append(len(content))
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("transfer-encoding", "content-length", "connection"):
@@ -124,13 +126,14 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Proxy]]:
     with contextlib.closing(http.client.HTTPConnection(*server.get_host_and_port())) as plain:
         plain.request("POST", "/moto-api/reset")  # what an earlier server of this process held
         plain.getresponse().read()
-    handler = type("Handler", (Proxy,), {"upstream": server.get_host_and_port(), "faults": [], "seen": []})
+    handler = type("Handler", (Proxy,), {"upstream": server.get_host_and_port(), "faults": [], "seen": [], "sent": []})
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
     try:
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         handler.seen.clear()
+        handler.sent.clear()
         yield handler
         handler.faults.clear()
     finally:

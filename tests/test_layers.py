@@ -37,23 +37,34 @@ ROOMS: dict[str, set[str]] = {
     "mirror": {"ckpt", "text", "files", "locks", "paths"},
 }
 BELOW_RUN = {*ROOMS}
-BELOW_TRAINING = BELOW_RUN | {"run", "run_mirror", "run_files", "run_checkpoints", "resume", "reporting", "cli"}
+BELOW_TRAINING = BELOW_RUN | {
+    "run",
+    "run_mirror",
+    "run_files",
+    "run_checkpoints",
+    "resume",
+    "reporting",
+    "cli",
+    "remote",
+}
 ALLOWED = ROOMS | {
     "run": BELOW_RUN,
     "run_mirror": BELOW_RUN | {"run"},
     "resume": BELOW_RUN | {"run", "run_mirror"},
     "cli": BELOW_RUN,
+    "remote": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},
     "plots": BELOW_RUN,
     "page": BELOW_RUN | {"run", "resume", "reporting", "plots", "web"},
-    "publish": BELOW_RUN,
+    "publish": BELOW_RUN | {"plots"},
+    "run_publishing": BELOW_RUN | {"run", "publish"},
     "web": {"config", "files"},
     "run_files": BELOW_RUN | {"run", "run_mirror"},
     "run_checkpoints": BELOW_RUN | {"run", "run_mirror", "run_files"},
     "samples": BELOW_RUN | {"run", "resume"},
     "serving": BELOW_RUN | {"samples", "web"},
-    "training": BELOW_TRAINING,
-    "scripts": BELOW_TRAINING | {"samples", "training", "plots", "page", "publish", "serving", "web"},
+    "training": BELOW_TRAINING | {"run_publishing"},
+    "scripts": BELOW_TRAINING | {"run_publishing", "samples", "training", "plots", "page", "publish", "serving", "web"},
     "api": BELOW_TRAINING | {"samples", "training"},
     "milepost": {"start", "api"},  # the latter when a name of it is first used
 }

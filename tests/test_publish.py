@@ -176,6 +176,69 @@ def test_adapters_are_published_for_peft_without_the_path_of_their_base(trained,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# At the end of a training.
+
+
+NO_SIZES = dict.fromkeys(("N_LAYER", "N_HEAD", "N_EMBD", "DROPOUT"))
+BIGRAM = {"MODEL_TYPE": "bigram", "TRAINING_STEPS": "2", "CHECKPOINT_KEEP_BEST": "0", **NO_SIZES}
+
+
+@pytest.fixture
+def of_hub(hub, tmp_path, monkeypatch) -> UploadHub:
+    """The hub, as the client in this process sees it: its addresses are read when it is imported."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", hub.address, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    return hub
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
+
+
+def test_a_finished_run_shows_what_it_would_publish_and_uploads_if_asked(of_hub, tmp_path):
+    code, said = train(tmp_path, **BIGRAM, PUSH_TO_HUB="me/letters")
+    assert (code, of_hub.seen) == (0, []), said
+    assert "me/letters (private" in said
+    assert "DRY_RUN=false" in said
+    code, said = train(tmp_path, PUSH_TO_HUB="me/letters", DRY_RUN="false", CHECKPOINT_KEEP_BEST="0")
+    assert (code, of_hub.private) == (0, {"me/letters": True}), said
+    assert f"{of_hub.address}/me/letters/commit/{COMMIT}" in said
+    record = newest(tmp_path)
+    again = ckpt.load(of_hub.write("me/letters", tmp_path / "copy"), verify=True)
+    assert (again.step, again.run_id, torch.equal(logits(again), logits(record))) == (8, record.run_id, True)
+
+
+@pytest.mark.parametrize("how", ["refused", "public", "away"])
+def test_a_run_that_cannot_be_published_is_saved_and_says_why(of_hub, tmp_path, how):
+    if how == "away":
+        of_hub.shutdown()
+        of_hub.server_close()
+    elif how == "public":
+        of_hub.private["me/letters"] = False
+    else:
+        of_hub.token = None
+    code, said = train(tmp_path, **BIGRAM, PUSH_TO_HUB="me/letters", DRY_RUN="false")
+    assert (code, newest(tmp_path).step) == (9, 2), said
+    (line,) = (line for line in said.splitlines() if line.startswith("not published: "))
+    assert "scripts/publish_checkpoint.py" in said.replace(os.sep, "/")
+    assert "hf_secret" not in said
+    assert of_hub.files == {}, line
+
+
+def test_a_run_that_has_no_token_is_refused_before_its_first_step(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "absent"))
+    asked = BIGRAM | {"PUSH_TO_HUB": "me/letters", "DRY_RUN": "false"}
+    code, said = train(tmp_path, **asked)
+    assert (code, "HF_TOKEN" in said) == (2, True), said
+    assert not (tmp_path / "checkpoints").exists()
+    assert train(tmp_path, **asked, ENABLE_CHECKPOINTS="false")[0] == 0  # publishes nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is public, and the card.
 
 

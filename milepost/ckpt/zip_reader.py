@@ -22,6 +22,7 @@ ENTRY, LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
 DESCRIPTORS = {form.size: form for form in (struct.Struct("<4s3L"), struct.Struct("<4sL2Q"))}
 ENDS = END.size + LOCATOR64.size + END64.size
 SHORT, LONG = 0xFFFF, 0xFFFFFFFF  # the value is in the zip64 record instead
+EXTRA = 128  # bytes of the extra field of a local header, which aligns the bytes behind it to 64, at most
 ZIP64 = 1  # the extra field that holds those values
 ENCRYPTED, DESCRIBED, UTF8 = 0x1, 0x8, 0x800  # flags; DESCRIBED: sizes and CRC follow the bytes
 
@@ -73,6 +74,28 @@ def read_members(file: BufferedReader) -> tuple[str, dict[str, Member]]:
     ends = [entry.offset for entry, _ in placed[1:]] + [start]
     members = {name: _member(file, entry, stop) for (entry, name), stop in zip(placed, ends, strict=True)}
     return folder, {name.removeprefix(f"{folder}/"): member for name, member in members.items()}
+
+
+def directory_start(file: BufferedReader) -> int:
+    """Return where the directory begins, by the end records alone; raise as `read_members` does."""
+    return _directory(file, os.fstat(file.fileno()).st_size)[1]
+
+
+def outline(file: BufferedReader) -> list[tuple[int, int]]:
+    """Return begin and end of what lies before the directory, without the bytes of tensors, by the directory alone.
+
+    Raise as `read_members` does.
+    """
+    count, start, end = _directory(file, os.fstat(file.fileno()).st_size)
+    entries = sorted(_entries(_bytes_at(file, start, end - start), count, start), key=lambda entry: entry.offset)
+    spans = []
+    for entry, stop in zip(entries, [*(entry.offset for entry in entries[1:]), start], strict=True):
+        begin = entry.offset
+        if b"/data/" in entry.raw:
+            spans.append((begin, min(stop, begin + LOCAL.size + len(entry.raw) + EXTRA)))
+            begin = max(begin, stop - max(DESCRIPTORS))
+        spans.append((begin, stop))
+    return spans
 
 
 def bytes_of(file: BufferedReader, member: Member) -> bytes | None:

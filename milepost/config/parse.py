@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, get_args
 
 from milepost.config.variables import ALLOW_BLANK, MAX_INT, SECRET_FORMS
-from milepost.text.addresses import HIDDEN, masked
+from milepost.text.addresses import HIDDEN, is_address, masked
 from milepost.text.sources import with_places
 from models import lora_layers
 
@@ -109,13 +109,27 @@ def _source(text: str, folder: str) -> str:
 
 def _address(text: str, _folder: str) -> str:
     """Return the address of a store, which has a scheme, as it is. Only names of folders hold spaces."""
-    if not re.fullmatch(r"(?i:file)://[^,]+|[A-Za-z][A-Za-z0-9+.-]*://[^,\s]+", text.strip()):
+    if not is_address(text.strip()):
         raise ValueError(text)
     return text.strip()
 
 
+def _path(text: str, folder: str) -> str:
+    """Return an absolute path. An address would become a folder of an odd name."""
+    if "://" in text:
+        raise ValueError(text)
+    return absolute_path(text, folder)
+
+
+def _path_or_address(text: str, folder: str) -> str:
+    """Return an absolute path, or the address of a store as it is."""
+    return _address(text, folder) if "://" in text else absolute_path(text, folder)
+
+
 def _paths(text: str, folder: str) -> str:
-    """Return paths joined by commas as absolute paths; latest and best stay as they are, and what names a path in `name=path`."""
+    """Return paths joined by commas as absolute paths; latest, best and addresses stay as they are, and what names one in
+    `name=path`.
+    """
     if os.path.lexists(absolute_path(text, folder)):  # a single path that may contain a comma
         return absolute_path(text, folder)
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -128,6 +142,8 @@ def _named_path(part: str, folder: str) -> str:
     if part.lower() in ("latest", "best"):
         return part.lower()
     path, named = absolute_path(part, folder), NAMED.fullmatch(part)
+    if "://" in part:
+        return f"{named[1]}={_address(named[2], folder)}" if named else _address(part, folder)
     if named and not glob.glob(path) and (named[2].lower() in ("latest", "best") or _names_any(named[2], folder)):
         return f"{named[1]}={_named_path(named[2], folder)}"
     return path
@@ -200,7 +216,8 @@ def _webhook(text: str, _folder: str) -> str:
 
 # How to parse the value of a variable with a `form`: text and current folder -> value.
 FORMS: dict[str, Callable[[str, str], Any]] = {
-    "path": absolute_path,
+    "path": _path,
+    "folder": _path_or_address,
     "paths": _paths,
     "source": _source,
     "address": _address,
@@ -223,7 +240,8 @@ NOUNS: dict[Any, str] = {
     float: "a number",
     str: "text in UTF-8",
     "path": "a path",
-    "paths": "a path, or several joined by commas",
+    "folder": "a path, or an address such as s3://bucket/path",
+    "paths": "a path or an address, or several joined by commas",
     "source": "files, folders, globs, an https URL or tinyshakespeare",
     "address": "an address such as s3://bucket/path, or file:///path for a folder",
     "hub": "a hub name or a folder",

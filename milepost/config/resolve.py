@@ -20,6 +20,7 @@ from milepost.config.names import is_foreign, not_an_env_file, unknown_in_enviro
 from milepost.config.parse import absolute_path, parse_saved, parse_value, refusal, short_text
 from milepost.config.variables import (
     ADAMW_N_EMBD,
+    ADDRESS_FORMS,
     ALLOW_BLANK,
     DATA_VARIABLES,
     DEFAULT_MODEL,
@@ -201,7 +202,7 @@ def public(config: Config, name: str) -> Any:
     value, form = getattr(config, name.lower()), VARIABLES[name].metadata["form"]
     if value and form in SECRET_FORMS:
         return HIDDEN
-    return masked(value) if value and form in ("source", "address") else value
+    return masked(value) if value and form in ADDRESS_FORMS else value
 
 
 def _portable(path: str) -> str:
@@ -358,10 +359,8 @@ def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
         row = row | LORA_DEFAULTS
     defaults = {name: row.get(each.name, each.default) for name, each in VARIABLES.items()}
     for name, each in VARIABLES.items():
-        if each.metadata["form"] in ("path", "paths", "source") and defaults[name] not in (
-            None,
-            *each.metadata["words"],
-        ):
+        is_path = each.metadata["form"] in ("path", "folder", "paths", "source")
+        if is_path and defaults[name] not in (None, *each.metadata["words"]):
             base = SHIPPED if each.metadata["form"] == "source" else base_folder()
             defaults[name] = absolute_path(defaults[name], str(base))
     steps = values.get("TRAINING_STEPS", defaults["TRAINING_STEPS"])

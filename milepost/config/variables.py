@@ -27,6 +27,7 @@ LAYOUTS = layouts_to_save()
 MAX_INT = 2**63 - 1  # the largest seed of torch's generators; no count comes near it
 ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 
+ADDRESS_FORMS = ("source", "address", "folder", "paths")  # of values that may hold addresses, shown without passwords
 SECRET_FORMS = ("secret", "webhook")  # whose values are neither stored nor shown
 DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
 DATA_VARIABLES = (
@@ -229,7 +230,8 @@ class Config:
     enable_checkpoints: bool = var(False, "save checkpoints while training", group="Checkpoints", scope="habit")
     checkpoint_interval: int = var(500, "optimizer steps between checkpoints; 0 = only at the end",
         group="Checkpoints", scope="habit", minimum=0)
-    checkpoint_dir: str = var("checkpoints", "folder of the checkpoints", group="Checkpoints", form="path")
+    checkpoint_dir: str = var("checkpoints", "folder of the checkpoints; for scripts that only read them, also the address of a mirror",
+        group="Checkpoints", form="folder")
     checkpoint_fallback_dir: str | None = var(None, "folder on another disk, for the last step if it cannot be saved in CHECKPOINT_DIR; "
         "RESUME=auto looks there too", group="Checkpoints", form="path")
     checkpoint_mirror: str | None = var(None, "address of a store that gets a copy of each checkpoint, such as s3://bucket/path or file:///path; "
@@ -267,7 +269,7 @@ class Config:
 
     mode: str = var("inference", "what scripts/load_checkpoint.py does: generate text, or train further",
         group="Generation", choices=("inference", "resume"))
-    checkpoint_path: str = var("latest", "checkpoint to open: a file, folder or glob, or latest or best of CHECKPOINT_DIR; scripts that "
+    checkpoint_path: str = var("latest", "checkpoint to open: a file, folder or glob, latest or best of CHECKPOINT_DIR, or in a mirror, as s3://bucket/path/latest; scripts that "
         "take several accept a list joined by commas, a whole folder, or every match of a glob; scripts/serve_checkpoint.py also name=path", group="Generation", form="paths",
         words=("latest", "best"))
     prompt: str | None = var(None, "text to continue; not set: start from nothing", group="Generation")
@@ -310,9 +312,11 @@ class Config:
     run: str = var("latest", "runs that scripts/plot_run.py draws: a run's name or its beginning, a glob of names, a run's folder, latest, or "
         "several joined by commas. Of scripts/list_checkpoints.py, the runs to list; not set: all", group="Tools")
     compare_with: str | None = var(None, "checkpoint that scripts/inspect_checkpoint.py compares CHECKPOINT_PATH with",
-        group="Tools", form="path", words=("latest", "best"))
+        group="Tools", form="folder", words=("latest", "best"))
     replay: bool = var(False, "scripts/verify_checkpoint.py trains again from the previous checkpoint and compares every byte",
         group="Tools")
+    cache_gb: float = var(20.0, "GB that checkpoints of mirrors may take in the user's folder of caches; the least recently used are deleted first",
+        group="Tools", above=0)
     convert_to: str | None = var(None, "what scripts/convert_checkpoint.py writes: a checkpoint layout, or an export for another program, "
         "which no run resumes from; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "lecture", "peft"))
     gguf_type: str = var("f16", "dtype of the matrices that CONVERT_TO=gguf writes; q8_0 has half the bytes of f16 and is nearly as good",
@@ -322,9 +326,10 @@ class Config:
         "scripts/compare_samples.py (.json .md) and scripts/evaluate_checkpoint.py (.json) write", group="Tools", form="path")
     prune_others: str | None = var(None, "beginnings of the names of other programs' checkpoint files, joined by commas, to which "
         "scripts/prune_checkpoints.py applies the policy too: ckpt_ for ckpt_1000.pt, ckpt_2000.pt, ...; not set: they stay", group="Tools")
-    dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete, scripts/publish_checkpoint.py only shows what it would "
-        "upload", group="Tools")
-    push_to_hub: str | None = var(None, "model on the Hugging Face hub to which scripts/publish_checkpoint.py uploads: owner/name",
+    dry_run: bool = var(True, "scripts/prune_checkpoints.py only lists what it would delete, scripts/publish_checkpoint.py and a run with PUSH_TO_HUB only "
+        "show what they would upload", group="Tools")
+    push_to_hub: str | None = var(None, "model on the Hugging Face hub to which a finished run uploads its last checkpoint, or scripts/publish_checkpoint.py "
+        "any: owner/name",
         group="Tools", form="hub_name")
     hub_private: bool = var(True, "publish to a private model; false to a public one", group="Tools")
 

@@ -118,25 +118,26 @@ def fetch_run(store: Store, save: Save, run_folder: Path, *, say: Say, pause: Pa
         if here is not None and (place.name not in GROWING or len(here) >= part.size):
             continue
         try:
-            content = _content(store, part, pause=pause)
+            data = content(store, part, pause=pause)
         except CheckpointError as error:
             say(f"skipped: {error}")
             continue
-        if here is None or content.startswith(here):
+        if here is None or data.startswith(here):
             make_folder(path.parent)
-            replace_content(path, content)
+            replace_content(path, data)
 
 
-def _content(store: Store, part: Part, *, pause: Pause) -> bytes:
+def content(store: Store, part: Part, *, pause: Pause) -> bytes:
+    """Return the content of a small object; raise CheckpointError if it is missing or not what the manifest says, StoreError."""
     try:
-        content = attempted(lambda: store.read(part.object, limit=part.size), pause=pause)
+        data = attempted(lambda: store.read(part.object, limit=part.size), pause=pause)
     except StoreError as error:
         if error.kind == "passing":
             raise
         raise CheckpointError(str(error), kind="damaged") from error
-    if hashlib.sha256(content).hexdigest() != part.sha256:
-        raise CheckpointError(f"{store.shown}/{part.object}", "is altered", kind="damaged")
-    return content
+    if hashlib.sha256(data).hexdigest() != part.sha256:
+        raise CheckpointError(f"{store.shown}/{part.object}", "is altered", EARLIER, kind="damaged")
+    return data
 
 
 def fetch_bests(store: Store, save: Save, folder: Path, *, say: Say, pause: Pause) -> None:

@@ -9,21 +9,24 @@ import importlib
 import io
 import os
 import posixpath
-from collections.abc import Callable, Iterator
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from milepost.files import CHUNK, discard, hidden_name, make_folder, new_file, sync_file, sync_folder, written
-from milepost.text.addresses import masked, without_secrets
+from milepost.text.addresses import credentials, masked, without_secrets
 
 # How an address begins -> the package that fsspec needs for it, besides itself.
 PACKAGES = {
     "file": None, "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko",
-    "ssh": "paramiko",
+    "ssh": "paramiko", "webdav+https": "webdav4", "webdav+http": "webdav4",
 }  # fmt: skip
 # A part of a large file lies in memory while it is sent, so few are at a time. Milepost itself tries again.
-OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"max_concurrency": 2, "use_listings_cache": False}, "sftp": {}, "ssh": {},  # the latter keep no listings
+}  # fmt: skip
 CLOUDS = ("s3", "gs", "az", "abfs")  # whose addresses begin with a bucket
 BUCKETS = (*CLOUDS, "hf")  # what has no folders
 PART, MOST_PARTS = 5 * 2**20, 9000  # bytes of a part of a large object at least, and how many parts S3 takes
@@ -143,6 +146,13 @@ class Store:
         with self._naming(name):
             return bytes(self.fs.cat_file(self._path(name)))
 
+    def ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        """Return begin and bytes of each span of an object, given by begin and end. Raise StoreError."""
+        begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+        with self._naming(name):
+            data = self.fs.cat_ranges([self._path(name)] * len(spans), begins, ends, on_error="raise")
+        return [(begin, bytes(each)) for begin, each in zip(begins, data, strict=True)]
+
     def get(self, name: str, target: Path) -> dict[str, Any]:
         """Write an object into `target`, a file in a hidden folder, durably; return its size and sha256. Raise StoreError, and OSError
         if the disk here refuses it.
@@ -183,6 +193,13 @@ class Store:
                 self.fs.info(bucket)
             except FileNotFoundError:
                 raise StoreError(self.shown, f"there is no bucket {bucket}", "missing") from None
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of all objects by their names. Raise StoreError."""
+        with self._naming(""):
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.root, detail=True)
+        return {path.removeprefix(self.root).lstrip("/"): int(entry["size"]) for path, entry in found.items()}
 
     def delete(self, name: str) -> None:
         """Delete an object, if it is there. Raise StoreError."""
@@ -233,7 +250,9 @@ def opened(address: str) -> Store:
     from fsspec.core import url_to_fs
 
     try:
-        fs, root = url_to_fs(address, use_listings_cache=False, skip_instance_cache=True, **OPTIONS.get(scheme, {}))
+        options = OPTIONS.get(scheme, {"use_listings_cache": False})
+        webdav = package == "webdav4"
+        fs, root = _webdav(address) if webdav else url_to_fs(address, skip_instance_cache=True, **options)
     except Exception as error:
         raise ValueError(without_secrets(str(error), address)) from None
     if scheme == "s3":
@@ -241,6 +260,17 @@ def opened(address: str) -> Store:
     if not root.strip("/"):
         raise ValueError("expected a folder or a bucket in the address")
     return Store(fs, root.rstrip("/"), address.rstrip("/"))
+
+
+def _webdav(address: str) -> tuple[Any, str]:
+    """Return the file system of a WebDAV server and the path on it: what fsspec cannot tell from an address."""
+    from webdav4.fsspec import WebdavFileSystem
+
+    place, secret = credentials(address)
+    parts = urllib.parse.urlsplit(place.partition("+")[2])
+    user, _, password = urllib.parse.unquote(secret or "").partition(":")
+    auth = (user, password) if secret else None
+    return WebdavFileSystem(f"{parts.scheme}://{parts.netloc}", auth=auth, skip_instance_cache=True), parts.path
 
 
 def _content(source: Path | bytes) -> IO[bytes]:

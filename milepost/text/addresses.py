@@ -14,6 +14,13 @@ _ADDRESS = re.compile(
     rf"(?P<before>.*?[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>{_USER})?(?P<place>[^?#]*)(?P<rest>[?#].*)?", re.DOTALL
 )
 
+_FORM = re.compile(r"(?i:file)://[^,]+|[A-Za-z][A-Za-z0-9+.-]*://[^,\s]+")  # only names of folders hold spaces
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is an address, with a scheme."""
+    return _FORM.fullmatch(text) is not None
+
 
 def masked(source: str) -> str:
     """Return a text source, of which each part may be an address, without user names, passwords and queries."""

@@ -1,0 +1,120 @@
+"""Checkpoints of a mirror, by what an address names: brought into the cache, or listed by their manifests."""
+
+from pathlib import Path
+from typing import NoReturn
+
+from milepost.ckpt.index import Found
+from milepost.ckpt.record import CheckpointError
+from milepost.mirror.cache import Cache, CacheFullError, take
+from milepost.mirror.contents import Save
+from milepost.mirror.fetching import Pause, Say
+from milepost.mirror.naming import Named, answering, base_of, candidates, latest_first
+from milepost.mirror.retrying import attempted
+from milepost.mirror.store import Store, StoreError
+from milepost.mirror.uploading import read_save
+
+
+def bring(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pause) -> Path:
+    """Return the path in the cache of the checkpoint that a name stands for.
+
+    Where the name leaves a choice, a damaged one is reported and the next is taken, unless `certain`. Raise CheckpointError
+    if none can be used, CacheFullError, OSError.
+    """
+    problems: list[CheckpointError] = []
+    for save in candidates(named, say=_refuse if certain else say, pause=pause):
+        if problems:
+            say(f"skipped: {problems[-1]}")
+        if named.leaves_choice:
+            say(f"taking {named.store.shown}/{save.checkpoint}")
+        try:
+            return _with_base(named, save, cache, say=say, pause=pause)
+        except CheckpointError as error:
+            if certain or error.kind == "unreachable" or not named.leaves_choice:
+                raise
+            problems.append(error)
+    raise problems[0]
+
+
+def bring_all(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pause) -> list[Path]:
+    """Return the paths in the cache of all checkpoints that a mirror or its run holds, the oldest save first.
+
+    Damaged ones are reported and left out, or raised at the end if `certain`. Raise as `bring` does.
+    """
+    problems: list[str] = []
+    with answering():
+        saves = list(latest_first(named, say=problems.append, pause=pause))
+    if (need := sum(save.size for save in saves)) > cache.limit:
+        raise CacheFullError(need)
+    paths = []
+    for save in sorted(saves, key=lambda save: save.found.save_order):
+        try:
+            paths.append(_with_base(named, save, cache, say=say, pause=pause))
+        except CheckpointError as error:
+            if error.kind == "unreachable":
+                raise
+            problems.append(f"skipped: {error}")
+    if problems and (certain or not paths):
+        raise CheckpointError("; ".join(line.removeprefix("skipped: ") for line in problems), kind="damaged")
+    for line in problems:
+        say(line)
+    return paths
+
+
+def _with_base(named: Named, save: Save, cache: Cache, *, say: Say, pause: Pause) -> Path:
+    """Return the path in the cache of a save, with the base of its adapters beside it if the mirror has that."""
+    with answering():
+        base = base_of(save, named, pause=pause)
+        return take(cache, named.store, [save] if base is None else [save, base], say=say, pause=pause)
+
+
+def _refuse(line: str) -> NoReturn:
+    raise CheckpointError(line.removeprefix("skipped: "), kind="damaged")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def listed(named: Named, *, pause: Pause) -> list[Found]:
+    """Return the checkpoints of a mirror or a run without reading any: damaged ones first, the run that saved last at the
+    end, and of each run the oldest save first.
+
+    Damaged is one whose manifest cannot be read, and one of which an object is missing or has another size. Raise
+    CheckpointError if the store does not answer.
+    """
+    with answering():
+        sizes = attempted(named.store.sizes, pause=pause)
+        manifests = [manifest for own in named.runs.values() for manifest in own]
+        found = [_found(named.store, manifest, sizes, pause=pause) for manifest in manifests]
+    times = {each.run_id: "" for each in found}
+    for each in found:
+        times[each.run_id] = max(times[each.run_id], str(each.metadata.get("saved_at") or ""))
+    return sorted(
+        found, key=lambda each: (each.problem is None, times[each.run_id], each.run_id or "", each.save_order)
+    )
+
+
+def _found(store: Store, manifest: str, sizes: dict[str, int], *, pause: Pause) -> Found:
+    try:
+        save = attempted(lambda: read_save(store, manifest), pause=pause)
+    except CheckpointError as error:
+        return Found(Path(manifest), {}, str(error), kind=error.kind)
+    path, bad = Path(save.checkpoint), _incomplete(store, save, sizes, pause=pause)
+    if bad:
+        return Found(path, dict(save.metadata), bad, layout=save.layout, size=save.size, kind="damaged")
+    return Found(path, dict(save.metadata), layout=save.layout, size=save.size)
+
+
+def _incomplete(store: Store, save: Save, sizes: dict[str, int], *, pause: Pause) -> str | None:
+    """Return what is missing of a save; None if each object is there in its size. A listing may come late."""
+    for part in save.checkpoint_parts:
+        size = sizes.get(part.object)
+        if size != part.size:
+            try:
+                size = attempted(lambda part=part: store.size(part.object), pause=pause)  # type: ignore[misc]
+            except StoreError as error:
+                if error.kind != "missing":
+                    raise
+                return str(error)
+        if size != part.size:
+            return f"{store.shown}/{part.object}: has {size} bytes, {part.size} were sent"
+    return None

@@ -1,0 +1,147 @@
+"""Checkpoints of a mirror that settings name by an address: brought into a cache on this disk, or looked at where they are.
+
+docs/mirroring.md has the promises. A script that opens checkpoints begins with `local`, and sees paths only.
+"""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from milepost import config
+from milepost.ckpt import CheckpointError, Found
+from milepost.config import Config, ConfigError
+from milepost.mirror.cache import Cache, CacheFullError
+from milepost.mirror.headers import write_headers
+from milepost.mirror.naming import WORDS, Named, answering, below, candidates, find, split
+from milepost.mirror.opening import bring, bring_all, listed
+from milepost.runtime.progress import Log
+from milepost.text.addresses import is_address, masked
+
+GB = 10**9
+
+
+def address_of(name: str, settings: Config) -> str | None:
+    """Return the address that a name of a checkpoint is; None for a name on this disk.
+
+    latest and best are those of CHECKPOINT_DIR, which may be an address.
+    """
+    if is_address(name):
+        return name
+    return below(settings.checkpoint_dir, name) if name in WORDS and is_address(settings.checkpoint_dir) else None
+
+
+def folder_here(settings: Config) -> None:
+    """Raise ConfigError if CHECKPOINT_DIR is an address: what saves or deletes needs a folder."""
+    if is_address(settings.checkpoint_dir):
+        remedy = (
+            "CHECKPOINT_MIRROR copies checkpoints to an address; CHECKPOINT_PATH and what only reads open them there"
+        )
+        shown = config.public(settings, "CHECKPOINT_DIR")
+        raise ConfigError([f"CHECKPOINT_DIR={shown}: expected a folder of this computer: {remedy}"])
+
+
+def local(settings: Config, log: Log, *, every: bool = False, certain: bool = False, by_word: bool = False) -> Config:
+    """Return the settings with paths in place of the addresses in CHECKPOINT_PATH: their checkpoints are in the cache then.
+
+    With `every`, the address of a mirror or of a run stands for all its checkpoints, else for the latest. A damaged
+    checkpoint is skipped where the name leaves a choice, and refused otherwise and if `certain`. With `by_word`, latest
+    and best keep their word as the name by which they are served. CHECKPOINT_DIR becomes a folder, and counts as set.
+    """
+    if not is_remote(settings):
+        return settings
+    paths = []
+    for part in settings.checkpoint_path.split(","):
+        label, name = _labelled(part)
+        if (address := address_of(name, settings)) is None:
+            paths.append(part)
+            continue
+        if by_word and not label and split(address)[1] in WORDS:
+            label = f"{split(address)[1]}="
+        paths += [f"{label}{path}" for path in _brought(address, settings, log, every=every, certain=certain)]
+    here = config.without(settings, ["CHECKPOINT_DIR"]) if is_address(settings.checkpoint_dir) else settings
+    values = {"CHECKPOINT_PATH": ",".join(paths), "CHECKPOINT_DIR": here.checkpoint_dir}
+    return config.with_values(settings, values, source="the mirror")
+
+
+def is_remote(settings: Config) -> bool:
+    """Whether CHECKPOINT_PATH names a checkpoint of a mirror, or several."""
+    return any(address_of(_labelled(part)[1], settings) for part in settings.checkpoint_path.split(","))
+
+
+def local_path(name: str, settings: Config, log: Log) -> str:
+    """Return a name of a checkpoint, or the path in the cache if it is an address."""
+    address = address_of(name, settings)
+    return name if address is None else str(_brought(address, settings, log, every=False, certain=False)[0])
+
+
+def _labelled(part: str) -> tuple[str, str]:
+    """Return a part of CHECKPOINT_PATH as what stands before an address, `name=` or nothing, and the rest."""
+    label, mark, name = part.partition("=")
+    return (f"{label}=", name) if mark and is_address(name) else ("", part)
+
+
+def _brought(address: str, settings: Config, log: Log, *, every: bool, certain: bool) -> list[Path]:
+    cache = Cache(config.user_caches() / "milepost" / "checkpoints", int(settings.cache_gb * GB))
+    named = _found(address)
+    try:
+        if every and not named.name:
+            return bring_all(named, cache, certain=certain, say=log, pause=time.sleep)
+        return [bring(named, cache, certain=certain, say=log, pause=time.sleep)]
+    except CacheFullError as error:
+        problem = f"CACHE_GB={settings.cache_gb:g}: {masked(address)} takes {error.need / GB:.3g} GB in {cache.folder}"
+        raise ConfigError([f"{problem}: set as much or more"]) from error
+
+
+def _found(address: str) -> Named:
+    """Return what an address names; raise ConfigError if it cannot be opened, CheckpointError if nothing is there."""
+    try:
+        return find(address, pause=time.sleep)
+    except (ValueError, ImportError) as error:
+        raise ConfigError([f"{masked(address)}: {error}"]) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looked at where they are.
+
+
+@contextlib.contextmanager
+def headers(address: str, log: Log) -> Iterator[tuple[Path, str]]:
+    """Yield a checkpoint of a mirror without its tensors, in a folder that is deleted afterwards, and its address."""
+    named = _found(address)
+    with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
+        yield _headers(named, Path(folder), log)
+
+
+def _headers(named: Named, folder: Path, log: Log) -> tuple[Path, str]:
+    problems: list[CheckpointError] = []
+    for number, save in enumerate(candidates(named, say=log, pause=time.sleep)):
+        where = f"{named.store.shown}/{save.checkpoint}"
+        if problems:
+            log(f"skipped: {problems[-1]}")
+        if named.leaves_choice:
+            log(f"taking {where}")
+        try:
+            with answering():
+                return write_headers(named.store, save, folder / str(number), pause=time.sleep), where
+        except CheckpointError as error:
+            if error.kind == "unreachable" or not named.leaves_choice:
+                raise
+            problems.append(error)
+    raise problems[0]
+
+
+def listing(settings: Config) -> tuple[str, list[Found]] | None:
+    """Return the address of the mirror to list and its checkpoints; None if a folder of this disk is to be listed."""
+    if not settings.is_set("CHECKPOINT_PATH") or settings.checkpoint_path == "latest":
+        address = settings.checkpoint_dir
+    else:
+        address = settings.checkpoint_path
+    if not is_address(address):
+        return None
+    named = _found(address)
+    if named.name:
+        problem = f"{masked(address)}: is not a mirror or a run of one"
+        raise ConfigError([f"{problem}; show a single checkpoint with scripts/inspect_checkpoint.py"])
+    return named.store.shown, listed(named, pause=time.sleep)
