@@ -10,6 +10,7 @@ from drive import ROOT, small_text
 from talks import rows
 from test_columnar import table_file
 from test_guides import called
+from test_prepared import gpt2_ids, of_characters, of_llm_c
 
 from milepost.run import text as run_text
 
@@ -38,6 +39,15 @@ def stories_table(folder: Path) -> None:
     table_file(folder / "stories.parquet", [{"story": f"{n}: {LETTER}"} for n in range(200)])
 
 
+def characters(folder: Path) -> None:
+    of_characters(folder / "shakespeare_char")
+
+
+def shards(folder: Path) -> None:
+    (folder / "fineweb10B").mkdir()
+    of_llm_c(folder / "fineweb10B" / "fineweb_train_000001.bin", gpt2_ids([LETTER * 100], before=True))
+
+
 # A file that a command names -> what makes it; those that need a package are run by `make test-exchange`.
 FILES: dict[str, Callable[[Path], None]] = {
     "stories.txt": stories,
@@ -45,6 +55,8 @@ FILES: dict[str, Callable[[Path], None]] = {
     "letters.jsonl": letters,
     "project": project,
     "stories.parquet": stories_table,
+    "shakespeare_char/train.bin": characters,
+    "fineweb10B/fineweb_train_": shards,
 }
 PACKAGES = ("stories.parquet",)
 COMMANDS = [line for line in pages.commands(PAGE) if re.search(r"\bpython3 \S+\.py$", line)]
@@ -52,7 +64,7 @@ COMMANDS = [line for line in pages.commands(PAGE) if re.search(r"\bpython3 \S+\.
 
 def needed(line: str) -> list[str]:
     """The files that a command names."""
-    return [name for name in FILES if re.search(rf"[=,:']{re.escape(name)}\b", line)]
+    return [name for name in FILES if re.search(rf"[=,:']{re.escape(name)}", line)]
 
 
 @pytest.mark.parametrize(

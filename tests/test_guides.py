@@ -12,6 +12,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pages
 import pytest
 import torch
@@ -211,6 +212,7 @@ def theirs(folder: Path) -> None:
     shutil.copytree(FOREIGN / "pair", folder / "theirs")
     shutil.copytree(FOREIGN / "unified", folder / "theirs", dirs_exist_ok=True)
     shutil.copytree(FOREIGN / "nanogpt", folder / "nanogpt")
+    np.tile(np.arange(5, dtype=np.uint16), 600).tofile(folder / "nanogpt" / "train.bin")
     shutil.copytree(FOREIGN / "directory" / "dante", folder / "old" / "dante")
     shutil.copytree(FOREIGN / "lecture", folder / "old" / "legacy")
     (folder / "old" / "text.txt").write_text("abc ab\nca b c\n" * 50, encoding="utf-8")

@@ -97,7 +97,7 @@ class Config:
     """The resolved settings: one field per variable, in lower case. None means "not set". `read()` builds it."""
 
     # fmt: off
-    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz or .zst, .parquet .arrow, source code), folder, glob, "
+    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz or .zst, .parquet .arrow, source code, .bin of nanoGPT or llm.c), folder, glob, "
         "code: and a folder of source code, https URL, hf://datasets/owner/name, the named set tinyshakespeare, or several joined by commas; with weights, as in a.txt*3,b.txt*1, a mixture",
         group="Data", scope="identity", form="source")
     text_field: str = var("text", "column of a CSV, or member of each JSON object, that holds the text",

@@ -16,7 +16,7 @@ from milepost.config import Config, ConfigError
 from milepost.run.device_check import device_problem
 from milepost.run.probe import probe
 from milepost.run.state import Run, Saved, State
-from milepost.run.text import Text, read_text, training_batches
+from milepost.run.text import Text, read_text, training_batches, with_validation_beside
 from milepost.run.weights import adapters, identity, initial_weights, lineage, shape_variables, with_model_of
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, ElsewhereError, World
@@ -36,6 +36,7 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
     if weights:
         settings = with_model_of(weights, settings)
     check_batch_size(settings, world)
+    settings = with_validation_beside(settings, log)
     text, tokenizer = read_text(settings, log, world, record=weights)
     torch.manual_seed(settings.seed)
     base = None
