@@ -64,6 +64,7 @@ NOT_RUN = {
     "MODEL_TYPE=gpt2 BATCH_SIZE=512 ": "eight machines; tests/test_distributed.py has two nodes of one machine",
     "lm_eval ": "another program, and questions from the hub",
     "NOTIFY_URL=https://ntfy.sh/": "a server elsewhere; tests/test_notices.py has one of its own",
+    "PRETRAINED=HuggingFaceTB/SmolLM2-135M LORA_RANK": "a model from the hub; tests/test_pretrained.py has a hub of its own",
     "llama-completion ": "llama.cpp; tests/llama opens the file",
     "cp -r exported/FOLDER nanoGPT": "a checkout of nanoGPT; tests/test_export.py opens the file as it does",
     "python3 -m torch.distributed.checkpoint.format_utils ": "tests/test_sharded.py calls its function",

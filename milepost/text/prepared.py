@@ -162,7 +162,8 @@ def validation_beside(source: str) -> str | None:
     if not found:
         return None
     beside = os.path.join(folder, f"{found['before']}val{'_*' if found['number'] else ''}{SUFFIX}")
-    return beside if glob.glob(os.path.expanduser(beside)) else None
+    path = os.path.expanduser(beside)
+    return beside if os.path.isfile(path) or glob.glob(path) else None
 
 
 def _recognized(path: Path) -> IdFile:
@@ -213,9 +214,11 @@ def _ids(file: IdFile, start: int) -> Iterator[np.ndarray]:
         with open(file.path, "rb") as opened:
             opened.seek(file.offset + start * dtype.itemsize)
             while done < file.count:
-                ids = np.frombuffer(opened.read(min(CHUNK, file.count - done) * dtype.itemsize), dtype)
-                if not len(ids):
+                size = min(CHUNK, file.count - done) * dtype.itemsize
+                data = opened.read(size)
+                if len(data) < size:
                     raise DataError(f"{file.path} became shorter while it was read: start again")
+                ids = np.frombuffer(data, dtype)
                 _check(ids, file, done)
                 yield ids
                 done += len(ids)

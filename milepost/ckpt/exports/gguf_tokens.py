@@ -107,10 +107,9 @@ def _of_merges(record: Checkpoint, rows: int) -> Tokens:
     types = [CONTROL if text in special else USER_DEFINED if text in added else NORMAL for text in texts]
     tokenizer = build_tokenizer(record)
     ends = _ends(record, tokenizer)
-    padding = [f"[PAD{row}]" for row in range(len(texts), max(rows, len(texts) + (not ends)))]
-    if not spec["model"]["merges"] or set(padding) & ids.keys():
-        problem = "its BPE has no merges or tokens named [PAD...], and llama.cpp has no such tokenizer"
-        raise cannot_represent(record, problem, elsewhere(record))
+    padding = _padding(record, ids, max(rows, len(texts) + (not ends)))
+    if not spec["model"]["merges"]:
+        raise cannot_represent(record, "its BPE has no merges, and llama.cpp has no such tokenizer", elsewhere(record))
     return Tokens(
         model="gpt2",
         texts=texts + padding,
@@ -120,6 +119,15 @@ def _of_merges(record: Checkpoint, rows: int) -> Tokens:
         pre=pre,
         begin=tokenizer.begin_of_text,
     )
+
+
+def _padding(record: Checkpoint, ids: Mapping[str, int], rows: int) -> list[str]:
+    """Return names for the rows that have no token. Raise CheckpointError if tokens have these names."""
+    names = [f"[PAD{row}]" for row in range(len(ids), rows)]
+    if taken := set(names) & ids.keys():
+        problem = f"its token {min(taken)} has the name that a row without a token gets in llama.cpp"
+        raise cannot_represent(record, problem, elsewhere(record))
+    return names
 
 
 def _ends(record: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -157,11 +165,11 @@ def _of_pieces(record: Checkpoint, rows: int) -> Tokens:
     if problem := _unlike_llama(spec):
         raise cannot_represent(record, f"llama.cpp would read other tokens in a text: {problem}", elsewhere(record))
     ids, special = stated_ids(spec), {token["content"] for token in spec["added_tokens"]}
-    unknown = ids.get(model.get("unk_token"))
+    unknown, ends = ids.get(model.get("unk_token")), _ends(record, tokenizer)
     places = {token: place for place, token in enumerate(dict.fromkeys(map("".join, merge_pairs(model))))}
     types = {**dict.fromkeys(special, CONTROL), **dict.fromkeys(BYTES, BYTE)}
-    texts, ends = sorted(ids, key=ids.__getitem__), _ends(record, tokenizer)
-    padding = [f"[PAD{row}]" for row in range(len(texts), max(rows, len(texts) + (not ends)))]
+    texts = sorted(ids, key=ids.__getitem__)
+    padding = _padding(record, ids, max(rows, len(texts) + (not ends)))
     return Tokens(
         model="llama",
         texts=texts + padding,
