@@ -9,6 +9,7 @@ import torch
 import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
+from milepost.ckpt.hub import is_pinned
 from milepost.ckpt.restore import Restored
 from milepost.places import SCRIPTS_FOLDER
 from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
@@ -278,6 +279,6 @@ def _latest_saved(run: Run) -> ckpt.Found | None:
 
 def _base_variable(run: Run) -> dict[str, Any]:
     """Return the variable that names the base, if the run's checkpoints hold only adapters."""
-    if not (run.base and run.settings.checkpoint_adapters_only):
+    if not (run.base and run.settings.checkpoint_adapters_only) or is_pinned(run.base.get("source")):
         return {}
     return {"GPT2_MODEL_NAME" if run.settings.gpt2_model_name else "BASE_CHECKPOINT": str(run.base.get("source"))}

@@ -11,6 +11,7 @@ from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.ckpt.foreign.importing import rate_in_use
+from milepost.ckpt.hub import is_same_model
 from milepost.ckpt.record import from_metadata
 from milepost.ckpt.restore import Restored, build_model, restore_optimizer
 from milepost.ckpt.rivals import ambiguity, rivals
@@ -178,7 +179,7 @@ def _fits(found: ckpt.Found, settings: Config) -> bool:
 def _contradictions(found: ckpt.Found, settings: Config) -> list[Any]:
     """Return the settings that a checkpoint contradicts, as far as its metadata tells."""
     record = from_metadata(found.metadata, model_state={}, optimizer_state=None, where=str(found.path))
-    return config.contradictions(settings, fixed_settings(record))
+    return config.contradictions(settings, _fixed(record, settings))
 
 
 def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
@@ -188,7 +189,7 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     """
     differences = [
         f"{name} is {requested!r}, the checkpoint has {saved!r}"
-        for name, requested, saved in config.contradictions(settings, fixed_settings(record))
+        for name, requested, saved in config.contradictions(settings, _fixed(record, settings))
     ]
     wanted = config.from_saved(settings, saved_settings(record))
     check_text_named(record, settings, f"RESUME={settings.resume}")
@@ -271,13 +272,15 @@ def saved_settings(record: Checkpoint) -> dict[str, Any]:
 
 
 def fixed_settings(record: Checkpoint) -> dict[str, Any]:
-    """Return the `saved_settings` that must not be contradicted.
+    """Return the `saved_settings` that must not be contradicted. A base is identified by its weights: its folder may be renamed."""
+    free = ("PRETRAINED", "GPT2_MODEL_NAME") if record.base else ("PRETRAINED",)
+    return {name: value for name, value in saved_settings(record).items() if name not in free}
 
-    A base is identified by its weights, so its folder may be renamed.
-    """
-    return {
-        name: value for name, value in saved_settings(record).items() if not (record.base and name == "GPT2_MODEL_NAME")
-    }
+
+def _fixed(record: Checkpoint, settings: Config) -> dict[str, Any]:
+    """Return those of a resume, which also needs the same model of the hub, whose branch may have moved."""
+    saved = saved_settings(record).get("PRETRAINED")
+    return fixed_settings(record) | ({} if is_same_model(settings.pretrained, saved) else {"PRETRAINED": saved})
 
 
 def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGLE, *, schedule: Schedule | None = None,
@@ -431,10 +434,7 @@ def inexact_reasons(run: Run, record: Checkpoint, restored: Restored) -> list[st
 
 
 def changed_settings(run: Run, record: Checkpoint) -> dict[str, Any]:
-    """Return the settings that this resume changed: {name: [saved, now]}.
-
-    A run that keeps its id changed none; its `parent` is older.
-    """
+    """Return the settings that this resume changed, {name: [saved, now]}: none if the run keeps its id, whose `parent` is older."""
     return (run.parent or {}).get("changed", {}) if run.run_id != record.run_id else {}
 
 

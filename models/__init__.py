@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from models.model import Model
 
 __all__ = [
-    "ADAPTERS", "MODELS", "Entry", "adapter_counts", "adapter_kind", "build", "draw_adapters", "fields_of", "freeze_base",
+    "ADAPTERS", "FINE_TUNING", "MODELS", "Entry", "adapter_counts", "adapter_kind", "build", "draw_adapters", "fields_of", "freeze_base",
     "is_adapter", "load", "lora_layers", "parameter_count", "plain", "register", "settings_from", "trained_count", "training_bytes",
     "with_trait",
 ]  # fmt: skip
@@ -29,6 +29,12 @@ __all__ = [
 OF_EVERY_MODEL: Final = (
     "block_size", "training_steps", "batch_size", "learning_rate", "warmup_steps", "lr_schedule", "optimizer",
 )  # fmt: skip
+
+# Of their variables where the weights are those of a pretrained model, which brings its own sizes.
+FINE_TUNING: Final[Mapping[str, Any]] = {
+    "n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "training_steps": 2000, "batch_size": 4,
+    "learning_rate": 5e-5, "warmup_steps": 100, "lr_schedule": "cosine", "optimizer": "adamw",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +76,7 @@ register("gpt2", "models.gpt2:GPT2",
          defaults={"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "dropout": 0.0,
                    "training_steps": 1000, "batch_size": 12, "learning_rate": 1e-2, "warmup_steps": 100,
                    "lr_schedule": "linear", "optimizer": "muon"},
-         pretrained={"n_layer": None, "n_head": None, "n_embd": None, "block_size": 256, "dropout": 0.1,
-                     "training_steps": 2000, "batch_size": 4, "learning_rate": 5e-5, "warmup_steps": 100,
-                     "lr_schedule": "cosine", "optimizer": "adamw"},
+         pretrained={**FINE_TUNING, "dropout": 0.1},
          adapters=("lora", "ttt"), lora_layers=("c_attn", "c_proj", "c_fc"), hidden_matrices=True,
          adamw_learning_rate=3e-3, transformers="GPT2LMHeadModel")
 register("llama", "models.llama:Llama",

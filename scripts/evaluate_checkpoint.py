@@ -139,6 +139,7 @@ def text_for(record: Checkpoint, settings: Config, log: Log) -> Text:
         problem = f"{name} was trained on a mixture, of which a part of each source is validated on"
         raise DataError(f"{problem}: set EVAL_DATA to the text to measure it on")
     size = scanned.documents if corpus.reading.form else scanned.characters
+    size = corpus.prepared.count if corpus.prepared else size
     return Text(corpus, scanned, start=split_at(size, fraction))
 
 

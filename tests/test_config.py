@@ -29,7 +29,7 @@ def names(text: str) -> set[str]:
 
 # The contract of names: adding or renaming a variable has to change this list too.
 IDENTITY = names(
-    "TRAINING_DATA_SOURCE TEXT_FIELD DOCUMENT_SEPARATOR PROMPT_FIELD ANSWER_FIELD TOKENIZER BPE_VOCAB_SIZE VALIDATION_FRACTION VALIDATION_DATA MODEL_TYPE GPT2_MODEL_NAME "
+    "TRAINING_DATA_SOURCE TEXT_FIELD DOCUMENT_SEPARATOR PROMPT_FIELD ANSWER_FIELD TOKENIZER BPE_VOCAB_SIZE VALIDATION_FRACTION VALIDATION_DATA MODEL_TYPE PRETRAINED GPT2_MODEL_NAME "
     "N_LAYER N_HEAD N_EMBD N_KV_HEAD N_INNER BLOCK_SIZE BIAS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS CHECKPOINT_ADAPTERS_ONLY "
     "TTT_LAYERS TTT_BASE_LR TTT_MINI_BATCH_SIZE TTT_INITIAL_GATING_ALPHA"
 )
@@ -695,6 +695,10 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
         return st.sampled_from(["https://example.com/s3cr3t"] if rules["form"] == "webhook" else ["s3cr3t"])
     if rules["form"] == "hub_name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,9}/[A-Za-z0-9][A-Za-z0-9_.-]{0,9}", fullmatch=True)
+    if rules["form"] == "hub_model":
+        return st.from_regex(
+            r"[A-Za-z0-9][A-Za-z0-9_.-]{0,9}/[A-Za-z0-9][A-Za-z0-9_.-]{0,9}(@[a-z0-9][a-z0-9./-]{0,9})?", fullmatch=True
+        )
     if rules["form"] == "name":
         return st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", fullmatch=True)
     if rules["form"] == "address":

@@ -12,6 +12,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pages
 import pytest
 import torch
@@ -66,6 +67,7 @@ NOT_RUN = {
     "MODEL_TYPE=gpt2 BATCH_SIZE=512 ": "eight machines; tests/test_distributed.py has two nodes of one machine",
     "lm_eval ": "another program, and questions from the hub",
     "NOTIFY_URL=https://ntfy.sh/": "a server elsewhere; tests/test_notices.py has one of its own",
+    "PRETRAINED=HuggingFaceTB/SmolLM2-135M LORA_RANK": "a model from the hub; tests/test_pretrained.py has a hub of its own",
     "llama-completion ": "llama.cpp; tests/llama opens the file",
     "cp -r exported/FOLDER nanoGPT": "a checkout of nanoGPT; tests/test_export.py opens the file as it does",
     "python3 -m torch.distributed.checkpoint.format_utils ": "tests/test_sharded.py calls its function",
@@ -214,6 +216,7 @@ def theirs(folder: Path) -> None:
     shutil.copytree(FOREIGN / "pair", folder / "theirs")
     shutil.copytree(FOREIGN / "unified", folder / "theirs", dirs_exist_ok=True)
     shutil.copytree(FOREIGN / "nanogpt", folder / "nanogpt")
+    np.tile(np.arange(5, dtype=np.uint16), 600).tofile(folder / "nanogpt" / "train.bin")
     shutil.copytree(FOREIGN / "directory" / "dante", folder / "old" / "dante")
     shutil.copytree(FOREIGN / "lecture", folder / "old" / "legacy")
     (folder / "old" / "text.txt").write_text("abc ab\nca b c\n" * 50, encoding="utf-8")

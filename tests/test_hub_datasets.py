@@ -1,5 +1,6 @@
 """Data sets of the hub with a local hub: which files a split has, the commit in the record, and a resume after the branch moved."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ FIRST, SECOND = "1" * 40, "2" * 40
 
 
 class DataHub(Hub):
-    """Serves `{top}/{commit}/` as the only data set, wren/letters, whose branch main is at `main`."""
+    """Serves `{top}/{commit}/` as the only data set, `name`, whose branch main is at `main`."""
 
-    def __init__(self, top: Path) -> None:
+    def __init__(self, top: Path, name: str = "wren/letters") -> None:
         super().__init__(top)
+        self.name = name.split("/")
         self.RequestHandlerClass = DataAnswer
         self.main, self.configs = FIRST, list[dict[str, Any]]()
 
@@ -33,7 +35,7 @@ class DataAnswer(Answer):
 
     def answer(self, *, body: bool) -> None:
         words = self.path.split("?")[0].strip("/").split("/")
-        if words[:4] == ["api", "datasets", "wren", "letters"]:
+        if words[:4] == ["api", "datasets", *self.server.name]:
             commit = self.commit(words[5] if len(words) > 5 else "main")
             files = sorted(path for path in (self.server.top / commit).rglob("*") if path.is_file())
             names = [path.relative_to(self.server.top / commit).as_posix() for path in files]
@@ -41,10 +43,10 @@ class DataAnswer(Answer):
                 tree = [{"type": "file", "path": name, "size": path.stat().st_size, "oid": "b" * 40} for name, path in zip(names, files, strict=True)]  # fmt: skip
                 return self.say(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
             card = {"configs": self.server.configs} if self.server.configs else {}
-            values = {"id": "wren/letters", "sha": commit, "private": False, "cardData": card,
+            values = {"id": "/".join(self.server.name), "sha": commit, "private": False, "cardData": card,
                       "siblings": [{"rfilename": name} for name in names]}  # fmt: skip
             return self.say(200, json.dumps(values).encode(), {"Content-Type": "application/json"})
-        if words[:4] == ["datasets", "wren", "letters", "resolve"]:
+        if words[:4] == ["datasets", *self.server.name, "resolve"]:
             commit = self.commit(words[4])
             file = self.server.top / commit / "/".join(words[5:])
             if body:
@@ -60,6 +62,13 @@ class DataAnswer(Answer):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[DataHub]:
+    with data_hub(tmp_path) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def data_hub(tmp_path: Path, name: str = "wren/letters") -> Iterator[DataHub]:
+    """Yield a hub whose data set has two commits."""
     for commit, start in ((FIRST, 0), (SECOND, 9000)):
         folder = tmp_path / "hub" / commit
         (folder / "data").mkdir(parents=True)
@@ -68,7 +77,7 @@ def hub(tmp_path: Path) -> Iterator[DataHub]:
             (folder / "data" / f"{part}.jsonl").write_text(json.dumps({"text": text}) + "\n")
         (folder / "README.md").write_text("# Letters\n")
         (folder / "load.py").write_text("raise SystemExit('run')\n")
-    server = DataHub(tmp_path / "hub")
+    server = DataHub(tmp_path / "hub", name)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()

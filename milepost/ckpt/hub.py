@@ -1,6 +1,11 @@
-"""Turn the name of a hub model, or of a folder, into a local folder in the Hugging Face layout."""
+"""Turn the name of a hub model, or of a folder, into a local folder in the Hugging Face layout.
 
+`owner/name@revision` names a model at a branch, a tag or a commit.
+"""
+
+import re
 from pathlib import Path
+from typing import TypeGuard
 
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.weight_files import PICKLED, SAFETENSORS
@@ -14,10 +19,12 @@ TOKENS = [
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
 ]
 FIRST = [*SMALL, *TOKENS, SAFETENSORS.whole, SAFETENSORS.index, SAFETENSORS.shards]
 ELSE = [PICKLED.whole, PICKLED.index, PICKLED.shards]
+PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 FOLDER = "name a folder that holds config.json and model.safetensors"
 
 
@@ -33,7 +40,25 @@ def local_folder(name: str) -> Path:
     if name.startswith((".", "/", "~")):
         raise CheckpointError(name, "there is no such folder", FOLDER, kind="not found")
     folder = _fetched(name, FIRST)
-    return folder if any(folder.glob("model*.safetensors")) else _fetched(name, ELSE)
+    pinned = f"{name.partition('@')[0]}@{folder.name}"
+    return folder if any(folder.glob("model*.safetensors")) else _fetched(pinned, ELSE)
+
+
+def pinned_name(name: str) -> str:
+    """Return the name of a hub model with the commit that its revision is at. Raise CheckpointError as local_folder does."""
+    return f"{name.partition('@')[0]}@{local_folder(name).name}"
+
+
+def is_pinned(name: object) -> TypeGuard[str]:
+    """Return whether this is the name of a hub model with a commit."""
+    return isinstance(name, str) and bool(PINNED.fullmatch(name))
+
+
+def is_same_model(name: object, pinned: object) -> bool:
+    """Return whether `name` may mean the model that `pinned` names with its commit: a branch may have moved since."""
+    if name == pinned:
+        return True
+    return is_pinned(pinned) and not is_pinned(name) and str(name).partition("@")[0] == str(pinned).partition("@")[0]
 
 
 def _fetched(name: str, patterns: list[str]) -> Path:
@@ -45,10 +70,15 @@ def _fetched(name: str, patterns: list[str]) -> Path:
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        repository, _, revision = name.partition("@")
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except RevisionNotFoundError as error:
+        problem = "the hub has the model, but no such revision of it"
+        raise CheckpointError(name, problem, "check what follows the @", kind="not found") from error
     except RepositoryNotFoundError as error:
         problem = "the hub has no such model, or it needs HF_TOKEN"
         raise CheckpointError(name, problem, f"check the name, or {FOLDER}", kind="not found") from error

@@ -81,8 +81,9 @@ def _run_stem(pattern: str, step: int, prefix: str) -> str:
 def _words(values: dict[str, Json], prefix: str) -> list[str]:
     """Return the words of a name before its step, from a record's metadata."""
     words = [prefix, file_word(values["model_type"]), file_word(str(values.get("data", {}).get("name") or "text"))]
-    pretrained = str(values.get("hyperparameters", {}).get("GPT2_MODEL_NAME") or "").rstrip("/").split("/")[-1]
-    weights = re.sub(r"[^a-z0-9]", "", pretrained.lower())[:40]
+    settings = values.get("hyperparameters", {})
+    pretrained = str(settings.get("PRETRAINED") or "").partition("@")[0] or str(settings.get("GPT2_MODEL_NAME") or "")
+    weights = re.sub(r"[^a-z0-9]", "", pretrained.rstrip("/").split("/")[-1].lower())[:40]
     return [*words, weights] if weights else words
 
 

@@ -17,7 +17,7 @@ from models import MODELS, fields_of
 EVERYWHERE = (
     "ENV_FILE", "DEVICE", "CHECKPOINT_DIR", "CHECKPOINT_FALLBACK_DIR", "CHECKPOINT_MIRROR", "RUNS_DIR", "PORT", "SERVE_HOST", "API_KEY",
 )  # fmt: skip
-NOT_SIZES = ("MODEL_TYPE", "GPT2_MODEL_NAME")  # of the group Model; the others are settings of a model's class
+NOT_SIZES = ("MODEL_TYPE", "GPT2_MODEL_NAME", "PRETRAINED")  # of the group Model; the others are of a model's class
 
 # (a variable of another script, a variable that this script reads) -> what to set here.
 INSTEAD = {

@@ -167,6 +167,13 @@ def _hub(text: str, folder: str) -> str:
     return path if text.strip().startswith((".", "/", "~")) or os.path.isdir(path) else text.strip()
 
 
+def _hub_model(text: str, _folder: str) -> str:
+    name, at, revision = text.strip().partition("@")
+    if at and not re.fullmatch(r"[\w.][\w./-]{0,95}", revision, re.ASCII):
+        raise ValueError(text)
+    return _hub_name(name, "") + at + revision
+
+
 def _hub_name(text: str, _folder: str) -> str:
     if not re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", text.strip(), re.ASCII):
         raise ValueError(text)
@@ -223,6 +230,7 @@ FORMS: dict[str, Callable[[str, str], Any]] = {
     "address": _address,
     "hub": _hub,
     "hub_name": _hub_name,
+    "hub_model": _hub_model,
     "secret": _secret,
     "list": _list,
     "name": _name,
@@ -246,6 +254,7 @@ NOUNS: dict[Any, str] = {
     "address": "an address such as s3://bucket/path, or file:///path for a folder",
     "hub": "a hub name or a folder",
     "hub_name": "owner/name",
+    "hub_model": "owner/name or owner/name@revision; INIT_FROM takes a folder",
     "secret": "printable ASCII without spaces",
     "list": 'text, or a JSON list like ["a", "b"]',
     "name": "up to 40 letters, digits, `_`, `.` and `-`",

@@ -40,7 +40,7 @@ from milepost.places import SHIPPED, base_folder
 from milepost.runtime.optimizers import OPTIMIZERS
 from milepost.text.addresses import HIDDEN, masked
 from milepost.text.sources import with_places
-from models import MODELS, with_trait
+from models import FINE_TUNING, MODELS, with_trait
 
 # What the shell of Windows shows before a command: $P is the folder, $G is >, and conda puts its environment before them.
 PROMPT_OF_CMD = re.compile(r"(?:[(\[][^()\[\]]*[)\]] *)*(?:\$[A-Za-z_$+])*\$[Pp](?:\$[A-Za-z_$+])*")
@@ -227,7 +227,8 @@ def settled(config: Config, name: str) -> bool:
     defaults contradict nothing before that.
     """
     scope, resumes = VARIABLES[name].metadata["scope"], config.resume != "never" or config.mode == "resume"
-    brought = resumes or (config.init_from is not None and scope == "identity")
+    weights = config.init_from or config.pretrained
+    brought = resumes or (weights is not None and scope == "identity")
     return not brought or config.is_set(name) or scope == "session"
 
 
@@ -254,8 +255,9 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     heads, width, model = config.n_head, config.n_embd, MODELS[config.model_type]
     if config.gpt2_model_name and not model.pretrained:
         yield pair("GPT2_MODEL_NAME", "MODEL_TYPE", _needs_model("pretrained"))
-    if config.gpt2_model_name and config.init_from:
-        yield pair("GPT2_MODEL_NAME", "INIT_FROM", "{} and {} both name the first weights: unset one")
+    named = [n for n in ("PRETRAINED", "GPT2_MODEL_NAME", "INIT_FROM") if getattr(config, n.lower())]
+    for first, second in itertools.pairwise(named):
+        yield pair(first, second, "{} and {} both name the first weights: unset one")
     if "n_head" in model.defaults and not config.gpt2_model_name and heads and width and width % heads:
         wider = max(1, round(width / heads / 16)) * 16 * heads
         near = (n for away in range(16) for n in (heads + away, heads - away) if n > 0 and width % n == 0)
@@ -321,12 +323,12 @@ def _adapter_clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         frozen_base(config)
         and config.resume == "never"
         and config.mode != "resume"
-        and not (config.gpt2_model_name or config.init_from)
+        and not (config.pretrained or config.gpt2_model_name or config.init_from)
     ):
         yield pair(
             freezes,
             "GPT2_MODEL_NAME",
-            "{} freezes the base: name it with GPT2_MODEL_NAME or INIT_FROM",
+            "{} freezes the base: name it with PRETRAINED, GPT2_MODEL_NAME or INIT_FROM",
         )
     if config.checkpoint_adapters_only and not config.lora_rank and not config.ttt_layers:
         yield pair(
@@ -351,6 +353,8 @@ def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = dict(model.defaults)
     if values.get("GPT2_MODEL_NAME"):
         row = dict(next(entry.pretrained for entry in MODELS.values() if entry.pretrained))
+    elif values.get("PRETRAINED"):
+        row |= FINE_TUNING
     elif model.adamw_learning_rate and values.get("OPTIMIZER", _default_optimizer(values, row)) == "adamw":
         n_embd = max(ADAMW_N_EMBD, values.get("N_EMBD") or ADAMW_N_EMBD)
         learning_rate = float(f"{model.adamw_learning_rate * ADAMW_N_EMBD / n_embd:.2g}")

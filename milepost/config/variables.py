@@ -98,7 +98,7 @@ class Config:
     """The resolved settings: one field per variable, in lower case. None means "not set". `read()` builds it."""
 
     # fmt: off
-    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz or .zst, .parquet .arrow, source code), folder, glob, "
+    training_data_source: str = var("data/dear_wren.md", "text to train on: a file (.txt .md .jsonl .json .csv .tsv, each also .gz or .zst, .parquet .arrow, source code, .bin of nanoGPT or llm.c), folder, glob, "
         "code: and a folder of source code, https URL, hf://datasets/owner/name, the named set tinyshakespeare, or several joined by commas; with weights, as in a.txt*3,b.txt*1, a mixture",
         group="Data", scope="identity", form="source")
     text_field: str = var("text", "column of a CSV, or member of each JSON object, that holds the text",
@@ -130,6 +130,8 @@ class Config:
         group="Model", scope="identity", choices=MODELS)
     gpt2_model_name: str | None = var(None, "pretrained weights to start from, with MODEL_TYPE=gpt2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
         "another hub name, or a Hugging Face folder", group="Model", scope="identity", form="hub")
+    pretrained: str | None = var(None, "model of the hub to start from, whose kind, sizes and tokenizer the run takes over: owner/name, such as "
+        "HuggingFaceTB/SmolLM2-135M, also with @ and a branch, a tag or a commit; its commit is recorded", group="Model", scope="identity", form="hub_model")
     n_layer: int | None = var(4, "transformer blocks; 4 with N_EMBD=128 have 0.8 million parameters, 3 MB, and train in "
         "minutes on a CPU; pretrained weights bring their own", group="Model", scope="identity", minimum=1)
     n_head: int | None = var(4, "attention heads per block; must divide N_EMBD",
@@ -146,7 +148,7 @@ class Config:
         "and trains faster without", group="Model", scope="math", minimum=0, below=1)
     bias: bool = var(True, "biases in linear layers and layer norms, as published", group="Model", scope="identity")
 
-    lora_rank: int = var(0, "rank of the LoRA adapters; the base of GPT2_MODEL_NAME or INIT_FROM is frozen and only adapters train; "
+    lora_rank: int = var(0, "rank of the LoRA adapters; the base of PRETRAINED, GPT2_MODEL_NAME or INIT_FROM is frozen and only adapters train; "
         "8 is usual; 0 = no adapters", group="Adapters", scope="identity", minimum=0)
     lora_alpha: float = var(16.0, "scale of the adapters: their output is multiplied by LORA_ALPHA / LORA_RANK", group="Adapters",
         scope="identity", above=0)

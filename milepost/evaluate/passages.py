@@ -29,7 +29,7 @@ BLOCK, MOST_BLOCKS = (
 
 @dataclass(frozen=True)
 class Text:
-    """The text to predict: a corpus, from character `start` on; of conversations, from conversation `start` on."""
+    """The text to predict: a corpus, from the unit `start` on, which is a character, a conversation, or an id of prepared data."""
 
     corpus: Corpus
     scan: Scan
@@ -45,13 +45,20 @@ class Text:
         """Whether the text is conversations, of which only answers are predicted."""
         return bool(self.corpus.reading.form)
 
+    @property
+    def unit(self) -> str:
+        """What `start` counts."""
+        return "conversation" if self.is_talks else "id" if self.corpus.prepared else "character"
+
     def talks(self) -> list[Talk]:
         """Return the conversations."""
         return [talk for _, talk in itertools.islice(self.corpus.conversations(), self.start, None)]
 
     def passages(self) -> Iterator[str]:
         """Yield the documents. A document of more than CHUNK characters is split into parts, cut between words."""
-        pieces = (piece for part, piece in cut(self.corpus.pieces(), self.start) if part)
+        ids = self.corpus.prepared
+        parts = ((1, piece) for piece in ids.pieces(self.start)) if ids else cut(self.corpus.pieces(), self.start)
+        pieces = (piece for part, piece in parts if part)
         return (text for text, _ in rechunk(pieces, size=CHUNK, limit=RECORD_LIMIT))
 
 

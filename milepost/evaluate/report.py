@@ -59,7 +59,7 @@ def tables(evaluations: list[Evaluation], comparisons: list[dict[str, Any]]) -> 
 
 
 def _source(text: Text) -> str:
-    part = f" from {'conversation' if text.is_talks else 'character'} {text.start:,} on" if text.start else ""
+    part = f" from {text.unit} {text.start:,} on" if text.start else ""
     return f"measured on {shown(text.corpus.source)}{part} (sha256 {text.scan.sha256[:12]})"
 
 
@@ -90,7 +90,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         source = {
             "source": text.corpus.source,
             "sha256": text.scan.sha256,
-            "first_conversation" if text.is_talks else "first_character": text.start,
+            f"first_{text.unit}": text.start,
         }
         values["standard"] = standard | {"text": source}
     values["benchmarks"] = [

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from milepost.ckpt import Checkpoint
+from milepost.ckpt.hub import is_pinned
 from milepost.screen import harmless
 from milepost.text.templates import PLAIN_END
 
@@ -30,8 +31,9 @@ def card(record: Checkpoint, name: str, *, parameters: int, sha256: str, curve: 
 
 def base_on_hub(record: Checkpoint) -> str | None:
     """Return the hub's name of the model that a public record began with; None if it began with none, or with a file."""
-    name: str | None = record.hyperparameters.get("GPT2_MODEL_NAME") or (record.base or {}).get("source")
-    return name
+    named = record.hyperparameters.get("PRETRAINED") or record.hyperparameters.get("GPT2_MODEL_NAME")
+    name: str | None = named or (record.base or {}).get("source")
+    return name.partition("@")[0] if is_pinned(name) else name
 
 
 def _front_matter(record: Checkpoint) -> str:

@@ -9,7 +9,8 @@ from milepost import config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.record import Json
 
-HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # owner/name, or one of the first models' names
+# owner/name, also with a revision, or one of the first models' names
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 AFFECTING = ("identity", "math")  # scopes of settings that the weights depend on
 PUBLIC_DATA = (
     "name",

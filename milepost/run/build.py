@@ -16,8 +16,16 @@ from milepost.config import Config, ConfigError
 from milepost.run.device_check import device_problem
 from milepost.run.probe import probe
 from milepost.run.state import Run, Saved, State
-from milepost.run.text import Text, read_text, training_batches
-from milepost.run.weights import adapters, identity, initial_weights, lineage, shape_variables, with_model_of
+from milepost.run.text import Text, read_text, training_batches, with_validation_beside
+from milepost.run.weights import (
+    adapters,
+    identity,
+    initial_weights,
+    lineage,
+    shape_variables,
+    with_model_of,
+    with_pinned,
+)
 from milepost.runtime import distributed, hardware
 from milepost.runtime.distributed import SINGLE, ElsewhereError, World
 from milepost.runtime.optim import build_optimizer
@@ -29,13 +37,15 @@ from models.sizes import size_of
 
 
 def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
-    """Return a run at step 0 with random weights, or with those of GPT2_MODEL_NAME or INIT_FROM."""
+    """Return a run at step 0 with random weights, or with those of PRETRAINED, GPT2_MODEL_NAME or INIT_FROM."""
     device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     hardware.make_deterministic(settings.deterministic, device)
+    settings = with_pinned(settings, world)
     weights = initial_weights(settings, log, world)
     if weights:
         settings = with_model_of(weights, settings)
     check_batch_size(settings, world)
+    settings = with_validation_beside(settings, log)
     text, tokenizer = read_text(settings, log, world, record=weights)
     torch.manual_seed(settings.seed)
     base = None

@@ -25,6 +25,7 @@ from milepost.text.hub import at_commit
 from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, open_text
 from milepost.text.mixtures import MixedBatches, MixedSplit, MixedTokens, mixed_split
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
+from milepost.text.prepared import Vocabulary, validation_beside
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
 from milepost.text.sources import with_places
@@ -101,6 +102,8 @@ def read_text(
         tokenizer = made if made is not None else tokenization.from_dict(described)
     check_separator(settings.document_separator, tokenizer)
     template = template_of(record.data if record else {}, tokenizer) or None  # the plain one where there is none
+    for source, _ in [(corpus, scanned), *([held_out] if held_out else [])]:
+        check_ids(source, tokenizer)
     tokenized = functools.partial(_tokenized, tokenizer=tokenizer, template=template, settings=settings, log=log)
     fraction = fraction_of(settings)
     split, unknown = world.local_rank0_first(lambda: tokenized(corpus, scanned, fraction=fraction))
@@ -169,6 +172,9 @@ def _source_tokenized(
 ) -> tuple[token_files.TokenSplit | ExampleSplit, str | None]:
     """Return the tokens, and what was done with characters that the vocabulary lacks; None if it has all."""
     mode = cast(Mode, settings.unknown_characters)
+    place: dict[str, Any] = {"validation_fraction": fraction, "cache_dir": CACHE_FOLDER, "log": log}
+    if corpus.prepared:
+        return token_files.prepare_ids(corpus, corpus.prepared, scanned, **place), None
     try:
         encoder, remark = encoder_of(tokenizer, corpus, scanned, mode=mode, cache_dir=CACHE_FOLDER)
     except tokenization.UnknownCharacters as error:
@@ -176,7 +182,6 @@ def _source_tokenized(
         raise DataError(f"{corpus.source}: {error}: {remedy}") from error
     if remark:
         _log_once(remark, log)
-    place: dict[str, Any] = {"validation_fraction": fraction, "cache_dir": CACHE_FOLDER, "log": log}
     if corpus.reading.form:
         examples = prepare_examples(corpus, scanned, encoder, template=template, **place)
         return examples, mode if remark else None
@@ -300,14 +305,46 @@ def check_separator(separator: str | None, tokenizer: tokenization.Tokenizer) ->
         raise ConfigError([f"DOCUMENT_SEPARATOR={separator}: {problem}: {remedy}"])
 
 
+def check_ids(corpus: Corpus, tokenizer: tokenization.Tokenizer) -> None:
+    """Raise DataError if prepared data have ids of other tokens than the tokenizer's."""
+    for part in corpus.parts or (corpus,):
+        if part.prepared and not part.prepared.vocabulary.is_of(tokenizer):
+            own = f"a {tokenizer.kind} tokenizer of {tokenizer.vocab_size}"
+            remedy = "use the text that they were made of, or a model with these tokens"
+            raise DataError(
+                f"{part.source} holds ids of {part.prepared.vocabulary.name}, the model has {own}: {remedy}"
+            )
+
+
+def with_validation_beside(settings: Config, log: Log) -> Config:
+    """Return the settings, with the validation data that lie beside prepared training data, unless another text is named for it."""
+    beside = validation_beside(settings.training_data_source)
+    if not beside or settings.validation_data or settings.is_set("VALIDATION_FRACTION"):
+        return settings
+    log(f"{beside} is the validation text; set VALIDATION_FRACTION to hold out a part of the training text instead")
+    return config.with_values(settings, {"VALIDATION_DATA": beside}, source="beside TRAINING_DATA_SOURCE")
+
+
 def new_tokenizer(settings: Config, corpus: Corpus, scanned: Scan) -> tokenization.Tokenizer:
     """Return the tokenizer that the settings ask for; a BPE tokenizer is trained on the text."""
+    if implied := next((part.prepared for part in corpus.parts or (corpus,) if part.prepared), None):
+        return tokenizer_of_ids(implied.vocabulary, settings, corpus)
     kind = tokenization.choose(settings.tokenizer, alphabet=scanned.alphabet, pretrained=bool(settings.gpt2_model_name))
     alphabet, documents, vocab_size = scanned.alphabet, scanned.documents, settings.bpe_vocab_size
     try:
         return tokenization.build(kind, corpus.pieces(), alphabet=alphabet, documents=documents, vocab_size=vocab_size)
     except LongWordError as error:
         raise DataError(f"{corpus.source}: {error}") from error
+
+
+def tokenizer_of_ids(vocabulary: Vocabulary, settings: Config, corpus: Corpus) -> tokenization.Tokenizer:
+    """Return the tokenizer of prepared data. Raise ConfigError if the settings ask for another, DataError if only a model has it."""
+    tokenizer, what = vocabulary.tokenizer(), f"{corpus.source} holds ids of {vocabulary.name}"
+    if tokenizer is None:
+        raise DataError(f"{what}: name a model that has them with INIT_FROM")
+    if settings.tokenizer not in ("auto", tokenizer.kind):
+        raise ConfigError([f"TOKENIZER={settings.tokenizer}: {what}, which are {tokenizer.kind}: unset it"])
+    return tokenizer
 
 
 def scan_text(settings: Config, log: Log, known: Known = UNKNOWN_TEXT) -> tuple[Corpus, Scan]:
@@ -338,7 +375,7 @@ def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known
         )
     except TextFieldError as error:
         raise DataError(f"{error}: set TEXT_FIELD to the name of the field that holds the text") from error
-    separator = reading.separator
+    separator = "" if corpus.prepared else reading.separator
     found = [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"] if separator else []
     for line in (*corpus.skipped, *scanned.notes, *found):
         _log_once(line, log)

@@ -1,4 +1,4 @@
-"""The weights that a run starts with: those of a checkpoint or of pretrained GPT-2, their base, tokenizer and lineage."""
+"""The weights that a run starts with: those of a checkpoint or of a pretrained model, their base, tokenizer and lineage."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.foreign.importing import IN_CONFIG, lacks_n_head, n_head_problem, with_chars, with_kind, with_n_head
-from milepost.ckpt.hub import local_folder
+from milepost.ckpt.hub import is_pinned, local_folder, pinned_name
 from milepost.ckpt.record import metadata
 from milepost.ckpt.restore import name_the_base, with_base
 from milepost.ckpt.tensors import digest
@@ -28,8 +28,11 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
     """Return the record whose weights and tokenizer a fresh run starts with, or None for random weights."""
     notes: list[str] = []
     folder, hub_name, name = Path(settings.checkpoint_dir), settings.gpt2_model_name, settings.init_from
-    if hub_name:
-        record: Checkpoint | None = _pretrained(world.local_rank0_first(lambda: local_folder(hub_name)), notes)
+    if settings.pretrained:
+        pinned = settings.pretrained
+        record: Checkpoint | None = _pretrained(world.local_rank0_first(lambda: local_folder(pinned)), notes)
+    elif hub_name:
+        record = _pretrained(world.local_rank0_first(lambda: local_folder(hub_name)), notes)
     elif name:
         record = agreed(
             lambda: ckpt.load_named(name, folder, say=notes.append, optimizer=False, certain=True),
@@ -44,6 +47,15 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
     for note in [*notes, *record.notes]:
         log(note)
     return record
+
+
+def with_pinned(settings: Config, world: World) -> Config:
+    """Return the settings, with the commit at which the model of PRETRAINED is now. Raise CheckpointError if the hub has none."""
+    if not settings.pretrained:
+        return settings
+    name = settings.pretrained
+    pinned = world.broadcast(world.on_rank0(lambda: pinned_name(name)))
+    return config.with_values(settings, {"PRETRAINED": pinned}, source=settings.sources["PRETRAINED"])
 
 
 def _pretrained(folder: Path, notes: list[str]) -> Checkpoint:
@@ -90,6 +102,11 @@ def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         path, notes = ckpt.resolve(named, Path(settings.checkpoint_dir))
         for note in notes:
             log(note)
+    elif record.base and is_pinned(record.base.get("source")):
+        path = local_folder(str(record.base["source"]))
+        log(
+            f"the base of {shown(record.path) if record.path else 'the adapters'} is {record.base['source']} of the hub"
+        )
     else:
         raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record)}"])
     whole = with_base(record, ckpt.load(path, optimizer=False))
@@ -112,7 +129,7 @@ def _base_in_folder(record: Checkpoint, named: str | None) -> Path | None:
 
 def identity(base: Checkpoint, settings: Config) -> dict[str, Any]:
     """Return what identifies a base (the sha256 of its weights), and its source."""
-    name = settings.gpt2_model_name
+    name = settings.pretrained or settings.gpt2_model_name
     source = name if name and not Path(name).expanduser().is_dir() else str(base.path)
     return {"sha256": digest(base.model_state), "source": source, "step": base.step}
 
@@ -176,8 +193,8 @@ def with_model_of(weights: Checkpoint, settings: Config) -> Config:
     """Return the settings with the model and tokenizer of the weights. Raise ConfigError if the settings contradict
     them.
 
-    BLOCK_SIZE may crop the context. If it is not set, INIT_FROM keeps the weights' block size and GPT2_MODEL_NAME the
-    default, if it fits.
+    BLOCK_SIZE may crop the context. If it is not set, INIT_FROM keeps the weights' block size, PRETRAINED and GPT2_MODEL_NAME
+    the default, if it fits.
     """
     own = {name: weights.model_settings[name.lower()] for name in shape_variables(weights.model_settings)}
     own |= adapter_variables(weights.model_settings)

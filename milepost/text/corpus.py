@@ -15,6 +15,7 @@ from milepost.text.download import DOWNLOAD_LIMIT, fetch, open_https, tiny_shake
 from milepost.text.errors import DataError
 from milepost.text.folders import Found, code_in, files_of
 from milepost.text.hub import SCHEME, data_set, files_at
+from milepost.text.prepared import Prepared, is_prepared, prepared_of
 from milepost.text.readers import PLAIN, READERS, Piece, Reading, suffix_of, unpacked_name
 from milepost.text.sources import Part, joined, parts_of
 
@@ -24,7 +25,7 @@ class Corpus:
     """The files of a text: `source` as the user wrote it, without passwords, `name` safe for file names, `paths` in order.
 
     `reading` is how they are read, `skipped` tells which files of folders and globs are left out. A mixture has its sources
-    in `parts`, with a weight for each.
+    in `parts`, with a weight for each. Files that hold ids and no text are `prepared`.
     """
 
     source: str
@@ -34,6 +35,7 @@ class Corpus:
     skipped: tuple[str, ...] = ()
     parts: tuple["Corpus", ...] = ()
     weights: tuple[str, ...] = ()
+    prepared: Prepared | None = None
 
     def pieces(self, note: Callable[[str], None] = lambda _: None) -> Iterator[Piece]:
         """Yield all text in order, as pieces; remarks on files go to `note`.
@@ -44,6 +46,8 @@ class Corpus:
         if self.parts:
             for part in self.parts:
                 yield from part.pieces(note)
+        elif self.prepared:
+            yield from self.prepared.pieces()
         elif reading.form:
             note(f"{self.source}: {described(reading.form, reading)}")
             yield from as_pieces(self.conversations())
@@ -129,6 +133,7 @@ def _corpus(shown: str, found: list[tuple[Part, Found]], reading: Reading) -> Co
         paths=paths,
         reading=dataclasses.replace(reading, form=form_of(paths, reading)),
         skipped=tuple(line for _, (_, lines) in found for line in lines),
+        prepared=prepared_of(paths),
     )
 
 
@@ -160,6 +165,6 @@ def _stem(part: str) -> str:
         part = data_set(part).repo
     path = Path(re.split("[?#]", part)[0] if "://" in part else os.path.abspath(os.path.expanduser(part)))
     base = unpacked_name(path.name)
-    base = os.path.splitext(base)[0] if suffix_of(base) in READERS else base
+    base = os.path.splitext(base)[0] if suffix_of(base) in READERS or is_prepared(base) else base
     words = (re.sub(r"[^a-z0-9]+", "_", word.lower()).strip("_") for word in (base, path.parent.name))
     return next(filter(None, words), "text")

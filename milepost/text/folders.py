@@ -13,6 +13,7 @@ from typing import Any
 
 from milepost.text.blocks import decoded
 from milepost.text.errors import DataError
+from milepost.text.prepared import is_prepared
 from milepost.text.readers import CODE, READERS, SUPPORTED, VERBATIM, Reading, is_first_type, listed, suffix_of
 
 IGNORE = ".gitignore"
@@ -28,8 +29,10 @@ def files_of(place: str, reading: Reading) -> Found:
     if os.path.isdir(path):
         return _in_folder(place, Path(path), reading)
     if os.path.isfile(path):
-        if suffix_of(path) not in (VERBATIM if reading.verbatim else READERS):
-            raise DataError(f"{place}: unsupported file type: expected {SUPPORTED}, or source code")
+        if suffix_of(path) not in (VERBATIM if reading.verbatim else READERS) and not is_prepared(path):
+            raise DataError(
+                f"{place}: unsupported file type: expected {SUPPORTED}, source code, or .bin of nanoGPT or llm.c"
+            )
         return [Path(path)], []
     if os.path.exists(path):
         raise DataError(f"{place} is neither a file nor a folder")
@@ -54,6 +57,8 @@ def _matching(place: str, pattern: str, reading: Reading) -> Found:
     matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
     if suffix_of(pattern) in CODE and not reading.verbatim:  # a glob that names the type
         return _of_code(place, [path for path in matches if suffix_of(path.name) in CODE])
+    if is_prepared(pattern):
+        return matches, []
     found, others = _by_type(matches, reading)
     if not found and matches:
         raise DataError(f"{pattern}: no matching file has a supported type: expected {SUPPORTED}")

@@ -12,11 +12,13 @@ import numpy as np
 
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
+from milepost.text.prepared import Prepared
 from milepost.text.readers import END_OF_TEXT
 from milepost.text.stamps import forget, remembered
 
 Log = Callable[[str], None]
 
+IDS_RECORD = "ids1"  # of prepared data
 RECORD, FOLDER = "scan2", "scans"  # raise the number when the same files give another Scan
 VERBATIM_RECORD = "scan1"  # of files read as they are, which is how the first version read all
 MOST_NOTES = 3
@@ -37,6 +39,8 @@ class Scan:
 
 def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
     """Read all of `corpus` in flat memory. Raise DataError if it holds no text."""
+    if corpus.prepared:
+        return _scan_ids(corpus.source, corpus.prepared, log)
     digest = hashlib.sha256()
     seen = np.zeros(0x110000, dtype=bool)  # one flag per code point
     characters = documents = ends_written = 0
@@ -57,6 +61,36 @@ def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
     more = [f"and so in {len(notes) - MOST_NOTES} more files"] if len(notes) > MOST_NOTES else []
     more += [_about_ends(corpus.source, ends_written)] if ends_written else []
     return Scan(digest.hexdigest(), characters, documents, alphabet, (*notes[:MOST_NOTES], *more))
+
+
+def _scan_ids(source: str, prepared: Prepared, log: Log | None) -> Scan:
+    """Return what one pass over ids finds. `sha256` covers the ids; the alphabet has the characters of their tokens, without those
+    that several tokens share. Of tokens that only a model has, no character is known.
+    """
+    vocabulary = prepared.vocabulary
+    digest, counts, progress = (
+        ids_digest(prepared),
+        np.zeros(vocabulary.size, dtype=np.int64),
+        ByteProgress(log, "reading"),
+    )
+    for ids in prepared.ids():
+        progress.add(ids.nbytes)
+        digest.update(ids)
+        counts += np.bincount(ids, minlength=vocabulary.size)
+    characters, alphabet, tokenizer = 0, set[str](), vocabulary.tokenizer()
+    documents = 1 if vocabulary.edge is None else max(1, int(counts[vocabulary.edge]))
+    for token in np.flatnonzero(counts).tolist():
+        written = b"" if tokenizer is None or token == vocabulary.edge else tokenizer.decode_bytes([token])
+        characters += int(counts[token]) * sum(byte & 0xC0 != 0x80 for byte in written)  # all but continuing bytes
+        alphabet.update(written.decode("utf-8", "ignore"))
+    return Scan(
+        digest.hexdigest(), characters, documents, "".join(sorted(alphabet)), (f"{source}: {prepared.described}",)
+    )
+
+
+def ids_digest(prepared: Prepared) -> Any:
+    """Return the beginning of a hash of ids, which no text has."""
+    return hashlib.sha256(f"\xffids {prepared.vocabulary.dtype}".encode("latin-1"))
 
 
 def _about_ends(source: str, count: int) -> str:
@@ -101,6 +135,8 @@ def forget_scan(corpus: Corpus, *, cache_dir: Path) -> None:
 def _record(corpus: Corpus) -> str:
     """Return the name of what is remembered: the same files give another scan if they are read in another way."""
     reading = corpus.reading
+    if corpus.prepared:
+        return f"{IDS_RECORD}-{hashlib.sha256(repr(corpus.prepared.vocabulary).encode()).hexdigest()[:16]}"
     plain = VERBATIM_RECORD if reading.verbatim else RECORD
     if reading.form:
         fields = f"{reading.form} {reading.prompt_field!r} {reading.answer_field!r}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -24,8 +24,9 @@ from milepost.files import APPEND, flush_to_disk, in_words, is_unreachable, lack
 from milepost.text.chunks import LongWordError, rechunk, whole_documents
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
+from milepost.text.prepared import Prepared
 from milepost.text.readers import Piece
-from milepost.text.scan import ByteProgress, Log, Scan, add_to_digest, forget_scan
+from milepost.text.scan import ByteProgress, Log, Scan, add_to_digest, forget_scan, ids_digest
 from milepost.text.stamps import file_sha256
 from milepost.text.token_arrays import Tokens, opened
 from milepost.text.tokenization.base import Tokenizer
@@ -39,6 +40,7 @@ ABANDONED = 24 * 3600  # seconds without a write after which a partial folder be
 ATTEMPTS = 10  # at building the folder while other processes build or remove it
 
 # Consecutive pieces, and what the first one does: it begins the text, or another document of it, or continues one.
+T = TypeVar("T")
 Start = Literal["text", "document", ""]
 Group = tuple[Start, list[Piece]]
 
@@ -73,14 +75,49 @@ def prepare(
     def parts() -> Iterator[tuple[int, Piece]]:
         return cut(verified(corpus, corpus.pieces(), scan, cache_dir, ByteProgress(log, "tokenizing")), at)
 
+    encode = functools.partial(token_ids, tokenizer=tokenizer)
     folder = cache_dir / _key(scan, tokenizer, validation_fraction)
     try:
         arrays = open_or_build(
-            folder, dict.fromkeys(FILES, dtype), lambda hidden: _build(hidden, parts(), tokenizer, dtype)
+            folder, dict.fromkeys(FILES, dtype), lambda hidden: _build(hidden, parts(), encode, dtype)
         )
         return TokenSplit(*arrays)
     except LongWordError as error:
         raise DataError(f"{corpus.source}: {error}") from error
+
+
+def prepare_ids(
+    corpus: Corpus,
+    prepared: Prepared,
+    scan: Scan,
+    *,
+    validation_fraction: float,
+    cache_dir: Path,
+    log: Log | None = None,
+) -> TokenSplit:
+    """Return the ids of prepared data, from `cache_dir` if they are there and intact, else copied into it, where no other program
+    writes.
+
+    The first int(ids * (1 - validation_fraction)) are the training part. Raise DataError if the files differ from what `scan` saw.
+    """
+    dtype, at = np.dtype(prepared.vocabulary.dtype), split_at(prepared.count, validation_fraction)
+
+    def parts() -> Iterator[tuple[int, np.ndarray]]:
+        digest, position, progress = ids_digest(prepared), 0, ByteProgress(log, "copying")
+        for ids in prepared.ids():
+            progress.add(ids.nbytes)
+            digest.update(ids)
+            room = min(max(0, at - position), len(ids))
+            position += len(ids)
+            yield from ((part, piece) for part, piece in enumerate((ids[:room], ids[room:])) if len(piece))
+        _check_digest(digest, corpus, scan, cache_dir)
+
+    key = hashlib.sha256(f"{scan.sha256} ids {float(validation_fraction)!r} {FORMAT}".encode()).hexdigest()[:32]
+    return TokenSplit(
+        *open_or_build(
+            cache_dir / key, dict.fromkeys(FILES, dtype), lambda hidden: _build(hidden, parts(), iter, dtype)
+        )
+    )
 
 
 def split_at(characters: int, validation_fraction: float) -> int:
@@ -101,6 +138,10 @@ def verified(
     for text, ends in pieces:
         progress.add(add_to_digest(digest, text, ends))
         yield text, ends
+    _check_digest(digest, corpus, scan, cache_dir)
+
+
+def _check_digest(digest: Any, corpus: Corpus, scan: Scan, cache_dir: Path) -> None:
     if digest.hexdigest() != scan.sha256:
         forget_scan(corpus, cache_dir=cache_dir)  # else the next start would trust it again
         raise DataError(f"{corpus.source} changed while it was read: start again")
@@ -206,11 +247,13 @@ def _open_built(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[P
     raise DataError(f"the token files in {folder} cannot be replaced: remove that folder")
 
 
-def _build(folder: Path, parts: Iterable[tuple[int, Piece]], tokenizer: Tokenizer, dtype: np.dtype) -> None:
+def _build(
+    folder: Path, parts: Iterable[tuple[int, T]], encode: Callable[[Iterable[T]], Iterable[np.ndarray]], dtype: np.dtype
+) -> None:
     for name in FILES:
         write_array(folder / name, [], dtype)
     for part, group in itertools.groupby(parts, key=itemgetter(0)):
-        write_array(folder / FILES[part], token_ids((piece for _, piece in group), tokenizer), dtype)
+        write_array(folder / FILES[part], encode(piece for _, piece in group), dtype)
 
 
 def _discard(folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""docs/fine-tuning.md: every command as it is written, on a tiny GPT-2 that lies in the hub's cache under the name
-gpt2.
+"""docs/fine-tuning.md: every command as it is written, on a tiny GPT-2 and a tiny Llama that lie in the hub's cache under the names
+of the published ones.
 """
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import gguf
@@ -13,14 +14,20 @@ from drive import ROOT
 from pages import blocks, commands, copied_checkout, run
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_templates import CHATML, bpe
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import models
+from milepost import ckpt
 from milepost.runtime.progress import amount, read_metrics
 
 PAGE = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHORTER = {
     "TRAINING_STEPS=500": "TRAINING_STEPS=6",
+    "TRAINING_STEPS=48": "TRAINING_STEPS=6",
+    "EVAL_INTERVAL=24": "EVAL_INTERVAL=3",
+    "scripts/chat.py": "scripts/chat.py <<< 'Which bird sings?'",
     "EVAL_INTERVAL=100": "EVAL_INTERVAL=3",
     "CHECKPOINT_INTERVAL=100": "CHECKPOINT_INTERVAL=3",
 }
@@ -53,11 +60,31 @@ def in_the_cache(home: Path) -> Path:
     return snapshot
 
 
+def instructed(home: Path) -> None:
+    """Put a small Llama with a chat template into the hub's cache."""
+    repository = home / ".cache" / "huggingface" / "hub" / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    tokenizer = bpe(CHATML)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 1024, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    model = models.build("llama", sizes)
+    record = ckpt.Checkpoint(
+        model_state=model.state_dict(),
+        model_type="llama",
+        model_settings=models.plain(model.settings),
+        tokenizer=tokenizer.to_dict(),
+    )
+    (repository / "snapshots").mkdir(parents=True)
+    shutil.move(ckpt.save(record, home / "saved", layout="huggingface"), repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """Return the output of each command of the page, in order, and the folder that they ran in."""
     folder = copied_checkout(tmp_path_factory.mktemp("checkout"))
     in_the_cache(folder / "home")
+    instructed(folder / "home")
     text = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
     (folder / "letters.txt").write_text(text[:12_000], encoding="utf-8")
     (folder / "held_out.txt").write_text(text[-6_000:], encoding="utf-8")
@@ -66,7 +93,7 @@ def said(tmp_path_factory):
         shorter = command
         for long, short in SHORTER.items():
             shorter = shorter.replace(long, short)
-        variables = SMALL if "training.py" in command else {}
+        variables = SMALL if "training.py" in command and "GPT2_MODEL_NAME" in command else {}
         answers[command] = run(shorter, folder, **variables)
         assert answers[command].returncode == 0, f"{command}\n{answers[command].stdout}\n{answers[command].stderr}"
     return folder, answers
@@ -80,14 +107,14 @@ def of(answers, *words):
 
 def test_every_command_of_the_page_ran_without_a_traceback(said):
     _, answers = said
-    assert len(answers) == len(commands(PAGE)) == 13
+    assert len(answers) == len(commands(PAGE)) == 19
     assert [command for command, done in answers.items() if "Traceback" in done.stderr] == []
 
 
 def test_training(said):
     """The weights are those in the cache; with LoRA only the adapters train, without it all weights."""
     folder, answers = said
-    lora, full = of(answers, "LORA_RANK", "TRAINING_STEPS"), of(answers, "CHECKPOINT_DIR=full")
+    lora, full = of(answers, "TRACKER", "TRAINING_STEPS"), of(answers, "CHECKPOINT_DIR=full")
     trained = 2 * 8 * sum((32 + 96, 32 + 32, 32 + 128, 128 + 32))  # two blocks, A and B of rank 8 beside each matrix
     assert f"{amount(PARAMETERS - CROPPED + trained)} parameters" in lora.stderr
     assert f"{amount(trained)} of them trained" in lora.stderr
@@ -96,7 +123,25 @@ def test_training(said):
         len(list(folder.glob(f"checkpoints/checkpoint_gpt2_letters_gpt2_step{step}_*.pt"))) for step in ("0003", "0006")
     ] == [1, 1]
     assert len(list(folder.glob("full/checkpoint_gpt2_letters_gpt2_step0006_*.pt"))) == 1
-    assert "is finished: 6 of 6 steps" in of(answers, "RESUME=auto").stderr
+    assert "is finished: 6 of 6 steps" in of(answers, "RESUME=auto", "GPT2_MODEL_NAME").stderr
+
+
+def test_from_conversations_to_llama(said):
+    """Each step has what the one before left; the record names the commit of the model, the file its template."""
+    folder, answers = said
+    trained = of(answers, "PRETRAINED", "TRAINING_STEPS").stderr
+    assert "the model's own chat template" in trained
+    assert "is finished: 6 of 6 steps" in of(answers, "PRETRAINED", "RESUME=auto").stderr
+    newest = ckpt.load(next(folder.glob("wren/checkpoint_llama_ask_wren_smollm2135minstruct_step0006_*.pt")))
+    assert newest.hyperparameters["PRETRAINED"] == f"HuggingFaceTB/SmolLM2-135M-Instruct@{COMMIT}"
+    figures = json.loads((folder / "wren.json").read_text())["checkpoints"][0]
+    assert figures["benchmarks"][0]["items"] == 36
+    assert of(answers, "chat.py").stdout.strip()
+    (pattern,) = re.findall(r"llama-cli -m (\S+)", PAGE)
+    (path,) = folder.glob(pattern)
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.chat_template"].contents() == CHATML
+    assert fields["general.architecture"].contents() == "llama"
 
 
 def test_watching(said):
@@ -137,7 +182,7 @@ def test_the_merged_model_has_equal_logits_in_transformers(said):
 
 def test_llama_gets_a_gguf_of_the_merged_model(said):
     folder, _ = said
-    (pattern,) = re.findall(r"-m (\S+)", "".join(blocks(PAGE, "text")))
+    (pattern,) = re.findall(r"llama-completion -m (\S+)", "".join(blocks(PAGE, "text")))
     (path,) = folder.glob(pattern)
     reader = gguf.GGUFReader(path)
     assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0

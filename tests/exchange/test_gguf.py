@@ -8,19 +8,24 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from drive import ROOT
 from gguf.quants import dequantize
 from script import call, script
 from test_export import TEXT, exported, model_of, saved
+from transformers.convert_slow_tokenizer import generate_merges
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.exports.gguf import TYPES
 from milepost.ckpt.exports.gguf_gpt2 import MODEL
+from milepost.ckpt.exports.gguf_tokens import tokens_of
 from milepost.ckpt.restore import build_tokenizer
 from milepost.text import tokenization
 from milepost.text.templates import plain_jinja
+from milepost.text.tokenization.sentencepiece import SentencePieceTokenizer
 
 converter = script("convert_checkpoint")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 # An independent statement of what llama.cpp's src/models/gpt2.cpp asks for, in its order.
 WANTED = [
     "token_embd.weight",
@@ -107,6 +112,76 @@ def test_tokens_merges_and_the_rows_without_a_token(tmp_path):
     assert field(reader, "tokenizer.ggml.merges") == [" ".join(pair) for pair in spec["model"]["merges"]]
     words = {"model": "gpt2", "pre": "gpt-2", "bos_token_id": end, "eos_token_id": end, "add_bos_token": False}
     assert {name: field(reader, f"tokenizer.ggml.{name}") for name in words} == words
+
+
+def test_tokens_like_sentencepieces(tmp_path):
+    """Scores follow the order in which tokens are joined, as in a tokenizer.model; bytes and special tokens have types of their own."""
+    tokenizer = SentencePieceTokenizer.build([(README, True)], alphabet="", documents=1, vocab_size=500)
+    one = dataclasses.replace(model(vocab_size=503), tokenizer=tokenizer.to_dict())
+    reader = opened(tmp_path, one, "f32")
+    tokens, types = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
+    scores, spec = field(reader, "tokenizer.ggml.scores"), tokenizer.to_dict()["tokenizer"]
+    assert {token: tokens.index(token) for token in spec["model"]["vocab"]} == spec["model"]["vocab"]
+    kinds = gguf.TokenType
+    assert types[:4] == [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, kinds.BYTE]
+    assert (types.count(kinds.BYTE), types[500:]) == (256, [kinds.UNUSED] * 3)
+    joined = list(dict.fromkeys("".join(pair) for pair in spec["model"]["merges"]))
+    assert sorted(joined, key=lambda token: -scores[tokens.index(token)]) == joined
+    assert max(scores[i] for i, token in enumerate(tokens) if token not in joined) < min(
+        scores[tokens.index(token)] for token in joined
+    )
+    words = {
+        "model": "llama",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        "add_bos_token": True,
+        "add_space_prefix": True,
+    }
+    assert {name: field(reader, f"tokenizer.ggml.{name}") for name in words} == words
+
+
+def test_merges_that_transformers_makes_of_a_tokenizer_model_are_taken(tmp_path):
+    """It makes them of the scores in the file: every pair whose text is a token, by the score of the token. The scores come back."""
+    spec = SentencePieceTokenizer.build([(README, True)], alphabet="", documents=1, vocab_size=500).to_dict()[
+        "tokenizer"
+    ]
+    ours = tokens_of(dataclasses.replace(model(vocab_size=500), tokenizer={"kind": "sentencepiece", "tokenizer": spec}))
+    ids = {token: i for token, i in spec["model"]["vocab"].items() if i > 258}  # after special tokens and bytes
+    scores = {token: ours.scores[i] for token, i in ids.items()}
+    merges = [list(pair) for pair in generate_merges(ids, scores)]
+    theirs = spec | {"model": spec["model"] | {"merges": merges}}
+    one = dataclasses.replace(model(vocab_size=500), tokenizer={"kind": "sentencepiece", "tokenizer": theirs})
+    assert tokens_of(one).scores == ours.scores
+    assert sorted(merges) == sorted(spec["model"]["merges"])
+
+
+def piece_tokenizers():
+    """Tokenizers that llama.cpp would read otherwise, and why."""
+    spec = SentencePieceTokenizer.build([(README, True)], alphabet="", documents=1, vocab_size=400).to_dict()[
+        "tokenizer"
+    ]
+    merges = spec["model"]["merges"]
+    first = next(i for i, pair in enumerate(merges) if "".join(pair) == "".join(merges[i + 1]))
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True}
+    yield spec | {"normalizer": None, "pre_tokenizer": metaspace}, "puts no space"
+    yield spec | {"model": spec["model"] | {"merges": merges[:-1]}}, "does not join"
+    yield (
+        spec | {"model": spec["model"] | {"merges": merges[:first] + merges[first + 1 :] + [merges[first]]}},
+        "order of tokens",
+    )
+    yield spec | {"model": spec["model"] | {"ignore_merges": True}}, "takes words"
+    vocab = [[token, -1.0] for token in sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)]
+    yield spec | {"model": {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True}}, "Unigram"
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_tokens_that_llama_cpp_joins_otherwise_are_refused(tmp_path, number):
+    spec, problem = list(piece_tokenizers())[number]
+    one = dataclasses.replace(model(vocab_size=400), tokenizer={"kind": "sentencepiece", "tokenizer": spec})
+    with pytest.raises(CheckpointError, match=problem) as found:
+        ckpt.exporter("gguf").write(one, tmp_path, "x")
+    assert found.value.kind == "refused"
 
 
 def test_gpt2s_own_tokens(tmp_path):

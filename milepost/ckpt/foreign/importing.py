@@ -10,12 +10,13 @@ from typing import Any
 from milepost.ckpt import foreign
 from milepost.ckpt.foreign.embedded_tokenizer import tokenizer_inside
 from milepost.ckpt.foreign.other_values import other_values
-from milepost.ckpt.foreign.tokenizer import META_LIMIT, Choice, read_meta, tokenizer_for
+from milepost.ckpt.foreign.tokenizer import Choice, read_meta, tokenizer_for
 from milepost.ckpt.manifest import is_regular, read_json, unreadable
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json, metadata
 from milepost.files import open_steadily
+from milepost.text.meta_pickle import META, META_LIMIT
 
-CONFIG, TOKENIZER, META = "config.json", "tokenizer.json", "meta.pkl"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 RATE = "learning_rate"  # key of `imported`: the rate in use at the record's step
 IN_CONFIG = 'put it in config.json beside the file: {"n_head": 6}'
 UNUSED = "optimizer"  # key of `imported`: why the optimizer's state cannot be used

@@ -1,15 +1,13 @@
 """Choose the tokenizer for another program's weights: from the file beside them, or by their vocabulary size.
 
-Pure functions over the content that was read. nanoGPT's meta.pkl is read by an unpickler that allows no class at all.
+Pure functions over the content that was read.
 """
 
-import io
-import pickle
-import pickletools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from milepost.ckpt.record import EARLIER, CheckpointError, Json
+from milepost.text.meta_pickle import MetaError, chars_of, meta_of
 from milepost.text.tokenization.library import FROM_LIBRARY, vocabulary
 from milepost.text.tokenizer_json import from_tokenizers_json
 
@@ -57,7 +55,7 @@ def _from_token_file(values: Mapping[str, Any], vocab_size: int, where: str) -> 
         problem = f"holds {type(values).__name__}, expected a tokenizer as a JSON object"
         raise CheckpointError(where, problem, kind="not understood")
     if "itos" in values or "stoi" in values:
-        tokenizer = characters(_checked_meta(values, where), vocab_size, where)
+        tokenizer = characters(_chars_of(values, where), vocab_size, where)
         return tokenizer, len(tokenizer["chars"])
     if is_tokenizers_json(values):
         size = len(vocabulary(values["model"]))
@@ -76,6 +74,13 @@ def _from_token_file(values: Mapping[str, Any], vocab_size: int, where: str) -> 
         raise CheckpointError(where, f"{problem}, {expected}", kind="not understood")
     check_rows(tokens, vocab_size, where)
     return {"kind": kind}, tokens
+
+
+def _chars_of(values: Mapping[str, Any], where: str) -> list[str]:
+    try:
+        return chars_of(values)
+    except MetaError as error:
+        raise CheckpointError(where, error.problem, error.expected or EARLIER, kind=error.kind) from error
 
 
 def is_tokenizers_json(values: Mapping[Any, Any]) -> bool:
@@ -111,76 +116,10 @@ def characters(chars: Any, vocab_size: int, where: str) -> dict[str, Json]:
     return {"kind": "char", "chars": list(chars)}
 
 
-# nanoGPT's meta.pkl: {"vocab_size": 65, "itos": {0: "\n", ...}, "stoi": {"\n": 0, ...}}.
-
-META_LIMIT = 4 * 2**20  # bytes; all characters of Unicode would take more, those of any text less
-OPCODE_LIMIT = 2_000_000
-# The opcodes of dicts of strings and small numbers. No tuples: hashing a key of deeply shared tuples would never end.
-# None that finds, calls or builds an object.
-META_OPCODES = {
-    *("PROTO", "FRAME", "STOP", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "NONE", "NEWTRUE", "NEWFALSE"),
-    *("EMPTY_LIST", "LIST", "APPEND", "APPENDS", "INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"),
-}
-
-
-class _NoClasses(pickle.Unpickler):
-    """An unpickler that rejects every class and every reference outside the file."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"asks for {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("asks for an object outside the file")
-
-
 def read_meta(data: bytes, *, where: str) -> dict[str, Json]:
     """Return vocab_size, itos and stoi of nanoGPT's meta.pkl without loading any class; raise CheckpointError."""
-    if len(data) > META_LIMIT:
-        problem = f"is larger than {META_LIMIT} bytes, expected nanoGPT's small meta.pkl"
-        raise CheckpointError(where, problem, kind="not understood")
     try:
-        _check_opcodes(data, where)
-        values = _NoClasses(io.BytesIO(data)).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle can raise any exception
-        problem = f"is not a meta.pkl of nanoGPT, or damaged ({type(error).__name__})"
-        raise CheckpointError(where, problem, kind="damaged") from error
-    _checked_meta(values, where)
-    return {word: values[word] for word in ("vocab_size", "itos", "stoi")}
-
-
-def _check_opcodes(data: bytes, where: str) -> None:
-    """Raise CheckpointError for an opcode, number or memo index that nanoGPT's dicts never need. Executes nothing."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if opcode.name not in META_OPCODES:
-            asked = f" {argument!r:.60}" if isinstance(argument, str) else ""
-            problem = f"asks for more than plain values ({opcode.name}{asked}) and was not opened"
-            raise CheckpointError(where, problem, "expected nanoGPT's meta.pkl", kind="refused")
-        # The memo is an array: index 2**31 would take 16 GiB.
-        large_memo = opcode.name.endswith("PUT") and isinstance(argument, int) and argument > OPCODE_LIMIT
-        large_number = isinstance(argument, int) and abs(argument) >= 2**31
-        if count >= OPCODE_LIMIT or large_number or large_memo:
-            problem = "would take far more memory than its size and was not opened"
-            raise CheckpointError(where, problem, "expected nanoGPT's meta.pkl", kind="refused")
-
-
-def _checked_meta(values: Any, where: str) -> list[str]:
-    """Return the characters by id; raise CheckpointError unless `itos` and `stoi` are inverses of each other."""
-    itos, stoi, size = (
-        values.get(word) if isinstance(values, Mapping) else None for word in ("itos", "stoi", "vocab_size")
-    )
-    if not isinstance(itos, Mapping) or not isinstance(stoi, Mapping) or type(size) is not int:
-        problem = "has no vocab_size, itos and stoi, expected nanoGPT's meta.pkl of characters"
-        raise CheckpointError(where, problem, kind="not understood")
-    if not len(itos) == len(stoi) == size:
-        problem = f"is damaged: vocab_size is {size}, but itos has {len(itos)} and stoi {len(stoi)} entries"
-        raise CheckpointError(where, problem, EARLIER, kind="damaged")
-    chars = [itos.get(index) for index in range(size)]
-    for index, char in enumerate(chars):
-        if not isinstance(char, str) or type(stoi.get(char)) is not int or stoi[char] != index:
-            problem = f"is damaged: itos and stoi disagree on token {index}"
-            raise CheckpointError(where, problem, EARLIER, kind="damaged")
-    return [char for char in chars if isinstance(char, str)]
+        return meta_of(data)
+    except MetaError as error:
+        remedy = error.expected or (EARLIER if error.kind == "damaged" else None)
+        raise CheckpointError(where, error.problem, remedy, kind=error.kind) from error

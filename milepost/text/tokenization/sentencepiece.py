@@ -113,6 +113,7 @@ def _train(pieces: Iterable[Piece], vocab_size: int) -> dict[str, Any]:
     trainee.decoder = decoders.Sequence(steps)
     trainee.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, 1)])
     spec = json.loads(trainee.to_str())
+    spec["model"]["merges"] = [list(pair) for pair in pairs_of_tokens(spec)]  # all, as SentencePiece joins them
     return spec | {"added_tokens": [token for token in spec["added_tokens"] if token["content"] not in BYTES]}
 
 
@@ -179,8 +180,26 @@ def _reachable(model: Mapping[str, Any]) -> set[str]:
     vocab = vocabulary(model)
     if model["type"] == "Unigram" or model.get("ignore_merges"):
         return {*vocab}
+    return {token for token in vocab if len(token) == 1} | {"".join(pair) for pair in merge_pairs(model)}
+
+
+def merge_pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the pairs that a BPE joins, the first ones first."""
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    return {token for token in vocab if len(token) == 1} | {"".join(pair) for pair in pairs}
+    return [(first, second) for first, second in pairs]
+
+
+def pairs_of_tokens(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield every pair of pieces of a text, characters or what a BPE joins them to, whose text is an ordinary token, token by token:
+    those that are joined first come first.
+    """
+    model = spec["model"]
+    reachable, never = _reachable(model), {*BYTES, *(token["content"] for token in spec["added_tokens"])}
+    for token in dict.fromkeys([*map("".join, merge_pairs(model)), *vocabulary(model)]):
+        for at in range(1, len(token) if token not in never else 0):
+            pair = token[:at], token[at:]
+            if all(len(piece) == 1 or piece in reachable for piece in pair):
+                yield pair
 
 
 def _prefix_scheme(spec: Mapping[str, Any]) -> Literal["first", "always", "never"] | None:
