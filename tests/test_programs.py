@@ -65,6 +65,30 @@ def test_a_fork_sees_what_a_fresh_process_sees(tmp_path, env, session):
         assert json.loads(done.stdout.splitlines()[0]) == argv
 
 
+STREAMS = (
+    "import sys; open('seen', 'w').write(repr([sys.stdin, sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__]))"
+)
+
+
+@pytest.mark.parametrize("closed", [[0, 1, 2], [1]], ids=str)
+def test_a_fork_without_streams_is_as_a_fresh_process_without(tmp_path, closed):
+    (tmp_path / "streams.py").write_text(STREAMS)
+    seen = []
+    for fresh in (False, True):
+        programs.run([sys.executable, "streams.py"], fresh=fresh, closed=closed, cwd=tmp_path, env=PLAIN, check=True)
+        seen.append((tmp_path / "seen").read_text())
+    assert seen[0].count("None") == len(closed) + len({1, 2} & set(closed))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("name", ["PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"])
+def test_a_fork_keeps_to_a_variable_of_python_that_containers_set(tmp_path, name):
+    (tmp_path / "module.py").write_text("")
+    code = "import module, os, sys; print(sys.dont_write_bytecode, sys.flags, os.path.exists('__pycache__'), flush=False); os._exit(0)"
+    done = same(["-c", code], cwd=tmp_path, env=PLAIN | {name: "1"})
+    assert (done.stdout == b"") == (name == "PYTHONDONTWRITEBYTECODE")
+
+
 ENDS = {
     "nothing": "pass",
     "a code": "import sys; print('out'); sys.exit(3)",
