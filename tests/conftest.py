@@ -22,10 +22,12 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_I
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Token files of the tests stay out of the checkout."""
-    monkeypatch.setattr(text, "CACHE_FOLDER", tmp_path_factory.getbasetemp() / "token-cache")
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Token files of the tests stay out of the checkout, also those of fixtures that a file has once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "CACHE_FOLDER", tmp_path_factory.getbasetemp() / "token-cache")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,8 @@ ONCE = re.compile(
 )
 SERVED = re.compile("LD_LIBRARY_PATH|LC_|LANG|OMP_NUM_THREADS|PYTHON(IOENCODING|UNBUFFERED|DONTWRITEBYTECODE)$")
 INHERITED = "TEST_FORK_SERVER"  # a variable with the number of the control socket
+# All that a program needs of this one's variables. Threads that spin while they wait take the time of the tests beside it.
+LEAST = {"PATH": os.environ.get("PATH", os.defpath), "OMP_WAIT_POLICY": "PASSIVE"}
 Variables = tuple[tuple[str, str], ...]
 SERVERS = 3  # at most: each takes some hundred megabytes
 OPTIONS = {"cwd", "env", "stdin", "stdout", "stderr", "text", "encoding", "errors", "start_new_session", "preexec_fn"}
