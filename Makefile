@@ -10,10 +10,11 @@ BIN := $(VENV)/bin
 train: $(VENV)/.runtime
 	ENABLE_CHECKPOINTS=true MODEL_TYPE=gpt2 $(BIN)/python training.py
 
-# Test files are spread over so many processes; all tests of a file share one.
+# Test files are spread over so many processes; all tests of a file share one, and tests/conftest.py has the order.
+# Python's own variables that containers set would make every program that a test starts compile all modules anew.
 WORKERS ?= auto
 test: check
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not soak and not exchange and not mounted"
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not soak and not exchange and not mounted"
 
 # The same in one process, with a table of the branches that no test takes. What runs in processes of its own is not counted.
 coverage: $(VENV)/.dev

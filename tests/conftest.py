@@ -22,10 +22,25 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_I
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Token files of the tests stay out of the checkout."""
-    monkeypatch.setattr(text, "CACHE_FOLDER", tmp_path_factory.getbasetemp() / "token-cache")
+# The files that take longest, begun first: begun last, one keeps a process busy when the others have ended.
+DEAREST = (
+    "test_exact_resume", "test_distributed", "test_screen", "test_faults", "test_interrupt", "test_kill", "test_resume",
+    "test_file_systems", "test_sharded", "test_bad_inputs", "test_guides", "test_decoder", "test_replay", "test_trackers",
+    "test_mirror_kills", "test_installed", "test_plain_objects", "test_fuzz", "test_others_folders", "test_lazy",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    last = len(DEAREST)
+    items.sort(key=lambda item: DEAREST.index(item.path.stem) if item.path.stem in DEAREST else last)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Token files of the tests stay out of the checkout, also those of fixtures that a file has once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "CACHE_FOLDER", tmp_path_factory.getbasetemp() / "token-cache")
+        yield
 
 
 @pytest.fixture(autouse=True)

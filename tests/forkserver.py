@@ -48,6 +48,7 @@ class Start(TypedDict):
     session: bool
     terminal: bool  # stdin becomes the terminal of the session
     inherits: int  # number of a further descriptor that it inherits, or 0
+    closed: list[int]  # which of its three streams it starts without
 
 
 def own_limits() -> Limits:
@@ -134,9 +135,11 @@ def become(start: Start, streams: list[int]) -> tuple[Any, dict[str, Any]]:
         if resource.getrlimit(number) != tuple(limit):
             resource.setrlimit(number, tuple(limit))
     _replace_environment(start["environment"])
-    unbuffered = start["words"][0] == "-u"
-    _replace_streams(unbuffered)
-    return _main(start["words"][unbuffered:])
+    option = start["words"][0] == "-u"
+    for number in start["closed"]:
+        os.close(number)
+    _replace_streams(option or bool(os.environ.get("PYTHONUNBUFFERED")), closed=start["closed"])
+    return _main(start["words"][option:])
 
 
 def _replace_environment(environment: dict[str, str]) -> None:
@@ -146,9 +149,13 @@ def _replace_environment(environment: dict[str, str]) -> None:
     tempfile.tempdir = None
 
 
-def _replace_streams(unbuffered: bool) -> None:
-    """Give sys new streams, buffered as Python buffers those of a process that it starts."""
+def _replace_streams(unbuffered: bool, *, closed: list[int]) -> None:
+    """Give sys new streams, buffered as Python buffers those of a process that it starts, and None where one is closed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if number in closed:
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
+            continue
         mode = "w" if number else "r"
         like = getattr(sys, name)
         raw: Any = io.FileIO(number, mode, closefd=False)

@@ -25,8 +25,10 @@ ONCE = re.compile(
     "PYTHON(?!_DOTENV_DISABLED)|LD_|LC_|LANG|TZ|MALLOC|OMP_(?!WAIT_)|GOMP_|KMP_|MKL_|OPENBLAS_|ONEDNN_|DNNL_|ATEN_|CUDA_"
     "|PYTORCH_|TORCH(?!ELASTIC_|_NCCL_)|TQDM_"
 )
-SERVED = re.compile("LD_LIBRARY_PATH|LC_|LANG|OMP_NUM_THREADS|PYTHONIOENCODING")
+SERVED = re.compile("LD_LIBRARY_PATH|LC_|LANG|OMP_NUM_THREADS|PYTHON(IOENCODING|UNBUFFERED|DONTWRITEBYTECODE)$")
 INHERITED = "TEST_FORK_SERVER"  # a variable with the number of the control socket
+# All that a program needs of this one's variables. Threads that spin while they wait take the time of the tests beside it.
+LEAST = {"PATH": os.environ.get("PATH", os.defpath), "OMP_WAIT_POLICY": "PASSIVE"}
 Variables = tuple[tuple[str, str], ...]
 SERVERS = 3  # at most: each takes some hundred megabytes
 OPTIONS = {"cwd", "env", "stdin", "stdout", "stderr", "text", "encoding", "errors", "start_new_session", "preexec_fn"}
@@ -54,14 +56,19 @@ def run(
 
 
 def start(
-    words: Sequence[str | Path], *, fresh: bool = False, starts_others: bool = False, **options: Any
-) -> "subprocess.Popen[Any]":
-    """Do what subprocess.Popen does. A program that `starts_others` may have its own forked: see `inherit_server`."""
+    words: Sequence[str | Path], *, fresh: bool = False, starts_others: bool = False, closed: Sequence[int] = (),
+    **options: Any,
+) -> "subprocess.Popen[Any]":  # fmt: skip
+    """Do what subprocess.Popen does. A program that `starts_others` may have its own forked: see `inherit_server`.
+
+    `closed`: which of its streams the program starts without, as a shell's `<&- >&- 2>&-`.
+    """
     texts = [os.fspath(word) for word in words]
     server = None if fresh else _server_for(texts, options)
     if not server:
-        return subprocess.Popen(texts, **options)
-    return Forked(server, texts, **options, pass_fds=[server.fileno()] if starts_others else ())
+        closing = {"preexec_fn": lambda: [os.close(number) for number in closed]} if closed else {}
+        return subprocess.Popen(texts, **options | closing)
+    return Forked(server, texts, **options, closed=closed, pass_fds=[server.fileno()] if starts_others else ())
 
 
 def inherit_server() -> None:
@@ -73,8 +80,8 @@ def inherit_server() -> None:
 class Forked(subprocess.Popen[Any]):
     """A child of the fork server, with all that a Popen can do. It replaces the methods that start and wait."""
 
-    def __init__(self, server: socket.socket, words: list[str], **options: Any) -> None:
-        self.server = server
+    def __init__(self, server: socket.socket, words: list[str], *, closed: Sequence[int], **options: Any) -> None:
+        self.server, self.closed = server, list(closed)
         super().__init__(words, **options)
 
     def _execute_child(  # type: ignore[no-untyped-def]
@@ -87,6 +94,7 @@ class Forked(subprocess.Popen[Any]):
             "limits": forkserver.own_limits(),
             "environment": dict(os.environ if env is None else env) | ({INHERITED: str(inherits)} if inherits else {}),
             "session": start_new_session, "terminal": preexec_fn is not None, "inherits": inherits,
+            "closed": self.closed,
         }  # fmt: skip
         self.report, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         streams = [given if given != -1 else number for number, given in enumerate((p2cread, c2pwrite, errwrite))]

@@ -1,5 +1,6 @@
 """The fast decoder against the plain model: logits, tokens, and that drafting changes no text."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -45,6 +46,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.15}
 TOLERANCE_LLAMA = {"float32": 1e-4, "bfloat16": 0.08, "int8": 0.25}  # its MLP multiplies two rounded numbers
 
 
+@functools.cache
 def random_model(settings: GPT2Settings | LlamaSettings) -> GPT2 | Llama:
     """Every tensor random, biases and norms too, with logits of spread 1."""
     torch.manual_seed(1)
@@ -59,8 +61,8 @@ def random_model(settings: GPT2Settings | LlamaSettings) -> GPT2 | Llama:
     return model
 
 
-MODELS = {name: random_model(settings) for name, settings in VARIANTS.items()}
-MODEL = MODELS["published"]
+def published() -> GPT2:
+    return random_model(SETTINGS)
 
 
 def plain(model: GPT2, ids: Sequence[int]) -> torch.Tensor:
@@ -86,10 +88,10 @@ def trained() -> tuple[GPT2, torch.Tensor]:
     table = torch.randint(0, VOCAB, (24, 8), generator=generator)
     tokens = table[text].flatten()  # words of 8 tokens
     torch.manual_seed(0)
-    model = GPT2(GPT2Settings(VOCAB, 64, n_layer=2, n_head=4, n_embd=256))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(60):
-        at = torch.randint(0, 60_000, (16,), generator=generator)
+    model = GPT2(GPT2Settings(VOCAB, 64, n_layer=2, n_head=4, n_embd=128))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        at = torch.randint(0, 60_000, (8,), generator=generator)
         window = torch.stack([tokens[i : i + 65] for i in at])
         loss = model(window[:, :-1], window[:, 1:])[1]
         loss.backward()
@@ -107,8 +109,8 @@ def trained() -> tuple[GPT2, torch.Tensor]:
 @pytest.mark.parametrize("parts", [(48,), (1,) * 48, (20, 1, 1, 5, 12, 1, 8)], ids=["at once", "singly", "mixed"])
 def test_logits_are_the_plain_models(weights: str, variant: str, parts: tuple[int, ...]) -> None:
     ids = torch.randint(VOCAB, (48,), generator=seeded(3)).tolist()
-    expected = plain(MODELS[variant], ids)
-    logits = through_cache(Decoder(MODELS[variant], weights=weights), ids, parts)
+    expected = plain(random_model(VARIANTS[variant]), ids)
+    logits = through_cache(Decoder(random_model(VARIANTS[variant]), weights=weights), ids, parts)
     assert logits.dtype == torch.float32
     assert expected.std() > 0.5
     tolerance = TOLERANCE_LLAMA if variant.startswith("llama") else TOLERANCE
@@ -132,7 +134,7 @@ def test_best_logits_are_not_rounded(weights: str) -> None:
 @pytest.mark.parametrize("variant", ["published", "llama", "llama, biases, norms of heads"])
 def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str, variant: str) -> None:
     ids = torch.randint(VOCAB, (40,), generator=seeded(4)).tolist()
-    decoder = Decoder(MODELS[variant], weights=weights)
+    decoder = Decoder(random_model(VARIANTS[variant]), weights=weights)
     singly = through_cache(decoder, ids, [8, *[1] * 32])
     for size in (2, 3, 4, 5, 8, 11, 16):
         together = through_cache(decoder, ids, [8, *[size] * (32 // size), *[32 % size] * (32 % size > 0)])
@@ -142,7 +144,7 @@ def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str, variant: 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_texts_that_are_read_ahead_together_have_the_bits_of_each_alone(weights: str) -> None:
-    decoder = Decoder(MODEL, weights=weights)
+    decoder = Decoder(published(), weights=weights)
     lengths = [1, 5, 17, 40, 47]
     if not decoder.agrees(len(lengths)):
         pytest.skip("this processor computes several rows otherwise than one")
@@ -164,7 +166,7 @@ def test_texts_that_are_read_ahead_together_have_the_bits_of_each_alone(weights:
 
 
 def test_what_was_read_ahead_is_dropped_where_the_text_continues_otherwise() -> None:
-    decoder = Decoder(MODEL, weights="float32")
+    decoder = Decoder(published(), weights="float32")
     cache, other = decoder.new_cache(), decoder.new_cache()
     for each in (cache, other):
         decoder.rows([1, 2, 3], each)
@@ -179,7 +181,7 @@ def test_what_was_read_ahead_is_dropped_where_the_text_continues_otherwise() -> 
 def test_a_processor_that_computes_some_number_of_rows_otherwise_is_noticed(
     monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    decoder = Decoder(MODEL, weights="float32")
+    decoder = Decoder(published(), weights="float32")
     head = decoder.head
     monkeypatch.setattr(decoder, "head", lambda x: head(x) + 1e-6 * (x.size(0) == rows))
     assert not decoder.agrees()
@@ -189,12 +191,12 @@ def test_a_processor_without_bfloat16_generates_in_it_too() -> None:
     """oneDNN refuses there to turn the weights; then they are multiplied as they are."""
     code = """
 import torch
-from test_decoder import MODEL, through_cache
+from test_decoder import published, through_cache
 from milepost.generation.decoder import Decoder
 assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 for weights in ("bfloat16", "int8"):
-    logits = through_cache(Decoder(MODEL, weights=weights), [1, 2, 3, 4], [3, 1])
-    print(weights, (logits - MODEL(torch.tensor([[1, 2, 3, 4]]))[0][0]).abs().max().item() < 0.1)
+    logits = through_cache(Decoder(published(), weights=weights), [1, 2, 3, 4], [3, 1])
+    print(weights, (logits - published()(torch.tensor([[1, 2, 3, 4]]))[0][0]).abs().max().item() < 0.1)
 """
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     said = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -202,7 +204,7 @@ for weights in ("bfloat16", "int8"):
 
 
 def test_the_cache_has_a_fixed_size_and_can_be_truncated() -> None:
-    decoder = Decoder(MODEL, weights="float32")
+    decoder = Decoder(published(), weights="float32")
     cache = decoder.new_cache()
     place, size = cache.states.data_ptr(), cache.states.nbytes
     assert size == 3 * 2 * 48 * 64 * 4
@@ -257,9 +259,9 @@ def test_a_trained_model_predicts_the_same(weights: str, agreement: float, loss:
 def test_a_head_that_is_lost_is_noticed(weights: str, trained) -> None:
     """Control for the tests above: logits recomputed from the float32 weights must not hide the head's."""
     assert RESCORED < VOCAB / 2
-    decoder = Decoder(MODEL, weights=weights)
+    decoder = Decoder(published(), weights=weights)
     decoder.head = zero_head
-    wrong = (through_cache(decoder, [1, 2, 3], [3]) - plain(MODEL, [1, 2, 3])).abs() > TOLERANCE[weights]
+    wrong = (through_cache(decoder, [1, 2, 3], [3]) - plain(published(), [1, 2, 3])).abs() > TOLERANCE[weights]
     assert wrong.float().mean() > 0.5
     model, held_out = trained
     decoder = Decoder(model, weights=weights)
@@ -293,24 +295,32 @@ def test_float32_generates_what_the_plain_model_generates(
 
 
 def test_surplus_rows_and_stop_ids() -> None:
-    decoder = Decoder(MODEL, weights="bfloat16")
+    decoder = Decoder(published(), weights="bfloat16")
     whole = tokens(decoder, [1, 2], vocab_size=40)
     assert max(whole) < 40
     assert tokens(decoder, [1, 2], vocab_size=40, stop_ids=[whole[9]]) == whole[: whole.index(whole[9])]
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("prompt", [[3], [4, 5, 6, 7] * 5, list(range(60))], ids=["one", "repeats", "long"])
+PROMPTS = {"one": [3], "repeats": [4, 5, 6, 7] * 5, "long": list(range(60))}
+# A Latin square: each two of weights, temperature and prompt meet once, with either kind of model.
+MET = [
+    (weights, (0.0, 0.3, 1.0)[(row + column) % 3], prompt)
+    for row, weights in enumerate(WEIGHTS)
+    for column, prompt in enumerate(PROMPTS)
+]
+
+
+@pytest.mark.parametrize(("weights", "temperature", "prompt"), MET)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_lookup_changes_no_token(weights: str, temperature: float, prompt: list[int], kind: str) -> None:
+def test_lookup_changes_no_token(weights: str, temperature: float, prompt: str, kind: str) -> None:
     """Tokens that repeat and that do not, window slides included; the generator ends in the same state."""
     decoder = Decoder(lively(GPT2(SETTINGS) if kind == "gpt2" else Llama(LLAMA)), weights=weights)
     states, texts = [], []
     for lookup in (False, True):
         generator = seeded(6)
         how = {"temperature": temperature, "top_p": 0.9, "repetition_penalty": 0.9}
-        texts.append(list(generate(decoder, prompt, max_new_tokens=150, generator=generator, lookup=lookup, **how)))
+        found = generate(decoder, PROMPTS[prompt], max_new_tokens=150, generator=generator, lookup=lookup, **how)
+        texts.append(list(found))
         states.append(generator.get_state())
     assert texts[0] == texts[1]
     assert torch.equal(*states)
@@ -331,7 +341,7 @@ def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.Monkey
 
 
 def test_lookup_is_ignored_by_a_plain_model() -> None:
-    assert tokens(MODEL, [1, 2] * 8, lookup=True) == tokens(MODEL, [1, 2] * 8)
+    assert tokens(published(), [1, 2] * 8, lookup=True) == tokens(published(), [1, 2] * 8)
 
 
 # --- drafts

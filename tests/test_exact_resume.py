@@ -48,6 +48,11 @@ def assert_same(one: Path, other: Path) -> None:
     assert logged(one) == logged(other)
 
 
+# Each combination resumes from step 4, which ends with an evaluation, and by turns from the first, from one before an
+# evaluation and from the last but one. tests/soak_exact.py draws settings and steps freely.
+FROM = {name: (4, (1, 3, STEPS - 1)[number % 3]) for number, name in enumerate(COMBINATIONS)}
+
+
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_resumed_equals_uninterrupted(name, tmp_path):
     changes = COMBINATIONS[name]
@@ -58,7 +63,7 @@ def test_resumed_equals_uninterrupted(name, tmp_path):
     assert final.step == STEPS
     assert final.runtime["compile"] == (changes.get("COMPILE") == "true")
     assert len(logged(straight)) == STEPS + 3  # a line a step, and validations at 0, 4 and 8
-    for step in (1, 3, 4, STEPS - 1):  # 4 is an evaluation
+    for step in FROM[name]:
         again = tmp_path / f"from {step}"
         code, said = resume_from(straight, again, step, REPLAY_CHECK_INTERVAL="2", **changes)  # which changes no bit
         assert code == 0, said
@@ -86,10 +91,9 @@ def test_the_optimizer_has_really_stepped(tmp_path):
     )
 
 
-@pytest.fixture
-def straight(tmp_path):
-    folder = tmp_path / "straight"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
     assert train(folder)[0] == 0
     return folder
 
@@ -124,15 +128,21 @@ def test_after_sigterm(step, straight, tmp_path, monkeypatch):
     assert_same(straight, folder)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "bigram"])
+KEEPING = {"CHECKPOINT_INTERVAL": "1", "CHECKPOINT_KEEP_LAST": "1"}
+
+
+@pytest.fixture(scope="module", params=["gpt2", "bigram"])
+def model_and_straight(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    assert train(folder, MODEL_TYPE=request.param, **KEEPING)[0] == 0
+    return request.param, folder
+
+
 @pytest.mark.parametrize("layout", ckpt.WRITERS)
-def test_from_every_layout(layout, model, tmp_path, monkeypatch):
+def test_from_every_layout(layout, model_and_straight, tmp_path, monkeypatch):
     """The resume writes the layout it came from; what a policy of keeping leaves is enough to go on."""
-    straight, folder = tmp_path / "straight", tmp_path / "stopped"
-    straight.mkdir()
-    changes = {"MODEL_TYPE": model, "CHECKPOINT_INTERVAL": "1", "CHECKPOINT_KEEP_LAST": "1"}
-    assert train(straight, **changes)[0] == 0
-    stopped_after(3, folder, monkeypatch, CHECKPOINT_LAYOUT=layout, **changes)
+    (model, straight), folder = model_and_straight, tmp_path / "stopped"
+    stopped_after(3, folder, monkeypatch, CHECKPOINT_LAYOUT=layout, MODEL_TYPE=model, **KEEPING)
     code, said = train(folder, RESUME="auto", MODEL_TYPE=model)
     assert code == 0, said
     assert newest(folder).layout == layout
@@ -183,7 +193,7 @@ def test_after_sigkill(step, background, straight, tmp_path):
     """
     folder = tmp_path / "killed"
     folder.mkdir()
-    env = {"PATH": os.environ["PATH"]} | environment(folder, CHECKPOINT_ASYNC=background)
+    env = programs.LEAST | environment(folder, CHECKPOINT_ASYNC=background)
     done = programs.run(
         [sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False
     )

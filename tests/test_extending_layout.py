@@ -5,7 +5,6 @@ Each step runs in a process of its own, because layouts are registered before th
 
 import ast
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -30,7 +29,7 @@ LONGEST = 40  # lines of the toy
 
 def extended(*words: str, folder: Path, **changes: str | Path) -> subprocess.CompletedProcess[str]:
     texts = {"CHECKPOINT_LAYOUT": "per_tensor"} | {name: str(value) for name, value in changes.items()}
-    env = {"PATH": os.environ["PATH"]} | environment(folder, **texts)
+    env = programs.LEAST | environment(folder, **texts)
     return programs.run(
         [sys.executable, TESTS / "extended.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )

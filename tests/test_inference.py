@@ -399,9 +399,7 @@ def test_control_characters_are_replaced_on_a_terminal(stream, tmp_path):
 def test_a_closed_pipe_ends_it_quietly(tmp_path):
     """As `| head -c 10` closes it. Without an end of its own, only the closed pipe stops this process."""
     folder = circle(tmp_path, "abcdefgh")
-    env = {"PATH": os.environ["PATH"]} | environment(
-        folder, **NOTHING_OF_TRAINING | {"PROMPT": "a", "MAX_NEW_TOKENS": str(10**12)}
-    )
+    env = programs.LEAST | environment(folder, **NOTHING_OF_TRAINING | {"PROMPT": "a", "MAX_NEW_TOKENS": str(10**12)})
     with programs.start([sys.executable, SCRIPT], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stderr is not None

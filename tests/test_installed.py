@@ -7,6 +7,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import programs
 import pytest
 from drive import ROOT, TINY, tensor_bytes
 from pages import copied_checkout
@@ -49,7 +50,7 @@ def packages_of(place: Path) -> Path:
 
 def run(place: Path, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the environment's Python in `folder`."""
-    env = {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), "PYTHONDONTWRITEBYTECODE": "1"} | variables
+    env = programs.LEAST | {"HOME": str(folder / "home"), "PYTHONDONTWRITEBYTECODE": "1"} | variables
     command = [str(python_of(place)), *arguments]
     return subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGING, check=False
@@ -148,7 +149,7 @@ def test_a_text_is_trained_on_where_the_checkout_cannot_be_written(checkout: Pat
     places = {"CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "RUNS_DIR": str(tmp_path / "runs")}
     weights = []
     for name, more in {"here": {}, "there": {"XDG_CACHE_HOME": str(tmp_path / "caches")}}.items():
-        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home")} | SMALL | places | more
+        env = programs.LEAST | {"HOME": str(tmp_path / "home")} | SMALL | places | more
         command = [sys.executable, str(checkout / "training.py")]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

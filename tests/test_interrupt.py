@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from drive import ROOT, environment, newest, tensor_bytes, train
 from pages import blocks
@@ -137,11 +138,9 @@ def steps_saved(folder: Path) -> list[int]:
 @pytest.mark.parametrize(("together", "saved"), [(0, [2]), (1e9, [2, 3])])
 def test_a_later_signal_ends_training_without_its_last_save_and_a_double_press_saves(together, saved, tmp_path):
     # Not in the background, where the save of step 2 may not be done by then.
-    env = {"PATH": os.environ["PATH"], "SAME_REQUEST": str(together)}
+    env = programs.LEAST | {"SAME_REQUEST": str(together)}
     env |= environment(tmp_path, CHECKPOINT_INTERVAL="2", CHECKPOINT_ASYNC="false")
-    done = subprocess.run(
-        [sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=HANGING
-    )
+    done = programs.run([sys.executable, "-c", TWICE], cwd=ROOT, env=env, capture_output=True, text=True)
     assert "still here\n" in done.stderr
     assert ("after the second" in done.stderr) == (together > 0)
     assert steps_saved(tmp_path) == saved
@@ -177,7 +176,7 @@ def hooked(
     hook = folder / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(HOOK)
-    env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(hook), "SAID": str(folder / "said")}
+    env = programs.LEAST | {"HOME": str(folder), "PYTHONPATH": str(hook), "SAID": str(folder / "said")}
     env |= {"AT_IMPORT_OF": at, "SIGNAL": number, "MADE_OF_IT": made_of_it} | environment(folder, **changes)
     return subprocess.run(
         [sys.executable, script], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=HANGING
@@ -271,7 +270,7 @@ def test_a_signal_to_save_is_no_signal_to_stop(handlers_as_before):
 
 def in_a_terminal(folder: Path, *, ignoring: bool) -> int:
     """Train in a terminal that is closed after the plan is shown; return the exit code."""
-    env = {"PATH": os.environ["PATH"]} | environment(
+    env = programs.LEAST | environment(
         folder, TRAINING_STEPS="200", CHECKPOINT_INTERVAL="0", SAMPLE_INTERVAL="0", EVAL_INTERVAL="0"
     )
     pid, terminal = pty.fork()

@@ -1,11 +1,11 @@
 """A signal at any moment of a start stops the program: at any import, file or other call that Python reports."""
 
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from drive import ROOT, environment
 from work import HANGING
@@ -43,7 +43,7 @@ def start(folder: Path, *, at: int, number: int = 0) -> subprocess.CompletedProc
     """
     (folder / "hook").mkdir(parents=True)
     (folder / "hook" / "sitecustomize.py").write_text(HOOK)
-    env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(folder / "hook")}
+    env = programs.LEAST | {"HOME": str(folder), "PYTHONPATH": str(folder / "hook")}
     env |= {"AT_EVENT": str(at), "SIGNAL": str(int(number))} | environment(folder, ENABLE_CHECKPOINTS="true")
     return subprocess.run(
         [sys.executable, "training.py"], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=HANGING

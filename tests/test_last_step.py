@@ -132,7 +132,7 @@ training.guarded(training.main, settings)
 
 
 def test_killed_between_the_last_save_and_its_copy_in_best(tmp_path):
-    env = {"PATH": os.environ["PATH"]} | environment(tmp_path)
+    env = programs.LEAST | environment(tmp_path)
     done = programs.run([sys.executable, "-c", KILLED], cwd=ROOT, env=env, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert (newest(tmp_path).step, bests(tmp_path)) == (8, [4])

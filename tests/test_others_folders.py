@@ -17,7 +17,10 @@ QUICK = {"TRAINING_STEPS": "6", "CHECKPOINT_INTERVAL": "2", "SAMPLE_INTERVAL": "
 NOTHING = dict.fromkeys(TINY)
 
 
-@pytest.fixture(scope="module", params=["unified", "stepfiles"])
+LAYOUTS = ("unified", "stepfiles")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def trained(request, tmp_path_factory):
     """A run with checkpoints at 2, 4 and 6, in a layout without and in one with run folders."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -64,8 +67,14 @@ FILES = [
 FOLDERS = ["checkpoints/best", "checkpoints/{run}", "checkpoints/{run}/best", "runs/{run}", "runs/{run}/samples"]
 
 
-@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
-@pytest.mark.parametrize("name", FILES)
+KINDS = ("link", "link to nothing", "pipe")
+# Every name with every kind, by turns in a run of either layout: no layout changes what stands at these places.
+PLACED = [
+    (LAYOUTS[(row + column) % 2], name, kind) for row, name in enumerate(FILES) for column, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize(("trained", "name", "kind"), PLACED, indirect=["trained"])
 def test_links_and_pipes_in_place_of_run_files_are_never_written_through(name, kind, theirs, tmp_path):
     """RESUME=auto resumes, or refuses with an error that names the path;
     it neither blocks nor changes files outside.

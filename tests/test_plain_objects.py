@@ -323,7 +323,7 @@ def test_an_archive_of_our_own_stays_strict(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Mutated pickles: read or refused, with no import, no file touched, memory within the bound.
 
-MUTATIONS, SOAK_MUTATIONS, PROCESSES = 3000, 100_000, 4
+MUTATIONS, SOAK_MUTATIONS, PROCESSES = 1000, 100_000, 4
 
 
 def seed_pickles() -> list[bytes]:

@@ -300,7 +300,7 @@ def test_a_trained_child_is_drawn_after_its_parent(tmp_path, tmp_path_factory):
 
 def outside(folder: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
     """The script in a process of its own, its output in a pipe."""
-    words = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(folder / "runs")} | env
+    words = programs.LEAST | {"PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(folder / "runs")} | env
     return programs.run(
         [sys.executable, str(ROOT / "scripts" / "plot_run.py")], env=words, capture_output=True, check=True
     )
@@ -423,6 +423,6 @@ def test_as_a_user_runs_it(tmp_path):
     assert done.stdout.count("└") == 3
     line = '{ "$0" "$1"; echo $? >&3; } 3>"$2/code" | true'
     words = [sys.executable, str(ROOT / "scripts" / "plot_run.py"), str(tmp_path)]
-    env = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(tmp_path / "runs")}
+    env = programs.LEAST | {"PYTHON_DOTENV_DISABLED": "1", "RUNS_DIR": str(tmp_path / "runs")}
     piped = subprocess.run(["bash", "-c", line, *words], env=env, capture_output=True, text=True, check=False)
     assert ((tmp_path / "code").read_text().strip(), piped.stderr) == ("0", "")

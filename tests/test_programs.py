@@ -17,7 +17,7 @@ from work import HANGING
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every program is a fresh process")
 BOTH = pytest.mark.parametrize("fresh", [False, True])
-PLAIN = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+PLAIN = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "OMP_WAIT_POLICY") if name in os.environ}
 
 
 def pair(words: list[str], **options: Any) -> list[subprocess.CompletedProcess[Any]]:
@@ -63,6 +63,30 @@ def test_a_fork_sees_what_a_fresh_process_sees(tmp_path, env, session):
         done = same(words, cwd=tmp_path, env=PLAIN | env, input="ä\r\nb", text=True, start_new_session=session)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[0]) == argv
+
+
+STREAMS = (
+    "import sys; open('seen', 'w').write(repr([sys.stdin, sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__]))"
+)
+
+
+@pytest.mark.parametrize("closed", [[0, 1, 2], [1]], ids=str)
+def test_a_fork_without_streams_is_as_a_fresh_process_without(tmp_path, closed):
+    (tmp_path / "streams.py").write_text(STREAMS)
+    seen = []
+    for fresh in (False, True):
+        programs.run([sys.executable, "streams.py"], fresh=fresh, closed=closed, cwd=tmp_path, env=PLAIN, check=True)
+        seen.append((tmp_path / "seen").read_text())
+    assert seen[0].count("None") == len(closed) + len({1, 2} & set(closed))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("name", ["PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"])
+def test_a_fork_keeps_to_a_variable_of_python_that_containers_set(tmp_path, name):
+    (tmp_path / "module.py").write_text("")
+    code = "import module, os, sys; print(sys.dont_write_bytecode, sys.flags, os.path.exists('__pycache__'), flush=False); os._exit(0)"
+    done = same(["-c", code], cwd=tmp_path, env=PLAIN | {name: "1"})
+    assert (done.stdout == b"") == (name == "PYTHONDONTWRITEBYTECODE")
 
 
 ENDS = {

@@ -142,7 +142,7 @@ def test_the_printed_commands_can_be_pasted(tmp_path, monkeypatch):
     done = subprocess.run(
         ["bash", "-c", line],
         cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1"},
+        env=programs.LEAST | {"PYTHON_DOTENV_DISABLED": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -265,7 +265,7 @@ def test_for_a_text_that_has_grown_the_command_that_trains_on_is_printed(stopped
     code, said = train(stopped, RESUME="auto")
     assert code == 2
     command = said.split("as a run of its own: ")[1].strip()
-    env = {"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", "RESUME_TRAINING_STEPS": "2"}
+    env = programs.LEAST | {"PYTHON_DOTENV_DISABLED": "1", "RESUME_TRAINING_STEPS": "2"}
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     child = newest(stopped)
@@ -563,7 +563,7 @@ def of_a_run(checkpoints: Path, run_id: str, *, besides: Path) -> Path:
 
 def killed_at(step: int, folder: Path, **changes: str) -> None:
     """Train in a separate process that SIGKILL ends right after a step."""
-    env = {"PATH": os.environ["PATH"]} | environment(folder, **changes)
+    env = programs.LEAST | environment(folder, **changes)
     done = programs.run(
         [sys.executable, "-c", KILLED.format(step=step)], cwd=ROOT, env=env, capture_output=True, check=False
     )

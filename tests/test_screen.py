@@ -1,5 +1,6 @@
 """What reaches a screen: no text steers a terminal, and no stream that cannot be written decides how a script ends."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,7 +8,9 @@ import subprocess
 import sys
 import unicodedata
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import drive
 import programs
@@ -110,12 +113,31 @@ def test_the_command_to_resume_names_any_file(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The scripts
 
-UNHEARD = {
-    "full": (">/dev/full 2>/dev/full", {}),
-    "closed": (">&- 2>&- <&-", {}),
-    "ascii": (">out", {"PYTHONIOENCODING": "ascii:strict"}),
+
+class Streams(NamedTuple):
+    """Where the streams of a program lead, as a shell's redirections do."""
+
+    out: str = os.devnull
+    err: str = os.devnull
+    closed: tuple[int, ...] = ()
+
+    @contextlib.contextmanager
+    def opened(self, folder: Path) -> Iterator[tuple[int, int]]:
+        """Open both for the program to write; `GONE` is a pipe whose reader has ended, as in `| true`."""
+        reader, pipe = os.pipe()
+        os.close(reader)
+        with open(pipe, "wb") as gone, contextlib.ExitStack() as stack:
+            files = [gone if name == GONE else stack.enter_context(open(folder / name, "wb")) for name in self[:2]]
+            yield files[0].fileno(), files[1].fileno()
+
+
+GONE = "|"
+FULL = "/dev/full"
+UNHEARD: dict[str, tuple[Streams, dict[str, str]]] = {
+    "full": (Streams(out=FULL, err=FULL), {}),
+    "closed": (Streams(closed=(0, 1, 2)), {}),
+    "ascii": (Streams(out="out"), {"PYTHONIOENCODING": "ascii:strict"}),
 }
-OPENED = {">/dev/full 2>/dev/full": ("/dev/full", "/dev/full"), ">out": ("out", os.devnull)}
 TRAINED = {"TRAINING_STEPS": "8", "CHECKPOINT_INTERVAL": "4"}
 
 
@@ -131,26 +153,18 @@ def trained(tmp_path_factory):
     return folder
 
 
-def unheard(name: str, folder: Path, redirection: str, *, cwd: Path | None = None, **changes: str | None) -> int:
-    """Return the exit code of a script whose streams are redirected as by a shell."""
+def unheard(name: str, folder: Path, streams: Streams, *, cwd: Path | None = None, **changes: str | None) -> int:
+    """Return the exit code of a script with these streams."""
     kept = {each: os.environ[each] for each in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
             if each in os.environ}  # fmt: skip
     values = environment(folder, **(changes if name == "training" else NOTHING_OF_TRAINING | changes))
     path = ROOT / ("training.py" if name == "training" else f"scripts/{name}.py")
-    options = {"cwd": cwd or folder, "env": kept | values, "input": b"Dear\n"}
-    if redirection not in OPENED:  # a program that starts with closed streams has none
-        line = f'"$0" "$1" {redirection}'
-        done = subprocess.run(
-            ["bash", "-c", line, sys.executable, str(path)],
-            timeout=HANGING,
-            check=False,
-            capture_output=True,
-            **options,
-        )
-        return done.returncode
-    out, err = (options["cwd"] / each for each in OPENED[redirection])
-    with open(out, "wb") as stdout, open(err, "wb") as stderr:
-        return programs.run([sys.executable, path], stdout=stdout, stderr=stderr, **options).returncode
+    place = cwd or folder
+    with streams.opened(place) as (out, err):
+        return programs.run(
+            [sys.executable, path], cwd=place, env=kept | values, input=b"Dear\n", stdout=out, stderr=err,
+            closed=streams.closed,
+        ).returncode  # fmt: skip
 
 
 SCRIPTS = {
@@ -185,9 +199,9 @@ def test_a_script_that_nobody_hears_ends_like_any_other(name, way, trained, tmp_
     """But a text or a report that a full disk took is lost, and the exit code says so, unless the product is a checkpoint."""
     folder = tmp_path / "é"
     shutil.copytree(trained, folder)
-    redirection, encoding = UNHEARD[way]
+    streams, encoding = UNHEARD[way]
     lost = way == "full" and "OUTPUT" not in SCRIPTS[name]
-    assert unheard(name, folder, redirection, **SCRIPTS[name] | encoding) == int(lost)
+    assert unheard(name, folder, streams, **SCRIPTS[name] | encoding) == int(lost)
     if output := SCRIPTS[name].get("OUTPUT"):
         (path,) = [found.path for found in ckpt.find(folder / output)]
         assert ckpt.verify(path) == []
@@ -199,34 +213,37 @@ def test_json_that_was_lost_is_one_sentence_and_exit_code_1(name, trained, tmp_p
     folder = tmp_path / "é"
     shutil.copytree(trained, folder)
     changes = SCRIPTS[name] | {"FORMAT": "json"}
-    assert unheard(name, folder, "2>said >/dev/full", **changes) == 1
+    assert unheard(name, folder, Streams(out=FULL, err="said"), **changes) == 1
     assert (folder / "said").read_text(encoding="utf-8").count("stdout cannot be written") == 1
-    assert unheard(name, folder, "2>said | true; exit ${PIPESTATUS[0]}", **changes) == 0
+    assert unheard(name, folder, Streams(out=GONE, err="said"), **changes) == 0
     assert "stdout" not in (folder / "said").read_text(encoding="utf-8")
     if name == "verify_checkpoint":
         at_step(folder, 8).write_bytes(at_step(folder, 8).read_bytes()[:-9])
         (bad,) = (path for path in (folder / "checkpoints").glob("*step0008*"))
-        assert unheard(name, folder, ">/dev/full", **changes | {"CHECKPOINT_PATH": str(bad)}) == 3
+        assert unheard(name, folder, Streams(out=FULL), **changes | {"CHECKPOINT_PATH": str(bad)}) == 3
 
 
-@pytest.mark.parametrize("way", [*(way for way, _ in UNHEARD.values()), "2>&-", "<&-", ">&-"])
+SOME_CLOSED = {f"{number} closed": (Streams(closed=(number,)), {}) for number in (0, 1, 2)}
+
+
+@pytest.mark.parametrize("way", UNHEARD | SOME_CLOSED)
 def test_a_resume_that_nobody_hears_trains(way, trained, tmp_path):
-    encoding = next((values for redirection, values in UNHEARD.values() if redirection == way), {})
+    streams, encoding = (UNHEARD | SOME_CLOSED)[way]
     for name in ("heard", "unheard"):
         shutil.copytree(trained, tmp_path / name)
-    assert unheard("training", tmp_path / "unheard", way, RESUME="auto", TRAINING_STEPS="10", **encoding) == 0
+    assert unheard("training", tmp_path / "unheard", streams, RESUME="auto", TRAINING_STEPS="10", **encoding) == 0
     assert drive.train(tmp_path / "heard", RESUME="auto", TRAINING_STEPS="10")[0] == 0
     heard, alone = newest(tmp_path / "heard"), newest(tmp_path / "unheard")
     assert (alone.step, tensor_bytes(alone)) == (10, tensor_bytes(heard))
 
 
-@pytest.mark.parametrize("way", [way for way, _ in UNHEARD.values()])
+@pytest.mark.parametrize("way", UNHEARD)
 @pytest.mark.parametrize(
     ("changes", "code"),
     [({"MODEL_TYPE": "gtp2"}, 2), ({"RESUME": "nowhere.pt"}, 3), ({"TRAINING_DATA_SOURCE": "nowhere.txt"}, 4)],
 )
 def test_an_error_that_nobody_hears_has_its_exit_code(way, changes, code, tmp_path):
-    assert unheard("training", tmp_path, way, **changes) == code
+    assert unheard("training", tmp_path, UNHEARD[way][0], **changes) == code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +283,7 @@ def test_a_working_folder_whose_name_is_no_utf8_is_refused_before_anything_is_sa
     """What a checkpoint says of its files could not be read again."""
     folder = tmp_path / os.fsdecode(b"a\xff")
     folder.mkdir()
-    assert unheard("training", tmp_path, "", cwd=folder, CHECKPOINT_DIR="checkpoints") == 2
+    assert unheard("training", tmp_path, Streams(), cwd=folder, CHECKPOINT_DIR="checkpoints") == 2
     assert list(folder.iterdir()) == []
 
 

@@ -1,9 +1,9 @@
 """Every script that looks after checkpoints, in a process of its own: help, refusals, pipes, and any current folder."""
 
-import os
 import subprocess
 import sys
 
+import programs
 import pytest
 from drive import ROOT, command
 from records import record
@@ -55,7 +55,7 @@ MORE = {
 def test_from_any_folder_into_a_pipe_that_closes(name, folder):
     """The reader is gone before the first line: no traceback, and the exit code of the work that was done."""
     env = {
-        "PATH": os.environ["PATH"],
+        **programs.LEAST,
         "PYTHON_DOTENV_DISABLED": "1",
         "CHECKPOINT_DIR": "checkpoints",
         "NO_COLOR": "1",

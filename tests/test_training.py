@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from drive import ROOT, command, environment, logged, newest, small_text, train
@@ -328,7 +329,7 @@ def test_mistakes_are_reported_before_torch_is_imported(tmp_path):
         "import sys, runpy\nsys.argv=['training.py']\ntry: runpy.run_path('training.py', "
         "run_name='__main__')\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
-    env = {"PATH": os.environ["PATH"], "MODEL_TYPE": "gtp2", "CHECKPOINT_INTERVALS": "5", "PYTHON_DOTENV_DISABLED": "1"}
+    env = programs.LEAST | {"MODEL_TYPE": "gtp2", "CHECKPOINT_INTERVALS": "5", "PYTHON_DOTENV_DISABLED": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["2", "False"]
     assert "did you mean gpt2?" in done.stderr
