@@ -27,7 +27,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -39,8 +39,8 @@ from milepost.generation.sampling import generate
 from milepost.remote import folder_here
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
 from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
-from milepost.run import TRY_INSTEAD, Run, agreed, checked, fresh, is_due, sample_start, validation_of
-from milepost.run_checkpoints import finish_saving, repair, retry_is_due, save_checkpoint
+from milepost.run import TRY_INSTEAD, Clock, Run, agreed, checked, fresh, is_due, sample_start, validation_of
+from milepost.run_checkpoints import finish_saving, repair, retry_is_due, save_checkpoint, save_if_a_process_dies
 from milepost.run_files import open_run, write_metrics, write_sample
 from milepost.run_mirror import behind_mirror, finish_mirroring, help_mirroring
 from milepost.run_publishing import check_publishing, publish_last
@@ -327,31 +327,13 @@ def sample(run: Run) -> str:
     return (run.tokenizer.decode(start.ids) if start.shown else "") + text + "\n"
 
 
-def report(run: Run, clock: "Clock", metrics: Mapping[str, Tensor]) -> None:
+def report(run: Run, clock: Clock, metrics: Mapping[str, Tensor]) -> None:
     """Write a training line to metrics.jsonl, and show loss and speed beside the bar."""
     values, rate = {name: value.item() for name, value in metrics.items()}, clock.rate()
     write_metrics(run, "train", values | {"tok_s": round(rate, 1)})
     left = (run.end - run.state.step) * run.batches.tokens_in(run.state.step) / max(rate, 1e-9)
     figures = {"loss": f"{values['loss']:.4f}", "tok_s": amount(rate), "not_mirrored": behind_mirror(run)}
     run.bar.show(run.state.step, **figures, seconds_left=left)
-
-
-class Clock:
-    """Measures tokens per second of training, without evaluation and saving."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.restart()
-
-    def restart(self) -> None:
-        """Measure from now on."""
-        self._since, self._tokens = time.monotonic(), self._run.state.tokens_seen
-
-    def rate(self) -> float:
-        """Return tokens per second since the last call or restart."""
-        rate = (self._run.state.tokens_seen - self._tokens) / max(time.monotonic() - self._since, 1e-9)
-        self.restart()
-        return rate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,23 +371,6 @@ def seconds_per_step(run: Run, seconds: float) -> float:
             break
         seconds = min(seconds, time_pass(run))
     return seconds
-
-
-@contextlib.contextmanager
-def save_if_a_process_dies(run: Run) -> Iterator[None]:
-    """Save the last complete step if another process dies, on rank 0 and where it holds all weights.
-
-    A process notices the death while it waits for gradients, before the update. Muon also communicates during the
-    update; a half-done update is not a step.
-    """
-    try:
-        yield
-    except Exception as error:
-        complete = run.world.is_rank0 and run.engine == "ddp" and not run.state.updating
-        if distributed.lost(error) and complete and run.settings.enable_checkpoints and run.state.step > run.saved.step:
-            save_checkpoint(run, regular=True)
-            run.writer.wait()
-        raise
 
 
 def end(run: Run) -> int:

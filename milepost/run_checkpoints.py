@@ -18,6 +18,7 @@ from milepost.paths import is_real_folder
 from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
 from milepost.run_files import METRICS, flush_lines, open_run
 from milepost.run_mirror import copied_now, copy_to_mirror, finish_mirroring, wait_for_rank0
+from milepost.runtime import distributed
 from milepost.runtime.digests import digests
 from milepost.runtime.errors import DeviceFaultError, TrainingError
 from milepost.runtime.progress import Metrics, duration, shown
@@ -45,6 +46,23 @@ def save_checkpoint(run: Run, *, regular: bool, fallback: bool = False) -> None:
     if run.world.is_rank0 or run.saves_parts:
         left = left if run.engine != "fsdp" or run.saves_parts else digests(named_tensors(record))  # gathered
         run.writer.submit(record, lambda copy: _write(run, copy, left, regular=regular, fallback=fallback))
+
+
+@contextlib.contextmanager
+def save_if_a_process_dies(run: Run) -> Iterator[None]:
+    """Save the last complete step if another process dies, on rank 0 and where it holds all weights.
+
+    A process notices the death while it waits for gradients, before the update. Muon also communicates during the
+    update; a half-done update is not a step.
+    """
+    try:
+        yield
+    except Exception as error:
+        complete = run.world.is_rank0 and run.engine == "ddp" and not run.state.updating
+        if distributed.lost(error) and complete and run.settings.enable_checkpoints and run.state.step > run.saved.step:
+            save_checkpoint(run, regular=True)
+            run.writer.wait()
+        raise
 
 
 def _check_parts(run: Run, left: dict[str, int]) -> None:

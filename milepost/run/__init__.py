@@ -13,7 +13,7 @@ from milepost.run.build import (
 )
 from milepost.run.device_check import device_problem, first_token_problem
 from milepost.run.replay import check_unchanged, checked, left_by_step, why_not_replayed
-from milepost.run.state import TRY_INSTEAD, Run, Saved, State, is_due, to_record
+from milepost.run.state import TRY_INSTEAD, Clock, Run, Saved, State, is_due, to_record
 from milepost.run.text import (
     Text,
     open_source,
@@ -39,6 +39,7 @@ from milepost.run.weights import (
 
 __all__ = [
     "TRY_INSTEAD",
+    "Clock",
     "Run",
     "Saved",
     "State",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,24 @@ class Run:
             local_processes=self.world.local_size,
             distributed=self.engine,
         )
+
+
+class Clock:
+    """Measures tokens per second of training, without evaluation and saving."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure from now on."""
+        self._since, self._tokens = time.monotonic(), self._run.state.tokens_seen
+
+    def rate(self) -> float:
+        """Return tokens per second since the last call or restart."""
+        rate = (self._run.state.tokens_seen - self._tokens) / max(time.monotonic() - self._since, 1e-9)
+        self.restart()
+        return rate
 
 
 def is_due(run: Run, *names: str) -> bool:
