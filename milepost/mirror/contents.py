@@ -3,9 +3,10 @@
     <run_id>/<save number>-<save id>/checkpoints/checkpoint_gpt2_letters_step0100_11102026_120000.pt
     <run_id>/<save number>-<save id>/run/metrics.jsonl, run.json, config.env, training.log, samples/
     <run_id>/<save number>-<save id>/manifest.json
+    <run_id>/lease/ # which process trains the run: lease.py
     latest.json     # names the newest manifest, for stores whose listings come late
 
-No object is written over by another content, but for latest.json. A file that has not changed since an earlier save is
+No object is written over by another content, but for latest.json and the beat of a lease. A file that has not changed since an earlier save is
 named in the manifest as that save's object.
 """
 
