@@ -23,7 +23,7 @@ PACKAGES = {
 }  # fmt: skip
 # A part of a large file lies in memory while it is sent, so few are at a time. Milepost itself tries again.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"max_concurrency": 2, "use_listings_cache": False}, "sftp": {}, "ssh": {},  # the latter keep no listings
+    "s3": {"max_concurrency": 2, "use_listings_cache": False}, "sftp": {}, "ssh": {},  # these two keep no listings, and know no such option
 }  # fmt: skip
 BUCKETS = ("s3", "gs", "az", "abfs", "hf")  # what has no folders
 READ_AHEAD = 16 * 2**20  # bytes
