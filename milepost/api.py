@@ -2,8 +2,8 @@
 
 Settings are keywords, the variables of docs/configuration.md in lower case, with the same checks; the process
 environment and .env are not read. Paths are `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a
-file, a folder, a stem, a glob, "latest", "best", or an address in a mirror. A `folder` that is not given is the one to which train() saves by
-default. Errors are raised: ConfigError, CheckpointError, DataError.
+file, a folder, a stem, a glob, "latest", "best", or an address in a mirror. A `folder` that is not given is the one to
+which train() saves by default. Errors are raised: ConfigError, CheckpointError, DataError.
 """
 
 import contextlib

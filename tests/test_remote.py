@@ -98,6 +98,12 @@ def test_a_script_prints_of_the_mirror_what_it_prints_of_the_disk(trained, tmp_p
     assert list(caches.rglob("*.pt")) == ([] if name == "inspect_checkpoint" else [cached])
 
 
+def test_a_mirror_in_a_folder_with_a_space_in_its_name(trained, tmp_path):
+    shutil.copytree(trained / "mirror", tmp_path / "my drive" / "mirror")
+    said = call(script("load_checkpoint"), tmp_path, CHECKPOINT_PATH=address(tmp_path / "my drive", "4"), **TEXT)
+    assert (said.code, "at step 4," in said.err) == (0, True), said.err
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_a_name_opens_its_step(trained, tmp_path, name):
     said = call(script("load_checkpoint"), empty(trained, tmp_path), CHECKPOINT_PATH=address(trained, name), **TEXT)

@@ -25,7 +25,7 @@ PACKAGES = {
 }  # fmt: skip
 # A part of a large file lies in memory while it is sent, so few are at a time. Milepost itself tries again.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"max_concurrency": 2, "use_listings_cache": False}, "sftp": {}, "ssh": {},  # the latter keep no listings
+    "s3": {"max_concurrency": 2, "use_listings_cache": False}, "sftp": {}, "ssh": {},  # these two keep no listings, and know no such option
 }  # fmt: skip
 CLOUDS = ("s3", "gs", "az", "abfs")  # whose addresses begin with a bucket
 BUCKETS = (*CLOUDS, "hf")  # what has no folders
