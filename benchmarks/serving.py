@@ -1,12 +1,15 @@
 """Measure scripts/serve_checkpoint.py with a GPT-2 (124M parameters) on a CPU: one client, and many at once.
 
     python3 benchmarks/serving.py             # about five minutes and 0.5 GB of disk
-    python3 benchmarks/serving.py soak 60     # 64 clients for 60 s: errors, memory, and whether each text is that of its seed
+    python3 benchmarks/serving.py soak 60     # 64 clients for 60 s, some of whom go midway: errors, memory, and whether each text is that of its seed
 
 One client is measured against the same texts without a server, in the same process: its first token, and tokens per second. Then as many clients as
 CLIENTS at once, against one at a time.
 """
 
+import contextlib
+import http.client
+import json
 import resource
 import sys
 import tempfile
@@ -19,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from measure import compare, header, row  # noqa: E402
-from serving import Served, serving  # noqa: E402
+from model_server import Served, serving  # noqa: E402
 
 from milepost import ckpt, config  # noqa: E402
 from milepost.generation.texts import Sampling, texts  # noqa: E402
@@ -113,8 +116,11 @@ def many_clients(served: Served, dtype: str) -> None:
 
 
 def soak(folder: Path, seconds: float) -> None:
-    """Run SOAKING clients for so long; raise AssertionError for an error other than 429, or another text."""
-    counts = {"texts": 0, "refused": 0}
+    """Run SOAKING clients for so long, one of eight of whom goes in the middle of each text.
+
+    Raise AssertionError for an error other than 429, another text, or a slot that is not free at the end.
+    """
+    counts = {"texts": 0, "refused": 0, "left": 0}
     lock = threading.Lock()
     with serving(folder, CHECKPOINT_PATH="latest", SERVE_SLOTS="16", SERVE_QUEUE="32") as served:
         expected = {seed: alone(served, seed, 20 + seed % 30) for seed in range(200)}
@@ -124,6 +130,11 @@ def soak(folder: Path, seconds: float) -> None:
             seed = number
             while time.monotonic() - began < seconds:
                 seed = (seed + 37) % len(expected)
+                if number % 8 == 0:
+                    leave(served, seed)
+                    with lock:
+                        counts["left"] += 1
+                    continue
                 reply = served.complete(PROMPT, seed=seed, max_tokens=20 + seed % 30)
                 assert reply.status in (200, 429), reply.body
                 with lock:
@@ -135,7 +146,18 @@ def soak(folder: Path, seconds: float) -> None:
 
         with ThreadPoolExecutor(SOAKING) as pool:
             list(pool.map(client, range(SOAKING)))
+        while served.server.generating.requests() != (0, 0):
+            assert time.monotonic() - began < seconds + 60, "a client that has gone keeps its slot"
+            time.sleep(0.1)
         print(f"{counts} in {time.monotonic() - began:.0f} s; memory {before:.0f} MB before, {memory():.0f} MB after")
+
+
+def leave(served: Served, seed: int) -> None:
+    """Ask for a text without end, and close the connection after its first bytes, or those of a refusal."""
+    body = json.dumps({"prompt": PROMPT, "stream": True, "seed": seed, "max_tokens": 1 << 20})
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port)) as connection:
+        connection.request("POST", "/v1/completions", body)
+        connection.getresponse().read(1)
 
 
 def memory() -> float:

@@ -136,6 +136,18 @@ def test_what_the_hub_has_not_is_one_sentence(hub: DataHub, tmp_path: Path) -> N
         assert (code, problem in said) == (4, True), said
 
 
+@pytest.mark.parametrize("lack", ["server", "network"])
+def test_a_hub_that_cannot_be_reached_is_one_sentence(hub: DataHub, tmp_path: Path, lack: str) -> None:
+    changes = {"HF_HUB_OFFLINE": "1"} if lack == "network" else {}
+    if lack == "server":
+        hub.shutdown()
+        hub.server_close()
+    code, said = train(tmp_path / "run", hub, TRAINING_DATA_SOURCE="hf://datasets/wren/letters", **changes)
+    assert code == 4, said
+    assert "hf://datasets/wren/letters could not be fetched from the hub" in said
+    assert "unexpected" not in said
+
+
 NAMES = ["README.md", "data/train-0.parquet", "data/validation-0.parquet", "fr/train.csv", "load.py", "dev.jsonl"]
 
 

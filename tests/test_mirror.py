@@ -412,7 +412,7 @@ def test_a_run_resumes_on_an_empty_disk_past_a_damaged_checkpoint(tmp_path):
 
 
 def test_a_disk_that_is_as_new_as_the_mirror_reads_no_checkpoint_from_it(tmp_path):
-    variables = SMALL | {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'mirror'}"}
+    variables = SMALL | {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'my mirror'}"}
     assert train(tmp_path, **variables)[0] == 0
     code, said = train(tmp_path, **variables, RESUME="auto")
     assert code == 0

@@ -170,7 +170,7 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
     problems = {
         f"{one}*3,{two}*1": "mix texts with texts",
         f"{one}*3,{short}": f"{short} has no weight",
-        f"{one}*3": "has no weight",
+        f"{one}*3": "one source is no mixture",
         f"{one}*3,{one}*0": "leave that source out",
         f"{one}*3,{short}*1": "too long for the smallest source",
     }

@@ -107,6 +107,39 @@ def test_a_window_that_is_none_is_refused(query: dict[str, str], client: httpx.C
     ] == {BASE_ID: {"train": {}, "validation": {}}}
 
 
+def test_a_checkpoint_is_verified_when_asked_and_shown_so_until_it_is_written_anew(
+    client: httpx.Client, folder: Path
+) -> None:
+    def shown() -> list[dict[str, object]]:
+        client.get("/api/runs")
+        return client.get("/api/details", params={"run": BASE_ID}).json()[BASE_ID]["checkpoints"]
+
+    first, second, _ = shown()
+    assert (first["problems"], second["problems"]) == (None, None)
+    flip_a_byte(folder, str(second["path"]))
+    asked = [{"run": BASE_ID, "checkpoint": each["id"]} for each in (first, second)]
+    intact, damaged = (client.post("/api/verify", params=each).json() for each in asked)
+    assert intact == []
+    assert "damaged" in damaged[0]
+    assert [each["problems"] for each in shown()] == [intact, damaged, None]
+    for wrong in (
+        {"run": BASE_ID},
+        {"run": CUT_ID, "checkpoint": first["id"]},
+        {"run": "..", "checkpoint": "/etc/passwd"},
+    ):
+        assert client.post("/api/verify", params=wrong).status_code == 404
+    assert client.get("/api/verify", params=asked[0]).status_code == 405
+    assert client.post("/api/verify", params=asked[0], headers={"Origin": "http://evil.example"}).status_code == 403
+
+
+def flip_a_byte(folder: Path, name: str) -> None:
+    """Change a byte of the tensors of a checkpoint, and neither its size nor its time."""
+    (path,) = (folder / "checkpoints").glob(Path(name).name)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def test_nothing_but_reading_is_answered(client: httpx.Client) -> None:
     assert [client.request(method, "/api/runs").status_code for method in ("POST", "PUT", "DELETE")] == [405] * 3
 

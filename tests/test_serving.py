@@ -170,6 +170,36 @@ def test_texts_that_are_read_together_are_those_alone(wide, dtype, monkeypatch):
     assert max(together) > 8
 
 
+def test_the_texts_of_a_request_are_read_together_too(wide, monkeypatch):
+    together = []
+    plain = Decoder.read_ahead
+    monkeypatch.setattr(Decoder, "read_ahead", lambda self, t, c: (together.append(len(t)), plain(self, t, c)))
+    with serving(wide, CHECKPOINT_PATH="latest", SERVE_SLOTS="3") as running:
+        model = running.server.catalogue.models["latest"]
+        found = texts_of(running.complete(["Dear", "Wren"], n=4, seed=5, max_tokens=20, echo=True, logprobs=1))
+    assert found == [
+        prompt + alone(model.loaded, prompt, seed=5, tokens=20, number=number)
+        for prompt in ("Dear", "Wren")
+        for number in range(4)
+    ]
+    if not model.together:
+        pytest.skip("this processor computes several rows otherwise than one, so texts take turns")
+    assert max(together) == 3  # the slots
+
+
+def test_a_request_with_many_texts_leaves_slots_to_others(folder):
+    with (
+        serving(folder, CHECKPOINT_PATH="latest", SERVE_SLOTS="2", SERVE_QUEUE="1") as running,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        many = pool.submit(running.complete, "Dear", n=128, max_tokens=200, seed=1)
+        until(lambda: len(running.server.generating.running) == 2)
+        assert len(texts_of(running.complete("Wren", max_tokens=3))) == 1
+        assert running.server.generating.requests() == (1, 0)  # the other still generates
+        assert len(set(texts_of(many.result()))) > 100
+        assert running.server.generating.requests() == (0, 0)
+
+
 def test_a_chat_is_answered_by_the_template(talking):
     with serving(talking, CHECKPOINT_PATH="latest") as running:
         reply = running.chat("wren sings?", max_tokens=12, seed=1, logprobs=True, top_logprobs=2)

@@ -12,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HANGING = 3600  # seconds after which a process counts as hanging: far more than any needs at a tenth of a core
+# Seconds after which a process counts as hanging: far more than any needs at a tenth of a core.
+HANGING = int(os.environ.get("HANGING_SECONDS", "3600"))
 
 _opened: list[str] | None = None
 

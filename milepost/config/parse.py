@@ -108,8 +108,8 @@ def _source(text: str, folder: str) -> str:
 
 
 def _address(text: str, _folder: str) -> str:
-    """Return the address of a store, which has a scheme, as it is."""
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^,\s]+", text.strip()):
+    """Return the address of a store, which has a scheme, as it is. Only names of folders hold spaces."""
+    if not re.fullmatch(r"(?i:file)://[^,]+|[A-Za-z][A-Za-z0-9+.-]*://[^,\s]+", text.strip()):
         raise ValueError(text)
     return text.strip()
 
@@ -225,7 +225,7 @@ NOUNS: dict[Any, str] = {
     "path": "a path",
     "paths": "a path, or several joined by commas",
     "source": "files, folders, globs, an https URL or tinyshakespeare",
-    "address": "an address such as s3://bucket/path or file:///path",
+    "address": "an address such as s3://bucket/path, or file:///path for a folder",
     "hub": "a hub name or a folder",
     "hub_name": "owner/name",
     "secret": "printable ASCII without spaces",

@@ -332,8 +332,8 @@ class Config:
         group="Serving")
     api_key: str | None = var(None, "key that requests to scripts/serve_checkpoint.py must carry, as Authorization: Bearer KEY; never shown or stored; "
         "not set: none", group="Serving", form="secret")
-    serve_slots: int = var(16, "requests that generate at the same time, each with a key/value cache in memory", group="Serving", minimum=1, maximum=256)
-    serve_queue: int = var(64, "requests that wait for a slot; further ones get status 429", group="Serving", minimum=0)
+    serve_slots: int = var(16, "texts that are generated at the same time, each with a key/value cache in memory", group="Serving", minimum=1, maximum=256)
+    serve_queue: int = var(64, "requests that wait for their first slot; further ones get status 429", group="Serving", minimum=0)
     serve_timeout: int = var(300, "seconds that a request may take, waiting included; then it ends with an error", group="Serving", minimum=1)
     # fmt: on
 

@@ -1,7 +1,6 @@
 """The runs of a folder, kept in memory and looked at again when somebody asks: what the page shows, by id."""
 
 import contextlib
-import hashlib
 import os
 import threading
 import time
@@ -18,7 +17,9 @@ from milepost.page.runs import (
     Json,
     checkpoints,
     damaged,
+    digest,
     labels,
+    plain,
     resume_line,
     samples,
     settings_shown,
@@ -29,6 +30,7 @@ from milepost.page.series import Window, curves
 from milepost.plots.curves import METRICS, Drawn, parent_of
 
 LEAST, SHARE = 1.0, 5  # seconds between two looks at least, and how many times as long as a look takes
+State = tuple[Path, int, object]
 BUDGET = 0.5  # seconds in which a look reads metrics; the rest is read by the next
 
 
@@ -56,6 +58,8 @@ class Library:
         self.unread = 0  # runs whose metrics the next look reads
         self._runs: dict[str, Watched] = {}
         self._damaged: list[Found] = []
+        self._verified: dict[State, list[str]] = {}
+        self._verifying = threading.Lock()
         self._guard = threading.RLock()
         self._due = 0.0  # monotonic seconds
         self._held = False  # whether `hold` gave the runs, which no file changes any more
@@ -100,8 +104,29 @@ class Library:
     def details(self, ids: Sequence[str]) -> Json:
         """Return checkpoints, samples and settings of the runs by id; ids that are unknown are left out."""
         with self._guard:
-            return {run: {"checkpoints": checkpoints(each.found), "samples": samples(each.folder),
+            return {run: {"checkpoints": checkpoints(each.found, self._problems), "samples": samples(each.folder),
                           "settings": settings_shown(each.settings)} for run, each in self._known(ids).items()}  # fmt: skip
+
+    def verify(self, run: str, checkpoint: str) -> list[str] | None:
+        """Read a checkpoint of a run, by their ids, and return what is wrong with it; None if there is no such one.
+
+        The next look tells it to all pages. One is verified at a time.
+        """
+        with self._guard:
+            own = self._runs[run].found if run in self._runs else []
+            found = next((each for each in own if digest(os.fsencode(each.path)) == checkpoint), None)
+        if found is None:
+            return None
+        with self._verifying:
+            problems = [plain(problem, length=500) for problem in ckpt.verify(found.path)]
+        with self._guard:
+            self._verified[_state_of(found)] = problems
+            if run in self._runs:
+                self._runs[run].stale = True
+        return problems
+
+    def _problems(self, found: Found) -> list[str] | None:
+        return self._verified.get(_state_of(found))
 
     def _known(self, ids: Iterable[str]) -> dict[str, Watched]:
         return {run: self._runs[run] for run in dict.fromkeys(ids) if run in self._runs}
@@ -181,8 +206,13 @@ class Library:
 
 
 def id_of(folder: Path) -> str:
-    """Return the id of a run in addresses: a hash of its name, so that no request holds a path."""
-    return hashlib.blake2b(os.fsencode(folder.name), digest_size=9).hexdigest()
+    """Return the id of a run in addresses."""
+    return digest(os.fsencode(folder.name))
+
+
+def _state_of(found: Found) -> State:
+    """Return what a checkpoint was verified as: another that is written in its place has not been."""
+    return found.path, found.size, found.metadata.get("saved_at")
 
 
 def _changed_at(path: Path) -> float:

@@ -51,6 +51,11 @@ def routes(library: Library, *, stopping: Callable[[], bool]) -> list[Route]:
         await run_in_threadpool(library.look)
         return answer(await run_in_threadpool(library.details, ids_of(request)))
 
+    async def verify(request: Request) -> Response:
+        ids = [request.query_params.get(name, "") for name in ("run", "checkpoint")]
+        problems = await run_in_threadpool(library.verify, *ids)
+        return PlainTextResponse("no such checkpoint\n", 404, HEADERS) if problems is None else answer(problems)
+
     async def events(request: Request) -> Response:
         if len(listeners) >= MOST_LISTENERS:
             return PlainTextResponse("too many pages are open\n", 503, {**HEADERS, "retry-after": "10"})
@@ -59,7 +64,8 @@ def routes(library: Library, *, stopping: Callable[[], bool]) -> list[Route]:
         return StreamingResponse(stream, media_type="text/event-stream", headers=HEADERS)
 
     ends = {"/": show, "/api/runs": runs, "/api/curves": curves, "/api/details": details, "/api/events": events}
-    return [Route(path, end, methods=["GET"]) for path, end in ends.items()]
+    verifying = Route("/api/verify", verify, methods=["POST"])  # reads the whole checkpoint: no link is to start that
+    return [*(Route(path, end, methods=["GET"]) for path, end in ends.items()), verifying]
 
 
 def answer(value: Any) -> Response:

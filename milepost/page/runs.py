@@ -1,10 +1,12 @@
 """What the page shows of a run besides its curves: what became of it, its checkpoints, samples and settings, as JSON."""
 
 import contextlib
+import hashlib
 import heapq
 import math
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ SAMPLE_BYTES = 16_384  # of a sample
 SAMPLE_NAME = re.compile(r"step(\d{1,15})\.txt")
 NAME = 200  # characters of a name or a value
 Json = dict[str, Any]
+
+
+def digest(name: bytes) -> str:
+    """Return an id for addresses, so that no request holds a path."""
+    return hashlib.blake2b(name, digest_size=9).hexdigest()
 
 
 def plain(value: object, *, length: int = NAME) -> str:
@@ -97,13 +104,15 @@ def resume_line(found: Iterable[Found], *, checkpoint_dir: Path, runs_dir: Path)
     return resume_command(latest.path, checkpoint_dir=checkpoint_dir, runs_dir=runs_dir, base=variable)
 
 
-def checkpoints(found: Iterable[Found]) -> list[Json]:
-    """Return the checkpoints of a run, oldest first."""
+def checkpoints(found: Iterable[Found], problems: Callable[[Found], list[str] | None]) -> list[Json]:
+    """Return the checkpoints of a run, oldest first. `problems` returns what was found wrong; None if nobody has verified it."""
     own = list(found)
     best, latest = ckpt.lowest_loss(own), ckpt.latest(own)
     return [
         {
+            "id": digest(os.fsencode(each.path)),
             "path": plain(shown(each.path), length=500),
+            "problems": problems(each),
             "step": each.step,
             "loss": loss_of(each),
             "bytes": each.size,

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 POLL_SECONDS = 0.02
-# How long processes wait for the work of another, such as training a tokenizer. A process that dies is noticed at once.
+# How long processes wait for the work of another, such as training a tokenizer. A process that dies is noticed at once,
+# but for a send that gloo queues in the very moment of the death: nobody is told of that one (Pair::signalException in
+# gloo/transport/tcp/pair.cc), and torchrun ends the process.
 CONTROL_TIMEOUT = datetime.timedelta(days=1)
 
 

@@ -150,10 +150,8 @@ def metrics_of(server: Server) -> Callable[[Request], Any]:
     """Return the endpoint that Prometheus reads."""
 
     async def metrics(request: Request) -> Response:
-        gauges: dict[str, float] = {
-            "requests_running": len(server.generating.running),
-            "requests_waiting": len(server.generating.waiting),
-        }
+        running, waiting = server.generating.requests()
+        gauges: dict[str, float] = {"requests_running": running, "requests_waiting": waiting}
         for name, served in server.catalogue.models.items():
             gauges[series("model_step", {"model": name})] = served.loaded.record.step
         kind = "text/plain; version=0.0.4; charset=utf-8"

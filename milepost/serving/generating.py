@@ -1,7 +1,7 @@
-"""The thread that generates: it gives every running request a step in turn, and waiting requests a slot.
+"""The thread that generates: it gives every running text a step in turn, and waiting texts a slot.
 
 Requests come from the event loop and pieces go back to it; neither waits for the other. The lock is held only to move
-requests, never while something is computed.
+texts, never while something is computed.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import Final
 
 from milepost.generation.decoder import Decoder
 from milepost.serving.faults import queue_full, stopping
-from milepost.serving.pieces import Next, Piece, Work, pieces
+from milepost.serving.pieces import Next, Piece, Work, pieces_by_text
 
 MOST_ROWS: Final = 32  # texts that are read together in one pass
 
@@ -25,39 +25,47 @@ class Job:
     def __init__(self, work: Work, *, together: bool, streams: bool) -> None:
         self.work, self.together, self.streams = work, together, streams
         self.cancelled = False
-        self.next: Next | None = None
         self.ready = asyncio.Event()
+        self.error: Exception | None = None
+        self.done = False
         self._loop = asyncio.get_running_loop()
         self._made: deque[Piece] = deque()
-        self.error: Exception | None = None
-        self._done = self._told = False
-        self._steps: Iterator[tuple[Piece, Next | None]] = pieces(work)
+        self._told = False
+        self._texts = pieces_by_text(work)
+        self._to_begin = self._to_end = len(work.prompts) * work.n
 
-    def step(self) -> bool:
-        """Take a step; return whether the request has ended. Called by the generating thread."""
-        try:
-            piece, self.next = next(self._steps)
-        except StopIteration:
+    def begin(self) -> "Text":
+        """Return the next of its texts, for which there is a slot."""
+        self._to_begin -= 1
+        return Text(self, next(self._texts))
+
+    @property
+    def waits(self) -> bool:
+        """Whether texts of the request have not begun."""
+        return not self.done and self._to_begin > 0
+
+    def add(self, piece: Piece) -> None:
+        """Hand a piece to the event loop."""
+        self._made.append(piece)
+        if self.streams:
+            self._tell()
+
+    def text_ended(self) -> None:
+        """End the request with the last of its texts."""
+        self._to_end -= 1
+        if not self._to_end:
             self.end(None)
-        except Exception as error:
-            self.end(error)
-        else:
-            self._made.append(piece)
-            if self.streams:
-                self._tell()
-        return self._done
 
     def end(self, error: Exception | None) -> None:
-        """End the request, with an error or without, and forget its cache."""
-        self.next, self._steps = None, iter(())
-        self.error, self._done = error, True
+        """End the request, with an error or without."""
+        self.error, self.done = error, True
         self._tell()
 
     def take(self) -> tuple[list[Piece], bool]:
         """Return the pieces since the last call, and whether the request has ended, perhaps with an `error`."""
         self.ready.clear()
         self._told = False
-        done = self._done  # first: no piece follows it
+        done = self.done  # first: no piece follows it
         return [self._made.popleft() for _ in range(len(self._made))], done
 
     def _tell(self) -> None:
@@ -68,12 +76,33 @@ class Job:
                 self._loop.call_soon_threadsafe(self.ready.set)
 
 
+class Text:
+    """A text of a request while it has a slot. `next` is what it reads next, if that can be read with others."""
+
+    def __init__(self, job: Job, steps: Iterator[tuple[Piece, Next | None]]) -> None:
+        self.job, self._steps = job, steps
+        self.next: Next | None = None
+
+    def step(self) -> bool:
+        """Take a step; return whether the text has ended."""
+        try:
+            piece, self.next = next(self._steps)
+        except StopIteration:
+            self.job.text_ended()
+            return True
+        self.job.add(piece)
+        return False
+
+
 class Generating:
-    """The running and the waiting requests, and the thread that generates. All but the thread is for the event loop."""
+    """The running texts, the requests with texts that wait, and the thread that generates.
+
+    All but the thread is for the event loop.
+    """
 
     def __init__(self, *, slots: int, queue: int) -> None:
         self.slots, self.queue = slots, queue
-        self.running: list[Job] = []
+        self.running: list[Text] = []
         self.waiting: deque[Job] = deque()
         self.stopping = False
         self._changed = threading.Condition()
@@ -84,7 +113,7 @@ class Generating:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Give the job a slot as soon as one is free. Raise ApiError if the queue is full or the server stops."""
+        """Give the job's texts slots as they are free. Raise ApiError if the queue is full or the server stops."""
         with self._changed:
             self.check_room()
             self.waiting.append(job)
@@ -94,11 +123,17 @@ class Generating:
         """Raise ApiError if a further request would find the queue full, or the server stopping."""
         if self.stopping:
             raise stopping()
-        if len(self.running) + len(self.waiting) >= self.slots + self.queue:
-            raise queue_full(len(self.waiting))
+        running, waiting = self.requests()
+        if running + waiting >= self.slots + self.queue:
+            raise queue_full(waiting)
+
+    def requests(self) -> tuple[int, int]:
+        """Return how many requests have a text that runs, and how many wait for their first."""
+        running = {text.job for text in self.running}
+        return len(running), len(set(self.waiting.copy()) - running)
 
     def cancel(self, job: Job) -> None:
-        """Take the job's place in the queue, or its slot before its next step."""
+        """Take the job's place in the queue, or its slots before their next steps."""
         job.cancelled = True
         with self._changed:
             if job in self.waiting:
@@ -113,35 +148,50 @@ class Generating:
             with self._changed:
                 while not self.running and not self.waiting:
                     self._changed.wait()
-                while self.waiting and len(self.running) < self.slots:
-                    self.running.append(self.waiting.popleft())
-                running = list(self.running)
-            ended = [job for job in running if take_step(job, running)]
-            with self._changed:
-                self.running = [job for job in self.running if job not in ended]
+                self.running += self._begun()
+            ended = {text for text in self.running if take_step(text, self.running)}
+            self.running = [text for text in self.running if text not in ended]
+
+    def _begun(self) -> Iterator[Text]:
+        """Begin texts while there are slots: one of each request in turn, so that one with many holds nobody up."""
+        for _ in range(self.slots - len(self.running)):
+            while self.waiting and not self.waiting[0].waits:  # it failed
+                self.waiting.popleft()
+            if not self.waiting:
+                return
+            job = self.waiting.popleft()
+            yield job.begin()
+            if job.waits:
+                self.waiting.append(job)
 
 
-def take_step(job: Job, running: Sequence[Job]) -> bool:
-    """Take a step of the job; return whether it has ended. What others read next is read with what it reads, in one pass."""
+def take_step(text: Text, running: Sequence[Text]) -> bool:
+    """Take a step of the text; return whether it has ended. What others read next is read with what it reads, in one pass.
+
+    An error ends the request, not the others.
+    """
+    job = text.job
     try:
+        if job.done:
+            return True
         if job.cancelled:
             job.end(None)
             return True
-        if job.together and job.next is not None and job.next.cache.ahead is None:
-            same = (other for other in running if other is not job and other.work.generator is job.work.generator)
-            read_together([job, *same])
-    except Exception as error:  # of this request only: the others are read alone
+        if job.together and text.next is not None and text.next.cache.ahead is None:
+            same = (other for other in running if other is not text and other.job.work.generator is job.work.generator)
+            read_together([text, *same])
+        return text.step()
+    except Exception as error:
         job.end(error)
         return True
-    return job.step()
 
 
-def read_together(jobs: Sequence[Job]) -> None:
-    """Read what the jobs of one decoder read next in one pass, as far as their contexts are not full."""
-    decoder = jobs[0].work.generator
+def read_together(texts: Sequence[Text]) -> None:
+    """Read what the texts of one decoder read next in one pass, as far as their contexts are not full."""
+    decoder = texts[0].job.work.generator
     assert isinstance(decoder, Decoder)
     room = decoder.max_length
-    found = (job.next for job in jobs if not job.cancelled and job.next is not None)
+    found = (text.next for text in texts if not text.job.cancelled and text.next is not None)
     due = (each for each in found if each.cache.ahead is None and 0 < each.cache.length < room)
     chosen = list(itertools.islice(due, MOST_ROWS))
     if len(chosen) > 1:

@@ -1,6 +1,7 @@
-"""The texts of a request, one after the other, token by token, with log-probabilities where they are asked for."""
+"""The texts of a request, token by token, with log-probabilities where they are asked for."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -62,15 +63,23 @@ class Next(NamedTuple):
     cache: DecodeCache
 
 
-def pieces(work: Work) -> Iterator[tuple[Piece, Next | None]]:
-    """Yield the pieces of all texts, in the order of their number. Raise ValueError if the logits are not finite."""
+def pieces_by_text(work: Work) -> Iterator[Iterator[tuple[Piece, Next | None]]]:
+    """Yield for each text, in the order of their number, an iterator over its pieces; nothing is computed before it is asked.
+
+    The iterators raise ValueError if the logits are not finite.
+    """
     for number, ids in enumerate(work.prompts):
-        scores = prompt_scores(work, ids) if work.echo and work.logprobs is not None else []
+        scores = functools.cache(functools.partial(prompt_scores, work, tuple(ids)))
         for text in range(work.n):
-            index = number * work.n + text
-            if work.echo:
-                yield Piece(index, work.tokenizer.decode(ids), scores=scores), None
-            yield from _continued(work, ids, index=index, number=text)
+            yield _pieces(work, ids, scores, index=number * work.n + text, number=text)
+
+
+def _pieces(
+    work: Work, ids: Sequence[int], scores: Callable[[], list[Score]], *, index: int, number: int
+) -> Iterator[tuple[Piece, Next | None]]:
+    if work.echo:
+        yield Piece(index, work.tokenizer.decode(ids), scores=scores() if work.logprobs is not None else []), None
+    yield from _continued(work, ids, index=index, number=number)
 
 
 def _continued(work: Work, ids: Sequence[int], *, index: int, number: int) -> Iterator[tuple[Piece, Next | None]]:

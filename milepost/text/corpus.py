@@ -79,10 +79,10 @@ def open_corpus(
     shown = source if whole else masked(source)
     mixed = any(part.weight for part in parts)
     if mixed and (not all(part.weight for part in parts) or len(parts) < 2):
-        bare = next((part.place for part in parts if not part.weight), "nothing else")
-        raise DataError(
-            f"{shown}: {masked(bare)} has no weight: a mixture gives one to each of several sources, as in a.txt*3,b.txt*1"
+        bare = next(
+            (f"{masked(part.place)} has no weight" for part in parts if not part.weight), "one source is no mixture"
         )
+        raise DataError(f"{shown}: {bare}: give a weight to each of several sources, as in a.txt*3,b.txt*1, or to none")
     places = functools.partial(
         _found, reading=reading, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_download_bytes, open_url=open_url
     )

@@ -253,6 +253,14 @@ def test_a_script_that_got_into_the_page_is_refused(browser: Browser, folder: Pa
         assert page.evaluate("window.hit") is None
 
 
+def test_a_checkpoint_is_verified_by_its_button(browser: Browser, folder: Path) -> None:
+    with watching(folder) as address, opened(browser, address) as page:
+        page.locator("#checkpoints button", has_text="verify").first.click()
+        page.locator("#checkpoints td", has_text="intact").wait_for()
+        assert page.locator("#checkpoints td", has_text="intact").count() == 1
+        assert page.locator("#checkpoints button", has_text="verify").count() > 0
+
+
 def test_a_report_stands_alone(browser: Browser, folder: Path) -> None:
     with opened(browser, report(folder)) as page:
         assert page.locator("#legend li").count() == 4

@@ -13,22 +13,36 @@ export function showResume(runs, chosen) {
       run.resume && navigator.clipboard ? element("button", { type: "button", click: () => navigator.clipboard.writeText(run.resume) }, "Copy") : "")));
 }
 
-export function showCheckpoints(runs, ids, details) {
+export function showCheckpoints(runs, ids, details, verify) {
   const rows = ids.flatMap((id) => (details[id]?.checkpoints ?? []).toReversed().map((each) => element("tr", {},
     element("th", { scope: "row" }, runs.get(id).name),
     element("td", { class: "number" }, figure(each.step)),
     element("td", { class: "number" }, loss(each.loss)),
     element("td", { class: "number" }, amount(each.bytes, "B")),
     element("td", {}, each.resumable ? "yes" : "no"),
+    element("td", {}, verified(id, each, verify)),
     element("td", { class: "number" }, [each.best ? "best" : "", each.latest ? "latest" : ""].filter(Boolean).join(", ")),
     element("td", { class: "number" }, each.saved_at.slice(0, 16).replace("T", " ")),
     element("td", { class: "path" }, each.path))));
   const parents = ids.map((id) => runs.get(id)).filter((run) => run.parent).map((run) => element("li", {}, beginning(run)));
-  const head = ["run", "step", "loss", "size", "resumable", "marks", "saved (UTC)", "path"];
-  byId("checkpoints").replaceChildren(...(rows.length
-    ? [legendOfDots(), element("details", { open: rows.length <= 12 }, element("summary", {}, counted(rows.length, "checkpoint")), scrolled("Table of checkpoints", table("newest of each run first", head, rows)))]
+  const head = ["run", "step", "loss", "size", "resumable", "verified", "marks", "saved (UTC)", "path"];
+  const open = byId("checkpoints").querySelector("details")?.open ?? rows.length <= 12;
+  keepFocus(() => byId("checkpoints").replaceChildren(...(rows.length
+    ? [legendOfDots(), element("details", { open }, element("summary", {}, counted(rows.length, "checkpoint")), scrolled("Table of checkpoints", table("newest of each run first", head, rows)))]
     : [element("p", { class: "about" }, "No checkpoint of these runs is in the checkpoint folder.")]),
-    parents.length ? element("ul", { class: "plain" }, parents) : "");
+    parents.length ? element("ul", { class: "plain" }, parents) : ""));
+}
+
+// What reading every byte said, or a button that reads; a report has none.
+function verified(run, checkpoint, verify) {
+  if (checkpoint.problems) return checkpoint.problems.length ? element("strong", {}, checkpoint.problems.join("; ")) : "intact";
+  if (!verify) return "";
+  const button = element("button", { type: "button", id: `verify-${checkpoint.id}`, "aria-label": `Verify step ${checkpoint.step}`, click: () => {
+    button.disabled = true;
+    button.textContent = "reading";
+    verify(run, checkpoint.id).catch((error) => { button.textContent = error.message; });
+  } }, "verify");
+  return button;
 }
 
 function beginning({ name, parent }) {

@@ -25,7 +25,7 @@ function draw() {
   showCharts(curves, names, chosen, view, zoom);
   const rows = family(runs, chosen);
   showLineage(runs, rows, details, chosen);
-  showCheckpoints(runs, rows, details);
+  showCheckpoints(runs, rows, details, source.verify);
   showSamples(runs, chosen, details);
   showSettings(runs, chosen, details);
   byId("reset").disabled = view.window === null;

@@ -24,12 +24,13 @@ function fromServer() {
     runs: () => ask("api/runs", []),
     details: (ids) => ask("api/details", query(ids)),
     curves: (ids, window) => ask("api/curves", [...query(ids), ...(window ? Object.entries(window) : [])]),
+    verify: (run, checkpoint) => ask("api/verify", [["run", run], ["checkpoint", checkpoint]], "POST"),
     follow,
   };
 }
 
-async function ask(path, pairs) {
-  const response = await fetch(`${path}?${new URLSearchParams(pairs)}`);
+async function ask(path, pairs, method = "GET") {
+  const response = await fetch(`${path}?${new URLSearchParams(pairs)}`, { method });
   if (!response.ok) throw new Error(`${path}: ${response.status}`);
   return response.json();
 }

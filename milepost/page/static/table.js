@@ -50,6 +50,6 @@ export function colorOf(chosen, id) {
 
 export function showDamaged(problems) {
   byId("damaged").replaceChildren(problems.length === 0 ? "" :
-    element("details", {}, element("summary", {}, `${problems.length} checkpoints cannot be read`),
+    element("details", {}, element("summary", {}, `${counted(problems.length, "checkpoint")} cannot be read`),
       element("ul", {}, problems.map((each) => element("li", {}, `${each.kind}: ${each.problem}`)))));
 }
