@@ -41,7 +41,9 @@ def said_by(script: str, own: Path, place: Path, *, code: int = 0, **changes: st
 def trained_until(own: Path, place: Path, when: Callable[[], bool], **changes: str) -> int:
     """Train in `place` and kill the process as soon as `when` holds. Return its exit status."""
     small_text(own)
-    env = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "OMP_WAIT_POLICY") if name in os.environ}
+    env = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "OMP_WAIT_POLICY") if name in os.environ
+    }
     env |= environment(own, **(POLICY | places(place) | changes))
     with open(own / "killed.log", "ab") as log:
         process = programs.start([sys.executable, "training.py"], cwd=ROOT, env=env, stdout=log, stderr=log)

@@ -17,7 +17,9 @@ from work import HANGING
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every program is a fresh process")
 BOTH = pytest.mark.parametrize("fresh", [False, True])
-PLAIN = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "OMP_WAIT_POLICY") if name in os.environ}
+PLAIN = {
+    name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "OMP_WAIT_POLICY") if name in os.environ
+}
 
 
 def pair(words: list[str], **options: Any) -> list[subprocess.CompletedProcess[Any]]:
