@@ -24,9 +24,9 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_I
 
 # The files that take longest, begun first: begun last, one keeps a process busy when the others have ended.
 DEAREST = (
-    "test_exact_resume", "test_distributed", "test_screen", "test_faults", "test_interrupt", "test_kill", "test_resume",
-    "test_file_systems", "test_sharded", "test_bad_inputs", "test_guides", "test_decoder", "test_replay", "test_trackers",
-    "test_mirror_kills", "test_installed", "test_plain_objects", "test_fuzz", "test_others_folders", "test_lazy",
+    "test_exact_resume", "test_distributed", "test_interrupt", "test_screen", "test_faults", "test_guides", "test_readme",
+    "test_kill", "test_replay", "test_resume", "test_file_systems", "test_bad_inputs", "test_index", "test_sharded",
+    "test_decoder", "test_mirror_kills", "test_installed", "test_plain_objects", "test_others_folders", "test_lazy",
 )  # fmt: skip
 
 
