@@ -372,7 +372,7 @@ def test_merging_a_checkpoint(base, tmp_path):
     ("changes", "said"),
     [
         ({"LORA_RANK": "4", "MODEL_TYPE": "bigram"}, "LORA_RANK=4 (environment) needs MODEL_TYPE=gpt2"),
-        ({"LORA_RANK": "4", "MODEL_TYPE": "gpt2"}, "freezes the base: name it with GPT2_MODEL_NAME or INIT_FROM"),
+        ({"LORA_RANK": "4", "MODEL_TYPE": "gpt2"}, "freezes the base: name it with PRETRAINED, GPT2_MODEL_NAME or INIT_FROM"),
         ({"LORA_RANK": "4", "INIT_FROM": "x.pt", "MODEL_TYPE": "gpt2", "CHECKPOINT_LAYOUT": "huggingface"}, "transformers cannot hold adapters"),
         ({"CHECKPOINT_ADAPTERS_ONLY": "true"}, "saves adapters, but LORA_RANK=0 (default) adds none"),
         ({"LORA_TARGETS": "c_attn,wte"}, "expected some of c_attn, c_proj, c_fc, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, joined"),

@@ -192,11 +192,11 @@ def test_a_request_with_many_texts_leaves_slots_to_others(folder):
         serving(folder, CHECKPOINT_PATH="latest", SERVE_SLOTS="2", SERVE_QUEUE="1") as running,
         ThreadPoolExecutor(1) as pool,
     ):
-        many = pool.submit(running.complete, "Dear", n=128, max_tokens=200, seed=1)
+        many = pool.submit(running.complete, "Dear", n=32, max_tokens=150, seed=1)
         until(lambda: len(running.server.generating.running) == 2)
         assert len(texts_of(running.complete("Wren", max_tokens=3))) == 1
         assert running.server.generating.requests() == (1, 0)  # the other still generates
-        assert len(set(texts_of(many.result()))) > 100
+        assert len(set(texts_of(many.result()))) > 25
         assert running.server.generating.requests() == (0, 0)
 
 

@@ -561,7 +561,7 @@ def test_a_checkpoint_of_adapters_needs_a_named_base() -> None:
     values = {"PYTHON_DOTENV_DISABLED": "1", "MODEL_TYPE": "gpt2", "CHECKPOINT_ADAPTERS_ONLY": "true"}
     with pytest.raises(
         config.ConfigError,
-        match=r"^CHECKPOINT_ADAPTERS_ONLY=true \(environment\) freezes the base: name it with GPT2_MODEL_NAME or",
+        match=r"^CHECKPOINT_ADAPTERS_ONLY=true \(environment\) freezes the base: name it with PRETRAINED, GPT2_MODEL_NAME or",
     ):
         config.read(values | {"TTT_LAYERS": "1"})
     with pytest.raises(config.ConfigError, match=r"adds none: set LORA_RANK or TTT_LAYERS$"):
