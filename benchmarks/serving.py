@@ -3,18 +3,20 @@
     python3 benchmarks/serving.py             # about five minutes and 0.5 GB of disk
     python3 benchmarks/serving.py soak 60     # 64 clients for 60 s, some of whom go midway: errors, memory, and whether each text is that of its seed
 
-One client is measured against the same texts without a server, in the same process: its first token, and tokens per second. Then as many clients as
-CLIENTS at once, against one at a time.
+One client is measured against the same texts without a server, in a process of its own: its first token, and tokens per second. Then as many clients
+as CLIENTS at once, against one at a time. In the server's process nothing else computes: OpenMP would keep threads for it.
 """
 
 import contextlib
 import http.client
 import json
 import resource
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,12 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from measure import compare, header, row  # noqa: E402
-from model_server import Served, serving  # noqa: E402
+from model_server import Served, serving, settings_for  # noqa: E402
 
 from milepost import ckpt, config  # noqa: E402
 from milepost.generation.texts import Sampling, texts  # noqa: E402
 from milepost.run import fresh, to_record  # noqa: E402
 from milepost.runtime.progress import Log  # noqa: E402
+from milepost.samples import Loaded, open_named  # noqa: E402
 
 SIZES = {
     "124M": {"N_LAYER": "12", "N_HEAD": "12", "N_EMBD": "768", "TOKENIZER": "gpt2", "BLOCK_SIZE": "256"},
@@ -39,19 +42,30 @@ PROMPT = "Dear Wren, the winter has been long"
 
 
 def main() -> None:
-    """Print the rows, or soak."""
+    """Print the rows, or soak; or write texts without a server, for the process of the server."""
+    if sys.argv[1:2] == ["alone"]:
+        answer(Path(sys.argv[2]), sys.argv[3])
+        return
     soaking = sys.argv[1:2] == ["soak"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_weights(folder, "small" if soaking else "124M")
+        with ThreadPoolExecutor(1) as passing:
+            passing.submit(save_weights, folder, "small" if soaking else "124M").result()
         if soaking:
             soak(folder, float(sys.argv[2]))
             return
         header()
         for dtype in ("bfloat16", "float32"):
             with serving(folder, CHECKPOINT_PATH="latest", DTYPE=dtype, SERVE_TIMEOUT="3600") as served:
-                one_client(served, dtype)
+                one_client(served, folder, dtype)
                 many_clients(served, dtype)
+
+
+def answer(folder: Path, dtype: str) -> None:
+    """Read a seed and a number of tokens from each line of stdin; print the text as JSON."""
+    loaded = open_named("latest", settings_for(folder, DTYPE=dtype), Log())
+    for line in sys.stdin:
+        print(json.dumps(text_of(loaded, *map(int, line.split()))), flush=True)
 
 
 def save_weights(folder: Path, size: str) -> None:
@@ -61,12 +75,28 @@ def save_weights(folder: Path, size: str) -> None:
     ckpt.save(to_record(run), folder / "checkpoints")
 
 
-def alone(served: Served, seed: int, tokens: int) -> str:
-    """Return a text without the server."""
-    loaded = served.server.catalogue.models["latest"].loaded
+def text_of(loaded: Loaded, seed: int, tokens: int) -> str:
+    """Return a text without a server."""
     ids = loaded.tokenizer.encode(PROMPT)
     how = Sampling(max_new_tokens=tokens, temperature=0.8, top_k=200)
     return "".join(next(texts(loaded.generator, loaded.tokenizer, ids, sampling=how, seed=seed, count=1)))
+
+
+@contextlib.contextmanager
+def alone(folder: Path, dtype: str) -> Iterator[Callable[[int, int], str]]:
+    """Yield a function of a seed and a number of tokens that returns a text from a process of its own."""
+    command = [sys.executable, __file__, "alone", str(folder), dtype]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None  # noqa: PT018
+        stdin, stdout = process.stdin, process.stdout
+
+        def ask(seed: int, tokens: int) -> str:
+            stdin.write(f"{seed} {tokens}\n")
+            stdin.flush()
+            return json.loads(stdout.readline())
+
+        yield ask
+        stdin.close()
 
 
 def asked(served: Served, seed: int, tokens: int, *, stream: bool = False) -> str:
@@ -76,18 +106,25 @@ def asked(served: Served, seed: int, tokens: int, *, stream: bool = False) -> st
     return "".join(value["choices"][0]["text"] for value in values)
 
 
-def one_client(served: Served, dtype: str) -> None:
-    """Measure one client that streams against the same texts in this process."""
-    assert asked(served, 1, NEW, stream=True) == alone(served, 1, NEW)
-    for what, tokens in (("first token", 1), ("tokens/s", NEW)):
-        arms = {
-            "served": lambda n=tokens: asked(served, 1, n, stream=True),
-            "alone": lambda n=tokens: alone(served, 1, n),
-        }
-        taken = compare(arms)
-        shown = {arm: f"{1e3 * s:.0f} ms" if tokens == 1 else f"{tokens / s:.1f} tok/s" for arm, s in taken.items()}
-        ratio = taken["alone"] / taken["served"]
-        row(f"one client, 124M {dtype}: {what}", ours=shown["served"], peer=shown["alone"], ratio=ratio, bound="0.95")
+def one_client(served: Served, folder: Path, dtype: str) -> None:
+    """Measure one client that streams against the same texts in a process of their own."""
+    with alone(folder, dtype) as write:
+        assert asked(served, 1, NEW, stream=True) == write(1, NEW)
+        for what, tokens in (("first token", 1), ("tokens/s", NEW)):
+            arms = {
+                "served": lambda n=tokens: asked(served, 1, n, stream=True),
+                "alone": lambda n=tokens: write(1, n),
+            }
+            taken = compare(arms)
+            shown = {arm: f"{1e3 * s:.0f} ms" if tokens == 1 else f"{tokens / s:.1f} tok/s" for arm, s in taken.items()}
+            ratio = taken["alone"] / taken["served"]
+            row(
+                f"one client, 124M {dtype}: {what}",
+                ours=shown["served"],
+                peer=shown["alone"],
+                ratio=ratio,
+                bound="0.95",
+            )
 
 
 def many_clients(served: Served, dtype: str) -> None:
@@ -123,7 +160,9 @@ def soak(folder: Path, seconds: float) -> None:
     counts = {"texts": 0, "refused": 0, "left": 0}
     lock = threading.Lock()
     with serving(folder, CHECKPOINT_PATH="latest", SERVE_SLOTS="16", SERVE_QUEUE="32") as served:
-        expected = {seed: alone(served, seed, 20 + seed % 30) for seed in range(200)}
+        loaded = served.server.catalogue.models["latest"].loaded
+        with ThreadPoolExecutor(1) as passing:
+            expected = dict(enumerate(passing.map(lambda seed: text_of(loaded, seed, 20 + seed % 30), range(200))))
         began, before = time.monotonic(), memory()
 
         def client(number: int) -> None:

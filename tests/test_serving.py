@@ -1,6 +1,7 @@
 """Checkpoints over HTTP, in this process: texts, forms, refusals, queue, ends."""
 
 import base64
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -435,6 +436,20 @@ def test_a_newer_checkpoint_that_cannot_be_opened_leaves_the_earlier_one(folder,
     catalogue.look()
     assert catalogue.models["latest"].loaded is opened
     assert sum("is damaged" in line for line in said) == 1
+
+
+def test_no_thread_lives_on_that_has_computed_but_does_not_generate(folder):
+    """OpenMP would keep threads for it, and with more of them than cores generation is slower by a third."""
+    settings, threads = settings_for(folder), []
+
+    def open_one(name, bases):
+        threads.append(threading.current_thread())
+        return open_named(name, settings, Log(), bases=bases)
+
+    steps = {f"step{step}": str(path) for step, path in family(folder).items()}
+    Catalogue(steps, folder / "checkpoints", open_one=open_one, rows=2, log=lambda line: None)
+    assert len(threads) == len(steps)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_adapters_share_their_base(tmp_path):

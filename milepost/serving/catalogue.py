@@ -4,6 +4,7 @@ import glob
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -73,13 +74,19 @@ class Catalogue:
         return max(LOOK_EVERY, LOOK_SHARE * (time.monotonic() - began))
 
     def _put(self, name: str, source: str) -> None:
-        loaded = self._open(source, [served.loaded.base for served in self.models.values()])
-        decoder = loaded.generator if isinstance(loaded.generator, Decoder) else None
-        together = decoder is not None and not loaded.lookup and self._rows > 1 and decoder.agrees(self._rows)
+        # In a thread that ends: OpenMP keeps threads for each thread that has computed. With more of them than cores, they no
+        # longer wait for work actively, and every token takes half as long again.
+        with ThreadPoolExecutor(1) as passing:
+            loaded, together = passing.submit(self._opened, source).result()
         self.models[name] = Served(name, loaded, together, int(time.time()))
         steps = "together" if together else "in turn"
         where = loaded.record.path
         self._log(f"serving {name}: {where}, {self.models[name].fingerprint}, in {loaded.dtype}, requests {steps}")
+
+    def _opened(self, source: str) -> tuple[Loaded, bool]:
+        loaded = self._open(source, [served.loaded.base for served in self.models.values()])
+        decoder = loaded.generator if isinstance(loaded.generator, Decoder) else None
+        return loaded, decoder is not None and not loaded.lookup and self._rows > 1 and decoder.agrees(self._rows)
 
 
 def selects(source: str) -> bool:
