@@ -68,7 +68,7 @@ class Lease:
 
     @property
     def owner(self) -> str:
-        """The name of this process, as others are told it."""
+        """The name of this process that others see."""
         return _shown(self._owner)
 
     def hold(self) -> None:
