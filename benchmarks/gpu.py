@@ -34,7 +34,8 @@ BEHIND_A_SAVE = 2 if SMALL else 20  # steps
 
 # The TFLOP/s of dense bfloat16 products with float32 sums, by the beginning of the device's name. From NVIDIA's data
 # sheets of each card (where they give figures "with sparsity", half of them), and for the last two from the papers on
-# their architectures, Ada and GA102.
+# their architectures, Ada and GA102. B200, H100, A100 and RTX 4090 were compared with other tables, the others were not:
+# look at the card's own sheet before a share is quoted.
 PEAKS = {
     "NVIDIA B200": 2250, "NVIDIA H200": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H100": 989,
     "NVIDIA A100": 312, "NVIDIA A10": 125, "NVIDIA L40S": 362, "NVIDIA L4": 121,

@@ -112,7 +112,9 @@ def finish_mirroring(run: Run) -> None:
     if run.uploader is None:
         return
     if waiting := run.uploader.in_use():
-        run.log(f"{_not_mirrored(len(waiting))}{_size(waiting)}: waiting; Ctrl-C twice ends without")
+        run.log(
+            f"{_not_mirrored(len(waiting))}{_size(waiting)}: waiting for the upload; press Ctrl-C twice not to wait"
+        )
     run.saved.not_mirrored = run.uploader.finish()
     if run.sharing is not None:
         run.sharing.close()

@@ -117,7 +117,7 @@ def test_a_second_signal_at_the_end_does_not_wait_for_the_mirror(tmp_path):
                 process.send_signal(signal.SIGTERM)
         timer.cancel()
         assert process.wait(HANGING) == 130, lines
-    assert "waiting; Ctrl-C twice" in "".join(lines)
+    assert "waiting for the upload; press Ctrl-C twice" in "".join(lines)
     assert newest(tmp_path).step == 6
     assert taken(in_folder(mirror)) == []
     code, said = train(tmp_path, **SMALL | {"TRAINING_STEPS": "8"}, CHECKPOINT_MIRROR=f"file://{mirror}", RESUME="auto")
