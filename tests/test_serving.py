@@ -339,7 +339,7 @@ def test_a_full_queue_refuses_and_clients_that_go_free_their_slots(folder):
         assert int(refused.headers["retry-after"]) >= 1
         streams[0].close()
         assert len(texts_of(waiting.result())) == 1  # the other still generates
-        assert len(running.server.generating.running) == 1
+        assert running.server.generating.requests() == (1, 0)
         streams[1].close()
         until(lambda: not running.server.generating.running)
         assert running.complete("Dear", max_tokens=2).status == 200
@@ -359,7 +359,7 @@ def test_requests_take_turns(folder):
     with serving(folder, CHECKPOINT_PATH="latest", SERVE_SLOTS="2") as running:
         stream = running.open_stream("Dear", **ENDLESS)
         assert running.complete("Wren", max_tokens=5).status == 200
-        assert len(running.server.generating.running) == 1
+        assert running.server.generating.requests() == (1, 0)
         stream.close()
 
 

@@ -128,9 +128,13 @@ class Generating:
             raise queue_full(waiting)
 
     def requests(self) -> tuple[int, int]:
-        """Return how many requests have a text that runs, and how many wait for their first."""
-        running = {text.job for text in self.running}
-        return len(running), len(set(self.waiting.copy()) - running)
+        """Return how many requests have a text that runs, and how many wait for their first.
+
+        One whose end the event loop has been told of is in neither, though its texts keep their slots to the next step.
+        """
+        running = {text.job for text in self.running if not text.job.done}
+        waiting = {job for job in self.waiting.copy() if not job.done}
+        return len(running), len(waiting - running)
 
     def cancel(self, job: Job) -> None:
         """Take the job's place in the queue, or its slots before their next steps."""
