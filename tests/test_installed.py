@@ -22,17 +22,22 @@ CACHE = (
 )
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied_checkout(tmp_path_factory.mktemp("checkout"))
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout of the test's own, which makes folders of it unwritable."""
+    (tmp_path / "checkout").mkdir()
+    return copied_checkout(tmp_path / "checkout")
 
 
 @pytest.fixture(scope="module")
-def installed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an environment that has the package, and the packages that it needs from here."""
+    checkout = copied_checkout(tmp_path_factory.mktemp("checkout"))
     place = tmp_path_factory.mktemp("environment")
     venv.create(place, with_pip=False, symlinks=True)
-    (packages_of(place) / "here.pth").write_text(sysconfig.get_path("purelib"))
+    # In ASCII: under LC_ALL=C an isolated interpreter reads such a file so, and the path may have other letters.
+    here = f"import sys; sys.path.append({sysconfig.get_path('purelib')!a})\n"
+    (packages_of(place) / "here.pth").write_text(here)
     pip = [sys.executable, "-m", "pip", "--python", str(python_of(place))]
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     subprocess.run([*pip, "install", *offline, str(checkout)], check=True, capture_output=True)
