@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,16 +39,17 @@ class Kernel:
 
     def execute(self, cell: str) -> str:
         """Return what its shell lines print."""
-        said, cell = "", cell.replace(DRIVE, str(self.drive))
+        said, drive = "", str(self.drive)
         for line in re.findall(r"^[!%].*", cell, re.MULTILINE):
             if setting := re.fullmatch(r"%env (\w+)=(.*)", line):
-                self.variables[setting[1]] = setting[2]
+                self.variables[setting[1]] = setting[2].replace(DRIVE, drive)
             else:
                 assert line[0] == "!", line
-                done = run_line(line[1:], self.checkout, **(self.variables | SMALLER))
+                words = line[1:].replace(DRIVE, shlex.quote(drive))
+                done = run_line(words, self.checkout, **(self.variables | SMALLER))
                 assert done.returncode == 0, done.stderr
                 said += done.stdout + done.stderr
-        exec(re.sub(r"^[!%].*", "", cell, flags=re.MULTILINE), self.names)
+        exec(re.sub(r"^[!%].*", "", cell, flags=re.MULTILINE).replace(DRIVE, drive), self.names)
         return said
 
 
