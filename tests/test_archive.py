@@ -609,7 +609,8 @@ def test_what_torch_saves_with_another_alignment_is_opened(alignment, tmp_path):
 
     with config.patch("save.storage_alignment", alignment):
         torch.save(content, path := tmp_path / "a.pt")
-    assert members(path)["a/.storage_alignment"] == str(alignment).encode()
+    (said,) = (value for name, value in members(path).items() if name.endswith("/.storage_alignment"))
+    assert said == str(alignment).encode()  # in a folder that is named so, or "archive" where a path is not ASCII
     assert tensors_in(archive.load(path)[0]) == tensors_in(content)
     assert archive.verify(path) == []
 

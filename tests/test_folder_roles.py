@@ -310,7 +310,8 @@ def test_the_list_shows_halves_and_gives_each_problem_its_kind(tmp_path):
     torch.save({"model": {"features.0.weight": torch.ones(3, 3, 2, 2)}}, folder / "resnet.pt")
     torch.save({"model": bare(golden_nano())}, folder / "headless.pt")
     out = call(lister, tmp_path).out
-    kinds = {Path(line.split()[-1]).name: line.split()[-2] for line in out.splitlines() if line.startswith("?")}
+    rows = [line.split(str(folder)) for line in out.splitlines() if line.startswith("?")]
+    kinds = {Path(name).name: before.split()[-1] for before, name in rows}
     assert kinds["broken.pt"] == "damaged"
     (headless,) = [line for line in out.splitlines() if "headless.pt" in line]
     assert headless.split()[-2:] == ["lacks", "n_head"]

@@ -1,6 +1,5 @@
 """The save at the end of a run: on a full disk, in a folder that is gone, and what is reported then."""
 
-import re
 import shlex
 import shutil
 import subprocess
@@ -147,13 +146,13 @@ def test_control_a_folder_of_runs_that_stays_is_not_reported(tmp_path):
 def test_the_hint_names_the_checkpoint_and_every_folder(tmp_path):
     code, said = trained(tmp_path, {6: stop})
     assert code == 130
-    words = dict(re.findall(r"([A-Z_]+)=(\S+)", said.splitlines()[-1]))
+    words = dict(word.split("=", 1) for word in shlex.split(said.splitlines()[-1].rpartition(": ")[2]) if "=" in word)
     expected = {
         "RESUME": at_step(tmp_path, 6),
         "CHECKPOINT_DIR": tmp_path / "checkpoints",
         "RUNS_DIR": tmp_path / "runs",
     }
-    assert {name: Path(shlex.split(words[name])[0]) for name in expected} == expected
+    assert {name: Path(words[name]) for name in expected} == expected
 
 
 def test_the_hint_of_one_run_does_not_resume_another_in_its_folder(tmp_path):
@@ -163,7 +162,7 @@ def test_the_hint_of_one_run_does_not_resume_another_in_its_folder(tmp_path):
     run_id = ckpt.load(first).run_id
     code, said = trained(tmp_path, {3: stop}, SEED="2")
     assert code == 130, said
-    words = dict(re.findall(r"([A-Z_]+)=(\S+)", said.splitlines()[-1]))
+    words = dict(word.split("=", 1) for word in shlex.split(said.splitlines()[-1].rpartition(": ")[2]) if "=" in word)
     assert Path(words["RESUME"]) != first
     code, said = train(tmp_path, RESUME=str(first), SEED=None)
     assert code == 0, said
