@@ -4,6 +4,7 @@ and what is reported lost.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def table_of(out: str) -> list[tuple[str, str]]:
     lines = out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.split() == ["old", "new"])
     rows = [
-        tuple(line.split(maxsplit=1)) for line in lines[start + 1 :] if not line.startswith(("Conversion", "Check"))
+        tuple(re.split(" {2,}", line.strip(), maxsplit=1))
+        for line in lines[start + 1 :]
+        if not line.startswith(("Conversion", "Check"))
     ]
     return [row for row in rows if len(row) == 2 and row[0].startswith("/")]  # type: ignore[misc]
 
