@@ -1,7 +1,7 @@
 """Linear layers for generating on a CPU: weights in a dtype and memory order in which a single row is multiplied fast.
 
 Each function takes a weight (out, in), a bias and an activation of a GPT2's settings, and returns a function from rows
-(R, in) to (R, out). For two or more rows, the result of a row is bit-identical whatever their number.
+(R, in) to (R, out). The result of a row is bit-identical whatever their number, as far as is known: Decoder.agrees() tests it.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,18 @@ def float32_linear(weight: Tensor, bias: Tensor | None = None, activation: str =
 def bfloat16_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
     """Return the layer with weight, bias, rows and result in bfloat16; products are summed in float32."""
     half, narrow_bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if multiplies_rows_together():
         multiply = _onednn(torch.ops.mkldnn._reorder_linear_weight(half, 1), narrow_bias, activation)
     else:
         multiply = _plain(half, narrow_bias, activation)
     return lambda x: multiply(x.bfloat16())
+
+
+def multiplies_rows_together() -> bool:
+    """Return whether a product in bfloat16 of several rows reads the weights once for all of them: oneDNN does, which has it for
+    processors with AVX-512. PyTorch's own product reads them for each row, at the speed of the memory.
+    """
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _plain(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
@@ -43,7 +50,15 @@ def _onednn(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
     if not torch.backends.mkldnn.is_available():
         return _plain(weight, bias, activation)
     multiply, (kernel, algorithm) = torch.ops.mkldnn._linear_pointwise, FUSED[activation]
-    return lambda x: multiply(x, weight, bias, kernel, [], algorithm)
+
+    def apply(x: Tensor) -> Tensor:
+        # oneDNN has a kernel of its own for a single row, whose sums round otherwise: such a row is computed twice, which
+        # costs little where reading the weights dominates.
+        single = x.size(0) == 1
+        y = multiply(torch.cat((x, x)) if single else x, weight, bias, kernel, [], algorithm)
+        return y[:1] if single else y
+
+    return apply
 
 
 def cast_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "", *, dtype: torch.dtype) -> Linear:

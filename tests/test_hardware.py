@@ -330,18 +330,23 @@ def test_out_of_memory_is_distinguished_from_other_errors(error, expected):
 
 
 @pytest.mark.parametrize(
-    ("supported", "requested", "width", "tokens", "expected"),
+    ("supported", "capability", "requested", "width", "tokens", "expected"),
     [
-        (True, "auto", 768, 300, "bfloat16"),
-        (True, "auto", 768, 31, "float32"),
-        (True, "auto", 128, 300, "float32"),
-        (False, "auto", 768, 300, "float32"),
-        (False, "bfloat16", 128, 1, "bfloat16"),
-        (True, "float32", 768, 300, "float32"),
+        (True, "AVX512", "auto", 768, 300, "bfloat16"),
+        (True, "AVX512", "auto", 768, 31, "float32"),
+        (True, "AVX512", "auto", 128, 300, "float32"),
+        (False, "AVX512", "auto", 768, 300, "float32"),
+        (False, "DEFAULT", "auto", 768, 300, "float32"),
+        (False, "AVX2", "auto", 768, 300, "bfloat16"),
+        (False, "AVX2", "auto", 768, 31, "float32"),
+        (False, "AVX2", "auto", 128, 300, "float32"),
+        (False, "DEFAULT", "bfloat16", 128, 1, "bfloat16"),
+        (True, "AVX512", "float32", 768, 300, "float32"),
     ],
 )
-def test_dtype_for_generation(monkeypatch, supported, requested, width, tokens, expected):
+def test_dtype_for_generation(monkeypatch, supported, capability, requested, width, tokens, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert hardware.decode_dtype(requested, CPU, width=width, tokens=tokens) == expected
 

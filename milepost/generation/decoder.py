@@ -6,9 +6,9 @@ float32. A file for each model names its steps (decoder_gpt2, decoder_llama). In
 and C, H, KV, hs and V are as in models.llama.
 
 The results for a token are bit-identical whatever the number of tokens in the pass. So drafted tokens can be verified
-together (generate.lookup) without changing the text. Two measures ensure it. oneDNN has a separate kernel for a single
-row, so a single row is computed twice, which costs little where reading the weights dominates. And each token attends
-in a call of its own: in a shared call its bits would depend on the thread that computes it.
+together (generate.lookup) without changing the text. Two measures ensure it. The products of models.linears give a row the
+same bits among any number of rows. And each token attends in a call of its own: in a shared call its bits would depend on
+the thread that computes it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ from milepost.generation import decoder_gpt2, decoder_llama
 from milepost.generation.decoder_parts import Parts
 from models.attention import SMALLEST_ROOM
 from models.gpt2 import GPT2
-from models.linears import LINEARS, Linear
+from models.linears import LINEARS, Linear, multiplies_rows_together
 from models.llama import Llama
 from models.model import Model
 
@@ -50,16 +50,23 @@ class DecodeCache:
         self.ahead: Ahead | None = None
         n_layer, KV, hs = shape
         self.states = torch.empty(n_layer, 2, 1, KV, min(block_size, SMALLEST_ROOM), hs, device=device)
+        self.layers = _by_layer(self.states)
 
     def states_for(self, tokens: int) -> Tensor:
-        """Return the buffer (n_layer, 2, 1, KV, room, hs) with room for so many tokens."""
+        """Return the buffer (n_layer, 2, 1, KV, room, hs) with room for so many tokens. `layers` are the keys and the values
+        of each layer in it, (1, KV, room, hs).
+        """
         room = self.states.size(4)
         if tokens > room:
             size = min(self.block_size, max(tokens, 2 * room))
             larger = self.states.new_empty(*self.states.shape[:4], size, self.states.size(5))
             larger[..., : self.length, :] = self.states[..., : self.length, :]
-            self.states = larger
+            self.states, self.layers = larger, _by_layer(larger)
         return self.states
+
+
+def _by_layer(states: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(layer[0], layer[1]) for layer in states]
 
 
 class Decoder:
@@ -69,13 +76,13 @@ class Decoder:
     later training of the model has no effect.
     """
 
-    fewest_rows = 2  # of a product; see above
-
     def __init__(self, model: GPT2 | Llama, *, weights: str, linear: Callable[..., Linear] | None = None) -> None:
         linear = linear or LINEARS[weights]
         self.settings, self.max_length = model.settings, model.max_length
         self.weights, self.exact = weights, weights == "float32"
-        self.longest_draft = LONGEST_DRAFT.get(weights, 0)
+        # Whether a pass reads the weights once for all its rows.
+        self.together = weights != "bfloat16" or multiplies_rows_together()
+        self.longest_draft = LONGEST_DRAFT.get(weights, 0) if self.together else 0
         with torch.inference_mode():
             self.parts = PARTS[type(model)](model, linear)
             self.head = linear(self.parts.head_weight)
@@ -100,12 +107,11 @@ class Decoder:
             cache.length += 1
             return [ahead.logits]
         start, R = cache.length, len(ids)
-        states = cache.states_for(start + R)
-        positions = torch.arange(start, start + R, device=states.device)
+        device = cache.states_for(start + R).device
         x = self._read(
-            torch.tensor(ids, device=states.device),
-            positions,
-            lambda number, q, k, v: _attend(q, k, v, states[number], start),
+            torch.tensor(ids, device=device),
+            torch.arange(start, start + R, device=device),
+            lambda number, q, k, v: _attend(q, k, v, *cache.layers[number], start),
         )
         cache.length += R
         return self._logits(x[-last:])
@@ -116,11 +122,13 @@ class Decoder:
 
         The bits are those of rows() alone if agrees(len(tokens)). A text that then continues otherwise loses only time.
         """
-        lengths, states = [cache.length for cache in caches], [cache.states_for(cache.length + 1) for cache in caches]
+        lengths = [cache.length for cache in caches]
+        for cache in caches:
+            cache.states_for(cache.length + 1)
 
-        def attend(number: int, *heads: Tensor) -> Tensor:
-            each = zip(*(part.split(1) for part in heads), (one[number] for one in states), lengths, strict=True)
-            return torch.cat([_attend(*row) for row in each])
+        def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            each = zip(q.split(1), k.split(1), v.split(1), caches, strict=True)
+            return torch.cat([_attend(*row, *cache.layers[number], cache.length) for *row, cache in each])  # type: ignore[call-arg]
 
         x = self._read(torch.tensor(tokens), torch.tensor(lengths), attend)
         for token, cache, logits in zip(tokens, caches, self._logits(x), strict=True):
@@ -128,21 +136,17 @@ class Decoder:
 
     def _logits(self, x: Tensor) -> Iterable[Tensor]:
         """Return the logits (V,) of each row of x (R, C)."""
-        logits = self.head(self._enough(x))[: len(x)] + self.parts.head_bias  # (R, V)
+        logits = self.head(x) + self.parts.head_bias  # (R, V)
         return logits if self.exact else map(self._rescored, x.split(1), logits.float())
-
-    def _enough(self, x: Tensor) -> Tensor:
-        return x if self.fewest_rows == 1 else _at_least_two(x)
 
     def _read(self, ids: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """Return the output of the last norm for each token, (R, C). `attend` takes a layer's number and the heads of the tokens."""
-        R = len(ids)
-        x = self._enough(self.parts.embed(ids, positions))  # (max(fewest_rows, R), C)
+        x, turn = self.parts.embed(ids, positions), self.parts.turn(positions)  # (R, C)
         for number, layer in enumerate(self.parts.layers):
-            heads = layer.heads(layer.qkv(layer.norm_1(x))[:R], positions)
-            x = x + layer.project(self._enough(attend(number, *heads)))
+            heads = layer.heads(layer.qkv(layer.norm_1(x)), turn)
+            x = x + layer.project(attend(number, *heads))
             x = x + layer.narrow(layer.widen(layer.norm_2(x)))
-        return self.parts.norm(x)[:R]
+        return self.parts.norm(x)
 
     @torch.inference_mode()
     def agrees(self, rows: int | None = None) -> bool:
@@ -189,35 +193,27 @@ def decoder_of(model: Model) -> tuple[Callable[..., Decoder] | None, str]:
     return found, "" if found else f"{type(model).__name__} has no fast decoder"
 
 
-def _at_least_two(x: Tensor) -> Tensor:
-    """Return x (R, C), with its row repeated if there is only one."""
-    return x if x.size(0) > 1 else torch.cat([x, x])
-
-
 def _rows_agree(linear: Linear, x: Tensor) -> bool:
     """Return whether any number of the last rows of x (R, in) give the same bits as among all R."""
     whole = linear(x)
-    return all(torch.equal(linear(_at_least_two(x[-rows:]))[-rows:], whole[-rows:]) for rows in range(1, len(x)))
+    return all(torch.equal(linear(x[-rows:]), whole[-rows:]) for rows in range(1, len(x)))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, start: int) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
     """Return the attention's output (R, H hs) for the heads of tokens from position `start` on.
 
-    Their keys and values (R, KV, hs) are written to states (2, 1, KV, room, hs); each head of them serves H / KV of q (R, H, hs).
+    Their k and v (R, KV, hs) are written to keys and values (1, KV, room, hs); each head of them serves H / KV of q (R, H, hs).
     """
     R, H, hs = q.shape
     KV = k.size(1)
-    states[:, 0, :, start : start + R] = torch.stack((k, v)).transpose(1, 2)
+    keys.narrow(2, start, R).copy_(k.transpose(0, 1))
+    values.narrow(2, start, R).copy_(v.transpose(0, 1))
     if start == 0:  # the prompt: one call, because it contains no drafts
         k, v = (heads.transpose(0, 1).repeat_interleave(H // KV, 0)[None] for heads in (k, v))  # (1, H, R, hs)
         y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True)  # (1, H, R, hs)
         return y[0].transpose(0, 1).flatten(1)
-    q, (keys, values) = (
-        q.view(R, 1, KV, H // KV, hs),
-        states.unbind(),
-    )  # (R, 1, KV, H / KV, hs), twice (1, KV, room, hs)
-    outputs = [
-        F.scaled_dot_product_attention(q[r], keys[:, :, :seen], values[:, :, :seen]).view(1, -1)
-        for r, seen in enumerate(range(start + 1, start + R + 1))
-    ]
-    return torch.cat(outputs)
+    outputs = []
+    for seen, row in enumerate(q.view(R, KV, H // KV, hs).split(1), start + 1):  # each (1, KV, H / KV, hs)
+        y = F.scaled_dot_product_attention(row, keys.narrow(2, 0, seen), values.narrow(2, 0, seen))
+        outputs.append(y.view(1, H * hs))
+    return outputs[0] if R == 1 else torch.cat(outputs)

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milepost.generation.decoder_parts import Layer, Parts
+from milepost.generation.decoder_parts import Layer, Parts, Turn
 from models.gpt2 import GPT2, Block
 from models.linears import Linear
 
@@ -20,6 +20,7 @@ def parts_of(model: GPT2, linear: Callable[..., Linear]) -> Parts:
     head = model.wte if model.lm_head is None else model.lm_head
     return Parts(
         embed=lambda ids, positions: model.wte.weight[ids] + model.wpe.weight[positions],
+        turn=lambda _: None,
         layers=[_layer(block, linear, s.activation, s.n_head) for block in cast(list[Block], model.h)],
         norm=_norm(model.ln_f),
         head_weight=head.weight,
@@ -42,7 +43,7 @@ def _layer(block: Block, linear: Callable[..., Linear], activation: str, n_head:
     )
 
 
-def _heads(qkv: Tensor, _: Tensor, *, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(qkv: Tensor, _: Turn, *, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.float().view(qkv.size(0), 3, n_head, -1).unbind(1)  # each (R, H, hs)
     return q, k, v
 

@@ -1,28 +1,27 @@
 """Llama for the fast decoder: query, key and value in one product, gate and up in another."""
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milepost.generation.decoder_parts import Heads, Layer, Parts, by_row
+from milepost.generation.decoder_parts import Heads, Layer, Parts, Turn, by_row
 from models.linears import Linear, float32_linear
-from models.llama import Attention, Block, Llama, rotated, rotation
+from models.llama import Attention, Block, Llama, LlamaSettings, rotation
 
 
 def parts_of(model: Llama, linear: Callable[..., Linear]) -> Parts:
     """Return the model's steps, with `linear` for its matrices."""
     s = model.settings
-    turns = rotation(
-        s, 0, s.block_size, model.embed_tokens.weight.device
-    )  # once for all passes: their size changes no bit
+    turns = _turns(s, model.embed_tokens.weight.device)
     head = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
     return Parts(
         embed=lambda ids, _: model.embed_tokens.weight[ids],
-        layers=[_layer(block, linear, turns) for block in cast(list[Block], model.layers)],
+        turn=lambda positions: (turns[0][positions], turns[1][positions]),
+        layers=[_layer(block, linear) for block in cast(list[Block], model.layers)],
         norm=_norm(model.norm),
         head_weight=head,
         head_bias=head.new_zeros(()),
@@ -31,13 +30,21 @@ def parts_of(model: Llama, linear: Callable[..., Linear]) -> Parts:
     )
 
 
-def _layer(block: Block, linear: Callable[..., Linear], turns: tuple[Tensor, Tensor]) -> Layer:
+def _turns(settings: LlamaSettings, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine for each position and value of a head, (block_size, 1, hs): what x and x.roll(hs / 2) are
+    multiplied with, so the sine of the first half is negative.
+    """
+    cosine, sine = rotation(settings, 0, settings.block_size, device)
+    return torch.cat((cosine, cosine), -1)[:, None], torch.cat((-sine, sine), -1)[:, None]
+
+
+def _layer(block: Block, linear: Callable[..., Linear]) -> Layer:
     attn, mlp = block.self_attn, block.mlp
     both = _together(linear, mlp.gate_proj, mlp.up_proj)
     return Layer(
         norm_1=_norm(block.input_layernorm),
         qkv=_together(linear, attn.q_proj, attn.k_proj, attn.v_proj),
-        heads=_heads(attn, turns),
+        heads=_heads(attn),
         project=linear(attn.o_proj.weight, attn.o_proj.bias),
         norm_2=_norm(block.post_attention_layernorm),
         widen=lambda x: _gated(both(x)),
@@ -60,17 +67,33 @@ def _gated(both: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _heads(attn: Attention, turns: tuple[Tensor, Tensor]) -> Heads:
+def _heads(attn: Attention) -> Heads:
     H, KV, hs = attn.shape
+    normed = not isinstance(attn.q_norm, nn.Identity)
 
-    def heads(qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        R = qkv.size(0)
-        q, k, v = qkv.float().view(R, H + 2 * KV, hs).split((H, KV, KV), 1)  # (R, H, hs), twice (R, KV, hs)
-        cosine, sine = (each[positions, None] for each in turns)  # twice (R, 1, hs / 2)
-        return rotated(attn.q_norm(q), cosine, sine), rotated(attn.k_norm(k), cosine, sine), v
+    def heads(qkv: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        assert turn is not None
+        x = qkv.float().view(qkv.size(0), H + 2 * KV, hs)
+        turned, v = x[:, : H + KV], x[:, H + KV :]  # (R, H + KV, hs), (R, KV, hs)
+        if normed:
+            turned = torch.cat((attn.q_norm(turned[:, :H]), attn.k_norm(turned[:, H:])), 1)
+        turned = turned * turn[0] + turned.roll(hs // 2, -1) * turn[1]
+        return turned[:, :H], turned[:, H:], v
 
     return heads
 
 
 def _norm(norm: nn.RMSNorm) -> Linear:
-    return by_row(partial(F.rms_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, eps=norm.eps))
+    """Return the norm of rows (R, C). On a CPU F.rms_norm is eight operations of PyTorch, each of which takes longer to start than
+    to compute for a row; these are four.
+    """
+    if norm.weight.is_cuda:
+        return norm
+    root = math.sqrt(norm.weight.numel())
+    weight, least = norm.weight * root, norm.weight.new_tensor(math.sqrt(cast(float, norm.eps)) * root)
+
+    def normed(x: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (R, 1)
+        return x * weight / lengths.hypot(least)  # the root of C (mean square + eps)
+
+    return by_row(normed)

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from models.linears import Linear
 
-FEW: int = 16  # rows that are computed one by one: more than a draft has
-# From the product of qkv and the positions of the rows (R,): queries (R, H, hs), keys and values (R, KV, hs), in float32.
-Heads = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+FEW: Final = 32  # rows that are computed one by one: more than a draft has, and as many as a server reads together
+Turn = tuple[Tensor, Tensor] | None  # of rotary positions: cosine and sine for each row, each (R, 1, hs)
+# From the product of qkv (R, (H + 2 KV) hs): queries (R, H, hs), keys and values (R, KV, hs), in float32.
+Heads = Callable[[Tensor, Turn], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Parts:
-    """A model's steps. `embed` returns the residual stream (R, C) of ids (R,) at positions (R,); `cache_shape` is (n_layer,
-    KV, hs), and `inner` the width of the MLP. The head's weight is (V, C), its bias (V,) or a scalar 0.
+    """A model's steps. `embed` returns the residual stream (R, C) of ids (R,) at positions (R,), `turn` what `heads` needs of
+    the positions; `cache_shape` is (n_layer, KV, hs), and `inner` the width of the MLP. The head's weight is (V, C), its bias
+    (V,) or a scalar 0.
     """
 
     embed: Callable[[Tensor, Tensor], Tensor]
+    turn: Callable[[Tensor], Turn]
     layers: list[Layer]
     norm: Linear
     head_weight: Tensor
@@ -45,4 +49,8 @@ def by_row(function: Linear) -> Linear:
     """Return the function of rows, computed row by row where they are few: where vectors end, it may round otherwise, and in a
     call of its own a row has the same vectors whatever follows it.
     """
-    return lambda x: torch.cat([function(row) for row in x.split(1)]) if x.size(0) <= FEW else function(x)
+
+    def rows(x: Tensor) -> Tensor:
+        return function(x) if x.size(0) == 1 or x.size(0) > FEW else torch.cat([function(row) for row in x.split(1)])
+
+    return rows

@@ -43,8 +43,6 @@ class GraphCache(DecodeCache):
 class GraphDecoder(Decoder):
     """A trained model on a GPU for sampling.generate(). `weights` is the dtype of the stored matrices."""
 
-    fewest_rows = 1
-
     def __init__(self, model: GPT2 | Llama, *, weights: str) -> None:
         super().__init__(model, weights=weights, linear=partial(cast_linear, dtype=getattr(torch, weights)))
         self.device = self.parts.head_weight.device

@@ -59,6 +59,11 @@ def no_lookup_reason(decoder: Decoder | None, reason: str) -> str:
     """Return why drafts cannot be verified, given the result of choose_decoder; "" if they can."""
     if decoder is not None and not decoder.agrees():
         return "this processor rounds a pass of several tokens differently, which could change the text"
+    if decoder is not None and not decoder.together:
+        return (
+            "this processor reads bfloat16 weights anew for each token of a draft, which gains nothing; "
+            "DTYPE=float32 and QUANTIZE=int8 gain by it"
+        )
     return reason
 
 

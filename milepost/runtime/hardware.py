@@ -116,12 +116,14 @@ def decode_dtype(requested: str, device: torch.device, *, width: int, tokens: in
     """Return the dtype of the weights to generate `tokens` on a CPU: a fixed rule on processor, embedding dimension and
     tokens.
 
-    Reading the weights takes most of the time, so half the bytes pay where hardware multiplies bfloat16, once there are
-    enough tokens to make up for converting the weights. Raises DeviceError for float16, which no CPU multiplies.
+    Reading the weights takes most of the time, so half the bytes pay where hardware multiplies bfloat16, and where PyTorch
+    converts it as fast as memory delivers it, which it does for one row with AVX2; once there are enough tokens to make up
+    for converting the weights. Raises DeviceError for float16, which no CPU multiplies.
     """
     if requested != "auto":
         return choose_dtype(requested, device, width=width)
-    pays = multiplies_bfloat16() and width >= BFLOAT16_DECODE_WIDTH and tokens >= BFLOAT16_DECODE_TOKENS
+    fast = multiplies_bfloat16() or torch.backends.cpu.get_cpu_capability() == "AVX2"
+    pays = fast and width >= BFLOAT16_DECODE_WIDTH and tokens >= BFLOAT16_DECODE_TOKENS
     return "bfloat16" if pays else "float32"
 
 

@@ -86,7 +86,9 @@ class Catalogue:
     def _opened(self, source: str) -> tuple[Loaded, bool]:
         loaded = self._open(source, [served.loaded.base for served in self.models.values()])
         decoder = loaded.generator if isinstance(loaded.generator, Decoder) else None
-        return loaded, decoder is not None and not loaded.lookup and self._rows > 1 and decoder.agrees(self._rows)
+        if decoder is None or not decoder.together or loaded.lookup or self._rows == 1:
+            return loaded, False
+        return loaded, decoder.agrees(self._rows)
 
 
 def selects(source: str) -> bool:
