@@ -167,7 +167,7 @@ def test_texts_that_are_read_together_are_those_alone(wide, dtype, monkeypatch):
     assert len(set(found)) == len(found)
     assert isinstance(model.loaded.generator, Decoder)
     if not model.together:
-        pytest.skip("this processor computes several rows otherwise than one, so requests take turns")
+        pytest.skip("on this processor a pass for several texts has other bits or no gain, so requests take turns")
     assert max(together) > 8
 
 
@@ -175,7 +175,7 @@ def test_the_texts_of_a_request_are_read_together_too(wide, monkeypatch):
     together = []
     plain = Decoder.read_ahead
     monkeypatch.setattr(Decoder, "read_ahead", lambda self, t, c: (together.append(len(t)), plain(self, t, c)))
-    with serving(wide, CHECKPOINT_PATH="latest", SERVE_SLOTS="3") as running:
+    with serving(wide, CHECKPOINT_PATH="latest", SERVE_SLOTS="3", DTYPE="float32") as running:
         model = running.server.catalogue.models["latest"]
         found = texts_of(running.complete(["Dear", "Wren"], n=4, seed=5, max_tokens=20, echo=True, logprobs=1))
     assert found == [
@@ -184,7 +184,7 @@ def test_the_texts_of_a_request_are_read_together_too(wide, monkeypatch):
         for number in range(4)
     ]
     if not model.together:
-        pytest.skip("this processor computes several rows otherwise than one, so texts take turns")
+        pytest.skip("on this processor a pass for several texts has other bits, so they take turns")
     assert max(together) == 3  # the slots
 
 
