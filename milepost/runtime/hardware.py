@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 # Embedding dimensions from which bfloat16 pays on a CPU: casts cost time in training, calls in generation.
 BFLOAT16_TRAIN_WIDTH, BFLOAT16_DECODE_WIDTH = 128, 256
 
-# Converting all weights takes about as long as bfloat16 saves on this many generated tokens, whatever the model's size.
-BFLOAT16_DECODE_TOKENS = 32
+# Converting all weights takes about as long as bfloat16 saves on this many generated tokens, whatever the model's size: with
+# bfloat16 instructions, and with AVX2, where float32 takes more than twice as long.
+BFLOAT16_DECODE_TOKENS, BFLOAT16_AVX2_TOKENS = 32, 8
 
 # Parameters of mallopt(3): how many blocks may be mapped singly, and from what size free memory at the top returns to
 # the system.
@@ -122,9 +123,12 @@ def decode_dtype(requested: str, device: torch.device, *, width: int, tokens: in
     """
     if requested != "auto":
         return choose_dtype(requested, device, width=width)
-    fast = multiplies_bfloat16() or torch.backends.cpu.get_cpu_capability() == "AVX2"
-    pays = fast and width >= BFLOAT16_DECODE_WIDTH and tokens >= BFLOAT16_DECODE_TOKENS
-    return "bfloat16" if pays else "float32"
+    fewest = BFLOAT16_DECODE_TOKENS
+    if not multiplies_bfloat16():
+        if torch.backends.cpu.get_cpu_capability() != "AVX2":
+            return "float32"
+        fewest = BFLOAT16_AVX2_TOKENS
+    return "bfloat16" if width >= BFLOAT16_DECODE_WIDTH and tokens >= fewest else "float32"
 
 
 def multiplies_bfloat16() -> bool:
