@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from milepost.files import LOCKS, OwnerFile, lacks
+from milepost.files import LOCKS, OwnerFile, check_mounted, lacks
 from milepost.paths import check_file
 from milepost.screen import show
 
@@ -110,8 +110,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock under which names and save numbers are chosen and leftovers removed; wait for it.
 
     Report a wait of more than QUIET seconds. Raise OSError if it is held for PATIENCE seconds, as by a stopped process,
-    or if anything but a lock file has its name.
+    if anything but a lock file has its name, or if the folder was unmounted while this process ran.
     """
+    check_mounted(folder)
     lock = OwnedLock(folder / FOLDER_LOCK)
     if not lock.acquire(patience=QUIET):
         holder = lock.owner()

@@ -12,7 +12,7 @@ from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.leftovers import prepare_folder
 from milepost.ckpt.record import bytes_on_disk, named_tensors
-from milepost.files import is_unreachable
+from milepost.files import check_writable, is_unreachable
 from milepost.locks import FolderHeldError
 from milepost.paths import is_real_folder
 from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
@@ -24,6 +24,7 @@ from milepost.runtime.errors import DeviceFaultError, TrainingError
 from milepost.runtime.progress import Metrics, duration, shown
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until a disk that refused a save is asked again
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of a disk that may take a save later
 PAUSES = (5, 10, 15, 30, 60, 60, 60, 60)  # seconds between the attempts to save the last step on a full disk: 5 min
 
 
@@ -96,6 +97,8 @@ def _write(run: Run, record: Checkpoint, left: dict[str, int], *, regular: bool,
                 copy_to_mirror(run, saved, folder, step=record.step)
             return
         saved = _write_regular(run, record, Path(run.settings.checkpoint_dir)) if regular else None
+        if regular and run.saved.refused:
+            return  # best/ is on the same disk: it waits for the next attempt
         _keep_best(run, record, saved=saved)
         if saved:
             copy_to_mirror(run, saved, Path(run.settings.checkpoint_dir), step=record.step)
@@ -121,7 +124,7 @@ def _note_refusal(run: Run, error: OSError, *, need: int) -> None:
     saved = run.saved
     saved.need, saved.retry_at = need, time.monotonic() + _pause(run)
     saved.attempts += 1
-    saved.refused = error.errno in (errno.ENOSPC, errno.EDQUOT) or _is_away(error)
+    saved.refused = error.errno in PASSING or _is_away(error)
 
 
 def _is_away(error: OSError) -> bool:
@@ -134,15 +137,17 @@ def _pause(run: Run) -> float:
 
 
 def retry_is_due(run: Run) -> bool:
-    """Return whether a save that the disk refused is worth another attempt: its folder answers and has room. False on
-    all ranks but 0.
+    """Return whether a save that the disk refused is worth another attempt: its folder takes a file and has room. False
+    on all ranks but 0.
     """
     saved = run.saved
     if not (saved.failed and saved.refused) or time.monotonic() < saved.retry_at:
         return False
     saved.retry_at = time.monotonic() + _pause(run)
+    folder = Path(run.settings.checkpoint_dir)
     with contextlib.suppress(OSError):
-        return ckpt.free_space_problem(Path(run.settings.checkpoint_dir), need=saved.need) is None
+        check_writable(folder)
+        return ckpt.free_space_problem(folder, need=saved.need) is None
     return False
 
 
@@ -162,7 +167,7 @@ def finish_saving(run: Run) -> None:
             break
         if number == 0:
             run.log(
-                f"trying again for {duration(sum(PAUSES))}: make room, or bring its folder back; Ctrl-C twice gives up"
+                f"trying again for {duration(sum(PAUSES))}: make room, or bring its folder back or make it writable; Ctrl-C twice gives up"
             )
         run.world.on_rank0(functools.partial(time.sleep, pause))
         save_checkpoint(run, regular=True)

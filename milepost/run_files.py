@@ -12,7 +12,7 @@ import models
 from milepost import ckpt, config
 from milepost.ckpt.leftovers import prepare_folder
 from milepost.config import ConfigError
-from milepost.files import in_words, instead, lacks, largest_file
+from milepost.files import in_words, instead, lacks, largest_file, note_mount
 from milepost.locks import RunLock
 from milepost.paths import check_inside, is_real_file
 from milepost.run import Run, is_due
@@ -55,6 +55,7 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         if fallback := run.settings.checkpoint_fallback_dir:
             with _blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
                 prepare_folder(Path(fallback))
+                note_mount(Path(fallback))
         check_space(run)
         check_file_size(run)
         protect_base(run, held)
@@ -65,14 +66,21 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         write_own(run.folder / "config.env", config.as_env(run.settings, run.resolved()))
         origin = {"run_id": run.run_id, "parent": run.parent}
         write_own(run.folder / "run.json", json.dumps(origin, indent=1) + "\n")
-        run.metrics = held.enter_context(contextlib.closing(Metrics(run.folder / METRICS)))
+        run.metrics = Metrics(run.folder / METRICS)
+        held.callback(_close_metrics, run)
         # Set aside metrics newer than the checkpoint: resuming rewrites them.
         run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.saved.resumed_time)
     open_tracker(run, held)
 
 
+def _close_metrics(run: Run) -> None:
+    if lost := run.metrics.close():
+        run.log(f"{METRICS} lacks {lost:,} {'lines' if lost > 1 else 'line'}, which could not be written until the end")
+
+
 def _lock(run: Run, folder: Path, held: contextlib.ExitStack) -> None:
     prepare_folder(folder)
+    note_mount(folder)
     lock = RunLock(folder, run.run_id)
     lock.acquire(patience=LOCK_PATIENCE if config.was_restarted() else 0)
     held.callback(lock.release)

@@ -22,6 +22,7 @@ NEEDS = {
     "s3fs": (["s3fs"], "s3fs"),
     "ntfs-3g": (["mkntfs", "ntfs-3g"], "ntfs-3g"),
     "fusefat": (["mkfs.vfat", "fusefat"], "dosfstools and fusefat"),
+    "btrfs with a quota": (["mkfs.btrfs", "btrfs"], "btrfs-progs"),
     "exfat": (["mkfs.exfat", "mount.exfat-fuse"], "exfatprogs and exfat-fuse"),
 }
 IMAGE = 64  # MiB of a file system that is an image
@@ -229,6 +230,28 @@ def image(folder: Path, make: Words, mount: Words | None, *, size: int = IMAGE) 
         do("losetup", "-d", device.strip())
 
 
+@contextlib.contextmanager
+def quota(folder: Path) -> Iterator[Path]:
+    """A part of a btrfs whose bytes can be limited, by `limit`."""
+    with image(folder, ["mkfs.btrfs", "-q"], None, size=256) as place:
+        do("btrfs", "quota", "enable", place)
+        do("btrfs", "subvolume", "create", place / "part")
+        yield place / "part"
+
+
+def limit(part: Path, size: str) -> None:
+    """Set the quota of `part` in bytes; "none" lifts it. Asked in `part` itself, the quota would refuse even that."""
+    words = ["btrfs", "inspect-internal", "rootid", str(part)]
+    number = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    do("btrfs", "qgroup", "limit", size, f"0/{number}", part.parent)
+
+
+def break_ext4(place: Path) -> None:
+    """Make an ext4 that was mounted with errors=remount-ro read-only, as an error of its disk does."""
+    device = subprocess.run(["findmnt", "-no", "SOURCE", str(place)], capture_output=True, text=True, check=True).stdout
+    Path(f"/sys/fs/ext4/{Path(device.strip()).name}/trigger_fs_error").write_text("1")
+
+
 MOUNTS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Path]]] = {
     "rclone": rclone,
     "rclone, minimal": lambda folder: rclone(folder, "minimal"),
@@ -241,6 +264,10 @@ MOUNTS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Path]]] = {
     "overlay": overlay,
     "ext4": lambda folder: image(folder, ["mkfs.ext4", "-q"], None),
     "small ext4": lambda folder: image(folder, ["mkfs.ext4", "-q", "-m", "0", "-N", "64"], None, size=16),
+    "ext4, read-only after an error": lambda folder: image(
+        folder, ["mkfs.ext4", "-q"], ["mount", "-o", "errors=remount-ro"]
+    ),
+    "btrfs with a quota": quota,
     "xfs": lambda folder: image(folder, ["mkfs.xfs", "-q"], None, size=320),
     "ntfs-3g": lambda folder: image(folder, ["mkntfs", "-F", "-q"], ["ntfs-3g"]),
     "exfat": lambda folder: image(folder, ["mkfs.exfat"], ["mount.exfat-fuse"]),

@@ -5,7 +5,8 @@
 It passes every call on to FOLDER, and refuses some as other file systems do. `REFUSALS` has what can be lacking; the
 rest is `append` (a file is written once from its beginning to its end), `statfs` (all zeros), `late` (a name is
 listed two seconds after it was made), `gone` (nothing answers while FOLDER/.gone exists), `unread` (bytes between the two
-offsets in FOLDER/.unread cannot be read while that exists) and `case` (names that differ in case are one name).
+offsets in FOLDER/.unread cannot be read while that exists), `stale` (the first opening of each file to read is refused) and `case`
+(names that differ in case are one name).
 """
 
 import contextlib
@@ -39,6 +40,8 @@ WRITES = os.O_WRONLY | os.O_RDWR
 def mount(folder: str, place: str, lacking: set[str]) -> None:
     """Serve the file system until it is unmounted."""
     import mfusepy
+
+    opened: set[str] = set()
 
     class Picky(mfusepy.Operations):  # type: ignore[misc]
         use_ns = True
@@ -118,6 +121,9 @@ def mount(folder: str, place: str, lacking: set[str]) -> None:
             real = self.real(path)
             if flags & os.O_APPEND or (flags & WRITES and os.path.getsize(real)):
                 self.refuse("append")
+            if "stale" in lacking and not flags & WRITES and real not in opened:
+                opened.add(real)
+                raise mfusepy.FuseOSError(errno.ESTALE)
             return os.open(real, flags & ~os.O_APPEND)
 
         def read(self, path: str, size: int, offset: int, handle: int) -> bytes:

@@ -466,21 +466,25 @@ def test_nothing_older_goes_when_the_new_checkpoint_cannot_be_read_back(tmp_path
     assert all(path.exists() for path in paths)
 
 
-def test_a_failed_save_is_tried_again_as_soon_as_there_is_room_and_not_at_the_next_interval(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTCONN], ids=errno.errorcode.get)
+def test_a_failed_save_is_tried_again_as_soon_as_the_disk_takes_it_and_not_at_the_next_interval(
+    code, tmp_path, monkeypatch
+):
     real, refused = ckpt.save, []
 
     def full_once(record: Any, folder: Path, **form: Any) -> Path:
         if record.step == 4 and not refused:
             refused.append(record.step)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(code, os.strerror(code))
         return real(record, folder, **form)
 
     monkeypatch.setattr(ckpt, "save", full_once)
     monkeypatch.setattr(run_checkpoints, "FIRST_PAUSE", 0.0)
-    code, _ = train(tmp_path, CHECKPOINT_INTERVAL="4", TRAINING_STEPS="20", CHECKPOINT_ASYNC="false",
-                       CHECKPOINT_KEEP_BEST="0")  # fmt: skip
-    assert code == 0
+    status, said = train(tmp_path, CHECKPOINT_INTERVAL="4", TRAINING_STEPS="20", CHECKPOINT_ASYNC="false",
+                         CHECKPOINT_KEEP_BEST="0")  # fmt: skip
+    assert status == 0
     assert refused == [4]
+    assert said.count("could not be saved") == 1
     steps = steps_of(list(ckpt.find(tmp_path / "checkpoints")), best=False)
     assert steps[0] == 5
     assert steps[1:] == [8, 12, 16, 20]

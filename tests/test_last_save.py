@@ -4,14 +4,14 @@ import shlex
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from drive import at_step, newest, tensor_bytes, train
 from test_last_step import stop, trained
 
-from milepost import ckpt, run_checkpoints
+from milepost import ckpt, locks, run_checkpoints
 from milepost.runtime.progress import read_metrics
 
 
@@ -34,11 +34,15 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def fill(disk: Path) -> None:
-    """Fill the disk once the save in the background has ended, which a slow machine would let run into the full disk."""
+def await_save() -> None:
+    """Wait for the save in the background, which a slow machine would let run into what comes next."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint writer":
             thread.join()
+
+
+def fill(disk: Path) -> None:
+    await_save()
     (disk / ".filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 20_000)))
 
 
@@ -83,6 +87,67 @@ def test_a_save_in_between_is_not_waited_for(small_disk, tmp_path, monkeypatch):
     code, said = trained(tmp_path, actions, CHECKPOINT_ASYNC="false")
     assert (code, pauses.seconds) == (0, []), said
     assert [each.step for each in ckpt.find(small_disk)] == [8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A file system that is unmounted: its path then leads to the disk below.
+
+
+@pytest.fixture
+def mounting(tmp_path, small_disk) -> Iterator[Callable[[], None]]:
+    """Return a function that mounts a disk of its own at `small_disk`/place, which is then an empty folder again."""
+    (tmp_path / "disk").mkdir()
+
+    def mount() -> None:
+        subprocess.run(["mount", "--bind", str(tmp_path / "disk"), str(small_disk / "place")], check=True)
+
+    (small_disk / "place").mkdir()
+    mount()
+    yield mount
+    subprocess.run(["umount", "-l", str(small_disk / "place")], capture_output=True, check=False)
+
+
+def unmount(place: Path) -> None:
+    await_save()
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_nothing_is_written_below_a_file_system_that_was_unmounted(
+    background, mounting, small_disk, uninterrupted, tmp_path, monkeypatch
+):
+    below: list[list[Path]] = []
+
+    def mount_again(_: float) -> None:
+        below.append([*(small_disk / "place").rglob("*")])
+        if len(below) == 2:
+            mounting()
+
+    monkeypatch.setattr(run_checkpoints.time, "sleep", mount_again)
+    places = {name: str(small_disk / "place" / name) for name in ("CHECKPOINT_DIR", "RUNS_DIR")}
+    actions = {6: lambda: unmount(small_disk / "place")}
+    code, said = trained(tmp_path, actions, CHECKPOINT_ASYNC=background, **places)
+    assert code == 0, said
+    assert below == [[], []]
+    assert said.count("no file system is mounted here any more") == 2
+    last = ckpt.latest(ckpt.find(tmp_path / "disk" / "CHECKPOINT_DIR"))
+    assert last is not None
+    assert tensor_bytes(ckpt.load(last.path, verify=True)) == tensor_bytes(newest(uninterrupted))
+    (path,) = (tmp_path / "disk" / "RUNS_DIR").glob("*/metrics.jsonl")
+    assert [line["step"] for line in read_metrics(path) if line["split"] == "train"] == [*range(1, 9)]
+
+
+def test_control_without_a_look_at_the_mount_the_last_step_is_hidden_below_it(
+    mounting, small_disk, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(locks, "check_mounted", lambda _: None)
+    code, said = trained(
+        tmp_path, {6: lambda: unmount(small_disk / "place")}, CHECKPOINT_DIR=str(small_disk / "place" / "checkpoints")
+    )
+    assert code == 0, said
+    assert {each.step for each in ckpt.find(small_disk / "place" / "checkpoints")} == {8}
+    mounting()
+    assert {each.step for each in ckpt.find(tmp_path / "disk" / "checkpoints")} == {4}
 
 
 @pytest.mark.parametrize("stopped", [False, True])

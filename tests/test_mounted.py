@@ -46,7 +46,7 @@ LACKS = [
     "case,chmod",  # as WSL shows a disk of Windows
     "rename,append,lock,statfs",
 ]
-UNTOLD = {"late", "case", "chmod"}  # nothing is done differently
+UNTOLD = {"late", "stale", "case", "chmod"}  # nothing is done differently
 NOISE = ("Traceback", "UserWarning", "[Errno")
 
 
@@ -100,6 +100,21 @@ IN_LAYOUTS = [("rename", layout) for layout in ckpt.WRITERS if layout not in ("u
     ("lacking", "layout"), [*IN_LAYOUTS, ("rename-dir", "directory"), ("late", "directory"), ("late", "separated")]
 )
 def test_a_life_in_every_layout_without(lacking, layout, tmp_path):
+    a_life_on(tmp_path / "fs", layout, lacking)
+
+
+ALONE = ["link", "chmod", "stale", *(each for each in LACKS if "," not in each)]
+REST = [
+    (lack, layout)
+    for lack in ALONE
+    for layout in ckpt.WRITERS
+    if layout != "sharded" and (lack, layout) not in IN_LAYOUTS
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("lacking", "layout"), REST)
+def test_every_lack_in_every_layout(lacking, layout, tmp_path):
     a_life_on(tmp_path / "fs", layout, lacking)
 
 

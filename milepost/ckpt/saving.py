@@ -85,6 +85,11 @@ def why_not_saved(error: Exception, folder: Path, *, need: int) -> str:
         return (
             f"the disk quota is used up: about {need:,} bytes are needed in {folder}; delete files, or have it raised"
         )
+    if code == errno.EROFS:
+        return (
+            f"the file system of {folder} is read-only now, as after an error of its disk (dmesg shows it): make it writable, "
+            "or mount another one there"
+        )
     if code == errno.EFBIG:
         limit = "the file system or the limit of this process (ulimit -f) allows no file of that size"
         return f"the file is too large: about {need:,} bytes are needed in {folder}, and {limit}"

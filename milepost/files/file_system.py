@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from milepost.files.mounting import check_mounted, forget_mounts
 from milepost.files.reaching import entries, is_unreachable, steadily
 from milepost.paths import is_real_folder
 
@@ -69,6 +70,7 @@ def look(folder: Path) -> frozenset[str]:
 def forget() -> None:
     """Forget every look: another file system may have got the number of an earlier one."""
     _known.clear()
+    forget_mounts()
 
 
 def instead(lacking: Collection[str]) -> str:
@@ -186,13 +188,14 @@ def _works(trial: Callable[[], None], folder: Path) -> bool:
         if error.errno in NO_ANSWER:
             raise
         if is_unreachable(error):
-            _check_answers(folder)
+            check_writable(folder)
         return False
     return True
 
 
-def _check_answers(folder: Path) -> None:
-    """Raise OSError if the folder does not take a file and give it back."""
+def check_writable(folder: Path) -> None:
+    """Raise OSError if the folder is no longer mounted, or does not take a file and give it back."""
+    check_mounted(folder)
     file = hidden_name(folder / "look")
     try:
         for _ in _write_first(file):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from milepost.files.file_system import APPEND, RENAME, RENAME_ONTO, lacks
+from milepost.files.mounting import check_mounted
 from milepost.files.reaching import moved
 from milepost.files.reading import read_steadily
 from milepost.files.writing import flush_to_disk, sync_file
@@ -72,8 +73,9 @@ class GrowingFile:
             deleted = self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0
             if deleted:
                 self._close_file()
-                self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._file is None:
+                check_mounted(self.path.parent)
+                self.path.parent.mkdir(parents=True, exist_ok=True)  # deleted, or another disk is mounted here
                 restore(self.path)
                 self._file = open(self.path, "ab+", buffering=0, opener=own_file)  # noqa: SIM115  (lives as the run)
             while self._waiting:
@@ -93,6 +95,7 @@ class GrowingFile:
         self._torn = False
 
     def _write_whole(self) -> None:
+        check_mounted(self.path.parent)
         before = content_of(self.path) if os.path.lexists(self.path) else b""
         if before and not before.endswith(b"\n"):
             before += b"\n"
@@ -108,11 +111,12 @@ class GrowingFile:
             self._file = None
             self._torn = True
 
-    def close(self) -> None:
-        """Write what waits, and close the file. An error is ignored: it was raised before."""
+    def close(self) -> int:
+        """Write what waits, and close the file; return how many lines could not be written. Why was raised before."""
         with contextlib.suppress(OSError):
             self.flush()
         self._close_file()
+        return len(self._waiting)
 
 
 def _ends_within_a_line(file: io.FileIO) -> bool:

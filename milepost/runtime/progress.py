@@ -208,9 +208,9 @@ class Metrics:
         """Write lines that wait: the file system cannot append, or refused them. Raise OSError if it still does."""
         self._file.flush()
 
-    def close(self) -> None:
-        """Write what waits, and close the file."""
-        self._file.close()
+    def close(self) -> int:
+        """Write what waits, and close the file; return how many lines could not be written."""
+        return self._file.close()
 
 
 def _history(
