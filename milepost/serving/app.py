@@ -75,23 +75,19 @@ def application(server: Server, *, key: str | None, names: Sequence[str], pages:
         routes=routes,
         middleware=[Middleware(Guard, key=key, names=names, refuse=refused)],
         exception_handlers={HTTPException: not_routed},
-        lifespan=following(server),
+        lifespan=working(server),
     )
 
 
-def following(server: Server) -> Callable[[Starlette], contextlib.AbstractAsyncContextManager[None]]:
-    """Return a lifespan in which the models follow the checkpoints that their names select."""
-
-    async def follow() -> None:
-        while True:
-            await asyncio.sleep(await asyncio.to_thread(server.catalogue.look))
+def working(server: Server) -> Callable[[Starlette], contextlib.AbstractAsyncContextManager[None]]:
+    """Return a lifespan in which texts are generated, and the models follow the checkpoints that their names select."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         server.generating.start()
-        task = asyncio.create_task(follow())
+        server.catalogue.start()
         yield
-        task.cancel()
+        server.catalogue.stop()
 
     return lifespan
 
