@@ -269,17 +269,17 @@ class Answer:
     async def _ready(self) -> None:
         """Wait for pieces; raise ApiError once the time is up or the server ends."""
         job, server = self._job, self._server
-        ends = self._began + server.timeout
         while True:
             now = time.monotonic()
+            left = self._began + server.timeout - now
             if now >= server.ends_at:
                 raise stopping()
-            if now >= ends:
+            if left <= 0:
                 raise timed_out(server.timeout)
             if job.ready.is_set():
                 return
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(ends - now, 1.0)):  # `ends_at` may change
+                async with asyncio.timeout(min(left, 1.0)):  # `ends_at` may change
                     await job.ready.wait()
 
     async def _watch(self) -> None:
