@@ -6,13 +6,14 @@ docs/mirroring.md has the promises. A script that opens checkpoints begins with 
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from milepost import config
 from milepost.ckpt import CheckpointError, Found
 from milepost.config import Config, ConfigError
 from milepost.mirror.cache import Cache, CacheFullError
+from milepost.mirror.following import Following
 from milepost.mirror.headers import write_headers
 from milepost.mirror.naming import WORDS, Named, answering, below, candidates, find, split
 from milepost.mirror.opening import bring, bring_all, listed
@@ -42,12 +43,12 @@ def folder_here(settings: Config) -> None:
         raise ConfigError([f"CHECKPOINT_DIR={shown}: expected a folder of this computer: {remedy}"])
 
 
-def local(settings: Config, log: Log, *, every: bool = False, certain: bool = False, by_word: bool = False) -> Config:
+def local(settings: Config, log: Log, *, every: bool = False, certain: bool = False) -> Config:
     """Return the settings with paths in place of the addresses in CHECKPOINT_PATH: their checkpoints are in the cache then.
 
     With `every`, the address of a mirror or of a run stands for all its checkpoints, else for the latest. A damaged
-    checkpoint is skipped where the name leaves a choice, and refused otherwise and if `certain`. With `by_word`, latest
-    and best keep their word as the name by which they are served. CHECKPOINT_DIR becomes a folder, and counts as set.
+    checkpoint is skipped where the name leaves a choice, and refused otherwise and if `certain`. CHECKPOINT_DIR becomes a
+    folder, and counts as set.
     """
     if not is_remote(settings):
         return settings
@@ -57,12 +58,17 @@ def local(settings: Config, log: Log, *, every: bool = False, certain: bool = Fa
         if (address := address_of(name, settings)) is None:
             paths.append(part)
             continue
-        if by_word and not label and split(address)[1] in WORDS:
-            label = f"{split(address)[1]}="
         paths += [f"{label}{path}" for path in _brought(address, settings, log, every=every, certain=certain)]
-    here = config.without(settings, ["CHECKPOINT_DIR"]) if is_address(settings.checkpoint_dir) else settings
-    values = {"CHECKPOINT_PATH": ",".join(paths), "CHECKPOINT_DIR": here.checkpoint_dir}
+    values = {"CHECKPOINT_PATH": ",".join(paths), "CHECKPOINT_DIR": with_folder(settings).checkpoint_dir}
     return config.with_values(settings, values, source="the mirror")
+
+
+def with_folder(settings: Config) -> Config:
+    """Return the settings with the folder that CHECKPOINT_DIR is by default, if it is an address."""
+    if not is_address(settings.checkpoint_dir):
+        return settings
+    default = config.without(settings, ["CHECKPOINT_DIR"]).checkpoint_dir
+    return config.with_values(settings, {"CHECKPOINT_DIR": default}, source="the mirror")
 
 
 def is_remote(settings: Config) -> bool:
@@ -76,6 +82,28 @@ def local_path(name: str, settings: Config, log: Log) -> str:
     return name if address is None else str(_brought(address, settings, log, every=False, certain=False)[0])
 
 
+def followed(part: str, settings: Config, log: Log) -> tuple[str, Callable[[], Path], bool] | None:
+    """Return what a part of CHECKPOINT_PATH stands for if it is an address: the name that it is served by, what returns its
+    path in the cache by now, and whether that changes as the mirror grows. None for a part on this disk.
+
+    The call raises CheckpointError, ConfigError or OSError if nothing can be used, and the next one tries again.
+    """
+    label, name = _labelled(part)
+    if (address := address_of(name, settings)) is None:
+        return None
+    named = _found(address)
+    if not named.leaves_choice:
+        path = _brought(address, settings, log, every=False, certain=False)[0]
+        return label.removesuffix("=") or path.stem, lambda: path, False
+    following = Following(named, _cache(settings), say=log, pause=time.sleep)
+
+    def find() -> Path:
+        with _bounded(address, settings):
+            return following.find()
+
+    return label.removesuffix("=") or split(address)[1], find, True
+
+
 def _labelled(part: str) -> tuple[str, str]:
     """Return a part of CHECKPOINT_PATH as what stands before an address, `name=` or nothing, and the rest."""
     label, mark, name = part.partition("=")
@@ -83,15 +111,25 @@ def _labelled(part: str) -> tuple[str, str]:
 
 
 def _brought(address: str, settings: Config, log: Log, *, every: bool, certain: bool) -> list[Path]:
-    cache = Cache(config.user_caches() / "milepost" / "checkpoints", int(settings.cache_gb * GB))
-    named = _found(address)
-    try:
+    named, cache = _found(address), _cache(settings)
+    with _bounded(address, settings):
         if every and not named.name:
             return bring_all(named, cache, certain=certain, say=log, pause=time.sleep)
         return [bring(named, cache, certain=certain, say=log, pause=time.sleep)]
+
+
+def _cache(settings: Config) -> Cache:
+    return Cache(config.user_caches() / "milepost" / "checkpoints", int(settings.cache_gb * GB))
+
+
+@contextlib.contextmanager
+def _bounded(address: str, settings: Config) -> Iterator[None]:
+    """Raise ConfigError if a checkpoint is larger than the cache may be."""
+    try:
+        yield
     except CacheFullError as error:
-        problem = f"CACHE_GB={settings.cache_gb:g}: {masked(address)} takes {error.need / GB:.3g} GB in {cache.folder}"
-        raise ConfigError([f"{problem}: set as much or more"]) from error
+        problem = f"CACHE_GB={settings.cache_gb:g}: {masked(address)} takes {error.need / GB:.3g} GB in the cache"
+        raise ConfigError([f"{problem} ({_cache(settings).folder}): set as much or more"]) from error
 
 
 def _found(address: str) -> Named:

@@ -18,16 +18,20 @@ READS = (
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
-from milepost.remote import local
+from milepost.remote import followed, with_folder
 from milepost.runtime.progress import Log
 from milepost.samples import open_named, sampling
 from milepost.text.unknown import Mode
 from milepost.web import listening as web
+
+if TYPE_CHECKING:
+    from milepost.serving.catalogue import Source
 
 
 def main(settings: Config, log: Log) -> int:
@@ -47,13 +51,12 @@ def serve(settings: Config, log: Log, listener: socket.socket) -> None:
     from milepost.serving.generating import MOST_ROWS, Generating
     from milepost.serving.preparing import Defaults
 
-    settings = local(settings, log, by_word=True)
-    rows = min(settings.serve_slots, MOST_ROWS)
+    found = dict(sources(settings, log))
+    settings = with_folder(settings)
     catalogue = Catalogue(
-        sources(settings),
-        Path(settings.checkpoint_dir),
+        found,
         open_one=lambda name, bases: open_named(name, settings, log, bases=bases),
-        rows=rows,
+        rows=min(settings.serve_slots, MOST_ROWS),
         log=log,
     )
     server = Server(
@@ -73,16 +76,23 @@ def serve(settings: Config, log: Log, listener: socket.socket) -> None:
     web.serve(app, listener, on_stop=server.stop, grace=STOP_SECONDS + 2)
 
 
-def sources(settings: Config) -> dict[str, str]:
-    """Return what to open by the name that requests use. Raise ConfigError if a name occurs twice."""
-    from milepost.serving.catalogue import named
+def sources(settings: Config, log: Log) -> Iterator[tuple[str, "Source"]]:
+    """Yield what to open by the name that requests use. Raise ConfigError if a name occurs twice."""
+    from milepost.serving.catalogue import ASK_EVERY, Source, named, on_disk, parts
 
-    pairs = named(settings.checkpoint_path)
-    twice = {name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}
-    if twice:
-        remedy = f"name them, as in CHECKPOINT_PATH=one=path,{min(twice)}=path"
-        raise ConfigError([f"CHECKPOINT_PATH: several checkpoints would be called {min(twice)}: {remedy}"])
-    return dict(pairs)
+    seen: set[str] = set()
+    for part in parts(settings.checkpoint_path):
+        if remote := followed(part, settings, log):
+            name, find, changes = remote
+            source = Source(str(find()), find if changes else None, ASK_EVERY)
+        else:
+            name, where = named(part)
+            source = on_disk(where, Path(settings.checkpoint_dir))
+        if name in seen:
+            remedy = f"name them, as in CHECKPOINT_PATH=one=path,{name}=path"
+            raise ConfigError([f"CHECKPOINT_PATH: several checkpoints would be called {name}: {remedy}"])
+        seen.add(name)
+        yield name, source
 
 
 if __name__ == "__main__":

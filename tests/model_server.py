@@ -19,7 +19,7 @@ from milepost.config import Config
 from milepost.runtime.progress import Log
 from milepost.samples import open_named, sampling
 from milepost.serving.app import Server, application
-from milepost.serving.catalogue import Catalogue, named
+from milepost.serving.catalogue import Catalogue
 from milepost.serving.generating import Generating
 from milepost.serving.preparing import Defaults
 
@@ -94,7 +94,7 @@ def serving(folder: Path, *, key: str | None = None, log: Any = lambda line: Non
     """A server of the checkpoints of a folder, as the script builds it."""
     settings = settings_for(folder, **changes)
     catalogue = Catalogue(
-        dict(named(settings.checkpoint_path)), Path(settings.checkpoint_dir), rows=settings.serve_slots, log=log,
+        dict(script("serve_checkpoint").sources(settings, log)), rows=settings.serve_slots, log=log,
         open_one=lambda name, bases: open_named(name, settings, Log(), bases=bases),
     )  # fmt: skip
     generating = Generating(slots=settings.serve_slots, queue=settings.serve_queue)
@@ -111,4 +111,5 @@ def serving(folder: Path, *, key: str | None = None, log: Any = lambda line: Non
         server.stop()
         server.ends_at = 0
         loop.should_exit = True
-        thread.join()
+        for each in (thread, *catalogue.threads):
+            each.join()

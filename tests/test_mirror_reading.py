@@ -220,8 +220,10 @@ def test_a_killed_download_is_never_taken_for_whole(tmp_path, layout):
 
 def used_by_nobody() -> None:
     """Let go of what this process uses, as its end does."""
-    while caching._in_use:
-        caching._in_use.pop().close()
+    for locks in caching._in_use.values():
+        for lock in locks:
+            lock.close()
+    caching._in_use.clear()
 
 
 def test_the_least_recently_used_goes_first_and_what_is_used_stays(mirror, tmp_path):

@@ -18,6 +18,7 @@ from script import NOTHING_OF_TRAINING, call, script
 from serving import served
 from work import HANGING
 
+from milepost.page import library as page_library
 from milepost.page import routes as page_routes
 from milepost.page.library import Library, id_of
 from milepost.page.routes import application
@@ -33,7 +34,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def client(folder: Path) -> Iterator[httpx.Client]:
+def client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
+    monkeypatch.setattr(page_library, "BUDGET", float("inf"))  # on a slow machine, too, a look reads all runs
     library = Library(folder / "runs", folder / "checkpoints")
     with (
         served(application(library, stopping=lambda: False)) as address,

@@ -98,10 +98,12 @@ def test_no_file_tells_of_the_machine_or_what_was_not_asked_for(trained, hub):
     assert not any("optimizer" in name for name in files)
     whole = b"".join(files.values()).decode(errors="replace")
     record = newest(trained)
-    assert str(trained) in json.dumps(record.hyperparameters)  # the control: the checkpoint has all of these
-    assert NOTE in json.dumps(record.hyperparameters)
+    held = json.dumps(record.hyperparameters, ensure_ascii=False)  # the control: the checkpoint has all of these
+    assert str(trained) in held
+    assert NOTE in held
     for secret in (str(trained), str(ROOT), os.uname().nodename, NOTE, record.runtime["platform"], "hf_secret"):
         assert secret not in whole
+        assert json.dumps(secret)[1:-1] not in whole  # as JSON writes letters beyond ASCII
     assert "letters.txt" in whole
     assert record.data["sha256"] in whole
 

@@ -155,14 +155,6 @@ def test_the_python_interface_opens_an_address(trained):
     assert milepost.verify(address(trained, "2")) == []
 
 
-def test_a_served_checkpoint_keeps_its_word_as_its_name(trained, caches):
-    paths = f"{address(trained, 'latest')},wren={address(trained, '2')}"
-    settings = remote.local(settings_of(CHECKPOINT_PATH=paths), Log(), by_word=True)
-    names = dict(part.split("=") for part in settings.checkpoint_path.split(","))
-    assert {name: ckpt.load(Path(path)).step for name, path in names.items()} == {"latest": 6, "wren": 2}
-    assert all(Path(path).is_relative_to(caches) for path in names.values())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # List and inspect.
 

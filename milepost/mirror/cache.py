@@ -27,7 +27,8 @@ from milepost.mirror.fetching import Pause, Say, fetch
 from milepost.mirror.store import Store
 
 KEY = re.compile(r"[0-9a-f]{32}")
-_in_use: list[IO[bytes]] = []  # the locks of what this process uses, held until it ends
+# By entry, the locks of what this process uses: one for each `take`, held until `let_go` or the end of the process.
+_in_use: dict[Path, list[IO[bytes]]] = {}
 
 
 class CacheFullError(Exception):
@@ -49,11 +50,28 @@ class Cache:
 def take(cache: Cache, store: Store, saves: Sequence[Save], *, say: Say, pause: Pause) -> Path:
     """Return the path of the first of `saves` in the cache, with the others beside it, downloaded where they are missing.
 
-    No process deletes them as long as this one lives. Raise CacheFullError, and what `fetch` raises.
+    No process deletes them until this one ends, or lets go of the path. Raise CacheFullError, and what `fetch` raises.
     """
     entry = cache.folder / _key(saves)
     make_folder(cache.folder)
-    _in_use.append(_held(lock_of(entry)))
+    with contextlib.ExitStack() as until_whole:
+        lock = until_whole.enter_context(_held(lock_of(entry)))
+        _complete(entry, cache, store, saves, say=say, pause=pause)
+        until_whole.pop_all()
+    _in_use.setdefault(entry, []).append(lock)
+    return entry / saves[0].checkpoint
+
+
+def let_go(path: Path) -> None:
+    """Undo the `take` that returned this path: others may delete it, unless it was taken again."""
+    for entry in [entry for entry in path.parents if entry in _in_use]:
+        _in_use[entry].pop().close()
+        if not _in_use[entry]:
+            del _in_use[entry]
+
+
+def _complete(entry: Path, cache: Cache, store: Store, saves: Sequence[Save], *, say: Say, pause: Pause) -> None:
+    """Download what an entry lacks of `saves`."""
     make_folder(entry)
     with folder_lock(entry):
         for leftover in [path for path in below(entry) if path.name.startswith(TEMPORARY)]:
@@ -64,7 +82,6 @@ def take(cache: Cache, store: Store, saves: Sequence[Save], *, say: Say, pause: 
     for save in missing:
         say(f"downloading {store.shown}/{save.checkpoint} ({save.size / 1e6:,.1f} MB)")
         fetch(store, save, entry, pause=pause)
-    return entry / saves[0].checkpoint
 
 
 def _key(saves: Sequence[Save]) -> str:

@@ -24,12 +24,12 @@ GROWING = ("metrics.jsonl", "training.log")
 LATEST_LIMIT = 2**16  # bytes
 
 
-def runs_in(store: Store, *, pause: Pause) -> dict[str, list[str]]:
-    """Return the manifests in the store by run, the newest save first. Raise StoreError."""
-    names = attempted(store.names, pause=pause)
+def runs_in(store: Store, run_id: str = "", *, pause: Pause) -> dict[str, list[str]]:
+    """Return the manifests in the store by run, the newest save first: of all runs, or of one. Raise StoreError."""
+    names = attempted(lambda: store.names(run_id), pause=pause)
     with contextlib.suppress(StoreError, ValueError, TypeError, KeyError):  # it only hastens what the listing says too
         names.append(str(json.loads(store.read(LATEST, limit=LATEST_LIMIT))["manifest"]))
-    return newest_first(names)
+    return {run: manifests for run, manifests in newest_first(names).items() if run_id in ("", run)}
 
 
 def readable(store: Store, manifests: list[str], *, say: Say, pause: Pause) -> Iterator[Save]:

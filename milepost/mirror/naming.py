@@ -7,13 +7,13 @@ import contextlib
 import fnmatch
 import glob
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from milepost.ckpt.finding import loss_of
 from milepost.ckpt.names import ENDS
 from milepost.ckpt.record import CheckpointError
-from milepost.mirror.contents import MANIFEST, SAVE_NAME, Save
+from milepost.mirror.contents import Save, newest_first
 from milepost.mirror.fetching import Pause, Say, readable, runs_in
 from milepost.mirror.store import Store, StoreError, opened
 from milepost.text.addresses import masked
@@ -29,6 +29,7 @@ class Named:
     store: Store
     runs: Mapping[str, list[str]]  # the newest save first
     name: str
+    run_id: str = ""  # of the only run that it is about; empty for all of them
 
     @property
     def leaves_choice(self) -> bool:
@@ -63,9 +64,9 @@ def find(address: str, *, pause: Pause) -> Named:
             stores.append((opened(above), last))
     for store, name in stores:
         with answering():
-            store, runs = _runs(store, pause=pause)
-        if runs:
-            return Named(store, runs, name)
+            named = _named(store, name, pause=pause)
+        if named.runs:
+            return named
     raise CheckpointError(masked(address), "no checkpoint of a mirror is there", "check the address", kind="not found")
 
 
@@ -74,20 +75,19 @@ def _is_name(word: str) -> bool:
     return word in WORDS or word.isdecimal() or glob.has_magic(word) or PurePosixPath(word).suffix in ENDS
 
 
-def _runs(store: Store, *, pause: Pause) -> tuple[Store, dict[str, list[str]]]:
-    """Return a mirror and the manifests in it by run. The store of one run's folder becomes that of the mirror above it."""
+def find_again(named: Named, *, pause: Pause) -> Named:
+    """Return what the address of `named` names by now. Raise CheckpointError if the store does not answer."""
+    with answering():
+        return replace(named, runs=runs_in(named.store, named.run_id, pause=pause))
+
+
+def _named(store: Store, name: str, *, pause: Pause) -> Named:
+    """Return a mirror with the manifests in it. The store of one run's folder becomes that of the mirror above it."""
     if runs := runs_in(store, pause=pause):
-        return store, runs
-    names = [name for name in store.names() if _is_manifest(name)]
+        return Named(store, runs, name)
     above, run_id = split(store.address)
-    own = sorted((f"{run_id}/{name}" for name in names), reverse=True)
-    return (opened(above), {run_id: own}) if own else (store, {})
-
-
-def _is_manifest(name: str) -> bool:
-    """Whether an object in the folder of a run is the manifest of a save."""
-    save, _, file = name.partition("/")
-    return file == MANIFEST and SAVE_NAME.fullmatch(save) is not None
+    own = newest_first(f"{run_id}/{each}" for each in store.names())
+    return Named(opened(above), own, name, run_id) if own else Named(store, {}, name)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Checkpoints of a mirror, by what an address names: brought into the cache, or listed by their manifests."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +28,7 @@ def bring(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pause) 
         if named.leaves_choice:
             say(f"taking {named.store.shown}/{save.checkpoint}")
         try:
-            return _with_base(named, save, cache, say=say, pause=pause)
+            return with_base(named, save, cache, say=say, pause=pause)
         except CheckpointError as error:
             if certain or error.kind == "unreachable" or not named.leaves_choice:
                 raise
@@ -48,7 +49,7 @@ def bring_all(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pau
     paths = []
     for save in sorted(saves, key=lambda save: save.found.save_order):
         try:
-            paths.append(_with_base(named, save, cache, say=say, pause=pause))
+            paths.append(with_base(named, save, cache, say=say, pause=pause))
         except CheckpointError as error:
             if error.kind == "unreachable":
                 raise
@@ -60,7 +61,7 @@ def bring_all(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pau
     return paths
 
 
-def _with_base(named: Named, save: Save, cache: Cache, *, say: Say, pause: Pause) -> Path:
+def with_base(named: Named, save: Save, cache: Cache, *, say: Say, pause: Pause) -> Path:
     """Return the path in the cache of a save, with the base of its adapters beside it if the mirror has that."""
     with answering():
         base = base_of(save, named, pause=pause)
@@ -98,14 +99,16 @@ def _found(store: Store, manifest: str, sizes: dict[str, int], *, pause: Pause) 
         save = attempted(lambda: read_save(store, manifest), pause=pause)
     except CheckpointError as error:
         return Found(Path(manifest), {}, str(error), kind=error.kind)
-    path, bad = Path(save.checkpoint), _incomplete(store, save, sizes, pause=pause)
+    path, bad = Path(save.checkpoint), missing_part(store, save, sizes, pause=pause)
     if bad:
         return Found(path, dict(save.metadata), bad, layout=save.layout, size=save.size, kind="damaged")
     return Found(path, dict(save.metadata), layout=save.layout, size=save.size)
 
 
-def _incomplete(store: Store, save: Save, sizes: dict[str, int], *, pause: Pause) -> str | None:
-    """Return what is missing of a save; None if each object is there in its size. A listing may come late."""
+def missing_part(store: Store, save: Save, sizes: Mapping[str, int], *, pause: Pause) -> str | None:
+    """Return what is missing of a save; None if each object is there in its size, by a listing, which may come late, or by
+    the store. Raise StoreError.
+    """
     for part in save.checkpoint_parts:
         size = sizes.get(part.object)
         if size != part.size:

@@ -71,7 +71,7 @@ class Library:
             if began >= self._due:
                 self._find_runs()
                 self._find_checkpoints()
-                self._read(began + BUDGET)
+                self._read(time.monotonic() + BUDGET)
                 self._due = began + max(LEAST, SHARE * (time.monotonic() - began))
                 if self.unread:
                     self._due = 0.0
@@ -174,15 +174,18 @@ class Library:
                 run.found, run.stale = own, True
 
     def _read(self, until: float) -> None:
-        """Read what was added to the metrics, newest runs first, until the time is up; describe the runs that changed."""
-        self.unread = 0
+        """Read what was added to the metrics, newest runs first, until the time is up, but of one run at least; describe the
+        runs that changed.
+        """
         changed = [each for each in self._runs.values() if each.file.has_changed()]
-        for each in sorted(changed, key=lambda each: _changed_at(each.file.path), reverse=True):
-            if time.monotonic() > until:
-                self.unread += 1
-                continue
+        changed.sort(key=lambda each: _changed_at(each.file.path), reverse=True)
+        self.unread = len(changed)
+        for each in changed:
             each.file.read_on()
             each.stale = True
+            self.unread -= 1
+            if time.monotonic() > until:
+                break
         for run_id, each in self._runs.items():
             beside = _changed_at(each.folder / "samples"), seems_trained(each.folder, each.folder.name)
             if each.stale or beside != each.beside:

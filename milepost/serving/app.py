@@ -75,23 +75,19 @@ def application(server: Server, *, key: str | None, names: Sequence[str], pages:
         routes=routes,
         middleware=[Middleware(Guard, key=key, names=names, refuse=refused)],
         exception_handlers={HTTPException: not_routed},
-        lifespan=following(server),
+        lifespan=working(server),
     )
 
 
-def following(server: Server) -> Callable[[Starlette], contextlib.AbstractAsyncContextManager[None]]:
-    """Return a lifespan in which the models follow the checkpoints that their names select."""
-
-    async def follow() -> None:
-        while True:
-            await asyncio.sleep(await asyncio.to_thread(server.catalogue.look))
+def working(server: Server) -> Callable[[Starlette], contextlib.AbstractAsyncContextManager[None]]:
+    """Return a lifespan in which texts are generated, and the models follow the checkpoints that their names select."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         server.generating.start()
-        task = asyncio.create_task(follow())
+        server.catalogue.start()
         yield
-        task.cancel()
+        server.catalogue.stop()
 
     return lifespan
 
@@ -273,17 +269,17 @@ class Answer:
     async def _ready(self) -> None:
         """Wait for pieces; raise ApiError once the time is up or the server ends."""
         job, server = self._job, self._server
-        ends = self._began + server.timeout
         while True:
             now = time.monotonic()
+            left = self._began + server.timeout - now
             if now >= server.ends_at:
                 raise stopping()
-            if now >= ends:
+            if left <= 0:
                 raise timed_out(server.timeout)
             if job.ready.is_set():
                 return
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(ends - now, 1.0)):  # `ends_at` may change
+                async with asyncio.timeout(min(left, 1.0)):  # `ends_at` may change
                     await job.ready.wait()
 
     async def _watch(self) -> None:

@@ -2,22 +2,26 @@
 
 import glob
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from milepost import ckpt
-from milepost.ckpt import Checkpoint, CheckpointError
+from milepost.ckpt import Checkpoint
 from milepost.generation.conversation import NO_TEMPLATE
 from milepost.generation.decoder import Decoder
 from milepost.runtime.progress import Log
 from milepost.samples import Loaded
 
-LOOK_EVERY: Final = 2.0  # seconds between two looks for a newer checkpoint
+LOOK_EVERY: Final = 2.0  # seconds between two looks for a newer checkpoint in a folder
+ASK_EVERY: Final = 30.0  # seconds between two looks in a mirror: 120 listings an hour, which a store may charge for
 LOOK_SHARE: Final = 20  # a look takes at most one part in so many of the time
+LONGEST_WAIT: Final = 60.0  # seconds to the next look after one that took long
+MOST_TIMES: Final = 8  # as long as otherwise between two looks that fail
 
 Open = Callable[[str, Iterable[Checkpoint]], Loaded]  # a checkpoint by what CHECKPOINT_PATH takes, over bases in memory
 
@@ -43,40 +47,89 @@ class Served:
         return self.loaded.template != NO_TEMPLATE
 
 
-class Catalogue:
-    """The models by name. `look` replaces those whose name selects another checkpoint by now; requests keep theirs."""
+class Source(NamedTuple):
+    """What a name of a model stands for: what to open at first, and what returns the path of the checkpoint that is selected by now,
+    asked every `every` seconds; None if that cannot change. It may raise any exception; then the next look asks again.
+    """
 
-    def __init__(self, sources: Mapping[str, str], folder: Path, *, open_one: Open, rows: int, log: Log) -> None:
-        """Open all `sources`, each what CHECKPOINT_PATH takes, by their names. `rows` is how many texts may be read together."""
-        self._folder, self._open, self._rows, self._log = folder, open_one, rows, log
-        self._followed = {name: source for name, source in sources.items() if selects(source)}
+    first: str
+    find: Callable[[], Path] | None = None
+    every: float = LOOK_EVERY
+
+
+def on_disk(source: str, folder: Path) -> Source:
+    """Return the source that CHECKPOINT_PATH names; `folder` is that of latest and best."""
+    return Source(source, (lambda: ckpt.resolve(source, folder)[0]) if selects(source) else None)
+
+
+class Catalogue:
+    """The models by name. `look` replaces those whose name selects another checkpoint by now; requests keep theirs.
+
+    Each name that may change is followed by a thread of its own, so that a store that does not answer holds up no other.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], *, open_one: Open, rows: int, log: Log) -> None:
+        """Open all `sources` by their names. `rows` is how many texts may be read together."""
+        self._open, self._rows, self._log = open_one, rows, log
+        self._sources = sources
         self._seen: dict[str, Path] = {}
+        self._problems: dict[str, str] = {}
+        self._failures: dict[str, int] = {}
+        self._opening, self._stopped = threading.Lock(), threading.Event()
         self.models: dict[str, Served] = {}
         for name, source in sources.items():
-            if name in self._followed:
-                self._seen[name], _ = ckpt.resolve(source, folder)
-            self._put(name, source)
+            if source.find is not None:
+                self._seen[name] = source.find()
+            self._put(name, source.first)
+        self.threads = [
+            threading.Thread(target=self._follow, args=[name], name=f"follows {name}", daemon=True)
+            for name in self._seen
+        ]
 
-    def look(self) -> float:
-        """Open what the followed names select by now; return the seconds to wait before the next look.
+    def start(self) -> None:
+        """Follow what the names select, until `stop`."""
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Follow no further; a look that has begun ends, or the process ends it."""
+        self._stopped.set()
+
+    def _follow(self, name: str) -> None:
+        seconds = self._sources[name].every
+        while not self._stopped.wait(seconds):
+            seconds = self.look(name)
+
+    def look(self, name: str) -> float:
+        """Open what a followed name selects by now; return the seconds to wait before the next look.
 
         What cannot be opened is reported once, and the earlier weights stay.
         """
-        began = time.monotonic()
-        for name, source in self._followed.items():
-            try:
-                path, _ = ckpt.resolve(source, self._folder)
-                if path != self._seen[name]:
-                    self._seen[name] = path
-                    self._put(name, str(path))
-            except CheckpointError as error:
-                self._log(f"{name} stays at {self.models[name].fingerprint}: {error}")
-        return max(LOOK_EVERY, LOOK_SHARE * (time.monotonic() - began))
+        began, every = time.monotonic(), self._sources[name].every
+        try:
+            self._renew(name)
+        except Exception as error:  # one that went further would end the thread, and nobody would notice
+            self._failures[name] = self._failures.get(name, 0) + 1
+            if self._problems.get(name) != str(error):
+                self._problems[name] = str(error)
+                self._log(f"{name} stays at {self.models[name].fingerprint}: {error or type(error).__name__}")
+            return every * min(2.0 ** self._failures[name], MOST_TIMES)
+        return max(every, min(LOOK_SHARE * (time.monotonic() - began), LONGEST_WAIT))
+
+    def _renew(self, name: str) -> None:
+        find = self._sources[name].find
+        assert find is not None
+        path = find()
+        self._failures[name] = 0
+        if path != self._seen[name]:
+            self._problems.pop(name, None)
+            self._seen[name] = path  # first: what cannot be opened is not tried again
+            self._put(name, str(path))
 
     def _put(self, name: str, source: str) -> None:
         # In a thread that ends: OpenMP keeps threads for each thread that has computed. With more of them than cores, they no
         # longer wait for work actively, and every token takes half as long again.
-        with ThreadPoolExecutor(1) as passing:
+        with self._opening, ThreadPoolExecutor(1) as passing:
             loaded, together = passing.submit(self._opened, source).result()
         self.models[name] = Served(name, loaded, together, int(time.time()))
         steps = "together" if together else "in turn"
@@ -98,11 +151,15 @@ def selects(source: str) -> bool:
     return glob.has_magic(source) and not os.path.lexists(os.path.expanduser(source))
 
 
-def named(paths: str) -> list[tuple[str, str]]:
-    """Return the pairs of name and source in CHECKPOINT_PATH: of `name=path`, of latest and best, or the name of the file."""
-    parts = [paths] if os.path.lexists(paths) else paths.split(",")
-    pairs = (part.partition("=") if not os.path.isabs(part) else (_stem(part), "", part) for part in parts)
-    return [(name, source or name) for name, _, source in pairs]
+def parts(paths: str) -> list[str]:
+    """Return the parts of CHECKPOINT_PATH, each a source or `name=source`."""
+    return [paths] if os.path.lexists(paths) else paths.split(",")
+
+
+def named(part: str) -> tuple[str, str]:
+    """Return the name by which a part is served, and its source: of `name=source`, of latest and best, or the name of the file."""
+    name, _, source = part.partition("=") if not os.path.isabs(part) else (_stem(part), "", part)
+    return name, source or name
 
 
 def _stem(path: str) -> str:

@@ -1,5 +1,7 @@
 """Checkpoints of a mirror on a server that speaks S3: opened, listed and inspected. Nothing leaves this computer."""
 
+from collections import Counter
+
 import pytest
 from drive import train
 from mirrors import known, send
@@ -9,8 +11,9 @@ from script import call, script
 from test_mirror import SMALL
 from test_remote import TEXT
 
-from milepost import ckpt, remote
+from milepost import ckpt, config, remote
 from milepost.mirror import opened
+from milepost.runtime.progress import Log
 
 pytestmark = pytest.mark.exchange
 ADDRESS = f"s3://{BUCKET}/run"
@@ -53,6 +56,30 @@ def test_a_run_in_a_bucket_generates_on_another_machine_and_is_downloaded_once(t
         said = call(script("load_checkpoint"), tmp_path, CHECKPOINT_PATH=f"{ADDRESS}/latest", **TEXT)
         assert (said.code, said.out) == (0, here.out), said.err
     assert not any(command == "GET" and there.name in path for command, path in proxy.seen)
+
+
+def test_a_name_in_a_bucket_is_followed_by_one_list_and_downloads_each_once(tmp_path, proxy):
+    folder, mirrored = tmp_path / "checkpoints", known(opened(ADDRESS), tmp_path)
+    paths = [save(folder, step) for step in (1, 2)]
+    send(mirrored, paths[0], folder)
+    settings = config.read({"PYTHON_DOTENV_DISABLED": "1"})
+    name, find, changes = remote.followed(f"{ADDRESS}/latest", settings, Log())
+    assert (name, changes, find().name) == ("latest", True, paths[0].name)
+    proxy.seen.clear()
+    assert find().name == paths[0].name
+    asked = Counter(path.partition("?")[0].rpartition("/")[2] for _, path in proxy.seen)
+    assert (asked.keys(), asked[BUCKET]) == ({BUCKET, "latest.json"}, 1)  # neither manifests nor checkpoints
+    proxy.faults.extend([status(403, "AccessDenied")])
+    with pytest.raises(ckpt.CheckpointError) as caught:
+        find()
+    assert caught.value.kind == "unreachable"
+    assert find().name == paths[0].name
+    send(mirrored, paths[1], folder)
+    proxy.seen.clear()
+    assert [find().name for _ in range(3)] == [paths[1].name] * 3
+    read = [path for command, path in proxy.seen if command == "GET" and ".pt" in path]
+    assert len(read) == 1
+    assert paths[1].name in read[0]
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -18,7 +18,19 @@ let whole = {}; // the curves of the whole runs, which a zoom leaves
 let problems = [];
 let reachable = true;
 
-function draw() {
+// While a button of the mouse or a finger is down, nothing is replaced: the element under it would be gone when it is released, and its click lost.
+let pointerDown = false;
+const due = new Set();
+const whenReleased = (show) => () => (pointerDown ? due.add(show) : show());
+
+function release() {
+  pointerDown = false;
+  const shows = [...due];
+  due.clear();
+  for (const show of shows) show();
+}
+
+const draw = whenReleased(() => {
   const names = new Map([...runs].map(([id, run]) => [id, labels[id] || run.name]));
   showLegend(runs, labels, chosen, toggle);
   showResume(runs, chosen);
@@ -29,15 +41,15 @@ function draw() {
   showSamples(runs, chosen, details);
   showSettings(runs, chosen, details);
   byId("reset").disabled = view.window === null;
-}
+});
 
-function list() {
+const list = whenReleased(() => {
   showRuns(runs, chosen, toggle);
   showDamaged(problems);
   const training = [...runs.values()].filter((run) => run.state === "training").length;
   const figures = source.live ? `${counted(runs.size, "run")}, ${training} training` : `report of ${moment(source.written)}`;
   byId("status").textContent = reachable ? figures : "the server does not answer; trying again";
-}
+});
 
 function toggle(id) {
   if (chosen.includes(id)) chosen = chosen.filter((each) => each !== id);
@@ -53,11 +65,13 @@ function refresh(changed = null) {
     again = changed && again !== "all" ? [...(again ?? []), ...changed] : "all";
     return;
   }
+  byId("shown").setAttribute("aria-busy", "true");
   asking = load(changed).catch(() => {}).finally(() => {
     asking = null;
     const next = again;
     again = null;
     if (next) refresh(next === "all" ? null : next);
+    else byId("shown").setAttribute("aria-busy", "false");
   });
 }
 
@@ -106,7 +120,7 @@ function changed(found) {
   if (!chosen.length) choose();
   const shown = new Set([...chosen, ...family(runs, chosen)]);
   const own = found.runs.map((run) => run.id).filter((id) => shown.has(id));
-  if (runs.size !== found.ids) everything().then(() => refresh());
+  if (runs.size !== found.ids) everything().then(() => refresh()).catch(() => {});
   else list();
   if (own.length) refresh(own);
 }
@@ -132,6 +146,11 @@ function choose() {
 }
 
 function wire() {
+  // The menu of a select, a scroll bar and a release outside the window send no pointerup.
+  addEventListener("pointerdown", (event) => { pointerDown = !event.target.closest?.("select"); }, true);
+  for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => setTimeout(release), true); // after the click
+  addEventListener("pointermove", (event) => { if (pointerDown && !event.buttons) release(); }, true);
+  addEventListener("blur", release);
   byId("filter").addEventListener("input", list);
   byId("axis").addEventListener("change", () => {
     view.axis = byId("axis").value;
