@@ -71,9 +71,9 @@ class Decoder:
 
     fewest_rows = 2  # of a product; see above
 
-    def __init__(self, model: GPT2 | Llama, *, weights: str, linear: Callable[..., Linear] | None = None) -> None:
+    def __init__(self, model: Model, *, weights: str, linear: Callable[..., Linear] | None = None) -> None:
         linear = linear or LINEARS[weights]
-        self.settings, self.max_length = model.settings, model.max_length
+        self.settings, self.max_length = model.settings, model.settings.block_size
         self.weights, self.exact = weights, weights == "float32"
         self.longest_draft = LONGEST_DRAFT.get(weights, 0)
         with torch.inference_mode():
