@@ -62,7 +62,7 @@ soak-exact: $(VENV)/.dev
 
 # NANOGPT_DIR names a checkout of nanoGPT to compare with, TINYSHAKESPEARE the text of tiny Shakespeare.
 bench: $(VENV)/.dev
-	for name in steps time_to_loss lora generation serving startup data saving full_folder probe scaling; do $(BIN)/python benchmarks/$$name.py || exit; done
+	for name in steps time_to_loss from_scratch lora generation serving startup data saving full_folder probe scaling; do $(BIN)/python benchmarks/$$name.py || exit; done
 
 bench-long: $(VENV)/.dev
 	$(BIN)/python benchmarks/time_to_loss.py long

@@ -104,9 +104,9 @@ class Theirs(torch.nn.Module):
         return Output(*self.inner(ids, targets), {})
 
 
-def train(run: Run) -> None:
-    """Run all steps without evaluations."""
-    while run.state.step < run.end:
+def train(run: Run, until: int | None = None) -> None:
+    """Run the steps up to `until`, by default all, without evaluations."""
+    while run.state.step < (run.end if until is None else until):
         training.training_step(run, training.lr_at(run.state.step, run.schedule))
 
 

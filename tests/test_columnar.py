@@ -196,3 +196,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(kind: str, tmp_path: Path) -
     record, said = resumes_exactly(tmp_path, TRAINING_DATA_SOURCE=str(source_of(tmp_path, kind)), BLOCK_SIZE="64")
     assert ("its rows are conversations" in said) == kind.startswith("messages")
     assert record.data["file_types"] == 2
+
+
+@exchange
+@pytest.mark.parametrize("name", KINDS)
+def test_two_columns_of_one_name_are_refused(name: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table([["a"], ["b"], ["c"]], names=["prompt", "completion", "completion"])
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with (pa.ipc.new_stream if KINDS[name]["how"] == "stream" else pa.ipc.new_file)(
+            str(path), table.schema
+        ) as file:
+            file.write_table(table)
+    with pytest.raises(DataError, match="two columns 'completion'"):
+        list(opened(path).conversations())

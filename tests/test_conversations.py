@@ -72,6 +72,8 @@ BAD = {
     "late system": ({"messages": [USER, ANSWER, {"role": "system", "content": "s"}]}, "line 2, message 3"),
     "answer first": ({"messages": [ANSWER]}, "line 2, message 1"),
     "no answer": ({"messages": [USER]}, "line 2"),
+    "a list as role": ({"messages": [USER | {"role": ["user"]}, ANSWER]}, "line 2, message 1"),
+    "pictures": ({"messages": [USER, ANSWER], "images": ["a.png"]}, "line 2"),
     "a role": ({"messages": [USER | {"role": "narrator"}, ANSWER]}, "line 2, message 1"),
     "a tool's message": ({"messages": [USER, ANSWER, {"role": "tool", "content": "1"}]}, "line 2, message 3"),
     "a call": ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "line 2, message 2"),
@@ -93,6 +95,34 @@ def test_a_bad_row_is_named_with_its_file(name: str, tmp_path: Path) -> None:
     code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(path), MODEL_TYPE="bigram")
     assert code == 4
     assert f"{path} {where}:" in said
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    """Which of the two answers is meant, only the author of the file knows."""
+    good, twice = '{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion": "b", "completion": "c"}'
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{twice}\n", encoding="utf-8")
+    (tmp_path / "a.json").write_text(f"[{good}, {twice}]", encoding="utf-8")
+    (tmp_path / "a.csv").write_text("prompt,completion,completion\na,b,c\n", encoding="utf-8")
+    for name, where in (("a.jsonl", " line 2: "), ("a.json", " record 2: "), ("a.csv", ": ")):
+        with pytest.raises(DataError, match="completion") as caught:
+            pairs(tmp_path / name, prompt_field="prompt")
+        assert str(caught.value).startswith(f"{tmp_path / name}{where}")
+
+
+def test_a_row_of_more_cells_than_the_first_line_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\na,b,,\nc,d, and more\n", encoding="utf-8")  # empty cells hold nothing
+    with pytest.raises(DataError, match="line 3: the row has 3 columns, the first line names 2"):
+        pairs(path)
+    path.write_text('prompt,completion\na,b,,\nc,"d, and more"\n', encoding="utf-8")
+    assert pairs(path) == [("a", "b"), ("c", "d, and more")]
+
+
+def test_the_first_row_decides_though_files_before_it_are_blank(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").write_text("\n \n", encoding="utf-8")
+    rows(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert pairs(tmp_path) == [("a", "b")]
 
 
 def test_text_beside_conversations_is_refused(tmp_path: Path) -> None:

@@ -137,6 +137,15 @@ def test_utf16_with_its_mark_is_read(
     assert f"not valid UTF-16: byte {path.stat().st_size - 1} is 0x00" in error_of(path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_utf16_without_its_mark_is_refused(name: str, encoding: str, tmp_path: Path) -> None:
+    """Its bytes are valid UTF-8, of a text with a zero beside each character."""
+    path = write(tmp_path / name, 'text\n"Dear diary"\n'.encode(encoding))
+    assert "byte order mark" in error_of(path)
+    assert documents(opened(write(tmp_path / "b.txt", b"a\0bcd"))) == ["a\0bcd"]
+
+
 @pytest.mark.parametrize("ends", LINE_ENDS)
 @pytest.mark.parametrize("name", [name for name in AS if name.endswith(VERBATIM)])
 def test_verbatim_keeps_them_as_the_first_version_did(tmp_path: Path, name: str, ends: str) -> None:

@@ -27,7 +27,7 @@ class DataHub(Hub):
         super().__init__(top)
         self.name = name.split("/")
         self.RequestHandlerClass = DataAnswer
-        self.main, self.configs = FIRST, list[dict[str, Any]]()
+        self.gated, self.main, self.configs = False, FIRST, list[dict[str, Any]]()
 
 
 class DataAnswer(Answer):
@@ -37,6 +37,8 @@ class DataAnswer(Answer):
         words = self.path.split("?")[0].strip("/").split("/")
         if words[:4] == ["api", "datasets", *self.server.name]:
             commit = self.commit(words[5] if len(words) > 5 else "main")
+            if not (self.server.top / commit).is_dir():
+                return self.say(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             files = sorted(path for path in (self.server.top / commit).rglob("*") if path.is_file())
             names = [path.relative_to(self.server.top / commit).as_posix() for path in files]
             if words[4:5] == ["tree"]:
@@ -49,6 +51,8 @@ class DataAnswer(Answer):
         if words[:4] == ["datasets", *self.server.name, "resolve"]:
             commit = self.commit(words[4])
             file = self.server.top / commit / "/".join(words[5:])
+            if self.server.gated:
+                return self.say(403, b"", {"X-Error-Code": "GatedRepo"})
             if body:
                 self.server.asked.append(file.name)
             return self.say(
@@ -139,10 +143,14 @@ def test_what_the_hub_has_not_is_one_sentence(hub: DataHub, tmp_path: Path) -> N
     for source, problem in {
         "hf://datasets/wren/none": "the hub has no such data set",
         "hf://datasets/wren/letters/dev": "it has test, train",
+        "hf://datasets/wren/letters@other": "the hub has the data set, but no such revision of it",
         "hf://datasets/wren": "expected hf://datasets/owner/name",
     }.items():
         code, said = train(tmp_path / "run", hub, TRAINING_DATA_SOURCE=source)
         assert (code, problem in said) == (4, True), said
+    hub.gated = True
+    code, said = train(tmp_path / "run", hub, TRAINING_DATA_SOURCE="hf://datasets/wren/letters")
+    assert (code, "accept them at huggingface.co/datasets/wren/letters and set HF_TOKEN" in said) == (4, True), said
 
 
 @pytest.mark.parametrize("lack", ["server", "network"])

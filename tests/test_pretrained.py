@@ -33,7 +33,7 @@ class ModelHub(Hub):
     def __init__(self, top: Path) -> None:
         super().__init__(top)
         self.RequestHandlerClass = ModelAnswer
-        self.main = FIRST
+        self.main, self.gated = FIRST, False
 
 
 class ModelAnswer(Answer):
@@ -53,6 +53,8 @@ class ModelAnswer(Answer):
         file = self.server.top / commit / words[-1]
         if not file.is_file():
             return self.say(404, b"", {"X-Error-Code": "EntryNotFound"})
+        if self.server.gated:
+            return self.say(403, b"", {"X-Error-Code": "GatedRepo"})
         if body:
             self.server.asked.append(file.name)
         return self.say(
@@ -177,6 +179,10 @@ def test_what_the_hub_has_not_is_one_sentence(hub: ModelHub, tmp_path: Path) -> 
     ):
         asked = ask(hub, name, tmp_path, HF_HUB_OFFLINE=offline)
         assert (asked.returncode, problem in asked.stderr, "Traceback" in asked.stderr) == (1, True, False)
+    hub.gated = True
+    asked = ask(hub, "wren/lark", tmp_path)
+    assert "wren/lark: the hub gives this model only to accounts that have accepted its terms" in asked.stderr
+    assert "accept them at huggingface.co/wren/lark and set HF_TOKEN" in asked.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from drive import newest, tensor_bytes, train
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from milepost.generation.sampling import generate
 from milepost.generation.texts import first_id
 from milepost.text import tokenization
 from milepost.text.templates import chat_ids
-from milepost.text.tokenization.sentencepiece import BYTES
+from milepost.text.tokenization.sentencepiece import BYTES, merge_pairs
 
 OURS = tokenization.build("sentencepiece", [(LETTERS * 20, True)], alphabet="", documents=1, vocab_size=400)
 LITERAL = st.sampled_from([*"ab <>|/", "<s>", "<unk>", "<0x41>", "<|endoftext|>"])
@@ -106,3 +107,13 @@ def test_a_changed_file_is_refused() -> None:
     del values["tokenizer"]["model"]["vocab"]["<0x41>"]
     with pytest.raises(ValueError, match="a token for each of the 256 bytes"):
         tokenization.from_dict(values)
+
+
+def test_a_merge_that_comes_twice_has_the_place_that_the_library_gives_it() -> None:
+    """What the library writes again is what it joins by: here `bc` before `ab`."""
+    model = tokenizers.models.BPE(vocab={each: i for i, each in enumerate(["a", "b", "c", "ab", "bc"])}, merges=[])
+    spec = json.loads(tokenizers.Tokenizer(model).to_str())
+    spec["model"]["merges"] = ["a b", "b c", "a b"]
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    assert library.encode("abc").tokens == ["a", "bc"]
+    assert merge_pairs(spec["model"]) == [tuple(pair) for pair in json.loads(library.to_str())["model"]["merges"]]

@@ -66,6 +66,7 @@ def _fetched(name: str, patterns: list[str]) -> Path:
     # Imported only here: it takes a third of a second.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -79,6 +80,10 @@ def _fetched(name: str, patterns: list[str]) -> Path:
     except RevisionNotFoundError as error:
         problem = "the hub has the model, but no such revision of it"
         raise CheckpointError(name, problem, "check what follows the @", kind="not found") from error
+    except GatedRepoError as error:  # a RepositoryNotFoundError too
+        problem = "the hub gives this model only to accounts that have accepted its terms"
+        remedy = f"accept them at huggingface.co/{repository} and set HF_TOKEN to a token of the account"
+        raise CheckpointError(name, problem, remedy, kind="not found") from error
     except RepositoryNotFoundError as error:
         problem = "the hub has no such model, or it needs HF_TOKEN"
         raise CheckpointError(name, problem, f"check the name, or {FOLDER}", kind="not found") from error

@@ -154,8 +154,8 @@ class Config:
         scope="identity", above=0)
     lora_dropout: float = var(0.0, "dropout probability of the adapters' inputs", group="Adapters",
         scope="identity", minimum=0, below=1)
-    lora_targets: str = var("c_attn,c_proj,c_fc", "layers with adapters, joined by commas. Of gpt2: c_attn (query, key, value), c_proj (both "
-        "of a block), c_fc. Of llama: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj", group="Adapters", scope="identity", form="layers")
+    lora_targets: str = var("c_attn,c_proj,c_fc", "layers with adapters, joined by commas; all of the model's unless set. c_attn is query, key "
+        "and value in one, c_proj is in attention and in the MLP", group="Adapters", scope="identity", form="layers")
     ttt_layers: str | None = var(None, "blocks of a GPT-2, counted from 0, with a TTT layer, which learns while it reads, like 1,5,10; "
         "not set: none", group="Adapters", scope="identity", form="blocks")
     ttt_base_lr: float = var(1.0, "inner learning rate of a TTT layer, before the trained factor",

@@ -76,9 +76,9 @@ class Decoder:
     later training of the model has no effect.
     """
 
-    def __init__(self, model: GPT2 | Llama, *, weights: str, linear: Callable[..., Linear] | None = None) -> None:
+    def __init__(self, model: Model, *, weights: str, linear: Callable[..., Linear] | None = None) -> None:
         linear = linear or LINEARS[weights]
-        self.settings, self.max_length = model.settings, model.max_length
+        self.settings, self.max_length = model.settings, model.settings.block_size
         self.weights, self.exact = weights, weights == "float32"
         # Whether a pass reads the weights once for all its rows.
         self.together = weights != "bfloat16" or multiplies_rows_together()

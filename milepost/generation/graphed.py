@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from milepost.generation.decoder import DecodeCache, Decoder
-from models.gpt2 import GPT2
 from models.linears import cast_linear
-from models.llama import Llama
+from models.model import Model
 
 WARM_UPS: Final = 2  # passes before the capture, in which libraries allocate what they keep
 FEWEST_TOKENS: Final = 32  # a capture takes about as long as it saves on so many tokens
@@ -43,7 +42,7 @@ class GraphCache(DecodeCache):
 class GraphDecoder(Decoder):
     """A trained model on a GPU for sampling.generate(). `weights` is the dtype of the stored matrices."""
 
-    def __init__(self, model: GPT2 | Llama, *, weights: str) -> None:
+    def __init__(self, model: Model, *, weights: str) -> None:
         super().__init__(model, weights=weights, linear=partial(cast_linear, dtype=getattr(torch, weights)))
         self.device = self.parts.head_weight.device
 

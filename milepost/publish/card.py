@@ -9,8 +9,8 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.hub import is_pinned
 from milepost.screen import harmless
 from milepost.text.templates import PLAIN_END
+from models import with_trait
 
-TRANSFORMERS = ("gpt2", "llama")  # models that transformers has
 CURVE = "loss.svg"
 
 
@@ -40,7 +40,7 @@ def _front_matter(record: Checkpoint) -> str:
     """Return the YAML that the hub reads. JSON is YAML."""
     lora = bool(record.model_settings.get("lora"))
     values: dict[str, Any] = {"pipeline_tag": "text-generation", "tags": ["milepost", record.model_type]}
-    if lora or record.model_type in TRANSFORMERS:
+    if lora or record.model_type in with_trait("transformers"):
         values["library_name"] = "peft" if lora else "transformers"
     if base := base_on_hub(record):
         values["base_model"] = base
@@ -70,7 +70,7 @@ def _use(record: Checkpoint, name: str) -> str:
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
         )
     opened = f"`CHECKPOINT_PATH=FOLDER PROMPT='...' python3 scripts/load_checkpoint.py` of milepost generates from a copy of it: `hf download {name} --local-dir FOLDER`."
-    if record.model_type not in TRANSFORMERS:
+    if record.model_type not in with_trait("transformers"):
         return f"Transformers has no such model. {opened}"
     python = _python(
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -5,6 +5,7 @@ There is no random stream to advance, so any step's batch is computed at once an
 
 import math
 from collections.abc import Iterator
+from typing import Required, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -18,19 +19,29 @@ AHEAD = 4096  # window positions computed at once: computing 16 at a time takes 
 _PHASE, _ORDER = 1, 2  # the two uses of a key
 
 
-class Batches:
-    """Training batches: every window of `tokens` once per epoch, in an order keyed by (seed, epoch).
+class Steps(TypedDict, total=False):
+    """Which windows the steps of a process read; StepBatches says how."""
 
-    Windows are adjacent, `block_size` apart, and start at an offset also drawn from (seed, epoch). `step` counts completed
-    optimizer steps, so `at(start_step)` is the first batch; it begins at window `start_window`, counted over all epochs. `rows`
-    selects one process's sequences of each micro-batch. Raise DataError if the text is shorter than one window.
+    batch_size: Required[int]
+    accumulation: int
+    seed: Required[int]
+    start_step: int
+    start_window: int
+    rows: slice
+
+
+class StepBatches:
+    """The batches of training steps. A subclass has the windows: `windows_at`, `sizes_at`, and their order, keyed by `seed`.
+
+    `step` counts completed optimizer steps, so `at(start_step)` is the first batch; it begins at window `start_window`, counted over all
+    epochs. `rows` selects one process's sequences of each micro-batch.
     """
 
     def __init__(
         self,
-        tokens: Tokens,
         *,
         block_size: int,
+        windows_per_epoch: int,
         batch_size: int,
         accumulation: int = 1,
         seed: int,
@@ -38,19 +49,20 @@ class Batches:
         start_window: int = 0,
         rows: slice = slice(None),
     ) -> None:
-        _check_length(len(tokens), block_size, "training")
-        self._tokens = plain(tokens)
-        self._shape, self._rows = (accumulation, batch_size), rows
-        self._seed = seed
+        self._shape, self._rows, self._seed = (accumulation, batch_size), rows, seed
         self._start = (start_step, start_window)
-        self._ahead = (
-            0,
-            np.zeros(0, dtype=np.int64),
-        )  # the first window computed ahead, and where it and the next ones start
-        self.block_size = block_size
+        self.block_size, self.windows_per_epoch = block_size, windows_per_epoch
         self.rows_per_step = accumulation * batch_size
-        self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
-        self._phases = min(block_size, len(tokens) - self.windows_per_epoch * block_size)
+
+    def windows_at(self, numbers: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return inputs, targets and what else a batch has, (N, block_size) int64 each, of the windows with these numbers (N,),
+        which count over all epochs; targets are shifted by one token.
+        """
+        raise NotImplementedError
+
+    def sizes_at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many targets count and how many tokens are read, without padding, in each of these windows, (N,) each."""
+        raise NotImplementedError
 
     def windows_seen(self, step: int) -> int:
         """Return the number of windows before the batch of `step`, over all epochs."""
@@ -58,8 +70,47 @@ class Batches:
         return start_window + (step - start_step) * self.rows_per_step
 
     def epoch(self, step: int) -> float:
-        """Return the number of epochs before the batch of `step`."""
+        """Return the number of epochs before the batch of `step`; of a mixture, of all its sources together."""
         return self.windows_seen(step) / self.windows_per_epoch
+
+    def at(self, step: int) -> tuple[torch.Tensor, ...]:
+        """Return what `windows_at` does for `step`, each (accumulation, rows, block_size)."""
+        numbers = self._numbers(step)[:, self._rows]
+        return tuple(part.view(*numbers.shape, self.block_size) for part in self.windows_at(numbers.reshape(-1)))
+
+    def divisors(self, step: int) -> list[float]:
+        """Return, for each micro-batch, by what to divide this process's mean loss over counted targets, so that the mean over
+        processes of the sum over micro-batches is the mean over all counted targets of the step.
+        """
+        counted = self.sizes_at(self._numbers(step).reshape(-1))[0].reshape(self._shape)
+        own = counted[:, self._rows]
+        processes = counted.shape[1] // own.shape[1]
+        return [int(counted.sum()) / (int(count) * processes) for count in own.sum(1)]
+
+    def tokens_in(self, step: int) -> int:
+        """Return how many tokens the step reads, without padding."""
+        return int(self.sizes_at(self._numbers(step).reshape(-1))[1].sum())
+
+    def _numbers(self, step: int) -> np.ndarray:
+        """Return the numbers of the windows of all processes, (accumulation, batch_size)."""
+        return (self.windows_seen(step) + np.arange(self.rows_per_step)).reshape(self._shape)
+
+
+class Batches(StepBatches):
+    """Training batches: every window of `tokens` once per epoch, in an order keyed by (seed, epoch).
+
+    Windows are adjacent, `block_size` apart, and start at an offset also drawn from (seed, epoch). Raise DataError if the text is
+    shorter than one window.
+    """
+
+    def __init__(self, tokens: Tokens, *, block_size: int, **steps: Unpack[Steps]) -> None:
+        _check_length(len(tokens), block_size, "training")
+        windows = max(1, (len(tokens) - block_size) // block_size)
+        super().__init__(block_size=block_size, windows_per_epoch=windows, **steps)
+        self._tokens = plain(tokens)
+        self._phases = min(block_size, len(tokens) - windows * block_size)
+        # The first window computed ahead, and where it and the next ones start.
+        self._ahead = 0, np.zeros(0, dtype=np.int64)
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets of `step`, each (accumulation, rows, block_size) int64; targets are shifted by one token."""
@@ -74,21 +125,12 @@ class Batches:
         return x.view(*starts.shape, self.block_size), y.view(*starts.shape, self.block_size)
 
     def windows_at(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets (N, block_size) of the windows with these numbers, which count over all epochs."""
         return _windows(self._tokens, self._window_starts(numbers), self.block_size)
 
     def sizes_at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return how many targets count and how many tokens are read in each of these windows: a whole block."""
+        """Return as many as a whole block has."""
         sizes = np.full(len(numbers), self.block_size)
         return sizes, sizes
-
-    def divisors(self, step: int) -> list[float]:
-        """Return, for each micro-batch, by what to divide its mean loss, so that their sum is the mean over the step."""
-        return [self._shape[0]] * self._shape[0]
-
-    def tokens_in(self, step: int) -> int:
-        """Return how many tokens the step reads."""
-        return self.rows_per_step * self.block_size
 
     def _window_starts(self, positions: np.ndarray) -> np.ndarray:
         """Return the first token of each of the windows at `positions`, which count over all epochs."""

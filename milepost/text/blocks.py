@@ -77,6 +77,12 @@ def _encoding(data: bytes) -> str:
     return next((name for mark, name in UTF16.items() if data.startswith(mark)), "utf-8")
 
 
+def _is_unmarked_utf16(data: bytes) -> bool:
+    """Whether the first two characters are ASCII in UTF-16, whose other half is zero (RFC 4627, section 3)."""
+    zeros = [byte == 0 for byte in data[:4]]
+    return zeros in ([True, False, True, False], [False, True, False, True])
+
+
 def _decoded(path: Path) -> Iterator[str]:
     position, rest, encoding = 0, b"", ""
     with _opened(path) as file:
@@ -84,6 +90,9 @@ def _decoded(path: Path) -> Iterator[str]:
             block = file.read(BLOCK if position else max(BLOCK, LONGEST_MARK))
             data = rest + block
             encoding = encoding or _encoding(data)
+            if position == 0 and _is_unmarked_utf16(data):
+                problem = "has a zero beside each character, as UTF-16 without its byte order mark has"
+                raise DataError(f"{path} {problem}: save it as UTF-8, as editors offer under Save As")
             text, used = _decode(data, encoding, path=path, position=position, final=not block)
             if position == 0:
                 text = text.removeprefix("\ufeff")

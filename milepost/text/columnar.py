@@ -30,6 +30,8 @@ def columnar_rows(path: Path, fields: Collection[str]) -> Iterator[tuple[str, di
     with _errors_named(path), _opened(path) as file:
         names = list(_schema(file).names)
         blank, wanted = dict.fromkeys(names), [name for name in names if name in fields]
+        if repeated := next((name for name in wanted if wanted.count(name) > 1), None):
+            raise DataError(f"{path} has two columns {repeated!r}: rename or remove one of them")
         for batch in _batches(path, file, wanted):
             for start in range(0, batch.num_rows, ROWS_AT_ONCE):
                 for row in _as_python(batch.slice(start, ROWS_AT_ONCE), path, number):

@@ -19,13 +19,15 @@ FORMS: Final[dict[str, tuple[str, ...]]] = {  # form -> the keys by which it is 
     "prompt": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
 }
-OPTIONAL: Final = ("input", "tools", "functions")  # keys that a row may have besides
+TOOLS: Final = ("tools", "functions")
+MEDIA: Final = ("image", "images", "audio", "audios", "video", "videos")
+OPTIONAL: Final = ("input", *TOOLS, *MEDIA)  # keys that a row may have besides
 CHOSEN: Final = "chosen"  # the form of rows whose fields the user names
 TURNS: Final = {"system": "user", "user": "assistant", "assistant": "user"}  # role -> the role that follows it
 
 
 def form_of(paths: Iterable[Path], reading: Reading) -> str:
-    """Return the form of the rows of files, by the first row of the first file that has rows; TEXT if they are documents.
+    """Return the form of the rows of files, by the first row of the first that is not blank; TEXT if they are documents.
 
     Raise DataError if other files among them have no rows.
     """
@@ -50,7 +52,7 @@ def _form_of_first(paths: list[Path], reading: Reading) -> str:
     if reading.text_field != Reading.text_field or not paths:
         return TEXT
     try:
-        row = first_row(paths[0])
+        row = next((row for row in map(first_row, paths) if row is not None), None)
     except (DataError, ValueError, RecursionError):  # reading the text reports it
         return TEXT
     return TEXT if not isinstance(row, Mapping) or reading.text_field in row else _form_of_row(row)
@@ -83,8 +85,10 @@ def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
         if lacking := [key for key in keys if key not in row]:
             has = listed(list(map(str, row)))
             raise DataError(f"{where}: has {has}, but not {', '.join(lacking)} as the rows before: put each form into a file of its own")  # fmt: skip
-        if row.get("tools") or row.get("functions"):
+        if any(row.get(key) for key in TOOLS):
             raise DataError(f"{where}: has tools, which no template here writes: leave the row out")
+        if media := next((key for key in MEDIA if row.get(key)), None):
+            raise DataError(f"{where}: has {media}, and these models read text only: leave the row out")
         talk = _messages(row["messages"], where) if reading.form == "messages" else _pair(row, keys, where)
         _check_order(talk, where)
         yield where, talk
@@ -112,7 +116,7 @@ def _message(message: Any, number: int, where: str) -> dict[str, str]:
     role, content = message["role"], message.get("content")
     if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
         raise DataError(f"{where}: calls a tool, which no template here writes: leave the row out")
-    if role not in TURNS:
+    if not isinstance(role, str) or role not in TURNS:
         raise DataError(f"{where}: its role is {role!r:.40}: expected system, user or assistant")
     if isinstance(content, list):
         raise DataError(f"{where}: its content is a list of parts, as of images: expected text")

@@ -84,7 +84,7 @@ def files_at(address: str, cache_dir: Path) -> tuple[str, list[Path]]:
         return asked.address, known
     # Imported only here: it takes a third of a second.
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         info = HfApi().dataset_info(asked.repo, revision=asked.revision)
@@ -92,6 +92,14 @@ def files_at(address: str, cache_dir: Path) -> tuple[str, list[Path]]:
         pinned = DataSet(asked.repo, info.sha, asked.config, asked.split)
         patterns = list(map(glob.escape, names))
         folder = Path(snapshot_download(asked.repo, repo_type="dataset", revision=info.sha, allow_patterns=patterns))
+    except GatedRepoError as error:  # a RepositoryNotFoundError too
+        remedy = f"accept them at huggingface.co/datasets/{asked.repo} and set HF_TOKEN to a token of the account"
+        problem = "the hub gives this data set only to accounts that have accepted its terms"
+        raise DataError(f"{address}: {problem}: {remedy}") from error
+    except RevisionNotFoundError as error:
+        raise DataError(
+            f"{address}: the hub has the data set, but no such revision of it: check what follows the @"
+        ) from error
     except RepositoryNotFoundError as error:
         raise DataError(
             f"{address}: the hub has no such data set, or it needs HF_TOKEN: check the name, {FOLDER}"

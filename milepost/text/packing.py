@@ -6,12 +6,13 @@ the same pattern of lengths is filled anew, with conversations of equal length e
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import torch
 
 from milepost.splitmix import splitmix64
-from milepost.text.batches import epoch_keys, permuted
+from milepost.text.batches import StepBatches, Steps, epoch_keys, permuted
 from milepost.text.errors import DataError
 from milepost.text.examples import Examples
 
@@ -150,85 +151,35 @@ def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
     return windows
 
 
-class PackedBatches:
-    """Training batches of conversations, with the interface of `milepost.text.batches.Batches`.
+class PackedBatches(StepBatches):
+    """Training batches of conversations. `positions` adds them to a batch, for a model whose attention must not cross conversations.
 
-    `positions` adds them to a batch, for a model whose attention must not cross conversations. The order of windows is keyed by
-    (seed, epoch).
+    The order of windows is keyed by (seed, epoch).
     """
 
-    def __init__(
-        self,
-        packing: Packing,
-        *,
-        batch_size: int,
-        accumulation: int = 1,
-        seed: int,
-        start_step: int = 0,
-        start_window: int = 0,
-        rows: slice = slice(None),
-        positions: bool = True,
-    ) -> None:
+    def __init__(self, packing: Packing, *, positions: bool = True, **steps: Unpack[Steps]) -> None:
+        super().__init__(block_size=packing.block_size, windows_per_epoch=packing.windows, **steps)
         self._packing, self._positions = packing, positions
-        self._shape, self._rows, self._seed = (accumulation, batch_size), rows, seed
-        self._start = (start_step, start_window)
         self._filled: dict[int, np.ndarray] = {}  # of the last epochs
-        self._last: tuple[int, list[np.ndarray]] = (-1, [])  # a step and its windows
-        self.block_size = packing.block_size
-        self.rows_per_step = accumulation * batch_size
-        self.windows_per_epoch = packing.windows
-
-    def windows_seen(self, step: int) -> int:
-        """Return the number of windows before the batch of `step`, over all epochs."""
-        start_step, start_window = self._start
-        return start_window + (step - start_step) * self.rows_per_step
-
-    def epoch(self, step: int) -> float:
-        """Return the number of epochs before the batch of `step`."""
-        return self.windows_seen(step) / self.windows_per_epoch
-
-    def at(self, step: int) -> Batch:
-        """Return inputs, targets and, if asked for, positions of `step`, each (accumulation, rows, block_size) int64."""
-        own = [window for micro in self._micro_batches(step) for window in micro[self._rows]]
-        parts = self._packing.batch(own, positions=self._positions)
-        return tuple(part.view(self._shape[0], -1, self.block_size) for part in parts)
+        # The numbers that were asked for last, and their windows.
+        self._last = np.zeros(0, dtype=np.int64), list[np.ndarray]()
 
     def windows_at(self, numbers: np.ndarray) -> Batch:
-        """Return what `at` does, (N, block_size) each, of the windows with these numbers, which count over all epochs."""
-        return self._packing.batch(list(self._windows(numbers.astype(np.uint64))), positions=self._positions)
+        return self._packing.batch(self._windows(numbers), positions=self._positions)
 
     def sizes_at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return how many targets count and how many tokens are read in each of these windows, (N,) each."""
-        windows = list(self._windows(numbers.astype(np.uint64)))
+        windows = self._windows(numbers)
         counted, lengths = self._packing.counted, self._packing.lengths
         return tuple(np.array([int(of[window].sum()) for window in windows]) for of in (counted, lengths))  # type: ignore[return-value]
 
-    def divisors(self, step: int) -> list[float]:
-        """Return, for each micro-batch, by what to divide this process's mean loss over counted targets, so that the mean over
-        processes of the sum over micro-batches is the mean over all counted targets of the step.
-        """
-        counted = self._packing.counted
-        micro = self._micro_batches(step)
-        total = sum(int(counted[window].sum()) for windows in micro for window in windows)
-        own = [sum(int(counted[window].sum()) for window in windows[self._rows]) for windows in micro]
-        processes = self._shape[1] // len(micro[0][self._rows])
-        return [total / (count * processes) for count in own]
+    def _windows(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """Return the conversations of each of these windows. A step asks for the same ones for its batch and for its sizes."""
+        if not np.array_equal(numbers, self._last[0]):
+            self._last = numbers, list(self._drawn(numbers))
+        return self._last[1]
 
-    def tokens_in(self, step: int) -> int:
-        """Return how many tokens the step reads, without padding."""
-        lengths = self._packing.lengths
-        return sum(int(lengths[window].sum()) for windows in self._micro_batches(step) for window in windows)
-
-    def _micro_batches(self, step: int) -> list[list[np.ndarray]]:
-        """Return the conversations of each window of all processes, by micro-batch."""
-        if self._last[0] != step:
-            first = self.windows_seen(step)
-            self._last = step, list(self._windows(np.arange(first, first + self.rows_per_step, dtype=np.uint64)))
-        accumulation, batch_size = self._shape
-        return [self._last[1][number * batch_size : (number + 1) * batch_size] for number in range(accumulation)]
-
-    def _windows(self, positions: np.ndarray) -> Iterator[np.ndarray]:
-        epochs, indices = np.divmod(positions, np.uint64(self.windows_per_epoch))
+    def _drawn(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        epochs, indices = np.divmod(numbers.astype(np.uint64), np.uint64(self.windows_per_epoch))
         order = permuted(indices, size=self.windows_per_epoch, keys=epoch_keys(self._seed, epochs, _ORDER))
         starts, slots = self._packing.starts, self._packing.slots
         for epoch, window in zip(epochs.tolist(), order.tolist(), strict=True):

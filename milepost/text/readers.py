@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,18 @@ END_OF_TEXT = "<|endoftext|>"  # as GPT-2 writes it; in a text it is ordinary te
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of CSV, in the order in which they are tried
 SEPARATOR = re.compile(r"[\s,]*")  # between the values of a JSON file
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raise DataError if a key is repeated: which of its values is meant is not known."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DataError(f"the key {repeated!r:.60} is there twice: leave one of its values out")
+    return found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 @dataclass(frozen=True)
@@ -83,9 +96,12 @@ def _jsonl_rows(path: Path, reading: Reading, _: Collection[str]) -> Iterator[tu
         if line.strip():
             where = f"{path} line {number}"
             try:
-                yield where, json.loads(line)
+                row = json.loads(line) if reading.verbatim else JSON.decode(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} is not valid JSON ({error}): expected one object per line") from None
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            yield where, row
 
 
 def _json_rows(path: Path, reading: Reading, _: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -100,7 +116,6 @@ def _read_json(path: Path, reading: Reading) -> Iterator[Piece]:
 
 def _json_values(path: Path) -> Iterator[Any]:
     """Yield the members of a JSON list, or the values that follow one another. Only one of them is held in memory."""
-    decode = json.JSONDecoder().raw_decode
     held, enough, number, bracket = "", 1, 1, ""
     for block, last in _with_last(blocks_of(path)):
         held += block
@@ -114,7 +129,9 @@ def _json_values(path: Path) -> Iterator[Any]:
                 bracket, at = "]", _value_at(held, at + 1)
                 continue
             try:
-                value, end = decode(held, at)
+                value, end = JSON.raw_decode(held, at)
+            except DataError as error:
+                raise DataError(f"{path} record {number}: {error}") from None
             except (ValueError, RecursionError) as error:
                 if last:
                     raise DataError(f"{path} record {number} is not valid JSON ({error})") from None
@@ -201,14 +218,18 @@ def _read_csv(path: Path, reading: Reading) -> Iterator[Piece]:
         problem = f"expected a column {field!r} in the first line, found {listed(header)}"
         raise TextFieldError(f"{path}: {problem}")
     column = header.index(field)
+    if not reading.verbatim:
+        _check_named_once(path, header, (field,))
     for number, row in rows:
         if row and len(row) <= column:
             raise DataError(f"{path} line {number}: the row ends before the column {field!r}")
+        if row and not reading.verbatim:
+            _check_width(row, header, where=f"{path} line {number}")
         if row:
             yield from _slices(row[column], reading)
 
 
-def _table_rows(path: Path, reading: Reading, _: Collection[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _table_rows(path: Path, reading: Reading, fields: Collection[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the rows of a CSV by the names of its first line."""
     lines = lines_of(path)
     first = next(lines, "")
@@ -219,11 +240,25 @@ def _table_rows(path: Path, reading: Reading, _: Collection[str]) -> Iterator[tu
     )
     names = next(rows, (1, list[str]()))[1]
     header = [name.strip() for name in names]
+    _check_named_once(path, header, fields)
     for number, row in rows:
         if row and len(row) < len(header):
             raise DataError(f"{path} line {number}: the row ends before the column {header[len(row)]!r}")
         if row:
+            _check_width(row, header, where=f"{path} line {number}")
             yield f"{path} line {number}", dict(zip(header, row, strict=False))
+
+
+def _check_named_once(path: Path, header: list[str], fields: Collection[str]) -> None:
+    if repeated := next((field for field in fields if header.count(field) > 1), None):
+        raise DataError(f"{path}: the first line names the column {repeated!r} twice: rename or remove one of them")
+
+
+def _check_width(row: list[str], header: list[str], *, where: str) -> None:
+    """Raise DataError if a row has more cells than the first line has names: its text was probably cut at a comma."""
+    if any(cell.strip() for cell in row[len(header) :]):
+        problem = f"the row has {len(row)} columns, the first line names {len(header)}"
+        raise DataError(f"{where}: {problem}: put quotes around a text that holds the separator")
 
 
 def _delimiter(path: Path, first: str, field: str) -> str:
@@ -260,7 +295,8 @@ def _slices(text: str, reading: Reading) -> Iterator[Piece]:
 
 
 def first_row(path: Path) -> Any:
-    """Return the first row of a file as it is in its first block; where the names of columns are stored apart, those alone.
+    """Return the first row of a file as it is in its first block; where the names of columns are stored apart, those alone; None if
+    the file is blank.
 
     Raise ValueError if it is longer than a block.
     """
@@ -270,6 +306,8 @@ def first_row(path: Path) -> Any:
     if suffix_of(path.name) in (".csv", ".tsv"):
         first = text.partition("\n")[0]
         return dict.fromkeys(_columns(first, _delimiter(path, first, "")))
+    if not text.strip():
+        return None
     at = _value_at(text, 0)
     if suffix_of(path.name) == ".json" and text.startswith("[", at):
         at = _value_at(text, at + 1)

@@ -1,5 +1,6 @@
 """Llama, Qwen and Mistral folders of Hugging Face transformers, read and written: the logits are theirs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,22 @@ def test_what_is_not_computed_is_refused(kind: str, changes: dict[str, Any], nam
     with pytest.raises(CheckpointError) as error:
         ckpt.load(tmp_path)
     assert (error.value.kind, named in error.value.problem) == ("not understood", True)
+
+
+def test_a_mistral_that_names_no_window_has_that_of_transformers(tmp_path: Path) -> None:
+    """Its class takes 4096 then; a model that reads no further has no window."""
+    for length, window in ((8192, 4096), (4096, None)):
+        folder = tmp_path / str(length)
+        saved(folder, "Mistral", head_dim=8, num_key_value_heads=2, max_position_embeddings=length, sliding_window=None)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        del config["sliding_window"]
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert transformers.AutoConfig.from_pretrained(folder).sliding_window == 4096
+        if window is None:
+            assert ckpt.load(folder).model_settings["block_size"] == length
+            continue
+        with pytest.raises(CheckpointError, match="sliding_window is 4096"):
+            ckpt.load(folder)
 
 
 def test_another_model_of_transformers_is_named(tmp_path: Path) -> None:

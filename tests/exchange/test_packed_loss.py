@@ -1,4 +1,4 @@
-"""A masked, packed batch in transformers: the loss and gradients of answers, of the same rows and of each conversation alone."""
+"""A masked, packed batch in transformers and in TRL: the loss and gradients of answers, of the same rows and of each conversation alone."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from test_chat_templates import save_model
 from test_llama_tokenizers import trained
+from trl import SFTConfig, SFTTrainer
 
 from milepost import ckpt
 from milepost.ckpt.restore import build_model
@@ -115,3 +117,31 @@ def test_control_without_positions_the_conversations_see_each_other(case: dict[s
     labels = torch.where(y < 0, -100, y)
     with pytest.raises(AssertionError):
         check_equal(case, case["theirs"](input_ids=x, shift_labels=labels, labels=labels, use_cache=False).loss)
+
+
+# How TRL lays conversations out: one a row, all of them in one row, or several in each of some rows.
+LAID_OUT: dict[str, dict[str, Any]] = {
+    "padded": {"per_device_train_batch_size": 10, "max_length": T + 1},
+    "padding-free": {"per_device_train_batch_size": 10, "max_length": None, "padding_free": True},
+    "packed": {"per_device_train_batch_size": 1, "max_length": T + 1, "packing": True, "packing_strategy": "bfd"},
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_trl_has_the_loss_and_gradients_of_the_batch(name: str, case: dict[str, Any], tmp_path: Path) -> None:
+    """TRL renders, tokenizes, marks the answers, lays them out and computes the loss, all by itself."""
+    here = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    case["tokenizer"].pad_token = "<|endoftext|>"
+    trainer = SFTTrainer(
+        model=case["theirs"],
+        args=SFTConfig(assistant_only_loss=True, activation_checkpointing=False, **here, **LAID_OUT[name]),
+        train_dataset=Dataset.from_list([{"messages": row} for row in rows()]),
+        processing_class=case["tokenizer"],
+    )
+    batches = list(trainer.get_train_dataloader())
+    assert ["position_ids" in batch for batch in batches] == [name != "padded"] * len(batches)
+    assert (1 < len(batches) < len(rows())) == (name == "packed")  # several rows of several conversations
+    count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    assert count == (case["batch"][1] >= 0).sum()
+    losses = [trainer.compute_loss(case["theirs"], dict(batch), num_items_in_batch=count) for batch in batches]
+    check_equal(case, sum(losses[1:], losses[0]))

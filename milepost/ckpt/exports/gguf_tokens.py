@@ -114,7 +114,7 @@ def _of_merges(record: Checkpoint, rows: int) -> Tokens:
         model="gpt2",
         texts=texts + padding,
         types=types + [UNUSED] * len(padding),
-        merges=_merges(spec["model"]["merges"]),
+        merges=[" ".join(pair) for pair in merge_pairs(spec["model"])],
         ends=ends or (len(texts),),
         pre=pre,
         begin=tokenizer.begin_of_text,
@@ -149,10 +149,6 @@ def _pre(spec: dict[str, Json]) -> str:
     if whole != (cuts == "Llama 3") or (spec.get("normalizer") is not None and cuts != "Qwen2"):
         return ""
     return PRE.get(cuts, "")
-
-
-def _merges(merges: list[Json]) -> list[str]:
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
 def _of_pieces(record: Checkpoint, rows: int) -> Tokens:

@@ -41,6 +41,7 @@ SCALING = {  # ours -> theirs
     "original_length": "original_max_position_embeddings",
 }
 EXPECTED: dict[str, tuple[Json, ...]] = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0, None)}
+MISTRAL_WINDOW = 4096  # where its config does not say, as its first version had it
 BIASES = ("qkv_bias", "output_bias", "mlp_bias")
 
 
@@ -71,9 +72,10 @@ def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Json]:
 
 def _check_windows(path: Path, config: Mapping[str, Any], block_size: int) -> None:
     """Raise CheckpointError if some tokens would not see all tokens before them."""
-    window = (
-        config.get("sliding_window") if config.get("use_sliding_window", config["model_type"] == "mistral") else None
-    )
+    mistral = config["model_type"] == "mistral"
+    window = config.get("sliding_window", MISTRAL_WINDOW if mistral else None)
+    if not config.get("use_sliding_window", mistral):
+        window = None
     if window is not None and (type(window) is not int or window < block_size):
         raise not_ours(path, "sliding_window", window, "null: a window is not computed")
     types = config.get("layer_types") or []

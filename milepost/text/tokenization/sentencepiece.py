@@ -184,9 +184,9 @@ def _reachable(model: Mapping[str, Any]) -> set[str]:
 
 
 def merge_pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the pairs that a BPE joins, the first ones first."""
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    return [(first, second) for first, second in pairs]
+    """Return the pairs that a BPE joins, the first ones first. A pair that is there twice has its last place, as in the library."""
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return list(dict.fromkeys((first, second) for first, second in reversed(pairs)))[::-1]
 
 
 def pairs_of_tokens(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
