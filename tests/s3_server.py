@@ -131,7 +131,14 @@ def answered_in_part(request: Proxy) -> bool:
 def stalled(request: Proxy) -> bool:
     """Take the request, and answer nothing until the client has had enough of it."""
     request.body()
-    request.rfile.read(1)
+    request.rfile.read(1)  # until the client closes the connection
+    return reset(request)
+
+
+def stalled_at_once(request: Proxy) -> bool:
+    """Answer nothing until the client has had enough of it, not even that it may send what it brings."""
+    while request.rfile.read(2**16):
+        pass
     return reset(request)
 
 

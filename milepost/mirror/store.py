@@ -255,7 +255,9 @@ def opened(address: str) -> Store:
     from fsspec.core import url_to_fs
 
     try:
-        options = OPTIONS.get(scheme, {"use_listings_cache": False})
+        options = OPTIONS.get(scheme, {"use_listings_cache": False}) | (
+            {"session": _s3_session()} if scheme == "s3" else {}
+        )
         webdav = package == "webdav4"
         fs, root = _webdav(address) if webdav else url_to_fs(address, skip_instance_cache=True, **options)
     except Exception as error:
@@ -265,6 +267,18 @@ def opened(address: str) -> Store:
     if not root.strip("/"):
         raise ValueError("expected a folder or a bucket in the address")
     return Store(fs, root.rstrip("/"), address.rstrip("/"))
+
+
+def _s3_session() -> Any:
+    """Return a session of botocore that sends what it writes at once. By default it waits for a server's leave to send it, and
+    aiohttp's timeouts do not count then: a server that says nothing would stop the mirror for ever.
+    """
+    from aiobotocore.session import AioSession
+    from botocore.handlers import add_expect_header
+
+    session = AioSession()
+    session.unregister("before-call.s3", add_expect_header)
+    return session
 
 
 def _webdav(address: str) -> tuple[Any, str]:

@@ -1,5 +1,6 @@
 """A thread that copies each new checkpoint to the mirror. Training neither waits for it nor ends because of it."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -150,9 +151,9 @@ class Uploader:
         self._moved = self._clock()
 
     def _report(self, doing: str, what: str, error: Exception) -> None:
-        """Report a problem, unless it is the last one of doing this again."""
+        """Report a problem, unless it is the last one of doing this again, whatever object it names."""
         known = isinstance(error, StoreError | OSError | CheckpointError | RunLockedError)
-        problem = error.problem if isinstance(error, StoreError) else str(error)
+        problem = re.sub(r"\S+://\S+", "", error.problem if isinstance(error, StoreError) else str(error))
         if problem != self._problems.get(doing):
             self._say(f"mirror: {what} ({error if known else f'{type(error).__name__}: {error}'}); training continues")
         self._problems[doing] = problem

@@ -5,6 +5,7 @@ Attempts follow each other at once here, and botocore makes none of its own; all
 
 import os
 
+import mirror_lives
 import pytest
 from drive import newest, tensor_bytes, train
 from mirrors import SMALL, halves, known, lose, no_pause, steps, taken
@@ -22,10 +23,11 @@ from s3_server import (
     reset,
     s3,
     stalled,
+    stalled_at_once,
     status,
 )
 
-from milepost import ckpt
+from milepost import ckpt, run_checkpoints
 from milepost.locks import RunHeldElsewhereError
 from milepost.mirror import Lease, Uploader, attempted, fetch, holding, opened, readable, runs_in
 from milepost.mirror.store import OPTIONS
@@ -39,7 +41,7 @@ BROKEN = {
 DENIED = status(403, "AccessDenied")
 # What stays -> the fault, and a word of the sentence that tells it.
 STAYING = {
-    "500": (BROKEN["500"], "InternalError"), "503": (BROKEN["503"], "busy"), "reset": (reset, "onnect"),
+    "500": (BROKEN["500"], "InternalError"), "503": (BROKEN["503"], "SlowDown"), "reset": (reset, "onnect"),
     "store full": (status(507, "XMinioStorageFull"), "XMinioStorageFull"), "denied": (DENIED, "check the credentials"),
     "credentials expired": (status(400, "ExpiredToken"), "check the credentials"),
     "clock skew": (status(403, "RequestTimeTooSkewed"), "set the clock"),
@@ -84,18 +86,20 @@ def test_a_request_that_breaks_twice_costs_nothing(tmp_path, proxy, name, kind):
     assert client(proxy.upstream).list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) == []
 
 
+@pytest.mark.parametrize("fault", [stalled, stalled_at_once])
 @pytest.mark.parametrize("kind", ["list", "write", "part", "read"])
-def test_a_server_that_takes_a_request_and_says_nothing_costs_nothing(tmp_path, proxy, kind, monkeypatch):
+def test_a_server_that_says_nothing_costs_nothing(tmp_path, proxy, kind, fault, monkeypatch):
     monkeypatch.setattr("s3fs.S3FileSystem.read_timeout", 5)  # seconds instead of 15
-    due = Due(kind, stalled, times=1)
+    due = Due(kind, fault, times=1)
     proxy.faults.extend([due] * 10_000)
     assert copied_and_back(tmp_path) == []
     assert due.broken == 1
 
 
 @pytest.mark.parametrize("name", STAYING)
-def test_a_store_that_fails_midway_is_a_sentence_and_training_goes_on(tmp_path, proxy, name):
+def test_a_store_that_fails_midway_is_a_sentence_and_training_goes_on(tmp_path, proxy, name, monkeypatch):
     """From the second checkpoint on, and until the run has ended; the same command copies then what is missing."""
+    monkeypatch.setattr(run_checkpoints, "copy_to_mirror", mirror_lives.waiting)  # so that none is passed over
     (whole := tmp_path / "whole").mkdir()
     assert train(whole, **SMALL)[0] == 0
     variables = SMALL | {"CHECKPOINT_MIRROR": ADDRESS, "CHECKPOINT_ASYNC": "false", "MIRROR_KEEP_LAST": "0"}
