@@ -179,9 +179,17 @@ def test_a_bucket_that_may_not_be_read_or_written_is_refused_before_the_first_st
 
 def test_rights_in_a_part_of_a_bucket_are_enough(tmp_path, proxy):
     """The bucket itself may not be asked for, and nothing lies below the address yet."""
-    proxy.faults.extend([Due("size", DENIED)] * 10)
+    denied: list[str] = []
+
+    def of_the_bucket(request: Proxy) -> bool:
+        if request.command != "HEAD" or request.path.rstrip("/") != f"/{BUCKET}":
+            return False
+        denied.append(request.path)
+        return DENIED(request)
+
+    proxy.faults.extend([of_the_bucket] * 10)
     assert opened(ADDRESS).names() == []
-    assert ("HEAD", f"/{BUCKET}") in proxy.seen
+    assert len(denied) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
