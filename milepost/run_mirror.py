@@ -68,9 +68,12 @@ def copy_again(run: Run, last: Checkpoint) -> None:
     if store is None or last.save_id is None or last.path is None or not last.path.is_relative_to(folder):
         return
     manifest = f"{run.run_id}/{save_name(vars(last))}/{MANIFEST}"
-    with contextlib.suppress(StoreError):  # the copy reports it
+    try:
         if manifest in attempted(store.names, pause=time.sleep):
             return
+    except StoreError as error:
+        run.log(f"warning: the mirror could not be read ({error}); it may lack the last checkpoint")
+        return
     with contextlib.ExitStack() as held:
         if known := _leased(run, held):
             _upload_to(run, known)
