@@ -19,7 +19,7 @@ READS = (
     "Data", "Model", "Adapters", "Training", "Logging", "Hardware and seed", "Checkpoints if ENABLE_CHECKPOINTS or RESUME",
     "CHECKPOINT_DIR if ENABLE_CHECKPOINTS or RESUME or INIT_FROM", "RUNS_DIR",
     "PUSH_TO_HUB if ENABLE_CHECKPOINTS", "DRY_RUN if PUSH_TO_HUB", "HUB_PRIVATE if PUSH_TO_HUB",
-    "RESUME_STEP", "INIT_FROM", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY",
+    "RESUME_STEP", "INIT_FROM", "CACHE_GB", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
@@ -51,6 +51,7 @@ from milepost.runtime.interrupt import INTERRUPTED, Interrupt
 from milepost.runtime.optim import clip_gradients, gradient_norm
 from milepost.runtime.progress import Log, Progress, amount
 from milepost.runtime.schedule import lr_at
+from milepost.text.addresses import is_address
 
 SAVE_FAILED = 5  # exit code of a run that finished, but whose last save failed
 NOT_PUBLISHED = 9  # exit code of a run that finished and is saved, but could not be published
@@ -64,14 +65,16 @@ def main(settings: Config, log: Log) -> int:
     """Train as the settings say, resuming a checkpoint if RESUME asks for it; return the exit code."""
     with processes(settings, log) as world:
         run, done = prepare(settings, log, world)
-        return 0 if done else train(run)
+        return (NOT_MIRRORED if run.saved.not_mirrored else 0) if done else train(run)
 
 
 def prepare(settings: Config, log: Log, world: World) -> tuple[Run, bool]:
     """Return a fresh run, or the one that RESUME asks for; and whether it is finished already."""
     folder_here(settings)
     log.notify(settings.notify_url, name="NOTIFY_URL")
-    record = agreed(lambda: find_record(settings, log), world) if settings.resume != "never" else None
+    record = None
+    if settings.resume != "never":
+        record = agreed(lambda: find_record(settings, log), world, everywhere=is_address(settings.resume))
     if record is None:
         if settings.resume != "never":
             log(f"RESUME={settings.resume}: no checkpoint in {settings.checkpoint_dir}, so this run starts fresh")
@@ -84,7 +87,7 @@ def prepare(settings: Config, log: Log, world: World) -> tuple[Run, bool]:
         log(f"not bit-exact: {'; '.join(reasons)}")
     done = finished(run, record)
     if done:
-        world.on_rank0(lambda: repair(run))
+        world.on_rank0(lambda: repair(run, record))
         log_finished_before(run, record)
     return run, done
 

@@ -21,6 +21,7 @@ from milepost.runtime.interrupt import INTERRUPTED, ending_at_once, raise_on_sig
 from milepost.runtime.progress import Log
 from milepost.screen import flush_streams, harmless, ignore, report_lost
 from milepost.text import tokenization
+from milepost.text.addresses import masked
 from milepost.text.errors import DataError
 
 # Seconds for which a mistake that every process finds keeps the others from ending before rank 0 has reported it:
@@ -174,10 +175,14 @@ def check_alike(values: dict[str, Any], world: World) -> None:
         raise ElsewhereError
     raise ConfigError(
         [
-            f"{name} is {values[name]!r:.60} here and {rank0.get(name)!r:.60} on rank 0: set the same value everywhere"
+            f"{name} is {_shown(values[name])} here and {_shown(rank0.get(name))} on rank 0: set the same value everywhere"
             for name in wrong
         ]
     )
+
+
+def _shown(value: object) -> str:
+    return f"{masked(value) if isinstance(value, str) else value!r:.60}"
 
 
 def prepare_processes(settings: Config, log: Log, world: World) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints of a mirror that settings name by an address: brought into a cache on this disk, or looked at where they are.
 
-docs/mirroring.md has the promises. A script that opens checkpoints begins with `local`, and sees paths only.
+docs/mirroring.md has the promises. A script that opens the checkpoints of CHECKPOINT_PATH begins with `local`, and sees paths
+only. A checkpoint that another setting names is opened by its `local_path`, when it is needed.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from milepost.config import Config, ConfigError
 from milepost.mirror.cache import Cache, CacheFullError
 from milepost.mirror.following import Following
 from milepost.mirror.headers import write_headers
-from milepost.mirror.naming import WORDS, Named, answering, below, candidates, find, split
+from milepost.mirror.naming import WORDS, Named, answering, at_step, below, candidates, find, split
 from milepost.mirror.opening import bring, bring_all, listed
 from milepost.runtime.progress import Log
 from milepost.text.addresses import is_address, masked
@@ -59,16 +60,22 @@ def local(settings: Config, log: Log, *, every: bool = False, certain: bool = Fa
             paths.append(part)
             continue
         paths += [f"{label}{path}" for path in _brought(address, settings, log, every=every, certain=certain)]
-    values = {"CHECKPOINT_PATH": ",".join(paths), "CHECKPOINT_DIR": with_folder(settings).checkpoint_dir}
-    return config.with_values(settings, values, source="the mirror")
+    here = with_folder(settings)
+    values = {"CHECKPOINT_PATH": ",".join(paths), "CHECKPOINT_DIR": here.checkpoint_dir}
+    return config.with_values(here, values, source="the mirror")
 
 
 def with_folder(settings: Config) -> Config:
-    """Return the settings with the folder that CHECKPOINT_DIR is by default, if it is an address."""
-    if not is_address(settings.checkpoint_dir):
+    """Return the settings with the folder that CHECKPOINT_DIR is by default, if it is an address. Then latest and best of a
+    base become addresses there.
+    """
+    there = settings.checkpoint_dir
+    if not is_address(there):
         return settings
-    default = config.without(settings, ["CHECKPOINT_DIR"]).checkpoint_dir
-    return config.with_values(settings, {"CHECKPOINT_DIR": default}, source="the mirror")
+    bases = {name: getattr(settings, name.lower()) for name in ("INIT_FROM", "BASE_CHECKPOINT")}
+    values = {name: below(there, word) for name, word in bases.items() if word in WORDS}
+    values["CHECKPOINT_DIR"] = config.without(settings, ["CHECKPOINT_DIR"]).checkpoint_dir
+    return config.with_values(settings, values, source="the mirror")
 
 
 def is_remote(settings: Config) -> bool:
@@ -76,10 +83,13 @@ def is_remote(settings: Config) -> bool:
     return any(address_of(_labelled(part)[1], settings) for part in settings.checkpoint_path.split(","))
 
 
-def local_path(name: str, settings: Config, log: Log) -> str:
-    """Return a name of a checkpoint, or the path in the cache if it is an address."""
+def local_path(name: str, settings: Config, log: Log, *, step: int | None = None) -> str:
+    """Return a name of a checkpoint, or the path in the cache if it is an address: with `step`, of that step of the same run.
+
+    Raise ConfigError if the address cannot be opened, CheckpointError if no checkpoint is there that can be used.
+    """
     address = address_of(name, settings)
-    return name if address is None else str(_brought(address, settings, log, every=False, certain=False)[0])
+    return name if address is None else str(_brought(address, settings, log, step=step)[0])
 
 
 def followed(part: str, settings: Config, log: Log) -> tuple[str, Callable[[], Path], bool] | None:
@@ -93,7 +103,7 @@ def followed(part: str, settings: Config, log: Log) -> tuple[str, Callable[[], P
         return None
     named = _found(address)
     if not named.leaves_choice:
-        path = _brought(address, settings, log, every=False, certain=False)[0]
+        path = _brought(address, settings, log)[0]
         return label.removesuffix("=") or path.stem, lambda: path, False
     following = Following(named, _cache(settings), say=log, pause=time.sleep)
 
@@ -110,9 +120,13 @@ def _labelled(part: str) -> tuple[str, str]:
     return (f"{label}=", name) if mark and is_address(name) else ("", part)
 
 
-def _brought(address: str, settings: Config, log: Log, *, every: bool, certain: bool) -> list[Path]:
+def _brought(
+    address: str, settings: Config, log: Log, *, every: bool = False, certain: bool = False, step: int | None = None
+) -> list[Path]:
     named, cache = _found(address), _cache(settings)
     with _bounded(address, settings):
+        if step is not None:
+            named = at_step(named, step, say=log, pause=time.sleep)
         if every and not named.name:
             return bring_all(named, cache, certain=certain, say=log, pause=time.sleep)
         return [bring(named, cache, certain=certain, say=log, pause=time.sleep)]

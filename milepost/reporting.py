@@ -1,6 +1,7 @@
 """What a run reports at its start, at a resume and at its end."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from milepost.runtime.progress import amount, command_line, duration, shown
 from milepost.runtime.schedule import lr_at
 from milepost.runtime.tables import table
 from milepost.screen import stdout_columns, write_stdout
+from milepost.text.addresses import is_address, is_masked
 from milepost.text.mixtures import MixedBatches
 
 TRAINING = config.ROOT / "training.py"
@@ -233,7 +235,7 @@ def how_to_resume(run: Run) -> str:
         latest.path, checkpoint_dir=Path(settings.checkpoint_dir), runs_dir=Path(settings.runs_dir),
         processes=processes if processes > 1 else None, more=_copies(settings) | _base_variable(run),
     )  # fmt: skip
-    return f"{saved}; resume with: {command}{_secret(settings)}"
+    return f"{saved}; resume with: {command}{_secret(run)}"
 
 
 def resume_command(
@@ -260,13 +262,12 @@ def _is_hidden(settings: config.Config, name: str) -> bool:
     return config.public(settings, name) != getattr(settings, name.lower())
 
 
-def _secret(settings: config.Config) -> str:
+def _secret(run: Run) -> str:
     """Return what a printed command cannot name."""
-    return "".join(
-        f", with {name} set again: it holds a secret, which is not shown"
-        for name in COPIES
-        if _is_hidden(settings, name)
-    )
+    names = [name for name in COPIES if _is_hidden(run.settings, name)]
+    if run.base and run.settings.checkpoint_adapters_only and is_masked(str(run.base.get("source"))):
+        names.append("BASE_CHECKPOINT")
+    return "".join(f", with {name} set again: it holds a secret, which is not shown" for name in names)
 
 
 def _latest_saved(run: Run) -> ckpt.Found | None:
@@ -279,6 +280,16 @@ def _latest_saved(run: Run) -> ckpt.Found | None:
 
 def _base_variable(run: Run) -> dict[str, Any]:
     """Return the variable that names the base, if the run's checkpoints hold only adapters."""
-    if not (run.base and run.settings.checkpoint_adapters_only) or is_pinned(run.base.get("source")):
+    if not (run.base and run.settings.checkpoint_adapters_only):
         return {}
-    return {"GPT2_MODEL_NAME" if run.settings.gpt2_model_name else "BASE_CHECKPOINT": str(run.base.get("source"))}
+    return base_variable(run.base, pretrained=bool(run.settings.gpt2_model_name))
+
+
+def base_variable(base: Mapping[str, Any], *, pretrained: bool) -> dict[str, Any]:
+    """Return the variable that names a base, if it has to be named: a model of the hub and an address are known from the
+    checkpoint.
+    """
+    source = str(base.get("source"))
+    if is_pinned(source) or is_address(source):
+        return {}
+    return {"GPT2_MODEL_NAME" if pretrained else "BASE_CHECKPOINT": source}

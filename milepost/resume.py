@@ -17,6 +17,7 @@ from milepost.ckpt.restore import Restored, build_model, restore_optimizer
 from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.config import Config, ConfigError
 from milepost.locks import is_trained
+from milepost.remote import local_path
 from milepost.run import (
     Run,
     adapter_variables,
@@ -72,7 +73,7 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
 
 def _named(settings: Config, log: Log) -> Checkpoint:
     """Return the checkpoint that RESUME names, or that of RESUME_STEP of the same run. Raise as `find_record` does."""
-    name, folder = settings.resume, Path(settings.checkpoint_dir)
+    name, folder = local_path(settings.resume, settings, log, step=settings.resume_step), Path(settings.checkpoint_dir)
     if settings.resume_step is None:
         return check_fits(ckpt.load_named(name, folder, say=log, verify=True, certain=True), settings, log)
     named = ckpt.load_named(name, folder, say=log, optimizer=False, certain=True)
@@ -192,7 +193,8 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         for name, requested, saved in config.contradictions(settings, _fixed(record, settings))
     ]
     wanted = config.from_saved(settings, saved_settings(record))
-    check_text_named(record, settings, f"RESUME={settings.resume}")
+    asked = f"RESUME={config.public(settings, 'RESUME')}"
+    check_text_named(record, settings, asked)
     if "sha256" not in record.data and not differences:
         for note in record.notes:
             log(note)
@@ -207,9 +209,7 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         remedy += f"; to train further on this text, as a run of its own: {command}"
     differences += other_text + other_validation
     if differences:
-        raise ConfigError(
-            [f"RESUME={settings.resume}: cannot resume {record.path}: {'; '.join(differences)}: {remedy}"]
-        )
+        raise ConfigError([f"{asked}: cannot resume {record.path}: {'; '.join(differences)}: {remedy}"])
     return record
 
 

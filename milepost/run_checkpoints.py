@@ -17,7 +17,7 @@ from milepost.locks import FolderHeldError
 from milepost.paths import is_real_folder
 from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
 from milepost.run_files import METRICS, flush_lines, open_run
-from milepost.run_mirror import copied_now, copy_to_mirror, finish_mirroring, wait_for_rank0
+from milepost.run_mirror import copied_now, copy_again, copy_to_mirror, finish_mirroring, wait_for_rank0
 from milepost.runtime import distributed
 from milepost.runtime.digests import digests
 from milepost.runtime.errors import DeviceFaultError, TrainingError
@@ -222,8 +222,9 @@ def copy_best(run: Run, record: Checkpoint | None = None) -> None:
             run.saved.best_step = best["step"]
 
 
-def repair(run: Run) -> None:
-    """Restore files that a finished run lacks: metrics that an earlier resume had set aside, the best step in best/.
+def repair(run: Run, last: Checkpoint) -> None:
+    """Restore files that a finished run lacks: metrics that an earlier resume had set aside, the best step in best/, its last
+    checkpoint in the mirror.
 
     Remove what a kill after its last save left.
     """
@@ -237,6 +238,7 @@ def repair(run: Run) -> None:
     for folder in filter(is_real_folder, (run.folder, Path(run.settings.checkpoint_dir))):
         with contextlib.suppress(OSError):  # a finished run may lie where nothing can be written
             prepare_folder(folder)
+    copy_again(run, last)
 
 
 def _form(run: Run) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from milepost import ckpt, config
-from milepost.ckpt import CheckpointError
+from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.config import Config, ConfigError
 from milepost.files import below, make_folder
 from milepost.mirror import (
@@ -27,7 +27,7 @@ from milepost.mirror import (
     readable,
     runs_in,
 )
-from milepost.mirror.contents import Save
+from milepost.mirror.contents import MANIFEST, Save, save_name
 from milepost.run import Run
 from milepost.runtime.progress import Log, amount, shown
 
@@ -49,10 +49,44 @@ def open_mirror(run: Run, held: contextlib.ExitStack) -> None:
 
     Raise RunHeldElsewhereError if another process trains the run, ConfigError if the store refuses what a mirror needs.
     """
+    known = _leased(run, held)
+    if known is None:
+        return
+    if run.saves_parts and run.world.size > 1:
+        run.sharing = Sharing(run.world.board, size=run.world.size)
+        known.ask = run.sharing.ask
+    _upload_to(run, known)
+
+
+def copy_again(run: Run, last: Checkpoint) -> None:
+    """Copy the last checkpoint of a finished run to its mirror, if that lacks it, and report how it ended; on rank 0.
+
+    Raise as `open_mirror` does.
+    """
+    store = check_mirror(run.settings) if run.settings.enable_checkpoints else None
+    folder = Path(run.settings.checkpoint_dir)
+    if store is None or last.save_id is None or last.path is None or not last.path.is_relative_to(folder):
+        return
+    manifest = f"{run.run_id}/{save_name(vars(last))}/{MANIFEST}"
+    try:
+        if manifest in attempted(store.names, pause=time.sleep):
+            return
+    except StoreError as error:
+        run.log(f"warning: the mirror could not be read ({error}); it may lack the last checkpoint")
+        return
+    with contextlib.ExitStack() as held:
+        if known := _leased(run, held):
+            _upload_to(run, known)
+            copy_to_mirror(run, last.path, folder, step=last.step)
+            finish_mirroring(run)
+
+
+def _leased(run: Run, held: contextlib.ExitStack) -> Mirrored | None:
+    """Return the run in its mirror, taken for this process; None if it has none. Raise as `open_mirror` does."""
     # Connections of their own, so that no large upload delays a beat.
     settings, store, beside = run.settings, check_mirror(run.settings), check_mirror(run.settings)
     if store is None or beside is None:
-        return
+        return None
     lease = Lease(beside, run.run_id, say=run.log)
     held.callback(lease.release)
     try:
@@ -63,13 +97,13 @@ def open_mirror(run: Run, held: contextlib.ExitStack) -> None:
         run.log(
             f"warning: the mirror does not answer ({error}); until it does, nothing keeps another machine from training this run"
         )
-    known = Mirrored(store, run.run_id, run.folder, guard=lease.hold)
-    if run.saves_parts and run.world.size > 1:
-        run.sharing = Sharing(run.world.board, size=run.world.size)
-        known.ask = run.sharing.ask
-    run.uploader = Uploader(known, keep_last=settings.mirror_keep_last, say=run.log, rate=_rate(run))
     kept = f", the last {settings.mirror_keep_last} kept there" if settings.mirror_keep_last else ""
     run.log(f"mirror: each checkpoint is copied to {store.shown}{kept}; this is {lease.owner}")
+    return Mirrored(store, run.run_id, run.folder, guard=lease.hold)
+
+
+def _upload_to(run: Run, known: Mirrored) -> None:
+    run.uploader = Uploader(known, keep_last=run.settings.mirror_keep_last, say=run.log, rate=_rate(run))
 
 
 def help_mirroring(run: Run, held: contextlib.ExitStack) -> None:
@@ -122,7 +156,7 @@ def finish_mirroring(run: Run) -> None:
     passed = f"; {skipped} earlier checkpoints were passed over, because newer ones were there first" if skipped else ""
     if missing := run.saved.not_mirrored:
         line = _not_mirrored(missing)
-        run.log(f"{line}, for the reason above{passed}")
+        run.log(f"{line}, for the reason above: the same command with RESUME=auto copies what is missing{passed}")
         run.log.notices.send("mirror", line)
     elif run.uploader.newest:
         run.log(f"mirrored: {run.uploader.newest}{passed}")

@@ -30,7 +30,7 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.cli import guarded, processes
 from milepost.config import Config, ConfigError
-from milepost.remote import folder_here, local
+from milepost.remote import folder_here, is_remote, local
 from milepost.reporting import print_resume
 from milepost.resume import (
     changed_settings,
@@ -60,7 +60,7 @@ def main(settings: Config, log: Log) -> int:
         raise ConfigError(["MODE=inference runs in one process: start it without torchrun"])
     if resuming:
         folder_here(settings)
-    settings = local(settings, log)
+    mirrored, settings = is_remote(settings), local(settings, log)
     with processes(settings, log) as world:
         name, folder = settings.checkpoint_path, Path(settings.checkpoint_dir)
         found = agreed(
@@ -74,6 +74,7 @@ def main(settings: Config, log: Log) -> int:
             ),
             world,
             optimizer=resuming,
+            everywhere=mirrored,
         )
         assert found is not None  # `load_named` raises
         record = completed(found, settings, log)

@@ -1,19 +1,28 @@
 """Stores for the tests of the mirror: in memory, with faults when they are asked for, and what must hold of any of them."""
 
 import hashlib
+import shutil
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fsspec.implementations.memory import MemoryFileSystem
+from records import save
 
-from milepost.mirror import Mirrored, Store, opened, readable
+from milepost.mirror import Mirrored, Store, Uploader, opened, readable, runs_in
 from milepost.mirror.contents import Save, newest_first
 from milepost.mirror.uploading import Sending, upload
 
 ADDRESS = "memory://me:pass-word@host/mirror?token=a-secret"
+SECRETS = ("pass-word", "a-secret")  # in it
 RUN = "one"
+# A whole run of three checkpoints, which keeps one here and one there.
+SMALL = {
+    "MODEL_TYPE": "bigram", "N_LAYER": None, "N_HEAD": None, "N_EMBD": None, "DROPOUT": None, "TRAINING_STEPS": "6",
+    "CHECKPOINT_INTERVAL": "2", "EVAL_INTERVAL": "2", "SAMPLE_INTERVAL": "4", "CHECKPOINT_KEEP_LAST": "1",
+    "MIRROR_KEEP_LAST": "1",
+}  # fmt: skip
 
 
 class Faulty(MemoryFileSystem):
@@ -84,3 +93,39 @@ def halves(store: Store) -> list[str]:
             if (len(content), hashlib.sha256(content).hexdigest()) != (part.size, part.sha256):
                 bad.append(part.object)
     return bad
+
+
+def no_pause(seconds: float) -> None:
+    """Another attempt follows at once."""
+
+
+def saves_of(store: Store, run_id: str = RUN) -> list[Save]:
+    return list(readable(store, runs_in(store, pause=no_pause).get(run_id, []), say=print, pause=no_pause))
+
+
+def uploader(mirrored: Mirrored, *, keep_last: int = 0) -> tuple[Uploader, list[str]]:
+    said: list[str] = []
+    return Uploader(mirrored, keep_last=keep_last, say=said.append, pause=no_pause), said
+
+
+def steps(saves: list[Save]) -> list[int]:
+    return [each.found.step for each in saves]
+
+
+def lose(folder: Path) -> None:
+    """The disk is gone, the mirror is not."""
+    for name in ("checkpoints", "runs"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def path_of(store: Store, name: str) -> Path:
+    return Path(store.root) / name
+
+
+def with_three(folder: Path) -> Mirrored:
+    """A run with three checkpoints in a mirror that is a folder."""
+    mirrored, folder = known(in_folder(folder / "mirror"), folder), folder / "checkpoints"
+    for step in (1, 2, 3):
+        (mirrored.run_folder / "metrics.jsonl").write_text("line\n" * step)
+        send(mirrored, save(folder, step), folder)
+    return mirrored

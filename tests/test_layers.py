@@ -49,9 +49,9 @@ BELOW_TRAINING = BELOW_RUN | {
     "remote",
 }
 ALLOWED = ROOMS | {
-    "run": BELOW_RUN,
+    "run": BELOW_RUN | {"remote"},
     "run_mirror": BELOW_RUN | {"run"},
-    "resume": BELOW_RUN | {"run", "run_mirror"},
+    "resume": BELOW_RUN | {"run", "run_mirror", "remote"},
     "cli": BELOW_RUN,
     "remote": BELOW_RUN,
     "reporting": BELOW_RUN | {"run", "resume"},

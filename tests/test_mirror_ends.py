@@ -8,10 +8,9 @@ import threading
 
 import pytest
 from drive import ROOT, child_environment, newest, train
-from mirrors import Faulty, halves, in_folder, in_memory, known, taken
+from mirrors import SMALL, Faulty, halves, in_folder, in_memory, known, saves_of, steps, taken
 from records import save
 from test_last_step import stop, trained
-from test_mirror import SMALL, saves_of, steps
 from work import HANGING
 
 from milepost.mirror import Uploader

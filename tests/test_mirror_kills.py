@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 from drive import ROOT, logged, newest, tensor_bytes
-from mirrors import halves, in_folder, taken
-from test_mirror import SMALL
+from mirrors import SMALL, halves, in_folder, taken
 from work import HANGING
 
 from milepost import ckpt

@@ -10,10 +10,9 @@ from collections.abc import Callable
 
 import pytest
 from drive import newest, train
-from mirrors import RUN, Faulty, in_folder, in_memory, known, send, taken
+from mirrors import RUN, SMALL, Faulty, in_folder, in_memory, known, lose, saves_of, send, steps, taken, uploader
 from records import save
 from test_last_step import trained
-from test_mirror import SMALL, lose, saves_of, steps, uploader
 from work import HANGING
 
 from milepost.locks import RunHeldElsewhereError

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mirrors import in_folder, known, send
+from mirrors import in_folder, known, no_pause, path_of, send
 from records import WEIGHT, assert_same, save, snapshot
-from test_mirror import no_pause, path_of
 
 from milepost import ckpt
 from milepost.ckpt import CheckpointError

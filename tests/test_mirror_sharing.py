@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from drive import logged, newest, tensor_bytes
-from mirrors import Faulty, halves, in_folder, in_memory, known, taken
+from mirrors import Faulty, halves, in_folder, in_memory, known, lose, no_pause, taken
 from test_distributed import WORKER, torchrun
-from test_mirror import lose, no_pause
 from torch.distributed import HashStore
 
 from milepost.ckpt.layouts import sharded
@@ -118,3 +117,9 @@ def test_two_processes_mirror_what_each_of_them_wrote_and_resume_from_there(tmp_
     assert done.returncode == 0, done.stderr
     assert "from the mirror" in done.stderr
     assert (tensor_bytes(newest(straight)), logged(straight)) == whole
+    lose(straight)
+    named = {"RESUME": f"file://{mirror}/4", "XDG_CACHE_HOME": str(tmp_path / "caches"), "DISTRIBUTED": "fsdp"}
+    done = torchrun(straight, 2, **named)
+    assert done.returncode == 0, done.stderr
+    assert tensor_bytes(newest(straight)) == whole[0]
+    assert done.stderr.count("downloading") == 1

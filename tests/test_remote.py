@@ -190,6 +190,79 @@ def test_two_of_a_mirror_are_compared(trained, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Where a run begins: RESUME, INIT_FROM, BASE_CHECKPOINT.
+
+LORA = {"LORA_RANK": "2", "CHECKPOINT_ADAPTERS_ONLY": "true", "EVAL_INTERVAL": "0"}
+
+
+def ended(place: Path, **variables: str) -> ckpt.Checkpoint:
+    """Train on a fresh machine; return the last checkpoint."""
+    code, said = train(place, **SMALL | {"CHECKPOINT_KEEP_BEST": "0"} | variables)
+    assert code == 0, said
+    return ckpt.load(ckpt.latest(ckpt.find(place / "checkpoints")).path, verify=True)
+
+
+def machines(trained: Path, tmp_path: Path) -> list[Path]:
+    """Two fresh ones."""
+    for place in (places := [tmp_path / "one", tmp_path / "other"]):
+        place.mkdir()
+    return [empty(trained, place) for place in places]
+
+
+@pytest.mark.parametrize(
+    ("name", "named"), [("4", {}), ("latest", {"RESUME_STEP": "4"}), ("best", {"RESUME_STEP": "4"}), ("*step0004*", {})]
+)
+def test_a_run_resumed_by_an_address_ends_with_the_bytes_of_one_resumed_by_a_path(trained, tmp_path, name, named):
+    here, there = machines(trained, tmp_path)
+    expected = ended(here, RESUME=str(of_step(trained, 4)))
+    record = ended(there, RESUME=address(trained, name), **named)
+    assert tensor_bytes(record) == tensor_bytes(expected)
+    assert (record.run_id, record.step, record.parent) == (expected.run_id, 6, None)
+    settings = (there / "runs" / record.run_id / "config.env").read_text(encoding="utf-8")
+    assert f"RESUME={address(trained, name)}" in settings.replace("'", "").replace('"', "")
+
+
+def test_a_run_that_starts_from_an_address_is_that_which_starts_from_the_path(trained, tmp_path):
+    here, there = machines(trained, tmp_path)
+    expected = ended(here, INIT_FROM=str(of_step(trained, 4)))
+    record = ended(there, INIT_FROM=address(trained, "4"))
+    assert tensor_bytes(record) == tensor_bytes(expected)
+    assert record.parent == expected.parent
+    assert record.parent["file"] == of_step(trained, 4).name
+
+
+def test_adapters_record_the_address_of_their_base_and_find_it_there(trained, tmp_path, caches):
+    """The cache is deleted in between; a base that is named is asked for its weights, as ever."""
+    here, there = machines(trained, tmp_path)
+    expected = ended(here, INIT_FROM=str(of_step(trained, 4)), **LORA)
+    record = ended(there, INIT_FROM=address(trained, "4"), **LORA)
+    assert tensor_bytes(record) == tensor_bytes(expected)
+    recorded = f"{address(trained)}/{record.parent['run_id']}/{of_step(trained, 4).name}"
+    assert record.base == expected.base | {"source": recorded}
+    shutil.rmtree(caches)
+    code, said = train(there, **SMALL | {"TRAINING_STEPS": "8", "RESUME": "auto"})
+    assert code == 0, said
+    again = ckpt.load(ckpt.latest(ckpt.find(there / "checkpoints")).path)
+    assert (again.step, again.base["source"], len(list(caches.rglob("*.pt")))) == (8, recorded, 1)
+    for name, code in (("4", 0), ("2", 3)):
+        named = {"CHECKPOINT_PATH": record.path, "BASE_CHECKPOINT": address(trained, name)}
+        said = call(script("load_checkpoint"), there, **named, **TEXT)
+        assert said.code == code, said.err
+
+
+@pytest.mark.parametrize("variable", ["RESUME", "INIT_FROM"])
+def test_an_address_without_a_checkpoint_is_refused_without_its_secrets(trained, tmp_path, variable):
+    code, said = train(empty(trained, tmp_path), **SMALL | {variable: f"{address(trained, 'absent')}?token=a-secret"})
+    assert (code, "a-secret" in said, "absent" in said) == (3, False, True), said
+    code, said = train(tmp_path, **SMALL | {variable: "nowhere://me:a-secret@b/latest"})
+    assert (code, "a-secret" in said) == (2, False), said
+    assert not (tmp_path / "checkpoints").exists()
+    with pytest.raises(ConfigError) as caught:
+        settings_of(INIT_FROM="sftp://me:a-secret@host/run/latest", GPT2_MODEL_NAME="gpt2", MODEL_TYPE="gpt2")
+    assert "a-secret" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Refusals.
 
 

@@ -18,6 +18,7 @@ from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.tensors import digest
 from milepost.files import new_file
 from milepost.paths import is_real_file, with_home
+from milepost.text.addresses import is_address
 
 LEVELS = 4  # folders above the adapters, and parts of the recorded path, with which a moved base is looked for
 NOTE = ".base-{run_id}.json"  # beside a base, about adapters in another folder
@@ -90,15 +91,17 @@ def _is_base(found: Found, base: Base) -> bool:
 
 
 def find_base(base: dict[str, Json], adapters: Path, *, run_id: str | None) -> Path | None:
-    """Return the path of the base that adapters record; None if it is not found, or is not a path but a name of the
-    hub.
+    """Return the path of the base that adapters record; None if it is not found, or is not a path or an address but a
+    name of the hub.
 
     It is where it was, else at the same place relative to the adapters or to a folder above them, as after moving both,
     else among the checkpoints beside them. A base elsewhere than recorded is identified by the sha256 of its weights.
     """
     source = Path(with_home(str(base.get("source"))))
-    if not source.is_absolute() or source.exists():
-        return source if source.is_absolute() else None
+    if source.is_absolute() and source.exists():
+        return source
+    if not (source.is_absolute() or is_address(str(base.get("source")))):
+        return None
     tails = [Path(*source.parts[-count:]) for count in range(1, min(LEVELS, len(source.parts) - 1) + 1)]
     moved = [above / tail for above in list(adapters.absolute().parents)[:LEVELS] for tail in tails]
     candidates = [look(path, layout) for path in moved if (layout := layout_of(path))]

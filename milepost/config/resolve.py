@@ -244,7 +244,7 @@ def _build(values: dict[str, Any], sources: Mapping[str, str]) -> Config:
 
 def _pair(config: Config, first: str, second: str, text: str) -> tuple[tuple[str, ...], str]:
     """Return both variables, and `text` with their settings in the place of its braces."""
-    settings = [f"{n}={short_text(getattr(config, n.lower()))} ({config.sources[n]})" for n in (first, second)]
+    settings = [f"{n}={short_text(public(config, n))} ({config.sources[n]})" for n in (first, second)]
     return (first, second), text.format(*settings)
 
 

@@ -167,7 +167,7 @@ class Config:
     checkpoint_adapters_only: bool = var(False, "freeze the base and save only the adapters: a hundredth of the bytes; opening such a "
         "checkpoint needs its base and refuses another", group="Adapters", scope="identity")
     base_checkpoint: str | None = var(None, "checkpoint of the base, for a checkpoint that holds only adapters; GPT2_MODEL_NAME names a "
-        "pretrained base", group="Adapters", form="path", words=("latest", "best"))
+        "pretrained base", group="Adapters", form="folder", words=("latest", "best"))
 
     training_steps: int = var(BY_MODEL["training_steps"], "optimizer steps in total, including those of an interrupted run",
         group="Training", scope="math", minimum=1)
@@ -258,12 +258,12 @@ class Config:
     runs_dir: str = var("runs", "folder of the runs: metrics, log, resolved settings, samples",
         group="Checkpoints", form="path")
 
-    resume: str = var("never", "auto resumes from the latest matching checkpoint of CHECKPOINT_DIR, or starts a new run; a path, latest or "
-        "best resumes from that checkpoint", group="Resuming", form="path", words=("never", "auto", "latest", "best"))
+    resume: str = var("never", "auto resumes from the latest matching checkpoint of CHECKPOINT_DIR, or starts a new run; a path, an address in a mirror, "
+        "latest or best resumes from that checkpoint", group="Resuming", form="folder", words=("never", "auto", "latest", "best"))
     resume_step: int | None = var(None, "resume from the checkpoint of this optimizer step instead of the latest",
         group="Resuming", minimum=0)
     init_from: str | None = var(None, "checkpoint whose weights and tokenizer start a new run at step 0, with a fresh optimizer",
-        group="Resuming", form="path", words=("latest", "best"))
+        group="Resuming", form="folder", words=("latest", "best"))
     resume_training_steps: int = var(5000, "optimizer steps that MODE=resume adds; 0 prints the plan and stops",
         group="Resuming", minimum=0, needs="MODE=resume")
     resume_learning_rate: float | Literal["keep"] = var(3e-4, "peak learning rate of the added steps; keep = the saved schedule",

@@ -1,6 +1,7 @@
 """Checkpoints of mirrors on this disk, within a bound: the least recently used are deleted first.
 
     <folder>/<key>/           a checkpoint, and the base that its adapters need; the key is of its bytes
+    <folder>/<key>/.origin    the address of each, without what may be secret in it
     <folder>/.<key>.lock      held shared by each process that uses it; its time is that of the last use
 
 What is visible in an entry was compared with the sha256 of its manifest, and is compared again at each use. A killed
@@ -20,13 +21,15 @@ from typing import IO
 from milepost.ckpt.bases import OWN_NOTE
 from milepost.ckpt.manifest import sha256
 from milepost.ckpt.record import CheckpointError
-from milepost.files import TEMPORARY, below, discard, hidden_name, make_folder
+from milepost.files import TEMPORARY, below, discard, hidden_name, make_folder, replace_content
 from milepost.locks import folder_lock
 from milepost.mirror.contents import CHECKPOINTS, Save
 from milepost.mirror.fetching import Pause, Say, fetch
+from milepost.mirror.naming import address_of
 from milepost.mirror.store import Store
 
 KEY = re.compile(r"[0-9a-f]{32}")
+ORIGIN = ".origin"
 # By entry, the locks of what this process uses: one for each `take`, held until `let_go` or the end of the process.
 _in_use: dict[Path, list[IO[bytes]]] = {}
 
@@ -82,6 +85,21 @@ def _complete(entry: Path, cache: Cache, store: Store, saves: Sequence[Save], *,
     for save in missing:
         say(f"downloading {store.shown}/{save.checkpoint} ({save.size / 1e6:,.1f} MB)")
         fetch(store, save, entry, pause=pause)
+    with folder_lock(entry):
+        addresses = {save.checkpoint: address_of(save, store.shown) for save in saves}
+        replace_content(entry / ORIGIN, json.dumps(addresses).encode())
+
+
+def origin(path: Path) -> str | None:
+    """Return the address of a checkpoint in a cache, without what may be secret in it; None for any other path."""
+    path = path.absolute()
+    entry = next((folder for folder in path.parents if KEY.fullmatch(folder.name)), None)
+    if entry is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        address = json.loads((entry / ORIGIN).read_bytes()).get(path.relative_to(entry).as_posix())
+        return address if isinstance(address, str) else None
+    return None
 
 
 def _key(saves: Sequence[Save]) -> str:

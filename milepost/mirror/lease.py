@@ -20,6 +20,7 @@ from pathlib import Path
 
 from milepost.files.owner_file import started
 from milepost.locks import RunHeldElsewhereError
+from milepost.mirror.retrying import attempted
 from milepost.mirror.store import Store, StoreError
 
 HEARTBEAT = 15.0  # seconds between two beats
@@ -56,7 +57,7 @@ class Lease:
     ) -> None:
         """`host` replaces the name of this machine; `pause` waits some seconds, `clock` returns seconds."""
         self._store, self._folder, self._run_id = store, f"{run_id}/{FOLDER}", run_id
-        self._say, self._pause, self._clock = say, pause, clock
+        self._say, self.pause, self._clock = say, pause, clock
         owner = {"machine": host or machine(), "process": os.getpid(), "started": started(os.getpid())}
         self._owner = json.dumps(owner | {"draw": os.urandom(8).hex()}).encode()
         self._number = 0  # 0: not held
@@ -87,11 +88,13 @@ class Lease:
                 threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Give the lease back, if it is held. A store that does not answer lets it expire."""
+        """Give the lease back, if it is held. A store that does not answer twice lets it expire: an end does not wait for it."""
         self._ended.set()
-        with self._busy, contextlib.suppress(StoreError):
-            if self._number and not self._lost:
-                self._store.put(self._name("beat", self._number), RELEASED)
+        with self._busy:
+            for _ in range(2 if self._number and not self._lost else 0):
+                with contextlib.suppress(StoreError):
+                    self._store.put(self._name("beat", self._number), RELEASED)
+                    break
             self._number = 0
 
     def _check(self) -> None:
@@ -151,7 +154,7 @@ class Lease:
         )
         until = self._clock() + EXPIRY
         while self._clock() < until:
-            self._pause(POLL)
+            self.pause(POLL)
             if (now := self._read(name)) != beat:
                 return now == RELEASED
         return True
@@ -212,9 +215,9 @@ def _shown(content: bytes) -> str:
 
 @contextlib.contextmanager
 def holding(lease: Lease) -> Iterator[None]:
-    """Hold a lease in the block. Raise as `hold` does."""
+    """Hold a lease in the block, also if the store does not answer at first. Raise as `hold` does."""
     try:
-        lease.hold()
+        attempted(lease.hold, pause=lease.pause)
         yield
     finally:
         lease.release()

@@ -15,8 +15,9 @@ from milepost.ckpt.names import ENDS
 from milepost.ckpt.record import CheckpointError
 from milepost.mirror.contents import Save, newest_first
 from milepost.mirror.fetching import Pause, Say, readable, runs_in
+from milepost.mirror.retrying import attempted
 from milepost.mirror.store import Store, StoreError, opened
-from milepost.text.addresses import masked
+from milepost.text.addresses import is_address, masked
 
 WORDS = ("latest", "best")
 LISTED = 8  # names in a message
@@ -48,6 +49,11 @@ def below(address: str, name: str) -> str:
     """Return the address of `name` below an address."""
     path, mark, query = address.partition("?")
     return f"{path.rstrip('/')}/{name}{mark}{query}"
+
+
+def address_of(save: Save, mirror: str) -> str:
+    """Return the address of a checkpoint in the mirror at an address."""
+    return below(mirror, f"{save.run_id}/{PurePosixPath(save.checkpoint).name}")
 
 
 def find(address: str, *, pause: Pause) -> Named:
@@ -86,7 +92,7 @@ def _named(store: Store, name: str, *, pause: Pause) -> Named:
     if runs := runs_in(store, pause=pause):
         return Named(store, runs, name)
     above, run_id = split(store.address)
-    own = newest_first(f"{run_id}/{each}" for each in store.names())
+    own = newest_first(f"{run_id}/{each}" for each in attempted(store.names, pause=pause))
     return Named(opened(above), own, name, run_id) if own else Named(store, {}, name)
 
 
@@ -149,6 +155,12 @@ def names_of(save: Save) -> tuple[str, str]:
     return path.name, path.name.removesuffix(path.suffix) if path.suffix in ENDS else path.name
 
 
+def at_step(named: Named, step: int, *, say: Say, pause: Pause) -> Named:
+    """Return what names a step of the run whose checkpoint a name stands for. Raise as `candidates` does."""
+    run_id = next(candidates(named, say=say, pause=pause)).run_id
+    return Named(named.store, {run_id: named.runs[run_id]}, str(step))
+
+
 def base_of(save: Save, named: Named, *, pause: Pause) -> Save | None:
     """Return the save in the mirror that the adapters of `save` are over, by its file name and step; None if there is none.
 
@@ -157,7 +169,8 @@ def base_of(save: Save, named: Named, *, pause: Pause) -> Save | None:
     base = save.found.metadata.get("base")
     if not isinstance(base, dict) or "adapters" not in save.found.metadata.get("parts", ()):
         return None
-    name = PurePosixPath(str(base.get("source")).replace("\\", "/")).name
+    source = str(base.get("source"))
+    name = split(source)[1] if is_address(source) else PurePosixPath(source.replace("\\", "/")).name
     every = Named(named.store, runs_in(named.store, pause=pause), "")
     saves = latest_first(every, say=lambda line: None, pause=pause)
     return next((each for each in saves if each.found.step == base.get("step") and name in names_of(each)), None)

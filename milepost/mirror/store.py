@@ -23,7 +23,8 @@ PACKAGES = {
     "file": None, "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko",
     "ssh": "paramiko", "webdav+https": "webdav4", "webdav+http": "webdav4",
 }  # fmt: skip
-# A part of a large file lies in memory while it is sent, so few are at a time. Milepost itself tries again.
+# A part of a large file lies in memory while it is sent, so few are at a time. botocore repeats a request by itself, by default
+# four times, so that of a large file only the part that broke is sent again.
 OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"max_concurrency": 2, "use_listings_cache": False}, "sftp": {}, "ssh": {},  # these two keep no listings, and know no such option
 }  # fmt: skip
@@ -32,6 +33,8 @@ BUCKETS = (*CLOUDS, "hf")  # what has no folders
 PART, MOST_PARTS = 5 * 2**20, 9000  # bytes of a part of a large object at least, and how many parts S3 takes
 UNSUPPORTED = (TypeError, NotImplementedError)  # of a back end that knows no such option
 READ_AHEAD = 16 * 2**20  # bytes
+# What S3 says if a signature is more than 15 minutes old or ahead, and if an object exists that must not.
+CLOCK_IS_WRONG, EXISTS = "RequestTimeTooSkewed", "PreconditionFailed"
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError")
 LONGEST = 300  # characters of what a back end says
 
@@ -105,11 +108,11 @@ class Store:
                 while data := content.read(piece):
                     file.write(data)
                     moved(len(data))
+            file.close()
         except BaseException:
-            with contextlib.suppress(Exception):  # closing it would complete the object
+            with contextlib.suppress(Exception):  # parts that stay cost money
                 file.discard()
             raise
-        file.close()
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a small object unless there is one of its name; return whether it was written. Raise StoreError.
@@ -128,6 +131,8 @@ class Store:
             except FileExistsError:
                 return False
             except Exception as error:
+                if _code(error) == EXISTS:  # s3fs knows that only of Amazon's own servers, which say more
+                    return False
                 if not (isinstance(error, UNSUPPORTED) or getattr(error, "errno", None) == errno.ENOSYS):
                     raise
                 self.fs.pipe_file(path, content)
@@ -250,7 +255,9 @@ def opened(address: str) -> Store:
     from fsspec.core import url_to_fs
 
     try:
-        options = OPTIONS.get(scheme, {"use_listings_cache": False})
+        options = OPTIONS.get(scheme, {"use_listings_cache": False}) | (
+            {"session": _s3_session()} if scheme == "s3" else {}
+        )
         webdav = package == "webdav4"
         fs, root = _webdav(address) if webdav else url_to_fs(address, skip_instance_cache=True, **options)
     except Exception as error:
@@ -260,6 +267,18 @@ def opened(address: str) -> Store:
     if not root.strip("/"):
         raise ValueError("expected a folder or a bucket in the address")
     return Store(fs, root.rstrip("/"), address.rstrip("/"))
+
+
+def _s3_session() -> Any:
+    """Return a session of botocore that sends what it writes at once. By default it waits for a server's leave to send it, and
+    aiohttp's timeouts do not count then: a server that says nothing would stop the mirror for ever.
+    """
+    from aiobotocore.session import AioSession
+    from botocore.handlers import add_expect_header
+
+    session = AioSession()
+    session.unregister("before-call.s3", add_expect_header)
+    return session
 
 
 def _webdav(address: str) -> tuple[Any, str]:
@@ -312,10 +331,18 @@ def _kind(error: Exception) -> Kind:
     return "refused" if refused or type(error).__name__ in NO_CREDENTIALS else "passing"
 
 
+def _code(error: Exception) -> str:
+    """Return the code with which a server that speaks S3 refused; empty if it did not."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
 def _sentence(error: Exception, text: str) -> str:
     """Return what went wrong and, where that is known, what to do."""
     if type(error).__name__ in NO_CREDENTIALS:
         return f"{text}: set the credentials where its own tools look for them"
+    if _code(error) == CLOCK_IS_WRONG:
+        return f"{text}: set the clock of this computer"
     if isinstance(error, PermissionError):
         return f"access is refused ({text}): check the credentials and what they may do there"
     if isinstance(error, FileNotFoundError):

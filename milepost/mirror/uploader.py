@@ -1,5 +1,6 @@
 """A thread that copies each new checkpoint to the mirror. Training neither waits for it nor ends because of it."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -48,7 +49,7 @@ class Uploader:
         self._failed: _Job | None = None
         self._thread: threading.Thread | None = None
         self._moved = clock()  # when a part of a file arrived last
-        self._problem = ""  # that was reported last
+        self._problems: dict[str, str] = {}  # that were reported last: of copying, of deleting
         self.skipped = 0  # checkpoints that a newer one overtook
         self.newest = ""  # the address of the newest checkpoint that is there
 
@@ -114,17 +115,22 @@ class Uploader:
                 self._copy(best, job.folder)
             self._copy(job.checkpoint, job.folder)
         except Exception as error:  # whatever it is, training continues
-            self._report(f"step {job.step} is not mirrored", error)
+            self._report("copying", f"step {job.step} is not mirrored", error)
             return False
-        if self._problem:
-            self._problem = ""
+        if self._problems.pop("copying", None):
             self._say(f"the mirror works again: step {job.step} is there")
+        if self._keep_last:
+            self._prune(job.folder)
+        return True
+
+    def _prune(self, folder: Path) -> None:
+        """Delete what has expired in the mirror; report why that failed, once for each reason."""
         try:
             self._attempt(self._known.guard)
-            prune(self._known, job.folder, keep_last=self._keep_last)
+            self._attempt(lambda: prune(self._known, folder, keep_last=self._keep_last))
+            self._problems.pop("deleting", None)
         except Exception as error:
-            self._report("expired checkpoints could not be deleted", error)
-        return True
+            self._report("deleting", "expired checkpoints could not be deleted", error)
 
     def _copy(self, checkpoint: Path, folder: Path) -> None:
         try:
@@ -144,10 +150,10 @@ class Uploader:
     def _move(self) -> None:
         self._moved = self._clock()
 
-    def _report(self, what: str, error: Exception) -> None:
-        """Report a problem, unless it is the last one again."""
+    def _report(self, doing: str, what: str, error: Exception) -> None:
+        """Report a problem, unless it is the last one of doing this again, whatever object it names."""
         known = isinstance(error, StoreError | OSError | CheckpointError | RunLockedError)
-        problem = error.problem if isinstance(error, StoreError) else str(error)
-        if problem != self._problem:
+        problem = re.sub(r"\S+://\S+", "", error.problem if isinstance(error, StoreError) else str(error))
+        if problem != self._problems.get(doing):
             self._say(f"mirror: {what} ({error if known else f'{type(error).__name__}: {error}'}); training continues")
-        self._problem = problem
+        self._problems[doing] = problem

@@ -13,12 +13,11 @@ from typing import Any
 from milepost import ckpt, config
 from milepost.ckpt import Found
 from milepost.ckpt.finding import loss_of
-from milepost.ckpt.hub import is_pinned
 from milepost.config.variables import VARIABLES
 from milepost.page.columns import Columns, Splits
 from milepost.paths import is_real_file
 from milepost.plots.curves import begins_anew
-from milepost.reporting import resume_command
+from milepost.reporting import base_variable, resume_command
 from milepost.runtime.progress import shown
 from milepost.screen import harmless
 
@@ -99,10 +98,9 @@ def resume_line(found: Iterable[Found], *, checkpoint_dir: Path, runs_dir: Path)
     if latest is None:
         return None
     base, variable = latest.metadata.get("base"), None
-    adapters = "adapters" in latest.metadata.get("parts", ())
-    if isinstance(base, dict) and adapters and not is_pinned(base.get("source")):
+    if isinstance(base, dict) and "adapters" in latest.metadata.get("parts", ()):
         pretrained = (latest.metadata.get("hyperparameters") or {}).get("GPT2_MODEL_NAME")
-        variable = {"GPT2_MODEL_NAME" if pretrained else "BASE_CHECKPOINT": str(base.get("source"))}
+        variable = base_variable(base, pretrained=bool(pretrained))
     return resume_command(latest.path, checkpoint_dir=checkpoint_dir, runs_dir=runs_dir, more=variable)
 
 

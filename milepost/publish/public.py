@@ -49,7 +49,7 @@ def public_settings(values: Mapping[str, Json]) -> dict[str, Json]:
         form = known[name]["form"]
         if form == "source" and isinstance(value, str):
             kept[name] = file_names(value)
-        elif form in ("hub", "path", "paths"):
+        elif form in ("hub", "path", "folder", "paths"):
             kept[name] = hub_name(value)
     return kept
 

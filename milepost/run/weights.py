@@ -12,9 +12,12 @@ from milepost.ckpt.record import metadata
 from milepost.ckpt.restore import name_the_base, with_base
 from milepost.ckpt.tensors import digest
 from milepost.config import Config, ConfigError
+from milepost.mirror.cache import origin
+from milepost.remote import local_path
 from milepost.run.text import scan_text
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log, shown
+from milepost.text.addresses import is_address, is_masked
 from milepost.text.known import UNKNOWN_TEXT, Known
 
 # Fields of the adapters' settings; each is a variable, such as LORA_RANK.
@@ -34,11 +37,12 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
     elif hub_name:
         record = _pretrained(world.local_rank0_first(lambda: local_folder(hub_name)), notes)
     elif name:
-        record = agreed(
-            lambda: ckpt.load_named(name, folder, say=notes.append, optimizer=False, certain=True),
-            world,
-            optimizer=False,
-        )
+
+        def load() -> Checkpoint:
+            path = local_path(name, settings, log)
+            return ckpt.load_named(path, folder, say=notes.append, optimizer=False, certain=True)
+
+        record = agreed(load, world, optimizer=False, everywhere=is_address(name))
     else:
         return None
     assert record is not None  # `load_named` raises
@@ -63,17 +67,21 @@ def _pretrained(folder: Path, notes: list[str]) -> Checkpoint:
     return ckpt.load_named(str(folder), folder, say=notes.append, optimizer=False, certain=True)
 
 
-def agreed(find: Callable[[], Checkpoint | None], world: World, *, optimizer: bool = True) -> Checkpoint | None:
+def agreed(
+    find: Callable[[], Checkpoint | None], world: World, *, optimizer: bool = True, everywhere: bool = False
+) -> Checkpoint | None:
     """Return what `find` finds on rank 0; the other processes open the same checkpoint. Raise as `find` does.
 
-    Rank 0 decides because machines that share a folder may see it change at different times.
+    Rank 0 decides because machines that share a folder may see it change at different times. With `everywhere`, each process
+    finds it for itself, as what lies in a cache of its machine.
     """
-    record = world.on_rank0(find)
+    record = world.local_rank0_first(find) if everywhere else world.on_rank0(find)
     path, save = world.broadcast((record.path, record.save_id) if record else (None, None))
     if path is not None and record is None:
         record = ckpt.load(path, optimizer=optimizer)
     if world.any(record is not None and record.save_id != save):
-        raise CheckpointError(f"{path}: differs between machines: all must share one CHECKPOINT_DIR")
+        remedy = "name a checkpoint by its step" if everywhere else "all must share one CHECKPOINT_DIR"
+        raise CheckpointError(f"{path}: differs between machines: {remedy}")
     return record
 
 
@@ -87,32 +95,43 @@ def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         if settings.base_checkpoint:
             log(f"BASE_CHECKPOINT is not used: {record.path} holds its base")
         return record
-    named = settings.base_checkpoint
-    if not named and not settings.gpt2_model_name and record.base and record.path:
-        there = ckpt.find_base(record.base, record.path, run_id=record.run_id)
-        if there and str(there) != record.base.get("source"):
-            log(f"the base of {shown(record.path)} is found in {shown(there)}")
+    path = _base_path(record, settings, log)
+    whole = with_base(record, ckpt.load(path, optimizer=False))
+    if record.base and _is_gone(record.base):  # what this run saves names the place where the base is now
+        whole.base = {**record.base, "source": settings.gpt2_model_name or origin(path) or str(Path(path).absolute())}
+    return whole
+
+
+def _base_path(record: Checkpoint, settings: Config, log: Log) -> Path:
+    """Return the path of the base that the settings name, or that the record's adapters record. Raise as `with_its_base` does."""
+    if settings.gpt2_model_name and not settings.base_checkpoint:
+        return local_folder(settings.gpt2_model_name)
+    base, named = record.base or {}, settings.base_checkpoint
+    whose = shown(record.path) if record.path else "the adapters"
+    if not named and base and record.path:
+        there = ckpt.find_base(base, record.path, run_id=record.run_id)
+        if there and str(there) != base.get("source"):
+            log(f"the base of {whose} is found in {shown(there)}")
         named = str(there) if there else None
-    if not settings.base_checkpoint and settings.gpt2_model_name:
-        path = local_folder(settings.gpt2_model_name)
-    elif there := _base_in_folder(record, named or settings.init_from):
-        path = there
-        log(f"the base of {shown(record.path) if record.path else 'the adapters'} is {shown(path)}")
-    elif named := named or settings.init_from:
+    if named := named or settings.init_from or _address(base):
+        named = local_path(named, settings, log)
+        if there := _base_in_folder(record, named):
+            log(f"the base of {whose} is {shown(there)}")
+            return there
         path, notes = ckpt.resolve(named, Path(settings.checkpoint_dir))
         for note in notes:
             log(note)
-    elif record.base and is_pinned(record.base.get("source")):
-        path = local_folder(str(record.base["source"]))
-        log(
-            f"the base of {shown(record.path) if record.path else 'the adapters'} is {record.base['source']} of the hub"
-        )
-    else:
-        raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record)}"])
-    whole = with_base(record, ckpt.load(path, optimizer=False))
-    if record.base and _is_gone(record.base):  # what this run saves names the place where the base is now
-        whole.base = {**record.base, "source": settings.gpt2_model_name or str(Path(path).absolute())}
-    return whole
+        return path
+    if is_pinned(base.get("source")):
+        log(f"the base of {whose} is {base['source']} of the hub")
+        return local_folder(str(base["source"]))
+    raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record)}"])
+
+
+def _address(base: Mapping[str, Any]) -> str | None:
+    """Return the address in a mirror that a base records, if it can be opened: a part of it may have been secret."""
+    source = str(base.get("source"))
+    return source if is_address(source) and not is_masked(source) else None
 
 
 def _is_gone(base: Mapping[str, Any]) -> bool:
@@ -130,7 +149,8 @@ def _base_in_folder(record: Checkpoint, named: str | None) -> Path | None:
 def identity(base: Checkpoint, settings: Config) -> dict[str, Any]:
     """Return what identifies a base (the sha256 of its weights), and its source."""
     name = settings.pretrained or settings.gpt2_model_name
-    source = name if name and not Path(name).expanduser().is_dir() else str(base.path)
+    path = base.path and (origin(base.path) or str(base.path))
+    source = name if name and not Path(name).expanduser().is_dir() else path
     return {"sha256": digest(base.model_state), "source": source, "step": base.step}
 
 

@@ -1,152 +1,104 @@
-"""The mirror on a server that speaks S3, through a proxy that breaks requests. Nothing leaves this computer."""
+"""The mirror on servers that speak S3: one in this process, and a store that people run. Nothing leaves this computer."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from drive import ROOT, child_environment, logged, newest, tensor_bytes, train
-from mirrors import halves, known, taken
+from mirrors import SMALL, halves, known, lose, no_pause, steps, taken, uploader
 from records import save
-from s3_server import BUCKET, Fault, Proxy, answered_in_part, cut_off, reset, s3, status
-from test_mirror import SMALL, lose, no_pause, steps, uploader
+from s3_server import BUCKET, client, reset, s3, seaweedfs
 from work import HANGING
 
 from milepost.locks import RunHeldElsewhereError
-from milepost.mirror import Lease, StoreError, attempted, holding, opened, readable, runs_in
-from milepost.mirror.retrying import ATTEMPTS
+from milepost.mirror import Lease, StoreError, holding, opened, readable, runs_in
 from milepost.mirror.uploading import look_up, prune
 
 pytestmark = pytest.mark.exchange
 ADDRESS = f"s3://{BUCKET}/run"
-BROKEN = {
-    "500": status(500, "InternalError"), "503": status(503, "SlowDown"), "reset": reset, "cut off": cut_off,
-    "answered in part": answered_in_part,
-}  # fmt: skip
-REFUSED = {"denied": status(403, "AccessDenied"), "expired": status(400, "ExpiredToken")}
+
+
+@pytest.fixture(scope="module", params=["moto", "seaweedfs"])
+def server(request, tmp_path_factory):
+    """Where SeaweedFS listens; None stands for a server of moto in each test."""
+    if request.param == "moto":
+        yield None
+    else:
+        with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as place:
+            yield place
 
 
 @pytest.fixture
-def proxy(monkeypatch):
-    with s3(monkeypatch) as running:
+def proxy(server, monkeypatch):
+    with s3(monkeypatch, server) as running:
         yield running
 
 
-@pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
-def test_a_broken_request_costs_nothing(tmp_path, proxy, name, at):
-    """Each kind of fault on each kind of request: list, put of a file, of bytes, and a question for the size."""
-    folder = tmp_path / "checkpoints"
-    copies, said = uploader(known(opened(ADDRESS), tmp_path))
-    proxy.faults.extend([None] * at + [BROKEN[name]] * 2)
-    copies.submit(save(folder, 1), folder, step=1)
-    assert copies.finish() == 0
-    assert said == []
-    store = opened(ADDRESS)
-    assert (steps(taken(store)), halves(store)) == ([1], [])
-
-
-@pytest.mark.parametrize("name", [*BROKEN, *REFUSED])
-def test_a_fault_that_stays_is_reported_in_one_line_without_secrets(tmp_path, proxy, name):
-    folder, fault = tmp_path / "checkpoints", (BROKEN | REFUSED)[name]
-    copies, said = uploader(known(opened(ADDRESS), tmp_path))
-    proxy.faults.extend([None] * 2 + [fault] * 20 * ATTEMPTS)
-    copies.submit(save(folder, 1), folder, step=1)
-    with copies._changed:
-        copies._changed.wait_for(lambda: copies._current is None and copies._waiting is None)
-    proxy.faults.clear()
-    assert len(said) == 1
-    assert "\n" not in said[0]
-    assert "hidden-secret" not in said[0]
-    assert copies.finish() == 0
-    assert steps(taken(opened(ADDRESS))) == [1]
-
-
-def test_a_bucket_that_is_missing(tmp_path, proxy):
-    folder = tmp_path / "checkpoints"
-    copies, said = uploader(known(opened("s3://nowhere/run"), tmp_path))
-    copies.submit(save(folder, 1), folder, step=1)
-    assert copies.finish() == 1
-    assert "no bucket nowhere" in said[0]
-
-
-@pytest.mark.parametrize("resume", ["never", "auto"])
-def test_a_bucket_that_is_missing_is_refused_before_the_first_step(tmp_path, proxy, resume):
-    code, said = train(tmp_path, **SMALL, CHECKPOINT_MIRROR="s3://nowhere/run", RESUME=resume)
-    assert code == 2
-    assert said.count("no bucket nowhere") == 1
-    assert list((tmp_path / "checkpoints").glob("checkpoint*")) == []
-
-
-@pytest.mark.parametrize("first", ["list", "write"])
-def test_a_bucket_that_may_not_be_written_is_refused_before_the_first_step(tmp_path, proxy, first):
-    """Neither listed nor written, or listed only."""
-    proxy.faults.extend([REFUSED["denied"] if first == "list" else only("PUT", REFUSED["denied"])] * 20)
-    code, said = train(tmp_path, **SMALL, CHECKPOINT_MIRROR=ADDRESS)
-    assert code == 2
-    assert said.count("access is refused") == 1
-    assert "hidden-secret" not in said
-    assert list((tmp_path / "checkpoints").glob("checkpoint*")) == []
-
-
-def test_rights_in_a_part_of_a_bucket_are_enough(tmp_path, proxy):
-    """The bucket itself may not be asked for, and nothing lies below the address yet."""
-    proxy.faults.extend([only("HEAD", REFUSED["denied"])])
-    assert opened(ADDRESS).names() == []
-    assert ("HEAD", f"/{BUCKET}") in proxy.seen
-
-
-def only(command: str, fault: Fault) -> Fault:
-    """A fault of one kind of request."""
-    return lambda request: request.command == command and fault(request)
-
-
-def overwriting(request: Proxy) -> bool:
-    """Let a server be one that knows no conditional writes."""
-    del request.headers["If-None-Match"]
-    return False
-
-
-@pytest.mark.parametrize("conditional", [True, False])
-def test_a_lease_is_exclusive_where_the_server_writes_conditionally(proxy, conditional):
-    proxy.faults.extend([None if conditional else overwriting] * 30)
+def test_a_lease_is_exclusive(proxy):
+    """By conditional writes, which the server knows."""
     own = Lease(opened(ADDRESS), "one", say=print)
     with holding(own):
-        assert own.exclusive == conditional
+        assert own.exclusive
         with pytest.raises(RunHeldElsewhereError):
             Lease(opened(ADDRESS), "one", say=print).hold()
     with holding(Lease(opened(ADDRESS), "one", say=print)):  # it was given back
         assert opened(ADDRESS).names("one/lease") == ["one/lease/00000002.beat", "one/lease/00000002.json"]
 
 
-@pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.parametrize("at", range(0, 14, 2))
-def test_a_lease_is_had_whatever_request_breaks(proxy, name, at):
-    proxy.faults.extend([None] * at + [BROKEN[name]])
-    own = Lease(opened(ADDRESS), "one", say=print)
-    attempted(own.hold, pause=no_pause)
-    attempted(own.hold, pause=no_pause)
-    with pytest.raises(RunHeldElsewhereError):
-        Lease(opened(ADDRESS), "one", say=print).hold()
-    own.release()
+def test_of_processes_that_create_one_object_at_once_one_succeeds(proxy):
+    """Each with a connection of its own."""
+    stores, barrier = [opened(ADDRESS) for _ in range(4)], threading.Barrier(4)
+
+    def create(number: int) -> bool:
+        barrier.wait(HANGING)
+        return stores[number].create("one", str(number).encode())
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            created = list(threads.map(create, range(4)))
+            assert created.count(True) == 1
+            assert opened(ADDRESS).read("one", limit=10) == str(created.index(True)).encode()
+            opened(ADDRESS).delete("one")
 
 
-@pytest.mark.parametrize("fault", [None, "reset", "500"])
-def test_a_bounded_upload_in_parts_arrives_as_it_was(tmp_path, proxy, fault):
-    """Twelve million bytes in parts of five, one of which breaks, and a rate that no computer reaches."""
-    folder, content = tmp_path, os.urandom(12 * 10**6)
-    (folder / "large").write_bytes(content)
-    store, sent = opened(ADDRESS), []
-    proxy.faults.extend([None, BROKEN[fault]] if fault else [])
-    attempted(lambda: store.put("large", folder / "large", moved=sent.append, piece=2**20), pause=no_pause)
-    assert store.read("large", limit=2**30) == content
-    assert sum(sent) >= len(content)
-    assert max(sent) <= 2**20
+def test_a_large_file_goes_in_parts_and_comes_back_as_it_was(tmp_path, proxy):
+    content, store = os.urandom(12 * 10**6), opened(ADDRESS)
+    (tmp_path / "large").write_bytes(content)
+    store.put("large", tmp_path / "large", piece=2**20)
+    store.get("large", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == content
     assert sum(1 for command, path in proxy.seen if command == "PUT" and "partNumber" in path) >= 3
-    if fault is None:
-        store.put("small", b"abc", piece=2)
-        assert store.read("small", limit=10) == b"abc"
+
+
+def test_in_a_bucket_with_versions_only_current_ones_count(tmp_path, proxy):
+    """What is deleted there leaves a marker, and what is written over stays as an earlier version."""
+    own, folder = client(proxy.upstream), tmp_path / "checkpoints"
+    own.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
+    store = opened(ADDRESS)
+    copies, said = uploader(known(store, tmp_path), keep_last=1)
+    for step in (1, 2, 3):
+        copies.submit(save(folder, step), folder, step=step)
+        assert copies.finish() == 0
+    assert (said, steps(taken(store)), halves(store)) == ([], [3], [])
+    assert len(store.names()) == len(store.sizes()) == 3  # a checkpoint, its manifest and latest.json
+    kept = own.list_object_versions(Bucket=BUCKET)
+    assert sum(each["Key"].endswith("manifest.json") for each in kept["Versions"]) == 3  # the control
+    assert sum(each["Key"].endswith("manifest.json") for each in kept["DeleteMarkers"]) == 2
+    assert store.read("latest.json", limit=1000).count(b"00000003-") == 1
+    assert [store.create("x", b"1"), store.create("x", b"2")] == [True, False]
+    store.delete("x")
+    assert store.create("x", b"3")  # a marker is no object
+    assert store.read("x", limit=10) == b"3"
+    (last,) = taken(store)
+    own.delete_object(Bucket=BUCKET, Key=f"run/{last.manifest}")
+    said.clear()
+    named = runs_in(store, pause=no_pause)["one"]  # by latest.json alone
+    assert (list(readable(store, named, say=said.append, pause=no_pause)), len(said)) == ([], 1)
+    assert "manifest.json: not found" in said[0]
 
 
 def test_retention_leaves_what_is_not_ours(tmp_path, proxy):

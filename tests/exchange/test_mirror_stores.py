@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from drive import logged, newest, tensor_bytes, train
-from mirrors import halves
+from mirrors import SMALL, halves, lose
 from script import call, script
-from test_mirror import SMALL, lose
 
 from milepost.mirror import opened
 

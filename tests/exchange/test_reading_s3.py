@@ -4,11 +4,10 @@ from collections import Counter
 
 import pytest
 from drive import train
-from mirrors import known, send
+from mirrors import SMALL, known, send
 from records import save
-from s3_server import BUCKET, reset, s3, status
+from s3_server import BUCKET, no_back_off, reset, s3, status
 from script import call, script
-from test_mirror import SMALL
 from test_remote import TEXT
 
 from milepost import ckpt, config, remote
@@ -23,7 +22,7 @@ FAULTS = {"503": status(503, "SlowDown"), "reset": reset}
 @pytest.fixture
 def proxy(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    no_back_off(monkeypatch)
     with s3(monkeypatch) as running:
         yield running
 
