@@ -10,6 +10,7 @@ number, then its wait status. The child stays a zombie until the other side answ
 does until somebody waits for it.
 """
 
+import atexit
 import builtins
 import contextlib
 import fcntl
@@ -21,6 +22,7 @@ import json
 import os
 import resource
 import select
+import signal
 import socket
 import sys
 import tempfile
@@ -202,8 +204,21 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: typ
     sys.__excepthook__(kind, error.with_traceback(trace), trace)
 
 
+def end_by_signal() -> None:
+    """End as Python does after a KeyboardInterrupt that nobody caught. It forgets that where a library, such as optree, runs code of
+    its own as the process ends; this is registered first, so it runs after that.
+    """
+    if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def wait_for_start() -> tuple[Any, dict[str, Any]] | None:
     """Import, serve, and return in a child what it is to run."""
+    atexit.register(end_by_signal)
     for each in IMPORTED:
         importlib.import_module(each)
     gc.collect()

@@ -67,7 +67,7 @@ def test_a_mirror_that_does_not_answer_starts_no_run_anew(tmp_path, monkeypatch)
     variables = SMALL | {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'mirror'}"}
     assert train(tmp_path, **variables)[0] == 0
 
-    def fail(store: Store) -> list[str]:
+    def fail(store: Store, under: str = "") -> list[str]:
         raise StoreError("there", "down", "refused")
 
     monkeypatch.setattr(Store, "names", fail)
