@@ -53,7 +53,7 @@ class Cache:
 def take(cache: Cache, store: Store, saves: Sequence[Save], *, say: Say, pause: Pause) -> Path:
     """Return the path of the first of `saves` in the cache, with the others beside it, downloaded where they are missing.
 
-    No process deletes them until this one ends, or lets go of the path. Raise CacheFullError, and what `fetch` raises.
+    No process deletes them until this one ends, or calls `let_go` with the path. Raise CacheFullError, and what `fetch` raises.
     """
     entry = cache.folder / _key(saves)
     make_folder(cache.folder)
