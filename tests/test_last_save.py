@@ -1,8 +1,10 @@
 """The save at the end of a run: on a full disk, in a folder that is gone, and what is reported then."""
 
+import contextlib
 import shlex
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,8 +188,11 @@ def test_a_fallback_folder_that_cannot_be_written_is_refused_before_the_first_st
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_a_folder_of_checkpoints_that_cannot_be_written_at_the_end_is_a_failed_save(background, tmp_path):
     def replace_by_a_file() -> None:
-        shutil.rmtree(tmp_path / "checkpoints")
-        (tmp_path / "checkpoints").write_text("a file")
+        place = tmp_path / "checkpoints"
+        while place.is_dir():  # a save in the background may still write there, and make it anew
+            place.rename(tempfile.mkdtemp(dir=tmp_path))
+            with contextlib.suppress(IsADirectoryError):
+                place.write_text("a file")
 
     code, said = trained(tmp_path, {6: replace_by_a_file}, CHECKPOINT_ASYNC=background)
     assert code == 5, said
