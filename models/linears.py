@@ -15,6 +15,7 @@ Linear = Callable[[Tensor], Tensor]
 
 # The activation that oneDNN applies to a product before rounding, and its algorithm.
 FUSED: Final = {"": ("none", ""), "gelu": ("gelu", "tanh"), "gelu_erf": ("gelu", "none"), "relu": ("relu", "")}
+ROW_BY_ROW: Final = 16  # the most rows that PyTorch's bfloat16 product takes; a draft has fewer
 CHUNK: Final = 1 << 20  # weights quantized at a time, so that intermediate values stay in the processor's cache
 
 
@@ -31,7 +32,7 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None = None, activation: str 
     if multiplies_rows_together():
         multiply = _onednn(torch.ops.mkldnn._reorder_linear_weight(half, 1), narrow_bias, activation)
     else:
-        multiply = _plain(half, narrow_bias, activation)
+        multiply = _row_by_row(half, narrow_bias, activation)
     return lambda x: multiply(x.bfloat16())
 
 
@@ -40,6 +41,20 @@ def multiplies_rows_together() -> bool:
     processors with AVX-512. PyTorch's own product reads them for each row, at the speed of the memory.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _row_by_row(half: Tensor, bias: Tensor | None, activation: str) -> Linear:
+    """Return the layer by PyTorch's bfloat16 product, whose time grows with the rows; of a prompt, by the float32 one, for which
+    the weight is converted.
+    """
+    few, wide_bias = _plain(half, bias, activation), None if bias is None else bias.float()
+
+    def multiply(x: Tensor) -> Tensor:
+        if x.size(0) <= ROW_BY_ROW:
+            return few(x)
+        return _plain(half.float(), wide_bias, activation)(x.float()).bfloat16()
+
+    return multiply
 
 
 def _plain(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
