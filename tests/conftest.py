@@ -17,9 +17,9 @@ from milepost.run import text
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# nohup makes the suite ignore SIGHUP, a shell's & SIGINT, and what it starts inherits that: a test of the signal would fail, or
-# wait for ever.
-for name, usual in (("SIGHUP", signal.SIG_DFL), ("SIGINT", signal.default_int_handler)):
+# nohup makes the suite ignore SIGHUP, a shell's & SIGINT and SIGQUIT, and what it starts inherits that: a test of the signal
+# would fail, or wait for ever.
+for name, usual in (("SIGHUP", signal.SIG_DFL), ("SIGINT", signal.default_int_handler), ("SIGQUIT", signal.SIG_DFL)):
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
         signal.signal(getattr(signal, name), usual)
 
