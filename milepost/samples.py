@@ -253,7 +253,7 @@ def _choose_generator(
     Raise ConfigError if QUANTIZE cannot be applied.
     """
     decoder, reason = choose_decoder(
-        model, device=device, dtype=settings.dtype, quantize=settings.quantize, tokens=tokens
+        model, device=device, dtype=settings.dtype, quantize=settings.quantize, tokens=tokens, log=log
     )
     if decoder is None and settings.quantize != "none":
         raise ConfigError([f"QUANTIZE={settings.quantize} needs a fast decoder: {reason}; set QUANTIZE=none"])

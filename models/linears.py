@@ -1,8 +1,8 @@
 """Linear layers for generating on a CPU: weights in a dtype and memory order in which a single row is multiplied fast.
 
-Each function takes a weight (out, in), a bias and an activation of a GPT2's settings, and returns a function from rows
-(R, in) to (R, out). The result of a row is bit-identical whatever their number, as far as is known: Decoder.agrees() tests it.
-bfloat16 without oneDNN's product promises that up to ROW_BY_ROW rows.
+Each function takes a weight (out, in), a bias and an activation of a model, and returns a function from rows (R, in) to
+(R, out), or to (R, out / 2) if the activation is "swiglu". The result of a row is bit-identical whatever their number, as far
+as is known: Decoder.agrees() tests it. bfloat16 without oneDNN's product promises that up to ROW_BY_ROW rows.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ Linear = Callable[[Tensor], Tensor]
 
 # The activation that oneDNN applies to a product before rounding, and its algorithm.
 FUSED: Final = {"": ("none", ""), "gelu": ("gelu", "tanh"), "gelu_erf": ("gelu", "none"), "relu": ("relu", "")}
+FEW: Final = 32  # rows that are computed one by one: more than a draft has, and as many as a server reads together
 ROW_BY_ROW: Final = 16  # the most rows that PyTorch's bfloat16 product takes; a draft has fewer
 CHUNK: Final = 1 << 20  # weights quantized at a time, so that intermediate values stay in the processor's cache
 
@@ -35,6 +36,13 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None = None, activation: str 
     else:
         multiply = _row_by_row(half, narrow_bias, activation)
     return lambda x: multiply(x.bfloat16())
+
+
+def bfloat16_product(half: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
+    """Return the layer of a bfloat16 weight, which is not copied; only for many rows is it fast."""
+    if multiplies_rows_together():
+        return cast_linear(half, bias, activation, dtype=torch.bfloat16)
+    return _row_by_row(half, None if bias is None else bias.bfloat16(), activation)
 
 
 def multiplies_rows_together() -> bool:
@@ -59,12 +67,15 @@ def _row_by_row(half: Tensor, bias: Tensor | None, activation: str) -> Linear:
 
 
 def _plain(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
-    return lambda x: _activated(F.linear(x, weight, bias), activation)
+    return lambda x: activated(F.linear(x, weight, bias), activation)
 
 
 def _onednn(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
     if not torch.backends.mkldnn.is_available():
         return _plain(weight, bias, activation)
+    if activation not in FUSED:
+        product = _onednn(weight, bias, "")
+        return lambda x: activated(product(x), activation)
     multiply, (kernel, algorithm) = torch.ops.mkldnn._linear_pointwise, FUSED[activation]
 
     def apply(x: Tensor) -> Tensor:
@@ -86,11 +97,15 @@ def cast_linear(weight: Tensor, bias: Tensor | None = None, activation: str = ""
 def int8_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
     """Return the layer with 8-bit integer weights and a scale per output; rows and products as in bfloat16_linear."""
     whole, scales = quantized(weight)
-    scales = scales.bfloat16()
+    return int8_product(whole, scales.bfloat16(), bias, activation)
+
+
+def int8_product(whole: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
+    """Return the layer of integers (out, in) and bfloat16 scales (out,)."""
 
     def multiply(x: Tensor) -> Tensor:
         y = torch._weight_int8pack_mm(x.bfloat16(), whole, scales)
-        return _activated(y if bias is None else y + bias, activation)
+        return activated(y if bias is None else y + bias, activation)
 
     return multiply
 
@@ -107,7 +122,27 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     return whole, scales
 
 
-def _activated(x: Tensor, activation: str) -> Tensor:
+def by_row(function: Linear) -> Linear:
+    """Return the function of rows, computed row by row where they are few: where vectors end, it may round otherwise, and in a
+    call of its own a row has the same vectors whatever follows it.
+    """
+
+    def rows(x: Tensor) -> Tensor:
+        return function(x) if x.size(0) == 1 or x.size(0) > FEW else torch.cat([function(row) for row in x.split(1)])
+
+    return rows
+
+
+@by_row
+def _gated(both: Tensor) -> Tensor:
+    gate, up = both.float().chunk(2, -1)  # twice (R, n_inner)
+    return F.silu(gate) * up
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """Return the activation of rows (R, out); of "swiglu", whose rows are gates and values, (R, out / 2)."""
+    if activation == "swiglu":
+        return _gated(x)
     if activation == "relu":
         return F.relu(x)
     if activation:

@@ -1,4 +1,4 @@
-"""The fast decoder against the plain model: logits, tokens, and that drafting changes no text."""
+"""The fast decoders against the plain model: logits, tokens, and that drafting changes no text."""
 
 import functools
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_sampling import lively, seeded
 
+from milepost.generation.compiled import CompiledDecoder
 from milepost.generation.decoder import RESCORED, Decoder
 from milepost.generation.lookup import Lookup
 from milepost.generation.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
@@ -41,6 +42,8 @@ VARIANTS = {
     ),
 }
 WEIGHTS = list(LINEARS)
+KINDS = [Decoder, CompiledDecoder]
+both_kinds = pytest.mark.parametrize("decoder_of", KINDS, ids=["torch", "compiled"])
 # Of logits whose spread is 1: float32 differs in the order of sums, the others by what their formats round off.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.15}
 TOLERANCE_LLAMA = {"float32": 1e-4, "bfloat16": 0.08, "int8": 0.25}  # its MLP multiplies two rounded numbers
@@ -107,10 +110,13 @@ def trained() -> tuple[GPT2, torch.Tensor]:
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("parts", [(48,), (1,) * 48, (20, 1, 1, 5, 12, 1, 8)], ids=["at once", "singly", "mixed"])
-def test_logits_are_the_plain_models(weights: str, variant: str, parts: tuple[int, ...]) -> None:
+@both_kinds
+def test_logits_are_the_plain_models(
+    weights: str, variant: str, parts: tuple[int, ...], decoder_of: type[Decoder]
+) -> None:
     ids = torch.randint(VOCAB, (48,), generator=seeded(3)).tolist()
     expected = plain(random_model(VARIANTS[variant]), ids)
-    logits = through_cache(Decoder(random_model(VARIANTS[variant]), weights=weights), ids, parts)
+    logits = through_cache(decoder_of(random_model(VARIANTS[variant]), weights=weights), ids, parts)
     assert logits.dtype == torch.float32
     assert expected.std() > 0.5
     tolerance = TOLERANCE_LLAMA if variant.startswith("llama") else TOLERANCE
@@ -132,9 +138,10 @@ def test_best_logits_are_not_rounded(weights: str) -> None:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("variant", ["published", "llama", "llama, biases, norms of heads"])
-def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str, variant: str) -> None:
+@both_kinds
+def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str, variant: str, decoder_of: type[Decoder]) -> None:
     ids = torch.randint(VOCAB, (40,), generator=seeded(4)).tolist()
-    decoder = Decoder(random_model(VARIANTS[variant]), weights=weights)
+    decoder = decoder_of(random_model(VARIANTS[variant]), weights=weights)
     singly = through_cache(decoder, ids, [8, *[1] * 32])
     for size in (2, 3, 4, 5, 8, 11, 16):
         together = through_cache(decoder, ids, [8, *[size] * (32 // size), *[32 % size] * (32 % size > 0)])
@@ -143,8 +150,11 @@ def test_a_token_has_the_same_bits_in_a_pass_of_any_size(weights: str, variant: 
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_texts_that_are_read_ahead_together_have_the_bits_of_each_alone(weights: str) -> None:
-    decoder = Decoder(published(), weights=weights)
+@both_kinds
+def test_texts_that_are_read_ahead_together_have_the_bits_of_each_alone(
+    weights: str, decoder_of: type[Decoder]
+) -> None:
+    decoder = decoder_of(published(), weights=weights)
     lengths = [1, 5, 17, 40, 47]
     if not decoder.agrees(len(lengths)):
         pytest.skip("this processor computes several rows otherwise than one")
@@ -165,8 +175,9 @@ def test_texts_that_are_read_ahead_together_have_the_bits_of_each_alone(weights:
         assert torch.equal(one.states[:, :, :, :, : length + 1], other.states[:, :, :, :, : length + 1])
 
 
-def test_what_was_read_ahead_is_dropped_where_the_text_continues_otherwise() -> None:
-    decoder = Decoder(published(), weights="float32")
+@both_kinds
+def test_what_was_read_ahead_is_dropped_where_the_text_continues_otherwise(decoder_of: type[Decoder]) -> None:
+    decoder = decoder_of(published(), weights="float32")
     cache, other = decoder.new_cache(), decoder.new_cache()
     for each in (cache, other):
         decoder.rows([1, 2, 3], each)
@@ -205,8 +216,9 @@ for weights in ("bfloat16", "int8"):
     assert (said.returncode, said.stdout) == (0, "bfloat16 True 0 True\nint8 True 3 True\n"), said.stderr
 
 
-def test_the_cache_has_a_fixed_size_and_can_be_truncated() -> None:
-    decoder = Decoder(published(), weights="float32")
+@both_kinds
+def test_the_cache_has_a_fixed_size_and_can_be_truncated(decoder_of: type[Decoder]) -> None:
+    decoder = decoder_of(published(), weights="float32")
     cache = decoder.new_cache()
     place, size = cache.states.data_ptr(), cache.states.nbytes
     assert size == 3 * 2 * 48 * 64 * 4
@@ -249,24 +261,28 @@ def against_plain(decoder: Decoder, model: GPT2, held_out: torch.Tensor) -> tupl
 @pytest.mark.parametrize(
     ("weights", "agreement", "loss"), [("float32", 1.0, 1e-5), ("bfloat16", 0.95, 0.01), ("int8", 0.95, 0.01)]
 )
-def test_a_trained_model_predicts_the_same(weights: str, agreement: float, loss: float, trained) -> None:
+@both_kinds
+def test_a_trained_model_predicts_the_same(
+    weights: str, agreement: float, loss: float, trained, decoder_of: type[Decoder]
+) -> None:
     """The same next token at teacher-forced positions, and the same perplexity to 1 %, on held-out text."""
     model, held_out = trained
-    agreed, changed = against_plain(Decoder(model, weights=weights), model, held_out)
+    agreed, changed = against_plain(decoder_of(model, weights=weights), model, held_out)
     assert agreed >= agreement
     assert changed <= loss
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_head_that_is_lost_is_noticed(weights: str, trained) -> None:
+@both_kinds
+def test_a_head_that_is_lost_is_noticed(weights: str, trained, decoder_of: type[Decoder]) -> None:
     """Control for the tests above: logits recomputed from the float32 weights must not hide the head's."""
     assert RESCORED < VOCAB / 2
-    decoder = Decoder(published(), weights=weights)
+    decoder = decoder_of(published(), weights=weights)
     decoder.head = zero_head
     wrong = (through_cache(decoder, [1, 2, 3], [3]) - plain(published(), [1, 2, 3])).abs() > TOLERANCE[weights]
     assert wrong.float().mean() > 0.5
     model, held_out = trained
-    decoder = Decoder(model, weights=weights)
+    decoder = decoder_of(model, weights=weights)
     decoder.head = zero_head
     agreed, changed = against_plain(decoder, model, held_out[:4])
     assert agreed < 0.5
@@ -287,13 +303,14 @@ def tokens(model: GPT2 | Decoder, prompt: list[int], seed: int = 0, **how: Any) 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("prompt", [[5], [7, 30, 2], list(range(48)), list(range(90))], ids=len)
 @pytest.mark.parametrize("settings", [SETTINGS, LLAMA], ids=["gpt2", "llama"])
+@both_kinds
 def test_float32_generates_what_the_plain_model_generates(
-    prompt: list[int], temperature: float, settings: GPT2Settings | LlamaSettings
+    prompt: list[int], temperature: float, settings: GPT2Settings | LlamaSettings, decoder_of: type[Decoder]
 ) -> None:
     """Through three slides of the window, and from prompts that fill it or exceed it."""
     model = lively(GPT2(settings) if isinstance(settings, GPT2Settings) else Llama(settings))
     how = {"temperature": temperature, "repetition_penalty": 1.2, "top_k": 20}
-    assert tokens(Decoder(model, weights="float32"), prompt, **how) == tokens(model, prompt, **how)
+    assert tokens(decoder_of(model, weights="float32"), prompt, **how) == tokens(model, prompt, **how)
 
 
 def test_surplus_rows_and_stop_ids() -> None:
@@ -314,9 +331,12 @@ MET = [
 
 @pytest.mark.parametrize(("weights", "temperature", "prompt"), MET)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_lookup_changes_no_token(weights: str, temperature: float, prompt: str, kind: str) -> None:
+@both_kinds
+def test_lookup_changes_no_token(
+    weights: str, temperature: float, prompt: str, kind: str, decoder_of: type[Decoder]
+) -> None:
     """Tokens that repeat and that do not, window slides included; the generator ends in the same state."""
-    decoder = Decoder(lively(GPT2(SETTINGS) if kind == "gpt2" else Llama(LLAMA)), weights=weights)
+    decoder = decoder_of(lively(GPT2(SETTINGS) if kind == "gpt2" else Llama(LLAMA)), weights=weights)
     states, texts = [], []
     for lookup in (False, True):
         generator = seeded(6)

@@ -25,7 +25,8 @@ import training
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.restore import build_model, build_tokenizer
-from milepost.generation.decoder import DECODERS, Decoder
+from milepost.generation import texts
+from milepost.generation.decoder import Decoder
 from milepost.generation.sampling import generate
 from milepost.generation.texts import first_id
 from milepost.run import text as run_text
@@ -585,12 +586,15 @@ def test_weights_that_are_not_finite_are_the_checkpoints_fault(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"QUANTIZE": "int8"}, {"DTYPE": "bfloat16"}], ids=str)
-def test_drafting_changes_no_text(settings, gpt2):
+@pytest.mark.parametrize("numba", [True, False], ids=["compiled", "torch"])
+def test_drafting_changes_no_text(settings, numba, gpt2, monkeypatch):
+    if not numba:
+        monkeypatch.setattr(texts, "FEWEST_COMPILED", 1000)
     settings = settings | {"PROMPT": "Dear Wren, dear Wren, dear", "MAX_NEW_TOKENS": "60", "SAMPLE_SEED": "2"}
     plain = infer(gpt2, **settings)
     drafted = infer(gpt2, SPECULATE="lookup", **settings)
     assert (drafted.code, drafted.out) == (0, plain.out)
-    used = "QUANTIZE" in settings or multiplies_rows_together()
+    used = numba or "QUANTIZE" in settings or multiplies_rows_together()
     assert ("SPECULATE=lookup is not used: this processor reads bfloat16 weights anew" in drafted.err) is not used
 
 
@@ -619,8 +623,7 @@ def test_float32_generates_what_the_model_generates(gpt2):
     ids=str,
 )
 def test_the_dtype_is_the_requested(settings, weights, gpt2, monkeypatch):
-    made = []
-    monkeypatch.setitem(DECODERS, GPT2, lambda model, weights: made.append(weights) or Decoder(model, weights=weights))
+    made = decoders_made(monkeypatch)
     assert infer(gpt2, PROMPT="Dear", MAX_NEW_TOKENS="60", **settings).code == 0
     assert made == weights
 
@@ -634,12 +637,20 @@ def test_a_narrow_model_logs_that_it_does_not_draft(gpt2):
 
 @pytest.mark.parametrize(("requested", "weights"), [("float32", ["float32"]), ("bfloat16", ["bfloat16"])])
 def test_a_wide_model_is_decoded_in_the_requested_dtype(requested, weights, tmp_path, monkeypatch):
-    folder, made = wide(tmp_path), []
-    monkeypatch.setitem(DECODERS, GPT2, lambda model, weights: made.append(weights) or Decoder(model, weights=weights))
+    folder, made = wide(tmp_path), decoders_made(monkeypatch)
     settings = {"DTYPE": requested, "PROMPT": "ab", "MAX_NEW_TOKENS": "60", "SAMPLE_SEED": "3"}
     plain = text(folder, **settings)
     assert text(folder, SPECULATE="lookup", **settings) == plain
     assert made == weights * 2
+
+
+def decoders_made(monkeypatch) -> list[str]:
+    """The dtypes of the fast decoders made from now on, of either kind."""
+    made, make = [], Decoder.__init__
+    monkeypatch.setattr(
+        Decoder, "__init__", lambda self, model, **how: made.append(how["weights"]) or make(self, model, **how)
+    )
+    return made
 
 
 def wide(folder: Path) -> Path:

@@ -106,14 +106,9 @@ class Decoder:
         if ahead is not None and (ahead.position, [ahead.token]) == (cache.length, list(ids)):
             cache.length += 1
             return [ahead.logits]
-        start, R = cache.length, len(ids)
-        device = cache.states_for(start + R).device
-        x = self._read(
-            torch.tensor(ids, device=device),
-            torch.arange(start, start + R, device=device),
-            lambda number, q, k, v: _attend(q, k, v, *cache.layers[number], start),
-        )
-        cache.length += R
+        cache.states_for(cache.length + len(ids))
+        x = self._through(ids, [(cache, len(ids))])
+        cache.length += len(ids)
         return self._logits(x[-last:])
 
     @torch.inference_mode()
@@ -122,21 +117,29 @@ class Decoder:
 
         The bits are those of rows() alone if agrees(len(tokens)). A text that then continues otherwise loses only time.
         """
-        lengths = [cache.length for cache in caches]
         for cache in caches:
             cache.states_for(cache.length + 1)
-
-        def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            each = zip(q.split(1), k.split(1), v.split(1), caches, strict=True)
-            return torch.cat([_attend(*row, *cache.layers[number], cache.length) for *row, cache in each])  # type: ignore[call-arg]
-
-        x = self._read(torch.tensor(tokens), torch.tensor(lengths), attend)
+        x = self._through(tokens, [(cache, 1) for cache in caches])
         for token, cache, logits in zip(tokens, caches, self._logits(x), strict=True):
             cache.ahead = Ahead(cache.length, token, logits)
 
+    def _through(self, ids: Sequence[int], spans: Sequence[tuple[DecodeCache, int]]) -> Tensor:
+        """Return the output of the last norm for each id, (R, C). Each cache is followed by so many of the ids, has room for
+        them, and keeps its length.
+        """
+        device, counts = spans[0][0].states.device, [count for _, count in spans]
+        positions = positions_of(spans)
+
+        def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            parts = zip(q.split(counts), k.split(counts), v.split(counts), spans, strict=True)
+            outputs = [_attend(q, k, v, *cache.layers[number], cache.length) for q, k, v, (cache, _) in parts]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+        return self._read(torch.tensor(ids, device=device), torch.tensor(positions, device=device), attend)
+
     def _logits(self, x: Tensor) -> Iterable[Tensor]:
         """Return the logits (V,) of each row of x (R, C)."""
-        logits = self.head(x) + self.parts.head_bias  # (R, V)
+        logits = self.head(x) + self.parts.head_bias if self.parts.head_bias.dim() else self.head(x)  # (R, V)
         return logits if self.exact else map(self._rescored, x.split(1), logits.float())
 
     def _read(self, ids: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
@@ -178,6 +181,11 @@ class Decoder:
         best = logits.topk(min(RESCORED, logits.numel())).indices
         weight, bias = self.parts.head_weight, self.parts.head_bias
         return logits.index_copy(0, best, F.linear(x, weight[best])[0] + (bias[best] if bias.dim() else bias))
+
+
+def positions_of(spans: Sequence[tuple[DecodeCache, int]]) -> list[int]:
+    """Return the position of each of the tokens that follow the caches, so many each."""
+    return [position for cache, count in spans for position in range(cache.length, cache.length + count)]
 
 
 # The models that have a fast decoder, and what makes one.

@@ -1,7 +1,7 @@
 """GPT-2 for the fast decoder."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def _layer(block: Block, linear: Callable[..., Linear], activation: str, n_head:
     return Layer(
         norm_1=_norm(block.ln_1),
         qkv=linear(attn.c_attn.weight, attn.c_attn.bias),
-        heads=partial(_heads, n_head=n_head),
+        heads=_Heads(n_head),
         project=linear(attn.c_proj.weight, attn.c_proj.bias),
         norm_2=_norm(block.ln_2),
         widen=linear(mlp.c_fc.weight, mlp.c_fc.bias, activation),
@@ -43,12 +43,27 @@ def _layer(block: Block, linear: Callable[..., Linear], activation: str, n_head:
     )
 
 
-def _heads(qkv: Tensor, _: Turn, *, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.float().view(qkv.size(0), 3, n_head, -1).unbind(1)  # each (R, H, hs)
-    return q, k, v
+@dataclass
+class _Heads:
+    n_head: int
+    norms: tuple[Tensor, Tensor] | None = None
+    eps: float = 0.0
+
+    def __call__(self, qkv: Tensor, _: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.float().view(qkv.size(0), 3, self.n_head, -1).unbind(1)  # each (R, H, hs)
+        return q, k, v
 
 
-def _norm(norm: nn.LayerNorm) -> Linear:
-    return partial(
-        F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps
-    )
+@dataclass
+class _Norm:
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def _norm(norm: nn.LayerNorm) -> _Norm:
+    return _Norm(norm.weight, norm.bias, norm.eps)

@@ -2,28 +2,45 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from models.linears import Linear
 
-FEW: Final = 32  # rows that are computed one by one: more than a draft has, and as many as a server reads together
 Turn = tuple[Tensor, Tensor] | None  # of rotary positions: cosine and sine for each row, each (R, 1, hs)
-# From the product of qkv (R, (H + 2 KV) hs): queries (R, H, hs), keys and values (R, KV, hs), in float32.
-Heads = Callable[[Tensor, Turn], tuple[Tensor, Tensor, Tensor]]
+
+
+class Norm(Protocol):
+    """A norm of rows (R, C), and what it computes with; `centred` tells a layer norm from an RMS norm."""
+
+    centred: bool
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Heads(Protocol):
+    """From the product of qkv (R, (H + 2 KV) hs): queries (R, H, hs), keys and values (R, KV, hs), in float32."""
+
+    n_head: int
+    norms: tuple[Tensor, Tensor] | None  # weights of the norms of queries and of keys, each (hs,)
+    eps: float
+
+    def __call__(self, qkv: Tensor, turn: Turn, /) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Layer:
     """The steps of a block; `widen` includes the activation, `heads` the positions if they are rotary."""
 
-    norm_1: Linear
+    norm_1: Norm
     qkv: Linear
     heads: Heads
     project: Linear
-    norm_2: Linear
+    norm_2: Norm
     widen: Linear
     narrow: Linear
 
@@ -38,19 +55,8 @@ class Parts:
     embed: Callable[[Tensor, Tensor], Tensor]
     turn: Callable[[Tensor], Turn]
     layers: list[Layer]
-    norm: Linear
+    norm: Norm
     head_weight: Tensor
     head_bias: Tensor
     cache_shape: tuple[int, int, int]
     inner: int
-
-
-def by_row(function: Linear) -> Linear:
-    """Return the function of rows, computed row by row where they are few: where vectors end, it may round otherwise, and in a
-    call of its own a row has the same vectors whatever follows it.
-    """
-
-    def rows(x: Tensor) -> Tensor:
-        return function(x) if x.size(0) == 1 or x.size(0) > FEW else torch.cat([function(row) for row in x.split(1)])
-
-    return rows

@@ -1,8 +1,9 @@
 """Continue a prompt: choose what computes the logits, draw tokens, and decode them to text as they arrive."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,13 +31,22 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()  # besides those of the tokenizer
 
 
+FEWEST_COMPILED: Final = 32  # tokens; to load compiled kernels takes about as long as they save on so many
+
+
 def choose_decoder(
-    model: Model, *, device: torch.device, dtype: str, quantize: str, tokens: int
+    model: Model,
+    *,
+    device: torch.device,
+    dtype: str,
+    quantize: str,
+    tokens: int,
+    log: Callable[[str], None] = lambda _: None,
 ) -> tuple[Decoder | None, str]:
     """Return the fast decoder if it pays for generating `tokens` tokens; else None, and the reason.
 
-    `quantize` is the dtype of its weights, or "none" to choose one by `dtype`. Raise DeviceError for a dtype that the
-    device does not support.
+    `quantize` is the dtype of its weights, or "none" to choose one by `dtype`. `log` is told what takes a while. Raise
+    DeviceError for a dtype that the device does not support.
     """
     width = getattr(model.settings, "n_embd", 0)
     hardware.choose_dtype(dtype, device, width=width)
@@ -47,12 +57,23 @@ def choose_decoder(
         return GraphDecoder(cast(Any, model), weights=hardware.choose_dtype(dtype, device, width=width)), ""
     if device.type != "cpu":
         return None, f"this runs on {device.type}"
-    if quantize != "none":
-        return build(model, weights=quantize), ""
-    weights = hardware.decode_dtype(dtype, device, width=width, tokens=tokens)
+    compiled = tokens >= FEWEST_COMPILED and importlib.util.find_spec("numba") is not None
+    weights = quantize
+    if quantize == "none":
+        weights = hardware.decode_dtype(dtype, device, width=width, tokens=tokens, compiled=compiled)
     if weights == "float32" and width < hardware.BFLOAT16_DECODE_WIDTH:
         return None, f"a model with an embedding dimension of {width} spends its time elsewhere"
-    return build(model, weights=weights), ""
+    return (compiled and _compiled(model, weights, log)) or build(model, weights=weights), ""
+
+
+def _compiled(model: Model, weights: str, log: Callable[[str], None]) -> Decoder | None:
+    """Return the decoder with compiled kernels; None if numba does not run here."""
+    try:
+        from milepost.generation.compiled import CompiledDecoder
+    except (ImportError, OSError) as error:  # it refuses versions of NumPy and Python that are newer than itself
+        log(f"numba is installed and cannot be used ({error}); generating without it")
+        return None
+    return CompiledDecoder(model, weights=weights, log=log)
 
 
 def no_lookup_reason(decoder: Decoder | None, reason: str) -> str:

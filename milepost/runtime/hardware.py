@@ -113,19 +113,19 @@ def choose_dtype(requested: str, device: torch.device, *, width: int) -> str:
     return "bfloat16" if pays else "float32"
 
 
-def decode_dtype(requested: str, device: torch.device, *, width: int, tokens: int) -> str:
-    """Return the dtype of the weights to generate `tokens` on a CPU: a fixed rule on processor, embedding dimension and
-    tokens.
+def decode_dtype(requested: str, device: torch.device, *, width: int, tokens: int, compiled: bool = False) -> str:
+    """Return the dtype of the weights to generate `tokens` on a CPU: a fixed rule on processor, embedding dimension, tokens, and
+    whether the decoder is compiled.
 
     Reading the weights takes most of the time, so half the bytes pay where hardware multiplies bfloat16, and where PyTorch
-    converts it as fast as memory delivers it, which it does for one row with AVX2; once there are enough tokens to make up
+    converts it as fast as memory delivers it, which it does for one row with AVX2, and compiled kernels do everywhere; once there are enough tokens to make up
     for converting the weights. Raises DeviceError for float16, which no CPU multiplies.
     """
     if requested != "auto":
         return choose_dtype(requested, device, width=width)
     fewest = BFLOAT16_DECODE_TOKENS
     if not multiplies_bfloat16():
-        if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        if not compiled and torch.backends.cpu.get_cpu_capability() != "AVX2":
             return "float32"
         fewest = BFLOAT16_AVX2_TOKENS
     return "bfloat16" if width >= BFLOAT16_DECODE_WIDTH and tokens >= fewest else "float32"

@@ -1,0 +1,148 @@
+"""The decoder of compiled kernels: when it is chosen, what is said, and what it does with weights that are not finite."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_decoder import SETTINGS, VOCAB, published, random_model, through_cache
+
+from milepost.generation import kernels, texts
+from milepost.generation.compiled import CompiledDecoder
+from milepost.generation.decoder import Decoder
+from milepost.generation.texts import FEWEST_COMPILED, choose_decoder
+from models.linears import FEW
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind"), [(FEWEST_COMPILED - 1, Decoder), (FEWEST_COMPILED, CompiledDecoder)], ids=["few", "more"]
+)
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_it_is_chosen_for_more_than_a_few_tokens(tokens: int, kind: type[Decoder], quantize: str) -> None:
+    model = random_model(replace(SETTINGS, n_embd=256))
+    decoder, reason = choose_decoder(model, device=CPU, dtype="auto", quantize=quantize, tokens=tokens)
+    assert (type(decoder), reason) == (kind, "")
+    if quantize == "int8":
+        assert decoder is not None
+        assert decoder.weights == "int8"
+
+
+def test_without_numba_the_other_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = random_model(replace(SETTINGS, n_embd=256)), list[str]()
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
+    decoder, _ = choose_decoder(model, device=CPU, dtype="auto", quantize="none", tokens=1000, log=said.append)
+    assert (type(decoder), said) == (Decoder, [])
+
+
+def test_a_numba_that_does_not_run_here_is_named_and_not_used(tmp_path: Path) -> None:
+    """As numba ends where NumPy is newer than it knows."""
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less')")
+    code = """
+import torch
+from milepost.generation.texts import choose_decoder
+from models.gpt2 import GPT2, GPT2Settings
+model = GPT2(GPT2Settings(300, block_size=8, n_layer=1, n_head=4, n_embd=256))
+decoder, _ = choose_decoder(model, device=torch.device("cpu"), dtype="auto", quantize="int8", tokens=1000, log=print)
+print(type(decoder).__name__)
+"""
+    said = in_python(code, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    told = "numba is installed and cannot be used (Numba needs NumPy 2.4 or less); generating without it"
+    assert said == f"{told}\nDecoder\n"
+
+
+def test_compiling_is_told_once_and_its_result_kept(tmp_path: Path) -> None:
+    code = """
+from test_decoder import published
+from milepost.generation.compiled import CompiledDecoder
+for weights in ("bfloat16", "bfloat16"):
+    CompiledDecoder(published(), weights=weights, log=print)
+"""
+    how = {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    assert in_python(code, **how) == "compiling the decoder for this processor: some seconds, once\n"
+    assert in_python(code, **how) == ""
+
+
+def test_it_runs_where_nothing_can_be_kept() -> None:
+    """numba refuses to make a function whose result it cannot keep."""
+    code = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+import numpy as np
+from milepost.generation import kernels
+y = np.zeros((2, 3), np.float32)
+norm = kernels.Norm(np.ones(3, np.float32), np.zeros(3, np.float32), np.float32(0), True)
+kernels.normalize(norm, np.array([[1, 2, 3], [3, 3, 9]], np.float32), y)
+print(np.abs(y - np.array([[-1.5, 0, 1.5], [-0.5, -0.5, 1]]) * np.sqrt([[2 / 3], [2]])).max() < 1e-6)
+"""
+    assert in_python(code, PYTHONPATH=str(ROOT)) == "True\n"
+
+
+def in_python(code: str, **env: str) -> str:
+    """What a program prints; it ends without an error."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_what_is_not_finite_stays_so(bad: float, weights: str) -> None:
+    model = random_model(SETTINGS)
+    sound = through_cache(CompiledDecoder(model, weights=weights), [1, 2, 3], [1, 1, 1])
+    assert sound.isfinite().all()
+    kept = model.h[1].mlp.c_fc.weight.detach().clone()
+    with torch.no_grad():
+        model.h[1].mlp.c_fc.weight[5, 7] = bad
+    logits = through_cache(CompiledDecoder(model, weights=weights), [1, 2, 3], [1, 1, 1])
+    with torch.no_grad():
+        model.h[1].mlp.c_fc.weight.copy_(kept)
+    assert not logits.isfinite().any()
+
+
+def test_threads_change_no_bit() -> None:
+    decoder, threads = CompiledDecoder(published(), weights="bfloat16"), torch.get_num_threads()
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(through_cache(decoder, list(range(20)), [1] * 20))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("rows", [FEW, FEW + 1])
+def test_a_pass_of_many_tokens_is_pytorchs(rows: int) -> None:
+    """The same logits to the rounding of sums, on either side of the limit."""
+    ids = [(7 * at) % VOCAB for at in range(rows)]
+    decoder = CompiledDecoder(published(), weights="float32")
+    assert torch.allclose(
+        through_cache(decoder, ids, [rows]), through_cache(decoder, ids, [1] * rows), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_products_are_numpys(kind: str) -> None:
+    """Of every dtype of weights, for widths that no vector divides."""
+    generator = np.random.default_rng(3)
+    for width in (1, 7, 64, 771):
+        weights, x = (generator.standard_normal((5, width)).astype(np.float32) for _ in range(2))
+        scales, biases = (generator.standard_normal(5).astype(np.float32) for _ in range(2))
+        stored: kernels.Array = weights
+        if kind == "bfloat16":
+            stored = (weights.view(np.uint32) >> 16).astype(np.uint16)
+            weights = (stored.astype(np.uint32) << 16).view(np.float32)
+        if kind == "int8":
+            stored = (weights * 40).clip(-127, 127).astype(np.int8)
+            weights = stored.astype(np.float32)
+        y = np.empty((5, 5), np.float32)
+        kernels.multiply(kernels.Matrix(stored, scales, biases), x, y, kernels.KEPT)
+        expected = x.astype(float) @ weights.T.astype(float) * scales + biases
+        assert np.abs(y - expected).max() < 1e-5 * max(1, np.abs(weights).max()) * width
