@@ -15,14 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from decoding import matrix_numbers, rows, transformers_arm  # noqa: E402
 from measure import compare, gemm_rate, header, not_measured, row  # noqa: E402
 
-import models  # noqa: E402
-from milepost import ckpt  # noqa: E402
-from milepost.ckpt import Checkpoint  # noqa: E402
-from milepost.generation.decoder import Decoder  # noqa: E402
-from milepost.generation.sampling import generate  # noqa: E402
-from milepost.runtime.hardware import decode_dtype, multiplies_bfloat16  # noqa: E402
+from milepost.runtime.hardware import multiplies_bfloat16  # noqa: E402
 from milepost.text.corpus import open_corpus  # noqa: E402
 from milepost.text.examples import prepare_examples  # noqa: E402
 from milepost.text.packing import packed, validation_batches  # noqa: E402
@@ -32,9 +28,8 @@ from models.llama import Llama, LlamaSettings  # noqa: E402
 
 SHAPE = LlamaSettings(49152, 1024, n_layer=30, n_head=9, n_embd=576, n_kv_head=3, n_inner=1536)  # SmolLM2-135M
 ROWS, TOKENS = 2, 256  # of a training step
-NEW, READ = 256, 16  # tokens generated, and passes that only read
+NEW = 256  # tokens generated
 PROMPT = [5, 7]
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 TALKS = ("conversations.jsonl", "ask_wren.jsonl")
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -43,10 +38,20 @@ def main() -> None:
     """Print the rows."""
     torch.manual_seed(0)
     header()
-    model, theirs = Llama(SHAPE), in_transformers()
-    training_step(model, theirs)
-    decoding(model.eval(), theirs)
+    training_step(Llama(SHAPE), in_transformers())
+    rows("decode 135M", "llama", untrained, theirs, prompt=PROMPT, new=NEW)
     packing()
+
+
+def untrained() -> Llama:
+    """Return the model, the same at every call."""
+    torch.manual_seed(0)
+    return Llama(SHAPE).eval()
+
+
+def theirs(prompt: list[int], new: int) -> Callable[[], object]:
+    """Return transformers' generate() for a model of the same shape."""
+    return transformers_arm(in_transformers().eval(), prompt, new)
 
 
 def in_transformers() -> Any:
@@ -98,82 +103,6 @@ def stepper(model: torch.nn.Module, loss_of: Step, ids: torch.Tensor) -> Callabl
         optimizer.zero_grad()
 
     return step
-
-
-def matrix_numbers(model: torch.nn.Module) -> int:
-    """Return how many weights multiply one token: the matrices of all layers and the head, which is the embedding."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding: one text, greedily, NEW tokens.
-
-
-def decoding(model: Llama, theirs: Any) -> None:
-    """Measure tokens per second, and their share of the rate at which the matrices can be read."""
-    default = decode_dtype("auto", torch.device("cpu"), width=SHAPE.n_embd, tokens=NEW)
-    kinds = tuple(dict.fromkeys((default, "int8", "float32")))
-    arms: dict[str, Callable[[], object]] = {kind: decoder_arm(Decoder(model, weights=kind)) for kind in kinds}
-    if theirs is not None:
-        arms["transformers"] = transformers_arm(theirs.eval())
-    with tempfile.TemporaryDirectory() as folder:
-        peers = llama_cpp_arms(model, Path(folder))
-        arms |= peers
-        for kind in kinds:
-            buffer = torch.ones(BYTES[kind] * matrix_numbers(model) // 8, dtype=torch.int64)
-            arms[f"reading, {kind}"] = lambda buffer=buffer: [buffer.sum() for _ in range(READ)]
-        taken = compare(arms)
-    rate = {name: (READ if "reading" in name else NEW) / seconds for name, seconds in taken.items()}
-    for kind, peer, bound in [(kind, "transformers", "1") for kind in kinds] + [
-        (default, "llama.cpp, f16", "1"), ("int8", "llama.cpp, q8_0", "1"),
-    ]:  # fmt: skip
-        metric, limit = f"decode 135M, {kind} / {peer}", rate[f"reading, {kind}"]
-        if peer not in rate:
-            not_measured(metric, f"{peer.partition(',')[0]} or the package gguf is not installed")
-            continue
-        figures = {"ours": f"{rate[kind]:.0f} tok/s", "peer": f"{rate[peer]:.0f} tok/s", "limit": f"{limit:.0f} tok/s"}
-        row(metric, ratio=rate[kind] / rate[peer], bound=bound, share=rate[kind] / limit, **figures)
-
-
-def decoder_arm(decoder: Decoder) -> Callable[[], object]:
-    """Return a function that generates by a fast decoder."""
-    return lambda: list(generate(decoder, PROMPT, max_new_tokens=NEW, temperature=0.0))
-
-
-def transformers_arm(theirs: Any) -> Callable[[], object]:
-    """Return a function that generates by transformers, in float32 with its cache."""
-    ids = torch.tensor([PROMPT])
-    how = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-    return lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)
-
-
-def llama_cpp_arms(model: Llama, folder: Path) -> dict[str, Callable[[], object]]:
-    """Return functions that generate by llama.cpp from the exported model; none without its Python packages."""
-    try:
-        import gguf  # noqa: F401
-        from llama_cpp import Llama as Cpp
-    except ImportError:
-        return {}
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    fields = {"model_type": "llama", "model_settings": models.plain(model.settings), "tokenizer": {"kind": "byte"}}
-    record = Checkpoint(model_state=state, step=1, run_id="benchmark", **fields)
-    arms: dict[str, Callable[[], object]] = {}
-    for kind in ("f16", "q8_0"):
-        path = ckpt.exporter("gguf", gguf_type=kind).write(record, folder, f"model-{kind}")
-        cpp = Cpp(str(path), n_ctx=SHAPE.block_size, n_threads=torch.get_num_threads(), verbose=False)
-        arms[f"llama.cpp, {kind}"] = lambda cpp=cpp: cpp_tokens(cpp)
-    return arms
-
-
-def cpp_tokens(cpp: Any) -> list[int]:
-    """Return NEW tokens of llama.cpp, greedily."""
-    cpp.reset()
-    found: list[int] = []
-    for token in cpp.generate(PROMPT, temp=0.0):
-        found.append(token)
-        if len(found) == NEW:
-            break
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

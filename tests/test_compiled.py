@@ -118,6 +118,30 @@ def test_threads_change_no_bit() -> None:
     assert torch.equal(*found)
 
 
+def test_two_threads_generate_at_once_with_numbas_own_threads() -> None:
+    """Where there is no OpenMP; without the lock the process is ended."""
+    code = """
+import sys, threading, torch
+from test_decoder import published, through_cache
+from milepost.generation import compiled
+if sys.argv[1:] == ["unlocked"]:
+    compiled.ONE_CALLER = __import__("contextlib").nullcontext()
+decoder, ids = compiled.CompiledDecoder(published(), weights="bfloat16"), list(range(40))
+alone, found = through_cache(decoder, ids, [1] * 40), []
+generate = lambda: found.extend(through_cache(decoder, ids, [1] * 40) for _ in range(20))
+threads = [threading.Thread(target=generate) for _ in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(found), all(torch.equal(each, alone) for each in found))
+"""
+    how = {"NUMBA_THREADING_LAYER": "workqueue", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    assert in_python(code, **how) == "60 True\n"
+    unlocked = subprocess.run(
+        [sys.executable, "-c", code, "unlocked"], env=os.environ | how, capture_output=True, check=False
+    )
+    assert b"Concurrent access has been detected" in unlocked.stderr
+
+
 @pytest.mark.parametrize("rows", [FEW, FEW + 1])
 def test_a_pass_of_many_tokens_is_pytorchs(rows: int) -> None:
     """The same logits to the rounding of sums, on either side of the limit."""

@@ -3,6 +3,7 @@
 Prompts are read by PyTorch from the same weights: its products of many rows are at the processor's limit.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, cast
@@ -20,6 +21,8 @@ from models.linears import FEW, Linear, bfloat16_product, float32_linear, int8_p
 from models.model import Model
 
 LONGEST_DRAFT: Final = {"float32": 5, "bfloat16": 3, "int8": 1}  # as decoder.LONGEST_DRAFT: here more rows take longer
+# Held while kernels run in several threads: where numba finds no OpenMP, its own threads serve one caller, and a second ends the process.
+ONE_CALLER: Final = threading.Lock()
 NONE: Final = np.empty(0, np.float32)
 NO_ANGLES: Final = np.empty((0, 0), np.float32)
 
@@ -47,7 +50,8 @@ class Stored:
         if x.size(0) > FEW or self.activation:
             return self.many(x).float()
         y = torch.empty(x.size(0), self.width)
-        kernels.multiply(self.matrix, _array(x), _array(y), kernels.KEPT)
+        with ONE_CALLER:
+            kernels.multiply(self.matrix, _array(x), _array(y), kernels.KEPT)
         return y
 
 
@@ -81,15 +85,16 @@ class CompiledDecoder(Decoder):
         angles = (NO_ANGLES, NO_ANGLES) if turn is None else [_array(each[:, 0]) for each in turn]
         normed, heads = _floats(R, C), _floats(R, self.n_head + 2 * n_kv_head, size)
         attended, wide = _floats(R, self.n_head, size), _floats(R, self.parts.inner)
-        for number, block in enumerate(self.blocks):
-            kernels.read_heads(block, x, normed, heads, self.n_head, *angles)
-            first = 0
-            for cache, count in spans:
-                rows = slice(first, first + count)
-                keys, values = (_array(states[0]) for states in cache.layers[number])
-                kernels.attend(heads[rows], keys, values, cache.length, attended[rows])
-                first += count
-            kernels.go_on(block, attended.reshape(R, -1), x, normed, wide)
+        with ONE_CALLER:
+            for number, block in enumerate(self.blocks):
+                kernels.read_heads(block, x, normed, heads, self.n_head, *angles)
+                first = 0
+                for cache, count in spans:
+                    rows = slice(first, first + count)
+                    keys, values = (_array(states[0]) for states in cache.layers[number])
+                    kernels.attend(heads[rows], keys, values, cache.length, attended[rows])
+                    first += count
+                kernels.go_on(block, attended.reshape(R, -1), x, normed, wide)
         kernels.normalize(self.norm, x, normed)
         return torch.from_numpy(normed)
 
