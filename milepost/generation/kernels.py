@@ -22,7 +22,7 @@ SUMS: Final = {"reassoc", "contract", "nsz"}
 KEPT, GELU, GELU_ERF, RELU, SWIGLU, ADDED = range(6)  # what is done with a product; ADDED: added to what is there
 CODES: Final = {"": KEPT, "gelu": GELU, "gelu_erf": GELU_ERF, "relu": RELU, "swiglu": SWIGLU}
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
-CUBIC, ROOT_2_OVER_PI, ROOT_HALF = np.float32(0.044715), np.float32(math.sqrt(2 / math.pi)), np.float32(math.sqrt(0.5))
+CUBIC, TWICE_ROOT, ROOT_HALF = np.float32(0.044715), np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(math.sqrt(0.5))
 
 
 class Matrix(NamedTuple):
@@ -101,7 +101,9 @@ def _output(matrix: Matrix, number: int, x: Array) -> Any:
 @_compiled
 def _activated(value: Any, code: int) -> Any:
     if code == GELU:
-        return HALF * value * (ONE + math.tanh(ROOT_2_OVER_PI * (value + CUBIC * value * value * value)))
+        return value / (
+            ONE + math.exp(TWICE_ROOT * (value + CUBIC * value * value * value))
+        )  # tanh takes twice as long
     if code == GELU_ERF:
         return HALF * value * (ONE + math.erf(value * ROOT_HALF))
     if code == RELU and value < ZERO:
