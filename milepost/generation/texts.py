@@ -83,7 +83,7 @@ def no_lookup_reason(decoder: Decoder | None, reason: str) -> str:
     if decoder is not None and not decoder.together:
         return (
             "this processor reads bfloat16 weights anew for each token of a draft, which gains nothing; "
-            "DTYPE=float32 and QUANTIZE=int8 gain by it"
+            "numba (pip install numba), DTYPE=float32 and QUANTIZE=int8 gain by it"
         )
     return reason
 
