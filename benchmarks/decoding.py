@@ -3,6 +3,7 @@
 Programs in one process would keep threads beside each other, and wait with one for what the other computes.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
 import sys
@@ -94,10 +95,11 @@ def in_process(make: Callable[..., Arm], *how: Any) -> Arm:
 
 def _answer(pipe: Any, make: Callable[..., Arm], how: tuple[Any, ...]) -> None:
     run = make(*how)
-    while True:
-        pipe.send(None)
-        pipe.recv()
-        run()
+    with contextlib.suppress(EOFError):  # the benchmark has ended
+        while True:
+            pipe.send(None)
+            pipe.recv()
+            run()
 
 
 def decoder_arm(build: Callable[[], Model], kind: str, compiled: bool, prompt: list[int], new: int) -> Arm:
