@@ -1,6 +1,7 @@
 """The training text of a run: read it, choose its tokenizer, and tokenize it."""
 
 import dataclasses
+import datetime
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from milepost.text.prepared import Vocabulary, validation_beside
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
 from milepost.text.sources import with_places
-from milepost.text.templates import chat_stops, template_of
+from milepost.text.templates import chat_stops, dated, template_of
 from milepost.text.token_arrays import Tokens
 from milepost.text.tokenization.base import edge
 from milepost.text.unknown import Mode, encoder_of, first_known
@@ -102,6 +103,8 @@ def read_text(
         tokenizer = made if made is not None else tokenization.from_dict(described)
     check_separator(settings.document_separator, tokenizer)
     template = template_of(record.data if record else {}, tokenizer) or None  # the plain one where there is none
+    if template and "template" not in (record.data if record else {}):  # a new run; processes may begin on two days
+        template = world.broadcast(dated(template, datetime.date.today()))
     for source, _ in [(corpus, scanned), *([held_out] if held_out else [])]:
         check_ids(source, tokenizer)
     tokenized = functools.partial(_tokenized, tokenizer=tokenizer, template=template, settings=settings, log=log)
