@@ -10,7 +10,10 @@ import pytest
 from drive import train
 from talks import rows, talks_file
 
-from milepost.text import tokenization
+from milepost import config
+from milepost.run.text import read_text
+from milepost.runtime.progress import Log
+from milepost.text import blocks, tokenization
 from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError
 from milepost.text.examples import prepare_examples
@@ -45,6 +48,24 @@ def test_every_form_is_recognized_by_its_keys(tmp_path: Path) -> None:
     assert (
         opened(rows(tmp_path / "o.jsonl", [{"prompt": "p", "completion": "c"}]), text_field="prompt").reading.form == ""
     )
+
+
+def test_a_conversation_beside_a_text_is_passed_over_and_told(tmp_path: Path) -> None:
+    path = rows(tmp_path / "t.jsonl", [{"text": "plain", "messages": [USER, ANSWER]}])
+    corpus = opened(path)
+    assert list(corpus.pieces()) == [("plain", True)]
+    (note,) = corpus.skipped
+    assert note.startswith(f"{path}: its rows have text, which is read, and messages, which are not")
+    assert opened(rows(tmp_path / "o.jsonl", [{"text": "plain", "id": 1}])).skipped == ()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_first_row_of_any_length_decides(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go on in the next block of the file."""
+    monkeypatch.setattr(blocks, "BLOCK", 16)
+    row = {"prompt": "a?" * 20, "completion": "b"}
+    path = rows(tmp_path / name, [row])
+    assert pairs(path) == [("a?" * 20, "b")]
 
 
 def test_every_container_gives_the_same_conversations(tmp_path: Path) -> None:
@@ -123,6 +144,22 @@ def test_the_first_row_decides_though_files_before_it_are_blank(tmp_path: Path) 
     (tmp_path / "b.jsonl").write_text("\n \n", encoding="utf-8")
     rows(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}])
     assert pairs(tmp_path) == [("a", "b")]
+
+
+def test_settings_of_conversations_are_told_to_have_no_effect_on_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(path: Path, **changes: str) -> list[str]:
+        values = {"PYTHON_DOTENV_DISABLED": "1", "TRAINING_DATA_SOURCE": str(path), "BLOCK_SIZE": "4", **changes}
+        read_text(config.read(values), Log())
+        return [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+
+    text = rows(tmp_path / "t.jsonl", [{"text": "a wren, an owl, a rook and a lark in the hedge, all of them asleep"}])
+    talks = rows(tmp_path / "c.jsonl", [{"prompt": "a?", "completion": "b"}] * 20)
+    why = "no effect on a text without conversations"
+    lines = [f"LOSS_ON=all (environment): {why}", f"PACKING=false (environment): {why}"]
+    assert told(text, LOSS_ON="all", PACKING="false") == lines
+    assert told(text, LOSS_ON="answers", PACKING="true") == told(talks, LOSS_ON="all", PACKING="false") == []
 
 
 def test_text_beside_conversations_is_refused(tmp_path: Path) -> None:

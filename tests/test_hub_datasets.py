@@ -188,6 +188,14 @@ def test_the_files_of_a_split_are_those_of_the_readme_or_of_their_names() -> Non
     assert files("", configs=configs) == ["data/train-0.parquet"]
     assert files("/held", configs=configs) == ["dev.jsonl"]
     assert files(":fr", configs=configs) == ["fr/train.csv"]
+    folders = [{"config_name": "en", "data_dir": "data"}, {"config_name": "fr", "data_dir": "./fr/"}]
+    assert files(":fr", configs=folders) == ["fr/train.csv"]
+    assert files(":en/validation", configs=folders) == ["data/validation-0.parquet"]
+    with pytest.raises(DataError, match="one of its configs"):
+        files("", configs=folders)
+    assert files("", configs=folders[:1]) == ["data/train-0.parquet"]
+    assert files("", configs=[{"data_dir": "."}]) == files("")
+    assert files("", configs=[{"data_dir": "data", "data_files": "./val*"}]) == ["data/validation-0.parquet"]
     assert configs_of(None) == []
     for address, problem in ((":de", "en, fr"), ("/test", "held, train")):
         with pytest.raises(DataError, match=problem):

@@ -114,6 +114,8 @@ def read_text(
         given, _ = world.local_rank0_first(lambda: tokenized(*held_out, fraction=0.0))
         split = dataclasses.replace(split, validation=given.train)  # type: ignore[arg-type]
     _check_block_size(split, settings)
+    for line in () if corpus.reading.form else without_effect_on_text(settings):
+        log(line)
     return Text(
         corpus=corpus,
         scan=scanned,
@@ -125,6 +127,16 @@ def read_text(
         answers=settings.loss_on == "answers",
         pack=settings.packing,
     ), tokenizer
+
+
+def without_effect_on_text(settings: Config) -> list[str]:
+    """Return a line on each setting of conversations that is set for a text that has none."""
+    values = [("LOSS_ON", "all", settings.loss_on == "all"), ("PACKING", "false", not settings.packing)]
+    return [
+        f"{name}={value} ({settings.sources[name]}): no effect on a text without conversations"
+        for name, value, holds in values
+        if holds and settings.is_set(name)
+    ]
 
 
 def fraction_of(settings: Config) -> float:
@@ -377,7 +389,8 @@ def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known
             log=log,
         )
     except TextFieldError as error:
-        raise DataError(f"{error}: set TEXT_FIELD to the name of the field that holds the text") from error
+        remedy = "set TEXT_FIELD to the field that holds the text, or of conversations PROMPT_FIELD and ANSWER_FIELD"
+        raise DataError(f"{error}: {remedy}") from error
     separator = "" if corpus.prepared else reading.separator
     found = [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"] if separator else []
     for line in (*corpus.skipped, *scanned.notes, *found):

@@ -1,7 +1,7 @@
 """Conversations in the rows of files: recognized by their keys, checked, and as messages."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,14 +26,14 @@ CHOSEN: Final = "chosen"  # the form of rows whose fields the user names
 TURNS: Final = {"system": "user", "user": "assistant", "assistant": "user"}  # role -> the role that follows it
 
 
-def form_of(paths: Iterable[Path], reading: Reading) -> str:
+def form_of(paths: Iterable[Path], reading: Reading, note: Callable[[str], None] = lambda _: None) -> str:
     """Return the form of the rows of files, by the first row of the first that is not blank; TEXT if they are documents.
 
-    Raise DataError if other files among them have no rows.
+    A conversation that such rows hold beside a text goes to `note`. Raise DataError if other files among them have no rows.
     """
     paths = list(paths)
     with_rows = [path for path in paths if suffix_of(path.name) in ROWS]
-    form = _form_of_first(with_rows, reading)
+    form = _form_of_first(with_rows, reading, note)
     if form == TEXT:
         return TEXT
     if others := [path for path in paths if path not in with_rows]:
@@ -44,7 +44,7 @@ def form_of(paths: Iterable[Path], reading: Reading) -> str:
     return form
 
 
-def _form_of_first(paths: list[Path], reading: Reading) -> str:
+def _form_of_first(paths: list[Path], reading: Reading, note: Callable[[str], None]) -> str:
     if reading.verbatim:
         return TEXT  # versions that read so knew no conversations
     if reading.prompt_field is not None or reading.answer_field is not None:
@@ -52,14 +52,18 @@ def _form_of_first(paths: list[Path], reading: Reading) -> str:
     if reading.text_field != Reading.text_field or not paths:
         return TEXT
     try:
-        row = next((row for row in map(first_row, paths) if row is not None), None)
-    except (DataError, ValueError, RecursionError):  # reading the text reports it
+        path, row = next(((path, row) for path in paths if (row := first_row(path)) is not None), (None, None))
+    except DataError:  # reading the text reports it
         return TEXT
-    return TEXT if not isinstance(row, Mapping) or reading.text_field in row else _form_of_row(row)
-
-
-def _form_of_row(row: Mapping[str, Any]) -> str:
-    return next((form for form, keys in FORMS.items() if all(key in row for key in keys)), TEXT)
+    if not isinstance(row, Mapping):
+        return TEXT
+    form = next((form for form, keys in FORMS.items() if all(key in row for key in keys)), TEXT)
+    if reading.text_field not in row:
+        return form
+    if form != TEXT:
+        also = ", ".join(FORMS[form])
+        note(f"{path}: its rows have {reading.text_field}, which is read, and {also}, which are not: take the former out to train on answers")  # fmt: skip
+    return TEXT
 
 
 def _keys(form: str, reading: Reading) -> str:
@@ -84,7 +88,7 @@ def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
             raise DataError(f"{where}: expected an object with {', '.join(keys)}, found a {type(row).__name__}")
         if lacking := [key for key in keys if key not in row]:
             has = listed(list(map(str, row)))
-            raise DataError(f"{where}: has {has}, but not {', '.join(lacking)} as the rows before: put each form into a file of its own")  # fmt: skip
+            raise DataError(f"{where}: has {has}, but not {', '.join(lacking)} as the first row: put each form into files of its own and mix them by weights (a.jsonl*1,b.jsonl*1)")  # fmt: skip
         if any(row.get(key) for key in TOOLS):
             raise DataError(f"{where}: has tools, which no template here writes: leave the row out")
         if media := next((key for key in MEDIA if row.get(key)), None):
