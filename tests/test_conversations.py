@@ -15,7 +15,7 @@ from milepost.run.text import read_text
 from milepost.runtime.progress import Log
 from milepost.text import blocks, tokenization
 from milepost.text.corpus import Corpus, open_corpus
-from milepost.text.errors import DataError
+from milepost.text.errors import DataError, TextFieldError
 from milepost.text.examples import prepare_examples
 from milepost.text.readers import Reading
 from milepost.text.scan import scan
@@ -59,6 +59,18 @@ def test_a_conversation_beside_a_text_is_passed_over_and_told(tmp_path: Path) ->
     assert opened(rows(tmp_path / "o.jsonl", [{"text": "plain", "id": 1}])).skipped == ()
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_field_that_was_named_and_is_not_there_is_told_with_those_that_are(tmp_path: Path, name: str) -> None:
+    path = rows(tmp_path / "a.jsonl", [{"question": "a?", "answer": "b"}])
+    (tmp_path / "a.csv").write_text("question,answer\na?,b\n", encoding="utf-8")
+    where = tmp_path / name, 1 + (name != path.name)
+    with pytest.raises(TextFieldError) as caught:
+        pairs(where[0], prompt_field="question", answer_field="reply")
+    assert (
+        str(caught.value) == f"{where[0]} line {where[1]}: expected members question and reply, found question, answer"
+    )
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_a_first_row_of_any_length_decides(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may go on in the next block of the file."""
@@ -99,6 +111,7 @@ BAD = {
     "a tool's message": ({"messages": [USER, ANSWER, {"role": "tool", "content": "1"}]}, "line 2, message 3"),
     "a call": ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "line 2, message 2"),
     "tools": ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "line 2"),
+    "a weight": ({"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER]}, "line 2, message 2"),
     "an image": ({"messages": [USER | {"content": [{"type": "image"}]}, ANSWER]}, "line 2, message 1"),
     "half a pair": ({"messages": [USER | {"content": "\ud800"}, ANSWER]}, "line 2, message 1"),
     "a string": ("hello", "line 2"),

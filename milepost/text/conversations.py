@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from milepost.text import blocks
 from milepost.text.blocks import normalized
-from milepost.text.errors import DataError
+from milepost.text.errors import DataError, TextFieldError
 from milepost.text.readers import ROWS, Piece, Reading, first_row, listed, suffix_of
 from milepost.text.templates import render
 
@@ -86,9 +86,7 @@ def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
     for where, row in ROWS[suffix_of(path.name)](path, reading, (*keys, *OPTIONAL)):
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: expected an object with {', '.join(keys)}, found a {type(row).__name__}")
-        if lacking := [key for key in keys if key not in row]:
-            has = listed(list(map(str, row)))
-            raise DataError(f"{where}: has {has}, but not {', '.join(lacking)} as the first row: put each form into files of its own and mix them by weights (a.jsonl*1,b.jsonl*1)")  # fmt: skip
+        _check_keys(row, keys, where, chosen=reading.form == CHOSEN)
         if any(row.get(key) for key in TOOLS):
             raise DataError(f"{where}: has tools, which no template here writes: leave the row out")
         if media := next((key for key in MEDIA if row.get(key)), None):
@@ -96,6 +94,18 @@ def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
         talk = _messages(row["messages"], where) if reading.form == "messages" else _pair(row, keys, where)
         _check_order(talk, where)
         yield where, talk
+
+
+def _check_keys(row: Mapping[str, Any], keys: tuple[str, ...], where: str, *, chosen: bool) -> None:
+    """Raise DataError if a row lacks one of the keys; TextFieldError if it was the user who chose them."""
+    lacking, has = [key for key in keys if key not in row], listed(list(map(str, row)))
+    if lacking and chosen:
+        raise TextFieldError(f"{where}: expected members {' and '.join(keys)}, found {has}")
+    if lacking:
+        remedy = "complete the row or leave it out"
+        if any(row.keys() >= set(other) for other in FORMS.values()):
+            remedy = "put each form into files of its own and mix them by weights (a.jsonl*1,b.jsonl*1)"
+        raise DataError(f"{where}: has {has}, but not {', '.join(lacking)} as the first row: {remedy}")
 
 
 def _pair(row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Talk:
@@ -122,6 +132,9 @@ def _message(message: Any, number: int, where: str) -> dict[str, str]:
         raise DataError(f"{where}: calls a tool, which no template here writes: leave the row out")
     if not isinstance(role, str) or role not in TURNS:
         raise DataError(f"{where}: its role is {role!r:.40}: expected system, user or assistant")
+    if message.get("weight") not in (None, 1):  # as OpenAI's fine-tuning has it: 0 keeps an answer out of the loss
+        problem = f"its weight is {message['weight']!r:.20}, and all answers count alike"
+        raise DataError(f"{where}: {problem}: take the weight out, or leave the row out")
     if isinstance(content, list):
         raise DataError(f"{where}: its content is a list of parts, as of images: expected text")
     return {"role": role, "content": _text(content, "content", where)}
