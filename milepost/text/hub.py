@@ -21,7 +21,8 @@ from milepost.text.readers import CODE, READERS, listed, suffix_of
 
 SCHEME = "hf://datasets/"
 _ADDRESS = re.compile(
-    rf"{SCHEME}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:/\s]+))?(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?"
+    rf"{SCHEME}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/convert/\w+|refs/pr/\d+|[^@:/\s]+))?"
+    r"(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?"
 )
 _COMMIT = re.compile("[0-9a-f]{40}")
 FORM = f"{SCHEME}owner/name[@revision][:config][/split]"
