@@ -10,9 +10,12 @@ import pytest
 from drive import train
 from talks import rows, talks_file
 
-from milepost.text import tokenization
+from milepost import config
+from milepost.run.text import read_text
+from milepost.runtime.progress import Log
+from milepost.text import blocks, tokenization
 from milepost.text.corpus import Corpus, open_corpus
-from milepost.text.errors import DataError
+from milepost.text.errors import DataError, TextFieldError
 from milepost.text.examples import prepare_examples
 from milepost.text.readers import Reading
 from milepost.text.scan import scan
@@ -47,6 +50,36 @@ def test_every_form_is_recognized_by_its_keys(tmp_path: Path) -> None:
     )
 
 
+def test_a_conversation_beside_a_text_is_passed_over_and_told(tmp_path: Path) -> None:
+    path = rows(tmp_path / "t.jsonl", [{"text": "plain", "messages": [USER, ANSWER]}])
+    corpus = opened(path)
+    assert list(corpus.pieces()) == [("plain", True)]
+    (note,) = corpus.skipped
+    assert note.startswith(f"{path}: its rows have text, which is read, and messages, which are not")
+    assert opened(rows(tmp_path / "o.jsonl", [{"text": "plain", "id": 1}])).skipped == ()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_field_that_was_named_and_is_not_there_is_told_with_those_that_are(tmp_path: Path, name: str) -> None:
+    path = rows(tmp_path / "a.jsonl", [{"question": "a?", "answer": "b"}])
+    (tmp_path / "a.csv").write_text("question,answer\na?,b\n", encoding="utf-8")
+    where = tmp_path / name, 1 + (name != path.name)
+    with pytest.raises(TextFieldError) as caught:
+        pairs(where[0], prompt_field="question", answer_field="reply")
+    assert (
+        str(caught.value) == f"{where[0]} line {where[1]}: expected members question and reply, found question, answer"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_first_row_of_any_length_decides(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go on in the next block of the file."""
+    monkeypatch.setattr(blocks, "BLOCK", 16)
+    row = {"prompt": "a?" * 20, "completion": "b"}
+    path = rows(tmp_path / name, [row])
+    assert pairs(path) == [("a?" * 20, "b")]
+
+
 def test_every_container_gives_the_same_conversations(tmp_path: Path) -> None:
     values = [{"prompt": "a, b?", "completion": 'c "d"\ne'}, {"prompt": "x?", "completion": "y"}]
     expected = [(each["prompt"], each["completion"]) for each in values]
@@ -78,6 +111,7 @@ BAD = {
     "a tool's message": ({"messages": [USER, ANSWER, {"role": "tool", "content": "1"}]}, "line 2, message 3"),
     "a call": ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "line 2, message 2"),
     "tools": ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "line 2"),
+    "a weight": ({"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER]}, "line 2, message 2"),
     "an image": ({"messages": [USER | {"content": [{"type": "image"}]}, ANSWER]}, "line 2, message 1"),
     "half a pair": ({"messages": [USER | {"content": "\ud800"}, ANSWER]}, "line 2, message 1"),
     "a string": ("hello", "line 2"),
@@ -123,6 +157,22 @@ def test_the_first_row_decides_though_files_before_it_are_blank(tmp_path: Path) 
     (tmp_path / "b.jsonl").write_text("\n \n", encoding="utf-8")
     rows(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}])
     assert pairs(tmp_path) == [("a", "b")]
+
+
+def test_settings_of_conversations_are_told_to_have_no_effect_on_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(path: Path, **changes: str) -> list[str]:
+        values = {"PYTHON_DOTENV_DISABLED": "1", "TRAINING_DATA_SOURCE": str(path), "BLOCK_SIZE": "4", **changes}
+        read_text(config.read(values), Log())
+        return [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+
+    text = rows(tmp_path / "t.jsonl", [{"text": "a wren, an owl, a rook and a lark in the hedge, all of them asleep"}])
+    talks = rows(tmp_path / "c.jsonl", [{"prompt": "a?", "completion": "b"}] * 20)
+    why = "no effect on a text without conversations"
+    lines = [f"LOSS_ON=all (environment): {why}", f"PACKING=false (environment): {why}"]
+    assert told(text, LOSS_ON="all", PACKING="false") == lines
+    assert told(text, LOSS_ON="answers", PACKING="true") == told(talks, LOSS_ON="all", PACKING="false") == []
 
 
 def test_text_beside_conversations_is_refused(tmp_path: Path) -> None:

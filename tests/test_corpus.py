@@ -203,6 +203,17 @@ BAD_JSON = {
     "a number": ("[1]", "found a int"),
     "too deep": ("[" * 100_000, "record 1"),
     "half a surrogate": ('["\\ud800"]', "surrogate"),
+    "a comma before the end": ('["one", "two" , ]', "record 3 is not valid JSON (a comma stands before the end"),
+    "a comma before the first": ('[, "one"]', "record 1 is not valid JSON (a comma stands in its place"),
+    "two commas": ('["one",, "two"]', "record 2 is not valid JSON (a comma stands in its place"),
+    "no comma": ('["one" "two"]', "record 2 is not valid JSON (no comma stands before it"),
+    "commas without a list": (
+        '{"text": "one"},\n{"text": "two"}',
+        "record 2 is not valid JSON (a comma stands before it",
+    ),
+    "an object behind it": ('["one"]\n{"text": "two"}', "record 2 is not valid JSON (its list ends before it"),
+    "a second list behind it": ('["one"] ["two"]', "record 2 is not valid JSON (its list ends before it"),
+    "two ends": ('["one"]]', "record 2 is not valid JSON (its list ends before it"),
 }
 
 

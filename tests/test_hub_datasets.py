@@ -188,6 +188,14 @@ def test_the_files_of_a_split_are_those_of_the_readme_or_of_their_names() -> Non
     assert files("", configs=configs) == ["data/train-0.parquet"]
     assert files("/held", configs=configs) == ["dev.jsonl"]
     assert files(":fr", configs=configs) == ["fr/train.csv"]
+    folders = [{"config_name": "en", "data_dir": "data"}, {"config_name": "fr", "data_dir": "./fr/"}]
+    assert files(":fr", configs=folders) == ["fr/train.csv"]
+    assert files(":en/validation", configs=folders) == ["data/validation-0.parquet"]
+    with pytest.raises(DataError, match="one of its configs"):
+        files("", configs=folders)
+    assert files("", configs=folders[:1]) == ["data/train-0.parquet"]
+    assert files("", configs=[{"data_dir": "."}]) == files("")
+    assert files("", configs=[{"data_dir": "data", "data_files": "./val*"}]) == ["data/validation-0.parquet"]
     assert configs_of(None) == []
     for address, problem in ((":de", "en, fr"), ("/test", "held, train")):
         with pytest.raises(DataError, match=problem):
@@ -205,3 +213,14 @@ def test_a_recorded_commit_takes_the_place_of_a_branch_alone() -> None:
     for other in (f"hf://datasets/a/b@{SECOND}:en", "hf://datasets/a/b:fr", "hf://datasets/a/c:en", "/a/b.txt"):
         assert at_commit(other, recorded) == other
     assert hub_module.data_set("hf://datasets/a/b").split == "train"
+
+
+def test_an_address_is_taken_apart() -> None:
+    for revision in ("main", "v1.0", FIRST, "refs/convert/parquet", "refs/pr/7"):
+        found = data_set(f"hf://datasets/a/b@{revision}:en/test")
+        assert (found.repo, found.revision, found.config, found.split) == ("a/b", revision, "en", "test")
+        assert data_set(found.address) == found
+        assert data_set(f"hf://datasets/a/b@{revision}/test").config is None
+    for wrong in ("a/b@refs/heads/main", "a/b@x/y/z", "a", "a/b:en:fr"):
+        with pytest.raises(DataError, match="expected hf://datasets/owner/name"):
+            data_set(f"hf://datasets/{wrong}")

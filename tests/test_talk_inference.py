@@ -14,10 +14,13 @@ from talks import rows
 from test_templates import CHATML, bpe
 
 import models
-from milepost import ckpt
+from milepost import ckpt, config
 from milepost.ckpt.layouts.huggingface import MANIFEST
 from milepost.ckpt.restore import build_model, build_tokenizer
 from milepost.generation.sampling import generate
+from milepost.run.text import read_text
+from milepost.runtime.progress import Log
+from milepost.text.examples import ExampleSplit
 from milepost.text.templates import NO_TEMPLATE, chat_ids, template_of
 
 PAIRS = {"Who sings?": "The wren.", "Who hunts?": "An owl.", "Who builds?": "A rook."}
@@ -100,10 +103,10 @@ def test_the_validation_part_is_that_of_the_training(trained: Path) -> None:
     assert figures["benchmarks"][0]["items"] == 6
 
 
-def instructed(folder: Path) -> tuple[ckpt.Checkpoint, Path]:
+def instructed(folder: Path, template: str = CHATML) -> tuple[ckpt.Checkpoint, Path]:
     """A folder of random weights as another program leaves one: its tokenizer has a chat template, no record names any."""
     torch.manual_seed(3)
-    tokenizer = bpe(CHATML)
+    tokenizer = bpe(template)
     model = models.build(
         "llama", {"vocab_size": tokenizer.vocab_size, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16}
     )
@@ -112,6 +115,40 @@ def instructed(folder: Path) -> tuple[ckpt.Checkpoint, Path]:
     path = ckpt.save(replace(gpt2_record(), model_state=state, data={}, **fields), folder, layout="huggingface")
     (path / MANIFEST).unlink()
     return ckpt.load(path), path
+
+
+def test_a_run_trains_on_the_date_of_its_first_day_whenever_it_resumes(tmp_path: Path) -> None:
+    """Of a template that writes the date: the token files of that day may be gone."""
+    one, _ = instructed(tmp_path, "{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    source = rows(tmp_path / "t.jsonl", [{"prompt": q, "completion": a} for q, a in PAIRS.items()] * 4)
+    settings = config.read({"PYTHON_DOTENV_DISABLED": "1", "MODEL_TYPE": "llama", "TRAINING_DATA_SOURCE": str(source)})
+
+    def read(data: dict[str, Any]) -> tuple[str, str]:
+        text, tokenizer = read_text(settings, Log(), record=replace(one, data=data))
+        assert isinstance(text.split, ExampleSplit)
+        assert text.fingerprint()["template"] == text.template
+        return text.template or "", tokenizer.decode(text.split.train.first_question())
+
+    template, question = read({})
+    day = template.removeprefix("{# date: ")[:10]
+    assert question.startswith(f"{day}<|im_start|>user")
+    assert read({"template": template}) == (template, question)
+    earlier = template.replace(day, "2001-02-03")  # as a checkpoint of that day has it
+    assert read({"template": earlier}) == (earlier, question.replace(day, "2001-02-03"))
+
+
+def test_a_template_that_a_tokenizer_cannot_hold_is_passed_over_aloud(tmp_path: Path) -> None:
+    for kind, told in (("byte", True), ("bpe", False)):
+        tokenizer = {"kind": "byte"} if kind == "byte" else bpe().to_dict()
+        path = ckpt.save(replace(instructed(tmp_path)[0], tokenizer=tokenizer), tmp_path, layout="huggingface")
+        (path / MANIFEST).unlink()
+        (path / "chat_template.jinja").write_text(CHATML)
+        one = ckpt.load(path)
+        assert one.tokenizer is not None
+        assert one.tokenizer.get("chat_template") == (None if told else CHATML)
+        assert [note for note in one.notes if "its chat template is passed over" in note] == (
+            [f"{path}: its chat template is passed over, which a byte tokenizer cannot hold"] * told
+        )
 
 
 def test_a_prompt_to_an_imported_instruction_model_is_a_question(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Chat templates: the plain one for every tokenizer, Jinja in a sandbox, and special tokens that no user can write."""
 
+import datetime
 import itertools
 import json
 
@@ -12,6 +13,7 @@ from milepost.text.templates import (
     TemplateError,
     chat_ids,
     chat_stops,
+    dated,
     example,
     plain_jinja,
     render,
@@ -146,6 +148,19 @@ def test_names_of_tokens_stand_in_the_template() -> None:
     assert render(TALK, made) == '<s "1">Be brief.</s>'
     assert "pad" not in made
     assert render(TALK, with_tokens("\n{{ bos_token }}", {"bos_token": "x"})) == "\nx"
+
+
+@pytest.mark.parametrize("begin", ["", "\n", "\n\n", "  ", "{%- set a = 1 %}\n"])
+def test_a_dated_template_writes_one_date_and_nothing_else_of_its_own(begin: str) -> None:
+    template = begin + "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}\n"
+    made = dated(template, datetime.date(2001, 2, 3))
+    assert render(TALK, made).endswith("03 Feb 2001 Be brief.")
+    assert dated(made, datetime.date(2002, 1, 1)) == made
+    assert dated(CHATML, datetime.date(2001, 2, 3)) == CHATML
+    # Rendered by another program the comment is nothing, and the date is its own.
+    fixed = template.replace("strftime_now('%d %b %Y')", "'03 Feb 2001'")
+    assert render(TALK, made) == render(TALK, fixed)
+    assert render(TALK, template) != render(TALK, fixed)  # the negative control: without a date it is today's
 
 
 def test_the_template_travels_with_the_tokenizer() -> None:

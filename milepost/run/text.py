@@ -1,6 +1,7 @@
 """The training text of a run: read it, choose its tokenizer, and tokenize it."""
 
 import dataclasses
+import datetime
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from milepost.text.prepared import Vocabulary, validation_beside
 from milepost.text.readers import PLAIN, Reading
 from milepost.text.scan import Scan
 from milepost.text.sources import with_places
-from milepost.text.templates import chat_stops, template_of
+from milepost.text.templates import chat_stops, dated, template_of
 from milepost.text.token_arrays import Tokens
 from milepost.text.tokenization.base import edge
 from milepost.text.unknown import Mode, encoder_of, first_known
@@ -102,6 +103,8 @@ def read_text(
         tokenizer = made if made is not None else tokenization.from_dict(described)
     check_separator(settings.document_separator, tokenizer)
     template = template_of(record.data if record else {}, tokenizer) or None  # the plain one where there is none
+    if template and "template" not in (record.data if record else {}):  # a new run; processes may begin on two days
+        template = world.broadcast(dated(template, datetime.date.today()))
     for source, _ in [(corpus, scanned), *([held_out] if held_out else [])]:
         check_ids(source, tokenizer)
     tokenized = functools.partial(_tokenized, tokenizer=tokenizer, template=template, settings=settings, log=log)
@@ -111,6 +114,8 @@ def read_text(
         given, _ = world.local_rank0_first(lambda: tokenized(*held_out, fraction=0.0))
         split = dataclasses.replace(split, validation=given.train)  # type: ignore[arg-type]
     _check_block_size(split, settings)
+    for line in () if corpus.reading.form else without_effect_on_text(settings):
+        log(line)
     return Text(
         corpus=corpus,
         scan=scanned,
@@ -122,6 +127,16 @@ def read_text(
         answers=settings.loss_on == "answers",
         pack=settings.packing,
     ), tokenizer
+
+
+def without_effect_on_text(settings: Config) -> list[str]:
+    """Return a line on each setting of conversations that is set for a text that has none."""
+    values = [("LOSS_ON", "all", settings.loss_on == "all"), ("PACKING", "false", not settings.packing)]
+    return [
+        f"{name}={value} ({settings.sources[name]}): no effect on a text without conversations"
+        for name, value, holds in values
+        if holds and settings.is_set(name)
+    ]
 
 
 def fraction_of(settings: Config) -> float:
@@ -374,7 +389,8 @@ def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known
             log=log,
         )
     except TextFieldError as error:
-        raise DataError(f"{error}: set TEXT_FIELD to the name of the field that holds the text") from error
+        remedy = "set TEXT_FIELD to the field that holds the text, or of conversations PROMPT_FIELD and ANSWER_FIELD"
+        raise DataError(f"{error}: {remedy}") from error
     separator = "" if corpus.prepared else reading.separator
     found = [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"] if separator else []
     for line in (*corpus.skipped, *scanned.notes, *found):

@@ -1,13 +1,13 @@
 """Conversations in the rows of files: recognized by their keys, checked, and as messages."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from milepost.text import blocks
 from milepost.text.blocks import normalized
-from milepost.text.errors import DataError
+from milepost.text.errors import DataError, TextFieldError
 from milepost.text.readers import ROWS, Piece, Reading, first_row, listed, suffix_of
 from milepost.text.templates import render
 
@@ -26,14 +26,14 @@ CHOSEN: Final = "chosen"  # the form of rows whose fields the user names
 TURNS: Final = {"system": "user", "user": "assistant", "assistant": "user"}  # role -> the role that follows it
 
 
-def form_of(paths: Iterable[Path], reading: Reading) -> str:
+def form_of(paths: Iterable[Path], reading: Reading, note: Callable[[str], None] = lambda _: None) -> str:
     """Return the form of the rows of files, by the first row of the first that is not blank; TEXT if they are documents.
 
-    Raise DataError if other files among them have no rows.
+    A conversation that such rows hold beside a text goes to `note`. Raise DataError if other files among them have no rows.
     """
     paths = list(paths)
     with_rows = [path for path in paths if suffix_of(path.name) in ROWS]
-    form = _form_of_first(with_rows, reading)
+    form = _form_of_first(with_rows, reading, note)
     if form == TEXT:
         return TEXT
     if others := [path for path in paths if path not in with_rows]:
@@ -44,7 +44,7 @@ def form_of(paths: Iterable[Path], reading: Reading) -> str:
     return form
 
 
-def _form_of_first(paths: list[Path], reading: Reading) -> str:
+def _form_of_first(paths: list[Path], reading: Reading, note: Callable[[str], None]) -> str:
     if reading.verbatim:
         return TEXT  # versions that read so knew no conversations
     if reading.prompt_field is not None or reading.answer_field is not None:
@@ -52,14 +52,18 @@ def _form_of_first(paths: list[Path], reading: Reading) -> str:
     if reading.text_field != Reading.text_field or not paths:
         return TEXT
     try:
-        row = next((row for row in map(first_row, paths) if row is not None), None)
-    except (DataError, ValueError, RecursionError):  # reading the text reports it
+        path, row = next(((path, row) for path in paths if (row := first_row(path)) is not None), (None, None))
+    except DataError:  # reading the text reports it
         return TEXT
-    return TEXT if not isinstance(row, Mapping) or reading.text_field in row else _form_of_row(row)
-
-
-def _form_of_row(row: Mapping[str, Any]) -> str:
-    return next((form for form, keys in FORMS.items() if all(key in row for key in keys)), TEXT)
+    if not isinstance(row, Mapping):
+        return TEXT
+    form = next((form for form, keys in FORMS.items() if all(key in row for key in keys)), TEXT)
+    if reading.text_field not in row:
+        return form
+    if form != TEXT:
+        also = ", ".join(FORMS[form])
+        note(f"{path}: its rows have {reading.text_field}, which is read, and {also}, which are not: take the former out to train on answers")  # fmt: skip
+    return TEXT
 
 
 def _keys(form: str, reading: Reading) -> str:
@@ -82,9 +86,7 @@ def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
     for where, row in ROWS[suffix_of(path.name)](path, reading, (*keys, *OPTIONAL)):
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: expected an object with {', '.join(keys)}, found a {type(row).__name__}")
-        if lacking := [key for key in keys if key not in row]:
-            has = listed(list(map(str, row)))
-            raise DataError(f"{where}: has {has}, but not {', '.join(lacking)} as the rows before: put each form into a file of its own")  # fmt: skip
+        _check_keys(row, keys, where, chosen=reading.form == CHOSEN)
         if any(row.get(key) for key in TOOLS):
             raise DataError(f"{where}: has tools, which no template here writes: leave the row out")
         if media := next((key for key in MEDIA if row.get(key)), None):
@@ -92,6 +94,18 @@ def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
         talk = _messages(row["messages"], where) if reading.form == "messages" else _pair(row, keys, where)
         _check_order(talk, where)
         yield where, talk
+
+
+def _check_keys(row: Mapping[str, Any], keys: tuple[str, ...], where: str, *, chosen: bool) -> None:
+    """Raise DataError if a row lacks one of the keys; TextFieldError if it was the user who chose them."""
+    lacking, has = [key for key in keys if key not in row], listed(list(map(str, row)))
+    if lacking and chosen:
+        raise TextFieldError(f"{where}: expected members {' and '.join(keys)}, found {has}")
+    if lacking:
+        remedy = "complete the row or leave it out"
+        if any(row.keys() >= set(other) for other in FORMS.values()):
+            remedy = "put each form into files of its own and mix them by weights (a.jsonl*1,b.jsonl*1)"
+        raise DataError(f"{where}: has {has}, but not {', '.join(lacking)} as the first row: {remedy}")
 
 
 def _pair(row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Talk:
@@ -118,6 +132,9 @@ def _message(message: Any, number: int, where: str) -> dict[str, str]:
         raise DataError(f"{where}: calls a tool, which no template here writes: leave the row out")
     if not isinstance(role, str) or role not in TURNS:
         raise DataError(f"{where}: its role is {role!r:.40}: expected system, user or assistant")
+    if message.get("weight") not in (None, 1):  # as OpenAI's fine-tuning has it: 0 keeps an answer out of the loss
+        problem = f"its weight is {message['weight']!r:.20}, and all answers count alike"
+        raise DataError(f"{where}: {problem}: take the weight out, or leave the row out")
     if isinstance(content, list):
         raise DataError(f"{where}: its content is a list of parts, as of images: expected text")
     return {"role": role, "content": _text(content, "content", where)}

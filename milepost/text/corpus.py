@@ -24,7 +24,7 @@ from milepost.text.sources import Part, joined, parts_of
 class Corpus:
     """The files of a text: `source` as the user wrote it, without passwords, `name` safe for file names, `paths` in order.
 
-    `reading` is how they are read, `skipped` tells which files of folders and globs are left out. A mixture has its sources
+    `reading` is how they are read, `skipped` tells what is left out: files of folders and globs, conversations beside a text. A mixture has its sources
     in `parts`, with a weight for each. Files that hold ids and no text are `prepared`.
     """
 
@@ -127,12 +127,14 @@ def _corpus(shown: str, found: list[tuple[Part, Found]], reading: Reading) -> Co
     paths = tuple(path for _, (files, _) in found for path in files)
     if not paths:
         raise DataError(f"the data source {shown!r} names nothing: expected a file, folder, glob or https URL")
+    notes = [line for _, (_, lines) in found for line in lines]
+    form = form_of(paths, reading, notes.append)
     return Corpus(
         source=shown,
         name=_name([part for part, _ in found]),
         paths=paths,
-        reading=dataclasses.replace(reading, form=form_of(paths, reading)),
-        skipped=tuple(line for _, (_, lines) in found for line in lines),
+        reading=dataclasses.replace(reading, form=form),
+        skipped=tuple(notes),
         prepared=prepared_of(paths),
     )
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from milepost.files import new_file
@@ -21,7 +21,8 @@ from milepost.text.readers import CODE, READERS, listed, suffix_of
 
 SCHEME = "hf://datasets/"
 _ADDRESS = re.compile(
-    rf"{SCHEME}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:/\s]+))?(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?"
+    rf"{SCHEME}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/convert/\w+|refs/pr/\d+|[^@:/\s]+))?"
+    r"(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?"
 )
 _COMMIT = re.compile("[0-9a-f]{40}")
 FORM = f"{SCHEME}owner/name[@revision][:config][/split]"
@@ -143,14 +144,17 @@ def files_of_split(asked: DataSet, names: Sequence[str], configs: Sequence[dict[
     Raise DataError naming the configs or splits that there are.
     """
     files = sorted(name for name in names if suffix_of(name) in READERS and suffix_of(name) not in (*CODE, ".md"))
-    patterns = _patterns(asked, configs)
-    if patterns is None:
-        inside = [name for name in files if asked.config is None or name.startswith(f"{asked.config}/")]
+    config = _config(asked, configs)
+    folder = PurePosixPath(config.get("data_dir") or ("" if config else asked.config or ""))
+    if not config.get("data_files"):
+        inside = [name for name in files if PurePosixPath(name).is_relative_to(folder)]
         patterns = {split: found for split in SPLITS if (found := [n for n in inside if _names_split(n, split)])}
         patterns = patterns or ({"train": inside} if inside else {})
         chosen = patterns.get(asked.split, [])
     else:
-        chosen = [n for n in files if any(fnmatch.fnmatchcase(n, each) for each in patterns.get(asked.split, []))]
+        patterns = _patterns(config["data_files"])
+        wanted = [str(folder / each) for each in patterns.get(asked.split, [])]
+        chosen = [name for name in files if any(fnmatch.fnmatchcase(name, each) for each in wanted)]
     if not chosen:
         there = listed(sorted(patterns)) if patterns else "no data file"
         raise DataError(
@@ -164,11 +168,15 @@ def _names_split(name: str, split: str) -> bool:
     return any(word in SPLITS[split] for word in words)
 
 
-def _patterns(asked: DataSet, configs: Sequence[dict[str, Any]]) -> dict[str, list[str]] | None:
-    """Return split -> patterns of files, of the config that is asked for; None if the README has no data files."""
-    with_files = {str(each.get("config_name", "default")): each for each in configs if each.get("data_files")}
+def _config(asked: DataSet, configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the README's config that is asked for; empty if none of them names files or a folder of its own."""
+    with_files = {
+        str(each.get("config_name", "default")): each
+        for each in configs
+        if each.get("data_files") or each.get("data_dir")
+    }
     if not with_files:
-        return None
+        return {}
     default = [
         name for name, each in with_files.items() if each.get("default") or name == "default" or len(with_files) == 1
     ]
@@ -177,8 +185,12 @@ def _patterns(asked: DataSet, configs: Sequence[dict[str, Any]]) -> dict[str, li
         raise DataError(
             f"{asked.address}: expected one of its configs, as in {SCHEME}{asked.repo}:{next(iter(with_files))}: {listed(list(with_files))}"
         )
+    return with_files[name]
+
+
+def _patterns(files: Any) -> dict[str, list[str]]:
+    """Return split -> patterns of files."""
     found: dict[str, list[str]] = {}
-    files = with_files[name]["data_files"]
     for each in files if isinstance(files, list) else [files]:
         entry = each if isinstance(each, dict) else {"split": "train", "path": each}
         path = entry.get("path", [])

@@ -27,7 +27,16 @@ Piece = tuple[str, bool]
 END_OF_TEXT = "<|endoftext|>"  # as GPT-2 writes it; in a text it is ordinary text
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of CSV, in the order in which they are tried
-SEPARATOR = re.compile(r"[\s,]*")  # between the values of a JSON file
+SPACE = re.compile(r"\s*")
+# Of a JSON file: what may come next, and after a mark or a value what may come then.
+MARKS = {
+    ("list or value", "["): "member or ]",
+    ("member or ]", "]"): "end",
+    ("comma or ]", ","): "member",
+    ("comma or ]", "]"): "end",
+}
+AFTER_VALUE = {"list or value": "value", "value": "value", "member or ]": "comma or ]", "member": "comma or ]"}
+INSIDE = ("member or ]", "member", "comma or ]")  # of a list
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -116,18 +125,18 @@ def _read_json(path: Path, reading: Reading) -> Iterator[Piece]:
 
 def _json_values(path: Path) -> Iterator[Any]:
     """Yield the members of a JSON list, or the values that follow one another. Only one of them is held in memory."""
-    held, enough, number, bracket = "", 1, 1, ""
+    held, enough, number, due = "", 1, 1, "list or value"
     for block, last in _with_last(blocks_of(path)):
         held += block
         if len(held) < enough and not last:
             continue
-        at = _value_at(held, 0)
-        if number == 1 and not bracket and held.startswith("[", at):
-            bracket, at = "[", _value_at(held, at + 1)
+        at = _after_space(held, 0)
         while at < len(held):
-            if bracket == "[" and held[at] == "]":
-                bracket, at = "]", _value_at(held, at + 1)
+            if following := MARKS.get((due, held[at])):
+                due, at = following, _after_space(held, at + 1)
                 continue
+            if problem := _misplaced(held[at], due):
+                raise DataError(f"{path} record {number} is not valid JSON ({problem})")
             try:
                 value, end = JSON.raw_decode(held, at)
             except DataError as error:
@@ -137,17 +146,30 @@ def _json_values(path: Path) -> Iterator[Any]:
                     raise DataError(f"{path} record {number} is not valid JSON ({error})") from None
                 break  # its end may be in the next block
             yield value
-            number, at = number + 1, _value_at(held, end)
+            number, due, at = number + 1, AFTER_VALUE[due], _after_space(held, end)
         held = held[at:]
         check_length(len(held), where=f"{path} record {number}", what="it is not valid JSON, or")
         enough = min(2 * len(held), blocks.RECORD_LIMIT + 1)  # else a long value would be parsed again for each block
-    if bracket == "[":
+    if due in INSIDE:
         raise DataError(f"{path} ends within its list, after record {number - 1}: copy or download it again")
 
 
-def _value_at(text: str, at: int) -> int:
-    """Return the position of the next value, behind spaces and commas."""
-    found = SEPARATOR.match(text, at)
+def _misplaced(character: str, due: str) -> str:
+    """Return why neither a mark nor a value may begin with this character here; "" if a value may."""
+    if due == "end":
+        return "its list ends before it: leave the rest out"
+    if due == "comma or ]":
+        return "no comma stands before it: add one"
+    if character == "," and due == "value":
+        return "a comma stands before it outside of a list: put [ and ] around all of them, or leave the commas out"
+    if character == ",":
+        return "a comma stands in its place: leave that out"
+    return "a comma stands before the end of the list: leave that out" if (due, character) == ("member", "]") else ""
+
+
+def _after_space(text: str, at: int) -> int:
+    """Return the position of the next character that is not a space."""
+    found = SPACE.match(text, at)
     return found.end() if found else at
 
 
@@ -295,23 +317,16 @@ def _slices(text: str, reading: Reading) -> Iterator[Piece]:
 
 
 def first_row(path: Path) -> Any:
-    """Return the first row of a file as it is in its first block; where the names of columns are stored apart, those alone; None if
-    the file is blank.
+    """Return the first row of a file; where the names of columns are stored apart, those alone; None if the file has none.
 
-    Raise ValueError if it is longer than a block.
+    Raise DataError if it cannot be read.
     """
     if suffix_of(path.name) in COLUMNAR:
         return dict.fromkeys(columns_of(path))
-    text = next(blocks_of(path), "")
     if suffix_of(path.name) in (".csv", ".tsv"):
-        first = text.partition("\n")[0]
-        return dict.fromkeys(_columns(first, _delimiter(path, first, "")))
-    if not text.strip():
-        return None
-    at = _value_at(text, 0)
-    if suffix_of(path.name) == ".json" and text.startswith("[", at):
-        at = _value_at(text, at + 1)
-    return json.JSONDecoder().raw_decode(text, at)[0]
+        first = next(lines_of(path), "")
+        return dict.fromkeys(_columns(first, _delimiter(path, first, ""))) or None
+    return next((row for _, row in ROWS[suffix_of(path.name)](path, PLAIN, ())), None)
 
 
 # Of source code; each file is a document.

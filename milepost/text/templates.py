@@ -12,7 +12,7 @@ where <end> is the tokenizer's end of text, or the characters `<|end|>` if it ha
 the `<`, so nobody can end another's turn.
 
 A template of Jinja is rendered as transformers renders it, in a sandbox. It is self-contained: `with_tokens` puts the names of
-tokens that transformers passes to it (bos_token) at its beginning.
+tokens that transformers passes to it (bos_token) at its beginning, and `dated` the date that it writes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ ROLES: Final = {"system": "System", "user": "User", "assistant": "Assistant"}
 PLAIN_END: Final = "<|end|>"
 NO_TEMPLATE: Final = ""  # the messages are one text that the model continues
 SAFE_JINJA: Final = (3, 1, 6)
+DATE: Final = re.compile(r"\{# date: (\d{4}-\d\d-\d\d) #\}")  # at the beginning of a template
 PRIVATE: Final = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # private code points
 
 
@@ -136,6 +137,17 @@ def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
     heads = [f"{{%- set {name} = {json.dumps(text)} %}}" for name, text in sorted(tokens.items()) if name in template]
     first = "\n" if heads and template.startswith("\n") else ""  # the first line end after a statement is dropped
     return "".join(heads) + first + template
+
+
+def dated(template: str, day: datetime.date) -> str:
+    """Return a template that writes this date on any day, if it would write that of its rendering (`strftime_now`).
+
+    A run that resumes on another day trains on the same tokens then. To other programs the date is a comment.
+    """
+    if "strftime_now" not in template or DATE.match(template):
+        return template
+    first = "\n" if template.startswith("\n") else ""  # the first line end after a comment is dropped
+    return f"{{# date: {day.isoformat()} #}}{first}{template}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +277,9 @@ def _compiled(template: str) -> Any:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    found = DATE.match(template)
+    date = datetime.datetime.fromisoformat(found[1]) if found else None
+    environment.globals["strftime_now"] = lambda form: (date or datetime.datetime.now()).strftime(form)
     return environment.from_string(template)
 
 

@@ -12,6 +12,7 @@ from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.restore import logits
 from milepost.ckpt.tensor_listing import differing
 from milepost.ckpt.tensors import digest
+from models import with_trait
 from models.sizes import skeleton
 
 GELUS = {"gelu": "GELU's tanh form", "gelu_erf": "the exact GELU", "relu": "ReLU"}
@@ -47,7 +48,7 @@ def elsewhere(record: Checkpoint) -> str:
     settings, bias = record.model_settings, record.model_state.get("lm_head.bias")
     if settings.get("lora") or settings.get("ttt"):
         return HERE_ONLY
-    if record.model_type in ("gpt2", "llama") and (bias is None or not bias.any()):
+    if record.model_type in with_trait("transformers") and (bias is None or not bias.any()):
         return TO_HUGGINGFACE
     tokens = (record.tokenizer or {}).get("kind") in ("char", "gpt2")
     biased = any(name.endswith("attn.c_attn.bias") and tensor.any() for name, tensor in record.model_state.items())

@@ -23,9 +23,9 @@ ENDS = ((GENERATION, "eos_token_id"), (CONFIG, "eos_token_id"), (TOKENIZER_CONFI
 def read_tokenizer(path: Path, vocab_size: int) -> Choice:
     """Return the folder's tokenizer as JSON values, and a note on what was chosen or passed over; it may be empty."""
     if is_regular(path / TOKENIZER):
-        return _with_ends(path, _with_chat(path, tokenizer_from_file(read_json(path / TOKENIZER))))
+        return _completed(path, tokenizer_from_file(read_json(path / TOKENIZER)))
     if is_regular(path / VOCAB) and is_regular(path / MERGES):
-        return _with_ends(path, _with_chat(path, _tokenizer_of_two_files(path)))
+        return _completed(path, _tokenizer_of_two_files(path))
     choice = tokenizer_beside(path, vocab_size)
     halves = [name for name in (VOCAB, MERGES) if is_regular(path / name)]
     if choice[0] is None and halves:
@@ -34,8 +34,19 @@ def read_tokenizer(path: Path, vocab_size: int) -> Choice:
     return choice
 
 
-def _with_chat(path: Path, tokenizer: dict[str, Json]) -> dict[str, Json]:
-    """Return the tokenizer with the folder's chat template, if it has one and the tokenizer can hold it."""
+def _completed(path: Path, tokenizer: dict[str, Json]) -> Choice:
+    """Return the tokenizer with the folder's chat template and the tokens that end a text, and a note on what is passed over."""
+    template = _chat_template(path)
+    holds = tokenizer["kind"] in FROM_LIBRARY
+    completed, note = _with_ends(path, tokenizer | ({"chat_template": template} if template and holds else {}))
+    if template and not holds:
+        lost = f"{path}: its chat template is passed over, which a {tokenizer['kind']} tokenizer cannot hold"
+        note = "; ".join(filter(None, (lost, note)))
+    return completed, note
+
+
+def _chat_template(path: Path) -> str | None:
+    """Return the folder's chat template, with the tokens that it names; None if there is none."""
     values = read_json(path / TOKENIZER_CONFIG) if is_regular(path / TOKENIZER_CONFIG) else {}
     template = values.get("chat_template")
     if isinstance(template, list):  # several, by name
@@ -43,11 +54,11 @@ def _with_chat(path: Path, tokenizer: dict[str, Json]) -> dict[str, Json]:
         template = named.get("default")
     if is_regular(path / CHAT):
         template = _text_of(path / CHAT)
-    if not isinstance(template, str) or tokenizer["kind"] not in FROM_LIBRARY:
-        return tokenizer
+    if not isinstance(template, str):
+        return None
     tokens = {name: next(iter(_flat([values.get(name)])), None) for name in TOKEN_NAMES}
     texts = {name: token for name, token in tokens.items() if isinstance(token, str)}
-    return tokenizer | {"chat_template": with_tokens(template, texts)}
+    return with_tokens(template, texts)
 
 
 def _text_of(path: Path) -> str:
