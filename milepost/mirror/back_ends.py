@@ -86,6 +86,12 @@ def _sftp(address: str) -> tuple[Any, str]:
     return Sftp(parts.hostname, **{name: value for name, value in named.items() if value}), parts.path
 
 
+def _hub(address: str) -> tuple[Any, str]:
+    from milepost.mirror.hub import Hub
+
+    return Hub(), address.partition("://")[2]
+
+
 def _webdav(address: str) -> tuple[Any, str]:
     """Return the file system of a WebDAV server and the path on it: what fsspec cannot tell from an address."""
     from webdav4.fsspec import WebdavFileSystem
@@ -98,4 +104,4 @@ def _webdav(address: str) -> tuple[Any, str]:
     return WebdavFileSystem(host, auth=auth, timeout=SILENCE, skip_instance_cache=True), parts.path
 
 
-CONNECT = {"s3fs": _s3, "paramiko": _sftp, "webdav4": _webdav}
+CONNECT = {"s3fs": _s3, "paramiko": _sftp, "huggingface_hub": _hub, "webdav4": _webdav}

@@ -69,6 +69,11 @@ class Store:
         """Whether a folder has to be created before an object in it."""
         return scheme_of(self.address) not in BUCKETS
 
+    @property
+    def commits(self) -> bool:
+        """Whether each object that is written is a commit of a repository."""
+        return scheme_of(self.address) == "hf" and not self.root.startswith("buckets/")
+
     def put(
         self, name: str, source: Path | bytes, *, moved: Callable[[int], None] = lambda size: None, piece: int = 0
     ) -> None:
