@@ -70,3 +70,9 @@ def test_a_repository_gets_few_beats_and_no_store_there_counts_as_exclusive(hub:
     leases = [Lease(store, "one", say=print) for store in stores.values()]
     assert [lease.expiry for lease in leases] == [SELDOM * EXPIRY, EXPIRY]
     assert [stores["me/letters"].create("x", content) for content in (b"1", b"2")] == [True, True]
+
+
+@pytest.mark.parametrize("address", ["hf://letters", "hf://buckets/letters", "hf://buckets/letters/"])
+def test_an_address_without_an_owner_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="hf://owner/name"):
+        opened(address)

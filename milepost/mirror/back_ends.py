@@ -42,7 +42,7 @@ def file_system(address: str) -> tuple[Any, str]:
         except ImportError as error:
             raise ImportError(f"{scheme}:// needs the package {package}: pip install {package}") from error
     try:
-        fs, root = CONNECT.get(package, _by_fsspec)(address)
+        fs, root = CONNECT.get(package or "", _by_fsspec)(address)
     except Exception as error:
         raise ValueError(without_secrets(str(error), address)) from None
     if not root.strip("/"):
@@ -89,7 +89,10 @@ def _sftp(address: str) -> tuple[Any, str]:
 def _hub(address: str) -> tuple[Any, str]:
     from milepost.mirror.hub import Hub
 
-    return Hub(), address.partition("://")[2]
+    root = address.partition("://")[2].strip("/")
+    if root.count("/") < (2 if root.startswith("buckets/") else 1):
+        raise ValueError("expected hf://owner/name or hf://buckets/owner/name")
+    return Hub(), root
 
 
 def _webdav(address: str) -> tuple[Any, str]:

@@ -28,6 +28,6 @@ class Hub(HfFileSystem):  # type: ignore[misc]
         if isinstance(place, HfFileSystemResolvedBucketPath):
             api.batch_bucket_files(place.bucket_id, add=[(source, place.path)])
         else:
-            named = {"repo_id": place.repo_id, "repo_type": place.repo_type, "revision": place.revision}
+            named: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": place.repo_type, "revision": place.revision}
             api.upload_file(path_or_fileobj=source, path_in_repo=place.path_in_repo, **named)
         self.invalidate_cache(place.unresolve())

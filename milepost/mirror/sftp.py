@@ -35,7 +35,7 @@ class Sftp(SFTPFileSystem):  # type: ignore[misc]
     def disconnect(self) -> None:
         """Close the connection, if there is one."""
         for name in ("ftp", "client"):
-            if (end := vars(self).pop(name, None)) is not None:
+            if (end := self.__dict__.pop(name, None)) is not None:
                 with contextlib.suppress(Exception):  # it is broken
                     end.close()
 
