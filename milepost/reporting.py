@@ -196,8 +196,9 @@ def log_done(run: Run, *, sample: str) -> None:
     run.log(f"done: {state.step} steps, {losses}")
     if isinstance(run.batches, MixedBatches):
         log_mixture(run, run.batches)
-    not_saved = f"; step {state.step} is NOT saved" if run.saved.failed else ""
-    run.log.notices.send("finished", f"{state.step} steps, {losses}{not_saved}")
+    missing = f"; step {state.step} is NOT saved" if run.saved.failed else ""
+    missing += "; the mirror lacks the last checkpoint" if run.saved.not_mirrored else ""
+    run.log.notices.send("finished", f"{state.step} steps, {losses}{missing}")
     write_stdout(sample)
     if run.saved.failed:
         run.log(f"step {state.step} is not saved, for the reason above; {how_to_resume(run)}")

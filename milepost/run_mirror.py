@@ -103,7 +103,10 @@ def _leased(run: Run, held: contextlib.ExitStack) -> Mirrored | None:
 
 
 def _upload_to(run: Run, known: Mirrored) -> None:
-    run.uploader = Uploader(known, keep_last=run.settings.mirror_keep_last, say=run.log, rate=_rate(run))
+    def warn(line: str) -> None:
+        run.log.notices.send("mirror", line)
+
+    run.uploader = Uploader(known, keep_last=run.settings.mirror_keep_last, say=run.log, warn=warn, rate=_rate(run))
 
 
 def help_mirroring(run: Run, held: contextlib.ExitStack) -> None:

@@ -22,7 +22,7 @@ import pytest
 from work import HANGING
 
 from milepost.mirror import retrying
-from milepost.mirror.store import OPTIONS
+from milepost.mirror.back_ends import OPTIONS
 
 BUCKET = "bucket"
 KEY, SECRET = "key", "hidden-secret"

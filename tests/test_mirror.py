@@ -1,9 +1,13 @@
 """The mirror: what is copied, in which order, and what a reader takes."""
 
 import dataclasses
+import errno
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from mirrors import (
     Faulty,
     in_folder,
@@ -20,7 +24,7 @@ from records import assert_same, record, save
 
 from milepost import ckpt
 from milepost.ckpt import CheckpointError
-from milepost.mirror import Mirrored, Store, contents, fetch, fetch_bests, fetch_run, readable
+from milepost.mirror import Mirrored, Store, StoreError, contents, fetch, fetch_bests, fetch_run, readable
 
 # ---------------------------------------------------------------------------------------------------------------------
 # There and back.
@@ -136,6 +140,28 @@ def test_a_store_that_lists_late_gives_the_newest(three, monkeypatch):
     assert [each.found.step for each in saves_of(three.store)] == [3, 2, 1]
     path_of(three.store, contents.LATEST).unlink()  # control: the listing alone
     assert [each.found.step for each in saves_of(three.store)] == [2, 1]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    """A disk or a connection that fails there would look like a mirror without checkpoints, and a new run would begin."""
+    store, ls = in_folder(tmp_path), LocalFileSystem.ls
+
+    def failing(fs: LocalFileSystem, path: str, **named: Any) -> list[Any]:
+        if path.rstrip("/").endswith("/one"):
+            raise OSError(errno.EIO, "Input/output error")
+        return ls(fs, path, **named)
+
+    for name in ("one/x", "two/x"):
+        store.put(name, b"1")
+    monkeypatch.setattr(LocalFileSystem, "ls", failing)
+    assert [Path(path).parent.name for path in store.fs.find(store.root)] == [
+        "two"
+    ]  # the control: fsspec leaves it out
+    for ask in (store.names, store.sizes, lambda: store.names("one")):
+        with pytest.raises(StoreError, match="Input/output error") as caught:
+            ask()
+        assert caught.value.kind == "passing"
+    assert (store.names("two"), store.names("absent")) == (["two/x"], [])
 
 
 HOSTILE = [

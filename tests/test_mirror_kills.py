@@ -35,7 +35,7 @@ def life(operation: int | None, *, halves: bool = False, layout: str = "unified"
 def lived(folder: Path, lives: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Path, int, int | None]]:
     """Yield each life, its folder, the status of the run that was killed, and that of the run on the fresh machine."""
     command = [sys.executable, str(ROOT / "tests" / "mirror_lives.py"), str(folder), json.dumps(lives)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING * len(lives), check=False)
     assert done.returncode == 0, done.stderr
     for one, line in zip(lives, done.stdout.splitlines(), strict=True):
         name, status, again = json.loads(line)

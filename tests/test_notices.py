@@ -115,10 +115,15 @@ def test_a_disk_that_refuses_is_told_once_and_so_is_the_end(webhook, tmp_path):
     assert "NOT saved" in webhook.events[1]["text"]
 
 
-def test_a_mirror_that_is_behind_at_the_end_is_told(webhook, tmp_path):
+def test_a_mirror_that_falls_behind_is_told_when_it_does_and_at_the_end(webhook, tmp_path):
+    """While it lasts, the machine must not be lost."""
     (tmp_path / "mirror" / "latest.json").mkdir(parents=True)  # a folder where a file should be
     assert train(tmp_path, NOTIFY_URL=webhook.url, CHECKPOINT_MIRROR=f"file://{tmp_path}/mirror")[0] == 8
     assert kinds(webhook) == ["mirror", "finished"]
+    first, last = (str(event["text"]) for event in webhook.events)
+    assert first.startswith("step 4 is not mirrored (")
+    assert "latest.json" in first
+    assert last.endswith("; the mirror lacks the last checkpoint")
 
 
 def test_a_signal_is_told(webhook, tmp_path):
@@ -258,6 +263,10 @@ def test_slack_reads_text_without_its_markup():
 
 
 def test_discord_reads_content_and_calls_nobody():
+    assert (
+        form("https://discord.com/api/v10/webhooks/1/x", NOTICE)[2]
+        == form("https://discord.com/api/webhooks/1/x", NOTICE)[2]
+    )
     values = json.loads(form("https://discord.com/api/webhooks/1/x", NOTICE)[2])
     assert values == {"content": f"milepost run run-1, failed: {NOTICE.text}", "allowed_mentions": {"parse": []}}
     longest = form("https://discord.com/api/webhooks/1/x", NOTICE._replace(text="x" * LONGEST))[2]

@@ -25,6 +25,7 @@ from milepost.mirror.store import Store, StoreError
 
 HEARTBEAT = 15.0  # seconds between two beats
 EXPIRY = 90.0  # seconds without a beat after which an owner counts as dead
+SELDOM = 8  # times as long where each beat is a commit: the hub takes so many an hour, and keeps them
 POLL = 3.0  # seconds between two looks at another owner's beat
 TRIES = 5  # numbers that others may take first
 LIMIT = 2**12  # bytes of an object
@@ -58,6 +59,8 @@ class Lease:
         """`host` replaces the name of this machine; `pause` waits some seconds, `clock` returns seconds."""
         self._store, self._folder, self._run_id = store, f"{run_id}/{FOLDER}", run_id
         self._say, self.pause, self._clock = say, pause, clock
+        self._pace = SELDOM if store.commits else 1
+        self.expiry = EXPIRY * self._pace  # seconds without a beat after which an owner of this run counts as dead
         owner = {"machine": host or machine(), "process": os.getpid(), "started": started(os.getpid())}
         self._owner = json.dumps(owner | {"draw": os.urandom(8).hex()}).encode()
         self._number = 0  # 0: not held
@@ -102,7 +105,7 @@ class Lease:
         if self._number and not self._lost and (newest := self._newest()) > self._number:
             self._lost = self._shown(newest)
             self._say(
-                f"warning: {self._lost} has taken over run {self._run_id} in {self._store.shown}, after {EXPIRY:.0f} s "
+                f"warning: {self._lost} has taken over run {self._run_id} in {self._store.shown}, after {self.expiry:.0f} s "
                 "without a sign of life from here: nothing more is copied there, and one of the two should be stopped"
             )
         if self._lost:
@@ -150,9 +153,9 @@ class Lease:
         if owner.get("machine") == here["machine"] and here["started"] and isinstance(process, int):
             return started(process) != owner.get("started")
         self._say(
-            f"{self._shown(number)} holds run {self._run_id} in the mirror: waiting up to {EXPIRY:.0f} s to see whether it lives"
+            f"{self._shown(number)} holds run {self._run_id} in the mirror: waiting up to {self.expiry:.0f} s to see whether it lives"
         )
-        until = self._clock() + EXPIRY
+        until = self._clock() + self.expiry
         while self._clock() < until:
             self.pause(POLL)
             if (now := self._read(name)) != beat:
@@ -161,7 +164,7 @@ class Lease:
 
     def _keep(self) -> None:
         """Beat until the lease is released or lost. A store that does not answer is asked again."""
-        while not self._ended.wait(HEARTBEAT):
+        while not self._ended.wait(HEARTBEAT * self._pace):
             try:
                 with self._busy:
                     self._check()

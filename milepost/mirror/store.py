@@ -5,37 +5,30 @@ What a back end raises becomes a StoreError here: one line, without passwords an
 
 import contextlib
 import errno
-import importlib
 import io
 import os
 import posixpath
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from milepost.files import CHUNK, discard, hidden_name, make_folder, new_file, sync_file, sync_folder, written
-from milepost.text.addresses import credentials, masked, without_secrets
+from milepost.mirror.back_ends import BUCKETS, CLOUDS, CONNECTED, file_system, scheme_of
+from milepost.text.addresses import masked, without_secrets
 
-# How an address begins -> the package that fsspec needs for it, besides itself.
-PACKAGES = {
-    "file": None, "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko",
-    "ssh": "paramiko", "webdav+https": "webdav4", "webdav+http": "webdav4",
-}  # fmt: skip
-# A part of a large file lies in memory while it is sent, so few are at a time. botocore repeats a request by itself, by default
-# four times, so that of a large file only the part that broke is sent again.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"max_concurrency": 2, "use_listings_cache": False}, "sftp": {}, "ssh": {},  # these two keep no listings, and know no such option
-}  # fmt: skip
-CLOUDS = ("s3", "gs", "az", "abfs")  # whose addresses begin with a bucket
-BUCKETS = (*CLOUDS, "hf")  # what has no folders
 PART, MOST_PARTS = 5 * 2**20, 9000  # bytes of a part of a large object at least, and how many parts S3 takes
 UNSUPPORTED = (TypeError, NotImplementedError)  # of a back end that knows no such option
+MODE: dict[str, Any] = {"mode": "create"}  # how most back ends are asked to create an object that must not exist
+HEADER = {"headers": {"If-None-Match": "*"}}
+# The others. That of the hub would look first and write then, which is no proof.
+CREATE: dict[str, dict[str, Any]] = {"webdav+https": HEADER, "webdav+http": HEADER, "hf": {}}
 READ_AHEAD = 16 * 2**20  # bytes
 # What S3 says if a signature is more than 15 minutes old or ahead, and if an object exists that must not.
 CLOCK_IS_WRONG, EXISTS = "RequestTimeTooSkewed", "PreconditionFailed"
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError")
+DENIALS = ("AuthenticationException", "BadHostKeyException")  # of SSH
+NO_KEY = "No authentication methods available"  # what paramiko says without a class of its own
 LONGEST = 300  # characters of what a back end says
 
 # missing: no such object or bucket. refused: another attempt gets the same answer. passing: it may pass.
@@ -69,12 +62,17 @@ class Store:
     @property
     def is_local(self) -> bool:
         """Whether the objects are files of this computer."""
-        return _scheme(self.address) == "file"
+        return scheme_of(self.address) == "file"
 
     @property
     def has_folders(self) -> bool:
         """Whether a folder has to be created before an object in it."""
-        return _scheme(self.address) not in BUCKETS
+        return scheme_of(self.address) not in BUCKETS
+
+    @property
+    def commits(self) -> bool:
+        """Whether each object that is written is a commit of a repository."""
+        return scheme_of(self.address) == "hf" and not self.root.startswith("buckets/")
 
     def put(
         self, name: str, source: Path | bytes, *, moved: Callable[[int], None] = lambda size: None, piece: int = 0
@@ -127,11 +125,12 @@ class Store:
                     return True
                 if self.has_folders:
                     self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
-                self.fs.pipe_file(path, content, mode="create")
+                self.fs.pipe_file(path, content, **CREATE.get(scheme_of(self.address), MODE))
             except FileExistsError:
                 return False
             except Exception as error:
-                if _code(error) == EXISTS:  # s3fs knows that only of Amazon's own servers, which say more
+                # s3fs knows the code only of Amazon's own servers, which say more.
+                if _code(error) == EXISTS or _status(error) == 412:
                     return False
                 if not (isinstance(error, UNSUPPORTED) or getattr(error, "errno", None) == errno.ENOSYS):
                     raise
@@ -182,13 +181,23 @@ class Store:
         """
         with self._naming(below):
             self.fs.invalidate_cache()
-            try:
-                found = self.fs.find(self._path(below).rstrip("/"))
-            except FileNotFoundError:
-                found = []
-            if not found and _scheme(self.address) in CLOUDS:
+            found = self._found(self._path(below).rstrip("/"))
+            if not found and scheme_of(self.address) in CLOUDS:
                 self._check_bucket()
-        return sorted(path.removeprefix(self.root).lstrip("/") for path in found)
+        return sorted(map(self._name, found))
+
+    def _found(self, folder: str) -> dict[str, int]:
+        """Return the bytes of all objects below a folder by their paths; empty if it is not there."""
+        try:
+            if not self.has_folders:
+                return {path: int(entry["size"]) for path, entry in self.fs.find(folder, detail=True).items()}
+            listed = self.fs.ls(folder, detail=True)  # fsspec's `find` leaves out a folder that it cannot list
+        except FileNotFoundError:  # or it was deleted meanwhile
+            return {}
+        found: dict[str, int] = {}
+        for entry in listed:
+            found |= self._found(entry["name"]) if entry["type"] == "directory" else {entry["name"]: int(entry["size"])}
+        return found
 
     def _check_bucket(self) -> None:
         """Raise StoreError if the bucket is missing: back ends list it as empty."""
@@ -203,8 +212,8 @@ class Store:
         """Return the bytes of all objects by their names. Raise StoreError."""
         with self._naming(""):
             self.fs.invalidate_cache()
-            found = self.fs.find(self.root, detail=True)
-        return {path.removeprefix(self.root).lstrip("/"): int(entry["size"]) for path, entry in found.items()}
+            found = self._found(self.root)
+        return {self._name(path): size for path, size in found.items()}
 
     def delete(self, name: str) -> None:
         """Delete an object, if it is there. Raise StoreError."""
@@ -222,6 +231,10 @@ class Store:
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
+    def _name(self, path: str) -> str:
+        """Return the name of an object by its path, which some back ends list without its first slash."""
+        return path.lstrip("/").removeprefix(self.root.lstrip("/")).lstrip("/")
+
     @contextlib.contextmanager
     def _naming(self, name: str) -> Iterator[None]:
         """Raise StoreError naming the object instead of whatever a back end raises."""
@@ -231,12 +244,10 @@ class Store:
             raise
         except Exception as error:
             text = " ".join(without_secrets(str(error) or type(error).__name__, self.address).split())
-            where = "/".join(filter(None, (self.shown, name)))
-            raise StoreError(where, f"{_sentence(error, text):.{LONGEST}}", _kind(error)) from None
-
-
-def _scheme(address: str) -> str:
-    return address.partition("://")[0].lower()
+            where, kind = "/".join(filter(None, (self.shown, name))), _kind(error)
+            if kind == "passing" and scheme_of(self.address) in CONNECTED:
+                self.fs.disconnect()
+            raise StoreError(where, f"{_sentence(error, text):.{LONGEST}}", kind) from None
 
 
 def opened(address: str) -> Store:
@@ -244,52 +255,8 @@ def opened(address: str) -> Store:
 
     Raise ValueError if the address cannot be one, ImportError naming the package that it lacks.
     """
-    scheme = _scheme(address)
-    if scheme not in PACKAGES:
-        raise ValueError(f"expected an address that begins with {'://, '.join(PACKAGES)}://")
-    if package := PACKAGES[scheme]:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(f"{scheme}:// needs the package {package}: pip install {package}") from error
-    from fsspec.core import url_to_fs
-
-    try:
-        options = OPTIONS.get(scheme, {"use_listings_cache": False}) | (
-            {"session": _s3_session()} if scheme == "s3" else {}
-        )
-        webdav = package == "webdav4"
-        fs, root = _webdav(address) if webdav else url_to_fs(address, skip_instance_cache=True, **options)
-    except Exception as error:
-        raise ValueError(without_secrets(str(error), address)) from None
-    if scheme == "s3":
-        fs.retries = 1
-    if not root.strip("/"):
-        raise ValueError("expected a folder or a bucket in the address")
-    return Store(fs, root.rstrip("/"), address.rstrip("/"))
-
-
-def _s3_session() -> Any:
-    """Return a session of botocore that sends what it writes at once. By default it waits for a server's leave to send it, and
-    aiohttp's timeouts do not count then: a server that says nothing would stop the mirror for ever.
-    """
-    from aiobotocore.session import AioSession
-    from botocore.handlers import add_expect_header
-
-    session = AioSession()
-    session.unregister("before-call.s3", add_expect_header)
-    return session
-
-
-def _webdav(address: str) -> tuple[Any, str]:
-    """Return the file system of a WebDAV server and the path on it: what fsspec cannot tell from an address."""
-    from webdav4.fsspec import WebdavFileSystem
-
-    place, secret = credentials(address)
-    parts = urllib.parse.urlsplit(place.partition("+")[2])
-    user, _, password = urllib.parse.unquote(secret or "").partition(":")
-    auth = (user, password) if secret else None
-    return WebdavFileSystem(f"{parts.scheme}://{parts.netloc}", auth=auth, skip_instance_cache=True), parts.path
+    fs, root = file_system(address)
+    return Store(fs, root, address.rstrip("/"))
 
 
 def _content(source: Path | bytes) -> IO[bytes]:
@@ -327,8 +294,20 @@ def _create_durably(target: Path, content: bytes) -> None:
 def _kind(error: Exception) -> Kind:
     if isinstance(error, FileNotFoundError):
         return "missing"
-    refused = isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError)
+    refused = isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError) or _is_denied(error)
     return "refused" if refused or type(error).__name__ in NO_CREDENTIALS else "passing"
+
+
+def _is_denied(error: Exception) -> bool:
+    """Whether a server knows who asks and refuses, or does not know it."""
+    names = {each.__name__ for each in type(error).__mro__}
+    return _status(error) in (401, 403) or not names.isdisjoint(DENIALS) or str(error) == NO_KEY
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status with which a server answered, if it did."""
+    status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _code(error: Exception) -> str:
@@ -343,7 +322,7 @@ def _sentence(error: Exception, text: str) -> str:
         return f"{text}: set the credentials where its own tools look for them"
     if _code(error) == CLOCK_IS_WRONG:
         return f"{text}: set the clock of this computer"
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or _is_denied(error):
         return f"access is refused ({text}): check the credentials and what they may do there"
     if isinstance(error, FileNotFoundError):
         return "not found" if error.strerror else f"not found ({text})"

@@ -36,12 +36,16 @@ class Uploader:
         *,
         keep_last: int,
         say: Callable[[str], None],
+        warn: Callable[[str], object] = lambda line: None,
         pause: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         rate: float = 0.0,
     ) -> None:
-        """`pause` waits some seconds, `clock` returns seconds, `rate` bounds the bytes per second (0: any)."""
+        """`warn` gets why a checkpoint is not copied; `pause` waits some seconds, `clock` returns seconds, `rate` bounds the
+        bytes per second (0: any).
+        """
         self._known, self._keep_last, self._say, self._pause, self._clock = known, keep_last, say, pause, clock
+        self._warn = warn
         self._bandwidth = Bandwidth(rate, pause=pause, clock=clock)
         self._changed = threading.Condition()
         self._waiting: _Job | None = None
@@ -155,5 +159,8 @@ class Uploader:
         known = isinstance(error, StoreError | OSError | CheckpointError | RunLockedError)
         problem = re.sub(r"\S+://\S+", "", error.problem if isinstance(error, StoreError) else str(error))
         if problem != self._problems.get(doing):
-            self._say(f"mirror: {what} ({error if known else f'{type(error).__name__}: {error}'}); training continues")
+            line = f"{what} ({error if known else f'{type(error).__name__}: {error}'})"
+            self._say(f"mirror: {line}; training continues")
+            if doing == "copying":
+                self._warn(line)
         self._problems[doing] = problem

@@ -6,6 +6,7 @@ Slack, Discord and ntfy get the forms that they read, every other server {"sourc
 import base64
 import json
 import queue
+import re
 import threading
 import time
 import urllib.parse
@@ -18,6 +19,7 @@ TIMEOUT = 5.0  # seconds of a request
 PAUSES = (1.0, 2.0)  # seconds before a request that failed is tried again
 WAIT = 20.0  # seconds that an end waits for what is not sent: all attempts of one message
 LONGEST = 1900  # characters of a text; Discord takes 2,000
+DISCORD = re.compile(r"/api(/v[0-9]+)?/webhooks/")
 
 
 class Notice(NamedTuple):
@@ -115,7 +117,7 @@ def form(url: str, notice: Notice) -> tuple[str, dict[str, str], bytes]:
     values: dict[str, Any]
     if host == "hooks.slack.com" or path.startswith("/hooks/"):  # Mattermost and Rocket.Chat read Slack's form
         values = {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
-    elif path.startswith("/api/webhooks/"):
+    elif DISCORD.match(path):
         values = {"content": text, "allowed_mentions": {"parse": []}}
     else:
         values = {"source": "milepost", "event": notice.kind}

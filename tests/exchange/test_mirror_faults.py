@@ -29,7 +29,7 @@ from s3_server import (
 from milepost import ckpt, run_checkpoints, run_mirror
 from milepost.locks import RunHeldElsewhereError
 from milepost.mirror import Lease, Uploader, attempted, fetch, holding, opened, readable, runs_in
-from milepost.mirror.store import OPTIONS
+from milepost.mirror.back_ends import OPTIONS
 
 pytestmark = pytest.mark.exchange
 ADDRESS = f"s3://{BUCKET}/run"
