@@ -17,11 +17,12 @@ from milepost import ckpt
 from milepost.evaluate.scoring import log_likelihoods
 from milepost.generation.decoder import Decoder
 from milepost.generation.texts import Sampling, texts
+from milepost.mirror.following import Source
 from milepost.runtime.progress import Log
 from milepost.samples import Loaded, open_named
 from milepost.serving import app, generating
 from milepost.serving.app import BODY_LIMIT
-from milepost.serving.catalogue import Catalogue, Source, on_disk
+from milepost.serving.catalogue import Catalogue, on_disk
 from milepost.serving.generating import Job
 
 QUICK = {"EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0", "CHECKPOINT_INTERVAL": "0", "WARMUP_STEPS": "0"}
@@ -487,8 +488,7 @@ def test_a_newer_checkpoint_that_cannot_be_opened_leaves_the_earlier_one(folder,
             raise ckpt.CheckpointError(name, "is damaged", "use another")
         return opened
 
-    source = on_disk("latest", folder / "checkpoints")
-    catalogue = Catalogue({"latest": source}, open_one=open_one, rows=1, log=said.append)
+    catalogue = Catalogue(dict([on_disk("latest", folder / "checkpoints")]), open_one=open_one, rows=1, log=said.append)
     catalogue._seen["latest"] = tmp_path  # as if an earlier one had been the latest
     for _ in range(2):
         catalogue.look("latest")
