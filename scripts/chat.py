@@ -114,7 +114,7 @@ def typed() -> str | None:
     def line(prompt: str) -> str | None:
         try:
             with only_text():
-                return decoded(input(prompt).encode("utf-8", "surrogateescape"))
+                return input(prompt).encode("utf-8", "surrogateescape").decode()
         except EOFError:
             put("\n")
             return None
