@@ -7,14 +7,14 @@ only. A checkpoint that another setting names is opened by its `local_path`, whe
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from milepost import config
 from milepost.ckpt import CheckpointError, Found
 from milepost.config import Config, ConfigError
 from milepost.mirror.cache import Cache, CacheFullError
-from milepost.mirror.following import Following
+from milepost.mirror.following import Following, Source
 from milepost.mirror.headers import write_headers
 from milepost.mirror.naming import WORDS, Named, answering, at_step, below, candidates, find, split
 from milepost.mirror.opening import bring, bring_all, listed
@@ -22,6 +22,9 @@ from milepost.runtime.progress import Log
 from milepost.text.addresses import is_address, masked
 
 GB = 10**9
+ASK_EVERY = (
+    30.0  # seconds between two looks in a mirror that is followed: 120 listings an hour, which a store may charge for
+)
 
 
 def address_of(name: str, settings: Config) -> str | None:
@@ -92,11 +95,11 @@ def local_path(name: str, settings: Config, log: Log, *, step: int | None = None
     return name if address is None else str(_brought(address, settings, log, step=step)[0])
 
 
-def followed(part: str, settings: Config, log: Log) -> tuple[str, Callable[[], Path], bool] | None:
-    """Return what a part of CHECKPOINT_PATH stands for if it is an address: the name that it is served by, what returns its
-    path in the cache by now, and whether that changes as the mirror grows. None for a part on this disk.
+def followed(part: str, settings: Config, log: Log) -> tuple[str, Source] | None:
+    """Return the name that a part of CHECKPOINT_PATH is served by and its source in the cache, if it is an address. None for a
+    part on this disk.
 
-    The call raises CheckpointError, ConfigError or OSError if nothing can be used, and the next one tries again.
+    This call and the source's `find` raise CheckpointError, ConfigError or OSError if nothing can be used.
     """
     label, name = _labelled(part)
     if (address := address_of(name, settings)) is None:
@@ -104,14 +107,14 @@ def followed(part: str, settings: Config, log: Log) -> tuple[str, Callable[[], P
     named = _found(address)
     if not named.leaves_choice:
         path = _brought(address, settings, log)[0]
-        return label.removesuffix("=") or path.stem, lambda: path, False
+        return label.removesuffix("=") or path.stem, Source(str(path))
     following = Following(named, _cache(settings), say=log, pause=time.sleep)
 
     def find() -> Path:
         with _bounded(address, settings):
             return following.find()
 
-    return label.removesuffix("=") or split(address)[1], find, True
+    return label.removesuffix("=") or split(address)[1], Source(str(find()), find, ASK_EVERY)
 
 
 def _labelled(part: str) -> tuple[str, str]:

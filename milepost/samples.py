@@ -89,7 +89,7 @@ def sample_seed(settings: Config) -> int:
 class Loaded(NamedTuple):
     """A checkpoint that is ready to generate: its record with its base and merged adapters, and what continues texts.
 
-    `base` is the record without adapters, over which others can be opened.
+    `base` is the record without adapters, over which others can be opened. `adapted` is whether the record has adapters.
     """
 
     record: Checkpoint
@@ -98,6 +98,7 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     generator: Model | Decoder
     lookup: bool
+    adapted: bool
 
     @property
     def template(self) -> str | None:
@@ -117,18 +118,19 @@ def open_named(name: str, settings: Config, log: Log, *, bases: Iterable[Checkpo
     """
     record = ckpt.load_named(name, Path(settings.checkpoint_dir), say=log, optimizer=False)
     needed = (record.base or {}).get("sha256") if record.adapters_only else None
-    if needed and (base := next((base for base in bases if digest(base.model_state) == needed), None)):
-        record = with_base(record, base)
-    record = completed(record, settings, log)
+    base = next((base for base in bases if digest(base.model_state) == needed), None) if needed else None
+    record = completed(with_base(record, base) if base else record, settings, log)
     for note in record.notes:
         log(note)
-    return opened(drop_conflicts(record, settings, log), record, log, tokens=MANY)
+    loaded = opened(drop_conflicts(record, settings, log), record, log, tokens=MANY)
+    return loaded._replace(base=base) if base else loaded
 
 
 def opened(settings: Config, record: Checkpoint, log: Log, *, tokens: int, prompt: str = "", name: str = "") -> Loaded:
     """Return the record ready to generate about `tokens` tokens after `prompt`, with which a device is checked; `name` is what to call it."""
     record = with_its_base(record, settings, log)
-    for count in adapter_counts({name: tensor.shape for name, tensor in record.model_state.items()}).values():
+    counts = adapter_counts({name: tensor.shape for name, tensor in record.model_state.items()}).values()
+    for count in counts:
         log(f"Loaded {count}")
     base, record = without_adapters(record), merged(record)
     device = hardware.choose_device(settings.device)
@@ -137,14 +139,17 @@ def opened(settings: Config, record: Checkpoint, log: Log, *, tokens: int, promp
     ids = encoder_for(tokenizer, text, settings, log, name=name).encode(text)
     check_device(record, model, ids or [0], settings, device=device)
     generator, lookup = _choose_generator(model, settings, device, log, tokens=len(ids) + tokens)
-    return Loaded(record, base, model, tokenizer, generator, lookup)
+    return Loaded(record, base, model, tokenizer, generator, lookup, adapted=bool(counts))
 
 
 def without_adapters(record: Checkpoint) -> Checkpoint:
     """Return a whole record's weights without its adapters: those of the base, if it was frozen."""
     state = {name: tensor for name, tensor in record.model_state.items() if adapter_kind(name) is None}
     settings = {name: value for name, value in record.model_settings.items() if name not in ("lora", "ttt")}
-    return dataclasses.replace(record, model_state=state, model_settings=settings, base=None, parts=["model"], notes=[])
+    left_out = ["adapters"] if len(state) < len(record.model_state) else []
+    return dataclasses.replace(
+        record, model_state=state, model_settings=settings, base=None, parts=["model"], notes=[], left_out=left_out
+    )
 
 
 def sample_texts(

@@ -97,10 +97,10 @@ def main(settings: Config, log: Log) -> int:
 def describe(chat: Chat, loaded: Loaded) -> None:
     """Log which checkpoint answers, and the seed."""
     record = loaded.record
-    what = f"{record.model_type} at step {record.step}, {loaded.tokenizer.kind} tokenizer"
-    chat.log(
-        f"{shown(record.path) if record.path else 'checkpoint'}: {what}, in {loaded.dtype}; SAMPLE_SEED={chat.seed}"
-    )
+    name = shown(record.path) if record.path else "checkpoint"
+    without = ", without its adapters" if "adapters" in record.left_out else ""
+    what = f"{record.model_type} at step {record.step}{without}, {loaded.tokenizer.kind} tokenizer"
+    chat.log(f"{name}: {what}, in {loaded.dtype}; SAMPLE_SEED={chat.seed}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,12 +108,13 @@ def describe(chat: Chat, loaded: Loaded) -> None:
 
 
 def typed() -> str | None:
-    """Return the next text from the terminal, or None at the end (Ctrl-D)."""
+    """Return the next text from the terminal, or None at the end (Ctrl-D). Raise ConfigError for a line that is not text."""
     mark = "> " if config.no_color() else "\001\033[1m\002>\001\033[0m\002 "  # \001 and \002: no columns, for readline
 
     def line(prompt: str) -> str | None:
         try:
-            return input(prompt)
+            with only_text():
+                return input(prompt).encode("utf-8", "surrogateescape").decode()
         except EOFError:
             put("\n")
             return None
@@ -126,12 +127,19 @@ def piped() -> str | None:
 
     def line(_: str) -> str | None:
         data = sys.stdin.buffer.readline(PROMPT_LIMIT)
-        try:
+        with only_text():
             return decoded(data).rstrip("\r\n") if data else None
-        except UnicodeDecodeError as error:
-            raise ConfigError([f"standard input: {not_decoded(error)}"]) from error
 
     return whole_text(line, first="", more="")
+
+
+@contextlib.contextmanager
+def only_text() -> Iterator[None]:
+    """A block that reads. Raise ConfigError for bytes that are not text."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"standard input: {not_decoded(error)}"]) from error
 
 
 def whole_text(line: Callable[[str], str | None], *, first: str, more: str) -> str | None:
@@ -184,7 +192,7 @@ def talk(chat: Chat, read: Callable[[], str | None]) -> None:
         text: str | None = ""
         try:
             text = read()
-            if text is None or text.strip() == "/quit":
+            if text is None or text.split()[:1] == ["/quit"]:
                 return
             respond(chat, text)
         except KeyboardInterrupt:
@@ -208,8 +216,11 @@ def is_command(text: str) -> bool:
 def respond(chat: Chat, text: str) -> None:
     """Obey a command, or answer a text and add both to the conversation. An empty text gets no answer."""
     if is_command(text):
-        name, _, argument = text.partition(" ")
-        find_command(name)(chat, argument.strip())
+        name, *rest = text.split(maxsplit=1)
+        argument = "".join(rest).strip()
+        if "\0" in text:  # which no file can have in its name
+            raise ConfigError([f"{name}: a NUL character stands in the command; write it again"])
+        find_command(name)(chat, argument)
         return
     text = text[1:] if text.startswith("//") else text
     if not text.strip():
@@ -308,13 +319,16 @@ def use_checkpoint(chat: Chat, name: str) -> None:
 def use_adapter(chat: Chat, name: str) -> None:
     """continue with other adapters over the base that is loaded, or with none"""
     if not name:
-        raise ConfigError(["/adapter: no adapters named; name a checkpoint that holds only adapters, or none"])
+        raise ConfigError(["/adapter: no adapters named; name a checkpoint that holds adapters, or none"])
     settings, base = chat.settings, chat.loaded.base
     if name == "none":
-        chat.loaded = opened(drop_conflicts(base, settings, chat.log), base, chat.log, tokens=MANY)
+        found = opened(drop_conflicts(base, settings, chat.log), base, chat.log, tokens=MANY)
     else:
-        chat.loaded = open_named(name, settings, chat.log, bases=[base])
-    describe(chat, chat.loaded)
+        found = open_named(name, settings, chat.log, bases=[base])
+        if not found.adapted:
+            raise ConfigError([f"/adapter {name}: has no adapters; /checkpoint {name} continues with it"])
+    chat.loaded = found
+    describe(chat, found)
 
 
 def compare(chat: Chat, name: str) -> None:
@@ -328,7 +342,7 @@ def compare(chat: Chat, name: str) -> None:
         chat.other = open_named(name, chat.settings, chat.log)
     assert chat.other is not None
     describe(chat, chat.other)
-    answer(chat, chat.other, asked, number=chat.number - 1)
+    answer(chat, chat.other, asked, number=max(chat.number - 1, 0))  # 0: /seed has set another seed since the answer
 
 
 COMMANDS: dict[str, Callable[[Chat, str], None]] = {

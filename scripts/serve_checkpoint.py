@@ -31,7 +31,7 @@ from milepost.text.unknown import Mode
 from milepost.web import listening as web
 
 if TYPE_CHECKING:
-    from milepost.serving.catalogue import Source
+    from milepost.mirror.following import Source
 
 
 def main(settings: Config, log: Log) -> int:
@@ -78,16 +78,11 @@ def serve(settings: Config, log: Log, listener: socket.socket) -> None:
 
 def sources(settings: Config, log: Log) -> Iterator[tuple[str, "Source"]]:
     """Yield what to open by the name that requests use. Raise ConfigError if a name occurs twice."""
-    from milepost.serving.catalogue import ASK_EVERY, Source, named, on_disk, parts
+    from milepost.serving.catalogue import on_disk, parts
 
     seen: set[str] = set()
     for part in parts(settings.checkpoint_path):
-        if remote := followed(part, settings, log):
-            name, find, changes = remote
-            source = Source(str(find()), find if changes else None, ASK_EVERY)
-        else:
-            name, where = named(part)
-            source = on_disk(where, Path(settings.checkpoint_dir))
+        name, source = followed(part, settings, log) or on_disk(part, Path(settings.checkpoint_dir))
         if name in seen:
             remedy = f"name them, as in CHECKPOINT_PATH=one=path,{name}=path"
             raise ConfigError([f"CHECKPOINT_PATH: several checkpoints would be called {name}: {remedy}"])

@@ -1,6 +1,7 @@
 """scripts/chat.py, in processes of its own: through a pipe and on a real terminal."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,13 @@ def test_the_oldest_turns_are_dropped_first_which_is_reported_once(narrow):
     assert done.stderr.count("oldest turns are dropped") == 1
 
 
+def test_a_text_is_compared_with_the_seed_that_was_set_since(roomy):
+    done = chatted(roomy, "Dear\n/seed 9\n/compare latest\n/quit now\nDear\n", STOP="\\n")
+    first, second = (generated(roomy, "Dear", STOP="\\n", SAMPLE_SEED=seed) for seed in ("7", "9"))
+    assert (done.returncode, done.stdout) == (0, f"{first}\n{second}\n"), done.stderr
+    assert first != second
+
+
 def test_several_lines_slashes_and_a_file_without_a_last_line_feed(roomy):
     done = chatted(roomy, '"""\nDear\nWren"""\n/reset\n"""I am"""')
     assert done.stdout == generated(roomy, "Dear\nWren") + "\n" + generated(roomy, "I am") + "\n", done.stderr
@@ -105,7 +113,8 @@ def test_several_lines_slashes_and_a_file_without_a_last_line_feed(roomy):
     ("line", "code", "answered"),
     [
         ("/temprature 1", 2, False), ("/temperature hot", 2, False), ("/checkpoint nowhere.pt", 3, False),
-        ("/adapter", 2, False), ("/compare", 2, False), ("/save", 2, False), ("Ж", 2, True),
+        ("/adapter", 2, False), ("/adapter latest", 2, False), ("/compare", 2, False), ("/save", 2, False), ("Ж", 2, True),
+        ("/save a\0b", 2, False), ("/checkpoint\ta\0b", 2, False), ("/", 2, False),
     ],
 )  # fmt: skip
 def test_a_mistake_is_reported_and_the_next_line_is_answered(line, code, answered, roomy):
@@ -163,6 +172,11 @@ def test_adapters_change_over_the_base_that_is_loaded(roomy, tmp_path):
     done = chatted(roomy, asked, CHECKPOINT_PATH=str(base))
     assert done.stdout == f"{without}\n{with_it}\n{without}\n", done.stderr
     assert with_it != without
+    assert done.returncode == 2  # the base has no adapters
+    answering = [line for line in done.stderr.splitlines() if line.endswith("SAMPLE_SEED=7")]
+    assert [Path(line.partition(": gpt2 at ")[0]).name for line in answering] == [base.name, adapted.name, base.name]
+    alone = chatted(roomy, "/adapter none\nDear\n", CHECKPOINT_PATH=str(adapted))
+    assert (alone.stdout, alone.stderr.count(", without its adapters, ")) == (f"{without}\n", 1), alone.stderr
     base.rename(copy)  # the base that is loaded is used: nothing looks for the recorded file
     try:
         moved = chatted(roomy, asked_without_base, CHECKPOINT_PATH=str(copy))
@@ -210,6 +224,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_and_ctrl_d_ends(roomy, tmp_
     assert [line for line in history.read_text().splitlines() if line in ("Dear", "Wren")] == ["Dear", "Wren"]
     assert history.stat().st_mode & 0o077 == 0  # only its owner reads it
     assert "\x1b[1m" not in terminal.shown
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # which of them Python takes depends on the locale
+def test_bytes_that_are_no_text_are_reported_on_a_terminal_too(errors, roomy, tmp_path):
+    terminal = Terminal(CHAT, roomy, **HERE, XDG_CACHE_HOME=str(tmp_path), PYTHONIOENCODING=f"utf-8:{errors}")
+    at = terminal.until("> ")
+    os.write(terminal.master, b"\xff\xfe\n")
+    at = terminal.until("error: standard input: (.|\n)*> ", after=at)
+    terminal.type("/quit\n")
+    assert terminal.ended() == 0
 
 
 def test_a_prompt_has_color_unless_no_color_is_set(roomy, tmp_path):

@@ -18,7 +18,7 @@ from milepost.ckpt import CheckpointError
 from milepost.files import TEMPORARY
 from milepost.mirror import Mirrored, Store, StoreError
 from milepost.mirror.cache import Cache, make_room
-from milepost.mirror.following import Following
+from milepost.mirror.following import Following, Source
 from milepost.mirror.naming import find
 from milepost.serving import catalogue
 
@@ -164,7 +164,7 @@ def test_of_a_followed_name_only_the_last_is_kept_from_the_cache_s_bound(mirror,
 def trained(tmp_path, monkeypatch) -> tuple[Mirrored, Path]:
     """A mirror with the checkpoint of step 2 of a run, and that of step 4, which was not copied yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setattr(catalogue, "ASK_EVERY", 0.02)
+    monkeypatch.setattr(remote, "ASK_EVERY", 0.02)
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     code, said = train(tmp_path, **QUICK | {"CHECKPOINT_INTERVAL": "2"}, TRAINING_STEPS="4")
     assert code == 0, said
@@ -243,9 +243,7 @@ def test_an_error_of_any_kind_does_not_end_the_following(tmp_path):
         opened.append(name)
         return FakeLoaded
 
-    models = catalogue.Catalogue(
-        {"a": catalogue.Source("first", find_next, 1.0)}, open_one=open_one, rows=1, log=said.append
-    )
+    models = catalogue.Catalogue({"a": Source("first", find_next, 1.0)}, open_one=open_one, rows=1, log=said.append)
     waits = [models.look("a") for _ in range(4)]
     assert opened == ["first", str(tmp_path / "2")]
     assert [line.rpartition(": ")[2] for line in said[1:-1]] == ["no memory", "[Errno 28] No space left"]

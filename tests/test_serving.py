@@ -1,6 +1,7 @@
 """Checkpoints over HTTP, in this process: texts, forms, refusals, queue, ends."""
 
 import base64
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +17,12 @@ from milepost import ckpt
 from milepost.evaluate.scoring import log_likelihoods
 from milepost.generation.decoder import Decoder
 from milepost.generation.texts import Sampling, texts
+from milepost.mirror.following import Source
 from milepost.runtime.progress import Log
 from milepost.samples import Loaded, open_named
-from milepost.serving import generating
+from milepost.serving import app, generating
 from milepost.serving.app import BODY_LIMIT
-from milepost.serving.catalogue import Catalogue, Source, on_disk
+from milepost.serving.catalogue import Catalogue, on_disk
 from milepost.serving.generating import Job
 
 QUICK = {"EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0", "CHECKPOINT_INTERVAL": "0", "WARMUP_STEPS": "0"}
@@ -305,12 +307,30 @@ def test_what_cannot_be_answered_is_refused_in_the_same_form(served):
     assert served.complete("Dear", max_tokens=1, user="someone", seed=None, metadata={"a": "b"}).status == 200
 
 
+def test_halves_of_surrogate_pairs_in_a_name_are_shown_escaped(served):
+    """JSON can write them, UTF-8 cannot."""
+    reply = served.send("POST", "/v1/completions", b'{"prompt": "Dear", "\\ud800": 1}')
+    assert reply.error == (400, None, "\ud800")
+
+
+def test_what_nobody_foresaw_is_an_error_in_the_same_form(folder, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a secret of the machine")
+
+    monkeypatch.setattr(app, "work_for", fail)
+    with serving(folder, CHECKPOINT_PATH="latest") as running:
+        reply = running.complete("Dear")
+    assert (reply.error, reply.value["error"]["type"]) == ((500, None, None), "server_error")
+    assert b"secret" not in reply.body
+
+
 def test_pages_of_other_sites_and_their_names_are_refused(served):
     own = f"http://localhost:{served.port}"
     assert served.send("GET", "/v1/models", Host="evil.example").error == (421, "unknown_host", None)
     assert served.send("GET", "/v1/models", Host="[::1").error == (421, "unknown_host", None)
     assert served.send("GET", "/v1/models", Origin="http://evil.example").error == (403, "other_origin", None)
-    assert served.send("GET", "/v1/models", Origin="null").error == (403, "other_origin", None)
+    for origin in ("null", "http://[", "http://[::1", "://", " "):
+        assert served.send("GET", "/v1/models", Origin=origin).error == (403, "other_origin", None)
     assert served.send("GET", "/v1/models", Host=f"localhost:{served.port}", Origin=own).status == 200
     assert served.send("GET", "/v1/models", Host="192.168.1.7").status == 200
     assert "access-control-allow-origin" not in served.send("GET", "/v1/models").headers
@@ -370,6 +390,19 @@ def until(happens) -> None:
     """Wait for an event of another thread; a test that hangs here fails by its own limit."""
     while not happens():
         torch.ones(1).add_(1)
+
+
+def test_a_client_that_reads_no_more_frees_its_slot(folder, monkeypatch):
+    """Its buffers fill, and no traceback but a line tells of it."""
+    said, refused = [], []
+    monkeypatch.setattr(app, "SLOWEST_READ", 0.01)
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "error", lambda *args, **more: refused.append((args, more)))
+    with serving(folder, log=said.append, CHECKPOINT_PATH="latest") as running:
+        with running.open_stream("Dear", **ENDLESS, logprobs=20):
+            until(lambda: any("left unread" in line for line in said))
+            until(lambda: not running.server.generating.running)
+        assert running.complete("Dear", max_tokens=2).status == 200
+    assert not any(more.get("exc_info") for _, more in refused)
 
 
 def test_requests_take_turns(folder):
@@ -455,8 +488,7 @@ def test_a_newer_checkpoint_that_cannot_be_opened_leaves_the_earlier_one(folder,
             raise ckpt.CheckpointError(name, "is damaged", "use another")
         return opened
 
-    source = on_disk("latest", folder / "checkpoints")
-    catalogue = Catalogue({"latest": source}, open_one=open_one, rows=1, log=said.append)
+    catalogue = Catalogue(dict([on_disk("latest", folder / "checkpoints")]), open_one=open_one, rows=1, log=said.append)
     catalogue._seen["latest"] = tmp_path  # as if an earlier one had been the latest
     for _ in range(2):
         catalogue.look("latest")

@@ -1,6 +1,8 @@
 """A name in a mirror that is asked for again and again: the checkpoint that it stands for by now, none downloaded twice."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from milepost.ckpt.record import CheckpointError
 from milepost.mirror.cache import Cache, let_go
@@ -8,6 +10,16 @@ from milepost.mirror.contents import EARLIER, Save
 from milepost.mirror.fetching import Pause, Say
 from milepost.mirror.naming import Named, answering, candidates, find_again
 from milepost.mirror.opening import missing_part, with_base
+
+
+class Source(NamedTuple):
+    """What a name of a checkpoint stands for: what to open at first, and what returns the path of the checkpoint that is selected by
+    now, asked every `every` seconds; None if that cannot change. It may raise any exception; then the next look asks again.
+    """
+
+    first: str
+    find: Callable[[], Path] | None = None
+    every: float = 0.0
 
 
 class Following:

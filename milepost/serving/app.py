@@ -74,7 +74,7 @@ def application(server: Server, *, key: str | None, names: Sequence[str], pages:
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, key=key, names=names, refuse=refused)],
-        exception_handlers={HTTPException: not_routed},
+        exception_handlers={HTTPException: not_routed, Exception: failed},
         lifespan=working(server),
     )
 
@@ -96,6 +96,11 @@ async def not_routed(request: Request, error: Exception) -> Response:
     """Return the error for a path or a method that is not offered."""
     assert isinstance(error, HTTPException)
     return error_response(ApiError(error.status_code, f"{request.method} {request.url.path[:80]!r}: {error.detail}"))
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """Return the error for a request that no other answer was foreseen for; the log has its traceback."""
+    return error_response(ApiError(500, f"the request failed: {type(error).__name__}", kind="server_error"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +240,8 @@ class Answer:
         try:
             async with contextlib.aclosing(self._pieces()) as all_made:
                 async for made in all_made:
-                    yield b"".join(event(chunk) for piece in made for chunk in chunks.of(piece))
+                    if data := b"".join(event(chunk) for piece in made for chunk in chunks.of(piece)):
+                        yield data
             if asked.include_usage:
                 yield event(chunks.usage(self._usage))
         except ApiError as error:
@@ -289,6 +295,10 @@ class Answer:
         self._gone = True
         self._job.ready.set()
 
+    def note_unread(self) -> None:
+        """Log that the client reads its stream no longer."""
+        self._server.log(f"a stream was left unread for {SLOWEST_READ:g} seconds: its request is ended")
+
     def _count(self) -> None:
         metrics, usage = self._server.metrics, self._usage
         name = self._head.fields["model"]
@@ -311,7 +321,10 @@ class Stream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with contextlib.aclosing(self._answer.events()) as events:
             async for data in events:
-                if data:
+                try:
                     async with asyncio.timeout(SLOWEST_READ):
                         await send({"type": "http.response.body", "body": data, "more_body": True})
+                except TimeoutError:
+                    self._answer.note_unread()
+                    return  # with which the connection is closed
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.generation.conversation import NO_TEMPLATE
 from milepost.generation.decoder import Decoder
+from milepost.mirror.following import Source
 from milepost.runtime.progress import Log
 from milepost.samples import Loaded
 
 LOOK_EVERY: Final = 2.0  # seconds between two looks for a newer checkpoint in a folder
-ASK_EVERY: Final = 30.0  # seconds between two looks in a mirror: 120 listings an hour, which a store may charge for
 LOOK_SHARE: Final = 20  # a look takes at most one part in so many of the time
 LONGEST_WAIT: Final = 60.0  # seconds to the next look after one that took long
 MOST_TIMES: Final = 8  # as long as otherwise between two looks that fail
@@ -47,19 +47,11 @@ class Served:
         return self.loaded.template != NO_TEMPLATE
 
 
-class Source(NamedTuple):
-    """What a name of a model stands for: what to open at first, and what returns the path of the checkpoint that is selected by now,
-    asked every `every` seconds; None if that cannot change. It may raise any exception; then the next look asks again.
-    """
-
-    first: str
-    find: Callable[[], Path] | None = None
-    every: float = LOOK_EVERY
-
-
-def on_disk(source: str, folder: Path) -> Source:
-    """Return the source that CHECKPOINT_PATH names; `folder` is that of latest and best."""
-    return Source(source, (lambda: ckpt.resolve(source, folder)[0]) if selects(source) else None)
+def on_disk(part: str, folder: Path) -> tuple[str, Source]:
+    """Return the name that a part of CHECKPOINT_PATH is served by, and its source; `folder` is that of latest and best."""
+    name, source = named(part)
+    find = (lambda: ckpt.resolve(source, folder)[0]) if selects(source) else None
+    return name, Source(source, find, LOOK_EVERY)
 
 
 class Catalogue:

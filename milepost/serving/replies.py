@@ -40,8 +40,9 @@ def new_head(served: Served, *, chat: bool) -> Head:
 
 
 def as_json(value: Any) -> bytes:
-    """Return a value as JSON in UTF-8, on one line."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """Return a value as JSON in UTF-8, on one line. Halves of surrogate pairs, which UTF-8 has not, are escaped, as JSON does it too."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")
 
 
 def event(value: Any) -> bytes:

@@ -59,11 +59,19 @@ class Guard:
         if self._key is None and not is_own_host(host, self._names):
             problem = f"the host {host!r:.80} is not known here: use http://localhost or the address in numbers"
             return Refusal(421, "unknown_host", problem)
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and not is_of(origin, host):
             return Refusal(403, "other_origin", "requests from other sites are refused")
         if self._key is not None and path not in OPEN and not has_key(headers.get("authorization", ""), self._key):
             return Refusal(401, "invalid_api_key", "no valid API key: send Authorization: Bearer KEY")
         return None
+
+
+def is_of(origin: str, host: str) -> bool:
+    """Return whether an Origin header names the host of a Host header."""
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
 
 
 def is_own_host(host: str, names: Collection[str]) -> bool:

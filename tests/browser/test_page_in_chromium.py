@@ -25,6 +25,7 @@ from work import HANGING
 
 from milepost.locks import hold_run
 from milepost.page import library
+from milepost.page import routes as page_routes
 from milepost.page.library import Library, id_of
 from milepost.page.routes import routes
 
@@ -173,6 +174,50 @@ def test_a_click_is_not_lost_while_the_page_moves(browser: Browser, folder: Path
         expect(page.locator("#run-list")).to_contain_text("9.0000")
         expect(box).to_be_checked()
         expect(page.locator("#legend li")).to_have_count(2)
+
+
+SELECT = "() => getSelection().selectAllChildren(document.querySelector('#sample-list pre'))"
+
+
+def test_what_is_opened_or_selected_stays_while_the_page_moves(browser: Browser, folder: Path) -> None:
+    place = folder / "runs" / CUT
+    (folder / "checkpoints" / "damaged.pt").write_bytes(b"no checkpoint")
+    with watching(folder) as address, opened(browser, address) as page:
+        page.locator("#damaged summary").click()
+        page.evaluate(SELECT)
+        before = ink(page)
+        with open(place / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(line(302, "train", 9.0, since=1.79e9 + 3000))
+        expect(page.locator("#run-list")).to_contain_text("9.0000")
+        ink(page, before=before)
+        assert page.evaluate("document.querySelector('#damaged details').open")
+        assert "It was I been said so." in page.evaluate("getSelection().toString()")
+
+
+def test_a_chosen_run_is_drawn_however_many_began_with_its_parent(browser: Browser, folder: Path) -> None:
+    """Of 41 runs of a family 30 are drawn, the oldest first; the youngest is the one that is chosen."""
+    parent = {"run_id": BASE, "step": 400, "file": "x.pt", "changed": {}}
+    names = [f"child-{number:02d}" for number in range(39)]
+    for number, name in enumerate(names):
+        write_run(folder, name, [402, 500], since=1.79e9 + 9000 + number, parent=parent)
+    with watching(folder) as address, opened(browser, address) as page:
+        expect(page.locator("#tree text.name")).to_have_count(30)
+        expect(page.locator("#tree")).to_contain_text(names[-1])
+        expect(page.locator("#tree")).not_to_contain_text(names[-2])
+        expect(page.locator("#tree")).to_contain_text("At most 30 runs are drawn")
+
+
+def test_a_page_that_was_turned_away_comes_back(
+    browser: Browser, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser takes 503 as the end of a stream of events, so the page begins another."""
+    with watching(folder) as address, contextlib.closing(browser.new_context()) as visit:
+        with monkeypatch.context() as full:
+            full.setattr(page_routes, "MOST_LISTENERS", 0)
+            page = new_page(visit)
+            page.goto(address)
+            expect(page.locator("#status")).to_contain_text("does not answer")
+        expect(page.locator("#status")).to_contain_text("4 runs, 0 training")
 
 
 async def stream(model: str, prompt: str) -> AsyncIterator[bytes]:

@@ -1,6 +1,7 @@
 """Checkpoints of a mirror on a server that speaks S3: opened, listed and inspected. Nothing leaves this computer."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from drive import train
@@ -62,8 +63,8 @@ def test_a_name_in_a_bucket_is_followed_by_one_list_and_downloads_each_once(tmp_
     paths = [save(folder, step) for step in (1, 2)]
     send(mirrored, paths[0], folder)
     settings = config.read({"PYTHON_DOTENV_DISABLED": "1"})
-    name, find, changes = remote.followed(f"{ADDRESS}/latest", settings, Log())
-    assert (name, changes, find().name) == ("latest", True, paths[0].name)
+    name, (first, find, every) = remote.followed(f"{ADDRESS}/latest", settings, Log())
+    assert (name, every, Path(first).name, find().name) == ("latest", remote.ASK_EVERY, paths[0].name, paths[0].name)
     proxy.seen.clear()
     assert find().name == paths[0].name
     asked = Counter(path.partition("?")[0].rpartition("/")[2] for _, path in proxy.seen)

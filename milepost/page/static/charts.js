@@ -1,5 +1,5 @@
 // The charts of the chosen runs: both losses in one, every other field in one of its own.
-import { byId, element } from "./text.js";
+import { byId, element, show } from "./text.js";
 import { color, makeChart } from "./chart.js";
 import { COLORS, colorOf } from "./table.js";
 
@@ -64,7 +64,7 @@ export function smoothed(values, reach) {
 }
 
 export function showLegend(runs, labels, chosen, drop) {
-  byId("legend").replaceChildren(...chosen.filter((id) => runs.has(id)).map((id) => {
+  show(byId("legend"), ...chosen.filter((id) => runs.has(id)).map((id) => {
     const run = runs.get(id);
     const about = [labels[id], run.note].filter(Boolean).join(", ");
     return element("li", {},

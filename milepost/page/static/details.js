@@ -1,12 +1,13 @@
 // Checkpoints, samples and settings of the chosen runs, as tables and texts.
-import { amount, byId, counted, element, figure, loss, scrolled, table } from "./text.js";
+import { amount, byId, counted, element, figure, loss, scrolled, show, table } from "./text.js";
 import { legendOfDots } from "./lineage.js";
 import { colorOf } from "./table.js";
 
 const picked = new Map(); // run -> the step of the sample that was picked; the newest where none was
+const reading = new Set(); // checkpoints that are being verified
 
 export function showResume(runs, chosen) {
-  byId("resume").replaceChildren(...chosen.map((id) => runs.get(id)).filter((run) => run?.state === "interrupted").map((run) =>
+  show(byId("resume"), ...chosen.map((id) => runs.get(id)).filter((run) => run?.state === "interrupted").map((run) =>
     element("div", { class: "resume" },
       element("p", {}, `${run.name} was interrupted at step ${figure(run.step)} of ${figure(run.steps)}. `, run.resume ? "This command resumes it:" : "It has no checkpoint to resume from here."),
       run.resume ? element("pre", { tabindex: 0, "aria-label": `Command that resumes ${run.name}` }, run.resume) : "",
@@ -27,7 +28,7 @@ export function showCheckpoints(runs, ids, details, verify) {
   const parents = ids.map((id) => runs.get(id)).filter((run) => run.parent).map((run) => element("li", {}, beginning(run)));
   const head = ["run", "step", "loss", "size", "resumable", "verified", "marks", "saved (UTC)", "path"];
   const open = byId("checkpoints").querySelector("details")?.open ?? rows.length <= 12;
-  keepFocus(() => byId("checkpoints").replaceChildren(...(rows.length
+  keepFocus(() => show(byId("checkpoints"), ...(rows.length
     ? [legendOfDots(), element("details", { open }, element("summary", {}, counted(rows.length, "checkpoint")), scrolled("Table of checkpoints", table("newest of each run first", head, rows)))]
     : [element("p", { class: "about" }, "No checkpoint of these runs is in the checkpoint folder.")]),
     parents.length ? element("ul", { class: "plain" }, parents) : ""));
@@ -37,11 +38,13 @@ export function showCheckpoints(runs, ids, details, verify) {
 function verified(run, checkpoint, verify) {
   if (checkpoint.problems) return checkpoint.problems.length ? element("strong", {}, checkpoint.problems.join("; ")) : "intact";
   if (!verify) return "";
-  const button = element("button", { type: "button", id: `verify-${checkpoint.id}`, "aria-label": `Verify step ${checkpoint.step}`, click: () => {
+  const disabled = reading.has(checkpoint.id);
+  const button = element("button", { type: "button", disabled, id: `verify-${checkpoint.id}`, "aria-label": `Verify step ${checkpoint.step}`, click: () => {
+    reading.add(checkpoint.id);
     button.disabled = true;
     button.textContent = "reading";
-    verify(run, checkpoint.id).catch((error) => { button.textContent = error.message; });
-  } }, "verify");
+    verify(run, checkpoint.id).catch((error) => { button.textContent = error.message; }).finally(() => reading.delete(checkpoint.id));
+  } }, disabled ? "reading" : "verify");
   return button;
 }
 
@@ -54,7 +57,7 @@ function beginning({ name, parent }) {
 export function showSamples(runs, chosen, details) {
   const figures = chosen.filter((id) => details[id]?.samples.length).map((id) => sampleOf(runs.get(id), details[id].samples, chosen));
   byId("samples").hidden = figures.length === 0;
-  keepFocus(() => byId("sample-list").replaceChildren(...figures));
+  keepFocus(() => show(byId("sample-list"), ...figures));
 }
 
 function sampleOf(run, samples, chosen) {
@@ -89,7 +92,7 @@ export function showSettings(runs, chosen, details) {
   byId("settings").hidden = names.length === 0;
   const words = shown.length > 1 ? `${count} of ${names.length} settings differ, and stand first` : `${names.length} settings`;
   const open = byId("settings-table").querySelector("details")?.open ?? false;
-  byId("settings-table").replaceChildren(element("details", { open }, element("summary", {}, words),
+  show(byId("settings-table"), element("details", { open }, element("summary", {}, words),
     scrolled("Table of settings", table("settings that decide the weights", ["setting", ...shown.map((id) => runs.get(id).name)], sorted.map(row)))));
 }
 

@@ -1,12 +1,23 @@
 // A row per run, from its first step to its last, with its checkpoints as dots; a child hangs on the step that it began with.
-import { byId, drawn, element, figure, loss } from "./text.js";
+import { byId, counted, drawn, element, figure, loss } from "./text.js";
 import { colorOf } from "./table.js";
 
 const ROW = 46, LEFT = 12, RIGHT = 16, TOP = 22;
 const MOST_ROWS = 30;
 
-// The chosen runs with their ancestors and descendants, parents first.
+// MOST_ROWS of the chosen runs, their ancestors and their descendants: the chosen ones are never left out. Parents come first.
 export function family(runs, chosen) {
+  const found = new Set([...relatives(runs, chosen)].slice(0, MOST_ROWS));
+  const depth = (id, seen = new Set()) => {
+    const above = runs.get(id).parent?.id;
+    return !above || !found.has(above) || seen.has(id) ? [] : [...depth(above, seen.add(id)), above];
+  };
+  const path = (id) => [...depth(id), id].map((each) => `${String(runs.get(each).began ?? 0).padStart(20, "0")} ${each}`).join("/");
+  return [...found].sort((one, other) => (path(one) < path(other) ? -1 : 1));
+}
+
+function relatives(runs, chosen) {
+  const oldest = [...runs.values()].sort((one, other) => (one.began ?? 0) - (other.began ?? 0));
   const found = new Set(chosen.filter((id) => runs.has(id)));
   for (const id of found) {
     const above = runs.get(id).parent?.id;
@@ -15,14 +26,9 @@ export function family(runs, chosen) {
   let before = -1;
   while (before !== found.size && found.size < MOST_ROWS) {
     before = found.size;
-    for (const run of runs.values()) if (found.has(run.parent?.id)) found.add(run.id);
+    for (const run of oldest) if (found.has(run.parent?.id)) found.add(run.id);
   }
-  const depth = (id, seen = new Set()) => {
-    const above = runs.get(id).parent?.id;
-    return !above || !found.has(above) || seen.has(id) ? [] : [...depth(above, seen.add(id)), above];
-  };
-  const path = (id) => [...depth(id), id].map((each) => `${String(runs.get(each).began ?? 0).padStart(20, "0")} ${each}`).join("/");
-  return [...found].sort((one, other) => (path(one) < path(other) ? -1 : 1)).slice(0, MOST_ROWS);
+  return found;
 }
 
 export function showLineage(runs, ids, details, chosen) {
@@ -33,9 +39,9 @@ export function showLineage(runs, ids, details, chosen) {
   const y = (id) => TOP + ids.indexOf(id) * ROW + 12;
   const height = TOP + ids.length * ROW + 24;
   const marks = ids.flatMap((id) => [...connector(runs, ids, id, x, y), ...rowOf(runs.get(id), details[id]?.checkpoints ?? [], chosen, x, y)]);
-  const label = `${ids.length} runs from step 0 to ${figure(last)}, with their checkpoints; the table below lists them.`;
+  const label = `${counted(ids.length, "run")} from step 0 to ${figure(last)}, with their checkpoints; the table below lists them.`;
   place.replaceChildren(drawn("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label },
-    scale(last, x, height), marks));
+    scale(last, x, height), marks), ids.length < MOST_ROWS ? "" : element("p", { class: "about" }, `At most ${MOST_ROWS} runs are drawn, the chosen ones among them.`));
 }
 
 function scale(last, x, height) {

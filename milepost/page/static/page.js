@@ -80,7 +80,7 @@ async function load(changed) {
   const rows = family(runs, chosen).filter((id) => !changed || changed.includes(id));
   const [found, more, seen] = await Promise.all([
     ids.length ? source.curves(ids) : { curves: {}, labels: {} },
-    rows.length ? source.details([...new Set([...rows, ...ids])]) : {},
+    rows.length ? source.details([...new Set([...ids, ...rows])]) : {},
     ids.length && view.window ? source.curves(ids, windowQuery()) : null,
   ]);
   whole = { ...whole, ...found.curves };

@@ -35,10 +35,15 @@ async function ask(path, pairs, method = "GET") {
   return response.json();
 }
 
+const AGAIN = 10000; // milliseconds to wait after an answer that a browser takes as final, such as that too many pages are open
+
 // Calls `changed` with what changed, and `connected` with whether the server answers.
 function follow(since, changed, connected) {
   const events = new EventSource(`api/events?since=${since}`);
   events.onmessage = (event) => changed(JSON.parse(event.data));
   events.onopen = () => connected(true);
-  events.onerror = () => connected(false);
+  events.onerror = () => {
+    connected(false);
+    if (events.readyState === EventSource.CLOSED) setTimeout(() => follow(since, changed, connected), AGAIN);
+  };
 }

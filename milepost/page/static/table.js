@@ -1,5 +1,5 @@
 // The list of runs: newest first, filtered, a part at a time.
-import { byId, counted, element, figure, loss, moment, scrolled, table } from "./text.js";
+import { byId, counted, element, figure, loss, moment, scrolled, show, table } from "./text.js";
 
 const PART = 50;
 let visible = PART;
@@ -49,7 +49,8 @@ export function colorOf(chosen, id) {
 }
 
 export function showDamaged(problems) {
-  byId("damaged").replaceChildren(problems.length === 0 ? "" :
-    element("details", {}, element("summary", {}, `${counted(problems.length, "checkpoint")} cannot be read`),
+  const open = byId("damaged").querySelector("details")?.open ?? false;
+  show(byId("damaged"), problems.length === 0 ? "" :
+    element("details", { open }, element("summary", {}, `${counted(problems.length, "checkpoint")} cannot be read`),
       element("ul", {}, problems.map((each) => element("li", {}, `${each.kind}: ${each.problem}`)))));
 }

@@ -18,6 +18,13 @@ function filled(node, properties, children) {
   return node;
 }
 
+// Gives a place other children, unless they are what stands there: a selected text, the focus and an open menu stay.
+export function show(place, ...children) {
+  const next = place.cloneNode(false);
+  next.append(...children.flat());
+  if (!place.isEqualNode(next)) place.replaceChildren(...next.childNodes);
+}
+
 export function counted(count, noun) {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
