@@ -28,7 +28,7 @@ from models.llama import Llama, LlamaSettings  # noqa: E402
 
 SHAPE = LlamaSettings(49152, 1024, n_layer=30, n_head=9, n_embd=576, n_kv_head=3, n_inner=1536)  # SmolLM2-135M
 ROWS, TOKENS = 2, 256  # of a training step
-NEW = 256  # tokens generated
+NEW = 96  # tokens generated
 PROMPT = [5, 7]
 TALKS = ("conversations.jsonl", "ask_wren.jsonl")
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

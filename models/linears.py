@@ -38,13 +38,6 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None = None, activation: str 
     return lambda x: multiply(x.bfloat16())
 
 
-def bfloat16_product(half: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
-    """Return the layer of a bfloat16 weight, which is not copied; only for many rows is it fast."""
-    if multiplies_rows_together():
-        return cast_linear(half, bias, activation, dtype=torch.bfloat16)
-    return _row_by_row(half, None if bias is None else bias.bfloat16(), activation)
-
-
 def multiplies_rows_together() -> bool:
     """Return whether a product in bfloat16 of several rows reads the weights once for all of them: oneDNN does, which has it for
     processors with AVX-512. PyTorch's own product reads them for each row, at the speed of the memory.
@@ -97,11 +90,7 @@ def cast_linear(weight: Tensor, bias: Tensor | None = None, activation: str = ""
 def int8_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
     """Return the layer with 8-bit integer weights and a scale per output; rows and products as in bfloat16_linear."""
     whole, scales = quantized(weight)
-    return int8_product(whole, scales.bfloat16(), bias, activation)
-
-
-def int8_product(whole: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
-    """Return the layer of integers (out, in) and bfloat16 scales (out,)."""
+    scales = scales.bfloat16()
 
     def multiply(x: Tensor) -> Tensor:
         y = torch._weight_int8pack_mm(x.bfloat16(), whole, scales)
