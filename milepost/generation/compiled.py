@@ -24,7 +24,7 @@ from models.model import Model
 LONGEST_DRAFT: Final = {"float32": 5, "bfloat16": 3, "int8": 1}  # as decoder.LONGEST_DRAFT: here more rows take longer
 # Held while kernels run in several threads: where numba finds no OpenMP, its own threads serve one caller, and a second ends the process.
 ONE_CALLER: Final = threading.Lock()
-BYTES: Final = {"float32": 0, "bfloat16": 2, "int8": 1}  # of a weight that is copied; float32 is read where it is
+BYTES: Final = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
 ALIGNED: Final = 64  # bytes: a line of the processor's cache
 NONE: Final = np.empty(0, np.float32)
 NO_ANGLES: Final = np.empty((0, 0), np.float32)
@@ -32,7 +32,7 @@ NO_ANGLES: Final = np.empty((0, 0), np.float32)
 
 class Store:
     """Memory for the weights of a model in one piece, for which numpy asks the system for huge pages: to read them takes up to a
-    fifth less time. What is not used is not taken.
+    fifth less time. So float32 weights are copied too. What is not used is not taken.
     """
 
     def __init__(self, model: Model, weights: str) -> None:
@@ -58,7 +58,7 @@ class Stored:
             whole, self.scales = quantized(weight)
             self.stored = store.put(whole)
         else:
-            self.stored = store.put(weight.bfloat16()) if weights == "bfloat16" else weight.contiguous()
+            self.stored = store.put(weight.bfloat16() if weights == "bfloat16" else weight)
         numbers = self.stored.view(torch.uint16) if weights == "bfloat16" else self.stored
         scales = torch.ones(self.width) if self.scales is None else self.scales
         biases = torch.zeros(self.width) if bias is None else bias
