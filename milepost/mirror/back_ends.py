@@ -17,9 +17,8 @@ OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 2, "use_listings
 CLOUDS = ("s3", "gs", "az", "abfs")  # whose addresses begin with a bucket
 BUCKETS = (*CLOUDS, "hf")  # what has no folders
 CONNECTED = ("sftp", "ssh")  # what has one connection
-SILENCE = (
-    60.0  # seconds without an answer after which a WebDAV server counts as gone: it may have to move a large file first
-)
+# Seconds without an answer after which a WebDAV server counts as gone: it may have to move a large file first.
+SILENCE = 60.0
 
 
 def scheme_of(address: str) -> str:
