@@ -22,9 +22,8 @@ from milepost.runtime.progress import Log
 from milepost.text.addresses import is_address, masked
 
 GB = 10**9
-ASK_EVERY = (
-    30.0  # seconds between two looks in a mirror that is followed: 120 listings an hour, which a store may charge for
-)
+# Seconds between two looks in a mirror that is followed: 120 listings an hour, which a store may charge for.
+ASK_EVERY = 30.0
 
 
 def address_of(name: str, settings: Config) -> str | None:
