@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,28 @@ print(type(decoder).__name__)
     said = in_python(code, PYTHONPATH=f"{tmp_path}:{ROOT}")
     told = "numba is installed and cannot be used (Numba needs NumPy 2.4 or less); generating without it"
     assert said == f"{told}\nDecoder\n"
+
+
+def test_what_was_compiled_and_is_damaged_is_named_and_not_used(tmp_path: Path) -> None:
+    """As a power cut leaves a file: empty. Without AVX2 PyTorch then has float32, not the bfloat16 that pays for kernels alone."""
+    code = """
+import torch
+from pathlib import Path
+from milepost.generation import kernels
+from milepost.generation.texts import choose_decoder
+from milepost.runtime import hardware
+from models.gpt2 import GPT2, GPT2Settings
+index = Path(kernels.read_heads._cache._cache_file._index_path)
+index.parent.mkdir(parents=True, exist_ok=True)
+index.write_bytes(b"")
+hardware.multiplies_bfloat16, torch.backends.cpu.get_cpu_capability = lambda: False, lambda: "DEFAULT"
+model = GPT2(GPT2Settings(300, block_size=8, n_layer=1, n_head=4, n_embd=256))
+decoder, _ = choose_decoder(model, device=torch.device("cpu"), dtype="auto", quantize="none", tokens=1000, log=print)
+print(type(decoder).__name__, decoder.weights)
+"""
+    said = in_python(code, NUMBA_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
+    told = "numba is installed and cannot be used (Ran out of input); generating without it"
+    assert said == f"{told}\nDecoder float32\n"
 
 
 def test_compiling_is_told_once_and_its_result_kept(tmp_path: Path) -> None:
@@ -116,6 +140,25 @@ def test_threads_change_no_bit() -> None:
         found.append(through_cache(decoder, list(range(20)), [1] * 20))
     torch.set_num_threads(threads)
     assert torch.equal(*found)
+
+
+def test_a_long_prompt_too_takes_no_more_threads_than_pytorch() -> None:
+    """Only the head's product is a kernel there; a thread that begins has all of numba's."""
+    decoder, threads = CompiledDecoder(published(), weights="bfloat16"), torch.get_num_threads()
+    found: list[int] = []
+
+    def read() -> None:
+        decoder.rows(list(range(FEW + 1)), decoder.new_cache())
+        found.append(numba.get_num_threads())
+
+    torch.set_num_threads(1)
+    try:
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert found == [1]
 
 
 def test_two_threads_generate_at_once_with_numbas_own_threads() -> None:

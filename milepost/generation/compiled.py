@@ -102,9 +102,9 @@ class CompiledDecoder(Decoder):
         return True
 
     def _through(self, ids: Sequence[int], spans: Sequence[tuple[DecodeCache, int]]) -> Tensor:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         if len(ids) > FEW:
             return super()._through(ids, spans)
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         positions = torch.tensor(positions_of(spans))
         x = _array(self.parts.embed(torch.tensor(ids), positions))
         (R, C), (_, n_kv_head, size) = x.shape, self.parts.cache_shape

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, cast
 
 import torch
@@ -58,22 +59,27 @@ def choose_decoder(
     if device.type != "cpu":
         return None, f"this runs on {device.type}"
     compiled = tokens >= FEWEST_COMPILED and importlib.util.find_spec("numba") is not None
-    weights = quantize
-    if quantize == "none":
-        weights = hardware.decode_dtype(dtype, device, width=width, tokens=tokens, compiled=compiled)
+    dtype_of = partial(hardware.decode_dtype, dtype, device, width=width, tokens=tokens)
+    weights = dtype_of(compiled=compiled) if quantize == "none" else quantize
     if weights == "float32" and width < hardware.BFLOAT16_DECODE_WIDTH:
         return None, f"a model with an embedding dimension of {width} spends its time elsewhere"
-    return (compiled and _compiled(model, weights, log)) or build(model, weights=weights), ""
+    if compiled:
+        if decoder := _compiled(model, weights, log):
+            return decoder, ""
+        weights = dtype_of(compiled=False) if quantize == "none" else quantize
+    return build(model, weights=weights), ""
 
 
 def _compiled(model: Model, weights: str, log: Callable[[str], None]) -> Decoder | None:
     """Return the decoder with compiled kernels; None if numba does not run here."""
     try:
         from milepost.generation.compiled import CompiledDecoder
-    except (ImportError, OSError) as error:  # it refuses versions of NumPy and Python that are newer than itself
-        log(f"numba is installed and cannot be used ({error}); generating without it")
+
+        return CompiledDecoder(model, weights=weights, log=log)
+    except Exception as error:  # a version that does not fit, a full disk, a damaged file of what was compiled before
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        log(f"numba is installed and cannot be used ({reason:.200}); generating without it")
         return None
-    return CompiledDecoder(model, weights=weights, log=log)
 
 
 def no_lookup_reason(decoder: Decoder | None, reason: str) -> str:

@@ -117,9 +117,9 @@ def decode_dtype(requested: str, device: torch.device, *, width: int, tokens: in
     """Return the dtype of the weights to generate `tokens` on a CPU: a fixed rule on processor, embedding dimension, tokens, and
     whether the decoder is compiled.
 
-    Reading the weights takes most of the time, so half the bytes pay where hardware multiplies bfloat16, and where PyTorch
-    converts it as fast as memory delivers it, which it does for one row with AVX2, and compiled kernels do everywhere; once there are enough tokens to make up
-    for converting the weights. Raises DeviceError for float16, which no CPU multiplies.
+    Reading the weights takes most of the time, so half the bytes pay where hardware multiplies bfloat16, where PyTorch converts
+    it as fast as memory delivers it, which it does for one row with AVX2, and with compiled kernels everywhere; once there are
+    enough tokens to make up for converting the weights. Raises DeviceError for float16, which no CPU multiplies.
     """
     if requested != "auto":
         return choose_dtype(requested, device, width=width)
