@@ -93,6 +93,23 @@ for weights in ("bfloat16", "bfloat16"):
     assert in_python(code, **how) == ""
 
 
+def test_processes_that_compile_at_once_keep_what_each_made(tmp_path: Path) -> None:
+    """Of several dtypes; numba alone gives both one name, and the next process finds the other's."""
+    code = """
+import sys
+from test_decoder import published
+from milepost.generation.compiled import CompiledDecoder
+for weights in sys.argv[1:]:
+    CompiledDecoder(published(), weights=weights, log=print)
+"""
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    kinds = ("float32", "int8")
+    both = [subprocess.Popen([sys.executable, "-c", code, kind], env=env, stdout=subprocess.DEVNULL) for kind in kinds]
+    assert [process.wait() for process in both] == [0, 0]
+    again = subprocess.run([sys.executable, "-c", code, *kinds], env=env, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (0, ""), again.stderr
+
+
 def test_it_runs_where_nothing_can_be_kept() -> None:
     """numba refuses to make a function whose result it cannot keep."""
     code = """

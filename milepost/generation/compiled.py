@@ -3,14 +3,17 @@
 Prompts are read by PyTorch from the same weights: its products of many rows are at the processor's limit.
 """
 
+import contextlib
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, cast
 
 import numba
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numba.core import event
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +29,7 @@ LONGEST_DRAFT: Final = {"float32": 5, "bfloat16": 3, "int8": 1}  # as decoder.LO
 ONE_CALLER: Final = threading.Lock()
 BYTES: Final = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
 ALIGNED: Final = 64  # bytes: a line of the processor's cache
+SOON: Final = 3.0  # seconds that loading what was compiled may take another process
 NONE: Final = np.empty(0, np.float32)
 NO_ANGLES: Final = np.empty((0, 0), np.float32)
 
@@ -94,7 +98,7 @@ class CompiledDecoder(Decoder):
         self.blocks, self.norm = [_block(layer) for layer in self.parts.layers], _norm(self.parts.norm)
         bias = self.parts.head_bias
         self.exact_head = _array(self.parts.head_weight), _array(bias) if bias.dim() else NONE
-        with event.install_listener("numba:compile", _Told(log)):
+        with _alone(log), event.install_listener("numba:compile", _Told(log)):
             list(self.rows([0], self.new_cache()))
 
     def agrees(self, rows: int | None = None) -> bool:
@@ -129,6 +133,26 @@ class CompiledDecoder(Decoder):
         best = logits.topk(min(RESCORED, logits.numel())).indices
         kernels.rescore(*self.exact_head, _array(x[0]), _array(best), _array(logits))
         return logits
+
+
+@contextlib.contextmanager
+def _alone(log: Callable[[str], None]) -> Iterator[None]:
+    """Keep other processes from compiling meanwhile: numba would keep under one name what two compile at once.
+
+    Where nothing is kept, or there are no locks, do nothing.
+    """
+    folder = kernels.multiply.stats.cache_path
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError, NotImplementedError):
+            if folder is not None:
+                os.makedirs(folder, exist_ok=True)
+                lock = FileLock(os.path.join(folder, "kernels.lock"))
+                try:
+                    held.enter_context(lock.acquire(timeout=SOON))
+                except Timeout:
+                    log("waiting for another process that compiles the decoder")
+                    held.enter_context(lock)
+        yield
 
 
 class _Told(event.Listener):  # type: ignore[misc]
