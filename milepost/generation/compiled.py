@@ -88,7 +88,7 @@ class Stored:
 
 class CompiledDecoder(Decoder):
     """A trained model on the CPU for sampling.generate(), as Decoder. The kernels are compiled, or loaded if they were compiled
-    before, when it is made; `log` is told if they are compiled, which takes some ten seconds.
+    before, when it is made; `log` gets a line if they are compiled, which takes some ten seconds.
     """
 
     def __init__(self, model: Model, *, weights: str, log: Callable[[str], None] = lambda _: None) -> None:

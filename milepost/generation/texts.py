@@ -46,7 +46,7 @@ def choose_decoder(
 ) -> tuple[Decoder | None, str]:
     """Return the fast decoder if it pays for generating `tokens` tokens; else None, and the reason.
 
-    `quantize` is the dtype of its weights, or "none" to choose one by `dtype`. `log` is told what takes a while. Raise
+    `quantize` is the dtype of its weights, or "none" to choose one by `dtype`. `log` gets a line on what takes a while. Raise
     DeviceError for a dtype that the device does not support.
     """
     width = getattr(model.settings, "n_embd", 0)
