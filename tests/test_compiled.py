@@ -207,6 +207,7 @@ def test_a_pass_of_many_tokens_is_pytorchs(rows: int) -> None:
     """The same logits to the rounding of sums, on either side of the limit."""
     ids = [(7 * at) % VOCAB for at in range(rows)]
     decoder = CompiledDecoder(published(), weights="float32")
+    assert decoder.agrees(rows) == (rows == FEW)
     assert torch.allclose(
         through_cache(decoder, ids, [rows]), through_cache(decoder, ids, [1] * rows), atol=1e-5, rtol=0
     )

@@ -102,8 +102,8 @@ class CompiledDecoder(Decoder):
             list(self.rows([0], self.new_cache()))
 
     def agrees(self, rows: int | None = None) -> bool:
-        """Return True: the kernels compute each row by itself."""
-        return True
+        """Return whether passes of up to so many rows are the kernels', which compute each row by itself."""
+        return rows is None or rows <= FEW
 
     def _through(self, ids: Sequence[int], spans: Sequence[tuple[DecodeCache, int]]) -> Tensor:
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
