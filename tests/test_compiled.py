@@ -89,7 +89,7 @@ for weights in ("bfloat16", "bfloat16"):
     CompiledDecoder(published(), weights=weights, log=print)
 """
     how = {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    assert in_python(code, **how) == "compiling the decoder for this processor: some ten seconds, once\n"
+    assert in_python(code, **how) == "compiling the decoder for this processor: some twenty seconds, once\n"
     assert in_python(code, **how) == ""
 
 

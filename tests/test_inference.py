@@ -588,8 +588,7 @@ def test_weights_that_are_not_finite_are_the_checkpoints_fault(tmp_path):
 @pytest.mark.parametrize("settings", [{"QUANTIZE": "int8"}, {"DTYPE": "bfloat16"}], ids=str)
 @pytest.mark.parametrize("numba", [True, False], ids=["compiled", "torch"])
 def test_drafting_changes_no_text(settings, numba, gpt2, monkeypatch):
-    if not numba:
-        monkeypatch.setattr(texts, "FEWEST_COMPILED", 1000)
+    monkeypatch.setattr(texts, "FEWEST_COMPILED", 1 if numba else 1000)
     settings = settings | {"PROMPT": "Dear Wren, dear Wren, dear", "MAX_NEW_TOKENS": "60", "SAMPLE_SEED": "2"}
     plain = infer(gpt2, **settings)
     drafted = infer(gpt2, SPECULATE="lookup", **settings)

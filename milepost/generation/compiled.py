@@ -88,7 +88,7 @@ class Stored:
 
 class CompiledDecoder(Decoder):
     """A trained model on the CPU for sampling.generate(), as Decoder. The kernels are compiled, or loaded if they were compiled
-    before, when it is made; `log` gets a line if they are compiled, which takes some ten seconds.
+    before, when it is made; `log` gets a line if they are compiled, which takes some twenty seconds.
     """
 
     def __init__(self, model: Model, *, weights: str, log: Callable[[str], None] = lambda _: None) -> None:
@@ -164,7 +164,7 @@ class _Told(event.Listener):  # type: ignore[misc]
     def on_start(self, _: Any) -> None:
         if not self._told:
             self._told = True
-            self._log("compiling the decoder for this processor: some ten seconds, once")
+            self._log("compiling the decoder for this processor: some twenty seconds, once")
 
     def on_end(self, _: Any) -> None:
         pass

@@ -32,7 +32,9 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()  # besides those of the tokenizer
 
 
-FEWEST_COMPILED: Final = 32  # tokens; to load compiled kernels takes about as long as they save on so many
+FEWEST_COMPILED: Final = (
+    128  # tokens; to load compiled kernels takes about as long as they save on so many of GPT-2 (124M)
+)
 
 
 def choose_decoder(
