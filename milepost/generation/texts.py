@@ -32,9 +32,8 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()  # besides those of the tokenizer
 
 
-FEWEST_COMPILED: Final = (
-    128  # tokens; to load compiled kernels takes about as long as they save on so many of GPT-2 (124M)
-)
+# Tokens: to load compiled kernels takes about as long as they save on so many of a GPT-2 with 124 million parameters.
+FEWEST_COMPILED: Final = 128
 
 
 def choose_decoder(
