@@ -140,6 +140,8 @@ class Lease:
                     f"warning: {self._store.shown} writes over objects that exist, so two machines that start this run at the "
                     "same moment would both train it"
                 )
+        elif not self._read(name):  # who began to create it may have died: the number is watched like one that is held
+            self._store.put(self._name("beat", number), b"")
         return self._read(name) == self._owner
 
     def _is_free(self, number: int) -> bool:

@@ -20,9 +20,9 @@ from milepost.text.addresses import masked, without_secrets
 PART, MOST_PARTS = 5 * 2**20, 9000  # bytes of a part of a large object at least, and how many parts S3 takes
 UNSUPPORTED = (TypeError, NotImplementedError)  # of a back end that knows no such option
 MODE: dict[str, Any] = {"mode": "create"}  # how most back ends are asked to create an object that must not exist
-HEADER = {"headers": {"If-None-Match": "*"}}
-# The others. That of the hub would look first and write then, which is no proof.
-CREATE: dict[str, dict[str, Any]] = {"webdav+https": HEADER, "webdav+http": HEADER, "hf": {}}
+UNPROVED = ("hf",)  # whose back end would look first and write then, which proves nothing
+# Servers of WebDAV look first and write then too, also if asked with `If-None-Match`; a folder they create in one step.
+CLAIMED, CLAIM = ("webdav+https", "webdav+http"), ".created"
 READ_AHEAD = 16 * 2**20  # bytes
 # What S3 says if a signature is more than 15 minutes old or ahead, and if an object exists that must not.
 CLOCK_IS_WRONG, EXISTS = "RequestTimeTooSkewed", "PreconditionFailed"
@@ -70,6 +70,11 @@ class Store:
         return scheme_of(self.address) not in BUCKETS
 
     @property
+    def claims(self) -> bool:
+        """Whether an object is created by creating a folder first."""
+        return scheme_of(self.address) in CLAIMED
+
+    @property
     def commits(self) -> bool:
         """Whether each object that is written is a commit of a repository."""
         return scheme_of(self.address) == "hf" and not self.root.startswith("buckets/")
@@ -115,7 +120,8 @@ class Store:
     def create(self, name: str, content: bytes) -> bool:
         """Write a small object unless there is one of its name; return whether it was written. Raise StoreError.
 
-        A store that cannot do that writes over it, and returns True.
+        A store that cannot do that writes over it, and returns True. On WebDAV, a process that ends in the middle leaves a
+        name that nothing can be created under, and no object.
         """
         path = self._path(name)
         with self._naming(name):
@@ -125,7 +131,9 @@ class Store:
                     return True
                 if self.has_folders:
                     self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
-                self.fs.pipe_file(path, content, **CREATE.get(scheme_of(self.address), MODE))
+                if self.claims:
+                    self._claim(path)
+                self.fs.pipe_file(path, content, **({} if self.claims or scheme_of(self.address) in UNPROVED else MODE))
             except FileExistsError:
                 return False
             except Exception as error:
@@ -136,6 +144,17 @@ class Store:
                     raise
                 self.fs.pipe_file(path, content)
         return True
+
+    def _claim(self, path: str) -> None:
+        """Create the folder that gives the right to create an object. Raise FileExistsError if another process has it."""
+        for attempt in range(2):
+            try:
+                return self.fs.mkdir(path + CLAIM, create_parents=False)
+            except FileExistsError:
+                raise
+            except Exception:  # some servers answer so where another process was faster by a hair
+                if attempt:
+                    raise
 
     def size(self, name: str) -> int:
         """Return the bytes of an object. Raise StoreError."""
@@ -221,6 +240,9 @@ class Store:
             self.fs.rm_file(self._path(name))
             if self.is_local:
                 self._remove_empty_folders(Path(self._path(name)).parent)
+        if self.claims:
+            with self._naming(name), contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(self._path(name) + CLAIM)
 
     def _remove_empty_folders(self, folder: Path) -> None:
         with contextlib.suppress(OSError):  # the first that holds something

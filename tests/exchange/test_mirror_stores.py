@@ -5,6 +5,7 @@ Nothing leaves this computer.
 """
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,11 +133,39 @@ def test_of_processes_that_create_one_object_at_once_one_succeeds(address: str) 
         return stores[number].create("one", str(number).encode())
 
     with ThreadPoolExecutor(4) as threads:
-        for _ in range(5):
+        for _ in range(30):
             created = list(threads.map(create, range(4)))
             assert created.count(True) == 1
             assert stores[0].read("one", limit=10) == str(created.index(True)).encode()
             stores[0].delete("one")
+
+
+def test_of_processes_that_take_a_lease_at_once_one_holds_it(address: str) -> None:
+    leases, barrier = [Lease(opened(address), "one", say=print) for _ in range(4)], threading.Barrier(4)
+
+    def take(lease: Lease) -> bool:
+        barrier.wait(HANGING)
+        try:
+            attempted(lease.hold, pause=lambda seconds: None)
+        except RunHeldElsewhereError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(take, leases)).count(True) == 1
+    for lease in leases:
+        lease.release()
+
+
+def test_a_process_that_died_while_it_took_a_lease_holds_it_no_longer_than_others(tmp_path: Path) -> None:
+    (tmp_path / "root" / "run" / "one" / "lease" / "00000001.json.created").mkdir(parents=True)
+    now = itertools.count()
+    with (
+        webdav(tmp_path / "root") as address,
+        holding(Lease(opened(address), "one", say=print, pause=lambda seconds: None, clock=lambda: 5.0 * next(now))),
+    ):
+        assert opened(address).names("one/lease") == ["one/lease/00000002.beat", "one/lease/00000002.json"]
+    assert 90 / 5 <= next(now) < 90 / 5 + 10
 
 
 def test_a_wrong_password_is_refused_before_the_first_step(tmp_path: Path, address: str) -> None:
