@@ -21,6 +21,7 @@ from measure import compare, header, row  # noqa: E402
 
 from milepost.generation.decoder import Decoder  # noqa: E402
 from milepost.generation.sampling import generate  # noqa: E402
+from milepost.runtime.hardware import multiplies_bfloat16  # noqa: E402
 from milepost.text.tokenization import Gpt2Tokenizer  # noqa: E402
 from models.gpt2 import GPT2, SIZES  # noqa: E402
 
@@ -95,7 +96,7 @@ def learn(model: GPT2, passage: list[int]) -> None:
     window = torch.tensor([passage + passage[:65]])
     for number in range(STEPS):
         optimizer.param_groups[0]["lr"] = 6e-4 * min(1, (number + 1) / 8)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bfloat16()):
             loss = model(window[:, :-1], window[:, 1:])[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

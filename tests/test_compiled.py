@@ -1,5 +1,6 @@
 """The decoder of compiled kernels: when it is chosen, what is said, and what it does with weights that are not finite."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -213,21 +214,35 @@ def test_a_pass_of_many_tokens_is_pytorchs(rows: int) -> None:
     )
 
 
+def stored_as(kind: str, weights: kernels.Array) -> tuple[kernels.Array, kernels.Array]:
+    """Weights as a decoder stores them, and what they are then."""
+    if kind == "bfloat16":
+        stored = (weights.view(np.uint32) >> 16).astype(np.uint16)
+        return stored, (stored.astype(np.uint32) << 16).view(np.float32)
+    stored = (weights * 40).clip(-127, 127).astype(np.int8) if kind == "int8" else weights
+    return stored, stored.astype(np.float32)
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_products_are_numpys(kind: str) -> None:
-    """Of every dtype of weights, for widths that no vector divides."""
+@pytest.mark.parametrize("code", [kernels.KEPT, kernels.ADDED, kernels.SWIGLU])
+def test_products_are_numpys_and_a_row_has_its_bits_beside_any_others(kind: str, code: int) -> None:
+    """For widths that no register and no line divides, and numbers of outputs and rows that no tile divides."""
     generator = np.random.default_rng(3)
-    for width in (1, 7, 64, 771):
-        weights, x = (generator.standard_normal((5, width)).astype(np.float32) for _ in range(2))
-        scales, biases = (generator.standard_normal(5).astype(np.float32) for _ in range(2))
-        stored: kernels.Array = weights
-        if kind == "bfloat16":
-            stored = (weights.view(np.uint32) >> 16).astype(np.uint16)
-            weights = (stored.astype(np.uint32) << 16).view(np.float32)
-        if kind == "int8":
-            stored = (weights * 40).clip(-127, 127).astype(np.int8)
-            weights = stored.astype(np.float32)
-        y = np.empty((5, 5), np.float32)
-        kernels.multiply(kernels.Matrix(stored, scales, biases), x, y, kernels.KEPT)
+    for size, outputs, rows in itertools.product((1, 7, 64, 771), (1, 5, 16, 37), (1, 2, 3, 4, 5, 7)):
+        both = 2 * outputs if code == kernels.SWIGLU else outputs
+        stored, weights = stored_as(kind, generator.standard_normal((both, size)).astype(np.float32))
+        scales, biases = (generator.standard_normal(both).astype(np.float32) / size for _ in range(2))
+        x, there = (generator.standard_normal((rows, width)).astype(np.float32) for width in (size, outputs))
+        matrix, y = kernels.Matrix(stored, scales, biases), there.copy()
+        kernels.multiply(matrix, x, y, code)
         expected = x.astype(float) @ weights.T.astype(float) * scales + biases
-        assert np.abs(y - expected).max() < 1e-5 * max(1, np.abs(weights).max()) * width
+        if code == kernels.ADDED:
+            expected += there
+        if code == kernels.SWIGLU:
+            first, gate = expected[:, :outputs], expected[:, outputs:]
+            expected = first / (1 + np.exp(-first)) * gate
+        assert np.abs(y - expected).max() < 2e-6 * np.abs(weights).max() * max(1, np.abs(expected).max())
+        for row in range(rows):
+            alone = there[row : row + 1].copy()
+            kernels.multiply(matrix, x[row : row + 1], alone, code)
+            assert np.array_equal(alone[0], y[row])

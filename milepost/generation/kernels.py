@@ -13,14 +13,24 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 Array = np.ndarray[Any, Any]
 SUMS: Final = {"reassoc", "contract", "nsz"}
 KEPT, GELU, GELU_ERF, RELU, SWIGLU, ADDED = range(6)  # what is done with a product; ADDED: added to what is there
 CODES: Final = {"": KEPT, "gelu": GELU, "gelu_erf": GELU_ERF, "relu": RELU, "swiglu": SWIGLU}
+FLOAT: Final = ir.FloatType()
+_FEATURES = binding.get_host_cpu_features()
+REGISTER: Final = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4  # numbers
+LANES: Final = 4 * REGISTER  # a processor has so many additions under way
+MOST: Final = 3  # rows at a time: 12 of 16 registers hold their sums
+VECTOR: Final = ir.VectorType(FLOAT, LANES)
+LINE: Final = 64  # bytes that a processor reads at once
+WIDTHS: Final = {FLOAT: 4, ir.IntType(16): 2, ir.IntType(8): 1}  # bytes of a stored number
+PIECE: Final = 16  # outputs that a thread computes for all rows, while their weights are in its cache
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 CUBIC, TWICE_ROOT, ROOT_HALF = np.float32(0.044715), np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(math.sqrt(0.5))
 
@@ -69,33 +79,109 @@ def _compiled(function: Callable[..., Any] | None = None, **how: Any) -> Any:
         return njit(**how)(function)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _widened(_: Any, weight: Any) -> Any:
-    """Return a stored weight as float32."""
+def _products_of(rows: int) -> Any:
+    """Return a function (weights (out, in), number, x (R, in), row, totals): it writes the products of the weights of output `number`
+    with so many rows of x, from `row` on, into totals. A weight is read and widened once for them.
 
-    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (stored,), (value,) = signature.args, arguments
-        if stored == types.int8:
-            return builder.sitofp(value, ir.FloatType())
-        if stored == types.uint16:
-            bits = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(bits, ir.FloatType())
-        return value
+    Each total is summed in the same order for all numbers of rows: LANES partial sums, then these, then what is left over.
+    """
 
-    return types.float32(weight), generate
+    @intrinsic  # type: ignore[untyped-decorator]
+    def products(_: Any, weights: Any, number: Any, x: Any, row: Any, totals: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            weights, number, x, row, totals = (
+                context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
+                for kind, value in zip(signature.args, arguments, strict=True)
+            )
+            size = builder.extract_value(x.shape, 1)
+            left = builder.gep(weights.data, [builder.mul(number, size)])
+            at = (builder.add(row, row.type(each)) for each in range(rows))
+            right = [builder.gep(x.data, [builder.mul(each, size)]) for each in at]
+            for each, total in enumerate(_summed(builder, left, right, size)):
+                builder.store(total, builder.gep(totals.data, [size.type(each)]))
+            return context.get_dummy_value()
+
+        return types.void(weights, number, x, row, totals), generate
+
+    return products
+
+
+def _summed(builder: Any, left: Any, right: list[Any], size: Any) -> list[Any]:
+    """Return the sums of products of the row at `left` with each at `right`, `size` numbers."""
+    line = max(LANES, LINE // WIDTHS[left.type.pointee])  # numbers
+    lines, whole = builder.and_(size, size.type(-line)), builder.and_(size, size.type(-LANES))
+    ahead = builder.mul(size, size.type(PIECE))
+    sums = [cgutils.alloca_once_value(builder, ir.Constant(VECTOR, [0.0] * LANES)) for _ in right]
+    with cgutils.for_range_slice(builder, size.type(0), lines, size.type(line), inc=True) as (at, _):
+        for step in range(0, line, LINE // WIDTHS[left.type.pointee]):
+            _prefetch(builder, builder.gep(left, [builder.add(builder.add(at, size.type(step)), ahead)]))
+        for step in range(0, line, LANES):
+            _add_products(builder, sums, left, right, builder.add(at, size.type(step)), VECTOR)
+    with cgutils.for_range_slice(builder, lines, whole, size.type(LANES), inc=True) as (at, _):
+        _add_products(builder, sums, left, right, at, VECTOR)
+    sums = [cgutils.alloca_once_value(builder, _total(builder, builder.load(lanes))) for lanes in sums]
+    with cgutils.for_range_slice(builder, whole, size, size.type(1), inc=True) as (at, _):
+        _add_products(builder, sums, left, right, at, FLOAT)
+    return [builder.load(total) for total in sums]
+
+
+def _add_products(builder: Any, sums: list[Any], left: Any, right: list[Any], at: Any, kind: Any) -> None:
+    """Add to each sum the product of the numbers at `left` and in one row at `right`, from `at` on, one or LANES by `kind`."""
+    weight = _widened(builder, left, at, kind)
+    for slot, row in zip(sums, right, strict=True):
+        builder.store(_fused(builder, weight, _widened(builder, row, at, kind), builder.load(slot)), slot)
+
+
+def _prefetch(builder: Any, place: Any) -> None:
+    """Ask for what is at a place, to be read soon."""
+    i8, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [i8, i32, i32, i32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(place, i8), i32(0), i32(2), i32(1)])
+
+
+def _widened(builder: Any, row: Any, at: Any, kind: Any) -> Any:
+    """Return the stored numbers of a row from `at` on as float32, one or LANES by `kind`."""
+    stored, count = row.type.pointee, getattr(kind, "count", 0)
+    like = (lambda number: ir.VectorType(number, count)) if count else (lambda number: number)
+    place = builder.bitcast(builder.gep(row, [at]), like(stored).as_pointer())
+    value = builder.load(place, align=WIDTHS[stored])
+    if stored == ir.IntType(8):
+        return builder.sitofp(value, kind)
+    if stored == ir.IntType(16):
+        wide, half = like(ir.IntType(32)), [16] * count if count else 16
+        return builder.bitcast(builder.shl(builder.zext(value, wide), ir.Constant(wide, half)), kind)
+    return value
+
+
+def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a b + c, rounded once where the processor can."""
+    name = f"llvm.fmuladd.{'f32' if a.type == FLOAT else f'v{LANES}f32'}"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+def _total(builder: Any, lanes: Any) -> Any:
+    """Return the sum of LANES numbers: the halves are added until one is left."""
+    count = LANES
+    while count > 1:
+        count //= 2
+        i32 = ir.IntType(32)
+        halves = [ir.Constant(ir.VectorType(i32, count), [i32(at + i) for i in range(count)]) for at in (0, count)]
+        low, high = (builder.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), half) for half in halves)
+        lanes = builder.fadd(low, high)
+    return builder.extract_element(lanes, ir.IntType(32)(0))
+
+
+_products_1, _products_2, _products_3 = _products_of(1), _products_of(2), _products_of(3)
 
 
 @_compiled
 def _dot(weights: Array, x: Array) -> Any:
     total = ZERO
     for i in range(weights.shape[0]):
-        total += _widened(weights[i]) * x[i]  # type: ignore[call-arg]
+        total += weights[i] * x[i]
     return total
-
-
-@_compiled
-def _output(matrix: Matrix, number: int, x: Array) -> Any:
-    return _dot(matrix.weights[number], x) * matrix.scales[number] + matrix.biases[number]
 
 
 @_compiled
@@ -111,19 +197,52 @@ def _activated(value: Any, code: int) -> Any:
     return value
 
 
+@_compiled(fastmath=False)  # the order is fixed already
+def _multiply(weights: Array, number: int, x: Array, row: int, rows: int, totals: Array) -> None:
+    if rows == 1:
+        _products_1(weights, number, x, row, totals)
+    elif rows == 2:
+        _products_2(weights, number, x, row, totals)
+    else:
+        _products_3(weights, number, x, row, totals)
+
+
+@_compiled
+def _write(matrix: Matrix, number: int, total: Any, gate: Any, code: int, y: Array) -> None:
+    """Write output `number` of a row into y (out,), given its product; of SWIGLU also the product of its gate."""
+    width = y.shape[0]
+    value = total * matrix.scales[number] + matrix.biases[number]
+    if code == ADDED:
+        y[number] += value
+    elif code == SWIGLU:
+        gated = gate * matrix.scales[width + number] + matrix.biases[width + number]
+        y[number] = value / (ONE + math.exp(-value)) * gated
+    else:
+        y[number] = _activated(value, code)
+
+
+@_compiled
+def _multiply_piece(matrix: Matrix, x: Array, y: Array, code: int, first: int, last: int) -> None:
+    """Write the outputs from `first` to `last`, a few rows at a time."""
+    totals, gates = np.empty(MOST, np.float32), np.empty(MOST, np.float32)
+    width, row = y.shape[1], 0
+    while row < x.shape[0]:
+        rows = min(MOST, x.shape[0] - row)
+        for number in range(first, last):
+            _multiply(matrix.weights, number, x, row, rows, totals)
+            if code == SWIGLU:
+                _multiply(matrix.weights, width + number, x, row, rows, gates)
+            for i in range(rows):
+                _write(matrix, number, totals[i], gates[i], code, y[row + i])
+        row += rows
+
+
 @_compiled(parallel=True)
 def multiply(matrix: Matrix, x: Array, y: Array, code: int) -> None:
     """Write the layer's outputs for rows x (R, in) into y (R, out), of SWIGLU (R, out / 2)."""
     width = y.shape[1]
-    for number in prange(width):
-        for row in range(x.shape[0]):
-            value = _output(matrix, number, x[row])
-            if code == ADDED:
-                y[row, number] += value
-            elif code == SWIGLU:
-                y[row, number] = value / (ONE + math.exp(-value)) * _output(matrix, width + number, x[row])
-            else:
-                y[row, number] = _activated(value, code)
+    for piece in prange((width + PIECE - 1) // PIECE):
+        _multiply_piece(matrix, x, y, code, piece * PIECE, min(width, (piece + 1) * PIECE))
 
 
 @_compiled
