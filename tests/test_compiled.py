@@ -246,3 +246,9 @@ def test_products_are_numpys_and_a_row_has_its_bits_beside_any_others(kind: str,
             alone = there[row : row + 1].copy()
             kernels.multiply(matrix, x[row : row + 1], alone, code)
             assert np.array_equal(alone[0], y[row])
+
+
+def test_rows_that_do_not_lie_one_after_the_other_are_refused() -> None:
+    matrix = kernels.Matrix(*(np.ones(shape, np.float32) for shape in ((4, 6), 4, 4)))
+    with pytest.raises(numba.TypingError):
+        kernels.multiply(matrix, np.ones((6, 2), np.float32).T, np.empty((2, 4), np.float32), kernels.KEPT)

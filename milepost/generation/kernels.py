@@ -4,8 +4,9 @@ PyTorch's products of one row read the weights at a third to a half of the speed
 its operations takes as long as computing them. These read them at the speed of memory, in a few calls for a layer. numba
 keeps what it compiled beside this file, or in the user's cache.
 
-Each row is computed by itself, by the same instructions whatever the number of rows, so its bits do not depend on it. Sums may be
-reordered, once and for all when they are compiled; no other rule of IEEE 754 is given up, so what is not finite stays so.
+The sums of a product are taken in one order, written down here as instructions of LLVM, so the bits of a row do not depend on how many are
+computed with it. Other sums may be reordered, once and for all when they are compiled; no other rule of IEEE 754 is given up,
+so what is not finite stays so.
 """
 
 import math
@@ -88,6 +89,9 @@ def _products_of(rows: int) -> Any:
 
     @intrinsic  # type: ignore[untyped-decorator]
     def products(_: Any, weights: Any, number: Any, x: Any, row: Any, totals: Any) -> Any:
+        if {weights.layout, x.layout, totals.layout} != {"C"}:
+            return None  # numba then says that it has no such function
+
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             weights, number, x, row, totals = (
                 context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
@@ -186,10 +190,8 @@ def _dot(weights: Array, x: Array) -> Any:
 
 @_compiled
 def _activated(value: Any, code: int) -> Any:
-    if code == GELU:
-        return value / (
-            ONE + math.exp(TWICE_ROOT * (value + CUBIC * value * value * value))
-        )  # tanh takes twice as long
+    if code == GELU:  # tanh takes twice as long
+        return value / (ONE + math.exp(TWICE_ROOT * (value + CUBIC * value * value * value)))
     if code == GELU_ERF:
         return HALF * value * (ONE + math.erf(value * ROOT_HALF))
     if code == RELU and value < ZERO:
