@@ -24,7 +24,7 @@ from milepost.generation.decoder_parts import Layer, Norm
 from models.linears import FEW, Linear, activated, multiplies_rows_together, quantized
 from models.model import Model
 
-LONGEST_DRAFT: Final = {"float32": 7, "bfloat16": 7, "int8": 3}  # as decoder.LONGEST_DRAFT: here more rows take longer
+LONGEST_DRAFT: Final = {"float32": 5, "bfloat16": 5, "int8": 3}  # as decoder.LONGEST_DRAFT: here more rows take longer
 # Held while kernels run in several threads: where numba finds no OpenMP, its own threads serve one caller, and a second ends the process.
 ONE_CALLER: Final = threading.Lock()
 BYTES: Final = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
