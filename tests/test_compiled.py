@@ -226,7 +226,7 @@ def stored_as(kind: str, weights: kernels.Array) -> tuple[kernels.Array, kernels
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("code", [kernels.KEPT, kernels.ADDED, kernels.SWIGLU])
 def test_products_are_numpys_and_a_row_has_its_bits_beside_any_others(kind: str, code: int) -> None:
-    """For widths that no register and no line divides, and numbers of outputs and rows that no tile divides."""
+    """For widths that no register and no line divides, and numbers of rows that are no multiple of those computed at a time."""
     generator = np.random.default_rng(3)
     for size, outputs, rows in itertools.product((1, 7, 64, 771), (1, 5, 16, 37), (1, 2, 3, 4, 5, 7)):
         both = 2 * outputs if code == kernels.SWIGLU else outputs

@@ -102,7 +102,7 @@ class CompiledDecoder(Decoder):
             list(self.rows([0], self.new_cache()))
 
     def agrees(self, rows: int | None = None) -> bool:
-        """Return whether passes of up to so many rows are the kernels', which compute each row by itself."""
+        """Return whether passes of up to so many rows are the kernels', in which no row's bits depend on the others."""
         return rows is None or rows <= FEW
 
     def _through(self, ids: Sequence[int], spans: Sequence[tuple[DecodeCache, int]]) -> Tensor:

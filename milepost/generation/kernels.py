@@ -2,7 +2,7 @@
 
 PyTorch's products of one row read the weights at a third to a half of the speed of memory on most processors, and starting
 its operations takes as long as computing them. These read them at the speed of memory, in a few calls for a layer. numba
-keeps what it compiled beside this file, or in the user's cache.
+keeps what it compiled beside this file, or in the user's cache, until this file changes; it looks at no other, so all of it is here.
 
 The sums of a product are taken in one order, written down here as instructions of LLVM, so the bits of a row do not depend on how many are
 computed with it. Other sums may be reordered, once and for all when they are compiled; no other rule of IEEE 754 is given up,
