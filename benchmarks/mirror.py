@@ -1,10 +1,11 @@
 """Measure training steps with a mirror against the same steps without one. Both save a checkpoint before them.
 
-    python3 benchmarks/mirror.py                       # about three minutes; the mirror is a folder beside the checkpoints
+    python3 benchmarks/mirror.py                       # about five minutes; the mirror is a folder beside the checkpoints
     python3 benchmarks/mirror.py s3://bucket/path      # a store; the last checkpoint stays there
 
-The arms alternate, as many steps of one run at a time as take about SECONDS. A figure is the median of the seconds per step, from
-the save to the last step, in which the checkpoint must have arrived. Memory is the largest that the process had in an arm.
+The arms take turns at being first, as many steps of one run at a time as take about SECONDS. A figure is the median of the
+seconds per step, from the save to the last step, in which the checkpoint must have arrived. The ratio is the median of the rounds'
+ratios, so that a machine that slows down for a minute counts in both arms. Memory is the largest that the process had in an arm.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ SETTINGS = {
     "ENABLE_CHECKPOINTS": "true", "CHECKPOINT_KEEP_LAST": "1", "CHECKPOINT_KEEP_BEST": "0", "MIRROR_KEEP_LAST": "1",
     "PYTHON_DOTENV_DISABLED": "1",
 }  # fmt: skip
-ROUNDS, SECONDS = 5, 12.0  # and a round that does not count
+ROUNDS, SECONDS = 10, 12.0  # and a round that does not count
 LIMIT = 1.02  # times a step without
 MEMORY = 100e6  # bytes more than without: the parts of a large file under way, as docs/mirroring.md says
 STATUS = Path("/proc/self/status")
@@ -57,7 +58,7 @@ def compare(run: Run, *, steps: int) -> None:
     taken: dict[str, list[float]] = {"without": [], "with": []}
     memory: dict[str, list[float]] = {"without": [], "with": []}
     for number in range(-1, ROUNDS):
-        for arm, times in taken.items():
+        for arm in sorted(taken, reverse=number % 2 == 0):
             run.uploader = uploader if arm == "with" else None
             forget_peak()
             elapsed = seconds(lambda: save_and_train(run, steps)) / steps
@@ -68,12 +69,12 @@ def compare(run: Run, *, steps: int) -> None:
                 raise SystemExit("the mirror did not take a checkpoint, for the reason above")
             print(f"  {arm}: {elapsed:.4f} s per step{'' if number >= 0 else ' (warm-up)'}", file=sys.stderr)
             if number >= 0:
-                times.append(elapsed)
+                taken[arm].append(elapsed)
                 memory[arm].append(peak)
     figures = {arm: statistics.median(times) for arm, times in taken.items()}
     header()
     with_mirror, without = (f"{figures[arm]:.4f} s" for arm in ("with", "without"))
-    ratio = figures["with"] / figures["without"]
+    ratio = statistics.median(with_it / alone for with_it, alone in zip(taken["with"], taken["without"], strict=True))
     row("a step with a mirror against one without", ours=with_mirror, peer=without, ratio=ratio, bound=f"<= {LIMIT}")
     report_memory(memory)
     if late:

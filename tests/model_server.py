@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import uvicorn
 from drive import environment
 from script import NOTHING_OF_TRAINING, script
@@ -16,12 +17,15 @@ from work import HANGING
 
 from milepost import config
 from milepost.config import Config
+from milepost.generation.texts import Sampling, texts
 from milepost.runtime.progress import Log
-from milepost.samples import open_named, sampling
+from milepost.samples import Loaded, open_named, sampling
 from milepost.serving.app import Server, application
 from milepost.serving.catalogue import Catalogue
 from milepost.serving.generating import Generating
 from milepost.serving.preparing import Defaults
+
+QUICK = {"EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0", "CHECKPOINT_INTERVAL": "0", "WARMUP_STEPS": "0"}
 
 
 class Reply(NamedTuple):
@@ -113,3 +117,25 @@ def serving(folder: Path, *, key: str | None = None, log: Any = lambda line: Non
         loop.should_exit = True
         for each in (thread, *catalogue.threads):
             each.join()
+
+
+def alone(loaded: Loaded, prompt: str | list[int], *, seed: int, tokens: int, number: int = 0, **how) -> str:
+    """What the model writes after a prompt when nothing else runs."""
+    ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    how = {"temperature": 0.8, "top_k": 200} | how
+    drawn = texts(
+        loaded.generator, loaded.tokenizer, ids, sampling=Sampling(max_new_tokens=tokens, **how), seed=seed, first=number,
+        count=1,
+    )  # fmt: skip
+    return "".join(next(drawn))
+
+
+def texts_of(reply) -> list[str]:
+    assert reply.status == 200, reply.body
+    return [choice["text"] for choice in reply.value["choices"]]
+
+
+def until(happens) -> None:
+    """Wait for an event of another thread; a test that hangs here fails by its own limit."""
+    while not happens():
+        torch.ones(1).add_(1)

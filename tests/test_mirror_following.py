@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from drive import train
 from mirrors import in_folder, known, send
-from model_server import serving
+from model_server import QUICK, serving, until
 from records import record, save
 from test_mirror import no_pause, path_of
 from test_mirror_reading import cache_in, damage, save_of
-from test_serving import QUICK, until
 
 from milepost import ckpt, remote
 from milepost.ckpt import CheckpointError

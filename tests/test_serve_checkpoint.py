@@ -15,8 +15,8 @@ from pathlib import Path
 import pages
 import pytest
 from drive import ROOT, child_environment, command, train
+from model_server import QUICK
 from script import NOTHING_OF_TRAINING, call, script
-from test_serving import QUICK
 from work import HANGING
 
 SERVE = "scripts/serve_checkpoint.py"

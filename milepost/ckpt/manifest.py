@@ -18,7 +18,6 @@ from milepost.ckpt import strict_json
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json, Kind, check_metadata, metadata
 from milepost.files import (
     BEGINNING,
-    CHUNK,
     UNREACHABLE,
     NewFile,
     is_unfinished,
@@ -224,14 +223,9 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def sha256(path: Path, *, most: int | None = None) -> str:
     """Return the sha256 of the file, or of its first `most` bytes, in hex; raise CheckpointError."""
-    digest = hashlib.sha256()
     try:
         with open_steadily(path) as file:
-            if most is not None:
-                digest.update(file.read(most))
-                return digest.hexdigest()
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+            digest = hashlib.file_digest(file, "sha256") if most is None else hashlib.sha256(file.read(most))
     except OSError as error:
         raise unreadable(path, error) from error
     return digest.hexdigest()

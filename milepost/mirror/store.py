@@ -24,6 +24,7 @@ UNPROVED = ("hf",)  # whose back end would look first and write then, which prov
 # Servers of WebDAV look first and write then too, also if asked with `If-None-Match`; a folder they create in one step.
 CLAIMED, CLAIM = ("webdav+https", "webdav+http"), ".created"
 READ_AHEAD = 16 * 2**20  # bytes
+COPIED = 2**18  # bytes of a file that are copied at a time: they fit into the processor's cache
 # What S3 says if a signature is more than 15 minutes old or ahead, and if an object exists that must not.
 CLOCK_IS_WRONG, EXISTS = "RequestTimeTooSkewed", "PreconditionFailed"
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError")
@@ -90,7 +91,7 @@ class Store:
         path = self._path(name)
         with self._naming(name):
             if self.is_local:
-                _copy_durably(source, Path(path), moved, piece=piece or CHUNK)
+                _copy_durably(source, Path(path), moved, piece=piece or COPIED)
                 return
             if self.has_folders:
                 self.fs.makedirs(posixpath.dirname(path), exist_ok=True)

@@ -5,10 +5,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
@@ -23,6 +23,7 @@ LOOK_SHARE: Final = 20  # a look takes at most one part in so many of the time
 LONGEST_WAIT: Final = 60.0  # seconds to the next look after one that took long
 MOST_TIMES: Final = 8  # as long as otherwise between two looks that fail
 
+T = TypeVar("T")
 Open = Callable[[str, Iterable[Checkpoint]], Loaded]  # a checkpoint by what CHECKPOINT_PATH takes, over bases in memory
 
 
@@ -119,10 +120,8 @@ class Catalogue:
             self._put(name, str(path))
 
     def _put(self, name: str, source: str) -> None:
-        # In a thread that ends: OpenMP keeps threads for each thread that has computed. With more of them than cores, they no
-        # longer wait for work actively, and every token takes half as long again.
-        with self._opening, ThreadPoolExecutor(1) as passing:
-            loaded, together = passing.submit(self._opened, source).result()
+        with self._opening:
+            loaded, together = in_passing_thread(lambda: self._opened(source))
         self.models[name] = Served(name, loaded, together, int(time.time()))
         steps = "together" if together else "in turn"
         where = loaded.record.path
@@ -134,6 +133,29 @@ class Catalogue:
         if decoder is None or not decoder.together or loaded.lookup or self._rows == 1:
             return loaded, False
         return loaded, decoder.agrees(self._rows)
+
+
+def in_passing_thread(function: Callable[[], T]) -> T:
+    """Return what the function returns, which a thread of its own computes. A signal does not wait for it.
+
+    OpenMP keeps threads for each thread that has computed. With more of them than cores, they no longer wait for work actively,
+    and every token takes half as long again; those of a thread that has ended are gone.
+    """
+    found: Future[T] = Future()
+
+    def compute() -> None:
+        try:
+            found.set_result(function())
+        except BaseException as error:
+            found.set_exception(error)
+
+    thread = threading.Thread(target=compute, name="opens a checkpoint", daemon=True)
+    thread.start()
+    try:
+        return found.result()
+    finally:
+        if found.done():
+            thread.join()
 
 
 def selects(source: str) -> bool:

@@ -7,9 +7,8 @@ import numpy as np
 import openai
 import pytest
 from drive import train
-from model_server import serving
+from model_server import QUICK, alone, serving
 from talks import talks_file
-from test_serving import QUICK, alone
 
 from milepost.evaluate.scoring import log_likelihoods
 
