@@ -42,7 +42,7 @@ def main(settings: Config, log: Log) -> int:
     with destination(settings) as written:
         write(record, name, written, runs_dir=Path(settings.runs_dir), say=log)
         files = sorted(path for path in written.rglob("*") if path.is_file())
-        privacy = "private" if settings.hub_private else "public"
+        privacy = "private" if settings.hub_private else "public, unless it is private there already"
         write_stdout(f"{shown(record.path or 'checkpoint')} -> {name} ({privacy})")
         for path in files:
             write_stdout(f"  {path.relative_to(written)}  {amount(path.stat().st_size, 'B')}")

@@ -16,7 +16,7 @@ from test_sampling import lively, seeded
 from milepost.generation.compiled import CompiledDecoder
 from milepost.generation.decoder import RESCORED, Decoder
 from milepost.generation.lookup import Lookup
-from milepost.generation.sampling import FEW, generate, keep_top_k, keep_top_p, next_token
+from milepost.generation.sampling import BEST, generate, keep_top_k, keep_top_p, next_token
 from models.gpt2 import GPT2, GPT2Settings
 from models.linears import LINEARS, quantized
 from models.llama import Llama, LlamaSettings, RotaryScaling
@@ -407,7 +407,7 @@ def test_drafting_pauses_longer_after_each_failure_and_recovers() -> None:
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("spread", [0.1, 3.0])
 def test_top_p_of_many_tokens_is_that_of_all_sorted(p: float, spread: float) -> None:
-    logits = torch.randn(20 * FEW, generator=seeded(7)) * spread
+    logits = torch.randn(20 * BEST, generator=seeded(7)) * spread
     best, order = logits.sort(descending=True)
     probs = best.double().softmax(-1)
     count = int((probs.cumsum(0) - probs < p - 1e-6).sum())

@@ -13,7 +13,7 @@ from milepost.generation.lookup import Lookup
 from models.model import Cache, Model
 
 # In a larger vocabulary, the best tokens are tried first: sorting all takes milliseconds.
-FEW: Final = 1024
+BEST: Final = 1024
 # An extreme penalty makes no logit larger: a temperature of 1e-6 would overflow float32.
 LARGEST: Final = 1e30
 
@@ -55,11 +55,11 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def _best_first(logits: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Return the logits in descending order, and their ids: only the best FEW if their probabilities surely sum to
+    """Return the logits in descending order, and their ids: only the best BEST if their probabilities surely sum to
     p.
     """
-    if logits.numel() > FEW:
-        best, order = logits.topk(FEW)
+    if logits.numel() > BEST:
+        best, order = logits.topk(BEST)
         if (best - logits.logsumexp(-1)).exp().sum() > p + 1e-4:  # a margin far above rounding errors
             return best, order
     return logits.sort(descending=True, stable=True)
