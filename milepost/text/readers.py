@@ -372,7 +372,8 @@ ROWS: dict[str, Callable[[Path, Reading, Collection[str]], Iterator[tuple[str, A
     ".parquet": _column_rows,
     ".arrow": _column_rows,
 }
-VERBATIM = (".txt", ".md", ".jsonl", ".csv")  # the types of versions that did not normalize text
+SEPARABLE = (".txt", ".md")  # the types in which a separator ends a document
+VERBATIM = (*SEPARABLE, ".jsonl", ".csv")  # the types of versions that did not normalize text
 FIRST_TYPES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv")  # and of those before parquet
 SUPPORTED = f"{', '.join(FIRST_TYPES)}, each also with .gz or .zst, {', '.join(COLUMNAR)}"
 
