@@ -61,6 +61,17 @@ def test_a_conversation_beside_a_text_is_passed_over_and_told(tmp_path: Path) ->
     assert opened(rows(tmp_path / "o.jsonl", [{"text": "plain", "id": 1}])).skipped == ()
 
 
+def test_conversations_of_another_form_are_named_as_such(tmp_path: Path) -> None:
+    for name, turns in {
+        "a": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}],
+        "b": [USER, ANSWER],
+    }.items():
+        with pytest.raises(DataError, match=r"line 1: its conversation is in 'conversations'.* as messages"):
+            scan(opened(rows(tmp_path / f"{name}.jsonl", [{"conversations": turns}])))
+    with pytest.raises(TextFieldError, match="found body, notes"):  # no conversation
+        scan(opened(rows(tmp_path / "c.jsonl", [{"body": "a", "notes": [{"by": "b"}]}])))
+
+
 def test_members_of_rows_that_are_not_read_are_told(tmp_path: Path) -> None:
     """A system message or earlier turns beside a question would be missed, wherever they first stand."""
 
