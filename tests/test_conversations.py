@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from drive import train
+from pyarrow import parquet
 from talks import rows, talks_file
 
 from milepost import config
@@ -57,6 +59,41 @@ def test_a_conversation_beside_a_text_is_passed_over_and_told(tmp_path: Path) ->
     (note,) = corpus.skipped
     assert note.startswith(f"{path}: its rows have text, which is read, and messages, which are not")
     assert opened(rows(tmp_path / "o.jsonl", [{"text": "plain", "id": 1}])).skipped == ()
+
+
+def test_conversations_of_another_form_are_named_as_such(tmp_path: Path) -> None:
+    for name, turns in {
+        "a": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}],
+        "b": [USER, ANSWER],
+    }.items():
+        with pytest.raises(DataError, match=r"line 1: its conversation is in 'conversations'.* as messages"):
+            scan(opened(rows(tmp_path / f"{name}.jsonl", [{"conversations": turns}])))
+    with pytest.raises(TextFieldError, match="found body, notes"):  # no conversation
+        scan(opened(rows(tmp_path / "c.jsonl", [{"body": "a", "notes": [{"by": "b"}]}])))
+
+
+def test_members_of_rows_that_are_not_read_are_told(tmp_path: Path) -> None:
+    """A system message or earlier turns beside a question would be missed, wherever they first stand."""
+
+    def told(source: Path, **reading: str) -> list[str]:
+        return list(scan(opened(source, **reading)).notes[1:])
+
+    row, asked = {"prompt": "a?", "completion": "b"}, {"instruction": "a?", "output": "b"}
+    path = rows(tmp_path / "a.jsonl", [row, row | {"system": "Be brief.", "id": 7}, row | {"history": []}])
+    assert told(path) == [f"{path}: members of its rows that are not read: system, id, history"]
+    assert told(rows(tmp_path / "b.jsonl", [row | {"tools": [], "images": None}])) == []
+    assert told(rows(tmp_path / "c.jsonl", [asked | {"input": "c"}])) == []
+    path = rows(tmp_path / "d.jsonl", [row | {"input": "c"}])
+    assert told(path) == [f"{path}: members of its rows that are not read: input"]
+    path = rows(tmp_path / "e.jsonl", [{"q": "a?", "a": "b", "input": "c"}])
+    assert told(path, prompt_field="q", answer_field="a") == [f"{path}: members of its rows that are not read: input"]
+    path = tmp_path / "f.csv"
+    path.write_text("prompt,completion,source\na?,b,c\n", encoding="utf-8")
+    assert told(path) == [f"{path}: members of its rows that are not read: source"]
+    table = pyarrow.table({"prompt": ["a?"], "completion": ["b"], "system": ["Be brief."]})
+    path = tmp_path / "g.parquet"
+    parquet.write_table(table, path)
+    assert told(path) == [f"{path}: members of its rows that are not read: system"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])

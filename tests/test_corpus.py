@@ -773,6 +773,16 @@ def test_remarks_on_files_are_remembered(tmp_path: Path) -> None:
         assert "2 times" in notes[4]
 
 
+def test_a_separator_is_advised_where_it_would_end_documents(tmp_path: Path) -> None:
+    row = '{"text": "a<|endoftext|>b"}\n'
+    names = {"a.txt": "a<|endoftext|>b", "a.jsonl": row, "a.py": "'<|endoftext|>'"}
+    advised = {
+        name: "document separator" in scan(opened(write(tmp_path / name, text))).notes[-1]
+        for name, text in names.items()
+    }
+    assert advised == {"a.txt": True, "a.jsonl": False, "a.py": False}
+
+
 @pytest.mark.parametrize("block", [1, 5, 12, 13, 14, 1 << 20])
 def test_written_ends_of_text_are_counted_wherever_blocks_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int

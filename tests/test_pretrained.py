@@ -179,6 +179,8 @@ def test_what_the_hub_has_not_is_one_sentence(hub: ModelHub, tmp_path: Path) -> 
     ):
         asked = ask(hub, name, tmp_path, HF_HUB_OFFLINE=offline)
         assert (asked.returncode, problem in asked.stderr, "Traceback" in asked.stderr) == (1, True, False)
+    done = run("training.py", tmp_path / "run", hub, PRETRAINED="wren/none", HF_HUB_OFFLINE="1")
+    assert (done.returncode, "set INIT_FROM to a folder with its files" in done.stderr) == (3, True)
     hub.gated = True
     asked = ask(hub, "wren/lark", tmp_path)
     assert "wren/lark: the hub gives this model only to accounts that have accepted its terms" in asked.stderr

@@ -93,6 +93,41 @@ def test_loss_and_exact_matches_of_answers(trained: Path) -> None:
     assert better["standard"]["loss"] < 0.1 < figures["standard"]["loss"]
 
 
+def test_answers_past_a_context_are_told_and_compared_item_by_item(trained: Path, tmp_path: Path) -> None:
+    """One model knows the answers by heart; the other, with the same weights, reads too little for the last token of each."""
+    whole = newest(trained)
+    tokenizer = build_tokenizer(whole)
+    lengths = [
+        len(
+            chat_ids(
+                [{"role": "user", "content": q}, {"role": "assistant", "content": a}], tokenizer, None, answer=False
+            )
+        )
+        for q, a in PAIRS.items()
+    ]
+    context = min(lengths) - 3  # one target short of the end of the shortest: a line feed follows the end
+    state = dict(whole.model_state)
+    positions = next(name for name, tensor in state.items() if tensor.size(0) == 64 and tensor.dim() == 2)
+    state[positions] = state[positions][:context].clone()
+    settings = {**whole.model_settings, "block_size": context}
+    short = ckpt.save(replace(whole, model_state=state, model_settings=settings), tmp_path)
+    asked = [{"prompt": q, "completion": a} for q, a in PAIRS.items()]
+    asked.append(
+        {"prompt": "Who sings in the house in the sun?", "completion": "An owl hunts."}
+    )  # the short context ends before
+    path, output = rows(tmp_path / "asked.jsonl", asked), tmp_path / "o.json"
+    done = command(
+        "scripts/evaluate_checkpoint.py", trained, EVAL_DATA=str(path), OUTPUT=str(output), CHECKPOINT_PATH=f"latest,{short}", **QUIET  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"4 of 4 answers reach past its context of {context} tokens" in done.stderr
+    figures = json.loads(output.read_text(encoding="utf-8"))
+    assert [each["benchmarks"][0]["accuracy"] for each in figures["checkpoints"]] == [0.75, 0]
+    (compared,) = figures["comparisons"]  # of the bits per byte of other answers there is no comparison
+    assert (compared["figure"], compared["difference"]) == ("accuracy on exact match", -0.75)
+    assert "their bits per byte are not compared" in done.stderr
+
+
 def test_the_validation_part_is_that_of_the_training(trained: Path) -> None:
     changes = QUIET | {"TRAINING_DATA_SOURCE": None, "BATCH_SIZE": None}
     output = trained / "own.json"

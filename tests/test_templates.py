@@ -119,6 +119,34 @@ def test_answers_of_every_turn_are_found() -> None:
     assert tokenizer.decode(ids[answers]) == "A small bird.\nA large one.\n"
 
 
+def test_an_answer_ends_after_its_message_whatever_special_token_stands_before() -> None:
+    """A template that begins no answer itself, and one that writes a special token between the two."""
+    tokenizer = bpe()
+    begins_none = CHATML.partition("{% if add_generation_prompt %}")[0]
+    ids, answers = example(TALK, tokenizer, begins_none)
+    head = "<|im_start|>assistant\n"
+    assert tokenizer.decode(ids[answers]) == f"{head}A small bird.<|im_end|>{head}A large one.<|im_end|>"
+    assert chat_stops(tokenizer, begins_none) == ((tokenizer.special_tokens["<|im_end|>"],), ())
+    channel = CHATML.replace("'\n' + message['content']", "'<|endoftext|>' + message['content']").replace(
+        "assistant\n", "assistant"
+    )
+    ids, answers = example(TALK, tokenizer, channel)
+    ends = [f"<|endoftext|>{each}<|im_end|>" for each in ("A small bird.", "A large one.")]
+    assert tokenizer.decode(ids[answers]) == "".join(ends)
+    # Two equal messages of which the template changes the first: it is not looked for where the second stands.
+    last = CHATML.replace(
+        "message['content']",
+        "(message['content'] if loop.last or message['role'] == 'user' else message['content'] | upper)",
+    )
+    ids, answers = example([*TALK[1:3], TALK[1], TALK[2]], tokenizer, last)
+    assert tokenizer.decode(ids[answers]) == "A SMALL BIRD.<|im_end|>A small bird.<|im_end|>"
+    emptied = CHATML.replace("message['content']", "('' if message['role'] == 'assistant' else message['content'])")
+    ids, answers = example(TALK, tokenizer, emptied)  # as a template that leaves out what was thought
+    assert tokenizer.decode(ids[answers]) == "<|im_end|><|im_end|>"
+    with pytest.raises(TemplateError, match="begins no answer"):
+        example(TALK, tokenizer, begins_none.replace("message['content']", "message['content'] | upper"))
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     rewriting = "{{ messages | length }}" + CHATML
     with pytest.raises(TemplateError, match="earlier messages"):

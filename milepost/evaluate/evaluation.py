@@ -71,8 +71,11 @@ def evaluate(
     if text and text.is_talks:
         talks = text.talks()
         progress = _log_progress(log, name, len(talks))
-        figures, exact = measure_talks(talks, model, tokenizer, template, batch_size=batch_size, add=progress)
+        figures, exact, past = measure_talks(talks, model, tokenizer, template, batch_size=batch_size, add=progress)
         answers.append(exact)
+        if past:
+            count = f"{past:,} of {len(exact.correct):,} answers"
+            log(f"{name}: {count} reach past its context of {context} tokens: measured up to there, and not exact")
         if not np.isfinite(figures.nats):
             raise NotFiniteError(NOT_FINITE)
     elif text:
@@ -113,6 +116,10 @@ def _compare_text(base: Evaluation, other: Evaluation, log: Log) -> list[dict[st
         return []
     if base.text.identity != other.text.identity:
         log(f"{other.name} was measured on another text than {base.name}: they are not compared")
+        return []
+    if base.figures.bytes != other.figures.bytes:  # answers past a context, or turns that end in another way
+        sizes = f"{other.name} was measured on {other.figures.bytes:,} bytes, {base.name} on {base.figures.bytes:,}"
+        log(f"{sizes}: their bits per byte are not compared")
         return []
     found = paired(other.figures.blocks - base.figures.blocks)
     if found is None:

@@ -263,7 +263,7 @@ def _about(text: Text, packing: Packing, model: Model) -> str:
         f"{int(packing.counted.sum())} tokens count ({'answers' if text.answers else 'all'})",
         "plain template" if text.template is None else "the model's own chat template",
     ]
-    parts += [f"{packing.cut} longer than a window lose their end"] * bool(packing.cut)
+    parts += [f"{packing.cut} longer than a window, cut at the end"] * bool(packing.cut)
     parts += [f"{packing.left_out} left out, whose answer would be cut off"] * bool(packing.left_out)
     return f"conversations: {len(packing.used)}, {'; '.join(parts)}"
 

@@ -7,7 +7,7 @@ from typing import Any
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.foreign.importing import IN_CONFIG, lacks_n_head, n_head_problem, with_chars, with_kind, with_n_head
-from milepost.ckpt.hub import is_pinned, local_folder, pinned_name
+from milepost.ckpt.hub import FOLDER, is_pinned, local_folder, pinned_name
 from milepost.ckpt.record import metadata
 from milepost.ckpt.restore import name_the_base, with_base
 from milepost.ckpt.tensors import digest
@@ -58,7 +58,15 @@ def with_pinned(settings: Config, world: World) -> Config:
     if not settings.pretrained:
         return settings
     name = settings.pretrained
-    pinned = world.broadcast(world.on_rank0(lambda: pinned_name(name)))
+
+    def found() -> str:
+        try:
+            return pinned_name(name)
+        except CheckpointError as error:
+            remedy = (error.remedy or "").replace(FOLDER, "set INIT_FROM to a folder with its files")
+            raise CheckpointError(name, error.problem, remedy, kind=error.kind) from error
+
+    pinned = world.broadcast(world.on_rank0(found))
     return config.with_values(settings, {"PRETRAINED": pinned}, source=settings.sources["PRETRAINED"])
 
 

@@ -21,7 +21,8 @@ FORMS: Final[dict[str, tuple[str, ...]]] = {  # form -> the keys by which it is 
 }
 TOOLS: Final = ("tools", "functions")
 MEDIA: Final = ("image", "images", "audio", "audios", "video", "videos")
-OPTIONAL: Final = ("input", *TOOLS, *MEDIA)  # keys that a row may have besides
+INPUT: Final = "input"  # what an instruction is about
+OPTIONAL: Final = (INPUT, *TOOLS, *MEDIA)  # keys that a row may have besides
 CHOSEN: Final = "chosen"  # the form of rows whose fields the user names
 TURNS: Final = {"system": "user", "user": "assistant", "assistant": "user"}  # role -> the role that follows it
 
@@ -81,12 +82,18 @@ def described(form: str, reading: Reading) -> str:
 
 
 def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
-    """Yield each conversation of a file with its place. Raise DataError naming the row that is not of the reading's form."""
+    """Yield each conversation of a file with its place. Raise DataError naming the row that is not of the reading's form.
+
+    Keys of rows that are not read go to the reading's `note`: one may be a system message, or turns before the question.
+    """
     keys = _chosen(reading) if reading.form == CHOSEN else FORMS[reading.form]
+    known = {*keys, *TOOLS, *MEDIA, *([INPUT] if keys == FORMS["instruction"] else [])}
+    others: dict[str, None] = {}
     for where, row in ROWS[suffix_of(path.name)](path, reading, (*keys, *OPTIONAL)):
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: expected an object with {', '.join(keys)}, found a {type(row).__name__}")
         _check_keys(row, keys, where, chosen=reading.form == CHOSEN)
+        others.update(dict.fromkeys(key for key in map(str, row) if key not in known))
         if any(row.get(key) for key in TOOLS):
             raise DataError(f"{where}: has tools, which no template here writes: leave the row out")
         if media := next((key for key in MEDIA if row.get(key)), None):
@@ -94,6 +101,8 @@ def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
         talk = _messages(row["messages"], where) if reading.form == "messages" else _pair(row, keys, where)
         _check_order(talk, where)
         yield where, talk
+    if others:
+        reading.note(f"{path}: members of its rows that are not read: {listed(list(others))}")
 
 
 def _check_keys(row: Mapping[str, Any], keys: tuple[str, ...], where: str, *, chosen: bool) -> None:
@@ -111,8 +120,8 @@ def _check_keys(row: Mapping[str, Any], keys: tuple[str, ...], where: str, *, ch
 def _pair(row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Talk:
     """Return the conversation of a question and its answer, with the `input` that an instruction may have."""
     question, answer = (_text(row[key], key, where) for key in keys)
-    more = row.get("input") if keys == FORMS["instruction"] else None
-    if more is not None and _text(more, "input", where, empty=True).strip():
+    more = row.get(INPUT) if keys == FORMS["instruction"] else None
+    if more is not None and _text(more, INPUT, where, empty=True).strip():
         question = f"{question}\n\n{normalized(more)}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 

@@ -50,7 +50,7 @@ class Corpus:
             yield from self.prepared.pieces()
         elif reading.form:
             note(f"{self.source}: {described(reading.form, reading)}")
-            yield from as_pieces(self.conversations())
+            yield from as_pieces(dataclasses.replace(self, reading=reading).conversations())
         else:
             for path in self.paths:
                 yield from READERS[suffix_of(path.name)](path, reading)

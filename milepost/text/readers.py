@@ -185,8 +185,18 @@ def _text_in(row: Any, reading: Reading, *, where: str) -> str:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with a member {field!r}, found a {type(row).__name__}")
     if field not in row:
+        if talks := next((key for key, value in row.items() if _are_messages(value)), None):
+            problem = f"its conversation is in {talks!r:.60}, and not in a form that is read here"
+            raise DataError(f"{where}: {problem}: write it as messages, each with role and content")
         raise TextFieldError(f"{where}: expected a member {field!r}, found {listed(list(row))}")
     return _checked(row[field], reading, where=where)
+
+
+def _are_messages(value: Any) -> bool:
+    """Whether a value is messages in another form, such as {"from", "value"}."""
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in value)
+    )
 
 
 def _checked(text: Any, reading: Reading, *, where: str) -> str:
@@ -330,28 +340,11 @@ def first_row(path: Path) -> Any:
 
 
 # Of source code; each file is a document.
-CODE = (
-    *(
-        ".py",
-        ".pyi",
-        ".js",
-        ".mjs",
-        ".cjs",
-        ".jsx",
-        ".ts",
-        ".tsx",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".cxx",
-        ".hpp",
-        ".cu",
-        ".cs",
-    ),
-    *(".rs", ".go", ".java", ".kt", ".scala", ".swift", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".ex"),
-    *(".exs", ".erl", ".clj", ".zig", ".sh", ".bash", ".ps1", ".sql"),
+_CODE = (
+    "py pyi js mjs cjs jsx ts tsx c h cc cpp cxx hpp cu cs "
+    "rs go java kt scala swift rb php pl lua r jl hs ml ex exs erl clj zig sh bash ps1 sql"
 )
+CODE = tuple(f".{name}" for name in _CODE.split())
 READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
     ".txt": _read_text,
     ".md": _read_text,
@@ -372,7 +365,8 @@ ROWS: dict[str, Callable[[Path, Reading, Collection[str]], Iterator[tuple[str, A
     ".parquet": _column_rows,
     ".arrow": _column_rows,
 }
-VERBATIM = (".txt", ".md", ".jsonl", ".csv")  # the types of versions that did not normalize text
+SEPARABLE = (".txt", ".md")  # the types in which a separator ends a document
+VERBATIM = (*SEPARABLE, ".jsonl", ".csv")  # the types of versions that did not normalize text
 FIRST_TYPES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv")  # and of those before parquet
 SUPPORTED = f"{', '.join(FIRST_TYPES)}, each also with .gz or .zst, {', '.join(COLUMNAR)}"
 

@@ -13,13 +13,13 @@ import numpy as np
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
 from milepost.text.prepared import Prepared
-from milepost.text.readers import END_OF_TEXT
+from milepost.text.readers import END_OF_TEXT, SEPARABLE, suffix_of
 from milepost.text.stamps import forget, remembered
 
 Log = Callable[[str], None]
 
 IDS_RECORD = "ids1"  # of prepared data
-RECORD, FOLDER = "scan2", "scans"  # raise the number when the same files give another Scan
+RECORD, FOLDER = "scan3", "scans"  # raise the number when the same files give another Scan
 VERBATIM_RECORD = "scan1"  # of files read as they are, which is how the first version read all
 MOST_NOTES = 3
 LOG_SECONDS = 2
@@ -59,7 +59,7 @@ def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
         raise DataError(f"{corpus.source} holds no text: all its files are empty")
     alphabet = "".join(map(chr, np.flatnonzero(seen).tolist()))
     more = [f"and so in {len(notes) - MOST_NOTES} more files"] if len(notes) > MOST_NOTES else []
-    more += [_about_ends(corpus.source, ends_written)] if ends_written else []
+    more += [_about_ends(corpus, ends_written)] if ends_written else []
     return Scan(digest.hexdigest(), characters, documents, alphabet, (*notes[:MOST_NOTES], *more))
 
 
@@ -93,10 +93,12 @@ def ids_digest(prepared: Prepared) -> Any:
     return hashlib.sha256(f"\xffids {prepared.vocabulary.dtype}".encode("latin-1"))
 
 
-def _about_ends(source: str, count: int) -> str:
+def _about_ends(corpus: Corpus, count: int) -> str:
     """Return a line on a text in which the end of a document is written out, as texts for other programs have it."""
-    times = f"{count} time{'s' * (count > 1)}"
-    return f"{source} has {END_OF_TEXT} {times}, read as ordinary characters; make it the document separator if it ends documents"
+    line = f"{corpus.source} has {END_OF_TEXT} {count} time{'s' * (count > 1)}, read as ordinary characters"
+    if not any(suffix_of(path.name) in SEPARABLE for path in corpus.paths):
+        return line
+    return f"{line}; make it the document separator if it ends documents"
 
 
 def cached_scan(

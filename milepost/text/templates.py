@@ -230,14 +230,17 @@ def _answers(
 ) -> Iterator[tuple[int, int]]:
     """Yield where each message of an assistant begins and ends in the rendered conversation.
 
-    It begins where the template would let the assistant begin, and ends with the first special token after that, or with
-    the message if the template writes none.
+    It begins where the template would let the assistant begin, and ends with the first special token after the message, or
+    with the message if the template writes none. What the template writes before the message, as one does that begins no
+    answer itself, is part of it: the model has to write that too.
     """
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        head = _rendered(template, messages[:number], answer=True)
-        stop = next((last for first, last in specials if first >= len(head)), None)
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    heads = [_rendered(template, messages[:number], answer=True) for number in turns]
+    for number, (head, following) in zip(turns, itertools.pairwise([*heads, whole]), strict=True):
+        content, begin = messages[number]["content"].strip(), len(head)
+        found = whole.find(content, begin, len(following))  # not there if the template changes it
+        after = found + len(content) if found >= 0 else begin
+        stop = next((last for first, last in specials if first >= after), None)
         if stop is None:
             tail = whole if number + 1 == len(messages) else _rendered(template, messages[: number + 1], answer=False)
             stop = len(tail) if whole.startswith(tail) else None
@@ -245,7 +248,9 @@ def _answers(
             raise TemplateError(
                 "the chat template changes earlier messages when later ones follow, so its answers cannot be found"
             )
-        yield len(head), stop
+        if (begin, stop) in specials and found < 0 and head == _rendered(template, messages[:number], answer=False):
+            raise TemplateError("the chat template begins no answer and changes the message, so it cannot be found")
+        yield begin, stop
 
 
 # ---------------------------------------------------------------------------------------------------------------------

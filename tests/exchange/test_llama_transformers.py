@@ -115,6 +115,25 @@ def test_a_mistral_that_names_no_window_has_that_of_transformers(tmp_path: Path)
             ckpt.load(folder)
 
 
+def test_of_two_rotary_settings_the_one_that_transformers_takes_counts(tmp_path: Path) -> None:
+    saved(tmp_path, "Llama")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rotary = {"rope_type": "default", "rope_theta": 500.0}
+    both = config | {"rope_parameters": rotary, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    path.write_text(json.dumps(both), encoding="utf-8")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(ckpt.load(tmp_path)), theirs(ids()).logits, rtol=0, atol=1e-4)
+    for rope, named in (
+        ({"full_attention": rotary, "sliding_attention": rotary}, "rope_parameters"),
+        (rotary | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ):
+        path.write_text(json.dumps(config | {"rope_parameters": rope}), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=named):
+            ckpt.load(tmp_path)
+
+
 def test_another_model_of_transformers_is_named(tmp_path: Path) -> None:
     config = transformers.GPTNeoXConfig(
         vocab_size=V, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24

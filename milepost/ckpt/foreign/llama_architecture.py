@@ -40,7 +40,8 @@ SCALING = {  # ours -> theirs
     "high_factor": "high_freq_factor",
     "original_length": "original_max_position_embeddings",
 }
-EXPECTED: dict[str, tuple[Json, ...]] = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0, None)}
+ROTARY: dict[str, tuple[Json, ...]] = {"partial_rotary_factor": (1.0, None)}
+EXPECTED: dict[str, tuple[Json, ...]] = {"hidden_act": ("silu",), **ROTARY}
 MISTRAL_WINDOW = 4096  # where its config does not say, as its first version had it
 BIASES = ("qkv_bias", "output_bias", "mlp_bias")
 
@@ -92,10 +93,16 @@ def _biases(path: Path, config: Mapping[str, Any]) -> dict[str, Json]:
 
 
 def _rotary(path: Path, config: Mapping[str, Any]) -> dict[str, Json]:
-    """Return base and scaling, which transformers 5 stores together as rope_parameters, and earlier versions apart."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Return base and scaling, which transformers 5 stores together as rope_parameters, and earlier versions apart.
+
+    Where a file has both, transformers takes the scaling (modeling_rope_utils.py, convert_rope_params_to_dict).
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise not_ours(path, "rope_scaling", rope, "null or its settings")
+    if of_kind := next((name for name, value in rope.items() if isinstance(value, Mapping)), None):
+        raise not_ours(path, "rope_parameters", {of_kind: "..."}, "one setting for all layers")
+    check_expected(path, rope, ROTARY, "Llama")
     theta = _positive(path, {**config, **rope}, "rope_theta", default=10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
