@@ -94,7 +94,7 @@ def test_loss_and_exact_matches_of_answers(trained: Path) -> None:
 
 
 def test_answers_past_a_context_are_told_and_compared_item_by_item(trained: Path, tmp_path: Path) -> None:
-    """One model knows the answers by heart; the other, with the same weights, reads too little for the last token of each."""
+    """One model knows the answers; the other, with the same weights, reads too little for the last token of each."""
     whole = newest(trained)
     tokenizer = build_tokenizer(whole)
     lengths = [
