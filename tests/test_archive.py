@@ -364,6 +364,23 @@ def test_a_pickle_changed_in_any_way_loads_or_is_refused_in_one_sentence(parts, 
         assert all(isinstance(tensor, torch.Tensor) for tensor in read.model_state.values())
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (b"X\x05\0\0\0state", b"X\x05\0\0\0stale", "its optimizer state is not in the form of"),
+        (b"X\x0c\0\0\0param_groups", b"X\x0c\0\0\0param_grouse", "its optimizer state is not in the form of"),
+    ],
+    ids=["no state", "no groups"],
+)
+def test_an_optimizer_state_of_another_form_is_refused_and_the_model_opens(parts, old, new, problem):
+    path, content = parts
+    pickled = content["archive/data.pkl"]
+    assert pickled.count(old) == 1
+    pack(path, content | {"archive/data.pkl": pickled.replace(old, new)})
+    assert problem in attempt(path)
+    assert attempt(path, optimizer=False).model_state[WEIGHT].equal(record(7).model_state[WEIGHT])
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),

@@ -157,9 +157,9 @@ def test_pipes_and_folders_are_refused_without_blocking(tmp_path):
 
 W = torch.ones(2, 3)
 NO_WEIGHTS = [
-    ({}, "is dict of no tensors"),
-    ([W], "is list of no tensors"),
-    (None, "is NoneType of no tensors"),
+    ({}, "a dict of no tensors"),
+    ([W], "a list of no tensors"),
+    (None, "a NoneType of no tensors"),
     ({1: W}, "1 is not a tensor name"),
     ({"": W}, "'' is not a tensor name"),
     ({"a\nb": W}, "is not a tensor name"),

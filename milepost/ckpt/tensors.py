@@ -23,7 +23,7 @@ HEADER_LIMIT = 16 * 2**20  # bytes of a safetensors file's header; a hundred tho
 def checked_tensors(values: Any, where: str) -> dict[str, Tensor]:
     """Return `values`; raise CheckpointError unless it maps names to dense float tensors within their storage."""
     if not isinstance(values, dict) or not values:
-        problem = f"is {type(values).__name__} of no tensors, expected named tensors"
+        problem = f"its weights are a {type(values).__name__} of no tensors, expected named tensors"
         raise CheckpointError(where, problem, EARLIER, kind="damaged")
     for name, tensor in values.items():
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= NAME_LIMIT:

@@ -166,7 +166,11 @@ class ArchiveLayout(Layout):
 
     def _state(self, content: dict[Any, Any], path: Path) -> Any:
         assert self.optimizer_state is not None
-        return self.optimizer_state(content, path)
+        state = self.optimizer_state(content, path)
+        if state is not None and not _is_of_an_optimizer(state):
+            problem = "its optimizer state is not in the form of torch.optim.Optimizer.state_dict()"
+            raise CheckpointError(path, problem, EARLIER, kind="damaged")
+        return state
 
     def _foreign_keys(self, model: Path, content: dict[Any, Any]) -> dict[Any, Any]:
         """Return another program's keys as if in a single archive; a pair belongs together by its step."""
@@ -229,8 +233,15 @@ def _without_optimizer(path: Path, content: dict[Any, Any], values: Json) -> Che
             f"does not contain model_state_dict (keys seen: {keys_seen(content)}): it is damaged, or another program's"
         )
         raise CheckpointError(path, problem, EARLIER, kind="not understood")
-    model_state = checked_tensors(content["model_state_dict"], f"{path}: model_state_dict")
+    model_state = checked_tensors(content["model_state_dict"], str(path))
     return from_metadata(values, model_state=model_state, optimizer_state=None, where=str(path))
+
+
+def _is_of_an_optimizer(state: Any) -> bool:
+    """Whether a value has the form of what torch.optim.Optimizer.state_dict() returns."""
+    if not isinstance(state, dict) or not isinstance(state.get("param_groups"), list):
+        return False
+    return isinstance(state.get("state"), dict) and all(isinstance(each, dict) for each in state["state"].values())
 
 
 def _check_same_save(model: Path, optimizer: Path) -> None:
