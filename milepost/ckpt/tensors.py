@@ -17,6 +17,7 @@ from milepost.files import CHUNK, NewFile, bring_in, open_steadily, written
 from milepost.lazy import Tensor, import_torch, np, torch
 
 NAME_LIMIT = 512  # characters of a tensor's name
+NO_OPTIMIZER_STATE = "its optimizer state is not in the form of torch.optim.Optimizer.state_dict()"
 HEADER_LIMIT = 16 * 2**20  # bytes of a safetensors file's header; a hundred thousand tensors fit
 
 
@@ -219,6 +220,13 @@ def optimizer_state(tensors: Mapping[str, Tensor], groups: Any, where: str) -> d
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"its optimizer state does not match its param_groups ({error!r:.80})"
         raise CheckpointError(where, problem, EARLIER, kind="damaged") from error
+
+
+def is_optimizer_state(value: Any) -> bool:
+    """Return whether a value has the form of what torch.optim.Optimizer.state_dict() returns."""
+    if not isinstance(value, dict) or not isinstance(value.get("param_groups"), list):
+        return False
+    return isinstance(value.get("state"), dict) and all(isinstance(each, dict) for each in value["state"].values())
 
 
 def optimizer_names(groups: Any) -> dict[int, str]:

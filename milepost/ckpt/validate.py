@@ -5,6 +5,7 @@ from typing import Any
 
 from milepost.ckpt.foreign.importing import lacks_n_head, n_head_problem
 from milepost.ckpt.record import Checkpoint, CheckpointError, check_metadata, metadata
+from milepost.ckpt.tensors import NO_OPTIMIZER_STATE, is_optimizer_state
 from milepost.lazy import Tensor
 
 
@@ -27,9 +28,9 @@ def validate(record: Checkpoint) -> None:
 
 
 def _name_parameters(record: Checkpoint) -> None:
-    groups = (record.optimizer_state or {}).get("param_groups")
-    if not isinstance(groups, list) or not isinstance((record.optimizer_state or {}).get("state"), dict):
-        raise _refused("its optimizer state is not in the form of torch.optim.Optimizer.state_dict()")
+    if not is_optimizer_state(record.optimizer_state):
+        raise _refused(NO_OPTIMIZER_STATE)
+    groups = (record.optimizer_state or {})["param_groups"]
     if all("param_names" in group for group in groups):
         return
     indices = [index for group in groups for index in group.get("params", ())]

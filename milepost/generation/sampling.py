@@ -55,7 +55,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def _best_first(logits: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Return the logits in descending order, and their ids: only the best BEST if their probabilities surely sum to
+    """Return the logits in descending order, and their ids: only the first BEST if their probabilities surely sum to
     p.
     """
     if logits.numel() > BEST:

@@ -23,7 +23,7 @@ LOOK_SHARE: Final = 20  # a look takes at most one part in so many of the time
 LONGEST_WAIT: Final = 60.0  # seconds to the next look after one that took long
 MOST_TIMES: Final = 8  # as long as otherwise between two looks that fail
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 Open = Callable[[str, Iterable[Checkpoint]], Loaded]  # a checkpoint by what CHECKPOINT_PATH takes, over bases in memory
 
 
@@ -135,13 +135,13 @@ class Catalogue:
         return loaded, decoder.agrees(self._rows)
 
 
-def in_passing_thread(function: Callable[[], T]) -> T:
+def in_passing_thread(function: Callable[[], Result]) -> Result:
     """Return what the function returns, which a thread of its own computes. A signal does not wait for it.
 
     OpenMP keeps threads for each thread that has computed. With more of them than cores, they no longer wait for work actively,
     and every token takes half as long again; those of a thread that has ended are gone.
     """
-    found: Future[T] = Future()
+    found: Future[Result] = Future()
 
     def compute() -> None:
         try:

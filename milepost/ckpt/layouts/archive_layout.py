@@ -24,7 +24,7 @@ from milepost.ckpt.record import (
     note_missing_optimizer,
     without_optimizer,
 )
-from milepost.ckpt.tensors import checked_tensors
+from milepost.ckpt.tensors import NO_OPTIMIZER_STATE, checked_tensors, is_optimizer_state
 from milepost.files import new_file, new_group, written
 from milepost.paths import is_real_file
 
@@ -167,9 +167,8 @@ class ArchiveLayout(Layout):
     def _state(self, content: dict[Any, Any], path: Path) -> Any:
         assert self.optimizer_state is not None
         state = self.optimizer_state(content, path)
-        if state is not None and not _is_of_an_optimizer(state):
-            problem = "its optimizer state is not in the form of torch.optim.Optimizer.state_dict()"
-            raise CheckpointError(path, problem, EARLIER, kind="damaged")
+        if state is not None and not is_optimizer_state(state):
+            raise CheckpointError(path, NO_OPTIMIZER_STATE, EARLIER, kind="damaged")
         return state
 
     def _foreign_keys(self, model: Path, content: dict[Any, Any]) -> dict[Any, Any]:
@@ -235,13 +234,6 @@ def _without_optimizer(path: Path, content: dict[Any, Any], values: Json) -> Che
         raise CheckpointError(path, problem, EARLIER, kind="not understood")
     model_state = checked_tensors(content["model_state_dict"], str(path))
     return from_metadata(values, model_state=model_state, optimizer_state=None, where=str(path))
-
-
-def _is_of_an_optimizer(state: Any) -> bool:
-    """Whether a value has the form of what torch.optim.Optimizer.state_dict() returns."""
-    if not isinstance(state, dict) or not isinstance(state.get("param_groups"), list):
-        return False
-    return isinstance(state.get("state"), dict) and all(isinstance(each, dict) for each in state["state"].values())
 
 
 def _check_same_save(model: Path, optimizer: Path) -> None:
