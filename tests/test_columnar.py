@@ -86,6 +86,13 @@ def test_rows_are_the_conversations_that_a_jsonl_of_them_has(name: str, tmp_path
 
 
 @exchange
+@pytest.mark.parametrize("name", KINDS)
+def test_columns_that_are_not_read_are_told(name: str, tmp_path: Path) -> None:
+    path = table_file(tmp_path / name, [{"prompt": "a?", "completion": "b", "system": "Be brief."}], **KINDS[name])
+    assert list(scan(opened(path)).notes[1:]) == [f"{path}: members of its rows that are not read: system"]
+
+
+@exchange
 def test_only_the_columns_that_are_used_are_read(tmp_path: Path) -> None:
     """A column that cannot be read stops nothing, unless it is the text."""
     values = [{"text": f"text {n} " * 50, "other": f"other {n} " * 50} for n in range(100)]

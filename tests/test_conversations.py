@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pytest
 from drive import train
-from pyarrow import parquet
 from talks import rows, talks_file
 
 from milepost import config
@@ -90,10 +88,6 @@ def test_members_of_rows_that_are_not_read_are_told(tmp_path: Path) -> None:
     path = tmp_path / "f.csv"
     path.write_text("prompt,completion,source\na?,b,c\n", encoding="utf-8")
     assert told(path) == [f"{path}: members of its rows that are not read: source"]
-    table = pyarrow.table({"prompt": ["a?"], "completion": ["b"], "system": ["Be brief."]})
-    path = tmp_path / "g.parquet"
-    parquet.write_table(table, path)
-    assert told(path) == [f"{path}: members of its rows that are not read: system"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
