@@ -400,6 +400,7 @@ def restore_progress(run: Run, record: Checkpoint) -> None:
     with contextlib.suppress(ValueError):
         run.saved.resumed_time = datetime.datetime.fromisoformat(record.saved_at or "").timestamp()
     run.parent, run.saved.observed_step = record.parent, record.observed_step
+    run.saved.number = record.save_number or 0
     for name in ("observed_step", "validation_loss", "best_loss", "best_step"):
         setattr(run.state, name, getattr(record, name))
     # After a kill or a disk error, the best step may be saved but not in best/ yet: then it is pending.

@@ -100,9 +100,9 @@ def _write(run: Run, record: Checkpoint, left: dict[str, int], *, regular: bool,
         if regular and run.saved.refused:
             return  # best/ is on the same disk: it waits for the next attempt
         _keep_best(run, record, saved=saved)
+        run.saved.number = record.save_number or run.saved.number
         if saved:
             copy_to_mirror(run, saved, Path(run.settings.checkpoint_dir), step=record.step)
-        if saved:
             _prune(run, record, saved=saved)
 
 
@@ -110,7 +110,7 @@ def _write_regular(run: Run, record: Checkpoint, folder: Path) -> Path | None:
     """Return the path of the new checkpoint, or None if the disk refused it."""
     with _log_disk_error(run, f"step {record.step} could not be saved", record=record, folder=folder):
         try:
-            run.saved.path = ckpt.save(record, folder, **_form(run))
+            run.saved.path = ckpt.save(record, folder, after=run.saved.number, **_form(run))
         except OSError as error:
             _note_refusal(run, error, need=bytes_on_disk(record))
             raise

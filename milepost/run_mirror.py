@@ -72,7 +72,12 @@ def copy_again(run: Run, last: Checkpoint) -> None:
         if manifest in attempted(store.names, pause=time.sleep):
             return
     except StoreError as error:
-        run.log(f"warning: the mirror could not be read ({error}); it may lack the last checkpoint")
+        if error.kind != "passing":
+            raise _refused(run.settings, error) from error
+        run.log(
+            f"warning: the mirror could not be read ({error}), so it may lack the last checkpoint: try again when it answers"
+        )
+        run.saved.not_mirrored = 1
         return
     with contextlib.ExitStack() as held:
         if known := _leased(run, held):
@@ -99,7 +104,7 @@ def _leased(run: Run, held: contextlib.ExitStack) -> Mirrored | None:
         )
     kept = f", the last {settings.mirror_keep_last} kept there" if settings.mirror_keep_last else ""
     run.log(f"mirror: each checkpoint is copied to {store.shown}{kept}; this is {lease.owner}")
-    return Mirrored(store, run.run_id, run.folder, guard=lease.hold)
+    return Mirrored(store, run.run_id, run.folder, Path(settings.checkpoint_dir), guard=lease.hold)
 
 
 def _upload_to(run: Run, known: Mirrored) -> None:
@@ -113,7 +118,7 @@ def help_mirroring(run: Run, held: contextlib.ExitStack) -> None:
     """On another rank than 0 that writes a part of each checkpoint: copy that part to the mirror when rank 0 asks for it."""
     store = check_mirror(run.settings) if run.settings.enable_checkpoints else None
     if store is not None and run.saves_parts and not run.world.is_rank0:
-        known = Mirrored(store, run.run_id, run.folder)
+        known = Mirrored(store, run.run_id, run.folder, Path(run.settings.checkpoint_dir))
         run.helper = Helper(run.world.board, known, rank=run.world.rank, rate=_rate(run))
         held.callback(run.helper.leave)
 
@@ -227,7 +232,9 @@ def _bring(store: Store, settings: Config, log: Log, fits: Fits, here: list[ckpt
             return
         # Nobody else trains the run from here on. A run that saves nothing needs no lease, and may have no right to write.
         alone = (
-            holding(Lease(store, first.run_id, say=log)) if settings.enable_checkpoints else contextlib.nullcontext()
+            holding(Lease(opened(store.address), first.run_id, say=log))  # a connection of its own for the beats
+            if settings.enable_checkpoints
+            else contextlib.nullcontext()
         )
         with alone:
             later = [

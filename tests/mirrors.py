@@ -67,7 +67,7 @@ def in_folder(folder: Path) -> Store:
 def known(store: Store, folder: Path, *, run_id: str = RUN) -> Mirrored:
     """What a process knows of a run that has saved nothing yet; its files lie in `folder`/runs."""
     (folder / "runs" / run_id).mkdir(parents=True, exist_ok=True)
-    return Mirrored(store, run_id, folder / "runs" / run_id)
+    return Mirrored(store, run_id, folder / "runs" / run_id, folder / "checkpoints")
 
 
 def send(mirrored: Mirrored, checkpoint: Path, folder: Path) -> Save:

@@ -168,6 +168,8 @@ def test_the_last_step_goes_to_the_fallback_folder_and_resumes_from_there(
     assert (code, pauses.seconds) == (130 if stopped else 0, []), said
     assert saved.step == (7 if stopped else 8)
     assert str(saved.path) in said.splitlines()[-1]
+    # In a mirror, which orders both by their numbers, it is the newest.
+    assert saved.save_order > max(each.save_order for each in ckpt.find(small_disk))
     (small_disk / ".filler").unlink()
     code, said = train(tmp_path, RESUME="auto", **fallback)
     assert code == 0, said

@@ -1,6 +1,7 @@
 """The mirror at the ends of a run: how fast it may be, who waits for it, and the command that resumes with it."""
 
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from records import save
 from test_last_step import stop, trained
 from work import HANGING
 
-from milepost.mirror import Uploader
+from milepost.mirror import Store, StoreError, Uploader
 from milepost.mirror.bandwidth import Bandwidth
 
 RATE = 1000.0  # bytes per second
@@ -122,6 +123,26 @@ def test_a_second_signal_at_the_end_does_not_wait_for_the_mirror(tmp_path):
     code, said = train(tmp_path, **SMALL | {"TRAINING_STEPS": "8"}, CHECKPOINT_MIRROR=f"file://{mirror}", RESUME="auto")
     assert code == 0, said  # the lease of the process that is gone does not hold it
     assert taken(in_folder(mirror))[0].found.step == 8
+
+
+@pytest.mark.parametrize(("fault", "expected"), [("passing", 8), ("refused", 2)])
+def test_a_finished_run_whose_mirror_cannot_be_read_says_so_by_its_exit_code(tmp_path, monkeypatch, fault, expected):
+    """What asks until the exit code is 0 would stop with nothing copied."""
+    values = SMALL | {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'mirror'}", "RESUME": "auto"}
+    assert train(tmp_path, **values)[0] == 0
+    shutil.rmtree(tmp_path / "mirror")
+
+    def fail(store: Store, below: str = "") -> list[str]:
+        raise StoreError(store.shown, "no", fault)
+
+    with monkeypatch.context() as away:
+        away.setattr(Store, "names", fail)
+        away.setattr("milepost.run_mirror.time.sleep", lambda seconds: None)
+        code, said = train(tmp_path, **values)
+    assert code == expected, said
+    assert "try again when it answers" in said or "without CHECKPOINT_MIRROR" in said
+    assert train(tmp_path, **values)[0] == 0
+    assert taken(in_folder(tmp_path / "mirror"))[0].found.step == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -168,7 +168,9 @@ def trained(tmp_path, monkeypatch) -> tuple[Mirrored, Path]:
     code, said = train(tmp_path, **QUICK | {"CHECKPOINT_INTERVAL": "2"}, TRAINING_STEPS="4")
     assert code == 0, said
     first, second = sorted(ckpt.find(tmp_path / "checkpoints"), key=lambda found: found.step)
-    mirrored = Mirrored(in_folder(tmp_path / "mirror"), first.run_id, tmp_path / "runs" / first.run_id)
+    mirrored = Mirrored(
+        in_folder(tmp_path / "mirror"), first.run_id, tmp_path / "runs" / first.run_id, tmp_path / "checkpoints"
+    )
     send(mirrored, first.path, tmp_path / "checkpoints")
     return mirrored, second.path
 

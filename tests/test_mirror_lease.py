@@ -110,6 +110,18 @@ def test_what_was_released_is_free_at_once(tmp_path, leased, place):
     assert (clock.now, said) == (0, [])
 
 
+def test_a_release_that_the_store_did_not_hear_of_locks_this_process_not_out(leased):
+    store, clock = in_memory(fs := Faulty()), Clock()
+    first, _ = leased(store, "one")
+    first.hold()
+    fs.faults.extend([ConnectionResetError("reset by peer")] * 2)
+    first.release()
+    assert store.read(f"{RUN}/lease/00000001.beat", limit=100) != b"released"
+    again, said = leased(store, "one", clock)
+    again.hold()
+    assert (clock.now, said) == (0, [])
+
+
 def test_released_while_another_watches(leased):
     store = in_memory()
     first, _ = leased(store, "one")

@@ -1,7 +1,11 @@
 """The mirror: what is deleted there, and what never is."""
 
+import os
+import shutil
+
 import pytest
-from mirrors import halves, known, path_of, saves_of, steps, with_three
+from mirrors import halves, in_folder, known, path_of, saves_of, send, steps, with_three
+from records import record, save
 
 from milepost import ckpt
 from milepost.ckpt import CheckpointError
@@ -42,10 +46,38 @@ def test_only_what_our_manifests_name_is_deleted(three, tmp_path):
     for name in foreign:
         path_of(three.store, name).parent.mkdir(parents=True, exist_ok=True)
         path_of(three.store, name).write_text("mine")
-    assert steps(prune(three, tmp_path / "checkpoints", keep_last=1)) == [1, 2]
+    assert steps(prune(three, keep_last=1)) == [1, 2]
     assert set(foreign) <= set(three.store.names())
     assert halves(three.store) == []
     assert steps(saves_of(three.store)) == [3]
+
+
+def test_what_is_in_best_stays_when_a_save_goes_elsewhere(tmp_path):
+    """Into CHECKPOINT_FALLBACK_DIR, which has no best/, while CHECKPOINT_DIR may be away."""
+    mirrored = known(in_folder(tmp_path / "mirror"), tmp_path)
+    folder, fallback = tmp_path / "checkpoints", tmp_path / "fallback"
+    fallback.mkdir()
+    first = save(folder, 1)
+    send(mirrored, first, folder)
+    (folder / "best").mkdir()
+    os.link(first, folder / "best" / first.name)
+    send(mirrored, save(folder, 2), folder)
+    away = tmp_path / "away"
+    for step, gone in ((3, False), (4, True)):
+        if gone:
+            folder.rename(away)
+        send(mirrored, ckpt.save(record(step), fallback, after=step - 1), fallback)
+        deleted = prune(mirrored, keep_last=1)
+        assert steps(deleted) == ([] if gone else [2])  # adapters that are away may need a base
+    away.rename(folder)
+    assert steps(prune(mirrored, keep_last=1)) == [3]
+    assert steps(saves_of(mirrored.store)) == [4, 1]
+    shutil.rmtree(folder / "best")  # the control: a better one is in best/
+    (folder / "best").mkdir()
+    fifth = ckpt.save(record(5), folder, after=4)
+    os.link(fifth, folder / "best" / fifth.name)
+    send(mirrored, fifth, folder)
+    assert steps(prune(mirrored, keep_last=1)) == [1, 4]
 
 
 def test_nothing_is_deleted_while_a_manifest_cannot_be_read(three, tmp_path):
@@ -56,7 +88,7 @@ def test_nothing_is_deleted_while_a_manifest_cannot_be_read(three, tmp_path):
     torn.write_text("{")
     before = three.store.names()
     with pytest.raises(CheckpointError):
-        prune(fresh, tmp_path / "checkpoints", keep_last=1)
+        prune(fresh, keep_last=1)
     assert three.store.names() == before
 
 
@@ -65,4 +97,4 @@ def test_the_base_of_adapters_stays(three, tmp_path):
     (base,) = [each for each in ckpt.find(folder) if each.step == 1]
     uses = {"sha256": "0" * 64, "source": str(base.path), "step": 1}
     assert ckpt.note_use(uses, run_id="adapters", checkpoint_dir=tmp_path / "elsewhere")
-    assert steps(prune(three, folder, keep_last=1)) == [2]
+    assert steps(prune(three, keep_last=1)) == [2]

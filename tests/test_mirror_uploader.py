@@ -1,17 +1,22 @@
 """The thread that copies checkpoints: faults of the store, attempts, and who waits for whom."""
 
 import errno
+import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from mirrors import (
     SECRETS,
     Faulty,
     halves,
+    in_folder,
     in_memory,
     known,
     saves_of,
+    send,
     steps,
     uploader,
 )
@@ -19,8 +24,9 @@ from records import save
 from work import HANGING
 
 from milepost import ckpt
-from milepost.mirror import StoreError, Uploader
+from milepost.mirror import Store, StoreError, Uploader
 from milepost.mirror.retrying import ATTEMPTS, LONGEST_PAUSE, attempted, pauses
+from milepost.mirror.uploading import look_up
 from milepost.run_mirror import behind_mirror
 
 PASSING = [
@@ -115,13 +121,66 @@ def test_the_end_gives_up_on_a_store_that_stalls(tmp_path):
     released.set()
 
 
-def test_a_checkpoint_that_its_owner_deleted_is_passed_over(tmp_path):
+def test_a_checkpoint_that_its_owner_deleted_is_told(tmp_path):
     store, folder = in_memory(), tmp_path / "checkpoints"
     copies, said = uploader(known(store, tmp_path))
     path = save(folder, 1)
     path.unlink()
     copies.submit(path, folder, step=1)
+    assert (copies.finish(), copies.skipped) == (1, 0)
+    assert said == [f"mirror: step 1 is not mirrored ({path}: was deleted before it was copied); training continues"]
+
+
+def test_one_of_best_that_is_gone_is_passed_over(tmp_path, monkeypatch):
+    store, folder = in_memory(), tmp_path / "checkpoints"
+    copies, said = uploader(known(store, tmp_path))
+    monkeypatch.setattr("milepost.mirror.uploader.bests_to_upload", lambda *_, **__: [folder / "best" / "gone.pt"])
+    copies.submit(save(folder, 1), folder, step=1)
     assert (copies.finish(), said, copies.skipped) == (0, [], 1)
+    assert steps(saves_of(store)) == [1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_name_in_best_that_is_none_on_every_system_is_told_and_the_others_are_copied(tmp_path):
+    store, folder = in_memory(), tmp_path / "checkpoints"
+    mirrored = known(store, tmp_path)
+    copies, said = uploader(mirrored, keep_last=2)
+    (folder / "best").mkdir(parents=True)
+    save(folder, 1).rename(folder / "best" / "keep: 3.4.pt")
+    for step in (2, 3):
+        copies.submit(save(folder, step), folder, step=step)
+        assert copies.finish() == 0
+    (line,) = said
+    assert "keep: 3.4.pt is not mirrored" in line
+    assert "'best/keep: 3.4.pt' is no name on every system: rename it" in line
+    assert steps(saves_of(store)) == [3, 2]
+    assert look_up(known(store, tmp_path)) == []
+
+
+def test_files_of_the_run_stay_as_a_manifest_that_arrived_unheard_of_names_them(tmp_path):
+    """The manifest arrives and latest.json does not; the next attempt finds grown files, and ends before its own manifest."""
+    store, folder = in_folder(tmp_path / "mirror"), tmp_path / "checkpoints"
+    mirrored, path = known(store, tmp_path), save(folder, 1)
+    metrics, put = mirrored.run_folder / "metrics.jsonl", Store.put
+    for fails in ("latest.json", "manifest.json"):
+        with metrics.open("a") as file:
+            file.write("line\n")
+
+        def broken(store: Store, name: str, source: Path | bytes, *, fails: str = fails, **more: Any) -> None:
+            if name.endswith(fails):
+                raise StoreError(name, "503", "passing")
+            put(store, name, source, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Store, "put", broken)
+            with pytest.raises(StoreError):
+                send(mirrored, path, folder)
+    assert steps(saves_of(store)) == [1]
+    assert halves(store) == []
+    send(mirrored, path, folder)
+    assert halves(store) == []
+    (saved,) = saves_of(store)
+    assert store.read(saved.run_parts[0].object, limit=100) == b"line\n"
 
 
 def test_what_is_being_copied_is_not_pruned_here(tmp_path):

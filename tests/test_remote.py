@@ -36,7 +36,9 @@ def trained(tmp_path_factory) -> Path:
     code, said = train(folder, **SMALL, CHECKPOINT_KEEP_BEST="0")
     assert code == 0, said
     found = ckpt.find(folder / "checkpoints")
-    mirrored = Mirrored(in_folder(folder / "mirror"), found[0].run_id, folder / "runs" / found[0].run_id)
+    mirrored = Mirrored(
+        in_folder(folder / "mirror"), found[0].run_id, folder / "runs" / found[0].run_id, folder / "checkpoints"
+    )
     for each in found:  # all of them, where a run would pass over those that a newer one overtakes
         send(mirrored, each.path, folder / "checkpoints")
     return folder

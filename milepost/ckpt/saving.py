@@ -21,11 +21,17 @@ LACKS = "file_system_lacks"  # in a record's `runtime`: under which conditions i
 
 
 def save(
-    record: Checkpoint, folder: Path, *, layout: str = "unified", prefix: str = PREFIX, best_only: bool = False
+    record: Checkpoint,
+    folder: Path,
+    *,
+    layout: str = "unified",
+    prefix: str = PREFIX,
+    best_only: bool = False,
+    after: int = 0,
 ) -> Path:
     """Write `record` below `folder` under the next save number and a free name; return its path.
 
-    `best_only` writes it into best/. Raise CheckpointError if what is written could not be loaded again, OSError on a
+    `best_only` writes it into best/. The number is higher than `after`, the last one of its run in another folder. Raise CheckpointError if what is written could not be loaded again, OSError on a
     write error; the folder is then as it was before.
     """
     if layout not in WRITERS:
@@ -36,7 +42,7 @@ def save(
         place = target_folder(record, folder, writer=writer)
         remove_leftovers_below(folder, _places(record, folder))
         now = datetime.datetime.now(datetime.UTC)
-        record.save_number = min(LARGEST, 1 + highest_number(folder))  # at the limit, the time decides
+        record.save_number = min(LARGEST, 1 + max(after, highest_number(folder)))  # at the limit, the time decides
         record.saved_at = now.isoformat(timespec="microseconds")
         record.save_id = os.urandom(8).hex()
         if lacking := lacks(folder):

@@ -32,6 +32,9 @@ LIMIT = 2**12  # bytes of an object
 RELEASED = b"released"
 FOLDER = "lease"
 NAME = re.compile(r"([0-9]{8})\.(?:json|beat)")
+GIVEN_BACK: set[bytes] = (
+    set()
+)  # owners of this process whose leases have ended, also where the store did not hear of it
 Say = Callable[[str], object]
 
 
@@ -91,8 +94,11 @@ class Lease:
                 threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Give the lease back, if it is held. A store that does not answer twice lets it expire: an end does not wait for it."""
+        """Give the lease back, if it is held. A store that does not answer twice lets it expire: an end does not wait for it,
+        and this process may take it again at once.
+        """
         self._ended.set()
+        GIVEN_BACK.add(self._owner)
         with self._busy:
             for _ in range(2 if self._number and not self._lost else 0):
                 with contextlib.suppress(StoreError):
@@ -146,10 +152,11 @@ class Lease:
 
     def _is_free(self, number: int) -> bool:
         """Whether the owner of a number has released the lease or is dead; watch it if this machine cannot know."""
-        owner, here = _parsed(self._read(self._name("json", number))), _parsed(self._owner)
+        holder = self._read(self._name("json", number))
+        owner, here = _parsed(holder), _parsed(self._owner)
         name = self._name("beat", number)
         beat = self._read(name)
-        if beat == RELEASED:
+        if beat == RELEASED or holder in GIVEN_BACK:
             return True
         process = owner.get("process")
         if owner.get("machine") == here["machine"] and here["started"] and isinstance(process, int):

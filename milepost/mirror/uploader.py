@@ -12,7 +12,16 @@ from milepost.locks import RunLockedError
 from milepost.mirror.bandwidth import Bandwidth
 from milepost.mirror.retrying import attempted
 from milepost.mirror.store import StoreError
-from milepost.mirror.uploading import GoneError, Mirrored, Sending, bests_to_upload, look_up, prune, upload
+from milepost.mirror.uploading import (
+    GoneError,
+    Mirrored,
+    Sending,
+    UnfitNameError,
+    bests_to_upload,
+    look_up,
+    prune,
+    upload,
+)
 
 STALLED = 900.0  # seconds in which no part of a file arrives, after which the end of a run waits no longer
 
@@ -115,8 +124,8 @@ class Uploader:
             self._attempt(self._known.guard)
             if not self._known.looked_up:
                 self._attempt(lambda: look_up(self._known))
-            for best in bests_to_upload(self._known, job.folder, besides=job.checkpoint):
-                self._copy(best, job.folder)
+            for best in bests_to_upload(self._known, besides=job.checkpoint):
+                self._copy_best(best)
             self._copy(job.checkpoint, job.folder)
         except Exception as error:  # whatever it is, training continues
             self._report("copying", f"step {job.step} is not mirrored", error)
@@ -124,24 +133,30 @@ class Uploader:
         if self._problems.pop("copying", None):
             self._say(f"the mirror works again: step {job.step} is there")
         if self._keep_last:
-            self._prune(job.folder)
+            self._prune()
         return True
 
-    def _prune(self, folder: Path) -> None:
+    def _prune(self) -> None:
         """Delete what has expired in the mirror; report why that failed, once for each reason."""
         try:
             self._attempt(self._known.guard)
-            self._attempt(lambda: prune(self._known, folder, keep_last=self._keep_last))
+            self._attempt(lambda: prune(self._known, keep_last=self._keep_last))
             self._problems.pop("deleting", None)
         except Exception as error:
             self._report("deleting", "expired checkpoints could not be deleted", error)
 
-    def _copy(self, checkpoint: Path, folder: Path) -> None:
+    def _copy_best(self, checkpoint: Path) -> None:
+        """Copy a checkpoint of best/, unless it is gone, because a better one is there, or has a name that cannot be brought back."""
         try:
-            save = upload(self._known, checkpoint, folder, Sending(self._attempt, self._sent, self._bandwidth.piece))
-            self.newest = f"{self._known.store.shown}/{save.run_id}/{save.name}"
-        except GoneError:  # deleted by its owner, or from best/ because a better one is there
+            self._copy(checkpoint, self._known.checkpoints)
+        except GoneError:
             self.skipped += 1
+        except UnfitNameError as error:
+            self._report("copying one of best/", f"{checkpoint.name} is not mirrored", error)
+
+    def _copy(self, checkpoint: Path, folder: Path) -> None:
+        save = upload(self._known, checkpoint, folder, Sending(self._attempt, self._sent, self._bandwidth.piece))
+        self.newest = f"{self._known.store.shown}/{save.run_id}/{save.name}"
 
     def _attempt(self, action: Callable[[], object]) -> None:
         attempted(action, pause=self._pause)
@@ -156,11 +171,11 @@ class Uploader:
 
     def _report(self, doing: str, what: str, error: Exception) -> None:
         """Report a problem, unless it is the last one of doing this again, whatever object it names."""
-        known = isinstance(error, StoreError | OSError | CheckpointError | RunLockedError)
+        known = isinstance(error, StoreError | OSError | CheckpointError | RunLockedError | GoneError | UnfitNameError)
         problem = re.sub(r"\S+://\S+", "", error.problem if isinstance(error, StoreError) else str(error))
         if problem != self._problems.get(doing):
             line = f"{what} ({error if known else f'{type(error).__name__}: {error}'})"
             self._say(f"mirror: {line}; training continues")
-            if doing == "copying":
+            if doing != "deleting":
                 self._warn(line)
         self._problems[doing] = problem

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from milepost.ckpt.bases import bases_in_use
 from milepost.ckpt.finding import scan
-from milepost.ckpt.index import look
+from milepost.ckpt.index import Found, look
 from milepost.ckpt.layouts import Layout, known_layout
 from milepost.ckpt.manifest import JSON_LIMIT, sha256
 from milepost.ckpt.record import CheckpointError
@@ -22,6 +22,7 @@ from milepost.mirror.contents import (
     Save,
     as_bytes,
     expired,
+    is_plain,
     newest_first,
     objects_to_delete,
     parsed,
@@ -46,8 +47,12 @@ class Mirrored:
     store: Store
     run_id: str
     run_folder: Path
+    checkpoints: Path  # CHECKPOINT_DIR: what is in its best/ stays in the store, wherever a save itself was written
     saves: dict[str, Save] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)  # the newest of each file of the run, by its place
+    sent: dict[str, dict[str, Part]] = field(
+        default_factory=dict
+    )  # files of the run, by save, of attempts that broke off
     looked_up: bool = False  # whether `saves` has those of earlier processes
     guard: Callable[[], None] = lambda: None  # raises if another process has taken over the run
     ask: Ask = lambda *_: dict  # asks other processes to copy their files; returns what waits for their parts
@@ -55,6 +60,13 @@ class Mirrored:
 
 class GoneError(Exception):
     """A checkpoint was deleted from the disk before it was copied."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: was deleted before it was copied")
+
+
+class UnfitNameError(Exception):
+    """A file has a name that a mirror does not bring back."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +84,20 @@ def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) ->
     """Copy the checkpoint, which lies below `folder`, its run's files and at last the manifest; return the save.
 
     Raise StoreError if the store refuses it, RunLockedError if another process has taken over the run, GoneError if the
-    checkpoint is gone, OSError or CheckpointError if it cannot be read.
+    checkpoint is gone, UnfitNameError for a name that not every system has, OSError or CheckpointError if it cannot be read.
     """
     if not os.path.lexists(checkpoint):
-        raise GoneError(str(checkpoint))
+        raise GoneError(checkpoint)
     layout = known_layout(checkpoint)
     found = look(checkpoint, layout)
     if found.problem:
         raise CheckpointError(found.problem, kind=found.kind or "unspecified")
     name = save_name(found.metadata)
     places = {f"{CHECKPOINTS}/{path.relative_to(folder).as_posix()}": path for path in _files(layout, checkpoint)}
+    if unfit := [place for place in places if not is_plain(place)]:
+        raise UnfitNameError(
+            f"{folder}: {unfit[0].partition('/')[2]!r} is no name on every system: rename it without : \\ and control characters"
+        )
     parts = _upload_files(known, layout, places, name, sending)
     parts += _upload_run(known, name, sending)
     save = Save(
@@ -90,7 +106,7 @@ def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) ->
         checkpoint=checkpoint.relative_to(folder).as_posix(),
         layout=found.layout,
         metadata=without_tokenizer(found.metadata),
-        bests=tuple(sorted({*_bests(known, folder)} & {name, *known.saves})),
+        bests=_bests(known, name, folder),
         parts=tuple(parts),
     )
     sending.attempt(known.guard)
@@ -98,6 +114,7 @@ def upload(known: Mirrored, checkpoint: Path, folder: Path, sending: Sending) ->
     _put(known, LATEST, json.dumps({"manifest": save.manifest}).encode(), sending)
     known.saves[name] = save
     known.parts = {part.place: part for part in save.run_parts}
+    known.sent.pop(name, None)
     return save
 
 
@@ -128,25 +145,30 @@ def upload_file(known: Mirrored, path: Path, place: str, name: str, sending: Sen
         _put(known, part.object, path, sending)
     except (CheckpointError, FileNotFoundError, StoreError) as error:
         if not os.path.lexists(path):
-            raise GoneError(str(path)) from error
+            raise GoneError(path) from error
         raise
     return part
 
 
 def _upload_run(known: Mirrored, name: str, sending: Sending) -> list[Part]:
-    """Copy the files of the run that have changed; return all of them as parts."""
-    parts = []
+    """Copy the files of the run that have changed; return all of them as parts.
+
+    What an earlier attempt sent stays as it is, though the file has grown since: its manifest may be there, unheard of.
+    """
+    sent = known.sent.setdefault(name, {})
     for path in (*(known.run_folder / file for file in RUN_FILES), *sorted((known.run_folder / SAMPLES).glob("*.txt"))):
         if not path.is_file():
             continue
+        place = f"{RUN}/{path.relative_to(known.run_folder).as_posix()}"
+        if place in sent:
+            continue
         content = content_of(path)
-        place, digest = f"{RUN}/{path.relative_to(known.run_folder).as_posix()}", hashlib.sha256(content).hexdigest()
-        part = known.parts.get(place)
+        part, digest = known.parts.get(place), hashlib.sha256(content).hexdigest()
         if part is None or part.sha256 != digest:
             part = Part(place, f"{known.run_id}/{name}/{place}", len(content), digest)
             _put(known, part.object, content, sending)
-        parts.append(part)
-    return parts
+        sent[place] = part
+    return list(sent.values())
 
 
 def _put(known: Mirrored, name: str, source: Path | bytes, sending: Sending) -> None:
@@ -161,18 +183,24 @@ def _put(known: Mirrored, name: str, source: Path | bytes, sending: Sending) -> 
     sending.attempt(put)
 
 
-def _bests(known: Mirrored, folder: Path) -> Iterator[str]:
-    """Yield the names of the run's saves that are in best/ now."""
-    for found in scan(folder, regular=False):
-        if found.problem is None and found.run_id == known.run_id and found.metadata.get("save_id"):
-            yield save_name(found.metadata)
+def _own_bests(known: Mirrored) -> list[Found]:
+    """Return the run's checkpoints in best/."""
+    found = scan(known.checkpoints, regular=False)
+    return [each for each in found if each.problem is None and each.run_id == known.run_id]
 
 
-def bests_to_upload(known: Mirrored, folder: Path, *, besides: Path) -> list[Path]:
+def _bests(known: Mirrored, name: str, folder: Path) -> tuple[str, ...]:
+    """Return the names of the run's saves that are in best/ now, and where that may not answer, those that were there before."""
+    here = {save_name(found.metadata) for found in _own_bests(known) if found.metadata.get("save_id")}
+    if known.saves and (not here or folder != known.checkpoints):
+        here.update(max(known.saves.values(), key=lambda save: save.found.save_order).bests)
+    return tuple(sorted(here & {name, *known.saves}))
+
+
+def bests_to_upload(known: Mirrored, *, besides: Path) -> list[Path]:
     """Return the run's checkpoints in best/ that the mirror lacks and that are not the checkpoint `besides` either."""
-    own = [found for found in scan(folder, regular=False) if found.problem is None and found.run_id == known.run_id]
     save = look(besides, known_layout(besides)).metadata.get("save_id") if os.path.lexists(besides) else None
-    named = [found for found in own if found.metadata.get("save_id") not in (None, save)]
+    named = [found for found in _own_bests(known) if found.metadata.get("save_id") not in (None, save)]
     return [found.path for found in named if save_name(found.metadata) not in known.saves]
 
 
@@ -204,15 +232,17 @@ def read_save(store: Store, manifest: str) -> Save:
     return save
 
 
-def prune(known: Mirrored, folder: Path, *, keep_last: int) -> list[Save]:
+def prune(known: Mirrored, *, keep_last: int) -> list[Save]:
     """Delete the run's saves that have expired in the store; return them. Raise StoreError, or CheckpointError if a
     manifest cannot be read: what it names is unknown then, so nothing is deleted.
+
+    While CHECKPOINT_DIR is away, nothing is either: adapters there may need a base.
     """
-    if not expired(list(known.saves.values()), keep_last=keep_last):
+    if not known.checkpoints.is_dir() or not expired(list(known.saves.values()), keep_last=keep_last):
         return []
     if problems := look_up(known):
         raise CheckpointError(problems[0])
-    needed = bases_of(known, folder)
+    needed = bases_of(known)
     gone = expired(list(known.saves.values()), keep_last=keep_last, needed=needed)
     kept = [save for save in known.saves.values() if save not in gone]
     for name in objects_to_delete(gone, kept):
@@ -222,11 +252,11 @@ def prune(known: Mirrored, folder: Path, *, keep_last: int) -> list[Save]:
     return gone
 
 
-def bases_of(known: Mirrored, folder: Path) -> set[str]:
+def bases_of(known: Mirrored) -> set[str]:
     """Return the names of the run's saves that may be the base of adapters, here or in the store: those of the same step
     or file name. The weights are not compared, which would take a download.
     """
-    used = [(base.source, base.step) for base in bases_in_use(folder)]
+    used = [(base.source, base.step) for base in bases_in_use(known.checkpoints)]
     for run_id, manifests in newest_first(known.store.names()).items():
         if run_id != known.run_id and (base := read_save(known.store, manifests[0]).metadata.get("base")):
             used.append((str(base.get("source")), base.get("step")))

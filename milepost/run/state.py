@@ -56,13 +56,14 @@ class State:
 class Saved:
     """What of a run is on the disk.
 
-    The thread that saves in the background updates `best_step`, `path`, `failed` and what belongs to it.
+    The thread that saves in the background updates `best_step`, `path`, `number`, `failed` and what belongs to it.
     """
 
     step: int = 0  # of the last regular checkpoint
     observed_step: int | None = None  # the run's `observed_step` in that checkpoint
     best_step: int | None = None  # the run's best step, once it is in best/
     path: Path | None = None  # the last regular checkpoint written
+    number: int = 0  # the last save number
     failed: bool = False  # whether the last regular save failed
     refused: bool = False  # whether it failed for a reason that may pass: a full disk, a folder that did not answer
     need: int = 0  # bytes of the save that failed
