@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from milepost import ckpt
 from milepost.config import Config, ConfigError
@@ -23,6 +24,12 @@ def check_publishing(settings: Config) -> None:
         raise ConfigError([f"PUSH_TO_HUB={settings.push_to_hub}: there is no token of the hub: {remedy}"])
 
 
+def publishing_command(settings: Config, path: Path | None) -> str:
+    """Return the command that publishes the checkpoint as the settings say."""
+    openly: dict[str, Any] = {} if settings.hub_private else {"HUB_PRIVATE": "false"}
+    return command_line(PUBLISH, CHECKPOINT_PATH=path, PUSH_TO_HUB=settings.push_to_hub, **openly, DRY_RUN="false")
+
+
 def publish_last(run: Run) -> bool:
     """Publish the last checkpoint on rank 0, or report what would be published if DRY_RUN is true.
 
@@ -31,7 +38,7 @@ def publish_last(run: Run) -> bool:
     name, path = run.settings.push_to_hub, run.saved.path
     if name is None or path is None or run.saved.failed or not run.world.is_rank0:
         return not (name and run.saved.failed)
-    again = command_line(PUBLISH, CHECKPOINT_PATH=path, PUSH_TO_HUB=name, DRY_RUN="false")
+    again = publishing_command(run.settings, path)
     try:
         _publish(run, name, path, again)
     except Exception as error:  # whatever it is, the run is finished and saved
@@ -46,7 +53,7 @@ def _publish(run: Run, name: str, path: Path, again: str) -> None:
     from milepost.publish.hub import push
 
     settings, record = run.settings, ckpt.load(path, optimizer=False)
-    privacy = "private" if settings.hub_private else "public"
+    privacy = "private" if settings.hub_private else "public, unless it is private there already"
     with tempfile.TemporaryDirectory(prefix="milepost-") as place:
         folder = Path(place) / "published"
         write(record, name, folder, runs_dir=Path(settings.runs_dir), say=run.log)

@@ -26,10 +26,9 @@ from milepost.config import Config, ConfigError
 from milepost.publish.folder import write
 from milepost.publish.hub import push
 from milepost.remote import local
-from milepost.runtime.progress import Log, amount, command_line, shown
+from milepost.run_publishing import publishing_command
+from milepost.runtime.progress import Log, amount, shown
 from milepost.screen import write_stdout
-
-THIS = Path(__file__)
 
 
 def main(settings: Config, log: Log) -> int:
@@ -59,8 +58,7 @@ def show(record: Checkpoint, settings: Config, written: Path, log: Log) -> None:
         write_stdout("\n" + (written / "README.md").read_text(encoding="utf-8"))
     else:
         log(f"the files are in {shown(settings.output)}")
-    again = command_line(THIS, CHECKPOINT_PATH=record.path, PUSH_TO_HUB=settings.push_to_hub, DRY_RUN="false")
-    log(f"nothing was uploaded, because DRY_RUN is true; to publish: {again}")
+    log(f"nothing was uploaded, because DRY_RUN is true; to publish: {publishing_command(settings, record.path)}")
 
 
 @contextlib.contextmanager

@@ -63,6 +63,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             name = "/".join(words[2:4])
             if name not in self.server.private:
                 return self._say(404, {}, {"X-Error-Code": "RepoNotFound"})
+            if words[4:5] == ["tree"]:
+                files = self.server.files.get(name, {})
+                return self._say(
+                    200, [{"type": "file", "path": path, "size": len(files[path]), "oid": COMMIT} for path in files]
+                )
             return self._say(200, {"id": name, "sha": COMMIT, "private": self.server.private[name], "siblings": []})
         return self._say(404, {})
 
@@ -117,6 +122,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         url = f"{self.server.address}/{name}/commit/{COMMIT}"
         return self._say(200, {"commitUrl": url, "commitOid": COMMIT, "success": True})
 

@@ -120,6 +120,32 @@ def test_an_upload_that_broke_off_is_not_sent_again(trained, hub):
     assert "model.safetensors" in hub.files["me/letters"]
 
 
+def test_what_an_earlier_publication_left_goes_and_what_its_owner_added_stays(trained, hub):
+    assert publish(trained, hub, DRY_RUN="false").returncode == 0
+    files = hub.files["me/letters"]
+    published = set(files)
+    old, own = (
+        {"adapter_config.json": b"{}", "adapter_model.safetensors": b""},
+        {"notes.txt": b"mine", ".gitattributes": b""},
+    )
+    files.update(old | own)
+    again = publish(trained, hub, DRY_RUN="false")
+    assert again.returncode == 0, again.stderr
+    assert set(files) == published | set(own)
+
+
+def test_the_printed_command_publishes_as_openly_as_it_was_shown(trained, hub):
+    for private, expected in (("true", {"me/letters": True}), ("false", {"me/letters": False})):
+        shown = publish(trained, hub, HUB_PRIVATE=private)
+        assert ("HUB_PRIVATE=false" in shown.stderr) == (private == "false"), shown.stderr
+        words = shlex.split(shown.stderr.splitlines()[-1].partition("to publish: ")[2])
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        done = publish(trained, hub, **settings)
+        assert done.returncode == 0, done.stderr
+        assert hub.private == expected
+        hub.private.clear()
+
+
 def test_a_public_model_is_published_to_only_if_asked(trained, hub):
     hub.private["me/letters"] = False
     refused = publish(trained, hub, DRY_RUN="false")

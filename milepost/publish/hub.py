@@ -2,13 +2,21 @@
 
 from pathlib import Path
 
+# What may be published of a checkpoint. Such a file of an earlier one would be read beside the new ones: weights beside adapters, for
+# example. Other files of a repository are its owner's.
+WRITTEN = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_config.json",
+    "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "milepost.json", "loss.svg",
+)  # fmt: skip
+
 
 class HubError(OSError):
     """The hub did not take what was to be published; the sentence says what to do."""
 
 
 def push(folder: Path, name: str, *, private: bool, message: str) -> str:
-    """Create the repository `name` if it is not there, upload the folder as one commit, and return its address.
+    """Create the repository `name` if it is not there, upload the folder as one commit, and return its address. What was
+    published there before and is not in the folder goes with the same commit.
 
     Raise HubError, also if the repository is public and `private` asks for a private one. Files that an earlier, broken
     attempt uploaded are not sent again.
@@ -21,7 +29,9 @@ def push(folder: Path, name: str, *, private: bool, message: str) -> str:
         hub.create_repo(name, private=private, exist_ok=True)
         if private and not hub.model_info(name).private:
             raise HubError(f"{name} is public on the hub: choose another name, or publish to it with HUB_PRIVATE=false")
-        commit = hub.upload_folder(folder_path=folder, repo_id=name, commit_message=message)
+        commit = hub.upload_folder(
+            folder_path=folder, repo_id=name, commit_message=message, delete_patterns=list(WRITTEN)
+        )
     except HFValidationError as error:
         raise HubError(
             f"{name} is not a name of the hub ({str(error).splitlines()[0]}): expected owner/name"
