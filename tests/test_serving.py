@@ -5,10 +5,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drive import train
 from model_server import QUICK, alone, serving, texts_of, until
-from script import train_family
+from script import call, script, train_family
 from talks import talks_file
 
 from milepost.evaluate.scoring import log_likelihoods
@@ -125,6 +126,36 @@ def test_log_probabilities_of_a_prompt_are_those_of_an_evaluation(served):
     assert max(greedy.values()) == found["token_logprobs"][-1]  # equal to the bit: clients compare so
     only = served.complete(prompt, max_tokens=0, echo=True, logprobs=0).value["choices"][0]
     assert (only["text"], only["logprobs"]["token_logprobs"]) == (prompt, found["token_logprobs"][:-1])
+
+
+def test_the_token_that_begins_a_text_precedes_a_prompt(tmp_path):
+    """As in load_checkpoint. It counts, and is listed as a token without characters, for echo does not show it."""
+    how = {"TOKENIZER": "sentencepiece", "BPE_VOCAB_SIZE": "320", "N_LAYER": "1", "TRAINING_STEPS": "20"}
+    assert train(tmp_path, **QUICK, **how)[0] == 0
+    with serving(tmp_path, CHECKPOINT_PATH="latest", TEMPERATURE="0", MAX_NEW_TOKENS="9") as running:
+        loaded = running.server.catalogue.models["latest"].loaded
+        plain = loaded.tokenizer.encode("Dear Wren")
+        ids = [loaded.tokenizer.begin_of_text, *plain]
+        reply = running.complete("Dear Wren")
+        assert running.complete(ids).value["choices"] == reply.value["choices"]
+        assert (running.complete(ids).value["usage"], reply.value["usage"]["prompt_tokens"]) == (
+            reply.value["usage"],
+            len(ids),
+        )
+        assert running.complete(plain).value["usage"]["prompt_tokens"] == len(plain)
+        (echoed,) = running.complete("Dear Wren", echo=True, logprobs=1).value["choices"]
+    printed = call(
+        script("load_checkpoint"), tmp_path, CHECKPOINT_PATH="latest", PROMPT="Dear Wren", TEMPERATURE="0", MAX_NEW_TOKENS="9"
+    )  # fmt: skip
+    assert (printed.code, printed.out) == (0, f"Dear Wren{texts_of(reply)[0]}\n"), printed.err
+    assert echoed["text"] == loaded.tokenizer.decode(plain) + texts_of(reply)[0]
+    scores = echoed["logprobs"]
+    shown = [loaded.tokenizer.decode([each]) for each in plain]
+    assert scores["tokens"][: len(ids)] == ["", *shown]
+    assert scores["text_offset"][: len(ids)] == [0, *(len("".join(shown[:at])) for at in range(len(shown)))]
+    (expected,) = log_likelihoods(loaded.model, [np.array(ids)], batch_size=1)
+    assert scores["token_logprobs"][0] is None
+    assert scores["token_logprobs"][1 : len(ids)] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

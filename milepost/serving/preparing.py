@@ -67,7 +67,7 @@ def _prompt_ids(prompt: Prompt, served: Served, unknown: Mode) -> list[int]:
             raise invalid(f"prompt: token {largest} is outside the vocabulary of {tokenizer.vocab_size}", "prompt")
         return prompt
     text = prompt_for(served.loaded.record, prompt)
-    return _encoder(tokenizer, text, unknown, "prompt").encode(text)
+    return _encoder(tokenizer, text, unknown, "prompt").encode_whole(text)
 
 
 def _message_ids(asked: Asked, served: Served, unknown: Mode) -> list[int]:
