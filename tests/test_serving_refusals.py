@@ -46,6 +46,7 @@ REFUSED = [
     ({"prompt": [10**9]}, "prompt"),
     ({"prompt": "\ud800"}, "prompt"),
     ({"prompt": "\u2603"}, "prompt"),  # not in the vocabulary
+    ({"prompt": ["a"] * 17, "n": 128}, "n"),
 ]
 CHATS_REFUSED = [
     ({"tools": [{}]}, "tools"),

@@ -8,8 +8,9 @@ from typing import Any, Final, NamedTuple
 from milepost.serving.faults import invalid
 from milepost.text.templates import Message
 
-MOST_TEXTS: Final = 128  # of a request
+MOST_TEXTS: Final = 128  # after each prompt
 MOST_PROMPTS: Final = 2048
+MOST_IN_ALL: Final = 2048  # prompts times texts of each
 MOST_STOPS: Final = 16
 MOST_TOKENS: Final = 1 << 20
 MOST_LOGPROBS: Final = 20
@@ -127,8 +128,10 @@ def completion(body: Any) -> Asked:
     given = checked(body, COMPLETION)
     if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
         raise invalid("best_of: expected the value of n, as nothing else is offered here", "best_of")
+    several = prompts(given.get("prompt", ""))
+    _check_count(len(several), given.get("n", 1))
     return Asked(
-        prompts=prompts(given.get("prompt", "")),
+        prompts=several,
         messages=None,
         echo=given.get("echo", False),
         logprobs=given.get("logprobs"),
@@ -193,6 +196,13 @@ def prompts(value: Any) -> list[Prompt]:
     if value == [] or not all(is_text(each) or (_is_ids(each) and each) for each in several):
         raise invalid("prompt: expected a string of valid characters, token ids, or a list of these", "prompt")
     return several
+
+
+def _check_count(count: int, n: int) -> None:
+    """Raise ApiError if `n` texts after each of so many prompts are more than a request may have."""
+    if count * n > MOST_IN_ALL:
+        problem = f"{count} prompts with n={n} are {count * n} texts"
+        raise invalid(f"{problem}: expected at most {MOST_IN_ALL}; send several requests", "n")
 
 
 def _is_ids(value: Any) -> bool:
