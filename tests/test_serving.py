@@ -246,6 +246,26 @@ def test_a_chat_is_answered_by_the_template(talking):
         assert running.chat("who " * 100).error == (400, "context_length_exceeded", "messages")
 
 
+def test_the_message_of_a_reply_is_taken_back_as_it_was_sent(talking):
+    """Its members that are null, which the openai package sends back, are as good as left out."""
+    with serving(talking, CHECKPOINT_PATH="latest", SAMPLE_SEED="1", MAX_NEW_TOKENS="4") as running:
+        question = {"role": "user", "content": "wren?"}
+        answer = running.chat("wren?").value["choices"][0]["message"]
+        more = {"tool_calls": None, "function_call": None, "audio": None, "annotations": None}
+        replies = [
+            running.send("POST", "/v1/chat/completions", {"messages": [question, each, question]})
+            for each in ({"role": "assistant", "content": answer["content"]}, answer, answer | more)
+        ]
+        refused = answer | {"tool_calls": [{}]}
+        assert running.send("POST", "/v1/chat/completions", {"messages": [question, refused]}).error == (
+            400,
+            None,
+            "messages.1",
+        )
+    assert [reply.status for reply in replies] == [200] * 3
+    assert [reply.value["choices"] for reply in replies[1:]] == [replies[0].value["choices"]] * 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Many requests
 

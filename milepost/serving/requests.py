@@ -210,19 +210,22 @@ def _is_ids(value: Any) -> bool:
 
 
 def messages(value: list[Any]) -> list[Message]:
-    """Return the messages of a conversation, each with its content as one text; raise ApiError."""
+    """Return the messages of a conversation, each with its content as one text; raise ApiError.
+
+    null counts as not set: clients send the message of a reply back with all of its members.
+    """
     if not value:
         raise invalid("messages is empty: expected at least one message", "messages")
     return [_message(each, f"messages.{number}") for number, each in enumerate(value)]
 
 
 def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict) or value.keys() - {"role", "content", "name"}:
+    given = {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else None
+    if given is None or given.keys() - {"role", "content", "name"}:
         raise invalid(f"{where}: expected an object with role and content", where)
-    role = value.get("role")
+    role, content = given.get("role"), given.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise invalid(f"{where}.role={role!r:.40}: expected {', '.join(ROLES)}", f"{where}.role")
-    content = value.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     if not all(isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text")) for part in parts):
         problem = "a string, or parts of type text; images, sounds and files are not read"
