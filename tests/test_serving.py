@@ -3,6 +3,7 @@
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,29 @@ def test_a_request_with_many_texts_leaves_slots_to_others(folder, monkeypatch):
         assert len(set(texts_of(many.result()))) > 25
         assert running.server.generating.requests() == (0, 0)
     assert ended == [1, 32]
+
+
+DEMANDING = (
+    "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}"
+    "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+)
+
+
+def test_a_template_that_demands_a_system_message_answers_a_conversation_that_has_one(talking):
+    """The conversation of which the server learns how answers end has none."""
+    system = {"role": "system", "content": "Be brief."}
+    with serving(talking, CHECKPOINT_PATH="latest", SAMPLE_SEED="1", MAX_NEW_TOKENS="4", TEMPERATURE="0") as running:
+        models = running.server.catalogue.models
+        loaded = models["latest"].loaded
+        record = replace(loaded.record, data=loaded.record.data | {"template": DEMANDING})
+        models["latest"] = replace(models["latest"], loaded=loaded._replace(record=record))
+        asked = {"messages": [system, {"role": "user", "content": "wren?"}]}
+        reply = running.send("POST", "/v1/chat/completions", asked)
+        refused = running.chat("wren?")
+    expected = alone(loaded, loaded.tokenizer.encode("Be brief.\nwren?\n"), seed=1, tokens=4, temperature=0.0)
+    assert (reply.status, reply.value["choices"][0]["message"]["content"]) == (200, expected)
+    assert refused.error == (400, None, "messages")
+    assert "a system message comes first" in refused.value["error"]["message"]
 
 
 def test_a_chat_is_answered_by_the_template(talking):
