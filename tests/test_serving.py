@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -366,10 +367,34 @@ def test_a_server_that_stops_refuses_and_ends_what_runs(folder):
         assert stream.result().events[-1]["error"]["code"] == "stopping"
 
 
+def metrics(served) -> tuple[list[str], dict[str, float]]:
+    """The lines of the metrics, and their values by name and labels."""
+    lines = served.send("GET", "/metrics").body.decode().splitlines()
+    return lines, {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_to_the_first_token_is_not_that_of_the_last(folder, monkeypatch, stream):
+    """Nor is the prompt that echo shows a token that was generated."""
+    ended, end = [], Job.end
+    monkeypatch.setattr(Job, "end", lambda job, error: (ended.append((job, time.monotonic())), end(job, error)))
+    with serving(folder, CHECKPOINT_PATH="latest") as running:
+        assert running.complete("Dear", max_tokens=0, echo=True, stream=stream).status == 200
+        assert "milepost_first_token_seconds_count" not in metrics(running)[1]
+        before = metrics(running)[1]["milepost_request_seconds_sum"]
+        assert running.complete("Dear", max_tokens=200, echo=True, stream=stream).status == 200
+        _, values = metrics(running)
+    job, at = ended[-1]
+    assert values["milepost_first_token_seconds_count"] == 1
+    whole = values["milepost_request_seconds_sum"] - before
+    assert whole - values["milepost_first_token_seconds_sum"] >= (at - job.first_token) * 0.999 > 0
+
+
 def test_metrics_are_in_the_form_of_prometheus(served):
     served.complete("Dear", max_tokens=2)
-    lines = served.send("GET", "/metrics").body.decode().splitlines()
-    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    lines, values = metrics(served)
     assert values['milepost_generated_tokens_total{model="latest"}'] >= 2
     assert values["milepost_first_token_seconds_count"] >= 1
     assert values['milepost_model_step{model="latest"}'] == 6
