@@ -100,4 +100,5 @@ def _encoder(tokenizer: Tokenizer, text: str, mode: Mode, param: str) -> Tokeniz
     try:
         return lenient(tokenizer, unknown, mode)[0] if unknown else tokenizer
     except UnknownCharacters as error:
-        raise invalid(f"{param}: {error}", param) from error
+        remedy = "remove them, or start the server with UNKNOWN_CHARACTERS=skip or replace"
+        raise invalid(f"{param}: {error}; {remedy}", param) from error
