@@ -328,3 +328,15 @@ def test_steps_give_the_text_its_tokens_their_logits_and_why_it_ends(roomy):
         assert ended[-1].finish == "stop"
         assert text.startswith("".join(step.text for step in ended))
         assert len(ended) < 30
+
+
+def test_a_stop_that_the_last_token_completes_ends_the_text_although_a_longer_one_had_begun(roomy):
+    """Of \"abc\" and \"b\" after \"xab\", the first may still come until no token follows."""
+    loaded = script("chat").open_named("latest", config.read(environment(roomy, **HERE)), Log())
+    ids, tokenizer = loaded.tokenizer.encode("Dear"), loaded.tokenizer
+    greedy = Sampling(max_new_tokens=30, temperature=0)
+    text = "".join(next(texts(loaded.generator, tokenizer, ids, sampling=greedy, seed=1, count=1)))
+    last = next(at for at in range(2, 30) if text[at] not in text[:at])
+    cut = replace(greedy, max_new_tokens=last + 1, stop=(f"{text[last - 1 : last + 1]}\u2603", text[last]))
+    ended = list(steps(loaded.generator, tokenizer, ids, sampling=cut, seed=1))
+    assert ("".join(step.text for step in ended), ended[-1].finish) == (text[:last], "stop")

@@ -94,6 +94,11 @@ def test_a_port_that_is_taken_and_names_that_are_equal_are_refused(folder):
         done = command(SERVE, folder, **NOTHING_OF_TRAINING | {"PORT": port})
     assert (done.returncode, done.stdout) == (2, "")
     assert f"PORT={port}" in done.stderr
+    for host in ("a..b", "x" * 64):
+        unheard = call(script("serve_checkpoint"), folder, SERVE_HOST=host, PORT=port)
+        assert (unheard.code, unheard.out) == (2, "")
+        assert f"SERVE_HOST={host} PORT={port}: cannot listen (" in unheard.err
+        assert "set SERVE_HOST to an address of this machine" in unheard.err
     twice = call(script("serve_checkpoint"), folder, CHECKPOINT_PATH="latest,latest", PORT="0")
     assert twice.code == 2
     missing = call(script("serve_checkpoint"), folder, CHECKPOINT_PATH="a=missing.pt", PORT="0")

@@ -2,13 +2,16 @@
 
 import logging
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drive import train
 from model_server import QUICK, alone, serving, texts_of, until
-from script import train_family
+from script import call, script, train_family
 from talks import talks_file
 
 from milepost.evaluate.scoring import log_likelihoods
@@ -127,6 +130,36 @@ def test_log_probabilities_of_a_prompt_are_those_of_an_evaluation(served):
     assert (only["text"], only["logprobs"]["token_logprobs"]) == (prompt, found["token_logprobs"][:-1])
 
 
+def test_the_token_that_begins_a_text_precedes_a_prompt(tmp_path):
+    """As in load_checkpoint. It counts, and is listed as a token without characters, for echo does not show it."""
+    how = {"TOKENIZER": "sentencepiece", "BPE_VOCAB_SIZE": "320", "N_LAYER": "1", "TRAINING_STEPS": "20"}
+    assert train(tmp_path, **QUICK, **how)[0] == 0
+    with serving(tmp_path, CHECKPOINT_PATH="latest", TEMPERATURE="0", MAX_NEW_TOKENS="9") as running:
+        loaded = running.server.catalogue.models["latest"].loaded
+        plain = loaded.tokenizer.encode("Dear Wren")
+        ids = [loaded.tokenizer.begin_of_text, *plain]
+        reply = running.complete("Dear Wren")
+        assert running.complete(ids).value["choices"] == reply.value["choices"]
+        assert (running.complete(ids).value["usage"], reply.value["usage"]["prompt_tokens"]) == (
+            reply.value["usage"],
+            len(ids),
+        )
+        assert running.complete(plain).value["usage"]["prompt_tokens"] == len(plain)
+        (echoed,) = running.complete("Dear Wren", echo=True, logprobs=1).value["choices"]
+    printed = call(
+        script("load_checkpoint"), tmp_path, CHECKPOINT_PATH="latest", PROMPT="Dear Wren", TEMPERATURE="0", MAX_NEW_TOKENS="9"
+    )  # fmt: skip
+    assert (printed.code, printed.out) == (0, f"Dear Wren{texts_of(reply)[0]}\n"), printed.err
+    assert echoed["text"] == loaded.tokenizer.decode(plain) + texts_of(reply)[0]
+    scores = echoed["logprobs"]
+    shown = [loaded.tokenizer.decode([each]) for each in plain]
+    assert scores["tokens"][: len(ids)] == ["", *shown]
+    assert scores["text_offset"][: len(ids)] == [0, *(len("".join(shown[:at])) for at in range(len(shown)))]
+    (expected,) = log_likelihoods(loaded.model, [np.array(ids)], batch_size=1)
+    assert scores["token_logprobs"][0] is None
+    assert scores["token_logprobs"][1 : len(ids)] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_texts_that_are_read_together_are_those_alone(wide, dtype, monkeypatch):
     """16 requests at once over one decoder, to the bit; each text stays a function of its prompt and its seed."""
@@ -195,6 +228,29 @@ def test_a_request_with_many_texts_leaves_slots_to_others(folder, monkeypatch):
     assert ended == [1, 32]
 
 
+DEMANDING = (
+    "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}"
+    "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+)
+
+
+def test_a_template_that_demands_a_system_message_answers_a_conversation_that_has_one(talking):
+    """The conversation of which the server learns how answers end has none."""
+    system = {"role": "system", "content": "Be brief."}
+    with serving(talking, CHECKPOINT_PATH="latest", SAMPLE_SEED="1", MAX_NEW_TOKENS="4", TEMPERATURE="0") as running:
+        models = running.server.catalogue.models
+        loaded = models["latest"].loaded
+        record = replace(loaded.record, data=loaded.record.data | {"template": DEMANDING})
+        models["latest"] = replace(models["latest"], loaded=loaded._replace(record=record))
+        asked = {"messages": [system, {"role": "user", "content": "wren?"}]}
+        reply = running.send("POST", "/v1/chat/completions", asked)
+        refused = running.chat("wren?")
+    expected = alone(loaded, loaded.tokenizer.encode("Be brief.\nwren?\n"), seed=1, tokens=4, temperature=0.0)
+    assert (reply.status, reply.value["choices"][0]["message"]["content"]) == (200, expected)
+    assert refused.error == (400, None, "messages")
+    assert "a system message comes first" in refused.value["error"]["message"]
+
+
 def test_a_chat_is_answered_by_the_template(talking):
     with serving(talking, CHECKPOINT_PATH="latest") as running:
         reply = running.chat("wren sings?", max_tokens=12, seed=1, logprobs=True, top_logprobs=2)
@@ -213,6 +269,26 @@ def test_a_chat_is_answered_by_the_template(talking):
         again = running.send("POST", "/v1/chat/completions", parts | {"max_tokens": 12})
         assert again.value["choices"][0]["message"] == choice["message"]
         assert running.chat("who " * 100).error == (400, "context_length_exceeded", "messages")
+
+
+def test_the_message_of_a_reply_is_taken_back_as_it_was_sent(talking):
+    """Its members that are null, which the openai package sends back, are as good as left out."""
+    with serving(talking, CHECKPOINT_PATH="latest", SAMPLE_SEED="1", MAX_NEW_TOKENS="4") as running:
+        question = {"role": "user", "content": "wren?"}
+        answer = running.chat("wren?").value["choices"][0]["message"]
+        more = {"tool_calls": None, "function_call": None, "audio": None, "annotations": None}
+        replies = [
+            running.send("POST", "/v1/chat/completions", {"messages": [question, each, question]})
+            for each in ({"role": "assistant", "content": answer["content"]}, answer, answer | more)
+        ]
+        refused = answer | {"tool_calls": [{}]}
+        assert running.send("POST", "/v1/chat/completions", {"messages": [question, refused]}).error == (
+            400,
+            None,
+            "messages.1",
+        )
+    assert [reply.status for reply in replies] == [200] * 3
+    assert [reply.value["choices"] for reply in replies[1:]] == [replies[0].value["choices"]] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,10 +367,34 @@ def test_a_server_that_stops_refuses_and_ends_what_runs(folder):
         assert stream.result().events[-1]["error"]["code"] == "stopping"
 
 
+def metrics(served) -> tuple[list[str], dict[str, float]]:
+    """The lines of the metrics, and their values by name and labels."""
+    lines = served.send("GET", "/metrics").body.decode().splitlines()
+    return lines, {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_to_the_first_token_is_not_that_of_the_last(folder, monkeypatch, stream):
+    """Nor is the prompt that echo shows a token that was generated."""
+    ended, end = [], Job.end
+    monkeypatch.setattr(Job, "end", lambda job, error: (ended.append((job, time.monotonic())), end(job, error)))
+    with serving(folder, CHECKPOINT_PATH="latest") as running:
+        assert running.complete("Dear", max_tokens=0, echo=True, stream=stream).status == 200
+        assert "milepost_first_token_seconds_count" not in metrics(running)[1]
+        before = metrics(running)[1]["milepost_request_seconds_sum"]
+        assert running.complete("Dear", max_tokens=200, echo=True, stream=stream).status == 200
+        _, values = metrics(running)
+    job, at = ended[-1]
+    assert values["milepost_first_token_seconds_count"] == 1
+    whole = values["milepost_request_seconds_sum"] - before
+    assert whole - values["milepost_first_token_seconds_sum"] >= (at - job.first_token) * 0.999 > 0
+
+
 def test_metrics_are_in_the_form_of_prometheus(served):
     served.complete("Dear", max_tokens=2)
-    lines = served.send("GET", "/metrics").body.decode().splitlines()
-    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    lines, values = metrics(served)
     assert values['milepost_generated_tokens_total{model="latest"}'] >= 2
     assert values["milepost_first_token_seconds_count"] >= 1
     assert values['milepost_model_step{model="latest"}'] == 6

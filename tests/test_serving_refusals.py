@@ -46,6 +46,7 @@ REFUSED = [
     ({"prompt": [10**9]}, "prompt"),
     ({"prompt": "\ud800"}, "prompt"),
     ({"prompt": "\u2603"}, "prompt"),  # not in the vocabulary
+    ({"prompt": ["a"] * 17, "n": 128}, "n"),
 ]
 CHATS_REFUSED = [
     ({"tools": [{}]}, "tools"),
@@ -83,6 +84,21 @@ def test_what_cannot_be_answered_is_refused_in_the_same_form(served):
         assert served.send("POST", "/v1/completions", body).error == (400, None, None)
     assert served.send("POST", "/v1/completions", b" " * (BODY_LIMIT + 1)).error == (413, "body_too_large", None)
     assert served.complete("Dear", max_tokens=1, user="someone", seed=None, metadata={"a": "b"}).status == 200
+
+
+def test_a_refusal_says_what_to_do(served):
+    """A limit of the texts of a request, characters that the model has never seen, a proxy that writes another Host."""
+    said = [
+        reply.value["error"]["message"]
+        for reply in (
+            served.complete(["a"] * 17, n=128),
+            served.complete("\u2603"),
+            served.send("GET", "/v1/models", Host="localhost", Origin="https://runs.example"),
+        )
+    ]
+    assert said[0] == "17 prompts with n=128 are 2176 texts: expected at most 2048; send several requests"
+    assert said[1].endswith("; remove them, or start the server with UNKNOWN_CHARACTERS=skip or replace")
+    assert "let the proxy pass Host on" in said[2]
 
 
 def test_halves_of_surrogate_pairs_in_a_name_are_shown_escaped(served):

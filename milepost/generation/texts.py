@@ -179,7 +179,8 @@ def steps(
         yield Step(decoder.push(token), token, latest[0], "stop" if decoder.stopped else "")
         if decoder.stopped:
             return
-    yield Step(decoder.flush(), finish="length")
+    text = decoder.flush()  # which may find a stop string that the beginning of another one held back
+    yield Step(text, finish="stop" if decoder.stopped else "length")
 
 
 def first_id(tokenizer: Tokenizer, generator: torch.Generator) -> int:

@@ -252,15 +252,11 @@ class Answer:
         """Yield the pieces as they come. Raise ApiError if the work fails or the time is up."""
         job, server = self._job, self._server
         watch = asyncio.create_task(self._watch())
-        first = True
         try:
             while True:
                 await self._ready()
                 made, done = job.take()
                 self._generated += sum(piece.tokens for piece in made)
-                if made and first:
-                    server.metrics.observe("first_token_seconds", time.monotonic() - self._began)
-                    first = False
                 yield made
                 if done or self._gone:
                     break
@@ -301,9 +297,11 @@ class Answer:
 
     def _count(self) -> None:
         metrics, usage = self._server.metrics, self._usage
-        name = self._head.fields["model"]
+        name, first = self._head.fields["model"], self._job.first_token
         metrics.add("prompt_tokens_total", usage.prompt, model=name)
         metrics.add("generated_tokens_total", usage.generated, model=name)
+        if first is not None:
+            metrics.observe("first_token_seconds", first - self._began)
         metrics.observe("request_seconds", time.monotonic() - self._began)
 
 

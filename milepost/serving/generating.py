@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -28,6 +29,7 @@ class Job:
         self.ready = asyncio.Event()
         self.error: Exception | None = None
         self.done = False
+        self.first_token: float | None = None  # when it was generated, by time.monotonic
         self._loop = asyncio.get_running_loop()
         self._made: deque[Piece] = deque()
         self._told = False
@@ -45,7 +47,9 @@ class Job:
         return not self.done and self._to_begin > 0
 
     def add(self, piece: Piece) -> None:
-        """Hand a piece to the event loop."""
+        """Hand a piece to the event loop, which may see it only once the request has ended."""
+        if piece.tokens and self.first_token is None:
+            self.first_token = time.monotonic()
         self._made.append(piece)
         if self.streams:
             self._tell()

@@ -78,8 +78,15 @@ def _pieces(
     work: Work, ids: Sequence[int], scores: Callable[[], list[Score]], *, index: int, number: int
 ) -> Iterator[tuple[Piece, Next | None]]:
     if work.echo:
-        yield Piece(index, work.tokenizer.decode(ids), scores=scores() if work.logprobs is not None else []), None
+        text = work.tokenizer.decode(ids[_unshown(work, ids) :])
+        yield Piece(index, text, scores=scores() if work.logprobs is not None else []), None
     yield from _continued(work, ids, index=index, number=number)
+
+
+def _unshown(work: Work, ids: Sequence[int]) -> int:
+    """Return how many tokens at the beginning of a prompt are no part of its text: 1 if a token that begins texts is there, else 0."""
+    begin = work.tokenizer.begin_of_text
+    return int(begin is not None and list(ids[:1]) == [begin])
 
 
 def _continued(work: Work, ids: Sequence[int], *, index: int, number: int) -> Iterator[tuple[Piece, Next | None]]:
@@ -116,7 +123,8 @@ def prompt_scores(work: Work, ids: Sequence[int]) -> list[Score]:
     """Return the scores of the tokens of a prompt, by the model itself in float32, as an evaluation computes them."""
     if not ids:
         return []
-    found = [Score(work.tokenizer.decode_bytes(ids[:1]), None, [])]
+    first = b"" if _unshown(work, ids) else work.tokenizer.decode_bytes(ids[:1])  # the tokens make up the text
+    found = [Score(first, None, [])]
     if len(ids) > 1:
         device = next(work.model.parameters()).device
         logits: Tensor = work.model(torch.tensor([ids[:-1]], device=device)).logits[0]  # (T - 1, V)

@@ -33,7 +33,7 @@ def work_for(asked: Asked, served: Served, defaults: Defaults) -> Work:
         prompts = [_prompt_ids(prompt, served, defaults.unknown) for prompt in asked.prompts]
     else:
         prompts = [_message_ids(asked, served, defaults.unknown)]
-        ids, strings = answer_stops(loaded.tokenizer, loaded.template)
+        ids, strings = _answer_stops(served)
         sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *strings), stop_ids=ids)
     for prompt in prompts:
         check_length(len(prompt), served, "prompt" if asked.messages is None else "messages")
@@ -67,7 +67,7 @@ def _prompt_ids(prompt: Prompt, served: Served, unknown: Mode) -> list[int]:
             raise invalid(f"prompt: token {largest} is outside the vocabulary of {tokenizer.vocab_size}", "prompt")
         return prompt
     text = prompt_for(served.loaded.record, prompt)
-    return _encoder(tokenizer, text, unknown, "prompt").encode(text)
+    return _encoder(tokenizer, text, unknown, "prompt").encode_whole(text)
 
 
 def _message_ids(asked: Asked, served: Served, unknown: Mode) -> list[int]:
@@ -83,10 +83,22 @@ def _message_ids(asked: Asked, served: Served, unknown: Mode) -> list[int]:
         raise invalid(f"messages: {error}", "messages") from error
 
 
+def _answer_stops(served: Served) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return what ends an answer besides the tokenizer's own stop_ids: nothing if the template shows no end.
+
+    It may refuse the conversation by which it is asked, for the lack of a system message, though it renders that of a request.
+    """
+    try:
+        return answer_stops(served.loaded.tokenizer, served.loaded.template)
+    except TemplateError:
+        return (), ()
+
+
 def _encoder(tokenizer: Tokenizer, text: str, mode: Mode, param: str) -> Tokenizer:
     """Return what encodes the text; raise ApiError if it has characters that are refused."""
     unknown = unknown_characters(tokenizer, text)
     try:
         return lenient(tokenizer, unknown, mode)[0] if unknown else tokenizer
     except UnknownCharacters as error:
-        raise invalid(f"{param}: {error}", param) from error
+        remedy = "remove them, or start the server with UNKNOWN_CHARACTERS=skip or replace"
+        raise invalid(f"{param}: {error}; {remedy}", param) from error

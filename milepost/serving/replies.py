@@ -52,17 +52,22 @@ def event(value: Any) -> bytes:
 
 def whole(head: Head, pieces: Sequence[Piece], *, scored: bool, usage: Usage) -> dict[str, Any]:
     """Return the reply with all texts."""
-    choices = []
-    for index in sorted({piece.choice for piece in pieces}):
-        own = [piece for piece in pieces if piece.choice == index]
-        text = "".join(piece.text for piece in own)
-        scores = [score for piece in own for score in piece.scores]
-        content: dict[str, Any] = {"text": text}
-        if head.chat:
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        logprobs = logprobs_of(head, scores, Offsets()) if scored else None
-        choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": own[-1].finish or None})
+    by_choice: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_choice.setdefault(piece.choice, []).append(piece)
+    choices = [_choice(head, index, own, scored=scored) for index, own in sorted(by_choice.items())]
     return {**head.fields, "object": head.name, "choices": choices, "usage": usage.body}
+
+
+def _choice(head: Head, index: int, own: Sequence[Piece], *, scored: bool) -> dict[str, Any]:
+    """Return text number `index` of a reply, of its own pieces."""
+    text = "".join(piece.text for piece in own)
+    content: dict[str, Any] = {"text": text}
+    if head.chat:
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+    scores = (score for piece in own for score in piece.scores)
+    logprobs = logprobs_of(head, scores, Offsets()) if scored else None
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": own[-1].finish or None}
 
 
 class Chunks:

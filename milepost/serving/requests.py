@@ -8,8 +8,9 @@ from typing import Any, Final, NamedTuple
 from milepost.serving.faults import invalid
 from milepost.text.templates import Message
 
-MOST_TEXTS: Final = 128  # of a request
+MOST_TEXTS: Final = 128  # after each prompt
 MOST_PROMPTS: Final = 2048
+MOST_IN_ALL: Final = 2048  # prompts times texts of each
 MOST_STOPS: Final = 16
 MOST_TOKENS: Final = 1 << 20
 MOST_LOGPROBS: Final = 20
@@ -127,8 +128,10 @@ def completion(body: Any) -> Asked:
     given = checked(body, COMPLETION)
     if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
         raise invalid("best_of: expected the value of n, as nothing else is offered here", "best_of")
+    several = prompts(given.get("prompt", ""))
+    _check_count(len(several), given.get("n", 1))
     return Asked(
-        prompts=prompts(given.get("prompt", "")),
+        prompts=several,
         messages=None,
         echo=given.get("echo", False),
         logprobs=given.get("logprobs"),
@@ -195,24 +198,34 @@ def prompts(value: Any) -> list[Prompt]:
     return several
 
 
+def _check_count(count: int, n: int) -> None:
+    """Raise ApiError if `n` texts after each of so many prompts are more than a request may have."""
+    if count * n > MOST_IN_ALL:
+        problem = f"{count} prompts with n={n} are {count * n} texts"
+        raise invalid(f"{problem}: expected at most {MOST_IN_ALL}; send several requests", "n")
+
+
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is int and 0 <= each <= MAX_SEED for each in value)
 
 
 def messages(value: list[Any]) -> list[Message]:
-    """Return the messages of a conversation, each with its content as one text; raise ApiError."""
+    """Return the messages of a conversation, each with its content as one text; raise ApiError.
+
+    null counts as not set: clients send the message of a reply back with all of its members.
+    """
     if not value:
         raise invalid("messages is empty: expected at least one message", "messages")
     return [_message(each, f"messages.{number}") for number, each in enumerate(value)]
 
 
 def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict) or value.keys() - {"role", "content", "name"}:
+    given = {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else None
+    if given is None or given.keys() - {"role", "content", "name"}:
         raise invalid(f"{where}: expected an object with role and content", where)
-    role = value.get("role")
+    role, content = given.get("role"), given.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise invalid(f"{where}.role={role!r:.40}: expected {', '.join(ROLES)}", f"{where}.role")
-    content = value.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     if not all(isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text")) for part in parts):
         problem = "a string, or parts of type text; images, sounds and files are not read"

@@ -60,7 +60,8 @@ class Guard:
             problem = f"the host {host!r:.80} is not known here: use http://localhost or the address in numbers"
             return Refusal(421, "unknown_host", problem)
         if origin is not None and not is_of(origin, host):
-            return Refusal(403, "other_origin", "requests from other sites are refused")
+            remedy = "open this server's own address, or let the proxy pass Host on"
+            return Refusal(403, "other_origin", f"requests from other sites are refused: {remedy}")
         if self._key is not None and path not in OPEN and not has_key(headers.get("authorization", ""), self._key):
             return Refusal(401, "invalid_api_key", "no valid API key: send Authorization: Bearer KEY")
         return None

@@ -1,6 +1,7 @@
 """A socket to listen on, for an application that is served until a signal ends it. Imports starlette and uvicorn only to serve."""
 
 import contextlib
+import errno
 import importlib.util
 import signal
 import socket
@@ -31,9 +32,11 @@ def listening(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, where = found[0]
         return socket.create_server((str(where[0]), port), family=family)
-    except OSError as error:
-        remedy = "set another PORT, 0 for any that is free" if port else "set SERVE_HOST to an address of this machine"
-        raise ConfigError([f"SERVE_HOST={host} PORT={port}: cannot listen ({in_words(error)}): {remedy}"]) from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is empty or has over 63 characters
+        problem = in_words(error) if isinstance(error, OSError) else "not a host name"
+        taken = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+        remedy = "set another PORT, 0 for any that is free" if taken else "set SERVE_HOST to an address of this machine"
+        raise ConfigError([f"SERVE_HOST={host} PORT={port}: cannot listen ({problem}): {remedy}"]) from error
 
 
 def address(listener: socket.socket) -> str:

@@ -52,6 +52,19 @@ def test_the_openai_package(served):
     assert whole.choices[0].logprobs.content[0].top_logprobs[0].logprob <= 0
 
 
+def test_the_openai_package_sends_the_message_of_a_reply_back(served):
+    """As its guides write a conversation: the message as an object, and as all of its members."""
+    client = openai.OpenAI(**options(served))
+    asked = {"model": "latest", "max_tokens": 8, "seed": 3}
+    answer = client.chat.completions.create(**asked, messages=QUESTION).choices[0].message
+    plain = {"role": "assistant", "content": answer.content}
+    found = [
+        client.chat.completions.create(**asked, messages=[*QUESTION, each, {"role": "user", "content": "owl?"}])
+        for each in (plain, answer, answer.model_dump())
+    ]
+    assert [each.choices for each in found[1:]] == [found[0].choices] * 2
+
+
 def test_errors_of_the_openai_package(served):
     client = openai.OpenAI(**options(served))
     for kind, asked in [
