@@ -31,7 +31,7 @@ from milepost.files import replacing
 from milepost.generation.conversation import answer_stops, continued, fitted, message_ids
 from milepost.generation.texts import Sampling, texts
 from milepost.remote import local
-from milepost.runtime.interrupt import ctrl_c_noted, ctrl_c_raises
+from milepost.runtime.interrupt import ctrl_c_noted, ctrl_c_raises, was_interrupted
 from milepost.runtime.progress import Log, shown
 from milepost.samples import (
     MANY,
@@ -199,6 +199,8 @@ def talk(chat: Chat, read: Callable[[], str | None]) -> None:
             if not chat.terminal:
                 raise
             put("\n")
+            if was_interrupted():  # another signal; Ctrl-C asks for nothing else here
+                raise
         except BrokenPipeError:
             raise
         except MISTAKES as error:

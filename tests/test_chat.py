@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,30 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_and_ctrl_d_ends(roomy, tmp_
     assert [line for line in history.read_text().splitlines() if line in ("Dear", "Wren")] == ["Dear", "Wren"]
     assert history.stat().st_mode & 0o077 == 0  # only its owner reads it
     assert "\x1b[1m" not in terminal.shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGXCPU])
+def test_a_signal_to_stop_ends_an_answer_and_the_program_and_keeps_the_history(number, roomy, tmp_path):
+    terminal = Terminal(CHAT, roomy, **HERE | {"MAX_NEW_TOKENS": "1000000", "XDG_CACHE_HOME": str(tmp_path)})
+    at = terminal.until("> ")
+    terminal.type("Dear\n")
+    at = terminal.until(r"Dear\n(.|\n){300}", after=at)
+    os.kill(terminal.process.pid, number)
+    terminal.until(r"\n(interrupted\n|> )", after=at)
+    terminal.type("\x04")
+    assert terminal.ended() == 130
+    assert (tmp_path / "milepost" / "chat_history").read_text().splitlines()[-1] == "Dear"
+
+
+def test_a_signal_to_stop_ends_the_program_at_the_prompt(roomy, tmp_path):
+    terminal = Terminal(CHAT, roomy, **HERE, XDG_CACHE_HOME=str(tmp_path))
+    at = terminal.until("> ")
+    terminal.type("/top_k\n")
+    terminal.until(r"TOP_K=0\n> ", after=at)
+    os.kill(terminal.process.pid, signal.SIGTERM)
+    terminal.type("\x04")  # a signal just before Python waits for a key is seen at the next key, as above
+    assert terminal.ended() == 130
+    assert (tmp_path / "milepost" / "chat_history").read_text().splitlines()[-1] == "/top_k"
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # which of them Python takes depends on the locale
