@@ -49,6 +49,7 @@ from milepost.samples import (
 from milepost.screen import ignore, put, put_pieces
 from milepost.text.blocks import decoded, not_decoded
 from milepost.text.templates import Message
+from milepost.text.tokenization import Tokenizer
 
 BLOCK = '"""'  # begins and ends a text of several lines
 HISTORY = "chat_history"  # in the user's folder of caches
@@ -241,7 +242,7 @@ def answer(chat: Chat, loaded: Loaded, messages: Sequence[Message], *, number: i
     settings, context = chat.settings, loaded.model.settings.block_size
     room = context - min(settings.max_new_tokens, context // 2)
     tokenizer = loaded.tokenizer
-    encoder = encoder_for(tokenizer, continued(messages), settings)
+    encoder = encoder_of_turns(loaded, messages, settings)
     ids, dropped = fitted(messages, lambda some: message_ids(some, encoder, loaded.template), room=room)
     full = [dropped] if dropped else []
     (pieces,) = texts(
@@ -264,6 +265,14 @@ def answer(chat: Chat, loaded: Loaded, messages: Sequence[Message], *, number: i
         chat.log(f"the context of {context} tokens is full: from now on the oldest turns are dropped")
     chat.dropping = chat.dropping or bool(full)
     return reply
+
+
+def encoder_of_turns(loaded: Loaded, messages: Sequence[Message], settings: Config) -> Tokenizer:
+    """Return what encodes the conversation. Raise ConfigError if an earlier turn has characters that the vocabulary lacks."""
+    try:
+        return encoder_for(loaded.tokenizer, continued(messages), settings)
+    except ConfigError as error:  # the text itself was encoded before: removing characters from it would not help
+        raise ConfigError([f"an earlier turn: {error.__cause__}; /reset begins a new conversation"]) from error
 
 
 def until(pieces: Iterator[str], stopped: Callable[[], bool]) -> Iterator[str]:

@@ -95,6 +95,23 @@ def test_the_oldest_turns_are_dropped_first_which_is_reported_once(narrow):
     assert done.stderr.count("oldest turns are dropped") == 1
 
 
+def test_a_character_of_an_earlier_turn_that_a_smaller_vocabulary_lacks(roomy, tmp_path):
+    """What is typed now is not at fault, so removing characters from it would not help."""
+    (tmp_path / "letters.txt").write_text("dear letter\n" * 300, encoding="utf-8")
+    assert train(tmp_path, CHECKPOINT_INTERVAL="0")[0] == 0
+    (small,) = (tmp_path / "checkpoints").glob("*.pt")
+    asked = f"Wren\n/compare {small}\n/checkpoint {small}\ndear\n/reset\ndear\n"
+    done = chatted(roomy, asked, STOP="\\n")
+    first, last = (generated(place, text, STOP="\\n") for place, text in ((roomy, "Wren"), (tmp_path, "dear")))
+    assert (done.returncode, done.stdout) == (2, f"{first}\n\n{last}\n"), done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    for error in errors:  # of /compare and of the text
+        assert error.startswith("error: an earlier turn: ")
+        assert "'W'" in error
+        assert error.endswith("; /reset begins a new conversation")
+
+
 def test_a_text_is_compared_with_the_seed_that_was_set_since(roomy):
     done = chatted(roomy, "Dear\n/seed 9\n/compare latest\n/quit now\nDear\n", STOP="\\n")
     first, second = (generated(roomy, "Dear", STOP="\\n", SAMPLE_SEED=seed) for seed in ("7", "9"))
