@@ -261,9 +261,9 @@ def answer(chat: Chat, loaded: Loaded, messages: Sequence[Message], *, number: i
         until_stopped = until(pieces, stopped)
         reply = put_pieces(until_stopped if settings.stream else ["".join(until_stopped)])
     put("\n")
-    if full and not chat.dropping:
+    if full and loaded is chat.loaded and not chat.dropping:  # /compare answers once, with another context
         chat.log(f"the context of {context} tokens is full: from now on the oldest turns are dropped")
-    chat.dropping = chat.dropping or bool(full)
+        chat.dropping = True
     return reply
 
 

@@ -95,6 +95,16 @@ def test_the_oldest_turns_are_dropped_first_which_is_reported_once(narrow):
     assert done.stderr.count("oldest turns are dropped") == 1
 
 
+def test_a_full_context_is_reported_of_the_conversation_and_not_of_another_checkpoint(roomy, narrow):
+    """The contexts have 64 and 16 tokens; the conversation fills the first with its third text."""
+    (other,) = (narrow / "checkpoints").glob("*.pt")
+    asked = f"Dear letter\nWren\n/compare {other}\n{'Dear Wren, ' * 4}\n"
+    done = chatted(roomy, asked, STOP="\\n")
+    assert done.returncode == 0, done.stderr
+    full = [line for line in done.stderr.splitlines() if "oldest turns are dropped" in line]
+    assert full == ["the context of 64 tokens is full: from now on the oldest turns are dropped"]
+
+
 def test_a_character_of_an_earlier_turn_that_a_smaller_vocabulary_lacks(roomy, tmp_path):
     """What is typed now is not at fault, so removing characters from it would not help."""
     (tmp_path / "letters.txt").write_text("dear letter\n" * 300, encoding="utf-8")
