@@ -31,7 +31,7 @@ from milepost.files import replacing
 from milepost.generation.conversation import answer_stops, continued, fitted, message_ids
 from milepost.generation.texts import Sampling, texts
 from milepost.remote import local
-from milepost.runtime.interrupt import ctrl_c_noted, ctrl_c_raises
+from milepost.runtime.interrupt import ctrl_c_noted, ctrl_c_raises, was_interrupted
 from milepost.runtime.progress import Log, shown
 from milepost.samples import (
     MANY,
@@ -49,6 +49,7 @@ from milepost.samples import (
 from milepost.screen import ignore, put, put_pieces
 from milepost.text.blocks import decoded, not_decoded
 from milepost.text.templates import Message
+from milepost.text.tokenization import Tokenizer
 
 BLOCK = '"""'  # begins and ends a text of several lines
 HISTORY = "chat_history"  # in the user's folder of caches
@@ -199,6 +200,8 @@ def talk(chat: Chat, read: Callable[[], str | None]) -> None:
             if not chat.terminal:
                 raise
             put("\n")
+            if was_interrupted():  # another signal; Ctrl-C asks for nothing else here
+                raise
         except BrokenPipeError:
             raise
         except MISTAKES as error:
@@ -239,7 +242,7 @@ def answer(chat: Chat, loaded: Loaded, messages: Sequence[Message], *, number: i
     settings, context = chat.settings, loaded.model.settings.block_size
     room = context - min(settings.max_new_tokens, context // 2)
     tokenizer = loaded.tokenizer
-    encoder = encoder_for(tokenizer, continued(messages), settings)
+    encoder = encoder_of_turns(loaded, messages, settings)
     ids, dropped = fitted(messages, lambda some: message_ids(some, encoder, loaded.template), room=room)
     full = [dropped] if dropped else []
     (pieces,) = texts(
@@ -258,10 +261,18 @@ def answer(chat: Chat, loaded: Loaded, messages: Sequence[Message], *, number: i
         until_stopped = until(pieces, stopped)
         reply = put_pieces(until_stopped if settings.stream else ["".join(until_stopped)])
     put("\n")
-    if full and not chat.dropping:
+    if full and loaded is chat.loaded and not chat.dropping:  # /compare answers once, with another context
         chat.log(f"the context of {context} tokens is full: from now on the oldest turns are dropped")
-    chat.dropping = chat.dropping or bool(full)
+        chat.dropping = True
     return reply
+
+
+def encoder_of_turns(loaded: Loaded, messages: Sequence[Message], settings: Config) -> Tokenizer:
+    """Return what encodes the conversation. Raise ConfigError if an earlier turn has characters that the vocabulary lacks."""
+    try:
+        return encoder_for(loaded.tokenizer, continued(messages), settings)
+    except ConfigError as error:  # the text itself was encoded before: removing characters from it would not help
+        raise ConfigError([f"an earlier turn: {error.__cause__}; /reset begins a new conversation"]) from error
 
 
 def until(pieces: Iterator[str], stopped: Callable[[], bool]) -> Iterator[str]:

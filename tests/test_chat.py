@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,33 @@ def test_the_oldest_turns_are_dropped_first_which_is_reported_once(narrow):
     done = chatted(narrow, "Dear\nletter\nthe wi\n", STOP="\\n", TEMPERATURE="0")
     assert done.stdout.splitlines()[2] == generated(narrow, "the wi", STOP="\\n", TEMPERATURE="0")
     assert done.stderr.count("oldest turns are dropped") == 1
+
+
+def test_a_full_context_is_reported_of_the_conversation_and_not_of_another_checkpoint(roomy, narrow):
+    """The contexts have 64 and 16 tokens; the conversation fills the first with its third text."""
+    (other,) = (narrow / "checkpoints").glob("*.pt")
+    asked = f"Dear letter\nWren\n/compare {other}\n{'Dear Wren, ' * 4}\n"
+    done = chatted(roomy, asked, STOP="\\n")
+    assert done.returncode == 0, done.stderr
+    full = [line for line in done.stderr.splitlines() if "oldest turns are dropped" in line]
+    assert full == ["the context of 64 tokens is full: from now on the oldest turns are dropped"]
+
+
+def test_a_character_of_an_earlier_turn_that_a_smaller_vocabulary_lacks(roomy, tmp_path):
+    """What is typed now is not at fault, so removing characters from it would not help."""
+    (tmp_path / "letters.txt").write_text("dear letter\n" * 300, encoding="utf-8")
+    assert train(tmp_path, CHECKPOINT_INTERVAL="0")[0] == 0
+    (small,) = (tmp_path / "checkpoints").glob("*.pt")
+    asked = f"Wren\n/compare {small}\n/checkpoint {small}\ndear\n/reset\ndear\n"
+    done = chatted(roomy, asked, STOP="\\n")
+    first, last = (generated(place, text, STOP="\\n") for place, text in ((roomy, "Wren"), (tmp_path, "dear")))
+    assert (done.returncode, done.stdout) == (2, f"{first}\n\n{last}\n"), done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    for error in errors:  # of /compare and of the text
+        assert error.startswith("error: an earlier turn: ")
+        assert "'W'" in error
+        assert error.endswith("; /reset begins a new conversation")
 
 
 def test_a_text_is_compared_with_the_seed_that_was_set_since(roomy):
@@ -224,6 +252,30 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_and_ctrl_d_ends(roomy, tmp_
     assert [line for line in history.read_text().splitlines() if line in ("Dear", "Wren")] == ["Dear", "Wren"]
     assert history.stat().st_mode & 0o077 == 0  # only its owner reads it
     assert "\x1b[1m" not in terminal.shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGXCPU])
+def test_a_signal_to_stop_ends_an_answer_and_the_program_and_keeps_the_history(number, roomy, tmp_path):
+    terminal = Terminal(CHAT, roomy, **HERE | {"MAX_NEW_TOKENS": "1000000", "XDG_CACHE_HOME": str(tmp_path)})
+    at = terminal.until("> ")
+    terminal.type("Dear\n")
+    at = terminal.until(r"Dear\n(.|\n){300}", after=at)
+    os.kill(terminal.process.pid, number)
+    terminal.until(r"\n(interrupted\n|> )", after=at)
+    terminal.type("\x04")
+    assert terminal.ended() == 130
+    assert (tmp_path / "milepost" / "chat_history").read_text().splitlines()[-1] == "Dear"
+
+
+def test_a_signal_to_stop_ends_the_program_at_the_prompt(roomy, tmp_path):
+    terminal = Terminal(CHAT, roomy, **HERE, XDG_CACHE_HOME=str(tmp_path))
+    at = terminal.until("> ")
+    terminal.type("/top_k\n")
+    terminal.until(r"TOP_K=0\n> ", after=at)
+    os.kill(terminal.process.pid, signal.SIGTERM)
+    terminal.type("\x04")  # a signal just before Python waits for a key is seen at the next key, as above
+    assert terminal.ended() == 130
+    assert (tmp_path / "milepost" / "chat_history").read_text().splitlines()[-1] == "/top_k"
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # which of them Python takes depends on the locale

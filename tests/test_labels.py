@@ -1,5 +1,9 @@
 """The settings that tell runs apart."""
 
+import os
+
+import pytest
+
 from milepost import config
 
 
@@ -41,3 +45,13 @@ def test_a_config_env_that_cannot_be_read_is_no_setting(tmp_path):
     (tmp_path / "config.env").write_bytes(b"\xff\xfe\x00")
     assert config.env_values(tmp_path / "nowhere") == {}
     assert config.env_values(tmp_path / "config.env") == {}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_config_env_that_is_no_file_is_not_opened(kind, tmp_path):
+    """Reading a pipe would block, and a link may lead anywhere."""
+    path, other = tmp_path / "config.env", tmp_path / "other.env"
+    other.write_text("SEED=1\n")
+    assert config.env_values(other) == {"SEED": "1"}
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(other)
+    assert config.env_values(path) == {}

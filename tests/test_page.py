@@ -238,6 +238,18 @@ def test_a_new_run_appears_and_a_deleted_one_goes(tmp_path: Path) -> None:
     assert set(looked(library)) == {"b"}
 
 
+@pytest.mark.parametrize("name", ["", ".", "/", "\ud800"])
+def test_a_parent_whose_name_no_folder_can_have_has_no_id(name: str, tmp_path: Path) -> None:
+    """A garbled run.json must cost neither its own figures nor those of the other runs."""
+    write_run(tmp_path, "a", [1])
+    write_run(tmp_path, "b", [3, 4], parent={"run_id": name, "step": 2})
+    found = looked(library_of(tmp_path))
+    assert {run: figures["step"] for run, figures in found.items()} == {"a": 1, "b": 4}
+    assert (found["b"]["parent"]["id"], found["b"]["parent"]["step"]) == (None, 2)
+    (drawn,) = held(report(tmp_path, RUN="b"))["runs"]["runs"]
+    assert (drawn["name"], drawn["parent"]) == ("b", found["b"]["parent"])
+
+
 def test_the_command_of_an_interrupted_run_resumes_it(tmp_path: Path) -> None:
     assert train(tmp_path)[0] == 0
     for path in (tmp_path / "checkpoints").rglob("*step0008*"):

@@ -134,6 +134,33 @@ def test_a_checkpoint_is_verified_when_asked_and_shown_so_until_it_is_written_an
     assert client.post("/api/verify", params=asked[0], headers={"Origin": "http://evil.example"}).status_code == 403
 
 
+def test_verifications_that_wait_leave_the_page_to_others(folder: Path) -> None:
+    """More of them than the server has threads, while one takes its time."""
+    library = Library(folder / "runs", folder / "checkpoints")
+    library.look()
+    (base,) = (each for each in library.details([BASE_ID]).values())
+    path = f"/api/verify?run={BASE_ID}&checkpoint={base['checkpoints'][0]['id']}"
+    with served(application(library, stopping=lambda: False)) as address:
+        with library._verifying:
+            asked = [posted(address, path) for _ in range(60)]
+            assert len(httpx.get(f"{address}/api/runs", timeout=HANGING).json()["runs"]) == 4
+        assert [whole(each).endswith(b"\r\n\r\n[]") for each in asked] == [True] * 60
+
+
+def posted(address: str, path: str) -> socket.socket:
+    """A connection on which a request was sent."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=HANGING)
+    connection.sendall(f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
+    return connection
+
+
+def whole(connection: socket.socket) -> bytes:
+    """All that is answered on a connection."""
+    with connection, connection.makefile("rb") as file:
+        return file.read()
+
+
 def flip_a_byte(folder: Path, name: str) -> None:
     """Change a byte of the tensors of a checkpoint, and neither its size nor its time."""
     (path,) = (folder / "checkpoints").glob(Path(name).name)

@@ -1,5 +1,6 @@
 """What tells runs apart: the settings in which they differ."""
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def _telling(names: list[str], runs: list[dict[str, str]]) -> list[str]:
 def env_values(path: Path) -> dict[str, str]:
     """Return the settings of a run's config.env; an empty dict if it cannot be read."""
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead anywhere, and reading a pipe would block
+            return {}
         return {name: value or "" for name, value in dotenv_values(path, interpolate=False).items()}
     except (OSError, ValueError):
         return {}

@@ -200,12 +200,18 @@ class Library:
         figures = summary(each.folder.name, each.file.splits, each.settings, each.parent)
         figures["id"], figures["state"] = run_id, state(figures, training=each.beside[1])
         if figures["parent"]:
-            above = id_of(each.folder.with_name(Path(str((each.parent or {}).get("run_id"))).name))
-            figures["parent"]["id"] = above if above in self._runs else None
+            figures["parent"]["id"] = self._above(each)
         interrupted = figures["state"] == "interrupted"
         places = {"checkpoint_dir": self.checkpoint_dir, "runs_dir": self.runs_dir}
         figures["resume"] = resume_line(each.found, **places) if interrupted else None
         each.figures = figures | {"checkpoints": len(each.found), "sampled": each.beside[0]}
+
+    def _above(self, each: Watched) -> str | None:
+        """Return the id of the run that this one began with; None if it is not in the folder."""
+        with contextlib.suppress(ValueError):  # a garbled run.json may hold what no folder can be called
+            above = id_of(each.folder.with_name(Path(str((each.parent or {}).get("run_id"))).name))
+            return above if above in self._runs else None
+        return None
 
 
 def id_of(folder: Path) -> str:

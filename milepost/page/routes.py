@@ -31,6 +31,7 @@ def routes(library: Library, *, stopping: Callable[[], bool]) -> list[Route]:
     """Return the routes `/` and `/api/...` of a library, for an application with a Guard. Streams end when `stopping` returns True."""
     html, policy = page()
     listeners: set[object] = set()
+    verifying = asyncio.Lock()  # verifications wait here and not in threads, which all other requests need
 
     async def show(request: Request) -> Response:
         return Response(html, media_type="text/html", headers={**HEADERS, "content-security-policy": policy})
@@ -53,7 +54,8 @@ def routes(library: Library, *, stopping: Callable[[], bool]) -> list[Route]:
 
     async def verify(request: Request) -> Response:
         ids = [request.query_params.get(name, "") for name in ("run", "checkpoint")]
-        problems = await run_in_threadpool(library.verify, *ids)
+        async with verifying:
+            problems = await run_in_threadpool(library.verify, *ids)
         return PlainTextResponse("no such checkpoint\n", 404, HEADERS) if problems is None else answer(problems)
 
     async def events(request: Request) -> Response:
@@ -64,8 +66,8 @@ def routes(library: Library, *, stopping: Callable[[], bool]) -> list[Route]:
         return StreamingResponse(stream, media_type="text/event-stream", headers=HEADERS)
 
     ends = {"/": show, "/api/runs": runs, "/api/curves": curves, "/api/details": details, "/api/events": events}
-    verifying = Route("/api/verify", verify, methods=["POST"])  # reads the whole checkpoint: no link is to start that
-    return [*(Route(path, end, methods=["GET"]) for path, end in ends.items()), verifying]
+    posted = Route("/api/verify", verify, methods=["POST"])  # reads the whole checkpoint: no link is to start that
+    return [*(Route(path, end, methods=["GET"]) for path, end in ends.items()), posted]
 
 
 def answer(value: Any) -> Response:
