@@ -33,7 +33,7 @@ def work_for(asked: Asked, served: Served, defaults: Defaults) -> Work:
         prompts = [_prompt_ids(prompt, served, defaults.unknown) for prompt in asked.prompts]
     else:
         prompts = [_message_ids(asked, served, defaults.unknown)]
-        ids, strings = _answer_stops(served)
+        ids, strings = answer_stops(served.loaded.tokenizer, served.loaded.template)
         sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *strings), stop_ids=ids)
     for prompt in prompts:
         check_length(len(prompt), served, "prompt" if asked.messages is None else "messages")
@@ -81,17 +81,6 @@ def _message_ids(asked: Asked, served: Served, unknown: Mode) -> list[int]:
         return message_ids(messages, encoder, loaded.template)
     except (TemplateError, UnknownCharacters) as error:
         raise invalid(f"messages: {error}", "messages") from error
-
-
-def _answer_stops(served: Served) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return what ends an answer besides the tokenizer's own stop_ids: nothing if the template shows no end.
-
-    It may refuse the conversation by which it is asked, for the lack of a system message, though it renders that of a request.
-    """
-    try:
-        return answer_stops(served.loaded.tokenizer, served.loaded.template)
-    except TemplateError:
-        return (), ()
 
 
 def _encoder(tokenizer: Tokenizer, text: str, mode: Mode, param: str) -> Tokenizer:
