@@ -119,6 +119,17 @@ def test_answers_of_every_turn_are_found() -> None:
     assert tokenizer.decode(ids[answers]) == "A small bird.\nA large one.\n"
 
 
+def test_where_answers_end_is_read_off_a_conversation_that_the_template_takes() -> None:
+    tokenizer = bpe()
+    demands = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message first') }}{% endif %}" + CHATML
+    )
+    with pytest.raises(TemplateError, match="a system message first"):
+        render(TALK[1:], demands)
+    assert chat_stops(tokenizer, demands) == ((tokenizer.special_tokens["<|im_end|>"],), ())
+    assert chat_stops(tokenizer, "{{ raise_exception('never') }}") == ((), ())
+
+
 def test_an_answer_ends_after_its_message_whatever_special_token_stands_before() -> None:
     """A template that begins no answer itself, and one that writes a special token between the two."""
     tokenizer = bpe()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from milepost.text.templates import NO_TEMPLATE, Message, TemplateError, chat_ids, chat_stops
+from milepost.text.templates import NO_TEMPLATE, Message, chat_ids, chat_stops
 from milepost.text.tokenization.base import Tokenizer
 
 
@@ -17,14 +17,8 @@ def message_ids(messages: Sequence[Message], tokenizer: Tokenizer, template: str
 
 
 def answer_stops(tokenizer: Tokenizer, template: str | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the ids and the strings at which an answer ends, besides the tokenizer's own stop_ids.
-
-    None if the template does not take the conversation that they are read off, such as one that demands a system message.
-    """
-    try:
-        return ((), ()) if template == NO_TEMPLATE else chat_stops(tokenizer, template)
-    except TemplateError:
-        return (), ()
+    """Return the ids and the strings at which an answer ends, besides the tokenizer's own stop_ids."""
+    return ((), ()) if template == NO_TEMPLATE else chat_stops(tokenizer, template)
 
 
 def continued(messages: Sequence[Message]) -> str:

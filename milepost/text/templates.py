@@ -17,6 +17,7 @@ tokens that transformers passes to it (bos_token) at its beginning, and `dated` 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
@@ -97,12 +98,18 @@ def example(
 
 
 def chat_stops(tokenizer: Tokenizer, template: str | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the ids and the strings at which an answer ends, besides the tokenizer's own stop_ids."""
+    """Return the ids and the strings at which an answer ends, besides the tokenizer's own stop_ids.
+
+    They are read off a short conversation, with a system message if the template demands one; none if it takes neither.
+    """
     if template is None:
         return (), (() if end_token(tokenizer) else (PLAIN_END,))
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    found = [span for span in spans(talk, template, tokenizer.special_tokens) if span.answer]
-    return ((tokenizer.special_tokens[found[-1].text],) if found and found[-1].special else ()), ()
+    for messages in (talk, [{"role": "system", "content": "c"}, *talk]):
+        with contextlib.suppress(TemplateError):
+            found = [span for span in spans(messages, template, tokenizer.special_tokens) if span.answer]
+            return ((tokenizer.special_tokens[found[-1].text],) if found and found[-1].special else ()), ()
+    return (), ()
 
 
 def render(messages: Sequence[Message], template: str | None, *, answer: bool = False, end: str = PLAIN_END) -> str:
