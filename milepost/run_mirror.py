@@ -197,7 +197,8 @@ def bring_from_mirror(settings: Config, log: Log, *, fits: Fits) -> None:
     """Bring the newest valid checkpoint of the mirror that `fits` to CHECKPOINT_DIR, with the files of its run, unless
     the run's checkpoint there is as new.
 
-    Report what is damaged. Raise CheckpointError if the mirror does not answer and no checkpoint is here.
+    Report what is damaged. Raise ConfigError if the mirror is missing, or refuses and no checkpoint is here; CheckpointError if
+    it does not answer and no checkpoint is here.
     """
     store = check_mirror(settings)
     if store is None:
@@ -207,7 +208,7 @@ def bring_from_mirror(settings: Config, log: Log, *, fits: Fits) -> None:
     try:
         _bring(store, settings, log, fits, here)
     except StoreError as error:
-        if error.kind == "missing":
+        if error.kind == "missing" or (error.kind == "refused" and not here):
             raise _refused(settings, error) from error
         if not here:
             remedy = "try again when it answers; without CHECKPOINT_MIRROR a new run starts"
@@ -238,7 +239,9 @@ def _bring(store: Store, settings: Config, log: Log, fits: Fits, here: list[ckpt
         )
         with alone:
             later = [
-                name for name in runs_in(store, pause=time.sleep)[first.run_id] if name not in listed[first.run_id]
+                name
+                for name in runs_in(store, pause=time.sleep).get(first.run_id, [])  # a store may list late
+                if name not in listed[first.run_id]
             ]
             newer = readable(store, later, say=log, pause=time.sleep)
             for save in itertools.chain(newer, [first], saves[first.run_id]):

@@ -49,7 +49,8 @@ def brought(mirror: Mirrored, name: str, cache: Cache, *, certain: bool = False)
 
 
 def save_of(mirror: Mirrored, step: int) -> Save:
-    return next(iter(candidates(named(mirror, str(step)), say=print, pause=no_pause)))
+    every = candidates(named(mirror), say=print, pause=no_pause)
+    return next(each for each in every if each.found.step == step)
 
 
 def damage(mirror: Mirrored, step: int) -> Path:
@@ -73,7 +74,7 @@ def cache_in(folder: Path, limit: int = PLENTY) -> Cache:
     ("name", "expected"),
     [
         ("latest", [4, 3, 2, 1]), ("", [4, 3, 2, 1]), ("one/latest", [3, 2, 1]), ("one", [3, 2, 1]), ("best", [4]), ("one/best", [2, 3, 1]),
-        ("2", [2]), ("*step0002*", [2]), ("*", [4, 3, 2, 1]), ("two/*", [4]),
+        ("one/2", [2]), ("4", [4]), ("*step0002*", [2]), ("*", [4, 3, 2, 1]), ("two/*", [4]),
     ],
 )  # fmt: skip
 def test_a_name_stands_for_checkpoints_the_preferred_first(mirror, name, expected):
@@ -135,7 +136,7 @@ def test_a_damaged_checkpoint_is_skipped_and_reported_where_the_name_leaves_a_ch
 def test_a_damaged_checkpoint_that_is_named_is_refused(mirror, tmp_path):
     damage(mirror, 3)
     with pytest.raises(CheckpointError) as caught:
-        brought(mirror, "3", cache_in(tmp_path))
+        brought(mirror, "one/3", cache_in(tmp_path))
     assert caught.value.kind == "damaged"
     assert snapshot(tmp_path / "cache") == {}
 
@@ -178,10 +179,10 @@ def test_the_base_of_adapters_comes_with_them(tmp_path):
 
 def test_a_copy_that_was_altered_is_downloaded_again(mirror, tmp_path):
     cache = cache_in(tmp_path)
-    path, _ = brought(mirror, "3", cache)
+    path, _ = brought(mirror, "one/3", cache)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    again, said = brought(mirror, "3", cache)
+    again, said = brought(mirror, "one/3", cache)
     assert (again, again.read_bytes()) == (path, content)
     assert any("damaged" in line for line in said)
 
@@ -228,11 +229,11 @@ def used_by_nobody() -> None:
 def test_the_least_recently_used_goes_first_and_what_is_used_stays(mirror, tmp_path):
     size = save_of(mirror, 1).size
     cache = cache_in(tmp_path, limit=3 * size + size // 2)
-    paths = {step: brought(mirror, str(step), cache)[0] for step in (1, 2, 3)}
+    paths = {step: brought(mirror, f"one/{step}", cache)[0] for step in (1, 2, 3)}
     used_by_nobody()
     for age, step in enumerate((1, 3, 2)):  # the last use of each, oldest first
         os.utime(lock_of(paths[step].parent), (age, age))
-    held = brought(mirror, "1", cache)[0]  # by this process, and used now
+    held = brought(mirror, "one/1", cache)[0]  # by this process, and used now
     brought(mirror, "4", cache)
     assert (held.exists(), paths[2].exists(), paths[3].exists()) == (True, True, False)
     make_room(cache, need=cache.limit)  # no entry may stay, but for those in use
@@ -245,7 +246,7 @@ def test_the_least_recently_used_goes_first_and_what_is_used_stays(mirror, tmp_p
 def test_what_another_process_uses_stays(mirror, tmp_path):
     cache, (reading, writing) = cache_in(tmp_path), os.pipe()
     if (child := os.fork()) == 0:
-        brought(mirror, "3", cache)
+        brought(mirror, "one/3", cache)
         os.write(writing, b"x")
         signal.pause()
     os.read(reading, 1)
@@ -261,7 +262,7 @@ def test_what_another_process_uses_stays(mirror, tmp_path):
 
 def test_a_base_that_other_adapters_need_stays(mirror, tmp_path):
     cache = cache_in(tmp_path)
-    path, _ = brought(mirror, "3", cache)
+    path, _ = brought(mirror, "one/3", cache)
     uses = {"sha256": "0" * 64, "source": str(path), "step": 3}
     assert ckpt.note_use(uses, run_id="adapters", checkpoint_dir=tmp_path / "checkpoints")
     used_by_nobody()
@@ -271,9 +272,9 @@ def test_a_base_that_other_adapters_need_stays(mirror, tmp_path):
 
 def test_more_than_the_bound_is_refused_before_anything_is_deleted(mirror, tmp_path):
     size = save_of(mirror, 1).size
-    path, _ = brought(mirror, "1", cache_in(tmp_path))
+    path, _ = brought(mirror, "one/1", cache_in(tmp_path))
     with pytest.raises(CacheFullError) as caught:
-        brought(mirror, "2", cache_in(tmp_path, limit=size // 2))
+        brought(mirror, "one/2", cache_in(tmp_path, limit=size // 2))
     assert (caught.value.need, path.exists()) == (save_of(mirror, 2).size, True)
     with pytest.raises(CacheFullError):
         bring_all(named(mirror), cache_in(tmp_path, limit=3 * size), certain=False, say=print, pause=no_pause)
@@ -295,7 +296,7 @@ def test_processes_that_want_the_same_at_once_download_it_once(mirror, tmp_path)
             code = 9
             try:
                 Store.get = noted  # type: ignore[method-assign]
-                path, _ = brought(mirror, "3", cache)
+                path, _ = brought(mirror, "one/3", cache)
                 code = 0 if ckpt.load(path, verify=True).step == 3 else 8
             finally:
                 os._exit(code)

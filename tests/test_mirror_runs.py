@@ -75,7 +75,7 @@ def test_a_mirror_that_does_not_answer_starts_no_run_anew(tmp_path, monkeypatch)
     assert code == 0
     assert "warning: the mirror could not be read (there: down)" in said
     lose(tmp_path)
-    assert train(tmp_path, **variables, RESUME="auto")[0] == 3
+    assert train(tmp_path, **variables, RESUME="auto")[0] == 2
     assert not (tmp_path / "checkpoints").exists()
 
 

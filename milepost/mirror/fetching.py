@@ -27,13 +27,16 @@ LATEST_LIMIT = 2**16  # bytes
 def runs_in(store: Store, run_id: str = "", *, pause: Pause) -> dict[str, list[str]]:
     """Return the manifests in the store by run, the newest save first: of all runs, or of one. Raise StoreError."""
     names = attempted(lambda: store.names(run_id), pause=pause)
-    with contextlib.suppress(StoreError, ValueError, TypeError, KeyError):  # it only hastens what the listing says too
+    # It only hastens what the listing says too.
+    with contextlib.suppress(StoreError, ValueError, TypeError, KeyError, RecursionError):
         names.append(str(json.loads(store.read(LATEST, limit=LATEST_LIMIT))["manifest"]))
     return {run: manifests for run, manifests in newest_first(names).items() if run_id in ("", run)}
 
 
-def readable(store: Store, manifests: list[str], *, say: Say, pause: Pause) -> Iterator[Save]:
-    """Yield the saves of these manifests; report and skip those that are missing or damaged. Raise StoreError."""
+def readable(store: Store, manifests: list[str], *, say: Say, pause: Pause, gone: Say | None = None) -> Iterator[Save]:
+    """Yield the saves of these manifests; report those that are damaged to `say`, those that are missing to `gone`, by default
+    `say`, and skip them. Raise StoreError.
+    """
     for manifest in manifests:
         try:
             yield attempted(lambda manifest=manifest: read_save(store, manifest), pause=pause)  # type: ignore[misc]
@@ -42,14 +45,14 @@ def readable(store: Store, manifests: list[str], *, say: Say, pause: Pause) -> I
         except StoreError as error:
             if error.kind != "missing":
                 raise
-            say(f"skipped: {error}")
+            (gone or say)(f"skipped: {error}")
 
 
 def fetch(store: Store, save: Save, folder: Path, *, best: bool = False, pause: Pause) -> Path:
     """Write the checkpoint of a save below `folder`, into best/ if `best`; return its path, also if it is there already.
 
-    Raise CheckpointError if it is damaged or incomplete in the store, StoreError if the store does not answer, OSError if
-    the disk here refuses it.
+    Raise CheckpointError if it is damaged or incomplete in the store, or was deleted there ("not found"), StoreError if the
+    store does not answer, OSError if the disk here refuses it.
     """
     place = PurePosixPath(save.checkpoint)
     if best and place.parent.name != BEST_FOLDER:
@@ -59,8 +62,23 @@ def fetch(store: Store, save: Save, folder: Path, *, best: bool = False, pause: 
     make_folder(target.parent)
     with folder_lock(folder):
         if not os.path.lexists(target):
-            _write(store, save, target, pause=pause)
+            try:
+                _write(store, save, target, pause=pause)
+            except CheckpointError:
+                _check_manifest(store, save, pause=pause)
+                raise
     return target
+
+
+def _check_manifest(store: Store, save: Save, *, pause: Pause) -> None:
+    """Raise CheckpointError if the manifest of a save is missing: it was deleted, so nothing of the save is damaged."""
+    try:
+        attempted(lambda: store.size(save.manifest), pause=pause)
+    except StoreError as error:
+        if error.kind != "missing":
+            raise
+        where = f"{store.shown}/{save.checkpoint}"
+        raise CheckpointError(where, "was deleted from the mirror", "choose a newer one", kind="not found") from error
 
 
 def _write(store: Store, save: Save, target: Path, *, pause: Pause) -> None:

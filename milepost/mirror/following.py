@@ -9,7 +9,7 @@ from milepost.mirror.cache import Cache, let_go
 from milepost.mirror.contents import EARLIER, Save
 from milepost.mirror.fetching import Pause, Say
 from milepost.mirror.naming import Named, answering, candidates, find_again
-from milepost.mirror.opening import missing_part, with_base
+from milepost.mirror.opening import looking_again, missing_part, with_base
 
 
 class Source(NamedTuple):
@@ -42,12 +42,13 @@ class Following:
         if self._path is not None:
             self._named = find_again(self._named, pause=self._pause)
         if self._path is None or self._named.runs != self._seen:
-            self._path = self._chosen()
+            self._path = looking_again(self._chosen, self._named, certain=False, pause=self._pause)
         return self._path
 
-    def _chosen(self) -> Path:
+    def _chosen(self, named: Named) -> Path:
+        self._named = named
         problems: list[CheckpointError] = []
-        for save in candidates(self._named, say=self._say, pause=self._pause):
+        for save in candidates(named, say=self._say, pause=self._pause):
             try:
                 path = self._brought(save)
                 break
@@ -59,7 +60,7 @@ class Following:
         else:
             raise problems[0]
         may_come = [error for error in problems if error not in self._refused.values()]
-        self._seen = None if may_come else self._named.runs
+        self._seen = None if may_come else named.runs
         return path
 
     def _brought(self, save: Save) -> Path:

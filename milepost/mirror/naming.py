@@ -61,14 +61,7 @@ def find(address: str, *, pause: Pause) -> Named:
 
     Raise CheckpointError if no mirror is there or the store does not answer, ValueError or ImportError as `opened` does.
     """
-    above, last = split(address)
-    if _is_name(last):
-        stores = [(opened(above), last)]
-    else:
-        stores = [(opened(address), "")]
-        with contextlib.suppress(ValueError):  # there may be nothing above it
-            stores.append((opened(above), last))
-    for store, name in stores:
+    for store, name in _readings(address):
         with answering():
             named = _named(store, name, pause=pause)
         if named.runs:
@@ -76,8 +69,21 @@ def find(address: str, *, pause: Pause) -> Named:
     raise CheckpointError(masked(address), "no checkpoint of a mirror is there", "check the address", kind="not found")
 
 
+def _readings(address: str) -> list[tuple[Store, str]]:
+    """Return the stores and names that an address may mean, the likelier first. Raise as `opened` does.
+
+    A mirror may be called as a checkpoint is, 2026 or best, so neither reading rules the other out.
+    """
+    whole, (above, last) = opened(address), split(address)
+    try:
+        part = (opened(above), last)
+    except ValueError:  # nothing is above it
+        return [(whole, "")]
+    return [part, (whole, "")] if _is_name(last) else [(whole, ""), part]
+
+
 def _is_name(word: str) -> bool:
-    """Whether the last part of an address can only be the name of a checkpoint."""
+    """Whether the last part of an address reads as the name of a checkpoint."""
     return word in WORDS or word.isdecimal() or glob.has_magic(word) or PurePosixPath(word).suffix in ENDS
 
 
@@ -108,16 +114,16 @@ def answering() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def candidates(named: Named, *, say: Say, pause: Pause) -> Iterator[Save]:
-    """Yield the saves that the name stands for, the preferred one first; `say` gets a line on each manifest that is damaged.
+def candidates(named: Named, *, say: Say, pause: Pause, gone: Say | None = None) -> Iterator[Save]:
+    """Yield the saves that the name stands for, the preferred one first; `say` gets a line on each manifest that is damaged,
+    `gone`, by default `say`, on each that is missing.
 
     Raise CheckpointError if it stands for none, or the store does not answer.
     """
     with answering():
-        if named.name in ("", "latest"):
-            found = latest_first(named, say=say, pause=pause)
-        else:
-            found = iter(preferred(list(latest_first(named, say=say, pause=pause)), named.name))
+        found = latest_first(named, say=say, pause=pause, gone=gone)
+        if named.name not in ("", "latest"):
+            found = iter(preferred(list(found), named.name))
         first = next(found, None)
         if first is None:
             raise _not_found(named, pause=pause)
@@ -125,9 +131,9 @@ def candidates(named: Named, *, say: Say, pause: Pause) -> Iterator[Save]:
         yield from found
 
 
-def latest_first(named: Named, *, say: Say, pause: Pause) -> Iterator[Save]:
+def latest_first(named: Named, *, say: Say, pause: Pause, gone: Say | None = None) -> Iterator[Save]:
     """Yield the saves of each run, the newest first; the run that saved last first. Raise StoreError."""
-    runs = {run: readable(named.store, manifests, say=say, pause=pause) for run, manifests in named.runs.items()}
+    runs = {run: readable(named.store, own, say=say, pause=pause, gone=gone) for run, own in named.runs.items()}
     newest = [save for own in runs.values() if (save := next(own, None))]
     for save in sorted(newest, key=lambda save: str(save.found.metadata.get("saved_at") or ""), reverse=True):
         yield save
@@ -136,12 +142,12 @@ def latest_first(named: Named, *, say: Say, pause: Pause) -> Iterator[Save]:
 
 def preferred(saves: Sequence[Save], name: str) -> list[Save]:
     """Return those of `saves`, which are in the order of `latest_first`, that a name stands for, the preferred one first."""
+    own = [save for save in saves if save.run_id == saves[0].run_id]
     if name == "best":
-        own = [save for save in saves if save.run_id == saves[0].run_id]
         return sorted((save for save in own if loss_of(save.found) is not None), key=_loss) or own
     if name.isdecimal():
-        return [save for save in saves if save.found.step == int(name)]
-    matching = [save for save in saves if any(fnmatch.fnmatchcase(own, name) for own in names_of(save))]
+        return [save for save in own if save.found.step == int(name)]
+    matching = [save for save in saves if any(fnmatch.fnmatchcase(word, name) for word in names_of(save))]
     return sorted(matching, key=lambda save: save.found.step, reverse=True)
 
 
@@ -158,30 +164,48 @@ def names_of(save: Save) -> tuple[str, str]:
 def at_step(named: Named, step: int, *, say: Say, pause: Pause) -> Named:
     """Return what names a step of the run whose checkpoint a name stands for. Raise as `candidates` does."""
     run_id = next(candidates(named, say=say, pause=pause)).run_id
-    return Named(named.store, {run_id: named.runs[run_id]}, str(step))
+    return Named(named.store, {run_id: named.runs[run_id]}, str(step), run_id)
 
 
-def base_of(save: Save, named: Named, *, pause: Pause) -> Save | None:
-    """Return the save in the mirror that the adapters of `save` are over, by its file name and step; None if there is none.
+def bases_of(save: Save, named: Named, *, pause: Pause) -> list[Save]:
+    """Return the saves in the mirror that may be the base of the adapters of `save`: those of the recorded place, else those
+    of its file name, and of its step.
 
     Raise StoreError.
     """
     base = save.found.metadata.get("base")
     if not isinstance(base, dict) or "adapters" not in save.found.metadata.get("parts", ()):
-        return None
+        return []
     source = str(base.get("source"))
-    name = split(source)[1] if is_address(source) else PurePosixPath(source.replace("\\", "/")).name
+    path = PurePosixPath(source.partition("?")[0] if is_address(source) else source.replace("\\", "/"))
     every = Named(named.store, runs_in(named.store, pause=pause), "")
     saves = latest_first(every, say=lambda line: None, pause=pause)
-    return next((each for each in saves if each.found.step == base.get("step") and name in names_of(each)), None)
+    found = [each for each in saves if each.found.step == base.get("step") and path.name in names_of(each)]
+    return [each for each in found if _is_at(each, path, source)] or found
+
+
+def _is_at(save: Save, path: PurePosixPath, source: str) -> bool:
+    """Whether a base was recorded in the folder of this save: in a mirror that of its run, on a disk that of its checkpoint.
+
+    Names such as step_000100 are in every run.
+    """
+    folder = save.run_id if is_address(source) else str(PurePosixPath(save.checkpoint).parent)
+    return folder == "." or f"/{path.parent}".endswith(f"/{folder}")
 
 
 def _not_found(named: Named, *, pause: Pause) -> CheckpointError:
     """Return the error for a name that no checkpoint of the mirror has, with those that are there."""
-    saves = latest_first(named, say=lambda line: None, pause=pause)
-    names = [names_of(save)[0] for save, _ in zip(saves, range(LISTED + 1), strict=False)]
-    more = ", ..." if len(names) > LISTED else ""
-    held = f"it holds {', '.join(names[:LISTED])}{more}" if names else "none that can be read is there"
-    return CheckpointError(
-        f"{named.store.shown}/{named.name}".rstrip("/"), "Checkpoint not found", held, kind="not found"
-    )
+    saves = list(latest_first(named, say=lambda line: None, pause=pause))
+    problem, remedy = "Checkpoint not found", f"it holds {_listed([names_of(save)[0] for save in saves])}"
+    if not saves:
+        remedy = "none that can be read is there"
+    elif named.name.isdecimal() and (runs := [save.run_id for save in saves if save.found.step == int(named.name)]):
+        problem = f"step {named.name} is not in run {saves[0].run_id}, which saved last, but in {_listed(runs)}"
+        remedy = f"put the run's name before the step, as in {runs[0]}/{named.name}"
+    return CheckpointError(f"{named.store.shown}/{named.name}".rstrip("/"), problem, remedy, kind="not found")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names for a message, each once, not too many."""
+    names = list(dict.fromkeys(names))
+    return ", ".join([*names[:LISTED], "..."] if len(names) > LISTED else names)

@@ -1,18 +1,38 @@
 """Checkpoints of a mirror, by what an address names: brought into the cache, or listed by their manifests."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NoReturn, TypeVar
 
+from milepost.ckpt.bases import base_in
 from milepost.ckpt.index import Found
 from milepost.ckpt.record import CheckpointError
-from milepost.mirror.cache import Cache, CacheFullError, take
+from milepost.mirror.cache import Cache, CacheFullError, let_go, take
 from milepost.mirror.contents import Save
 from milepost.mirror.fetching import Pause, Say
-from milepost.mirror.naming import Named, answering, base_of, candidates, latest_first
+from milepost.mirror.naming import Named, answering, bases_of, candidates, find_again, latest_first
 from milepost.mirror.retrying import attempted
 from milepost.mirror.store import Store, StoreError
 from milepost.mirror.uploading import read_save
+
+Result = TypeVar("Result")
+
+
+def looking_again(taken: Callable[[Named], Result], named: Named, *, certain: bool, pause: Pause) -> Result:
+    """Return what `taken` returns for a name; if nothing can be used and the mirror has changed since, for what it names now.
+
+    A run deletes its old checkpoints when newer ones are there, also while a reader downloads them. Raise as `taken` does.
+    """
+    try:
+        return taken(named)
+    except CheckpointError as error:
+        other_may_be_taken = named.leaves_choice and not certain and error.kind != "unreachable"
+        if not (other_may_be_taken or error.kind == "not found"):
+            raise
+        now = find_again(named, pause=pause)
+        if now.runs == named.runs:
+            raise
+    return taken(now)
 
 
 def bring(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pause) -> Path:
@@ -21,8 +41,16 @@ def bring(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pause) 
     Where the name leaves a choice, a damaged one is reported and the next is taken, unless `certain`. Raise CheckpointError
     if none can be used, CacheFullError, OSError.
     """
+
+    def brought(named: Named) -> Path:
+        return _brought(named, cache, certain=certain, say=say, pause=pause)
+
+    return looking_again(brought, named, certain=certain, pause=pause)
+
+
+def _brought(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pause) -> Path:
     problems: list[CheckpointError] = []
-    for save in candidates(named, say=_refuse if certain else say, pause=pause):
+    for save in candidates(named, say=_refuse if certain else say, gone=say, pause=pause):
         if problems:
             say(f"skipped: {problems[-1]}")
         if named.leaves_choice:
@@ -41,9 +69,17 @@ def bring_all(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pau
 
     Damaged ones are reported and left out, or raised at the end if `certain`. Raise as `bring` does.
     """
+
+    def brought(named: Named) -> list[Path]:
+        return _all_brought(named, cache, certain=certain, say=say, pause=pause)
+
+    return looking_again(brought, named, certain=certain, pause=pause)
+
+
+def _all_brought(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pause) -> list[Path]:
     problems: list[str] = []
     with answering():
-        saves = list(latest_first(named, say=problems.append, pause=pause))
+        saves = list(latest_first(named, say=problems.append, gone=say, pause=pause))
     if (need := sum(save.size for save in saves)) > cache.limit:
         raise CacheFullError(need)
     paths = []
@@ -53,19 +89,30 @@ def bring_all(named: Named, cache: Cache, *, certain: bool, say: Say, pause: Pau
         except CheckpointError as error:
             if error.kind == "unreachable":
                 raise
-            problems.append(f"skipped: {error}")
+            (say if error.kind == "not found" else problems.append)(f"skipped: {error}")
     if problems and (certain or not paths):
         raise CheckpointError("; ".join(line.removeprefix("skipped: ") for line in problems), kind="damaged")
+    if not paths:
+        raise CheckpointError(named.store.shown, "its checkpoints were deleted", "try again", kind="not found")
     for line in problems:
         say(line)
     return paths
 
 
 def with_base(named: Named, save: Save, cache: Cache, *, say: Say, pause: Pause) -> Path:
-    """Return the path in the cache of a save, with the base of its adapters beside it if the mirror has that."""
+    """Return the path in the cache of a save, with the base of its adapters beside it if the mirror has that.
+
+    Of several that may be the base, it is the one with the recorded sha256. Raise CheckpointError, CacheFullError or OSError.
+    """
     with answering():
-        base = base_of(save, named, pause=pause)
-        return take(cache, named.store, [save] if base is None else [save, base], say=say, pause=pause)
+        bases = bases_of(save, named, pause=pause)
+        for base in bases if len(bases) > 1 else ():
+            path = take(cache, named.store, [save, base], say=say, pause=pause)
+            entry = path.parents[len(PurePosixPath(save.checkpoint).parts) - 1]
+            if base_in(save.metadata["base"], (entry / base.checkpoint).parent):
+                return path
+            let_go(path)
+        return take(cache, named.store, [save, *bases[:1]], say=say, pause=pause)
 
 
 def _refuse(line: str) -> NoReturn:
