@@ -33,7 +33,7 @@ def work_for(asked: Asked, served: Served, defaults: Defaults) -> Work:
         prompts = [_prompt_ids(prompt, served, defaults.unknown) for prompt in asked.prompts]
     else:
         prompts = [_message_ids(asked, served, defaults.unknown)]
-        ids, strings = answer_stops(served.loaded.tokenizer, served.loaded.template)
+        ids, strings = answer_stops(loaded.tokenizer, loaded.template)
         sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *strings), stop_ids=ids)
     for prompt in prompts:
         check_length(len(prompt), served, "prompt" if asked.messages is None else "messages")
