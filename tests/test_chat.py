@@ -271,9 +271,10 @@ def test_a_signal_to_stop_ends_the_program_at_the_prompt(roomy, tmp_path):
     terminal = Terminal(CHAT, roomy, **HERE, XDG_CACHE_HOME=str(tmp_path))
     at = terminal.until("> ")
     terminal.type("/top_k\n")
-    terminal.until(r"TOP_K=0\n> ", after=at)
+    at = terminal.until(r"TOP_K=0\n> ", after=at)
     os.kill(terminal.process.pid, signal.SIGTERM)
     terminal.type("\x04")  # a signal just before Python waits for a key is seen at the next key, as above
+    terminal.until(r"interrupted\n", after=at)
     assert terminal.ended() == 130
     assert (tmp_path / "milepost" / "chat_history").read_text().splitlines()[-1] == "/top_k"
 
