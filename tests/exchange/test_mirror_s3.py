@@ -112,7 +112,7 @@ def test_retention_leaves_what_is_not_ours(tmp_path, proxy):
     assert len(store.names()) == 4  # a checkpoint, its manifest, latest.json and what is not ours
     fresh = known(store, tmp_path)
     assert look_up(fresh) == []
-    assert prune(fresh, folder, keep_last=1) == []
+    assert prune(fresh, keep_last=1) == []
 
 
 def test_an_object_that_is_missing_is_told_from_a_store_that_fails(tmp_path, proxy):
