@@ -31,8 +31,9 @@ def save(
 ) -> Path:
     """Write `record` below `folder` under the next save number and a free name; return its path.
 
-    `best_only` writes it into best/. The number is higher than `after`, the last one of its run in another folder. Raise CheckpointError if what is written could not be loaded again, OSError on a
-    write error; the folder is then as it was before.
+    `best_only` writes it into best/. The number is higher than `after`, the last one of its run in another folder. Raise
+    CheckpointError if what is written could not be loaded again, OSError on a write error; the folder is then as it was
+    before.
     """
     if layout not in WRITERS:
         raise CheckpointError(f"layout {layout!r}: expected one of {', '.join(WRITERS)}", kind="refused")

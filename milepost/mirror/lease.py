@@ -32,9 +32,8 @@ LIMIT = 2**12  # bytes of an object
 RELEASED = b"released"
 FOLDER = "lease"
 NAME = re.compile(r"([0-9]{8})\.(?:json|beat)")
-GIVEN_BACK: set[bytes] = (
-    set()
-)  # owners of this process whose leases have ended, also where the store did not hear of it
+# Owners of this process whose leases have ended, also where the store did not hear of it.
+GIVEN_BACK: set[bytes] = set()
 Say = Callable[[str], object]
 
 
