@@ -275,9 +275,9 @@ def test_a_signal_that_comes_while_a_process_ends_changes_nothing(tmp_path, late
 ENDLESS = {"TRAINING_STEPS": "1000000", "EVAL_INTERVAL": "0", "SAMPLE_INTERVAL": "0"}
 
 
-def killed(folder: Path, count: int, random: Random, **changes: str) -> int:
+def killed(folder: Path, count: int, random: Random, **changes: str) -> tuple[int, bool]:
     """One of `count` processes that save every step is killed at a random moment;
-    returns the step of the newest checkpoint, which is whole.
+    returns the step of the newest checkpoint, which is whole, and whether all others noticed the death.
     """
     pids = folder / "pids"
     shutil.rmtree(pids, ignore_errors=True)
@@ -300,11 +300,21 @@ def killed(folder: Path, count: int, random: Random, **changes: str) -> int:
     _, err = process.communicate(timeout=HANGING)
     assert process.returncode == 1
     assert all(gone(int(pid.read_text())) for pid in pids.glob("?"))
-    # All others noticed and ended: what torchrun has to kill leaves no exit code.
-    assert len([*pids.glob("?.code")]) == count - 1, err
+    noticed = len([*pids.glob("?.code")]) == count - 1  # what torchrun has to kill leaves no exit code
+    assert noticed or "forcefully exiting" in err
     record = newest(folder)
     assert record.step >= told - 2  # one save was under way when the next step was told, and the other waits for it
-    return record.step
+    return record.step, noticed
+
+
+def killed_in_turn(folder: Path, kills: int, *, count: int, engine: str) -> None:
+    """Each of `kills` trainings of `count` processes goes on where the one before was killed."""
+    random = Random(engine)
+    steps, noticed = zip(*(killed(folder, count, random, DISTRIBUTED=engine) for _ in range(kills)), strict=True)
+    assert [*steps] == sorted(set(steps))
+    # gloo tells nobody of a death in the moment of a send (CONTROL_TIMEOUT in milepost/runtime/distributed.py): seen
+    # once in some thousand kills. Processes that never noticed would fail here each time.
+    assert noticed.count(False) <= 1
 
 
 def gone(pid: int) -> bool:
@@ -318,9 +328,7 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_kill_at_any_moment_leaves_a_valid_checkpoint_and_ends_all(tmp_path, engine):
-    random = Random(engine)
-    steps = [killed(tmp_path, 2, random, DISTRIBUTED=engine) for _ in range(2)]
-    assert steps == sorted(set(steps))  # each went on where the one before was killed
+    killed_in_turn(tmp_path, 2, count=2, engine=engine)
     (run,) = (tmp_path / "runs").iterdir()
     trained = [line["step"] for line in read_metrics(run / "metrics.jsonl") if line["split"] == "train"]
     assert trained == list(range(1, len(trained) + 1))  # no step twice, none left out
@@ -329,9 +337,7 @@ def test_a_kill_at_any_moment_leaves_a_valid_checkpoint_and_ends_all(tmp_path, e
 @pytest.mark.soak
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_kill_of_one_of_four_at_any_moment_leaves_a_valid_checkpoint_and_ends_all(tmp_path, engine):
-    random = Random(engine)
-    steps = [killed(tmp_path, 4, random, DISTRIBUTED=engine) for _ in range(12)]
-    assert steps == sorted(set(steps))
+    killed_in_turn(tmp_path, 12, count=4, engine=engine)
 
 
 @pytest.mark.parametrize("whom", ["all", "one"])
