@@ -213,7 +213,7 @@ def one_client(server: Server, folder: Path, what: str) -> None:
     """Measure one client that streams against the same texts in a process of their own."""
     with alone(folder, what.split()[-1]) as write:
         assert server.text(1, NEW, stream=True) == write(1, NEW)
-        for figure, tokens, rounds in (("first token", 1, 31), ("tokens/s", NEW, 7)):
+        for figure, tokens, rounds in (("first token", 1, 101), ("tokens/s", NEW, 7)):
             arms = {"served": lambda n=tokens: server.text(1, n, stream=True), "alone": lambda n=tokens: write(1, n)}
             taken = compare(arms, rounds=rounds)
             shown = {arm: f"{1e3 * s:.0f} ms" if tokens == 1 else f"{tokens / s:.1f} tok/s" for arm, s in taken.items()}

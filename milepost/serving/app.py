@@ -22,7 +22,7 @@ from milepost.serving.faults import ApiError, invalid, stopping, timed_out, unkn
 from milepost.serving.generating import Generating, Job
 from milepost.serving.guard import HEADERS, error_response, refused
 from milepost.serving.metrics import Metrics, series
-from milepost.serving.pieces import Piece
+from milepost.serving.pieces import Piece, Work
 from milepost.serving.preparing import Defaults, work_for
 from milepost.serving.replies import Chunks, Usage, as_json, event, new_head, whole
 from milepost.serving.requests import Asked
@@ -30,6 +30,7 @@ from milepost.web.guard import Guard
 
 BODY_LIMIT: Final = 4 << 20  # bytes
 CLIENT_GONE: Final = 499  # the status that proxies log then
+SHORT: Final = 1000  # characters, or tokens
 SLOWEST_READ: Final = 60.0  # seconds that a client may leave a part of a stream unread
 STOP_SECONDS: Final = 8.0  # in which running requests may end after a signal; docker waits for 10
 
@@ -180,7 +181,7 @@ def answering(server: Server, parse: Callable[[Any], Asked]) -> Callable[[Reques
                 server.generating.check_room()
                 asked = parse(await body_of(request))
                 served = server.model(asked.model)
-                work = await asyncio.to_thread(work_for, asked, served, server.defaults)
+                work = await prepared(asked, served, server.defaults)
             job = Job(work, together=served.together, streams=asked.stream)
             server.generating.submit(job)
             answer = Answer(server, job, request, served=served, asked=asked, began=began)
@@ -193,6 +194,13 @@ def answering(server: Server, parse: Callable[[Any], Asked]) -> Callable[[Reques
         return response
 
     return answer
+
+
+async def prepared(asked: Asked, served: Served, defaults: Defaults) -> Work:
+    """Return the work that a request asks for: short prompts are encoded sooner than a thread for it would begin."""
+    if asked.messages is None and sum(map(len, asked.prompts)) <= SHORT:
+        return work_for(asked, served, defaults)
+    return await asyncio.to_thread(work_for, asked, served, defaults)
 
 
 async def body_of(request: Request) -> Any:
@@ -246,7 +254,6 @@ class Answer:
                 yield event(chunks.usage(self._usage))
         except ApiError as error:
             yield event(error.body)
-        yield b"data: [DONE]\n\n"
 
     async def _pieces(self) -> AsyncGenerator[list[Piece], None]:
         """Yield the pieces as they come. Raise ApiError if the work fails or the time is up."""
@@ -317,12 +324,16 @@ class Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with contextlib.aclosing(self._answer.events()) as events:
-            async for data in events:
-                try:
-                    async with asyncio.timeout(SLOWEST_READ):
-                        await send({"type": "http.response.body", "body": data, "more_body": True})
-                except TimeoutError:
-                    self._answer.note_unread()
-                    return  # with which the connection is closed
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        try:
+            async with contextlib.aclosing(self._answer.events()) as events:
+                async for data in events:
+                    await _send(send, data)
+            await _send(send, b"data: [DONE]\n\n", last=True)
+        except TimeoutError:
+            self._answer.note_unread()  # with the return the connection is closed
+
+
+async def _send(send: Send, data: bytes, *, last: bool = False) -> None:
+    """Send a part of a body; raise TimeoutError if the client leaves it unread for SLOWEST_READ."""
+    async with asyncio.timeout(SLOWEST_READ):
+        await send({"type": "http.response.body", "body": data, "more_body": not last})
