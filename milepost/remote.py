@@ -17,7 +17,7 @@ from milepost.mirror.cache import Cache, CacheFullError
 from milepost.mirror.following import Following, Source
 from milepost.mirror.headers import write_headers
 from milepost.mirror.naming import WORDS, Named, answering, at_step, below, candidates, find, split
-from milepost.mirror.opening import bring, bring_all, listed
+from milepost.mirror.opening import bring, bring_all, listed, looking_again
 from milepost.runtime.progress import Log
 from milepost.text.addresses import is_address, masked
 
@@ -165,7 +165,11 @@ def headers(address: str, log: Log) -> Iterator[tuple[Path, str]]:
     """Yield a checkpoint of a mirror without its tensors, in a folder that is deleted afterwards, and its address."""
     named = _found(address)
     with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
-        yield _headers(named, Path(folder), log)
+
+        def taken(named: Named) -> tuple[Path, str]:
+            return _headers(named, Path(tempfile.mkdtemp(dir=folder)), log)
+
+        yield looking_again(taken, named, certain=False, pause=time.sleep)
 
 
 def _headers(named: Named, folder: Path, log: Log) -> tuple[Path, str]:

@@ -1,5 +1,7 @@
 """An address in a mirror where it may mean several checkpoints, and a mirror that changes while it is read."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from milepost.mirror import Mirrored, Store, runs_in
 from milepost.mirror.contents import LATEST, Save
 from milepost.mirror.following import Following
 from milepost.mirror.naming import at_step, candidates, find
-from milepost.mirror.opening import bring, bring_all
+from milepost.mirror.opening import bring, bring_all, listed
+from milepost.remote import headers
 
 
 def run_in(mirror: Path, folder: Path, run_id: str, *steps: int) -> Mirrored:
@@ -229,3 +232,49 @@ def test_a_follower_that_retention_overtakes_at_its_first_look_takes_the_newest(
     named = find(f"file://{tmp_path}/mirror/latest", pause=no_pause)
     followed = Following(named, cache_in(tmp_path), say=print, pause=no_pause)
     assert ckpt.load(followed.find()).step == 2
+
+
+@pytest.fixture
+def before_call(monkeypatch) -> Callable[[str, Callable[[], object]], None]:
+    """Sets what happens just before a method of Store is first called for a file of a checkpoint."""
+
+    def set_event(method: str, event: Callable[[], object]) -> None:
+        plain, events = getattr(Store, method), [event]
+
+        def after_it(store: Store, name: str, *rest: object, **words: object) -> object:
+            if events and name.endswith(".pt"):
+                events.pop()()
+            return plain(store, name, *rest, **words)
+
+        monkeypatch.setattr(Store, method, after_it)
+
+    return set_event
+
+
+@pytest.mark.parametrize(("name", "step"), [("latest", 2), ("best", 2), ("one/*", 2), ("1", None)])
+def test_who_looks_at_a_checkpoint_where_it_is_is_told_of_no_damage_when_retention_overtakes(
+    tmp_path, before_call, name, step
+):
+    own = run_in(tmp_path / "mirror", tmp_path, "one", 1)
+    before_call("read", lambda: (run_in(tmp_path / "mirror", tmp_path, "one", 2), delete(own, 1)))
+    said: list[str] = []
+    with contextlib.ExitStack() as stack:
+        look = functools.partial(headers, f"file://{tmp_path}/mirror/{name}", said.append)
+        if step is None:
+            with pytest.raises(CheckpointError) as caught:
+                stack.enter_context(look())
+            assert caught.value.kind == "not found"
+        else:
+            path, where = stack.enter_context(look())
+            assert (ckpt.find(path.parent)[0].step, Path(where).name) == (step, path.name)
+    assert not [line for line in said if "damaged" in line or "missing" in line]
+
+
+def test_a_list_leaves_out_what_is_deleted_while_it_is_made(tmp_path, before_call, monkeypatch):
+    own = run_in(tmp_path / "mirror", tmp_path, "one", 1, 2, 3, 4)
+    named = find(f"file://{tmp_path}/mirror", pause=no_pause)
+    (part,) = next(each for each in own.saves.values() if each.found.step == 2).checkpoint_parts
+    own.store.delete(part.object)  # a control: its manifest stays
+    monkeypatch.setattr(Store, "sizes", lambda store: {})  # as of a store that lists late: each object is asked for
+    before_call("size", lambda: delete(own, 4, 1))  # after the manifest of the newest, and before that of the oldest
+    assert [(each.step, each.kind) for each in listed(named, pause=no_pause)] == [(2, "damaged"), (3, None)]

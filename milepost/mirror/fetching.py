@@ -65,12 +65,12 @@ def fetch(store: Store, save: Save, folder: Path, *, best: bool = False, pause: 
             try:
                 _write(store, save, target, pause=pause)
             except CheckpointError:
-                _check_manifest(store, save, pause=pause)
+                check_not_deleted(store, save, pause=pause)
                 raise
     return target
 
 
-def _check_manifest(store: Store, save: Save, *, pause: Pause) -> None:
+def check_not_deleted(store: Store, save: Save, *, pause: Pause) -> None:
     """Raise CheckpointError if the manifest of a save is missing: it was deleted, so nothing of the save is damaged."""
     try:
         attempted(lambda: store.size(save.manifest), pause=pause)

@@ -14,7 +14,7 @@ from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.tensor_listing import held
 from milepost.files import BEGINNING
 from milepost.mirror.contents import CHECKPOINTS, EARLIER, Part, Save
-from milepost.mirror.fetching import Pause, content
+from milepost.mirror.fetching import Pause, check_not_deleted, content
 from milepost.mirror.retrying import attempted
 from milepost.mirror.store import Store, StoreError
 
@@ -27,12 +27,17 @@ Span = tuple[int, int]
 def write_headers(store: Store, save: Save, folder: Path, *, pause: Pause) -> Path:
     """Write the checkpoint of a save below `folder`, an empty one, without its tensors; return its path.
 
-    Raise CheckpointError if it is damaged there as far as that shows, StoreError if the store does not answer.
+    Raise CheckpointError if it is damaged there as far as that shows, or was deleted there ("not found"), StoreError if the
+    store does not answer.
     """
-    for part in save.checkpoint_parts:
-        target = folder / PurePosixPath(part.place).relative_to(CHECKPOINTS)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_part(store, part, target, pause=pause)
+    try:
+        for part in save.checkpoint_parts:
+            target = folder / PurePosixPath(part.place).relative_to(CHECKPOINTS)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write_part(store, part, target, pause=pause)
+    except (CheckpointError, StoreError):
+        check_not_deleted(store, save, pause=pause)
+        raise
     path = folder / save.checkpoint
     try:
         metadata = known_layout(path).read_metadata(path)

@@ -9,7 +9,7 @@ from milepost.ckpt.index import Found
 from milepost.ckpt.record import CheckpointError
 from milepost.mirror.cache import Cache, CacheFullError, let_go, take
 from milepost.mirror.contents import Save
-from milepost.mirror.fetching import Pause, Say
+from milepost.mirror.fetching import Pause, Say, check_not_deleted
 from milepost.mirror.naming import Named, answering, bases_of, candidates, find_again, latest_first
 from milepost.mirror.retrying import attempted
 from milepost.mirror.store import Store, StoreError
@@ -126,13 +126,14 @@ def listed(named: Named, *, pause: Pause) -> list[Found]:
     """Return the checkpoints of a mirror or a run without reading any: damaged ones first, the run that saved last at the
     end, and of each run the oldest save first.
 
-    Damaged is one whose manifest cannot be read, and one of which an object is missing or has another size. Raise
-    CheckpointError if the store does not answer.
+    Damaged is one whose manifest cannot be read, and one of which an object is missing or has another size; those that are
+    deleted meanwhile are left out. Raise CheckpointError if the store does not answer.
     """
     with answering():
         sizes = attempted(named.store.sizes, pause=pause)
         manifests = [manifest for own in named.runs.values() for manifest in own]
-        found = [_found(named.store, manifest, sizes, pause=pause) for manifest in manifests]
+        looked_at = [_found(named.store, manifest, sizes, pause=pause) for manifest in manifests]
+    found = [each for each in looked_at if each]
     times = {each.run_id: "" for each in found}
     for each in found:
         times[each.run_id] = max(times[each.run_id], str(each.metadata.get("saved_at") or ""))
@@ -141,13 +142,22 @@ def listed(named: Named, *, pause: Pause) -> list[Found]:
     )
 
 
-def _found(store: Store, manifest: str, sizes: dict[str, int], *, pause: Pause) -> Found:
+def _found(store: Store, manifest: str, sizes: dict[str, int], *, pause: Pause) -> Found | None:
+    """Return what a manifest says of its checkpoint; None if it has been deleted since it was listed."""
     try:
         save = attempted(lambda: read_save(store, manifest), pause=pause)
     except CheckpointError as error:
         return Found(Path(manifest), {}, str(error), kind=error.kind)
+    except StoreError as error:
+        if error.kind != "missing":
+            raise
+        return None
     path, bad = Path(save.checkpoint), missing_part(store, save, sizes, pause=pause)
     if bad:
+        try:
+            check_not_deleted(store, save, pause=pause)
+        except CheckpointError:
+            return None
         return Found(path, dict(save.metadata), bad, layout=save.layout, size=save.size, kind="damaged")
     return Found(path, dict(save.metadata), layout=save.layout, size=save.size)
 
