@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from models.adapters import LORA_NAMES
 from models.attention import SHORT, KeyValueCache, attention_after, check_length, visible
+from models.gelu import tanh_gelu
 from models.head import CHUNK, head_loss
 from models.lora import LoraSettings, linear
 from models.model import Model, Output
@@ -144,7 +145,7 @@ def _activated(x: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return F.relu(x)
     slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    return F.gelu(x, approximate="tanh" if activation == "gelu" and not slow else "none")
+    return tanh_gelu(x) if activation == "gelu" and not slow else F.gelu(x)
 
 
 class Block(nn.Module):

@@ -1,6 +1,4 @@
-"""The fast paths of a training step against the plain ones: attention, the chunked head, GELU in bfloat16, retained
-memory.
-"""
+"""The fast paths of a training step against the plain ones: attention, the chunked head, GELU, retained memory."""
 
 import copy
 import subprocess
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 from work import Waits
 
 from milepost.runtime.optim import build_optimizer
-from models import attention, build, head
+from models import attention, build, gelu, head
 from models.gpt2 import GPT2
 
 TOKENS = torch.Generator().manual_seed(3)
@@ -237,6 +235,31 @@ def test_the_exact_gelu_stands_for_its_approximation_only_in_bfloat16():
         fast = model(values)
     torch.testing.assert_close(fast, F.gelu(values.bfloat16()), atol=1e-5, rtol=0)
     assert (fast - F.gelu(values.bfloat16(), approximate="tanh")).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gelu_by_the_sigmoid_and_its_gradient_are_those_of_tanh(transposed):
+    """Against float64, where PyTorch's own kernel computes tanh; the bounds are twice its own error in float32."""
+    x = torch.linspace(-30, 30, 60_000).view(300, 200)
+    x = (x.T if transposed else x).requires_grad_()
+    weights = drawn(*x.shape)
+    exact = x.detach().double().requires_grad_()
+    ours, expected = gelu.tanh_gelu(x), F.gelu(exact, approximate="tanh")
+    (ours * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=2e-7)
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=8e-6, rtol=2e-6)
+    assert type(ours.grad_fn).__name__ != type(F.gelu(x, approximate="tanh").grad_fn).__name__  # it is the fast one
+
+
+@pytest.mark.parametrize("reason", ["no gradient", "frozen", "large", "float64"])
+def test_all_else_is_left_to_the_kernel_of_gelu(reason, monkeypatch):
+    x = drawn(50, 40, dtype=torch.float64 if reason == "float64" else torch.float32).requires_grad_(reason != "frozen")
+    monkeypatch.setattr(gelu, "LARGEST", x.numel() - (reason == "large"))
+    with torch.set_grad_enabled(reason != "no gradient"):
+        ours = gelu.tanh_gelu(x)
+    assert torch.equal(ours, F.gelu(x, approximate="tanh"))
+    assert getattr(ours.grad_fn, "name", lambda: "GeluBackward0")() == "GeluBackward0"
 
 
 # Memory that is kept
