@@ -15,7 +15,8 @@ from foreign_programs import golden_nano, nanogpt
 from records import WEIGHT, flipped, in_child, record, walkable_folder
 from script import call, files_of, script
 
-from milepost import ckpt
+import training
+from milepost import api, ckpt
 from milepost.ckpt import retention
 from milepost.ckpt.layouts import WRITERS
 from milepost.ckpt.tensors import digest
@@ -162,6 +163,29 @@ def test_best_and_final_checkpoints_stay(folder):
     assert not saved.exists()
     (line,) = [line for line in said.out.splitlines() if str(saved) in line]
     assert line.split()[2] == "0B"  # it has a second name in best/
+
+
+@pytest.mark.parametrize("by", ["script", "api"])
+def test_a_best_step_that_a_full_disk_kept_out_of_best_stays_until_a_resume_copies_it(by, tmp_path, monkeypatch):
+    """Making room must not cost the best step, which is older than what the policy keeps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", lambda run, stop: 1.0 if run.state.step == 2 else 2.0)
+        code, said = train(tmp_path, EVAL_INTERVAL="2", CHECKPOINT_INTERVAL="2")
+    assert code == 0, said
+    (best,) = (tmp_path / "checkpoints" / "best").glob("*.pt")
+    regular, content = tmp_path / "checkpoints" / best.name, best.read_bytes()
+    best.unlink()
+    if by == "script":
+        said = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+        assert said.code == 0, said.err
+        assert f"{regular}, the best step of run" in said.err
+    else:
+        api.prune(tmp_path / "checkpoints", keep_last=1)
+    assert {each.path for each in ckpt.find(tmp_path / "checkpoints")} == {regular, at_step(tmp_path, 8)}
+    assert train(tmp_path, RESUME="auto")[0] == 0
+    assert best.read_bytes() == content
+    said = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")  # control: now it is in best/
+    assert (said.code, regular.exists(), best.exists()) == (0, False, True)
 
 
 def test_the_latest_valid_checkpoint_stays(folder):
