@@ -199,6 +199,41 @@ def test_the_latest_valid_checkpoint_stays(folder):
     assert left(folder) == {3: True, 4: True}
 
 
+@pytest.mark.parametrize("harm", ["flipped", "emptied", "deleted"])
+@pytest.mark.parametrize("layout", [name for name in WRITERS if WRITERS[name].optimizer_file(Path("x"))])
+def test_the_latest_checkpoint_that_resumes_stays_whatever_happened_to_a_newer_optimizer(layout, harm, folder):
+    """The newer one has valid weights; RESUME=auto takes the older one all the same."""
+    *_, third, fourth = save(folder, 1, 2, 3, 4, size=32, layout=layout)
+    optimizer = WRITERS[layout].optimizer_file(fourth)
+    size = optimizer.stat().st_size
+    {
+        "flipped": lambda: flipped(optimizer, size * 3 // 4),
+        "emptied": lambda: optimizer.write_bytes(b""),
+        "deleted": optimizer.unlink,
+    }[harm]()
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert said.code == 0, said.err
+    assert str(fourth if harm == "deleted" else optimizer) in said.err
+    assert ckpt.load(third, verify=True).optimizer_state is not None
+    assert fourth.exists()
+    assert len(list(ckpt.find(folder / "checkpoints"))) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hyperparameters": {"CHECKPOINT_MODEL_ONLY": True}}, {"hyperparameters": {"TRAINING_STEPS": 4}}, {}],
+    ids=str,
+)
+def test_control_models_that_are_meant_to_be_without_optimizer_are_pruned(changes, folder):
+    """As their run left it out, as it is finished, or as every checkpoint lacks it."""
+    paths = save(folder, 1, 2, 3, 4, layout="separated", **changes)
+    for path in paths if not changes else paths[-1:]:
+        WRITERS["separated"].optimizer_file(path).unlink()
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert said.code == 0, said.err
+    assert list(left(folder)) == [4]
+
+
 def test_nan_weights_are_not_the_latest_valid_checkpoint(folder):
     save(folder, 1, 2)
     bad = record(3)
