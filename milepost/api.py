@@ -112,7 +112,7 @@ def prune(folder: Name | None = None, *, keep_last: int, keep_every: int = 0) ->
     """Delete all but the newest `keep_last` checkpoints of each run, as CHECKPOINT_KEEP_LAST does, and return what was
     deleted.
 
-    Never deleted: best/, a run's final checkpoint, a base that adapters need, damaged files, and any file under another
+    Never deleted: best/ and a best step that is not there yet, a run's final checkpoint, a base that adapters need, damaged files, and any file under another
     name than a save gave it.
     """
     if keep_last < 1:
@@ -123,7 +123,12 @@ def prune(folder: Name | None = None, *, keep_last: int, keep_every: int = 0) ->
         if valid is not None:
             with hold_run(place, run_id):
                 expired = ckpt.prune(
-                    place, run_id=run_id, keep_last=keep_last, keep_every=keep_every, latest_valid=valid
+                    place,
+                    run_id=run_id,
+                    keep_last=keep_last,
+                    keep_every=keep_every,
+                    latest_valid=valid,
+                    spare=[pending] if (pending := ckpt.pending_best(place, run_id)) else [],
                 )
             deleted += [found.path for found in expired.remove]
     return deleted

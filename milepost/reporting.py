@@ -11,9 +11,11 @@ import models
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.hub import is_pinned
+from milepost.ckpt.index import look
+from milepost.ckpt.layouts import known_layout
 from milepost.ckpt.restore import Restored
 from milepost.places import SCRIPTS_FOLDER
-from milepost.resume import changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
+from milepost.resume import PLAN, changed_settings, inexact_reasons, same_position, same_schedule, unfinished_run
 from milepost.run import Run, memory_needed, shapes, why_not_replayed
 from milepost.runtime import hardware
 from milepost.runtime.progress import amount, command_line, duration, shown
@@ -181,7 +183,8 @@ def _group(run: Run, group: dict[str, Any]) -> str:
 
 def log_finished_before(run: Run, record: Checkpoint) -> None:
     """Log that the checkpoint's run has no step left, and the command that trains more."""
-    more = command_line(LOAD_CHECKPOINT, CHECKPOINT_PATH=record.path, MODE="resume", RESUME_TRAINING_STEPS=1000)
+    places = {"CHECKPOINT_PATH": record.path, "RUNS_DIR": Path(run.settings.runs_dir)} | _base_variable(run)
+    more = command_line(LOAD_CHECKPOINT, **places, MODE="resume", RESUME_TRAINING_STEPS=1000)
     run.log(f"run {record.run_id} is finished: {run.state.step} of {run.end} steps are done. To train more: {more}")
 
 
@@ -234,7 +237,8 @@ def how_to_resume(run: Run) -> str:
     settings = run.settings
     command = resume_command(
         latest.path, checkpoint_dir=Path(settings.checkpoint_dir), runs_dir=Path(settings.runs_dir),
-        processes=processes if processes > 1 else None, more=_copies(settings) | _base_variable(run),
+        processes=processes if processes > 1 else None,
+        more=_copies(settings) | _set_otherwise(run, step=latest.step) | _base_variable(run),
     )  # fmt: skip
     return f"{saved}; resume with: {command}{_secret(run)}"
 
@@ -259,6 +263,21 @@ def _copies(settings: config.Config) -> dict[str, Any]:
     return {name: Path(value) if name.endswith("_DIR") and value else value for name, value in values.items()}
 
 
+def _set_otherwise(run: Run, *, step: int) -> dict[str, Any]:
+    """Return the variables that would make another run of the resume, as they must be for this one: the env file may set
+    them for every command. The device decides bits and is in no checkpoint; RESUME_STEP may be where this run began;
+    MODE=resume follows a schedule of its own.
+    """
+    settings, followed = run.settings, run.resolved()
+    values = {name: followed[name] for name in sorted(PLAN)} | {"RESUME_STEP": step}
+    device = {"DEVICE": settings.device} if settings.device != "auto" else {}
+    return device | {
+        name: value
+        for name, value in values.items()
+        if settings.is_set(name) and value not in (None, getattr(settings, name.lower()))
+    }
+
+
 def _is_hidden(settings: config.Config, name: str) -> bool:
     return config.public(settings, name) != getattr(settings, name.lower())
 
@@ -272,11 +291,18 @@ def _secret(run: Run) -> str:
 
 
 def _latest_saved(run: Run) -> ckpt.Found | None:
-    """Return the checkpoint that this process saved last, else the run's latest in CHECKPOINT_DIR; None without any."""
-    folders = {Path(run.settings.checkpoint_dir), *([run.saved.path.parent] if run.saved.path else [])}
+    """Return the checkpoint that this process saved last, else the one that it resumed from, else the run's latest in
+    CHECKPOINT_DIR; None without any.
+    """
+    saved = run.saved
+    folders = {Path(run.settings.checkpoint_dir), *([saved.path.parent] if saved.path else [])}
     own = [found for folder in folders for found in ckpt.find(folder) if found.run_id == run.run_id]
-    last = [found for found in own if found.path == run.saved.path]
-    return ckpt.latest(last or own)
+    if saved.resumed:
+        with contextlib.suppress(ckpt.CheckpointError):  # it is gone
+            own.append(look(saved.resumed, known_layout(saved.resumed)))
+    last = [found for found in own if found.path == saved.path]
+    numbered = [found for found in own if found.metadata.get("save_number") == saved.number]
+    return ckpt.latest(last or numbered or own)
 
 
 def _base_variable(run: Run) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from milepost.ckpt import Checkpoint
 from milepost.ckpt.finding import folder_of
 from milepost.ckpt.foreign.importing import rate_in_use
 from milepost.ckpt.hub import is_same_model
+from milepost.ckpt.ordering import exact_first, in_order
 from milepost.ckpt.record import from_metadata
 from milepost.ckpt.restore import Restored, build_model, restore_optimizer
 from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.config import Config, ConfigError
+from milepost.config.variables import DATA_VARIABLES
 from milepost.locks import is_trained
 from milepost.remote import local_path
 from milepost.run import (
@@ -35,7 +38,7 @@ from milepost.run.same_text import same_texts, text_differences, validation_of
 from milepost.run_mirror import bring_from_mirror
 from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
-from milepost.runtime.progress import Log, command_line
+from milepost.runtime.progress import Log, command_line, shown
 from milepost.runtime.schedule import SCHEDULES, Schedule
 
 # The variables that make up the schedule. Changing one makes a new schedule.
@@ -52,18 +55,24 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
     if settings.resume != "auto":
         return _named(settings, log)
     folder = Path(settings.checkpoint_dir)
-    bring_from_mirror(settings, log, fits=lambda found: not _contradictions(found, settings))
+
+    def has_same(found: ckpt.Found) -> bool:
+        return not _changes(found, settings)
+
+    bring_from_mirror(settings, log, fits=lambda found: not _contradictions(found, settings), has_same=has_same)
     found = ckpt.find(folder)
-    if settings.checkpoint_fallback_dir and (elsewhere := ckpt.find(Path(settings.checkpoint_fallback_dir))):
-        found = sorted([*found, *elsewhere], key=lambda each: each.metadata.get("saved_at") or "")
+    if settings.checkpoint_fallback_dir:
+        found = in_order(found, ckpt.find(Path(settings.checkpoint_fallback_dir)))
     readable = _readable(found, log)
     if settings.resume_step is None or not readable:
-        record = newest_fitting(exact_first(readable), settings, log)
+        record = newest_fitting(exact_first(readable, has_same), settings, log)
         refuse_rivals(record, readable, settings)
+        log_passed_over(record, readable, settings, log)
     else:
         # Take the step from the run that RESUME=auto without RESUME_STEP would resume, never from another run.
-        newest = newest_fitting(exact_first(readable), settings, log, verify=False)
+        newest = newest_fitting(exact_first(readable, has_same), settings, log, verify=False)
         if newest:
+            log_passed_over(newest, readable, settings, log)
             log(f"RESUME=auto takes step {settings.resume_step} of run {newest.run_id}, the newest run that fits")
         record = _of_step(newest, readable, folder, settings, log) if newest else None
     if record is None and found:
@@ -135,10 +144,35 @@ def free_tensors(record: Checkpoint) -> None:
     record.model_state, record.optimizer_state = {}, None
 
 
-def exact_first(newest_first: list[ckpt.Found]) -> list[ckpt.Found]:
-    """Sort by run, the run of the newest checkpoint first; within a run, checkpoints without optimizer state come last."""
-    runs = [found.run_id for found in newest_first]
-    return sorted(newest_first, key=lambda found: (runs.index(found.run_id), not found.resumable))
+def log_passed_over(record: Checkpoint | None, readable: list[ckpt.Found], settings: Config, log: Log) -> None:
+    """Log what RESUME=auto passes over when it takes the record: INIT_FROM, and newer checkpoints in `readable`, which
+    is in order, newest first.
+    """
+    if record is None:
+        return
+    if settings.init_from:
+        began = f"from {record.parent.get('file') or 'other weights'}" if record.parent else "with random weights"
+        instead = "another CHECKPOINT_DIR, or RESUME=never, starts a new run from it"
+        log(f"INIT_FROM is not used: RESUME=auto resumes run {record.run_id}, which began {began}; {instead}")
+    newer = list(itertools.takewhile(lambda found: found.path != record.path, readable))
+    own = next((found for found in newer if found.run_id == record.run_id and not found.resumable), None)
+    if own and "optimizer" in record.parts:
+        lacking = f"{shown(own.path)}, step {own.step}, holds no optimizer state"
+        log(
+            f"{lacking}: taking step {record.step}, from which the run resumes bit-exactly; name the file in RESUME to take it"
+        )
+    others = [found for found in newer if found.run_id not in (None, record.run_id) and _differs(found, settings)]
+    if others and not changes(settings, record, new_schedule=False):
+        values = ", ".join(f"{name}={before}" for name, (before, _) in _changes(others[0], settings).items())
+        newest = f"{shown(others[0].path)}, of run {others[0].run_id} with {values}, is newer"
+        log(
+            f"taking run {record.run_id}, which has the settings that are set; {newest}: name the file in RESUME to take it"
+        )
+
+
+def _differs(found: ckpt.Found, settings: Config) -> bool:
+    """Return whether the checkpoint would be resumed with these settings, as a child run."""
+    return not _contradictions(found, settings) and bool(_changes(found, settings))
 
 
 def newest_fitting(
@@ -179,8 +213,16 @@ def _fits(found: ckpt.Found, settings: Config) -> bool:
 
 def _contradictions(found: ckpt.Found, settings: Config) -> list[Any]:
     """Return the settings that a checkpoint contradicts, as far as its metadata tells."""
-    record = from_metadata(found.metadata, model_state={}, optimizer_state=None, where=str(found.path))
-    return config.contradictions(settings, _fixed(record, settings))
+    return config.contradictions(settings, _fixed(_without_tensors(found), settings))
+
+
+def _changes(found: ckpt.Found, settings: Config) -> dict[str, Any]:
+    """Return what `changes` does, as far as the checkpoint's metadata tells."""
+    return changes(settings, _without_tensors(found), new_schedule=False)
+
+
+def _without_tensors(found: ckpt.Found) -> Checkpoint:
+    return from_metadata(found.metadata, model_state={}, optimizer_state=None, where=str(found.path))
 
 
 def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
@@ -202,8 +244,9 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     other_text, other_validation = text_differences(record, wanted, log)
     remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
     if other_text:
+        named = ("TRAINING_DATA_SOURCE", "RUNS_DIR", *filter(settings.is_set, DATA_VARIABLES))
         child = {"CHECKPOINT_PATH": record.path, "MODE": "resume"} | {
-            name: config.public(wanted, name) for name in ("TRAINING_DATA_SOURCE", "RUNS_DIR")
+            name: config.public(wanted, name) for name in named
         }
         command = command_line(config.ROOT / "scripts" / "load_checkpoint.py", **child)
         remedy += f"; to train further on this text, as a run of its own: {command}"
@@ -400,7 +443,7 @@ def restore_progress(run: Run, record: Checkpoint) -> None:
     with contextlib.suppress(ValueError):
         run.saved.resumed_time = datetime.datetime.fromisoformat(record.saved_at or "").timestamp()
     run.parent, run.saved.observed_step = record.parent, record.observed_step
-    run.saved.number = record.save_number or 0
+    run.saved.number, run.saved.resumed = record.save_number or 0, record.path
     for name in ("observed_step", "validation_loss", "best_loss", "best_step"):
         setattr(run.state, name, getattr(record, name))
     # After a kill or a disk error, the best step may be saved but not in best/ yet: then it is pending.

@@ -193,9 +193,9 @@ def _not_mirrored(count: int) -> str:
 # Resume.
 
 
-def bring_from_mirror(settings: Config, log: Log, *, fits: Fits) -> None:
+def bring_from_mirror(settings: Config, log: Log, *, fits: Fits, has_same: Fits) -> None:
     """Bring the newest valid checkpoint of the mirror that `fits` to CHECKPOINT_DIR, with the files of its run, unless
-    the run's checkpoint there is as new.
+    the run's checkpoint there is as new. Runs that have the same settings, by `has_same`, come first.
 
     Report what is damaged. Raise ConfigError if the mirror is missing, or refuses and no checkpoint is here; CheckpointError if
     it does not answer and no checkpoint is here.
@@ -206,7 +206,7 @@ def bring_from_mirror(settings: Config, log: Log, *, fits: Fits) -> None:
     folder = Path(settings.checkpoint_dir)
     here = [found for found in ckpt.find(folder) if found.problem is None] if folder.is_dir() else []
     try:
-        _bring(store, settings, log, fits, here)
+        _bring(store, settings, log, fits, has_same, here)
     except StoreError as error:
         if error.kind == "missing" or (error.kind == "refused" and not here):
             raise _refused(settings, error) from error
@@ -218,13 +218,17 @@ def bring_from_mirror(settings: Config, log: Log, *, fits: Fits) -> None:
         log(f"warning: the mirror could not be read ({error}); it may hold newer checkpoints than {shown(folder)}")
 
 
-def _bring(store: Store, settings: Config, log: Log, fits: Fits, here: list[ckpt.Found]) -> None:
+def _bring(store: Store, settings: Config, log: Log, fits: Fits, has_same: Fits, here: list[ckpt.Found]) -> None:
     listed = runs_in(store, pause=time.sleep)
     saves = {run: readable(store, names, say=log, pause=time.sleep) for run, names in listed.items()}
     newest = [save for own in saves.values() if (save := next(own, None))]
     if not newest:
         log(f"the mirror {store.shown} holds no checkpoint that can be read")
-    for first in sorted(newest, key=lambda save: save.found.metadata.get("saved_at") or "", reverse=True):
+
+    def rank(save: Save) -> tuple[bool, str]:
+        return has_same(save.found), save.found.metadata.get("saved_at") or ""
+
+    for first in sorted(newest, key=rank, reverse=True):
         if not fits(first.found):
             log(f"skipped: run {first.run_id} of the mirror has other settings")
             continue

@@ -153,20 +153,25 @@ def pruned(folder: Path, run_id: str, settings: Config, log: Log) -> Iterator[Ro
         if valid is None:
             log(f"left alone: no checkpoint of run {run_id} is known to be whole")
             return
-        yield from pruned_to(valid, folder, run_id, settings)
+        best = ckpt.pending_best(folder, run_id)
+        if best:
+            log(
+                f"left alone: {shown(best)}, the best step of run {run_id}: RESUME=auto copies it to best/, which lacks it"
+            )
+        yield from pruned_to(valid, folder, run_id, policy(settings) | {"spare": [best] if best else []}, settings)
 
 
-def pruned_to(valid: Path, folder: Path, run_id: str, settings: Config) -> Iterator[Row]:
+def pruned_to(valid: Path, folder: Path, run_id: str, how: dict[str, Any], settings: Config) -> Iterator[Row]:
     """Yield what is deleted of a run whose latest valid checkpoint is `valid`, and the bases that stay;
     then raise the first error.
     """
-    expired = select_expired(folder, run_id=run_id, latest_valid=valid, **policy(settings))
+    expired = select_expired(folder, run_id=run_id, latest_valid=valid, **how)
     sizes = {each.path: freed_by_removing(each.path) for each in expired.remove}
     sizes |= {each.path: freed_by_stripping(each.path) for each in expired.strip}
     failed: Exception | None = None
     if not settings.dry_run:
         try:
-            ckpt.prune(folder, run_id=run_id, latest_valid=valid, **policy(settings))
+            ckpt.prune(folder, run_id=run_id, latest_valid=valid, **how)
         except (OSError, CheckpointError) as error:
             failed = error
     actions = [("remove" if settings.dry_run else "removed", each) for each in expired.remove]

@@ -15,7 +15,8 @@ from foreign_programs import golden_nano, nanogpt
 from records import WEIGHT, flipped, in_child, record, walkable_folder
 from script import call, files_of, script
 
-from milepost import ckpt
+import training
+from milepost import api, ckpt
 from milepost.ckpt import retention
 from milepost.ckpt.layouts import WRITERS
 from milepost.ckpt.tensors import digest
@@ -164,6 +165,29 @@ def test_best_and_final_checkpoints_stay(folder):
     assert line.split()[2] == "0B"  # it has a second name in best/
 
 
+@pytest.mark.parametrize("by", ["script", "api"])
+def test_a_best_step_that_a_full_disk_kept_out_of_best_stays_until_a_resume_copies_it(by, tmp_path, monkeypatch):
+    """Making room must not cost the best step, which is older than what the policy keeps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", lambda run, stop: 1.0 if run.state.step == 2 else 2.0)
+        code, said = train(tmp_path, EVAL_INTERVAL="2", CHECKPOINT_INTERVAL="2")
+    assert code == 0, said
+    (best,) = (tmp_path / "checkpoints" / "best").glob("*.pt")
+    regular, content = tmp_path / "checkpoints" / best.name, best.read_bytes()
+    best.unlink()
+    if by == "script":
+        said = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+        assert said.code == 0, said.err
+        assert f"{regular}, the best step of run" in said.err
+    else:
+        api.prune(tmp_path / "checkpoints", keep_last=1)
+    assert {each.path for each in ckpt.find(tmp_path / "checkpoints")} == {regular, at_step(tmp_path, 8)}
+    assert train(tmp_path, RESUME="auto")[0] == 0
+    assert best.read_bytes() == content
+    said = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")  # control: now it is in best/
+    assert (said.code, regular.exists(), best.exists()) == (0, False, True)
+
+
 def test_the_latest_valid_checkpoint_stays(folder):
     *_, third, fourth = save(folder, 1, 2, 3, 4, size=32)
     data = fourth.read_bytes()
@@ -173,6 +197,41 @@ def test_the_latest_valid_checkpoint_stays(folder):
     assert "do not match their checksum" in said.err
     assert third.exists()
     assert left(folder) == {3: True, 4: True}
+
+
+@pytest.mark.parametrize("harm", ["flipped", "emptied", "deleted"])
+@pytest.mark.parametrize("layout", [name for name in WRITERS if WRITERS[name].optimizer_file(Path("x"))])
+def test_the_latest_checkpoint_that_resumes_stays_whatever_happened_to_a_newer_optimizer(layout, harm, folder):
+    """The newer one has valid weights; RESUME=auto takes the older one all the same."""
+    *_, third, fourth = save(folder, 1, 2, 3, 4, size=32, layout=layout)
+    optimizer = WRITERS[layout].optimizer_file(fourth)
+    size = optimizer.stat().st_size
+    {
+        "flipped": lambda: flipped(optimizer, size * 3 // 4),
+        "emptied": lambda: optimizer.write_bytes(b""),
+        "deleted": optimizer.unlink,
+    }[harm]()
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert said.code == 0, said.err
+    assert str(fourth if harm == "deleted" else optimizer) in said.err
+    assert ckpt.load(third, verify=True).optimizer_state is not None
+    assert fourth.exists()
+    assert len(list(ckpt.find(folder / "checkpoints"))) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hyperparameters": {"CHECKPOINT_MODEL_ONLY": True}}, {"hyperparameters": {"TRAINING_STEPS": 4}}, {}],
+    ids=str,
+)
+def test_control_models_that_are_meant_to_be_without_optimizer_are_pruned(changes, folder):
+    """As their run left it out, as it is finished, or as every checkpoint lacks it."""
+    paths = save(folder, 1, 2, 3, 4, layout="separated", **changes)
+    for path in paths if not changes else paths[-1:]:
+        WRITERS["separated"].optimizer_file(path).unlink()
+    said = call(pruner, folder, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert said.code == 0, said.err
+    assert list(left(folder)) == [4]
 
 
 def test_nan_weights_are_not_the_latest_valid_checkpoint(folder):

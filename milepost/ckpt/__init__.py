@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milepost.ckpt.bases import base_in, find_base, is_beside, note_use
-from milepost.ckpt.best import best_is_kept, keep_best, keep_saved_best, saved_best
+from milepost.ckpt.best import best_is_kept, keep_best, keep_saved_best, pending_best, saved_best
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.exports import EXPORTS, exporter
 from milepost.ckpt.finding import (
@@ -61,6 +61,7 @@ __all__ = [
     "not_finite",
     "note_use",
     "orphans",
+    "pending_best",
     "prune",
     "resolve",
     "save",

@@ -83,6 +83,22 @@ def saved_best(folder: Path, *, run_id: str | None, step: int, loss: float) -> F
     return max(same, key=lambda found: (found.resumable, found.save_order), default=None)
 
 
+def pending_best(folder: Path, run_id: str) -> Path | None:
+    """Return the ordinary save of the run's best step, if a kill or a full disk kept that step out of best/; else None.
+
+    A resume puts it there, so that retention must not delete it before.
+    """
+    own = [found for found in scan(folder) if found.run_id == run_id]
+    newest = max(own, key=lambda found: found.save_order, default=None)
+    values = newest.metadata if newest else {}
+    step, loss = values.get("best_step"), values.get("best_loss")
+    wanted = values.get("hyperparameters", {}).get("CHECKPOINT_KEEP_BEST", 0) > 0
+    if not wanted or step is None or loss is None or best_is_kept(folder, run_id=run_id, loss=loss):
+        return None
+    saved = saved_best(folder, run_id=run_id, step=step, loss=loss)
+    return saved.path if saved else None
+
+
 def keep_saved_best(folder: Path, *, run_id: str | None, step: int, loss: float, count: int = 1) -> Path | None:
     """Call `keep_best` with the ordinary save of a run's best step; return None if there is none."""
     saved = saved_best(folder, run_id=run_id, step=step, loss=loss)

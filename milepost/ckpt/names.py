@@ -157,7 +157,7 @@ def _numbered_stem(found: Found, stem: str, pattern: str) -> str | None:
     return stem if known and NUMBERED.fullmatch(stem[len(first) :]) else None
 
 
-def _saved_without_optimizer(found: Found) -> bool:
+def saved_without_optimizer(found: Found) -> bool:
     """Whether its save already left the optimizer out, so that `strip` never applies."""
     return found.metadata.get("hyperparameters", {}).get("CHECKPOINT_MODEL_ONLY") is True
 
@@ -166,7 +166,7 @@ def _stamped_stem(found: Found, stem: str, _: str) -> str | None:
     """Match `checkpoint_gpt2_letters_step0100_11102025_120000`, with `_model` appended if `strip` rewrote it."""
     begin = "_".join([*_words(found.metadata, _prefix_of(found)), f"step{found.step:04d}", ""])
     match = STAMPED.fullmatch(stem[len(begin) :]) if stem.startswith(begin) else None
-    if match is None or (match[2] and (found.resumable or _saved_without_optimizer(found))):
+    if match is None or (match[2] and (found.resumable or saved_without_optimizer(found))):
         return None
     try:
         saved = datetime.datetime.fromisoformat(found.metadata.get("saved_at") or "").replace(

@@ -12,7 +12,7 @@ from milepost.ckpt.bases import bases_among
 from milepost.ckpt.finding import in_best, linked, scan
 from milepost.ckpt.index import Found, Looks, is_unchanged, look
 from milepost.ckpt.layouts import WRITERS, Layout, known_layout
-from milepost.ckpt.names import own_checkpoints
+from milepost.ckpt.names import own_checkpoints, saved_without_optimizer
 from milepost.ckpt.reading_back import check_reachable, check_saved
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.tensors import not_finite
@@ -221,26 +221,38 @@ def _write_stripped(path: Path, layout: Layout) -> None:
 
 
 def latest_valid(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
-    """Return the run's newest checkpoint outside best/ that is intact and has finite weights, and what is wrong with
-    newer ones.
+    """Return the run's newest checkpoint outside best/ that is intact, has finite weights and can be resumed, and what is
+    wrong with newer ones.
 
-    A person's copy does not count: its owner may delete it.
+    A damaged or lost optimizer counts, because a resume would take an older checkpoint instead. A person's copy does not
+    count: its owner may delete it.
     """
     own = own_checkpoints([each for each in scan(folder, bests=False) if each.run_id == run_id])
     return _newest_valid(sorted(own, key=lambda found: found.save_order))
 
 
 def _newest_valid(oldest_first: list[Found]) -> tuple[Path | None, list[str]]:
-    problems = []
+    """Return the newest valid checkpoint, or the newest with valid weights if none can be resumed."""
+    problems, without_optimizer = [], None
     for found in reversed(oldest_first):
         try:
-            weights = known_layout(found.path).read(found.path, optimizer=False, verify=True).model_state
+            weights = known_layout(found.path).read(found.path, verify=True).model_state
         except CheckpointError as error:
             if error.kind == "unreachable":
                 raise
             problems.append(str(error))
             continue
-        if not (bad := not_finite(weights)):
+        if bad := not_finite(weights):
+            problems.append(f"{found.path}: NaN or Inf in {bad[0]}")
+        elif not _lost_optimizer(found):
             return found.path, problems
-        problems.append(f"{found.path}: NaN or Inf in {bad[0]}")
-    return None, problems
+        else:
+            problems.append(f"{found.path}: holds no optimizer state, so an older checkpoint that does stays too")
+            without_optimizer = without_optimizer or found.path
+    return without_optimizer, problems
+
+
+def _lost_optimizer(found: Found) -> bool:
+    """Whether the checkpoint of an unfinished run lacks the optimizer's state that its save wrote."""
+    as_saved = found.resumable or found.is_final or saved_without_optimizer(found)
+    return found.run_id is not None and not as_saved

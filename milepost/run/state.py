@@ -63,6 +63,7 @@ class Saved:
     observed_step: int | None = None  # the run's `observed_step` in that checkpoint
     best_step: int | None = None  # the run's best step, once it is in best/
     path: Path | None = None  # the last regular checkpoint written
+    resumed: Path | None = None  # the checkpoint that the run resumes from
     number: int = 0  # the last save number
     failed: bool = False  # whether the last regular save failed
     refused: bool = False  # whether it failed for a reason that may pass: a full disk, a folder that did not answer
