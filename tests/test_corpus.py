@@ -146,6 +146,44 @@ def test_utf16_without_its_mark_is_refused(name: str, encoding: str, tmp_path: P
     assert documents(opened(write(tmp_path / "b.txt", b"a\0bcd"))) == ["a\0bcd"]
 
 
+WITHOUT_A_MARK = {  # all valid UTF-8 in at least one of the encodings, where it would be read as control characters
+    "Latin": "Dear diary",
+    "a quotation mark first": "\u201cDear diary\u201d, she wrote",
+    "Cyrillic": "\u041f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440, 1 \u0440\u0430\u0437",
+    "Greek": "\u03a4\u03bf \u03bc\u03b9\u03ba\u03c1\u03cc \u03c0\u03bf\u03c5\u03bb\u03af",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("script", WITHOUT_A_MARK)
+def test_wide_characters_without_a_mark_are_refused_in_any_alphabet(script: str, encoding: str, tmp_path: Path) -> None:
+    data = WITHOUT_A_MARK[script].encode(encoding)
+    message = error_of(write(tmp_path / "a.txt", data))
+    assert "save it as UTF-8" in message
+    assert f"is 0x00, as {encoding[:6].upper()} without its byte order mark has" in message
+    with pytest.raises(UnicodeDecodeError):
+        blocks.decoded(data)
+
+
+@pytest.mark.parametrize(
+    "text", ["a\0bcd", "abc\0def\0ghi\0", "one\0two\0three\0", "ab\0\0", "\0" * 64, " a\n\0b c\td\n\0"]
+)
+def test_zeros_in_utf8_are_characters(text: str, tmp_path: Path) -> None:
+    assert documents(opened(write(tmp_path / "a.txt", text))) == [text] == [blocks.decoded(text.encode())]
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+@pytest.mark.parametrize("encoding", ["utf-32-le", "utf-32-be"])
+def test_utf32_with_its_mark_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, block: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    text = "Dear Wren,\r\n\u4e00 \U0001f600 \u00fc\r\n"
+    path = write(tmp_path / "a.txt", ("\ufeff" + text).encode(encoding))
+    assert documents(opened(path)) == [text.replace("\r\n", "\n")]
+    assert blocks.decoded(path.read_bytes()) == "\ufeff" + text
+
+
 @pytest.mark.parametrize("ends", LINE_ENDS)
 @pytest.mark.parametrize("name", [name for name in AS if name.endswith(VERBATIM)])
 def test_verbatim_keeps_them_as_the_first_version_did(tmp_path: Path, name: str, ends: str) -> None:
@@ -261,6 +299,20 @@ def test_the_delimiter_is_the_one_with_which_the_first_line_has_the_column(tmp_p
     assert [form.split()[0] in note or form in ("quoted", "spaces") for note in notes] == [True] * noted
     if noted:
         assert str(tmp_path / "a.csv") in notes[0]
+
+
+@pytest.mark.parametrize("line", ["Hello, ", "Well, yes; no,", "a;"])
+def test_one_column_between_tabs_holds_commas_and_semicolons(line: str, tmp_path: Path) -> None:
+    assert documents(opened(write(tmp_path / "a.tsv", f"text\n{line}\n"))) == [line]
+
+
+def test_a_separator_at_the_end_of_a_text_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text\nShall I compare thee,\n")
+    assert "line 2: the row has 2 columns, the first line names 1: put quotes" in error_of(path)
+    notes: list[str] = []
+    corpus = opened(write(path, 'id,text\n1,"so, it ends",\n2,so it ends,\n3,end\n'))
+    assert [text for text, _ in corpus.pieces(notes.append)] == ["so, it ends", "so it ends", "end"]
+    assert [note.partition(":")[2][:28] for note in notes] == [" 2 rows with more columns th"]
 
 
 def test_the_columns_of_a_csv_without_the_field_are_listed(tmp_path: Path) -> None:

@@ -108,11 +108,12 @@ def measure(texts: Iterable[str], tokenizer: Tokenizer, score: Score, add: Calla
     `add` is called with the number of characters just done. Raise DataError if there is nothing to predict.
     """
     head, size = opening(tokenizer), 0
-    nats, lengths = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
+    nats, lengths = [np.zeros(0)], [np.zeros(0)]
     for group in _groups(texts):
-        sequences = [np.concatenate([head, tokenizer.encode_array(text)]) for text in group]
-        nats += [-row for row in score(sequences)]
-        lengths += [byte_lengths(ids[1:], tokenizer) for ids in sequences]
+        encoded = [tokenizer.encode_array(text) for text in group]
+        nats += [-row for row in score([np.concatenate([head, ids]) for ids in encoded])]
+        first = 0 if len(head) else 1  # the first token that is predicted
+        lengths += [_shares(ids, text, tokenizer)[first:] for ids, text in zip(encoded, group, strict=True)]
         size += sum(len(text.encode()) for text in group)
         add(sum(map(len, group)))
     tokens, counted = np.concatenate(nats), np.concatenate(lengths)
@@ -120,7 +121,16 @@ def measure(texts: Iterable[str], tokenizer: Tokenizer, score: Score, add: Calla
         raise DataError("the text to measure is too short: no token of it follows another; use more text")
     blocks = max(1, min(MOST_BLOCKS, size // BLOCK))
     bits = per_block(tokens, counted, blocks) / math.log(2) / (counted.sum() / blocks)
-    return Figures(nats=float(tokens.sum()), tokens=len(tokens), bytes=int(counted.sum()), blocks=bits)
+    return Figures(nats=float(tokens.sum()), tokens=len(tokens), bytes=round(float(counted.sum())), blocks=bits)
+
+
+def _shares(ids: np.ndarray, text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Return how many of the text's bytes of UTF-8 fall to each of its `ids` (N,), float64 (N,).
+
+    The tokens may spell more or fewer bytes than the text has: a space that SentencePiece puts before it, or its NFC.
+    """
+    lengths = byte_lengths(ids, tokenizer).astype(np.float64)
+    return lengths * (len(text.encode()) / lengths.sum())
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:

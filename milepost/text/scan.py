@@ -19,7 +19,7 @@ from milepost.text.stamps import forget, remembered
 Log = Callable[[str], None]
 
 IDS_RECORD = "ids1"  # of prepared data
-RECORD, FOLDER = "scan3", "scans"  # raise the number when the same files give another Scan
+RECORD, FOLDER = "scan4", "scans"  # raise the number when the same files give another Scan
 VERBATIM_RECORD = "scan1"  # of files read as they are, which is how the first version read all
 MOST_NOTES = 3
 LOG_SECONDS = 2
