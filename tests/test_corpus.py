@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import in_child, walkable_folder
 
 from milepost.run import text as run_text
 from milepost.runtime.progress import Log
@@ -424,6 +425,52 @@ def test_folders_are_read_in_order_without_hidden_and_unknown_files(tmp_path: Pa
     for name in ("b.txt", "a/z.md", "a/c.txt.gz", ".hidden.txt", ".cache/x.txt", "a/.git/y.md", "code.py"):
         write(tmp_path / name, name)
     assert documents(opened(tmp_path)) == ["a/c.txt.gz", "a/z.md", "b.txt"]
+
+
+def test_links_and_folders_that_are_not_read_are_told(tmp_path: Path) -> None:
+    for name in ("texts/a.txt", "texts/sub/b.txt", "elsewhere/c.txt"):
+        write(tmp_path / name, name)
+    texts = tmp_path / "texts"
+    (texts / "linked").symlink_to(tmp_path / "elsewhere")
+    (texts / "lost.txt").symlink_to(tmp_path / "deleted.txt")
+    (texts / "again.txt").symlink_to(tmp_path / "elsewhere" / "c.txt")  # a link to a file is read
+    corpus = opened(texts)
+    assert documents(corpus) == ["texts/a.txt", "elsewhere/c.txt", "texts/sub/b.txt"]
+    assert corpus.skipped == (f"{texts}: 2 links not read: linked, lost.txt; to read one, name what it points to",)
+    corpus = opened(f"{texts}/*")
+    assert documents(corpus) == ["texts/a.txt", "elsewhere/c.txt"]
+    assert corpus.skipped == (f"{texts}/*: 2 folders not read: linked, sub; to read one, name it too",)
+    # This reads what is in the folders, too: one file twice, by two links.
+    assert opened(f"{texts}/**").skipped == (f"read more than once: {texts / 'again.txt'}",)
+    assert documents(opened(f"{texts}/*.txt,{texts}/linked,{texts}/sub")) == [
+        *("texts/a.txt", "elsewhere/c.txt"),
+        *("elsewhere/c.txt", "texts/sub/b.txt"),
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused() -> None:
+    """Its files would be missing from the text."""
+    with walkable_folder() as texts:
+        write(texts / "a.txt", "a")
+        closed = write(texts / "sub" / "b.txt", "b").parent
+        closed.chmod(0)
+        said = in_child(lambda: error_of(texts), as_nobody=True)
+        closed.chmod(0o755)
+        assert said.startswith(f"{closed} cannot be read (Permission denied): allow that, or name the files")
+        assert documents(opened(texts)) == ["a", "b"]
+
+
+def test_texts_that_are_read_twice_are_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "B.txt", "c.md"):
+        write(tmp_path / name, name)
+    assert opened(tmp_path).skipped == ()
+    corpus = opened(f"{tmp_path},{tmp_path / 'c.md'}")
+    assert documents(corpus) == ["B.txt", "a.txt", "b.txt", "c.md", "c.md"]
+    assert corpus.skipped == (f"read more than once: {tmp_path / 'c.md'}",)
+    write(tmp_path / "a.txt.gz", gzip.compress(b"a.txt"))  # as gzip -k leaves it
+    (said,) = opened(tmp_path).skipped
+    assert said.startswith("read one after the other, though they may be the same text: ")
+    assert said.endswith(f"{tmp_path}: a.txt and a.txt.gz")
 
 
 def test_globs_commas_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,28 @@ def test_unknown_characters_of_a_new_text(mode, trained, tmp_path):
         assert tensor_bytes(newest(by_hand)) == tensor_bytes(record)
 
 
+@pytest.mark.parametrize("mode", ["refuse", "skip", "replace"])
+def test_the_line_feed_between_documents_may_be_unknown(mode, tmp_path):
+    """No document has a line feed, and neither has the vocabulary."""
+    flat = small_text(tmp_path, characters=6000).read_text(encoding="utf-8").replace("\n", " ")
+    (tmp_path / "flat.txt").write_text(flat[:3000], encoding="utf-8")
+    assert train(tmp_path, TRAINING_DATA_SOURCE=str(tmp_path / "flat.txt"), **FAST)[0] == 0
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(
+        "".join(json.dumps({"text": flat[at : at + 500]}) + "\n" for at in range(0, 2500, 500)), encoding="utf-8"
+    )
+    source = {"TRAINING_DATA_SOURCE": str(lines), "INIT_FROM": str(newest(tmp_path).path)}
+    (tmp_path / "next").mkdir()
+    code, said = train(tmp_path / "next", UNKNOWN_CHARACTERS=mode, **source, **FAST)
+    if mode == "refuse":
+        assert (code, "lines.jsonl: '\\n' (U+000A): not in the vocabulary" in said) == (4, True), said
+        assert "set UNKNOWN_CHARACTERS=skip" in said
+        return
+    assert code == 0, said
+    assert f"4 characters that the vocabulary lacks {'skipped' if mode == 'skip' else 'replaced by'}" in said
+    assert newest(tmp_path / "next").data["unknown_characters"] == mode
+
+
 @pytest.mark.parametrize("mode", ["skip", "replace"])
 def test_a_run_that_skips_unknown_characters_resumes_bit_exactly(mode, trained, tmp_path):
     diary = with_unknown(tmp_path, trained / "letters.txt")

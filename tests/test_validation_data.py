@@ -69,6 +69,16 @@ def test_a_vocabulary_has_the_characters_of_both(tmp_path: Path) -> None:
     assert "\u00e9" not in (tmp_path / "letters.txt").read_text(encoding="utf-8")
 
 
+def test_a_vocabulary_has_the_line_feed_between_the_documents_of_the_validation_text(tmp_path: Path) -> None:
+    """No line feed is in either text; the training text is one document."""
+    flat = BUNDLED.replace("\n", " ")
+    (tmp_path / "flat.txt").write_text(flat[:6000], encoding="utf-8")
+    path = rows(tmp_path / "held_out.jsonl", [{"text": flat[8000:9000]}, {"text": flat[9000:10000]}])
+    code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(tmp_path / "flat.txt"), VALIDATION_DATA=str(path))
+    assert code == 0, said
+    assert "\n" in newest(tmp_path).tokenizer["chars"]  # type: ignore[index]
+
+
 def test_texts_of_two_kinds_are_refused(tmp_path: Path) -> None:
     code, said = train(tmp_path, VALIDATION_DATA=str(talks_file(tmp_path)))
     assert (code, "holds conversations" in said) == (4, True)

@@ -96,8 +96,9 @@ def read_text(
     if record:
         tokenizer = build_tokenizer(record)
     else:
-        alphabet = "".join(sorted({*scanned.alphabet, *(held_out[1].alphabet if held_out else "")}))
-        seen = dataclasses.replace(scanned, alphabet=alphabet)
+        scans = [scanned, *([held_out[1]] if held_out else [])]
+        alphabet = "".join(sorted({character for each in scans for character in each.alphabet}))
+        seen = dataclasses.replace(scanned, alphabet=alphabet, documents=max(each.documents for each in scans))
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, seen))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)

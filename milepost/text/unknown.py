@@ -90,16 +90,20 @@ def lenient(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[Tokenizer, 
 def encoder_of(
     tokenizer: Tokenizer, corpus: Corpus, scan: Scan, *, mode: Mode, cache_dir: Path
 ) -> tuple[Tokenizer, str | None]:
-    """Return the tokenizer that encodes the corpus, and a line on its unknown characters; None if it has none.
+    """Return the tokenizer that encodes the corpus, and a line on its unknown characters; None if it has none. The line feed
+    that separates documents where the tokenizer has no end of text is a character of the corpus.
 
     Raise UnknownCharacters with all of them if they are to be refused.
     """
-    unknown = unknown_characters(tokenizer, scan.alphabet)
+    between = scan.documents - 1 if tokenizer.end_of_text is None and not corpus.reading.form else 0
+    unknown = unknown_characters(tokenizer, scan.alphabet + "\n" * bool(between))
     if not unknown:
         return tokenizer, None
     encoder, done = lenient(tokenizer, unknown, mode)
     what = f"unknown-{scan.sha256[:16]}-{tokenizer.digest[:16]}"
     counts = remembered(what, corpus.paths, cache_dir / FOLDER, lambda: occurrences(corpus.pieces(), unknown))
+    if between and "\n" in unknown:
+        counts = {**counts, "\n": counts.get("\n", 0) + between}
     return encoder, f"{corpus.source}: {told(counts, done)}"
 
 
