@@ -115,8 +115,9 @@ def _found(
     if part.place == "tinyshakespeare":
         return part, ([tiny_shakespeare(data_dir, cache_dir=cache_dir, open_url=open_url)], [])
     if part.place.startswith(SCHEME):
-        pinned, files = files_at(part.place, cache_dir or data_dir / ".cache")
-        return part._replace(place=pinned), (files, [f"{pinned}: {len(files)} file{'s' * (len(files) > 1)}"])
+        notes: list[str] = []
+        pinned, files = files_at(part.place, cache_dir or data_dir / ".cache", notes.append)
+        return part._replace(place=pinned), (files, [f"{pinned}: {len(files)} file{'s' * (len(files) > 1)}", *notes])
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", part.place):
         copy = fetch(part.place, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_bytes, open_url=open_url)
         return part, ([copy], [])
