@@ -382,7 +382,7 @@ def test_invalid_utf8_in_later_lines_counts_from_the_start_of_the_file(tmp_path:
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[1]", "found a list"),
+        ("[1]", "expected an object, found a list: name a file of one list .json"),
         ('{"body": "x"}', "found body"),
         ('{"text": 3}', "found a int"),
         ('{"text": "\\ud800"}', "surrogate"),

@@ -5,7 +5,7 @@ import datetime
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor
 
@@ -250,9 +250,11 @@ def training_batches(
     return mixed
 
 
-def packing_of(text: Text, examples: Examples, model: Model, *, block_size: int) -> Packing:
+def packing_of(
+    text: Text, examples: Examples, model: Model, *, block_size: int, part: Literal["train", "validate"] = "train"
+) -> Packing:
     """Return how conversations fill the model's windows: one each if the model cannot tell several apart."""
-    return packed(examples, block_size=block_size, pack=text.pack and model.packs, answers=text.answers)
+    return packed(examples, block_size=block_size, pack=text.pack and model.packs, answers=text.answers, part=part)
 
 
 def _about(text: Text, packing: Packing, model: Model) -> str:
@@ -277,7 +279,7 @@ def validation_of(
     for tokens, share in zip(parts_of(text.split.validation), shares, strict=True):
         part = max(1, round(steps * share)) if steps else 0
         if isinstance(tokens, Examples):
-            packing = packing_of(text, tokens, model, block_size=block_size)
+            packing = packing_of(text, tokens, model, block_size=block_size, part="validate")
             yield from validation_batches(packing, batch_size=batch_size, steps=part, positions=model.packs)
         else:
             yield from validation_windows(tokens, block_size=block_size, batch_size=batch_size, steps=part)

@@ -28,7 +28,8 @@ MARKS = {  # with which other encodings than UTF-8 begin; one of UTF-32 begins a
 }
 LONGEST_MARK = 4  # bytes
 # In UTF-16: the high bytes of Latin, Greek, Cyrillic, Hebrew, Arabic, Indic scripts and punctuation, and the share that must be so.
-ALPHABETS, MOSTLY = range(0x21), 0.75
+ALPHABETS, MOSTLY = range(0x21), 0.9
+SHORTEST = 16  # bytes in which these show
 PLANES = 17
 POINTER, LONGEST_POINTER = b"version https://git-lfs", 1024  # bytes; longer files are texts
 DECODERS: dict[str, Callable[[bytes, str, bool], tuple[str, int]]] = {
@@ -101,7 +102,9 @@ def _unmarked(data: bytes) -> str:
     The high byte of a character is zero for ASCII, and low for other alphabets; the low byte is not zero. In UTF-32 two more
     follow: one of 17 planes, and zero.
     """
-    if len(data) < LONGEST_MARK or b"\0" not in data:
+    if [byte == 0 for byte in data[:4]] in ([True, False, True, False], [False, True, False, True]):
+        return "UTF-16"  # the first two characters are ASCII (RFC 4627, section 3)
+    if len(data) < SHORTEST or b"\0" not in data:
         return ""
     for low, high in ((data[0::2], data[1::2]), (data[1::2], data[0::2])):
         if b"\0" in high and b"\0" not in low and _is_alphabetic(high):

@@ -110,6 +110,8 @@ def _jsonl_rows(path: Path, reading: Reading, _: Collection[str]) -> Iterator[tu
                 raise DataError(f"{where} is not valid JSON ({error}): expected one object per line") from None
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
+            if isinstance(row, list):
+                raise DataError(f"{where}: expected an object, found a list: name a file of one list .json")
             yield where, row
 
 
