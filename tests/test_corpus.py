@@ -872,6 +872,13 @@ def test_remarks_on_files_are_remembered(tmp_path: Path) -> None:
         assert "2 times" in notes[4]
 
 
+def test_zeros_in_a_text_are_told(tmp_path: Path) -> None:
+    """A crash may leave them at the end of a file."""
+    (note,) = scanned(tmp_path, ["a letter", "cut off" + "\0" * 1200]).notes
+    assert note.endswith("has 1,200 zeros (U+0000) among its characters, as a damaged file has")
+    assert scanned(tmp_path, ["a letter", "whole"]).notes == ()
+
+
 def test_a_separator_is_advised_where_it_would_end_documents(tmp_path: Path) -> None:
     row = '{"text": "a<|endoftext|>b"}\n'
     names = {"a.txt": "a<|endoftext|>b", "a.jsonl": row, "a.py": "'<|endoftext|>'"}
