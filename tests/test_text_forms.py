@@ -374,6 +374,17 @@ def test_a_separator_is_refused_where_no_token_can_take_its_place(tokenizer, tmp
     assert {"DOCUMENT_SEPARATOR=<|endoftext|>", "TOKENIZER=bpe"} <= set(re.split(r"[ :]+", said))
 
 
+def test_a_separator_of_records_is_told_to_have_no_effect(tmp_path):
+    text = letters(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    changes = {"TRAINING_DATA_SOURCE": str(tmp_path / "a.jsonl"), "TOKENIZER": "bpe", "BPE_VOCAB_SIZE": "300"}
+    code, said = train(tmp_path, DOCUMENT_SEPARATOR="<end>", **changes, **FAST)
+    said = " ".join(said.split())
+    assert code == 0, said
+    assert f"DOCUMENT_SEPARATOR=<end>: no effect on {tmp_path / 'a.jsonl'}, only in .txt and .md files" in said
+    assert "documents with" not in said
+
+
 def test_skipped_files_of_a_folder_are_counted(tmp_path):
     folder = tmp_path / "letters"
     folder.mkdir()

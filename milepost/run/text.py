@@ -27,7 +27,7 @@ from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, 
 from milepost.text.mixtures import MixedBatches, MixedSplit, MixedTokens, mixed_split
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.prepared import Vocabulary, validation_beside
-from milepost.text.readers import PLAIN, Reading
+from milepost.text.readers import PLAIN, SEPARABLE, Reading, suffix_of
 from milepost.text.scan import Scan
 from milepost.text.sources import with_places
 from milepost.text.templates import chat_stops, dated, template_of
@@ -90,6 +90,8 @@ def read_text(
     known = known_text(record.data, record.tokenizer) if record else UNKNOWN_TEXT
     corpus, scanned = world.local_rank0_first(lambda: scan_text(settings, log, known))
     held_out = world.local_rank0_first(lambda: scan_validation(settings, log, known, corpus))
+    if held_out and held_out[1].sha256 == scanned.sha256:
+        log(f"{held_out[0].source} is the training text: the validation loss does not show overfitting")
     for source, scan in [(corpus, scanned), *([held_out] if held_out else [])]:
         if len(set(world.all_gather(scan.sha256))) > 1:
             raise DataError(f"{source.source}: differs between machines; copy the same text to all of them")
@@ -394,11 +396,20 @@ def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known
     except TextFieldError as error:
         remedy = "set TEXT_FIELD to the field that holds the text, or of conversations PROMPT_FIELD and ANSWER_FIELD"
         raise DataError(f"{error}: {remedy}") from error
-    separator = "" if corpus.prepared else reading.separator
-    found = [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"] if separator else []
-    for line in (*corpus.skipped, *scanned.notes, *found):
+    for line in (*corpus.skipped, *scanned.notes, *_about_separator(corpus, scanned, reading.separator)):
         _log_once(line, log)
     return corpus, scanned
+
+
+def _about_separator(corpus: Corpus, scanned: Scan, separator: str) -> list[str]:
+    """Return a line on what a separator does in a text, if there is one."""
+    if not separator or corpus.prepared:
+        return []
+    if not any(suffix_of(path.name) in SEPARABLE for path in corpus.paths):
+        return [
+            f"DOCUMENT_SEPARATOR={separator}: no effect on {corpus.source}, only in {' and '.join(SEPARABLE)} files"
+        ]
+    return [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"]
 
 
 @functools.lru_cache(maxsize=64)
