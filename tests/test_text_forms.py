@@ -276,6 +276,33 @@ def test_a_run_that_skips_unknown_characters_resumes_bit_exactly(mode, trained, 
     assert newest(other).run_id != newest(first).run_id
 
 
+@pytest.mark.parametrize("mode", ["skip", "replace"])
+def test_a_run_is_evaluated_on_the_characters_that_it_read(mode, trained, tmp_path):
+    """The figures are those of the validation text edited by hand."""
+    diary = with_unknown(tmp_path, trained / "letters.txt")
+    text = "".join(reversed(diary.read_text(encoding="utf-8")))  # they are near its beginning
+    diary.write_text(text, encoding="utf-8")
+    source = {"INIT_FROM": str(at_step(trained, 8)), "TRAINING_DATA_SOURCE": str(diary)}
+    assert train(tmp_path, UNKNOWN_CHARACTERS=mode, **source, **FAST)[0] == 0
+    held_out, instead = text[int(len(text) * 0.9) :], "" if mode == "skip" else "?"
+    edited = held_out.replace("\u00df", instead).replace("\u65e5", instead)
+    assert edited != held_out
+    (tmp_path / "edited.txt").write_text(edited, encoding="utf-8")
+    place = {"CHECKPOINT_PATH": "latest", "CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "FORMAT": "json"}
+    said = call(script("evaluate_checkpoint"), tmp_path, **place)
+    assert said.code == 0, said.err
+    assert "characters that the vocabulary lacks" in said.err
+    found = json.loads(said.out)["checkpoints"][0]["standard"]
+    by_hand = call(script("evaluate_checkpoint"), tmp_path, EVAL_DATA=str(tmp_path / "edited.txt"), **place)
+    expected = json.loads(by_hand.out)["checkpoints"][0]["standard"]
+    assert found["text"].pop("unknown_characters")["\u00df"] == instead
+    assert "unknown_characters" not in expected["text"]
+    assert (found["bytes"], found["tokens"]) == (expected["bytes"], expected["tokens"]) == (len(edited), len(edited))
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    refused = call(script("evaluate_checkpoint"), tmp_path, UNKNOWN_CHARACTERS="refuse", EVAL_DATA=str(diary), **place)
+    assert (refused.code, "set UNKNOWN_CHARACTERS=skip or replace" in refused.err) == (4, True), refused.err
+
+
 def test_the_setting_changes_nothing_where_all_characters_are_known(tmp_path):
     first = tmp_path / "first"
     letters(first)

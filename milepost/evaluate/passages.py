@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,16 +29,25 @@ BLOCK, MOST_BLOCKS = (
 
 @dataclass(frozen=True)
 class Text:
-    """The text to predict: a corpus, from the unit `start` on, which is a character, a conversation, or an id of prepared data."""
+    """The text to predict: a corpus, from the unit `start` on, which is a character, a conversation, or an id of prepared data.
+
+    `stand_ins` take the place of characters that a vocabulary lacks, by code point.
+    """
 
     corpus: Corpus
     scan: Scan
     start: int = 0
+    stand_ins: Mapping[int, str] = field(default_factory=dict)
 
     @property
-    def identity(self) -> tuple[str, int]:
+    def identity(self) -> tuple[object, ...]:
         """A value that is equal for equal texts."""
-        return self.scan.sha256, self.start
+        return self.scan.sha256, self.start, self.stand_ins
+
+    @property
+    def alphabet(self) -> str:
+        """The distinct characters to predict, sorted."""
+        return "".join(sorted({*self.scan.alphabet.translate(self.stand_ins)}))
 
     @property
     def is_talks(self) -> bool:
@@ -52,14 +61,18 @@ class Text:
 
     def talks(self) -> list[Talk]:
         """Return the conversations."""
-        return [talk for _, talk in itertools.islice(self.corpus.conversations(), self.start, None)]
+        return [
+            [message | {"content": message["content"].translate(self.stand_ins)} for message in talk]
+            for _, talk in itertools.islice(self.corpus.conversations(), self.start, None)
+        ]
 
     def passages(self) -> Iterator[str]:
         """Yield the documents. A document of more than CHUNK characters is split into parts, cut between words."""
         ids = self.corpus.prepared
         parts = ((1, piece) for piece in ids.pieces(self.start)) if ids else cut(self.corpus.pieces(), self.start)
         pieces = (piece for part, piece in parts if part)
-        return (text for text, _ in rechunk(pieces, size=CHUNK, limit=RECORD_LIMIT))
+        texts = (text.translate(self.stand_ins) for text, _ in rechunk(pieces, size=CHUNK, limit=RECORD_LIMIT))
+        return filter(None, texts)
 
 
 @dataclass(frozen=True)

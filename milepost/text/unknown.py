@@ -74,8 +74,8 @@ def first_known(tokenizer: Tokenizer, alphabet: str) -> str:
     return next(character for character in ordered if not unknown_characters(tokenizer, character))
 
 
-def lenient(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[Tokenizer, str]:
-    """Return a tokenizer that takes the unknown characters too, and what it does with them, in words.
+def stand_in(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[str, str]:
+    """Return what takes the place of unknown characters, nothing if they are skipped, and what is done with them, in words.
 
     A vocabulary without any of STAND_INS skips what is to be replaced. Raise UnknownCharacters if they are to be refused.
     """
@@ -83,8 +83,14 @@ def lenient(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[Tokenizer, 
         raise UnknownCharacters(unknown, tokenizer.vocab_size)
     known = [character for character in STAND_INS if not unknown_characters(tokenizer, character)]
     if mode == "skip" or not known:
-        return Lenient(tokenizer, unknown, ""), "skipped"
-    return Lenient(tokenizer, unknown, known[0]), f"replaced by {known[0]!r}"
+        return "", "skipped"
+    return known[0], f"replaced by {known[0]!r}"
+
+
+def lenient(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[Tokenizer, str]:
+    """Return a tokenizer that takes the unknown characters too, and what it does with them, as `stand_in` does."""
+    character, done = stand_in(tokenizer, unknown, mode)
+    return Lenient(tokenizer, unknown, character), done
 
 
 def encoder_of(
