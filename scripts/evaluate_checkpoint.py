@@ -11,14 +11,16 @@ from milepost import config
 
 READS = (
     "CHECKPOINT_PATH", "EVAL_TYPE", "EVAL_DATA", "BENCHMARK_DATA", "OUTPUT", "EVAL_STRIDE", "BATCH_SIZE", "DEVICE", "DEVICE_CHECK", "DTYPE", "DETERMINISTIC",
-    "CHECKPOINT_DIR", "CACHE_GB", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
+    "CHECKPOINT_DIR", "CACHE_GB", "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "UNKNOWN_CHARACTERS", "PROMPT_FIELD", "ANSWER_FIELD", "TOKENIZER",
     "FORMAT", "N_HEAD",
 )  # fmt: skip
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
+import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -54,6 +56,7 @@ from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.known import Known, has_carriage_returns, known_text
 from milepost.text.templates import template_of
 from milepost.text.token_files import split_at
+from milepost.text.unknown import Mode, occurrences, stand_in, told, unknown_characters
 from models.model import Model
 
 
@@ -70,6 +73,7 @@ def main(settings: Config, log: Log) -> int:
     records = [load(path, settings, log) for path in paths]
     texts = [text_for(record, settings, log) if settings.eval_type != "benchmark" else None for record in records]
     benchmarks = read_benchmarks(settings) if settings.eval_type != "standard" else []
+    texts = [text and readable(record, text, settings, log) for record, text in zip(records, texts, strict=True)]
     for record, text in zip(records, texts, strict=True):
         check_characters(record, text, benchmarks)
     done: list[Evaluation] = []
@@ -161,16 +165,31 @@ def read_benchmarks(settings: Config) -> list[Benchmark]:
     return [read_benchmark(path) for path in corpus.paths]
 
 
+def readable(record: Checkpoint, text: Text, settings: Config, log: Log) -> Text:
+    """Return the text as UNKNOWN_CHARACTERS has it read with the checkpoint's vocabulary: as in the run, unless it is set."""
+    tokenizer, settings = build_tokenizer(record), config.from_saved(settings, saved_settings(record))
+    unknown = unknown_characters(tokenizer, text.scan.alphabet)
+    if not unknown or settings.unknown_characters == "refuse":
+        return text
+    character, done = stand_in(tokenizer, unknown, cast(Mode, settings.unknown_characters))
+    talks = (message["content"] for talk in text.talks() for message in talk) if text.is_talks else text.passages()
+    counts = occurrences(((part, True) for part in talks), unknown)
+    log(f"{shown(text.corpus.source)}: {told(counts, done)}")
+    return dataclasses.replace(text, stand_ins=dict.fromkeys(map(ord, unknown), character))
+
+
 def check_characters(record: Checkpoint, text: Text | None, benchmarks: list[Benchmark]) -> None:
     """Raise DataError naming the characters that the checkpoint's vocabulary lacks, before anything is measured."""
     tokenizer = build_tokenizer(record)
-    alphabets = [(text.corpus.source, text.scan.alphabet)] if text else []
-    alphabets += [(str(benchmark.path), benchmark.alphabet) for benchmark in benchmarks]
-    for source, alphabet in alphabets:
+    remedy = "use another text, or a checkpoint with TOKENIZER=byte, bpe or gpt2"
+    alphabets = (
+        [(text.corpus.source, text.alphabet, f"set UNKNOWN_CHARACTERS=skip or replace, {remedy}")] if text else []
+    )
+    alphabets += [(str(benchmark.path), benchmark.alphabet, remedy) for benchmark in benchmarks]
+    for source, alphabet, remedy in alphabets:
         try:
             tokenizer.encode(alphabet)
         except UnknownCharacters as error:
-            remedy = "use another text, or a checkpoint with TOKENIZER=byte, bpe or gpt2"
             raise DataError(f"{shown(source)}: {shown(record.path or '')} cannot read it: {error}; {remedy}") from error
 
 

@@ -106,6 +106,22 @@ def test_invalid_rows_are_refused(tmp_path, rows, message):
     assert message in refused(written(tmp_path, *rows))
 
 
+def test_a_sentence_that_is_cut_at_a_comma_is_refused(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text(
+        'sentence_good,sentence_bad\nHe sings.,He sing.\nYes, he sings.,"Yes, he sing."\n', encoding="utf-8"
+    )
+    assert refused(path).startswith("FILE line 3: the row has 3 columns, the first line names 2: put quotes")
+    path.write_text("sentence_good;sentence_bad\nYes, he sings.;Yes, he sing.\n", encoding="utf-8")
+    assert read_benchmark(path).items == (Item("", ("Yes, he sings.", "Yes, he sing."), answer=0),)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"sentence_good": "a", "sentence_good": "b", "sentence_bad": "c"}\n', encoding="utf-8")
+    assert refused(path).startswith("FILE line 1: the key 'sentence_good' is there twice")
+
+
 def test_broken_files_are_refused_with_their_line(tmp_path):
     path = written(tmp_path, PAIR)
     path.write_text(path.read_text() + '{"sentence_good": "cut', encoding="utf-8")
@@ -117,7 +133,7 @@ def test_broken_files_are_refused_with_their_line(tmp_path):
     lines = (FILES / "stories.csv").read_text(encoding="utf-8").splitlines()
     short = tmp_path / "short.csv"
     short.write_text("\n".join([lines[0], lines[1], "a2,Tom"]), encoding="utf-8")
-    assert refused(short) == "FILE line 3: InputSentence2 is None: expected text"
+    assert refused(short) == "FILE line 3: the row ends before the column 'InputSentence2'"
     short.write_text('InputSentence1\n"never closed', encoding="utf-8")
     assert "is not valid CSV" in refused(short)
     assert "benchmarks are read from .jsonl and .csv" in refused(ROOT / "data" / "dear_wren.md")

@@ -146,6 +146,13 @@ def test_broken_rows_and_files_are_named(tmp_path: Path) -> None:
         scan(opened(arrow))
 
 
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.arrow.zst"])
+def test_a_packed_file_of_columns_is_refused_as_packed(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"packed")
+    with pytest.raises(DataError, match="are read as they are, because they pack their columns: unpack it"):
+        open_corpus(str(tmp_path / name), data_dir=tmp_path).pieces().__next__()
+
+
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"x")

@@ -206,6 +206,20 @@ def test_settings_of_conversations_are_told_to_have_no_effect_on_a_text(
     assert told(text, LOSS_ON="answers", PACKING="true") == told(talks, LOSS_ON="all", PACKING="false") == []
 
 
+def test_plain_text_has_no_fields_to_name(tmp_path: Path) -> None:
+    """A checkpoint that was trained on fields of other names is evaluated on a text."""
+    path = tmp_path / "a.txt"
+    path.write_text("a text", encoding="utf-8")
+    corpus = open_corpus(str(path), data_dir=tmp_path, reading=Reading(prompt_field="question"))
+    assert list(corpus.pieces()) == [("a text", True)]
+    assert corpus.skipped == (f"{path}: plain text has no fields, so question and completion are not looked for",)
+    rows(tmp_path / "b.jsonl", [{"question": "a", "completion": "b"}])
+    with pytest.raises(
+        DataError, match=r"a\.txt is plain text, but .*b\.jsonl holds conversations \(question, completion\)"
+    ):
+        open_corpus(f"{path},{tmp_path / 'b.jsonl'}", data_dir=tmp_path, reading=Reading(prompt_field="question"))
+
+
 def test_text_beside_conversations_is_refused(tmp_path: Path) -> None:
     path = talks_file(tmp_path)
     (tmp_path / "b.txt").write_text("plain", encoding="utf-8")

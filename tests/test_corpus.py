@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import in_child, walkable_folder
 
 from milepost.run import text as run_text
 from milepost.runtime.progress import Log
@@ -146,6 +147,44 @@ def test_utf16_without_its_mark_is_refused(name: str, encoding: str, tmp_path: P
     assert documents(opened(write(tmp_path / "b.txt", b"a\0bcd"))) == ["a\0bcd"]
 
 
+WITHOUT_A_MARK = {  # all valid UTF-8 in at least one of the encodings, where it would be read as control characters
+    "Latin": "Dear diary",
+    "a quotation mark first": "\u201cDear diary\u201d, she wrote",
+    "Cyrillic": "\u041f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440, 1 \u0440\u0430\u0437",
+    "Greek": "\u03a4\u03bf \u03bc\u03b9\u03ba\u03c1\u03cc \u03c0\u03bf\u03c5\u03bb\u03af",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("script", WITHOUT_A_MARK)
+def test_wide_characters_without_a_mark_are_refused_in_any_alphabet(script: str, encoding: str, tmp_path: Path) -> None:
+    data = WITHOUT_A_MARK[script].encode(encoding)
+    message = error_of(write(tmp_path / "a.txt", data))
+    assert "save it as UTF-8" in message
+    assert f"is 0x00, as {encoding[:6].upper()} without its byte order mark has" in message
+    with pytest.raises(UnicodeDecodeError):
+        blocks.decoded(data)
+
+
+@pytest.mark.parametrize(
+    "text", ["a\0bcd", "abc\0def\0ghi\0", "one\0two\0three\0", "ab\0\0", "\0" * 64, " a\n\0b c\td\n\0"]
+)
+def test_zeros_in_utf8_are_characters(text: str, tmp_path: Path) -> None:
+    assert documents(opened(write(tmp_path / "a.txt", text))) == [text] == [blocks.decoded(text.encode())]
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+@pytest.mark.parametrize("encoding", ["utf-32-le", "utf-32-be"])
+def test_utf32_with_its_mark_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, block: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    text = "Dear Wren,\r\n\u4e00 \U0001f600 \u00fc\r\n"
+    path = write(tmp_path / "a.txt", ("\ufeff" + text).encode(encoding))
+    assert documents(opened(path)) == [text.replace("\r\n", "\n")]
+    assert blocks.decoded(path.read_bytes()) == "\ufeff" + text
+
+
 @pytest.mark.parametrize("ends", LINE_ENDS)
 @pytest.mark.parametrize("name", [name for name in AS if name.endswith(VERBATIM)])
 def test_verbatim_keeps_them_as_the_first_version_did(tmp_path: Path, name: str, ends: str) -> None:
@@ -263,6 +302,20 @@ def test_the_delimiter_is_the_one_with_which_the_first_line_has_the_column(tmp_p
         assert str(tmp_path / "a.csv") in notes[0]
 
 
+@pytest.mark.parametrize("line", ["Hello, ", "Well, yes; no,", "a;"])
+def test_one_column_between_tabs_holds_commas_and_semicolons(line: str, tmp_path: Path) -> None:
+    assert documents(opened(write(tmp_path / "a.tsv", f"text\n{line}\n"))) == [line]
+
+
+def test_a_separator_at_the_end_of_a_text_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text\nShall I compare thee,\n")
+    assert "line 2: the row has 2 columns, the first line names 1: put quotes" in error_of(path)
+    notes: list[str] = []
+    corpus = opened(write(path, 'id,text\n1,"so, it ends",\n2,so it ends,\n3,end\n'))
+    assert [text for text, _ in corpus.pieces(notes.append)] == ["so, it ends", "so it ends", "end"]
+    assert [note.partition(":")[2][:28] for note in notes] == [" 2 rows with more columns th"]
+
+
 def test_the_columns_of_a_csv_without_the_field_are_listed(tmp_path: Path) -> None:
     assert "found id, body" in error_of(write(tmp_path / "a.csv", "id;body\n1;x\n"))
     assert "found id, body" in error_of(write(tmp_path / "a.tsv", "id\tbody\n1\tx\n"))
@@ -329,7 +382,7 @@ def test_invalid_utf8_in_later_lines_counts_from_the_start_of_the_file(tmp_path:
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[1]", "found a list"),
+        ("[1]", "expected an object, found a list: name a file of one list .json"),
         ('{"body": "x"}', "found body"),
         ('{"text": 3}', "found a int"),
         ('{"text": "\\ud800"}', "surrogate"),
@@ -372,6 +425,52 @@ def test_folders_are_read_in_order_without_hidden_and_unknown_files(tmp_path: Pa
     for name in ("b.txt", "a/z.md", "a/c.txt.gz", ".hidden.txt", ".cache/x.txt", "a/.git/y.md", "code.py"):
         write(tmp_path / name, name)
     assert documents(opened(tmp_path)) == ["a/c.txt.gz", "a/z.md", "b.txt"]
+
+
+def test_links_and_folders_that_are_not_read_are_told(tmp_path: Path) -> None:
+    for name in ("texts/a.txt", "texts/sub/b.txt", "elsewhere/c.txt"):
+        write(tmp_path / name, name)
+    texts = tmp_path / "texts"
+    (texts / "linked").symlink_to(tmp_path / "elsewhere")
+    (texts / "lost.txt").symlink_to(tmp_path / "deleted.txt")
+    (texts / "again.txt").symlink_to(tmp_path / "elsewhere" / "c.txt")  # a link to a file is read
+    corpus = opened(texts)
+    assert documents(corpus) == ["texts/a.txt", "elsewhere/c.txt", "texts/sub/b.txt"]
+    assert corpus.skipped == (f"{texts}: 2 links not read: linked, lost.txt; to read one, name what it points to",)
+    corpus = opened(f"{texts}/*")
+    assert documents(corpus) == ["texts/a.txt", "elsewhere/c.txt"]
+    assert corpus.skipped == (f"{texts}/*: 2 folders not read: linked, sub; to read one, name it too",)
+    # This reads what is in the folders, too: one file twice, by two links.
+    assert opened(f"{texts}/**").skipped == (f"read more than once: {texts / 'again.txt'}",)
+    assert documents(opened(f"{texts}/*.txt,{texts}/linked,{texts}/sub")) == [
+        *("texts/a.txt", "elsewhere/c.txt"),
+        *("elsewhere/c.txt", "texts/sub/b.txt"),
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused() -> None:
+    """Its files would be missing from the text."""
+    with walkable_folder() as texts:
+        write(texts / "a.txt", "a")
+        closed = write(texts / "sub" / "b.txt", "b").parent
+        closed.chmod(0)
+        said = in_child(lambda: error_of(texts), as_nobody=True)
+        closed.chmod(0o755)
+        assert said.startswith(f"{closed} cannot be read (Permission denied): allow that, or name the files")
+        assert documents(opened(texts)) == ["a", "b"]
+
+
+def test_texts_that_are_read_twice_are_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "B.txt", "c.md"):
+        write(tmp_path / name, name)
+    assert opened(tmp_path).skipped == ()
+    corpus = opened(f"{tmp_path},{tmp_path / 'c.md'}")
+    assert documents(corpus) == ["B.txt", "a.txt", "b.txt", "c.md", "c.md"]
+    assert corpus.skipped == (f"read more than once: {tmp_path / 'c.md'}",)
+    write(tmp_path / "a.txt.gz", gzip.compress(b"a.txt"))  # as gzip -k leaves it
+    (said,) = opened(tmp_path).skipped
+    assert said.startswith("read one after the other, though they may be the same text: ")
+    assert said.endswith(f"{tmp_path}: a.txt and a.txt.gz")
 
 
 def test_globs_commas_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -771,6 +870,13 @@ def test_remarks_on_files_are_remembered(tmp_path: Path) -> None:
         assert [str(tmp_path / "text" / f"{number}.csv") in note for number, note in enumerate(notes[:3])] == [True] * 3
         assert "2 more" in notes[3]
         assert "2 times" in notes[4]
+
+
+def test_zeros_in_a_text_are_told(tmp_path: Path) -> None:
+    """A crash may leave them at the end of a file."""
+    (note,) = scanned(tmp_path, ["a letter", "cut off" + "\0" * 1200]).notes
+    assert note.endswith("has 1,200 zeros (U+0000) among its characters, as a damaged file has")
+    assert scanned(tmp_path, ["a letter", "whole"]).notes == ()
 
 
 def test_a_separator_is_advised_where_it_would_end_documents(tmp_path: Path) -> None:

@@ -155,7 +155,11 @@ def test_a_bigram_of_characters_is_its_table(tmp_path):
 def test_bits_per_byte_count_every_byte_whatever_the_tokenizer():
     """Uniform models: each token of V costs log2(V) bits, so the figure is known for each tokenizer."""
     texts = ["Grüße,\nWren — 木", "a b"]
-    for tokenizer in (tokenization.CharTokenizer(sorted(set("\n".join(texts)))), tokenization.ByteTokenizer()):
+    pieces = [(text, True) for text in texts]
+    made = (
+        tokenization.build(kind, pieces, alphabet="", documents=2, vocab_size=300) for kind in ("sentencepiece", "bpe")
+    )
+    for tokenizer in (tokenization.CharTokenizer(sorted(set("\n".join(texts)))), tokenization.ByteTokenizer(), *made):
         size = tokenizer.vocab_size
         figures = measure(
             texts,

@@ -14,7 +14,7 @@ from work import HANGING
 
 from milepost.text import hub as hub_module
 from milepost.text.errors import DataError
-from milepost.text.hub import at_commit, configs_of, data_set, files_of_split
+from milepost.text.hub import at_commit, configs_of, data_set, files_of_split, of_one_type
 
 LETTERS = (ROOT / "data" / "dear_wren.md").read_text(encoding="utf-8")
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -165,6 +165,25 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(hub: DataHub, tmp_path: Pa
     assert "unexpected" not in said
 
 
+SEVERAL_TYPES = [
+    (["train.csv", "train.jsonl", "train.parquet"], ["train.parquet"]),
+    (["train.csv", "train.jsonl", "train.tsv"], ["train.jsonl"]),
+    (
+        ["a/train.json", "b/train.jsonl", "c/train.jsonl", "train.csv"],
+        ["a/train.json", "b/train.jsonl", "c/train.jsonl"],
+    ),
+    (["a.txt", "b.txt", "c.jsonl", "config.json", "d.jsonl"], ["c.jsonl", "d.jsonl"]),
+    (["data.jsonl", "dataset_infos.json", "requirements.txt"], ["data.jsonl"]),
+    (["a.tsv", "b.arrow", "b.txt"], ["b.arrow"]),
+]
+TREE = ["a.csv", "sub/b.csv", "sub/c/d.csv", "sub/e.txt"]
+PATTERNS = {
+    "*.csv": ["a.csv"],
+    "**/*.csv": ["a.csv", "sub/b.csv", "sub/c/d.csv"],
+    "**": TREE,
+    "sub/*": ["sub/b.csv", "sub/e.txt"],
+    "s?b/[bc].csv": ["sub/b.csv"],
+}
 NAMES = ["README.md", "data/train-0.parquet", "data/validation-0.parquet", "fr/train.csv", "load.py", "dev.jsonl"]
 
 
@@ -204,6 +223,26 @@ def test_the_files_of_a_split_are_those_of_the_readme_or_of_their_names() -> Non
         files("", configs=[{**each, "default": False} for each in configs])
     with pytest.raises(DataError, match="no data file"):
         files("", ["README.md", "load.py"])
+
+
+@pytest.mark.parametrize(("names", "read"), SEVERAL_TYPES)
+def test_of_several_types_one_is_read(names: list[str], read: list[str]) -> None:
+    """Data sets hold one text in several types; tests/exchange compares with the datasets library."""
+    assert of_one_type(files_of_split(data_set("hf://datasets/a/b"), names, [])) == read
+
+
+@pytest.mark.parametrize(("pattern", "found"), PATTERNS.items())
+def test_patterns_of_a_readme_are_those_of_the_hub(pattern: str, found: list[str]) -> None:
+    assert files_of_split(data_set("hf://datasets/a/b"), TREE, [{"data_files": pattern}]) == found
+
+
+def test_files_of_another_type_are_told(hub: DataHub, tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / FIRST / "data"
+    (folder / "train.csv").write_text("text\nanother copy\n")
+    code, said = train(tmp_path / "run", hub, TRAINING_DATA_SOURCE="hf://datasets/wren/letters")
+    assert code == 0, said
+    assert newest(tmp_path / "run").data["characters"] == 6000
+    assert "not read, because files of several types are copies of one text as a rule: data/train.csv" in said
 
 
 def test_a_recorded_commit_takes_the_place_of_a_branch_alone() -> None:

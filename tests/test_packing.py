@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from drive import at_step, logged, newest, tensor_bytes, train
-from talks import talks_file
+from talks import rows, talks_file
 from torch.nn import functional as F
 
 import models
@@ -207,6 +207,20 @@ RUNS = {
     "llama": {"MODEL_TYPE": "llama"},
     "bigram": {"MODEL_TYPE": "bigram"},
 }  # fmt: skip
+
+
+def test_a_part_of_the_text_without_conversations_is_refused(tmp_path: Path) -> None:
+    """Of one conversation nothing is left to train on once a part is held out; those held out may all be too long."""
+    one = talks_file(tmp_path, count=1)
+    code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(one), BLOCK_SIZE="64")
+    assert (code, "no conversation is left to train on: use more, or hold out" in said) == (4, True), said
+    assert train(tmp_path, TRAINING_DATA_SOURCE=str(one), BLOCK_SIZE="64", VALIDATION_FRACTION="0")[0] == 0
+    long = rows(tmp_path / "long.jsonl", [{"prompt": "why? " * 100, "completion": "so"}])
+    code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(one), VALIDATION_DATA=str(long), BLOCK_SIZE="64")
+    assert (code, "none of 1 conversations to validate on has an answer within a block size of 64" in said) == (
+        4,
+        True,
+    ), said
 
 
 @pytest.mark.parametrize("name", RUNS)

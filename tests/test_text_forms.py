@@ -237,6 +237,28 @@ def test_unknown_characters_of_a_new_text(mode, trained, tmp_path):
         assert tensor_bytes(newest(by_hand)) == tensor_bytes(record)
 
 
+@pytest.mark.parametrize("mode", ["refuse", "skip", "replace"])
+def test_the_line_feed_between_documents_may_be_unknown(mode, tmp_path):
+    """No document has a line feed, and neither has the vocabulary."""
+    flat = small_text(tmp_path, characters=6000).read_text(encoding="utf-8").replace("\n", " ")
+    (tmp_path / "flat.txt").write_text(flat[:3000], encoding="utf-8")
+    assert train(tmp_path, TRAINING_DATA_SOURCE=str(tmp_path / "flat.txt"), **FAST)[0] == 0
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(
+        "".join(json.dumps({"text": flat[at : at + 500]}) + "\n" for at in range(0, 2500, 500)), encoding="utf-8"
+    )
+    source = {"TRAINING_DATA_SOURCE": str(lines), "INIT_FROM": str(newest(tmp_path).path)}
+    (tmp_path / "next").mkdir()
+    code, said = train(tmp_path / "next", UNKNOWN_CHARACTERS=mode, **source, **FAST)
+    if mode == "refuse":
+        assert (code, "lines.jsonl: '\\n' (U+000A): not in the vocabulary" in said) == (4, True), said
+        assert "set UNKNOWN_CHARACTERS=skip" in said
+        return
+    assert code == 0, said
+    assert f"4 characters that the vocabulary lacks {'skipped' if mode == 'skip' else 'replaced by'}" in said
+    assert newest(tmp_path / "next").data["unknown_characters"] == mode
+
+
 @pytest.mark.parametrize("mode", ["skip", "replace"])
 def test_a_run_that_skips_unknown_characters_resumes_bit_exactly(mode, trained, tmp_path):
     diary = with_unknown(tmp_path, trained / "letters.txt")
@@ -252,6 +274,33 @@ def test_a_run_that_skips_unknown_characters_resumes_bit_exactly(mode, trained, 
     said = resume(other, TRAINING_DATA_SOURCE=str(diary), UNKNOWN_CHARACTERS="skip" if mode == "replace" else "replace")
     assert "not bit-exact" in said
     assert newest(other).run_id != newest(first).run_id
+
+
+@pytest.mark.parametrize("mode", ["skip", "replace"])
+def test_a_run_is_evaluated_on_the_characters_that_it_read(mode, trained, tmp_path):
+    """The figures are those of the validation text edited by hand."""
+    diary = with_unknown(tmp_path, trained / "letters.txt")
+    text = "".join(reversed(diary.read_text(encoding="utf-8")))  # they are near its beginning
+    diary.write_text(text, encoding="utf-8")
+    source = {"INIT_FROM": str(at_step(trained, 8)), "TRAINING_DATA_SOURCE": str(diary)}
+    assert train(tmp_path, UNKNOWN_CHARACTERS=mode, **source, **FAST)[0] == 0
+    held_out, instead = text[int(len(text) * 0.9) :], "" if mode == "skip" else "?"
+    edited = held_out.replace("\u00df", instead).replace("\u65e5", instead)
+    assert edited != held_out
+    (tmp_path / "edited.txt").write_text(edited, encoding="utf-8")
+    place = {"CHECKPOINT_PATH": "latest", "CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "FORMAT": "json"}
+    said = call(script("evaluate_checkpoint"), tmp_path, **place)
+    assert said.code == 0, said.err
+    assert "characters that the vocabulary lacks" in said.err
+    found = json.loads(said.out)["checkpoints"][0]["standard"]
+    by_hand = call(script("evaluate_checkpoint"), tmp_path, EVAL_DATA=str(tmp_path / "edited.txt"), **place)
+    expected = json.loads(by_hand.out)["checkpoints"][0]["standard"]
+    assert found["text"].pop("unknown_characters")["\u00df"] == instead
+    assert "unknown_characters" not in expected["text"]
+    assert (found["bytes"], found["tokens"]) == (expected["bytes"], expected["tokens"]) == (len(edited), len(edited))
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    refused = call(script("evaluate_checkpoint"), tmp_path, UNKNOWN_CHARACTERS="refuse", EVAL_DATA=str(diary), **place)
+    assert (refused.code, "set UNKNOWN_CHARACTERS=skip or replace" in refused.err) == (4, True), refused.err
 
 
 def test_the_setting_changes_nothing_where_all_characters_are_known(tmp_path):
@@ -350,6 +399,17 @@ def test_a_separator_is_refused_where_no_token_can_take_its_place(tokenizer, tmp
     code, said = train(tmp_path, TOKENIZER=tokenizer, DOCUMENT_SEPARATOR="<|endoftext|>", **FAST)
     assert code == 2
     assert {"DOCUMENT_SEPARATOR=<|endoftext|>", "TOKENIZER=bpe"} <= set(re.split(r"[ :]+", said))
+
+
+def test_a_separator_of_records_is_told_to_have_no_effect(tmp_path):
+    text = letters(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    changes = {"TRAINING_DATA_SOURCE": str(tmp_path / "a.jsonl"), "TOKENIZER": "bpe", "BPE_VOCAB_SIZE": "300"}
+    code, said = train(tmp_path, DOCUMENT_SEPARATOR="<end>", **changes, **FAST)
+    said = " ".join(said.split())
+    assert code == 0, said
+    assert f"DOCUMENT_SEPARATOR=<end>: no effect on {tmp_path / 'a.jsonl'}, only in .txt and .md files" in said
+    assert "documents with" not in said
 
 
 def test_skipped_files_of_a_folder_are_counted(tmp_path):

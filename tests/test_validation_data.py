@@ -37,6 +37,7 @@ def test_the_training_text_is_whole_and_the_other_is_validated_on(tmp_path: Path
     assert record.data["validation_source"] == str(path)
     assert "6000 tokens to train on, 2000 to validate on" in said
     assert record.validation_loss is not None
+    assert "is the training text" not in said
     assert list((tmp_path / "again" / "checkpoints").glob("best/*"))
     evaluated = evaluate(tmp_path / "straight")
     assert evaluated == evaluate(tmp_path / "straight", EVAL_DATA=str(path))
@@ -49,6 +50,14 @@ def evaluate(folder: Path, **changes: str) -> dict[str, object]:
     done = call(script("evaluate_checkpoint"), folder, **place, **changes)
     assert done.code == 0, done.err
     return json.loads(done.out)["checkpoints"][0]["standard"]
+
+
+def test_the_training_text_as_the_validation_text_is_told(tmp_path: Path) -> None:
+    path = small_text(tmp_path, name="copy.txt")
+    code, said = train(tmp_path, VALIDATION_DATA=str(path))
+    assert (code, f"{path} is the training text: the validation loss does not show overfitting" in said) == (0, True), (
+        said
+    )
 
 
 def test_conversations_are_validated_on_others(tmp_path: Path) -> None:
@@ -67,6 +76,16 @@ def test_a_vocabulary_has_the_characters_of_both(tmp_path: Path) -> None:
     assert code == 0, said
     assert "\u00e9" in newest(tmp_path).tokenizer["chars"]  # type: ignore[index]
     assert "\u00e9" not in (tmp_path / "letters.txt").read_text(encoding="utf-8")
+
+
+def test_a_vocabulary_has_the_line_feed_between_the_documents_of_the_validation_text(tmp_path: Path) -> None:
+    """No line feed is in either text; the training text is one document."""
+    flat = BUNDLED.replace("\n", " ")
+    (tmp_path / "flat.txt").write_text(flat[:6000], encoding="utf-8")
+    path = rows(tmp_path / "held_out.jsonl", [{"text": flat[8000:9000]}, {"text": flat[9000:10000]}])
+    code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(tmp_path / "flat.txt"), VALIDATION_DATA=str(path))
+    assert code == 0, said
+    assert "\n" in newest(tmp_path).tokenizer["chars"]  # type: ignore[index]
 
 
 def test_texts_of_two_kinds_are_refused(tmp_path: Path) -> None:

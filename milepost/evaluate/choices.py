@@ -1,16 +1,15 @@
 """Multiple-choice benchmarks from files. HellaSwag, BLiMP and story cloze are read into one form."""
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.text.blocks import lines_of
 from milepost.text.errors import DataError
-from milepost.text.readers import csv_rows, suffix_of
+from milepost.text.readers import PLAIN, ROWS, suffix_of
 
+SUFFIXES = (".jsonl", ".csv")
 BENCHMARK_LIMIT = 1 << 28  # characters of all items of a file; HellaSwag's 10,042 questions have 9 million
 ITEM = 300  # as many characters take as much memory as an item without its texts
 
@@ -48,10 +47,12 @@ class Benchmark:
 
 def read_benchmark(path: Path) -> Benchmark:
     """Return the benchmark of a .jsonl or .csv file, also with .gz. Raise DataError naming the line that has no known format."""
-    if suffix_of(path.name) not in ROWS:
-        raise DataError(f"{path}: benchmarks are read from {' and '.join(ROWS)}, each also with .gz")
+    if suffix_of(path.name) not in SUFFIXES:
+        raise DataError(f"{path}: benchmarks are read from {' and '.join(SUFFIXES)}, each also with .gz")
     items, formats, characters = [], set(), 0
-    for where, values in ROWS[suffix_of(path.name)](path):
+    for where, values in ROWS[suffix_of(path.name)](path, PLAIN, ()):
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: expected an object, found a {type(values).__name__}")
         row = {_plain(name): value for name, value in values.items() if isinstance(name, str)}
         kind = _format_of(row, where)
         formats.add(kind)
@@ -85,34 +86,6 @@ def _format_of(row: Row, where: str) -> str:
             return kind
     expected = "; ".join(f"{kind} has {', '.join(names)}" for kind, (names, _) in FORMATS.items())
     raise DataError(f"{where} has {', '.join(list(row)[:10]) or 'nothing'}, which is no known format: {expected}")
-
-
-# The rows of a file, each with its position
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(lines_of(path), 1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not valid JSON ({error}): expected one object per line") from None
-        if not isinstance(values, dict):
-            raise DataError(f"{where}: expected an object, found a {type(values).__name__}")
-        yield where, values
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    rows = csv_rows(path, lines_of(path))
-    _, header = next(rows, (0, []))
-    for number, row in rows:
-        if row:
-            yield f"{path} line {number}", dict.fromkeys(header) | dict(zip(header, row, strict=False))
-
-
-ROWS: dict[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {".jsonl": _json_rows, ".csv": _csv_rows}
 
 
 # The formats

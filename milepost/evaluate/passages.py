@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,16 +29,25 @@ BLOCK, MOST_BLOCKS = (
 
 @dataclass(frozen=True)
 class Text:
-    """The text to predict: a corpus, from the unit `start` on, which is a character, a conversation, or an id of prepared data."""
+    """The text to predict: a corpus, from the unit `start` on, which is a character, a conversation, or an id of prepared data.
+
+    `stand_ins` take the place of characters that a vocabulary lacks, by code point.
+    """
 
     corpus: Corpus
     scan: Scan
     start: int = 0
+    stand_ins: Mapping[int, str] = field(default_factory=dict)
 
     @property
-    def identity(self) -> tuple[str, int]:
+    def identity(self) -> tuple[object, ...]:
         """A value that is equal for equal texts."""
-        return self.scan.sha256, self.start
+        return self.scan.sha256, self.start, self.stand_ins
+
+    @property
+    def alphabet(self) -> str:
+        """The distinct characters to predict, sorted."""
+        return "".join(sorted({*self.scan.alphabet.translate(self.stand_ins)}))
 
     @property
     def is_talks(self) -> bool:
@@ -52,14 +61,18 @@ class Text:
 
     def talks(self) -> list[Talk]:
         """Return the conversations."""
-        return [talk for _, talk in itertools.islice(self.corpus.conversations(), self.start, None)]
+        return [
+            [message | {"content": message["content"].translate(self.stand_ins)} for message in talk]
+            for _, talk in itertools.islice(self.corpus.conversations(), self.start, None)
+        ]
 
     def passages(self) -> Iterator[str]:
         """Yield the documents. A document of more than CHUNK characters is split into parts, cut between words."""
         ids = self.corpus.prepared
         parts = ((1, piece) for piece in ids.pieces(self.start)) if ids else cut(self.corpus.pieces(), self.start)
         pieces = (piece for part, piece in parts if part)
-        return (text for text, _ in rechunk(pieces, size=CHUNK, limit=RECORD_LIMIT))
+        texts = (text.translate(self.stand_ins) for text, _ in rechunk(pieces, size=CHUNK, limit=RECORD_LIMIT))
+        return filter(None, texts)
 
 
 @dataclass(frozen=True)
@@ -108,11 +121,12 @@ def measure(texts: Iterable[str], tokenizer: Tokenizer, score: Score, add: Calla
     `add` is called with the number of characters just done. Raise DataError if there is nothing to predict.
     """
     head, size = opening(tokenizer), 0
-    nats, lengths = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
+    nats, lengths = [np.zeros(0)], [np.zeros(0)]
     for group in _groups(texts):
-        sequences = [np.concatenate([head, tokenizer.encode_array(text)]) for text in group]
-        nats += [-row for row in score(sequences)]
-        lengths += [byte_lengths(ids[1:], tokenizer) for ids in sequences]
+        encoded = [tokenizer.encode_array(text) for text in group]
+        nats += [-row for row in score([np.concatenate([head, ids]) for ids in encoded])]
+        first = 0 if len(head) else 1  # the first token that is predicted
+        lengths += [_shares(ids, text, tokenizer)[first:] for ids, text in zip(encoded, group, strict=True)]
         size += sum(len(text.encode()) for text in group)
         add(sum(map(len, group)))
     tokens, counted = np.concatenate(nats), np.concatenate(lengths)
@@ -120,7 +134,16 @@ def measure(texts: Iterable[str], tokenizer: Tokenizer, score: Score, add: Calla
         raise DataError("the text to measure is too short: no token of it follows another; use more text")
     blocks = max(1, min(MOST_BLOCKS, size // BLOCK))
     bits = per_block(tokens, counted, blocks) / math.log(2) / (counted.sum() / blocks)
-    return Figures(nats=float(tokens.sum()), tokens=len(tokens), bytes=int(counted.sum()), blocks=bits)
+    return Figures(nats=float(tokens.sum()), tokens=len(tokens), bytes=round(float(counted.sum())), blocks=bits)
+
+
+def _shares(ids: np.ndarray, text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Return how many of the text's bytes of UTF-8 fall to each of its `ids` (N,), float64 (N,).
+
+    The tokens may spell more or fewer bytes than the text has: a space that SentencePiece puts before it, or its NFC.
+    """
+    lengths = byte_lengths(ids, tokenizer).astype(np.float64)
+    return lengths * (len(text.encode()) / lengths.sum())
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:

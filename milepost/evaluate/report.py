@@ -87,11 +87,13 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         if not math.isfinite(evaluation.figures.perplexity):
             standard["perplexity"] = None  # JSON has no infinity
         text = evaluation.text
-        source = {
+        source: dict[str, Any] = {
             "source": text.corpus.source,
             "sha256": text.scan.sha256,
             f"first_{text.unit}": text.start,
         }
+        if text.stand_ins:
+            source["unknown_characters"] = {chr(code): instead for code, instead in text.stand_ins.items()}
         values["standard"] = standard | {"text": source}
     values["benchmarks"] = [
         {"name": answers.name, "format": answers.format, "items": len(answers.correct)}

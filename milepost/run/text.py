@@ -5,7 +5,7 @@ import datetime
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, 
 from milepost.text.mixtures import MixedBatches, MixedSplit, MixedTokens, mixed_split
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.prepared import Vocabulary, validation_beside
-from milepost.text.readers import PLAIN, Reading
+from milepost.text.readers import PLAIN, SEPARABLE, Reading, suffix_of
 from milepost.text.scan import Scan
 from milepost.text.sources import with_places
 from milepost.text.templates import chat_stops, dated, template_of
@@ -90,14 +90,17 @@ def read_text(
     known = known_text(record.data, record.tokenizer) if record else UNKNOWN_TEXT
     corpus, scanned = world.local_rank0_first(lambda: scan_text(settings, log, known))
     held_out = world.local_rank0_first(lambda: scan_validation(settings, log, known, corpus))
+    if held_out and held_out[1].sha256 == scanned.sha256:
+        log(f"{held_out[0].source} is the training text: the validation loss does not show overfitting")
     for source, scan in [(corpus, scanned), *([held_out] if held_out else [])]:
         if len(set(world.all_gather(scan.sha256))) > 1:
             raise DataError(f"{source.source}: differs between machines; copy the same text to all of them")
     if record:
         tokenizer = build_tokenizer(record)
     else:
-        alphabet = "".join(sorted({*scanned.alphabet, *(held_out[1].alphabet if held_out else "")}))
-        seen = dataclasses.replace(scanned, alphabet=alphabet)
+        scans = [scanned, *([held_out[1]] if held_out else [])]
+        alphabet = "".join(sorted({character for each in scans for character in each.alphabet}))
+        seen = dataclasses.replace(scanned, alphabet=alphabet, documents=max(each.documents for each in scans))
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, seen))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
@@ -249,9 +252,11 @@ def training_batches(
     return mixed
 
 
-def packing_of(text: Text, examples: Examples, model: Model, *, block_size: int) -> Packing:
+def packing_of(
+    text: Text, examples: Examples, model: Model, *, block_size: int, part: Literal["train", "validate"] = "train"
+) -> Packing:
     """Return how conversations fill the model's windows: one each if the model cannot tell several apart."""
-    return packed(examples, block_size=block_size, pack=text.pack and model.packs, answers=text.answers)
+    return packed(examples, block_size=block_size, pack=text.pack and model.packs, answers=text.answers, part=part)
 
 
 def _about(text: Text, packing: Packing, model: Model) -> str:
@@ -276,7 +281,7 @@ def validation_of(
     for tokens, share in zip(parts_of(text.split.validation), shares, strict=True):
         part = max(1, round(steps * share)) if steps else 0
         if isinstance(tokens, Examples):
-            packing = packing_of(text, tokens, model, block_size=block_size)
+            packing = packing_of(text, tokens, model, block_size=block_size, part="validate")
             yield from validation_batches(packing, batch_size=batch_size, steps=part, positions=model.packs)
         else:
             yield from validation_windows(tokens, block_size=block_size, batch_size=batch_size, steps=part)
@@ -391,11 +396,20 @@ def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known
     except TextFieldError as error:
         remedy = "set TEXT_FIELD to the field that holds the text, or of conversations PROMPT_FIELD and ANSWER_FIELD"
         raise DataError(f"{error}: {remedy}") from error
-    separator = "" if corpus.prepared else reading.separator
-    found = [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"] if separator else []
-    for line in (*corpus.skipped, *scanned.notes, *found):
+    for line in (*corpus.skipped, *scanned.notes, *_about_separator(corpus, scanned, reading.separator)):
         _log_once(line, log)
     return corpus, scanned
+
+
+def _about_separator(corpus: Corpus, scanned: Scan, separator: str) -> list[str]:
+    """Return a line on what a separator does in a text, if there is one."""
+    if not separator or corpus.prepared:
+        return []
+    if not any(suffix_of(path.name) in SEPARABLE for path in corpus.paths):
+        return [
+            f"DOCUMENT_SEPARATOR={separator}: no effect on {corpus.source}, only in {' and '.join(SEPARABLE)} files"
+        ]
+    return [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"]
 
 
 @functools.lru_cache(maxsize=64)

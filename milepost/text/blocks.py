@@ -20,11 +20,21 @@ UNPACKED_LIMIT = (
     1 << 30
 )  # bytes that any packed file may hold; above, it must not be smaller than a MOST_PACKED-th of them
 MOST_PACKED = 250  # text is packed to a third or a tenth; gzip can reach a thousandth, zstd more
-UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}  # which begins with a mark
-LONGEST_MARK = 2  # bytes
+MARKS = {  # with which other encodings than UTF-8 begin; one of UTF-32 begins as one of UTF-16 does
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+LONGEST_MARK = 4  # bytes
+# In UTF-16: the high bytes of Latin, Greek, Cyrillic, Hebrew, Arabic, Indic scripts and punctuation, and the share that must be so.
+ALPHABETS, MOSTLY = range(0x21), 0.9
+SHORTEST = 16  # bytes in which these show
+PLANES = 17
 POINTER, LONGEST_POINTER = b"version https://git-lfs", 1024  # bytes; longer files are texts
 DECODERS: dict[str, Callable[[bytes, str, bool], tuple[str, int]]] = {
     "utf-8": codecs.utf_8_decode, "utf-16-le": codecs.utf_16_le_decode, "utf-16-be": codecs.utf_16_be_decode,
+    "utf-32-le": codecs.utf_32_le_decode, "utf-32-be": codecs.utf_32_be_decode,
 }  # fmt: skip
 
 
@@ -69,18 +79,45 @@ def check_length(characters: int, *, where: str, what: str) -> None:
 
 
 def decoded(data: bytes) -> str:
-    """Return the text of UTF-8, or of UTF-16 if it begins with its mark. Raise UnicodeDecodeError for anything else."""
-    return data.decode(_encoding(data))
+    """Return the text of UTF-8, or of UTF-16 or UTF-32 if it begins with its mark. Raise UnicodeDecodeError for anything else."""
+    if (encoding := _encoding(data)) == "utf-8":
+        _check_marked(data)
+    return data.decode(encoding)
 
 
 def _encoding(data: bytes) -> str:
-    return next((name for mark, name in UTF16.items() if data.startswith(mark)), "utf-8")
+    return next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
 
 
-def _is_unmarked_utf16(data: bytes) -> bool:
-    """Whether the first two characters are ASCII in UTF-16, whose other half is zero (RFC 4627, section 3)."""
-    zeros = [byte == 0 for byte in data[:4]]
-    return zeros in ([True, False, True, False], [False, True, False, True])
+def _check_marked(data: bytes) -> None:
+    """Raise UnicodeDecodeError if bytes without a mark are not UTF-8, though they may be valid in it."""
+    if name := _unmarked(data):
+        at = data.index(0)
+        raise UnicodeDecodeError("utf-8", data, at, at + 1, f"as {name} without its byte order mark has")
+
+
+def _unmarked(data: bytes) -> str:
+    """Return "UTF-16" or "UTF-32" if bytes without a mark are text in it, though they may be valid UTF-8; else "".
+
+    The high byte of a character is zero for ASCII, and low for other alphabets; the low byte is not zero. In UTF-32 two more
+    follow: one of 17 planes, and zero.
+    """
+    if [byte == 0 for byte in data[:4]] in ([True, False, True, False], [False, True, False, True]):
+        return "UTF-16"  # the first two characters are ASCII (RFC 4627, section 3)
+    if len(data) < SHORTEST or b"\0" not in data:
+        return ""
+    for low, high in ((data[0::2], data[1::2]), (data[1::2], data[0::2])):
+        if b"\0" in high and b"\0" not in low and _is_alphabetic(high):
+            return "UTF-16"
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0)):
+        low, high, plane, zero = (data[at::4] for at in order)
+        if any(low) and _is_alphabetic(high) and max(plane) < PLANES and not any(zero):
+            return "UTF-32"
+    return ""
+
+
+def _is_alphabetic(high: bytes) -> bool:
+    return sum(map(high.count, ALPHABETS)) >= MOSTLY * len(high)
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -90,9 +127,6 @@ def _decoded(path: Path) -> Iterator[str]:
             block = file.read(BLOCK if position else max(BLOCK, LONGEST_MARK))
             data = rest + block
             encoding = encoding or _encoding(data)
-            if position == 0 and _is_unmarked_utf16(data):
-                problem = "has a zero beside each character, as UTF-16 without its byte order mark has"
-                raise DataError(f"{path} {problem}: save it as UTF-8, as editors offer under Save As")
             text, used = _decode(data, encoding, path=path, position=position, final=not block)
             if position == 0:
                 text = text.removeprefix("\ufeff")
@@ -140,6 +174,8 @@ def refuse_pointer(path: Path) -> None:
 def _decode(data: bytes, encoding: str, *, path: Path, position: int, final: bool) -> tuple[str, int]:
     """Return the text of `data` and how many bytes it used. Unless `final`, a character cut off at the end is left over."""
     try:
+        if position == 0 and encoding == "utf-8":
+            _check_marked(data)
         return DECODERS[encoding](data, "strict", final)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} {not_decoded(error, position)}") from None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from milepost.text.blocks import BLOCK, refuse_pointer
+from milepost.text.blocks import BLOCK, PACKED, refuse_pointer
 from milepost.text.errors import DataError
 
 SUFFIXES = (".parquet", ".arrow")
@@ -80,6 +80,10 @@ def _opened(path: Path, options: Any = None) -> Iterator[Any]:
     """Yield a reader of the file: of parquet, of an Arrow file or of an Arrow stream."""
     arrow = _library(path)
     refuse_pointer(path)
+    if path.suffix.lower() in PACKED:
+        raise DataError(
+            f"{path}: {' and '.join(SUFFIXES)} are read as they are, because they pack their columns: unpack it"
+        )
     if path.name.lower().endswith(".parquet"):
         with arrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
             yield file

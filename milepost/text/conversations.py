@@ -35,6 +35,9 @@ def form_of(paths: Iterable[Path], reading: Reading, note: Callable[[str], None]
     paths = list(paths)
     with_rows = [path for path in paths if suffix_of(path.name) in ROWS]
     form = _form_of_first(with_rows, reading, note)
+    if form == CHOSEN and not with_rows:
+        note(f"{paths[0]}: plain text has no fields, so {' and '.join(_chosen(reading))} are not looked for")
+        return TEXT
     if form == TEXT:
         return TEXT
     if others := [path for path in paths if path not in with_rows]:

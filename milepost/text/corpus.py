@@ -13,7 +13,7 @@ from milepost.text.addresses import masked
 from milepost.text.conversations import Talk, as_pieces, conversations, described, form_of
 from milepost.text.download import DOWNLOAD_LIMIT, fetch, open_https, tiny_shakespeare
 from milepost.text.errors import DataError
-from milepost.text.folders import Found, code_in, files_of
+from milepost.text.folders import Found, code_in, files_of, repeated
 from milepost.text.hub import SCHEME, data_set, files_at
 from milepost.text.prepared import Prepared, is_prepared, prepared_of
 from milepost.text.readers import PLAIN, READERS, Piece, Reading, suffix_of, unpacked_name
@@ -24,7 +24,7 @@ from milepost.text.sources import Part, joined, parts_of
 class Corpus:
     """The files of a text: `source` as the user wrote it, without passwords, `name` safe for file names, `paths` in order.
 
-    `reading` is how they are read, `skipped` tells what is left out: files of folders and globs, conversations beside a text. A mixture has its sources
+    `reading` is how they are read, `skipped` tells what is left out, files of folders and globs and conversations beside a text, and what is read twice. A mixture has its sources
     in `parts`, with a weight for each. Files that hold ids and no text are `prepared`.
     """
 
@@ -115,8 +115,9 @@ def _found(
     if part.place == "tinyshakespeare":
         return part, ([tiny_shakespeare(data_dir, cache_dir=cache_dir, open_url=open_url)], [])
     if part.place.startswith(SCHEME):
-        pinned, files = files_at(part.place, cache_dir or data_dir / ".cache")
-        return part._replace(place=pinned), (files, [f"{pinned}: {len(files)} file{'s' * (len(files) > 1)}"])
+        notes: list[str] = []
+        pinned, files = files_at(part.place, cache_dir or data_dir / ".cache", notes.append)
+        return part._replace(place=pinned), (files, [f"{pinned}: {len(files)} file{'s' * (len(files) > 1)}", *notes])
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", part.place):
         copy = fetch(part.place, data_dir=data_dir, cache_dir=cache_dir, max_bytes=max_bytes, open_url=open_url)
         return part, ([copy], [])
@@ -127,7 +128,7 @@ def _corpus(shown: str, found: list[tuple[Part, Found]], reading: Reading) -> Co
     paths = tuple(path for _, (files, _) in found for path in files)
     if not paths:
         raise DataError(f"the data source {shown!r} names nothing: expected a file, folder, glob or https URL")
-    notes = [line for _, (_, lines) in found for line in lines]
+    notes = [line for _, (_, lines) in found for line in lines] + repeated(paths)
     form = form_of(paths, reading, notes.append)
     return Corpus(
         source=shown,

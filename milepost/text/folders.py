@@ -14,7 +14,17 @@ from typing import Any
 from milepost.text.blocks import decoded
 from milepost.text.errors import DataError
 from milepost.text.prepared import is_prepared
-from milepost.text.readers import CODE, READERS, SUPPORTED, VERBATIM, Reading, is_first_type, listed, suffix_of
+from milepost.text.readers import (
+    CODE,
+    READERS,
+    SUPPORTED,
+    VERBATIM,
+    Reading,
+    is_first_type,
+    listed,
+    suffix_of,
+    unpacked_name,
+)
 
 IGNORE = ".gitignore"
 CODE_LIMIT = 1 << 20  # bytes; longer files of source code are generated
@@ -42,19 +52,40 @@ def files_of(place: str, reading: Reading) -> Found:
 
 
 def _in_folder(place: str, folder: Path, reading: Reading) -> Found:
-    found, others = _by_type(_visible(folder), reading)
+    files, links = _visible(folder)
+    found, others = _by_type(files, reading)
     if not found:
         raise DataError(f"{folder} has no supported file: expected {SUPPORTED}; {_nearest(str(folder / '*'))}")
-    return found, _skipped(place, others)
+    return found, [*_skipped(place, others), *_not_followed(place, links, "link", "name what it points to")]
 
 
-def _visible(folder: Path) -> list[Path]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files below a folder, in order, and the links there that lead to a folder or to nothing.
+
+    Raise DataError if a folder in it cannot be listed: its files would be missing from the text.
+    """
+    files: list[Path] = []
+    links: list[Path] = []
+    try:
+        for place, folders, names in os.walk(folder, onerror=_raise):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            there = [Path(place, name) for name in (*folders, *names) if not name.startswith(".")]
+            files += [path for path in there if path.is_file()]
+            links += [path for path in there if path.is_symlink() and not path.is_file()]
+    except OSError as error:
+        problem = f"{error.filename or folder} cannot be read ({error.strerror or error})"
+        raise DataError(f"{problem}: allow that, or name the files to read") from error
+    return sorted(files), sorted(links)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _matching(place: str, pattern: str, reading: Reading) -> Found:
-    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
+    every = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    matches = [path for path in every if path.is_file()]
+    folders = [] if "**" in pattern else [path for path in every if path.is_dir()]
     if suffix_of(pattern) in CODE and not reading.verbatim:  # a glob that names the type
         return _of_code(place, [path for path in matches if suffix_of(path.name) in CODE])
     if is_prepared(pattern):
@@ -64,7 +95,7 @@ def _matching(place: str, pattern: str, reading: Reading) -> Found:
         raise DataError(f"{pattern}: no matching file has a supported type: expected {SUPPORTED}")
     if not found:
         raise DataError(f"no file matches {pattern}: {_nearest(pattern)}")
-    return found, _skipped(place, others)
+    return found, [*_skipped(place, others), *_not_followed(place, folders, "folder", "name it too")]
 
 
 def _by_type(paths: list[Path], reading: Reading) -> tuple[list[Path], list[Path]]:
@@ -88,6 +119,30 @@ def _skipped(place: str, paths: Iterable[Path]) -> list[str]:
     return [f"{place}: {count} file{'s' * (count > 1)} skipped: {common}"]
 
 
+def _not_followed(place: str, paths: list[Path], kind: str, remedy: str) -> list[str]:
+    """Return a line on links in a folder, or on folders among the matches of a glob, which are not read."""
+    if not paths:
+        return []
+    names = listed([path.name for path in paths])
+    return [f"{place}: {len(paths)} {kind}{'s' * (len(paths) > 1)} not read: {names}; to read one, {remedy}"]
+
+
+def repeated(paths: Iterable[Path]) -> list[str]:
+    """Return lines on files that are read twice, and on those that stand beside their packed copy."""
+    places: dict[str, list[Path]] = {}
+    for path in paths:
+        places.setdefault(os.path.realpath(path), []).append(path)
+    texts: dict[Path, list[str]] = {}
+    for place in map(Path, places):
+        texts.setdefault(place.with_name(unpacked_name(place.name)), []).append(place.name)
+    twice = [str(same[0]) for same in places.values() if len(same) > 1]
+    copies = [
+        f"{name.parent}: {' and '.join(names)}" for name, names in texts.items() if len({*map(str.lower, names)}) > 1
+    ]
+    lines = [f"read more than once: {listed(twice)}"] * bool(twice)
+    return lines + [f"read one after the other, though they may be the same text: {listed(copies)}"] * bool(copies)
+
+
 def _nearest(path: str) -> str:
     """Return a listing of the nearest existing folder above `path`."""
     folder = next(parent for parent in Path(os.path.abspath(path)).parents if parent.is_dir())
@@ -105,7 +160,7 @@ def code_in(place: str) -> Found:
     folder = Path(os.path.expanduser(place))
     if not folder.is_dir():
         raise DataError(f"{place} is not a folder: expected one with source code, {_nearest(str(folder))}")
-    every = _visible(folder)
+    every, _ = _visible(folder)
     files = [path for path in every if suffix_of(path.name) in AMONG_CODE]
     ignored = _ignored(files, folder)
     found, notes = _of_code(place, [path for path in files if path not in ignored], ignored=len(ignored))

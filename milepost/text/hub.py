@@ -5,19 +5,19 @@ files is kept beside the other caches, so that a resume needs no network.
 """
 
 import contextlib
-import fnmatch
 import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from milepost.files import new_file
 from milepost.text.errors import DataError
-from milepost.text.readers import CODE, READERS, listed, suffix_of
+from milepost.text.readers import listed, suffix_of
 
 SCHEME = "hf://datasets/"
 _ADDRESS = re.compile(
@@ -32,6 +32,10 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval"),
 }
+# What the datasets library takes no text from, and which type it reads of several: the most frequent, of equals the first.
+METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+TYPES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt", ".tsv")
+SAME_TYPE = {".jsonl": ".json", ".tsv": ".csv"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,9 @@ def _but_commit(each: DataSet) -> tuple[str, str | None, str]:
     return each.repo, each.config, each.split
 
 
-def files_at(address: str, cache_dir: Path) -> tuple[str, list[Path]]:
-    """Return the address with its commit, and the files of its split, downloaded into the hub's own cache.
+def files_at(address: str, cache_dir: Path, note: Callable[[str], None] = lambda _: None) -> tuple[str, list[Path]]:
+    """Return the address with its commit, and the files of its split, downloaded into the hub's own cache. What is left out of them
+    goes to `note`.
 
     Raise DataError if the hub has no such split, or cannot be reached.
     """
@@ -89,7 +94,11 @@ def files_at(address: str, cache_dir: Path) -> tuple[str, list[Path]]:
 
     try:
         info = HfApi().dataset_info(asked.repo, revision=asked.revision)
-        names = files_of_split(asked, [each.rfilename for each in info.siblings or ()], configs_of(info.card_data))
+        every = files_of_split(asked, [each.rfilename for each in info.siblings or ()], configs_of(info.card_data))
+        if others := [name for name in every if name not in (names := of_one_type(every))]:
+            note(
+                f"{address}: not read, because files of several types are copies of one text as a rule: {listed(others)}"
+            )
         pinned = DataSet(asked.repo, info.sha, asked.config, asked.split)
         patterns = list(map(glob.escape, names))
         folder = Path(snapshot_download(asked.repo, repo_type="dataset", revision=info.sha, allow_patterns=patterns))
@@ -143,7 +152,9 @@ def files_of_split(asked: DataSet, names: Sequence[str], configs: Sequence[dict[
 
     Raise DataError naming the configs or splits that there are.
     """
-    files = sorted(name for name in names if suffix_of(name) in READERS and suffix_of(name) not in (*CODE, ".md"))
+    files = sorted(name for name in names if suffix_of(name) in TYPES and PurePosixPath(name).name not in METADATA)
+    from fsspec.utils import glob_translate  # of the hub's own client
+
     config = _config(asked, configs)
     folder = PurePosixPath(config.get("data_dir") or ("" if config else asked.config or ""))
     if not config.get("data_files"):
@@ -153,14 +164,24 @@ def files_of_split(asked: DataSet, names: Sequence[str], configs: Sequence[dict[
         chosen = patterns.get(asked.split, [])
     else:
         patterns = _patterns(config["data_files"])
-        wanted = [str(folder / each) for each in patterns.get(asked.split, [])]
-        chosen = [name for name in files if any(fnmatch.fnmatchcase(name, each) for each in wanted)]
+        wanted = [glob_translate(str(folder / each)) for each in patterns.get(asked.split, [])]
+        chosen = [name for name in files if any(re.match(each, name) for each in wanted)]
     if not chosen:
         there = listed(sorted(patterns)) if patterns else "no data file"
         raise DataError(
-            f"{asked.address}: the data set has no such split with {', '.join(list(READERS)[:8])} files; it has {there}"
+            f"{asked.address}: the data set has no such split with {', '.join(TYPES)} files; it has {there}"
         )
     return chosen
+
+
+def of_one_type(names: Sequence[str]) -> list[str]:
+    """Return the files of the type that most have: data sets hold one text in several types (datasets.load,
+    infer_module_for_data_files_list).
+    """
+    counts = Counter(map(suffix_of, names))
+    first = max(counts, key=lambda suffix: (counts[suffix], -TYPES.index(suffix)))
+    kind = SAME_TYPE.get(first, first)
+    return [name for name in names if SAME_TYPE.get(suffix_of(name), suffix_of(name)) == kind]
 
 
 def _names_split(name: str, split: str) -> bool:

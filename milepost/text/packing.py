@@ -6,7 +6,7 @@ the same pattern of lengths is filled anew, with conversations of equal length e
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -83,19 +83,24 @@ class Packing:
         return tokens >> 1, tokens & 1 if self.answers else np.ones_like(tokens)
 
 
-def packed(examples: Examples, *, block_size: int, pack: bool, answers: bool) -> Packing:
-    """Return how the conversations fill windows, one in each unless `pack`. Raise DataError if none has a target that counts.
+def packed(
+    examples: Examples, *, block_size: int, pack: bool, answers: bool, part: Literal["train", "validate"] = "train"
+) -> Packing:
+    """Return how the conversations fill windows, one in each unless `pack`. Raise DataError if none has a target that counts,
+    naming the `part` of the text that they are.
 
     One that is longer than a window loses its end, and is left out if no counted target remains.
     """
     ends = np.asarray(examples.ends)
+    if not len(ends):
+        raise DataError(f"no conversation is left to {part} on: use more, or hold out a smaller part or none of them")
     starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
     lengths = np.clip(ends - starts - 1, 0, block_size)
     counted = _counted(examples, starts, lengths) if answers else lengths
     used = np.flatnonzero(counted > 0)
     if not len(used):
         raise DataError(
-            f"none of {len(ends)} conversations has an answer within a block size of {block_size} tokens: "
+            f"none of {len(ends)} conversations to {part} on has an answer within a block size of {block_size} tokens: "
             "use a longer one, or more conversations"
         )
     longer = ends - starts - 1 > block_size

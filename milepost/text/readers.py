@@ -110,6 +110,8 @@ def _jsonl_rows(path: Path, reading: Reading, _: Collection[str]) -> Iterator[tu
                 raise DataError(f"{where} is not valid JSON ({error}): expected one object per line") from None
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
+            if isinstance(row, list):
+                raise DataError(f"{where}: expected an object, found a list: name a file of one list .json")
             yield where, row
 
 
@@ -238,47 +240,48 @@ def csv_rows(path: Path, lines: Iterable[str], *, delimiter: str = ",") -> Itera
 
 
 def _read_csv(path: Path, reading: Reading) -> Iterator[Piece]:
-    field, lines = reading.text_field, lines_of(path, verbatim=reading.verbatim)
-    first = next(lines, "")
-    delimiter = _delimiter(path, first, field)
-    if delimiter != "," and suffix_of(path.name) == ".csv":
-        reading.note(f"{path}: columns are separated by {DELIMITERS[delimiter]}")
-    rows = csv_rows(path, itertools.chain([first] if first else [], lines), delimiter=delimiter)
-    _, names = next(rows, (1, []))
-    header = [name.strip() for name in names]
+    field = reading.text_field
+    header, rows = _table(path, reading, field)
     if field not in header:
         problem = f"expected a column {field!r} in the first line, found {listed(header)}"
         raise TextFieldError(f"{path}: {problem}")
-    column = header.index(field)
+    column, wider = header.index(field), 0
     if not reading.verbatim:
         _check_named_once(path, header, (field,))
     for number, row in rows:
         if row and len(row) <= column:
             raise DataError(f"{path} line {number}: the row ends before the column {field!r}")
         if row and not reading.verbatim:
-            _check_width(row, header, where=f"{path} line {number}")
+            wider += _is_wider(row, header, where=f"{path} line {number}")
         if row:
             yield from _slices(row[column], reading)
+    _note_wider(wider, path, reading)
 
 
 def _table_rows(path: Path, reading: Reading, fields: Collection[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the rows of a CSV by the names of its first line."""
-    lines = lines_of(path)
-    first = next(lines, "")
-    rows = csv_rows(
-        path,
-        itertools.chain([first] if first else [], lines),
-        delimiter=_delimiter(path, first, reading.answer_field or ""),
-    )
-    names = next(rows, (1, list[str]()))[1]
-    header = [name.strip() for name in names]
+    header, rows = _table(path, reading, reading.answer_field or "")
     _check_named_once(path, header, fields)
+    wider = 0
     for number, row in rows:
         if row and len(row) < len(header):
             raise DataError(f"{path} line {number}: the row ends before the column {header[len(row)]!r}")
         if row:
-            _check_width(row, header, where=f"{path} line {number}")
+            wider += _is_wider(row, header, where=f"{path} line {number}")
             yield f"{path} line {number}", dict(zip(header, row, strict=False))
+    _note_wider(wider, path, reading)
+
+
+def _table(path: Path, reading: Reading, field: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Return the names in the first line of a CSV that has the column `field`, and the rows below it with their lines."""
+    lines = lines_of(path, verbatim=reading.verbatim)
+    first = next(lines, "")
+    delimiter = _delimiter(path, first, field)
+    if delimiter != "," and suffix_of(path.name) == ".csv":
+        reading.note(f"{path}: columns are separated by {DELIMITERS[delimiter]}")
+    rows = csv_rows(path, itertools.chain([first] if first else [], lines), delimiter=delimiter)
+    names = next(rows, (1, list[str]()))[1]
+    return [name.strip() for name in names], rows
 
 
 def _check_named_once(path: Path, header: list[str], fields: Collection[str]) -> None:
@@ -286,11 +289,22 @@ def _check_named_once(path: Path, header: list[str], fields: Collection[str]) ->
         raise DataError(f"{path}: the first line names the column {repeated!r} twice: rename or remove one of them")
 
 
-def _check_width(row: list[str], header: list[str], *, where: str) -> None:
-    """Raise DataError if a row has more cells than the first line has names: its text was probably cut at a comma."""
-    if any(cell.strip() for cell in row[len(header) :]):
+def _is_wider(row: list[str], header: list[str], *, where: str) -> bool:
+    """Whether a row has empty cells that the first line does not name.
+
+    Raise DataError if one of them holds something, or if they follow the only column: a text was cut at its separator.
+    """
+    more = row[len(header) :]
+    if any(cell.strip() for cell in more) or (more and len(header) == 1):
         problem = f"the row has {len(row)} columns, the first line names {len(header)}"
         raise DataError(f"{where}: {problem}: put quotes around a text that holds the separator")
+    return bool(more)
+
+
+def _note_wider(count: int, path: Path, reading: Reading) -> None:
+    if count:
+        what = f"{count} row{'s' * (count > 1)} with more columns than the first line names"
+        reading.note(f"{path}: {what}, which are empty; a text that ends with the separator needs quotes")
 
 
 def _delimiter(path: Path, first: str, field: str) -> str:
@@ -298,6 +312,8 @@ def _delimiter(path: Path, first: str, field: str) -> str:
     headers = {delimiter: _columns(first, delimiter) for delimiter in DELIMITERS}
     having = [delimiter for delimiter, names in headers.items() if field in names]
     usual = "\t" if suffix_of(path.name) == ".tsv" else ","
+    if usual in having:  # a first line of one column has it with any delimiter
+        return usual
     return next(iter(having), max(headers, key=lambda delimiter: (len(headers[delimiter]), delimiter == usual)))
 
 

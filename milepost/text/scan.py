@@ -19,7 +19,7 @@ from milepost.text.stamps import forget, remembered
 Log = Callable[[str], None]
 
 IDS_RECORD = "ids1"  # of prepared data
-RECORD, FOLDER = "scan3", "scans"  # raise the number when the same files give another Scan
+RECORD, FOLDER = "scan4", "scans"  # raise the number when the same files give another Scan
 VERBATIM_RECORD = "scan1"  # of files read as they are, which is how the first version read all
 MOST_NOTES = 3
 LOG_SECONDS = 2
@@ -43,7 +43,7 @@ def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
         return _scan_ids(corpus.source, corpus.prepared, log)
     digest = hashlib.sha256()
     seen = np.zeros(0x110000, dtype=bool)  # one flag per code point
-    characters = documents = ends_written = 0
+    characters = documents = ends_written = zeros = 0
     notes: list[str] = []
     tail = ""
     progress = ByteProgress(log, "reading")
@@ -52,6 +52,7 @@ def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
         seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
         characters += len(text)
         documents += ends
+        zeros += text.count("\0")
         tail += text
         ends_written += tail.count(END_OF_TEXT)
         tail = tail[1 - len(END_OF_TEXT) :]  # too short to be counted again
@@ -60,6 +61,9 @@ def scan(corpus: Corpus, *, log: Log | None = None) -> Scan:
     alphabet = "".join(map(chr, np.flatnonzero(seen).tolist()))
     more = [f"and so in {len(notes) - MOST_NOTES} more files"] if len(notes) > MOST_NOTES else []
     more += [_about_ends(corpus, ends_written)] if ends_written else []
+    more += (
+        [f"{corpus.source} has {zeros:,} zeros (U+0000) among its characters, as a damaged file has"] if zeros else []
+    )
     return Scan(digest.hexdigest(), characters, documents, alphabet, (*notes[:MOST_NOTES], *more))
 
 

@@ -74,8 +74,8 @@ def first_known(tokenizer: Tokenizer, alphabet: str) -> str:
     return next(character for character in ordered if not unknown_characters(tokenizer, character))
 
 
-def lenient(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[Tokenizer, str]:
-    """Return a tokenizer that takes the unknown characters too, and what it does with them, in words.
+def stand_in(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[str, str]:
+    """Return what takes the place of unknown characters, nothing if they are skipped, and what is done with them, in words.
 
     A vocabulary without any of STAND_INS skips what is to be replaced. Raise UnknownCharacters if they are to be refused.
     """
@@ -83,23 +83,33 @@ def lenient(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[Tokenizer, 
         raise UnknownCharacters(unknown, tokenizer.vocab_size)
     known = [character for character in STAND_INS if not unknown_characters(tokenizer, character)]
     if mode == "skip" or not known:
-        return Lenient(tokenizer, unknown, ""), "skipped"
-    return Lenient(tokenizer, unknown, known[0]), f"replaced by {known[0]!r}"
+        return "", "skipped"
+    return known[0], f"replaced by {known[0]!r}"
+
+
+def lenient(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[Tokenizer, str]:
+    """Return a tokenizer that takes the unknown characters too, and what it does with them, as `stand_in` does."""
+    character, done = stand_in(tokenizer, unknown, mode)
+    return Lenient(tokenizer, unknown, character), done
 
 
 def encoder_of(
     tokenizer: Tokenizer, corpus: Corpus, scan: Scan, *, mode: Mode, cache_dir: Path
 ) -> tuple[Tokenizer, str | None]:
-    """Return the tokenizer that encodes the corpus, and a line on its unknown characters; None if it has none.
+    """Return the tokenizer that encodes the corpus, and a line on its unknown characters; None if it has none. The line feed
+    that separates documents where the tokenizer has no end of text is a character of the corpus.
 
     Raise UnknownCharacters with all of them if they are to be refused.
     """
-    unknown = unknown_characters(tokenizer, scan.alphabet)
+    between = scan.documents - 1 if tokenizer.end_of_text is None and not corpus.reading.form else 0
+    unknown = unknown_characters(tokenizer, scan.alphabet + "\n" * bool(between))
     if not unknown:
         return tokenizer, None
     encoder, done = lenient(tokenizer, unknown, mode)
     what = f"unknown-{scan.sha256[:16]}-{tokenizer.digest[:16]}"
     counts = remembered(what, corpus.paths, cache_dir / FOLDER, lambda: occurrences(corpus.pieces(), unknown))
+    if between and "\n" in unknown:
+        counts = {**counts, "\n": counts.get("\n", 0) + between}
     return encoder, f"{corpus.source}: {told(counts, done)}"
 
 
