@@ -38,7 +38,9 @@ from milepost.screen import harmless, write_stdout
 MIN_WIDTH = 30  # columns of a text beside another
 SEPARATOR = " | "
 FORMATS = (".json", ".md")
-SAMPLING_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "quantize")
+SAMPLING_SETTINGS = (
+    "raw_prompt", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "dtype", "quantize", "unknown_characters",
+)  # fmt: skip
 
 
 class Sampled(NamedTuple):
@@ -131,7 +133,8 @@ def as_json(sampled: list[Sampled], settings: Config, *, prompt: str, seed: int)
 
 def as_markdown(sampled: list[Sampled], settings: Config, *, prompt: str, seed: int) -> str:
     """Return Markdown: a heading per checkpoint with its texts below, each in a fence longer than any inside it."""
-    how = ", ".join(f"{name.upper()}={value}" for name, value in sampling_settings(settings).items())
+    values = {name.upper(): config.as_text(value) for name, value in sampling_settings(settings).items()}
+    how = ", ".join(f"{name}={text}" for name, text in values.items() if text)
     parts = [f"# Samples\n\nSAMPLE_SEED={seed}, {how}. Prompt:\n\n{fenced(prompt)}"]
     for item in sampled:
         parts += [f"## {title(item.record)}\n\n`{item.record.path}`", *map(fenced, item.texts)]

@@ -18,7 +18,6 @@ READS = (
 SETTINGS = config.from_command_line(__name__, __doc__, READS)  # before torch is imported
 
 import importlib.util
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,7 +332,7 @@ def print_exported(done: Exported, to: Export, log: Log) -> None:
     apart = f"differ by at most {proof.difference:.2g}, of a standard deviation of {proof.spread:.2g}{why}"
     write_stdout(f"  logits ({shape}) {apart}" if shape else "  adapters alone have no logits")
     write_stdout(f"  Size: {done.bytes_after / 1e6:,.2f} MB ({done.bytes_after:,} bytes)")
-    write_stdout(f"next: {to.how.format(path=shlex.quote(str(done.target)), name=done.target.name)}")
+    write_stdout(f"next: {to.how(done.target)}")
 
 
 if __name__ == "__main__":

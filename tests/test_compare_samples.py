@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from script import Said, call, copied, family, script, train_family
 
+from milepost import config
+
 compare, load = script("compare_samples"), script("load_checkpoint")
 SETTINGS = {"PROMPT": "Dear", "MAX_NEW_TOKENS": "40", "SAMPLE_SEED": "7"}
 
@@ -103,6 +105,28 @@ def test_markdown_holds_every_character(folder):
         assert f"## gpt2 at step {one['step']}" in text
         for each in one["texts"]:
             assert f"```text\n{each}\n```" in text
+
+
+def test_the_files_name_every_setting_of_the_texts(folder):
+    """A setting is a word of the environment, as it can be set again."""
+    changed = {"RAW_PROMPT": "true", "STOP": '["x", "\\n\\n"]', "DTYPE": "float32", "UNKNOWN_CHARACTERS": "skip"}
+    read = {word for word in compare.READS if word in config.VARIABLES}
+    generation = {name for name in read if config.VARIABLES[name].metadata["group"] == "Generation"}
+    named_elsewhere = {
+        "CHECKPOINT_PATH",
+        "PROMPT",
+        "PROMPT_FILE",
+        "SAMPLE_SEED",
+        "NUM_SAMPLES",
+        "SPECULATE",
+    }  # the last changes no text
+    wanted = generation - named_elsewhere | {"DTYPE", "UNKNOWN_CHARACTERS"}
+    assert {name.upper() for name in compare.SAMPLING_SETTINGS} == wanted
+    assert compared(folder, 2, OUTPUT=str(folder / "texts.md"), **changed).code == 0
+    line = (folder / "texts.md").read_text(encoding="utf-8").splitlines()[2]
+    assert all(f"{name}={value}" in line for name, value in changed.items()), line
+    assert compared(folder, 2, OUTPUT=str(folder / "plain.md")).code == 0
+    assert "STOP" not in (folder / "plain.md").read_text(encoding="utf-8").splitlines()[2]  # it is not set
 
 
 def test_a_fence_is_longer_than_any_in_the_text():

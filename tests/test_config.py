@@ -1,5 +1,6 @@
 """milepost/config: every variable, every limit, every message; values read back from everything that shows them."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -385,6 +386,26 @@ def test_no_contradictions(variables: str) -> None:
     assert {name for name in VARIABLES if c.is_set(name)} == set(given_values)
 
 
+OPENS_CHECKPOINTS = ("CHECKPOINT_PATH", "MODE", "GPT2_MODEL_NAME", "N_HEAD", "Generation if MODE=inference")
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({"GPT2_MODEL_NAME": "gpt2"}, False),  # the base of adapters: their checkpoint brings the model's type
+        ({"GPT2_MODEL_NAME": "gpt2", "MODEL_TYPE": "bigram"}, True),
+        ({"LORA_RANK": "8"}, False),  # the checkpoint has adapters, and is compared with it
+        ({"PROMPT": "a", "PROMPT_FILE": "b"}, True),
+        ({"MODE": "resume", "RESUME_STEP": "5"}, True),
+        ({"RESUME_STEP": "5"}, True),  # no checkpoint brings it
+    ],
+)
+def test_what_a_script_does_not_read_its_checkpoint_brings(variables: dict[str, str], refused: bool) -> None:
+    for reads, expected in ((OPENS_CHECKPOINTS, refused), ((), True)):
+        with pytest.raises(ConfigError) if expected else contextlib.nullcontext():
+            config.read(ALONE | variables, reads=reads)
+
+
 def test_a_bad_value_is_not_reported_twice() -> None:
     assert len(problems(MODEL_TYPE="gtp2", GPT2_MODEL_NAME="gpt2")) == 1
 
@@ -453,7 +474,34 @@ def test_dotenv_syntax(tmp_path: Path) -> None:
 
 def test_invalid_lines_are_named(tmp_path: Path) -> None:
     text = '\n\nSEED 5\nTRAINING_STEPS\n\nBATCH_SIZE=4\n\n\nPROMPT="open\nTOP_K=5\0\n'
-    assert file_problems(tmp_path, text) == [f"settings.env, line {n}: expected NAME=value" for n in (3, 4, 9, 10)]
+    quote = {9: ', with the closing " at its end (\\" writes one inside)'}
+    expected = [f"settings.env, line {n}: expected NAME=value{quote.get(n, '')}" for n in (3, 4, 9, 10)]
+    assert file_problems(tmp_path, text) == expected
+    assert of_file(tmp_path, "PROMPT='it\\'s'\nSTOP=\"a\\\"b\"\n").prompt == "it's"  # as the sentence says
+    assert of_file(tmp_path, "PROMPT='it\\'s'\nSTOP=\"a\\\"b\"\n").stop == ('a"b',)
+
+
+def test_a_name_has_one_value(tmp_path: Path) -> None:
+    """Of two, the last would win in silence, wherever it stands in a long file."""
+    text = "SEED=1\n\nHF_HOME=/a\nPROMPT=x\nSEED=2\nPROMPT=x\nexport HF_HOME=/b\n"
+    assert file_problems(tmp_path, text) == [
+        "settings.env, lines 1 and 5: SEED has two values; remove one of them",
+        "settings.env, lines 3 and 7: HF_HOME has two values; remove one of them",
+    ]
+    assert of_file(tmp_path, "SEED=1\n# SEED=2\nSEED=1\n").seed == 1
+
+
+def test_a_part_without_a_value_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would expand to nothing: checkpoints in a folder of the root."""
+    monkeypatch.delenv("SCRATCH", raising=False)
+    text = "CHECKPOINT_DIR=${SCRATCH}/c\nRUNS_DIR=${CHECKPOINT_DIR:-x}/${HF_BASE}\nHF_BASE=r\nPROMPT='${HF_BASE}'\n"
+    assert file_problems(tmp_path, text) == [
+        "settings.env, line 1: ${SCRATCH} has no value in the environment or in the lines above; set it, or write ${SCRATCH:-} for an empty text",
+        "settings.env, line 2: ${HF_BASE} has no value in the environment or in the lines above; set it, or write ${HF_BASE:-} for an empty text",
+    ]
+    assert of_file(tmp_path, "PROMPT=a${SCRATCH:-}b\n").prompt == "ab"
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    assert of_file(tmp_path, "CHECKPOINT_DIR=${SCRATCH}/c\n").checkpoint_dir == str(tmp_path / "c")
 
 
 def test_unknown_names_in_the_file(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """The lecture's export, and every refusal of an export: the remedy that it names works."""
 
+import ast
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,40 @@ def test_the_lecture_s_model_computes_the_export(tmp_path, tied):
     with torch.no_grad():
         theirs, ours = model(ids), build_model(one, device=torch.device("cpu")).eval()(ids)[0]
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+ODD = 'it\'s my "model" $HOME'
+
+
+@pytest.mark.parametrize("to", ["lecture", "peft"])
+def test_the_python_that_it_prints_names_the_export(tmp_path, monkeypatch, to):
+    """Also where the path has spaces and quotes, which a shell and Python quote differently."""
+    folder = tmp_path / ODD
+    folder.mkdir()
+    one = relu_model()
+    if to == "peft":
+        model = build_model(one, device=torch.device("cpu"), adapters={"lora": {"rank": 2, "alpha": 4.0}})
+        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        lora = {"lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "c_attn,c_proj,c_fc"}}
+        one = dataclasses.replace(
+            one, model_state=state, model_settings=one.model_settings | lora, optimizer_state=None
+        )
+    said = call(
+        converter, folder, CHECKPOINT_PATH=ckpt.save(one, folder / "checkpoints"), CONVERT_TO=to, OUTPUT=folder / "out"
+    )
+    assert said.code == 0, said.err
+    (code,) = [line for line in said.out.splitlines() if line.startswith("next: in Python: ")]
+    call_of, _, _ = code.removeprefix("next: in Python: ").partition(", where ")
+    (path,) = [node.value for node in ast.walk(ast.parse(call_of)) if isinstance(node, ast.Constant)]
+    assert Path(path).exists()
+
+
+@pytest.mark.parametrize("to", ["gguf", "nanogpt"])
+def test_the_shell_command_that_it_prints_names_the_export(tmp_path, to):
+    path = tmp_path / ODD / "my model"
+    words = shlex.split(ckpt.exporter(to).how(path).removeprefix("in nanoGPT's folder: "))
+    assert str(path) in words
+    assert to == "gguf" or "--out_dir=data/my model" in words
 
 
 def relu_model(*, tied: bool = False, qkv_bias: float = 0.0, **settings: Any) -> Checkpoint:

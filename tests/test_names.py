@@ -108,6 +108,7 @@ def unused(name: str, **variables: str) -> list[str]:
         ("training", {"TEMPERATURE": "0", "TOP_P": "0.5"}, ["TOP_P"], "needs TEMPERATURE other than 0"),
         ("training", {"TOKENIZER": "byte", "BPE_VOCAB_SIZE": "300"}, ["BPE_VOCAB_SIZE"], "needs TOKENIZER=auto or bpe"),
         ("training", {"LR_SCHEDULE": "constant", "MIN_LEARNING_RATE": "1e-4"}, ["MIN_LEARNING_RATE"], "needs LR_SCHEDULE other than constant"),
+        ("load_checkpoint", {"TEMPERATURE": "0", "SAMPLE_SEED": "3", "PROMPT": "a"}, ["SAMPLE_SEED"], "needs TEMPERATURE other than 0 or no PROMPT"),
         ("load_checkpoint", {"OUTPUT": "x", "RESUME": "auto"}, ["OUTPUT", "RESUME"], "CHECKPOINT_PATH"),
         ("load_checkpoint", {"RESUME_TRAINING_STEPS": "5"}, ["RESUME_TRAINING_STEPS"], "needs MODE=resume"),
         ("load_checkpoint", {"MODE": "resume", "PROMPT": "a", "NUM_SAMPLES": "2"}, ["PROMPT", "NUM_SAMPLES"], "needs MODE=inference"),
@@ -139,6 +140,7 @@ def test_a_setting_without_effect_is_named_with_what_it_needs(
         ("training", {"INIT_FROM": "x", "N_LAYER": "2", "CHECKPOINT_DIR": "x"}),
         ("load_checkpoint", {"CHECKPOINT_PATH": "x", "PROMPT": "a", "TOP_K": "3", "N_HEAD": "2", "DTYPE": "float32"}),
         ("load_checkpoint", {"MODE": "resume", "RESUME_TRAINING_STEPS": "2", "SEED": "2", "CHECKPOINT_INTERVAL": "3"}),
+        ("load_checkpoint", {"TEMPERATURE": "0", "SAMPLE_SEED": "3"}),  # which draws the first token of a text without a prompt
         ("prune_checkpoints", {"CHECKPOINT_KEEP_LAST": "1", "DRY_RUN": "false"}),
         ("list_checkpoints", {"CHECKPOINT_PATH": "x", "DEVICE": "cpu", "RUNS_DIR": "x"}),
     ],

@@ -381,6 +381,19 @@ def test_fine_tuning_pretrained_weights(pretrained, tmp_path, capsys):
     assert all(torch.equal(newest(tmp_path).model_state[name], tensor) for name, tensor in straight.items())
 
 
+def test_the_command_that_adapters_end_with_opens_them(pretrained, tmp_path):
+    """Their checkpoint brings the model's type; only their base has to be named."""
+    bare = dict.fromkeys(["N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"])
+    lora = {"LORA_RANK": "2", "CHECKPOINT_ADAPTERS_ONLY": "true", "TRAINING_STEPS": "2"}
+    code, said = train(tmp_path, GPT2_MODEL_NAME=str(pretrained), **lora, **bare)
+    assert code == 0, said
+    (line,) = [line.removeprefix("next: ") for line in said.splitlines() if line.startswith("next: ")]
+    assert f"GPT2_MODEL_NAME={pretrained}" in line
+    alone = programs.LEAST | {"PYTHON_DOTENV_DISABLED": "1", "MAX_NEW_TOKENS": "3"}
+    done = subprocess.run(["bash", "-c", line], env=alone, capture_output=True, text=True, check=False)
+    assert (done.returncode, bool(done.stdout.strip())) == (0, True), done.stderr
+
+
 def test_pretrained_weights_start_with_the_loss_of_transformers(pretrained, tmp_path):
     """The first validation loss is that of the transformers model on the same windows."""
     code, said = train(

@@ -204,7 +204,8 @@ full, `--help LORA_RANK` one, `--help checkpoints` a subject of this page. `pyth
 - The process environment comes first, then `.env`, then the default. `ENV_FILE=other.env` reads that file instead, and
   `PYTHON_DOTENV_DISABLED=1` reads no file. A run starts by logging every setting that is not a default, and its source.
 - An empty value counts as unset. Booleans take true, false, 1, 0, yes, no, on and off. Whole numbers may be written
-  `5_000` or `1e4`. In an env file, `${NAME}` expands to another variable.
+  `5_000` or `1e4`. In an env file, `${NAME}` expands to another variable, which must have a value (`${NAME:-default}` need
+  not), text after ` #` is a comment unless the value is in quotes, and a name has only one value.
 - Paths that are set are relative to the current folder, default paths to the repository. Where `pip install .` has installed
   the package, there is no repository: default paths and `.env` are those of the current folder.
 - All mistakes are reported together, and the exit code is 2. In the env file every unknown name is a mistake. In the

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dotenv import dotenv_values
-from dotenv.parser import Binding, parse_stream
 
+from milepost.config.env_lines import readable_lines
 from milepost.config.names import is_foreign, not_an_env_file, unknown_in_environment, unknown_in_file
 from milepost.config.parse import absolute_path, parse_saved, parse_value, refusal, short_text
 from milepost.config.variables import (
@@ -78,10 +78,10 @@ def read(
         except ValueError:
             problems.append(refusal(VARIABLES[name], text, source))
     try:
-        config = _finish(values, {name: source for name, (_, source) in texts.items()}, problems)
+        config = _finish(values, {name: source for name, (_, source) in texts.items()}, problems, reads=reads)
     except ConfigError as error:
         raise ConfigError([*error.problems, *notes]) from None
-    return dataclasses.replace(config, notes=tuple(notes), reads=tuple(reads))
+    return dataclasses.replace(config, notes=tuple(notes))
 
 
 def _current_folder() -> str:
@@ -209,13 +209,21 @@ def _portable(path: str) -> str:
     return Path(path).relative_to(SHIPPED).as_posix() if Path(path).is_relative_to(SHIPPED) else path
 
 
-def _finish(values: dict[str, Any], sources: dict[str, str], problems: list[str], *, merged: bool = False) -> Config:
+def _finish(
+    values: dict[str, Any],
+    sources: dict[str, str],
+    problems: list[str],
+    *,
+    merged: bool = False,
+    reads: Iterable[str] = (),
+) -> Config:
     """Return the Config of `values` and the defaults. Raise ConfigError if there are problems or contradictions."""
     bad = sources.keys() - values.keys()
-    config = _build(values, sources)
+    config = dataclasses.replace(_build(values, sources), reads=tuple(reads))
     for names, sentence in _clashes(config):
         known = merged or all(settled(config, name) for name in names)
-        if known and any(map(config.is_set, names)) and not bad.intersection(names):
+        concerns = any(config.is_set(name) and not _is_compared(config, name) for name in names)
+        if known and concerns and not bad.intersection(names):
             problems.append(sentence)
     if problems:
         raise ConfigError(problems)
@@ -223,13 +231,20 @@ def _finish(values: dict[str, Any], sources: dict[str, str], problems: list[str]
 
 
 def settled(config: Config, name: str) -> bool:
-    """Return whether no checkpoint can change the variable: a resumed run takes unset values from its checkpoint, so their
-    defaults contradict nothing before that.
+    """Return whether no checkpoint can change the variable: a resumed run, and a script that opens a checkpoint, take unset
+    values from it, so their defaults contradict nothing before that.
     """
     scope, resumes = VARIABLES[name].metadata["scope"], config.resume != "never" or config.mode == "resume"
     weights = config.init_from or config.pretrained
-    brought = resumes or (weights is not None and scope == "identity")
+    brought = resumes or (weights is not None and scope == "identity") or _is_compared(config, name)
     return not brought or config.is_set(name) or scope == "session"
+
+
+def _is_compared(config: Config, name: str) -> bool:
+    """Return whether the script does not read the variable, because its checkpoint brings it: there it is compared if it is set."""
+    words = {entry.partition(" if ")[0] for entry in config.reads}
+    is_read = not words or not words.isdisjoint((name, VARIABLES[name].metadata["group"]))
+    return not is_read and VARIABLES[name].metadata["scope"] == "identity"
 
 
 def default_beside(config: Config, name: str) -> object:
@@ -401,17 +416,9 @@ def _read_env_file(environ: Mapping[str, str], folder: str, problems: list[str])
     if problem := not_an_env_file(str(path)):
         problems.append(problem)
         return label, {}
-    lines = list(parse_stream(io.StringIO(text)))
-    bad = [line for line in lines if line.error or "\0" in line.original.string or (line.key and line.value is None)]
-    problems += [f"{label}, line {_line(line)}: expected NAME=value" for line in bad]
-    readable = io.StringIO("".join(line.original.string for line in lines if line not in bad))
-    return label, {key: value or "" for key, value in dotenv_values(stream=readable).items()}
-
-
-def _line(binding: Binding) -> int:
-    """Return the line on which a statement begins; python-dotenv counts from the empty lines before it."""
-    text = binding.original.string
-    return binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+    readable, wrong = readable_lines(text, label)
+    problems += wrong
+    return label, {key: value or "" for key, value in dotenv_values(stream=io.StringIO(readable)).items()}
 
 
 def shared_settings(config: Config) -> dict[str, Json]:

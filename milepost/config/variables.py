@@ -290,8 +290,8 @@ class Config:
     stop: tuple[str, ...] = var((), r"text that ends the generation and is not shown, with \n, \t and \\ as escapes; several as a JSON list",
         group="Generation", form="list")
     num_samples: int = var(1, "texts to generate", group="Generation", minimum=1)
-    sample_seed: int | None = var(None, "seed of the generation; not set: random, and printed",
-        group="Generation", minimum=0, needs="TEMPERATURE!=0")
+    sample_seed: int | None = var(None, "seed of the generation, and of its first token where there is no prompt; not set: random, and printed",
+        group="Generation", minimum=0, needs="TEMPERATURE!=0 or not PROMPT")
     quantize: str = var("none", "int8 stores a GPT-2's matrices in 8 bits to generate faster on a CPU; perplexity changes by less than 1 %",
         group="Generation", choices=("none", "int8"))
     speculate: str = var("none", "lookup decodes speculatively from n-grams that occurred before: the same text, faster where it repeats "

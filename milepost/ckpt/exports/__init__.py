@@ -22,12 +22,14 @@ class Export(Protocol):
 
     name: str
     needs: tuple[str, ...]  # packages beyond requirements.txt, by their names on PyPI
-    how: str  # the command that runs it there, with {path} and its {name}
     trains: bool  # whether it holds the optimizer's state, with which its program trains on
     run_stem: str  # as in a Layout; empty: named by model, source, step and time
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
         """Return the visible path of an export of this stem."""
+
+    def how(self, path: Path) -> str:
+        """Return the command that runs the export at `path` there, to be pasted: in a shell, or in Python."""
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
         """Write the record; return its path. Raises CheckpointError for what the program cannot represent."""

@@ -5,6 +5,7 @@ each of ours, gguf_gpt2.py and gguf_llama.py.
 """
 
 import importlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,16 @@ class Gguf:
     type: str = "f16"
     name = NAME
     needs = ("gguf",)
-    how = "llama-completion -m {path} -p 'Dear'"
     trains = False
     run_stem = ""
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
         """Return the file, with its type in its name as is usual; a stem that is a whole file name stays."""
         return [folder / (stem if stem.endswith(".gguf") else f"{stem}-{self.type}.gguf")]
+
+    def how(self, path: Path) -> str:
+        """Return the command of llama.cpp that continues a text."""
+        return f"llama-completion -m {shlex.quote(str(path))} -p 'Dear'"
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
         """Write the file. Raises CheckpointError for what llama.cpp's models or its tokenizers cannot represent."""

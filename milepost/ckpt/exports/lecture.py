@@ -41,13 +41,15 @@ class Lecture:
     needs: tuple[str, ...] = ()
     trains = False
     run_stem = ""
-    how = (
-        'in Python: model.load_state_dict(torch.load("{path}/model.pt")), where model has the sizes of its config.json'
-    )
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
         """Return the folder, which has the model's name."""
         return [folder / stem]
+
+    def how(self, path: Path) -> str:
+        """Return the statement that loads the weights into the lecture's model."""
+        statement = f"model.load_state_dict(torch.load({str(path / 'model.pt')!r}))"
+        return f"in Python: {statement}, where model has the sizes of its config.json"
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
         """Write the folder. Raises CheckpointError for what the lecture's models or tokenizers cannot represent."""

@@ -6,6 +6,7 @@ from data/{dataset}/meta.pkl; without that file it uses GPT-2's tokens.
 """
 
 import pickle
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,15 @@ class NanoGpt:
     needs: tuple[str, ...] = ()
     trains = True
     run_stem = ""
-    how = "in nanoGPT's folder: cp -r {path} data/ && python3 sample.py --out_dir=data/{name} --device=cpu"
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
         """Return the folder that is nanoGPT's out_dir."""
         return [folder / stem]
+
+    def how(self, path: Path) -> str:
+        """Return the commands that sample from it in nanoGPT."""
+        copied = shlex.quote(f"data/{path.name}")
+        return f"in nanoGPT's folder: cp -r {shlex.quote(str(path))} data/ && python3 sample.py --out_dir={copied} --device=cpu"
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
         """Write the folder. Raises CheckpointError for what nanoGPT's model or sample.py cannot represent."""

@@ -26,11 +26,15 @@ class Peft:
     needs: tuple[str, ...] = ()
     trains = False
     run_stem = ""
-    how = 'in Python: peft.PeftModel.from_pretrained(base, "{path}"), where base is transformers\' model of the base'
 
     def targets(self, folder: Path, stem: str) -> list[Path]:
         """Return the folder that peft opens."""
         return [folder / stem]
+
+    def how(self, path: Path) -> str:
+        """Return the call of peft that puts the adapters over their base."""
+        call = f"peft.PeftModel.from_pretrained(base, {str(path)!r})"
+        return f"in Python: {call}, where base is transformers' model of the base"
 
     def write(self, record: Checkpoint, folder: Path, stem: str) -> Path:
         """Write the folder. Raises CheckpointError for a model without LoRA, or with other adapters."""
