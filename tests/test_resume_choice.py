@@ -11,7 +11,7 @@ from pathlib import Path
 
 import programs
 import pytest
-from drive import ROOT, environment, newest, tensor_bytes, train
+from drive import ROOT, TINY, environment, newest, tensor_bytes, train
 from test_resume_mode import load_checkpoint
 
 import training
@@ -276,6 +276,25 @@ def test_the_command_resumes_a_child_beside_an_env_file_of_other_plans(once, tmp
     code, said = train(tmp_path, **plan | {"TRAINING_DATA_SOURCE": None} | variables)
     assert code == 0, said
     assert (newest(tmp_path).step, newest(tmp_path).run_id) == (14, child.run_id)
+
+
+def test_the_command_repeats_what_was_set_instead_of_the_env_files_values(tmp_path, monkeypatch):
+    """The values of the process environment are gone when the command is pasted, and those of the env file are not."""
+    file = {"TRAINING_STEPS": "5", "BATCH_SIZE": "2", "EVAL_INTERVAL": "4", "LEARNING_RATE": "1e-3", "N_LAYER": "1"}
+    (tmp_path / "my.env").write_text("".join(f"{name}={value}\n" for name, value in file.items()))
+    kept = {"EVAL_INTERVAL": None, "ENV_FILE": str(tmp_path / "my.env"), "PYTHON_DOTENV_DISABLED": None}
+    with monkeypatch.context() as patch:
+        stopping(patch, at=6)
+        code, said = train(tmp_path, **kept)
+    assert code == 130, said
+    variables = hint(said)
+    assert variables.items() >= {"TRAINING_STEPS": "8", "BATCH_SIZE": "4", "N_LAYER": "2", "DEVICE": "cpu"}.items()
+    assert not {"EVAL_INTERVAL", "LEARNING_RATE", "DROPOUT"} & variables.keys()  # the file has no other value
+    bare = dict.fromkeys([*TINY, "TRAINING_DATA_SOURCE"])
+    code, said = train(tmp_path, **bare | kept | variables)
+    assert code == 0, said
+    assert newest(tmp_path).step == 8
+    assert newest(tmp_path).parent is None  # no child
 
 
 def test_the_command_names_the_step_where_one_is_set(once, tmp_path, monkeypatch):
