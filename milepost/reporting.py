@@ -270,12 +270,18 @@ def _set_otherwise(run: Run, *, step: int) -> dict[str, Any]:
     """
     settings, followed = run.settings, run.resolved()
     values = {name: followed[name] for name in sorted(PLAN)} | {"RESUME_STEP": step}
-    device = {"DEVICE": settings.device} if settings.device != "auto" else {}
-    return device | {
-        name: value
-        for name, value in values.items()
-        if settings.is_set(name) and value not in (None, getattr(settings, name.lower()))
+    differ = {
+        name for name, value in values.items() if settings.is_set(name) and value != getattr(settings, name.lower())
     }
+    in_file = {name for name in settings.overridden if name == "CHECKPOINT_LAYOUT" or not _is_of_session(name)}
+    in_file -= {name for name in in_file if _is_hidden(settings, name)}
+    device = {"DEVICE": settings.device} if settings.device != "auto" else {}
+    values = {name: values.get(name, getattr(settings, name.lower())) for name in sorted(differ | in_file)}
+    return device | {name: config.as_text(each) for name, each in values.items() if each is not None}
+
+
+def _is_of_session(name: str) -> bool:
+    return bool(config.VARIABLES[name].metadata["scope"] == "session")
 
 
 def _is_hidden(settings: config.Config, name: str) -> bool:

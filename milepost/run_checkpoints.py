@@ -16,7 +16,7 @@ from milepost.files import check_writable, is_unreachable
 from milepost.locks import FolderHeldError
 from milepost.paths import is_real_folder
 from milepost.run import TRY_INSTEAD, Run, State, check_unchanged, left_by_step, to_record
-from milepost.run_files import METRICS, flush_lines, open_run
+from milepost.run_files import METRICS, copy_from_fallback, flush_lines, open_run
 from milepost.run_mirror import copied_now, copy_again, copy_to_mirror, finish_mirroring, wait_for_rank0
 from milepost.runtime import distributed
 from milepost.runtime.digests import digests
@@ -223,11 +223,12 @@ def copy_best(run: Run, record: Checkpoint | None = None) -> None:
 
 
 def repair(run: Run, last: Checkpoint) -> None:
-    """Restore files that a finished run lacks: metrics that an earlier resume had set aside, the best step in best/, its last
-    checkpoint in the mirror.
+    """Restore files that a finished run lacks: its last checkpoint if only the fallback folder has it, metrics that an earlier
+    resume had set aside, the best step in best/, its last checkpoint in the mirror.
 
     Remove what a kill after its last save left.
     """
+    copy_from_fallback(run)
     metrics_aside = Metrics(run.folder / METRICS).set_aside.exists()
     if metrics_aside or (
         run.best_is_pending and ckpt.saved_best(Path(run.settings.checkpoint_dir), **_best_of(run, run.state))

@@ -12,7 +12,7 @@ import models
 from milepost import ckpt, config
 from milepost.ckpt.leftovers import prepare_folder
 from milepost.config import ConfigError
-from milepost.files import in_words, instead, lacks, largest_file, note_mount
+from milepost.files import in_words, instead, lacks, largest_file, make_folder, note_mount
 from milepost.locks import RunLock
 from milepost.paths import check_inside, is_real_file
 from milepost.run import Run, is_due
@@ -56,6 +56,7 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
             with _blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
                 prepare_folder(Path(fallback))
                 note_mount(Path(fallback))
+            copy_from_fallback(run)
         check_space(run)
         check_file_size(run)
         protect_base(run, held)
@@ -84,6 +85,29 @@ def _lock(run: Run, folder: Path, held: contextlib.ExitStack) -> None:
     lock = RunLock(folder, run.run_id)
     lock.acquire(patience=LOCK_PATIENCE if config.was_restarted() else 0)
     held.callback(lock.release)
+
+
+def copy_from_fallback(run: Run) -> None:
+    """Copy the checkpoint that the run resumes from to CHECKPOINT_DIR, if it lies in CHECKPOINT_FALLBACK_DIR; on rank 0.
+
+    There `latest`, best/ and retention look for it. The one in the fallback folder stays. The next save must still have room:
+    a disk that lacks it, or refuses, is only logged.
+    """
+    settings, path, folder = run.settings, run.saved.resumed, Path(run.settings.checkpoint_dir)
+    fallback = Path(settings.checkpoint_fallback_dir or folder)
+    if not (settings.enable_checkpoints and path and path.is_relative_to(fallback) and fallback != folder):
+        return
+    need = checkpoint_sizes(run)[1] * (2 if run.state.step < run.end else 1)
+    try:
+        make_folder(folder)
+        problem = ckpt.free_space_problem(folder, need=need)
+        copy = None if problem else ckpt.copy_into(path, folder, run_id=run.run_id)
+    except (OSError, ckpt.CheckpointError) as error:
+        problem, copy = ckpt.why_not_saved(error, folder, need=need), None
+    if problem:
+        run.log(f"{shown(path)} is not copied to {shown(folder)}: {problem}")
+    elif copy:
+        run.log(f"step {run.state.step} is now in {shown(copy)} too")
 
 
 def log_lacks(run: Run) -> None:

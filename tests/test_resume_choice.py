@@ -1,6 +1,5 @@
 """Which of several checkpoints RESUME=auto takes, what it says of those that it passes over, and the commands it prints."""
 
-import dataclasses
 import io
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import programs
 import pytest
-from drive import ROOT, environment, newest, tensor_bytes, train
+from drive import ROOT, TINY, environment, newest, tensor_bytes, train
 from test_resume_mode import load_checkpoint
 
 import training
@@ -176,18 +175,80 @@ def test_between_runs_of_two_folders_the_clock_decides_and_within_a_folder_it_do
     assert in_order([], usual) == usual
 
 
-def test_the_step_in_the_fallback_folder_is_resumed_after_the_clock_went_back(once, tmp_path):
+@pytest.fixture
+def fallen_back(once, tmp_path):
+    """Run A whose last step is in the fallback folder, saved after the clock went back, and not in CHECKPOINT_DIR."""
     folder, elsewhere = tmp_path / "run", tmp_path / "fallback"
     shutil.copytree(once, folder)
     shutil.rmtree(folder / "checkpoints" / "best")
     last = of_seed(folder, 1337, 8)
     last.path.unlink()
-    again = dataclasses.replace(last, saved_at="2020-01-01T00:00:00.000000+00:00")
     elsewhere.mkdir()
-    ckpt.WRITERS["unified"].write(again, elsewhere, last.path.stem)
-    code, said = train(folder, RESUME="auto", SEED="1337", LEARNING_RATE="1e-3", CHECKPOINT_FALLBACK_DIR=str(elsewhere))
+    ckpt.save(last, elsewhere, after=last.save_number - 1)
+    (path,) = elsewhere.glob("*.pt")
+    again = ckpt.load(path)
+    path.unlink()
+    again.saved_at = "2020-01-01T00:00:00.000000+00:00"
+    return folder, ckpt.WRITERS["unified"].write(again, elsewhere, path.stem)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_last_step_in_the_fallback_folder_is_copied_where_latest_and_best_look(gone, fallen_back):
+    folder, path = fallen_back
+    content = path.read_bytes()
+    if gone:
+        shutil.rmtree(folder / "checkpoints")
+    fallback = {"CHECKPOINT_FALLBACK_DIR": str(path.parent)}
+    code, said = train(folder, RESUME="auto", SEED="1337", LEARNING_RATE="1e-3", **fallback)
     assert code == 0, said
-    assert f"run {last.run_id} is finished: 8 of 8 steps are done" in said
+    assert "is finished: 8 of 8 steps are done" in said
+    copy, best = folder / "checkpoints" / path.name, folder / "checkpoints" / "best" / path.name
+    assert copy.read_bytes() == best.read_bytes() == path.read_bytes() == content
+    code, said = train(folder, RESUME="auto", SEED="1337", LEARNING_RATE="1e-3", **fallback)  # nothing is copied twice
+    assert (code, len(list((folder / "checkpoints").rglob(path.name)))) == (0, 2), said
+
+
+@pytest.mark.parametrize("layout", ["unified", "stepfiles", "directory"])
+def test_a_step_in_the_fallback_folder_is_copied_before_training_continues(layout, once, tmp_path):
+    elsewhere = tmp_path / "fallback"
+    ckpt.save(of_seed(once, 1337, 4), elsewhere, layout=layout)
+    fallback = {"CHECKPOINT_FALLBACK_DIR": str(elsewhere), "TRAINING_DATA_SOURCE": None, "CHECKPOINT_INTERVAL": "0"}
+    code, said = train(tmp_path, RESUME="auto", **fallback)
+    assert code == 0, said
+    steps = {each.step for each in ckpt.find(tmp_path / "checkpoints")}
+    assert steps == {4, 8}
+    assert tensor_bytes(newest(tmp_path)) == tensor_bytes(of_seed(once, 1337, 8))
+
+
+def test_a_disk_without_room_for_the_next_save_too_gets_no_copy(once, tmp_path, monkeypatch):
+    """Room for one checkpoint is that of the next save. There is more once training has begun."""
+    elsewhere, free = tmp_path / "fallback", [150_000]
+    ckpt.save(of_seed(once, 1337, 4), elsewhere)
+    learn = training.training_step
+
+    def step(run, lr):
+        free[0] = 10**9
+        return learn(run, lr)
+
+    monkeypatch.setattr("milepost.ckpt.saving.free_space", lambda folder: free[0])
+    monkeypatch.setattr(training, "training_step", step)
+    fallback = {"CHECKPOINT_FALLBACK_DIR": str(elsewhere), "TRAINING_DATA_SOURCE": None}
+    code, said = train(tmp_path, RESUME="auto", **fallback)
+    assert code == 0, said
+    assert "is not copied to" in said
+    assert "the disk is full" in said
+    assert [each.step for each in ckpt.find(tmp_path / "checkpoints")] == [8]
+
+
+def test_a_name_that_is_taken_is_left_alone(fallen_back):
+    folder, path = fallen_back
+    mine = folder / "checkpoints" / path.name
+    mine.write_bytes(b"a note of mine")
+    code, said = train(
+        folder, RESUME="auto", SEED="1337", LEARNING_RATE="1e-3", CHECKPOINT_FALLBACK_DIR=str(path.parent)
+    )
+    assert code == 0, said
+    assert mine.read_bytes() == b"a note of mine"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +276,25 @@ def test_the_command_resumes_a_child_beside_an_env_file_of_other_plans(once, tmp
     code, said = train(tmp_path, **plan | {"TRAINING_DATA_SOURCE": None} | variables)
     assert code == 0, said
     assert (newest(tmp_path).step, newest(tmp_path).run_id) == (14, child.run_id)
+
+
+def test_the_command_repeats_what_was_set_instead_of_the_env_files_values(tmp_path, monkeypatch):
+    """The values of the process environment are gone when the command is pasted, and those of the env file are not."""
+    file = {"TRAINING_STEPS": "5", "BATCH_SIZE": "2", "EVAL_INTERVAL": "4", "LEARNING_RATE": "1e-3", "N_LAYER": "1"}
+    (tmp_path / "my.env").write_text("".join(f"{name}={value}\n" for name, value in file.items()))
+    kept = {"EVAL_INTERVAL": None, "ENV_FILE": str(tmp_path / "my.env"), "PYTHON_DOTENV_DISABLED": None}
+    with monkeypatch.context() as patch:
+        stopping(patch, at=6)
+        code, said = train(tmp_path, **kept)
+    assert code == 130, said
+    variables = hint(said)
+    assert variables.items() >= {"TRAINING_STEPS": "8", "BATCH_SIZE": "4", "N_LAYER": "2", "DEVICE": "cpu"}.items()
+    assert not {"EVAL_INTERVAL", "LEARNING_RATE", "DROPOUT"} & variables.keys()  # the file has no other value
+    bare = dict.fromkeys([*TINY, "TRAINING_DATA_SOURCE"])
+    code, said = train(tmp_path, **bare | kept | variables)
+    assert code == 0, said
+    assert newest(tmp_path).step == 8
+    assert newest(tmp_path).parent is None  # no child
 
 
 def test_the_command_names_the_step_where_one_is_set(once, tmp_path, monkeypatch):

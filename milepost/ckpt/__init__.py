@@ -23,7 +23,7 @@ from milepost.ckpt.opening import load, load_named
 from milepost.ckpt.record import Checkpoint, CheckpointError
 from milepost.ckpt.resolving import listing, resolve, several, whole_folder
 from milepost.ckpt.retention import prune
-from milepost.ckpt.saving import free_space_problem, save, why_not_saved
+from milepost.ckpt.saving import copy_into, free_space_problem, save, why_not_saved
 from milepost.ckpt.selection import Selection, select
 from milepost.ckpt.tensor_listing import held
 
@@ -42,6 +42,7 @@ __all__ = [
     "best",
     "best_is_kept",
     "convert",
+    "copy_into",
     "due",
     "export",
     "exporter",

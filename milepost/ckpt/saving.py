@@ -8,12 +8,12 @@ import stat
 from pathlib import Path
 
 from milepost.ckpt.finding import BEST_FOLDER, highest_number
-from milepost.ckpt.layouts import WRITERS
+from milepost.ckpt.layouts import WRITERS, known_layout
 from milepost.ckpt.leftovers import remove_leftovers_below
 from milepost.ckpt.names import PREFIX, free_stem, target_folder
 from milepost.ckpt.record import LARGEST, Checkpoint, CheckpointError, bytes_on_disk
 from milepost.ckpt.validate import validate
-from milepost.files import free_space, in_words, lacks, make_folder
+from milepost.files import free_space, in_words, lacks, link_or_copy, make_folder
 from milepost.locks import folder_lock
 from milepost.paths import check_inside
 
@@ -55,6 +55,21 @@ def save(
         if free_space_problem(folder, need=bytes_on_disk(record)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         return writer.write(record, target, stem)
+
+
+def copy_into(path: Path, folder: Path, *, run_id: str) -> Path | None:
+    """Copy a saved checkpoint of the run from another folder below `folder` under its own name; return the new path, or
+    None if that name is taken. Raise OSError on a write error; the folder is then as it was before.
+    """
+    layout = known_layout(path)
+    files = layout.files(path)
+    place = folder / run_id if layout.run_stem else folder
+    with folder_lock(folder):
+        check_inside(folder, place)
+        make_place(place, folder)
+        if any(os.path.lexists(place / file.name) for file in files):
+            return None
+        return link_or_copy(files, place)
 
 
 def free_space_problem(folder: Path, *, need: int) -> str | None:

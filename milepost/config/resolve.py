@@ -71,6 +71,9 @@ def read(
         text = variables.get(name, "")
         if _is_set(name, text) and not (name == "PROMPT" and PROMPT_OF_CMD.fullmatch(text)):
             texts[name] = text, "environment"
+    overridden = frozenset(
+        name for name, (text, _) in texts.items() if _is_set(name, in_file.get(name, "")) and text != in_file[name]
+    )
     values: dict[str, Any] = {}
     for name, (text, source) in texts.items():
         try:
@@ -81,7 +84,11 @@ def read(
         config = _finish(values, {name: source for name, (_, source) in texts.items()}, problems, reads=reads)
     except ConfigError as error:
         raise ConfigError([*error.problems, *notes]) from None
+<<<<<<< HEAD
     return dataclasses.replace(config, notes=tuple(notes))
+=======
+    return dataclasses.replace(config, notes=tuple(notes), reads=tuple(reads), overridden=overridden)
+>>>>>>> crit-core
 
 
 def _current_folder() -> str:
@@ -125,7 +132,8 @@ def from_saved(current: Config, saved: Mapping[str, Any]) -> Config:
                 values[name] = parse_saved(each, saved[name], str(SHIPPED))
             except ValueError:
                 problems.append(refusal(each, saved[name], "checkpoint"))
-    return _finish(values, sources, problems, merged=True)
+    merged = _finish(values, sources, problems, merged=True)
+    return dataclasses.replace(merged, overridden=current.overridden)
 
 
 def frozen_base(config: Config) -> bool:

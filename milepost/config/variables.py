@@ -351,6 +351,8 @@ class Config:
     # What to report once the run logs: names of the process environment that are near a variable. And the script's READS.
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
     reads: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    # What the env file sets otherwise than the process environment, which comes first.
+    overridden: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def is_set(self, name: str) -> bool:
         """Return whether the user set the variable, in the environment or in the env file."""
