@@ -176,6 +176,15 @@ SEVERAL_TYPES = [
     (["data.jsonl", "dataset_infos.json", "requirements.txt"], ["data.jsonl"]),
     (["a.tsv", "b.arrow", "b.txt"], ["b.arrow"]),
 ]
+SHARDS = [
+    f"data/{name}.parquet"
+    for name in (
+        "dev-00000-of-00001",
+        "train_gen-00000-of-00001",
+        "train_sft-00000-of-00002",
+        "train_sft-00001-of-00002",
+    )
+]
 TREE = ["a.csv", "sub/b.csv", "sub/c/d.csv", "sub/e.txt"]
 PATTERNS = {
     "*.csv": ["a.csv"],
@@ -234,6 +243,18 @@ def test_of_several_types_one_is_read(names: list[str], read: list[str]) -> None
 @pytest.mark.parametrize(("pattern", "found"), PATTERNS.items())
 def test_patterns_of_a_readme_are_those_of_the_hub(pattern: str, found: list[str]) -> None:
     assert files_of_split(data_set("hf://datasets/a/b"), TREE, [{"data_files": pattern}]) == found
+
+
+def test_a_split_of_shards_is_named_whole() -> None:
+    """Else train would be the texts of train_sft and of train_gen, which have the same questions."""
+
+    def files(split: str) -> list[str]:
+        return files_of_split(data_set(f"hf://datasets/a/b{split}"), SHARDS, [])
+
+    assert files("/train_sft") == ["data/train_sft-00000-of-00002.parquet", "data/train_sft-00001-of-00002.parquet"]
+    assert files("/validation") == ["data/dev-00000-of-00001.parquet"]
+    with pytest.raises(DataError, match=r"no such split with .* files; it has dev, train_gen, train_sft"):
+        files("")
 
 
 def test_files_of_another_type_are_told(hub: DataHub, tmp_path: Path) -> None:

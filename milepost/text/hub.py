@@ -25,6 +25,7 @@ _ADDRESS = re.compile(
     r"(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?"
 )
 _COMMIT = re.compile("[0-9a-f]{40}")
+_SHARD = re.compile(r"data/(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5,}\..*")
 FORM = f"{SCHEME}owner/name[@revision][:config][/split]"
 FOLDER = "or download the files and name their folder"
 SPLITS = {
@@ -158,10 +159,9 @@ def files_of_split(asked: DataSet, names: Sequence[str], configs: Sequence[dict[
     config = _config(asked, configs)
     folder = PurePosixPath(config.get("data_dir") or ("" if config else asked.config or ""))
     if not config.get("data_files"):
-        inside = [name for name in files if PurePosixPath(name).is_relative_to(folder)]
-        patterns = {split: found for split in SPLITS if (found := [n for n in inside if _names_split(n, split)])}
-        patterns = patterns or ({"train": inside} if inside else {})
-        chosen = patterns.get(asked.split, [])
+        patterns = _by_names([name for name in files if PurePosixPath(name).is_relative_to(folder)], folder)
+        asked_for = next((each for each in (asked.split, *SPLITS.get(asked.split, ())) if each in patterns), "")
+        chosen = patterns.get(asked_for, [])
     else:
         patterns = _patterns(config["data_files"])
         wanted = [glob_translate(str(folder / each)) for each in patterns.get(asked.split, [])]
@@ -182,6 +182,18 @@ def of_one_type(names: Sequence[str]) -> list[str]:
     first = max(counts, key=lambda suffix: (counts[suffix], -TYPES.index(suffix)))
     kind = SAME_TYPE.get(first, first)
     return [name for name in names if SAME_TYPE.get(suffix_of(name), suffix_of(name)) == kind]
+
+
+def _by_names(files: Sequence[str], folder: PurePosixPath) -> dict[str, list[str]]:
+    """Return split -> files, by what their names say: whole where the hub's own client wrote them, else by words in them."""
+    shards: dict[str, list[str]] = {}
+    for name in files:
+        if found := _SHARD.fullmatch(str(PurePosixPath(name).relative_to(folder))):
+            shards.setdefault(found["split"], []).append(name)
+    named = shards or {
+        split: found for split in SPLITS if (found := [name for name in files if _names_split(name, split)])
+    }
+    return named or ({"train": list(files)} if files else {})
 
 
 def _names_split(name: str, split: str) -> bool:
