@@ -253,17 +253,21 @@ def test_a_split_of_shards_is_named_whole() -> None:
 
     assert files("/train_sft") == ["data/train_sft-00000-of-00002.parquet", "data/train_sft-00001-of-00002.parquet"]
     assert files("/validation") == ["data/dev-00000-of-00001.parquet"]
+    assert files_of_split(data_set("hf://datasets/a/b/test"), [*SHARDS, "test.parquet"], []) == ["test.parquet"]
     with pytest.raises(DataError, match=r"no such split with .* files; it has dev, train_gen, train_sft"):
         files("")
 
 
 def test_files_of_another_type_are_told(hub: DataHub, tmp_path: Path) -> None:
     folder = tmp_path / "hub" / FIRST / "data"
-    (folder / "train.csv").write_text("text\nanother copy\n")
+    (folder / "train-00000-of-00001.csv").write_text("text\nanother copy\n")
     code, said = train(tmp_path / "run", hub, TRAINING_DATA_SOURCE="hf://datasets/wren/letters")
     assert code == 0, said
     assert newest(tmp_path / "run").data["characters"] == 6000
-    assert "not read, because files of several types are copies of one text as a rule: data/train.csv" in said
+    assert (
+        "not read, because files of several types are copies of one text as a rule: data/train-00000-of-00001.csv"
+        in said
+    )
 
 
 def test_a_recorded_commit_takes_the_place_of_a_branch_alone() -> None:

@@ -7,6 +7,7 @@ files is kept beside the other caches, so that a resume needs no network.
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -190,10 +191,11 @@ def _by_names(files: Sequence[str], folder: PurePosixPath) -> dict[str, list[str
     for name in files:
         if found := _SHARD.fullmatch(str(PurePosixPath(name).relative_to(folder))):
             shards.setdefault(found["split"], []).append(name)
-    named = shards or {
-        split: found for split in SPLITS if (found := [name for name in files if _names_split(name, split)])
-    }
-    return named or ({"train": list(files)} if files else {})
+    sharded = set(itertools.chain(*shards.values()))
+    others = [name for name in files if name not in sharded]
+    by_words = {split: [name for name in others if _names_split(name, split)] for split in SPLITS}
+    lacking = {split: found for split, found in by_words.items() if found and not shards.keys() & {*SPLITS[split]}}
+    return shards | lacking or ({"train": list(files)} if files else {})
 
 
 def _names_split(name: str, split: str) -> bool:
