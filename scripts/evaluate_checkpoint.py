@@ -52,11 +52,12 @@ from milepost.run import (
 from milepost.runtime import hardware
 from milepost.runtime.progress import Log, shown
 from milepost.screen import write_json, write_stdout
+from milepost.text.conversations import as_pieces
 from milepost.text.errors import DataError, UnknownCharacters
 from milepost.text.known import Known, has_carriage_returns, known_text
 from milepost.text.templates import template_of
 from milepost.text.token_files import split_at
-from milepost.text.unknown import Mode, occurrences, stand_in, told, unknown_characters
+from milepost.text.unknown import Lenient, Mode, occurrences, stand_in, told, unknown_characters
 from models.model import Model
 
 
@@ -172,9 +173,10 @@ def readable(record: Checkpoint, text: Text, settings: Config, log: Log) -> Text
     if not unknown or settings.unknown_characters == "refuse":
         return text
     character, done = stand_in(tokenizer, unknown, cast(Mode, settings.unknown_characters))
-    talks = (message["content"] for talk in text.talks() for message in talk) if text.is_talks else text.passages()
-    counts = occurrences(((part, True) for part in talks), unknown)
-    log(f"{shown(text.corpus.source)}: {told(counts, done)}")
+    pieces = (
+        as_pieces(("", talk) for talk in text.talks()) if text.is_talks else ((part, True) for part in text.passages())
+    )
+    log(f"{shown(text.corpus.source)}: {told(occurrences(pieces, unknown), done)}")
     return dataclasses.replace(text, stand_ins=dict.fromkeys(map(ord, unknown), character))
 
 
@@ -208,10 +210,11 @@ def evaluate_record(
     """Return the figures of one checkpoint. Raise CheckpointError if its model's probabilities are not finite."""
     identity = {name: getattr(record, name) for name in ("model_type", "step", "run_id", "save_id")}
     tokenizer = build_tokenizer(record)
+    stand_ins = text.stand_ins if text else {}
     try:
         return evaluate(
             model,
-            tokenizer,
+            Lenient(tokenizer, "".join(map(chr, stand_ins)), *{*stand_ins.values()}) if stand_ins else tokenizer,
             text,
             benchmarks,
             name=shown(record.path or ""),

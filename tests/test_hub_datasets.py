@@ -176,6 +176,15 @@ SEVERAL_TYPES = [
     (["data.jsonl", "dataset_infos.json", "requirements.txt"], ["data.jsonl"]),
     (["a.tsv", "b.arrow", "b.txt"], ["b.arrow"]),
 ]
+SHARDS = [
+    f"data/{name}.parquet"
+    for name in (
+        "dev-00000-of-00001",
+        "train_gen-00000-of-00001",
+        "train_sft-00000-of-00002",
+        "train_sft-00001-of-00002",
+    )
+]
 TREE = ["a.csv", "sub/b.csv", "sub/c/d.csv", "sub/e.txt"]
 PATTERNS = {
     "*.csv": ["a.csv"],
@@ -236,13 +245,29 @@ def test_patterns_of_a_readme_are_those_of_the_hub(pattern: str, found: list[str
     assert files_of_split(data_set("hf://datasets/a/b"), TREE, [{"data_files": pattern}]) == found
 
 
+def test_a_split_of_shards_is_named_whole() -> None:
+    """Else train would be the texts of train_sft and of train_gen, which have the same questions."""
+
+    def files(split: str) -> list[str]:
+        return files_of_split(data_set(f"hf://datasets/a/b{split}"), SHARDS, [])
+
+    assert files("/train_sft") == ["data/train_sft-00000-of-00002.parquet", "data/train_sft-00001-of-00002.parquet"]
+    assert files("/validation") == ["data/dev-00000-of-00001.parquet"]
+    assert files_of_split(data_set("hf://datasets/a/b/test"), [*SHARDS, "test.parquet"], []) == ["test.parquet"]
+    with pytest.raises(DataError, match=r"no such split with .* files; it has dev, train_gen, train_sft"):
+        files("")
+
+
 def test_files_of_another_type_are_told(hub: DataHub, tmp_path: Path) -> None:
     folder = tmp_path / "hub" / FIRST / "data"
-    (folder / "train.csv").write_text("text\nanother copy\n")
+    (folder / "train-00000-of-00001.csv").write_text("text\nanother copy\n")
     code, said = train(tmp_path / "run", hub, TRAINING_DATA_SOURCE="hf://datasets/wren/letters")
     assert code == 0, said
     assert newest(tmp_path / "run").data["characters"] == 6000
-    assert "not read, because files of several types are copies of one text as a rule: data/train.csv" in said
+    assert (
+        "not read, because files of several types are copies of one text as a rule: data/train-00000-of-00001.csv"
+        in said
+    )
 
 
 def test_a_recorded_commit_takes_the_place_of_a_branch_alone() -> None:

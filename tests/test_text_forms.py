@@ -303,6 +303,20 @@ def test_a_run_is_evaluated_on_the_characters_that_it_read(mode, trained, tmp_pa
     assert (refused.code, "set UNKNOWN_CHARACTERS=skip or replace" in refused.err) == (4, True), refused.err
 
 
+def test_conversations_are_evaluated_without_the_characters_of_the_template_that_a_vocabulary_lacks(tmp_path):
+    """The characters of <|end|> and User are in no letter."""
+    flat = re.sub("[<|>U]", "", small_text(tmp_path, characters=3000).read_text(encoding="utf-8"))
+    (tmp_path / "flat.txt").write_text(flat, encoding="utf-8")
+    assert train(tmp_path, TRAINING_DATA_SOURCE=str(tmp_path / "flat.txt"), BLOCK_SIZE="64", **FAST)[0] == 0
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text((json.dumps({"prompt": "who came", "completion": "the lark"}) + "\n") * 9, encoding="utf-8")
+    place = {"CHECKPOINT_PATH": "latest", "CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "FORMAT": "json"}
+    said = call(script("evaluate_checkpoint"), tmp_path, EVAL_DATA=str(talks), UNKNOWN_CHARACTERS="skip", **place)
+    assert said.code == 0, said.err
+    assert "'|' (U+007C) x 36" in said.err
+    assert json.loads(said.out)["checkpoints"][0]["standard"]["tokens"] == 9 * len("the larkend")
+
+
 def test_the_setting_changes_nothing_where_all_characters_are_known(tmp_path):
     first = tmp_path / "first"
     letters(first)

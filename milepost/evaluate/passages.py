@@ -31,7 +31,8 @@ BLOCK, MOST_BLOCKS = (
 class Text:
     """The text to predict: a corpus, from the unit `start` on, which is a character, a conversation, or an id of prepared data.
 
-    `stand_ins` take the place of characters that a vocabulary lacks, by code point.
+    `stand_ins` take the place of characters that a vocabulary lacks, by code point; in `passages`, not in `talks`, whose
+    template may have such characters too.
     """
 
     corpus: Corpus
@@ -61,10 +62,7 @@ class Text:
 
     def talks(self) -> list[Talk]:
         """Return the conversations."""
-        return [
-            [message | {"content": message["content"].translate(self.stand_ins)} for message in talk]
-            for _, talk in itertools.islice(self.corpus.conversations(), self.start, None)
-        ]
+        return [talk for _, talk in itertools.islice(self.corpus.conversations(), self.start, None)]
 
     def passages(self) -> Iterator[str]:
         """Yield the documents. A document of more than CHUNK characters is split into parts, cut between words."""

@@ -7,6 +7,7 @@ files is kept beside the other caches, so that a resume needs no network.
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -25,6 +26,7 @@ _ADDRESS = re.compile(
     r"(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?"
 )
 _COMMIT = re.compile("[0-9a-f]{40}")
+_SHARD = re.compile(r"data/(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5,}\..*")
 FORM = f"{SCHEME}owner/name[@revision][:config][/split]"
 FOLDER = "or download the files and name their folder"
 SPLITS = {
@@ -158,10 +160,9 @@ def files_of_split(asked: DataSet, names: Sequence[str], configs: Sequence[dict[
     config = _config(asked, configs)
     folder = PurePosixPath(config.get("data_dir") or ("" if config else asked.config or ""))
     if not config.get("data_files"):
-        inside = [name for name in files if PurePosixPath(name).is_relative_to(folder)]
-        patterns = {split: found for split in SPLITS if (found := [n for n in inside if _names_split(n, split)])}
-        patterns = patterns or ({"train": inside} if inside else {})
-        chosen = patterns.get(asked.split, [])
+        patterns = _by_names([name for name in files if PurePosixPath(name).is_relative_to(folder)], folder)
+        asked_for = next((each for each in (asked.split, *SPLITS.get(asked.split, ())) if each in patterns), "")
+        chosen = patterns.get(asked_for, [])
     else:
         patterns = _patterns(config["data_files"])
         wanted = [glob_translate(str(folder / each)) for each in patterns.get(asked.split, [])]
@@ -182,6 +183,19 @@ def of_one_type(names: Sequence[str]) -> list[str]:
     first = max(counts, key=lambda suffix: (counts[suffix], -TYPES.index(suffix)))
     kind = SAME_TYPE.get(first, first)
     return [name for name in names if SAME_TYPE.get(suffix_of(name), suffix_of(name)) == kind]
+
+
+def _by_names(files: Sequence[str], folder: PurePosixPath) -> dict[str, list[str]]:
+    """Return split -> files, by what their names say: whole where the hub's own client wrote them, else by words in them."""
+    shards: dict[str, list[str]] = {}
+    for name in files:
+        if found := _SHARD.fullmatch(str(PurePosixPath(name).relative_to(folder))):
+            shards.setdefault(found["split"], []).append(name)
+    sharded = set(itertools.chain(*shards.values()))
+    others = [name for name in files if name not in sharded]
+    by_words = {split: [name for name in others if _names_split(name, split)] for split in SPLITS}
+    lacking = {split: found for split, found in by_words.items() if found and not shards.keys() & {*SPLITS[split]}}
+    return shards | lacking or ({"train": list(files)} if files else {})
 
 
 def _names_split(name: str, split: str) -> bool:

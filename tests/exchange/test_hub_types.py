@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from datasets import data_files, load, packaged_modules
-from test_hub_datasets import PATTERNS, SEVERAL_TYPES, TREE
+from test_hub_datasets import PATTERNS, SEVERAL_TYPES, SHARDS, TREE
 
 
 @pytest.mark.parametrize(("names", "read"), SEVERAL_TYPES)
@@ -24,3 +24,10 @@ def test_a_pattern_matches_the_same(pattern: str, found: list[str], tmp_path: Pa
         Path(each).relative_to(tmp_path).as_posix() for each in data_files.resolve_pattern(pattern, str(tmp_path))
     )
     assert theirs == found
+
+
+def test_the_splits_of_shards_have_the_same_names(tmp_path: Path) -> None:
+    for name in SHARDS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(data_files.get_data_patterns(str(tmp_path))) == ["dev", "train_gen", "train_sft"]
