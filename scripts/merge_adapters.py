@@ -26,7 +26,7 @@ from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import SCRIPTS_FOLDER
 from milepost.remote import local
-from milepost.run import with_its_base
+from milepost.run import lineage, new_run_id, with_its_base
 from milepost.runtime.progress import Log, amount, command_line, shown
 from milepost.screen import write_stdout
 
@@ -57,9 +57,18 @@ def main(settings: Config, log: Log) -> int:
 
 
 def without_adapters(record: Checkpoint) -> Checkpoint:
-    """Return the record with adapters turned off, so that resuming from it trains all weights."""
+    """Return the record with adapters turned off, so that resuming from it trains all weights.
+
+    It is a run of its own that began with the record: among the saves of that run it would be the last, and retention would
+    delete the adapters for it.
+    """
     off = {"LORA_RANK": 0, "CHECKPOINT_ADAPTERS_ONLY": False}
-    return dataclasses.replace(record, hyperparameters=record.hyperparameters | off)
+    whole = dataclasses.replace(record, hyperparameters=record.hyperparameters | off)
+    if record.run_id is None:  # retention leaves alone what no run saved
+        return whole
+    rank = record.hyperparameters.get("LORA_RANK")
+    parent = lineage(record, {"LORA_RANK": [rank, 0]})
+    return dataclasses.replace(whole, run_id=new_run_id(f"{record.model_type}-merged"), parent=parent)
 
 
 def change_of_logits(before: Checkpoint, after: Checkpoint) -> float:
