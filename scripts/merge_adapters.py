@@ -21,6 +21,7 @@ from pathlib import Path
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.conversion import logits, size_of
+from milepost.ckpt.names import ENDS
 from milepost.ckpt.restore import merged
 from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
@@ -39,6 +40,8 @@ def main(settings: Config, log: Log) -> int:
     if settings.output is None:
         raise ConfigError(["OUTPUT: not set; set it to a folder for the merged checkpoint"])
     folder = Path(settings.output)
+    if folder.suffix in ENDS and not folder.is_dir():
+        raise ConfigError([f"OUTPUT={folder}: names a file; name a folder, in which the merged checkpoint gets a name"])
     settings = local(settings, log)
     path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:

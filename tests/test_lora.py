@@ -382,6 +382,8 @@ def test_merging_a_checkpoint(base, tmp_path):
     assert again.code == 3
     assert "has no LoRA adapters to merge" in again.err
     assert call(merger, tmp_path).code == 2
+    named = call(merger, tmp_path, BASE_CHECKPOINT=base / "base.pt", OUTPUT=tmp_path / "mine.pt")
+    assert (named.code, "names a file; name a folder" in named.err, (tmp_path / "mine.pt").exists()) == (2, True, False)
     hugging = call(
         merger, tmp_path, BASE_CHECKPOINT=base / "base.pt", OUTPUT=tmp_path / "hf", CHECKPOINT_LAYOUT="huggingface"
     )
