@@ -145,8 +145,7 @@ def settings_of(**values: Any) -> Config:
         close = difflib.get_close_matches(name.upper(), config.VARIABLES, 1)
         hint = f"did you mean {close[0].lower()}?" if close else "docs/configuration.md lists them, here in lower case"
         problems.append(f"{name} is not a setting; {hint}")
-    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
-    texts = {name.upper(): config.as_text(value) for name, value in plain.items() if name not in unknown}
+    texts = {name.upper(): _text(name.upper(), value) for name, value in values.items() if name not in unknown}
     if "ENV_FILE" not in texts:
         texts["PYTHON_DOTENV_DISABLED"] = "1"
     try:
@@ -156,6 +155,16 @@ def settings_of(**values: Any) -> Config:
     if problems:
         raise ConfigError(problems)
     return resolved
+
+
+def _text(name: str, value: Any) -> str:
+    """Return a value of Python as the text of its variable: a path, a number of numpy or torch, or a string of a list, which is
+    taken as it is.
+    """
+    if isinstance(value, str) and config.VARIABLES[name].metadata["form"] == "list":
+        return config.as_text([value] if value else None)
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "item", lambda: value)()
+    return config.as_text(plain)
 
 
 def _folder(folder: Name | None) -> Path:

@@ -21,12 +21,13 @@ from pathlib import Path
 from milepost import ckpt
 from milepost.ckpt import Checkpoint
 from milepost.ckpt.conversion import logits, size_of
+from milepost.ckpt.names import ENDS
 from milepost.ckpt.restore import merged
 from milepost.cli import guarded, naming_output
 from milepost.config import Config, ConfigError
 from milepost.places import SCRIPTS_FOLDER
 from milepost.remote import local
-from milepost.run import with_its_base
+from milepost.run import lineage, new_run_id, with_its_base
 from milepost.runtime.progress import Log, amount, command_line, shown
 from milepost.screen import write_stdout
 
@@ -39,6 +40,8 @@ def main(settings: Config, log: Log) -> int:
     if settings.output is None:
         raise ConfigError(["OUTPUT: not set; set it to a folder for the merged checkpoint"])
     folder = Path(settings.output)
+    if folder.suffix in ENDS and not folder.is_dir():
+        raise ConfigError([f"OUTPUT={folder}: names a file; name a folder, in which the merged checkpoint gets a name"])
     settings = local(settings, log)
     path, notes = ckpt.resolve(settings.checkpoint_path, Path(settings.checkpoint_dir))
     for note in notes:
@@ -57,9 +60,18 @@ def main(settings: Config, log: Log) -> int:
 
 
 def without_adapters(record: Checkpoint) -> Checkpoint:
-    """Return the record with adapters turned off, so that resuming from it trains all weights."""
+    """Return the record with adapters turned off, so that resuming from it trains all weights.
+
+    It is a run of its own that began with the record: among the saves of that run it would be the last, and retention would
+    delete the adapters for it.
+    """
     off = {"LORA_RANK": 0, "CHECKPOINT_ADAPTERS_ONLY": False}
-    return dataclasses.replace(record, hyperparameters=record.hyperparameters | off)
+    whole = dataclasses.replace(record, hyperparameters=record.hyperparameters | off)
+    if record.run_id is None:  # retention leaves alone what no run saved
+        return whole
+    rank = record.hyperparameters.get("LORA_RANK")
+    parent = lineage(record, {"LORA_RANK": [rank, 0]})
+    return dataclasses.replace(whole, run_id=new_run_id(f"{record.model_type}-merged"), parent=parent)
 
 
 def change_of_logits(before: Checkpoint, after: Checkpoint) -> float:

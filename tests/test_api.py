@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from drive import ROOT, TINY, small_text, tensor_bytes, train
@@ -76,6 +77,19 @@ def test_every_variable_is_a_keyword_and_the_environment_is_not_read(monkeypatch
     monkeypatch.setenv("SEED", "4")
     assert settings_of().seed == VARIABLES["SEED"].default
     assert settings_of(seed=5, stop=["a", "b"], prompt=None, dropout=0.5).stop == ("a", "b")
+
+
+def test_values_of_python_mean_what_they_are_in_python():
+    """A string to stop at is no JSON and has no escapes of a shell; a number may be one of numpy or torch."""
+    from milepost.api import settings_of
+
+    for text in ("[", '["a"]', "a\\nb", "\n", "[INST]"):
+        assert settings_of(stop=text).stop == (text,)
+    assert settings_of(stop="").stop == settings_of(stop=None).stop == settings_of(stop=[]).stop == ()
+    numbers = settings_of(seed=np.int64(5), dropout=np.float32(0.5), top_k=torch.tensor(3), stream=np.bool_(False))
+    assert (numbers.seed, numbers.dropout, numbers.top_k, numbers.stream) == (5, 0.5, 3, False)
+    with pytest.raises(ConfigError, match="SEED"):
+        settings_of(seed=np.float64(1.5))
 
 
 def test_checkpoints_are_looked_for_where_train_saves_them(trained, monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from milepost.ckpt.restore import build_model, merged, with_base
 from models.lora import LoraLinear, LoraSettings
 
 merger, loader, inspector = script("merge_adapters"), script("load_checkpoint"), script("inspect_checkpoint")
+pruner = script("prune_checkpoints")
 SIZES = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
 LORA = {"rank": 2, "alpha": 6.0, "dropout": 0.0, "targets": "c_attn,c_proj,c_fc"}
 WITH = {
@@ -93,6 +94,25 @@ def test_the_base_is_frozen():
     assert learned == {name for name, _ in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
     assert len(learned) == 2 * 4 * 2
     assert models.trained_count(model) == 2 * 2 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
+
+
+def test_a_merged_checkpoint_is_a_run_of_its_own(base, tmp_path):
+    """Beside the adapters of an interrupted run it is not the last of them, for which retention would delete the others."""
+    tune(base, tmp_path, CHECKPOINT_ADAPTERS_ONLY="true", CHECKPOINT_KEEP_BEST="0", EVAL_INTERVAL="0")
+    folder = tmp_path / "checkpoints"
+    newest(tmp_path).path.unlink()  # the run was killed before its last step
+    last = newest(tmp_path)
+    said = call(merger, tmp_path, OUTPUT=folder)
+    assert said.code == 0, said.err
+    merged_here = newest(tmp_path)
+    assert (merged_here.parts, merged_here.step, merged_here.run_id != last.run_id) == (["model"], last.step, True)
+    assert merged_here.parent["run_id"] == last.run_id
+    assert merged_here.parent["changed"] == {"LORA_RANK": [2, 0]}
+    pruned = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
+    assert pruned.code == 0, pruned.err
+    assert sorted(path for path in folder.glob("*.pt")) == sorted([last.path, merged_here.path])
+    code, said = tune(base, tmp_path, CHECKPOINT_ADAPTERS_ONLY="true", RESUME="auto")
+    assert (code, newest(tmp_path).run_id, newest(tmp_path).step) == (0, last.run_id, 6), said
 
 
 @pytest.mark.parametrize(
@@ -362,6 +382,8 @@ def test_merging_a_checkpoint(base, tmp_path):
     assert again.code == 3
     assert "has no LoRA adapters to merge" in again.err
     assert call(merger, tmp_path).code == 2
+    named = call(merger, tmp_path, BASE_CHECKPOINT=base / "base.pt", OUTPUT=tmp_path / "mine.pt")
+    assert (named.code, "names a file; name a folder" in named.err, (tmp_path / "mine.pt").exists()) == (2, True, False)
     hugging = call(
         merger, tmp_path, BASE_CHECKPOINT=base / "base.pt", OUTPUT=tmp_path / "hf", CHECKPOINT_LAYOUT="huggingface"
     )

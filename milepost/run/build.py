@@ -220,15 +220,14 @@ def assemble(
         world=world,
         engine=engine,
         savers=distributed.new_control_group() if engine == "fsdp" else None,
-        run_id=world.broadcast(new_run_id(settings, text.corpus.name)),
+        run_id=world.broadcast(new_run_id(settings.run_name or f"{settings.model_type}-{text.corpus.name}")),
         state=State(step=step, tokens_seen=record.tokens_seen if record else 0),
         saved=Saved(step=step),
     )
 
 
-def new_run_id(settings: Config, text_name: str) -> str:
-    """Return a unique name: start time, RUN_NAME or model and text, and four random hex digits."""
-    name = settings.run_name or f"{settings.model_type}-{text_name}"
+def new_run_id(name: str) -> str:
+    """Return a unique name: start time, RUN_NAME or what else tells what the run is, and four random hex digits."""
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}-{os.urandom(2).hex()}"
 
 
