@@ -84,11 +84,7 @@ def read(
         config = _finish(values, {name: source for name, (_, source) in texts.items()}, problems, reads=reads)
     except ConfigError as error:
         raise ConfigError([*error.problems, *notes]) from None
-<<<<<<< HEAD
-    return dataclasses.replace(config, notes=tuple(notes))
-=======
-    return dataclasses.replace(config, notes=tuple(notes), reads=tuple(reads), overridden=overridden)
->>>>>>> crit-core
+    return dataclasses.replace(config, notes=tuple(notes), overridden=overridden)
 
 
 def _current_folder() -> str:
