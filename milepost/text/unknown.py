@@ -80,7 +80,8 @@ def stand_in(tokenizer: Tokenizer, unknown: str, mode: Mode) -> tuple[str, str]:
     A vocabulary without any of STAND_INS skips what is to be replaced. Raise UnknownCharacters if they are to be refused.
     """
     if mode == "refuse":
-        raise UnknownCharacters(unknown, tokenizer.vocab_size)
+        unit = "characters" if tokenizer.kind == "char" else "tokens"
+        raise UnknownCharacters(unknown, tokenizer.vocab_size, unit=unit)
     known = [character for character in STAND_INS if not unknown_characters(tokenizer, character)]
     if mode == "skip" or not known:
         return "", "skipped"
