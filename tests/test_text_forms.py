@@ -327,6 +327,18 @@ def test_the_setting_changes_nothing_where_all_characters_are_known(tmp_path):
     assert newest(resumed).data == newest(first).data | {"source": newest(resumed).data["source"]}
 
 
+def test_the_letter_that_sentencepiece_lacks_is_refused_or_skipped(tmp_path):
+    path = small_text(tmp_path, characters=3000)
+    path.write_text(path.read_text(encoding="utf-8") + " a\u2581b", encoding="utf-8")
+    changes = {"TOKENIZER": "sentencepiece", "BPE_VOCAB_SIZE": "300", **FAST}
+    code, said = train(tmp_path, **changes)
+    assert (code, bool(re.search(r"\(U\+2581\): not in the vocabulary of \d+ tokens", said))) == (4, True), said
+    code, said = train(tmp_path, UNKNOWN_CHARACTERS="skip", **changes)
+    assert code == 0, said
+    assert "(U+2581) x 1" in said
+    assert "no effect" not in said
+
+
 def test_a_lenient_tokenizer_leaves_the_rest_as_it_is():
     char = CharTokenizer("ab?")
     assert unknown_characters(char, "abcad") == "cd"

@@ -118,7 +118,7 @@ class Config:
     validation_data: str | None = var(None, "text to validate on, in the forms of TRAINING_DATA_SOURCE, which is then trained on whole; not set: VALIDATION_FRACTION of it",
         group="Data", scope="identity", form="source")
     unknown_characters: str = var("refuse", "what to do with characters of a new text or prompt that the vocabulary of a char tokenizer lacks; "
-        "replace takes a character such as ?; how many there are is logged", group="Data", scope="habit", choices=("refuse", "skip", "replace"), needs="TOKENIZER=auto|char")
+        "replace takes a character such as ?; how many there are is logged", group="Data", scope="habit", choices=("refuse", "skip", "replace"), needs="TOKENIZER=auto|char|sentencepiece")
     loss_on: str = var("answers", "tokens of conversations that the model learns to write: those of the assistant, or all",
         group="Data", scope="math", choices=("answers", "all"))
     packing: bool = var(True, "put several conversations into each window of BLOCK_SIZE tokens, none of which sees another; false pads one to it",
