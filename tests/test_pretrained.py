@@ -161,6 +161,22 @@ def test_adapters_find_their_base_after_the_branch_has_moved(hub: ModelHub, tmp_
     assert newest(tmp_path / "new").base["source"] == f"wren/lark@{SECOND}"  # type: ignore[index]
 
 
+def test_adapters_over_a_name_without_a_commit_find_their_base(hub: ModelHub, tmp_path: Path) -> None:
+    """INIT_FROM of such adapters cannot name it: GPT2_MODEL_NAME would name first weights too. Their hash tells a moved branch."""
+    hub.main, folder = OTHER_KIND, tmp_path / "run"
+    lora = {"LORA_RANK": "2", "CHECKPOINT_ADAPTERS_ONLY": "true", "TRAINING_STEPS": "2", "WARMUP_STEPS": "0"}
+    done = run("training.py", folder, hub, GPT2_MODEL_NAME="wren/lark", **{**lora, "MODEL_TYPE": "gpt2"})
+    assert done.returncode == 0, done.stderr
+    saved = newest(folder)
+    assert saved.base["source"] == "wren/lark"  # type: ignore[index]
+    begun = {"INIT_FROM": str(saved.path), "CHECKPOINT_DIR": str(tmp_path / "more"), **lora}
+    done = run("training.py", folder, hub, **begun)
+    assert (done.returncode, "is wren/lark of the hub" in done.stderr) == (0, True), done.stderr
+    hub.main = SECOND
+    moved = run("training.py", folder, hub, **begun)
+    assert (moved.returncode, "is not the base of" in moved.stderr) == (3, True), moved.stderr
+
+
 def test_a_commit_of_another_kind(hub: ModelHub, tmp_path: Path) -> None:
     done = run("training.py", tmp_path / "run", hub, PRETRAINED=f"wren/lark@{OTHER_KIND}", TRAINING_STEPS="2")
     assert done.returncode == 0, done.stderr

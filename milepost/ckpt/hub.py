@@ -25,6 +25,7 @@ TOKENS = [
 FIRST = [*SMALL, *TOKENS, SAFETENSORS.whole, SAFETENSORS.index, SAFETENSORS.shards]
 ELSE = [PICKLED.whole, PICKLED.index, PICKLED.shards]
 PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
+NAMED = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 FOLDER = "name a folder that holds config.json and model.safetensors"
 
 
@@ -52,6 +53,11 @@ def pinned_name(name: str) -> str:
 def is_pinned(name: object) -> TypeGuard[str]:
     """Return whether this is the name of a hub model with a commit."""
     return isinstance(name, str) and bool(PINNED.fullmatch(name))
+
+
+def is_hub_name(name: object) -> TypeGuard[str]:
+    """Return whether this has the form of the name of a hub model, not of an absolute path or an address."""
+    return isinstance(name, str) and bool(NAMED.fullmatch(name))
 
 
 def is_same_model(name: object, pinned: object) -> bool:

@@ -173,7 +173,7 @@ def env_example() -> str:
     ]
     for group, names in _groups():
         lines += ["", f"# --- {group} ---"]
-        for name in names:
+        for name in (name for name in names if name != "ENV_FILE"):  # which no env file may set
             by_model = _default_by_model(name)
             default = f" Default: {by_model}." if by_model else ""
             lines += textwrap.wrap(_meaning(name) + default, 118, initial_indent="# ", subsequent_indent="# ")

@@ -7,7 +7,7 @@ from typing import Any
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.foreign.importing import IN_CONFIG, lacks_n_head, n_head_problem, with_chars, with_kind, with_n_head
-from milepost.ckpt.hub import FOLDER, is_pinned, local_folder, pinned_name
+from milepost.ckpt.hub import FOLDER, is_hub_name, is_pinned, local_folder, pinned_name
 from milepost.ckpt.record import metadata
 from milepost.ckpt.restore import name_the_base, with_base
 from milepost.ckpt.tensors import digest
@@ -130,9 +130,10 @@ def _base_path(record: Checkpoint, settings: Config, log: Log) -> Path:
         for note in notes:
             log(note)
         return path
-    if is_pinned(base.get("source")):
-        log(f"the base of {whose} is {base['source']} of the hub")
-        return local_folder(str(base["source"]))
+    source = base.get("source")
+    if is_pinned(source) or (base.get("sha256") and is_hub_name(source)):  # the hash tells whether its branch has moved
+        log(f"the base of {whose} is {source} of the hub")
+        return local_folder(str(source))
     raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record)}"])
 
 
