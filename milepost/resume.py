@@ -5,12 +5,13 @@ import dataclasses
 import datetime
 import io
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
-from milepost.ckpt.finding import folder_of
+from milepost.ckpt.finding import folder_of, twins
 from milepost.ckpt.foreign.importing import rate_in_use
 from milepost.ckpt.hub import is_same_model
 from milepost.ckpt.ordering import exact_first, in_order
@@ -184,15 +185,23 @@ def newest_fitting(
     """
     misfits = []
     for candidate in candidates:
-        try:
-            return check_fits(ckpt.load(candidate.path, verify=verify), settings, log)
-        except ckpt.CheckpointError as error:
-            _skip(str(error), error.kind, log)
-        except ConfigError as error:
-            misfits.append(error)
+        for path in _names_of(candidate):
+            try:
+                return check_fits(ckpt.load(path, verify=verify), settings, log)
+            except ckpt.CheckpointError as error:
+                _skip(str(error), error.kind, log)
+            except ConfigError as error:
+                misfits.append(error)
+                break
     if misfits:
         raise misfits[0]
     return None
+
+
+def _names_of(found: ckpt.Found) -> Iterator[Path]:
+    """Yield the path of a checkpoint and then, if it cannot be used, those of its copies."""
+    yield found.path
+    yield from (other.path for other in twins(found, folder_of(found.path, found.run_id)))
 
 
 def refuse_rivals(record: Checkpoint | None, readable: list[ckpt.Found], settings: Config) -> None:

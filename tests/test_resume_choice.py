@@ -143,6 +143,32 @@ def test_a_run_that_began_from_them_says_so(once, tmp_path, monkeypatch):
     assert newest(tmp_path).step == 8
 
 
+@pytest.mark.parametrize("whole", ["original", "copy", "best"])
+@pytest.mark.parametrize("name", ["auto", "latest"])
+def test_a_damaged_name_of_a_save_hides_no_whole_one(name, whole, stopped, once):
+    """A list has one of several copies. The copy in best/ is a file of its own, as where there are no hard links."""
+    original = of_seed(stopped, 2, 4).path
+    copies = {
+        "original": original,
+        "copy": original.with_name("zz_my_copy.pt"),
+        "best": original.parent / "best" / "mine.pt",
+    }
+    copies["best"].parent.mkdir()
+    for path in (copies["copy"], copies["best"]):
+        shutil.copy(original, path)
+    content = original.read_bytes()
+    bad = [path for place, path in copies.items() if place != whole]
+    for path in bad:
+        path.write_bytes(
+            content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+        )
+    code, said = train(stopped, RESUME=name, SEED="2", LEARNING_RATE="2e-3")
+    assert code == 0, said
+    assert tensor_bytes(newest(stopped)) == tensor_bytes(of_seed(once, 2, 8))
+    assert newest(stopped).run_id == of_seed(once, 2, 8).run_id
+    assert all(path.exists() for path in copies.values())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The fallback folder.
 
