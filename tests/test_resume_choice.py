@@ -376,3 +376,43 @@ def test_the_command_for_another_text_names_its_column(tmp_path):
     done = programs.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^data position +reset", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", ["training.py", "load_checkpoint.py"])
+def test_a_text_that_was_moved_is_asked_for_and_then_known(script, stopped, once):
+    own = {"SEED": "1337", "LEARNING_RATE": "1e-3"}
+    (stopped / "letters.txt").rename(stopped / "moved.txt")
+    for found in ckpt.find(stopped / "checkpoints"):  # they name the text of `once`
+        record = ckpt.load(found.path)
+        record.hyperparameters["TRAINING_DATA_SOURCE"] = record.data["source"] = str(stopped / "letters.txt")
+        place, stem = found.path.parent, found.path.stem
+        found.path.unlink()
+        ckpt.WRITERS["unified"].write(record, place, stem)
+    gone = {"TRAINING_DATA_SOURCE": None, **(own if script == "training.py" else {})}
+    changes = {"RESUME": "auto"} if script == "training.py" else {"MODE": "resume", "RESUME_TRAINING_STEPS": "0"}
+    main = training.main if script == "training.py" else load_checkpoint.main
+
+    def call(**more):
+        said, values = io.StringIO(), environment(stopped, **dict.fromkeys(TINY) | gone | changes | more)
+        (stopped / "letters.txt").unlink(missing_ok=True)  # which `environment` writes
+        return training.guarded(main, config.read(values), log=Log(said)), said.getvalue()
+
+    code, said = call()
+    assert code == 4
+    assert "set TRAINING_DATA_SOURCE to it" in said
+    code, said = call(TRAINING_DATA_SOURCE=str(stopped / "moved.txt"))
+    assert code == 0, said
+
+
+def test_weights_whose_optimizers_are_damaged_start_a_new_run_as_told(tmp_path):
+    assert train(tmp_path, CHECKPOINT_LAYOUT="separated", CHECKPOINT_KEEP_BEST="0")[0] == 0
+    for path in (tmp_path / "checkpoints").glob("*-optimizer.pt"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    code, said = train(tmp_path, RESUME="auto")
+    assert code == 3
+    assert "RESUME=never INIT_FROM=latest" in said
+    code, said = train(tmp_path, RESUME="never", INIT_FROM="latest")
+    assert code == 0, said
+    assert newest(tmp_path).parent["step"] == 8
