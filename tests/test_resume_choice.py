@@ -95,6 +95,19 @@ def test_without_a_run_of_these_settings_the_newest_begins_a_child(stopped, once
     assert "taking run" not in said
 
 
+def test_on_a_new_machine_the_run_of_these_settings_comes_from_the_mirror(tmp_path):
+    mirror = {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'mirror'}"}
+    for seed in ("1337", "2"):
+        assert train(tmp_path, SEED=seed, **mirror)[0] == 0
+    first = of_seed(tmp_path, 1337, 8)
+    for name in ("checkpoints", "runs"):
+        shutil.rmtree(tmp_path / name)
+    code, said = train(tmp_path, RESUME="auto", SEED="1337", **mirror)
+    assert code == 0, said
+    assert f"run {first.run_id} is finished" in said
+    assert newest(tmp_path).run_id == first.run_id
+
+
 def test_a_step_is_taken_from_the_run_of_these_settings(stopped, once):
     code, said = train(stopped, RESUME="auto", RESUME_STEP="4", SEED="1337", LEARNING_RATE="1e-3")
     assert code == 0, said
