@@ -5,12 +5,14 @@ import dataclasses
 import datetime
 import io
 import itertools
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from milepost import ckpt, config
 from milepost.ckpt import Checkpoint
-from milepost.ckpt.finding import folder_of
+from milepost.ckpt.finding import folder_of, twins
 from milepost.ckpt.foreign.importing import rate_in_use
 from milepost.ckpt.hub import is_same_model
 from milepost.ckpt.ordering import exact_first, in_order
@@ -40,6 +42,7 @@ from milepost.runtime import hardware
 from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log, command_line, shown
 from milepost.runtime.schedule import SCHEDULES, Schedule
+from milepost.text.errors import DataError
 
 # The variables that make up the schedule. Changing one makes a new schedule.
 PLAN = {"TRAINING_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS", "LR_SCHEDULE"}
@@ -76,7 +79,10 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
             log(f"RESUME=auto takes step {settings.resume_step} of run {newest.run_id}, the newest run that fits")
         record = _of_step(newest, readable, folder, settings, log) if newest else None
     if record is None and found:
-        raise ckpt.CheckpointError(f"no checkpoint in {folder} can be read; RESUME=never starts a new run beside them")
+        weights = "RESUME=never INIT_FROM=latest starts a new run from the latest weights that are whole"
+        raise ckpt.CheckpointError(
+            f"no checkpoint in {folder} can be read; {weights}, RESUME=never alone one from nothing, beside them"
+        )
     return record
 
 
@@ -184,15 +190,23 @@ def newest_fitting(
     """
     misfits = []
     for candidate in candidates:
-        try:
-            return check_fits(ckpt.load(candidate.path, verify=verify), settings, log)
-        except ckpt.CheckpointError as error:
-            _skip(str(error), error.kind, log)
-        except ConfigError as error:
-            misfits.append(error)
+        for path in _names_of(candidate):
+            try:
+                return check_fits(ckpt.load(path, verify=verify), settings, log)
+            except ckpt.CheckpointError as error:
+                _skip(str(error), error.kind, log)
+            except ConfigError as error:
+                misfits.append(error)
+                break
     if misfits:
         raise misfits[0]
     return None
+
+
+def _names_of(found: ckpt.Found) -> Iterator[Path]:
+    """Yield the path of a checkpoint and then, if it cannot be used, those of its copies."""
+    yield found.path
+    yield from (other.path for other in twins(found, folder_of(found.path, found.run_id)))
 
 
 def refuse_rivals(record: Checkpoint | None, readable: list[ckpt.Found], settings: Config) -> None:
@@ -241,7 +255,8 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
         for note in record.notes:
             log(note)
         return completed(record, settings, log)  # it resumes as a child run
-    other_text, other_validation = text_differences(record, wanted, log)
+    with _naming_the_text(wanted):
+        other_text, other_validation = text_differences(record, wanted, log)
     remedy = "undo these changes, choose another CHECKPOINT_DIR, or set RESUME=never"
     if other_text:
         named = ("TRAINING_DATA_SOURCE", "RUNS_DIR", *filter(settings.is_set, DATA_VARIABLES))
@@ -254,6 +269,18 @@ def check_fits(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     if differences:
         raise ConfigError([f"{asked}: cannot resume {record.path}: {'; '.join(differences)}: {remedy}"])
     return record
+
+
+@contextlib.contextmanager
+def _naming_the_text(settings: Config) -> Iterator[None]:
+    """Raise DataError with what to do if the text that only the checkpoint names is not where it was."""
+    try:
+        yield
+    except DataError as error:
+        if settings.is_set("TRAINING_DATA_SOURCE") or os.path.exists(settings.training_data_source):
+            raise
+        moved = "if the text is elsewhere now, set TRAINING_DATA_SOURCE to it: it is known by its content"
+        raise DataError(f"{error}; the checkpoint was trained on it: {moved}") from error
 
 
 def check_text_named(record: Checkpoint, settings: Config, asked: str) -> None:
@@ -346,7 +373,8 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     record = with_its_base(record, settings, log)
     device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     hardware.make_deterministic(settings.deterministic, device)
-    text, tokenizer = read_text(settings, log, world, record=record)
+    with _naming_the_text(settings):
+        text, tokenizer = read_text(settings, log, world, record=record)
     same_text, same_validation = same_texts(record, text)
     if not same_validation and "sha256" in record.data:
         before, now = validation_of(record.data), validation_of(text.fingerprint())

@@ -95,6 +95,19 @@ def test_without_a_run_of_these_settings_the_newest_begins_a_child(stopped, once
     assert "taking run" not in said
 
 
+def test_on_a_new_machine_the_run_of_these_settings_comes_from_the_mirror(tmp_path):
+    mirror = {"CHECKPOINT_MIRROR": f"file://{tmp_path / 'mirror'}"}
+    for seed in ("1337", "2"):
+        assert train(tmp_path, SEED=seed, **mirror)[0] == 0
+    first = of_seed(tmp_path, 1337, 8)
+    for name in ("checkpoints", "runs"):
+        shutil.rmtree(tmp_path / name)
+    code, said = train(tmp_path, RESUME="auto", SEED="1337", **mirror)
+    assert code == 0, said
+    assert f"run {first.run_id} is finished" in said
+    assert newest(tmp_path).run_id == first.run_id
+
+
 def test_a_step_is_taken_from_the_run_of_these_settings(stopped, once):
     code, said = train(stopped, RESUME="auto", RESUME_STEP="4", SEED="1337", LEARNING_RATE="1e-3")
     assert code == 0, said
@@ -141,6 +154,32 @@ def test_a_run_that_began_from_them_says_so(once, tmp_path, monkeypatch):
     assert code == 0, said
     assert f"which began from {base.name}" in said
     assert newest(tmp_path).step == 8
+
+
+@pytest.mark.parametrize("whole", ["original", "copy", "best"])
+@pytest.mark.parametrize("name", ["auto", "latest"])
+def test_a_damaged_name_of_a_save_hides_no_whole_one(name, whole, stopped, once):
+    """A list has one of several copies. The copy in best/ is a file of its own, as where there are no hard links."""
+    original = of_seed(stopped, 2, 4).path
+    copies = {
+        "original": original,
+        "copy": original.with_name("zz_my_copy.pt"),
+        "best": original.parent / "best" / "mine.pt",
+    }
+    copies["best"].parent.mkdir()
+    for path in (copies["copy"], copies["best"]):
+        shutil.copy(original, path)
+    content = original.read_bytes()
+    bad = [path for place, path in copies.items() if place != whole]
+    for path in bad:
+        path.write_bytes(
+            content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+        )
+    code, said = train(stopped, RESUME=name, SEED="2", LEARNING_RATE="2e-3")
+    assert code == 0, said
+    assert tensor_bytes(newest(stopped)) == tensor_bytes(of_seed(once, 2, 8))
+    assert newest(stopped).run_id == of_seed(once, 2, 8).run_id
+    assert all(path.exists() for path in copies.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,3 +389,43 @@ def test_the_command_for_another_text_names_its_column(tmp_path):
     done = programs.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^data position +reset", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", ["training.py", "load_checkpoint.py"])
+def test_a_text_that_was_moved_is_asked_for_and_then_known(script, stopped, once):
+    own = {"SEED": "1337", "LEARNING_RATE": "1e-3"}
+    (stopped / "letters.txt").rename(stopped / "moved.txt")
+    for found in ckpt.find(stopped / "checkpoints"):  # they name the text of `once`
+        record = ckpt.load(found.path)
+        record.hyperparameters["TRAINING_DATA_SOURCE"] = record.data["source"] = str(stopped / "letters.txt")
+        place, stem = found.path.parent, found.path.stem
+        found.path.unlink()
+        ckpt.WRITERS["unified"].write(record, place, stem)
+    gone = {"TRAINING_DATA_SOURCE": None, **(own if script == "training.py" else {})}
+    changes = {"RESUME": "auto"} if script == "training.py" else {"MODE": "resume", "RESUME_TRAINING_STEPS": "0"}
+    main = training.main if script == "training.py" else load_checkpoint.main
+
+    def call(**more):
+        said, values = io.StringIO(), environment(stopped, **dict.fromkeys(TINY) | gone | changes | more)
+        (stopped / "letters.txt").unlink(missing_ok=True)  # which `environment` writes
+        return training.guarded(main, config.read(values), log=Log(said)), said.getvalue()
+
+    code, said = call()
+    assert code == 4
+    assert "set TRAINING_DATA_SOURCE to it" in said
+    code, said = call(TRAINING_DATA_SOURCE=str(stopped / "moved.txt"))
+    assert code == 0, said
+
+
+def test_weights_whose_optimizers_are_damaged_start_a_new_run_as_told(tmp_path):
+    assert train(tmp_path, CHECKPOINT_LAYOUT="separated", CHECKPOINT_KEEP_BEST="0")[0] == 0
+    for path in (tmp_path / "checkpoints").glob("*-optimizer.pt"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    code, said = train(tmp_path, RESUME="auto")
+    assert code == 3
+    assert "RESUME=never INIT_FROM=latest" in said
+    code, said = train(tmp_path, RESUME="never", INIT_FROM="latest")
+    assert code == 0, said
+    assert newest(tmp_path).parent["step"] == 8

@@ -29,6 +29,23 @@ def find(folder: Path) -> list[Found]:
     return sorted(by_save.values(), key=lambda found: found.save_order)
 
 
+def twins(found: Found, folder: Path) -> Iterator[Found]:
+    """Yield the other readable names of the same save in `folder`, of which `find` lists one: in best/, and a person's
+    copies. A copy may be whole where `found` is damaged. Hard links of its file are left out: they share the damage.
+    """
+    save_id = found.metadata.get("save_id")
+    for other in scan(folder) if save_id else ():
+        same = other.path == found.path or (other.path.is_file() and _is_linked(other.path, found.path))
+        if other.metadata.get("save_id") == save_id and not same:
+            yield other
+
+
+def _is_linked(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return one.samefile(other)
+    return False
+
+
 def in_best(found: Found, folder: Path | None) -> bool:
     """Whether the checkpoint lies in a best/ inside the checkpoint folder `folder`, which may itself be called best."""
     place = found.path.parent

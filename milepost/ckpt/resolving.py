@@ -22,6 +22,7 @@ from milepost.ckpt.finding import (
     orphan,
     orphans,
     scan,
+    twins,
 )  # fmt: skip
 from milepost.ckpt.index import Found, look
 from milepost.ckpt.layouts import LAYOUTS, layout_of
@@ -81,12 +82,13 @@ def _others_inside(path: Path, *, limit: int = 3) -> list[str]:
 def stand_ins(name: str, chosen: Path, folder: Path) -> Iterator[Path]:
     """Yield what `resolve(name, folder)` would choose if `chosen`, which it chose, could not be used: the next best.
 
-    Yield nothing if `name` names a single checkpoint. Other checkpoints of the run of `chosen` come first.
+    Yield nothing if `name` names a single checkpoint. Copies of `chosen` come first, then others of its run.
     """
     place = folder if name in ("latest", "best") else whole_folder(name)
     matches = glob.has_magic(name) and not os.path.lexists(os.path.expanduser(name))
     found = find(place) if place else _matching(name) if matches else []
-    own = next((each.run_id for each in found if each.path == chosen), None)
+    first = next((each for each in found if each.path == chosen), None)
+    own = first.run_id if first else None
     others = [each for each in found if each.problem is None and each.path != chosen]
 
     def rank(each: Found) -> tuple[Any, ...]:
@@ -95,6 +97,8 @@ def stand_ins(name: str, chosen: Path, folder: Path) -> Iterator[Path]:
         order = (*step, each.save_order, each.resumable)
         return each.run_id == own, -math.inf if loss is None else -loss, *order
 
+    if first and place:
+        yield from (each.path for each in twins(first, place))
     yield from (each.path for each in sorted(others, key=rank, reverse=True))
 
 
