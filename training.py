@@ -38,7 +38,8 @@ from milepost.config import Config
 from milepost.generation.sampling import generate
 from milepost.remote import folder_here
 from milepost.reporting import how_to_resume, log_done, log_finished_before, log_plan, log_start, print_resume
-from milepost.resume import find_record, finished, free_tensors, inexact_reasons, resumed
+from milepost.resume import finished, free_tensors, inexact_reasons, resumed
+from milepost.resume_choice import find_record
 from milepost.run import TRY_INSTEAD, Clock, Run, agreed, checked, fresh, is_due, sample_start, validation_of
 from milepost.run_checkpoints import finish_saving, repair, retry_is_due, save_checkpoint, save_if_a_process_dies
 from milepost.run_files import open_run, write_metrics, write_sample

@@ -34,13 +34,13 @@ from milepost.remote import folder_here, is_remote, local
 from milepost.reporting import print_resume
 from milepost.resume import (
     changed_settings,
-    check_text_named,
     free_tensors,
     held_schedule,
     resumed,
     saved_schedule,
     saved_settings,
 )
+from milepost.resume_choice import check_text_named
 from milepost.run import Run, agreed, completed, planned
 from milepost.runtime.distributed import World
 from milepost.runtime.progress import Log

@@ -38,7 +38,8 @@ from milepost.ckpt.tensors import digest, not_finite
 from milepost.cli import guarded
 from milepost.config import Config, ConfigError
 from milepost.remote import local
-from milepost.resume import check_text_named, inexact_reasons, resumed, saved_schedule, saved_settings
+from milepost.resume import inexact_reasons, resumed, saved_schedule, saved_settings
+from milepost.resume_choice import check_text_named
 from milepost.run import Run, fresh, to_record, with_heads, with_its_base
 from milepost.run_files import open_run
 from milepost.runtime.hardware import DeviceError

@@ -19,13 +19,8 @@ BY_SCOPE = {scope: {n for n, v in VARIABLES.items() if v.metadata["scope"] == sc
 
 # Settings that appear in functions which a script reaches, but that have no effect there.
 NO_EFFECT = {
-<<<<<<< HEAD
     # The checkpoint brings the model and the adapters: settings that differ are refused or dropped. RESUME and RESUME_STEP belong
     # to training.py; the processes of torchrun share the function that warns about the one, and printed commands undo the other.
-=======
-    # The checkpoint brings the model and the adapters: settings that differ are refused or dropped. RESUME and RESUME_STEP, which MODE=resume refuses, belong to training.py;
-    # the processes of torchrun share the function that warns about it.
->>>>>>> crit-core
     "load_checkpoint": BY_SCOPE["identity"] - {"TOKENIZER", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "DOCUMENT_SEPARATOR", "PROMPT_FIELD", "ANSWER_FIELD", "VALIDATION_FRACTION", "VALIDATION_DATA", "GPT2_MODEL_NAME", "N_HEAD"} | {"RESUME", "RESUME_STEP"},
     # Training again takes the checkpoint's own settings (own_settings), and neither saves nor samples nor forms a group of processes.
     "verify_checkpoint": VARIABLES.keys() - BY_SCOPE["session"] - {"TRAINING_DATA_SOURCE", "VALIDATION_DATA", "N_HEAD"} | {

@@ -16,7 +16,7 @@ from test_exact_resume import KILLED
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import training
-from milepost import ckpt, config, resume
+from milepost import ckpt, config, resume_choice
 from milepost.ckpt.finding import scan
 from milepost.locks import RunLock
 from milepost.runtime.progress import Log
@@ -445,7 +445,9 @@ def of_two(folder: Path, run: str, step: int) -> Path:
 
 def start_of(folder: Path, settings: dict[str, str]) -> ckpt.Checkpoint:
     """Return the record that `find_record` selects for these settings."""
-    record = resume.find_record(config.read(environment(folder, **dict.fromkeys(TINY) | settings)), Log(io.StringIO()))
+    record = resume_choice.find_record(
+        config.read(environment(folder, **dict.fromkeys(TINY) | settings)), Log(io.StringIO())
+    )
     assert record is not None
     return record
 
