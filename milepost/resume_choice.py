@@ -130,7 +130,8 @@ def log_passed_over(record: Checkpoint | None, readable: list[ckpt.Found], setti
     if settings.init_from:
         began = f"from {record.parent.get('file') or 'other weights'}" if record.parent else "with random weights"
         instead = "another CHECKPOINT_DIR, or RESUME=never, starts a new run from it"
-        log(f"INIT_FROM is not used: RESUME=auto resumes run {record.run_id}, which began {began}; {instead}")
+        run = f"run {record.run_id}" if record.run_id else shown(record.path or "")
+        log(f"INIT_FROM is not used: RESUME=auto resumes {run}, which began {began}; {instead}")
     newer = list(itertools.takewhile(lambda found: found.path != record.path, readable))
     own = next((found for found in newer if found.run_id == record.run_id and not found.resumable), None)
     if own and "optimizer" in record.parts:

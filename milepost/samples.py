@@ -42,7 +42,9 @@ def drop_conflicts(record: Checkpoint, settings: Config, log: Log) -> Config:
     refused: list[str] = []
     dropped: list[str] = []
     for name, requested, saved in config.contradictions(settings, fixed_settings(record)):
-        problem = f"{name}={requested} ({settings.sources[name]}): the checkpoint has {saved}"
+        problem = (
+            f"{name}={requested} ({settings.sources[name]}): the checkpoint has {'none' if saved is None else saved}"
+        )
         if settings.sources[name] == "environment":
             refused.append(f"{problem}; unset {name}")
         else:

@@ -291,6 +291,15 @@ def test_the_card_names_the_base_and_shows_text_of_files_as_text(trained):
     assert ("1" * 64 in text, "2" * 64 in text) == (True, True)
 
 
+@pytest.mark.parametrize(("steps", "again"), [(0, False), (1, True)])
+def test_the_card_promises_to_train_again_only_what_was_trained(trained, steps, again):
+    """Merged weights are a run of their own that has trained nothing since its parent."""
+    record = newest(trained)
+    record = dataclasses.replace(record, parent={"run_id": "adapters", "step": record.step - steps})
+    text = card(public_record(record), "me/x", parameters=7, sha256="2" * 64, curve=False)
+    assert ("REPLAY=true" in text) == again
+
+
 def test_code_spans_hold_anything():
     assert code("a") == "`a`"
     assert code("a`b") == "``a`b``"

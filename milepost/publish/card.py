@@ -134,7 +134,9 @@ def _evaluation(record: Checkpoint) -> str:
 
 
 def _origin(record: Checkpoint, sha256: str) -> Iterator[str]:
-    yield f"sha256 of all its weights: {code(sha256)}; `REPLAY=true python3 scripts/verify_checkpoint.py` trains them again and compares"
+    again = "; `REPLAY=true python3 scripts/verify_checkpoint.py` trains them again and compares"
+    trained = not record.parent or record.parent.get("step") != record.step  # merged weights have no step of their own
+    yield f"sha256 of all its weights: {code(sha256)}{again if trained else ''}"
     if record.run_id:
         yield f"run {code(record.run_id)}"
     if record.parent:
