@@ -62,6 +62,8 @@ def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -
     resolved, log = settings_of(**settings), Log(io.StringIO())
     if resolved.num_samples != 1:
         raise ConfigError(["num_samples: generate returns one text; call it once for each, with another sample_seed"])
+    if resolved.is_set("PROMPT_FILE"):
+        raise ConfigError(["prompt_file: generate reads no file; pass its text as prompt"])
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load(checkpoint, folder=resolved.checkpoint_dir, optimizer=False)
     seed = resolved.sample_seed if resolved.sample_seed is not None else int.from_bytes(os.urandom(4), "little")

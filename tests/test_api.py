@@ -200,3 +200,8 @@ def test_a_checkpoint_is_shown_in_one_line(trained):
     assert "\n" not in shown
     assert len(shown) < 300
     assert "step 8" in shown or f"step {TINY['TRAINING_STEPS']}" in shown
+
+
+def test_a_file_for_the_prompt_is_refused_where_it_would_not_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="prompt_file: generate reads no file"):
+        milepost.generate("latest", prompt_file=str(tmp_path / "prompt.txt"), checkpoint_dir=str(tmp_path))
