@@ -78,12 +78,12 @@ def _as_python(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _opened(path: Path, options: Any = None) -> Iterator[Any]:
     """Yield a reader of the file: of parquet, of an Arrow file or of an Arrow stream."""
-    arrow = _library(path)
-    refuse_pointer(path)
     if path.suffix.lower() in PACKED:
         raise DataError(
             f"{path}: {' and '.join(SUFFIXES)} are read as they are, because they pack their columns: unpack it"
         )
+    arrow = _library(path)
+    refuse_pointer(path)
     if path.name.lower().endswith(".parquet"):
         with arrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
             yield file
@@ -103,6 +103,8 @@ def _schema(file: Any) -> Any:
 def _errors_named(path: Path) -> Iterator[None]:
     try:
         yield
+    except DataError:
+        raise
     except (OSError, ValueError, _library(path).ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         kind = path.suffix.lower().removeprefix(".")
