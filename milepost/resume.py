@@ -1,4 +1,4 @@
-"""Rebuild a run from a checkpoint: find the checkpoint, restore its parts, and check whether the resume is bit-exact."""
+"""Rebuild a run from a checkpoint: restore its parts, and check whether the resume is bit-exact."""
 
 import contextlib
 import dataclasses

@@ -16,9 +16,7 @@ from milepost.config import Config, ConfigError
 from milepost.config.variables import DATA_VARIABLES
 from milepost.remote import local_path
 from milepost.resume import changes, fixed_for_resume, naming_the_text, saved_settings
-from milepost.run import (
-    completed,
-)
+from milepost.run import completed
 from milepost.run.same_text import text_differences
 from milepost.run_mirror import bring_from_mirror
 from milepost.runtime.progress import Log, command_line, shown

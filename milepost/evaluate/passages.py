@@ -141,7 +141,7 @@ def _shares(ids: np.ndarray, text: str, tokenizer: Tokenizer) -> np.ndarray:
     The tokens may spell more or fewer bytes than the text has: a space that SentencePiece puts before it, or its NFC.
     """
     lengths = byte_lengths(ids, tokenizer).astype(np.float64)
-    return lengths * (len(text.encode()) / lengths.sum())
+    return lengths * (len(text.encode()) / max(1, lengths.sum()))  # none where a vocabulary has no token for the text
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
