@@ -97,7 +97,8 @@ def files_at(address: str, cache_dir: Path, note: Callable[[str], None] = lambda
     try:
         info = HfApi().dataset_info(asked.repo, revision=asked.revision)
         every = files_of_split(asked, [each.rfilename for each in info.siblings or ()], configs_of(info.card_data))
-        if others := [name for name in every if name not in (names := of_one_type(every))]:
+        names = of_one_type(every)
+        if others := sorted({*every} - {*names}):
             note(
                 f"{address}: not read, because files of several types are copies of one text as a rule: {listed(others)}"
             )
