@@ -5,12 +5,14 @@
     python3 benchmarks/serving.py soak 60     # 64 clients for 60 s, some of whom go midway: errors, memory, and whether each text is that of its seed
 
 The server is the script, in a process of its own, and the clients are in this process, so that neither waits for the other's interpreter. One client
-is measured against the same texts without a server, in another process: its first token, and tokens per second. Then as many clients as CLIENTS at
+is measured against the same texts without a server, in another process: its first token, and tokens per second; the first token of a text that
+goes on from an earlier one against one that is read anew. Then as many clients as CLIENTS at
 once, against one at a time.
 """
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -38,6 +40,7 @@ SIZES = {
 COMMON = {"MODEL_TYPE": "gpt2", "BATCH_SIZE": "1", "COMPILE": "false", "PYTHON_DOTENV_DISABLED": "1", "DEVICE": "cpu"}
 NEW, CLIENTS, SOAKING, SEEDS = 48, 16, 64, 200
 PROMPT = "Dear Wren, the winter has been long"
+SAID = PROMPT * 24  # about 200 tokens of GPT-2, of which a further request of the conversation reads only the last few
 SAMPLING = {"temperature": 0.8, "top_k": 200}
 START_SECONDS, STOP_SECONDS = 300, 30
 
@@ -60,6 +63,7 @@ def main() -> None:
                 for dtype in ("bfloat16", "float32"):
                     with served(folder, DTYPE=dtype, SERVE_TIMEOUT="3600") as server:
                         one_client(server, folder, f"{size} {dtype}")
+                        conversation(server, f"{size} {dtype}")
                         many_clients(server, f"{size} {dtype}")
         case _:
             sys.exit(__doc__)
@@ -139,9 +143,11 @@ class Server(NamedTuple):
             connection.request("GET", path)
             return connection.getresponse().read().decode()
 
-    def ask(self, seed: int, tokens: int, *, stream: bool = False) -> tuple[int, Any, http.client.HTTPMessage]:
+    def ask(
+        self, seed: int, tokens: int, *, stream: bool = False, prompt: str = PROMPT
+    ) -> tuple[int, Any, http.client.HTTPMessage]:
         """Return status, value and headers of the answer to a prompt; the value of a stream is its text."""
-        body = {"prompt": PROMPT, "seed": seed, "max_tokens": tokens, "stream": stream, **SAMPLING}
+        body = {"prompt": prompt, "seed": seed, "max_tokens": tokens, "stream": stream, **SAMPLING}
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:
             connection.request("POST", "/v1/completions", json.dumps(body))
             response = connection.getresponse()
@@ -150,9 +156,9 @@ class Server(NamedTuple):
             pieces = [json.loads(line[6:])["choices"][0]["text"] for line in response if line.startswith(b"data: {")]
             return response.status, "".join(pieces), response.headers
 
-    def text(self, seed: int, tokens: int, *, stream: bool = False) -> str:
+    def text(self, seed: int, tokens: int, *, stream: bool = False, prompt: str = PROMPT) -> str:
         """Return a text, which must not be refused."""
-        status, value, _ = self.ask(seed, tokens, stream=stream)
+        status, value, _ = self.ask(seed, tokens, stream=stream, prompt=prompt)
         assert status == 200, value
         return value if stream else value["choices"][0]["text"]
 
@@ -219,6 +225,19 @@ def one_client(server: Server, folder: Path, what: str) -> None:
             shown = {arm: f"{1e3 * s:.0f} ms" if tokens == 1 else f"{tokens / s:.1f} tok/s" for arm, s in taken.items()}
             ratio = taken["alone"] / taken["served"]
             row(f"one client, {what}: {figure}", ours=shown["served"], peer=shown["alone"], ratio=ratio, bound="0.95")
+
+
+def conversation(server: Server, what: str) -> None:
+    """Measure the first token after a text that goes on from an earlier one, against one that differs from the beginning."""
+    words = itertools.count()
+    arms = {
+        "goes on": lambda: server.text(1, 1, stream=True, prompt=f"{SAID} {next(words)}"),
+        "anew": lambda: server.text(1, 1, stream=True, prompt=f"{next(words)} {SAID}"),
+    }
+    taken = compare(arms, rounds=15)
+    shown = {arm: f"{1e3 * seconds:.0f} ms" for arm, seconds in taken.items()}
+    ratio = taken["anew"] / taken["goes on"]
+    row(f"first token of a conversation, {what}", ours=shown["goes on"], peer=f"{shown['anew']} anew", ratio=ratio)
 
 
 def many_clients(server: Server, what: str) -> None:

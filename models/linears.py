@@ -2,7 +2,8 @@
 
 Each function takes a weight (out, in), a bias and an activation of a model, and returns a function from rows (R, in) to
 (R, out), or to (R, out / 2) if the activation is "swiglu". The result of a row is bit-identical whatever their number, as far
-as is known: Decoder.agrees() tests it. bfloat16 without oneDNN's product promises that up to ROW_BY_ROW rows.
+as is known: Decoder.agrees() tests it. bfloat16 without oneDNN's product promises that up to ROW_BY_ROW rows. Rows of a prompt
+are multiplied PROMPT_CHUNK at a time, so what follows a chunk does not change its bits.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ Linear = Callable[[Tensor], Tensor]
 FUSED: Final = {"": ("none", ""), "gelu": ("gelu", "tanh"), "gelu_erf": ("gelu", "none"), "relu": ("relu", "")}
 FEW: Final = 32  # rows that are computed one by one: more than a draft has, and as many as a server reads together
 ROW_BY_ROW: Final = 16  # the most rows that PyTorch's bfloat16 product takes; a draft has fewer
+PROMPT_CHUNK: Final = 64  # rows
 CHUNK: Final = 1 << 20  # weights quantized at a time, so that intermediate values stay in the processor's cache
 
 
@@ -54,7 +56,7 @@ def _row_by_row(half: Tensor, bias: Tensor | None, activation: str) -> Linear:
     def multiply(x: Tensor) -> Tensor:
         if x.size(0) <= ROW_BY_ROW:
             return few(x)
-        return _plain(half.float(), wide_bias, activation)(x.float()).bfloat16()
+        return in_chunks(_plain(half.float(), wide_bias, activation), x.float()).bfloat16()
 
     return multiply
 
@@ -78,7 +80,7 @@ def _onednn(weight: Tensor, bias: Tensor | None, activation: str) -> Linear:
         y = multiply(torch.cat((x, x)) if single else x, weight, bias, kernel, [], algorithm)
         return y[:1] if single else y
 
-    return apply
+    return lambda x: in_chunks(apply, x)
 
 
 def cast_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "", *, dtype: torch.dtype) -> Linear:
@@ -96,7 +98,7 @@ def int8_linear(weight: Tensor, bias: Tensor | None = None, activation: str = ""
         y = torch._weight_int8pack_mm(x.bfloat16(), whole, scales)
         return activated(y if bias is None else y + bias, activation)
 
-    return multiply
+    return lambda x: in_chunks(multiply, x)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +111,13 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale.copy_((torch.maximum(high, -low) / 127).clamp(min=1e-30).bfloat16())
         target.copy_((part / scale[:, None]).round_().clamp_(-127, 127))
     return whole, scales
+
+
+def in_chunks(function: Linear, x: Tensor) -> Tensor:
+    """Return the function of rows x (R, in), computed for PROMPT_CHUNK of them at a time."""
+    if x.size(0) <= PROMPT_CHUNK:
+        return function(x)
+    return torch.cat([function(chunk) for chunk in x.split(PROMPT_CHUNK)])
 
 
 def by_row(function: Linear) -> Linear:

@@ -29,6 +29,7 @@ from milepost.cli import EXIT_CODES, guarded, report
 from milepost.config import Config, ConfigError
 from milepost.files import replacing
 from milepost.generation.conversation import answer_stops, continued, fitted, message_ids
+from milepost.generation.prefixes import Prefixes
 from milepost.generation.texts import Sampling, texts
 from milepost.remote import local
 from milepost.runtime.interrupt import ctrl_c_noted, ctrl_c_raises, was_interrupted
@@ -73,6 +74,7 @@ class Chat:
     number: int = 0
     dropping: bool = False  # whether it was reported that the oldest turns are dropped
     other: Loaded | None = None  # what /compare opened last
+    prefixes: Prefixes = field(default_factory=lambda: Prefixes(most=2))  # of the conversation, by both
     code: int = 0  # of the first mistake
 
 
@@ -255,6 +257,7 @@ def answer(chat: Chat, loaded: Loaded, messages: Sequence[Message], *, number: i
         count=1,
         lookup=loaded.lookup,
         on_slide=lambda: full.append(0),
+        prefixes=chat.prefixes,
     )
     pieces = blame_checkpoint(pieces, loaded.record)
     with ctrl_c_noted() if chat.terminal else contextlib.nullcontext(lambda: False) as stopped:

@@ -18,8 +18,10 @@ from test_templates import CHATML, bpe
 import training
 from milepost import ckpt, config
 from milepost.generation.conversation import NO_TEMPLATE, answer_stops, continued, fitted, message_ids, turns
+from milepost.generation.decoder import Decoder
 from milepost.generation.texts import Sampling, steps, texts
 from milepost.runtime.progress import Log
+from milepost.samples import open_named, sampling
 from milepost.text.templates import chat_ids
 
 CHAT = "scripts/chat.py"
@@ -86,6 +88,28 @@ def test_a_conversation_stays_in_the_context(roomy):
     first, second = done.stdout.splitlines()
     assert second == generated(roomy, f"Dear{first}\nWren", STOP="\\n", TEMPERATURE="0")
     assert second != generated(roomy, "Wren", STOP="\\n", TEMPERATURE="0")  # as it would be without
+
+
+def test_the_answers_of_a_long_conversation_are_those_of_one_that_is_read_anew(tmp_path):
+    """By the fast decoder, which keeps what it has read; another checkpoint answers in between."""
+    assert train(tmp_path, **LEARNED | {"TRAINING_STEPS": "3"}, N_EMBD="256", N_LAYER="1", BLOCK_SIZE="256")[0] == 0
+    lines = ["Dear Wren, I am the winter of the letters. " * 3, "the wind of the", "so long"]
+    done = chatted(tmp_path, "\n/compare latest\n".join(lines) + "\n", STOP="\\n")
+    answers = done.stdout.splitlines()
+    assert (done.returncode, len(answers)) == (0, 5), done.stderr
+    assert answers[0:4:2] == answers[1:4:2]
+    settings = config.read(environment(tmp_path, **HERE | {"STOP": "\\n"}), reads=script("chat").READS)
+    loaded = open_named("latest", settings, Log())
+    assert isinstance(loaded.generator, Decoder)
+    text = ""
+    for number, (line, answer) in enumerate(zip(lines, answers[::2], strict=True)):
+        text += line
+        ids = loaded.tokenizer.encode(text)
+        how = sampling(settings)
+        drawn = texts(loaded.generator, loaded.tokenizer, ids, sampling=how, seed=7, first=number, count=1)
+        assert "".join(next(drawn)) == answer
+        text += answer + "\n"
+    assert len(text) > 150
 
 
 def test_the_oldest_turns_are_dropped_first_which_is_reported_once(narrow):

@@ -51,6 +51,14 @@ def served(folder):
         yield running
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory) -> Path:
+    """A checkpoint of the fast decoder with a context of several chunks of a prompt."""
+    folder = tmp_path_factory.mktemp("long")
+    assert train(folder, **QUICK, N_EMBD="256", N_LAYER="1", BLOCK_SIZE="256", TRAINING_STEPS="2")[0] == 0
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
@@ -84,6 +92,26 @@ def test_several_prompts_and_several_texts_of_each(served):
     assert texts_of(served.complete(ids, **asked)) == expected[2:]
     assert expected[0] != expected[1]
     assert expected[:2] != expected[2:]
+
+
+def test_texts_that_begin_alike_read_their_beginning_once(long, monkeypatch):
+    read: list[int] = []
+    follow = Decoder._follow
+
+    def counted(self, ids, cache):
+        read.append(len(ids))
+        return follow(self, ids, cache)
+
+    monkeypatch.setattr(Decoder, "_follow", counted)
+    said = "Dear Wren, I am the winter of the letters. " * 4
+    with serving(long, CHECKPOINT_PATH="latest", SERVE_SLOTS="4") as running:
+        loaded = running.server.catalogue.models["latest"].loaded
+        for prompt, n, kept in ((said, 2, 0), (said + "so", 1, 128), ("so" + said, 1, 0)):
+            expected = [alone(loaded, prompt, seed=3, tokens=5, number=number) for number in range(n)]
+            read.clear()
+            assert texts_of(running.complete(prompt, seed=3, max_tokens=5, n=n)) == expected
+            first = sum(count for count in read if count > 1)  # a prompt; further tokens are read one by one
+            assert first == len(loaded.tokenizer.encode(prompt)) - kept + (n - 1) * (len(said) - 128)
 
 
 def test_stops_and_echo(served):

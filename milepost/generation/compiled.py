@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from milepost.generation import kernels
 from milepost.generation.decoder import RESCORED, DecodeCache, Decoder, positions_of
 from milepost.generation.decoder_parts import Layer, Norm
-from models.linears import FEW, Linear, activated, multiplies_rows_together, quantized
+from models.linears import FEW, Linear, activated, in_chunks, multiplies_rows_together, quantized
 from models.model import Model
 
 LONGEST_DRAFT: Final = {"float32": 5, "bfloat16": 5, "int8": 3}  # as decoder.LONGEST_DRAFT: here more rows take longer
@@ -81,9 +81,14 @@ class Stored:
         """Return the outputs by PyTorch's product, in bfloat16 where the processor has it; to convert the weights takes less time."""
         narrow = self.stored.dtype != torch.float32 and multiplies_rows_together()
         dtype = torch.bfloat16 if narrow else torch.float32
-        y = F.linear(x.to(dtype), self.stored.to(dtype)).float()
-        y = y if self.scales is None else y * self.scales
-        return activated(y if self.bias is None else y + self.bias, self.activation)
+        weight = self.stored.to(dtype)
+
+        def multiply(x: Tensor) -> Tensor:
+            y = F.linear(x, weight).float()
+            y = y if self.scales is None else y * self.scales
+            return activated(y if self.bias is None else y + self.bias, self.activation)
+
+        return in_chunks(multiply, x.to(dtype))
 
 
 class CompiledDecoder(Decoder):

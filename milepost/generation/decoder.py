@@ -9,6 +9,9 @@ The results for a token are bit-identical whatever the number of tokens in the p
 together (generate.lookup) without changing the text. Two measures ensure it. The products of models.linears give a row the
 same bits among any number of rows. And each token attends in a call of its own: in a shared call its bits would depend on
 the thread that computes it.
+
+A prompt is many tokens, and read in whole chunks of PROMPT_CHUNK and what is left over. Products and attention of a chunk are calls of
+their own, of the same shapes wherever the prompt ends. So its keys and values serve every text that begins with the same chunks (prefixes).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +25,7 @@ from milepost.generation import decoder_gpt2, decoder_llama
 from milepost.generation.decoder_parts import Parts
 from models.attention import SMALLEST_ROOM
 from models.gpt2 import GPT2
-from models.linears import LINEARS, Linear, multiplies_rows_together
+from models.linears import FEW, LINEARS, PROMPT_CHUNK, Linear, multiplies_rows_together
 from models.llama import Llama
 from models.model import Model
 
@@ -42,12 +45,13 @@ class Ahead(NamedTuple):
 class DecodeCache:
     """Keys and values of the `length` tokens seen, in one buffer that grows to `block_size` tokens.
 
-    Lower `length` to forget the latest tokens.
+    Lower `length` to forget the latest tokens. `prefix` are the first of them, as far as they were read in whole chunks.
     """
 
     def __init__(self, shape: tuple[int, int, int], block_size: int, device: torch.device | None = None) -> None:
         self.length, self.block_size = 0, block_size
         self.ahead: Ahead | None = None
+        self.prefix: list[int] = []
         n_layer, KV, hs = shape
         self.states = torch.empty(n_layer, 2, 1, KV, min(block_size, SMALLEST_ROOM), hs, device=device)
         self.layers = _by_layer(self.states)
@@ -64,6 +68,12 @@ class DecodeCache:
             self.states, self.layers = larger, _by_layer(larger)
         return self.states
 
+    def begin_as(self, other: "DecodeCache", tokens: int) -> None:
+        """Begin with the first `tokens` tokens of another cache's prefix, which are whole chunks."""
+        states = self.states_for(tokens + 1)
+        states[..., :tokens, :] = other.states[..., :tokens, :]
+        self.length, self.prefix = tokens, other.prefix[:tokens]
+
 
 def _by_layer(states: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(layer[0], layer[1]) for layer in states]
@@ -75,6 +85,8 @@ class Decoder:
     `weights` is one of LINEARS: the dtype of the stored matrices, by default made by its function there. They are copies:
     later training of the model has no effect.
     """
+
+    chunk = PROMPT_CHUNK  # tokens of a prompt that are read in the same way whatever follows them
 
     def __init__(self, model: Model, *, weights: str, linear: Callable[..., Linear] | None = None) -> None:
         linear = linear or LINEARS[weights]
@@ -107,9 +119,22 @@ class Decoder:
             cache.length += 1
             return [ahead.logits]
         cache.states_for(cache.length + len(ids))
+        read = [self._follow(part, cache) for part in self._passes(ids, cache)]
+        return self._logits((read[-1] if len(read[-1]) >= last else torch.cat(read))[-last:])
+
+    def _passes(self, ids: Sequence[int], cache: DecodeCache) -> Iterable[Sequence[int]]:
+        """Return the ids of each pass: the whole chunks of a prompt, and the rest."""
+        if cache.length == 0:
+            cache.prefix = []
+        whole = len(ids) // self.chunk * self.chunk if len(cache.prefix) == cache.length else 0
+        cache.prefix += ids[:whole]
+        return [part for part in (ids[:whole], ids[whole:]) if part]
+
+    def _follow(self, ids: Sequence[int], cache: DecodeCache) -> Tensor:
+        """Return the output of the last norm for each of the ids (R, C), which follow the cache; it grows."""
         x = self._through(ids, [(cache, len(ids))])
         cache.length += len(ids)
-        return self._logits(x[-last:])
+        return x
 
     @torch.inference_mode()
     def read_ahead(self, tokens: Sequence[int], caches: Sequence[DecodeCache]) -> None:
@@ -132,7 +157,9 @@ class Decoder:
 
         def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = zip(q.split(counts), k.split(counts), v.split(counts), spans, strict=True)
-            outputs = [_attend(q, k, v, *cache.layers[number], cache.length) for q, k, v, (cache, _) in parts]
+            outputs = [
+                _attend(q, k, v, *cache.layers[number], cache.length, self.chunk) for q, k, v, (cache, _) in parts
+            ]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         return self._read(torch.tensor(ids, device=device), torch.tensor(positions, device=device), attend)
@@ -207,21 +234,27 @@ def _rows_agree(linear: Linear, x: Tensor) -> bool:
     return all(torch.equal(linear(x[-rows:]), whole[-rows:]) for rows in range(1, len(x)))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, chunk: int) -> Tensor:
     """Return the attention's output (R, H hs) for the heads of tokens from position `start` on.
 
     Their k and v (R, KV, hs) are written to keys and values (1, KV, room, hs); each head of them serves H / KV of q (R, H, hs).
+    Tokens of a prompt attend `chunk` at a time, a few after it one at a time.
     """
-    R, H, hs = q.shape
-    KV = k.size(1)
+    R = q.size(0)
     keys.narrow(2, start, R).copy_(k.transpose(0, 1))
     values.narrow(2, start, R).copy_(v.transpose(0, 1))
-    if start == 0:  # the prompt: one call, because it contains no drafts
-        k, v = (heads.transpose(0, 1).repeat_interleave(H // KV, 0)[None] for heads in (k, v))  # (1, H, R, hs)
-        y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True)  # (1, H, R, hs)
-        return y[0].transpose(0, 1).flatten(1)
-    outputs = []
-    for seen, row in enumerate(q.view(R, KV, H // KV, hs).split(1), start + 1):  # each (1, KV, H / KV, hs)
-        y = F.scaled_dot_product_attention(row, keys.narrow(2, 0, seen), values.narrow(2, 0, seen))
-        outputs.append(y.view(1, H * hs))
-    return outputs[0] if R == 1 else torch.cat(outputs)
+    size = chunk if start == 0 or R > FEW else 1
+    outputs = [_attended(part, keys, values, start + at * size) for at, part in enumerate(q.split(size))]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attended(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """Return the attention's output (R, H hs) of consecutive tokens, the first at position `start`, to those up to each."""
+    (R, H, hs), KV = q.shape, keys.size(1)
+    k, v = keys.narrow(2, 0, start + R), values.narrow(2, 0, start + R)
+    if R == 1 and start:
+        return F.scaled_dot_product_attention(q.view(1, KV, H // KV, hs), k, v).view(1, H * hs)
+    k, v = (heads.repeat_interleave(H // KV, 1) for heads in (k, v))  # (1, H, start + R, hs)
+    seen = torch.ones(R, start + R, dtype=torch.bool, device=q.device).tril(start) if start else None
+    y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=seen, is_causal=not start)
+    return y[0].transpose(0, 1).flatten(1)  # (1, H, R, hs) before

@@ -7,6 +7,7 @@ again. On a CPU the same pass runs without a graph, for tests.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
@@ -41,6 +42,8 @@ class GraphCache(DecodeCache):
 
 class GraphDecoder(Decoder):
     """A trained model on a GPU for sampling.generate(). `weights` is the dtype of the stored matrices."""
+
+    chunk = sys.maxsize  # a prompt is read in one pass: small products would leave most of a GPU idle
 
     def __init__(self, model: Model, *, weights: str) -> None:
         super().__init__(model, weights=weights, linear=partial(cast_linear, dtype=getattr(torch, weights)))

@@ -119,7 +119,7 @@ def generate(
 
     vocab_size: the tokenizer's, if the model's head has surplus rows, which are then never drawn.
     generator: a CPU generator; None creates a fresh one, so torch's global generator is never touched.
-    cache: an empty one of the model's new_cache(); None creates one.
+    cache: one of the model's new_cache(), empty or with a beginning of `ids`; None creates one.
     Between two ids the model is in the mode (train or eval) in which the caller left it.
 
     The model sees a window of at most model.max_length tokens. When it is full, the oldest tokens are dropped: the
@@ -219,9 +219,10 @@ def _stream(
 
 def _draft(lookup: Lookup | None, history: list[int], start: int, cache: Cache | None, room: int | None) -> list[int]:
     """Return the tokens to verify after the window: none while the prompt is unread, and none that would not fit."""
-    if lookup is None or cache is None or room is None or cache.length == 0:
+    window = len(history) - start
+    if lookup is None or cache is None or room is None or cache.length < window - 1:
         return []
-    return lookup.draft(history, room - (len(history) - start))
+    return lookup.draft(history, room - window)
 
 
 @contextmanager

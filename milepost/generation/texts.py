@@ -11,6 +11,7 @@ from torch import Tensor
 
 from milepost.generation.decoder import Decoder, decoder_of
 from milepost.generation.graphed import FEWEST_TOKENS, GraphDecoder
+from milepost.generation.prefixes import Prefixes
 from milepost.generation.sampling import generate
 from milepost.generation.stream import StreamDecoder
 from milepost.runtime import hardware
@@ -106,15 +107,25 @@ def texts(
     first: int = 0,
     lookup: bool = False,
     on_slide: Callable[[], None] | None = None,
+    prefixes: Prefixes | None = None,
 ) -> Iterator[Iterator[str]]:
     """Yield `count` continuations of the prompt `ids`, each as an iterator over pieces of text, numbered from `first`.
 
-    Text number i depends only on (seed, i). An empty prompt starts at `first_id`. Raise ValueError if the logits are
-    not finite.
+    Text number i depends only on (seed, i). An empty prompt starts at `first_id`. `prefixes` keeps what was read for further
+    calls. Raise ValueError if the logits are not finite.
     """
+    prefixes = prefixes or Prefixes(most=1)
     for number in range(first, first + count):
         drawn = steps(
-            model, tokenizer, ids, sampling=sampling, seed=seed, number=number, lookup=lookup, on_slide=on_slide
+            model,
+            tokenizer,
+            ids,
+            sampling=sampling,
+            seed=seed,
+            number=number,
+            lookup=lookup,
+            on_slide=on_slide,
+            cache=prefixes.cache_for(model, ids),
         )
         yield (step.text for step in drawn)
 
@@ -147,7 +158,7 @@ def steps(
 ) -> Iterator[Step]:
     """Yield the steps of text number `number` of texts(); the last has a `finish`, unless a caller ends it before.
 
-    `cache` is an empty one of the model's new_cache(); None creates one.
+    `cache` is one of the model's new_cache(), empty or with a beginning of the prompt; None creates one.
     """
     generator = torch.Generator().manual_seed(mix(seed, number))
     decoder = StreamDecoder(tokenizer, stop=sampling.stop)

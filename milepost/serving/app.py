@@ -182,7 +182,7 @@ def answering(server: Server, parse: Callable[[Any], Asked]) -> Callable[[Reques
                 asked = parse(await body_of(request))
                 served = server.model(asked.model)
                 work = await prepared(asked, served, server.defaults)
-            job = Job(work, together=served.together, streams=asked.stream)
+            job = Job(work, server.generating.prefixes, together=served.together, streams=asked.stream)
             server.generating.submit(job)
             answer = Answer(server, job, request, served=served, asked=asked, began=began)
             response = Stream(answer) if asked.stream else await answer.whole()

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from milepost.generation.decoder import Decoder
+from milepost.generation.prefixes import Prefixes
 from milepost.serving.faults import queue_full, stopping
 from milepost.serving.pieces import Next, Piece, Work, pieces_by_text
 
@@ -23,7 +24,7 @@ MOST_ROWS: Final = 32  # texts that are read together in one pass
 class Job:
     """A request from its arrival to its end. The event loop reads what `take` returns whenever `ready` is set."""
 
-    def __init__(self, work: Work, *, together: bool, streams: bool) -> None:
+    def __init__(self, work: Work, prefixes: Prefixes, *, together: bool, streams: bool) -> None:
         self.work, self.together, self.streams = work, together, streams
         self.cancelled = False
         self.ready = asyncio.Event()
@@ -33,7 +34,7 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._made: deque[Piece] = deque()
         self._told = False
-        self._texts = pieces_by_text(work)
+        self._texts = pieces_by_text(work, prefixes)
         self._to_begin = self._to_end = len(work.prompts) * work.n
 
     def begin(self) -> "Text":
@@ -106,6 +107,7 @@ class Generating:
 
     def __init__(self, *, slots: int, queue: int) -> None:
         self.slots, self.queue = slots, queue
+        self.prefixes = Prefixes(most=slots)  # for the thread
         self.running: list[Text] = []
         self.waiting: deque[Job] = deque()
         self.stopping = False

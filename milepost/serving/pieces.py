@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from milepost.generation.decoder import DecodeCache, Decoder
+from milepost.generation.prefixes import Prefixes
 from milepost.generation.texts import Sampling, steps
 from milepost.text.tokenization.base import Tokenizer
 from models.model import Model
@@ -63,24 +64,24 @@ class Next(NamedTuple):
     cache: DecodeCache
 
 
-def pieces_by_text(work: Work) -> Iterator[Iterator[tuple[Piece, Next | None]]]:
+def pieces_by_text(work: Work, prefixes: Prefixes) -> Iterator[Iterator[tuple[Piece, Next | None]]]:
     """Yield for each text, in the order of their number, an iterator over its pieces; nothing is computed before it is asked.
 
-    The iterators raise ValueError if the logits are not finite.
+    `prefixes` keeps what was read. The iterators raise ValueError if the logits are not finite.
     """
     for number, ids in enumerate(work.prompts):
         scores = functools.cache(functools.partial(prompt_scores, work, tuple(ids)))
         for text in range(work.n):
-            yield _pieces(work, ids, scores, index=number * work.n + text, number=text)
+            yield _pieces(work, prefixes, ids, scores, index=number * work.n + text, number=text)
 
 
 def _pieces(
-    work: Work, ids: Sequence[int], scores: Callable[[], list[Score]], *, index: int, number: int
+    work: Work, prefixes: Prefixes, ids: Sequence[int], scores: Callable[[], list[Score]], *, index: int, number: int
 ) -> Iterator[tuple[Piece, Next | None]]:
     if work.echo:
         text = work.tokenizer.decode(ids[_unshown(work, ids) :])
         yield Piece(index, text, scores=scores() if work.logprobs is not None else []), None
-    yield from _continued(work, ids, index=index, number=number)
+    yield from _continued(work, prefixes, ids, index=index, number=number)
 
 
 def _unshown(work: Work, ids: Sequence[int]) -> int:
@@ -89,8 +90,10 @@ def _unshown(work: Work, ids: Sequence[int]) -> int:
     return int(begin is not None and list(ids[:1]) == [begin])
 
 
-def _continued(work: Work, ids: Sequence[int], *, index: int, number: int) -> Iterator[tuple[Piece, Next | None]]:
-    cache = work.generator.new_cache(batch_size=1)
+def _continued(
+    work: Work, prefixes: Prefixes, ids: Sequence[int], *, index: int, number: int
+) -> Iterator[tuple[Piece, Next | None]]:
+    cache = prefixes.cache_for(work.generator, ids)
     drawn = steps(
         work.generator,
         work.tokenizer,
