@@ -160,6 +160,18 @@ def test_a_conversation_has_the_text_of_one_that_is_read_anew(decoder_of, lookup
     assert slid
 
 
+def test_a_pass_that_fails_leaves_nothing_to_take(monkeypatch) -> None:
+    """Neither what it was to read nor what an earlier text had there."""
+    decoder, prefixes, ids = decoder_for(Decoder), Prefixes(most=2), some(2 * PROMPT_CHUNK + 5)
+    with monkeypatch.context() as broken:
+        broken.setattr(Decoder, "_through", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            read(decoder, ids, prefixes.cache_for(decoder, ids))
+    cache = prefixes.cache_for(decoder, ids)
+    assert cache.length == 0
+    assert same(read(decoder, ids, cache), read(decoder, ids))
+
+
 def test_a_graphed_decoder_reads_a_prompt_in_one_pass_and_keeps_nothing(passes) -> None:
     decoder = GraphDecoder(random_model(replace(LLAMA, block_size=LONG)), weights="float32")
     prefixes, ids = Prefixes(most=1), some(LONG - 4)

@@ -127,12 +127,13 @@ class Decoder:
         if cache.length == 0:
             cache.prefix = []
         whole = len(ids) // self.chunk * self.chunk if len(cache.prefix) == cache.length else 0
-        cache.prefix += ids[:whole]
         return [part for part in (ids[:whole], ids[whole:]) if part]
 
     def _follow(self, ids: Sequence[int], cache: DecodeCache) -> Tensor:
         """Return the output of the last norm for each of the ids (R, C), which follow the cache; it grows."""
         x = self._through(ids, [(cache, len(ids))])
+        if len(ids) % self.chunk == 0 and len(cache.prefix) == cache.length:
+            cache.prefix += ids
         cache.length += len(ids)
         return x
 

@@ -7,6 +7,7 @@ has the bits that it would have if it were read anew (decoder), so which texts w
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from operator import itemgetter
 
 from milepost.generation.decoder import DecodeCache, Decoder
 from models.model import Cache, Model
@@ -28,17 +29,12 @@ class Prefixes:
             return cache
         if generator.chunk < len(ids) <= generator.max_length:
             same = [kept for decoder, kept in self._kept if decoder() is generator]
-            shared, nearest = max(
-                ((_shared(kept.prefix, ids[:-1]), kept) for kept in same), default=(0, cache), key=_first
-            )
+            lengths = ((_shared(kept.prefix, ids[:-1]), kept) for kept in same)
+            shared, nearest = max(lengths, default=(0, cache), key=itemgetter(0))
             if whole := shared // generator.chunk * generator.chunk:
                 cache.begin_as(nearest, whole)
             self._kept.append((weakref.ref(generator), cache))
         return cache
-
-
-def _first(pair: tuple[int, DecodeCache]) -> int:
-    return pair[0]
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
