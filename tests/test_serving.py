@@ -74,7 +74,8 @@ def test_a_completion_is_the_text_of_the_seed(served):
         "latest",
         "length",
     )
-    assert value["usage"] == {"prompt_tokens": 4, "completion_tokens": 30, "total_tokens": 34}
+    usage = {"prompt_tokens": 4, "completion_tokens": 30, "total_tokens": 34}
+    assert value["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
     assert value["system_fingerprint"].endswith(f"-step{loaded.record.step}")
 
 
@@ -109,9 +110,12 @@ def test_texts_that_begin_alike_read_their_beginning_once(long, monkeypatch):
         for prompt, n, kept in ((said, 2, 0), (said + "so", 1, 128), ("so" + said, 1, 0)):
             expected = [alone(loaded, prompt, seed=3, tokens=5, number=number) for number in range(n)]
             read.clear()
-            assert texts_of(running.complete(prompt, seed=3, max_tokens=5, n=n)) == expected
+            reply = running.complete(prompt, seed=3, max_tokens=5, n=n)
+            assert texts_of(reply) == expected
+            assert reply.value["usage"]["prompt_tokens_details"] == {"cached_tokens": kept}
             first = sum(count for count in read if count > 1)  # a prompt; further tokens are read one by one
             assert first == len(loaded.tokenizer.encode(prompt)) - kept + (n - 1) * (len(said) - 128)
+        assert 'milepost_kept_tokens_total{model="latest"} 128\n' in running.send("GET", "/metrics").body.decode()
 
 
 def test_stops_and_echo(served):

@@ -21,7 +21,7 @@ def test_a_reply_goes_through_the_pieces_once_however_many_texts_it_has() -> Non
     head, count = Head(chat=False, name="text_completion", fields={"id": "cmpl-1"}), 50
     begun = [Piece(index, f"{index} ", 1) for index in reversed(range(count))]
     pieces = Read([*begun, *(Piece(index, "end", 1, finish="stop") for index in range(count))])
-    choices = whole(head, pieces, scored=False, usage=Usage(1, 2 * count))["choices"]
+    choices = whole(head, pieces, scored=False, usage=Usage(1, 2 * count, 0))["choices"]
     assert [(choice["index"], choice["text"]) for choice in choices] == [(i, f"{i} end") for i in range(count)]
     assert {choice["finish_reason"] for choice in choices} == {"stop"}
     assert pieces.times == 1

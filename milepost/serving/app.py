@@ -226,11 +226,11 @@ class Answer:
     ) -> None:
         self._server, self._job, self._request, self._asked, self._began = server, job, request, asked, began
         self._head = new_head(served, chat=asked.messages is not None)
-        self._generated, self._gone = 0, False
+        self._generated, self._kept, self._gone = 0, 0, False
 
     @property
     def _usage(self) -> Usage:
-        return Usage(sum(map(len, self._job.work.prompts)), self._generated)
+        return Usage(sum(map(len, self._job.work.prompts)), self._generated, self._kept)
 
     async def whole(self) -> Response:
         """Return the response once all texts are complete."""
@@ -264,6 +264,7 @@ class Answer:
                 await self._ready()
                 made, done = job.take()
                 self._generated += sum(piece.tokens for piece in made)
+                self._kept += sum(piece.kept for piece in made)
                 yield made
                 if done or self._gone:
                     break
@@ -306,6 +307,7 @@ class Answer:
         metrics, usage = self._server.metrics, self._usage
         name, first = self._head.fields["model"], self._job.first_token
         metrics.add("prompt_tokens_total", usage.prompt, model=name)
+        metrics.add("kept_tokens_total", usage.kept, model=name)
         metrics.add("generated_tokens_total", usage.generated, model=name)
         if first is not None:
             metrics.observe("first_token_seconds", first - self._began)

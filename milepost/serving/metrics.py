@@ -7,6 +7,7 @@ PREFIX = "milepost_"
 HELP = {
     "requests_total": ("counter", "Requests answered, by path and status"),
     "prompt_tokens_total": ("counter", "Tokens of prompts"),
+    "kept_tokens_total": ("counter", "Tokens of prompts that were not read anew"),
     "generated_tokens_total": ("counter", "Tokens generated"),
     "first_token_seconds": ("summary", "Seconds from a request's arrival to its first token"),
     "request_seconds": ("summary", "Seconds from a request's arrival to its last token"),

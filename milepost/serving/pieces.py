@@ -55,6 +55,7 @@ class Piece(NamedTuple):
     tokens: int = 0  # generated
     scores: Sequence[Score] = ()
     finish: Literal["", "stop", "length"] = ""
+    kept: int = 0  # tokens of the prompt that an earlier text had read; told once for each prompt
 
 
 class Next(NamedTuple):
@@ -94,6 +95,8 @@ def _continued(
     work: Work, prefixes: Prefixes, ids: Sequence[int], *, index: int, number: int
 ) -> Iterator[tuple[Piece, Next | None]]:
     cache = prefixes.cache_for(work.generator, ids)
+    if number == 0 and isinstance(cache, DecodeCache) and cache.length:
+        yield Piece(index, kept=cache.length), None
     drawn = steps(
         work.generator,
         work.tokenizer,

@@ -12,16 +12,18 @@ from milepost.serving.pieces import Piece, Score
 
 
 class Usage(NamedTuple):
-    """The tokens of a request."""
+    """The tokens of a request. `kept` of the prompts were not read anew."""
 
     prompt: int
     generated: int
+    kept: int
 
     @property
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         """The usage as a JSON value."""
         total = self.prompt + self.generated
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.generated, "total_tokens": total}
+        counts = {"prompt_tokens": self.prompt, "completion_tokens": self.generated, "total_tokens": total}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": self.kept}}
 
 
 class Head(NamedTuple):
