@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.adapters import LORA_NAMES
-from models.attention import SHORT, KeyValueCache, attention_after, check_length, visible
+from models.attention import KeyValueCache, attention_after, check_length, square_bytes, visible
 from models.gelu import tanh_gelu
 from models.head import CHUNK, head_loss
 from models.lora import LoraSettings, linear
@@ -112,8 +112,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: GPT2Cache | None, layer: int, seen: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, hs)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, T, hs)
+        parts = self.c_attn(x).split(C, dim=2)  # three (B, T, C), whose gradients are one copy behind the fused kernel
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in parts)  # (B, H, T, hs)
         start = 0 if cache is None else cache.length
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, start + T, hs)
@@ -287,7 +287,9 @@ class GPT2(Model):
         """
         s, cuda = self.settings, (device_type or self.wte.weight.device.type) == "cuda"
         tokens = batch_size * s.block_size
-        scores = 0 if cuda else s.n_head * s.block_size * self._square_bytes(bytes_per_value)  # fused there
+        scores = (
+            0 if cuda else s.n_head * s.block_size * square_bytes(s.block_size, bytes_per_value, dropout=s.dropout)
+        )  # fused there
         per_layer = 22 * s.n_embd * bytes_per_value + scores
         logits = tokens * s.vocab_size if cuda or self.lm_head is not None else min(tokens * s.vocab_size, CHUNK)
         gradients = 8 * self.wte.weight.numel() if self.wte.weight.requires_grad else 0
@@ -295,10 +297,3 @@ class GPT2(Model):
             len(s.ttt.numbers) * activation_bytes(s.ttt, width=s.n_embd, n_head=s.n_head) if s.ttt is not None else 0
         )
         return (s.n_layer + 1) * tokens * per_layer + tokens * learned + logits * (bytes_per_value + 12) + gradients
-
-    def _square_bytes(self, bytes_per_value: int) -> int:
-        """Return the bytes per attention score of a layer on a CPU: one tensor of scores where they are explicit, four
-        with dropout, none where attention is fused."""
-        if self.settings.block_size > SHORT:
-            return 4 * 4 if self.settings.dropout else 0  # with dropout PyTorch computes explicit scores in float32
-        return bytes_per_value * (4 if self.settings.dropout else 1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.adapters import LORA_NAMES
-from models.attention import SHORT, KeyValueCache, attention_after, check_length, visible
+from models.attention import KeyValueCache, attention_after, check_length, square_bytes, visible
 from models.head import CHUNK, head_loss
 from models.lora import LoraSettings, linear
 from models.model import Model, Output
@@ -318,16 +318,11 @@ class Llama(Model):
         """
         s, cuda = self.settings, (device_type or self.embed_tokens.weight.device.type) == "cuda"
         tokens = batch_size * s.block_size
-        scores = 0 if cuda else s.n_head * s.block_size * self._square_bytes(bytes_per_value)  # fused there
+        scores = (
+            0 if cuda else s.n_head * s.block_size * square_bytes(s.block_size, bytes_per_value, dropout=s.dropout)
+        )  # fused there
         heads = (4 * s.n_head + 4 * s.n_kv_head) * s.head_size
         per_layer = 4 * 5 * s.n_embd + bytes_per_value * (4 * s.n_embd + heads + 4 * s.n_inner) + scores
         logits = tokens * s.vocab_size if cuda else min(tokens * s.vocab_size, CHUNK)
         gradients = 8 * self.embed_tokens.weight.numel() if self.embed_tokens.weight.requires_grad else 0
         return (s.n_layer + 1) * tokens * per_layer + logits * (bytes_per_value + 12) + gradients
-
-    def _square_bytes(self, bytes_per_value: int) -> int:
-        """Return the bytes per attention score of a layer on a CPU: one tensor of scores where they are explicit, four
-        with dropout, none where attention is fused."""
-        if self.settings.block_size > SHORT:
-            return 4 * 4 if self.settings.dropout else 0  # with dropout PyTorch computes explicit scores in float32
-        return bytes_per_value * (4 if self.settings.dropout else 1)

@@ -80,13 +80,30 @@ def test_dropout_falls_on_the_weights():
     assert dropped.std() > 0.05
 
 
-@pytest.mark.parametrize(("tokens", "plain"), [(attention.SHORT, True), (attention.SHORT + 1, False)])
-def test_the_kernel_is_chosen_by_size(tokens, plain, monkeypatch):
+CHOICES = [
+    (capability, dtype, dropout, tokens + more, not more)
+    for capability, dtype, dropout, tokens in [
+        ("AVX512", torch.float32, 0.0, attention.SHORT),
+        ("AVX2", torch.float32, 0.0, attention.SHORT_AVX2),
+        ("AVX2", torch.float32, 0.1, attention.SHORT),
+        ("AVX2", torch.bfloat16, 0.0, attention.SHORT),
+        ("DEFAULT", torch.float32, 0.0, attention.SHORT),
+    ]
+    for more in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "dropout", "tokens", "plain"), CHOICES)
+def test_the_kernel_is_chosen_by_size_and_processor(capability, dtype, dropout, tokens, plain, monkeypatch):
     taken = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(attention, "plain_attention", lambda q, k, v, *, dropout: taken.append("plain"))
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: taken.append("fused"))
-    attention.causal_attention(*(torch.zeros(1, 1, tokens, 4) for _ in range(3)), dropout=0.0)
+    attention.causal_attention(*(torch.zeros(1, 1, tokens, 4, dtype=dtype) for _ in range(3)), dropout=dropout)
     assert taken == ["plain" if plain else "fused"]
+    size = 2 if dtype == torch.bfloat16 else 4
+    scores = attention.square_bytes(tokens, size, dropout=dropout)
+    assert scores == ((4 * size if dropout else size) if plain else (16 if dropout else 0))
 
 
 # The head

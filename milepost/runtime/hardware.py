@@ -30,8 +30,9 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 UNQUOTED = frozenset(" \t'\"")  # characters that end or open a word in a command line without quotes
 
 # Increased when a change of ours changes the bits of a step on that kind of device. Version 2 has other kernels for
-# attention, the head, GELU and Muon; version 3, on CUDA, the head with a padded vocabulary.
-KERNELS = {"cpu": 2, "mps": 2, "cuda": 3}
+# attention, the head, GELU and Muon; version 3, on CUDA, the head with a padded vocabulary, on
+# a CPU fused attention in float32 with AVX2.
+KERNELS = {"cpu": 3, "mps": 2, "cuda": 3}
 
 # Entries of a fingerprint that affect the bits of a step.
 AFFECTS_BITS = (
