@@ -27,7 +27,7 @@ from milepost.mirror import (
     readable,
     runs_in,
 )
-from milepost.mirror.contents import MANIFEST, Save, save_name
+from milepost.mirror.contents import MANIFEST, Save, save_name, save_number
 from milepost.run import Run
 from milepost.runtime.progress import Log, amount, shown
 
@@ -96,6 +96,9 @@ def _leased(run: Run, held: contextlib.ExitStack) -> Mirrored | None:
     held.callback(lease.release)
     try:
         attempted(lease.hold, pause=time.sleep)
+        # Newer saves than the one resumed may lie only there, after RESUME_STEP: the next are numbered above them.
+        manifests = runs_in(store, run.run_id, pause=time.sleep).get(run.run_id, [])
+        run.saved.number = max([run.saved.number, *map(save_number, manifests[:1])])
     except StoreError as error:
         if error.kind != "passing":
             raise _refused(settings, error) from error
@@ -194,17 +197,19 @@ def _not_mirrored(count: int) -> str:
 
 
 def bring_from_mirror(settings: Config, log: Log, *, fits: Fits, has_same: Fits) -> None:
-    """Bring the newest valid checkpoint of the mirror that `fits` to CHECKPOINT_DIR, with the files of its run, unless
-    the run's checkpoint there is as new. Runs that have the same settings, by `has_same`, come first.
+    """Bring the newest valid checkpoint of the mirror that `fits` to CHECKPOINT_DIR, or that of RESUME_STEP, with the files of
+    its run, unless the run's checkpoint there or in CHECKPOINT_FALLBACK_DIR is as new, or has that step. Runs that have the
+    same settings, by `has_same`, come first.
 
     Report what is damaged. Raise ConfigError if the mirror is missing, or refuses and no checkpoint is here; CheckpointError if
-    it does not answer and no checkpoint is here.
+    it does not answer and no checkpoint is here; OSError if the disk here refuses the checkpoint.
     """
     store = check_mirror(settings)
     if store is None:
         return
     folder = Path(settings.checkpoint_dir)
-    here = [found for found in ckpt.find(folder) if found.problem is None] if folder.is_dir() else []
+    folders = filter(Path.is_dir, {folder, Path(settings.checkpoint_fallback_dir or folder)})
+    here = [found for place in folders for found in ckpt.find(place) if found.problem is None]
     try:
         _bring(store, settings, log, fits, has_same, here)
     except StoreError as error:
@@ -232,8 +237,8 @@ def _bring(store: Store, settings: Config, log: Log, fits: Fits, has_same: Fits,
         if not fits(first.found):
             log(f"skipped: run {first.run_id} of the mirror has other settings")
             continue
-        last = max((found.save_order for found in here if found.run_id == first.run_id), default=None)
-        if last is not None and first.found.save_order <= last:
+        own = [found for found in here if found.run_id == first.run_id]
+        if not _is_wanted(first.found, own, settings):
             return
         # Nobody else trains the run from here on. A run that saves nothing needs no lease, and may have no right to write.
         alone = (
@@ -249,10 +254,17 @@ def _bring(store: Store, settings: Config, log: Log, fits: Fits, has_same: Fits,
             ]
             newer = readable(store, later, say=log, pause=time.sleep)
             for save in itertools.chain(newer, [first], saves[first.run_id]):
-                if last is not None and save.found.save_order <= last:
+                if not _is_wanted(save.found, own, settings):
                     return
                 if settings.resume_step in (None, save.found.step) and _brought(store, save, settings, log):
                     return
+
+
+def _is_wanted(found: ckpt.Found, own: Collection[ckpt.Found], settings: Config) -> bool:
+    """Whether a resume needs a checkpoint of the mirror, or an older one there, beside those of its run that are here."""
+    if settings.resume_step is not None:
+        return all(here.step != settings.resume_step for here in own)
+    return all(here.save_order < found.save_order for here in own)
 
 
 def _brought(store: Store, save: Save, settings: Config, log: Log) -> bool:
@@ -261,10 +273,20 @@ def _brought(store: Store, save: Save, settings: Config, log: Log) -> bool:
     make_folder(folder)
     try:
         fetch_run(store, save, run_folder, say=log, pause=time.sleep)
-        fetch_bests(store, save, folder, say=log, pause=time.sleep)
-        path = fetch(store, save, folder, pause=time.sleep)
+        path = _checkpoint(store, save, folder, log)
     except CheckpointError as error:
         log(f"skipped: {error}")
         return False
     log(f"from the mirror: {shown(path)} ({amount(save.size, 'B')})")
     return True
+
+
+def _checkpoint(store: Store, save: Save, folder: Path, log: Log) -> Path:
+    """Write the checkpoint of a save into `folder`, those of its best/ first; return its path. Raise as `fetch` does."""
+    try:
+        fetch_bests(store, save, folder, say=log, pause=time.sleep)
+        return fetch(store, save, folder, pause=time.sleep)
+    except OSError as error:
+        why = ckpt.why_not_saved(error, folder, need=save.size)
+        remedy = "mend this, or set another CHECKPOINT_DIR"
+        raise OSError(f"step {save.found.step} could not be brought from the mirror ({why}): {remedy}") from error
