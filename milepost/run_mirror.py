@@ -49,13 +49,28 @@ def open_mirror(run: Run, held: contextlib.ExitStack) -> None:
 
     Raise RunHeldElsewhereError if another process trains the run, ConfigError if the store refuses what a mirror needs.
     """
-    known = _leased(run, held)
-    if known is None:
+    leased = _leased(run, held)
+    if leased is None:
         return
+    known, there = leased
     if run.saves_parts and run.world.size > 1:
         run.sharing = Sharing(run.world.board, size=run.world.size)
         known.ask = run.sharing.ask
     _upload_to(run, known)
+    if there is not None:
+        _copy_resumed(run, there)
+
+
+def _copy_resumed(run: Run, there: list[str]) -> None:
+    """Let the checkpoint that the run resumes from be copied, if its manifest is not `there`: the next may be hours away."""
+    settings, path = run.settings, run.saved.resumed
+    folders = [Path(place) for place in (settings.checkpoint_dir, settings.checkpoint_fallback_dir) if place]
+    folder = next((folder for folder in folders if path and path.is_relative_to(folder)), None)
+    if path is None or folder is None:
+        return
+    manifest = f"{run.run_id}/{save_name(ckpt.known_layout(path).read_metadata(path))}/{MANIFEST}"
+    if manifest not in there:
+        copy_to_mirror(run, path, folder, step=run.state.step)
 
 
 def copy_again(run: Run, last: Checkpoint) -> None:
@@ -80,25 +95,28 @@ def copy_again(run: Run, last: Checkpoint) -> None:
         run.saved.not_mirrored = 1
         return
     with contextlib.ExitStack() as held:
-        if known := _leased(run, held):
-            _upload_to(run, known)
+        if leased := _leased(run, held):
+            _upload_to(run, leased[0])
             copy_to_mirror(run, last.path, folder, step=last.step)
             finish_mirroring(run)
 
 
-def _leased(run: Run, held: contextlib.ExitStack) -> Mirrored | None:
-    """Return the run in its mirror, taken for this process; None if it has none. Raise as `open_mirror` does."""
+def _leased(run: Run, held: contextlib.ExitStack) -> tuple[Mirrored, list[str] | None] | None:
+    """Return the run in its mirror, taken for this process, and its manifests there, None if the mirror does not answer;
+    None if the run has no mirror. Raise as `open_mirror` does.
+    """
     # Connections of their own, so that no large upload delays a beat.
     settings, store, beside = run.settings, check_mirror(run.settings), check_mirror(run.settings)
     if store is None or beside is None:
         return None
     lease = Lease(beside, run.run_id, say=run.log)
     held.callback(lease.release)
+    there = None
     try:
         attempted(lease.hold, pause=time.sleep)
         # Newer saves than the one resumed may lie only there, after RESUME_STEP: the next are numbered above them.
-        manifests = runs_in(store, run.run_id, pause=time.sleep).get(run.run_id, [])
-        run.saved.number = max([run.saved.number, *map(save_number, manifests[:1])])
+        there = runs_in(store, run.run_id, pause=time.sleep).get(run.run_id, [])
+        run.saved.number = max([run.saved.number, *map(save_number, there[:1])])
     except StoreError as error:
         if error.kind != "passing":
             raise _refused(settings, error) from error
@@ -107,7 +125,7 @@ def _leased(run: Run, held: contextlib.ExitStack) -> Mirrored | None:
         )
     kept = f", the last {settings.mirror_keep_last} kept there" if settings.mirror_keep_last else ""
     run.log(f"mirror: each checkpoint is copied to {store.shown}{kept}; this is {lease.owner}")
-    return Mirrored(store, run.run_id, run.folder, Path(settings.checkpoint_dir), guard=lease.hold)
+    return Mirrored(store, run.run_id, run.folder, Path(settings.checkpoint_dir), guard=lease.hold), there
 
 
 def _upload_to(run: Run, known: Mirrored) -> None:

@@ -2,9 +2,10 @@
 
 import pytest
 from drive import newest, train
-from mirrors import SMALL, in_folder, lose
+from mirrors import SMALL, halves, in_folder, lose, taken
 from test_last_step import stop, trained
 
+import training
 from milepost import ckpt
 from milepost.mirror import Store, StoreError, retrying
 from milepost.mirror.contents import LATEST
@@ -78,3 +79,18 @@ def test_a_step_that_only_the_mirror_holds_is_brought(finished, tmp_path, capsys
     code, said = train(tmp_path, **finished, RESUME_STEP="3")
     assert (code, "from the mirror" in said) == (0, True), said
     assert "step           restored  3; 3 more, to 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["unified", "separated", "sharded"])
+def test_a_resume_copies_the_checkpoint_that_the_mirror_lacks_before_the_next_one(layout, tmp_path, monkeypatch):
+    mirror = tmp_path / "mirror"
+    variables = SMALL | {"CHECKPOINT_LAYOUT": layout, "CHECKPOINT_KEEP_BEST": "0"}
+    assert trained(tmp_path, {3: stop}, **variables)[0] == 130  # as while a network was down
+    assert not mirror.exists()
+    monkeypatch.setattr(training, "seconds_per_step", lambda *_: stop() or 1.0)  # before the first step
+    for _ in range(2):
+        code, said = train(tmp_path, **variables, RESUME="auto", CHECKPOINT_MIRROR=f"file://{mirror}")
+        assert code == 130, said
+        assert [save.found.step for save in taken(in_folder(mirror))] == [3]
+        assert halves(in_folder(mirror)) == []
+    assert "waiting for the upload" not in said  # the control: what is there is not sent again
