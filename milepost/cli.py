@@ -192,5 +192,11 @@ def prepare_processes(settings: Config, log: Log, world: World) -> None:
     if config.omp_threads_is_one():
         count = f"{hardware.share_threads(world.local_size)} threads for each of the {world.local_size} processes here"
         log(f"OMP_NUM_THREADS is 1, torchrun's default: using {count}; set it to change the number")
-    if config.max_restarts() and settings.resume == "never":
+    if not config.max_restarts():
+        return
+    if settings.resume == "never":
         log("torchrun's restarts would begin at step 0; set RESUME=auto and ENABLE_CHECKPOINTS=true to resume instead")
+    elif settings.resume_step is not None or settings.resume not in ("auto", "latest"):
+        named = "RESUME" if settings.resume_step is None else "RESUME_STEP"
+        remedy = "once the run has saved a newer one, RESUME=auto without RESUME_STEP takes the latest instead"
+        log(f"torchrun's restarts would begin at the checkpoint that {named} names again; {remedy}")

@@ -10,7 +10,10 @@ from typing import Any
 
 import models
 from milepost import ckpt, config
+from milepost.ckpt.finding import highest_number, in_best
 from milepost.ckpt.leftovers import prepare_folder
+from milepost.ckpt.restore import moment_bytes
+from milepost.ckpt.retention import bytes_taken, own_in
 from milepost.config import ConfigError
 from milepost.files import in_words, instead, lacks, largest_file, make_folder, note_mount
 from milepost.locks import RunLock
@@ -56,6 +59,8 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
             with _blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
                 prepare_folder(Path(fallback))
                 note_mount(Path(fallback))
+            # Newer saves than the one resumed may lie only there, after RESUME_STEP: the next are numbered above them.
+            run.saved.number = max(run.saved.number, highest_number(Path(fallback)))
             copy_from_fallback(run)
         check_space(run)
         check_file_size(run)
@@ -136,7 +141,8 @@ def _blaming(variable: str, folder: Path) -> Iterator[None]:
 
 
 def check_space(run: Run) -> None:
-    """Raise ConfigError if the checkpoints that the policy keeps do not fit on the disk.
+    """Raise ConfigError if the checkpoints that the policy keeps do not fit on the disk beside those that are there, of
+    which it deletes the run's own.
 
     If it keeps all of them, only warn.
     """
@@ -144,14 +150,21 @@ def check_space(run: Run) -> None:
     interval, last, every = (
         settings.checkpoint_interval, settings.checkpoint_keep_last, settings.checkpoint_keep_every
     )  # fmt: skip
+    own = own_in(folder, run_id=run.run_id) if last else []
+    there = [found.step for found in own if found.resumable and not in_best(found, folder)]
     saves = 1 + (run.end - first) // interval if interval else 1
-    full = min(saves, last + 1 if last else saves) + settings.checkpoint_keep_best  # + 1: written before one is pruned
+    full = len(there) + saves
+    full = min(full, last + 1 if last else full) + settings.checkpoint_keep_best  # + 1: written before one is pruned
     both = math.lcm(interval, every)  # steps that are saved, and stay without their optimizer
-    stripped = min(run.end // both - first // both, max(0, saves - last)) if last and both else 0
+    multiples = sum(step % every == 0 for step in there) + run.end // both - first // both if last and both else 0
+    stripped = min(multiples, max(0, len(there) + saves - last))
     weights, size = checkpoint_sizes(run)
-    if problem := ckpt.free_space_problem(folder, need=full * size + stripped * weights):
+    # The next checkpoint is written before any of those that are there is deleted.
+    need = max(size, full * size + stripped * weights - bytes_taken(own))
+    if problem := ckpt.free_space_problem(folder, need=need):
         thinned = f" and {stripped} of {amount(weights, 'B')}" if stripped else ""
-        plan = f"{full} checkpoints of {amount(size, 'B')}{thinned}: {problem}"
+        counted = f", {len(own)} of them here" if own else ""
+        plan = f"{full} checkpoints of {amount(size, 'B')}{thinned}{counted}: {problem}"
         if last:
             raise ConfigError([f"CHECKPOINT_KEEP_LAST={last}: {plan}; keep fewer, or set another CHECKPOINT_DIR"])
         run.log(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
@@ -161,7 +174,7 @@ def checkpoint_sizes(run: Run) -> tuple[int, int]:
     """Return the bytes of a checkpoint without and with its optimizer, as far as the settings save them."""
     trained = models.trained_count(run.model)
     weights = 4 * (trained if run.settings.checkpoint_adapters_only else models.parameter_count(run.model))
-    return weights, weights + (0 if run.settings.checkpoint_model_only else 8 * trained)
+    return weights, weights + (0 if run.settings.checkpoint_model_only else moment_bytes(run.optimizer))
 
 
 def check_file_size(run: Run) -> None:

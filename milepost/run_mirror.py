@@ -27,7 +27,7 @@ from milepost.mirror import (
     readable,
     runs_in,
 )
-from milepost.mirror.contents import MANIFEST, Save, save_name
+from milepost.mirror.contents import MANIFEST, Save, save_name, save_number
 from milepost.run import Run
 from milepost.runtime.progress import Log, amount, shown
 
@@ -49,13 +49,28 @@ def open_mirror(run: Run, held: contextlib.ExitStack) -> None:
 
     Raise RunHeldElsewhereError if another process trains the run, ConfigError if the store refuses what a mirror needs.
     """
-    known = _leased(run, held)
-    if known is None:
+    leased = _leased(run, held)
+    if leased is None:
         return
+    known, there = leased
     if run.saves_parts and run.world.size > 1:
         run.sharing = Sharing(run.world.board, size=run.world.size)
         known.ask = run.sharing.ask
     _upload_to(run, known)
+    if there is not None:
+        _copy_resumed(run, there)
+
+
+def _copy_resumed(run: Run, there: list[str]) -> None:
+    """Let the checkpoint that the run resumes from be copied, if its manifest is not `there`: the next may be hours away."""
+    settings, path = run.settings, run.saved.resumed
+    folders = [Path(place) for place in (settings.checkpoint_dir, settings.checkpoint_fallback_dir) if place]
+    folder = next((folder for folder in folders if path and path.is_relative_to(folder)), None)
+    if path is None or folder is None:
+        return
+    manifest = f"{run.run_id}/{save_name(ckpt.known_layout(path).read_metadata(path))}/{MANIFEST}"
+    if manifest not in there:
+        copy_to_mirror(run, path, folder, step=run.state.step)
 
 
 def copy_again(run: Run, last: Checkpoint) -> None:
@@ -80,22 +95,28 @@ def copy_again(run: Run, last: Checkpoint) -> None:
         run.saved.not_mirrored = 1
         return
     with contextlib.ExitStack() as held:
-        if known := _leased(run, held):
-            _upload_to(run, known)
+        if leased := _leased(run, held):
+            _upload_to(run, leased[0])
             copy_to_mirror(run, last.path, folder, step=last.step)
             finish_mirroring(run)
 
 
-def _leased(run: Run, held: contextlib.ExitStack) -> Mirrored | None:
-    """Return the run in its mirror, taken for this process; None if it has none. Raise as `open_mirror` does."""
+def _leased(run: Run, held: contextlib.ExitStack) -> tuple[Mirrored, list[str] | None] | None:
+    """Return the run in its mirror, taken for this process, and its manifests there, None if the mirror does not answer;
+    None if the run has no mirror. Raise as `open_mirror` does.
+    """
     # Connections of their own, so that no large upload delays a beat.
     settings, store, beside = run.settings, check_mirror(run.settings), check_mirror(run.settings)
     if store is None or beside is None:
         return None
     lease = Lease(beside, run.run_id, say=run.log)
     held.callback(lease.release)
+    there = None
     try:
         attempted(lease.hold, pause=time.sleep)
+        # Newer saves than the one resumed may lie only there, after RESUME_STEP: the next are numbered above them.
+        there = runs_in(store, run.run_id, pause=time.sleep).get(run.run_id, [])
+        run.saved.number = max([run.saved.number, *map(save_number, there[:1])])
     except StoreError as error:
         if error.kind != "passing":
             raise _refused(settings, error) from error
@@ -104,7 +125,7 @@ def _leased(run: Run, held: contextlib.ExitStack) -> Mirrored | None:
         )
     kept = f", the last {settings.mirror_keep_last} kept there" if settings.mirror_keep_last else ""
     run.log(f"mirror: each checkpoint is copied to {store.shown}{kept}; this is {lease.owner}")
-    return Mirrored(store, run.run_id, run.folder, Path(settings.checkpoint_dir), guard=lease.hold)
+    return Mirrored(store, run.run_id, run.folder, Path(settings.checkpoint_dir), guard=lease.hold), there
 
 
 def _upload_to(run: Run, known: Mirrored) -> None:
@@ -194,17 +215,19 @@ def _not_mirrored(count: int) -> str:
 
 
 def bring_from_mirror(settings: Config, log: Log, *, fits: Fits, has_same: Fits) -> None:
-    """Bring the newest valid checkpoint of the mirror that `fits` to CHECKPOINT_DIR, with the files of its run, unless
-    the run's checkpoint there is as new. Runs that have the same settings, by `has_same`, come first.
+    """Bring the newest valid checkpoint of the mirror that `fits` to CHECKPOINT_DIR, or that of RESUME_STEP, with the files of
+    its run, unless the run's checkpoint there or in CHECKPOINT_FALLBACK_DIR is as new, or has that step. Runs that have the
+    same settings, by `has_same`, come first.
 
     Report what is damaged. Raise ConfigError if the mirror is missing, or refuses and no checkpoint is here; CheckpointError if
-    it does not answer and no checkpoint is here.
+    it does not answer and no checkpoint is here; OSError if the disk here refuses the checkpoint.
     """
     store = check_mirror(settings)
     if store is None:
         return
     folder = Path(settings.checkpoint_dir)
-    here = [found for found in ckpt.find(folder) if found.problem is None] if folder.is_dir() else []
+    folders = filter(Path.is_dir, {folder, Path(settings.checkpoint_fallback_dir or folder)})
+    here = [found for place in folders for found in ckpt.find(place) if found.problem is None]
     try:
         _bring(store, settings, log, fits, has_same, here)
     except StoreError as error:
@@ -232,8 +255,8 @@ def _bring(store: Store, settings: Config, log: Log, fits: Fits, has_same: Fits,
         if not fits(first.found):
             log(f"skipped: run {first.run_id} of the mirror has other settings")
             continue
-        last = max((found.save_order for found in here if found.run_id == first.run_id), default=None)
-        if last is not None and first.found.save_order <= last:
+        own = [found for found in here if found.run_id == first.run_id]
+        if not _is_wanted(first.found, own, settings):
             return
         # Nobody else trains the run from here on. A run that saves nothing needs no lease, and may have no right to write.
         alone = (
@@ -249,10 +272,17 @@ def _bring(store: Store, settings: Config, log: Log, fits: Fits, has_same: Fits,
             ]
             newer = readable(store, later, say=log, pause=time.sleep)
             for save in itertools.chain(newer, [first], saves[first.run_id]):
-                if last is not None and save.found.save_order <= last:
+                if not _is_wanted(save.found, own, settings):
                     return
                 if settings.resume_step in (None, save.found.step) and _brought(store, save, settings, log):
                     return
+
+
+def _is_wanted(found: ckpt.Found, own: Collection[ckpt.Found], settings: Config) -> bool:
+    """Whether a resume needs a checkpoint of the mirror, or an older one there, beside those of its run that are here."""
+    if settings.resume_step is not None:
+        return all(here.step != settings.resume_step for here in own)
+    return all(here.save_order < found.save_order for here in own)
 
 
 def _brought(store: Store, save: Save, settings: Config, log: Log) -> bool:
@@ -261,10 +291,20 @@ def _brought(store: Store, save: Save, settings: Config, log: Log) -> bool:
     make_folder(folder)
     try:
         fetch_run(store, save, run_folder, say=log, pause=time.sleep)
-        fetch_bests(store, save, folder, say=log, pause=time.sleep)
-        path = fetch(store, save, folder, pause=time.sleep)
+        path = _checkpoint(store, save, folder, log)
     except CheckpointError as error:
         log(f"skipped: {error}")
         return False
     log(f"from the mirror: {shown(path)} ({amount(save.size, 'B')})")
     return True
+
+
+def _checkpoint(store: Store, save: Save, folder: Path, log: Log) -> Path:
+    """Write the checkpoint of a save into `folder`, those of its best/ first; return its path. Raise as `fetch` does."""
+    try:
+        fetch_bests(store, save, folder, say=log, pause=time.sleep)
+        return fetch(store, save, folder, pause=time.sleep)
+    except OSError as error:
+        why = ckpt.why_not_saved(error, folder, need=save.size)
+        remedy = "mend this, or set another CHECKPOINT_DIR"
+        raise OSError(f"step {save.found.step} could not be brought from the mirror ({why}): {remedy}") from error

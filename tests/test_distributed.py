@@ -2,6 +2,7 @@
 and no process left over when another dies.
 """
 
+import io
 import os
 import re
 import shutil
@@ -19,10 +20,11 @@ import torch
 from drive import ROOT, command, environment, logged, newest, tensor_bytes, train
 from work import HANGING
 
-from milepost import ckpt
+from milepost import ckpt, config
+from milepost.cli import prepare_processes
 from milepost.locks import RunLock
 from milepost.runtime.distributed import SINGLE, World
-from milepost.runtime.progress import read_metrics
+from milepost.runtime.progress import Log, read_metrics
 
 WORKER, LAUNCHER = Path(__file__).with_name("worker.py"), Path(__file__).with_name("launcher.py")
 
@@ -409,11 +411,30 @@ def test_only_rank_0_logs_and_threads_are_shared(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "restarts would begin at step 0"),
+        ({"RESUME": "auto"}, ""),
+        ({"RESUME": "latest"}, ""),
+        ({"RESUME": "best"}, "restarts would begin at the checkpoint that RESUME names again"),
+        ({"RESUME": "auto", "RESUME_STEP": "4"}, "restarts would begin at the checkpoint that RESUME_STEP names again"),
+    ],
+)
+def test_where_torchruns_restarts_would_begin_is_logged_unless_it_is_the_latest(changes, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    lines = io.StringIO()
+    prepare_processes(config.read(environment(tmp_path, **changes)), Log(lines), World(size=2))
+    assert said in lines.getvalue()
+    assert ("restarts" in lines.getvalue()) == bool(said)
+
+
+@pytest.mark.parametrize(
     ("changes", "said", "code"),
     [
         (
             {"BATCH_SIZE": "3"},
-            "BATCH_SIZE=3 cannot be split evenly between 2 processes: set a multiple of 2, for example 4",
+            "BATCH_SIZE=3 cannot be split evenly between 2 processes: set a multiple of 2, for example 4, or start 1",
             2,
         ),
         ({"MODEL_TYPE": "gtp2"}, "MODEL_TYPE='gtp2' (environment): expected one of bigram, gpt2", 2),

@@ -180,6 +180,44 @@ def test_the_last_step_goes_to_the_fallback_folder_and_resumes_from_there(
         assert "is finished" in said
 
 
+def test_what_a_run_saves_after_an_earlier_step_is_newer_than_its_fallback(small_disk, tmp_path, capsys):
+    fallback = {"CHECKPOINT_FALLBACK_DIR": str(tmp_path / "fallback"), "CHECKPOINT_KEEP_BEST": "0"}
+    assert trained(tmp_path, {6: lambda: fill(small_disk), 7: stop}, **fallback)[0] == 130
+    assert train(tmp_path, RESUME="auto", **fallback)[0] == 0
+    assert [each.step for each in ckpt.find(tmp_path / "fallback")] == [7, 8]
+    (small_disk / ".filler").unlink()
+    assert trained(tmp_path, {5: stop}, RESUME="auto", RESUME_STEP="4", **fallback)[0] == 130
+    code, said = train(tmp_path, RESUME="auto", **fallback)
+    assert code == 0, said
+    assert "step           restored  5; 3 more, to 8" in capsys.readouterr().out
+
+
+def test_a_fallback_folder_is_resumed_from_though_the_mirror_has_its_checkpoint_too(small_disk, tmp_path, capsys):
+    folders = {
+        "CHECKPOINT_FALLBACK_DIR": str(tmp_path / "fallback"),
+        "CHECKPOINT_MIRROR": f"file://{tmp_path / 'mirror'}",
+    }
+    assert trained(tmp_path, {6: lambda: fill(small_disk), 7: stop}, CHECKPOINT_KEEP_BEST="0", **folders)[0] == 130
+    code, said = train(tmp_path, RESUME="auto", **folders | {"CHECKPOINT_FALLBACK_DIR": None})
+    assert code == 1  # the control: the full disk does not take it from the mirror
+    assert "step 7 could not be brought from the mirror (the disk is full: about " in said
+    code, said = train(tmp_path, RESUME="auto", **folders)
+    assert code == 0, said
+    assert "from the mirror" not in said
+    assert "step           restored  7; 1 more, to 8" in capsys.readouterr().out
+
+
+def test_a_disk_that_holds_what_the_policy_keeps_does_so_after_a_resume(small_disk, tmp_path):
+    policy = {"CHECKPOINT_INTERVAL": "1", "CHECKPOINT_KEEP_LAST": "9", "TRAINING_STEPS": "24"}
+    assert trained(tmp_path, {13: stop}, **policy)[0] == 130
+    code, said = train(tmp_path, RESUME="auto", **policy)
+    assert code == 0, said
+    assert [each.step for each in ckpt.find(small_disk)][-9:] == list(range(16, 25))
+    code, said = train(tmp_path, SEED="2", **policy)  # the control: of another run nothing goes
+    assert code == 2
+    assert "CHECKPOINT_KEEP_LAST=9: 11 checkpoints of " in said
+
+
 def test_a_fallback_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "fallback").write_text("a file")
     code, said = train(tmp_path, CHECKPOINT_FALLBACK_DIR=str(tmp_path / "fallback"))

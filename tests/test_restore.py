@@ -15,7 +15,7 @@ from work import NoTensorAbove, calls
 import models
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError
-from milepost.ckpt.restore import build_model, build_tokenizer, restore_optimizer
+from milepost.ckpt.restore import build_model, build_tokenizer, moment_bytes, restore_optimizer
 from milepost.runtime.optim import build_optimizer
 from milepost.text import tokenization
 from models.model import Model
@@ -38,6 +38,13 @@ def trained(kind: str = "adamw", *, steps: int = 2) -> tuple[Model, torch.optim.
 
 def optimizer_of(model: Model, kind: str = "adamw", **changes: Any) -> torch.optim.Optimizer:
     return build_optimizer(model, kind, **({"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)} | changes))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_bytes_of_moments_are_known_before_the_first_step(kind):
+    model, optimizer = trained(kind)
+    kept = [value for kinds in optimizer.state_dict()["state"].values() for value in kinds.values() if value.dim()]
+    assert moment_bytes(optimizer_of(model, kind)) == sum(value.nbytes for value in kept)
 
 
 def tokens(length: int = 16) -> torch.Tensor:

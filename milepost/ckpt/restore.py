@@ -28,6 +28,17 @@ SHOWN = 10  # names and shapes listed in a message
 STATE_OF = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 
 
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many bytes of moments a checkpoint of the optimizer holds; of an unknown one two float32 values for each of
+    its parameters, as of AdamW.
+    """
+    total = 0
+    for part in parts(optimizer):
+        moments = STATE_OF.get(type(part), STATE_OF[torch.optim.AdamW]) - {"step"}
+        total += 4 * len(moments) * sum(parameter.numel() for _, parameter in _named(part))
+    return total
+
+
 @dataclass(frozen=True)
 class Restored:
     """Number of parameters with restored state, number of all parameters, and the names of those without."""

@@ -16,7 +16,7 @@ from milepost.ckpt.names import own_checkpoints, saved_without_optimizer
 from milepost.ckpt.reading_back import check_reachable, check_saved
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.tensors import not_finite
-from milepost.files import remove, sync_folder
+from milepost.files import below, remove, sync_folder
 from milepost.locks import folder_lock
 from milepost.paths import is_real_file
 
@@ -99,6 +99,23 @@ def prune(
     if failed:
         raise failed[0]
     return gone
+
+
+def own_in(folder: Path, *, run_id: str) -> list[Found]:
+    """Return the run's checkpoints in `folder` that retention counts, and those of its best/."""
+    found = [each for each in scan(folder, pick=lambda listing: listing.of_run(run_id)) if each.run_id == run_id]
+    bests = [each for each in found if in_best(each, folder)]
+    return own_checkpoints([each for each in found if each not in bests]) + own_checkpoints(bests)
+
+
+def bytes_taken(found: Iterable[Found]) -> int:
+    """Return the bytes that checkpoints take on their disk; a file with several names, as of best/, counts once."""
+    sizes = {}
+    for path in (file for each in found for file in known_layout(each.path).files(each.path)):
+        for file in below(path) if path.is_dir() else [path]:
+            status = file.stat()
+            sizes[status.st_dev, status.st_ino] = status.st_size if is_real_file(file) else 0
+    return sum(sizes.values())
 
 
 def select_expired(

@@ -147,8 +147,13 @@ def newest_first(names: Iterable[str]) -> dict[str, list[str]]:
         if file == MANIFEST and _is_folder(run_id) and SAVE_NAME.fullmatch(save):
             by_run.setdefault(run_id, []).append(name)
     for own in by_run.values():
-        own.sort(key=lambda name: (int(name.split("/")[1].partition("-")[0]), name), reverse=True)
+        own.sort(key=lambda name: (save_number(name), name), reverse=True)
     return by_run
+
+
+def save_number(manifest: str) -> int:
+    """Return the save number in the name of a manifest."""
+    return int(manifest.split("/")[1].partition("-")[0])
 
 
 def is_best(save: Save) -> bool:

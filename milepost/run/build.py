@@ -151,7 +151,8 @@ def check_batch_size(settings: Config, world: World) -> None:
     if settings.batch_size % world.size:
         nearest = max(1, round(settings.batch_size / world.size)) * world.size
         problem = f"BATCH_SIZE={settings.batch_size} cannot be split evenly between {world.size} processes"
-        raise ConfigError([f"{problem}: set a multiple of {world.size}, for example {nearest}"])
+        fewer = max(count for count in range(1, world.size) if settings.batch_size % count == 0)
+        raise ConfigError([f"{problem}: set a multiple of {world.size}, for example {nearest}, or start {fewer}"])
 
 
 def planned(settings: Config) -> Schedule:
