@@ -221,11 +221,23 @@ def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
         )  # fmt: skip
 
     lines = read_metrics(path) if name != "none" and path.exists() else []
-    run.mirror = Mirror(f"TRACKER={name}", None if name == "none" else start, lines=lines, log=run.log)
+    run.mirror = Mirror(
+        f"TRACKER={name}", None if name == "none" else start, lines=lines, whole=_reach_back(run, lines), log=run.log
+    )
     # A step that was stopped before its evaluation is incomplete: the resume evaluates it first.
     held.callback(
         lambda: run.mirror.close(complete=run.state.observed_step == run.state.step or not is_due(run, "eval"))
     )
+
+
+def _reach_back(run: Run, lines: list[dict[str, Any]]) -> bool:
+    """Return whether the lines begin where the run did: not more than an interval after its first step."""
+    begin = (run.parent or {}).get("step") or 0
+    steps = sorted({line["step"] for line in lines if isinstance(line.get("step"), int)})
+    if not steps:
+        return run.state.step <= begin
+    interval = steps[1] - steps[0] if len(steps) > 1 else 0  # LOG_INTERVAL may have been another
+    return steps[0] <= begin + max(interval, run.settings.log_interval)
 
 
 def _precedes_checkpoint(run: Run, line: dict[str, Any]) -> bool:
