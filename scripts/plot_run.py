@@ -88,7 +88,20 @@ def chosen(requested: str, folder: Path) -> list[Path]:
         if not found:
             raise ConfigError([f"RUN={part}: no run in {shown(folder)} matches; {listed(there)}"])
         folders |= dict.fromkeys(found)
-    return list(folders)
+    return told_apart(list(folders), requested)
+
+
+def told_apart(folders: list[Path], requested: str) -> list[Path]:
+    """Return the folders, one that has several paths once. Raise ConfigError if two are called alike: a run is known by
+    its folder's name.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        other = found.setdefault(folder.name, folder)
+        if not os.path.samefile(folder, other):
+            places = f"{shown(other)} and {shown(folder)} have the same name"
+            raise ConfigError([f"RUN={requested}: {places}: rename one, or plot them one after the other"])
+    return list(found.values())
 
 
 def runs_of(part: str, there: list[Path]) -> list[Path]:

@@ -123,6 +123,15 @@ def test_nonsense_in_a_file_is_left_out(tmp_path: Path) -> None:
     json.dumps(curves(followed.splits), allow_nan=False)
 
 
+def test_step_and_time_are_read_also_behind_many_fields(tmp_path: Path) -> None:
+    more = {f"metric_{n}": 0.5 for n in range(columns.MOST_FIELDS + 10)}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(more | json.loads(line(3, "train", 2.0, since=5.0))) + "\n")
+    file = Followed(tmp_path / "metrics.jsonl")
+    file.read_on()
+    assert steps(file) == [3]
+    assert file.splits["train"].last("time") == 8.0
+
+
 def test_a_pipe_in_the_place_of_metrics_is_not_opened(tmp_path: Path) -> None:
     place = tmp_path / "runs" / "a"
     place.mkdir(parents=True)
@@ -325,6 +334,16 @@ def test_a_report_holds_the_runs_with_their_parents(runs: Path, tmp_path: Path) 
     base = data["curves"]["curves"][id_of(Path(BASE))]
     assert max(base["train"]["loss"]["shown"]["step"]) == 400  # where the child resumed
     assert len(data["details"][id_of(Path(CUT))]["checkpoints"]) == 2
+
+
+def test_a_report_tells_of_a_parent_what_became_of_it_and_not_where_its_curve_ends(runs: Path, tmp_path: Path) -> None:
+    done = call(plot, runs, RUN=CHILD, OUTPUT=str(tmp_path / "report.html"))
+    assert done.code == 0, done.err
+    told = held((tmp_path / "report.html").read_text(encoding="utf-8"))["runs"]["runs"]
+    (base,) = (run for run in told if run["name"] == BASE)
+    looked_at = looked(library_of(runs))[BASE]
+    assert (base["state"], base["step"], base["resume"]) == ("finished", 600, None)
+    assert base == looked_at | {"sampled": base["sampled"]}  # as the page of the server shows it
 
 
 def hashes(text: str) -> set[str]:

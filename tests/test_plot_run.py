@@ -87,6 +87,24 @@ def test_latest_is_the_run_that_wrote_last_whatever_the_file_times(folder):
     assert names_in(drawn(folder)) == ["c"]
 
 
+def test_latest_is_found_behind_long_lines_and_what_a_crash_left(folder):
+    place = written(folder, "long", losses=[1.0], since=5000.0)
+    line = {"step": 2, "time": 5002.0, "split": "train", "loss": 1.0} | {f"metric_{n}": 0.123456 for n in range(1000)}
+    with open(place / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n" + "\0" * 10_000)  # a file system may fill the end of a file that it lost
+    assert names_in(drawn(folder)) == ["long"]
+
+
+def test_two_folders_of_one_name_are_refused_and_two_paths_of_one_are_one_run(folder):
+    other = written(folder / "other machine", "b1", losses=[3.0, 1.0])
+    said = drawn(folder, RUN=f"b1,{other}")
+    both = f"{folder / 'runs' / 'b1'} and {other} have the same name"
+    assert (said.code, said.out) == (2, "")
+    assert f"{both}: rename one, or plot them one after the other" in said.err
+    (folder / "link").symlink_to(folder / "runs")
+    assert names_in(drawn(folder, RUN=f"b1,{folder / 'link' / 'b1'}")) == ["b1"]
+
+
 def test_the_table_shows_the_values_of_the_lines(folder):
     *_, head, row = drawn(folder, RUN="a1").out.rstrip().splitlines()
     assert head.split() == ["run", "step", "train", "val", "best", "tokens/s"]

@@ -1,6 +1,7 @@
 """The runs of a folder, kept in memory and looked at again when somebody asks: what the page shows, by id."""
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -27,7 +28,7 @@ from milepost.page.runs import (
     summary,
 )
 from milepost.page.series import Window, curves
-from milepost.plots.curves import METRICS, Drawn, parent_of
+from milepost.plots.curves import METRICS, Drawn, last_step, parent_of
 
 LEAST, SHARE = 1.0, 5  # seconds between two looks at least, and how many times as long as a look takes
 State = tuple[Path, int, object]
@@ -44,6 +45,7 @@ class Watched:
     parent: Json | None = None
     found: list[Found] = field(default_factory=list)  # its checkpoints
     beside: tuple[float, bool] = (0.0, False)  # when its samples changed, and whether a process trains it
+    drawn: Window | None = None  # the part of its curves that a report shows; None for all
     stale: bool = True  # whether the figures are older than what was read
     version: int = 0
     figures: Json = field(default_factory=dict)
@@ -98,7 +100,7 @@ class Library:
                     each.stale = True
             return {
                 "labels": labels({run: each.settings for run, each in runs.items()}),
-                "curves": {run: curves(each.file.splits, window) for run, each in runs.items()},
+                "curves": {run: curves(each.file.splits, window or each.drawn) for run, each in runs.items()},
             }
 
     def details(self, ids: Sequence[str]) -> Json:
@@ -131,14 +133,15 @@ class Library:
     def _known(self, ids: Iterable[str]) -> dict[str, Watched]:
         return {run: self._runs[run] for run in dict.fromkeys(ids) if run in self._runs}
 
-    def hold(self, drawn: Iterable[Drawn]) -> list[str]:
+    def hold(self, runs: Iterable[Drawn]) -> list[str]:
         """Take runs that were read before, in place of those of the folder; return their ids."""
         with self._guard:
             self._runs, self._held = {}, True
-            for run in drawn:
-                file = Followed(run.folder / METRICS, splits=as_columns(run.lines))
+            for run in runs:
+                file = Followed(run.folder / METRICS, splits=as_columns([*run.lines, *run.later]))
                 trained = seems_trained(run.folder, run.folder.name)
-                self._runs[id_of(run.folder)] = Watched(run.folder, file, beside=(0.0, trained))
+                drawn = ("step", -math.inf, float(last_step(run))) if run.later else None
+                self._runs[id_of(run.folder)] = Watched(run.folder, file, beside=(0.0, trained), drawn=drawn)
             self._find_checkpoints()
             for run_id, each in self._runs.items():
                 self._describe(run_id, each)

@@ -1,7 +1,6 @@
 """Runs and their parents as curves: the lines of their metrics, and what tells one run from another."""
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -12,10 +11,11 @@ from milepost import config
 from milepost.ckpt import CheckpointError
 from milepost.ckpt.manifest import read_json
 from milepost.runtime.chart import Points
-from milepost.runtime.progress import Log, read_metrics, shown
+from milepost.runtime.progress import Log, parse_line, read_metrics, shown
 from milepost.screen import harmless
 
 METRICS = "metrics.jsonl"
+TAILS = (2**12, 2**17, 2**22)  # bytes before the end of a file in which its last line is looked for
 MAX_VALUE = 1e300  # differences and means of a few such values are finite
 
 
@@ -47,6 +47,7 @@ class Drawn(NamedTuple):
     requested: bool
     folder: Path
     label: str = ""  # what tells it apart from the other runs that are drawn
+    later: list[dict[str, Any]] = []  # noqa: RUF012  (never changed); lines after that step, which are not drawn
 
 
 def with_parents(folders: list[Path], log: Log) -> list[Drawn]:
@@ -62,9 +63,14 @@ def with_parents(folders: list[Path], log: Log) -> list[Drawn]:
             known = curves.get(name)
             if known and (known.requested or max((line["step"] for line in known.lines), default=0) >= step):
                 continue
-            parent = drawable(folder.with_name(name), requested=False)
-            curves[name] = parent._replace(lines=[line for line in parent.lines if line["step"] <= step])
+            curves[name] = until(step, drawable(folder.with_name(name), requested=False))
     return sorted(curves.values(), key=lambda run: (run.requested, run.lines[0]["time"] if run.lines else math.inf))
+
+
+def until(step: int, run: Drawn) -> Drawn:
+    """Return the run, drawn up to a step."""
+    lines, later = ([line for line in run.lines if (line["step"] > step) == is_later] for is_later in (False, True))
+    return run._replace(lines=lines, later=later)
 
 
 def drawable(folder: Path, *, requested: bool) -> Drawn:
@@ -139,14 +145,14 @@ def parent_of(folder: Path) -> dict[str, Any] | None:
 
 def last_time(folder: Path) -> float:
     """Return the Unix time of the run's last complete line. File times would change with a copy."""
-    ends: list[bytes] = []
     with contextlib.suppress(OSError), open(folder / METRICS, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        ends = file.read().splitlines()
-    for end in reversed(ends):
-        # A torn line, or not one of ours.
-        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            return float(json.loads(end)["time"])
+        size = file.seek(0, os.SEEK_END)
+        for reach in TAILS:
+            file.seek(max(0, size - reach))
+            lines = map(parse_line, reversed(file.read(reach).decode(errors="replace").split("\n")))
+            times = (number(line.get("time")) for line in lines if line)  # without torn lines
+            if (last := next(filter(math.isfinite, times), None)) is not None:
+                return last
     return -math.inf
 
 
