@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,33 @@ def test_a_new_run_appears_and_a_deleted_one_goes(tmp_path: Path) -> None:
     assert set(looked(library)) == {"a", "b"}
     first.rename(tmp_path / "gone")
     assert set(looked(library)) == {"b"}
+
+
+def test_a_run_whose_folder_was_renamed_keeps_its_checkpoints_and_its_children(tmp_path: Path) -> None:
+    family(tmp_path)
+    before = looked(library_of(tmp_path))
+    for name in (BASE, CUT):
+        (tmp_path / "runs" / name).rename(tmp_path / "runs" / f"the {name}")
+    found = looked(library_of(tmp_path))
+    assert found[f"the {BASE}"]["checkpoints"] == 3
+    assert found[CHILD]["parent"]["id"] == found[f"the {BASE}"]["id"]
+    assert found[f"the {CUT}"]["resume"] == before[CUT]["resume"]
+    assert before[CUT]["resume"]
+
+
+def test_a_copy_beside_a_run_has_none_of_its_checkpoints(tmp_path: Path) -> None:
+    family(tmp_path)
+    shutil.copytree(tmp_path / "runs" / CUT, tmp_path / "runs" / "copy")
+    found = looked(library_of(tmp_path))
+    assert (found[CUT]["checkpoints"], found["copy"]["checkpoints"], found["copy"]["resume"]) == (2, 0, None)
+
+
+@pytest.mark.parametrize("run_id", [None, 3, "", "..", "a/b", "\ud800", "x" * 5000])
+def test_a_garbled_id_in_run_json_counts_for_none(run_id: object, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", [1, 2])
+    save(tmp_path, "a", 2)
+    (folder / "run.json").write_text(json.dumps({"run_id": run_id, "parent": None}), encoding="utf-8")
+    assert looked(library_of(tmp_path))["a"]["checkpoints"] == 1
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", "\ud800"])

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from milepost.runtime.progress import Log, parse_line, read_metrics, shown
 from milepost.screen import harmless
 
 METRICS = "metrics.jsonl"
+RUN_ID = re.compile(r"\w[\w.-]{0,199}", re.ASCII)  # of any run: a part of names of files
 TAILS = (2**12, 2**17, 2**22)  # bytes before the end of a file in which its last line is looked for
 MAX_VALUE = 1e300  # differences and means of a few such values are finite
 
@@ -136,11 +138,22 @@ def is_line(line: dict[str, Any]) -> bool:
 
 def parent_of(folder: Path) -> dict[str, Any] | None:
     """Return the checkpoint that the run began with, from run.json; None if there is none or it is unknown."""
-    try:
-        parent = read_json(folder / "run.json").get("parent")
-    except CheckpointError:
-        return None
+    parent = origin_of(folder).get("parent")
     return parent if isinstance(parent, dict) else None
+
+
+def run_id_of(folder: Path) -> str:
+    """Return the id of the run in a folder, from run.json, since a folder may be renamed; the folder's name if it is unknown."""
+    run_id = origin_of(folder).get("run_id")
+    return run_id if isinstance(run_id, str) and RUN_ID.fullmatch(run_id) else folder.name
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """Return what run.json holds; an empty dict if it cannot be read."""
+    try:
+        return read_json(folder / "run.json")
+    except CheckpointError:
+        return {}
 
 
 def last_time(folder: Path) -> float:
