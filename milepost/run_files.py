@@ -70,7 +70,12 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         run.metrics = Metrics(run.folder / METRICS)
         held.callback(_close_metrics, run)
         # Set aside metrics newer than the checkpoint: resuming rewrites them.
-        run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.saved.resumed_time)
+        lost = run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.saved.resumed_time)
+        if lost:
+            where = shown(run.metrics.unreadable)
+            run.log(
+                f"{lost:,} {'lines' if lost > 1 else 'line'} of {METRICS} cannot be read; {where} keeps what stood there"
+            )
     open_tracker(run, held)
 
 
