@@ -108,8 +108,9 @@ def runs_of(part: str, there: list[Path]) -> list[Path]:
     """Return the runs that a part of RUN names: latest, a folder, a RUN_NAME, or an id, its beginning or a glob."""
     if part.lower() == "latest":
         return [max(there, key=last_time)] if there else []
-    if os.path.isfile(os.path.join(part, METRICS)):
-        return [Path(os.path.abspath(part))]
+    place = os.path.expanduser(part)  # a shell leaves a ~ after a comma
+    if os.path.isfile(os.path.join(place, METRICS)):
+        return [Path(os.path.abspath(place))]
     same = [path for path in there if path.name == part]
     return same or [path for path in there if is_run(path.name, part)]
 

@@ -78,6 +78,11 @@ def test_every_form_of_run(requested, names, folder):
     assert sorted(names_in(drawn(folder, RUN=requested and requested.format(folder=folder)))) == names
 
 
+def test_a_folder_in_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert names_in(drawn(folder, RUN="b1,~/runs/a1")) == ["a1", "b1"]
+
+
 def test_latest_is_the_run_that_wrote_last_whatever_the_file_times(folder):
     os.utime(folder / "runs" / "a1" / "metrics.jsonl", (2e9, 2e9))
     with open(folder / "runs" / "b1" / "metrics.jsonl", "a") as file:
