@@ -14,7 +14,7 @@ from script import NOTHING_OF_TRAINING, Said, call, copied, script, train_family
 from test_progress import on_a_terminal
 
 from milepost.plots import terminal
-from milepost.plots.curves import with_parents
+from milepost.plots.curves import smoothed, with_parents
 from milepost.plots.picture import legend_of
 from milepost.plots.terminal import draw_terminal
 
@@ -396,6 +396,15 @@ def test_a_run_fits_the_window(rows: int, most: int, folder, monkeypatch):
     out = drawn(folder, RUN="a1").out
     assert len(out.splitlines()) < most
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 350, 1000])
+def test_a_long_curve_is_smoothed_by_the_mean_of_the_values_around_each(count):
+    values = [3.0 + (at * 7919 % 101) / 101 for at in range(count)]
+    values[count // 3] = 1e20  # one step that went wrong spoils only what is near
+    reach = count // 100
+    around = [values[max(0, at - reach) : at + reach + 1] for at in range(count)]
+    assert smoothed(values) == pytest.approx([sum(window) / len(window) for window in around], rel=1e-12)
 
 
 def test_overfitting_is_visible(folder):

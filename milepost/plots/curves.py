@@ -200,9 +200,26 @@ def columns_of(pairs: Points) -> tuple[list[float], list[float]]:
 
 def smoothed(values: list[float]) -> list[float]:
     """Return the means over a window of a fiftieth of the values around each; short curves as they are."""
-    reach = len(values) // 100
-    windows = (values[max(0, at - reach) : at + reach + 1] for at in range(len(values)))
-    return [sum(window) / len(window) for window in windows] if reach else values
+    count, reach = len(values), len(values) // 100
+    if not reach:
+        return values
+    edge = [0.0] * reach
+    sums = window_sums([*edge, *values, *edge], 2 * reach + 1)
+    return [total / (min(count, at + reach + 1) - max(0, at - reach)) for at, total in enumerate(sums)]
+
+
+def window_sums(values: list[float], width: int) -> list[float]:
+    """Return the sum of every `width` values in a row, put together from sums of 1, 2, 4, ... values. Sums up to each value,
+    whose differences are these too, would lose all digits behind one huge value.
+    """
+    totals, parts, taken, size = [0.0] * (len(values) - width + 1), values, 0, 1
+    while size <= width:
+        if width & size:
+            totals = [total + part for total, part in zip(totals, parts[taken:], strict=False)]
+            taken += size
+        parts = [first + second for first, second in zip(parts, parts[size:], strict=False)]
+        size *= 2
+    return totals
 
 
 def last_step(run: Drawn) -> int:
