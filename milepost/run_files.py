@@ -75,7 +75,12 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         run.metrics = Metrics(run.folder / METRICS)
         held.callback(_close_metrics, run)
         # Set aside metrics newer than the checkpoint: resuming rewrites them.
-        run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.saved.resumed_time)
+        lost = run.metrics.rewind(lambda line: _precedes_checkpoint(run, line), until=run.saved.resumed_time)
+        if lost:
+            where = shown(run.metrics.unreadable)
+            run.log(
+                f"{lost:,} {'lines' if lost > 1 else 'line'} of {METRICS} cannot be read; {where} keeps what stood there"
+            )
     open_tracker(run, held)
 
 
@@ -234,11 +239,23 @@ def open_tracker(run: Run, held: contextlib.ExitStack) -> None:
         )  # fmt: skip
 
     lines = read_metrics(path) if name != "none" and path.exists() else []
-    run.mirror = Mirror(f"TRACKER={name}", None if name == "none" else start, lines=lines, log=run.log)
+    run.mirror = Mirror(
+        f"TRACKER={name}", None if name == "none" else start, lines=lines, whole=_reach_back(run, lines), log=run.log
+    )
     # A step that was stopped before its evaluation is incomplete: the resume evaluates it first.
     held.callback(
         lambda: run.mirror.close(complete=run.state.observed_step == run.state.step or not is_due(run, "eval"))
     )
+
+
+def _reach_back(run: Run, lines: list[dict[str, Any]]) -> bool:
+    """Return whether the lines begin where the run did: not more than an interval after its first step."""
+    begin = (run.parent or {}).get("step") or 0
+    steps = sorted({line["step"] for line in lines if isinstance(line.get("step"), int)})
+    if not steps:
+        return run.state.step <= begin
+    interval = steps[1] - steps[0] if len(steps) > 1 else 0  # LOG_INTERVAL may have been another
+    return steps[0] <= begin + max(interval, run.settings.log_interval)
 
 
 def _precedes_checkpoint(run: Run, line: dict[str, Any]) -> bool:

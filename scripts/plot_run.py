@@ -88,15 +88,29 @@ def chosen(requested: str, folder: Path) -> list[Path]:
         if not found:
             raise ConfigError([f"RUN={part}: no run in {shown(folder)} matches; {listed(there)}"])
         folders |= dict.fromkeys(found)
-    return list(folders)
+    return told_apart(list(folders), requested)
+
+
+def told_apart(folders: list[Path], requested: str) -> list[Path]:
+    """Return the folders, one that has several paths once. Raise ConfigError if two are called alike: a run is known by
+    its folder's name.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        other = found.setdefault(folder.name, folder)
+        if not os.path.samefile(folder, other):
+            places = f"{shown(other)} and {shown(folder)} have the same name"
+            raise ConfigError([f"RUN={requested}: {places}: rename one, or plot them one after the other"])
+    return list(found.values())
 
 
 def runs_of(part: str, there: list[Path]) -> list[Path]:
     """Return the runs that a part of RUN names: latest, a folder, a RUN_NAME, or an id, its beginning or a glob."""
     if part.lower() == "latest":
         return [max(there, key=last_time)] if there else []
-    if os.path.isfile(os.path.join(part, METRICS)):
-        return [Path(os.path.abspath(part))]
+    place = os.path.expanduser(part)  # a shell leaves a ~ after a comma
+    if os.path.isfile(os.path.join(place, METRICS)):
+        return [Path(os.path.abspath(place))]
     same = [path for path in there if path.name == part]
     return same or [path for path in there if is_run(path.name, part)]
 

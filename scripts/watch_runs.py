@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 from milepost.cli import guarded
-from milepost.config import Config
+from milepost.config import Config, ConfigError
 from milepost.page.library import Library
 from milepost.runtime.progress import Log, shown
 from milepost.web.listening import address, check_packages, listening, serve
@@ -28,6 +28,8 @@ def main(settings: Config, log: Log) -> int:
     """Serve the page until a signal ends it; return the exit code."""
     check_packages()
     runs_dir = Path(settings.runs_dir)
+    if runs_dir.exists() and not runs_dir.is_dir():
+        raise ConfigError([f"RUNS_DIR={runs_dir}: is not a folder; set the folder of the runs"])
     library, stopped = Library(runs_dir, Path(settings.checkpoint_dir)), threading.Event()
     with listening(settings.serve_host, settings.port) as listener:
         from milepost.page.routes import application

@@ -36,6 +36,13 @@ def save(folder, one, layout="unified"):
 # list
 
 
+def test_a_link_whose_file_is_missing_is_not_called_damaged(tmp_path):
+    (tmp_path / "gone.pt").symlink_to(tmp_path / "nowhere" / "x.pt")
+    (found,) = ckpt.find(tmp_path)
+    problem = f"{tmp_path / 'gone.pt'}: is a link to {tmp_path / 'nowhere' / 'x.pt'}, which is missing"
+    assert (found.kind, found.problem) == ("not found", f"{problem}: restore that file, or delete the link")
+
+
 def test_every_checkpoint_in_the_order_of_saving(trained):
     said = call(lister, trained)
     assert said.code == 0

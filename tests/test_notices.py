@@ -286,6 +286,11 @@ def test_a_user_in_the_address_becomes_a_header():
     assert base64.b64decode(headers["Authorization"].removeprefix("Basic ")) == b"me:p@ss"
 
 
+def test_other_letters_in_an_address_are_encoded_and_what_is_encoded_stays():
+    address, _, _ = form("https://me:\u00e9@host/a%20b/\u00fc?q=\u6f22&r=%C3%A9+1", NOTICE)
+    assert address == "https://host/a%20b/%C3%BC?q=%E6%BC%A2&r=%C3%A9+1"
+
+
 def test_every_other_server_reads_json():
     values = json.loads(form("https://example.com/x", NOTICE._replace(run_id=None))[2])
     assert values == {"source": "milepost", "event": "failed", "run_id": None, "text": NOTICE.text, "time": 1.5}

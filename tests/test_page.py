@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,15 @@ def test_nonsense_in_a_file_is_left_out(tmp_path: Path) -> None:
     assert followed.splits["train"].last("loss") == pytest.approx(2 + 2 * math.exp(-0.01) + 0.05 * math.sin(2))
     assert all(math.isnan(followed.splits["train"].fields[name][-1]) for name in ("loss", "lr", "tok_s"))
     json.dumps(curves(followed.splits), allow_nan=False)
+
+
+def test_step_and_time_are_read_also_behind_many_fields(tmp_path: Path) -> None:
+    more = {f"metric_{n}": 0.5 for n in range(columns.MOST_FIELDS + 10)}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(more | json.loads(line(3, "train", 2.0, since=5.0))) + "\n")
+    file = Followed(tmp_path / "metrics.jsonl")
+    file.read_on()
+    assert steps(file) == [3]
+    assert file.splits["train"].last("time") == 8.0
 
 
 def test_a_pipe_in_the_place_of_metrics_is_not_opened(tmp_path: Path) -> None:
@@ -238,6 +248,33 @@ def test_a_new_run_appears_and_a_deleted_one_goes(tmp_path: Path) -> None:
     assert set(looked(library)) == {"b"}
 
 
+def test_a_run_whose_folder_was_renamed_keeps_its_checkpoints_and_its_children(tmp_path: Path) -> None:
+    family(tmp_path)
+    before = looked(library_of(tmp_path))
+    for name in (BASE, CUT):
+        (tmp_path / "runs" / name).rename(tmp_path / "runs" / f"the {name}")
+    found = looked(library_of(tmp_path))
+    assert found[f"the {BASE}"]["checkpoints"] == 3
+    assert found[CHILD]["parent"]["id"] == found[f"the {BASE}"]["id"]
+    assert found[f"the {CUT}"]["resume"] == before[CUT]["resume"]
+    assert before[CUT]["resume"]
+
+
+def test_a_copy_beside_a_run_has_none_of_its_checkpoints(tmp_path: Path) -> None:
+    family(tmp_path)
+    shutil.copytree(tmp_path / "runs" / CUT, tmp_path / "runs" / "copy")
+    found = looked(library_of(tmp_path))
+    assert (found[CUT]["checkpoints"], found["copy"]["checkpoints"], found["copy"]["resume"]) == (2, 0, None)
+
+
+@pytest.mark.parametrize("run_id", [None, 3, "", "..", "a/b", "\ud800", "x" * 5000])
+def test_a_garbled_id_in_run_json_counts_for_none(run_id: object, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", [1, 2])
+    save(tmp_path, "a", 2)
+    (folder / "run.json").write_text(json.dumps({"run_id": run_id, "parent": None}), encoding="utf-8")
+    assert looked(library_of(tmp_path))["a"]["checkpoints"] == 1
+
+
 @pytest.mark.parametrize("name", ["", ".", "/", "\ud800"])
 def test_a_parent_whose_name_no_folder_can_have_has_no_id(name: str, tmp_path: Path) -> None:
     """A garbled run.json must cost neither its own figures nor those of the other runs."""
@@ -325,6 +362,16 @@ def test_a_report_holds_the_runs_with_their_parents(runs: Path, tmp_path: Path) 
     base = data["curves"]["curves"][id_of(Path(BASE))]
     assert max(base["train"]["loss"]["shown"]["step"]) == 400  # where the child resumed
     assert len(data["details"][id_of(Path(CUT))]["checkpoints"]) == 2
+
+
+def test_a_report_tells_of_a_parent_what_became_of_it_and_not_where_its_curve_ends(runs: Path, tmp_path: Path) -> None:
+    done = call(plot, runs, RUN=CHILD, OUTPUT=str(tmp_path / "report.html"))
+    assert done.code == 0, done.err
+    told = held((tmp_path / "report.html").read_text(encoding="utf-8"))["runs"]["runs"]
+    (base,) = (run for run in told if run["name"] == BASE)
+    looked_at = looked(library_of(runs))[BASE]
+    assert (base["state"], base["step"], base["resume"]) == ("finished", 600, None)
+    assert base == looked_at | {"sampled": base["sampled"]}  # as the page of the server shows it
 
 
 def hashes(text: str) -> set[str]:

@@ -44,6 +44,15 @@ def client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Clie
         yield client
 
 
+def test_runs_in_what_is_no_folder_are_refused(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    said = call(watch, tmp_path, PORT="0")
+    assert (said.code, said.err) == (
+        2,
+        f"error: RUNS_DIR={tmp_path / 'runs'}: is not a folder; set the folder of the runs\n",
+    )
+
+
 def test_the_page_and_its_data(client: httpx.Client) -> None:
     page = client.get("/")
     assert page.status_code == 200

@@ -14,7 +14,7 @@ from script import NOTHING_OF_TRAINING, Said, call, copied, script, train_family
 from test_progress import on_a_terminal
 
 from milepost.plots import terminal
-from milepost.plots.curves import with_parents
+from milepost.plots.curves import smoothed, with_parents
 from milepost.plots.picture import legend_of
 from milepost.plots.terminal import draw_terminal
 
@@ -78,6 +78,11 @@ def test_every_form_of_run(requested, names, folder):
     assert sorted(names_in(drawn(folder, RUN=requested and requested.format(folder=folder)))) == names
 
 
+def test_a_folder_in_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert names_in(drawn(folder, RUN="b1,~/runs/a1")) == ["a1", "b1"]
+
+
 def test_latest_is_the_run_that_wrote_last_whatever_the_file_times(folder):
     os.utime(folder / "runs" / "a1" / "metrics.jsonl", (2e9, 2e9))
     with open(folder / "runs" / "b1" / "metrics.jsonl", "a") as file:
@@ -85,6 +90,24 @@ def test_latest_is_the_run_that_wrote_last_whatever_the_file_times(folder):
     assert names_in(drawn(folder)) == ["b1"]
     written(folder, "c", losses=[1.0] * 200, since=1900.0)
     assert names_in(drawn(folder)) == ["c"]
+
+
+def test_latest_is_found_behind_long_lines_and_what_a_crash_left(folder):
+    place = written(folder, "long", losses=[1.0], since=5000.0)
+    line = {"step": 2, "time": 5002.0, "split": "train", "loss": 1.0} | {f"metric_{n}": 0.123456 for n in range(1000)}
+    with open(place / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n" + "\0" * 10_000)  # a file system may fill the end of a file that it lost
+    assert names_in(drawn(folder)) == ["long"]
+
+
+def test_two_folders_of_one_name_are_refused_and_two_paths_of_one_are_one_run(folder):
+    other = written(folder / "other machine", "b1", losses=[3.0, 1.0])
+    said = drawn(folder, RUN=f"b1,{other}")
+    both = f"{folder / 'runs' / 'b1'} and {other} have the same name"
+    assert (said.code, said.out) == (2, "")
+    assert f"{both}: rename one, or plot them one after the other" in said.err
+    (folder / "link").symlink_to(folder / "runs")
+    assert names_in(drawn(folder, RUN=f"b1,{folder / 'link' / 'b1'}")) == ["b1"]
 
 
 def test_the_table_shows_the_values_of_the_lines(folder):
@@ -373,6 +396,15 @@ def test_a_run_fits_the_window(rows: int, most: int, folder, monkeypatch):
     out = drawn(folder, RUN="a1").out
     assert len(out.splitlines()) < most
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 350, 1000])
+def test_a_long_curve_is_smoothed_by_the_mean_of_the_values_around_each(count):
+    values = [3.0 + (at * 7919 % 101) / 101 for at in range(count)]
+    values[count // 3] = 1e20  # one step that went wrong spoils only what is near
+    reach = count // 100
+    around = [values[max(0, at - reach) : at + reach + 1] for at in range(count)]
+    assert smoothed(values) == pytest.approx([sum(window) / len(window) for window in around], rel=1e-12)
 
 
 def test_overfitting_is_visible(folder):

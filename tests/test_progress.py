@@ -421,6 +421,36 @@ def test_lines_that_are_not_objects_are_skipped(tmp_path):
     assert read_metrics(path) == [{"step": 1}, {"step": 2}]
 
 
+def test_a_resume_keeps_what_it_cannot_read(tmp_path):
+    """An editor or a shell saved the file as UTF-16: its text stays, while the resume begins a new file."""
+    path = tmp_path / "metrics.jsonl"
+    logged_from(path, range(1, 4), since=100)
+    text = path.read_text()
+    path.write_bytes(text.encode("utf-16"))
+    metrics = Metrics(path)
+    assert metrics.rewind(lambda line: True) == 3
+    assert path.read_bytes() == b""
+    assert metrics.unreadable.read_bytes() + b"\0" == text.encode("utf-16")  # half of the last newline
+    path.write_bytes(b'{"step": 1}\n\xff\n' + b"\0" * 99 + b'\n{"step": 2}\n{"step": 3, "lo')
+    assert metrics.rewind(lambda line: True) == 1
+    assert metrics.unreadable.read_bytes().endswith(b"}\0\n\xff\n")
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert metrics.rewind(lambda line: True) == 0
+
+
+def test_a_mark_at_the_beginning_of_the_file_hides_no_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8-sig")
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_number_that_no_float_holds_does_not_stop_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1e999}\n')
+    assert Metrics(path).rewind(lambda line: True) == 0
+    assert strict(path.read_text()) == {"step": 1, "loss": None}
+
+
 def test_a_hand_written_nan_does_not_stop_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1.5}\n')

@@ -34,6 +34,8 @@ def test_several_models_by_name_and_the_newest_of_a_folder(folder):
         assert shown == {"two": 2, "latest": 6, steps[4].stem: 4}
         assert running.send("GET", "/v1/models/two").value["step"] == 2
         assert running.complete("Dear").error == (404, "model_not_found", "model")  # which of them?
+        message = running.complete("Dear").value["error"]["message"]
+        assert message == f"the request names no model; there are two, latest, {steps[4].stem}"
         first, second = (
             running.complete("Dear", model=name, seed=1, temperature=0, max_tokens=16) for name in ("two", "latest")
         )

@@ -165,6 +165,36 @@ def test_a_resumed_run_mirrors_what_its_tracker_lacks(tmp_path, monkeypatch):
     assert sorted(mirrored) == sorted(expected)
 
 
+@pytest.mark.parametrize(("lost", "called"), [(0, "caught_up"), (2, "keep_earlier"), (99, "keep_earlier")])
+def test_a_tracker_replaces_what_it_recorded_only_if_the_metrics_begin_where_the_run_did(
+    lost, called, tmp_path, monkeypatch
+):
+    """Resuming from step 4 after the first `lost` lines of metrics.jsonl were deleted."""
+    calls: list[str] = []
+
+    class Calling(Recorder):
+        def __init__(self, **_: object) -> None:
+            super().__init__()
+
+        def caught_up(self) -> None:
+            calls.append("caught_up")
+
+        def keep_earlier(self) -> None:
+            calls.append("keep_earlier")
+
+    monkeypatch.setitem(trackers.TRACKERS, "trackio", trackers.Entry(tracker=Calling))
+    assert train(tmp_path, TRACKER="trackio", EVAL_INTERVAL="4")[0] == 0
+    assert calls == ["caught_up"]  # a new run
+    at_step(tmp_path, 8).unlink()
+    for best in (tmp_path / "checkpoints" / "best").iterdir():
+        best.unlink()
+    (path,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[lost + 1 :] if lost else lines), encoding="utf-8")
+    assert train(tmp_path, RESUME="auto")[0] == 0
+    assert calls == ["caught_up", called]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The variables of W&B.
 

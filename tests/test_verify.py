@@ -135,7 +135,7 @@ def test_a_broken_link_is_a_bad_checkpoint(tmp_path):
     assert "\n3 checkpoints, 2 bad\nFAILED: " in said.out
     bad, other, good = said.out.split("\n\n")[:3]
     assert bad.startswith(
-        f"{whole.parent / 'x.pt'}\nbytes  FAILED  {whole.parent / 'x.pt'}: cannot be read (No such file"
+        f"{whole.parent / 'x.pt'}\nbytes  FAILED  {whole.parent / 'x.pt'}: is a link to {whole.parent / 'nothing.pt'}"
     )
     assert other.startswith(f"{whole.parent / 'y.pt'}\n")
     assert rows(good)["bytes"][0] == "ok"

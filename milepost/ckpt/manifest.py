@@ -78,6 +78,13 @@ def unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
     reason, code = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
     if is_unreachable(error):
         return CheckpointError(path, f"could not be read ({reason})", AWAY, kind="unreachable")
+    if code == errno.ENOENT and path.is_symlink():
+        return CheckpointError(
+            path,
+            f"is a link to {os.readlink(path)}, which is missing",
+            "restore that file, or delete the link",
+            kind="not found",
+        )
     kind: Kind = "lacking" if code in REMEDIES else "damaged"
     return CheckpointError(path, f"cannot be read ({reason})", REMEDIES.get(code, "check its disk"), kind=kind)
 

@@ -22,6 +22,7 @@ TAIL = 64  # bytes before the end of what was read, which tell whether the file 
 MOST_FIELDS = 64  # of a split; later ones are left out
 SPLITS = ("train", "validation")
 NOT_NUMBERS = ("run_id", "split")
+ALWAYS = ("step", "time")  # fields of every line
 PLAIN = {int, float, type(None)}
 
 
@@ -34,7 +35,7 @@ class Columns:
 
     def add(self, lines: list[dict[str, Any]]) -> None:
         """Append lines that have a step and a time."""
-        for name in dict.fromkeys(name for line in lines for name in line):
+        for name in dict.fromkeys((*ALWAYS, *(name for line in lines for name in line))):
             if name not in self.fields and name not in NOT_NUMBERS and len(self.fields) < MOST_FIELDS:
                 self.fields[name] = array("d", [math.nan]) * self.count
         for name, column in self.fields.items():

@@ -1,6 +1,7 @@
 """The runs of a folder, kept in memory and looked at again when somebody asks: what the page shows, by id."""
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -27,7 +28,7 @@ from milepost.page.runs import (
     summary,
 )
 from milepost.page.series import Window, curves
-from milepost.plots.curves import METRICS, Drawn, parent_of
+from milepost.plots.curves import METRICS, Drawn, last_step, parent_of, run_id_of
 
 LEAST, SHARE = 1.0, 5  # seconds between two looks at least, and how many times as long as a look takes
 State = tuple[Path, int, object]
@@ -40,10 +41,12 @@ class Watched:
 
     folder: Path
     file: Followed
+    run_id: str  # from its run.json: its folder may have been renamed
     settings: dict[str, str] = field(default_factory=dict)
     parent: Json | None = None
     found: list[Found] = field(default_factory=list)  # its checkpoints
     beside: tuple[float, bool] = (0.0, False)  # when its samples changed, and whether a process trains it
+    drawn: Window | None = None  # the part of its curves that a report shows; None for all
     stale: bool = True  # whether the figures are older than what was read
     version: int = 0
     figures: Json = field(default_factory=dict)
@@ -98,7 +101,7 @@ class Library:
                     each.stale = True
             return {
                 "labels": labels({run: each.settings for run, each in runs.items()}),
-                "curves": {run: curves(each.file.splits, window) for run, each in runs.items()},
+                "curves": {run: curves(each.file.splits, window or each.drawn) for run, each in runs.items()},
             }
 
     def details(self, ids: Sequence[str]) -> Json:
@@ -131,17 +134,19 @@ class Library:
     def _known(self, ids: Iterable[str]) -> dict[str, Watched]:
         return {run: self._runs[run] for run in dict.fromkeys(ids) if run in self._runs}
 
-    def hold(self, drawn: Iterable[Drawn]) -> list[str]:
+    def hold(self, runs: Iterable[Drawn]) -> list[str]:
         """Take runs that were read before, in place of those of the folder; return their ids."""
         with self._guard:
             self._runs, self._held = {}, True
-            for run in drawn:
-                file = Followed(run.folder / METRICS, splits=as_columns(run.lines))
-                trained = seems_trained(run.folder, run.folder.name)
-                self._runs[id_of(run.folder)] = Watched(run.folder, file, beside=(0.0, trained))
+            for run in runs:
+                file = Followed(run.folder / METRICS, splits=as_columns([*run.lines, *run.later]))
+                run_id = run_id_of(run.folder)
+                trained = seems_trained(run.folder, run_id)
+                drawn = ("step", -math.inf, float(last_step(run))) if run.later else None
+                self._runs[id_of(run.folder)] = Watched(run.folder, file, run_id, beside=(0.0, trained), drawn=drawn)
             self._find_checkpoints()
-            for run_id, each in self._runs.items():
-                self._describe(run_id, each)
+            for own_id, each in self._runs.items():
+                self._describe(own_id, each)
             return list(self._runs)
 
     def _find_runs(self) -> None:
@@ -154,8 +159,8 @@ class Library:
         for gone in self._runs.keys() - there.keys():
             del self._runs[gone]
             self.version += 1
-        for run_id in there.keys() - self._runs.keys():
-            self._runs[run_id] = Watched(there[run_id], Followed(there[run_id] / METRICS))
+        for new in there.keys() - self._runs.keys():
+            self._runs[new] = Watched(there[new], Followed(there[new] / METRICS), run_id_of(there[new]))
 
     def _find_checkpoints(self) -> None:
         """Give each run its checkpoints. A folder that is not there, or may not be listed, has none."""
@@ -169,9 +174,13 @@ class Library:
         self.version += problems != self._damaged
         self._damaged = problems
         for run in self._runs.values():
-            own = by_run.get(run.folder.name, [])
+            own = by_run.get(run.run_id, []) if self._is_of_run(run) else []
             if own != run.found:
                 run.found, run.stale = own, True
+
+    def _is_of_run(self, each: Watched) -> bool:
+        """Return whether the folder is that of its run, and not a copy beside it under another name."""
+        return each.folder.name == each.run_id or id_of(each.folder.with_name(each.run_id)) not in self._runs
 
     def _read(self, until: float) -> None:
         """Read what was added to the metrics, newest runs first, until the time is up, but of one run at least; describe the
@@ -187,7 +196,7 @@ class Library:
             if time.monotonic() > until:
                 break
         for run_id, each in self._runs.items():
-            beside = _changed_at(each.folder / "samples"), seems_trained(each.folder, each.folder.name)
+            beside = _changed_at(each.folder / "samples"), seems_trained(each.folder, each.run_id)
             if each.stale or beside != each.beside:
                 self.version += 1
                 each.beside, each.stale, each.version = beside, False, self.version
@@ -208,10 +217,9 @@ class Library:
 
     def _above(self, each: Watched) -> str | None:
         """Return the id of the run that this one began with; None if it is not in the folder."""
-        with contextlib.suppress(ValueError):  # a garbled run.json may hold what no folder can be called
-            above = id_of(each.folder.with_name(Path(str((each.parent or {}).get("run_id"))).name))
-            return above if above in self._runs else None
-        return None
+        parent = Path(str((each.parent or {}).get("run_id"))).name
+        of_parent = (own for own, run in self._runs.items() if run.run_id == parent and self._is_of_run(run))
+        return next(of_parent, None)
 
 
 def id_of(folder: Path) -> str:

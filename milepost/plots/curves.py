@@ -1,9 +1,9 @@
 """Runs and their parents as curves: the lines of their metrics, and what tells one run from another."""
 
 import contextlib
-import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,12 @@ from milepost import config
 from milepost.ckpt import CheckpointError
 from milepost.ckpt.manifest import read_json
 from milepost.runtime.chart import Points
-from milepost.runtime.progress import Log, read_metrics, shown
+from milepost.runtime.progress import Log, parse_line, read_metrics, shown
 from milepost.screen import harmless
 
 METRICS = "metrics.jsonl"
+RUN_ID = re.compile(r"\w[\w.-]{0,199}", re.ASCII)  # of any run: a part of names of files
+TAILS = (2**12, 2**17, 2**22)  # bytes before the end of a file in which its last line is looked for
 MAX_VALUE = 1e300  # differences and means of a few such values are finite
 
 
@@ -47,6 +49,7 @@ class Drawn(NamedTuple):
     requested: bool
     folder: Path
     label: str = ""  # what tells it apart from the other runs that are drawn
+    later: list[dict[str, Any]] = []  # noqa: RUF012  (never changed); lines after that step, which are not drawn
 
 
 def with_parents(folders: list[Path], log: Log) -> list[Drawn]:
@@ -62,9 +65,14 @@ def with_parents(folders: list[Path], log: Log) -> list[Drawn]:
             known = curves.get(name)
             if known and (known.requested or max((line["step"] for line in known.lines), default=0) >= step):
                 continue
-            parent = drawable(folder.with_name(name), requested=False)
-            curves[name] = parent._replace(lines=[line for line in parent.lines if line["step"] <= step])
+            curves[name] = until(step, drawable(folder.with_name(name), requested=False))
     return sorted(curves.values(), key=lambda run: (run.requested, run.lines[0]["time"] if run.lines else math.inf))
+
+
+def until(step: int, run: Drawn) -> Drawn:
+    """Return the run, drawn up to a step."""
+    lines, later = ([line for line in run.lines if (line["step"] > step) == is_later] for is_later in (False, True))
+    return run._replace(lines=lines, later=later)
 
 
 def drawable(folder: Path, *, requested: bool) -> Drawn:
@@ -130,23 +138,34 @@ def is_line(line: dict[str, Any]) -> bool:
 
 def parent_of(folder: Path) -> dict[str, Any] | None:
     """Return the checkpoint that the run began with, from run.json; None if there is none or it is unknown."""
-    try:
-        parent = read_json(folder / "run.json").get("parent")
-    except CheckpointError:
-        return None
+    parent = origin_of(folder).get("parent")
     return parent if isinstance(parent, dict) else None
+
+
+def run_id_of(folder: Path) -> str:
+    """Return the id of the run in a folder, from run.json, since a folder may be renamed; the folder's name if it is unknown."""
+    run_id = origin_of(folder).get("run_id")
+    return run_id if isinstance(run_id, str) and RUN_ID.fullmatch(run_id) else folder.name
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """Return what run.json holds; an empty dict if it cannot be read."""
+    try:
+        return read_json(folder / "run.json")
+    except CheckpointError:
+        return {}
 
 
 def last_time(folder: Path) -> float:
     """Return the Unix time of the run's last complete line. File times would change with a copy."""
-    ends: list[bytes] = []
     with contextlib.suppress(OSError), open(folder / METRICS, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        ends = file.read().splitlines()
-    for end in reversed(ends):
-        # A torn line, or not one of ours.
-        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            return float(json.loads(end)["time"])
+        size = file.seek(0, os.SEEK_END)
+        for reach in TAILS:
+            file.seek(max(0, size - reach))
+            lines = map(parse_line, reversed(file.read(reach).decode(errors="replace").split("\n")))
+            times = (number(line.get("time")) for line in lines if line)  # without torn lines
+            if (last := next(filter(math.isfinite, times), None)) is not None:
+                return last
     return -math.inf
 
 
@@ -181,9 +200,26 @@ def columns_of(pairs: Points) -> tuple[list[float], list[float]]:
 
 def smoothed(values: list[float]) -> list[float]:
     """Return the means over a window of a fiftieth of the values around each; short curves as they are."""
-    reach = len(values) // 100
-    windows = (values[max(0, at - reach) : at + reach + 1] for at in range(len(values)))
-    return [sum(window) / len(window) for window in windows] if reach else values
+    count, reach = len(values), len(values) // 100
+    if not reach:
+        return values
+    edge = [0.0] * reach
+    sums = window_sums([*edge, *values, *edge], 2 * reach + 1)
+    return [total / (min(count, at + reach + 1) - max(0, at - reach)) for at, total in enumerate(sums)]
+
+
+def window_sums(values: list[float], width: int) -> list[float]:
+    """Return the sum of every `width` values in a row, put together from sums of 1, 2, 4, ... values. Sums up to each value,
+    whose differences are these too, would lose all digits behind one huge value.
+    """
+    totals, parts, taken, size = [0.0] * (len(values) - width + 1), values, 0, 1
+    while size <= width:
+        if width & size:
+            totals = [total + part for total, part in zip(totals, parts[taken:], strict=False)]
+            taken += size
+        parts = [first + second for first, second in zip(parts, parts[size:], strict=False)]
+        size *= 2
+    return totals
 
 
 def last_step(run: Drawn) -> int:

@@ -7,6 +7,7 @@ import base64
 import json
 import queue
 import re
+import string
 import threading
 import time
 import urllib.parse
@@ -19,6 +20,7 @@ TIMEOUT = 5.0  # seconds of a request
 PAUSES = (1.0, 2.0)  # seconds before a request that failed is tried again
 WAIT = 20.0  # seconds that an end waits for what is not sent: all attempts of one message
 LONGEST = 1900  # characters of a text; Discord takes 2,000
+PRINTED = string.punctuation  # of an address, what stays as it is: letters of other alphabets are encoded
 DISCORD = re.compile(r"/api(/v[0-9]+)?/webhooks/")
 
 
@@ -126,11 +128,12 @@ def form(url: str, notice: Notice) -> tuple[str, dict[str, str], bytes]:
 
 
 def without_user(url: str) -> tuple[str, dict[str, str]]:
-    """Return the address without `user:password@`, and the headers that hold them."""
+    """Return the address in ASCII without `user:password@`, and the headers, one of which holds the user and the password."""
     headers = {"User-Agent": "milepost"}  # Discord refuses urllib's own
     parts = urllib.parse.urlsplit(url)
     user, at, place = parts.netloc.rpartition("@")
     if at:
         secret = urllib.parse.unquote(user).encode()
         headers["Authorization"] = f"Basic {base64.b64encode(secret).decode()}"
-    return urllib.parse.urlunsplit(parts._replace(netloc=place)), headers
+    path, query = (urllib.parse.quote(part, safe=PRINTED) for part in (parts.path, parts.query))
+    return urllib.parse.urlunsplit(parts._replace(netloc=place, path=path, query=query)), headers

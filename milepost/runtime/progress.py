@@ -171,26 +171,32 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.set_aside = path.with_name(f"{path.stem}.set-aside{path.suffix}")
+        self.unreadable = path.with_name(f"{path.stem}.unreadable")  # bytes that stood between lines
         self._file = GrowingFile(path)
 
-    def rewind(self, keep: Callable[[dict[str, Any]], bool], *, until: float = math.inf) -> None:
+    def rewind(self, keep: Callable[[dict[str, Any]], bool], *, until: float = math.inf) -> int:
         """Leave the history of the checkpoint that the run resumes from in metrics.jsonl, and set every other line
         aside.
 
         `keep` selects the steps that the checkpoint had reached, `until` is when it was saved (Unix seconds). If the
         run had resumed from an earlier step and now resumes from a later one, the lines of the later one return from
-        those set aside.
+        those set aside. What is not a line goes to `unreadable`; return how many such lines there were.
         """
         if not self.path.exists():
-            return
+            return 0
         current = read_metrics(self.path)
         aside = read_metrics(self.set_aside) if self.set_aside.exists() else []
+        lost = [text for path in (self.path, self.set_aside) if path.exists() for text in _unreadable(path)]
+        if lost:
+            earlier = content_of(self.unreadable) if self.unreadable.exists() else b""
+            replace_content(self.unreadable, earlier + b"".join(text + b"\n" for text in lost))
         history = _history(current, aside, keep=keep, until=until)
         chosen = set(map(json.dumps, history))
         rest = {text: line for line in [*aside, *current] if (text := json.dumps(line)) not in chosen}
         if rest or aside:  # first, so that each line is always in one of the two files
             _replace_lines(self.set_aside, list(rest.values()))
         _replace_lines(self.path, history)
+        return len(lost)
 
     def write(self, **values: Any) -> None:
         """Append one line. NaN and Inf become null: JSON has neither.
@@ -198,11 +204,7 @@ class Metrics:
         Raise OSError on a write error, and once if the file was deleted since the last line: a new file then has the
         line.
         """
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
-        self._file.add((json.dumps(finite, allow_nan=False) + "\n").encode())
+        self._file.add(_as_line(values))
 
     def flush(self) -> None:
         """Write lines that wait: the file system cannot append, or refused them. Raise OSError if it still does."""
@@ -242,7 +244,23 @@ def _place(line: dict[str, Any]) -> tuple[int, int]:
 
 
 def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    replace_content(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+    replace_content(path, b"".join(map(_as_line, lines)))
+
+
+def _as_line(values: dict[str, Any]) -> bytes:
+    """Return a line of metrics.jsonl, with null for NaN and Inf."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+    return (json.dumps(finite, allow_nan=False) + "\n").encode()
+
+
+def _unreadable(path: Path) -> list[bytes]:
+    """Return the lines of a file of metrics that `read_metrics` leaves out, but for the end of a file, which a kill tore, and
+    lines without content: a file system may fill with zeros what it lost.
+    """
+    *texts, _ = content_of(path).split(b"\n")
+    return [text for text in texts if text.strip(b"\0 \t\r") and parse_line(text.decode(errors="replace")) is None]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -257,6 +275,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def parse_line(text: str) -> dict[str, Any] | None:
     """Return the object of a line; if the next line was appended to a torn one, the next line's object."""
+    text = text.removeprefix("\ufeff")  # which an editor may write at the beginning of a file
     for start in sorted({0, max(0, text.rfind('{"'))}):
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text[start:], parse_constant=lambda _: None)

@@ -35,8 +35,8 @@ def invalid(message: str, param: str | None = None, *, code: str | None = None) 
 
 def unknown_model(name: object, served: list[str]) -> ApiError:
     """Return the error for a model that is not served."""
-    return ApiError(404, f"the model {name!r:.80} does not exist; there are {', '.join(served)}", code="model_not_found",
-                    param="model")  # fmt: skip
+    problem = "the request names no model" if name is None else f"the model {name!r:.80} does not exist"
+    return ApiError(404, f"{problem}; there are {', '.join(served)}", code="model_not_found", param="model")
 
 
 def queue_full(waiting: int) -> ApiError:

@@ -157,6 +157,26 @@ def test_turned_on_in_the_middle_the_series_is_whole(tmp_path):
     assert shown_by_tensorboard(tmp_path) == logged(tmp_path)
 
 
+def test_events_that_metrics_lack_are_kept_as_a_run_of_their_own(tmp_path):
+    """metrics.jsonl was deleted: nothing else has the figures of the first steps. A second resume adds nothing there."""
+    assert train(tmp_path, CHECKPOINT_INTERVAL="1", TRACKER="tensorboard")[0] == 0
+    before = shown_by_tensorboard(tmp_path)["train/loss"]
+    forget_after(tmp_path, 4)
+    (run_folder(tmp_path) / "metrics.jsonl").unlink()
+    code, said = train(tmp_path, RESUME="auto", CHECKPOINT_INTERVAL="1")
+    kept = run_folder(tmp_path) / "tensorboard" / "earlier"
+    assert code == 0
+    assert f"metrics.jsonl lacks the first steps of this run; the events so far are kept in {kept}" in said
+    there = EventAccumulator(str(kept), size_guidance={"scalars": 0}).Reload()
+    assert [(one.step, one.value) for one in there.Scalars("train/loss")] == before
+    (own,) = (run_folder(tmp_path) / "tensorboard").glob("events*")
+    new = EventAccumulator(str(own), size_guidance={"scalars": 0}).Reload()
+    assert [one.step for one in new.Scalars("train/loss")] == [5, 6, 7, 8]
+    forget_after(tmp_path, 6)
+    assert train(tmp_path, RESUME="auto")[0] == 0
+    assert len(list(kept.iterdir())) == len(list((run_folder(tmp_path) / "tensorboard").glob("events*"))) == 1
+
+
 def test_it_changes_no_bit(tmp_path):
     for kind in ("none", "tensorboard"):
         (tmp_path / kind).mkdir()

@@ -6,6 +6,8 @@ from typing import Any
 
 from milepost.registry import undefined
 
+LACKING = "metrics.jsonl lacks the first steps of this run"
+
 
 class Tracker:
     """An open series of a run in a tracker. Subclass it and define the methods of REQUIRED.
@@ -47,6 +49,11 @@ class Tracker:
 
     def caught_up(self) -> None:
         """Delete the files that the series replaces. Called once, when the rows of earlier processes are written."""
+
+    def keep_earlier(self) -> None:
+        """Keep the files that the series would replace, since metrics.jsonl lacks the beginning of what they hold. Called in
+        place of `caught_up`.
+        """
 
     def close(self) -> None:
         """End the series; every row must be on disk or sent."""

@@ -24,8 +24,11 @@ class Mirror:
         *,
         log: Callable[[str], None],
         lines: Iterable[Mapping[str, Any]] = (),
+        whole: bool = True,
     ) -> None:
-        """Open a tracker, if `start` is given, and write those `lines` of the run's metrics so far that it lacks."""
+        """Open a tracker, if `start` is given, and write those `lines` of the run's metrics so far that it lacks. They replace
+        what it recorded earlier only if they are `whole`: begin where the run began.
+        """
         self._name, self._log = name, log
         self._tracker: Tracker | None = None
         self._first, self._step, self._time, self._row = 0, -1, 0.0, dict[str, float]()
@@ -38,7 +41,7 @@ class Mirror:
             self.write(line)
         with self._guarded():
             if self._tracker:
-                self._tracker.caught_up()
+                (self._tracker.caught_up if whole else self._tracker.keep_earlier)()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add one line of metrics.jsonl.

@@ -1,10 +1,12 @@
 """TensorBoard."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from milepost.runtime.tracking.base import Tracker
+from milepost.runtime.tracking.base import LACKING, Tracker
 
+KEPT = "earlier"  # folder of events that metrics.jsonl lacks
 FLUSH_SECONDS = 10  # how long events may stay in memory before TensorBoard sees them
 
 
@@ -16,9 +18,10 @@ class TensorBoard(Tracker):
     drops its events at the `purge_step` with which the new file begins.
     """
 
-    def __init__(self, *, folder: Path, **_: Any) -> None:
+    def __init__(self, *, folder: Path, log: Callable[[str], None], **_: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._log, self._kept = log, folder / KEPT
         self._earlier = list(folder.glob("events.out.tfevents.*"))
         self._writer = SummaryWriter(str(folder), purge_step=0, flush_secs=FLUSH_SECONDS)
 
@@ -33,6 +36,18 @@ class TensorBoard(Tracker):
         self._writer.flush()
         for path in self._earlier:
             path.unlink(missing_ok=True)
+
+    def keep_earlier(self) -> None:
+        """Move the earlier files to a folder of their own, which TensorBoard shows as another run: beside the new file it
+        would drop their events. Once only: later files hold the lines of metrics.jsonl.
+        """
+        if not self._earlier or self._kept.exists():
+            self.caught_up()
+            return
+        self._kept.mkdir()
+        for path in self._earlier:
+            path.rename(self._kept / path.name)
+        self._log(f"{LACKING}; the events so far are kept in {self._kept}")
 
     def close(self) -> None:
         self._writer.close()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from milepost.runtime.tracking.base import Tracker
+from milepost.runtime.tracking.base import LACKING, Tracker
 
 
 class WeightsAndBiases(Tracker):
@@ -41,7 +41,7 @@ class WeightsAndBiases(Tracker):
             log(f"wandb: recorded offline; send it with: wandb sync {own}")
         elif self._run.url:
             log(f"wandb: {self._run.url}")
-        self._earlier = earlier - {own}
+        self._earlier, self._log = earlier - {own}, log
 
     def next_step(self) -> int:
         return int(self._run.step)
@@ -52,6 +52,12 @@ class WeightsAndBiases(Tracker):
     def caught_up(self) -> None:
         for folder in self._earlier:
             shutil.rmtree(folder)
+
+    def keep_earlier(self) -> None:
+        if self._earlier:
+            self._log(
+                f"{LACKING}; what was recorded offline so far stays in {', '.join(map(str, sorted(self._earlier)))}"
+            )
 
     def close(self) -> None:
         self._run.finish()
