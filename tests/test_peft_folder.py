@@ -104,7 +104,8 @@ def test_where_its_base_is_looked_for(tmp_path: Path, named: str) -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "another kind": {"peft_type": "LOHA"}, "DoRA": {"use_dora": True}, "another scale": {"use_rslora": True}, "ranks": {"rank_pattern": {"c_fc": 4}},
     "biases": {"bias": "all"}, "other layers": {"target_modules": ["wte"]}, "a pattern": {"target_modules": ".*c_fc"}, "no rank": {"r": None},
-    "saved modules": {"modules_to_save": ["lm_head"]},
+    "saved modules": {"modules_to_save": ["lm_head"]}, "PiSSA": {"init_lora_weights": "pissa"}, "OLoRA": {"init_lora_weights": "olora"},
+    "some layers": {"target_modules": ["h.0.mlp.wte"]}, "activated": {"alora_invocation_tokens": [3]},
 }  # fmt: skip
 
 

@@ -34,6 +34,27 @@ def read_tokenizer(path: Path, vocab_size: int) -> Choice:
     return choice
 
 
+def tokenizer_over(base: dict[str, Json] | None, path: Path, vocab_size: int) -> Choice:
+    """Return the tokenizer in the folder of an adapter, else that of its base, and a note.
+
+    Generation stops at the tokens that end the base's texts, too, and a template that the folder lacks is the base's.
+    """
+    if not any(is_regular(path / name) for name in (TOKENIZER, VOCAB)):
+        return base, ""
+    own, note = read_tokenizer(path, vocab_size)
+    if own and base and own["kind"] == base["kind"] and own["kind"] in FROM_LIBRARY:
+        added = {token["content"] for token in own["tokenizer"].get("added_tokens") or []}
+        ends = [end for end in dict.fromkeys([*_ends_of(base), *_ends_of(own)]) if end in added]
+        template = {"chat_template": base["chat_template"]} if "chat_template" in base else {}
+        own = template | {name: value for name, value in own.items() if name not in ("end", "stops")} | _fields(ends)
+    differs = f"{path}: its own tokenizer and template are used, not those of its base" if own != base else ""
+    return own, "; ".join(filter(None, (differs, note)))
+
+
+def _ends_of(tokenizer: dict[str, Json]) -> list[str]:
+    return [tokenizer.get("end", END_OF_TEXT), *tokenizer.get("stops", [])]
+
+
 def _completed(path: Path, tokenizer: dict[str, Json]) -> Choice:
     """Return the tokenizer with the folder's chat template and the tokens that end a text, and a note on what is passed over."""
     template = _chat_template(path)
