@@ -25,6 +25,9 @@ def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
     rows = record.model_settings["vocab_size"]
     if tokenizer.vocab_size > rows:
         problem = f"its tokenizer has {tokenizer.vocab_size} tokens, but its model only {rows} rows"
+        if record.written_by.startswith("another program"):
+            remedy = "put the tokenizer there that was saved with the model, or resize the model's embedding to it and save both again"
+            raise CheckpointError(where_of(record), problem, remedy, kind="refused")
         raise CheckpointError(where_of(record), problem, EARLIER, kind="damaged")
     return tokenizer
 

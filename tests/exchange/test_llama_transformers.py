@@ -172,6 +172,14 @@ def test_a_mistral_that_names_no_window_has_that_of_transformers(tmp_path: Path)
             ckpt.load(folder)
 
 
+def test_kinds_of_layers_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "Llama")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": 2}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="layer_types is 2"):
+        ckpt.load(tmp_path)
+
+
 def test_of_two_rotary_settings_the_one_that_transformers_takes_counts(tmp_path: Path) -> None:
     saved(tmp_path, "Llama")
     path = tmp_path / "config.json"

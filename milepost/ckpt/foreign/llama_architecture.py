@@ -100,6 +100,8 @@ def _check_windows(path: Path, config: Mapping[str, Any], block_size: int) -> No
     if window is not None and (type(window) is not int or window < block_size):
         raise not_ours(path, "sliding_window", window, "null: a window is not computed")
     types = config.get("layer_types") or []
+    if not isinstance(types, list):
+        raise not_ours(path, "layer_types", types, "a list with the kind of each layer")
     if other := next((kind for kind in types if kind != "full_attention"), None):
         raise not_ours(path, "layer_types", other, "full_attention alone: a window is not computed")
 

@@ -4,6 +4,7 @@ It opens as our adapters without their base do: its base, a folder or file on th
 one lies beside the adapter. transformers' Trainer saves its progress and its optimizer there too.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def _described(path: Path) -> dict[str, Any]:
     config, (source, layout) = _config(path), _base(path)
     values = layout.read_metadata(source)
     settings, model_type = values["model_settings"], values["model_type"]
+    if "adapters" in values.get("parts", ()):
+        problem, remedy = f"its base {source} holds only adapters", f"set {BASE} in {CONFIG} to a whole model"
+        raise CheckpointError(path, problem, remedy, kind="lacking")
     return {
         "model_type": model_type,
         "model_settings": settings | {"lora": _lora(path, config, model_type)},
@@ -142,6 +146,8 @@ def _lora(path: Path, config: dict[str, Json], model_type: str) -> dict[str, Jso
             raise ValueError(f"target_modules is {targets!r:.80}, expected some of {', '.join(layers)}")
         if type(config["r"]) is not int or config["r"] < 1:
             raise ValueError(f"r is {config['r']!r:.80}, expected a whole number of at least 1")
+        if type(config["lora_alpha"]) not in (int, float):
+            raise ValueError(f"lora_alpha is {config['lora_alpha']!r:.80}, expected a number above 0")
         lora = LoraSettings(config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, ",".join(names))
     except (KeyError, TypeError, ValueError) as error:
         problem = f"does not describe a LoRA of these layers ({error})"
@@ -150,11 +156,12 @@ def _lora(path: Path, config: dict[str, Json], model_type: str) -> dict[str, Jso
 
 
 def _base(path: Path) -> tuple[Path, Layout]:
-    """Return the base that adapter_config.json names, if it is a checkpoint on this disk, and its layout."""
+    """Return the base that adapter_config.json names, if it is a checkpoint on this disk, and its layout. No adapter is a base."""
     name = read_json(path / CONFIG).get(BASE)
-    named = Path(name).expanduser() if isinstance(name, str) and name else None
+    named = Path(os.path.expanduser(name)) if isinstance(name, str) and name else None
     for place in (named, path.parent / named, path / named) if named else ():
-        if place.exists() and (layout := layouts.layout_of(place)):
+        layout = layouts.layout_of(place) if os.path.exists(place) else None
+        if layout is not None and layout is not LAYOUT:
             return place.resolve(), layout
     problem = f"its base {name!r:.200} is not a checkpoint on this disk, and an adapter alone has no sizes"
     remedy = f"download the base, and set {BASE} in {CONFIG} to its folder"
@@ -174,6 +181,11 @@ def _translated(path: Path, rank: int, base: Checkpoint) -> dict[str, Tensor]:
     expected = {f"{name}.lora_A": (rank, shape[1]) for name, shape in layers.items()}
     expected |= {f"{name}.lora_B": (shape[0], rank) for name, shape in layers.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if besides := sorted(name for name in found if not is_adapter(name)):
+        problem = (
+            f"holds {besides[0]:.80} {shapes[besides[0]]} besides matrices of LoRA, as of an embedding with more tokens"
+        )
+        raise CheckpointError(file, problem, MERGE, kind="not understood")
     if lacking := sorted(expected.keys() - shapes) if shapes.items() < expected.items() else []:
         problem = f"adapts only some of the layers of a name: it has nothing for {lacking[0].rpartition('.')[0]:.80}"
         raise CheckpointError(file, problem, MERGE, kind="not understood")
