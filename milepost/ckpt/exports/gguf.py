@@ -18,8 +18,9 @@ from torch import Tensor
 from milepost.ckpt.exports import gguf_gpt2, gguf_llama
 from milepost.ckpt.exports.common import Proof, cannot_represent, elsewhere, proved
 from milepost.ckpt.exports.gguf_models import GgufModel
-from milepost.ckpt.exports.gguf_tokens import add_tokens, chat_template, tokens_of
+from milepost.ckpt.exports.gguf_tokens import add_tokens, tokens_of
 from milepost.ckpt.record import Checkpoint
+from milepost.ckpt.saved_tokenizer import chat_template
 from milepost.files import new_path
 
 NAME = "gguf"
