@@ -255,6 +255,24 @@ def test_the_tokens_that_end_a_text_come_from_the_file(tmp_path, named, expected
     assert AutoTokenizer.from_pretrained(back).eos_token_id == expected[0]
 
 
+def test_the_token_that_begins_a_text_is_not_the_one_that_ends_it(tmp_path):
+    """A Llama's tokenizer puts <s> before a text; `generate()` without a prompt begins with the id in the config."""
+    folder = ended_folder(tmp_path / "theirs", config=2)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    before, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
+    form = {
+        "type": "TemplateProcessing",
+        "single": [before, text],
+        "pair": [before, text, text],
+        "special_tokens": tokens,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(values | {"post_processor": form}))
+    back = export_of(tmp_path, folder, "huggingface")
+    found = [kind.from_pretrained(back) for kind in (AutoConfig, GenerationConfig, AutoTokenizer)]
+    assert [(each.bos_token_id, each.eos_token_id) for each in found] == [(0, 2)] * 3
+
+
 @pytest.mark.exchange
 @ENDS
 def test_the_tokens_that_end_a_text_are_in_the_gguf(tmp_path, named, expected):

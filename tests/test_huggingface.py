@@ -180,12 +180,24 @@ def test_a_tokenizer_beside_the_weights_is_taken(folder):
     (folder / "tokenizer.json").write_text(json.dumps(trained.to_dict()["tokenizer"]))
     record = ckpt.load(folder)
     assert record.notes == []
-    with pytest.raises(CheckpointError, match=r"its tokenizer has \d+ tokens, but its model only 97 rows"):
+    with pytest.raises(CheckpointError, match=r"its tokenizer has \d+ tokens, but its model only 97 rows") as caught:
         build_tokenizer(record)
+    assert caught.value.kind == "refused"  # nothing is damaged, and there is no earlier checkpoint to take
     record.model_settings["vocab_size"] = 400
     tokenizer = build_tokenizer(record)
     assert tokenizer.encode(TEXT) == trained.encode(TEXT)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"model": [1]}, {"model": {"vocab": {}}, "added_tokens": [{"id": 0}, "<s>"]}], ids=str
+)
+def test_a_file_that_is_no_tokenizer_is_one_sentence(folder, values):
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    record = ckpt.load(folder)  # its weights are good
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be rebuilt") as caught:
+        build_tokenizer(record)
+    assert caught.value.kind == "not understood"
 
 
 def test_a_missing_tokenizer_is_reported(saved):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from records import gpt2_record
+from safetensors import torch as torch_safetensors
 from script import call, script
 
 import models
@@ -16,7 +17,7 @@ from milepost import ckpt
 from milepost.ckpt import CheckpointError
 from milepost.ckpt.layouts import known_layout
 from milepost.ckpt.restore import build_model, with_base
-from milepost.ckpt.tensors import digest
+from milepost.ckpt.tensors import digest, read_safetensors
 
 IDS = torch.arange(8).reshape(2, 4) % 31
 
@@ -104,7 +105,9 @@ def test_where_its_base_is_looked_for(tmp_path: Path, named: str) -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "another kind": {"peft_type": "LOHA"}, "DoRA": {"use_dora": True}, "another scale": {"use_rslora": True}, "ranks": {"rank_pattern": {"c_fc": 4}},
     "biases": {"bias": "all"}, "other layers": {"target_modules": ["wte"]}, "a pattern": {"target_modules": ".*c_fc"}, "no rank": {"r": None},
-    "saved modules": {"modules_to_save": ["lm_head"]},
+    "saved modules": {"modules_to_save": ["lm_head"]}, "PiSSA": {"init_lora_weights": "pissa"}, "OLoRA": {"init_lora_weights": "olora"},
+    "a word for alpha": {"lora_alpha": "8"},
+    "some layers": {"target_modules": ["h.0.mlp.wte"]}, "activated": {"alora_invocation_tokens": [3]},
 }  # fmt: skip
 
 
@@ -118,11 +121,42 @@ def test_what_ours_does_not_compute_is_not_understood(tmp_path: Path, values: di
     assert [found.kind for found in ckpt.find(path.parent)] == ["not understood"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "/nowhere/base", None, ""])
+def test_an_embedding_beside_the_adapters_is_not_understood(tmp_path: Path) -> None:
+    """peft saves it if the vocabulary grew: merging gives a whole model, another base would not."""
+    path, _, _ = exported(tmp_path)
+    weights = read_safetensors(path / "adapter_model.safetensors")
+    grown = {"base_model.model.transformer.wte.weight": torch.zeros(33, 16)}
+    torch_safetensors.save_file(
+        {name: tensor.clone() for name, tensor in weights.items()} | grown, path / "adapter_model.safetensors"
+    )
+    with pytest.raises(CheckpointError) as caught:
+        ckpt.load(path)
+    assert (caught.value.kind, "wte (33, 16)" in caught.value.problem) == ("not understood", True)
+    assert "merge" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "/nowhere/base", None, "", ".", "../peft", "~nobody_of_this_name/base", "x" * 5000, "a\0b"]
+)
 def test_without_its_base_it_lacks_something(tmp_path: Path, name: str | None) -> None:
     path, _, _ = exported(tmp_path)
     changed(path, base_model_name_or_path=name)
     with pytest.raises(CheckpointError) as caught:
+        ckpt.load(path)
+    assert caught.value.kind == "lacking"
+    assert [found.kind for found in ckpt.find(path.parent)] == ["lacking"]  # and no other checkpoint is hidden by it
+
+
+def test_adapters_are_no_base(tmp_path: Path) -> None:
+    path, _, whole = exported(tmp_path)
+    own = {name: tensor for name, tensor in whole.model_state.items() if models.is_adapter(name)}
+    changed(
+        path,
+        base_model_name_or_path=str(
+            ckpt.save(dataclasses.replace(whole, model_state=own, parts=["adapters"]), tmp_path / "own")
+        ),
+    )
+    with pytest.raises(CheckpointError, match="holds only adapters: set base_model_name_or_path") as caught:
         ckpt.load(path)
     assert caught.value.kind == "lacking"
 

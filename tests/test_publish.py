@@ -298,6 +298,8 @@ def test_the_card_promises_to_train_again_only_what_was_trained(trained, steps, 
     record = dataclasses.replace(record, parent={"run_id": "adapters", "step": record.step - steps})
     text = card(public_record(record), "me/x", parameters=7, sha256="2" * 64, curve=False)
     assert ("REPLAY=true" in text) == again
+    record = dataclasses.replace(record, run_id=None, written_by="another program (transformers)")
+    assert "REPLAY=true" not in card(public_record(record), "me/x", parameters=7, sha256="2" * 64, curve=False)
 
 
 def test_code_spans_hold_anything():

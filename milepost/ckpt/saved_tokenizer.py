@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError
-from milepost.text import tokenization, tokenizer_json
+from milepost.text import templates, tokenization, tokenizer_json
 
 
 def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
@@ -25,8 +25,26 @@ def build_tokenizer(record: Checkpoint) -> tokenization.Tokenizer:
     rows = record.model_settings["vocab_size"]
     if tokenizer.vocab_size > rows:
         problem = f"its tokenizer has {tokenizer.vocab_size} tokens, but its model only {rows} rows"
+        if record.written_by.startswith("another program"):
+            remedy = "put the tokenizer there that was saved with the model, or resize the model's embedding to it and save both again"
+            raise CheckpointError(where_of(record), problem, remedy, kind="refused")
         raise CheckpointError(where_of(record), problem, EARLIER, kind="damaged")
     return tokenizer
+
+
+def chat_template(record: Checkpoint, *, begins: bool = False) -> str | None:
+    """Return the model's chat template in Jinja, for other programs; None if it has none.
+
+    The plain template needs a token that ends a turn. Without one there is no template: the other program would not stop. If
+    `begins`, it writes the token that begins a text, as is usual in templates of transformers.
+    """
+    tokenizer = build_tokenizer(record)
+    template = templates.template_of(record.data, tokenizer)
+    if template is not None:
+        return template or None
+    end, by_id = templates.end_token(tokenizer), {i: text for text, i in tokenizer.special_tokens.items()}
+    begin = by_id.get(tokenizer.begin_of_text, "") if begins and tokenizer.begin_of_text is not None else ""
+    return templates.plain_jinja(end, begin=begin) if end else None
 
 
 def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
@@ -38,10 +56,11 @@ def tokenizer_files(record: Checkpoint) -> dict[str, Any]:
         values = tokenizer_json.tokenizers_json(tokenizer)
     except ValueError as error:
         raise CheckpointError(where_of(record), f"{error}", "choose another layout", kind="refused") from error
+    config = tokenizer_json.tokenizer_config(tokenizer) | {"model_max_length": record.model_settings["block_size"]}
+    template = chat_template(record, begins=True)
     return {
         "tokenizer.json": values,
-        "tokenizer_config.json": tokenizer_json.tokenizer_config(tokenizer)
-        | {"model_max_length": record.model_settings["block_size"]},
+        "tokenizer_config.json": config | ({"chat_template": template} if template else {}),
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milepost.ckpt import archive
-from milepost.ckpt.manifest import read_json
+from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.tensors import bring_in_tensors, checked_tensors, read_safetensors
 from milepost.lazy import Tensor, torch
@@ -94,6 +94,11 @@ def weight_files(folder: Path) -> tuple[Form, list[Path]]:
     held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10])
     problem = f"has no {SAFETENSORS.whole} and no {PICKLED.whole} (it holds {held})"
     raise CheckpointError(folder, problem, DOWNLOAD, kind="lacking")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has weights under the names of transformers, or the index of their shards."""
+    return any(is_regular(folder / name) for form in (SAFETENSORS, PICKLED) for name in (form.whole, form.index))
 
 
 def passed_over(folder: Path) -> str | None:

@@ -135,7 +135,8 @@ def _evaluation(record: Checkpoint) -> str:
 
 def _origin(record: Checkpoint, sha256: str) -> Iterator[str]:
     again = "; `REPLAY=true python3 scripts/verify_checkpoint.py` trains them again and compares"
-    trained = not record.parent or record.parent.get("step") != record.step  # merged weights have no step of their own
+    # Merged weights have no step of their own, and another program's no run that could be replayed.
+    trained = record.run_id is not None and (not record.parent or record.parent.get("step") != record.step)
     yield f"sha256 of all its weights: {code(sha256)}{again if trained else ''}"
     if record.run_id:
         yield f"run {code(record.run_id)}"

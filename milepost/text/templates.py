@@ -129,11 +129,12 @@ def end_token(tokenizer: Tokenizer) -> str | None:
     return None if tokenizer.end_of_text is None else by_id.get(tokenizer.end_of_text)
 
 
-def plain_jinja(end: str) -> str:
-    """Return the plain template in Jinja, for other programs; the special token `end` ends a turn."""
+def plain_jinja(end: str, *, begin: str = "") -> str:
+    """Return the plain template in Jinja, for other programs; the special token `end` ends a turn, `begin` comes before all."""
     turn = "names[message['role']] + ':\\n' + message['content'] + " + json.dumps(end) + " + '\\n'"
     return (
         f"{{%- set names = {json.dumps(ROLES)} -%}}"
+        f"{f'{{{{ {json.dumps(begin)} }}}}' if begin else ''}"
         f"{{%- for message in messages -%}}{{{{ {turn} }}}}{{%- endfor -%}}"
         "{%- if add_generation_prompt -%}{{ names['assistant'] + ':\\n' }}{%- endif -%}"
     )

@@ -1,10 +1,12 @@
 """Chat templates: the same strings and the same ids as transformers' apply_chat_template, over a corpus of conversations."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import transformers
+from records import gpt2_record
 from test_llama_tokenizers import TEXTS, trained
 
 from milepost import ckpt
@@ -97,3 +99,33 @@ def test_the_template_goes_back_to_transformers(tmp_path: Path) -> None:
     again = transformers.AutoTokenizer.from_pretrained(folder)
     for talk in conversations():
         assert again.apply_chat_template(talk, tokenize=False) == theirs.apply_chat_template(talk, tokenize=False)
+
+
+@pytest.mark.parametrize("begin", [None, "<|im_start|>"])
+def test_the_plain_template_that_a_model_was_trained_on_is_in_its_folder(begin: str | None, tmp_path: Path) -> None:
+    """transformers renders a conversation to the ids of the training; a model of a plain text has no template."""
+    values = json.loads(trained("SmolLM2").to_str())
+    if begin:
+        before, text = {"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        (i,) = [token["id"] for token in values["added_tokens"] if token["content"] == begin]
+        named = {begin: {"id": begin, "ids": [i], "tokens": [begin]}}
+        values["post_processor"] = {
+            "type": "TemplateProcessing", "single": [before, text], "pair": [before, text, text], "special_tokens": named
+        }  # fmt: skip
+    saved = from_tokenizers_json(values) | {"end": "<|im_end|>"}
+    tokenizer = tokenization.from_dict(saved)
+    for data, template in (({"template": None}, None), ({}, "none")):
+        one = gpt2_record(
+            settings={"vocab_size": tokenizer.vocab_size}, tokenizer=saved, data={"name": "talks", **data}
+        )
+        path = ckpt.save(dataclasses.replace(one, optimizer_state=None), tmp_path / f"{template}", layout="huggingface")
+        theirs = transformers.AutoTokenizer.from_pretrained(path)
+        if template == "none":
+            assert theirs.chat_template is None
+            continue
+        for talk in conversations():
+            if any("<|im_" in message["content"] for message in talk):  # of which ours makes ordinary text
+                continue
+            for answer in (False, True):
+                found = theirs.apply_chat_template(talk, add_generation_prompt=answer, return_dict=False)
+                assert list(found) == chat_ids(talk, tokenizer, None, answer=answer)

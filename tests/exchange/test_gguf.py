@@ -229,6 +229,23 @@ def test_what_is_printed_is_how_far_the_model_is_from_ours(tmp_path, kind, most)
     assert found[3] == ("" if kind == "f32" else f": its matrices are rounded to {kind}")
 
 
+@pytest.mark.parametrize(("kind", "number", "fits"), [
+    ("f16", 65504.0, True), ("f16", -65600.0, False), ("q8_0", 8.3e6, True), ("q8_0", 8.4e6, False), ("f32", 8.4e6, True),
+])  # fmt: skip
+def test_a_number_that_a_type_does_not_hold_is_refused(tmp_path, kind, number, fits):
+    """It would be infinite in the file, and every logit NaN."""
+    one, to = model(), ckpt.exporter("gguf", gguf_type=kind)
+    one.model_state["h.0.mlp.c_fc.weight"][1, 2] = number
+    if fits:
+        found = {tensor.name: tensor for tensor in gguf.GGUFReader(to.write(one, tmp_path, "x")).tensors}
+        values = dequantize(found["blk.0.ffn_up.weight"].data, found["blk.0.ffn_up.weight"].tensor_type)
+        assert np.isfinite(values).all()
+        return
+    with pytest.raises(CheckpointError, match="use GGUF_TYPE=f32") as caught:
+        to.write(one, tmp_path, "x")
+    assert (caught.value.kind, list(tmp_path.iterdir())) == ("refused", [])
+
+
 def test_the_exact_gelu_is_reported(tmp_path):
     _, said = exported(tmp_path, model(activation="gelu_erf"), "gguf", GGUF_TYPE="f32")
     assert "it computes GELU's tanh form where this model has the exact GELU" in said

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from drive import newest, tensor_bytes, train
+from safetensors.torch import save_file
 from script import call, script
 
 import models
@@ -82,6 +83,62 @@ def test_a_folder_of_transformers_has_its_logits_here_and_back(shape: str, tmp_p
     assert type(again).__name__ == type(theirs).__name__.replace("Mistral", "Llama")
 
 
+def trainers_groups(model: transformers.PreTrainedModel) -> list[dict[str, Any]]:
+    """The groups of transformers' Trainer, by its own function."""
+    decayed = {*transformers.Trainer.get_decay_parameter_names(None, model)}
+    parameters = dict(model.named_parameters())
+    return [
+        {"params": [one for name, one in parameters.items() if (name in decayed) is decays], "weight_decay": rate}
+        for decays, rate in ((True, 0.1), (False, 0.0))
+    ]
+
+
+@pytest.mark.parametrize(
+    "shape", ["grouped, tied (SmolLM2)", "biases", "qwen2", "qwen3", "eleven layers of equal squares"]
+)
+@pytest.mark.parametrize("groups", [trainers_groups, lambda model: model.parameters()], ids=["Trainer", "one group"])
+def test_the_moments_of_its_trainer_are_those_of_the_parameters_of_the_same_name(
+    shape: str, groups: Any, tmp_path: Path
+) -> None:
+    equal = ("Llama", {"num_hidden_layers": 11, "intermediate_size": 48})
+    kind, changes = (SHAPES | {"eleven layers of equal squares": equal})[shape]
+    theirs = saved(tmp_path, kind, **changes).train()
+    optimizer = torch.optim.AdamW(groups(theirs), lr=1e-3)
+    for _ in range(2):
+        theirs(ids(), labels=ids()).loss.backward()
+        optimizer.step()
+    theirs.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    record = ckpt.load(tmp_path, verify=True)
+    assert record.optimizer_state is not None, record.notes
+    parameters = {name.removeprefix("model."): parameter for name, parameter in theirs.named_parameters()}
+    listed = [(i, name) for group in record.optimizer_state["param_groups"]
+              for i, name in zip(group["params"], group["param_names"], strict=True)]  # fmt: skip
+    assert {name for _, name in listed} == parameters.keys()
+    for i, name in listed:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(record.optimizer_state["state"][i][moment], optimizer.state[parameters[name]][moment]), (
+                name
+            )
+
+
+def test_mistrals_second_copy_of_the_weights_is_left_aside(tmp_path: Path) -> None:
+    """Its folders on the hub hold consolidated.safetensors beside the files of transformers, under other names."""
+    folder = tmp_path / "mistral"
+    theirs = saved(folder, "Mistral", num_key_value_heads=2, sliding_window=None, head_dim=8)
+    save_file({"tok_embeddings.weight": torch.zeros(V, 48)}, folder / "consolidated.safetensors")
+    (folder / "params.json").write_text('{"dim": 48}', encoding="utf-8")
+    with torch.no_grad():
+        expected = theirs(ids()).logits
+    for named in (folder, folder / "consolidated.safetensors"):
+        path, _ = ckpt.resolve(str(named), tmp_path)
+        torch.testing.assert_close(logits_of(ckpt.load(path)), expected, rtol=0, atol=1e-4)
+    assert [(found.path, found.layout, found.problem) for found in ckpt.find(tmp_path)] == [
+        (folder, "huggingface", None)
+    ]
+    assert [found.path for found in ckpt.find(folder)] == [folder]
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "named"),
     [
@@ -113,6 +170,14 @@ def test_a_mistral_that_names_no_window_has_that_of_transformers(tmp_path: Path)
             continue
         with pytest.raises(CheckpointError, match="sliding_window is 4096"):
             ckpt.load(folder)
+
+
+def test_kinds_of_layers_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "Llama")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": 2}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="layer_types is 2"):
+        ckpt.load(tmp_path)
 
 
 def test_of_two_rotary_settings_the_one_that_transformers_takes_counts(tmp_path: Path) -> None:

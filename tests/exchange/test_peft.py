@@ -13,7 +13,7 @@ from script import call, script
 import models
 from milepost import ckpt
 from milepost.ckpt.foreign.gpt2_architecture import CONV1D
-from milepost.ckpt.restore import build_model, with_base
+from milepost.ckpt.restore import build_model, build_tokenizer, with_base
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
 IDS = torch.arange(24).view(2, 12) % 31
@@ -156,3 +156,117 @@ def test_an_adapter_that_peft_saved_opens_beside_its_base(tmp_path: Path, safe, 
         found = theirs(IDS).last_hidden_state @ theirs.base_model.model.wte.weight.T if headless else theirs(IDS).logits
         assert (found - ours(IDS)[0]).abs().max() < 1e-4
         assert (found - build_model(plain, device=torch.device("cpu")).eval()(IDS)[0]).abs().max() > 1e-2
+
+
+def folder_of(tmp_path: Path) -> Path:
+    """A GPT-2 as transformers saves it, to be the base of an adapter."""
+    torch.manual_seed(3)
+    shape = {"vocab_size": 31, "n_positions": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=None))
+    base.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapter(base: Path, folder: Path, **form):
+    """The model of an adapter that does something, saved in `folder`, and opened there again by peft."""
+    form = {"r": 4, "lora_alpha": 8, "fan_in_fan_out": True, "task_type": "CAUSAL_LM", **form}
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**form))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    return peft.AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+
+
+def logits_over_its_base(folder: Path):
+    record = ckpt.load(folder)
+    whole = with_base(record, ckpt.load(Path(record.base["source"])))
+    with torch.no_grad():
+        return build_model(whole, device=torch.device("cpu")).eval()(IDS)[0]
+
+
+@pytest.mark.parametrize(
+    ("form", "understood"),
+    [
+        ({"target_modules": ["c_attn"]}, True),
+        ({"target_modules": ["c_attn"], "init_lora_weights": "gaussian"}, True),
+        ({"target_modules": ["c_attn"], "init_lora_weights": "orthogonal"}, True),
+        ({"target_modules": "all-linear"}, True),  # the layers by their whole names
+        (
+            {"target_modules": ["c_attn"], "init_lora_weights": "pissa"},
+            False,
+        ),  # these two change the base when it is opened
+        ({"target_modules": ["c_attn"], "init_lora_weights": "olora"}, False),
+        ({"target_modules": ["attn.c_proj"]}, False),
+        ({"target_modules": ["c_attn"], "exclude_modules": ["h.1.attn.c_attn"]}, False),
+    ],
+    ids=str,
+)
+def test_an_adapter_is_computed_as_peft_does_or_refused(tmp_path: Path, form, understood):
+    theirs = adapter(folder_of(tmp_path), tmp_path / "adapter", **form)
+    if understood:
+        with torch.no_grad():
+            assert (theirs(IDS).logits - logits_over_its_base(tmp_path / "adapter")).abs().max() < 1e-4
+    else:
+        with pytest.raises(ckpt.CheckpointError) as caught:
+            ckpt.load(tmp_path / "adapter")
+        assert (caught.value.kind, "merge_and_unload" in caught.value.remedy) == ("not understood", True)
+
+
+def test_the_trainer_saves_step_and_moments_beside_an_adapter(tmp_path: Path):
+    folder = folder_of(tmp_path)
+    form = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), form)
+    asked = transformers.TrainingArguments(
+        str(tmp_path / "out"), max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-3,
+        use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in (torch.arange(64).view(8, 8) % 31)]
+    trainer = transformers.Trainer(model, asked, train_dataset=data)
+    trainer.train()
+
+    record = ckpt.load(tmp_path / "out" / "checkpoint-4", verify=True)
+    assert (record.step, record.parts, record.epoch) == (4, ["adapters", "optimizer"], 1.0)
+    half = ckpt.load(tmp_path / "out" / "checkpoint-2")
+    assert (half.step, half.hyperparameters["BATCH_SIZE"], half.schedule["kind"]) == (2, 2, "linear")
+    assert record.left_out == ["rng_state.pth (of transformers' Trainer)"]
+    own = {name.removeprefix("base_model.model.transformer.").removesuffix(".default.weight"): parameter
+           for name, parameter in model.named_parameters() if parameter.requires_grad}  # fmt: skip
+    (_, group) = sorted(record.optimizer_state["param_groups"], key=lambda group: len(group["params"]))
+    assert {*group["param_names"]} == own.keys()
+    moments = trainer.optimizer.optimizer.state
+    for i, name in zip(group["params"], group["param_names"], strict=True):
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(record.optimizer_state["state"][i][kind], moments[own[name]][kind]), name
+    latest, _ = ckpt.resolve(str(tmp_path / "out"), tmp_path)
+    assert latest.name == "checkpoint-4"
+    said = call(
+        script("convert_checkpoint"), tmp_path, CHECKPOINT_PATH=latest, CONVERT_TO="unified", OUTPUT=tmp_path / "new"
+    )
+    assert (said.code, "rng_state.pth" in said.err) == (3, True)
+    again = ckpt.load(next((tmp_path / "new").glob("*.pt")))
+    assert (again.step, again.parts) == (4, record.parts)
+
+
+def test_the_tokenizer_beside_an_adapter_is_its_own(tmp_path: Path):
+    """A fine-tuning to talk saves another chat template there; the tokens that end the base's texts still do."""
+    from test_export_ways_out import ended_folder
+
+    base = ended_folder(tmp_path / "base", generation_config=[3, 2])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}base{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(base)
+    adapter(base, tmp_path / "plain", target_modules=["c_attn"])
+    adapter(base, tmp_path / "own", target_modules=["c_attn"])
+    tokenizer.chat_template = "{% for m in messages %}own{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "own")
+    plain, own = (ckpt.load(tmp_path / name) for name in ("plain", "own"))
+    assert plain.tokenizer == ckpt.load(base).tokenizer
+    assert own.tokenizer == plain.tokenizer | {"chat_template": tokenizer.chat_template}
+    assert any("its own tokenizer and template" in note for note in own.notes)
+    assert list(build_tokenizer(own).stop_ids) == [3, 2]
+    (found,) = [found for found in ckpt.find(tmp_path) if found.path == tmp_path / "own"]
+    assert found.problem is None

@@ -18,13 +18,16 @@ from torch import Tensor
 from milepost.ckpt.exports import gguf_gpt2, gguf_llama
 from milepost.ckpt.exports.common import Proof, cannot_represent, elsewhere, proved
 from milepost.ckpt.exports.gguf_models import GgufModel
-from milepost.ckpt.exports.gguf_tokens import add_tokens, chat_template, tokens_of
+from milepost.ckpt.exports.gguf_tokens import add_tokens, tokens_of
 from milepost.ckpt.record import Checkpoint
+from milepost.ckpt.saved_tokenizer import chat_template
 from milepost.files import new_path
 
 NAME = "gguf"
 # Types of the matrices; norms, biases and positions stay float32, as in llama.cpp's converter.
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # ours: llama.cpp's name for such a file
+# The largest number of a type; those of Q8_0 are at most 127 times a float16.
+LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}
 MODELS = {"gpt2": gguf_gpt2.MODEL, "llama": gguf_llama.MODEL}
 
 
@@ -50,6 +53,7 @@ class Gguf:
         """Write the file. Raises CheckpointError for what llama.cpp's models or its tokenizers cannot represent."""
         architecture = _model(record).architecture(record)
         tokens = tokens_of(record)
+        self._check_range(record, rows=len(tokens.texts))
         (path,) = self.targets(folder, stem)
         with new_path(path) as hidden:
             writer = _library().GGUFWriter(hidden, architecture)
@@ -62,6 +66,16 @@ class Gguf:
             finally:
                 writer.close()
         return path
+
+    def _check_range(self, record: Checkpoint, *, rows: int) -> None:
+        """Raise CheckpointError if a number would become infinite in its type."""
+        for name, (tensor, kind) in self._typed(record, rows=rows):
+            largest = float(tensor.abs().max())
+            if largest > LARGEST.get(kind.name, float("inf")):
+                problem = (
+                    f"{name} holds {largest:.3g}, and {kind.name.lower()} no number above {LARGEST[kind.name]:.3g}"
+                )
+                raise cannot_represent(record, problem, "use GGUF_TYPE=f32, which can represent it")
 
     def _add_tensors(self, writer: Any, record: Checkpoint, *, rows: int) -> None:
         """Write all headers first, then tensor after tensor, so that no second copy of the weights is ever in

@@ -14,7 +14,6 @@ from typing import Any
 from milepost.ckpt.exports.common import cannot_represent, elsewhere
 from milepost.ckpt.record import Checkpoint, Json
 from milepost.ckpt.saved_tokenizer import build_tokenizer, tokenizer_files
-from milepost.text.templates import end_token, plain_jinja, template_of
 from milepost.text.tokenization.base import Tokenizer
 from milepost.text.tokenization.bpe import splits_as
 from milepost.text.tokenization.library import stated_ids
@@ -56,19 +55,6 @@ def tokens_of(record: Checkpoint) -> Tokens:
     if tokenizer["kind"] is None:
         problem = "it has no tokenizer, and llama.cpp needs one"
     raise cannot_represent(record, problem, f"{elsewhere(record)}, or train with TOKENIZER=char, byte, bpe or gpt2")
-
-
-def chat_template(record: Checkpoint) -> str | None:
-    """Return the model's chat template in Jinja; None if it has none.
-
-    The plain template needs a token that ends a turn. Without one there is no template: llama.cpp would not stop.
-    """
-    tokenizer = build_tokenizer(record)
-    template = template_of(record.data, tokenizer)
-    if template is not None:
-        return template or None
-    end = end_token(tokenizer)
-    return plain_jinja(end) if end else None
 
 
 def add_tokens(writer: Any, tokens: Tokens) -> None:

@@ -1,6 +1,6 @@
 """What is needed to read and write a model as Hugging Face transformers stores it: one `Architecture` for each of ours."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ class Architecture(NamedTuple):
     settings: Callable[[Path, Mapping[str, Any]], dict[str, Json]]
     # Views of a folder's weights under our names and in our orientation, without what is no parameter of ours.
     ours: Callable[[Path, Weights, Mapping[str, Any]], Weights]
+    # Names of weights in the order in which transformers' model, and with it its optimizer, numbers them.
+    order: Callable[[Iterable[str]], list[str]]
     # The values of config.json for a record, and its weights under transformers' names and in its orientation; both raise
     # CheckpointError for what transformers cannot hold.
     config: Callable[[Checkpoint], dict[str, Json]]

@@ -110,6 +110,7 @@ ARCHITECTURE = Architecture(
     embedding=("wte.weight", f"{PREFIX}wte.weight"),
     settings=_settings,
     ours=_ours,
+    order=list,  # `trained` has them in this order
     config=_config,
     theirs=_theirs,
 )

@@ -34,6 +34,26 @@ def read_tokenizer(path: Path, vocab_size: int) -> Choice:
     return choice
 
 
+def tokenizer_over(base: dict[str, Json] | None, path: Path, vocab_size: int) -> Choice:
+    """Return the tokenizer in the folder of an adapter, else that of its base, and a note.
+
+    Generation stops at the tokens that end the base's texts, too, and a template that the folder lacks is the base's.
+    """
+    if not any(is_regular(path / name) for name in (TOKENIZER, VOCAB)):
+        return base, ""
+    own, note = read_tokenizer(path, vocab_size)
+    if own and base and own["kind"] == base["kind"] and own["kind"] in FROM_LIBRARY:
+        ends = [end for end in dict.fromkeys([*_ends_of(base), *_ends_of(own)]) if end in _added(own)]
+        template = {"chat_template": base["chat_template"]} if "chat_template" in base else {}
+        own = template | {name: value for name, value in own.items() if name not in ("end", "stops")} | _fields(ends)
+    differs = f"{path}: its own tokenizer and template are used, not those of its base" if own != base else ""
+    return own, "; ".join(filter(None, (differs, note)))
+
+
+def _ends_of(tokenizer: dict[str, Json]) -> list[str]:
+    return [tokenizer.get("end", END_OF_TEXT), *tokenizer.get("stops", [])]
+
+
 def _completed(path: Path, tokenizer: dict[str, Json]) -> Choice:
     """Return the tokenizer with the folder's chat template and the tokens that end a text, and a note on what is passed over."""
     template = _chat_template(path)
@@ -108,7 +128,8 @@ def _exists(value: Json, tokenizer: dict[str, Json]) -> bool:
     if tokenizer["kind"] not in FROM_LIBRARY:
         rows = {"gpt2": 50257, "byte": 256}.get(tokenizer["kind"], len(tokenizer.get("chars", ())))
         return type(value) is int and 0 <= value < rows
-    known = vocabulary(tokenizer["tokenizer"]["model"])
+    model = tokenizer["tokenizer"].get("model")
+    known = vocabulary(model) if isinstance(model, dict) else {}
     return value in known or value in known.values() or _special(value, tokenizer) is not None
 
 
@@ -116,9 +137,14 @@ def _special(value: Json, tokenizer: dict[str, Json]) -> str | None:
     """Return the text of the special token that is meant by an id or a text."""
     if tokenizer["kind"] not in FROM_LIBRARY:
         return END_OF_TEXT if (tokenizer["kind"], value) == ("gpt2", 50256) else None
+    return next((text for text, i in _added(tokenizer).items() if value in (i, text)), None)
+
+
+def _added(tokenizer: dict[str, Json]) -> dict[str, Json]:
+    """Return the added tokens of a tokenizer.json and their ids; none for what is not a token, which building it refuses."""
     added = tokenizer["tokenizer"].get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return next((token["content"] for token in tokens if value in (token.get("id"), token.get("content"))), None)
+    return {token["content"]: token.get("id") for token in tokens if isinstance(token.get("content"), str)}
 
 
 def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:

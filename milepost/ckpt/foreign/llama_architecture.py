@@ -3,7 +3,8 @@
 A Mistral without a sliding window is a Llama too.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ SCALING = {  # ours -> theirs
 ROTARY: dict[str, tuple[Json, ...]] = {"partial_rotary_factor": (1.0, None)}
 EXPECTED: dict[str, tuple[Json, ...]] = {"hidden_act": ("silu",), **ROTARY}
 MISTRAL_WINDOW = 4096  # where its config does not say, as its first version had it
+ORDER = (  # of the modules of the whole model and of a block, as transformers declares them
+    *(
+        "embed_tokens",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "self_attn.q_norm",
+    ),
+    *(
+        "self_attn.k_norm",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "input_layernorm",
+        "post_attention_layernorm",
+    ),
+    *("norm", "lm_head"),
+)
 BIASES = ("qkv_bias", "output_bias", "mlp_bias")
 
 
@@ -80,6 +100,8 @@ def _check_windows(path: Path, config: Mapping[str, Any], block_size: int) -> No
     if window is not None and (type(window) is not int or window < block_size):
         raise not_ours(path, "sliding_window", window, "null: a window is not computed")
     types = config.get("layer_types") or []
+    if not isinstance(types, list):
+        raise not_ours(path, "layer_types", types, "a list with the kind of each layer")
     if other := next((kind for kind in types if kind != "full_attention"), None):
         raise not_ours(path, "layer_types", other, "full_attention alone: a window is not computed")
 
@@ -128,6 +150,19 @@ def _ours(path: Path, weights: dict[str, Tensor], settings: Mapping[str, Any]) -
     if not settings.get("tied", True) and "lm_head.weight" in weights:
         state["lm_head.weight"] = weights["lm_head.weight"]
     return state
+
+
+def _order(names: Iterable[str]) -> list[str]:
+    """Return the names in transformers' order: embedding, blocks, norm, head; a module's weight before its bias."""
+    return sorted(names, key=_place)
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    bare = name.removeprefix(PREFIX)
+    block = re.match(r"layers\.([0-9]{1,6})\.", bare)
+    module, _, kind = bare[block.end() if block else 0 :].rpartition(".")
+    at = ORDER.index(module) if module in ORDER else len(ORDER)
+    return (int(block[1]) if block else -1 if at == 0 else 10**6), at, "" if kind == "weight" else kind
 
 
 def _config(record: Checkpoint) -> dict[str, Json]:
@@ -187,6 +222,7 @@ ARCHITECTURE = Architecture(
     embedding=("embed_tokens.weight", f"{PREFIX}embed_tokens.weight"),
     settings=_settings,
     ours=_ours,
+    order=_order,
     config=_config,
     theirs=_theirs,
 )

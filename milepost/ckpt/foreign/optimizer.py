@@ -5,7 +5,7 @@ the order of the weights and the ways in which programs group them; a match coun
 no other way gives another match. Pure functions; no value is trusted.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from milepost.ckpt.foreign.keys import number_of, plain, short
@@ -36,17 +36,26 @@ def saved_optimizer(content: Mapping[Any, Any]) -> Any:
     return saved
 
 
-def matched(saved: Any, theirs: Shapes, ours: Shapes, translate: Translate, *, whole: bool = True) -> Found:
+def matched(
+    saved: Any,
+    theirs: Shapes,
+    ours: Shapes,
+    translate: Translate,
+    *,
+    whole: bool = True,
+    ways: Iterable[list[list[str]]] | None = None,
+) -> Found:
     """Return torch's AdamW state for our parameters, with `param_names` in its groups, or None and the reason.
 
     `theirs` and `ours` have the parameters in their order; `translate` turns tensors under their names into tensors
-    under ours, as it does with the weights. If not `whole`, no tensor is read and only the groups are right.
+    under ours, as it does with the weights. If not `whole`, no tensor is read and only the groups are right. `ways` are the
+    program's ways to group its parameters, if it is known; else all ways that any program has are tried.
     """
     if saved is None:
         return None, None
     try:
         groups, state = _parts(saved)
-        names = _names(groups, state, theirs)
+        names = _names(groups, state, theirs, ways)
         moments = {names[index]: _moments(kinds, theirs[names[index]], names[index]) for index, kinds in state.items()}
         values = _translated(moments, theirs, ours, translate, whole=whole)
     except (_Unusable, CheckpointError) as error:
@@ -106,15 +115,17 @@ def _moments(kinds: Any, shape: tuple[int, ...], name: str) -> dict[str, Any]:
 # Which parameter has which number.
 
 
-def _names(groups: list[dict[str, Any]], state: Mapping[int, Any], theirs: Shapes) -> dict[int, str]:
+def _names(
+    groups: list[dict[str, Any]], state: Mapping[int, Any], theirs: Shapes, ways: Iterable[list[list[str]]] | None
+) -> dict[int, str]:
     """Return the name of each parameter by its number; raise _Unusable if it is not known beyond doubt."""
     numbers = [group["params"] for group in groups]
     if all(isinstance(group.get("param_names"), list) for group in groups):
-        ways = [[_stripped(group["param_names"], theirs) for group in groups]]
+        known = [[_stripped(group["param_names"], theirs) for group in groups]]
     else:
-        ways = [way for way in _ways(theirs) if len(way) == len(groups)]
+        known = [way for way in (_ways(theirs) if ways is None else ways) if len(way) == len(groups)]
     fitting: list[dict[int, str]] = []
-    for way in ways:
+    for way in known:
         if [len(names) for names in way] != [len(each) for each in numbers]:
             continue
         found = {n: name for each, names in zip(numbers, way, strict=True) for n, name in zip(each, names, strict=True)}
@@ -144,12 +155,16 @@ def _shape_of(kinds: Any) -> tuple[int, ...] | None:
     return max(shapes, key=len, default=None)
 
 
+def wide_and_flat(theirs: Shapes) -> list[list[str]]:
+    """Return the parameters with weight decay, which are those of two dimensions or more, and the others."""
+    return [[name for name in theirs if (len(theirs[name]) >= 2) is wide] for wide in (True, False)]
+
+
 def _ways(theirs: Shapes) -> Iterator[list[list[str]]]:
     """Yield the known ways to group the parameters: all, by dimension (nanoGPT), by kind in alphabetical order (minGPT)."""
     names = list(theirs)
     yield [names]
-    wide = [name for name in names if len(theirs[name]) >= 2]
-    flat = [name for name in names if len(theirs[name]) < 2]
+    wide, flat = wide_and_flat(theirs)
     yield [wide, flat]
     yield [flat, wide]
     linear = {name for name in wide if not name.endswith(("wte.weight", "wpe.weight", "embedding_table.weight"))}

@@ -4,23 +4,25 @@ Read as other programs' archives are: nothing is imported, and what cannot be us
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from milepost.ckpt import archive
-from milepost.ckpt.foreign.optimizer import Translate, matched
+from milepost.ckpt.foreign.importing import imported
+from milepost.ckpt.foreign.keys import epoch_of, step_of, validation_loss_of
+from milepost.ckpt.foreign.optimizer import Shapes, Translate, matched, wide_and_flat
+from milepost.ckpt.foreign.other_values import plain_values
 from milepost.ckpt.foreign.rates import CLOSE, rate_in_use, training_settings
-from milepost.ckpt.foreign.weights import trained
-from milepost.ckpt.manifest import is_regular
+from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import CheckpointError, Json
-from milepost.lazy import Tensor
 from milepost.runtime.schedule import Schedule, lr_at
 
+STATE = "trainer_state.json"
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # the second is accelerate's name
 SCHEDULER, ARGUMENTS = "scheduler.pt", "training_args.bin"
 UNREAD = ("scaler.pt", "rng_state.pth", "rng_state_*.pth")  # glob patterns
-OTHERS = (SCHEDULER, ARGUMENTS, *UNREAD)
+OTHERS = (STATE, SCHEDULER, ARGUMENTS, *UNREAD)  # that belong to its folder and hold no tensor of its model
 KINDS = ("linear", "cosine", "constant")  # lr_scheduler_type that is a schedule of ours under the same name
 
 
@@ -36,32 +38,32 @@ class Training(NamedTuple):
     left_out: tuple[str, ...] = ()
 
 
-def training_of(
-    path: Path,
-    progress: Mapping[str, Json],
-    weights: Mapping[str, Tensor],
-    translate: Translate,
-    *,
-    step: int,
-    tied: bool,
-    whole: bool = True,
-) -> Training:
-    """Return the training state in the folder of a checkpoint, whose trainer_state.json holds `progress`.
+def optimizer_file(path: Path) -> Path | None:
+    """Return the file of the optimizer in a folder, None if there is none."""
+    return next((path / name for name in OPTIMIZERS if is_regular(path / name)), None)
 
-    `translate` turns tensors under the names of `weights` into tensors under ours. If not `whole`, no tensor is read. Raise
-    CheckpointError if the optimizer's file is damaged.
+
+def training_of(path: Path, theirs: Shapes, ours: Shapes, translate: Translate, *, whole: bool = True) -> Training:
+    """Return the training state in the folder of a checkpoint, which has an `optimizer_file`.
+
+    `theirs` has the trained parameters in the order of their model, `ours` those under our names; `translate` turns tensors of
+    the one into tensors of the other. If not `whole`, no tensor is read. Raise CheckpointError if the optimizer's file is damaged.
     """
-    file = next((path / name for name in OPTIMIZERS if is_regular(path / name)), None)
-    saved, refusal = _opened(file) if file else (None, None)
+    file = optimizer_file(path)
+    assert file is not None
+    saved, refusal = _opened(file)
+    progress = _state(path)
     scheduler, _ = _opened(path / SCHEDULER)
     arguments, _ = _opened(path / ARGUMENTS)
-    theirs = trained(dict(sorted(weights.items())), tied=tied)
-    ours = {name: tuple(tensor.shape) for name, tensor in translate(dict(weights)).items()}
-    state, note = matched(saved, theirs, ours, translate, whole=whole)
+    ways = [
+        [list(theirs)],
+        wide_and_flat(theirs),
+    ]  # of a loop with accelerate, and of the Trainer, which decays only matrices
+    state, note = matched(saved, theirs, ours, translate, whole=whole, ways=ways)
     content = {**progress, "optimizer": saved, "lr_scheduler": scheduler}
     rate = rate_in_use(content)
-    schedule = _schedule(arguments or {}, progress, step=step, rate=rate)
-    unused = [file.name] if file and state is None else []
+    schedule = _schedule(arguments or {}, progress, step=step_of(progress, where=str(path / STATE)), rate=rate)
+    unused = [file.name] if state is None else []
     unopened = [SCHEDULER] if scheduler is None and is_regular(path / SCHEDULER) else []
     return Training(
         optimizer_state=state,
@@ -72,6 +74,39 @@ def training_of(
         note=refusal or note,
         left_out=(*map(_described, [*unused, *unopened]), *unread(path)),
     )
+
+
+def progress(path: Path, training: Training, configs: Iterable[str] = ()) -> tuple[dict[str, Json], list[str]]:
+    """Return step, epoch, loss and settings by the files of the Trainer, with the other values of the folder and of its `configs`;
+    and what is not taken.
+    """
+    state = _state(path)
+    step, history = step_of(state, where=str(path / STATE)), state.get("log_history")
+    entries = history if isinstance(history, list) else []
+    evaluated = [
+        entry for entry in entries if isinstance(entry, dict) and entry.get("step") == step and "eval_loss" in entry
+    ]
+    beside = [(name, read_json(path / name)) for name in configs if is_regular(path / name)]
+    scheduler = [(SCHEDULER, training.scheduler)] if training.scheduler else []
+    kept, left_out = plain_values([*state.items(), *beside, *scheduler])
+    return {
+        "step": step,
+        "epoch": epoch_of(state, where=str(path / STATE)),
+        "validation_loss": validation_loss_of({"val_loss": evaluated[-1]["eval_loss"]} if evaluated else {}),
+        "hyperparameters": dict(training.hyperparameters),
+        "schedule": dict(training.schedule),
+        "imported": imported(kept, rate=training.rate, unused=training.note),
+    }, [*left_out, *training.left_out]
+
+
+def problems(path: Path) -> list[CheckpointError]:
+    """Return what is damaged in the optimizer's file."""
+    file = optimizer_file(path)
+    return [problem for problem in (archive.verify(file) if file else []) if problem.kind == "damaged"]
+
+
+def _state(path: Path) -> dict[str, Json]:
+    return read_json(path / STATE) if is_regular(path / STATE) else {}
 
 
 def unread(path: Path) -> tuple[str, ...]:

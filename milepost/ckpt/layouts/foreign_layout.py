@@ -64,6 +64,7 @@ class ForeignLayout(Layout):
     keys: Callable[[frozenset[str]], bool] | None = None
     claims: Callable[[Path], bool] | None = None
     alone: Callable[[Path], bool] = lambda path: False  # whether the primary file is a checkpoint without the others
+    optimizers: tuple[str, ...] = ()  # names of files that hold an optimizer's state and no weights
     reader: ForeignReader | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +79,10 @@ class ForeignLayout(Layout):
     def primary_file(self, path: Path) -> Path | None:
         """Return the path under which the checkpoint that `path` belongs to is listed; None if it is not visible yet."""
         return self.locate(path, self.primary) if self.primary and self.alone(path) else super().primary_file(path)
+
+    def is_optimizer_file(self, path: Path, file: Path) -> bool:
+        """Whether `file` has the name of an optimizer's file."""
+        return file.name in self.optimizers
 
     def detect(self, path: Path) -> bool:
         """Whether `path` is this program's, by what is inside."""

@@ -10,26 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.ckpt import archive
+from milepost.ckpt import foreign
 from milepost.ckpt.foreign import trainer
 from milepost.ckpt.foreign.architecture import CONFIG, Architecture, not_ours
 from milepost.ckpt.foreign.architectures import ARCHITECTURES
 from milepost.ckpt.foreign.huggingface_tokenizer import GENERATION, read_tokenizer
-from milepost.ckpt.foreign.importing import imported
-from milepost.ckpt.foreign.keys import epoch_of, step_of, validation_loss_of
-from milepost.ckpt.foreign.other_values import plain_values
+from milepost.ckpt.foreign.weights import trained
 from milepost.ckpt.layouts.base import raise_first
 from milepost.ckpt.layouts.manifest_layout import ManifestLayout, Safetensors
 from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import EARLIER, Checkpoint, CheckpointError, Json
 from milepost.ckpt.saved_tokenizer import build_tokenizer, tokenizer_files
 from milepost.ckpt.tensors import same_tensor
-from milepost.ckpt.weight_files import PICKLED, SAFETENSORS, checksum_problems, mapped, passed_over, read_weights
+from milepost.ckpt.weight_files import (
+    PICKLED,
+    SAFETENSORS,
+    checksum_problems,
+    has_weights,
+    mapped,
+    passed_over,
+    read_weights,
+)
 from milepost.lazy import Tensor
 
 WEIGHTS = SAFETENSORS.whole
 OPTIMIZER, MANIFEST = "optimizer.safetensors", "milepost.json"
-TRAINER = "trainer_state.json"  # of transformers' Trainer
+CONFIGS = (CONFIG, GENERATION)
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
 WRITER = "another program (transformers)"
 OTHER_WEIGHTS = (
@@ -39,9 +45,9 @@ OTHER_WEIGHTS = (
 
 def _claims(path: Path) -> bool:
     """Whether `path` is a folder with a config.json that names a model_type, as transformers' do,
-    and no other weights.
+    and no other weights than its own: Mistral's folders hold both.
     """
-    if not is_regular(path / CONFIG) or is_regular(path / OTHER_WEIGHTS):
+    if not is_regular(path / CONFIG) or (is_regular(path / OTHER_WEIGHTS) and not has_weights(path)):
         return False
     try:
         return "model_type" in read_json(path / CONFIG)
@@ -82,9 +88,16 @@ def _own_config(record: Checkpoint) -> dict[str, Json]:
 
 
 def _ends(record: Checkpoint) -> dict[str, Json]:
-    """Return the ids of the tokens that end a text, null if the tokenizer has none: transformers would take GPT-2's 50256."""
-    ids = list(build_tokenizer(record).stop_ids) if record.tokenizer else []
-    return {"bos_token_id": ids[0] if ids else None, "eos_token_id": ids if ids[1:] else ids[0] if ids else None}
+    """Return the ids of the tokens that begin and end a text, null if the tokenizer has none: transformers would take GPT-2's
+    50256. A tokenizer with an end alone begins texts with it.
+    """
+    tokenizer = build_tokenizer(record) if record.tokenizer else None
+    ids = list(tokenizer.stop_ids) if tokenizer else []
+    begin = tokenizer.begin_of_text if tokenizer else None
+    return {
+        "bos_token_id": begin if begin is not None else ids[0] if ids else None,
+        "eos_token_id": ids if ids[1:] else ids[0] if ids else None,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +125,7 @@ class Transformers:
             training = _training(path, model, settings, whole=False)
         except CheckpointError as error:  # damage keeps nobody from generating; `read` raises it for a resume
             training = trainer.Training(note=str(error))
-        progress, _ = _progress(path, training)
+        progress, _ = trainer.progress(path, training, CONFIGS)
         return {
             "model_type": model.model_type,
             "model_settings": settings,
@@ -125,11 +138,11 @@ class Transformers:
         """Return the record, its weights under our names and in our orientation."""
         model, settings = _described(path)
         if verify:
-            raise_first([*checksum_problems(path), *(_training_problems(path) if optimizer else [])])
+            raise_first([*checksum_problems(path), *(trainer.problems(path) if optimizer else [])])
         _check_head(path, model, settings)
         tokenizer, note = read_tokenizer(path, settings["vocab_size"])
         training = _training(path, model, settings) if optimizer else trainer.Training()
-        progress, left_out = _progress(path, training)
+        progress, left_out = trainer.progress(path, training, CONFIGS)
         adapter = _adapter_beside(path)
         notes = [f"{path}: {training.note}"] if training.note else []
         notes += [beside] if (beside := passed_over(path)) else []
@@ -155,7 +168,7 @@ class Transformers:
         """Return what is wrong with checksums, where there are any, and structure."""
         try:
             model, settings = _described(path)
-            if problems := [*checksum_problems(path), *_training_problems(path)]:
+            if problems := [*checksum_problems(path), *trainer.problems(path)]:
                 return problems
             _check_head(path, model, settings)
             read_weights(path, lambda weights: model.ours(path, weights, settings))
@@ -176,50 +189,21 @@ def _described(path: Path) -> tuple[Architecture, dict[str, Json]]:
 
 def _training(path: Path, model: Architecture, settings: dict[str, Json], *, whole: bool = True) -> trainer.Training:
     """Return what the Trainer saved besides the model; raise CheckpointError if its optimizer's file is damaged."""
-    if not any(is_regular(path / name) for name in trainer.OPTIMIZERS):
+    if trainer.optimizer_file(path) is None:
         return trainer.Training(left_out=trainer.unread(path))
-    state = read_json(path / TRAINER) if is_regular(path / TRAINER) else {}
+    weights = mapped(path)
+    theirs = trained(dict(sorted(weights.items())), tied=settings["tied"])
     return trainer.training_of(
         path,
-        state,
-        mapped(path),
+        {name: theirs[name] for name in model.order(theirs)},
+        foreign.shapes(model.ours(path, weights, settings)),
         lambda tensors: _contiguous(model.ours(path, tensors, settings), whole=whole),
-        step=step_of(state, where=str(path / TRAINER)),
-        tied=settings["tied"],
         whole=whole,
     )
 
 
 def _contiguous(tensors: dict[str, Tensor], *, whole: bool) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()} if whole else tensors
-
-
-def _training_problems(path: Path) -> list[CheckpointError]:
-    files = [path / name for name in trainer.OPTIMIZERS if is_regular(path / name)]
-    return [problem for file in files for problem in archive.verify(file) if problem.kind == "damaged"]
-
-
-def _progress(path: Path, training: trainer.Training) -> tuple[dict[str, Json], list[str]]:
-    """Return step, epoch and settings by the files of transformers' Trainer, the other values of the folder,
-    and what is not taken.
-    """
-    state = read_json(path / TRAINER) if is_regular(path / TRAINER) else {}
-    configs = [(name, read_json(path / name)) for name in (CONFIG, GENERATION) if is_regular(path / name)]
-    step, history = step_of(state, where=str(path / TRAINER)), state.get("log_history")
-    entries = history if isinstance(history, list) else []
-    evaluated = [
-        entry for entry in entries if isinstance(entry, dict) and entry.get("step") == step and "eval_loss" in entry
-    ]
-    scheduler = [(trainer.SCHEDULER, training.scheduler)] if training.scheduler else []
-    kept, left_out = plain_values([*state.items(), *configs, *scheduler])
-    return {
-        "step": step,
-        "epoch": epoch_of(state, where=str(path / TRAINER)),
-        "validation_loss": validation_loss_of({"val_loss": evaluated[-1]["eval_loss"]} if evaluated else {}),
-        "hyperparameters": dict(training.hyperparameters),
-        "schedule": dict(training.schedule),
-        "imported": imported(kept, rate=training.rate, unused=training.note),
-    }, [*left_out, *training.left_out]
 
 
 def _adapter_beside(path: Path) -> str | None:
@@ -258,7 +242,7 @@ LAYOUT = ManifestLayout(
         PICKLED.index,
         *trainer.OPTIMIZERS,
     ),
-    others=(TRAINER, *trainer.OTHERS),
+    others=(*trainer.OTHERS, OTHER_WEIGHTS),
     manifest=MANIFEST,
     weights=Safetensors(WEIGHTS),
     optimizer=Safetensors(OPTIMIZER),

@@ -9,6 +9,7 @@ from typing import Any
 from milepost.ckpt.layouts.foreign_layout import ForeignLayout, ForeignReader
 from milepost.ckpt.manifest import is_regular
 from milepost.ckpt.tensors import read_safetensors
+from milepost.ckpt.weight_files import has_weights
 
 WEIGHTS, ADAPTERS, CONFIG = "consolidated.safetensors", "lora.safetensors", "config.json"
 
@@ -20,9 +21,12 @@ def _weights(path: Path) -> Path:
 def _claims(path: Path) -> bool:
     """Whether `path` is a folder with the weights and their config.
 
-    Under its own name, `consolidated`, it is part of the folder around it, which the consolidated layout reads.
+    Under its own name, `consolidated`, it is part of the folder around it, which the consolidated layout reads. Beside weights
+    of transformers the file is Mistral's second copy of them.
     """
-    return path.name != "consolidated" and path.is_dir() and is_regular(_weights(path)) and is_regular(path / CONFIG)
+    if path.name == "consolidated" or not path.is_dir() or has_weights(path):
+        return False
+    return is_regular(_weights(path)) and is_regular(path / CONFIG)
 
 
 def _content(path: Path, optimizer: bool) -> Mapping[str, Any]:
