@@ -46,7 +46,7 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
     else:
         return None
     assert record is not None  # `load_named` raises
-    others = config.without(settings, ["INIT_FROM", "GPT2_MODEL_NAME"])
+    others = config.without(settings, ["INIT_FROM", "GPT2_MODEL_NAME"])  # they name the record itself, no base
     record = completed(with_its_base(record, others, log), settings, log)
     for note in [*notes, *record.notes]:
         log(note)
@@ -102,6 +102,8 @@ def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     if not record.adapters_only:
         if settings.base_checkpoint:
             log(f"BASE_CHECKPOINT is not used: {record.path} holds its base")
+        if settings.init_from and settings.resume == "never":  # RESUME logs it, and what to do instead
+            log(f"INIT_FROM is not used: {record.path} holds all its weights")
         return record
     path = _base_path(record, settings, log)
     whole = with_base(record, ckpt.load(path, optimizer=False))
