@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from milepost.config.parse import as_text, short_text
 from milepost.config.resolve import default_beside, public, settled
-from milepost.config.variables import VARIABLES, Config
+from milepost.config.variables import DIRECT_SOURCES, VARIABLES, Config
 from models import MODELS, fields_of
 
 # Of a machine or an account: one exports them for all scripts, whatever each of these reads.
@@ -62,7 +62,7 @@ def _counts(config: Config, name: str) -> bool:
     """Return whether the variable was set for this run: an env file may list all of them with their defaults."""
     if not config.is_set(name):
         return False
-    return config.sources[name] == "environment" or getattr(config, name.lower()) != default_beside(config, name)
+    return config.sources[name] in DIRECT_SOURCES or getattr(config, name.lower()) != default_beside(config, name)
 
 
 def _of_other_models(config: Config, name: str) -> Iterator[str]:
