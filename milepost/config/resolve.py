@@ -15,7 +15,7 @@ from typing import Any
 
 from dotenv import dotenv_values
 
-from milepost.config.env_lines import readable_lines
+from milepost.config.env_lines import readable_lines, unread_file
 from milepost.config.names import is_foreign, not_an_env_file, unknown_in_environment, unknown_in_file
 from milepost.config.parse import absolute_path, parse_saved, parse_value, refusal, short_text
 from milepost.config.variables import (
@@ -71,6 +71,8 @@ def read(
     # cuBLAS reads this when it starts. Without it, its workspaces may change the order of sums, and torch refuses products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     mistakes, notes = unknown_in_environment(variables)
+    if not variables.get("ENV_FILE", "").strip() and "PYTHON_DOTENV_DISABLED" not in variables:
+        notes += unread_file(Path(folder, ".env"), read=base_folder() / ".env")
     problems += [*mistakes, *unknown_in_file(in_file, label)]
     texts = {name: (in_file[name], label) for name in VARIABLES if _is_set(name, in_file.get(name, ""))}
     for name in VARIABLES:
@@ -288,6 +290,10 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         near = (n for away in range(16) for n in (heads + away, heads - away) if n > 0 and width % n == 0)
         options = [*(f"N_HEAD={n}" for n in itertools.islice(near, 1)), f"N_EMBD={wider}"]
         yield pair("N_EMBD", "N_HEAD", f"{{}} must be a multiple of {{}}: set {' or '.join(options)}")
+    groups = config.n_kv_head if "n_kv_head" in model.defaults else None
+    if groups and heads and heads % groups:
+        fitting = max(n for n in range(1, min(groups, heads) + 1) if heads % n == 0)
+        yield pair("N_KV_HEAD", "N_HEAD", f"{{}} must divide {{}}: set N_KV_HEAD={fitting}, or none")
     if OPTIMIZERS[config.optimizer].hidden_matrices and not model.hidden_matrices:
         yield pair("OPTIMIZER", "MODEL_TYPE", _needs_model("hidden_matrices") + ", which has no hidden matrices")
     # MODE=resume plans a schedule of its own, from RESUME_TRAINING_STEPS and RESUME_LEARNING_RATE.

@@ -218,6 +218,8 @@ def _check_block_size(split: Split, settings: Config) -> None:
     if block_size > largest:
         held = f"{smallest} tokens to train on, {held_out} to validate on"
         fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
+        if settings.validation_fraction and not settings.validation_data and smallest + held_out > 2 * (block_size + 1):
+            fits += f"set a {'larger' if held_out < smallest else 'smaller'} VALIDATION_FRACTION, "
         remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0{', VALIDATION_DATA unset' * bool(settings.validation_data)})"
         which = "the smallest source" if len(train) > 1 else "this text"
         raise DataError(f"BLOCK_SIZE={block_size} is too long for {which} ({held}): {remedy}")
