@@ -1,15 +1,17 @@
 """The Python interface: train, load and generate, and what the scripts do with checkpoints.
 
 Settings are keywords, the variables of docs/configuration.md in lower case, with the same checks; the process
-environment and .env are not read. Paths are `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a
-file, a folder, a stem, a glob, "latest", "best", or an address in a mirror. A `folder` that is not given is the one to
-which train() saves by default. Errors are raised: ConfigError, CheckpointError, DataError.
+environment and .env are not read. train() logs those that have no effect there, generate() refuses them. Paths are
+`str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a file, a folder, a stem, a glob, "latest",
+"best", or an address in a mirror. A `folder` that is not given is the one to which train() saves by default. Errors are
+raised: ConfigError, CheckpointError, DataError, TrainingError.
 """
 
 import contextlib
 import difflib
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,18 @@ from milepost.config import Config, ConfigError
 from milepost.locks import hold_run
 from milepost.remote import local_path
 from milepost.run import Run, completed
+from milepost.runtime.errors import TrainingError
 from milepost.runtime.progress import Log
-from milepost.samples import sample_texts
+from milepost.samples import drop_conflicts, sample_texts
+from milepost.text.errors import DataError
 
 Name = str | os.PathLike[str]
+GENERATE_READS = (
+    "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "REPETITION_PENALTY", "STOP", "SAMPLE_SEED", "NUM_SAMPLES", "PROMPT_FILE",
+    "RAW_PROMPT", "QUANTIZE", "SPECULATE", "DEVICE", "DEVICE_CHECK", "DTYPE", "UNKNOWN_CHARACTERS", "CHECKPOINT_DIR", "CACHE_GB", "ENV_FILE",
+    "BASE_CHECKPOINT", "GPT2_MODEL_NAME", "INIT_FROM", "N_HEAD", "TOKENIZER", "TRAINING_DATA_SOURCE", "TEXT_FIELD", "PROMPT_FIELD",
+    "ANSWER_FIELD", "DOCUMENT_SEPARATOR",
+)  # fmt: skip
 
 
 def train(**settings: Any) -> Run:
@@ -36,8 +46,10 @@ def train(**settings: Any) -> Run:
     `train(resume="auto", enable_checkpoints=True, ...)` resumes as RESUME does. Ctrl-C stops after the step, saves if
     checkpoints are enabled, and returns.
     """
-    resolved, log = settings_of(**settings), Log()
+    resolved, log = settings_of(training.READS, **settings), Log()
     with contextlib.closing(log), processes(resolved, log) as world:
+        for note in config.no_effect(resolved, "training.py"):
+            log(note)
         run, done = training.prepare(resolved, log, world)
         if not done:
             training.train(run)
@@ -58,8 +70,12 @@ def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -
 
     Settings are those of generation: max_new_tokens, temperature, top_k, top_p, stop, sample_seed, device, quantize,
     ...
+
+    Raise ConfigError for another setting, and for one that contradicts the checkpoint.
     """
-    resolved, log = settings_of(**settings), Log(io.StringIO())
+    resolved, log = settings_of(GENERATE_READS, **settings), Log(io.StringIO())
+    if unread := [name for name, value in settings.items() if value is not None and name.upper() not in GENERATE_READS]:
+        raise ConfigError([f"{', '.join(unread)}: generate does not use this: leave it out"])
     if resolved.num_samples != 1:
         raise ConfigError(["num_samples: generate returns one text; call it once for each, with another sample_seed"])
     if resolved.is_set("PROMPT_FILE"):
@@ -68,6 +84,7 @@ def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -
         checkpoint = load(checkpoint, folder=resolved.checkpoint_dir, optimizer=False)
     seed = resolved.sample_seed if resolved.sample_seed is not None else int.from_bytes(os.urandom(4), "little")
     record = completed(checkpoint, resolved, log)
+    resolved = drop_conflicts(record, resolved, log)
     (text,) = ("".join(pieces) for _, pieces in sample_texts(resolved, record, log, prompt=prompt, seed=seed))
     return text
 
@@ -136,8 +153,8 @@ def prune(folder: Name | None = None, *, keep_last: int, keep_every: int = 0) ->
     return deleted
 
 
-def settings_of(**values: Any) -> Config:
-    """Return the settings that keywords name; None is not set.
+def settings_of(reads: Sequence[str] = (), /, **values: Any) -> Config:
+    """Return the settings that keywords name, for a function that `reads` them; None is not set.
 
     Raise ConfigError listing every unknown name and bad value.
     """
@@ -147,11 +164,16 @@ def settings_of(**values: Any) -> Config:
         close = difflib.get_close_matches(name.upper(), config.VARIABLES, 1)
         hint = f"did you mean {close[0].lower()}?" if close else "docs/configuration.md lists them, here in lower case"
         problems.append(f"{name} is not a setting; {hint}")
-    texts = {name.upper(): _text(name.upper(), value) for name, value in values.items() if name not in unknown}
+    texts: dict[str, str] = {}
+    for name in (name for name in values if name not in unknown):
+        try:
+            texts[name.upper()] = _text(name.upper(), values[name])
+        except TypeError as error:
+            problems.append(f"{name}: {error}")
     if "ENV_FILE" not in texts:
         texts["PYTHON_DOTENV_DISABLED"] = "1"
     try:
-        resolved = config.read(texts)
+        resolved = config.read(texts, reads=reads, source="argument")
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -161,11 +183,14 @@ def settings_of(**values: Any) -> Config:
 
 def _text(name: str, value: Any) -> str:
     """Return a value of Python as the text of its variable: a path, a number of numpy or torch, or a string of a list, which is
-    taken as it is.
+    taken as it is. Raise TypeError for anything else, such as a list of paths.
     """
     if isinstance(value, str) and config.VARIABLES[name].metadata["form"] == "list":
         return config.as_text([value] if value else None)
     plain = os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "item", lambda: value)()
+    if plain and not isinstance(plain, str | bool | int | float) and config.VARIABLES[name].metadata["form"] != "list":
+        several = "; several values are one text, joined by commas"
+        raise TypeError(f"expected text, a number, a boolean or a path, not {type(value).__name__}{several}")
     return config.as_text(plain)
 
 
@@ -182,6 +207,8 @@ def _resolved(checkpoint: Name, folder: Name | None) -> Path:
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DataError",
+    "TrainingError",
     "best",
     "convert",
     "find",

@@ -135,7 +135,8 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
     if "OPTIMIZER" in changed and schedule is None and not settings.is_set("LEARNING_RATE"):
         before, now = changed["OPTIMIZER"]
         log(f"OPTIMIZER={now}: the learning-rate schedule is still that of {before}; set LEARNING_RATE to change it")
-    record = with_its_base(record, settings, log)
+    logged = schedule is None and not record.adapters_only  # RESUME has logged that INIT_FROM is not used, and why
+    record = with_its_base(record, config.without(settings, ["INIT_FROM"]) if logged else settings, log)
     device = hardware.choose_device(settings.device, local_rank=world.local_rank, local_size=world.local_size)
     hardware.make_deterministic(settings.deterministic, device)
     with naming_the_text(settings):

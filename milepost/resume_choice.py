@@ -30,7 +30,9 @@ def find_record(settings: Config, log: Log) -> Checkpoint | None:
     the run if it lacks RESUME_STEP; CheckpointError if all are damaged.
     """
     if settings.resume != "auto":
-        return _named(settings, log)
+        named = _named(settings, log)
+        log_init_from(named, settings, log)
+        return named
     folder = Path(settings.checkpoint_dir)
 
     def has_same(found: ckpt.Found) -> bool:
@@ -119,17 +121,26 @@ def _steps_of(record: Checkpoint, readable: list[ckpt.Found]) -> str:
     return f"run {record.run_id} has the steps {', '.join(map(str, steps)) or record.step}"
 
 
+def log_init_from(record: Checkpoint, settings: Config, log: Log) -> None:
+    """Log that INIT_FROM names no weights of a run that is resumed, unless it may name the base of its adapters."""
+    if not settings.init_from or record.adapters_only:
+        return
+    began = f"from {record.parent.get('file') or 'other weights'}" if record.parent else "with random weights"
+    elsewhere = "another CHECKPOINT_DIR, or " if settings.resume == "auto" else ""
+    run = f"run {record.run_id}" if record.run_id else shown(record.path or "")
+    log(
+        f"INIT_FROM is not used: RESUME={config.public(settings, 'RESUME')} resumes {run}, which began {began}; "
+        f"{elsewhere}RESUME=never{',' * bool(elsewhere)} starts a new run from it"
+    )
+
+
 def log_passed_over(record: Checkpoint | None, readable: list[ckpt.Found], settings: Config, log: Log) -> None:
     """Log what RESUME=auto passes over when it takes the record: INIT_FROM, and newer checkpoints in `readable`, which
     is in order, newest first.
     """
     if record is None:
         return
-    if settings.init_from:
-        began = f"from {record.parent.get('file') or 'other weights'}" if record.parent else "with random weights"
-        instead = "another CHECKPOINT_DIR, or RESUME=never, starts a new run from it"
-        run = f"run {record.run_id}" if record.run_id else shown(record.path or "")
-        log(f"INIT_FROM is not used: RESUME=auto resumes {run}, which began {began}; {instead}")
+    log_init_from(record, settings, log)
     newer = list(itertools.takewhile(lambda found: found.path != record.path, readable))
     own = next((found for found in newer if found.run_id == record.run_id and not found.resumable), None)
     if own and "optimizer" in record.parts:

@@ -14,6 +14,7 @@ from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.restore import build_model, build_tokenizer, merged, with_base
 from milepost.ckpt.tensors import digest
 from milepost.config import Config, ConfigError
+from milepost.config.variables import DIRECT_SOURCES
 from milepost.generation.conversation import answer_stops, message_ids
 from milepost.generation.decoder import Decoder
 from milepost.generation.texts import Sampling, choose_decoder, no_lookup_reason, texts
@@ -37,7 +38,7 @@ MANY = 1 << 20  # tokens of a conversation or a server: as many as pay for prepa
 def drop_conflicts(record: Checkpoint, settings: Config, log: Log) -> Config:
     """Return the settings without those that contradict the checkpoint's model and tokenizer; log each one dropped.
 
-    Raise ConfigError if one was set in the process environment, where it was surely intended.
+    Raise ConfigError if one was set for this very run, where it was surely intended.
     """
     refused: list[str] = []
     dropped: list[str] = []
@@ -45,7 +46,7 @@ def drop_conflicts(record: Checkpoint, settings: Config, log: Log) -> Config:
         problem = (
             f"{name}={requested} ({settings.sources[name]}): the checkpoint has {'none' if saved is None else saved}"
         )
-        if settings.sources[name] == "environment":
+        if settings.sources[name] in DIRECT_SOURCES:
             refused.append(f"{problem}; unset {name}")
         else:
             dropped.append(name)

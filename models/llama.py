@@ -98,7 +98,7 @@ class LlamaSettings:
         if self.head_size % 2:
             raise ValueError(
                 f"n_embd={self.n_embd} and n_head={self.n_head}: rotary positions turn pairs of values, "
-                f"so the size of a head must be even, and it is {self.head_size}."
+                f"so the size of a head must be even, and it is {self.head_size}: n_embd={(self.head_size + 1) * self.n_head} fits."
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: expected a probability from 0 to below 1.")

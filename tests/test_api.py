@@ -79,6 +79,35 @@ def test_every_variable_is_a_keyword_and_the_environment_is_not_read(monkeypatch
     assert settings_of(seed=5, stop=["a", "b"], prompt=None, dropout=0.5).stop == ("a", "b")
 
 
+def test_a_setting_without_effect_is_not_passed_over(trained, capsys, tmp_path):
+    """train() logs it, as the script does; generate() refuses it, as it does one that the checkpoint contradicts."""
+    folder, _ = trained
+    place = {"checkpoint_dir": folder / "checkpoints", "max_new_tokens": 3}
+    with pytest.raises(ConfigError, match="checkpoint_path, training_steps: generate does not use this: leave it out"):
+        milepost.generate("latest", checkpoint_path="x", training_steps=3, **place)
+    with pytest.raises(ConfigError, match=r"N_HEAD=3 \(argument\): the checkpoint has \d; unset N_HEAD"):
+        milepost.generate("latest", n_head=3, **place)
+    assert len(milepost.generate("latest", sample_seed=1, training_steps=None, **place)) > 0
+    capsys.readouterr()
+    milepost.train(training_steps=1, runs_dir=tmp_path, mode="resume", max_new_tokens=3)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "not used by training.py: MODE=resume (argument), MAX_NEW_TOKENS=3 (argument); RESUME=auto resumes" in said
+
+
+def test_a_mistake_names_the_argument(tmp_path):
+    from milepost.api import DataError, settings_of
+
+    with pytest.raises(ConfigError, match=r"BATCH_SIZE='0' \(argument\): expected a whole number at least 1"):
+        settings_of(batch_size=0)
+    for value in (["a.txt", "b.txt"], b"a.txt", {"a": 1}):
+        with pytest.raises(
+            ConfigError, match=r"training_data_source: expected text.*; several values are one text, joined"
+        ):
+            settings_of(training_data_source=value)
+    with pytest.raises(DataError, match="does not exist"):
+        milepost.train(training_data_source=tmp_path / "none.txt", runs_dir=tmp_path)
+
+
 def test_values_of_python_mean_what_they_are_in_python():
     """A string to stop at is no JSON and has no escapes of a shell; a number may be one of numpy or torch."""
     from milepost.api import settings_of

@@ -202,6 +202,13 @@ def test_13_a_checkpoint_under_the_name_of_safetensors_is_refused_by_what_it_is(
     assert "rename it to .pt" in refusal(path, tmp_path)
 
 
+def test_several_names_where_one_is_expected_are_refused_as_that(tmp_path):
+    path = good(tmp_path)
+    for name in (f"{path},{path}", "latest,best", "no/a.pt,no/b.pt"):
+        said = refusal(Path(name), tmp_path)
+        assert said == f"{name}: not a single checkpoint: name one of them here"
+
+
 def test_nul_in_a_path_is_refused(tmp_path):
     for name in ("a\0b", "a\0b.pt", "a\0/b.pt"):
         with pytest.raises(CheckpointError, match="Checkpoint not found"):

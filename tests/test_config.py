@@ -181,8 +181,9 @@ def test_invalid_whole_numbers(text: str) -> None:
     assert problem.removesuffix(" below 2**63").endswith(" (environment): expected a whole number at least 1")
 
 
-def test_a_number_too_large_names_the_limit() -> None:
-    (problem,) = problems(SEED="99999999999999999999")
+@pytest.mark.parametrize("text", ["99999999999999999999", "1e30", "9" * 500, "10_000_000_000_000_000_000"])
+def test_a_number_too_large_names_the_limit(text: str) -> None:
+    (problem,) = problems(SEED=text)
     assert problem.endswith("expected a whole number at least 0 below 2**63")
 
 
@@ -351,6 +352,8 @@ def test_invalid_blocks_are_refused(text: str) -> None:
         ("GPT2_MODEL_NAME=gpt2", "GPT2_MODEL_NAME=gpt2 (environment) needs MODEL_TYPE=gpt2, not MODEL_TYPE=bigram (default)"),
         ("MODEL_TYPE=gpt2 GPT2_MODEL_NAME=gpt2 INIT_FROM=latest", "GPT2_MODEL_NAME=gpt2 (environment) and INIT_FROM=latest (environment) both name the first weights: unset one"),
         ("MODEL_TYPE=gpt2 N_HEAD=3", "N_EMBD=128 (default) must be a multiple of N_HEAD=3 (environment): set N_HEAD=4 or N_EMBD=144"),
+        ("MODEL_TYPE=llama N_KV_HEAD=3", "N_KV_HEAD=3 (environment) must divide N_HEAD=4 (default): set N_KV_HEAD=2, or none"),
+        ("MODEL_TYPE=llama N_KV_HEAD=8", "N_KV_HEAD=8 (environment) must divide N_HEAD=4 (default): set N_KV_HEAD=4, or none"),
         ("TTT_LAYERS=1", "TTT_LAYERS=1 (environment) needs MODEL_TYPE=gpt2, not MODEL_TYPE=bigram (default)"),
         ("MODEL_TYPE=gpt2 TTT_LAYERS=0,4", "TTT_LAYERS=0,4 (environment) names a missing block: N_LAYER=4 (default) has blocks 0 to 3"),
         ("MODEL_TYPE=gpt2 TTT_LAYERS=3 N_LAYER=2", "TTT_LAYERS=3 (environment) names a missing block: N_LAYER=2 (environment) has blocks 0 to 1"),
@@ -440,6 +443,27 @@ def test_the_environment_comes_before_the_file_and_the_file_before_defaults(tmp_
 
 def test_an_empty_variable_leaves_the_value_of_the_file(tmp_path: Path) -> None:
     assert of_file(tmp_path, "BLOCK_SIZE=32\nPROMPT=hi", BLOCK_SIZE=" ", PROMPT="$P$G").prompt == "hi"
+
+
+def test_an_env_file_of_the_current_folder_that_is_not_read_is_named(tmp_path: Path) -> None:
+    """One of another program is not, though it shares names of one word."""
+    file = tmp_path / ".env"
+    file.write_text("export BATCH_SIZE=3\nSEED=4\nN_LAYER=1\n", encoding="utf-8")
+    c = config.read({}, cwd=tmp_path)
+    assert (c.batch_size, c.notes) == (32, (f"{file} (BATCH_SIZE, N_LAYER) is not read; ENV_FILE=.env reads it",))
+    assert config.read({"ENV_FILE": ".env"}, cwd=tmp_path).notes == ()
+    assert config.read({"PYTHON_DOTENV_DISABLED": "1"}, cwd=tmp_path).notes == ()
+    file.write_text("API_KEY=x\nPORT=1\nDATABASE_URL=y\n", encoding="utf-8")
+    assert config.read({}, cwd=tmp_path).notes == ()
+
+
+def test_the_env_file_of_the_current_folder_that_is_read_is_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milepost.config.resolve.base_folder", lambda: tmp_path)
+    (tmp_path / ".env").write_text("BATCH_SIZE=3\n", encoding="utf-8")
+    c = config.read({}, cwd=tmp_path)
+    assert (c.batch_size, c.notes) == (3, ())
 
 
 def test_the_repositorys_env_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -793,6 +817,7 @@ TOGETHER = (
     "thins what",
     "needs",
     "must be a multiple",
+    "must divide",
     "is more than",
     "is above",
     "are both set",

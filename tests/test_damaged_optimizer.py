@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drive import newest, train
 from foreign_programs import SIZES, NanoGPT, nanogpt
 from records import FULL, record, refused
 
@@ -52,6 +53,26 @@ def test_the_model_is_used_without_a_damaged_optimizer(layout: str, damage: str,
         ckpt.convert(path, tmp_path / "full", layout="unified")
 
 
+def flip_in(path: Path, tensor: torch.Tensor) -> None:
+    """Flip a bit of the file where it holds the tensor."""
+    data = bytearray(path.read_bytes())
+    data[data.index(tensor.contiguous().numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_in_one_file_damaged_moments_stop_only_what_needs_them(tmp_path: Path) -> None:
+    path = ckpt.save(record(7, **FULL), tmp_path)
+    whole = ckpt.load(path)
+    weights = whole.model_state["token_embedding_table.weight"].clone()
+    moments = next(iter(whole.optimizer_state["state"].values()))["exp_avg"].clone()
+    flip_in(path, moments)
+    assert refused(path, verify=True).endswith("do not match their checksum: take an earlier checkpoint")
+    one = ckpt.load(path, optimizer=False, verify=True)
+    assert torch.equal(one.model_state["token_embedding_table.weight"], weights)
+    flip_in(path, weights)
+    assert "checksum" in refused(path, optimizer=False, verify=True)
+
+
 @pytest.mark.parametrize("layout", SEPARATE)
 def test_control_a_damaged_model_is_not_used(layout: str, tmp_path: Path) -> None:
     path = ckpt.save(record(7, **FULL), tmp_path, layout=layout)
@@ -92,3 +113,18 @@ def test_a_flipped_bit_in_another_programs_file_is_found_without_its_optimizer_t
     data[data.index(model.lm_head.weight.detach().numpy().tobytes()) + 5] ^= 1
     path.write_bytes(bytes(data))
     assert "checksum" in refused(path, optimizer=optimizer, verify=True)
+
+
+def test_a_new_run_starts_from_no_damaged_weights(tmp_path: Path) -> None:
+    """What RESUME=auto tells to do where no checkpoint is whole, INIT_FROM=latest, must not train on from flipped bits."""
+    code, said = train(tmp_path, CHECKPOINT_INTERVAL="4", CHECKPOINT_KEEP_BEST="0")
+    assert code == 0, said
+    last = newest(tmp_path)
+    weight = max(last.model_state.values(), key=torch.Tensor.numel)
+    flip_in(last.path, weight.clone())
+    code, said = train(tmp_path, INIT_FROM=str(last.path))
+    assert (code, "do not match their checksum: take an earlier checkpoint" in said) == (3, True), said
+    code, said = train(tmp_path, INIT_FROM="latest")
+    assert code == 0, said
+    assert f"skipped: {last.path}: is damaged" in said
+    assert newest(tmp_path).parent["file"] != last.path.name

@@ -129,6 +129,13 @@ def test_only_prompt_and_continuation_go_to_stdout(gpt2):
     assert f"{newest(gpt2).path}: gpt2 at step 8, char tokenizer, on cpu in float32; SAMPLE_SEED=" in said.err
 
 
+def test_weights_to_start_from_are_named_where_the_checkpoint_has_its_own(gpt2):
+    said = infer(gpt2, INIT_FROM="latest", PROMPT="a")
+    path = newest(gpt2).path
+    assert (said.code, f"INIT_FROM is not used: {path} holds all its weights\n" in said.err) == (0, True), said.err
+    assert "INIT_FROM" not in infer(gpt2, PROMPT="a").err
+
+
 def test_the_prompt_comes_from_the_variable_a_file_or_stdin(gpt2, tmp_path, monkeypatch):
     settings = {"MAX_NEW_TOKENS": "20", "SAMPLE_SEED": "1"}
     prompt = "Dear Wren,\n\nI "

@@ -130,6 +130,12 @@ def test_a_setting_without_effect_is_named_with_what_it_needs(
     assert set(re.findall(r"\b([A-Z_0-9]+)=", about)) == set(named)
 
 
+def test_what_a_request_or_a_command_may_change_switches_nothing_off() -> None:
+    settings = {"TEMPERATURE": "0", "TOP_K": "3", "TOP_P": "0.5"}
+    assert unused("serve_checkpoint", **settings) == unused("chat", **settings) == []
+    assert len(unused("load_checkpoint", **settings)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "variables"),
     [

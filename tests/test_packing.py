@@ -216,11 +216,12 @@ def test_a_part_of_the_text_without_conversations_is_refused(tmp_path: Path) -> 
     assert (code, "no conversation is left to train on: use more, or hold out" in said) == (4, True), said
     assert train(tmp_path, TRAINING_DATA_SOURCE=str(one), BLOCK_SIZE="64", VALIDATION_FRACTION="0")[0] == 0
     long = rows(tmp_path / "long.jsonl", [{"prompt": "why? " * 100, "completion": "so"}])
-    code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(one), VALIDATION_DATA=str(long), BLOCK_SIZE="64")
-    assert (code, "none of 1 conversations to validate on has an answer within a block size of 64" in said) == (
-        4,
-        True,
-    ), said
+    for interval in ("1", "0"):  # 0: the first evaluation comes after the last step
+        changes = {"VALIDATION_DATA": str(long), "BLOCK_SIZE": "64", "EVAL_INTERVAL": interval}
+        code, said = train(tmp_path, TRAINING_DATA_SOURCE=str(one), **changes)
+        assert code == 4
+        assert "none of 1 conversations to validate on has an answer within a block size of 64" in said
+        assert "after step" not in said  # it is known before anything is trained
 
 
 @pytest.mark.parametrize("name", RUNS)

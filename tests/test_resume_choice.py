@@ -145,6 +145,15 @@ def test_weights_to_start_from_that_a_resume_does_not_use_are_named(stopped, onc
     assert expected in said
 
 
+def test_they_are_named_too_where_a_path_is_resumed(stopped, once):
+    base = of_seed(once, 1337, 4).path
+    code, said = train(stopped, RESUME="latest", INIT_FROM=str(base))
+    assert code == 0, said
+    assert "INIT_FROM is not used: RESUME=latest resumes run " in said
+    assert "which began with random weights; RESUME=never starts a new run from it" in said
+    assert "INIT_FROM" not in train(stopped, RESUME="latest")[1]
+
+
 def test_a_run_that_began_from_them_says_so(once, tmp_path, monkeypatch):
     base = of_seed(once, 1337, 4).path
     with monkeypatch.context() as patch:

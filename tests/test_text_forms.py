@@ -419,6 +419,19 @@ def test_a_separator_becomes_the_end_of_text_and_resumes_exactly(tmp_path, monke
     assert train(other, RESUME="auto", DOCUMENT_SEPARATOR="<end>", **place, **FAST)[0] == 2
 
 
+def test_a_separator_with_line_ends_of_windows_is_found_and_shown_in_one_line(tmp_path):
+    text = letters(tmp_path).read_text(encoding="utf-8")
+    parts = "\r\n---\r\n".join(text[at : at + 300].replace("\n", "\r\n") for at in range(0, 3000, 300))
+    (tmp_path / "parts.txt").write_text(parts, encoding="utf-8", newline="")
+    changes = {"TRAINING_DATA_SOURCE": str(tmp_path / "parts.txt"), "TOKENIZER": "bpe", "BPE_VOCAB_SIZE": "300"}
+    for separator in ("\r\n---\r\n", "\n---\n"):
+        code, said = train(tmp_path, DOCUMENT_SEPARATOR=separator, **changes, **FAST)
+        assert code == 0, said
+        assert "parts.txt: 10 documents with '\\n---\\n' between them\n" in said
+    said = train(tmp_path, DOCUMENT_SEPARATOR=r"\n---\n", **changes, **FAST)[1]  # as a shell passes it on
+    assert r"DOCUMENT_SEPARATOR=\n---\n separates no documents: each file is one" in said
+
+
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
 def test_a_separator_is_refused_where_no_token_can_take_its_place(tokenizer, tmp_path):
     letters(tmp_path)

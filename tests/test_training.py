@@ -296,6 +296,13 @@ def test_an_interrupt_without_checkpoints_logs_that_nothing_was_saved(tmp_path, 
 
 REFUSALS = [
     ({"BLOCK_SIZE": "5000"}, 4, "set BLOCK_SIZE=599 or less"),
+    ({"VALIDATION_FRACTION": "0.001"}, 4, "set a larger VALIDATION_FRACTION, use more text"),
+    ({"VALIDATION_FRACTION": "0.999"}, 4, "set a smaller VALIDATION_FRACTION, use more text"),
+    (
+        {"MODEL_TYPE": "llama", "N_HEAD": "3", "N_EMBD": "9"},
+        2,
+        "so the size of a head must be even, and it is 3: n_embd=12 fits.",
+    ),
     ({"TRAINING_DATA_SOURCE": "nothing-here.txt"}, 4, "nothing-here.txt"),
     ({"DEVICE": "cuda"}, 2, "available: cpu"),
     ({"DTYPE": "float16"}, 2, "DTYPE=float16 is for cuda and mps"),

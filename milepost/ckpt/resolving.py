@@ -56,9 +56,10 @@ def resolve(name: str, folder: Path, *, certain: bool = False) -> tuple[Path, li
         if glob.has_magic(name):
             return _choose_by_step(name, folder, certain=certain)
     if not os.path.exists(path):
+        if "," in name:
+            raise CheckpointError(name, "not a single checkpoint", "name one of them here", kind="not found")
         close = difflib.get_close_matches(path.name, ["latest", "best"], n=1, cutoff=0.7)
-        hint = f"did you mean {close[0]}? " if close else "name a single checkpoint here; " if "," in name else ""
-        raise not_found(name, _nearest(path, folder), hint=hint)
+        raise not_found(name, _nearest(path, folder), hint=f"did you mean {close[0]}? " if close else "")
     if whole := containing(path):
         return whole, [f"{path} is part of {whole}, which is used"]
     layout = layout_of(path)

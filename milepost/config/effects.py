@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sequence
 
 from milepost.config.parse import as_text, short_text
 from milepost.config.resolve import default_beside, public, settled
-from milepost.config.variables import VARIABLES, Config
+from milepost.config.variables import DIRECT_SOURCES, VARIABLES, Config
 from models import MODELS, fields_of
 
 # Of a machine or an account: one exports them for all scripts, whatever each of these reads.
 EVERYWHERE = (
     "ENV_FILE", "DEVICE", "CHECKPOINT_DIR", "CHECKPOINT_FALLBACK_DIR", "CHECKPOINT_MIRROR", "RUNS_DIR", "PORT", "SERVE_HOST", "API_KEY",
 )  # fmt: skip
+# What a script's requests or commands may set otherwise while it runs.
+CHANGES_LATER = {"chat.py": ("TEMPERATURE",), "serve_checkpoint.py": ("TEMPERATURE",)}
 NOT_SIZES = ("MODEL_TYPE", "GPT2_MODEL_NAME", "PRETRAINED")  # of the group Model; the others are of a model's class
 
 # (a variable of another script, a variable that this script reads) -> what to set here.
@@ -52,7 +54,7 @@ def no_effect(config: Config, script: str) -> list[str]:
     for name in (name for name in names if name in reads):
         of_models = _of_other_models(config, name) if "MODEL_TYPE" in reads else ()
         for condition in (reads[name], VARIABLES[name].metadata["needs"], *of_models):
-            if condition and not _holds(config, condition):
+            if condition and not _holds(config, condition, later=CHANGES_LATER.get(script, ())):
                 switched_off.setdefault(condition, []).append(name)
                 break
     return [*_unread(asked, unread, reads, script), *(_needs(config, *each) for each in switched_off.items())]
@@ -62,7 +64,7 @@ def _counts(config: Config, name: str) -> bool:
     """Return whether the variable was set for this run: an env file may list all of them with their defaults."""
     if not config.is_set(name):
         return False
-    return config.sources[name] == "environment" or getattr(config, name.lower()) != default_beside(config, name)
+    return config.sources[name] in DIRECT_SOURCES or getattr(config, name.lower()) != default_beside(config, name)
 
 
 def _of_other_models(config: Config, name: str) -> Iterator[str]:
@@ -79,15 +81,15 @@ def _terms(condition: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield name, "not" if term.startswith("not ") else sign, tuple(values.split("|"))
 
 
-def _holds(config: Config, condition: str) -> bool:
-    """Return whether the condition holds, or may hold once a checkpoint has brought its settings."""
+def _holds(config: Config, condition: str, *, later: Sequence[str] = ()) -> bool:
+    """Return whether the condition holds, or may hold once a checkpoint has brought its settings, or variables of `later` change."""
     for name, sign, values in _terms(condition):
         value = getattr(config, name.lower())
         if sign in ("", "not"):
             true = (value != VARIABLES[name].default) == (sign == "")
         else:
             true = (as_text(value) in values) == (sign == "=")
-        if true or not settled(config, name):
+        if true or name in later or not settled(config, name):
             return True
     return False
 

@@ -1,11 +1,15 @@
 """The lines of an env file, and what is wrong with them: python-dotenv passes over most of it in silence."""
 
+import contextlib
 import io
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
+
+from milepost.config.variables import VARIABLES
 
 
 def readable_lines(text: str, label: str) -> tuple[str, list[str]]:
@@ -49,3 +53,17 @@ def _unset_parts(lines: Iterable[Binding], label: str) -> Iterator[str]:
                 problem = f"${{{part.name}}} has no value in the environment or in the lines above"
                 yield f"{label}, line {_number(line)}: {problem}; set it, or write ${{{part.name}:-}} for an empty text"
         known |= {line.key} if line.key else set()
+
+
+def unread_file(path: Path, *, read: Path) -> Iterator[str]:
+    """Yield a sentence if the file at `path` sets variables of ours and is another than the one to `read`.
+
+    Other programs have names of one word, such as PORT, and API_KEY in their files too.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if not path.is_file() or path.parent.samefile(read.parent):
+            return
+        lines = parse_stream(io.StringIO(path.read_text(encoding="utf-8-sig")))
+        ours = [line.key for line in lines if line.key in VARIABLES and "_" in line.key and line.key != "API_KEY"]
+        if ours:
+            yield f"{path} ({', '.join(ours[:3])}{', ...' * (len(ours) > 3)}) is not read; ENV_FILE=.env reads it"

@@ -287,11 +287,17 @@ def refusal(variable: Field[Any], value: object, source: str) -> str:
     else:
         secret = variable.metadata["form"] in SECRET_FORMS
         shown = HIDDEN if secret else clip(repr(masked(value) if isinstance(value, str) else value))
-    digits = str(value).strip()
-    limit = " below 2**63" if kind_of(variable) is int and digits.isdecimal() and int(digits[:40]) > MAX_INT else ""
+    limit = " below 2**63" if kind_of(variable) is int and _is_too_large(str(value)) else ""
     options = (*variable.metadata["words"], *variable.metadata["choices"])
     hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(str(value).lower(), options, 1))
     return f"{variable.name.upper()}={shown} ({source}): expected {expected(variable)}{limit}{hint}"
+
+
+def _is_too_large(text: str) -> bool:
+    try:
+        return "inf" not in text.lower() and float(text) > MAX_INT
+    except ValueError:
+        return False
 
 
 def as_text(value: Any) -> str:

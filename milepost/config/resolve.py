@@ -15,7 +15,7 @@ from typing import Any
 
 from dotenv import dotenv_values
 
-from milepost.config.env_lines import readable_lines
+from milepost.config.env_lines import readable_lines, unread_file
 from milepost.config.names import is_foreign, not_an_env_file, unknown_in_environment, unknown_in_file
 from milepost.config.parse import absolute_path, parse_saved, parse_value, refusal, short_text
 from milepost.config.variables import (
@@ -25,6 +25,7 @@ from milepost.config.variables import (
     DATA_VARIABLES,
     DEFAULT_MODEL,
     DERIVED_SOURCES,
+    DIRECT_SOURCES,
     LORA_DEFAULTS,
     LORA_OPTIONS,
     MUON_MIN_TOKENS,
@@ -47,12 +48,17 @@ PROMPT_OF_CMD = re.compile(r"(?:[(\[][^()\[\]]*[)\]] *)*(?:\$[A-Za-z_$+])*\$[Pp]
 
 
 def read(
-    environ: Mapping[str, str] | None = None, *, cwd: str | os.PathLike[str] | None = None, reads: Iterable[str] = ()
+    environ: Mapping[str, str] | None = None,
+    *,
+    cwd: str | os.PathLike[str] | None = None,
+    reads: Iterable[str] = (),
+    source: str = "environment",
 ) -> Config:
     """Return the settings: those of `environ` (default: the process environment), then of the env file, then the defaults.
 
     Paths that are set are relative to `cwd` (default: the current folder), default paths to the checkout. Other programs'
-    variables in the env file enter the process environment, unless `environ` is passed. `reads` are a script's READS.
+    variables in the env file enter the process environment, unless `environ` is passed. `reads` are a script's READS;
+    `source` is what messages call `environ`, one of DIRECT_SOURCES.
     Raises ConfigError with every problem.
     """
     variables = os.environ if environ is None else environ
@@ -65,23 +71,25 @@ def read(
     # cuBLAS reads this when it starts. Without it, its workspaces may change the order of sums, and torch refuses products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     mistakes, notes = unknown_in_environment(variables)
+    if not variables.get("ENV_FILE", "").strip() and "PYTHON_DOTENV_DISABLED" not in variables:
+        notes += unread_file(Path(folder, ".env"), read=base_folder() / ".env")
     problems += [*mistakes, *unknown_in_file(in_file, label)]
     texts = {name: (in_file[name], label) for name in VARIABLES if _is_set(name, in_file.get(name, ""))}
     for name in VARIABLES:
         text = variables.get(name, "")
         if _is_set(name, text) and not (name == "PROMPT" and PROMPT_OF_CMD.fullmatch(text)):
-            texts[name] = text, "environment"
+            texts[name] = text, source
     overridden = frozenset(
         name for name, (text, _) in texts.items() if _is_set(name, in_file.get(name, "")) and text != in_file[name]
     )
     values: dict[str, Any] = {}
-    for name, (text, source) in texts.items():
+    for name, (text, origin) in texts.items():
         try:
             values[name] = parse_value(VARIABLES[name], text, folder)
         except ValueError:
-            problems.append(refusal(VARIABLES[name], text, source))
+            problems.append(refusal(VARIABLES[name], text, origin))
     try:
-        config = _finish(values, {name: source for name, (_, source) in texts.items()}, problems, reads=reads)
+        config = _finish(values, {name: origin for name, (_, origin) in texts.items()}, problems, reads=reads)
     except ConfigError as error:
         raise ConfigError([*error.problems, *notes]) from None
     return dataclasses.replace(config, notes=tuple(notes), overridden=overridden)
@@ -282,6 +290,10 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         near = (n for away in range(16) for n in (heads + away, heads - away) if n > 0 and width % n == 0)
         options = [*(f"N_HEAD={n}" for n in itertools.islice(near, 1)), f"N_EMBD={wider}"]
         yield pair("N_EMBD", "N_HEAD", f"{{}} must be a multiple of {{}}: set {' or '.join(options)}")
+    groups = config.n_kv_head if "n_kv_head" in model.defaults else None
+    if groups and heads and heads % groups:
+        fitting = max(n for n in range(1, min(groups, heads) + 1) if heads % n == 0)
+        yield pair("N_KV_HEAD", "N_HEAD", f"{{}} must divide {{}}: set N_KV_HEAD={fitting}, or none")
     if OPTIMIZERS[config.optimizer].hidden_matrices and not model.hidden_matrices:
         yield pair("OPTIMIZER", "MODEL_TYPE", _needs_model("hidden_matrices") + ", which has no hidden matrices")
     # MODE=resume plans a schedule of its own, from RESUME_TRAINING_STEPS and RESUME_LEARNING_RATE.
@@ -402,7 +414,7 @@ def _default_optimizer(values: Mapping[str, Any], row: Mapping[str, Any]) -> str
 def _read_env_file(environ: Mapping[str, str], folder: str, problems: list[str]) -> tuple[str, dict[str, str]]:
     """Return the env file's name for messages, and its variables. Add what is wrong with it to `problems`."""
     name = environ.get("ENV_FILE", "") if environ.get("ENV_FILE", "").strip() else None
-    label = f"./{name}" if name in ("environment", *DERIVED_SOURCES) else name or ".env"
+    label = f"./{name}" if name in (*DIRECT_SOURCES, *DERIVED_SOURCES) else name or ".env"
     if environ.get("PYTHON_DOTENV_DISABLED", "").casefold() in ("1", "true", "t", "yes", "y"):
         if name:
             problems.append(f"ENV_FILE={name!r} is not read while PYTHON_DOTENV_DISABLED is set: unset one of them")

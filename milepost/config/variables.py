@@ -30,6 +30,10 @@ ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 ADDRESS_FORMS = ("source", "address", "folder", "paths")  # of values that may hold addresses, shown without passwords
 SECRET_FORMS = ("secret", "webhook")  # whose values are neither stored nor shown
 DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
+DIRECT_SOURCES = (
+    "environment",
+    "argument",
+)  # of values that the user set for this very run: argument is a keyword in Python
 DATA_VARIABLES = (
     "TRAINING_DATA_SOURCE",
     "TEXT_FIELD",
@@ -346,7 +350,7 @@ class Config:
     serve_timeout: int = var(300, "seconds that a request may take, waiting included; then it ends with an error", group="Serving", minimum=1)
     # fmt: on
 
-    # Where each value came from: "environment", the env file's name, "checkpoint" or "default".
+    # Where each value came from: "environment", "argument", the env file's name, "checkpoint" or "default".
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     # What to report once the run logs: names of the process environment that are near a variable. And the script's READS.
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)

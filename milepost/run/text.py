@@ -18,6 +18,7 @@ from milepost.runtime.distributed import SINGLE, World
 from milepost.runtime.progress import Log
 from milepost.text import token_files, tokenization
 from milepost.text.batches import Batches, largest_block_size, validation_windows
+from milepost.text.blocks import normalized
 from milepost.text.chunks import LongWordError
 from milepost.text.corpus import Corpus, open_corpus
 from milepost.text.errors import DataError, TextFieldError
@@ -217,6 +218,8 @@ def _check_block_size(split: Split, settings: Config) -> None:
     if block_size > largest:
         held = f"{smallest} tokens to train on, {held_out} to validate on"
         fits = f"set BLOCK_SIZE={largest} or less, " if largest > 0 else ""
+        if settings.validation_fraction and not settings.validation_data and smallest + held_out > 2 * (block_size + 1):
+            fits += f"set a {'larger' if held_out < smallest else 'smaller'} VALIDATION_FRACTION, "
         remedy = f"{fits}use more text, or train without validation (VALIDATION_FRACTION=0{', VALIDATION_DATA unset' * bool(settings.validation_data)})"
         which = "the smallest source" if len(train) > 1 else "this text"
         raise DataError(f"BLOCK_SIZE={block_size} is too long for {which} ({held}): {remedy}")
@@ -230,7 +233,14 @@ def parts_of(tokens: Tokens | Examples | MixedTokens) -> tuple[Tokens | Examples
 def training_batches(
     text: Text, model: Model, settings: Config, log: Log, *, step: int, window: int, rows: slice
 ) -> Batches | PackedBatches | MixedBatches:
-    """Return the batches of the training part from `step` on, whose data begin at `window`."""
+    """Return the batches of the training part from `step` on, whose data begin at `window`.
+
+    Raise DataError if conversations to train on, or to validate on, have no answer within a window: an evaluation would find
+    it only when it is due, after the steps before it.
+    """
+    for held_out in parts_of(text.split.validation):
+        if isinstance(held_out, Examples) and len(held_out):
+            packing_of(text, held_out, model, block_size=settings.block_size, part="validate")
     position: dict[str, Any] = {
         "batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation_steps, "seed": settings.seed,
         "start_step": step, "start_window": window, "rows": rows,
@@ -322,7 +332,7 @@ def check_separator(separator: str | None, tokenizer: tokenization.Tokenizer) ->
     if separator and tokenizer.end_of_text is None:
         problem = f"the {tokenizer.kind} tokenizer has no end-of-text token to put in its place"
         remedy = "train a new model with TOKENIZER=bpe or gpt2, or unset it"
-        raise ConfigError([f"DOCUMENT_SEPARATOR={separator}: {problem}: {remedy}"])
+        raise ConfigError([f"DOCUMENT_SEPARATOR={in_a_line(separator)}: {problem}: {remedy}"])
 
 
 def check_ids(corpus: Corpus, tokenizer: tokenization.Tokenizer) -> None:
@@ -373,12 +383,12 @@ def scan_text(settings: Config, log: Log, known: Known = UNKNOWN_TEXT) -> tuple[
 
 
 def reading_of(settings: Config) -> Reading:
-    """Return how files of the training text are read."""
+    """Return how files of the training text are read. Their line ends are normalized, so those of the separator are too."""
     return Reading(
         text_field=settings.text_field,
         prompt_field=settings.prompt_field,
         answer_field=settings.answer_field,
-        separator=settings.document_separator or "",
+        separator=normalized(settings.document_separator or ""),
     )
 
 
@@ -405,11 +415,17 @@ def _about_separator(corpus: Corpus, scanned: Scan, separator: str) -> list[str]
     """Return a line on what a separator does in a text, if there is one."""
     if not separator or corpus.prepared:
         return []
+    shown = in_a_line(separator)
     if not any(suffix_of(path.name) in SEPARABLE for path in corpus.paths):
-        return [
-            f"DOCUMENT_SEPARATOR={separator}: no effect on {corpus.source}, only in {' and '.join(SEPARABLE)} files"
-        ]
-    return [f"{corpus.source}: {scanned.documents:,} documents with {separator} between them"]
+        return [f"DOCUMENT_SEPARATOR={shown}: no effect on {corpus.source}, only in {' and '.join(SEPARABLE)} files"]
+    if scanned.documents <= len(corpus.paths):
+        return [f"{corpus.source}: DOCUMENT_SEPARATOR={shown} separates no documents: each file is one"]
+    return [f"{corpus.source}: {scanned.documents:,} documents with {shown} between them"]
+
+
+def in_a_line(separator: str) -> str:
+    """Return a separator for a message, in which its line ends begin no line."""
+    return separator if separator.isprintable() else repr(separator)
 
 
 @functools.lru_cache(maxsize=64)

@@ -40,13 +40,13 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
 
         def load() -> Checkpoint:
             path = local_path(name, settings, log)
-            return ckpt.load_named(path, folder, say=notes.append, optimizer=False, certain=True)
+            return ckpt.load_named(path, folder, say=notes.append, optimizer=False, verify=True, certain=True)
 
         record = agreed(load, world, optimizer=False, everywhere=is_address(name))
     else:
         return None
     assert record is not None  # `load_named` raises
-    others = config.without(settings, ["INIT_FROM", "GPT2_MODEL_NAME"])
+    others = config.without(settings, ["INIT_FROM", "GPT2_MODEL_NAME"])  # they name the record itself, no base
     record = completed(with_its_base(record, others, log), settings, log)
     for note in [*notes, *record.notes]:
         log(note)
@@ -72,7 +72,7 @@ def with_pinned(settings: Config, world: World) -> Config:
 
 def _pretrained(folder: Path, notes: list[str]) -> Checkpoint:
     """Return the checkpoint that the folder is, or the latest one in it; add a line on each choice to the notes."""
-    return ckpt.load_named(str(folder), folder, say=notes.append, optimizer=False, certain=True)
+    return ckpt.load_named(str(folder), folder, say=notes.append, optimizer=False, verify=True, certain=True)
 
 
 def agreed(
@@ -102,6 +102,8 @@ def with_its_base(record: Checkpoint, settings: Config, log: Log) -> Checkpoint:
     if not record.adapters_only:
         if settings.base_checkpoint:
             log(f"BASE_CHECKPOINT is not used: {record.path} holds its base")
+        if settings.init_from:
+            log(f"INIT_FROM is not used: {record.path} holds all its weights")
         return record
     path = _base_path(record, settings, log)
     whole = with_base(record, ckpt.load(path, optimizer=False))

@@ -25,6 +25,7 @@ from milepost.ckpt.record import (
     without_optimizer,
 )
 from milepost.ckpt.tensors import NO_OPTIMIZER_STATE, checked_tensors, is_optimizer_state
+from milepost.ckpt.torch_pickle import Header
 from milepost.files import new_file, new_group, written
 from milepost.paths import is_real_file
 
@@ -143,7 +144,7 @@ class ArchiveLayout(Layout):
         Raises CheckpointError, also for two archives of different saves. Never runs code from them.
         """
         if verify:
-            raise_first(self.problems(path) if optimizer else archive.verify(self._existing_model(path)))
+            raise_first(self.problems(path) if optimizer else self._problems_of_model(path))
         model, separate = self._existing_model(path), self.optimizer_file(path)
         content, values = archive.load(model)
         values = self._saved_again(content) if values is None else values
@@ -163,6 +164,17 @@ class ArchiveLayout(Layout):
             record.notes += _damage_of_optimizer(model, separate)
         record.path, record.layout = model, self.name
         return record
+
+    def _problems_of_model(self, path: Path) -> list[CheckpointError]:
+        """Compare the bytes of the model with their CRC-32; of an archive of ours, not those of the optimizer beside it."""
+        model = self._existing_model(path)
+        if self.is_pair or archive.read_metadata(model) is None:
+            return archive.verify(model)
+        assert self.optimizer_state is not None
+        content = archive.headers(model)
+        state = self.optimizer_state(content, model)
+        others = [value for value in content.values() if value is not state]
+        return archive.verify(model, spared=_storages(state) - _storages(others))
 
     def _state(self, content: dict[Any, Any], path: Path) -> Any:
         assert self.optimizer_state is not None
@@ -256,3 +268,11 @@ def _damage_of_optimizer(model: Path, optimizer: Path) -> list[str]:
 
 def _move_away(model: Path) -> str:
     return f"move it away to open {model.name} without an optimizer"
+
+
+def _storages(value: Any) -> set[str]:
+    """Return the keys of the storages of all tensors in nested values, whose tensors are headers."""
+    if isinstance(value, Header):
+        return {value.storage}
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return set().union(*map(_storages, parts))
