@@ -85,7 +85,7 @@ def test_tokens_read_otherwise_have_other_bits() -> None:
     assert not same(read(decoder, ids, singly), read(decoder, ids))
 
 
-def test_a_chunk_and_its_rest_are_read_apart(passes) -> None:
+def test_a_few_tokens_after_a_chunk_are_read_apart(passes) -> None:
     decoder = decoder_for(Decoder)
     for count, expected in {
         1: [1],
@@ -93,6 +93,8 @@ def test_a_chunk_and_its_rest_are_read_apart(passes) -> None:
         PROMPT_CHUNK: [PROMPT_CHUNK],
         PROMPT_CHUNK + 1: [PROMPT_CHUNK, 1],
         3 * PROMPT_CHUNK + 2: [3 * PROMPT_CHUNK, 2],
+        PROMPT_CHUNK + FEW: [PROMPT_CHUNK, FEW],
+        PROMPT_CHUNK + FEW + 1: [PROMPT_CHUNK + FEW + 1],
     }.items():
         passes.clear()
         cache = decoder.new_cache()

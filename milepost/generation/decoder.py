@@ -123,17 +123,19 @@ class Decoder:
         return self._logits((read[-1] if len(read[-1]) >= last else torch.cat(read))[-last:])
 
     def _passes(self, ids: Sequence[int], cache: DecodeCache) -> Iterable[Sequence[int]]:
-        """Return the ids of each pass: the whole chunks of a prompt, and the rest."""
+        """Return the ids of each pass: those of a prompt, but a few after its whole chunks in a pass of their own."""
         if cache.length == 0:
             cache.prefix = []
-        whole = len(ids) // self.chunk * self.chunk if len(cache.prefix) == cache.length else 0
-        return [part for part in (ids[:whole], ids[whole:]) if part]
+        rest = len(ids) % self.chunk
+        if len(cache.prefix) < cache.length or rest > FEW or rest in (0, len(ids)):
+            return [ids]
+        return [ids[:-rest], ids[-rest:]]
 
     def _follow(self, ids: Sequence[int], cache: DecodeCache) -> Tensor:
         """Return the output of the last norm for each of the ids (R, C), which follow the cache; it grows."""
         x = self._through(ids, [(cache, len(ids))])
-        if len(ids) % self.chunk == 0 and len(cache.prefix) == cache.length:
-            cache.prefix += ids
+        if len(cache.prefix) == cache.length:
+            cache.prefix += ids[: len(ids) // self.chunk * self.chunk]
         cache.length += len(ids)
         return x
 
