@@ -30,10 +30,7 @@ ALLOW_BLANK = ("PROMPT", "STOP")  # white space is a value of these
 ADDRESS_FORMS = ("source", "address", "folder", "paths")  # of values that may hold addresses, shown without passwords
 SECRET_FORMS = ("secret", "webhook")  # whose values are neither stored nor shown
 DERIVED_SOURCES = ("default", "checkpoint")  # of values that the user did not set
-DIRECT_SOURCES = (
-    "environment",
-    "argument",
-)  # of values that the user set for this very run: argument is a keyword in Python
+DIRECT_SOURCES = ("environment", "argument")  # of values set for this very run; argument: a keyword in Python
 DATA_VARIABLES = (
     "TRAINING_DATA_SOURCE",
     "TEXT_FIELD",

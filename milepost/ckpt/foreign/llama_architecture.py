@@ -44,25 +44,11 @@ SCALING = {  # ours -> theirs
 ROTARY: dict[str, tuple[Json, ...]] = {"partial_rotary_factor": (1.0, None)}
 EXPECTED: dict[str, tuple[Json, ...]] = {"hidden_act": ("silu",), **ROTARY}
 MISTRAL_WINDOW = 4096  # where its config does not say, as its first version had it
-ORDER = (  # of the modules of the whole model and of a block, as transformers declares them
-    *(
-        "embed_tokens",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "self_attn.q_norm",
-    ),
-    *(
-        "self_attn.k_norm",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-        "input_layernorm",
-        "post_attention_layernorm",
-    ),
-    *("norm", "lm_head"),
-)
+# Of the modules of the whole model and of a block, as transformers declares them.
+ORDER = (
+    "embed_tokens", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm", "norm", "lm_head",
+)  # fmt: skip
 BIASES = ("qkv_bias", "output_bias", "mlp_bias")
 
 

@@ -55,10 +55,8 @@ def training_of(path: Path, theirs: Shapes, ours: Shapes, translate: Translate, 
     progress = _state(path)
     scheduler, _ = _opened(path / SCHEDULER)
     arguments, _ = _opened(path / ARGUMENTS)
-    ways = [
-        [list(theirs)],
-        wide_and_flat(theirs),
-    ]  # of a loop with accelerate, and of the Trainer, which decays only matrices
+    # Those of a loop with accelerate, and of the Trainer, which decays only matrices.
+    ways = [[list(theirs)], wide_and_flat(theirs)]
     state, note = matched(saved, theirs, ours, translate, whole=whole, ways=ways)
     content = {**progress, "optimizer": saved, "lr_scheduler": scheduler}
     rate = rate_in_use(content)
