@@ -486,7 +486,7 @@ def test_several_checkpoints_are_refused_where_one_is_expected(folder):
     with pytest.raises(CheckpointError) as caught:
         ckpt.resolve(",".join(str(path) for path in folder.glob("*.pt")), folder)
     assert caught.value.kind == "not found"
-    assert "a single checkpoint" in caught.value.remedy
+    assert (caught.value.problem, caught.value.remedy) == ("not a single checkpoint", "name one of them here")
 
 
 def test_a_misspelt_path_beside_many_folders_is_not_found_soon(tmp_path, monkeypatch):
