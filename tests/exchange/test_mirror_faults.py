@@ -112,11 +112,13 @@ def test_a_store_that_fails_midway_is_a_sentence_and_training_goes_on(tmp_path, 
     monkeypatch.setattr(run_checkpoints, "copy_to_mirror", copied_at_once)  # so that none is passed over
     variables = SMALL | {"CHECKPOINT_MIRROR": ADDRESS, "CHECKPOINT_ASYNC": "false", "MIRROR_KEEP_LAST": "0"}
     fault, word = STAYING[name]
+    written: list[bool] = []
     begun: list[bool] = []
 
     def later(request: Proxy) -> bool:
-        if not begun and request.command == "HEAD" and request.path.endswith("latest.json"):
-            begun.append(True)  # the last request of the first checkpoint passes
+        if not begun and request.path.endswith("latest.json"):
+            begun.extend(written if request.command == "HEAD" else [])  # the last request of the first checkpoint passes
+            written.extend([True] if request.command == "PUT" else [])
             return False
         return bool(begun) and "lease" not in request.path and fault(request)
 
