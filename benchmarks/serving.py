@@ -6,7 +6,7 @@
 
 The server is the script, in a process of its own, and the clients are in this process, so that neither waits for the other's interpreter. One client
 is measured against the same texts without a server, in another process: its first token, and tokens per second; the first token of a text that
-goes on from an earlier one against one that is read anew. Then as many clients as CLIENTS at
+continues an earlier one against one that is read anew. Then as many clients as CLIENTS at
 once, against one at a time.
 """
 
@@ -228,16 +228,16 @@ def one_client(server: Server, folder: Path, what: str) -> None:
 
 
 def conversation(server: Server, what: str) -> None:
-    """Measure the first token after a text that goes on from an earlier one, against one that differs from the beginning."""
+    """Measure the first token after a text that continues an earlier one, against one that differs from the beginning."""
     words = itertools.count()
     arms = {
-        "goes on": lambda: server.text(1, 1, stream=True, prompt=f"{SAID} {next(words)}"),
+        "continues": lambda: server.text(1, 1, stream=True, prompt=f"{SAID} {next(words)}"),
         "anew": lambda: server.text(1, 1, stream=True, prompt=f"{next(words)} {SAID}"),
     }
     taken = compare(arms, rounds=15)
     shown = {arm: f"{1e3 * seconds:.0f} ms" for arm, seconds in taken.items()}
-    ratio = taken["anew"] / taken["goes on"]
-    row(f"first token of a conversation, {what}", ours=shown["goes on"], peer=f"{shown['anew']} anew", ratio=ratio)
+    ratio = taken["anew"] / taken["continues"]
+    row(f"first token of a conversation, {what}", ours=shown["continues"], peer=f"{shown['anew']} anew", ratio=ratio)
 
 
 def many_clients(server: Server, what: str) -> None:
