@@ -117,7 +117,9 @@ def test_a_store_that_fails_midway_is_a_sentence_and_training_goes_on(tmp_path, 
 
     def later(request: Proxy) -> bool:
         if not begun and request.path.endswith("latest.json"):
-            begun.extend(written if request.command == "HEAD" else [])  # the last request of the first checkpoint passes
+            begun.extend(
+                written if request.command == "HEAD" else []
+            )  # the last request of the first checkpoint passes
             written.extend([True] if request.command == "PUT" else [])
             return False
         return bool(begun) and "lease" not in request.path and fault(request)
