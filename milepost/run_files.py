@@ -151,18 +151,10 @@ def check_space(run: Run) -> None:
 
     If it keeps all of them, only warn.
     """
-    settings, folder, first = run.settings, Path(run.settings.checkpoint_dir), run.state.step
-    interval, last, every = (
-        settings.checkpoint_interval, settings.checkpoint_keep_last, settings.checkpoint_keep_every
-    )  # fmt: skip
+    folder, last = Path(run.settings.checkpoint_dir), run.settings.checkpoint_keep_last
     own = own_in(folder, run_id=run.run_id) if last else []
     there = [found.step for found in own if found.resumable and not in_best(found, folder)]
-    saves = 1 + (run.end - first) // interval if interval else 1
-    full = len(there) + saves
-    full = min(full, last + 1 if last else full) + settings.checkpoint_keep_best  # + 1: written before one is pruned
-    both = math.lcm(interval, every)  # steps that are saved, and stay without their optimizer
-    multiples = sum(step % every == 0 for step in there) + run.end // both - first // both if last and both else 0
-    stripped = min(multiples, max(0, len(there) + saves - last))
+    full, stripped = kept_in_the_end(run, there)
     weights, size = checkpoint_sizes(run)
     # The next checkpoint is written before any of those that are there is deleted.
     need = max(size, full * size + stripped * weights - bytes_taken(own))
@@ -173,6 +165,23 @@ def check_space(run: Run) -> None:
         if last:
             raise ConfigError([f"CHECKPOINT_KEEP_LAST={last}: {plan}; keep fewer, or set another CHECKPOINT_DIR"])
         run.log(f"warning: {plan}; set CHECKPOINT_KEEP_LAST")
+
+
+def kept_in_the_end(run: Run, there: list[int]) -> tuple[int, int]:
+    """Return how many checkpoints the policy keeps at most, with their optimizer and without, of those of the steps `there` and
+    of those that the run will save.
+    """
+    settings, first = run.settings, run.state.step
+    interval, last, every = (
+        settings.checkpoint_interval, settings.checkpoint_keep_last, settings.checkpoint_keep_every
+    )  # fmt: skip
+    saved = len(there) + (1 + (run.end - first) // interval if interval else 1)
+    full = min(saved, last + 1) if last else saved  # + 1: written before one is pruned
+    both = math.lcm(interval, every)  # steps that are saved, and stay without their optimizer
+    if not last or not both:
+        return full + settings.checkpoint_keep_best, 0
+    multiples = sum(step % every == 0 for step in there) + run.end // both - first // both
+    return full + settings.checkpoint_keep_best, min(multiples, max(0, saved - last))
 
 
 def checkpoint_sizes(run: Run) -> tuple[int, int]:

@@ -74,7 +74,7 @@ class Chat:
     number: int = 0
     dropping: bool = False  # whether it was reported that the oldest turns are dropped
     other: Loaded | None = None  # what /compare opened last
-    prefixes: Prefixes = field(default_factory=lambda: Prefixes(most=2))  # of the conversation, by both
+    prefixes: Prefixes = field(default_factory=lambda: Prefixes(most=2))  # what both have read of it
     code: int = 0  # of the first mistake
 
 

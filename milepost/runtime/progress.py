@@ -184,10 +184,9 @@ class Metrics:
         """
         if not self.path.exists():
             return 0
-        current = read_metrics(self.path)
-        aside = read_metrics(self.set_aside) if self.set_aside.exists() else []
-        lost = [text for path in (self.path, self.set_aside) if path.exists() for text in _unreadable(path)]
-        if lost:
+        current, lost = _read(self.path)
+        aside, lost_aside = _read(self.set_aside) if self.set_aside.exists() else ([], [])
+        if lost := [*lost, *lost_aside]:
             earlier = content_of(self.unreadable) if self.unreadable.exists() else b""
             replace_content(self.unreadable, earlier + b"".join(text + b"\n" for text in lost))
         history = _history(current, aside, keep=keep, until=until)
@@ -255,22 +254,23 @@ def _as_line(values: dict[str, Any]) -> bytes:
     return (json.dumps(finite, allow_nan=False) + "\n").encode()
 
 
-def _unreadable(path: Path) -> list[bytes]:
-    """Return the lines of a file of metrics that `read_metrics` leaves out, but for the end of a file, which a kill tore, and
-    lines without content: a file system may fill with zeros what it lost.
-    """
-    *texts, _ = content_of(path).split(b"\n")
-    return [text for text in texts if text.strip(b"\0 \t\r") and parse_line(text.decode(errors="replace")) is None]
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics.jsonl, NaN as null, without lines that are not a complete JSON object (torn by a
     kill).
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Return the lines as `read_metrics` does, and those that it leaves out, but for the end of the file, which a kill tore, and
+    lines without content: a file system may fill with zeros what it lost.
+    """
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise OSError(errno.EINVAL, "is not a regular file, expected the metrics of a run: remove it", str(path))
-    lines = (parse_line(text) for text in content_of(path).decode(errors="replace").split("\n"))
-    return [line for line in lines if line is not None]
+    texts = content_of(path).split(b"\n")
+    lines = [parse_line(text.decode(errors="replace")) for text in texts]
+    lost = [text for text, line in zip(texts, lines[:-1], strict=False) if line is None and text.strip(b"\0 \t\r")]
+    return [line for line in lines if line is not None], lost
 
 
 def parse_line(text: str) -> dict[str, Any] | None:
