@@ -142,7 +142,9 @@ def _blaming(variable: str, folder: Path) -> Iterator[None]:
         yield
     except (OSError, NotImplementedError) as error:
         problem = f"{variable}: {folder} cannot be written ({in_words(error)})"
-        raise ConfigError([f"{problem}: free space, fix its permissions, or set another {variable}"]) from error
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        remedy = "a file is where a folder must be" if in_the_way else "free space, fix its permissions"
+        raise ConfigError([f"{problem}: {remedy}, or set another {variable}"]) from error
 
 
 def check_space(run: Run) -> None:
