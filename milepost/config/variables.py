@@ -253,7 +253,7 @@ class Config:
     checkpoint_keep_every: int = var(0, "of those older than CHECKPOINT_KEEP_LAST, keep multiples of this many optimizer steps, without "
         "their optimizer; 0 = none", group="Checkpoints", scope="habit", minimum=0)
     checkpoint_keep_best: int = var(1, "checkpoints of lowest validation loss to keep per run, in best/; 0 = none",
-        group="Checkpoints", scope="habit", minimum=0)
+        group="Checkpoints", scope="habit", minimum=0, needs="VALIDATION_FRACTION!=0 or VALIDATION_DATA")
     checkpoint_async: bool = var(True, "write checkpoints in the background from a copy in memory; the bytes are the same",
         group="Checkpoints")
     runs_dir: str = var("runs", "folder of the runs: metrics, log, resolved settings, samples",
