@@ -4,7 +4,7 @@ Settings are keywords, the variables of docs/configuration.md in lower case, wit
 environment and .env are not read. train() logs those that have no effect there, generate() refuses them. Paths are
 `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a file, a folder, a stem, a glob, "latest",
 "best", or an address in a mirror. A `folder` that is not given is the one to which train() saves by default. Errors are
-raised: ConfigError, CheckpointError, DataError, TrainingError.
+raised: ConfigError, CheckpointError, DataError, DeviceError, TrainingError.
 """
 
 import contextlib
@@ -26,8 +26,10 @@ from milepost.locks import hold_run
 from milepost.remote import local_path
 from milepost.run import Run, completed
 from milepost.runtime.errors import TrainingError
+from milepost.runtime.hardware import DeviceError
 from milepost.runtime.progress import Log
 from milepost.samples import drop_conflicts, sample_texts
+from milepost.text.addresses import is_address, masked
 from milepost.text.errors import DataError
 
 Name = str | os.PathLike[str]
@@ -119,10 +121,15 @@ def save(checkpoint: Checkpoint, folder: Name | None = None, *, layout: str = "u
 
 
 def convert(checkpoint: Name, layout: str, *, folder: Name | None = None, model_only: bool = False) -> Converted:
-    """Write the checkpoint in another layout, to `folder` or beside the source, and prove that nothing was lost."""
+    """Write the checkpoint in another layout, to `folder` or beside the source, and prove that nothing was lost.
+
+    A checkpoint of a mirror needs a `folder`.
+    """
     if layout not in tuple(ckpt.WRITERS):
         raise ConfigError([f"layout={layout!r}: expected one of {', '.join(ckpt.WRITERS)}"])
     target = None if folder is None else _folder(folder)
+    if target is None and is_address(_path("checkpoint", checkpoint)):
+        raise ConfigError(["folder: needed for a checkpoint of a mirror, of which only a cache is here"])
     return ckpt.convert(_resolved(checkpoint, None), target, layout=layout, model_only=model_only)
 
 
@@ -207,7 +214,13 @@ def _text(name: str, value: Any) -> str:
 
 def _folder(folder: Name | None) -> Path:
     """Return the folder, by default the one to which train() saves by default."""
-    return Path(settings_of().checkpoint_dir if folder is None else _path("folder", folder))
+    if folder is None:
+        return Path(settings_of().checkpoint_dir)
+    path = _path("folder", folder)
+    if is_address(path):
+        remedy = "load, generate, verify and convert open one of its checkpoints by its address, such as .../latest"
+        raise ConfigError([f"folder={masked(path)}: expected a folder here, not a mirror: {remedy}"])
+    return Path(os.path.expanduser(path))
 
 
 def _resolved(checkpoint: Name, folder: Name | None) -> Path:
@@ -228,6 +241,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeviceError",
     "TrainingError",
     "best",
     "convert",

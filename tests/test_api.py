@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +211,43 @@ def test_texts_to_stop_at_are_texts():
     for value in (b"x", [b"x"], {"a": 1}, {"a"}, object()):
         with pytest.raises(ConfigError, match="stop: expected text or a list of texts, not"):
             settings_of(stop=value)
+
+
+def test_a_training_in_a_thread_is_that_of_the_main_thread(trained, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        text = small_text(tmp_path)
+        run = pool.submit(milepost.train, **settings(tmp_path, training_data_source=text)).result()
+    assert run.state.validation_loss == trained[1].state.validation_loss
+    there, here = (milepost.load("latest", folder=folder / "checkpoints") for folder in (trained[0], tmp_path))
+    assert tensor_bytes(there) == tensor_bytes(here)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_is_no_address_and_may_lie_in_the_home_folder(trained, monkeypatch, tmp_path):
+    """An address made a folder called `file:` in the current one, as `~` made one called `~`; a search there found nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    made, address = record(3, **FULL), f"file://{tmp_path}/mirror"
+    calls = [milepost.find, milepost.latest, milepost.best, lambda folder: milepost.save(made, folder)]
+    for call in [*calls, lambda folder: milepost.prune(folder, keep_last=1)]:
+        with pytest.raises(ConfigError, match="expected a folder here, not a mirror"):
+            call(address)
+    with pytest.raises(ConfigError, match="folder: needed for a checkpoint of a mirror"):
+        milepost.convert(f"{address}/latest", "directory")
+    assert list(tmp_path.iterdir()) == []
+    path = milepost.save(made, "~/mine")
+    assert path.parent == tmp_path / "home" / "mine"
+    assert milepost.latest("~/mine") == milepost.find("~/mine")[0].path == path
+
+
+def test_a_device_that_is_absent_is_an_error_of_the_interface(trained):
+    from milepost.api import DeviceError
+
+    if torch.backends.mps.is_available():
+        pytest.skip("it has the device")
+    with pytest.raises(DeviceError, match="has no mps device"):
+        milepost.generate("latest", device="mps", checkpoint_dir=trained[0] / "checkpoints")
 
 
 def test_generated_text_is_a_function_of_the_seed(trained):
