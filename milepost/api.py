@@ -22,7 +22,7 @@ from milepost.ckpt.conversion import Converted
 from milepost.ckpt.retention import latest_valid
 from milepost.cli import processes
 from milepost.config import Config, ConfigError
-from milepost.locks import hold_run
+from milepost.locks import RunLockedError, hold_run
 from milepost.remote import local_path
 from milepost.run import Run, completed
 from milepost.runtime.errors import TrainingError
@@ -143,26 +143,39 @@ def prune(folder: Name | None = None, *, keep_last: int, keep_every: int = 0) ->
     deleted.
 
     Never deleted: best/ and a best step that is not there yet, a run's final checkpoint, a base that adapters need, damaged files, and any file under another
-    name than a save gave it.
+    name than a save gave it. A run that is being trained is left alone. Raise the first error only after pruning the others.
     """
     policy = settings_of(checkpoint_keep_last=keep_last, checkpoint_keep_every=keep_every)
     if policy.checkpoint_keep_last < 1:
         raise ConfigError([f"keep_last={keep_last}: expected at least 1"])
-    place, deleted = _folder(folder), []
+    place, deleted, failed = _folder(folder), [], []
     for run_id in sorted({found.run_id for found in ckpt.find(place) if found.run_id}):
-        valid, _ = latest_valid(place, run_id)
-        if valid is not None:
-            with hold_run(place, run_id):
-                expired = ckpt.prune(
-                    place,
-                    run_id=run_id,
-                    keep_last=policy.checkpoint_keep_last,
-                    keep_every=policy.checkpoint_keep_every,
-                    latest_valid=valid,
-                    spare=[pending] if (pending := ckpt.pending_best(place, run_id)) else [],
-                )
-            deleted += [found.path for found in expired.remove]
+        try:
+            deleted += _pruned(place, run_id, policy)
+        except RunLockedError as error:
+            Log()(f"left alone: {error}")
+        except (OSError, CheckpointError) as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
     return deleted
+
+
+def _pruned(place: Path, run_id: str, policy: Config) -> list[Path]:
+    """Prune a run and return what was deleted: nothing if no checkpoint of it is valid. Raise RunLockedError if a process trains it."""
+    with hold_run(place, run_id):
+        valid, _ = latest_valid(place, run_id)
+        if valid is None:
+            return []
+        expired = ckpt.prune(
+            place,
+            run_id=run_id,
+            keep_last=policy.checkpoint_keep_last,
+            keep_every=policy.checkpoint_keep_every,
+            latest_valid=valid,
+            spare=[pending] if (pending := ckpt.pending_best(place, run_id)) else [],
+        )
+    return [found.path for found in expired.remove]
 
 
 def settings_of(reads: Sequence[str] = (), /, **values: Any) -> Config:

@@ -18,6 +18,7 @@ import milepost
 from milepost import ckpt
 from milepost.ckpt import CheckpointError
 from milepost.config import VARIABLES, ConfigError
+from milepost.locks import RunLock
 
 SETTINGS = {name.lower(): value for name, value in TINY.items()}
 
@@ -192,6 +193,25 @@ def test_a_layout_of_any_kind_is_refused(layout, trained, tmp_path):
         milepost.save(record(3, **FULL), tmp_path, layout=layout)
     with pytest.raises(ConfigError, match=r"layout.*expected one of unified"):
         milepost.convert(milepost.latest(trained[0] / "checkpoints"), layout, folder=tmp_path)
+
+
+def test_a_run_that_is_trained_is_left_alone_and_the_others_are_pruned(tmp_path, capsys):
+    runs = ("a-first", "b-second", "c-third")
+    for run_id in runs:
+        for step in (1, 2):
+            made = record(step, **FULL)
+            made.run_id = run_id
+            milepost.save(made, tmp_path)
+    lock = RunLock(tmp_path, "b-second")
+    lock.acquire()
+    try:
+        deleted = milepost.prune(tmp_path, keep_last=1)
+    finally:
+        lock.release()
+    assert len(deleted) == 2
+    left = [(found.run_id, found.step) for found in milepost.find(tmp_path)]
+    assert sorted(left) == [("a-first", 2), ("b-second", 1), ("b-second", 2), ("c-third", 2)]
+    assert "left alone: " in capsys.readouterr().err
 
 
 def test_a_policy_takes_what_its_variables_take(tmp_path):
