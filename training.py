@@ -11,6 +11,8 @@ calls: milepost/run/ builds a run, and milepost/resume.py rebuilds it from a che
 
 import sys
 
+if getattr(sys.flags, "safe_path", False):  # python -I and -P leave this folder out
+    sys.path.insert(0, __file__.rpartition("training")[0])
 from milepost import config
 
 READS = (

@@ -4,7 +4,7 @@ Settings are keywords, the variables of docs/configuration.md in lower case, wit
 environment and .env are not read. train() logs those that have no effect there, generate() refuses them. Paths are
 `str` or `PathLike`. A checkpoint is named as CHECKPOINT_PATH names it: a file, a folder, a stem, a glob, "latest",
 "best", or an address in a mirror. A `folder` that is not given is the one to which train() saves by default. Errors are
-raised: ConfigError, CheckpointError, DataError, TrainingError.
+raised: ConfigError, CheckpointError, DataError, DeviceError, TrainingError.
 """
 
 import contextlib
@@ -22,12 +22,14 @@ from milepost.ckpt.conversion import Converted
 from milepost.ckpt.retention import latest_valid
 from milepost.cli import processes
 from milepost.config import Config, ConfigError
-from milepost.locks import hold_run
+from milepost.locks import RunLockedError, hold_run
 from milepost.remote import local_path
 from milepost.run import Run, completed
 from milepost.runtime.errors import TrainingError
+from milepost.runtime.hardware import DeviceError
 from milepost.runtime.progress import Log
 from milepost.samples import drop_conflicts, sample_texts
+from milepost.text.addresses import is_address, masked
 from milepost.text.errors import DataError
 
 Name = str | os.PathLike[str]
@@ -61,7 +63,7 @@ def load(checkpoint: Name, *, folder: Name | None = None, optimizer: bool = True
 
     `optimizer=False` leaves the optimizer's tensors unread; `verify=True` compares every byte with its checksum first.
     """
-    name = local_path(os.fspath(checkpoint), settings_of(), Log())
+    name = local_path(_path("checkpoint", checkpoint), settings_of(), Log())
     return ckpt.load_named(name, _folder(folder), say=Log(), optimizer=optimizer, verify=verify)
 
 
@@ -80,6 +82,8 @@ def generate(checkpoint: Checkpoint | Name, prompt: str = "", **settings: Any) -
         raise ConfigError(["num_samples: generate returns one text; call it once for each, with another sample_seed"])
     if resolved.is_set("PROMPT_FILE"):
         raise ConfigError(["prompt_file: generate reads no file; pass its text as prompt"])
+    if not isinstance(prompt, str):
+        raise ConfigError([f"prompt: expected text, not {type(prompt).__name__}"])
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load(checkpoint, folder=resolved.checkpoint_dir, optimizer=False)
     seed = resolved.sample_seed if resolved.sample_seed is not None else int.from_bytes(os.urandom(4), "little")
@@ -111,14 +115,21 @@ def save(checkpoint: Checkpoint, folder: Name | None = None, *, layout: str = "u
 
     Raise CheckpointError before writing if what is written could not be loaded again.
     """
+    if not isinstance(checkpoint, Checkpoint):
+        raise ConfigError([f"checkpoint: expected what load returns, not {type(checkpoint).__name__}"])
     return ckpt.save(checkpoint, _folder(folder), layout=layout)
 
 
 def convert(checkpoint: Name, layout: str, *, folder: Name | None = None, model_only: bool = False) -> Converted:
-    """Write the checkpoint in another layout, to `folder` or beside the source, and prove that nothing was lost."""
-    if layout not in ckpt.WRITERS:
+    """Write the checkpoint in another layout, to `folder` or beside the source, and prove that nothing was lost.
+
+    A checkpoint of a mirror needs a `folder`.
+    """
+    if layout not in tuple(ckpt.WRITERS):
         raise ConfigError([f"layout={layout!r}: expected one of {', '.join(ckpt.WRITERS)}"])
-    target = None if folder is None else Path(folder)
+    target = None if folder is None else _folder(folder)
+    if target is None and is_address(_path("checkpoint", checkpoint)):
+        raise ConfigError(["folder: needed for a checkpoint of a mirror, of which only a cache is here"])
     return ckpt.convert(_resolved(checkpoint, None), target, layout=layout, model_only=model_only)
 
 
@@ -132,25 +143,39 @@ def prune(folder: Name | None = None, *, keep_last: int, keep_every: int = 0) ->
     deleted.
 
     Never deleted: best/ and a best step that is not there yet, a run's final checkpoint, a base that adapters need, damaged files, and any file under another
-    name than a save gave it.
+    name than a save gave it. A run that is being trained is left alone. Raise the first error only after pruning the others.
     """
-    if keep_last < 1:
+    policy = settings_of(checkpoint_keep_last=keep_last, checkpoint_keep_every=keep_every)
+    if policy.checkpoint_keep_last < 1:
         raise ConfigError([f"keep_last={keep_last}: expected at least 1"])
-    place, deleted = _folder(folder), []
+    place, deleted, failed = _folder(folder), [], []
     for run_id in sorted({found.run_id for found in ckpt.find(place) if found.run_id}):
-        valid, _ = latest_valid(place, run_id)
-        if valid is not None:
-            with hold_run(place, run_id):
-                expired = ckpt.prune(
-                    place,
-                    run_id=run_id,
-                    keep_last=keep_last,
-                    keep_every=keep_every,
-                    latest_valid=valid,
-                    spare=[pending] if (pending := ckpt.pending_best(place, run_id)) else [],
-                )
-            deleted += [found.path for found in expired.remove]
+        try:
+            deleted += _pruned(place, run_id, policy)
+        except RunLockedError as error:
+            Log()(f"left alone: {error}")
+        except (OSError, CheckpointError) as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
     return deleted
+
+
+def _pruned(place: Path, run_id: str, policy: Config) -> list[Path]:
+    """Prune a run and return what was deleted: nothing if no checkpoint of it is valid. Raise RunLockedError if a process trains it."""
+    with hold_run(place, run_id):
+        valid, _ = latest_valid(place, run_id)
+        if valid is None:
+            return []
+        expired = ckpt.prune(
+            place,
+            run_id=run_id,
+            keep_last=policy.checkpoint_keep_last,
+            keep_every=policy.checkpoint_keep_every,
+            latest_valid=valid,
+            spare=[pending] if (pending := ckpt.pending_best(place, run_id)) else [],
+        )
+    return [found.path for found in expired.remove]
 
 
 def settings_of(reads: Sequence[str] = (), /, **values: Any) -> Config:
@@ -182,32 +207,54 @@ def settings_of(reads: Sequence[str] = (), /, **values: Any) -> Config:
 
 
 def _text(name: str, value: Any) -> str:
-    """Return a value of Python as the text of its variable: a path, a number of numpy or torch, or a string of a list, which is
-    taken as it is. Raise TypeError for anything else, such as a list of paths.
+    """Return a value of Python as the text of its variable: a path, a number of numpy or torch, or the strings of a list, which are
+    taken as they are. Raise TypeError for anything else, such as a list of paths.
     """
-    if isinstance(value, str) and config.VARIABLES[name].metadata["form"] == "list":
+    listed = config.VARIABLES[name].metadata["form"] == "list"
+    if listed and isinstance(value, str):
         return config.as_text([value] if value else None)
-    plain = os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "item", lambda: value)()
-    if plain and not isinstance(plain, str | bool | int | float) and config.VARIABLES[name].metadata["form"] != "list":
-        several = "; several values are one text, joined by commas"
-        raise TypeError(f"expected text, a number, a boolean or a path, not {type(value).__name__}{several}")
+    if listed and isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+        return config.as_text(value)
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):  # no number, or many
+        plain = value.item()
+    if plain is not None and not isinstance(plain, str | bool | int | float):
+        expected = "text or a list of texts" if listed else "text, a number, a boolean or a path"
+        several = "" if listed else "; several values are one text, joined by commas"
+        raise TypeError(f"expected {expected}, not {type(value).__name__}{several}")
     return config.as_text(plain)
 
 
 def _folder(folder: Name | None) -> Path:
     """Return the folder, by default the one to which train() saves by default."""
-    return Path(settings_of().checkpoint_dir if folder is None else folder)
+    if folder is None:
+        return Path(settings_of().checkpoint_dir)
+    path = _path("folder", folder)
+    if is_address(path):
+        remedy = "load, generate, verify and convert open one of its checkpoints by its address, such as .../latest"
+        raise ConfigError([f"folder={masked(path)}: expected a folder here, not a mirror: {remedy}"])
+    return Path(os.path.expanduser(path))
 
 
 def _resolved(checkpoint: Name, folder: Name | None) -> Path:
-    name = local_path(os.fspath(checkpoint), settings_of(), Log())
+    name = local_path(_path("checkpoint", checkpoint), settings_of(), Log())
     return ckpt.resolve(name, _folder(folder), certain=True)[0]
+
+
+def _path(argument: str, value: Name) -> str:
+    """Return a path, or the name of a checkpoint, as text. Raise ConfigError if it is neither."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        found = repr(path) if isinstance(path, str) else type(value).__name__
+        raise ConfigError([f"{argument}: expected a path, as text or as a path of Python, not {found}"])
+    return path
 
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeviceError",
     "TrainingError",
     "best",
     "convert",

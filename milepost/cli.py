@@ -189,9 +189,11 @@ def prepare_processes(settings: Config, log: Log, world: World) -> None:
     """Silence every process but rank 0, and split this machine's processor cores between its processes."""
     if not world.is_rank0:
         ignore(sys.stdout)
-    if config.omp_threads_is_one():
+    if config.omp_threads_is_one() and world.local_size > 1:  # for a single process torchrun leaves it as it is
         count = f"{hardware.share_threads(world.local_size)} threads for each of the {world.local_size} processes here"
-        log(f"OMP_NUM_THREADS is 1, torchrun's default: using {count}; set it to change the number")
+        log(
+            f"OMP_NUM_THREADS is 1, as torchrun sets it: using {count}; OMP_THREAD_LIMIT=1 keeps it at 1, a higher number is kept"
+        )
     if not config.max_restarts():
         return
     if settings.resume == "never":

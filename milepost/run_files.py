@@ -58,6 +58,9 @@ def open_run(run: Run, held: contextlib.ExitStack) -> None:
         if fallback := run.settings.checkpoint_fallback_dir:
             with _blaming("CHECKPOINT_FALLBACK_DIR", Path(fallback)):
                 prepare_folder(Path(fallback))
+                if checkpoints.samefile(fallback):
+                    problem = f"CHECKPOINT_FALLBACK_DIR={fallback} is CHECKPOINT_DIR"
+                    raise ConfigError([f"{problem}: set a folder on another disk, or unset it"])
                 note_mount(Path(fallback))
             # Newer saves than the one resumed may lie only there, after RESUME_STEP: the next are numbered above them.
             run.saved.number = max(run.saved.number, highest_number(Path(fallback)))
@@ -142,7 +145,9 @@ def _blaming(variable: str, folder: Path) -> Iterator[None]:
         yield
     except (OSError, NotImplementedError) as error:
         problem = f"{variable}: {folder} cannot be written ({in_words(error)})"
-        raise ConfigError([f"{problem}: free space, fix its permissions, or set another {variable}"]) from error
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        remedy = "a file is where a folder must be" if in_the_way else "free space, fix its permissions"
+        raise ConfigError([f"{problem}: {remedy}, or set another {variable}"]) from error
 
 
 def check_space(run: Run) -> None:

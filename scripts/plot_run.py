@@ -72,7 +72,8 @@ def chosen(requested: str, folder: Path) -> list[Path]:
 
     Raises ConfigError if RUN is empty, and listing the runs if a part of it matches none.
     """
-    parts = [part.strip() for part in requested.split(",") if part.strip()]
+    alone = any(is_regular(place / METRICS) for place in (folder / requested, Path(os.path.expanduser(requested))))
+    parts = [requested] if alone else [part.strip() for part in requested.split(",") if part.strip()]
     if not parts:
         raise ConfigError(
             [f"RUN={requested}: expected latest, the beginning of a run's name, a glob or a run's folder"]

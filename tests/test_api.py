@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import milepost
 from milepost import ckpt
 from milepost.ckpt import CheckpointError
 from milepost.config import VARIABLES, ConfigError
+from milepost.locks import RunLock
 
 SETTINGS = {name.lower(): value for name, value in TINY.items()}
 
@@ -137,6 +140,134 @@ def test_paths_are_strings_or_path_objects(kind, trained):
     assert milepost.load(kind(path), optimizer=False).optimizer_state is None
     assert milepost.verify(kind(path)) == []
     assert [found.step for found in milepost.find(kind(folder))][-1] == milepost.load(path).step
+
+
+def test_what_find_lists_is_a_checkpoint(trained):
+    found = milepost.find(trained[0] / "checkpoints")[-1]
+    assert milepost.load(found).step == found.step
+    assert milepost.verify(found) == []
+
+
+WRONG = {
+    "none": None, "number": 3, "boolean": True, "bytes": b"x", "list": [], "dictionary": {}, "object": object(),
+    "array": np.arange(2),
+}  # fmt: skip
+NO_PATH = WRONG | {"empty": "", "null": "a\0b"}
+
+
+@pytest.mark.parametrize("kind", NO_PATH)
+def test_a_path_of_the_wrong_kind_is_refused_by_the_name_of_its_argument(kind, trained):
+    value, path, made = NO_PATH[kind], milepost.latest(trained[0] / "checkpoints"), record(3, **FULL)
+    for call in (milepost.load, milepost.verify, milepost.generate, milepost.convert, milepost.save):
+        with pytest.raises(ConfigError, match="checkpoint: expected "):
+            call(value, **{"layout": "directory"} if call is milepost.convert else {})
+    in_folder = [
+        milepost.find,
+        milepost.latest,
+        milepost.best,
+        lambda folder: milepost.prune(folder, keep_last=1),
+        lambda folder: milepost.load("latest", folder=folder),
+        lambda folder: milepost.save(made, folder),
+        lambda folder: milepost.convert(path, "directory", folder=folder),
+    ]
+    for call in in_folder if kind != "none" else []:  # None is the default
+        with pytest.raises(ConfigError, match="folder: expected a path"):
+            call(value)
+    assert not list(path.parent.glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_value_of_the_wrong_kind_is_refused_by_the_name_of_its_argument(kind, trained, tmp_path):
+    value, path = WRONG[kind], milepost.latest(trained[0] / "checkpoints")
+    with pytest.raises(ConfigError, match="prompt: expected text, not"):
+        milepost.generate(path, value)
+    for call in (lambda: milepost.train(seed=value), lambda: milepost.prune(tmp_path, keep_last=value)):
+        if kind not in ("none", "number"):
+            with pytest.raises(ConfigError, match=r"(?i)seed|keep_last"):
+                call()
+
+
+@pytest.mark.parametrize("layout", [None, [], {}, 3, "zip"], ids=repr)
+def test_a_layout_of_any_kind_is_refused(layout, trained, tmp_path):
+    with pytest.raises(CheckpointError, match=r"layout.*expected one of unified"):
+        milepost.save(record(3, **FULL), tmp_path, layout=layout)
+    with pytest.raises(ConfigError, match=r"layout.*expected one of unified"):
+        milepost.convert(milepost.latest(trained[0] / "checkpoints"), layout, folder=tmp_path)
+
+
+def test_a_run_that_is_trained_is_left_alone_and_the_others_are_pruned(tmp_path, capsys):
+    runs = ("a-first", "b-second", "c-third")
+    for run_id in runs:
+        for step in (1, 2):
+            made = record(step, **FULL)
+            made.run_id = run_id
+            milepost.save(made, tmp_path)
+    lock = RunLock(tmp_path, "b-second")
+    lock.acquire()
+    try:
+        deleted = milepost.prune(tmp_path, keep_last=1)
+    finally:
+        lock.release()
+    assert len(deleted) == 2
+    left = [(found.run_id, found.step) for found in milepost.find(tmp_path)]
+    assert sorted(left) == [("a-first", 2), ("b-second", 1), ("b-second", 2), ("c-third", 2)]
+    assert "left alone: " in capsys.readouterr().err
+
+
+def test_a_policy_takes_what_its_variables_take(tmp_path):
+    for step in (1, 2, 3, 4):
+        milepost.save(record(step, **FULL), tmp_path)
+    deleted = milepost.prune(tmp_path, keep_last="2", keep_every="2")
+    assert [int(re.search(r"step(\d+)", path.name)[1]) for path in deleted] == [1]
+    for values in ({"keep_last": 1.5}, {"keep_last": 1, "keep_every": -1}, {"keep_last": None}):
+        with pytest.raises(ConfigError):
+            milepost.prune(tmp_path, **values)
+    assert [found.step for found in milepost.find(tmp_path)] == [2, 3, 4]
+
+
+def test_texts_to_stop_at_are_texts():
+    from milepost.api import settings_of
+
+    for value in (b"x", [b"x"], {"a": 1}, {"a"}, object()):
+        with pytest.raises(ConfigError, match="stop: expected text or a list of texts, not"):
+            settings_of(stop=value)
+
+
+def test_a_training_in_a_thread_is_that_of_the_main_thread(trained, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        text = small_text(tmp_path)
+        run = pool.submit(milepost.train, **settings(tmp_path, training_data_source=text)).result()
+    assert run.state.validation_loss == trained[1].state.validation_loss
+    there, here = (milepost.load("latest", folder=folder / "checkpoints") for folder in (trained[0], tmp_path))
+    assert tensor_bytes(there) == tensor_bytes(here)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_is_no_address_and_may_lie_in_the_home_folder(trained, monkeypatch, tmp_path):
+    """An address made a folder called `file:` in the current one, as `~` made one called `~`; a search there found nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    made, address = record(3, **FULL), f"file://{tmp_path}/mirror"
+    calls = [milepost.find, milepost.latest, milepost.best, lambda folder: milepost.save(made, folder)]
+    for call in [*calls, lambda folder: milepost.prune(folder, keep_last=1)]:
+        with pytest.raises(ConfigError, match="expected a folder here, not a mirror"):
+            call(address)
+    with pytest.raises(ConfigError, match="folder: needed for a checkpoint of a mirror"):
+        milepost.convert(f"{address}/latest", "directory")
+    assert list(tmp_path.iterdir()) == []
+    path = milepost.save(made, "~/mine")
+    assert path.parent == tmp_path / "home" / "mine"
+    assert milepost.latest("~/mine") == milepost.find("~/mine")[0].path == path
+
+
+def test_a_device_that_is_absent_is_an_error_of_the_interface(trained):
+    from milepost.api import DeviceError
+
+    if torch.backends.mps.is_available():
+        pytest.skip("it has the device")
+    with pytest.raises(DeviceError, match="has no mps device"):
+        milepost.generate("latest", device="mps", checkpoint_dir=trained[0] / "checkpoints")
 
 
 def test_generated_text_is_a_function_of_the_seed(trained):

@@ -358,6 +358,7 @@ def test_invalid_blocks_are_refused(text: str) -> None:
         ("MODEL_TYPE=gpt2 TTT_LAYERS=0,4", "TTT_LAYERS=0,4 (environment) names a missing block: N_LAYER=4 (default) has blocks 0 to 3"),
         ("MODEL_TYPE=gpt2 TTT_LAYERS=3 N_LAYER=2", "TTT_LAYERS=3 (environment) names a missing block: N_LAYER=2 (environment) has blocks 0 to 1"),
         ("MODEL_TYPE=gpt2 TTT_LAYERS=1 CHECKPOINT_LAYOUT=huggingface", "TTT_LAYERS=1 (environment) and CHECKPOINT_LAYOUT=huggingface (environment): transformers has no TTT layers; train in another layout"),
+        ("RUN_NAME=Latest", "RUN_NAME=Latest (environment): RUN=latest is the newest run: take another name"),
         ("WARMUP_STEPS=30 TRAINING_STEPS=20", "WARMUP_STEPS=30 (environment) is more than TRAINING_STEPS=20 (environment): set fewer WARMUP_STEPS"),
         ("MIN_LEARNING_RATE=0.1", "MIN_LEARNING_RATE=0.1 (environment) is above LEARNING_RATE=0.01 (default): set a lower MIN_LEARNING_RATE"),
         ("PROMPT=a PROMPT_FILE=-", "PROMPT=a (environment) and PROMPT_FILE=- (environment) are both set: unset one"),

@@ -429,6 +429,22 @@ def test_where_torchruns_restarts_would_begin_is_logged_unless_it_is_the_latest(
     assert ("restarts" in lines.getvalue()) == bool(said)
 
 
+@pytest.mark.parametrize(("processes", "shares"), [(1, False), (2, True)])
+def test_one_thread_is_torchruns_choice_only_for_several_processes(processes, shares, tmp_path, monkeypatch):
+    """For a single process torchrun sets no number, so that it is the user's."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before, lines = torch.get_num_threads(), io.StringIO()
+    try:
+        torch.set_num_threads(1)
+        world = World(size=2, local_size=processes)
+        prepare_processes(config.read(environment(tmp_path)), Log(lines), world)
+        share = max(1, len(os.sched_getaffinity(0)) // processes) if shares else 1
+        assert torch.get_num_threads() == share
+    finally:
+        torch.set_num_threads(before)
+    assert ("OMP_THREAD_LIMIT=1 keeps it at 1" in lines.getvalue()) == shares
+
+
 @pytest.mark.parametrize(
     ("changes", "said", "code"),
     [

@@ -336,6 +336,7 @@ MISSING = [
     ("latest", "{empty}/none", "{empty}/none", "there is no folder {empty}/none"),
     ("latest", "{empty}", "{empty}", "{empty} holds no checkpoint"),
     ("best", "{empty}", "{empty}", "was ENABLE_CHECKPOINTS=true set when training?"),
+    ("latest", "{empty}/file.txt", "{empty}/file.txt", "{empty}/file.txt is no folder: name the folder that holds"),
     ("{folder}/missing.pt", "{empty}", "{folder}/missing.pt", "{folder} holds checkpoint_"),
     ("{empty}/no/missing.pt", "{folder}", "{empty}/no/missing.pt", "{folder} holds checkpoint_"),
     ("{folder}/*step7*", "{empty}", "{folder}/*step7*", "{folder} holds checkpoint_"),
@@ -348,6 +349,7 @@ MISSING = [
 def missing_error(function, name: str, folder: Path, empty: Path, *, where: str) -> CheckpointError:
     """The error of `function` for a checkpoint that does not exist, with the folders put into `name` and `where`."""
     empty.mkdir()
+    (empty / "file.txt").touch()
     with pytest.raises(CheckpointError) as caught:
         function(name.format(folder=folder, empty=empty), Path(where.format(folder=folder, empty=empty)))
     assert caught.value.kind == "not found"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from drive import at_step, newest, tensor_bytes, train
+from drive import at_step, newest, small_text, tensor_bytes, train
 from test_last_step import stop, trained
 
 from milepost import ckpt, locks, run_checkpoints
@@ -150,6 +150,17 @@ def test_control_without_a_look_at_the_mount_the_last_step_is_hidden_below_it(
     assert {each.step for each in ckpt.find(small_disk / "place" / "checkpoints")} == {8}
     mounting()
     assert {each.step for each in ckpt.find(tmp_path / "disk" / "checkpoints")} == {4}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "link"])
+def test_a_fallback_folder_that_is_the_first_one_is_refused(name, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "link").symlink_to("checkpoints")
+    small_text(tmp_path)
+    code, said = train(tmp_path, CHECKPOINT_FALLBACK_DIR=str(tmp_path / name))
+    assert code == 2
+    assert f"CHECKPOINT_FALLBACK_DIR={tmp_path / name} is CHECKPOINT_DIR: set a folder on another disk" in said
+    assert ckpt.find(tmp_path / "checkpoints") == []
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -105,6 +105,7 @@ def unused(name: str, **variables: str) -> list[str]:
         ("training", {"CHECKPOINT_INTERVAL": "500"}, ["CHECKPOINT_INTERVAL"], "needs ENABLE_CHECKPOINTS=true"),
         ("training", {"CHECKPOINT_DIR": "x"}, ["CHECKPOINT_DIR"], "needs ENABLE_CHECKPOINTS=true or RESUME or INIT_FROM"),
         ("training", {"CHECKPOINT_KEEP_LAST": "1", "INIT_FROM": "x"}, ["CHECKPOINT_KEEP_LAST"], "needs ENABLE_CHECKPOINTS=true"),
+        ("training", {"ENABLE_CHECKPOINTS": "true", "CHECKPOINT_KEEP_BEST": "3", "VALIDATION_FRACTION": "0"}, ["CHECKPOINT_KEEP_BEST"], "needs VALIDATION_FRACTION other than 0 or VALIDATION_DATA"),
         ("training", {"TEMPERATURE": "0", "TOP_P": "0.5"}, ["TOP_P"], "needs TEMPERATURE other than 0"),
         ("training", {"TOKENIZER": "byte", "BPE_VOCAB_SIZE": "300"}, ["BPE_VOCAB_SIZE"], "needs TOKENIZER=auto or bpe"),
         ("training", {"LR_SCHEDULE": "constant", "MIN_LEARNING_RATE": "1e-4"}, ["MIN_LEARNING_RATE"], "needs LR_SCHEDULE other than constant"),

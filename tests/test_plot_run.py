@@ -83,6 +83,12 @@ def test_a_folder_in_the_home_folder(folder, monkeypatch):
     assert names_in(drawn(folder, RUN="b1,~/runs/a1")) == ["a1", "b1"]
 
 
+@pytest.mark.parametrize("by", ["{runs}/small, then large", "small, then large"])
+def test_a_folder_with_a_comma_in_its_name(by, folder):
+    written(folder, "small, then large", losses=[3.0, 2.0])
+    assert drawn(folder, RUN=by.format(runs=folder / "runs")).out.count("then large") >= 1
+
+
 def test_latest_is_the_run_that_wrote_last_whatever_the_file_times(folder):
     os.utime(folder / "runs" / "a1" / "metrics.jsonl", (2e9, 2e9))
     with open(folder / "runs" / "b1" / "metrics.jsonl", "a") as file:

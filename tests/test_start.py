@@ -52,6 +52,13 @@ def test_a_file_that_old_pythons_cannot_read_would_be_found() -> None:
 
 
 @pytest.mark.parametrize("name", ENTRIES, ids=str)
+@pytest.mark.parametrize("option", ["-I", "-P"])
+def test_every_entry_runs_where_python_leaves_out_the_folder_of_the_script(option: str, name: Path) -> None:
+    done = run(sys.executable, option, ROOT / name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ENTRIES, ids=str)
 def test_every_entry_names_the_missing_packages_and_the_command(name: Path, checkout: Path, bare: Path) -> None:
     done = run(bare, checkout / name)
     (line,) = done.stderr.splitlines()

@@ -451,6 +451,16 @@ def test_a_separator_of_records_is_told_to_have_no_effect(tmp_path):
     assert "documents with" not in said
 
 
+@pytest.mark.parametrize(("name", "told"), [("letters.txt", True), ("letters.jsonl", False)])
+def test_a_field_of_a_text_without_fields_is_told_to_have_no_effect(name, told, tmp_path):
+    text = letters(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "letters.jsonl").write_text(json.dumps({"body": text}) + "\n", encoding="utf-8")
+    code, said = train(tmp_path, TEXT_FIELD="body", TRAINING_DATA_SOURCE=str(tmp_path / name), **FAST)
+    assert code == 0, said
+    said = " ".join(said.split())
+    assert (f"TEXT_FIELD=body: no effect on {tmp_path / name}, only in .jsonl, .json, .csv," in said) == told
+
+
 def test_skipped_files_of_a_folder_are_counted(tmp_path):
     folder = tmp_path / "letters"
     folder.mkdir()

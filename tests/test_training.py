@@ -327,7 +327,18 @@ def test_a_checkpoint_folder_that_cannot_be_written_fails_before_step_1(tmp_path
     code, said = train(tmp_path)
     assert code == 2
     assert "cannot be written" in said
+    assert "a file is where a folder must be, or set another CHECKPOINT_DIR" in said
     assert list((tmp_path / "runs").glob("*/metrics.jsonl")) == []
+
+
+@pytest.mark.parametrize("name", ["latest", "best"])
+def test_weights_that_are_not_in_the_folder_of_this_run_are_asked_for_by_path(name, tmp_path):
+    small_text(tmp_path)
+    code, said = train(tmp_path, INIT_FROM=name)
+    assert code == 3
+    assert said.count("checkpoints") == 2
+    assert f"INIT_FROM={name} looks in CHECKPOINT_DIR: set INIT_FROM to a checkpoint or its folder" in said
+    assert "was ENABLE_CHECKPOINTS" not in said
 
 
 def test_mistakes_are_reported_before_torch_is_imported(tmp_path):

@@ -37,6 +37,9 @@ class Found:
     size: int = field(default=0, compare=False)  # bytes of all its files
     kind: Kind | None = field(default=None, compare=False)  # of the problem
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     @property
     def step(self) -> int:
         """Optimizer steps done, as recorded inside; 0 for a damaged file."""

@@ -31,6 +31,7 @@ from milepost.ckpt.record import CheckpointError, Kind
 from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.files import is_unreachable
 
+NONE_SAVED = "; was ENABLE_CHECKPOINTS=true set when training?"
 LOOKED_AT = 200  # folders looked at for a hint: a misspelt path may lie in a home folder
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
 OPEN_ADAPTER = (
@@ -243,7 +244,9 @@ def _all_of(name: str) -> list[Found]:
 def listing(folder: Path, *, limit: int = 8) -> str:
     """Return a sentence on the checkpoints of `folder`, newest first, for a message."""
     if not os.path.isdir(folder):
-        return f"there is no folder {folder}; was ENABLE_CHECKPOINTS=true set when training?"
+        if os.path.lexists(folder):
+            return f"{folder} is no folder: name the folder that holds the checkpoints"
+        return f"there is no folder {folder}{NONE_SAVED}"
     try:
         found = reversed(find(folder))
     except OSError as error:
@@ -275,4 +278,4 @@ def _held_instead(folder: Path, *, limit: int = 3) -> str:
     names = sorted(name for name in names_in(folder) if name[0] != ".")
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     others = f" (it holds {', '.join(names[:limit])}{more})" if names else ""
-    return f"{others}; was ENABLE_CHECKPOINTS=true set when training?"
+    return f"{others}{NONE_SAVED}"

@@ -35,7 +35,7 @@ def save(
     CheckpointError if what is written could not be loaded again, OSError on a write error; the folder is then as it was
     before.
     """
-    if layout not in WRITERS:
+    if layout not in tuple(WRITERS):
         raise CheckpointError(f"layout {layout!r}: expected one of {', '.join(WRITERS)}", kind="refused")
     validate(record)
     writer = WRITERS[layout]

@@ -301,6 +301,8 @@ def _clashes(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield pair("WARMUP_STEPS", "TRAINING_STEPS", "{} is more than {}: set fewer WARMUP_STEPS")
     if config.mode != "resume" and (config.min_learning_rate or 0) > config.learning_rate:
         yield pair("MIN_LEARNING_RATE", "LEARNING_RATE", "{} is above {}: set a lower MIN_LEARNING_RATE")
+    if (config.run_name or "").lower() == "latest":
+        yield pair("RUN_NAME", "RUN", "{}: RUN=latest is the newest run: take another name")
     if config.prompt is not None and config.prompt_file is not None:
         yield pair("PROMPT", "PROMPT_FILE", "{} and {} are both set: unset one")
     fraction = VARIABLES["VALIDATION_FRACTION"].default

@@ -253,7 +253,7 @@ class Config:
     checkpoint_keep_every: int = var(0, "of those older than CHECKPOINT_KEEP_LAST, keep multiples of this many optimizer steps, without "
         "their optimizer; 0 = none", group="Checkpoints", scope="habit", minimum=0)
     checkpoint_keep_best: int = var(1, "checkpoints of lowest validation loss to keep per run, in best/; 0 = none",
-        group="Checkpoints", scope="habit", minimum=0)
+        group="Checkpoints", scope="habit", minimum=0, needs="VALIDATION_FRACTION!=0 or VALIDATION_DATA")
     checkpoint_async: bool = var(True, "write checkpoints in the background from a copy in memory; the bytes are the same",
         group="Checkpoints")
     runs_dir: str = var("runs", "folder of the runs: metrics, log, resolved settings, samples",
@@ -321,7 +321,7 @@ class Config:
     cache_gb: float = var(20.0, "GB that checkpoints of mirrors may take in the user's folder of caches; the least recently used are deleted first",
         group="Tools", above=0)
     convert_to: str | None = var(None, "what scripts/convert_checkpoint.py writes: a checkpoint layout, or an export for another program, "
-        "which no run resumes from; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "lecture", "peft"))
+        "from which no run resumes bit-exactly; not set: CHECKPOINT_LAYOUT", group="Tools", choices=(*LAYOUTS, "gguf", "nanogpt", "lecture", "peft"))
     gguf_type: str = var("f16", "dtype of the matrices that CONVERT_TO=gguf writes; q8_0 has half the bytes of f16 and is nearly as good",
         group="Tools", choices=("f32", "f16", "q8_0"), needs="CONVERT_TO=gguf")
     output: str | None = var(None, "folder or file that scripts/convert_checkpoint.py writes; not set: beside the checkpoint, or exports/ for an "

@@ -28,7 +28,7 @@ from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, 
 from milepost.text.mixtures import MixedBatches, MixedSplit, MixedTokens, mixed_split
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.prepared import Vocabulary, validation_beside
-from milepost.text.readers import PLAIN, SEPARABLE, Reading, suffix_of
+from milepost.text.readers import PLAIN, ROWS, SEPARABLE, Reading, suffix_of
 from milepost.text.scan import Scan
 from milepost.text.sources import with_places
 from milepost.text.templates import chat_stops, dated, template_of
@@ -406,9 +406,17 @@ def scan_source(source: str, log: Log, *, reading: Reading = PLAIN, known: Known
     except TextFieldError as error:
         remedy = "set TEXT_FIELD to the field that holds the text, or of conversations PROMPT_FIELD and ANSWER_FIELD"
         raise DataError(f"{error}: {remedy}") from error
-    for line in (*corpus.skipped, *scanned.notes, *_about_separator(corpus, scanned, reading.separator)):
+    about = (*_about_field(corpus, reading), *_about_separator(corpus, scanned, reading.separator))
+    for line in (*corpus.skipped, *scanned.notes, *about):
         _log_once(line, log)
     return corpus, scanned
+
+
+def _about_field(corpus: Corpus, reading: Reading) -> list[str]:
+    """Return a line on a TEXT_FIELD that no file of the text has fields for."""
+    if reading.text_field == PLAIN.text_field or any(suffix_of(path.name) in ROWS for path in corpus.paths):
+        return []
+    return [f"TEXT_FIELD={reading.text_field}: no effect on {corpus.source}, only in {', '.join(ROWS)} files"]
 
 
 def _about_separator(corpus: Corpus, scanned: Scan, separator: str) -> list[str]:

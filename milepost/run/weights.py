@@ -9,6 +9,7 @@ from milepost.ckpt import Checkpoint, CheckpointError
 from milepost.ckpt.foreign.importing import IN_CONFIG, lacks_n_head, n_head_problem, with_chars, with_kind, with_n_head
 from milepost.ckpt.hub import FOLDER, is_hub_name, is_pinned, local_folder, pinned_name
 from milepost.ckpt.record import metadata
+from milepost.ckpt.resolving import NONE_SAVED
 from milepost.ckpt.restore import name_the_base, with_base
 from milepost.ckpt.tensors import digest
 from milepost.config import Config, ConfigError
@@ -30,19 +31,14 @@ ADAPTERS = {
 def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | None:
     """Return the record whose weights and tokenizer a fresh run starts with, or None for random weights."""
     notes: list[str] = []
-    folder, hub_name, name = Path(settings.checkpoint_dir), settings.gpt2_model_name, settings.init_from
+    hub_name, name = settings.gpt2_model_name, settings.init_from
     if settings.pretrained:
         pinned = settings.pretrained
         record: Checkpoint | None = _pretrained(world.local_rank0_first(lambda: local_folder(pinned)), notes)
     elif hub_name:
         record = _pretrained(world.local_rank0_first(lambda: local_folder(hub_name)), notes)
     elif name:
-
-        def load() -> Checkpoint:
-            path = local_path(name, settings, log)
-            return ckpt.load_named(path, folder, say=notes.append, optimizer=False, verify=True, certain=True)
-
-        record = agreed(load, world, optimizer=False, everywhere=is_address(name))
+        record = agreed(lambda: _named(name, settings, notes, log), world, optimizer=False, everywhere=is_address(name))
     else:
         return None
     assert record is not None  # `load_named` raises
@@ -51,6 +47,19 @@ def initial_weights(settings: Config, log: Log, world: World) -> Checkpoint | No
     for note in [*notes, *record.notes]:
         log(note)
     return record
+
+
+def _named(name: str, settings: Config, notes: list[str], log: Log) -> Checkpoint:
+    """Return the checkpoint that INIT_FROM names; add a line on each choice to the notes."""
+    path, folder = local_path(name, settings, log), Path(settings.checkpoint_dir)
+    try:
+        return ckpt.load_named(path, folder, say=notes.append, optimizer=False, verify=True, certain=True)
+    except CheckpointError as error:
+        if name not in ("latest", "best") or error.kind != "not found":
+            raise
+        there = (error.remedy or "").removesuffix(NONE_SAVED)
+        remedy = f"{there}; INIT_FROM={name} looks in CHECKPOINT_DIR: set INIT_FROM to a checkpoint or its folder"
+        raise CheckpointError(error.path or folder, error.problem, remedy, kind=error.kind) from error
 
 
 def with_pinned(settings: Config, world: World) -> Config:

@@ -56,6 +56,9 @@ def was_interrupted() -> bool:
 
 
 def _install(handler: Handler) -> dict[int, object]:
+    """Set the handler, and return the earlier ones. Only the main thread may: in another, no signal stops a training."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     saving = {getattr(signal, SAVING): _note_save} if hasattr(signal, SAVING) else {}
     handlers: dict[int, Handler] = dict.fromkeys(stopping_signals(), handler) | saving
     return {number: signal.signal(number, each) for number, each in handlers.items()}
