@@ -22,6 +22,13 @@ FORMS: Final[dict[str, tuple[str, ...]]] = {  # form -> the keys by which it is 
 TOOLS: Final = ("tools", "functions")
 MEDIA: Final = ("image", "images", "audio", "audios", "video", "videos")
 INPUT: Final = "input"  # what an instruction is about
+MESSAGE: Final = (
+    "role",
+    "content",
+    "weight",
+    "tool_calls",
+    "function_call",
+)  # members of a message that are read or refused
 OPTIONAL: Final = (INPUT, *TOOLS, *MEDIA)  # keys that a row may have besides
 CHOSEN: Final = "chosen"  # the form of rows whose fields the user names
 TURNS: Final = {"system": "user", "user": "assistant", "assistant": "user"}  # role -> the role that follows it
@@ -87,11 +94,13 @@ def described(form: str, reading: Reading) -> str:
 def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
     """Yield each conversation of a file with its place. Raise DataError naming the row that is not of the reading's form.
 
-    Keys of rows that are not read go to the reading's `note`: one may be a system message, or turns before the question.
+    Keys of rows and of messages that are not read go to the reading's `note`: one may be a system message, or what the
+    assistant thinks.
     """
     keys = _chosen(reading) if reading.form == CHOSEN else FORMS[reading.form]
     known = {*keys, *TOOLS, *MEDIA, *([INPUT] if keys == FORMS["instruction"] else [])}
-    others: dict[str, None] = {}
+    others: dict[str, None] = {}  # members that are not read, of rows
+    inside: dict[str, None] = {}  # and of messages
     for where, row in ROWS[suffix_of(path.name)](path, reading, (*keys, *OPTIONAL)):
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: expected an object with {', '.join(keys)}, found a {type(row).__name__}")
@@ -103,9 +112,19 @@ def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
             raise DataError(f"{where}: has {media}, and these models read text only: leave the row out")
         talk = _messages(row["messages"], where) if reading.form == "messages" else _pair(row, keys, where)
         _check_order(talk, where)
+        if reading.form == "messages":
+            inside.update(dict.fromkeys(_unread(row["messages"])))
         yield where, talk
+    if inside:
+        reading.note(f"{path}: members of its messages that are not read: {listed(list(inside))}")
     if others:
         reading.note(f"{path}: members of its rows that are not read: {listed(list(others))}")
+
+
+def _unread(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the members of messages that hold something and are not read."""
+    for message in messages:
+        yield from (str(key) for key, value in message.items() if key not in MESSAGE and value is not None)
 
 
 def _check_keys(row: Mapping[str, Any], keys: tuple[str, ...], where: str, *, chosen: bool) -> None:
