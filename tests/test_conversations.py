@@ -137,6 +137,15 @@ def test_every_container_gives_the_same_conversations(tmp_path: Path) -> None:
     assert pairs(tmp_path / "f.csv", prompt_field="question", answer_field="answer") == [("a?", "b")]
 
 
+def test_messages_beside_a_completion_are_refused_with_their_place(tmp_path: Path) -> None:
+    """As trl has them: a list of messages under each key."""
+    path = rows(tmp_path / "a.jsonl", [{"prompt": [USER], "completion": [ANSWER]}])
+    with pytest.raises(
+        DataError, match=r"line 1: prompt is .* expected text; messages go into one list, under the key messages$"
+    ):
+        list(opened(path).conversations())
+
+
 BAD = {
     "form": ({"prompt": "a", "completion": "b"}, "line 2"),
     "text": ({"text": "a"}, "line 2"),

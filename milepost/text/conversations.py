@@ -22,13 +22,8 @@ FORMS: Final[dict[str, tuple[str, ...]]] = {  # form -> the keys by which it is 
 TOOLS: Final = ("tools", "functions")
 MEDIA: Final = ("image", "images", "audio", "audios", "video", "videos")
 INPUT: Final = "input"  # what an instruction is about
-MESSAGE: Final = (
-    "role",
-    "content",
-    "weight",
-    "tool_calls",
-    "function_call",
-)  # members of a message that are read or refused
+# Members of a message that are read, or refused for what they say.
+MESSAGE: Final = ("role", "content", "weight", "tool_calls", "function_call")
 OPTIONAL: Final = (INPUT, *TOOLS, *MEDIA)  # keys that a row may have besides
 CHOSEN: Final = "chosen"  # the form of rows whose fields the user names
 TURNS: Final = {"system": "user", "user": "assistant", "assistant": "user"}  # role -> the role that follows it
@@ -173,7 +168,8 @@ def _message(message: Any, number: int, where: str) -> dict[str, str]:
 
 def _text(value: Any, key: str, where: str, *, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key} is {value!r:.60}: expected text")
+        remedy = "; messages go into one list, under the key messages" * isinstance(value, list)
+        raise DataError(f"{where}: {key} is {value!r:.60}: expected text{remedy}")
     if re.search("[\ud800-\udfff]", value):
         raise DataError(f"{where}: {key} holds half of a surrogate pair, which is not a character")
     if not value.strip() and not empty:
