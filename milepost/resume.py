@@ -174,14 +174,15 @@ def resumed(settings: Config, record: Checkpoint, log: Log, world: World = SINGL
 
 
 def _schedule(settings: Config, record: Checkpoint, changed: dict[str, Any]) -> Schedule:
-    """Return the saved schedule, or a new one if a variable of it changed.
+    """Return the saved schedule, or a new one if a variable of it changed, from the step where the saved one began.
 
     Another program's checkpoint without one holds the learning rate that it records, unless a variable is set.
     """
-    if record.schedule and not changed.keys() & PLAN:
-        return saved_schedule(record)
+    if record.schedule:
+        saved = saved_schedule(record)
+        return dataclasses.replace(planned(settings), start_step=saved.start_step) if changed.keys() & PLAN else saved
     asked = any(map(settings.is_set, PLAN - {"TRAINING_STEPS"}))
-    if not record.schedule and record.run_id is None and not asked:
+    if record.run_id is None and not asked:
         end = max(settings.training_steps, record.step + 1)
         return held_schedule(record, end) or planned(settings)
     return planned(settings)

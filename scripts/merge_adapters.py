@@ -66,7 +66,8 @@ def without_adapters(record: Checkpoint) -> Checkpoint:
     delete the adapters for it.
     """
     off = {"LORA_RANK": 0, "CHECKPOINT_ADAPTERS_ONLY": False}
-    whole = dataclasses.replace(record, hyperparameters=record.hyperparameters | off)
+    runtime = record.runtime | ({"probe": {}} if record.runtime else {})  # the step that it took was one of adapters
+    whole = dataclasses.replace(record, hyperparameters=record.hyperparameters | off, runtime=runtime)
     if record.run_id is None:  # retention leaves alone what no run saved
         return whole
     rank = record.hyperparameters.get("LORA_RANK")

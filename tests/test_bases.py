@@ -307,6 +307,27 @@ def test_another_checkpoint_in_the_place_of_a_moved_base_is_not_taken(gone):
     assert not opens(gone / "adapters")
 
 
+def test_a_base_whose_place_another_step_has_taken_is_looked_for_elsewhere(project, tmp_path):
+    """As after a program that saves each step to one name; the way out is named by what was there, not by the same path."""
+    copied = tmp_path / "copy"
+    shutil.copytree(project, copied)
+    path = newest_adapters(copied)
+    record = ckpt.load(path)
+    (base,), (other,) = ((copied / "base" / "checkpoints").glob(f"*step000{step}*") for step in (2, 4))
+    record.base = {**(record.base or {}), "source": str(base)}
+    shutil.rmtree(path.parent)
+    ckpt.save(record, copied / "adapters" / "checkpoints")
+    kept = Path(shutil.move(base, tmp_path / "kept.pt"))
+    other.replace(base)
+    said = call(loader, copied / "adapters", PROMPT="a")
+    assert (said.code, f"step 2, which was {base} when they were trained" in said.err) == (2, True), said.err
+    assert [state for _, _, state in listed_bases(copied / "adapters")] == ["missing"]
+    assert opens(copied / "adapters", BASE_CHECKPOINT=kept)
+    beside = Path(shutil.move(kept, copied / "adapters" / "checkpoints" / "kept.pt"))
+    assert opens(copied / "adapters")
+    assert [state for _, _, state in listed_bases(copied / "adapters")] == [f"found in {beside}"]
+
+
 def test_a_run_without_adapters_needs_no_base(project):
     assert listed_bases(project / "base") == []
 

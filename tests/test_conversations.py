@@ -90,6 +90,17 @@ def test_members_of_rows_that_are_not_read_are_told(tmp_path: Path) -> None:
     assert told(path) == [f"{path}: members of its rows that are not read: source"]
 
 
+def test_members_of_messages_that_are_not_read_are_told(tmp_path: Path) -> None:
+    """What an assistant thinks, or a mark that keeps an answer out of the loss, would be missed."""
+    thinks, known = ANSWER | {"reasoning_content": "hm", "name": None}, ANSWER | {"weight": 1, "tool_calls": []}
+    path = rows(tmp_path / "a.jsonl", [{"messages": [USER, known]}, {"messages": [USER, thinks | {"train": False}]}])
+    form, *told = scan(opened(path)).notes
+    assert told == [f"{path}: members of its messages that are not read: reasoning_content, train"]
+    assert scan(opened(rows(tmp_path / "b.jsonl", [{"messages": [USER, known]}]))).notes == (
+        form.replace("a.jsonl", "b.jsonl"),
+    )
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_a_field_that_was_named_and_is_not_there_is_told_with_those_that_are(tmp_path: Path, name: str) -> None:
     path = rows(tmp_path / "a.jsonl", [{"question": "a?", "answer": "b"}])
@@ -124,6 +135,15 @@ def test_every_container_gives_the_same_conversations(tmp_path: Path) -> None:
         assert pairs(tmp_path / name) == expected
     (tmp_path / "f.csv").write_text("id;question;answer\n1;a?;b\n", encoding="utf-8")
     assert pairs(tmp_path / "f.csv", prompt_field="question", answer_field="answer") == [("a?", "b")]
+
+
+def test_messages_beside_a_completion_are_refused_with_their_place(tmp_path: Path) -> None:
+    """As trl has them: a list of messages under each key."""
+    path = rows(tmp_path / "a.jsonl", [{"prompt": [USER], "completion": [ANSWER]}])
+    with pytest.raises(
+        DataError, match=r"line 1: prompt is .* expected text; messages go into one list, under the key messages$"
+    ):
+        list(opened(path).conversations())
 
 
 BAD = {

@@ -108,6 +108,10 @@ def test_a_merged_checkpoint_is_a_run_of_its_own(base, tmp_path):
     assert (merged_here.parts, merged_here.step, merged_here.run_id != last.run_id) == (["model"], last.step, True)
     assert merged_here.parent["run_id"] == last.run_id
     assert merged_here.parent["changed"] == {"LORA_RANK": [2, 0]}
+    # The step of fixed numbers that the adapters' run recorded is none of this model.
+    shown = call(loader, tmp_path, CHECKPOINT_PATH=merged_here.path, MODE="resume", RESUME_TRAINING_STEPS="0")
+    assert (shown.code, "parameters have no optimizer state" in shown.out) == (0, True), shown.err
+    assert "computes otherwise" not in shown.out
     pruned = call(pruner, tmp_path, CHECKPOINT_KEEP_LAST="1", DRY_RUN="false")
     assert pruned.code == 0, pruned.err
     assert sorted(path for path in folder.glob("*.pt")) == sorted([last.path, merged_here.path])

@@ -403,6 +403,19 @@ def test_init_from_with_another_shape_is_an_error(changes, straight, tmp_path):
     assert f"unset {next(iter(changes))}" in said
 
 
+def test_settings_of_another_model_than_the_weights_are_told_to_have_no_effect(straight, tmp_path):
+    """The weights bring a GPT-2 and its alphabet, which the settings alone do not show."""
+    bare = dict.fromkeys(["MODEL_TYPE", "N_LAYER", "N_HEAD", "N_EMBD", "BLOCK_SIZE"])
+    unused = {"N_KV_HEAD": "2", "BPE_VOCAB_SIZE": "512"}
+    code, said = train(
+        tmp_path, INIT_FROM=str(straight / "checkpoints"), TRAINING_STEPS="1", WARMUP_STEPS="0", **bare, **unused
+    )
+    assert code == 0, said
+    assert "N_KV_HEAD=2 (environment): no effect with MODEL_TYPE=gpt2 (checkpoint); needs MODEL_TYPE=llama" in said
+    assert "BPE_VOCAB_SIZE=512 (environment): no effect with TOKENIZER=char (checkpoint)" in said
+    assert said.count("no effect with") == 2
+
+
 def test_within_a_run_bit_exact_resumes_come_before_newer_checkpoints(stopped):
     """Deleting the optimizer file of the latest checkpoint leaves the previous one to resume bit-exactly."""
     code, said = train(stopped, RESUME="auto", CHECKPOINT_LAYOUT="separated", CHECKPOINT_INTERVAL="1")

@@ -487,6 +487,25 @@ def test_an_interrupted_child_resumes_bit_exactly(resume, trained, monkeypatch):
     assert rates(trained, second.run_id) == rates(trained, straight.run_id)
 
 
+def test_a_changed_plan_of_a_child_begins_where_the_childs_began(resume, trained):
+    """From step 0 it would be near its end already."""
+    resume(WARMUP_STEPS="1", CHECKPOINT_DIR=str(trained / "child"))
+    child = child_of(trained, "child")
+    changed = {
+        "RESUME": "auto",
+        "CHECKPOINT_DIR": str(trained / "child"),
+        "LEARNING_RATE": "2e-4",
+        "TRAINING_STEPS": "12",
+    }
+    assert (
+        training.guarded(training.main, config.read(environment(trained, **NOTHING | changed)), log=Log(io.StringIO()))
+        == 0
+    )
+    more, began = Schedule(**child_of(trained, "child").schedule), Schedule(**child.schedule)
+    assert (more.start_step, more.warmup_steps, more.end_step, more.peak) == (began.start_step, 1, 12, 2e-4)
+    assert began.start_step == 4
+
+
 def test_a_grandchild_starts_from_the_childs_schedule(resume, trained):
     resume(RESUME_TRAINING_STEPS="2", RESUME_LEARNING_RATE="8e-4", CHECKPOINT_DIR=str(trained / "child"))
     child = child_of(trained, "child")

@@ -317,6 +317,27 @@ def test_conversations_are_evaluated_without_the_characters_of_the_template_that
     assert json.loads(said.out)["checkpoints"][0]["standard"]["tokens"] == 9 * len("the larkend")
 
 
+def test_conversations_are_not_learned_without_the_characters_that_mark_turns(tmp_path):
+    """Without <|end|> no answer would end, and no question could be asked; other characters may be skipped."""
+    flat = re.sub("[<|>U\u00df]", "", small_text(tmp_path, characters=3000).read_text(encoding="utf-8"))
+    (tmp_path / "flat.txt").write_text(flat, encoding="utf-8")
+    (tmp_path / "marked.txt").write_text(f"{flat}\nUser:\nAssistant:\n<|end|>", encoding="utf-8")
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text((json.dumps({"prompt": "who came", "completion": "the l\u00dfark"}) + "\n") * 9, encoding="utf-8")
+    wanted = {"TRAINING_DATA_SOURCE": str(talks), "UNKNOWN_CHARACTERS": "skip"}
+    for name, code in {"flat": 4, "marked": 0}.items():
+        place = tmp_path / name
+        place.mkdir()
+        assert train(place, TRAINING_DATA_SOURCE=str(tmp_path / f"{name}.txt"), BLOCK_SIZE="64", **FAST)[0] == 0
+        began = newest(place)
+        (place / "next").mkdir()
+        found, said = train(place / "next", INIT_FROM=str(began.path), BLOCK_SIZE="64", **wanted, **FAST)
+        assert (found, "'|' (U+007C): not in the vocabulary" in said) == (code, code == 4), said
+        changes = {"CHECKPOINT_PATH": str(began.path), "MODE": "resume", "RESUME_TRAINING_STEPS": "1"}
+        resumed = call(script("load_checkpoint"), place, **changes, **wanted)
+        assert (resumed.code, "the plain template marks turns" in resumed.err) == (code, code == 4), resumed.err
+
+
 def test_the_setting_changes_nothing_where_all_characters_are_known(tmp_path):
     first = tmp_path / "first"
     letters(first)

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milepost.ckpt.bases import base_in, find_base, is_beside, note_use
+from milepost.ckpt.bases import base_in, find_base, is_beside, is_replaced, note_use
 from milepost.ckpt.best import best_is_kept, keep_best, keep_saved_best, pending_best, saved_best
 from milepost.ckpt.collective import follow, leading, not_finite
 from milepost.ckpt.exports import EXPORTS, exporter
@@ -51,6 +51,7 @@ __all__ = [
     "follow",
     "free_space_problem",
     "is_beside",
+    "is_replaced",
     "keep_best",
     "keep_saved_best",
     "latest",

@@ -94,11 +94,11 @@ def find_base(base: dict[str, Json], adapters: Path, *, run_id: str | None) -> P
     """Return the path of the base that adapters record; None if it is not found, or is not a path or an address but a
     name of the hub.
 
-    It is where it was, else at the same place relative to the adapters or to a folder above them, as after moving both,
+    It is where it was, unless a checkpoint of another step is there now, else at the same place relative to the adapters or to a folder above them, as after moving both,
     else among the checkpoints beside them. A base elsewhere than recorded is identified by the sha256 of its weights.
     """
     source = Path(with_home(str(base.get("source"))))
-    if source.is_absolute() and source.exists():
+    if source.is_absolute() and source.exists() and not is_replaced(base):
         return source
     if not (source.is_absolute() or is_address(str(base.get("source")))):
         return None
@@ -106,6 +106,14 @@ def find_base(base: dict[str, Json], adapters: Path, *, run_id: str | None) -> P
     moved = [above / tail for above in list(adapters.absolute().parents)[:LEVELS] for tail in tails]
     candidates = [look(path, layout) for path in moved if (layout := layout_of(path))]
     return _recognised(base, [*candidates, *scan(folder_of(adapters, run_id))])
+
+
+def is_replaced(base: dict[str, Json]) -> bool:
+    """Return whether a checkpoint of another step is where the base was, as after a program has saved there again."""
+    source = Path(with_home(str(base.get("source"))))
+    layout = layout_of(source) if source.is_absolute() else None
+    found = look(source, layout) if layout else None
+    return found is not None and found.problem is None and base.get("step") not in (None, found.step)
 
 
 def base_in(base: dict[str, Json], folder: Path) -> Path | None:

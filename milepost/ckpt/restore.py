@@ -129,7 +129,8 @@ def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
         other = f"has other weights (sha256 {found[:16]}..., not {str(recorded)[:16]}...)"
         reason = "holds adapters itself" if base.adapters_only else other
         problem = f"is not the base of {where_of(record)}: it {reason}"
-        raise CheckpointError(where_of(base), problem, name_the_base(record), kind="refused")
+        remedy = name_the_base(record, replaced=str(base.path) == (record.base or {}).get("source"))
+        raise CheckpointError(where_of(base), problem, remedy, kind="refused")
     block_size = record.model_settings["block_size"]
     state = base.model_state | _cropped(record.model_type, base.model_state, block_size)
     return dataclasses.replace(
@@ -140,10 +141,17 @@ def with_base(record: Checkpoint, base: Checkpoint) -> Checkpoint:
     )
 
 
-def name_the_base(record: Checkpoint) -> str:
-    """Return the remedy for adapters without their base."""
-    source = (record.base or {}).get("source")
-    trained_on = f"the base that they were trained on ({source})" if source else "the base that they were trained on"
+def name_the_base(record: Checkpoint, *, replaced: bool = False) -> str:
+    """Return the remedy for adapters without their base; `replaced` if other weights are at its place now."""
+    base = record.base or {}
+    if replaced:
+        then = f"step {base.get('step')}, which was {base['source']} when they were trained"
+        return f"set BASE_CHECKPOINT to a copy of their base ({then}; other weights are there now)"
+    trained_on = (
+        f"the base that they were trained on ({base['source']})"
+        if base.get("source")
+        else "the base that they were trained on"
+    )
     return f"set GPT2_MODEL_NAME or BASE_CHECKPOINT to {trained_on}"
 
 

@@ -6,7 +6,7 @@ os.environ.
 
 from milepost.config.command_line import from_command_line
 from milepost.config.docs import as_env, declared, describe, env_example, help_text, reference
-from milepost.config.effects import EVERYWHERE, conditions, no_effect
+from milepost.config.effects import EVERYWHERE, conditions, no_effect, no_effect_beside
 from milepost.config.host import (
     debug,
     environment,
@@ -70,6 +70,7 @@ __all__ = [
     "max_restarts",
     "no_color",
     "no_effect",
+    "no_effect_beside",
     "omp_threads_is_one",
     "public",
     "read",

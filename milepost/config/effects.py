@@ -60,6 +60,22 @@ def no_effect(config: Config, script: str) -> list[str]:
     return [*_unread(asked, unread, reads, script), *(_needs(config, *each) for each in switched_off.items())]
 
 
+def no_effect_beside(config: Config) -> list[str]:
+    """Return a sentence for each kind of setting that is set and has no effect with what the first weights have brought: their
+    model and tokenizer were not known when the script started.
+    """
+    found: dict[str, list[str]] = {}
+    for name in (name for name in VARIABLES if _counts(config, name)):
+        for condition in (VARIABLES[name].metadata["needs"], *_of_other_models(config, name)):
+            brought = (
+                any(config.sources[each] == "checkpoint" for each, _, _ in _terms(condition)) if condition else False
+            )
+            if brought and not _holds(config, condition):
+                found.setdefault(condition, []).append(name)
+                break
+    return [_needs(config, *each) for each in found.items()]
+
+
 def _counts(config: Config, name: str) -> bool:
     """Return whether the variable was set for this run: an env file may list all of them with their defaults."""
     if not config.is_set(name):
@@ -89,7 +105,8 @@ def _holds(config: Config, condition: str, *, later: Sequence[str] = ()) -> bool
             true = (value != VARIABLES[name].default) == (sign == "")
         else:
             true = (as_text(value) in values) == (sign == "=")
-        if true or name in later or not settled(config, name):
+        known = settled(config, name) or config.sources[name] == "checkpoint"
+        if true or name in later or not known:
             return True
     return False
 

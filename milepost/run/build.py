@@ -44,6 +44,8 @@ def fresh(settings: Config, log: Log, world: World = SINGLE) -> Run:
     weights = initial_weights(settings, log, world)
     if weights:
         settings = with_model_of(weights, settings)
+        for line in config.no_effect_beside(settings):
+            log(line)
     check_batch_size(settings, world)
     settings = with_validation_beside(settings, log)
     text, tokenizer = read_text(settings, log, world, record=weights)

@@ -31,10 +31,10 @@ from milepost.text.prepared import Vocabulary, validation_beside
 from milepost.text.readers import PLAIN, ROWS, SEPARABLE, Reading, suffix_of
 from milepost.text.scan import Scan
 from milepost.text.sources import with_places
-from milepost.text.templates import chat_stops, dated, template_of
+from milepost.text.templates import chat_stops, dated, template_of, turn_marks
 from milepost.text.token_arrays import Tokens
 from milepost.text.tokenization.base import edge
-from milepost.text.unknown import Mode, encoder_of, first_known
+from milepost.text.unknown import Mode, encoder_of, first_known, unknown_characters
 from models.model import Model
 
 Split = token_files.TokenSplit | ExampleSplit | MixedSplit
@@ -107,8 +107,9 @@ def read_text(
         tokenizer = made if made is not None else tokenization.from_dict(described)
     check_separator(settings.document_separator, tokenizer)
     template = template_of(record.data if record else {}, tokenizer) or None  # the plain one where there is none
-    if template and "template" not in (record.data if record else {}):  # a new run; processes may begin on two days
-        template = world.broadcast(dated(template, datetime.date.today()))
+    if "template" not in (record.data if record else {}):  # a new run; processes may begin on two days
+        template = world.broadcast(dated(template, datetime.date.today())) if template else None
+        check_turn_marks(corpus, tokenizer, template)
     for source, _ in [(corpus, scanned), *([held_out] if held_out else [])]:
         check_ids(source, tokenizer)
     tokenized = functools.partial(_tokenized, tokenizer=tokenizer, template=template, settings=settings, log=log)
@@ -131,6 +132,17 @@ def read_text(
         answers=settings.loss_on == "answers",
         pack=settings.packing,
     ), tokenizer
+
+
+def check_turn_marks(corpus: Corpus, tokenizer: tokenization.Tokenizer, template: str | None) -> None:
+    """Raise DataError if conversations are to be learned with a vocabulary that cannot write what marks their turns: skipped or
+    replaced, these characters would leave a model that can neither be asked nor end an answer.
+    """
+    marks = turn_marks(tokenizer) if corpus.reading.form and template is None else ""
+    if lacking := unknown_characters(tokenizer, marks):
+        unknown = tokenization.UnknownCharacters(lacking, tokenizer.vocab_size)
+        remedy = "train a new model on these conversations, or start from weights with a byte, bpe or gpt2 tokenizer"
+        raise DataError(f"{corpus.source}: {unknown}, and the plain template marks turns with them: {remedy}")
 
 
 def without_effect_on_text(settings: Config) -> list[str]:

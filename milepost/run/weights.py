@@ -145,7 +145,7 @@ def _base_path(record: Checkpoint, settings: Config, log: Log) -> Path:
     if is_pinned(source) or (base.get("sha256") and is_hub_name(source)):  # the hash tells whether its branch has moved
         log(f"the base of {whose} is {source} of the hub")
         return local_folder(str(source))
-    raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record)}"])
+    raise ConfigError([f"{record.path} holds only adapters: {name_the_base(record, replaced=ckpt.is_replaced(base))}"])
 
 
 def _address(base: Mapping[str, Any]) -> str | None:
@@ -155,9 +155,9 @@ def _address(base: Mapping[str, Any]) -> str | None:
 
 
 def _is_gone(base: Mapping[str, Any]) -> bool:
-    """Return whether the path that a base records leads nowhere. A name of the hub is not a path."""
+    """Return whether the path that a base records leads nowhere, or to a checkpoint of another step. A name of the hub is not a path."""
     source = Path(str(base.get("source")))
-    return source.is_absolute() and not source.exists()
+    return source.is_absolute() and (not source.exists() or ckpt.is_replaced(dict(base)))
 
 
 def _base_in_folder(record: Checkpoint, named: str | None) -> Path | None:

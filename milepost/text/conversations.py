@@ -22,6 +22,8 @@ FORMS: Final[dict[str, tuple[str, ...]]] = {  # form -> the keys by which it is 
 TOOLS: Final = ("tools", "functions")
 MEDIA: Final = ("image", "images", "audio", "audios", "video", "videos")
 INPUT: Final = "input"  # what an instruction is about
+# Members of a message that are read, or refused for what they say.
+MESSAGE: Final = ("role", "content", "weight", "tool_calls", "function_call")
 OPTIONAL: Final = (INPUT, *TOOLS, *MEDIA)  # keys that a row may have besides
 CHOSEN: Final = "chosen"  # the form of rows whose fields the user names
 TURNS: Final = {"system": "user", "user": "assistant", "assistant": "user"}  # role -> the role that follows it
@@ -87,11 +89,13 @@ def described(form: str, reading: Reading) -> str:
 def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
     """Yield each conversation of a file with its place. Raise DataError naming the row that is not of the reading's form.
 
-    Keys of rows that are not read go to the reading's `note`: one may be a system message, or turns before the question.
+    Keys of rows and of messages that are not read go to the reading's `note`: one may be a system message, or what the
+    assistant thinks.
     """
     keys = _chosen(reading) if reading.form == CHOSEN else FORMS[reading.form]
     known = {*keys, *TOOLS, *MEDIA, *([INPUT] if keys == FORMS["instruction"] else [])}
-    others: dict[str, None] = {}
+    others: dict[str, None] = {}  # members that are not read, of rows
+    inside: dict[str, None] = {}  # and of messages
     for where, row in ROWS[suffix_of(path.name)](path, reading, (*keys, *OPTIONAL)):
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: expected an object with {', '.join(keys)}, found a {type(row).__name__}")
@@ -103,9 +107,19 @@ def conversations(path: Path, reading: Reading) -> Iterator[tuple[str, Talk]]:
             raise DataError(f"{where}: has {media}, and these models read text only: leave the row out")
         talk = _messages(row["messages"], where) if reading.form == "messages" else _pair(row, keys, where)
         _check_order(talk, where)
+        if reading.form == "messages":
+            inside.update(dict.fromkeys(_unread(row["messages"])))
         yield where, talk
+    if inside:
+        reading.note(f"{path}: members of its messages that are not read: {listed(list(inside))}")
     if others:
         reading.note(f"{path}: members of its rows that are not read: {listed(list(others))}")
+
+
+def _unread(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the members of messages that hold something and are not read."""
+    for message in messages:
+        yield from (str(key) for key, value in message.items() if key not in MESSAGE and value is not None)
 
 
 def _check_keys(row: Mapping[str, Any], keys: tuple[str, ...], where: str, *, chosen: bool) -> None:
@@ -154,7 +168,8 @@ def _message(message: Any, number: int, where: str) -> dict[str, str]:
 
 def _text(value: Any, key: str, where: str, *, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key} is {value!r:.60}: expected text")
+        remedy = "; messages go into one list, under the key messages" * isinstance(value, list)
+        raise DataError(f"{where}: {key} is {value!r:.60}: expected text{remedy}")
     if re.search("[\ud800-\udfff]", value):
         raise DataError(f"{where}: {key} holds half of a surrogate pair, which is not a character")
     if not value.strip() and not empty:

@@ -129,6 +129,12 @@ def end_token(tokenizer: Tokenizer) -> str | None:
     return None if tokenizer.end_of_text is None else by_id.get(tokenizer.end_of_text)
 
 
+def turn_marks(tokenizer: Tokenizer) -> str:
+    """Return the characters with which the plain template marks questions, answers and the end of each."""
+    heads = "".join(f"{ROLES[role]}:\n" for role in ("user", "assistant"))
+    return heads if end_token(tokenizer) else heads + PLAIN_END
+
+
 def plain_jinja(end: str, *, begin: str = "") -> str:
     """Return the plain template in Jinja, for other programs; the special token `end` ends a turn, `begin` comes before all."""
     turn = "names[message['role']] + ':\\n' + message['content'] + " + json.dumps(end) + " + '\\n'"
