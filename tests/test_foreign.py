@@ -251,10 +251,29 @@ def test_heads_that_nothing_records_are_left_open() -> None:
         ({"n_head": 3, "dropout": True}, "dropout is True"),
         ({"n_head": 3, "activation": "silu"}, "activation is 'silu' in its config, expected one of gelu, gelu_erf"),
         ({"n_head": 3, "activation": ["relu"]}, "activation is list"),
+        ({"n_head": 3, "hidden_act": "silu"}, "activation is 'silu' in its config"),
+        ({"n_head": 3, "layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06 in its config, expected 1e-05"),
+        ({"n_head": 3, "layer_norm_eps": 1e-12}, "layer_norm_eps is 1e-12 in its config, expected 1e-05"),
+        ({"n_head": 3, "scale_attn_weights": False}, "scale_attn_weights is False in its config, expected True"),
+        (
+            {"n_head": 3, "scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx is True in its config, expected False: another model is computed",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_by_field(config: dict[str, Any], message: str) -> None:
     assert re.search(message, refusal(foreign_models.translated, ours().state_dict(), config))
+
+
+def test_a_config_that_says_what_is_computed_changes_nothing() -> None:
+    config = {
+        "n_head": 3,
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": None,
+    }
+    plain = foreign.understood(ours().state_dict(), {"n_head": 3}, where=WHERE)
+    assert torch.equal(logits(foreign.understood(ours().state_dict(), config, where=WHERE)), logits(plain))
 
 
 def test_a_config_beside_it_must_not_contradict_the_one_inside() -> None:
