@@ -279,6 +279,22 @@ def half_a_step(folder: Path) -> str:
     return "step_000100_state.json is missing"
 
 
+def weights_without_state(folder: Path) -> str:
+    save_file(bare(golden_nano()), folder / "step_000100.safetensors")
+    return "step_000100_state.json is missing"
+
+
+def model_without_config(folder: Path) -> str:
+    (transformers_folder(folder / "m") / "config.json").unlink()
+    return f"{folder / 'm' / 'model.safetensors'}: is part of a checkpoint, and config.json is missing"
+
+
+def mlx_adapter(folder: Path) -> str:
+    save_file({"layers.0.q_proj.lora_a": torch.ones(2, 2)}, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 2}')
+    return "an adapter of MLX-LM (adapter_config.json): fuse it"
+
+
 def folders_below(folder: Path) -> str:
     for name in ("dante", "shakespeare"):
         (folder / name).mkdir()
@@ -292,7 +308,19 @@ def other_files(folder: Path) -> str:
     return "it holds README.md, notes.txt)"
 
 
-@pytest.mark.parametrize("make", [peft_adapter, half_a_pair, half_a_step, folders_below, other_files])
+MADE = [
+    peft_adapter,
+    half_a_pair,
+    half_a_step,
+    folders_below,
+    other_files,
+    weights_without_state,
+    model_without_config,
+    mlx_adapter,
+]
+
+
+@pytest.mark.parametrize("make", MADE)
 def test_the_message_names_what_is_there(tmp_path, make):
     (tmp_path / "checkpoints").mkdir()
     named = make(tmp_path / "checkpoints")
