@@ -318,6 +318,19 @@ def test_weights_that_are_not_wholly_ours_are_refused_by_name(state: dict[str, A
     assert re.search(message, refusal(foreign_models.translated, state, {"n_head": 3}))
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model.embed_tokens.weight", "a Llama opens from a folder of transformers"),
+        ("tok_embeddings.weight", "a Llama opens from a folder of transformers"),
+        ("layers.0.self_attn.q_proj.lora_a", "these are adapters: merge them into their base"),
+        ("features.0.weight", "save the whole model's state_dict() again"),
+    ],
+)
+def test_the_remedy_for_weights_of_another_model_works_for_it(name: str, remedy: str) -> None:
+    assert remedy in refusal(foreign_models.translated, {name: torch.ones(3, 2), "x.weight": torch.ones(2)}, {})
+
+
 def test_many_views_of_one_storage_are_refused() -> None:
     shared = torch.zeros(48, 12)
     state = {f"h.{n}.mlp.c_fc.weight": shared for n in range(200)}

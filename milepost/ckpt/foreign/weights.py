@@ -7,7 +7,7 @@ names without its metadata. Never loads a part of a model. In the shapes below C
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import models
@@ -56,8 +56,18 @@ def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: s
     listed = ", ".join(described(name, tensor) for name, tensor in list(theirs.items())[:SHOWN])
     problem = f"its weights are of no model that milepost knows: {listed}{more(theirs)}"
     expected = "expected those of nanoGPT, of the lecture's models or of milepost"
-    remedy = "save the whole model's state_dict() again, under the names of one of these, with torch.save"
-    raise CheckpointError(where, f"{problem}; {expected}", remedy, kind="not understood")
+    raise CheckpointError(where, f"{problem}; {expected}", _remedy(theirs), kind="not understood")
+
+
+def _remedy(names: Iterable[str]) -> str:
+    """Return what to do with weights that are of no known model, by their names."""
+    if any("lora_" in name.lower() for name in names):
+        return (
+            "these are adapters: merge them into their base in the program that trained them, and save the whole model"
+        )
+    if any(name.endswith(("embed_tokens.weight", "tok_embeddings.weight", "norm_1.weight")) for name in names):
+        return "a Llama opens from a folder of transformers: let its save_pretrained() write one, and name that"
+    return "save the whole model's state_dict() again, under the names of one of these, with torch.save"
 
 
 def of_ours(
