@@ -123,8 +123,13 @@ def verified(path: Path, settings: Config, log: Log) -> list[Row]:
         if record.tokenizer
         else ("tokenizer", "none", "not saved with it"),
     ]
-    damaged = any(status == FAILED for _, status, _ in rows)
-    rows += [("resumes exactly", "no", "it is damaged") if damaged else resumes_exactly(record, settings, log)]
+    failed = [name for name, status, _ in rows if status == FAILED]
+    exactly = (
+        ("resumes exactly", "no", f"it fails a check ({failed[0]})")
+        if failed
+        else resumes_exactly(record, settings, log)
+    )
+    rows.append(exactly)
     if settings.replay:
         rows += replayed(record, settings, log)
     return rows

@@ -202,6 +202,21 @@ def test_any_folder_of_weights_serves_in_any_role(tmp_path, make, variable):
     assert (str(used) in said) or make is a_hub_mixin
 
 
+def test_a_tokenizer_that_is_not_read_is_neither_damage_nor_absence(tmp_path):
+    folder = transformers_folder(tmp_path / "m")
+    bpe = {"type": "BPE", "vocab": {chr(97 + i): i for i in range(11)}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": bpe}))
+    said = call(script("verify_checkpoint"), tmp_path, CHECKPOINT_PATH=folder)
+    (exactly,) = [line.split(None, 2) for line in said.out.splitlines() if line.startswith("resumes exactly")]
+    assert (said.code, exactly[2]) == (3, "no      it fails a check (tokenizer)")
+    settings = {"CHECKPOINT_PATH": folder, "CONVERT_TO": "unified", "OUTPUT": tmp_path / "out"}
+    said = call(script("convert_checkpoint"), tmp_path, **settings)
+    assert said.code == 3
+    assert "lacks what no layout holds: its tokenizer, which cannot be rebuilt" in said.err
+    assert "TOKENIZER=byte" not in said.err  # it would not be used
+    assert ckpt.load(tmp_path / "out" / "m.pt").tokenizer is None
+
+
 def test_a_vocabulary_without_its_merges_is_named(tmp_path):
     path = transformers_folder(tmp_path / "m")
     (path / "tokenizer.json").unlink()
