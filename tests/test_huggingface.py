@@ -408,7 +408,14 @@ TENSORS = [
     (put("transformer.wte.weight", torch.ones(96, 16)), ["wte.weight is (96, 16), expected (97, 16)"]),
     (put(C_ATTN, torch.ones(48, 16)), ["h.0.attn.c_attn.weight is (16, 48), expected (48, 16)"]),
     (put(C_ATTN, torch.ones(1, 16, 48)), ["h.0.attn.c_attn.weight is (1, 16, 48), expected (48, 16)"]),
-    (put(C_ATTN, torch.ones(16, 48, dtype=torch.int8)), [C_ATTN, "is torch.int8, expected floating point"]),
+    (
+        put(C_ATTN, torch.ones(16, 48, dtype=torch.int8)),
+        [C_ATTN, "is torch.int8, expected floating point", "save the model again in float32"],
+    ),
+    (
+        put(C_ATTN, torch.ones(16, 48).to(torch.float8_e4m3fn)),
+        ["torch.float8_e4m3fn", "save the model again in float32"],
+    ),
     (put("wte.weight", torch.ones(97, 16)), ["'wte.weight' is there twice, with and without `transformer.`"]),
     (put("lm_head.weight", torch.ones(97, 16)), ["lm_head.weight differs from wte.weight"]),
     (put("lm_head.weight", torch.ones(96, 16)), ["lm_head.weight differs from wte.weight"]),
