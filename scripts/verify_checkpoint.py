@@ -124,12 +124,8 @@ def verified(path: Path, settings: Config, log: Log) -> list[Row]:
         else ("tokenizer", "none", "not saved with it"),
     ]
     failed = [name for name, status, _ in rows if status == FAILED]
-    exactly = (
-        ("resumes exactly", "no", f"it fails a check ({failed[0]})")
-        if failed
-        else resumes_exactly(record, settings, log)
-    )
-    rows.append(exactly)
+    why = "it is damaged" if "bytes" in failed else f"it fails a check ({', '.join(failed)})"
+    rows += [("resumes exactly", "no", why) if failed else resumes_exactly(record, settings, log)]
     if settings.replay:
         rows += replayed(record, settings, log)
     return rows
