@@ -25,7 +25,7 @@ from typing import Any
 
 from milepost import ckpt
 from milepost.ckpt import Checkpoint, CheckpointError, Found, Selection
-from milepost.ckpt.conversion import Converted, Exported, file_identity, is_imported, left_out_before
+from milepost.ckpt.conversion import LOST_TOKENIZER, Converted, Exported, file_identity, is_imported, left_out_before
 from milepost.ckpt.exports import Export
 from milepost.ckpt.finding import in_best, scan
 from milepost.ckpt.layouts import Layout, known_layout
@@ -287,7 +287,10 @@ def convert(job: Job, to: Layout, settings: Config, log: Log) -> tuple[Path, lis
 def losses_of(target: Path, left_out: list[str], has_tokenizer: bool) -> list[str]:
     """Return a sentence on each thing that a conversion does not hold."""
     losses = [f"{shown(target)} lacks what no layout holds: {', '.join(left_out)}"] if left_out else []
-    return losses + ([] if has_tokenizer else [f"{shown(target)} is written without a tokenizer: {NAME_ONE}"])
+    known = (
+        has_tokenizer or LOST_TOKENIZER in left_out
+    )  # one that is there and not read cannot be replaced by a setting
+    return losses + ([] if known else [f"{shown(target)} is written without a tokenizer: {NAME_ONE}"])
 
 
 def prefix(settings: Config) -> str | None:

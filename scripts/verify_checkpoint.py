@@ -123,8 +123,9 @@ def verified(path: Path, settings: Config, log: Log) -> list[Row]:
         if record.tokenizer
         else ("tokenizer", "none", "not saved with it"),
     ]
-    damaged = any(status == FAILED for _, status, _ in rows)
-    rows += [("resumes exactly", "no", "it is damaged") if damaged else resumes_exactly(record, settings, log)]
+    failed = [name for name, status, _ in rows if status == FAILED]
+    why = "it is damaged" if "bytes" in failed else f"it fails a check ({', '.join(failed)})"
+    rows += [("resumes exactly", "no", why) if failed else resumes_exactly(record, settings, log)]
     if settings.replay:
         rows += replayed(record, settings, log)
     return rows

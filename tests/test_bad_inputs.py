@@ -235,10 +235,10 @@ def without_pickle(folder: Path) -> Path:
 
 def torchscript(folder: Path) -> Path:
     """As torch.jit.save writes them; code lies in compressed members."""
-    return pack(
-        folder / "bad.pt",
-        {"bad/data.pkl": b"", "bad/constants.pkl": b"", "bad/code/__torch__.py": b"", "bad/version": b"3"},
-    )
+    path = pack(folder / "bad.pt", {"bad/data.pkl": b"", "bad/constants.pkl": b"", "bad/version": b"3"})
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("bad/code/__torch__.py", b"class Linear(Module):\n" * 9)
+    return path
 
 
 def twice(folder: Path) -> Path:

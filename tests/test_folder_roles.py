@@ -202,6 +202,21 @@ def test_any_folder_of_weights_serves_in_any_role(tmp_path, make, variable):
     assert (str(used) in said) or make is a_hub_mixin
 
 
+def test_a_tokenizer_that_is_not_read_is_neither_damage_nor_absence(tmp_path):
+    folder = transformers_folder(tmp_path / "m")
+    bpe = {"type": "BPE", "vocab": {chr(97 + i): i for i in range(11)}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": bpe}))
+    said = call(script("verify_checkpoint"), tmp_path, CHECKPOINT_PATH=folder)
+    (exactly,) = [line.split(None, 2) for line in said.out.splitlines() if line.startswith("resumes exactly")]
+    assert (said.code, exactly[2]) == (3, "no      it fails a check (tokenizer)")
+    settings = {"CHECKPOINT_PATH": folder, "CONVERT_TO": "unified", "OUTPUT": tmp_path / "out"}
+    said = call(script("convert_checkpoint"), tmp_path, **settings)
+    assert said.code == 3
+    assert "lacks what no layout holds: its tokenizer, which cannot be rebuilt" in said.err
+    assert "TOKENIZER=byte" not in said.err  # it would not be used
+    assert ckpt.load(tmp_path / "out" / "m.pt").tokenizer is None
+
+
 def test_a_vocabulary_without_its_merges_is_named(tmp_path):
     path = transformers_folder(tmp_path / "m")
     (path / "tokenizer.json").unlink()
@@ -279,6 +294,22 @@ def half_a_step(folder: Path) -> str:
     return "step_000100_state.json is missing"
 
 
+def weights_without_state(folder: Path) -> str:
+    save_file(bare(golden_nano()), folder / "step_000100.safetensors")
+    return "step_000100_state.json is missing"
+
+
+def model_without_config(folder: Path) -> str:
+    (transformers_folder(folder / "m") / "config.json").unlink()
+    return f"{folder / 'm' / 'model.safetensors'}: is part of a checkpoint, and config.json is missing"
+
+
+def mlx_adapter(folder: Path) -> str:
+    save_file({"layers.0.q_proj.lora_a": torch.ones(2, 2)}, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 2}')
+    return "an adapter of MLX-LM (adapter_config.json): fuse it"
+
+
 def folders_below(folder: Path) -> str:
     for name in ("dante", "shakespeare"):
         (folder / name).mkdir()
@@ -292,7 +323,19 @@ def other_files(folder: Path) -> str:
     return "it holds README.md, notes.txt)"
 
 
-@pytest.mark.parametrize("make", [peft_adapter, half_a_pair, half_a_step, folders_below, other_files])
+MADE = [
+    peft_adapter,
+    half_a_pair,
+    half_a_step,
+    folders_below,
+    other_files,
+    weights_without_state,
+    model_without_config,
+    mlx_adapter,
+]
+
+
+@pytest.mark.parametrize("make", MADE)
 def test_the_message_names_what_is_there(tmp_path, make):
     (tmp_path / "checkpoints").mkdir()
     named = make(tmp_path / "checkpoints")

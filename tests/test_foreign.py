@@ -251,10 +251,29 @@ def test_heads_that_nothing_records_are_left_open() -> None:
         ({"n_head": 3, "dropout": True}, "dropout is True"),
         ({"n_head": 3, "activation": "silu"}, "activation is 'silu' in its config, expected one of gelu, gelu_erf"),
         ({"n_head": 3, "activation": ["relu"]}, "activation is list"),
+        ({"n_head": 3, "hidden_act": "silu"}, "activation is 'silu' in its config"),
+        ({"n_head": 3, "layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06 in its config, expected 1e-05"),
+        ({"n_head": 3, "layer_norm_eps": 1e-12}, "layer_norm_eps is 1e-12 in its config, expected 1e-05"),
+        ({"n_head": 3, "scale_attn_weights": False}, "scale_attn_weights is False in its config, expected True"),
+        (
+            {"n_head": 3, "scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx is True in its config, expected False: another model is computed",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_by_field(config: dict[str, Any], message: str) -> None:
     assert re.search(message, refusal(foreign_models.translated, ours().state_dict(), config))
+
+
+def test_a_config_that_says_what_is_computed_changes_nothing() -> None:
+    config = {
+        "n_head": 3,
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": None,
+    }
+    plain = foreign.understood(ours().state_dict(), {"n_head": 3}, where=WHERE)
+    assert torch.equal(logits(foreign.understood(ours().state_dict(), config, where=WHERE)), logits(plain))
 
 
 def test_a_config_beside_it_must_not_contradict_the_one_inside() -> None:
@@ -297,6 +316,19 @@ def changed(**changes: Any) -> dict[str, Any]:
 )
 def test_weights_that_are_not_wholly_ours_are_refused_by_name(state: dict[str, Any], message: str) -> None:
     assert re.search(message, refusal(foreign_models.translated, state, {"n_head": 3}))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model.embed_tokens.weight", "a Llama opens from a folder of transformers"),
+        ("tok_embeddings.weight", "a Llama opens from a folder of transformers"),
+        ("layers.0.self_attn.q_proj.lora_a", "these are adapters: merge them into their base"),
+        ("features.0.weight", "save the whole model's state_dict() again"),
+    ],
+)
+def test_the_remedy_for_weights_of_another_model_works_for_it(name: str, remedy: str) -> None:
+    assert remedy in refusal(foreign_models.translated, {name: torch.ones(3, 2), "x.weight": torch.ones(2)}, {})
 
 
 def test_many_views_of_one_storage_are_refused() -> None:

@@ -30,6 +30,7 @@ from milepost.locks import FOLDER_LOCK, folder_lock
 from milepost.paths import check_inside, is_real_folder
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+LOST_TOKENIZER = "its tokenizer, which cannot be rebuilt"
 LEFT_OUT = "left_out"  # key of `imported`: the parts of the source that no layout holds
 HEADROOM = 2**20  # bytes of a checkpoint besides its tensors: metadata and tokenizer
 
@@ -154,7 +155,7 @@ def _prepared(record: Checkpoint, source: Path) -> Checkpoint:
             record.tokenizer_sha256 = build_tokenizer(record).digest
         except CheckpointError as error:
             record.notes.append(f"{error}")
-            record.left_out.append("its tokenizer, which cannot be rebuilt")
+            record.left_out.append(LOST_TOKENIZER)
             record.tokenizer = None
     if record.tokenizer is None:
         record.notes.append(f"{source}: has no tokenizer, so the converted checkpoint has none either")

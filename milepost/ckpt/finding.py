@@ -135,19 +135,22 @@ def orphans(folder: Path) -> list[Found]:
 
 def orphan(path: Path) -> Found | None:
     """Return the file as a checkpoint with a problem, if it belongs to a checkpoint whose other file is missing."""
-    layout = layout_of(path)
-    if layout is not None:
-        return look(path, layout) if layout.primary_file(path) is None else None
-    several = (layout for layout in LAYOUTS if len(layout.suffixes) > 1 and path.name.endswith(layout.suffixes))
-    layout = next((layout for layout in several if layout.primary_file(path) is None), None)
+    layout, remedy = layout_of(path), None
+    if layout is None:
+        several = (layout for layout in LAYOUTS if len(layout.suffixes) > 1 and path.name.endswith(layout.suffixes))
+        layout = next((layout for layout in several if layout.primary_file(path) is None), None)
+    elif layout.primary_file(path) is not None:
+        return None
+    elif (found := look(path, layout)).problem:
+        return found
+    else:
+        remedy = "put it there, or name the file itself to open it without"
     if layout is None or path.is_dir():
         return None
-    error = CheckpointError(
-        path, f"is part of a checkpoint, and {layout.stem(path)}{layout.suffixes[-1]} is missing", kind="lacking"
-    )
-    return Found(
-        path, {}, str(error), layout=layout.name, size=path.stat().st_size if path.is_file() else 0, kind=error.kind
-    )
+    problem = f"is part of a checkpoint, and {layout.missing(path)} is missing"
+    error = CheckpointError(path, problem, remedy, kind="lacking")
+    size = path.stat().st_size if path.is_file() else 0
+    return Found(path, {}, str(error), layout=layout.name, size=size, kind=error.kind)
 
 
 def places(folder: Path, *, looks: Looks | None = None) -> Iterator[Path]:

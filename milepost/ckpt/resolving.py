@@ -26,7 +26,7 @@ from milepost.ckpt.finding import (
 )  # fmt: skip
 from milepost.ckpt.index import Found, look
 from milepost.ckpt.layouts import LAYOUTS, layout_of
-from milepost.ckpt.manifest import is_regular, unreadable
+from milepost.ckpt.manifest import is_regular, read_json, unreadable
 from milepost.ckpt.record import CheckpointError, Kind
 from milepost.ckpt.rivals import ambiguity, rivals
 from milepost.files import is_unreachable
@@ -38,6 +38,7 @@ OPEN_ADAPTER = (
     "open the checkpoint that it was exported from, or merge it into its base with peft (merge_and_unload, "
     "save_pretrained)"
 )
+FUSE_ADAPTER = "fuse it into its model there (mlx_lm.fuse), and open the folder that this writes"
 
 
 def resolve(name: str, folder: Path, *, certain: bool = False) -> tuple[Path, list[str]]:
@@ -265,10 +266,18 @@ def _holds_any(place: Path) -> bool:
     return False
 
 
+def _is_mlx_adapter(folder: Path) -> bool:
+    """Whether the adapter in the folder is one of MLX-LM, whose config has the same name as that of peft."""
+    with contextlib.suppress(CheckpointError):
+        return "fine_tune_type" in read_json(folder / ADAPTER_CONFIG)
+    return False
+
+
 def _held_instead(folder: Path, *, limit: int = 3) -> str:
     """Return the end of a sentence on a folder without checkpoints: what else is in it that may have been meant."""
     if is_regular(folder / ADAPTER_CONFIG):
-        return f", but an adapter of peft ({ADAPTER_CONFIG}): {OPEN_ADAPTER}"
+        program, remedy = ("MLX-LM", FUSE_ADAPTER) if _is_mlx_adapter(folder) else ("peft", OPEN_ADAPTER)
+        return f", but an adapter of {program} ({ADAPTER_CONFIG}): {remedy}"
     if incomplete := orphans(folder):
         return f", but {'; '.join(str(found.problem) for found in incomplete[:limit])}"
     below = [place for place in itertools.islice(folders_below(folder), 1, LOOKED_AT) if _holds_any(place)]

@@ -86,11 +86,11 @@ def build_model(
     except (ValueError, TypeError, RuntimeError) as error:  # the last for a shape with too many elements
         reason = f"{str(error).splitlines()[0]:.300}"  # torch adds frames of C++
         problem = f"its settings do not build a model: {reason}"
-        raise CheckpointError(where_of(record), problem, EARLIER, kind="damaged") from error
+        raise _misfit(record, problem) from error
     wanted = model.state_dict()
     added = {kind for kind in adapters or () if not record.model_settings.get(kind)}
     fresh = {name for name in wanted if models.adapter_kind(name) in added}
-    _check_shapes({name: wanted[name] for name in wanted if name not in fresh}, state, where=where_of(record))
+    _check_shapes({name: wanted[name] for name in wanted if name not in fresh}, state, record)
     if shared or (take and record.owned):
         if take:
             record.model_state = {}  # frees each tensor as soon as it is converted
@@ -200,10 +200,18 @@ def _check_layers(record: Checkpoint, state: Mapping[str, Tensor]) -> None:
         problem = f"n_layer is {layers}, but it holds only {sum(held)} numbers"
     else:
         return
-    raise CheckpointError(where_of(record), f"its settings are damaged: {problem}", EARLIER, kind="damaged")
+    raise _misfit(record, f"its settings do not fit its weights: {problem}")
 
 
-def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
+def _misfit(record: Checkpoint, problem: str) -> CheckpointError:
+    """Return the error of settings and weights that are not of one model: damage, unless another program's files were put together."""
+    if record.written_by.startswith("another program"):
+        remedy = "put the config there that was saved with these weights"
+        return CheckpointError(where_of(record), problem, remedy, kind="not understood")
+    return CheckpointError(where_of(record), problem, EARLIER, kind="damaged")
+
+
+def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], record: Checkpoint) -> None:
     problems = [f"{name} {tuple(tensor.shape)} is missing" for name, tensor in wanted.items() if name not in found]
     problems += [
         f"{name} {tuple(tensor.shape)} is not expected" for name, tensor in found.items() if name not in wanted
@@ -216,7 +224,7 @@ def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, 
     if problems:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         problem = f"its weights do not fit its settings: {'; '.join(problems[:SHOWN])}{more}"
-        raise CheckpointError(where, problem, kind="damaged")
+        raise _misfit(record, problem)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, record: Checkpoint, *, kind: str | None = None) -> Restored:

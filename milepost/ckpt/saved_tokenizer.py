@@ -69,9 +69,11 @@ def tokenizer_from_file(values: dict[str, Any]) -> dict[str, Any]:
     return tokenizer_json.from_tokenizers_json(values)
 
 
-def tokenizer_from_parts(vocab: Any, merges: str, added: Any, special: Iterable[str]) -> dict[str, Any]:
+def tokenizer_from_parts(
+    vocab: Any, merges: str, added: Any, special: Iterable[str], *, split: str | None = None
+) -> dict[str, Any]:
     """Return vocab.json, merges.txt, added_tokens.json and their special tokens as a record holds a tokenizer."""
-    return tokenizer_json.from_vocab_and_merges(vocab, merges, added, special)
+    return tokenizer_json.from_vocab_and_merges(vocab, merges, added, special, split=split)
 
 
 def where_of(record: Checkpoint) -> str:

@@ -16,6 +16,7 @@ from milepost.ckpt.record import EARLIER, CheckpointError, Json
 from milepost.files import CHUNK, NewFile, bring_in, open_steadily, written
 from milepost.lazy import Tensor, import_torch, np, torch
 
+UNQUANTIZED = "save the model again in float32, float16 or bfloat16: quantized weights are not read"
 NAME_LIMIT = 512  # characters of a tensor's name
 NO_OPTIMIZER_STATE = "its optimizer state is not in the form of torch.optim.Optimizer.state_dict()"
 HEADER_LIMIT = 16 * 2**20  # bytes of a safetensors file's header; a hundred thousand tensors fit
@@ -45,7 +46,7 @@ def check_dense(tensor: Any, where: str, name: str, *, dtypes: Sequence[str] = F
         raise CheckpointError(where, problem, kind="not understood")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or name_of(tensor.dtype) not in dtypes:
         problem = f"{name:.80} is a {tensor.layout} {tensor.dtype} tensor on {tensor.device}, expected dense floats"
-        raise CheckpointError(where, problem, kind="not understood")
+        raise CheckpointError(where, problem, UNQUANTIZED, kind="not understood")
     # An expanded tensor of stride 0 claims far more than the file holds: copying it would allocate all that.
     if _bytes(tensor) > tensor.untyped_storage().nbytes():
         problem = f"{name:.80} of shape {tuple(tensor.shape)} claims more bytes than the file holds"

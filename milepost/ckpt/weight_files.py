@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milepost.ckpt import archive
+from milepost.ckpt.foreign.keys import unwrapped
 from milepost.ckpt.manifest import is_regular, read_json
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.tensors import bring_in_tensors, checked_tensors, read_safetensors
@@ -61,7 +62,9 @@ def _parts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def mapped(folder: Path) -> dict[str, Tensor]:
-    """Return the folder's tensors by name, mapped: none of their bytes is read yet. Raises CheckpointError."""
+    """Return the folder's tensors by name, without the prefixes of torch.compile and DDP, mapped: none of their bytes is read yet.
+    Raises CheckpointError.
+    """
     form, files = weight_files(folder)
     weights: dict[str, Tensor] = {}
     for file in files:
@@ -73,7 +76,11 @@ def mapped(folder: Path) -> dict[str, Tensor]:
     if absent := sorted(listed.keys() - weights.keys()):
         problem = f"lists {absent[0]!r:.80}, which is in none of its files"
         raise CheckpointError(folder / form.index, problem, DOWNLOAD, kind="damaged")
-    return weights
+    bare = {unwrapped(name): tensor for name, tensor in weights.items()}
+    if len(bare) < len(weights):
+        problem = "has tensors of one name, with and without the prefixes of torch.compile or DDP"
+        raise CheckpointError(folder, problem, "save the model again without them", kind="not understood")
+    return bare
 
 
 def checksum_problems(folder: Path) -> list[CheckpointError]:

@@ -24,6 +24,7 @@ ENDS = END.size + LOCATOR64.size + END64.size
 SHORT, LONG = 0xFFFF, 0xFFFFFFFF  # the value is in the zip64 record instead
 EXTRA = 128  # bytes of the extra field of a local header, which aligns the bytes behind it to 64, at most
 ZIP64 = 1  # the extra field that holds those values
+TORCHSCRIPT = "a TorchScript program, which is never run"
 ENCRYPTED, DESCRIBED, UTF8 = 0x1, 0x8, 0x800  # flags; DESCRIBED: sizes and CRC follow the bytes
 
 
@@ -190,6 +191,8 @@ def _entry(data: bytes, at: int) -> tuple[_Entry, int]:
     _, _, _, flags, method, _, _, crc, packed, size, named, extra, comment, disk, _, _, offset = fields
     begin = at + ENTRY.size
     raw, end = data[begin : begin + named], begin + named + extra
+    if method and b"/code/" in raw:  # torch compresses the code of such a program, and nothing else
+        raise OddArchive(TORCHSCRIPT)
     if method or flags & ENCRYPTED:
         raise OddArchive(f"not a checkpoint: the member {_text(raw)!r:.80} is compressed or encrypted")
     if comment or disk or flags & ~(DESCRIBED | UTF8) or end > len(data):
@@ -245,7 +248,7 @@ def _folder(names: Sequence[str]) -> str:
     if len(set(folded)) != len(folded):  # readers differ in which of two such names they take
         raise DamagedArchive("damaged: two members of its archive have one name")
     if any(name.endswith("/constants.pkl") for name in folded):
-        raise OddArchive("a TorchScript program, which is never run")
+        raise OddArchive(TORCHSCRIPT)
     pickles = [name for name in names if name.casefold().endswith(f"/{PICKLE}")]
     if len(pickles) != 1:
         raise OddArchive("not a checkpoint: a zip archive without torch's data.pkl, or with more than one")

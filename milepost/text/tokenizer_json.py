@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from milepost.text.tokenization.base import END_OF_TEXT, Tokenizer, byte_letters
-from milepost.text.tokenization.bpe import adds_nothing, check_bpe, splits_as_gpt2
+from milepost.text.tokenization.bpe import SPLITS, adds_nothing, check_bpe, splits_as_gpt2
 from milepost.text.tokenization.byte import ByteTokenizer
 from milepost.text.tokenization.char import CharTokenizer
 from milepost.text.tokenization.gpt2 import Gpt2Tokenizer, gpt2_file
@@ -78,10 +78,13 @@ def from_tokenizers_json(values: Mapping[str, Any]) -> Json:
     }
 
 
-def from_vocab_and_merges(vocab: Json, merges: str, added: Mapping[str, int], special: Iterable[str]) -> Json:
+def from_vocab_and_merges(
+    vocab: Json, merges: str, added: Mapping[str, int], special: Iterable[str], *, split: str | None = None
+) -> Json:
     """Return the `Tokenizer.to_dict` form of GPT-2's own two files, `vocab.json` and `merges.txt`, which older fine-tunes have.
 
-    `added` is added_tokens.json, `special` the tokens that encoding text never produces. `tokenization.from_dict` checks the result.
+    `added` is added_tokens.json, `special` the tokens that encoding text never produces. The files do not record how a text is cut:
+    as GPT-2 does, or by one of SPLITS, after normalization to NFC. `tokenization.from_dict` checks the result.
     """
     never_encoded = {END_OF_TEXT, *special}
     tokens = {END_OF_TEXT: vocab[END_OF_TEXT], **added} if END_OF_TEXT in vocab else dict(added)
@@ -89,6 +92,10 @@ def from_vocab_and_merges(vocab: Json, merges: str, added: Mapping[str, int], sp
     lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
     values = _byte_level_json(vocab, [line.split(" ") for line in lines])
     values["added_tokens"] = [_added_token(text, i, special=text in never_encoded) for text, i in ordered]
+    if split:
+        cut = {"type": "Split", "pattern": {"Regex": SPLITS[split]}, "behavior": "Isolated", "invert": False}
+        steps = [cut, BYTE_LEVEL | {"use_regex": False}]
+        values |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
     return from_tokenizers_json(values)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from drive import newest, tensor_bytes, train
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from script import call, script
 
 import models
@@ -81,6 +81,15 @@ def test_a_folder_of_transformers_has_its_logits_here_and_back(shape: str, tmp_p
         torch.testing.assert_close(again(ids()).logits, expected, rtol=0, atol=1e-5)
     assert tensor_bytes(ckpt.load(path)) == tensor_bytes(record)
     assert type(again).__name__ == type(theirs).__name__.replace("Mistral", "Llama")
+
+
+@pytest.mark.parametrize("buffer", ["model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_frequencies_that_old_versions_stored_are_left_out(buffer: str, tmp_path: Path) -> None:
+    theirs = saved(tmp_path, "Llama")
+    weights = load_file(tmp_path / "model.safetensors") | {buffer: torch.ones(4)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(ckpt.load(tmp_path)), theirs(ids()).logits, rtol=0, atol=1e-4)
 
 
 def trainers_groups(model: transformers.PreTrainedModel) -> list[dict[str, Any]]:

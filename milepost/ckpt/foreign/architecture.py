@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from milepost.ckpt.record import Checkpoint, CheckpointError, Json
+from milepost.ckpt.tensors import UNQUANTIZED
 from milepost.lazy import Tensor
 
 CONFIG = "config.json"
@@ -77,7 +78,7 @@ def renamed(path: Path, weights: Weights, prefix: str, left_out: tuple[str, ...]
             continue
         if not tensor.is_floating_point():
             problem = f"{theirs!r:.80} is {tensor.dtype}, expected floating point weights"
-            raise CheckpointError(path, problem, kind="not understood")
+            raise CheckpointError(path, problem, UNQUANTIZED, kind="not understood")
         if name in state:
             problem = f"{name!r:.80} is there twice, with and without `{prefix}`"
             raise CheckpointError(path, problem, kind="not understood")

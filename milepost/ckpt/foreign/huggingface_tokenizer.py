@@ -9,6 +9,7 @@ from milepost.ckpt.manifest import JSON_LIMIT, is_regular, read_json, refuse_poi
 from milepost.ckpt.record import CheckpointError, Json
 from milepost.ckpt.saved_tokenizer import tokenizer_from_file, tokenizer_from_parts
 from milepost.files import read_steadily
+from milepost.text.meta_pickle import META
 from milepost.text.templates import with_tokens
 from milepost.text.tokenization.library import FROM_LIBRARY, vocabulary
 
@@ -21,17 +22,19 @@ ENDS = ((GENERATION, "eos_token_id"), (CONFIG, "eos_token_id"), (TOKENIZER_CONFI
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Choice:
-    """Return the folder's tokenizer as JSON values, and a note on what was chosen or passed over; it may be empty."""
+    """Return the folder's tokenizer as JSON values, and a note on what was chosen or passed over; it may be empty.
+
+    Raise CheckpointError if its files are damaged or incomplete, or its config puts a space before each text.
+    """
     if is_regular(path / TOKENIZER):
         return _completed(path, tokenizer_from_file(read_json(path / TOKENIZER)))
     if is_regular(path / VOCAB) and is_regular(path / MERGES):
         return _completed(path, _tokenizer_of_two_files(path))
-    choice = tokenizer_beside(path, vocab_size)
     halves = [name for name in (VOCAB, MERGES) if is_regular(path / name)]
-    if choice[0] is None and halves:
+    if halves and not is_regular(path / META):
         problem = f"has {halves[0]} without {VOCAB if halves[0] == MERGES else MERGES}, and no {TOKENIZER}"
         raise CheckpointError(path, problem, "copy or download the tokenizer's files again", kind="lacking")
-    return choice
+    return tokenizer_beside(path, vocab_size)
 
 
 def tokenizer_over(base: dict[str, Json] | None, path: Path, vocab_size: int) -> Choice:
@@ -56,6 +59,7 @@ def _ends_of(tokenizer: dict[str, Json]) -> list[str]:
 
 def _completed(path: Path, tokenizer: dict[str, Json]) -> Choice:
     """Return the tokenizer with the folder's chat template and the tokens that end a text, and a note on what is passed over."""
+    _check_prefix_space(path, tokenizer)
     template = _chat_template(path)
     holds = tokenizer["kind"] in FROM_LIBRARY
     completed, note = _with_ends(path, tokenizer | ({"chat_template": template} if template and holds else {}))
@@ -63,6 +67,20 @@ def _completed(path: Path, tokenizer: dict[str, Json]) -> Choice:
         lost = f"{path}: its chat template is passed over, which a {tokenizer['kind']} tokenizer cannot hold"
         note = "; ".join(filter(None, (lost, note)))
     return completed, note
+
+
+def _check_prefix_space(path: Path, tokenizer: dict[str, Json]) -> None:
+    """Raise CheckpointError if transformers puts a space before each text, by its config and not by tokenizer.json."""
+    byte_level = tokenizer["kind"] in ("gpt2", "bpe") and _class_of(path).startswith(("gpt2", "qwen"))
+    if byte_level and _value(path, TOKENIZER_CONFIG, "add_prefix_space") is True:
+        problem = "add_prefix_space is True: such tokenizers are not read, and without the space the tokens are others"
+        remedy = "set it to false there if the model was trained without the space"
+        raise CheckpointError(path / TOKENIZER_CONFIG, problem, remedy, kind="not understood")
+
+
+def _class_of(path: Path) -> str:
+    """Return the class of the folder's tokenizer, which follows from the model where it is not recorded, in small letters."""
+    return f"{_value(path, TOKENIZER_CONFIG, 'tokenizer_class') or _value(path, CONFIG, 'model_type')}".lower()
 
 
 def _chat_template(path: Path) -> str | None:
@@ -148,13 +166,14 @@ def _added(tokenizer: dict[str, Json]) -> dict[str, Json]:
 
 
 def _tokenizer_of_two_files(path: Path) -> dict[str, Json]:
-    """Return the tokenizer of vocab.json and merges.txt, as GPT-2 and early fine-tunes have it."""
+    """Return the tokenizer of vocab.json and merges.txt, as GPT-2 and early fine-tunes have it, and Qwen2."""
     added = read_json(path / ADDED) if is_regular(path / ADDED) else {}
     roles = read_json(path / SPECIAL) if is_regular(path / SPECIAL) else {}
     merges = _text_of(path / MERGES)
     refuse_pointer(merges[:32].encode(), path / MERGES)
     names = [name for name in _flat(roles.values()) if isinstance(name, str)]
-    return tokenizer_from_parts(read_json(path / VOCAB), merges, added, names)
+    qwen = "qwen" in f"{_class_of(path)} {_value(path, CONFIG, 'model_type')}"
+    return tokenizer_from_parts(read_json(path / VOCAB), merges, added, names, split="Qwen2" if qwen else None)
 
 
 def _flat(roles: Iterable[Json]) -> Iterator[Json]:

@@ -17,6 +17,8 @@ from milepost.files import open_steadily
 from milepost.text.meta_pickle import META, META_LIMIT
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+# Files of tokenizers that are not read: no GPT-2 has one of them.
+UNREAD = ("tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 RATE = "learning_rate"  # key of `imported`: the rate in use at the record's step
 IN_CONFIG = 'put it in config.json beside the file: {"n_head": 6}'
 UNUSED = "optimizer"  # key of `imported`: why the optimizer's state cannot be used
@@ -83,19 +85,25 @@ def _tokenizer_of(path: Path, contents: list[Mapping[Any, Any]], vocab_size: int
     tokenizer, note = tokenizer_inside(contents, vocab_size, where=str(path))
     if tokenizer or (note and _token_file(path) is None):
         return tokenizer, note
-    tokenizer, beside = tokenizer_beside(path, vocab_size)
-    return tokenizer, beside if tokenizer else ""
+    return tokenizer_beside(path, vocab_size)
 
 
-def _token_file(path: Path) -> Path | None:
+def _token_file(path: Path, names: tuple[str, ...] = (TOKENIZER, META)) -> Path | None:
     folder = path if path.is_dir() else path.parent
-    return next((folder / name for name in (TOKENIZER, META) if is_regular(folder / name)), None)
+    return next((folder / name for name in names if is_regular(folder / name)), None)
 
 
 def tokenizer_beside(path: Path, vocab_size: int) -> Choice:
-    """Return `tokenizer_for` the weights at `path` with the tokenizer.json or meta.pkl beside them."""
+    """Return `tokenizer_for` the weights at `path` with the tokenizer.json or meta.pkl beside them.
+
+    The note is empty if there is none, and names a file that is not read: in its place nothing is guessed.
+    """
     file = _token_file(path)
-    return tokenizer_for(vocab_size, _read_token_file(file), where=str(file or path))
+    if file is None and (unread := _token_file(path, UNREAD)):
+        how = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        return None, f"{unread}: this kind of tokenizer is not read; transformers may write {TOKENIZER} from it: {how}"
+    tokenizer, note = tokenizer_for(vocab_size, _read_token_file(file), where=str(file or path))
+    return tokenizer, note if tokenizer else ""
 
 
 def _read_token_file(path: Path | None) -> Mapping[str, Json] | None:

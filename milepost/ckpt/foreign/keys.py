@@ -186,7 +186,12 @@ def _common_prefix(names: list[str]) -> str:
 
 
 def _without_wrappers(name: str) -> str:
-    return re.sub(r"^(?:(?:module|transformer)\.)+", "", re.sub(rf"(?<![^.]){WRAPPERS}", "", name))
+    return re.sub(r"^(?:(?:module|transformer)\.)+", "", unwrapped(name))
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without what torch.compile, DDP and FSDP put into it."""
+    return re.sub(r"^(?:module\.)+", "", re.sub(rf"(?<![^.]){WRAPPERS}", "", name))
 
 
 def _shape(value: Any) -> str:

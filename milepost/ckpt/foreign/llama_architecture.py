@@ -26,7 +26,7 @@ from milepost.lazy import Tensor
 PREFIX = "model."
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 KINDS = (*CLASSES, "mistral")
-BUFFERS = (".rotary_emb.inv_freq",)  # which old versions stored beside the weights
+BUFFERS = ("rotary_emb.inv_freq",)  # of each layer or of the model, which old versions stored beside the weights
 SIZES = {  # ours -> theirs
     "vocab_size": "vocab_size",
     "block_size": "max_position_embeddings",

@@ -7,7 +7,7 @@ names without its metadata. Never loads a part of a model. In the shapes below C
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import models
@@ -56,8 +56,18 @@ def translated(state: Mapping[Any, Any], config: Mapping[str, Json], *, where: s
     listed = ", ".join(described(name, tensor) for name, tensor in list(theirs.items())[:SHOWN])
     problem = f"its weights are of no model that milepost knows: {listed}{more(theirs)}"
     expected = "expected those of nanoGPT, of the lecture's models or of milepost"
-    remedy = "save the whole model's state_dict() again, under the names of one of these, with torch.save"
-    raise CheckpointError(where, f"{problem}; {expected}", remedy, kind="not understood")
+    raise CheckpointError(where, f"{problem}; {expected}", _remedy(theirs), kind="not understood")
+
+
+def _remedy(names: Iterable[str]) -> str:
+    """Return what to do with weights that are of no known model, by their names."""
+    if any("lora_" in name.lower() for name in names):
+        return (
+            "these are adapters: merge them into their base in the program that trained them, and save the whole model"
+        )
+    if any(name.endswith(("embed_tokens.weight", "tok_embeddings.weight", "norm_1.weight")) for name in names):
+        return "a Llama opens from a folder of transformers: let its save_pretrained() write one, and name that"
+    return "save the whole model's state_dict() again, under the names of one of these, with torch.save"
 
 
 def of_ours(
@@ -189,14 +199,22 @@ def _from_gpt2(
     if type(config.get("bias")) is bool and config["bias"] is not bias:
         problem = f"bias is {config['bias']} in its config, but {bias} by its weights"
         raise CheckpointError(where, problem, CORRECT, kind="not understood")
-    _check_epsilon(config, where)
+    _check_computed(config, where)
     if not any(word in config for word in ACTIVATION):
         notes += [f"{where}: {note}" for note in (READ_AS.get(program),) if note]
     notes += [f"{where}: {note}"] if note else []
     return "gpt2", settings, {name: ours[name] for name in shapes}, notes
 
 
-ACTIVATION = ("activation", "activation_function")
+ACTIVATION = ("activation", "activation_function", "activation_fn", "act_fn", "hidden_act")
+COMPUTED: dict[str, Json] = {  # what shapes do not show: value of our GPT-2
+    "layer_norm_epsilon": 1e-5,
+    "layer_norm_eps": 1e-5,
+    "norm_eps": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
 READ_AS = {
     "nanoGPT": "read as nanoGPT's, with the exact GELU that it computes since May 2023",
     "minGPT": "read as minGPT's, with the tanh form of GELU that it computes",
@@ -204,11 +222,13 @@ READ_AS = {
 }
 
 
-def _check_epsilon(config: Mapping[str, Json], where: str) -> None:
-    epsilon = config.get("layer_norm_epsilon", 1e-5)
-    if epsilon != 1e-5:
-        problem = f"layer_norm_epsilon is {short(epsilon)} in its config, expected 1e-05: another model is computed"
-        raise CheckpointError(where, problem, kind="not understood")
+def _check_computed(config: Mapping[str, Json], where: str) -> None:
+    """Raise CheckpointError if a value in `config` makes the same weights another model."""
+    for word, ours in COMPUTED.items():
+        value = config.get(word)
+        if value is not None and value != ours:
+            problem = f"{word} is {short(value)} in its config, expected {ours}: another model is computed"
+            raise CheckpointError(where, problem, kind="not understood")
 
 
 def _table_sizes(theirs: Mapping[str, Tensor], tokens: str, positions: str, where: str) -> dict[str, Json]:
@@ -356,6 +376,7 @@ def _from_lecture(theirs: dict[str, Tensor], config: Mapping[str, Json], where: 
     settings |= {"dropout": _dropout(config, where), "bias": True}
     settings |= {"activation": _activation(config, THEIR_ACTIVATIONS, "relu", where), "tied": tied}
     _check_sizes(settings, config, where)
+    _check_computed(config, where)
     if not whole:  # concatenating would read them
         theirs = {name: tensor.to("meta") for name, tensor in theirs.items()}
     joined = _joined_lecture(theirs, settings) | head

@@ -111,6 +111,10 @@ class Layout(ABC):
         visible = self.locate(path, self.suffixes[-1]).is_file()
         return self.locate(path, self.primary or self.suffixes[-1]) if visible else None
 
+    def missing(self, path: Path) -> str:
+        """Return the name of the file whose absence keeps the checkpoint that `path` belongs to from being visible."""
+        return f"{self.stem(path)}{self.suffixes[-1]}"
+
     def files(self, path: Path) -> list[Path]:
         """Return the files, or the one folder, of the checkpoint, the one that makes it visible last."""
         if self.is_folder or len(self.suffixes) == 1:

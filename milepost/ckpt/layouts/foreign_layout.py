@@ -1,7 +1,7 @@
 """The layouts of other programs, read only: a layout recognises the files, and `ckpt/foreign` translates them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class ForeignLayout(Layout):
     keys: Callable[[frozenset[str]], bool] | None = None
     claims: Callable[[Path], bool] | None = None
     alone: Callable[[Path], bool] = lambda path: False  # whether the primary file is a checkpoint without the others
+    beside: Mapping[str, str] = field(default_factory=dict)  # by its name, the other file of a checkpoint of that name
     optimizers: tuple[str, ...] = ()  # names of files that hold an optimizer's state and no weights
     reader: ForeignReader | None = None
 
@@ -79,6 +80,10 @@ class ForeignLayout(Layout):
     def primary_file(self, path: Path) -> Path | None:
         """Return the path under which the checkpoint that `path` belongs to is listed; None if it is not visible yet."""
         return self.locate(path, self.primary) if self.primary and self.alone(path) else super().primary_file(path)
+
+    def missing(self, path: Path) -> str:
+        """Return the name of the file whose absence keeps the checkpoint from being visible."""
+        return self.beside.get(path.name) or super().missing(path)
 
     def is_optimizer_file(self, path: Path, file: Path) -> bool:
         """Whether `file` has the name of an optimizer's file."""

@@ -155,9 +155,7 @@ class Transformers:
             path=path,
             layout="huggingface",
             owned=True,
-            notes=notes
-            + ([note] if note and tokenizer else [])
-            + ([f"{path}: {adapter} is left out"] if adapter else []),
+            notes=notes + ([note] if note else []) + ([f"{path}: {adapter} is left out"] if adapter else []),
             left_out=left_out + ([adapter] if adapter else []),
             parts=["model", *(["optimizer"] if training.optimizer_state else [])],
             written_by=WRITER,

@@ -57,5 +57,6 @@ LAYOUT = ForeignLayout(
     yields_to_folder=True,
     claims=_claims,
     alone=_is_whole_model,
+    beside={MODEL: CONFIG},
     reader=ForeignReader(layout="mlx", content=_content, source=_weights, checksums=None),
 )
