@@ -104,7 +104,13 @@ def _train(pieces: Iterable[Piece], vocab_size: int) -> dict[str, Any]:
     words = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=True)
     trainee.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     first = [UNKNOWN, BEGIN, END_OF_TEXT, *BYTES]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=first, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=first,
+        initial_alphabet=[SPACE],  # a text without spaces lacks it, and its bytes would read as the letter
+        show_progress=False,
+    )
     parts = _of_frequent_letters(list(training_parts(pieces)), count=max(1, (vocab_size - len(first)) // 4))
     trainee.train_from_iterator(parts, trainer=trainer)
     trainee.pre_tokenizer = None  # the merges cross no word
