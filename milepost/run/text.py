@@ -28,9 +28,10 @@ from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, 
 from milepost.text.mixtures import MixedBatches, MixedSplit, MixedTokens, mixed_split
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.prepared import Vocabulary, validation_beside
-from milepost.text.readers import PLAIN, SEPARABLE, Reading, suffix_of
+from milepost.text.readers import PLAIN, SEPARABLE, Reading, listed, suffix_of
 from milepost.text.scan import Scan
 from milepost.text.sources import with_places
+from milepost.text.stamps import in_both
 from milepost.text.templates import chat_stops, dated, template_of
 from milepost.text.token_arrays import Tokens
 from milepost.text.tokenization.base import edge
@@ -91,8 +92,8 @@ def read_text(
     known = known_text(record.data, record.tokenizer) if record else UNKNOWN_TEXT
     corpus, scanned = world.local_rank0_first(lambda: scan_text(settings, log, known))
     held_out = world.local_rank0_first(lambda: scan_validation(settings, log, known, corpus))
-    if held_out and held_out[1].sha256 == scanned.sha256:
-        log(f"{held_out[0].source} is the training text: the validation loss does not show overfitting")
+    for line in _trained_on(*held_out, corpus, scanned) if held_out else ():
+        log(line)
     for source, scan in [(corpus, scanned), *([held_out] if held_out else [])]:
         if len(set(world.all_gather(scan.sha256))) > 1:
             raise DataError(f"{source.source}: differs between machines; copy the same text to all of them")
@@ -163,6 +164,16 @@ def scan_validation(settings: Config, log: Log, known: Known, corpus: Corpus) ->
         remedy = "train and validate on texts of one kind"
         raise DataError(f"{talks.source} holds conversations, {plain.source} does not: {remedy}")
     return found
+
+
+def _trained_on(held_out: Corpus, its_scan: Scan, corpus: Corpus, scanned: Scan) -> list[str]:
+    """Return a line if the text for validation, or files of it, are trained on."""
+    effect = "the validation loss does not show overfitting"
+    if its_scan.sha256 == scanned.sha256:
+        return [f"{held_out.source} is the training text: {effect}"]
+    if files := in_both(held_out.paths, corpus.paths):
+        return [f"{held_out.source}: in the training text too: {listed(list(map(str, files)))}: {effect} of them"]
+    return []
 
 
 def refuse_weights(corpus: Corpus) -> None:

@@ -147,12 +147,14 @@ def _mixture(shown: str, parts: list[Part], corpora: list[Corpus]) -> Corpus:
     if talks and plain:
         problem = f"{talks[0]} holds conversations, {plain[0]} is plain text"
         raise DataError(f"{problem}: mix texts with texts, or conversations with conversations")
+    paths = tuple(path for corpus in corpora for path in corpus.paths)
+    notes = [line for corpus in corpora for line in corpus.skipped]
     return Corpus(
         source=shown,
         name=_name(parts),
-        paths=tuple(path for corpus in corpora for path in corpus.paths),
+        paths=paths,
         reading=corpora[0].reading,
-        skipped=tuple(line for corpus in corpora for line in corpus.skipped),
+        skipped=tuple(dict.fromkeys([*notes, *repeated(paths)])),
         parts=tuple(corpora),
         weights=tuple(part.weight for part in parts),
     )
