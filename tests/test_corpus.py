@@ -321,6 +321,23 @@ def test_the_columns_of_a_csv_without_the_field_are_listed(tmp_path: Path) -> No
     assert "found id, body" in error_of(write(tmp_path / "a.tsv", "id\tbody\n1\tx\n"))
 
 
+def test_of_a_data_set_that_was_saved_to_disk_only_the_rows_are_read(tmp_path: Path) -> None:
+    """The datasets library keeps its state beside them, and what it computed from them."""
+    train = tmp_path / "saved" / "train"
+    train.mkdir(parents=True)
+    for name in ("data-00000-of-00002.arrow", "data-00001-of-00002.arrow", "cache-7c1f.arrow"):
+        (train / name).write_bytes(b"ARROW1")
+    (train / "dataset_info.json").write_text('{"citation": "", "description": ""}')
+    rows = [{"filename": f"data-0000{number}-of-00002.arrow"} for number in range(2)]
+    (train / "state.json").write_text(json.dumps({"_data_files": rows, "_fingerprint": "7c1f", "_split": "train"}))
+    corpus = open_corpus(str(train), data_dir=tmp_path)
+    assert [path.name for path in corpus.paths] == [row["filename"] for row in rows]
+    assert corpus.skipped == (f"{train}: 3 files skipped: .json, .arrow",)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match=f"splits train, test of a data set: name the folder of one, such as {train}"):
+        open_corpus(str(tmp_path / "saved"), data_dir=tmp_path)
+
+
 def test_skipped_files_are_told_for_folders_and_globs(tmp_path: Path) -> None:
     for name in ("a.txt", "b.docx", "c.DOCX", "d.jpg", "e/f.txt", "e/g.pdf", ".h.jpg"):
         write(tmp_path / name, "x")
