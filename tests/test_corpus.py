@@ -596,6 +596,16 @@ def test_a_download_in_a_read_only_folder_is_used_and_new_ones_go_elsewhere(tmp_
     assert packed.read_bytes() == b"damaged"
 
 
+def test_a_download_removes_what_killed_ones_left(tmp_path: Path) -> None:
+    left = tmp_path / ".cache" / "downloads" / f".tmp-a.txt-{2**31 - 1}-{'0' * 8}"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    old = left.stat().st_mtime - 700
+    os.utime(left, (old, old))
+    path = fetch(URL, data_dir=tmp_path, open_url=Web(b"Dear Wren,\n"))
+    assert sorted(os.listdir(left.parent)) == sorted([path.name, path.name + ".json"])
+
+
 def test_a_damaged_or_unrecorded_download_is_repeated(tmp_path: Path) -> None:
     web = Web(b"text")
     path = fetch(URL, data_dir=tmp_path, open_url=web)

@@ -262,11 +262,25 @@ prepare(corpus, scan(corpus), Dying(), validation_fraction=0.1, cache_dir=folder
     split = prepared(tmp_path, ByteTokenizer(), TEXT, TEXT)
     both = (TEXT + "\n" + TEXT).encode()
     assert split.train.tolist() + split.validation.tolist() == list(both)
-    assert left.exists()  # its process may be alive
-    for path in (*left.iterdir(), left):
-        os.utime(path, (time.time() - 2 * 86400,) * 2)
+    assert left.exists()  # a process of another host may be writing it
+    age(left, 700)
     prepared(tmp_path, ByteTokenizer(), "other text")
     assert not left.exists()
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    """For a day without a write, because its number may be that of another process by now."""
+    parent = tmp_path / "cache" / f".tmp-{'0' * 32}-{os.getppid()}-{'0' * 8}"
+    parent.mkdir(parents=True)
+    for seconds, stays in ((700, True), (86500, False)):
+        age(parent, seconds)
+        prepared(tmp_path, ByteTokenizer(), f"text {seconds}")
+        assert parent.exists() == stays
+
+
+def age(folder: Path, seconds: int) -> None:
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (time.time() - seconds,) * 2)
 
 
 def test_a_text_that_changed_since_the_scan_is_refused(tmp_path: Path) -> None:

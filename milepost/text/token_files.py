@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,17 @@ from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 
-from milepost.files import APPEND, flush_to_disk, in_words, is_unreachable, lacks, new_folder, remove, write_json
+from milepost.files import (
+    APPEND,
+    flush_to_disk,
+    in_words,
+    is_unreachable,
+    lacks,
+    new_folder,
+    remove,
+    remove_abandoned,
+    write_json,
+)
 from milepost.text.chunks import LongWordError, rechunk, whole_documents
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
@@ -36,7 +45,6 @@ FILES = ("train.npy", "validation.npy")
 SUMS = "sha256.json"  # the sha256 of both: a flipped bit in them would change the training and nothing would notice
 CHUNK = 1 << 18  # characters tokenized at once
 THREADS = min(8, os.cpu_count() or 1)  # more would wait for the thread that reads, hashes and writes
-ABANDONED = 24 * 3600  # seconds without a write after which a partial folder belongs to no living process
 ATTEMPTS = 10  # at building the folder while other processes build or remove it
 
 # Consecutive pieces, and what the first one does: it begins the text, or another document of it, or continues one.
@@ -236,7 +244,7 @@ def _open_built(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[P
         if exists:
             _discard(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
+        remove_abandoned(folder.parent)
         try:
             with new_folder(folder) as hidden:
                 build(hidden)
@@ -315,12 +323,3 @@ def _open(folder: Path, dtypes: Mapping[str, np.dtype]) -> list[Tokens] | None:
             return None
         arrays.append(array)
     return arrays
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    """Delete partial folders that a killed process left behind."""
-    for folder in cache_dir.glob(".*-*"):
-        with contextlib.suppress(OSError):
-            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-            if time.time() - newest > ABANDONED:
-                shutil.rmtree(folder, ignore_errors=True)
