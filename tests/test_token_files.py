@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tokenization import AT_LINES
 
 from milepost.text import token_files as tokens_module
 from milepost.text.corpus import Corpus, open_corpus
@@ -373,10 +374,28 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer: Tokeniz
     assert second < 24  # MB
 
 
+@pytest.mark.parametrize("name", ["Llama 3", "sentencepiece"])
+def test_the_memory_of_other_tokenizers_does_not_grow_with_a_document(name: str) -> None:
+    """The library holds a hundred bytes for each character that it encodes at once."""
+    sizes: list[int] = []
+
+    class Measured(Words):
+        splits_at = AT_LINES[name].splits_at
+
+        def encode_part(self, text: str, *, after: object) -> np.ndarray:
+            sizes.append(len(text))
+            return super().encode_array(text)
+
+    line = "Dear Wren, I can't decide what to say.\n"
+    for _ in tokens_module.token_ids([(line * 26_000, False)] * 4, Measured()):
+        pass
+    assert max(sizes) <= 2 * tokens_module.CHUNK < sum(sizes)
+
+
 def test_memory_would_grow_if_text_were_tokenized_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the measure above sees it."""
     monkeypatch.setattr(tokens_module, "CHUNK", 10**9)
-    monkeypatch.setattr(tokens_module, "rechunk", lambda pieces, size: [("".join(text for text, _ in pieces), True)])
+    monkeypatch.setattr(tokens_module, "rechunk", lambda pieces, **_: [("".join(text for text, _ in pieces), True)])
     assert peak_memory(tmp_path, Gpt2Tokenizer(), 16) > 50
 
 

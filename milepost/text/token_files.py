@@ -172,8 +172,9 @@ def token_ids(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndar
     encode = functools.partial(_group_ids, tokenizer=tokenizer)
     if tokenizer.splits_at == "character":  # these take no longer than reading the text: threads would not help
         return map(encode, _groups(pieces))
-    chunks = rechunk(pieces, size=CHUNK) if tokenizer.splits_at == "word" else whole_documents(pieces)
-    return _in_threads(encode, _groups(chunks))
+    if tokenizer.splits_at == "document":
+        return _in_threads(encode, _groups(whole_documents(pieces)))
+    return _in_threads(encode, _groups(rechunk(pieces, size=CHUNK, at=tokenizer.splits_at)))
 
 
 def _groups(pieces: Iterable[Piece]) -> Iterator[Group]:
@@ -200,7 +201,7 @@ def _group_ids(group: Group, tokenizer: Tokenizer) -> np.ndarray:
             arrays.append(tokenizer.encode_array("\n") if end is None else np.array([end], dtype=np.uint32))
         if start and begin is not None:
             arrays.append(np.array([begin], dtype=np.uint32))
-        arrays.append(tokenizer.encode_array(text))
+        arrays.append(tokenizer.encode_array(text) if start else tokenizer.encode_part(text, after="text"))
         start = "document" if ends else ""
     return np.concatenate(arrays)
 
