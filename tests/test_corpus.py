@@ -401,7 +401,7 @@ def test_invalid_utf8_in_later_lines_counts_from_the_start_of_the_file(tmp_path:
         ("[" * 100_000, "not valid JSON"),
         ("[1]", "expected an object, found a list: name a file of one list .json"),
         ('{"body": "x"}', "found body"),
-        ('{"text": 3}', "found a int"),
+        ('{"text": 3}', "'text' is 3, not text: fill it or leave the row out"),
         ('{"text": "\\ud800"}', "surrogate"),
     ],
 )
@@ -635,6 +635,7 @@ def test_failed_downloads_leave_nothing(tmp_path: Path, web: Web, expected: str)
 
 def test_only_https_and_supported_formats_are_downloaded(tmp_path: Path) -> None:
     assert "only https is supported" in error_of("http://example.org/a.txt", tmp_path)
+    assert "expected hf://datasets/owner/name" in error_of("hf://owner/name", tmp_path)
     assert "only https is supported" in error_of("ftp://example.org/a.txt", tmp_path)
     assert "expected .txt" in error_of("https://example.org/a.zip", tmp_path)
     assert "expected .txt" in error_of("https://[::1", tmp_path)

@@ -35,6 +35,7 @@ from milepost.text.stamps import in_both
 from milepost.text.templates import chat_stops, dated, template_of
 from milepost.text.token_arrays import Tokens
 from milepost.text.tokenization.base import edge
+from milepost.text.tokenization.library import FROM_LIBRARY
 from milepost.text.unknown import Mode, encoder_of, first_known
 from models.model import Model
 
@@ -106,6 +107,8 @@ def read_text(
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, seen))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
+        for line in _about_size(tokenizer, settings):
+            log(line)
     check_separator(settings.document_separator, tokenizer)
     template = template_of(record.data if record else {}, tokenizer) or None  # the plain one where there is none
     if template and "template" not in (record.data if record else {}):  # a new run; processes may begin on two days
@@ -132,6 +135,17 @@ def read_text(
         answers=settings.loss_on == "answers",
         pack=settings.packing,
     ), tokenizer
+
+
+def _about_size(tokenizer: tokenization.Tokenizer, settings: Config) -> list[str]:
+    """Return a line on a trained vocabulary that has another size than the one that was set."""
+    asked, size = settings.bpe_vocab_size, tokenizer.vocab_size
+    if tokenizer.kind not in FROM_LIBRARY or not settings.is_set("BPE_VOCAB_SIZE") or size == asked:
+        return []
+    reason = "no other pair of tokens occurs twice in the text" if size < asked else "this kind has no fewer"
+    return [
+        f"BPE_VOCAB_SIZE={asked} ({settings.sources['BPE_VOCAB_SIZE']}): the vocabulary has {size} tokens, because {reason}"
+    ]
 
 
 def without_effect_on_text(settings: Config) -> list[str]:

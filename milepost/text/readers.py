@@ -203,7 +203,7 @@ def _are_messages(value: Any) -> bool:
 
 def _checked(text: Any, reading: Reading, *, where: str) -> str:
     if not isinstance(text, str):
-        raise DataError(f"{where}: expected a string as {reading.text_field!r}, found a {type(text).__name__}")
+        raise DataError(f"{where}: {reading.text_field!r} is {text!r:.60}, not text: fill it or leave the row out")
     if re.search("[\ud800-\udfff]", text):  # JSON can write them, UTF-8 cannot
         raise DataError(f"{where}: the text holds half of a surrogate pair, which is not a character")
     return text
