@@ -238,6 +238,7 @@ BAD_JSON = {
     "something behind it": ('["one"] x', "record 2 is not valid JSON"),
     "no JSON": ("Dear Wren,", "record 1 is not valid JSON"),
     "a list of lists": ('[["one"]]', "record 1: expected an object with a member 'text', found a list"),
+    "one object around its rows": ('{"data": [{"text": "one"}]}', "record 1: its rows are in 'data': save that list"),
     "another field": ('[{"text": "one"}, {"body": "two"}]', "record 2: expected a member 'text', found body"),
     "a number": ("[1]", "found a int"),
     "too deep": ("[" * 100_000, "record 1"),
@@ -333,6 +334,10 @@ def test_of_a_data_set_that_was_saved_to_disk_only_the_rows_are_read(tmp_path: P
     corpus = open_corpus(str(train), data_dir=tmp_path)
     assert [path.name for path in corpus.paths] == [row["filename"] for row in rows]
     assert corpus.skipped == (f"{train}: 3 files skipped: .json, .arrow",)
+    selected = {"_data_files": rows, "_indices_files": [{"filename": "indices.arrow"}]}
+    (train / "state.json").write_text(json.dumps(selected))
+    with pytest.raises(DataError, match="save it again with a newer version of the datasets library"):
+        open_corpus(str(train), data_dir=tmp_path)
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(DataError, match=f"splits train, test of a data set: name the folder of one, such as {train}"):
         open_corpus(str(tmp_path / "saved"), data_dir=tmp_path)

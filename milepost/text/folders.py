@@ -30,6 +30,7 @@ from milepost.text.readers import (
 IGNORE = ".gitignore"
 # Of the datasets library (save_to_disk): a data set's splits, each in a folder of its name, and the files of the rows of one.
 SPLITS, STATE, JSON_LIMIT = "dataset_dict.json", "state.json", 1 << 20
+INDICES = ("_indices_files", "_indices_data_files")  # of versions before 2.0: which of the rows are meant
 CODE_LIMIT = 1 << 20  # bytes; longer files of source code are generated
 AMONG_CODE = (*CODE, ".md", ".txt")  # what is read of a folder of source code
 
@@ -75,6 +76,11 @@ def _beside_saved_rows(files: list[Path]) -> set[Path]:
             splits = list(map(str, names))
             remedy = f"name the folder of one, such as {path.parent / splits[0]}"
             raise DataError(f"{path.parent} holds the splits {listed(splits)} of a data set: {remedy}")
+        if path.name == STATE and any(_json_member(path, name) for name in INDICES):
+            remedy = "save it again with a newer version of the datasets library"
+            raise DataError(
+                f"{path.parent}: its rows are those that another file selects, as old versions saved it: {remedy}"
+            )
         if path.name == STATE and (rows := _json_member(path, "_data_files")):
             named = {path.parent / str(each.get("filename")) for each in rows if isinstance(each, dict)}
             rest |= {other for other in files if other.parent == path.parent and other not in named}

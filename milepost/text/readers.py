@@ -190,6 +190,8 @@ def _text_in(row: Any, reading: Reading, *, where: str) -> str:
         if talks := next((key for key, value in row.items() if _are_messages(value)), None):
             problem = f"its conversation is in {talks!r:.60}, and not in a form that is read here"
             raise DataError(f"{where}: {problem}: write it as messages, each with role and content")
+        if rows := next((key for key, value in row.items() if _are_rows(value, field)), None):
+            raise DataError(f"{where}: its rows are in {rows!r:.60}: save that list as a file of its own")
         raise TextFieldError(f"{where}: expected a member {field!r}, found {listed(list(row))}")
     return _checked(row[field], reading, where=where)
 
@@ -199,6 +201,11 @@ def _are_messages(value: Any) -> bool:
     return (
         isinstance(value, list) and bool(value) and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in value)
     )
+
+
+def _are_rows(value: Any, field: str) -> bool:
+    """Whether a value is a list of objects with a text, as of a JSON file that is one object around its rows."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) and field in row for row in value)
 
 
 def _checked(text: Any, reading: Reading, *, where: str) -> str:
