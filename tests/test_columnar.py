@@ -130,7 +130,7 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
 @exchange
 def test_broken_rows_and_files_are_named(tmp_path: Path) -> None:
     path = table_file(tmp_path / "a.parquet", [{"text": "a"}, {"text": None}])
-    with pytest.raises(DataError, match=r"a.parquet row 2: expected a string as 'text', found a NoneType"):
+    with pytest.raises(DataError, match=r"a.parquet row 2: 'text' is None, not text: fill it or leave the row out"):
         scan(opened(path))
     path = table_file(tmp_path / "b.parquet", [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}])
     with pytest.raises(DataError, match=r"b.parquet row 2: prompt is empty"):

@@ -238,6 +238,7 @@ BAD_JSON = {
     "something behind it": ('["one"] x', "record 2 is not valid JSON"),
     "no JSON": ("Dear Wren,", "record 1 is not valid JSON"),
     "a list of lists": ('[["one"]]', "record 1: expected an object with a member 'text', found a list"),
+    "one object around its rows": ('{"data": [{"text": "one"}]}', "record 1: its rows are in 'data': save that list"),
     "another field": ('[{"text": "one"}, {"body": "two"}]', "record 2: expected a member 'text', found body"),
     "a number": ("[1]", "found a int"),
     "too deep": ("[" * 100_000, "record 1"),
@@ -321,6 +322,27 @@ def test_the_columns_of_a_csv_without_the_field_are_listed(tmp_path: Path) -> No
     assert "found id, body" in error_of(write(tmp_path / "a.tsv", "id\tbody\n1\tx\n"))
 
 
+def test_of_a_data_set_that_was_saved_to_disk_only_the_rows_are_read(tmp_path: Path) -> None:
+    """The datasets library keeps its state beside them, and what it computed from them."""
+    train = tmp_path / "saved" / "train"
+    train.mkdir(parents=True)
+    for name in ("data-00000-of-00002.arrow", "data-00001-of-00002.arrow", "cache-7c1f.arrow"):
+        (train / name).write_bytes(b"ARROW1")
+    (train / "dataset_info.json").write_text('{"citation": "", "description": ""}')
+    rows = [{"filename": f"data-0000{number}-of-00002.arrow"} for number in range(2)]
+    (train / "state.json").write_text(json.dumps({"_data_files": rows, "_fingerprint": "7c1f", "_split": "train"}))
+    corpus = open_corpus(str(train), data_dir=tmp_path)
+    assert [path.name for path in corpus.paths] == [row["filename"] for row in rows]
+    assert corpus.skipped == (f"{train}: 3 files skipped: .json, .arrow",)
+    selected = {"_data_files": rows, "_indices_files": [{"filename": "indices.arrow"}]}
+    (train / "state.json").write_text(json.dumps(selected))
+    with pytest.raises(DataError, match="save it again with a newer version of the datasets library"):
+        open_corpus(str(train), data_dir=tmp_path)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match=f"splits train, test of a data set: name the folder of one, such as {train}"):
+        open_corpus(str(tmp_path / "saved"), data_dir=tmp_path)
+
+
 def test_skipped_files_are_told_for_folders_and_globs(tmp_path: Path) -> None:
     for name in ("a.txt", "b.docx", "c.DOCX", "d.jpg", "e/f.txt", "e/g.pdf", ".h.jpg"):
         write(tmp_path / name, "x")
@@ -384,7 +406,7 @@ def test_invalid_utf8_in_later_lines_counts_from_the_start_of_the_file(tmp_path:
         ("[" * 100_000, "not valid JSON"),
         ("[1]", "expected an object, found a list: name a file of one list .json"),
         ('{"body": "x"}', "found body"),
-        ('{"text": 3}', "found a int"),
+        ('{"text": 3}', "'text' is 3, not text: fill it or leave the row out"),
         ('{"text": "\\ud800"}', "surrogate"),
     ],
 )
@@ -579,6 +601,16 @@ def test_a_download_in_a_read_only_folder_is_used_and_new_ones_go_elsewhere(tmp_
     assert packed.read_bytes() == b"damaged"
 
 
+def test_a_download_removes_what_killed_ones_left(tmp_path: Path) -> None:
+    left = tmp_path / ".cache" / "downloads" / f".tmp-a.txt-{2**31 - 1}-{'0' * 8}"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    old = left.stat().st_mtime - 700
+    os.utime(left, (old, old))
+    path = fetch(URL, data_dir=tmp_path, open_url=Web(b"Dear Wren,\n"))
+    assert sorted(os.listdir(left.parent)) == sorted([path.name, path.name + ".json"])
+
+
 def test_a_damaged_or_unrecorded_download_is_repeated(tmp_path: Path) -> None:
     web = Web(b"text")
     path = fetch(URL, data_dir=tmp_path, open_url=web)
@@ -608,6 +640,7 @@ def test_failed_downloads_leave_nothing(tmp_path: Path, web: Web, expected: str)
 
 def test_only_https_and_supported_formats_are_downloaded(tmp_path: Path) -> None:
     assert "only https is supported" in error_of("http://example.org/a.txt", tmp_path)
+    assert "expected hf://datasets/owner/name" in error_of("hf://owner/name", tmp_path)
     assert "only https is supported" in error_of("ftp://example.org/a.txt", tmp_path)
     assert "expected .txt" in error_of("https://example.org/a.zip", tmp_path)
     assert "expected .txt" in error_of("https://[::1", tmp_path)

@@ -15,6 +15,7 @@ from test_distributed import torchrun
 from milepost import config
 from milepost.run import text as run_text
 from milepost.text.batches import Batches
+from milepost.text.corpus import open_corpus
 from milepost.text.errors import DataError
 from milepost.text.mixtures import MixedBatches, cycle_of
 from milepost.text.sources import parts_of, with_places
@@ -161,6 +162,14 @@ def test_a_list_without_weights_stays_one_text(tmp_path: Path) -> None:
     assert train(tmp_path, TRAINING_DATA_SOURCE=f"{one},{two}")[0] == 0
     assert "mixture" not in newest(tmp_path).data
     assert newest(tmp_path).data["characters"] == 5000
+
+
+def test_a_file_that_two_sources_have_is_told(tmp_path: Path) -> None:
+    """What one of them holds out, the other trains on."""
+    one, two = small_text(tmp_path, name="a.txt"), small_text(tmp_path, name="b.txt")
+    mixture = open_corpus(f"{tmp_path / '*.txt'}*2,{one}*1", data_dir=tmp_path)
+    assert mixture.skipped == (f"read more than once: {one}",)
+    assert open_corpus(f"{one}*2,{two}*1", data_dir=tmp_path).skipped == ()
 
 
 def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_the_vocabulary_depends_on_the_text_alone() -> None:
     assert len(BYTES) + 3 < again.vocab_size <= 400
 
 
+def test_a_space_is_a_token_though_the_text_has_none() -> None:
+    chinese = tokenization.build(
+        "sentencepiece", [("\u5929\u5730\u7384\u9ec4" * 20, True)], alphabet="", documents=1, vocab_size=300
+    )
+    assert chinese.decode(chinese.encode("\u5929 \u5730")) == " \u5929 \u5730"
+
+
 def test_what_begins_a_text_precedes_texts_prompts_and_conversations() -> None:
     begin = OURS.begin_of_text
     assert (begin, OURS.end_of_text) == (1, 2)

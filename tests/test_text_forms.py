@@ -577,3 +577,18 @@ def test_records_without_the_text_field_name_the_setting_and_the_fields(name, te
     assert "entry" in said
     code, said = train(tmp_path, TEXT_FIELD="entry", **changes)  # what it says works
     assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "reason"),
+    [
+        ("bpe", "5000", "no other pair of tokens occurs twice in the text"),
+        ("sentencepiece", "257", "this kind has no fewer"),
+    ],
+)
+def test_a_vocabulary_of_another_size_than_was_set_is_told(tmp_path: Path, kind: str, size: str, reason: str) -> None:
+    code, said = train(tmp_path, TOKENIZER=kind, BPE_VOCAB_SIZE=size, **FAST)
+    (line,) = (line for line in said.splitlines() if line.startswith(f"BPE_VOCAB_SIZE={size}"))
+    tokens = newest(tmp_path).model_settings["vocab_size"]
+    assert (code, line.endswith(f": the vocabulary has {tokens} tokens, because {reason}")) == (0, True), line
+    assert "the vocabulary has" not in train(tmp_path, TOKENIZER=kind, BPE_VOCAB_SIZE="300", RESUME="never", **FAST)[1]

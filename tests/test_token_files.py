@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tokenization import AT_LINES
 
 from milepost.text import token_files as tokens_module
 from milepost.text.corpus import Corpus, open_corpus
@@ -262,11 +263,25 @@ prepare(corpus, scan(corpus), Dying(), validation_fraction=0.1, cache_dir=folder
     split = prepared(tmp_path, ByteTokenizer(), TEXT, TEXT)
     both = (TEXT + "\n" + TEXT).encode()
     assert split.train.tolist() + split.validation.tolist() == list(both)
-    assert left.exists()  # its process may be alive
-    for path in (*left.iterdir(), left):
-        os.utime(path, (time.time() - 2 * 86400,) * 2)
+    assert left.exists()  # a process of another host may be writing it
+    age(left, 700)
     prepared(tmp_path, ByteTokenizer(), "other text")
     assert not left.exists()
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    """For a day without a write, because its number may be that of another process by now."""
+    parent = tmp_path / "cache" / f".tmp-{'0' * 32}-{os.getppid()}-{'0' * 8}"
+    parent.mkdir(parents=True)
+    for seconds, stays in ((700, True), (86500, False)):
+        age(parent, seconds)
+        prepared(tmp_path, ByteTokenizer(), f"text {seconds}")
+        assert parent.exists() == stays
+
+
+def age(folder: Path, seconds: int) -> None:
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (time.time() - seconds,) * 2)
 
 
 def test_a_text_that_changed_since_the_scan_is_refused(tmp_path: Path) -> None:
@@ -359,10 +374,28 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer: Tokeniz
     assert second < 24  # MB
 
 
+@pytest.mark.parametrize("name", ["Llama 3", "sentencepiece"])
+def test_the_memory_of_other_tokenizers_does_not_grow_with_a_document(name: str) -> None:
+    """The library holds a hundred bytes for each character that it encodes at once."""
+    sizes: list[int] = []
+
+    class Measured(Words):
+        splits_at = AT_LINES[name].splits_at
+
+        def encode_part(self, text: str, *, after: object) -> np.ndarray:
+            sizes.append(len(text))
+            return super().encode_array(text)
+
+    line = "Dear Wren, I can't decide what to say.\n"
+    for _ in tokens_module.token_ids([(line * 26_000, False)] * 4, Measured()):
+        pass
+    assert max(sizes) <= 2 * tokens_module.CHUNK < sum(sizes)
+
+
 def test_memory_would_grow_if_text_were_tokenized_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the measure above sees it."""
     monkeypatch.setattr(tokens_module, "CHUNK", 10**9)
-    monkeypatch.setattr(tokens_module, "rechunk", lambda pieces, size: [("".join(text for text, _ in pieces), True)])
+    monkeypatch.setattr(tokens_module, "rechunk", lambda pieces, **_: [("".join(text for text, _ in pieces), True)])
     assert peak_memory(tmp_path, Gpt2Tokenizer(), 16) > 50
 
 

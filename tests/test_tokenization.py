@@ -534,6 +534,57 @@ def test_chunked_tokens_are_the_tokens_of_the_whole(kind: str, text: str, size: 
     assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(text)
 
 
+def with_cuts_of(before: list[dict[str, Any]] | None, **changes: Any) -> Tokenizer:
+    """BPE with another pre-tokenizer before its bytes, or other values, as other models have it."""
+    values = copy.deepcopy(BPE.to_dict()["tokenizer"]) | changes
+    if before is not None:
+        by_regex = before[0]["type"] == "Digits"
+        last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": by_regex}
+        values["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*before, last]}
+    return from_dict({"kind": "bpe", "tokenizer": values})
+
+
+def split_by(regex: str) -> list[dict[str, Any]]:
+    return [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}]
+
+
+AT_LINES = {
+    "SmolLM2": with_cuts_of([{"type": "Digits", "individual_digits": True}]),
+    **{name: with_cuts_of(split_by(regex)) for name, regex in bpe_module.SPLITS.items()},
+    "NFC": with_cuts_of(None, normalizer={"type": "NFC"}),
+    "sentencepiece": build("sentencepiece", [(LETTERS * 20, True)], alphabet="", documents=1, vocab_size=400),
+}
+
+
+@pytest.mark.parametrize("name", AT_LINES)
+@settings(max_examples=400, deadline=None)
+@given(text=tricky_text, size=st.integers(1, 6), first=st.integers(0, 9))
+def test_other_tokenizers_are_cut_at_lines(name: str, text: str, size: int, first: int) -> None:
+    """The ids are those of the library for the whole text."""
+    tokenizer = AT_LINES[name]
+    pieces = [(part, False) for part in (text[:first], text[first:]) if part]
+    chunks = [chunk for chunk, _ in rechunk(pieces, size=size, at="line")]
+    assert (tokenizer.splits_at, "".join(chunks)) == ("line", text)
+    whole = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[attr-defined]
+    first_part, *others = chunks or [""]
+    parts = [tokenizer.encode_array(first_part), *(tokenizer.encode_part(part, after="text") for part in others)]
+    assert [i for part in parts for i in part.tolist()] == whole
+
+
+def test_a_text_is_cut_at_lines_after_one_line_feed_and_before_a_space() -> None:
+    pieces = [(text, False) for text in ("\u4e2d\u3002\n", "\u4e2d\n\n", "a  b")]
+    chunks = [chunk for chunk, _ in rechunk([*pieces, ("", True)], size=1, at="line")]
+    assert chunks == ["\u4e2d\u3002\n", "\u4e2d\n\na", "  b"]
+
+
+def test_a_vocabulary_with_tokens_across_words_or_lines_is_not_cut() -> None:
+    values = AT_LINES["sentencepiece"].to_dict()
+    for token in ("a\u2581b", "\na"):
+        other = copy.deepcopy(values)
+        other["tokenizer"]["model"]["vocab"][token] = len(other["tokenizer"]["model"]["vocab"])
+        assert from_dict(other).splits_at == "document"
+
+
 def test_cutting_anywhere_would_change_tokens() -> None:
     """The control: the property above can fail."""
     tokenizer = Gpt2Tokenizer()

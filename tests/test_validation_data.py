@@ -60,6 +60,20 @@ def test_the_training_text_as_the_validation_text_is_told(tmp_path: Path) -> Non
     )
 
 
+def test_files_that_are_trained_on_too_are_told(tmp_path: Path) -> None:
+    """Also a copy of one under another name; a file of the same size with another text is no copy."""
+    texts = [held_out(tmp_path, f"{name}.txt", text=BUNDLED[at : at + 6000]) for name, at in (("a", 0), ("b", 6000))]
+    copy = shutil.copy(texts[1], held_out(tmp_path, "other.txt"))
+    for validation, told in (
+        (texts[1], True),
+        (copy, True),
+        (held_out(tmp_path, "c.txt", text=BUNDLED[12000:18000]), False),
+    ):
+        code, said = train(tmp_path, TRAINING_DATA_SOURCE=",".join(map(str, texts)), VALIDATION_DATA=str(validation))
+        line = f"{validation}: in the training text too: {validation}: the validation loss does not show overfitting of them"
+        assert (code, line in said) == (0, told), said
+
+
 def test_conversations_are_validated_on_others(tmp_path: Path) -> None:
     path = rows(tmp_path / "held_out.jsonl", [{"prompt": "Which bird?", "completion": "the lark"}] * 3)
     record, _ = resumes_exactly(

@@ -5,7 +5,6 @@ not visible, the primary file in the hidden folder records its sha256 or its sav
 """
 
 import os
-import re
 from pathlib import Path
 
 from milepost import files
@@ -14,12 +13,14 @@ from milepost.ckpt.index import look
 from milepost.ckpt.layouts import LAYOUTS, layout_of
 from milepost.ckpt.names import has_form_of_save
 from milepost.files import (
+    OWN_NAME,
     RENAME,
     RENAME_FOLDERS,
     TEMPORARY,
     UNFINISHED,
     delete_marked,
     discard,
+    has_writer,
     hidden_name,
     lacks,
     make_folder,
@@ -28,8 +29,6 @@ from milepost.files import (
 )  # fmt: skip
 from milepost.locks import folder_lock, remove_free_locks
 from milepost.paths import is_real_file, is_real_folder
-
-OWN_NAME = re.compile(re.escape(TEMPORARY) + r"(?P<name>.+)-(?P<process>[0-9]{1,10})-[0-9a-f]{8}")
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -49,7 +48,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 def _is_left_mark(mark: Path) -> bool:
     marked = unfinished(mark)
-    return is_real_file(mark) and (marked is None or not _has_writer(marked[0]))
+    return is_real_file(mark) and (marked is None or not has_writer(marked[0]))
 
 
 def _remove_marked(mark: Path) -> bool:
@@ -94,20 +93,7 @@ def remove_leftovers_below(folder: Path, places: set[Path]) -> None:
 
 def _is_left_over(path: Path) -> bool:
     named = OWN_NAME.fullmatch(path.name)
-    return named is not None and not path.is_symlink() and not _has_writer(int(named["process"]))
-
-
-def _has_writer(process: int) -> bool:
-    """Whether another process of this number is alive on this host."""
-    if os.name == "nt" or process == os.getpid():
-        return False  # on Windows, asking would end the process
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    return named is not None and not path.is_symlink() and not has_writer(int(named["process"]))
 
 
 def _visible_parts(hidden: Path) -> list[Path]:

@@ -36,6 +36,7 @@ from milepost.files.file_system import (
     may_go_away,
 )  # fmt: skip
 from milepost.files.growing import GrowingFile, content_of, replace_content, replacing
+from milepost.files.leaving import OWN_NAME, has_writer, remove_abandoned
 from milepost.files.mounting import check_mounted, note_mount
 from milepost.files.owner_file import OwnerFile
 from milepost.files.reaching import (
@@ -66,12 +67,12 @@ from milepost.files.writing import (
 )  # fmt: skip
 
 __all__ = [
-    "APPEND", "BEGINNING", "BLOCK", "CHUNK", "LOCKS", "RENAME", "RENAME_FOLDERS", "TEMPORARY", "UNFINISHED",
+    "APPEND", "BEGINNING", "BLOCK", "CHUNK", "LOCKS", "OWN_NAME", "RENAME", "RENAME_FOLDERS", "TEMPORARY", "UNFINISHED",
     "UNREACHABLE",
     "Entry", "GrowingFile", "MadeEntry", "NewFile",
     "OwnerFile", "Watch", "below", "bring_in", "check_mounted", "check_writable",
-    "content_of", "delete_marked", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "hidden_name", "if_it_answers", "in_words", "instead",
+    "content_of", "delete_marked", "discard", "entries_with_made", "flush_to_disk", "forget", "free_space", "has_writer", "hidden_name", "if_it_answers", "in_words", "instead",
     "is_unfinished", "is_unreachable", "lacks", "largest_file", "link_or_copy", "look", "make_folder", "may_go_away", "naming_path",
-    "new_file", "new_folder", "new_group", "new_path", "note_mount", "open_steadily", "read_steadily", "remember", "remove", "replace_content", "replacing",
+    "new_file", "new_folder", "new_group", "new_path", "note_mount", "open_steadily", "read_steadily", "remember", "remove", "remove_abandoned", "replace_content", "replacing",
     "reveal", "steadily", "sync_file", "sync_folder", "unfinished", "write_json", "written",
 ]  # fmt: skip

@@ -28,12 +28,14 @@ from milepost.text.known import UNKNOWN_TEXT, Known, form_recorded, known_text, 
 from milepost.text.mixtures import MixedBatches, MixedSplit, MixedTokens, mixed_split
 from milepost.text.packing import PackedBatches, Packing, packed, validation_batches
 from milepost.text.prepared import Vocabulary, validation_beside
-from milepost.text.readers import PLAIN, ROWS, SEPARABLE, Reading, suffix_of
+from milepost.text.readers import PLAIN, ROWS, SEPARABLE, Reading, listed, suffix_of
 from milepost.text.scan import Scan
 from milepost.text.sources import with_places
+from milepost.text.stamps import in_both
 from milepost.text.templates import chat_stops, dated, template_of, turn_marks
 from milepost.text.token_arrays import Tokens
 from milepost.text.tokenization.base import edge
+from milepost.text.tokenization.library import FROM_LIBRARY
 from milepost.text.unknown import Mode, encoder_of, first_known, unknown_characters
 from models.model import Model
 
@@ -91,8 +93,8 @@ def read_text(
     known = known_text(record.data, record.tokenizer) if record else UNKNOWN_TEXT
     corpus, scanned = world.local_rank0_first(lambda: scan_text(settings, log, known))
     held_out = world.local_rank0_first(lambda: scan_validation(settings, log, known, corpus))
-    if held_out and held_out[1].sha256 == scanned.sha256:
-        log(f"{held_out[0].source} is the training text: the validation loss does not show overfitting")
+    for line in _trained_on(*held_out, corpus, scanned) if held_out else ():
+        log(line)
     for source, scan in [(corpus, scanned), *([held_out] if held_out else [])]:
         if len(set(world.all_gather(scan.sha256))) > 1:
             raise DataError(f"{source.source}: differs between machines; copy the same text to all of them")
@@ -105,6 +107,8 @@ def read_text(
         made = world.on_rank0(lambda: new_tokenizer(settings, corpus, seen))
         described = world.broadcast(made.to_dict() if made is not None else {})
         tokenizer = made if made is not None else tokenization.from_dict(described)
+        for line in _about_size(tokenizer, settings):
+            log(line)
     check_separator(settings.document_separator, tokenizer)
     template = template_of(record.data if record else {}, tokenizer) or None  # the plain one where there is none
     if "template" not in (record.data if record else {}):  # a new run; processes may begin on two days
@@ -145,6 +149,17 @@ def check_turn_marks(corpus: Corpus, tokenizer: tokenization.Tokenizer, template
         raise DataError(f"{corpus.source}: {unknown}, and the plain template marks turns with them: {remedy}")
 
 
+def _about_size(tokenizer: tokenization.Tokenizer, settings: Config) -> list[str]:
+    """Return a line on a trained vocabulary that has another size than the one that was set."""
+    asked, size = settings.bpe_vocab_size, tokenizer.vocab_size
+    if tokenizer.kind not in FROM_LIBRARY or not settings.is_set("BPE_VOCAB_SIZE") or size == asked:
+        return []
+    reason = "no other pair of tokens occurs twice in the text" if size < asked else "this kind has no fewer"
+    return [
+        f"BPE_VOCAB_SIZE={asked} ({settings.sources['BPE_VOCAB_SIZE']}): the vocabulary has {size} tokens, because {reason}"
+    ]
+
+
 def without_effect_on_text(settings: Config) -> list[str]:
     """Return a line on each setting of conversations that is set for a text that has none."""
     values = [("LOSS_ON", "all", settings.loss_on == "all"), ("PACKING", "false", not settings.packing)]
@@ -175,6 +190,16 @@ def scan_validation(settings: Config, log: Log, known: Known, corpus: Corpus) ->
         remedy = "train and validate on texts of one kind"
         raise DataError(f"{talks.source} holds conversations, {plain.source} does not: {remedy}")
     return found
+
+
+def _trained_on(held_out: Corpus, its_scan: Scan, corpus: Corpus, scanned: Scan) -> list[str]:
+    """Return a line if the text for validation, or files of it, are trained on."""
+    effect = "the validation loss does not show overfitting"
+    if its_scan.sha256 == scanned.sha256:
+        return [f"{held_out.source} is the training text: {effect}"]
+    if files := in_both(held_out.paths, corpus.paths):
+        return [f"{held_out.source}: in the training text too: {listed(list(map(str, files)))}: {effect} of them"]
+    return []
 
 
 def refuse_weights(corpus: Corpus) -> None:

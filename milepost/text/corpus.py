@@ -14,7 +14,7 @@ from milepost.text.conversations import Talk, as_pieces, conversations, describe
 from milepost.text.download import DOWNLOAD_LIMIT, fetch, open_https, tiny_shakespeare
 from milepost.text.errors import DataError
 from milepost.text.folders import Found, code_in, files_of, repeated
-from milepost.text.hub import SCHEME, data_set, files_at
+from milepost.text.hub import HUB, SCHEME, data_set, files_at
 from milepost.text.prepared import Prepared, is_prepared, prepared_of
 from milepost.text.readers import PLAIN, READERS, Piece, Reading, suffix_of, unpacked_name
 from milepost.text.sources import Part, joined, parts_of
@@ -114,7 +114,7 @@ def _found(
         return part, code_in(part.place)
     if part.place == "tinyshakespeare":
         return part, ([tiny_shakespeare(data_dir, cache_dir=cache_dir, open_url=open_url)], [])
-    if part.place.startswith(SCHEME):
+    if part.place.startswith(HUB):
         notes: list[str] = []
         pinned, files = files_at(part.place, cache_dir or data_dir / ".cache", notes.append)
         return part._replace(place=pinned), (files, [f"{pinned}: {len(files)} file{'s' * (len(files) > 1)}", *notes])
@@ -147,12 +147,14 @@ def _mixture(shown: str, parts: list[Part], corpora: list[Corpus]) -> Corpus:
     if talks and plain:
         problem = f"{talks[0]} holds conversations, {plain[0]} is plain text"
         raise DataError(f"{problem}: mix texts with texts, or conversations with conversations")
+    paths = tuple(path for corpus in corpora for path in corpus.paths)
+    notes = [line for corpus in corpora for line in corpus.skipped]
     return Corpus(
         source=shown,
         name=_name(parts),
-        paths=tuple(path for corpus in corpora for path in corpus.paths),
+        paths=paths,
         reading=corpora[0].reading,
-        skipped=tuple(line for corpus in corpora for line in corpus.skipped),
+        skipped=tuple(dict.fromkeys([*notes, *repeated(paths)])),
         parts=tuple(corpora),
         weights=tuple(part.weight for part in parts),
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from milepost.files import new_file
+from milepost.files import new_file, remove_abandoned
 from milepost.text.addresses import credentials, is_masked, masked, without_secrets
 from milepost.text.errors import DataError
 from milepost.text.readers import READERS, SUPPORTED, suffix_of
@@ -70,6 +70,7 @@ def fetch(
             return copy
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent)
         found = _download(url, target, max_bytes=max_bytes, open_url=open_url, sha256=sha256)
         with new_file(_record_of(target), replace=True) as file:
             file.write(json.dumps({"url": masked(url), **found}, indent=1).encode())

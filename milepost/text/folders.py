@@ -5,6 +5,7 @@ import functools
 import glob
 import importlib
 import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -27,6 +28,9 @@ from milepost.text.readers import (
 )
 
 IGNORE = ".gitignore"
+# Of the datasets library (save_to_disk): a data set's splits, each in a folder of its name, and the files of the rows of one.
+SPLITS, STATE, JSON_LIMIT = "dataset_dict.json", "state.json", 1 << 20
+INDICES = ("_indices_files", "_indices_data_files")  # of versions before 2.0: which of the rows are meant
 CODE_LIMIT = 1 << 20  # bytes; longer files of source code are generated
 AMONG_CODE = (*CODE, ".md", ".txt")  # what is read of a folder of source code
 
@@ -53,10 +57,43 @@ def files_of(place: str, reading: Reading) -> Found:
 
 def _in_folder(place: str, folder: Path, reading: Reading) -> Found:
     files, links = _visible(folder)
-    found, others = _by_type(files, reading)
+    rest = _beside_saved_rows(files)
+    found, others = _by_type([path for path in files if path not in rest], reading)
+    others += sorted(rest)
     if not found:
         raise DataError(f"{folder} has no supported file: expected {SUPPORTED}; {_nearest(str(folder / '*'))}")
     return found, [*_skipped(place, others), *_not_followed(place, links, "link", "name what it points to")]
+
+
+def _beside_saved_rows(files: list[Path]) -> set[Path]:
+    """Return what the datasets library keeps beside the rows of a data set that it saved (save_to_disk): its state and caches.
+
+    Raise DataError for a folder of several splits, which are not to be trained on together.
+    """
+    rest: set[Path] = set()
+    for path in files:
+        if path.name == SPLITS and (names := _json_member(path, "splits")):
+            splits = list(map(str, names))
+            remedy = f"name the folder of one, such as {path.parent / splits[0]}"
+            raise DataError(f"{path.parent} holds the splits {listed(splits)} of a data set: {remedy}")
+        if path.name == STATE and any(_json_member(path, name) for name in INDICES):
+            remedy = "save it again with a newer version of the datasets library"
+            raise DataError(
+                f"{path.parent}: its rows are those that another file selects, as old versions saved it: {remedy}"
+            )
+        if path.name == STATE and (rows := _json_member(path, "_data_files")):
+            named = {path.parent / str(each.get("filename")) for each in rows if isinstance(each, dict)}
+            rest |= {other for other in files if other.parent == path.parent and other not in named}
+    return rest
+
+
+def _json_member(path: Path, name: str) -> list[Any]:
+    """Return the list under a name in a JSON file of at most JSON_LIMIT bytes; empty if there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        values = json.loads(path.read_bytes()) if path.stat().st_size <= JSON_LIMIT else {}
+        found = values.get(name) if isinstance(values, dict) else None
+        return found if isinstance(found, list) else []
+    return []
 
 
 def _visible(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -20,7 +20,8 @@ from milepost.files import new_file
 from milepost.text.errors import DataError
 from milepost.text.readers import listed, suffix_of
 
-SCHEME = "hf://datasets/"
+HUB = "hf://"
+SCHEME = f"{HUB}datasets/"
 _ADDRESS = re.compile(
     rf"{SCHEME}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/convert/\w+|refs/pr/\d+|[^@:/\s]+))?"
     r"(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?"

@@ -190,6 +190,8 @@ def _text_in(row: Any, reading: Reading, *, where: str) -> str:
         if talks := next((key for key, value in row.items() if _are_messages(value)), None):
             problem = f"its conversation is in {talks!r:.60}, and not in a form that is read here"
             raise DataError(f"{where}: {problem}: write it as messages, each with role and content")
+        if rows := next((key for key, value in row.items() if _are_rows(value, field)), None):
+            raise DataError(f"{where}: its rows are in {rows!r:.60}: save that list as a file of its own")
         raise TextFieldError(f"{where}: expected a member {field!r}, found {listed(list(row))}")
     return _checked(row[field], reading, where=where)
 
@@ -201,9 +203,14 @@ def _are_messages(value: Any) -> bool:
     )
 
 
+def _are_rows(value: Any, field: str) -> bool:
+    """Whether a value is a list of objects with a text, as of a JSON file that is one object around its rows."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) and field in row for row in value)
+
+
 def _checked(text: Any, reading: Reading, *, where: str) -> str:
     if not isinstance(text, str):
-        raise DataError(f"{where}: expected a string as {reading.text_field!r}, found a {type(text).__name__}")
+        raise DataError(f"{where}: {reading.text_field!r} is {text!r:.60}, not text: fill it or leave the row out")
     if re.search("[\ud800-\udfff]", text):  # JSON can write them, UTF-8 cannot
         raise DataError(f"{where}: the text holds half of a surrogate pair, which is not a character")
     return text

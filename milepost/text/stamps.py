@@ -51,6 +51,16 @@ def remembered(
     return value
 
 
+def in_both(paths: Sequence[Path], others: Sequence[Path]) -> list[Path]:
+    """Return those of `paths` that are among the others, or copies of them: equal in size and in their first and last 64 KiB."""
+    found = {_contents(stamp) for stamp in _stamps(others) or ()}
+    return [path for path, stamp in zip(paths, _stamps(paths) or (), strict=False) if _contents(stamp) in found]
+
+
+def _contents(stamp: dict[str, Json]) -> tuple[Json, Json]:
+    return stamp["bytes"], stamp["edges_sha256"]
+
+
 def forget(what: str, paths: Sequence[Path], folder: Path) -> None:
     """Delete the record, because it turned out to be wrong."""
     with contextlib.suppress(OSError):

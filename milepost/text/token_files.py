@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,17 @@ from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 
-from milepost.files import APPEND, flush_to_disk, in_words, is_unreachable, lacks, new_folder, remove, write_json
+from milepost.files import (
+    APPEND,
+    flush_to_disk,
+    in_words,
+    is_unreachable,
+    lacks,
+    new_folder,
+    remove,
+    remove_abandoned,
+    write_json,
+)
 from milepost.text.chunks import LongWordError, rechunk, whole_documents
 from milepost.text.corpus import Corpus
 from milepost.text.errors import DataError
@@ -36,7 +45,6 @@ FILES = ("train.npy", "validation.npy")
 SUMS = "sha256.json"  # the sha256 of both: a flipped bit in them would change the training and nothing would notice
 CHUNK = 1 << 18  # characters tokenized at once
 THREADS = min(8, os.cpu_count() or 1)  # more would wait for the thread that reads, hashes and writes
-ABANDONED = 24 * 3600  # seconds without a write after which a partial folder belongs to no living process
 ATTEMPTS = 10  # at building the folder while other processes build or remove it
 
 # Consecutive pieces, and what the first one does: it begins the text, or another document of it, or continues one.
@@ -164,8 +172,9 @@ def token_ids(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndar
     encode = functools.partial(_group_ids, tokenizer=tokenizer)
     if tokenizer.splits_at == "character":  # these take no longer than reading the text: threads would not help
         return map(encode, _groups(pieces))
-    chunks = rechunk(pieces, size=CHUNK) if tokenizer.splits_at == "word" else whole_documents(pieces)
-    return _in_threads(encode, _groups(chunks))
+    if tokenizer.splits_at == "document":
+        return _in_threads(encode, _groups(whole_documents(pieces)))
+    return _in_threads(encode, _groups(rechunk(pieces, size=CHUNK, at=tokenizer.splits_at)))
 
 
 def _groups(pieces: Iterable[Piece]) -> Iterator[Group]:
@@ -192,7 +201,7 @@ def _group_ids(group: Group, tokenizer: Tokenizer) -> np.ndarray:
             arrays.append(tokenizer.encode_array("\n") if end is None else np.array([end], dtype=np.uint32))
         if start and begin is not None:
             arrays.append(np.array([begin], dtype=np.uint32))
-        arrays.append(tokenizer.encode_array(text))
+        arrays.append(tokenizer.encode_array(text) if start else tokenizer.encode_part(text, after="text"))
         start = "document" if ends else ""
     return np.concatenate(arrays)
 
@@ -236,7 +245,7 @@ def _open_built(folder: Path, dtypes: Mapping[str, np.dtype], build: Callable[[P
         if exists:
             _discard(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
+        remove_abandoned(folder.parent)
         try:
             with new_folder(folder) as hidden:
                 build(hidden)
@@ -315,12 +324,3 @@ def _open(folder: Path, dtypes: Mapping[str, np.dtype]) -> list[Tokens] | None:
             return None
         arrays.append(array)
     return arrays
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    """Delete partial folders that a killed process left behind."""
-    for folder in cache_dir.glob(".*-*"):
-        with contextlib.suppress(OSError):
-            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-            if time.time() - newest > ABANDONED:
-                shutil.rmtree(folder, ignore_errors=True)

@@ -22,8 +22,9 @@ class Tokenizer(Protocol):
     encode() puts before a text that does not begin with it: a space, for some.
 
     `splits_at` declares where a document may be cut so that the ids of its parts, concatenated, are the ids of the whole:
-    between any two characters, between words (before a space or line feed that follows another character), or nowhere. The
-    default is always right, but holds a whole document in memory.
+    between any two characters, between words (before a space or line feed that follows another character), at a "line" (before
+    a space that follows another character, and after a single line feed between two), or nowhere. The default is always right,
+    but holds a whole document in memory. The parts after the first are encoded by encode_part().
     """
 
     kind: str
@@ -31,7 +32,7 @@ class Tokenizer(Protocol):
     end_of_text: int | None = None
     begin_of_text: int | None = None
     prefix: str = ""
-    splits_at: Literal["character", "word", "document"] = "document"
+    splits_at: Literal["character", "word", "line", "document"] = "document"
 
     @classmethod
     def build(cls, pieces: Iterable[Piece], *, alphabet: str, documents: int, vocab_size: int) -> Self:

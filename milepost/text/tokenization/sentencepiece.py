@@ -30,6 +30,7 @@ SPACE: Final = "\u2581"  # the letter that stands for a space
 BYTES: Final = {f"<0x{byte:02X}>": byte for byte in range(256)}
 UNKNOWN, BEGIN = "<unk>", "<s>"  # of a tokenizer that is trained here
 PREPEND: Final = {"type": "Prepend", "prepend": SPACE}
+_CROSSES: Final = re.compile(rf"[^{SPACE}][{SPACE} ]|\n[^\n]")  # a token that goes on after a word, or after a line
 REPLACE: Final = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
@@ -42,6 +43,7 @@ class SentencePieceTokenizer(LibraryTokenizer):
     """
 
     kind = "sentencepiece"
+    splits_at: Literal["line", "document"] = "document"
 
     def __init__(self, *values: Any) -> None:
         super().__init__(*values)
@@ -52,6 +54,8 @@ class SentencePieceTokenizer(LibraryTokenizer):
             self._bytes[i] = bytes([BYTES[token]]) if token in BYTES else spelled.encode()
         never = sorted(_reachable(self._json["model"]) & {*self._added, *BYTES}, key=len, reverse=True)
         self._never = re.compile("|".join(map(re.escape, never))) if never else None
+        if self._json["model"]["type"] == "BPE" and not any(map(_CROSSES.search, stated_ids(self._json))):
+            self.splits_at = "line"
 
     @staticmethod
     def check(tokenizer: object) -> str:
@@ -104,7 +108,13 @@ def _train(pieces: Iterable[Piece], vocab_size: int) -> dict[str, Any]:
     words = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=True)
     trainee.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     first = [UNKNOWN, BEGIN, END_OF_TEXT, *BYTES]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=first, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=first,
+        initial_alphabet=[SPACE],  # a text without spaces lacks it, and its bytes would read as the letter
+        show_progress=False,
+    )
     parts = _of_frequent_letters(list(training_parts(pieces)), count=max(1, (vocab_size - len(first)) // 4))
     trainee.train_from_iterator(parts, trainer=trainer)
     trainee.pre_tokenizer = None  # the merges cross no word
