@@ -22,6 +22,7 @@ ROW_BY_ROW: Final = 16  # the most rows that PyTorch's bfloat16 product takes; a
 PROMPT_CHUNK: Final = (
     128  # rows: products of 64 take up to a quarter longer, and a conversation reads up to a chunk again
 )
+INT8_INPUTS: Final = 16  # that PyTorch's int8 product reads at once, beyond the end of other rows
 CHUNK: Final = 1 << 20  # weights quantized at a time, so that intermediate values stay in the processor's cache
 
 
@@ -94,10 +95,12 @@ def cast_linear(weight: Tensor, bias: Tensor | None = None, activation: str = ""
 def int8_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
     """Return the layer with 8-bit integer weights and a scale per output; rows and products as in bfloat16_linear."""
     whole, scales = quantized(weight)
-    scales = scales.bfloat16()
+    scales, missing = scales.bfloat16(), -weight.size(1) % INT8_INPUTS
+    whole = F.pad(whole, (0, missing))
 
     def multiply(x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x.bfloat16(), whole, scales)
+        rows = F.pad(x.bfloat16(), (0, missing)) if missing else x.bfloat16()
+        y = torch._weight_int8pack_mm(rows, whole, scales)
         return activated(y if bias is None else y + bias, activation)
 
     return lambda x: in_chunks(multiply, x)
