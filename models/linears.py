@@ -128,10 +128,13 @@ def in_chunks(function: Linear, x: Tensor) -> Tensor:
 def by_row(function: Linear) -> Linear:
     """Return the function of rows, computed row by row where they are few, else in chunks: where vectors end, and where threads
     share the rows, it may round otherwise. In a call of its own a row, or a chunk, has the same vectors whatever follows it.
+    A GPU has no such vectors.
     """
 
     def rows(x: Tensor) -> Tensor:
-        if x.size(0) == 1 or x.size(0) > FEW:
+        if x.size(0) == 1 or x.is_cuda:
+            return function(x)
+        if x.size(0) > FEW:
             return in_chunks(function, x)
         return torch.cat([function(row) for row in x.split(1)])
 
