@@ -22,6 +22,7 @@ ROW_BY_ROW: Final = 16  # the most rows that PyTorch's bfloat16 product takes; a
 PROMPT_CHUNK: Final = (
     128  # rows: products of 64 take up to a quarter longer, and a conversation reads up to a chunk again
 )
+INT8_INPUTS: Final = 16  # that PyTorch's int8 product reads at once, beyond the end of other rows
 CHUNK: Final = 1 << 20  # weights quantized at a time, so that intermediate values stay in the processor's cache
 
 
@@ -94,10 +95,12 @@ def cast_linear(weight: Tensor, bias: Tensor | None = None, activation: str = ""
 def int8_linear(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Linear:
     """Return the layer with 8-bit integer weights and a scale per output; rows and products as in bfloat16_linear."""
     whole, scales = quantized(weight)
-    scales = scales.bfloat16()
+    scales, missing = scales.bfloat16(), -weight.size(1) % INT8_INPUTS
+    whole = F.pad(whole, (0, missing))
 
     def multiply(x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x.bfloat16(), whole, scales)
+        rows = F.pad(x.bfloat16(), (0, missing)) if missing else x.bfloat16()
+        y = torch._weight_int8pack_mm(rows, whole, scales)
         return activated(y if bias is None else y + bias, activation)
 
     return lambda x: in_chunks(multiply, x)
@@ -123,12 +126,17 @@ def in_chunks(function: Linear, x: Tensor) -> Tensor:
 
 
 def by_row(function: Linear) -> Linear:
-    """Return the function of rows, computed row by row where they are few: where vectors end, it may round otherwise, and in a
-    call of its own a row has the same vectors whatever follows it.
+    """Return the function of rows, computed row by row where they are few, else in chunks: where vectors end, and where threads
+    share the rows, it may round otherwise. In a call of its own a row, or a chunk, has the same vectors whatever follows it.
+    A GPU has no such vectors.
     """
 
     def rows(x: Tensor) -> Tensor:
-        return function(x) if x.size(0) == 1 or x.size(0) > FEW else torch.cat([function(row) for row in x.split(1)])
+        if x.size(0) == 1 or x.is_cuda:
+            return function(x)
+        if x.size(0) > FEW:
+            return in_chunks(function, x)
+        return torch.cat([function(row) for row in x.split(1)])
 
     return rows
 

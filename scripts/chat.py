@@ -314,12 +314,18 @@ def reset(chat: Chat, _: str) -> None:
 def save(chat: Chat, name: str) -> None:
     """write the whole conversation to a new file: .json as messages, any other name as text"""
     path = Path(os.path.expanduser(name))
-    if not name or path.exists():
-        raise ConfigError([f"/save {name}: {'the file exists' if name else 'no file named'}; name a new file"])
+    if not name or os.path.lexists(path):
+        what = f"/save {name}: the file exists" if name else "/save: no file named"
+        raise ConfigError([f"{what}; name a new file"])
     values = {"messages": chat.messages, "checkpoint": str(chat.loaded.record.path), "seed": chat.seed}
     as_json = json.dumps(values, ensure_ascii=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(as_json if path.suffix == ".json" else continued(chat.messages) + "\n", encoding="utf-8")
+    as_text = continued(chat.messages) + "\n"
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(as_json if path.suffix == ".json" else as_text, encoding="utf-8")
+    except OSError as error:  # of a temporary file, whose name nobody gave
+        problem = f"cannot be written ({error.strerror}); name a file in a folder that can be"
+        raise ConfigError([f"/save {name}: {problem}"]) from error
     chat.log(f"wrote {shown(path)}")
 
 

@@ -166,7 +166,7 @@ def test_several_lines_slashes_and_a_file_without_a_last_line_feed(roomy):
     [
         ("/temprature 1", 2, False), ("/temperature hot", 2, False), ("/checkpoint nowhere.pt", 3, False),
         ("/adapter", 2, False), ("/adapter latest", 2, False), ("/compare", 2, False), ("/save", 2, False), ("Ж", 2, True),
-        ("/save a\0b", 2, False), ("/checkpoint\ta\0b", 2, False), ("/", 2, False),
+        ("/save nowhere/said", 2, False), ("/save a\0b", 2, False), ("/checkpoint\ta\0b", 2, False), ("/", 2, False),
     ],
 )  # fmt: skip
 def test_a_mistake_is_reported_and_the_next_line_is_answered(line, code, answered, roomy):
@@ -206,6 +206,23 @@ def test_the_whole_conversation_is_saved_and_no_file_is_replaced(roomy, tmp_path
     assert [each["role"] for each in messages] == ["user", "assistant"] * 2
     assert text.read_text(encoding="utf-8") == f"Dear{first}\nWren{second}\n"
     assert done.returncode == 2  # the file exists
+
+
+def test_a_conversation_that_cannot_be_saved_is_reported_under_the_name_that_was_given(roomy, tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")  # a file too: what it points at may come back
+    asked = [str(tmp_path / name) for name in ("nowhere/said.txt", "link")] + ["x" * 300]
+    done = chatted(roomy, "Dear\n" + "".join(f"/save {name}\n" for name in asked), STOP="\n")
+    expected = [
+        "cannot be written (No such file or directory)",
+        "the file exists",
+        "cannot be written (File name too long)",
+    ]
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [line.partition(";")[0] for line in told] == [
+        f"error: /save {name}: {what}" for name, what in zip(asked, expected, strict=True)
+    ]
+    assert done.returncode == 2
+    assert os.listdir(tmp_path) == ["link"]
 
 
 def test_adapters_change_over_the_base_that_is_loaded(roomy, tmp_path):

@@ -258,6 +258,16 @@ def against_plain(decoder: Decoder, model: GPT2, held_out: torch.Tensor) -> tupl
     return (logits.argmax(-1) == expected.argmax(-1)).float().mean().item(), abs(ours.exp() / theirs.exp() - 1).item()
 
 
+@pytest.mark.parametrize("width", [2, 20, 100, 333])
+def test_int8_rows_of_any_width_are_multiplied(width: int) -> None:
+    """PyTorch's product reads beyond them, into what is no number or not there at all."""
+    weight, x = torch.randn(65, width, generator=seeded(0)), torch.randn(40, width, generator=seeded(1))
+    whole, scales = quantized(weight)
+    for rows in (1, 5, 40):
+        expected = x[:rows].bfloat16().float() @ (whole * scales[:, None]).T
+        torch.testing.assert_close(LINEARS["int8"](weight)(x[:rows]).float(), expected, rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("weights", "agreement", "loss"), [("float32", 1.0, 1e-5), ("bfloat16", 0.95, 0.01), ("int8", 0.95, 0.01)]
 )

@@ -75,6 +75,22 @@ def test_what_an_earlier_text_read_has_the_bits_of_a_prompt_read_anew(weights, v
         assert sum(passes) == 9 + rest + 3
 
 
+@both_kinds
+def test_how_threads_share_the_tokens_of_a_pass_changes_no_bit(decoder_of) -> None:
+    """Where a thread's share of an activation ends within a vector, the rest of it is rounded otherwise."""
+    decoder = decoder_of(random_model(replace(LLAMA, block_size=LONG, n_inner=344)), weights="float32")
+    prefixes, ids, threads = Prefixes(most=1), some(LONG), torch.get_num_threads()
+    try:
+        for count in (2, 3, 4):
+            torch.set_num_threads(count)
+            for length in (LONG - 3, 301, 383, 385, 258):
+                begun = prefixes.cache_for(decoder, ids[:length])
+                assert same(read(decoder, ids[:length], begun), read(decoder, ids[:length]))
+    finally:
+        torch.set_num_threads(threads)
+    assert begun.length > PROMPT_CHUNK
+
+
 def test_tokens_read_otherwise_have_other_bits() -> None:
     """So the test above can fail: a prefix of tokens that were generated would change a text."""
     decoder, ids = decoder_for(CompiledDecoder), some(PROMPT_CHUNK + 9)

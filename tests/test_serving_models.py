@@ -1,9 +1,12 @@
 """The checkpoints that a server opens by name, and follows while a run writes newer ones."""
 
+import gc
+import shutil
 import signal
 import sys
 import threading
 import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +63,21 @@ def test_latest_follows_a_run_while_a_request_ends_on_its_weights(tmp_path):
         late = running.complete("Dear", **asked | {"max_tokens": 50}).value
         assert late["system_fingerprint"].endswith("-step8")
         assert late["choices"][0]["text"] != reply["choices"][0]["text"][:50]
+
+
+def test_weights_that_a_newer_checkpoint_replaced_are_let_go_once_their_texts_have_ended(folder, tmp_path):
+    """Not only when a further text is generated: until then the memory would hold two models."""
+    steps, checkpoints = family(folder), tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    shutil.copy2(steps[2], checkpoints)
+    with serving(tmp_path, CHECKPOINT_PATH="latest") as running:
+        assert running.complete("Dear", seed=7, max_tokens=5).status == 200
+        models = running.server.catalogue.models
+        replaced = weakref.ref(models["latest"].loaded.model)
+        shutil.copy2(steps[4], checkpoints)
+        running.server.catalogue.look("latest")
+        assert models["latest"].loaded.record.step == 4
+        until(lambda: gc.collect() >= 0 and replaced() is None)
 
 
 def test_a_newer_checkpoint_that_cannot_be_opened_leaves_the_earlier_one(folder, tmp_path):

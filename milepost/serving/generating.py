@@ -159,8 +159,7 @@ class Generating:
                 while not self.running and not self.waiting:
                     self._changed.wait()
                 self.running += self._begun()
-            ended = {text for text in self.running if take_step(text, self.running)}
-            self.running = [text for text in self.running if text not in ended]
+            self.running = [text for text in self.running if not take_step(text, self.running)]
 
     def _begun(self) -> Iterator[Text]:
         """Begin texts while there are slots: one of each request in turn, so that one with many holds nobody up."""
