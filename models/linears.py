@@ -19,9 +19,8 @@ Linear = Callable[[Tensor], Tensor]
 FUSED: Final = {"": ("none", ""), "gelu": ("gelu", "tanh"), "gelu_erf": ("gelu", "none"), "relu": ("relu", "")}
 FEW: Final = 32  # rows that are computed one by one: more than a draft has, and as many as a server reads together
 ROW_BY_ROW: Final = 16  # the most rows that PyTorch's bfloat16 product takes; a draft has fewer
-PROMPT_CHUNK: Final = (
-    128  # rows: products of 64 take up to a quarter longer, and a conversation reads up to a chunk again
-)
+# Rows: products of 64 take up to a quarter longer, and a conversation reads up to a chunk again.
+PROMPT_CHUNK: Final = 128
 INT8_INPUTS: Final = 16  # that PyTorch's int8 product reads at once, beyond the end of other rows
 CHUNK: Final = 1 << 20  # weights quantized at a time, so that intermediate values stay in the processor's cache
 

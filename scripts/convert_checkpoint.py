@@ -287,9 +287,7 @@ def convert(job: Job, to: Layout, settings: Config, log: Log) -> tuple[Path, lis
 def losses_of(target: Path, left_out: list[str], has_tokenizer: bool) -> list[str]:
     """Return a sentence on each thing that a conversion does not hold."""
     losses = [f"{shown(target)} lacks what no layout holds: {', '.join(left_out)}"] if left_out else []
-    known = (
-        has_tokenizer or LOST_TOKENIZER in left_out
-    )  # one that is there and not read cannot be replaced by a setting
+    known = has_tokenizer or LOST_TOKENIZER in left_out  # no setting replaces one that is not read
     return losses + ([] if known else [f"{shown(target)} is written without a tokenizer: {NAME_ONE}"])
 
 

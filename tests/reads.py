@@ -21,6 +21,7 @@ ABOVE_CKPT = (
     "milepost.run.build",
     "milepost.run.state",
     "milepost.run.text",
+    "milepost.run.text_checks",
     "milepost.run.weights",
     "milepost.run_mirror",
     "milepost.remote",

@@ -21,12 +21,12 @@ from milepost.run.text import (
     packing_of,
     read_text,
     reading_of,
-    refuse_weights,
     sample_start,
     scan_source,
     scan_text,
     validation_of,
 )
+from milepost.run.text_checks import refuse_weights
 from milepost.run.weights import (
     adapter_variables,
     agreed,
