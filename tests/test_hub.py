@@ -96,8 +96,9 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
     for name in ("both", "bin", "shards", "none"):
         folder = top / "me" / name
         model.save_pretrained(folder, max_shard_size="100KB" if name == "shards" else "1GB")
-        for other in ("README.md", "modeling_evil.py", "flax_model.msgpack", "merges.txt"):
+        for other in ("README.md", "modeling_evil.py", "flax_model.msgpack"):
             (folder / other).write_text("#version\n")
+        (folder / "special_tokens_map.json").write_text("{}")
         if name in ("both", "bin"):
             torch.save(model.state_dict(), folder / "pytorch_model.bin")
         if name in ("bin", "none"):
@@ -126,7 +127,7 @@ def ask(hub: Hub, name: str, cache: Path, **environment: str) -> subprocess.Comp
     )  # fmt: skip
 
 
-SMALL = {"config.json", "generation_config.json", "merges.txt"}
+SMALL = {"config.json", "generation_config.json", "special_tokens_map.json"}
 
 
 @pytest.mark.parametrize(
