@@ -23,7 +23,8 @@ from milepost.ckpt import CheckpointError, load
 from milepost.ckpt.hub import local_folder
 try:
     folder = local_folder(sys.argv[1])
-    print(folder, load(folder).model_settings["n_embd"], sep="\\n")
+    record = load(folder)
+    print(folder, record.model_settings["n_embd"], (record.tokenizer or {}).get("kind"), *record.notes, sep="\\n")
 except CheckpointError as error:
     sys.exit(str(error))
 """
@@ -93,12 +94,14 @@ class Answer(http.server.BaseHTTPRequestHandler):
 def hub(tmp_path_factory) -> Iterator[Hub]:
     top = tmp_path_factory.mktemp("hub")
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=8, n_layer=1, n_head=1, n_embd=2))
-    for name in ("both", "bin", "shards", "none"):
+    for name in ("both", "bin", "shards", "none", "pieces"):
         folder = top / "me" / name
         model.save_pretrained(folder, max_shard_size="100KB" if name == "shards" else "1GB")
         for other in ("README.md", "modeling_evil.py", "flax_model.msgpack"):
             (folder / other).write_text("#version\n")
         (folder / "special_tokens_map.json").write_text("{}")
+        if name == "pieces":
+            (folder / "tokenizer.model").write_bytes(b"\n\x0e")
         if name in ("both", "bin"):
             torch.save(model.state_dict(), folder / "pytorch_model.bin")
         if name in ("bin", "none"):
@@ -145,6 +148,13 @@ def test_weights_are_fetched_in_the_safest_form_that_is_there_and_nothing_else(h
     assert len(hub.asked) == len(set(hub.asked))
     again = ask(hub, f"me/{name}", tmp_path, HF_HUB_OFFLINE="1")
     assert (again.returncode, again.stdout, hub.asked) == (0, said.stdout, [])
+
+
+def test_beside_a_tokenizer_that_is_not_read_none_is_guessed(hub, tmp_path):
+    said = ask(hub, "me/pieces", tmp_path).stdout
+    assert said.splitlines()[2] == "None"
+    assert "tokenizer.model: this kind of tokenizer is not read" in said
+    assert ask(hub, "me/both", tmp_path).stdout.splitlines()[2] == "gpt2"  # a control
 
 
 REFUSED = {

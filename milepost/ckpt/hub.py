@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeGuard
 
+from milepost.ckpt.foreign.importing import UNREAD
 from milepost.ckpt.record import CheckpointError
 from milepost.ckpt.weight_files import PICKLED, SAFETENSORS
 
@@ -21,6 +22,7 @@ TOKENS = [
     "added_tokens.json",
     "chat_template.jinja",
     "special_tokens_map.json",
+    *UNREAD,  # where one of them lies, no other tokenizer is guessed
 ]
 FIRST = [*SMALL, *TOKENS, SAFETENSORS.whole, SAFETENSORS.index, SAFETENSORS.shards]
 ELSE = [PICKLED.whole, PICKLED.index, PICKLED.shards]
