@@ -67,9 +67,8 @@ def no_effect_beside(config: Config) -> list[str]:
     found: dict[str, list[str]] = {}
     for name in (name for name in VARIABLES if _counts(config, name)):
         for condition in (VARIABLES[name].metadata["needs"], *_of_other_models(config, name)):
-            brought = (
-                any(config.sources[each] == "checkpoint" for each, _, _ in _terms(condition)) if condition else False
-            )
+            terms = _terms(condition) if condition else ()
+            brought = any(config.sources[each] == "checkpoint" for each, _, _ in terms)
             if brought and not _holds(config, condition):
                 found.setdefault(condition, []).append(name)
                 break

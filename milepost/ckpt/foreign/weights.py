@@ -63,7 +63,7 @@ def _remedy(names: Iterable[str]) -> str:
     """Return what to do with weights that are of no known model, by their names."""
     if any("lora_" in name.lower() for name in names):
         return (
-            "these are adapters: merge them into their base in the program that trained them, and save the whole model"
+            "these are adapters: merge them into their base in the program that trained them, then save the whole model"
         )
     if any(name.endswith(("embed_tokens.weight", "tok_embeddings.weight", "norm_1.weight")) for name in names):
         return "a Llama opens from a folder of transformers: let its save_pretrained() write one, and name that"
